@@ -1,0 +1,219 @@
+"""`shapes`: a procedural dataset of anti-aliased coloured shapes on a ground, ten classes, any size.
+
+Image `i` is a function of (seed, i) alone. Each shape is a signed distance function (negative inside), so an
+edge is anti-aliased by clamping the distance over one pixel.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Field = np.ndarray  # [h w], a signed distance in units of the shape's radius
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How much of a picture is left to chance. Lengths are shares of the image's side, angles in turns."""
+
+    num_hues: int | None  # of the shape; None: any colour
+    radius: tuple[float, float]
+    jitter: float  # of the centre
+    rotation: float  # largest, either way
+    ground_contrast: float  # 0: one of two plain grounds; 1: any colour and a gradient
+    texture: float  # standard deviation of the ground's grain, in [0, 1]
+
+
+DIFFICULTIES = {
+    "easy": Difficulty(4, (0.32, 0.36), 0.02, 0.0, 0.0, 0.0),
+    "medium": Difficulty(8, (0.24, 0.36), 0.08, 0.06, 0.3, 0.0),
+    "hard": Difficulty(None, (0.16, 0.38), 0.14, 0.5, 1.0, 0.04),
+}
+
+
+class ShapesDataset(Dataset):
+    """`num_images` pictures of the training split, or the fifth as many that follow them, of the test split.
+
+    Raises:
+        ValueError: for an unknown difficulty or split, or no images.
+    """
+
+    def __init__(
+        self,
+        num_images: int = 5000,
+        *,
+        split: str = "train",
+        image_size: int = 64,
+        difficulty: str = "easy",
+        seed: int = 0,
+    ) -> None:
+        if difficulty not in DIFFICULTIES:
+            raise ValueError(f"--data.difficulty {difficulty}: unknown, choose from {', '.join(DIFFICULTIES)}")
+        if num_images < len(SHAPES):
+            raise ValueError(f"--data.num_images {num_images}: at least {len(SHAPES)} are needed, one a class")
+        num_test = max(len(SHAPES), num_images // 5)
+        ranges = {"train": (0, num_images), "test": (num_images, num_test), "all": (0, num_images + num_test)}
+        if split not in ranges:
+            raise ValueError(f"split {split}: unknown, choose from {', '.join(ranges)}")
+        self.first, self.num_images = ranges[split]
+        self.split, self.image_size, self.difficulty, self.seed = split, image_size, difficulty, seed
+        self.classes = list(SHAPES)
+        self.source_indices = torch.arange(self.first, self.first + self.num_images)
+        self.labels = self.source_indices % len(SHAPES)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Image [3 h w] in uint8, and its class."""
+        if not 0 <= index < self.num_images:
+            raise IndexError(index)
+        number = self.first + index
+        label = number % len(SHAPES)
+        rng = np.random.default_rng([self.seed, number])
+        image = draw_shape(self.classes[label], self.image_size, DIFFICULTIES[self.difficulty], rng)
+        return torch.from_numpy(image), label
+
+    @property
+    def source_hash(self) -> str:
+        """Identity of the pictures: their generator's parameters."""
+        return f"shapes-v1-{self.difficulty}-seed{self.seed}-{asdict(DIFFICULTIES[self.difficulty])}"
+
+    def describe(self) -> dict[str, object]:
+        """What a cache of these images must agree on."""
+        return {
+            "source": "shapes",
+            "source_hash": self.source_hash,
+            "split": f"{self.split} of {self.num_images} from {self.first}",
+            "image_size": [self.image_size, self.image_size],
+            "crop": "none",
+            "classes": self.classes,
+            "num_images": self.num_images,
+        }
+
+
+def draw_shape(name: str, size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
+    """One picture, uint8 [3 size size]."""
+    radius = rng.uniform(*difficulty.radius)
+    center = 0.5 + rng.uniform(-difficulty.jitter, difficulty.jitter, 2)
+    angle = 2 * np.pi * rng.uniform(-difficulty.rotation, difficulty.rotation)
+    pixel = (np.arange(size) + 0.5) / size
+    x, y = np.meshgrid(pixel - center[0], pixel - center[1])
+    u = (np.cos(angle) * x + np.sin(angle) * y) / radius
+    v = (-np.sin(angle) * x + np.cos(angle) * y) / radius
+    coverage = np.clip(0.5 - SHAPES[name](u, v) * radius * size, 0, 1)
+
+    ground = _draw_ground(size, difficulty, rng)
+    color = _draw_color(difficulty, rng, away_from=ground.mean(axis=(1, 2)))
+    image = ground + coverage * (color[:, None, None] - ground)
+    return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
+
+
+def _draw_ground(size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
+    plain = np.full(3, rng.choice([0.08, 0.94]))
+    colored = plain + difficulty.ground_contrast * (rng.uniform(0, 1, 3) - plain)
+    slope = difficulty.ground_contrast * rng.uniform(-0.15, 0.15, (3, 2))
+    ramp = np.linspace(-1, 1, size)
+    ground = colored[:, None, None] + slope[:, :1, None] * ramp[:, None] + slope[:, 1:, None] * ramp
+    return ground + difficulty.texture * rng.standard_normal((1, size, size))
+
+
+def _draw_color(difficulty: Difficulty, rng: np.random.Generator, away_from: np.ndarray) -> np.ndarray:
+    for _ in range(20):
+        if difficulty.num_hues is None:
+            color = rng.uniform(0, 1, 3)
+        else:
+            hue = rng.integers(difficulty.num_hues) / difficulty.num_hues
+            color = np.array(colorsys.hsv_to_rgb(hue, 0.85, 0.85))
+        if np.abs(color - away_from).max() > 0.45:
+            break
+    return color
+
+
+def _circle(u: Field, v: Field) -> Field:
+    return np.hypot(u, v) - 0.95
+
+
+def _square(u: Field, v: Field) -> Field:
+    return np.maximum(np.abs(u), np.abs(v)) - 0.82
+
+
+def _polygon(num_sides: int) -> Callable[[Field, Field], Field]:
+    normals = 2 * np.pi * (np.arange(num_sides) + 0.5) / num_sides
+    apothem = np.cos(np.pi / num_sides)
+
+    def distance(u: Field, v: Field) -> Field:
+        sides = [np.sin(a) * u - np.cos(a) * v for a in normals]
+        return np.maximum.reduce(sides) - apothem
+
+    return distance
+
+
+def _triangle(u: Field, v: Field) -> Field:
+    return 1.15 * _polygon(3)(u / 1.15, (v - 0.25) / 1.15)
+
+
+def _star(u: Field, v: Field) -> Field:
+    """Five points: each tenth of a turn is bounded by the straight line from a tip to a notch."""
+    turn = 2 * np.pi / 5
+    angle = np.abs((np.arctan2(u, -v) + turn / 2) % turn - turn / 2)
+    along, across = np.hypot(u, v) * np.cos(angle), np.hypot(u, v) * np.sin(angle)
+    tip, notch = np.array([1.05, 0.0]), 0.42 * np.array([np.cos(turn / 2), np.sin(turn / 2)])
+    edge = (notch - tip) / np.linalg.norm(notch - tip)
+    return (along - tip[0]) * edge[1] - (across - tip[1]) * edge[0]
+
+
+def _heart(u: Field, v: Field) -> Field:
+    """Two discs over the corner of a square that stands on its tip (Quilez, 2-D distance functions)."""
+    x, y = np.abs(u) / 1.75, (0.85 - v) / 1.75
+    disc = np.hypot(x - 0.25, y - 0.75) - np.sqrt(2) / 4
+    fold = np.maximum(x + y, 0) / 2
+    body = np.minimum(np.hypot(x, y - 1), np.hypot(x - fold, y - fold)) * np.sign(x - y)
+    return 1.75 * np.where(x + y > 1, disc, body)
+
+
+def _cross(u: Field, v: Field) -> Field:
+    a, b = np.maximum(np.abs(u), np.abs(v)), np.minimum(np.abs(u), np.abs(v))
+    return np.maximum(a - 0.95, b - 0.3)
+
+
+def _ring(u: Field, v: Field) -> Field:
+    return np.abs(np.hypot(u, v) - 0.73) - 0.24
+
+
+def _crescent(u: Field, v: Field) -> Field:
+    return np.maximum(np.hypot(u, v) - 0.95, 0.78 - np.hypot(u - 0.45, v))
+
+
+def _arrow(u: Field, v: Field) -> Field:
+    """Pointing right: a shaft and a head."""
+    shaft = np.maximum(np.abs(u + 0.4) - 0.6, np.abs(v) - 0.24)
+    head = np.maximum(-u, (u + np.abs(v) - 1.0) / np.sqrt(2))
+    head = np.maximum(head, np.abs(v) - 0.8)
+    return np.minimum(shaft, head)
+
+
+def _stripes(u: Field, v: Field) -> Field:
+    """Three horizontal bars."""
+    bars = np.abs((v + 0.9) % 0.72 - 0.18) - 0.18
+    return np.maximum.reduce([bars, np.abs(u) - 0.9, np.abs(v) - 0.9])
+
+
+SHAPES: dict[str, Callable[[Field, Field], Field]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "heart": _heart,
+    "cross": _cross,
+    "ring": _ring,
+    "crescent": _crescent,
+    "arrow": _arrow,
+    "stripes": _stripes,
+}

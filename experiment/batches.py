@@ -1,0 +1,99 @@
+"""Training batches: everything random in a step is a function of (seed, step, position in the global batch).
+
+Each process draws the randomness of the whole global batch and keeps its own share, so the number of
+processes and micro-batches changes neither the order of the samples nor their noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from data.latents import LatentCache
+from diffusion.guidance import drop_labels
+from diffusion.process import Process
+from models.autoencoder import Codec
+
+
+def generator_for(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream depends on the key alone: (seed, purpose, step), say."""
+    words = [part if isinstance(part, int) else int.from_bytes(part.encode(), "little") for part in key]
+    seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a micro-batch."""
+
+    x_0: Float[Tensor, "b c h w"]
+    y: Int64[Tensor, " b"]
+    t: Tensor  # [b]
+    noise: Float[Tensor, "b c h w"]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training stream over a cache: epochs are permutations, laid end to end.
+
+    `batch_size` counts the images of an optimizer step over all processes and micro-batches.
+
+    Raises:
+        ValueError: when processes and micro-batches do not divide the batch.
+    """
+
+    cache: LatentCache
+    codec: Codec
+    process: Process
+    seed: int
+    batch_size: int
+    num_micro_batches: int = 1
+    label_dropout: float = 0.0
+    rank: int = 0
+    num_ranks: int = 1
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        parts = self.num_micro_batches * self.num_ranks
+        if self.batch_size < parts or self.batch_size % parts:
+            raise ValueError(
+                f"--train.batch_size {self.batch_size} must be a multiple of the {self.num_ranks} processes times "
+                f"--train.grad_accumulation {self.num_micro_batches}"
+            )
+
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of an optimizer step."""
+        index = self._order(step)
+        y = self.cache.labels[index].to(self.device)
+        draw = generator_for(self.seed, "step", step, device=self.device)
+        shape = (self.batch_size, *self.codec.latent_shape(*self.cache.image_size))
+        mirrored = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=self.device)
+        posterior_noise = torch.randn(shape, generator=draw, device=self.device)
+        noise = torch.randn(shape, generator=draw, device=self.device)
+        t = self.process.sample_timesteps(self.batch_size, generator=draw, device=self.device)
+        uniform = torch.rand(self.batch_size, generator=draw, device=self.device)
+        y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
+
+        size = self.batch_size // (self.num_micro_batches * self.num_ranks)
+        for micro in range(self.num_micro_batches):
+            start = (micro * self.num_ranks + self.rank) * size
+            part = slice(start, start + size)
+            stored = self.cache.read(index[part], mirrored[part]).to(self.device, non_blocking=True)
+            x_0 = self.codec.draw(stored, posterior_noise[part])
+            yield Batch(x_0, y[part], t[part], noise[part])
+
+    def _order(self, step: int) -> Int64[Tensor, " b"]:
+        """Positions `step * b .. (step + 1) * b` of the endless stream of permuted epochs."""
+        num_images = len(self.cache.labels)
+        position = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epoch, offset = position // num_images, position % num_images
+        index = torch.empty_like(position)
+        for number in epoch.unique().tolist():
+            permutation = torch.randperm(num_images, generator=generator_for(self.seed, "epoch", number))
+            index[epoch == number] = permutation[offset[epoch == number]]
+        return index

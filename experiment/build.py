@@ -1,0 +1,143 @@
+"""Configuration to objects, once: the only place where one floor's objects meet another's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from data import open_dataset
+from data.latents import LatentCache, build_cache, cache_name
+from diffusion import GaussianDiffusion
+from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, TrainConfig
+from models import create_model
+from models.autoencoder import Codec, create_codec
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What it takes to build a backbone again: the configuration's part, and what followed from the data."""
+
+    name: str
+    args: dict
+    input_size: tuple[int, int]
+    in_channels: int
+    out_channels: int
+    num_classes: int
+
+    def build(self) -> nn.Module:
+        """The backbone with fresh weights.
+
+        Raises:
+            ValueError: when name or arguments do not fit; nothing is allocated before that is known.
+        """
+        with torch.device("meta"):
+            self._create()
+        return self._create()
+
+    def _create(self) -> nn.Module:
+        return create_model(
+            self.name,
+            input_size=self.input_size,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            num_classes=self.num_classes,
+            **self.args,
+        )
+
+
+def build_process(config: DiffusionConfig) -> GaussianDiffusion:
+    """The diffusion process of a configuration."""
+    return GaussianDiffusion(**asdict(config))
+
+
+def model_spec(
+    config: ExperimentConfig, codec: Codec, process: GaussianDiffusion, num_classes: int
+) -> ModelSpec:
+    """The backbone that fits codec, process and data."""
+    channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
+    return ModelSpec(
+        name=config.model,
+        args=config.model_args,
+        input_size=(height, width),
+        in_channels=channels,
+        out_channels=process.output_channels(channels),
+        num_classes=num_classes,
+    )
+
+
+def open_split(config: DataConfig, split: str):
+    """The training or test split of the configured images."""
+    return open_dataset(
+        config.path,
+        split=split,
+        image_size=config.image_size,
+        test_fraction=config.test_fraction,
+        split_seed=config.split_seed,
+        exclude_classes=config.exclude_classes,
+        on_error=config.on_error,
+        num_images=config.num_images,
+        difficulty=config.difficulty,
+    )
+
+
+def open_cache(config: DataConfig, codec: Codec, split: str, accelerator: Accelerator) -> LatentCache:
+    """The encoded split, from the cache folder or, on first use, encoded into it by all processes."""
+    dataset = open_split(config, split)
+    flips = config.flip and split == "train"
+    expected = {**codec.identity, **dataset.describe(), "flips": flips}
+    folder = Path(config.cache) / cache_name(expected)
+    if not (folder / "manifest.json").exists():
+        codec.latent_shape(config.image_size, config.image_size)
+        build_cache(
+            folder,
+            dataset,
+            lambda images: codec.prepare(images.to(accelerator.device)).cpu(),
+            codec.identity,
+            flips=flips,
+            batch_size=128,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            progress=accelerator.is_main_process,
+        )
+        accelerator.wait_for_everyone()
+    return LatentCache(folder, expected)
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, num_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Fused AdamW and its learning-rate schedule, counted in optimizer steps."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    schedule = DECAYS[config.decay]
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        return schedule((step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+DECAYS = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(progress, 1.0))).item()),
+}
+
+
+def num_training_steps(config: TrainConfig, num_images: int) -> int:
+    """Optimizer steps of the run: as asked, or enough for the epochs, the last one whole."""
+    if config.num_steps is not None:
+        return config.num_steps
+    return -(-config.num_epochs * num_images // config.batch_size)
+
+
+def precision(config: TrainConfig, device: torch.device) -> str:
+    """Accelerate's name of the mixed precision: bf16 on GPUs and float32 on CPUs unless asked otherwise."""
+    automatic = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": "no", "bf16": "bf16"}[automatic if config.precision == "auto" else config.precision]

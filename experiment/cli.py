@@ -1,0 +1,50 @@
+"""Command lines: the only importer of jsonargparse among the packages, and the one way errors reach a user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from jsonargparse import auto_cli
+
+from experiment.config import ExperimentConfig
+
+T = TypeVar("T")
+
+
+def parse(config_class: type[T], arguments: list[str] | None = None) -> T:
+    """Flags and `--config FILE.yaml` into a frozen dataclass; unknown keys are refused.
+
+    Raises:
+        SystemExit: with a message that names the flag, when an argument does not fit.
+    """
+    return auto_cli(config_class, args=arguments, as_positional=False, return_instance=True)
+
+
+def parse_experiment(arguments: list[str] | None = None) -> ExperimentConfig:
+    """The configuration of a training run; `--resume RUN` starts from that run's own `config.yaml`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    config = parse(ExperimentConfig, arguments)
+    if config.resume is None:
+        return config
+    stored = Path(config.resume) / "config.yaml"
+    if not stored.is_file():
+        raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist")
+    return parse(ExperimentConfig, ["--config", str(stored), *arguments])
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can get wrong ends in one line and exit status 2; `TRACEBACK=1` shows where it was raised."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        message = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None

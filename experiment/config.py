@@ -1,0 +1,185 @@
+"""The one configuration: frozen dataclasses, read from YAML and flags by jsonargparse.
+
+Attributes, YAML keys and flags share one spelling. Values that follow from others (latent size, channels,
+number of classes) are derived in `experiment.build` and never written down. Nothing heavy is imported here,
+so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and how they are read.
+
+    Args:
+        path: folder or zip with a class a folder (a train/ and test/ level is used where it exists), or 'shapes'
+            for the embedded procedural dataset
+        image_size: side in pixels; images are cropped to the centre square and resized where needed
+        test_fraction: share of each class held out, where the source has no train/ and test/ of its own
+        split_seed: seed of that split
+        exclude_classes: class folders to leave out
+        on_error: what a damaged image does: 'stop' names it, 'skip' counts and reports
+        flip: train on mirrored images too
+        num_images: size of the training split of 'shapes'
+        difficulty: of 'shapes': 'easy', 'medium' or 'hard'
+        cache: folder for encoded datasets; each gets a folder of its own, built on first use
+    """
+
+    path: str = "shapes"
+    image_size: int = 64
+    test_fraction: float = 0.2
+    split_seed: int = 0
+    exclude_classes: list[str] = field(default_factory=list)
+    on_error: Literal["stop", "skip"] = "stop"
+    flip: bool = True
+    num_images: int = 5000
+    difficulty: Literal["easy", "medium", "hard"] = "easy"
+    cache: str = "cache"
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process: Gaussian, in discrete time (Ho et al. 2020, Nichol and Dhariwal 2021).
+
+    Args:
+        schedule: of the noise: 'linear' or 'cosine'
+        num_timesteps: T
+        prediction: what the backbone predicts: 'epsilon', 'x_0' or 'v'
+        variance: 'learned_range' (hybrid loss), 'fixed_small' or 'fixed_large'
+    """
+
+    schedule: str = "linear"
+    num_timesteps: int = 1000
+    prediction: str = "epsilon"
+    variance: str = "learned_range"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW.
+
+    Args:
+        lr: learning rate, reached linearly over warmup_steps
+        warmup_steps: optimizer steps until then
+        decay: after the warm-up 'constant', or 'cosine' to zero at the last step
+        betas: decay rates of the moments
+        weight_decay: decoupled weight decay
+        grad_clip: largest norm of the gradient; 0 turns clipping off
+    """
+
+    lr: float = 1e-4
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and numbers of the training.
+
+    Args:
+        num_epochs: passes over the training split
+        num_steps: optimizer steps; takes the place of num_epochs
+        max_hours: save and stop after this time
+        batch_size: images an optimizer step, over all processes and micro-batches
+        grad_accumulation: micro-batches a step
+        label_dropout: share of labels replaced by the null label, for classifier-free guidance
+        ema_decay: decay of the averaged weights, which is min(ema_decay, (1 + step) / (10 + step))
+        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 on GPUs, fp32 on CPUs
+        seed: of weights, order, noise, timesteps and dropout
+    """
+
+    num_epochs: int = 100
+    num_steps: int | None = None
+    max_hours: float | None = None
+    batch_size: int = 128
+    grad_accumulation: int = 1
+    label_dropout: float = 0.1
+    ema_decay: float = 0.9999
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn, by sample.py, evaluate.py and the grids during training.
+
+    Args:
+        sampler: 'ddpm' or 'ddim'
+        num_steps: model calls a sample, each of both halves under guidance
+        guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
+        eta: randomness of 'ddim': 0 none, 1 that of 'ddpm'
+        legacy_cfg_channels: guide the first channels only, as published samplers did (3); null: all
+    """
+
+    sampler: str = "ddpm"
+    num_steps: int = 150
+    guidance_scale: float = 1.5
+    eta: float = 0.0
+    legacy_cfg_channels: int | None = None
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written on the way, and how often (in optimizer steps; 0: never).
+
+    Args:
+        every: loss and speed, to log.jsonl and the trackers
+        validate_every: loss of the averaged weights on the held-out split
+        num_validation: at most so many held-out images are used for it
+        sample_every: a grid of samples
+        checkpoint_every: a checkpoint; the last step always writes one
+        keep_checkpoints: the newest so many stay
+        trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
+    """
+
+    every: int = 20
+    validate_every: int = 1000
+    num_validation: int = 1024
+    sample_every: int = 2000
+    checkpoint_every: int = 2000
+    keep_checkpoints: int = 2
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Train a diffusion backbone on the latents of a frozen autoencoder.
+
+    Args:
+        model: backbone: XSwin, USwin, DiT-S/2, UViT-S/2, ... (an unknown name lists them all)
+        model_args: constructor arguments of the backbone that differ from its row in the table
+        autoencoder: 'embedded', 'pixel', a folder in diffusers' format, or a hub id
+        name: of the run's folder, runs/<name>; by default the model's name
+        resume: a run's folder: go on from its newest checkpoint with its configuration
+        data: see --data.help
+        diffusion: see below
+        optim: see below
+        train: see below
+        sampling: see below
+        log: see below
+    """
+
+    model: str = "XSwin"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    autoencoder: str = "embedded"
+    name: str | None = None
+    resume: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, fit for YAML and JSON."""
+        values = asdict(self)
+        values["optim"]["betas"] = list(self.optim.betas)
+        return values
