@@ -1,0 +1,172 @@
+"""The latent cache: what a codec stores of each image, encoded once and read by every epoch after.
+
+A folder of safetensors shards (`stored` [n v ...], `labels` [n], `source_indices` [n]) and a `manifest.json`
+that says what the cache was made of. `v` counts the views: 1, or 2 where mirrored images are stored too. Shards
+are written aside and renamed; the manifest comes last, so a folder with a manifest is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from data.images import DataError
+
+FORMAT = 1
+IMAGES_PER_SHARD = 2048
+
+
+class LatentCache:
+    """An encoded split, in memory; `to(device)` moves it onto the training device.
+
+    `expected` is the description of the codec and the images that the run uses.
+
+    Raises:
+        DataError: naming each thing in which cache and run differ, or the shard that is damaged.
+    """
+
+    def __init__(self, folder: Path, expected: Mapping[str, object]) -> None:
+        manifest = _read_manifest(folder)
+        differences = [
+            f"{key} is {_short(manifest.get(key))}, the run has {_short(value)}"
+            for key, value in expected.items()
+            if manifest.get(key) != value
+        ]
+        if differences:
+            raise DataError(
+                f"latent cache {folder} does not fit: {'; '.join(differences)}; "
+                "delete it, or give another --data.cache"
+            )
+        self.folder, self.manifest = folder, manifest
+        self.classes: list[str] = manifest["classes"]
+        self.num_classes = len(self.classes)
+        self.image_size: tuple[int, int] = tuple(manifest["image_size"])
+        shards = [_read_shard(folder / name, size) for name, size in manifest["shards"].items()]
+        self.stored = torch.cat([shard["stored"] for shard in shards])
+        self.labels = torch.cat([shard["labels"] for shard in shards])
+        self.source_indices = torch.cat([shard["source_indices"] for shard in shards])
+        self.num_views = self.stored.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: Int64[Tensor, " b"], view: Int64[Tensor, " b"]) -> Tensor:
+        """What is stored [b ...] of these images; `view` 1 is the mirrored one."""
+        return self.stored[index.to(self.stored.device), view.to(self.stored.device)]
+
+    def to(self, device: torch.device | str) -> LatentCache:
+        """Keep the cache on a device, so that no step waits for a transfer."""
+        self.stored = self.stored.to(device)
+        return self
+
+
+def build_cache(
+    folder: Path,
+    dataset,
+    prepare: Callable[[UInt8[Tensor, "b 3 h w"]], Tensor],
+    identity: Mapping[str, object],
+    *,
+    flips: bool,
+    batch_size: int = 128,
+    rank: int = 0,
+    num_ranks: int = 1,
+    progress: bool = True,
+) -> None:
+    """Encode a dataset into `folder`; shards that are there already are kept, so a cut run goes on.
+
+    Shards are dealt out over `num_ranks` processes; each calls this with its `rank`, and whoever finds all shards
+    present writes the manifest.
+
+    Raises:
+        DataError: for a damaged image, or a disk without room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(dataset), IMAGES_PER_SHARD)
+    names = [f"shard-{number:05d}.safetensors" for number in range(len(starts))]
+    mine = [(start, folder / name) for start, name in list(zip(starts, names, strict=True))[rank::num_ranks]]
+    missing = [(start, path) for start, path in mine if not path.exists()]
+    _check_room(folder, dataset, prepare, flips)
+    with tqdm(
+        total=sum(min(IMAGES_PER_SHARD, len(dataset) - start) for start, _ in missing),
+        desc="encoding images",
+        unit="img",
+        disable=not progress or not missing,
+    ) as bar:
+        for start, path in missing:
+            subset = Subset(dataset, range(start, min(start + IMAGES_PER_SHARD, len(dataset))))
+            encoded = []
+            for images, _ in DataLoader(subset, batch_size=batch_size):
+                views = [images, images.flip(-1)] if flips else [images]
+                encoded.append(torch.stack([_compact(prepare(view)) for view in views], dim=1))
+                bar.update(len(images))
+            shard = {
+                "stored": torch.cat(encoded).contiguous(),
+                "labels": dataset.labels[start : start + IMAGES_PER_SHARD].clone(),
+                "source_indices": dataset.source_indices[start : start + IMAGES_PER_SHARD].clone(),
+            }
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            save_file(shard, partial)
+            partial.replace(path)
+    if all((folder / name).exists() for name in names):
+        sizes = {name: (folder / name).stat().st_size for name in names}
+        manifest = {"format": FORMAT, **identity, **dataset.describe(), "flips": flips, "shards": sizes}
+        partial = folder / f"manifest.{os.getpid()}.partial"
+        partial.write_text(json.dumps(manifest, indent=2) + "\n")
+        partial.replace(folder / "manifest.json")
+
+
+def cache_name(expected: Mapping[str, object]) -> str:
+    """A folder name of its own for each combination of codec, images and crop."""
+    digest = hashlib.sha256(json.dumps(expected, sort_keys=True, default=str).encode()).hexdigest()
+    source = Path(str(expected.get("source", "images"))).stem
+    return f"{source}-{digest[:12]}"
+
+
+def _compact(stored: Tensor) -> Tensor:
+    """Posterior moments in half precision: their rounding is far below the posterior's own spread."""
+    return stored.half() if stored.is_floating_point() else stored
+
+
+def _check_room(folder: Path, dataset, prepare: Callable, flips: bool) -> None:
+    sample = _compact(prepare(dataset[0][0][None]))
+    present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    needed = sample.numel() * sample.element_size() * len(dataset) * (1 + flips) - present
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"--data.cache {folder}: encoding needs {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; "
+            "make room or give another --data.cache"
+        )
+
+
+def _read_manifest(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"latent cache {folder}: manifest.json is missing or damaged; delete the folder") from error
+
+
+def _read_shard(path: Path, size: int) -> dict[str, Tensor]:
+    try:
+        if path.stat().st_size != size:
+            raise OSError(f"{path.stat().st_size} bytes, {size} expected")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"latent cache shard {path} is damaged ({error}); delete it and {path.parent}/manifest.json") from error
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
