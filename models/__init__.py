@@ -1,0 +1,53 @@
+"""Backbones by name: `create_model("XSwin", input_size=8, in_channels=4, out_channels=8, num_classes=101)`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+
+from torch import nn
+
+from models import dit, uvit, xswin
+
+BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {**xswin.MODELS, **dit.MODELS, **uvit.MODELS}
+BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "UViT-tokens")}
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` knows."""
+    return list(BACKBONES)
+
+
+def create_model(
+    name: str,
+    *,
+    input_size: int | tuple[int, int],
+    in_channels: int,
+    out_channels: int,
+    num_classes: int,
+    **overrides: object,
+) -> nn.Module:
+    """A backbone `model(x_t, t, y) -> [b out_channels h w]`; `overrides` change arguments of its row in the table.
+
+    Raises:
+        ValueError: for an unknown name or argument, listing the known ones, and for arguments that do not fit.
+    """
+    if name not in BACKBONES:
+        close = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"--model {name}: unknown; {hint}there are {', '.join(BACKBONES)}")
+    backbone, row = BACKBONES[name]
+    accepted = inspect.signature(backbone).parameters
+    unknown = sorted(overrides.keys() - accepted.keys())
+    if unknown:
+        raise ValueError(f"--model_args {unknown[0]}: {name} has no such argument; it takes {', '.join(accepted)}")
+    return backbone(
+        **{
+            "input_size": input_size,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "num_classes": num_classes,
+            **row,
+            **overrides,
+        }
+    )

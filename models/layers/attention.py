@@ -1,0 +1,96 @@
+"""Scaled dot-product attention: the one place that chooses a kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+FEW_TOKENS = 64  # on CPUs, up to here plain matrix products beat the fused kernel's backward
+
+
+def attend(
+    q: Float[Tensor, "... n e"],
+    k: Float[Tensor, "... m e"],
+    v: Float[Tensor, "... m f"],
+    *,
+    bias: Tensor | None = None,  # broadcasts to [... n m]
+    scale: float | None = None,
+) -> Float[Tensor, "... n f"]:
+    """`softmax(scale * q k^T + bias) v`; `scale` is `1 / sqrt(e)` unless given (Vaswani et al. 2017, eq. 1)."""
+    if q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        logits = (q * scale) @ k.transpose(-2, -1)
+        logits = logits if bias is None else logits + bias
+        return logits.softmax(dim=-1).to(v.dtype) @ v
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+class SelfAttention(nn.Module):
+    """Global multi-head self-attention.
+
+    Raises:
+        ValueError: when the heads do not divide the width.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        q, k, v = rearrange(self.qkv(x), "b n (three k e) -> three b k n e", three=3, k=self.num_heads)
+        return self.proj(rearrange(attend(q, k, v), "b k n e -> b n (k e)"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention whose queries come from `x`, keys and values from `context`.
+
+    Raises:
+        ValueError: when the heads do not divide the width.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"],
+        bias: Tensor | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        q = rearrange(self.q(x), "b n (k e) -> b k n e", k=self.num_heads)
+        k, v = rearrange(self.kv(context), "b m (two k e) -> two b k m e", two=2, k=self.num_heads)
+        return self.proj(rearrange(attend(q, k, v, bias=bias), "b k n e -> b n (k e)"))
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Fail in words when `num_heads` does not divide `dim`."""
+    if dim % num_heads:
+        raise ValueError(f"num_heads={num_heads} must divide the width {dim}")
+
+
+def zero_(module: nn.Linear) -> nn.Linear:
+    """Zero weights and bias: what follows starts as if the layer were not there."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+def xavier_(module: nn.Module) -> None:
+    """Xavier-uniform linears with zero biases: `module.apply(xavier_)`."""
+    if isinstance(module, nn.Linear):
+        torch.nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

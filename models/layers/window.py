@@ -1,0 +1,120 @@
+"""Windows over a grid of tokens: partition, shift, padding, and attention inside them."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from models.layers.attention import CrossAttention, attend, check_heads
+from models.layers.position import ContinuousPositionBias
+
+
+class Windows:
+    """The windows of an `h x w` grid, shifted by `shift` along each axis that holds more than one window.
+
+    A grid that the window does not divide is padded at its far edges. Tokens attend to those that lie in the same
+    window and were neighbours before the shift wrapped them round; nothing attends to padding.
+    """
+
+    def __init__(self, height: int, width: int, window_size: int, shift: int = 0) -> None:
+        self.height, self.width, self.size = height, width, window_size
+        self.padded = tuple(math.ceil(side / window_size) * window_size for side in (height, width))
+        self.shifts = tuple(shift if side > window_size else 0 for side in self.padded)
+
+    def partition(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "windows n d"]:
+        """A batch of windows, each a sequence of tokens."""
+        x = F.pad(x, (0, 0, 0, self.padded[1] - self.width, 0, self.padded[0] - self.height))
+        if any(self.shifts):
+            x = x.roll((-self.shifts[0], -self.shifts[1]), dims=(1, 2))
+        return rearrange(x, "b (nh p) (nw q) d -> (b nh nw) (p q) d", p=self.size, q=self.size)
+
+    def merge(self, x: Float[Tensor, "windows n d"]) -> Float[Tensor, "b h w d"]:
+        """The inverse of `partition`, padding cut off."""
+        nh, nw = (side // self.size for side in self.padded)
+        x = rearrange(x, "(b nh nw) (p q) d -> b (nh p) (nw q) d", nh=nh, nw=nw, p=self.size)
+        if any(self.shifts):
+            x = x.roll(self.shifts, dims=(1, 2))
+        return x[:, : self.height, : self.width]
+
+    def mask(self, device: torch.device) -> Bool[Tensor, "windows n n"] | None:
+        """Which tokens of a window may attend to which; None where all may."""
+        if not any(self.shifts) and self.padded == (self.height, self.width):
+            return None
+        return _mask(self.height, self.width, self.size, self.padded, self.shifts, device)
+
+
+@lru_cache(maxsize=64)
+def _mask(
+    height: int, width: int, size: int, padded: tuple[int, int], shifts: tuple[int, int], device: torch.device
+) -> Bool[Tensor, "windows n n"]:
+    with torch.inference_mode(False):  # kept for training, even when first needed while sampling
+        regions = []
+        for side, full, shift in zip((height, width), padded, shifts, strict=True):
+            position = (torch.arange(full) + shift) % full
+            wrapped = torch.arange(full) >= full - shift
+            regions.append(torch.where(position >= side, 2, wrapped.long()))
+        region = 3 * regions[0][:, None] + regions[1]
+        region = rearrange(region, "(nh p) (nw q) -> (nh nw) (p q)", p=size, q=size)
+        return (region[:, :, None] == region[:, None, :]).to(device)
+
+
+def _with_mask(bias: Tensor | None, windows: Windows, num_windows: int, device: torch.device) -> Tensor | None:
+    """Position bias [k n n] and window mask as one bias [windows k n n]."""
+    mask = windows.mask(device)
+    if mask is None:
+        return bias
+    blocked = torch.zeros(mask.shape, device=device).masked_fill(~mask, -torch.inf)[:, None]
+    blocked = blocked if bias is None else blocked + bias
+    return blocked.repeat(num_windows // len(mask), 1, 1, 1)
+
+
+class WindowAttention(nn.Module):
+    """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022).
+
+    Keys have no bias, as in the published models.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads, self.window_size = num_heads, window_size
+        self.shift = window_size // 2 if shifted else 0
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
+        self.position_bias = ContinuousPositionBias(window_size, num_heads)
+
+    def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
+        windows = Windows(*x.shape[1:3], self.window_size, self.shift)
+        x = windows.partition(x)  # [windows n d]
+        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        q, k, v = rearrange(qkv, "w n (three k e) -> three w k n e", three=3, k=self.num_heads)
+        scale = self.logit_scale.clamp(max=math.log(100)).exp()
+        bias = _with_mask(self.position_bias(), windows, len(x), x.device)
+        x = attend(F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v, bias=bias, scale=1.0)
+        return windows.merge(self.proj(rearrange(x, "w k n e -> w n (k e)")))
+
+
+class WindowCrossAttention(nn.Module):
+    """Localized cross attention: queries from `x`, keys and values from the same window of `context`."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.attention = CrossAttention(dim, num_heads)
+
+    def forward(
+        self, x: Float[Tensor, "b h w d"], context: Float[Tensor, "b h w d"]
+    ) -> Float[Tensor, "b h w d"]:
+        windows = Windows(*x.shape[1:3], self.window_size)
+        x, context = windows.partition(x), windows.partition(context)
+        bias = _with_mask(None, windows, len(x), x.device)
+        return windows.merge(self.attention(x, context, bias))

@@ -1,0 +1,124 @@
+"""U-ViT as published: time and label are tokens among the patches (Bao et al. 2023)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from models.layers.attention import SelfAttention
+from models.layers.embedding import sinusoids
+from models.layers.patch import check_input_size, patchify, unpatchify
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = SelfAttention(dim, num_heads, qkv_bias=False)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViTTokens(nn.Module):
+    """A transformer over label, time and patch tokens, with long skips and a last convolution.
+
+    Args:
+        input_size: side of the latent, or height and width; `patch_size` must divide it.
+        in_channels: channels of the latent.
+        out_channels: channels to put out.
+        num_classes: classes; label `num_classes` is the null label; 0 makes the model unconditional.
+        dim: width.
+        depth: blocks, an odd number: as many before the middle one as after it.
+        num_heads: heads of each.
+        patch_size: side of a patch, in latent pixels.
+        mlp_ratio: hidden over outer width of the MLPs.
+
+    Raises:
+        ValueError: in words, for arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int | tuple[int, int],
+        in_channels: int,
+        out_channels: int,
+        num_classes: int,
+        dim: int = 384,
+        depth: int = 13,
+        num_heads: int = 6,
+        patch_size: int = 2,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if depth % 2 == 0:
+            raise ValueError(f"depth={depth} must be odd: as many blocks before the middle one as after it")
+        self.input_size = check_input_size(input_size, patch_size)
+        self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
+        self.patch_size, self.dim = patch_size, dim
+        self.grid = self.input_size[0] // patch_size, self.input_size[1] // patch_size
+        self.num_extras = 2 if num_classes else 1
+
+        def make_blocks(number: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(number))
+
+        half = depth // 2
+        self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.patch = nn.Linear(in_channels * patch_size**2, dim)
+        self.positions = nn.Parameter(torch.zeros(self.num_extras + self.grid[0] * self.grid[1], dim))
+        self.encoder, self.middle, self.decoder = make_blocks(half), Block(dim, num_heads), make_blocks(half)
+        self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(half))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, out_channels * patch_size**2)
+        self.smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
+    ) -> Float[Tensor, "b c_out h w"]:
+        # Tokens: label, time, patches.
+        tokens = [sinusoids(t, self.dim)[:, None], self.patch(patchify(x_t, self.patch_size))]
+        if self.label is not None:
+            tokens.insert(0, self.label(y)[:, None])
+        x = torch.cat(tokens, dim=1) + self.positions
+
+        # A U of transformer blocks.
+        skips = []
+        for block in self.encoder:
+            x = block(x)
+            skips.append(x)
+        x = self.middle(x)
+        for join, block in zip(self.joins, self.decoder, strict=True):
+            x = block(join(torch.cat([x, skips.pop()], dim=-1)))
+
+        x = self.head(self.norm(x))[:, self.num_extras :]
+        return self.smooth(unpatchify(x, self.grid, self.patch_size))
+
+
+SIZES = {
+    "S": {"dim": 384, "depth": 13, "num_heads": 6},
+    "B": {"dim": 768, "depth": 13, "num_heads": 12},
+    "L": {"dim": 1024, "depth": 25, "num_heads": 16},
+    "XL": {"dim": 1152, "depth": 29, "num_heads": 16},
+}
+MODELS = {
+    f"UViT-tokens-{size}/{patch_size}": (UViTTokens, {**row, "patch_size": patch_size})
+    for size, row in SIZES.items()
+    for patch_size in (2, 4, 8)
+}

@@ -1,0 +1,332 @@
+"""XSwin and USwin: hierarchical U-Nets of Swin V2 blocks, with localized cross-attention or concatenated skips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64, Shaped
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from models.layers.attention import SelfAttention, zero_
+from models.layers.embedding import Conditioning
+from models.layers.modulation import Modulator
+from models.layers.patch import PatchExpanding, PatchMerging
+from models.layers.position import sincos_2d
+from models.layers.window import WindowAttention, WindowCrossAttention
+
+
+class SwinBlock(nn.Module):
+    """Swin V2 block: window attention and MLP, each modulated before and normalised after (res-post-norm)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        cond_dim: int,
+        *,
+        window_size: int,
+        shifted: bool,
+        mlp_ratio: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.modulator1 = Modulator(cond_dim, dim)
+        self.attention = WindowAttention(dim, num_heads, window_size, shifted=shifted)
+        self.norm1 = nn.LayerNorm(dim)
+        self.modulator2 = Modulator(cond_dim, dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b h w d"], cond: Tensor) -> Float[Tensor, "b h w d"]:
+        x = x + self.drop_path(self.norm1(self.attention(self.modulator1(x, cond))))
+        return x + self.drop_path(self.norm2(self.mlp(self.modulator2(x, cond))))
+
+
+class GlobalBlock(nn.Module):
+    """ViT block: global attention and MLP, each normalised and modulated before."""
+
+    def __init__(self, dim: int, num_heads: int, cond_dim: int, *, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.modulator1 = Modulator(cond_dim, dim)
+        self.attention = SelfAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.modulator2 = Modulator(cond_dim, dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "b n d"], cond: Tensor) -> Float[Tensor, "b n d"]:
+        x = x + self.attention(self.modulator1(self.norm1(x), cond))
+        return x + self.mlp(self.modulator2(self.norm2(x), cond))
+
+
+class EncoderStage(nn.Module):
+    """Swin blocks, every second one shifted by half a window."""
+
+    def __init__(self, blocks: Sequence[SwinBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Float[Tensor, "b h w d"], cond: Tensor) -> Float[Tensor, "b h w d"]:
+        for block in self.blocks:
+            x = block(x, cond)
+        return x
+
+
+class CrossAttentionSkip(nn.Module):
+    """What the encoder's skip says to each window of the decoder: cross attention, normalised."""
+
+    def __init__(self, dim: int, num_heads: int, cond_dim: int, window_size: int) -> None:
+        super().__init__()
+        self.modulator_x = Modulator(cond_dim, dim)
+        self.modulator_skip = Modulator(cond_dim, dim)
+        self.attention = WindowCrossAttention(dim, num_heads, window_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, x: Float[Tensor, "b h w d"], skip: Float[Tensor, "b h w d"], cond: Tensor
+    ) -> Float[Tensor, "b h w d"]:
+        return self.norm(self.attention(self.modulator_x(x, cond), self.modulator_skip(skip, cond)))
+
+
+class ConcatSkip(nn.Module):
+    """The encoder's skip as it is (Ronneberger et al. 2015)."""
+
+    def __init__(self, dim: int, num_heads: int, cond_dim: int, window_size: int) -> None:
+        super().__init__()
+
+    def forward(
+        self, x: Float[Tensor, "b h w d"], skip: Float[Tensor, "b h w d"], cond: Tensor
+    ) -> Float[Tensor, "b h w d"]:
+        return skip
+
+
+SKIPS = {"cross_attention": CrossAttentionSkip, "concat": ConcatSkip}
+
+
+class DecoderStage(nn.Module):
+    """Joins the skip: the first block runs at twice the width, a pointwise layer halves it, the others follow."""
+
+    def __init__(
+        self, skip: nn.Module, wide: SwinBlock, blocks: Sequence[SwinBlock], dim: int, cond_dim: int
+    ) -> None:
+        super().__init__()
+        self.skip = skip
+        self.wide = wide
+        self.modulator = Modulator(cond_dim, 2 * dim)
+        self.halve = nn.Linear(2 * dim, dim)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(
+        self, x: Float[Tensor, "b h w d"], skip: Float[Tensor, "b h w d"], cond: Tensor
+    ) -> Float[Tensor, "b h w d"]:
+        x = torch.cat([x, self.skip(x, skip, cond)], dim=-1)
+        x = self.halve(self.modulator(self.wide(x, cond), cond))
+        for block in self.blocks:
+            x = block(x, cond)
+        return x
+
+
+class ConvStem(nn.Module):
+    """Three modulated 3x3 convolutions, each with its norm and a leaky ReLU."""
+
+    def __init__(self, in_channels: int, dim: int, cond_dim: int, norm: str) -> None:
+        super().__init__()
+        widths = [in_channels, dim, dim]
+        self.modulators = nn.ModuleList(Modulator(cond_dim, width) for width in widths)
+        self.convs = nn.ModuleList(nn.Conv2d(width, dim, 3, padding=1) for width in widths)
+        self.norms = nn.ModuleList(CONV_NORMS[norm](dim) for _ in widths)
+        self.activation = nn.LeakyReLU()
+
+    def forward(self, x: Float[Tensor, "b c h w"], cond: Tensor) -> Float[Tensor, "b d h w"]:
+        for modulator, conv, norm in zip(self.modulators, self.convs, self.norms, strict=True):
+            x = self.activation(norm(conv(modulate_image(modulator, x, cond))))
+        return x
+
+
+CONV_NORMS = {"batch": nn.BatchNorm2d, "group": lambda dim: nn.GroupNorm(min(32, dim // 4), dim)}
+
+
+def modulate_image(
+    modulator: Modulator, x: Float[Tensor, "b c h w"], cond: Tensor
+) -> Float[Tensor, "b c h w"]:
+    """A modulator over the channels of an image."""
+    return rearrange(modulator(rearrange(x, "b c h w -> b h w c"), cond), "b h w c -> b c h w")
+
+
+class XSwin(nn.Module):
+    """Hierarchical U-Net vision transformer with residual cross attention.
+
+    Images pass a convolutional stem, are cut into patches, encoded by stages of Swin V2 blocks with patch merging in
+    between, mixed by global ViT blocks, decoded stage by stage with the encoder's skips, and smoothed by a second
+    stem that also sees the first one's output.
+
+    Args:
+        input_size: side of the latent, or height and width.
+        in_channels: channels of the latent.
+        out_channels: channels to put out (twice as many where the variance is learned).
+        num_classes: classes; label `num_classes` is the null label; 0 makes the model unconditional.
+        dim: width of the first stage, and of the conditioning; each stage doubles it.
+        depths: Swin blocks of each stage, encoder and decoder alike.
+        num_heads: heads of each stage.
+        window_size: side of the attention windows, in tokens.
+        patch_size: side of a patch, in latent pixels; must divide the input.
+        num_global_blocks: ViT blocks at the bottleneck.
+        mlp_ratio: hidden over outer width of the MLPs.
+        skip: `cross_attention` (XSwin) or `concat` (USwin).
+        final_downsample: merge after the last stage too.
+        conv_norm: `batch` (published) or `group`, which does not mix samples.
+        drop_path: stochastic depth of the last block; rises from 0 over encoder and decoder.
+
+    Raises:
+        ValueError: in words, for arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int | tuple[int, int],
+        in_channels: int,
+        out_channels: int,
+        num_classes: int,
+        dim: int = 192,
+        depths: Sequence[int] = (3, 3),
+        num_heads: Sequence[int] = (6, 12),
+        window_size: int = 2,
+        patch_size: int = 1,
+        num_global_blocks: int = 3,
+        mlp_ratio: float = 4.0,
+        skip: str = "cross_attention",
+        final_downsample: bool = False,
+        conv_norm: str = "batch",
+        drop_path: float = 0.1,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"patch_size={patch_size} must divide the {height}x{width} input")
+        if len(depths) != len(num_heads) or not depths:
+            raise ValueError(f"depths={list(depths)} and num_heads={list(num_heads)} must be of one length")
+        if skip not in SKIPS or conv_norm not in CONV_NORMS:
+            raise ValueError(f"skip={skip} must be one of {list(SKIPS)}, conv_norm={conv_norm} of {list(CONV_NORMS)}")
+        self.input_size, self.in_channels, self.out_channels = (height, width), in_channels, out_channels
+        self.num_classes, self.patch_size = num_classes, patch_size
+
+        rates = torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist()
+
+        def make_blocks(depth: int, width: int, heads: int, rates: list[float], first: int = 0) -> list[SwinBlock]:
+            return [
+                SwinBlock(
+                    width,
+                    heads,
+                    dim,
+                    window_size=window_size,
+                    shifted=number % 2 == 1,
+                    mlp_ratio=mlp_ratio,
+                    drop_path=rates[number],
+                )
+                for number in range(first, depth)
+            ]
+
+        widths = [dim * 2**level for level in range(len(depths))]
+        self.cond = Conditioning(num_classes, dim)
+        self.stem_in = ConvStem(in_channels, dim, dim, conv_norm)
+        self.patch_modulator = Modulator(dim, dim)
+        self.patch = nn.Conv2d(dim, dim, patch_size, stride=patch_size)
+        self.patch_norm = nn.LayerNorm(dim)
+
+        self.encoder, self.merges = nn.ModuleList(), nn.ModuleList()
+        for level, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            stage_rates, rates = rates[:depth], rates[depth:]
+            self.encoder.append(EncoderStage(make_blocks(depth, widths[level], heads, stage_rates)))
+            merged = level < len(depths) - 1 or final_downsample
+            self.merges.append(PatchMerging(widths[level], dim) if merged else nn.Identity())
+
+        factor = patch_size * 2 ** (len(depths) - (not final_downsample))
+        middle_dim = widths[-1] * (2 if final_downsample else 1)
+        grid = -(-height // factor), -(-width // factor)
+        self.register_buffer("positions", sincos_2d(middle_dim, *grid), persistent=False)
+        middle_heads = num_heads[-1] * (2 if final_downsample else 1)
+        self.middle = nn.ModuleList(
+            GlobalBlock(middle_dim, middle_heads, dim, mlp_ratio=mlp_ratio) for _ in range(num_global_blocks)
+        )
+
+        self.expands, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(depths))):
+            depth, heads, width = depths[level], num_heads[level], widths[level]
+            stage_rates, rates = rates[:depth], rates[depth:]
+            merged = level < len(depths) - 1 or final_downsample
+            self.expands.append(PatchExpanding(2 * width, dim) if merged else nn.Identity())
+            self.decoder.append(
+                DecoderStage(
+                    SKIPS[skip](width, heads, dim, window_size),
+                    make_blocks(1, 2 * width, 2 * heads, stage_rates)[0],
+                    make_blocks(depth, width, heads, stage_rates, first=1),
+                    width,
+                    dim,
+                )
+            )
+
+        self.unpatch_modulator = Modulator(dim, dim)
+        self.unpatch = nn.ConvTranspose2d(dim, dim, patch_size, stride=patch_size)
+        self.unpatch_norm = CONV_NORMS[conv_norm](dim)
+        self.stem_out = ConvStem(2 * dim, dim, dim, conv_norm)
+        self.head_modulator = Modulator(dim, dim)
+        self.head = nn.Conv2d(dim, out_channels, 1)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Modulator):
+                zero_(module.linear)
+
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
+    ) -> Float[Tensor, "b c_out h w"]:
+        cond = self.cond(t, y)
+
+        # Convolutional stem, patches.
+        stem = self.stem_in(x_t, cond)
+        x = self.patch(modulate_image(self.patch_modulator, stem, cond))
+        x = self.patch_norm(rearrange(x, "b d h w -> b h w d"))
+
+        # Encoder: each stage leaves a skip.
+        skips = []
+        for stage, merge in zip(self.encoder, self.merges, strict=True):
+            x = stage(x, cond)
+            skips.append(x)
+            x = merge(x, cond) if isinstance(merge, PatchMerging) else x
+
+        # Bottleneck: global attention over all tokens.
+        height = x.shape[1]
+        x = rearrange(x, "b h w d -> b (h w) d") + self.positions
+        for block in self.middle:
+            x = block(x, cond)
+        x = rearrange(x, "b (h w) d -> b h w d", h=height)
+
+        # Decoder: each stage takes its skip.
+        for expand, stage, skip in zip(self.expands, self.decoder, reversed(skips), strict=True):
+            x = expand(x, cond, skip.shape[1:3]) if isinstance(expand, PatchExpanding) else x
+            x = stage(x, skip, cond)
+
+        # Patches to pixels, convolutional stem, head.
+        x = modulate_image(self.unpatch_modulator, rearrange(x, "b h w d -> b d h w"), cond)
+        x = self.unpatch_norm(self.unpatch(x))
+        x = self.stem_out(torch.cat([x, stem], dim=1), cond)
+        return self.head(modulate_image(self.head_modulator, x, cond))
+
+
+MODELS = {
+    "XSwin": (XSwin, {}),
+    "USwin": (XSwin, {"skip": "concat"}),
+    "XSwin-B": (XSwin, {"dim": 384, "num_heads": (12, 24)}),
+    "XSwin-L": (XSwin, {"dim": 576, "depths": (4, 4), "num_heads": (18, 36), "num_global_blocks": 6}),
+}
