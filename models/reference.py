@@ -117,7 +117,7 @@ def _build_dit(config: Mapping) -> nn.Module:
         depth=config["depth"],
         num_heads=config["num_heads"],
         patch_size=config["patch_size"],
-        mlp_ratio=config.get("mlp_ratio", 4.0),
+        mlp_ratio=float(config.get("mlp_ratio", 4.0)),
     )
 
 
@@ -147,7 +147,7 @@ def _build_uvit(config: Mapping) -> nn.Module:
         depth=depth // 2 * 2 + 1,
         num_heads=config["num_heads"],
         patch_size=config["patch_size"],
-        mlp_ratio=config.get("mlp_ratio", 4.0),
+        mlp_ratio=float(config.get("mlp_ratio", 4.0)),
     )
 
 

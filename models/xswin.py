@@ -47,20 +47,20 @@ class SwinBlock(nn.Module):
 
 
 class GlobalBlock(nn.Module):
-    """ViT block: global attention and MLP, each normalised and modulated before."""
+    """ViT block: global attention and MLP, each modulated, then normalised, before."""
 
     def __init__(self, dim: int, num_heads: int, cond_dim: int, *, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.modulator1 = Modulator(cond_dim, dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attention = SelfAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.modulator2 = Modulator(cond_dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Float[Tensor, "b n d"], cond: Tensor) -> Float[Tensor, "b n d"]:
-        x = x + self.attention(self.modulator1(self.norm1(x), cond))
-        return x + self.mlp(self.modulator2(self.norm2(x), cond))
+        x = x + self.attention(self.norm1(self.modulator1(x, cond)))
+        return x + self.mlp(self.norm2(self.modulator2(x, cond)))
 
 
 class EncoderStage(nn.Module):
@@ -249,9 +249,8 @@ class XSwin(nn.Module):
         middle_dim = widths[-1] * (2 if final_downsample else 1)
         grid = -(-height // factor), -(-width // factor)
         self.register_buffer("positions", sincos_2d(middle_dim, *grid), persistent=False)
-        middle_heads = num_heads[-1] * (2 if final_downsample else 1)
         self.middle = nn.ModuleList(
-            GlobalBlock(middle_dim, middle_heads, dim, mlp_ratio=mlp_ratio) for _ in range(num_global_blocks)
+            GlobalBlock(middle_dim, num_heads[-1], dim, mlp_ratio=mlp_ratio) for _ in range(num_global_blocks)
         )
 
         self.expands, self.decoder = nn.ModuleList(), nn.ModuleList()

@@ -60,5 +60,5 @@ class PatchExpanding(nn.Module):
         self, x: Float[Tensor, "b h w d"], cond: Tensor, size: tuple[int, int]
     ) -> Float[Tensor, "b h2 w2 d2"]:
         x = self.norm(self.expansion(self.modulator(x, cond)))
-        x = rearrange(x, "b h w (d p q) -> b (h p) (w q) d", p=2, q=2)
+        x = rearrange(x, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)
         return x[:, : size[0], : size[1]]
