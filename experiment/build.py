@@ -137,7 +137,7 @@ def num_training_steps(config: TrainConfig, num_images: int) -> int:
     return -(-config.num_epochs * num_images // config.batch_size)
 
 
-def precision(config: TrainConfig, device: torch.device) -> str:
+def precision(config: TrainConfig) -> str:
     """Accelerate's name of the mixed precision: bf16 on GPUs and float32 on CPUs unless asked otherwise."""
-    automatic = "bf16" if device.type == "cuda" else "fp32"
+    automatic = "bf16" if torch.cuda.is_available() else "fp32"
     return {"fp32": "no", "bf16": "bf16"}[automatic if config.precision == "auto" else config.precision]

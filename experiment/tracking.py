@@ -1,0 +1,81 @@
+"""What a run leaves to look at: `log.jsonl`, Accelerate's trackers, and labelled grids of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+from jaxtyping import UInt8
+from torch import Tensor
+
+
+class Log:
+    """One line of JSON an event, mirrored to TensorBoard or W&B; written by the main process alone."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, config: dict) -> None:
+        self.path, self.accelerator = folder / "log.jsonl", accelerator
+        if accelerator.trackers or accelerator.log_with:
+            accelerator.init_trackers("tracking", config=_flat(config))
+
+    def write(self, step: int, **values: float) -> None:
+        """Add an event at an optimizer step."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def truncate(self, step: int) -> None:
+        """Drop events after `step`: a resumed run writes them again."""
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def save_grid(
+    images: UInt8[Tensor, "n 3 h w"],
+    path: Path,
+    *,
+    columns: int,
+    column_names: list[str] | None = None,
+    captions: list[str] | None = None,
+) -> None:
+    """A PNG grid, row by row, with a name above each column or a caption under each image."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = images.shape[-2:]
+    scale = max(1, 64 // width)
+    height, width = height * scale, width * scale
+    font = ImageFont.load_default(size=9)
+    head = 14 if column_names else 0
+    foot = 12 if captions else 0
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * (width + 2) + 2, rows * (height + foot + 2) + head + 2), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, name in enumerate(column_names or []):
+        draw.text((column * (width + 2) + 4, 2), name, fill="black", font=font)
+    for number, image in enumerate(images):
+        left = 2 + number % columns * (width + 2)
+        top = 2 + head + number // columns * (height + foot + 2)
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(tile, (left, top))
+        if captions:
+            draw.text((left, top + height), _fit(captions[number], width, font), fill="black", font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path, optimize=True)
+
+
+def _fit(text: str, width: int, font) -> str:
+    while font.getlength(text) > width:
+        text = text[:-1]
+    return text
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

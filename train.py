@@ -1,0 +1,190 @@
+"""Train a diffusion backbone on the latents of a frozen autoencoder.
+
+    accelerate launch train.py --model XSwin
+    accelerate launch train.py --config configs/caltech101/xswin.yaml --data.path caltech101.zip
+    accelerate launch train.py --resume runs/XSwin
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from experiment.cli import one_line_errors, parse_experiment
+from experiment.config import ExperimentConfig
+
+
+def main(config: ExperimentConfig) -> None:
+    """The whole of training, top to bottom."""
+    import torch
+    import yaml
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from tqdm import tqdm
+
+    from experiment.batches import Batches
+    from experiment.build import (
+        build_optimizer,
+        build_process,
+        model_spec,
+        num_training_steps,
+        open_cache,
+        precision,
+    )
+    from experiment.checkpoint import resume, save_checkpoint
+    from experiment.ema import EMA
+    from experiment.generation import balanced_labels, generate
+    from experiment.tracking import Log, save_grid
+    from experiment.validation import validation_loss
+    from models.autoencoder import create_codec
+
+    # Devices and folders.
+    run = Path(config.resume or Path("runs") / (config.name or config.model.replace("/", "-")))
+    accelerator = Accelerator(
+        mixed_precision=precision(config.train),
+        gradient_accumulation_steps=config.train.grad_accumulation,
+        log_with=config.log.trackers or None,
+        project_dir=run,
+    )
+    set_seed(config.train.seed)
+
+    # Data, process, model.
+    codec = create_codec(config.autoencoder).to(accelerator.device)
+    process = build_process(config.diffusion)
+    cache = open_cache(config.data, codec, "train", accelerator)
+    held_out = open_cache(config.data, codec, "test", accelerator)
+    spec = model_spec(config, codec, process, cache.num_classes)
+    model = spec.build().to(accelerator.device)
+    ema = EMA(model, config.train.ema_decay)
+    num_steps = num_training_steps(config.train, len(cache))
+    optimizer, schedule = build_optimizer(model, config.optim, num_steps)
+    batches = Batches(
+        cache.to(accelerator.device),
+        codec,
+        process,
+        seed=config.train.seed,
+        batch_size=config.train.batch_size,
+        num_micro_batches=config.train.grad_accumulation,
+        label_dropout=config.train.label_dropout,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        device=accelerator.device,
+    )
+
+    # A fresh run, or the newest checkpoint of an old one.
+    first_step = 0
+    if config.resume:
+        first_step = resume(run / "checkpoints", model, ema, optimizer)
+        for _ in range(first_step):
+            schedule.step()
+    elif (run / "checkpoints").exists():
+        raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    accelerator.wait_for_everyone()
+    log = Log(run, accelerator, config.to_dict())
+    log.truncate(first_step)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.print(
+        f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
+        f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"
+    )
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            save_checkpoint(
+                run / "checkpoints",
+                step=step,
+                model=accelerator.unwrap_model(model),
+                ema=ema,
+                optimizer=optimizer,
+                config=config,
+                spec=spec,
+                classes=cache.classes,
+                keep=config.log.keep_checkpoints,
+            )
+        accelerator.wait_for_everyone()
+
+    def draw_samples(step: int) -> None:
+        labels = balanced_labels(4 * min(10, max(1, cache.num_classes)), min(10, cache.num_classes))
+        images = generate(
+            ema.model,
+            process,
+            codec,
+            labels,
+            config.sampling,
+            image_size=cache.image_size,
+            seed=config.train.seed,
+            batch_size=len(labels),
+            accelerator=accelerator,
+        )
+        if accelerator.is_main_process:
+            columns = len(labels) // 4
+            path = run / "samples" / f"{step:08d}.png"
+            save_grid(images, path, columns=columns, column_names=cache.classes[:columns])
+
+    # The loop.
+    began, since, last_log = time.time(), time.time(), first_step
+    sums: dict[str, torch.Tensor] = {}
+    progress = tqdm(
+        range(first_step, num_steps),
+        initial=first_step,
+        total=num_steps,
+        desc=run.name,
+        disable=not accelerator.is_main_process,
+    )
+    step = first_step
+    for step in progress:
+        for batch in batches.micro_batches(step):
+            with accelerator.accumulate(model), accelerator.autocast():
+                terms = process.training_loss(model, batch.x_0, batch.y, t=batch.t, noise=batch.noise)
+                means = {name: values.mean() for name, values in terms.items()}
+                accelerator.backward(means["loss"])
+                if accelerator.sync_gradients and config.optim.grad_clip:
+                    accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, mean in means.items():
+                sums[name] = sums.get(name, 0.0) + mean.detach()
+        schedule.step()
+        ema.update(accelerator.unwrap_model(model), step)
+
+        done = step + 1
+        if _due(done, config.log.every) or done == num_steps:
+            count = (done - last_log) * config.train.grad_accumulation
+            losses = {name: accelerator.reduce(total, "mean").item() / count for name, total in sums.items()}
+            speed = (done - last_log) * config.train.batch_size / (time.time() - since)
+            log.write(done, **losses, lr=schedule.get_last_lr()[0], images_per_second=speed)
+            progress.set_postfix(loss=f"{losses['loss']:.4f}", img_s=f"{speed:.0f}")
+            sums, since, last_log = {}, time.time(), done
+        paused = time.time()
+        if _due(done, config.log.validate_every):
+            held_out_losses = validation_loss(
+                ema.model, process, codec, held_out, accelerator, config.log.num_validation, config.train
+            )
+            log.write(done, **{f"validation_{name}": value for name, value in held_out_losses.items()})
+        if _due(done, config.log.sample_every):
+            draw_samples(done)
+        if _due(done, config.log.checkpoint_every):
+            save(done)
+        since += time.time() - paused
+        if config.train.max_hours and time.time() - began > 3600 * config.train.max_hours:
+            accelerator.print(f"--train.max_hours {config.train.max_hours} are over after {done} steps")
+            break
+
+    # The end: what was learned, saved and shown.
+    progress.close()
+    save(step + 1)
+    draw_samples(step + 1)
+    accelerator.end_training()
+    accelerator.print(f"checkpoint: {run}/checkpoints/{step + 1:08d}\nsamples:    {run}/samples/{step + 1:08d}.png")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_experiment())
