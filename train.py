@@ -41,7 +41,7 @@ def main(config: ExperimentConfig) -> None:
     # Devices and folders.
     run = Path(config.resume or Path("runs") / (config.name or config.model.replace("/", "-")))
     accelerator = Accelerator(
-        mixed_precision=precision(config.train),
+        mixed_precision=precision(config.train.precision),
         gradient_accumulation_steps=config.train.grad_accumulation,
         log_with=config.log.trackers or None,
         project_dir=run,

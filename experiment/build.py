@@ -137,7 +137,13 @@ def num_training_steps(config: TrainConfig, num_images: int) -> int:
     return -(-config.num_epochs * num_images // config.batch_size)
 
 
-def precision(config: TrainConfig) -> str:
-    """Accelerate's name of the mixed precision: bf16 on GPUs and float32 on CPUs unless asked otherwise."""
-    automatic = "bf16" if torch.cuda.is_available() else "fp32"
-    return {"fp32": "no", "bf16": "bf16"}[automatic if config.precision == "auto" else config.precision]
+def precision(asked: str) -> str:
+    """Accelerate's name of the mixed precision: 'auto' is bf16 on GPUs and float32 on CPUs.
+
+    Raises:
+        ValueError: for anything but auto, fp32 and bf16.
+    """
+    names = {"auto": "bf16" if torch.cuda.is_available() else "no", "fp32": "no", "bf16": "bf16"}
+    if asked not in names:
+        raise ValueError(f"precision {asked}: unknown, choose from {', '.join(names)}")
+    return names[asked]

@@ -49,6 +49,17 @@ class Checkpoint:
     step: int
     commit: str
 
+    @property
+    def run(self) -> Path:
+        """The run's folder, or the weights' own where they lie outside one."""
+        folder = self.path.parent
+        return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of its images."""
+        return self.config.data.image_size, self.config.data.image_size
+
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The averaged backbone in eval mode."""
         model = self.spec.build()

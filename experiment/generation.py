@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -18,7 +19,7 @@ from experiment.batches import generator_for
 from experiment.config import SamplingConfig
 from models.autoencoder import Codec
 
-Panel = Callable[[int, Tensor, Tensor], None]
+Callback = Callable[[int, Tensor, Tensor], None]
 
 
 def generate(
@@ -33,7 +34,7 @@ def generate(
     batch_size: int,
     accelerator: Accelerator,
     desc: str = "sampling",
-    callback: Panel | None = None,
+    callback: Callback | None = None,
 ) -> UInt8[Tensor, "n 3 h w"]:
     """Images of these labels, in order, on every process; the work is shared by all of them.
 
@@ -68,6 +69,50 @@ def generate(
             bar.update(len(indices))
     everyone = dict(gather_object(images))
     return torch.stack([everyone[index] for index in range(len(labels))])
+
+
+class DenoisingPanel:
+    """Keeps some moments of the first batch's denoising: as a `callback`, then as a picture."""
+
+    def __init__(self, num_moments: int, num_steps: int, num_images: int = 6) -> None:
+        if not 1 <= num_moments <= num_steps:
+            raise ValueError(f"--panel {num_moments} must lie in 1..{num_steps}, the sampling steps")
+        self.steps = torch.linspace(0, num_steps - 1, num_moments).round().long().tolist()
+        self.num_images, self.columns = num_images, num_moments
+        self.moments: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, step: int, x_t: Tensor, x_0: Tensor) -> None:
+        if len(self.moments) < self.columns and step == self.steps[len(self.moments)]:
+            self.moments.append((x_t[: self.num_images], x_0[: self.num_images]))
+
+    def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
+        """For each image a row of `x_t` and below it one of predicted `x_0`, decoded."""
+        rows = []
+        for image in range(len(self.moments[0][0])):
+            for kind in (0, 1):
+                rows += [moment[kind][image] for moment in self.moments]
+        return codec.decode(torch.stack(rows)).cpu()
+
+
+def resolve_classes(asked: list[str], classes: list[str]) -> list[int]:
+    """Labels of class names or numbers; all of them when none are asked for, 0 for an unconditional model.
+
+    Raises:
+        ValueError: naming the class that does not exist, and its neighbours.
+    """
+    if not asked:
+        return list(range(max(1, len(classes))))
+    labels = []
+    for name in asked:
+        if name in classes:
+            labels.append(classes.index(name))
+        elif name.isdigit() and int(name) < len(classes):
+            labels.append(int(name))
+        else:
+            close = difflib.get_close_matches(name, classes, n=3, cutoff=0.4)
+            known = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(classes[:10])}, ..."
+            raise ValueError(f"--classes {name}: no such class among the {len(classes)}; {known}")
+    return labels
 
 
 def balanced_labels(num_images: int, num_classes: int) -> Int64[Tensor, " n"]:

@@ -65,6 +65,32 @@ def save_grid(
     canvas.save(path, optimize=True)
 
 
+def save_folder(images: UInt8[Tensor, "n 3 h w"], class_names: list[str], folder: Path) -> None:
+    """`class/000123.png`, numbered by the image's index.
+
+    Raises:
+        FileExistsError: when the folder holds files already, so that two draws are never mixed.
+    """
+    from PIL import Image
+
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"--output {folder} is not empty; give another folder or delete it")
+    for number, (image, name) in enumerate(zip(images, class_names, strict=True)):
+        path = folder / name / f"{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+
+
+def save_npz(images: UInt8[Tensor, "n 3 h w"], labels: Tensor, path: Path) -> None:
+    """`arr_0` [n h w 3] and `arr_1` [n], as ADM's evaluation reads them (Dhariwal and Nichol 2021)."""
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+    partial.replace(path)
+
+
 def _fit(text: str, width: int, font) -> str:
     while font.getlength(text) > width:
         text = text[:-1]

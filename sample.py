@@ -1,0 +1,114 @@
+"""Draw samples from a checkpoint: a grid, a folder a class, or an ADM-style npz.
+
+    python sample.py --checkpoint runs/XSwin
+    python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --num_per_class 8 --output out.png
+    accelerate launch sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from experiment.cli import one_line_errors, parse
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw samples from a checkpoint; the checkpoint alone says what they are.
+
+    Args:
+        checkpoint: a run's folder, a checkpoint, or its ema.safetensors
+        output: FILE.png for a grid, FILE.npz for arrays, else a folder with a subfolder a class; by default
+            samples.png in the run's folder
+        classes: names or numbers; all of them by default
+        num_per_class: images of each
+        seed: image i is a function of the seed, i and its label alone
+        sampler: 'ddpm' or 'ddim'; by default as in the checkpoint, like the flags below
+        num_steps: model calls a sample
+        guidance_scale: classifier-free guidance; 1 turns it off
+        eta: randomness of 'ddim', 0 to 1
+        batch_size: images at a time, on each process
+        panel: also draw so many moments of the denoising, as a second picture: x_t above, predicted x_0 below
+        precision: 'auto', 'fp32' or 'bf16'
+        autoencoder: in place of the one in the checkpoint's configuration (a folder, say, where there is no hub)
+    """
+
+    checkpoint: str
+    output: str | None = None
+    classes: list[str] = field(default_factory=list)
+    num_per_class: int = 4
+    seed: int = 0
+    sampler: str | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    eta: float | None = None
+    batch_size: int = 64
+    panel: int = 0
+    precision: str = "auto"
+    autoencoder: str | None = None
+
+
+def main(config: SampleConfig) -> None:
+    """Load, draw, write."""
+    import torch
+    from accelerate import Accelerator
+
+    from experiment.build import precision
+    from experiment.checkpoint import open_checkpoint
+    from experiment.generation import DenoisingPanel, generate, resolve_classes
+    from experiment.tracking import save_folder, save_grid, save_npz
+    from models.autoencoder import create_codec
+
+    checkpoint = open_checkpoint(config.checkpoint)
+    classes = resolve_classes(config.classes, checkpoint.classes)
+    if config.num_per_class < 1:
+        raise ValueError(f"--num_per_class {config.num_per_class} must be at least 1")
+    overrides = {
+        name: getattr(config, name)
+        for name in ("sampler", "num_steps", "guidance_scale", "eta")
+        if getattr(config, name) is not None
+    }
+    unguided = {} if checkpoint.classes else {"guidance_scale": 1.0}
+    sampling = replace(checkpoint.config.sampling, **unguided, **overrides)
+
+    accelerator = Accelerator(mixed_precision=precision(config.precision))
+    codec = create_codec(config.autoencoder or checkpoint.config.autoencoder).to(accelerator.device)
+    model = checkpoint.load_model(accelerator.device)
+    process = checkpoint.build_process()
+    labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
+    panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
+    images = generate(
+        model,
+        process,
+        codec,
+        labels,
+        sampling,
+        image_size=checkpoint.image_size,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accelerator=accelerator,
+        callback=panel,
+    )
+    if not accelerator.is_main_process:
+        return
+
+    output = Path(config.output) if config.output else checkpoint.run / "samples.png"
+    names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
+    if output.suffix == ".png":
+        columns = config.num_per_class * max(1, 12 // config.num_per_class)
+        save_grid(images, output, columns=columns, captions=names if checkpoint.classes else None)
+    elif output.suffix == ".npz":
+        save_npz(images, labels, output)
+    else:
+        save_folder(images, names, output)
+    print(f"{len(images)} images: {output}")
+    if panel is not None:
+        path = output.with_suffix("") / "panel.png" if not output.suffix else output.with_name(f"{output.stem}-panel.png")
+        save_grid(panel.images(codec), path, columns=panel.columns)
+        print(f"denoising panel: {path}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse(SampleConfig))
