@@ -1,0 +1,1 @@
+"""Scores of images and cost of models; knows neither models nor data."""
