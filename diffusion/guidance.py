@@ -10,35 +10,57 @@ from diffusion.process import Denoiser
 
 
 def drop_labels(
-    y: Int64[Tensor, " b"], probability: float, num_classes: int, *, uniform: Float[Tensor, " b"]
+    y: Int64[Tensor, " b"],
+    probability: float,
+    num_classes: int,
+    *,
+    generator: torch.Generator | None = None,
+    uniform: Float[Tensor, " b"] | None = None,
 ) -> Int64[Tensor, " b"]:
-    """The null label `num_classes` in place of those whose `uniform` draw in [0, 1) falls below `probability`."""
+    """Labels with each replaced, with `probability`, by the null label `num_classes` (algorithm 1).
+
+    A label falls where its draw in [0, 1) is below `probability`: the given `uniform` (a trainer's share of a
+    draw for the whole batch) or one from `generator`, which lies on `y`'s device.
+    """
+    if uniform is None:
+        uniform = torch.rand(y.shape, generator=generator, device=y.device)
     return torch.where(uniform < probability, num_classes, y)
 
 
 def guide(
-    model: Denoiser, num_classes: int, scale: float, *, channels: int, legacy_cfg_channels: int | None = None
+    model: Denoiser,
+    num_classes: int,
+    scale: float,
+    *,
+    latent_channels: int,
+    legacy_cfg_channels: int | None = None,
 ) -> Denoiser:
-    """`null + scale * (conditional - null)` on the first `channels` of the output; the others stay conditional.
+    """The model pushed away from its unlabelled self: `null + scale * (conditional - null)` (eq. 6).
 
-    Both halves run as one batch. At scale 1 the model itself is returned. `legacy_cfg_channels=3` guides the first
-    three channels only, as the published DiT and XSwin samplers do.
+    `scale` is 1 + w in the paper's letters: 1 is the conditional model, returned as it is; 0 the
+    unconditional one. Both halves run as one batch. All `latent_channels` are guided; a learned variance, in
+    the channels above them, stays the conditional one. `legacy_cfg_channels=3` guides the first three only,
+    as published DiT samplers do.
 
     Raises:
-        ValueError: when a model without labels is asked for guidance.
+        ValueError: for a scale other than 1 on a model without labels, or more legacy channels than there
+            are.
     """
     if scale == 1.0:
         return model
     if num_classes == 0:
-        raise ValueError(f"--guidance_scale {scale}: the model is unconditional and cannot be guided; use 1")
-    guided_channels = legacy_cfg_channels or channels
+        raise ValueError(
+            f"--guidance_scale {scale}: the model is unconditional, it has no labels to be guided by; use 1"
+        )
+    guided_channels = latent_channels if legacy_cfg_channels is None else legacy_cfg_channels
+    if not 1 <= guided_channels <= latent_channels:
+        raise ValueError(f"--legacy_cfg_channels {guided_channels} must lie in 1..{latent_channels}")
 
     def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        null = torch.full_like(y, num_classes)
-        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]))
-        conditional, unconditional = output.chunk(2)
-        k = guided_channels
-        mixed = torch.lerp(unconditional[:, :k].float(), conditional[:, :k].float(), scale)
-        return torch.cat([mixed, conditional[:, k:].float()], dim=1)
+        null_label = torch.full_like(y, num_classes)
+        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label])).float()
+        conditional, null = output.chunk(2)
+        mixed = torch.lerp(null[:, :guided_channels], conditional[:, :guided_channels], scale)
+        return torch.cat([mixed, conditional[:, guided_channels:]], dim=1)
 
     return guided

@@ -1,4 +1,4 @@
-"""Samplers: each one function that reads like its paper's algorithm, and `sample`, which calls them by name."""
+"""Samplers: each one function that reads like its paper's algorithm; `sample` calls them by name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.gaussian import GaussianDiffusion, Transition
 from diffusion.guidance import guide
 from diffusion.process import Denoiser, Prediction
 
-Callback = Callable[[int, Tensor, Tensor], None]  # (step, x_t after it, x_0 predicted by it)
-DrawNoise = Callable[[int], Tensor]  # step -> noise [b c h w]
+Callback = Callable[[int, Tensor, Tensor], None]
+"""Called with (step, x_t after the step, x_0 predicted in it)."""
+
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One for the batch, or one a sample."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(
     process: GaussianDiffusion,
     model: Denoiser,
@@ -28,105 +31,115 @@ def sample(
     eta: float = 0.0,
     guidance_scale: float = 1.0,
     legacy_cfg_channels: int | None = None,
+    num_classes: int | None = None,
     step_noise: Float[Tensor, "num_steps b c h w"] | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Generators | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """From `noise` (unit normal) to `x_0`.
+    """From unit normal `noise` to data, `x_0`, in `num_steps` calls of the model.
 
-    Random steps take their noise from `step_noise`, one slice a step in order, else from `generator`: one for the
-    batch, or one a sample, so that each sample is a function of its own stream whatever batch it is in.
-    `model.num_classes` is the null label of a guided model.
+    Random steps take their noise from `step_noise`, one slice a step in order, else from `generator`. With a
+    generator for each sample, a sample depends on its own noise, label and stream alone, whatever batch it is
+    in. `num_classes`, the null label that guidance needs, is by default the model's attribute of that name.
+
+    Args:
+        sampler: name in `SAMPLERS`.
+        eta: of DDIM, from 0 (deterministic) to 1 (as random as DDPM); the others do not use it.
+        guidance_scale: strength of classifier-free guidance, none at 1; see `guide`.
+        callback: called after each step with (step, `x_t`, predicted `x_0`).
 
     Raises:
-        ValueError: for an unknown sampler, or a number out of its range, naming the flag.
+        ValueError: for an unknown sampler, a number out of its range, or guidance of an unconditional model,
+            naming the flag.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler {sampler}: unknown, choose from {', '.join(SAMPLERS)}")
     if not 0 <= eta <= 1:
         raise ValueError(f"--eta {eta} must lie in [0, 1]")
+    if step_noise is not None and step_noise.shape != (num_steps, *noise.shape):
+        raise ValueError(
+            f"step_noise {list(step_noise.shape)} must be {[num_steps, *noise.shape]}: a slice a step"
+        )
 
-    def draw_noise(step: int) -> Tensor:
-        return step_noise[step] if step_noise is not None else randn_like(noise, generator)
-
-    channels = noise.shape[1]
-    num_classes = getattr(model, "num_classes", 0)
     guided = guide(
-        model, num_classes, guidance_scale, channels=channels, legacy_cfg_channels=legacy_cfg_channels
+        model,
+        getattr(model, "num_classes", 0) if num_classes is None else num_classes,
+        guidance_scale,
+        latent_channels=noise.shape[1],
+        legacy_cfg_channels=legacy_cfg_channels,
     )
+    slices = None if step_noise is None else iter(step_noise)
 
-    def denoise(x_t: Tensor, t: Tensor, previous: Tensor) -> Prediction:
-        return process.predict(guided(x_t, t, y), x_t, t, previous)
+    def denoise(x_t: Tensor, t: int, transition: Transition) -> Prediction:
+        times = torch.full((len(x_t),), t, device=x_t.device)
+        return process.predict(guided(x_t, times, y), x_t, times, transition)
 
-    timesteps = process.timesteps(num_steps)
-    return SAMPLERS[sampler](process, denoise, noise, timesteps, draw_noise, callback or _ignore, eta)
+    def draw_noise() -> Tensor:
+        return randn_like(noise, generator) if slices is None else next(slices)
+
+    x = noise
+    moments = SAMPLERS[sampler](process, denoise, noise, num_steps, draw_noise, eta)
+    for step, (x, x_0) in enumerate(moments):
+        if callback is not None:
+            callback(step, x, x_0)
+    return x
+
+
+Denoise = Callable[[Tensor, int, Transition], Prediction]
+Moments = Iterator[tuple[Tensor, Tensor]]  # (x_t, predicted x_0) after each step
 
 
 def ddpm(
     process: GaussianDiffusion,
-    denoise: Callable[[Tensor, Tensor, Tensor], Prediction],
+    denoise: Denoise,
     x_t: Float[Tensor, "b c h w"],
-    timesteps: Int64[Tensor, " num_steps"],
-    draw_noise: DrawNoise,
-    callback: Callback,
+    num_steps: int,
+    draw_noise: Callable[[], Tensor],
     eta: float,
-) -> Float[Tensor, "b c h w"]:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), respaced, with the process's variances; `eta` is not used."""
-    for step, t, previous in _strides(timesteps, x_t):
-        prediction = denoise(x_t, t, previous)
-        mean, _ = process.posterior(prediction.x_0, x_t, t, previous)
-        x_t = mean
-        if not _is_last(step, timesteps):
-            log_variance = process.reverse_log_variance(prediction, t, previous)
-            x_t = mean + torch.exp(0.5 * log_variance) * draw_noise(step)
-        callback(step, x_t, prediction.x_0)
-    return x_t
+) -> Moments:
+    """Ancestral sampling with the process's variances (Ho et al. 2020, algorithm 2); `eta` plays no part."""
+    for t, transition in process.reverse_steps(num_steps):
+        prediction = denoise(x_t, t, transition)
+        x_t = process.posterior_mean(prediction.x_0, x_t, transition)
+        if transition.posterior_std > 0:  # the step to the data is not random
+            log_variance = process.reverse_log_variance(prediction, transition)
+            x_t = x_t + torch.exp(0.5 * log_variance) * draw_noise()
+        yield x_t, prediction.x_0
 
 
 def ddim(
     process: GaussianDiffusion,
-    denoise: Callable[[Tensor, Tensor, Tensor], Prediction],
+    denoise: Denoise,
     x_t: Float[Tensor, "b c h w"],
-    timesteps: Int64[Tensor, " num_steps"],
-    draw_noise: DrawNoise,
-    callback: Callback,
+    num_steps: int,
+    draw_noise: Callable[[], Tensor],
     eta: float,
-) -> Float[Tensor, "b c h w"]:
-    """Song et al. 2021, eq. 12: deterministic at `eta=0`, as random as ancestral sampling at `eta=1` (eq. 16)."""
-    for step, t, previous in _strides(timesteps, x_t):
-        x_0, noise, _ = denoise(x_t, t, previous)
-        now, then = process.alpha_bar(t), process.alpha_bar(previous)
-        sigma = eta * ((1 - then) / (1 - now)).sqrt() * (1 - now / then).sqrt()
-        x_t = then.sqrt().float() * x_0 + (1 - then - sigma**2).clamp(min=0).sqrt().float() * noise
-        if eta > 0 and not _is_last(step, timesteps):
-            x_t = x_t + sigma.float() * draw_noise(step)
-        callback(step, x_t, x_0)
-    return x_t
+) -> Moments:
+    """The implicit sampler (Song et al. 2021, eq. 12), random in proportion to `eta` (eq. 16)."""
+    for t, transition in process.reverse_steps(num_steps):
+        x_0, noise, _ = denoise(x_t, t, transition)
+        std = eta * transition.posterior_std
+        x_t = transition.alpha_next * x_0 + (transition.sigma_next**2 - std**2).clamp(min=0).sqrt() * noise
+        if std > 0:
+            x_t = x_t + std * draw_noise()
+        yield x_t, x_0
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 
 
-def randn_like(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Unit normal noise on `like`'s device, drawn on the generator's; with a list, sample `i` from the i-th."""
+def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:
+    """Unit normal noise on `like`'s device, drawn on the generator's; of several, each draws for one sample.
+
+    Raises:
+        ValueError: when there are several generators, but not one for each sample.
+    """
     if isinstance(generator, Sequence):
+        if len(generator) != len(like):
+            raise ValueError(
+                f"{len(generator)} generators for {len(like)} samples: pass one, or one for each"
+            )
         drawn = [torch.randn(like.shape[1:], generator=own, device=own.device) for own in generator]
         return torch.stack(drawn).to(like.device)
-    source = generator.device if generator is not None else like.device
+    source = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=source).to(like.device)
-
-
-def _strides(timesteps: Tensor, x_t: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(step, time, time it goes to), descending; -1 stands for the data."""
-    descending = [*reversed(timesteps.tolist()), -1]
-    batch = torch.ones(len(x_t), dtype=torch.int64, device=x_t.device)
-    for step, (t, previous) in enumerate(zip(descending[:-1], descending[1:], strict=True)):
-        yield step, t * batch, previous * batch
-
-
-def _is_last(step: int, timesteps: Tensor) -> bool:
-    return step == len(timesteps) - 1
-
-
-def _ignore(step: int, x_t: Tensor, x_0: Tensor) -> None:
-    """No callback."""
