@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiment.cli import one_line_errors, parse
@@ -56,6 +56,7 @@ def main(config: SampleConfig) -> None:
 
     from experiment.build import precision
     from experiment.checkpoint import open_checkpoint
+    from experiment.evaluation import override_sampling
     from experiment.generation import DenoisingPanel, generate, resolve_classes
     from experiment.tracking import save_folder, save_grid, save_npz
     from models.autoencoder import create_codec
@@ -64,13 +65,7 @@ def main(config: SampleConfig) -> None:
     classes = resolve_classes(config.classes, checkpoint.classes)
     if config.num_per_class < 1:
         raise ValueError(f"--num_per_class {config.num_per_class} must be at least 1")
-    overrides = {
-        name: getattr(config, name)
-        for name in ("sampler", "num_steps", "guidance_scale", "eta")
-        if getattr(config, name) is not None
-    }
-    unguided = {} if checkpoint.classes else {"guidance_scale": 1.0}
-    sampling = replace(checkpoint.config.sampling, **unguided, **overrides)
+    sampling = override_sampling(checkpoint, config)
 
     accelerator = Accelerator(mixed_precision=precision(config.precision))
     codec = create_codec(config.autoencoder or checkpoint.config.autoencoder).to(accelerator.device)

@@ -134,7 +134,7 @@ def main(config: ExperimentConfig) -> None:
         desc=run.name,
         disable=not accelerator.is_main_process,
     )
-    step = first_step
+    done = first_step
     for step in progress:
         for batch in batches.micro_batches(step):
             with accelerator.accumulate(model), accelerator.autocast():
@@ -175,10 +175,10 @@ def main(config: ExperimentConfig) -> None:
 
     # The end: what was learned, saved and shown.
     progress.close()
-    save(step + 1)
-    draw_samples(step + 1)
+    save(done)
+    draw_samples(done)
     accelerator.end_training()
-    accelerator.print(f"checkpoint: {run}/checkpoints/{step + 1:08d}\nsamples:    {run}/samples/{step + 1:08d}.png")
+    accelerator.print(f"checkpoint: {run}/checkpoints/{done:08d}\nsamples:    {run}/samples/{done:08d}.png")
 
 
 def _due(step: int, every: int) -> bool:
