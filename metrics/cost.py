@@ -1,0 +1,71 @@
+"""What a model costs: parameters, arithmetic for one image, images a second."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one forward pass on one image. `gflops` counts a multiply-add as two operations."""
+
+    parameters: int
+    gflops: float
+
+    @property
+    def gmacs(self) -> float:
+        """Multiply-adds, 1e9: what the DiT paper (Peebles & Xie 2023, table 1) prints as "Gflops"."""
+        return self.gflops / 2
+
+
+def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: int = 0) -> Cost:
+    """Count a backbone `model(x_t, t, y)` on one image of `latent_shape` (c, h, w).
+
+    The model stays as it is and may lie on the meta device, where counting costs neither time nor memory.
+    Matrix products, convolutions and attention are counted; sums, norms and activations are not.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    first = next(model.parameters(), torch.zeros(()))
+    x_t = torch.zeros(1, *latent_shape, device=first.device, dtype=first.dtype)
+    t = torch.zeros(1, device=first.device, dtype=first.dtype)
+    y = torch.full((1,), num_classes, device=first.device, dtype=torch.int64)  # the null label
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x_t, t, y)
+    finally:
+        model.train(was_training)
+    return Cost(parameters, counter.get_total_flops() / 1e9)
+
+
+def throughput(
+    function: Callable[[], object],
+    *,
+    batch_size: int,
+    num_repeats: int = 5,
+    num_warmup: int = 1,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Images a second of a function that handles `batch_size` images a call: the median over `num_repeats`
+    calls."""
+    device = torch.device(device)
+
+    def timed() -> float:
+        begun = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begun
+
+    for _ in range(num_warmup):
+        timed()
+    return batch_size / statistics.median(timed() for _ in range(num_repeats))

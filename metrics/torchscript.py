@@ -1,0 +1,51 @@
+"""TorchScript files: feature extractors that carry their own code, so that nothing is unpickled.
+
+torch deprecates the format in favour of torch.export; it stays the field's format for extractors (StyleGAN's,
+CLIP's), and torch still reads and writes it. Its deprecation warnings are silenced here, around these calls
+alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def load_torchscript(path: str | Path) -> nn.Module:
+    """The module in a file, on the CPU and in eval mode.
+
+    Raises:
+        ValueError: if the file is not TorchScript.
+    """
+    try:
+        with _without_deprecation():
+            return torch.jit.load(str(path), map_location="cpu").eval()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path}: not a TorchScript file, or cut short") from error
+
+
+def save_torchscript(module: nn.Module, example: Tensor, path: str | Path) -> Path:
+    """Trace a module on an example input and write it; a reader sees the whole file or none."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with _without_deprecation():
+            torch.jit.save(torch.jit.trace(module, example), str(partial))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def _without_deprecation() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):  # which of them depends on torch's version
+            warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=category)
+        yield
