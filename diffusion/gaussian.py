@@ -236,7 +236,7 @@ class GaussianDiffusion:
         `mse` is the simple loss (Ho et al. 2020, eq. 14). `vb` is the term of the variational bound at `t`,
         in bits per dimension, with the mean frozen: it trains the variance alone. The hybrid loss is
         `mse + T / 1000 * vb`: eq. 16 of Nichol and Dhariwal 2021 with their weight of 0.001, as `vb` is one
-        of T terms of a sum. `t` and `noise` are drawn when not given; the generator then lies on `x_0`'s device.
+        of T terms of a sum. `t` and `noise` are drawn when not given, by a generator on `x_0`'s device.
         """
         if t is None:
             t = self.sample_timesteps(len(x_0), generator, x_0.device)

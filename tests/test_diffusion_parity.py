@@ -34,7 +34,8 @@ def toy_model(a: torch.Tensor):
     """The fixture's `tanh(A x) * (0.5 + t / 2000)`: as many channels of noise as of data, then of variance."""
 
     def model(x, t, y):
-        return torch.tanh(torch.einsum("oc,bchw->bohw", a, x)) * (0.5 + t.float() / 2000)[:, None, None, None]
+        scale = 0.5 + t.float() / 2000
+        return torch.tanh(torch.einsum("oc,bchw->bohw", a, x)) * scale[:, None, None, None]
 
     return model
 

@@ -1,0 +1,400 @@
+"""Process and samplers against closed forms, against diffusers' schedulers, and against bad input."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion import PROCESSES, SAMPLERS, GaussianDiffusion, Process, sample
+from diffusion.gaussian import PREDICTIONS, VARIANCES
+from diffusion.samplers import randn_like
+from diffusion.schedules import SCHEDULES
+
+predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+MEAN, STD = 0.7, 0.4  # of the Gaussian data whose denoiser is known
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+def labels(num: int) -> torch.Tensor:
+    return torch.zeros(num, dtype=torch.int64)
+
+
+def zero_model(x, t, y):
+    return torch.zeros_like(x)
+
+
+def pointwise_model(x, t, y):
+    """No reduction whose order could depend on the batch."""
+    return torch.tanh(x) * (0.5 + t / 2000)[:, None, None, None] + 0.1 * y[:, None, None, None]
+
+
+def gaussian_denoiser(process: GaussianDiffusion):
+    """`E[target | x_t]` for data drawn from N(MEAN, STD^2): the best that a model can put out."""
+
+    def model(x_t, t, y):
+        at = process.transition(t)
+        noise = at.sigma * (x_t - at.alpha * MEAN) / ((at.alpha * STD) ** 2 + at.sigma**2)
+        x_0 = (x_t - at.sigma * noise) / at.alpha
+        return PREDICTIONS[process.prediction].target(x_0, noise, at)
+
+    return model
+
+
+# The process.
+
+
+def test_processes_meet_the_protocol():
+    for process in PROCESSES.values():
+        assert isinstance(process(), Process)
+
+
+def test_cosine_schedule_is_the_formula():
+    process = GaussianDiffusion("cosine", num_timesteps=100)
+    f = [math.cos((i / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(101)]
+    ours = process.alphas_cumprod[:99]  # the last beta is clipped
+    torch.testing.assert_close(ours, torch.tensor(f, dtype=torch.float64)[1:100] / f[0])
+    assert process.betas[-1] == 0.999
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tables_are_float64_and_noise_only_grows(schedule):
+    process = GaussianDiffusion(schedule)
+    assert process.betas.dtype == process.alphas_cumprod.dtype == torch.float64
+    assert (process.alphas_cumprod.diff() < 0).all()
+    assert process.alphas_cumprod[-1] < 1e-4
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_timesteps_ascend_from_first_to_last(data):
+    num_timesteps = data.draw(st.integers(2, 1200))
+    num_steps = data.draw(st.integers(1, num_timesteps))
+    timesteps = GaussianDiffusion("cosine", num_timesteps).timesteps(num_steps).tolist()
+    assert len(timesteps) == num_steps
+    assert all(now < then for now, then in itertools.pairwise(timesteps))
+    assert timesteps[-1] == num_timesteps - 1
+    assert timesteps[0] == (0 if num_steps > 1 else num_timesteps - 1)
+
+
+def test_all_timesteps_are_the_full_chain():
+    process = GaussianDiffusion()
+    assert process.timesteps(1000).tolist() == list(range(1000))
+    t, transition = process.reverse_steps(1000)[-501]
+    assert t == 500
+    for chain, gathered in zip(transition, process.transition(torch.tensor([500])), strict=True):
+        assert chain == gathered.item()
+
+
+def test_training_times_are_uniform():
+    t = GaussianDiffusion(num_timesteps=10, schedule="cosine").sample_timesteps(10_000, generator())
+    counts = torch.bincount(t, minlength=10)
+    assert t.dtype == torch.int64
+    assert len(counts) == 10
+    assert counts.min() > 850
+    assert counts.max() < 1150
+
+
+@predictions
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_a_perfect_output_is_read_back(prediction, variance):
+    process = GaussianDiffusion(prediction=prediction, variance=variance)
+    x_0, noise, t = randn(4, 3, 2, 2), randn(4, 3, 2, 2, seed=1), torch.tensor([0, 10, 400, 800])
+    x_t = process.q_sample(x_0, t, noise)
+    output = PREDICTIONS[prediction].target(x_0, noise, process.transition(t))
+    if process.learns_variance:
+        output = torch.cat([output, torch.zeros_like(output)], dim=1)
+    assert output.shape[1] == process.output_channels(3)
+    seen = process.predict(output, x_t, t)
+    torch.testing.assert_close(seen.x_0, x_0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(seen.noise, noise, rtol=1e-3, atol=1e-4)
+    assert (seen.log_variance is not None) == process.learns_variance
+
+
+def test_learned_variance_runs_between_its_bounds():
+    process, t = GaussianDiffusion(), torch.tensor([0, 1, 500, 999])
+    at, x_t = process.transition(t), randn(4, 1, 2, 2)
+    for share, bound in ((-1.0, at.log_variance_min), (1.0, at.log_variance_max)):
+        output = torch.cat([x_t, torch.full_like(x_t, share)], dim=1)
+        torch.testing.assert_close(process.predict(output, x_t, t).log_variance, bound.expand_as(x_t))
+
+
+# The objective.
+
+
+def test_a_model_that_says_nothing_is_charged_for_the_noise():
+    process = GaussianDiffusion(variance="fixed_small")
+    noise = randn(3, 2, 4, 4)
+    terms = process.training_loss(zero_model, randn(3, 2, 4, 4, seed=1), labels(3), noise=noise)
+    assert set(terms) == {"loss", "mse"}
+    torch.testing.assert_close(terms["mse"], noise.square().mean(dim=(1, 2, 3)))
+    assert torch.equal(terms["loss"], terms["mse"])
+
+
+@predictions
+def test_the_exact_denoiser_pays_the_conditional_variance(prediction):
+    process = GaussianDiffusion(prediction=prediction, variance="fixed_large")
+    x_0, t = MEAN + STD * randn(2, 1, 300, 300), torch.tensor([100, 600])
+    mse = process.training_loss(
+        gaussian_denoiser(process), x_0, labels(2), t=t, noise=randn(2, 1, 300, 300, seed=1)
+    )["mse"]
+    at = process.transition(t)
+    alpha, sigma = at.alpha.flatten(), at.sigma.flatten()
+    var_x_0 = (STD * sigma) ** 2 / ((STD * alpha) ** 2 + sigma**2)  # of x_0 given x_t
+    expected = {"epsilon": (alpha / sigma) ** 2 * var_x_0, "x_0": var_x_0, "v": var_x_0 / sigma**2}
+    torch.testing.assert_close(mse, expected[prediction], rtol=0.02, atol=0)
+
+
+def test_the_bound_trains_the_variance_alone():
+    process = GaussianDiffusion()
+    output = (0.1 * randn(4, 4, 3, 3)).requires_grad_()
+    t = torch.tensor([0, 1, 500, 999])
+    terms = process.training_loss(lambda x, t, y: output, randn(4, 2, 3, 3, seed=1), labels(4), t=t)
+    (of_bound,) = torch.autograd.grad(terms["vb"].sum(), output, retain_graph=True)
+    (of_mse,) = torch.autograd.grad(terms["mse"].sum(), output)
+    assert of_bound[:, :2].abs().max() == 0
+    assert (of_bound[:, 2:].abs().amax(dim=(1, 2, 3)) > 0).all()
+    assert of_mse[:, 2:].abs().max() == 0
+    torch.testing.assert_close(terms["loss"], terms["mse"] + terms["vb"])
+
+
+def test_half_precision_outputs_give_float32_losses():
+    process = GaussianDiffusion()
+    terms = process.training_loss(
+        lambda x, t, y: torch.cat([x, x], dim=1).bfloat16(),
+        randn(2, 2, 4, 4),
+        labels(2),
+        generator=generator(),
+    )
+    assert all(values.dtype == torch.float32 and values.shape == (2,) for values in terms.values())
+
+
+def test_the_same_generator_draws_the_same_loss():
+    process, x_0 = GaussianDiffusion(variance="fixed_small"), randn(8, 1, 2, 2)
+    first, again = (
+        process.training_loss(zero_model, x_0, labels(8), generator=generator(3))["loss"] for _ in range(2)
+    )
+    assert torch.equal(first, again)
+
+
+# The samplers, on data whose denoiser is known.
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@predictions
+def test_gaussian_data_come_out_with_mean_and_std(sampler, eta, schedule, prediction):
+    process = GaussianDiffusion(schedule, prediction=prediction, variance="fixed_large")
+    x_0 = sample(
+        process,
+        gaussian_denoiser(process),
+        randn(4, 1, 64, 64),
+        labels(4),
+        sampler=sampler,
+        num_steps=250,
+        eta=eta,
+        generator=generator(1),
+    )
+    assert x_0.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert x_0.std().item() == pytest.approx(STD, rel=0.04)
+
+
+@pytest.mark.parametrize("num_steps", [5, 20, 200])
+def test_with_the_exact_variance_ancestral_sampling_needs_few_steps(num_steps):
+    """Between Gaussians each reverse step is Gaussian: only the last, which adds no noise, falls short."""
+    process = GaussianDiffusion()
+    steps = dict(process.reverse_steps(num_steps))
+    mean_of_noise = gaussian_denoiser(process)
+
+    def model(x_t, t, y):
+        at = steps[int(t[0])]
+        var_x_0 = (STD * at.sigma) ** 2 / ((STD * at.alpha) ** 2 + at.sigma**2)
+        variance = at.posterior_std**2 + at.x_0_weight**2 * var_x_0
+        span = at.log_variance_max - at.log_variance_min
+        share = 2 * (variance.log() - at.log_variance_min) / span - 1 if at.posterior_std > 0 else 0.0 * span
+        return torch.cat([mean_of_noise(x_t, t, y), share.expand_as(x_t)], dim=1)
+
+    x_0 = sample(
+        process, model, randn(4, 1, 128, 128), labels(4), num_steps=num_steps, generator=generator(1)
+    )
+    assert x_0.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert x_0.std().item() == pytest.approx(STD, rel=0.01)
+
+
+# The samplers against diffusers, where both define the same chain: every timestep visited.
+
+
+DIFFUSERS = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}  # prediction types
+
+
+def diffusers_chain(scheduler, model, x, seed, **step_args):
+    draw = generator(seed)
+    seen = []
+    for t in scheduler.timesteps:
+        output = model(x, t.expand(len(x)), labels(len(x)))
+        x = scheduler.step(output, t, x, generator=draw, **step_args).prev_sample
+        seen.append(x)
+    return seen
+
+
+def our_chain(process, model, x, seed, **sample_args):
+    seen = []
+    sample(
+        process,
+        model,
+        x,
+        labels(len(x)),
+        num_steps=process.num_timesteps,
+        generator=generator(seed),
+        callback=lambda step, x_t, x_0: seen.append(x_t),
+        **sample_args,
+    )
+    return seen
+
+
+def assert_same_chain(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@predictions
+def test_ddpm_agrees_with_diffusers(prediction, variance):
+    process = GaussianDiffusion(num_timesteps=50, prediction=prediction, variance=variance)
+    scheduler = DDPMScheduler(
+        50,
+        trained_betas=process.betas.numpy(),
+        prediction_type=DIFFUSERS[prediction],
+        variance_type=variance,
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(50)
+
+    def model(x, t, y):
+        output = 0.5 * pointwise_model(x, t, y)
+        return torch.cat([output, -output], dim=1) if process.learns_variance else output
+
+    x = randn(2, 3, 4, 4)
+    assert_same_chain(our_chain(process, model, x, 5), diffusers_chain(scheduler, model, x, 5))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@predictions
+def test_ddim_agrees_with_diffusers(prediction, eta):
+    process = GaussianDiffusion(num_timesteps=50, prediction=prediction, variance="fixed_small")
+    scheduler = DDIMScheduler(
+        50,
+        trained_betas=process.betas.numpy(),
+        prediction_type=DIFFUSERS[prediction],
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(50)
+    x = randn(2, 3, 4, 4)
+    ours = our_chain(process, pointwise_model, x, 5, sampler="ddim", eta=eta)
+    assert_same_chain(ours, diffusers_chain(scheduler, pointwise_model, x, 5, eta=eta))
+
+
+# Randomness, and what a caller may rely on.
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.7)])
+def test_a_sample_depends_on_its_own_generator_alone(sampler, eta):
+    process = GaussianDiffusion(variance="fixed_small")
+
+    def draw(indices):
+        generators = [generator(index) for index in indices]
+        noise = randn_like(torch.empty(len(indices), 2, 4, 4), generators)
+        y = torch.tensor(indices)
+        return sample(
+            process,
+            pointwise_model,
+            noise,
+            y,
+            sampler=sampler,
+            num_steps=8,
+            eta=eta,
+            generator=generators,
+        )
+
+    together = draw([0, 1, 2, 3, 4])
+    assert torch.equal(together, torch.cat([draw([0, 1, 2]), draw([3, 4])]))
+    assert torch.equal(together.flip(0), draw([4, 3, 2, 1, 0]))
+    assert not torch.equal(together[0], together[1])
+
+
+def test_deterministic_ddim_draws_nothing():
+    process, x = GaussianDiffusion(variance="fixed_small"), randn(2, 1, 4, 4)
+    draw = generator(7)
+    before = draw.get_state()
+    sample(process, pointwise_model, x, labels(2), sampler="ddim", num_steps=5, generator=draw)
+    assert torch.equal(before, draw.get_state())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_one_step_goes_straight_to_the_prediction(sampler):
+    seen = []
+    process = GaussianDiffusion(prediction="x_0")
+    x_0 = sample(
+        process,
+        lambda x, t, y: torch.cat([torch.full_like(x, t[0] / 1000), x], dim=1),
+        randn(2, 1, 2, 2),
+        labels(2),
+        sampler=sampler,
+        num_steps=1,
+        callback=lambda step, x_t, x_0: seen.append(x_0),
+    )
+    torch.testing.assert_close(x_0, torch.full_like(x_0, 0.999))
+    assert torch.equal(seen[0], x_0)
+
+
+def test_sampling_keeps_no_gradient_but_its_result_can_be_trained_on():
+    weight = torch.ones(1, requires_grad=True)
+    process = GaussianDiffusion(variance="fixed_small")
+    x_0 = sample(process, lambda x, t, y: weight * x, randn(1, 1, 2, 2), labels(1), num_steps=2)
+    assert not x_0.requires_grad
+    (weight * x_0).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"sampler": "dpm"}, "--sampler dpm: unknown, choose from ddpm, ddim"),
+        ({"num_steps": 0}, r"--num_steps 0 must lie in 1\.\.1000"),
+        ({"num_steps": 1001}, r"--num_steps 1001 must lie in 1\.\.1000"),
+        ({"eta": -0.1}, r"--eta -0\.1 must lie in"),
+        ({"eta": 1.5}, r"--eta 1\.5 must lie in"),
+        ({"guidance_scale": 2.0}, "--guidance_scale 2.0: the model is unconditional"),
+        ({"num_steps": 4, "step_noise": torch.zeros(3, 2, 1, 2, 2)}, "a slice a step"),
+        ({"generator": [generator()]}, "1 generators for 2 samples"),
+    ],
+)
+def test_bad_input_is_refused_in_words(arguments, words):
+    process = GaussianDiffusion(variance="fixed_small")
+    with pytest.raises(ValueError, match=words):
+        sample(process, zero_model, randn(2, 1, 2, 2), labels(2), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"schedule": "sqrt"}, "--diffusion.schedule sqrt: unknown, choose from linear, cosine"),
+        ({"prediction": "score"}, "--diffusion.prediction score: unknown, choose from epsilon, x_0, v"),
+        ({"variance": "learned"}, "--diffusion.variance learned: unknown, choose from learned_range"),
+        ({"num_timesteps": 1}, "--diffusion.num_timesteps 1 must be at least 2"),
+        ({"num_timesteps": 20}, "--diffusion.num_timesteps 20 is too few for the linear schedule"),
+    ],
+)
+def test_bad_process_is_refused_in_words(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        GaussianDiffusion(**arguments)
