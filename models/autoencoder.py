@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -164,7 +165,9 @@ def _load_autoencoder(source: str) -> nn.Module:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise AutoencoderError(f"--autoencoder {source}: no such folder; {_ALTERNATIVES}")
     try:
-        return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # diffusers passes huggingface_hub arguments it deprecated
+            return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise AutoencoderError(

@@ -1,0 +1,66 @@
+"""Training batches are a function of (seed, step, position), whatever the processes and micro-batches."""
+
+import pytest
+import torch
+
+from data import open_dataset
+from data.latents import LatentCache, build_cache
+from diffusion import GaussianDiffusion
+from experiment.batches import Batches, generator_for
+from models.autoencoder import PixelCodec
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder, codec = tmp_path_factory.mktemp("cache"), PixelCodec()
+    dataset = open_dataset("shapes", split="train", image_size=8, num_images=30)
+    build_cache(folder, dataset, codec.prepare, codec.identity, flips=True, progress=False)
+    return LatentCache(folder, {**codec.identity, **dataset.describe(), "flips": True})
+
+
+def batches(cache, **overrides):
+    arguments = {"seed": 0, "batch_size": 12, "label_dropout": 0.5, **overrides}
+    return Batches(cache, PixelCodec(), GaussianDiffusion(), **arguments)
+
+
+def joined(parts):
+    parts = list(parts)
+    return {name: torch.cat([getattr(part, name) for part in parts]) for name in ("x_0", "y", "t", "noise")}
+
+
+def test_processes_and_micro_batches_share_one_stream(cache):
+    whole = joined(batches(cache).micro_batches(3))
+    two_ranks = [list(batches(cache, rank=r, num_ranks=2, num_micro_batches=3).micro_batches(3)) for r in (0, 1)]
+    shared = joined([part for pair in zip(*two_ranks, strict=True) for part in pair])
+    for name, expected in whole.items():
+        assert torch.equal(shared[name], expected), name
+
+
+def test_epochs_are_permutations_laid_end_to_end(cache):
+    order = torch.cat([batches(cache)._order(step) for step in range(5)])
+    for epoch in order.split(30):
+        assert epoch.sort().values.tolist() == list(range(30))
+    assert order[:30].tolist() != order[30:].tolist()
+
+
+def test_steps_and_seeds_differ(cache):
+    first, second = (joined(batches(cache).micro_batches(step)) for step in (0, 1))
+    other = joined(batches(cache, seed=1).micro_batches(0))
+    assert not torch.equal(first["noise"], second["noise"])
+    assert not torch.equal(first["noise"], other["noise"])
+
+
+def test_labels_are_dropped_and_images_mirrored(cache):
+    parts = joined(part for step in range(20) for part in batches(cache).micro_batches(step))
+    dropped = (parts["y"] == cache.num_classes).float().mean()
+    assert 0.35 < dropped < 0.65
+
+
+def test_batch_that_does_not_divide_names_the_flags(cache):
+    with pytest.raises(ValueError, match=r"--train.batch_size 12 must be a multiple.*--train.grad_accumulation 5"):
+        batches(cache, num_micro_batches=5)
+
+
+def test_streams_depend_on_their_whole_key():
+    draws = {tuple(torch.rand(2, generator=generator_for(*key)).tolist()) for key in [(0, "a", 1), (0, "b", 1), (1, "a", 1), (0, "a", 2)]}
+    assert len(draws) == 4

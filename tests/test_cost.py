@@ -1,0 +1,52 @@
+"""What a model costs, against counts made by hand."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from metrics.cost import cost, throughput
+
+
+class Backbone(nn.Module):
+    """One 3x3 convolution, shifted by time and label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, kernel_size=3, padding=1)
+        self.label = nn.Embedding(11, 8)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.conv(x_t) + (self.label(y) * t[:, None])[:, :, None, None]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_cost_is_counted_by_hand(device: str) -> None:
+    counted = cost(Backbone().to(device), latent_shape=(4, 16, 24), num_classes=10)
+    multiply_adds = (16 * 24) * 8 * (4 * 3 * 3)
+    assert counted.parameters == 4 * 8 * 9 + 8 + 11 * 8
+    assert counted.gmacs == pytest.approx(multiply_adds / 1e9)
+    assert counted.gflops == pytest.approx(2 * multiply_adds / 1e9)
+
+
+def test_cost_leaves_the_model_alone() -> None:
+    model = Backbone().train()
+    cost(model, latent_shape=(4, 8, 8), num_classes=10)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_attention_is_counted() -> None:
+    """The DiT paper gives 6.06 "Gflops" (multiply-adds) for DiT-S/2 on 32x32x4 latents."""
+    from models import create_model
+
+    with torch.device("meta"):
+        model = create_model("DiT-S/2", input_size=32, in_channels=4, out_channels=8, num_classes=1000)
+    assert cost(model, latent_shape=(4, 32, 32), num_classes=1000).gmacs == pytest.approx(6.06, rel=0.01)
+
+
+def test_throughput_is_the_median() -> None:
+    naps = iter([0.0, 0.2, 0.02, 0.02, 0.02, 0.2])  # the first warms up
+    rate = throughput(lambda: time.sleep(next(naps)), batch_size=4)
+    assert 4 / 0.15 < rate <= 4 / 0.02
