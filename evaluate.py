@@ -91,8 +91,8 @@ def main(config: EvaluateConfig) -> None:
         return
 
     scores = compare(
-        extractor(images, batch_size=config.batch_size, desc="features of samples"),
-        extractor(reference, batch_size=config.batch_size, desc="features of reference"),
+        extractor(images, batch_size=config.batch_size, desc="samples"),
+        extractor(reference, batch_size=config.batch_size, desc="reference"),
         extractor,
         seed=config.seed,
     )
@@ -110,11 +110,11 @@ def main(config: EvaluateConfig) -> None:
     output = Path(config.output) if config.output else default / "scores.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.write_text(json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     partial.replace(output)
     print(f"{scores.num_samples} samples against {scores.num_reference} held-out images, {scores.extractor}")
     print(scores.table())
-    if not extractor.is_inception:
+    if extractor.kind != "inception":
         print(f"Distances on {scores.extractor} compare runs with each other; they are not FID.")
     print(f"scores: {output}")
 
