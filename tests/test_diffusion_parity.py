@@ -31,7 +31,7 @@ def assert_each_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float
 
 
 def toy_model(a: torch.Tensor):
-    """The fixture's `tanh(A x) * (0.5 + t / 2000)`: as many channels of noise as of data, then of variance."""
+    """The fixture's `tanh(A x) * (0.5 + t / 2000)`: channels of noise, then as many of variance."""
 
     def model(x, t, y):
         scale = 0.5 + t.float() / 2000
