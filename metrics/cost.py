@@ -55,8 +55,7 @@ def throughput(
     num_warmup: int = 1,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Images a second of a function that handles `batch_size` images a call: the median over `num_repeats`
-    calls."""
+    """Images a second of a function that handles `batch_size` images a call: the median of `num_repeats`."""
     device = torch.device(device)
 
     def timed() -> float:

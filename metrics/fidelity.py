@@ -19,7 +19,9 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch_fidelity
@@ -436,6 +438,9 @@ def _check_metrics(metrics: Sequence[str]) -> None:
 
 # --- loading extractors
 
+UNREADABLE = (OSError, HTTPException, RuntimeError, ValueError, EOFError, UnpicklingError)
+"""What resolving, connecting, reading and unpacking a file of weights raise between them."""
+
 
 def _load_file(path: str) -> FeatureExtractorBase:
     layers = list(TorchScriptExtractor.get_provided_features_list())
@@ -452,17 +457,15 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
     if weights_path is not None:
         return _load_weights(name, registered, layers, Path(weights_path))
     try:
-        with _network_timeout(seconds=10):
+        with _network_timeout(seconds=10.0):
             return _create(registered, layers, None)
-    except Exception as error:  # resolving, connecting, reading and unpacking fail in as many types
-        weights = Path(URL_INCEPTION_V3).name if name == INCEPTION else "its weights"
-        own = (
-            "" if name.startswith("dinov2") else f"give --weights_path FILE (torch-fidelity's {weights}) or "
-        )
+    except UNREADABLE as error:
+        weights_of = f"torch-fidelity's {Path(URL_INCEPTION_V3).name}" if name == INCEPTION else f"of {name}"
+        own = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "
         raise ExtractorError(
-            f"--extractor {name}: its weights cannot be downloaded ({_one_line(error)}); {own}"
-            "give --extractor FILE.pt (TorchScript), such as the small classifier that `make demo` trains: its "
-            "scores compare runs with each other, not with published ones"
+            f"--extractor {name}: its weights cannot be downloaded ({_one_line(error)}); give {own}"
+            "--extractor FILE.pt (TorchScript), such as the small classifier that `make demo` trains: "
+            "its scores compare runs with each other, not with published ones"
         ) from error
 
 
@@ -479,10 +482,10 @@ def _load_weights(name: str, registered: str, layers: list[str], path: Path) -> 
         ):  # CLIP's is TorchScript; the others torch-fidelity would unpickle unchecked
             torch.load(path, weights_only=True, map_location="cpu")
         return _create(registered, layers, str(path))
-    except Exception as error:  # neither a state dict, nor this extractor's, nor whole
+    except (*UNREADABLE, TypeError, KeyError) as error:  # not whole, no state dict, or another model's
         raise ExtractorError(
-            f"--weights_path {path}: these are not the weights of {name} ({_one_line(error)}); give the "
-            "file that torch-fidelity would download"
+            f"--weights_path {path}: these are not the weights of {name} ({_one_line(error)}); "
+            "give the file that torch-fidelity would download"
         ) from error
 
 

@@ -1,0 +1,427 @@
+"""Scores against sets whose answers are known by construction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import socket
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torch_fidelity
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from metrics.classifier import train_classifier
+from metrics.fidelity import Extractor, ExtractorError, Features, Scores, compare, score
+from metrics.torchscript import load_torchscript, save_torchscript
+
+PROBE = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
+
+
+class MeanColour(nn.Module):
+    """Features: the mean of each channel. Probabilities: its share of the light, undefined in the dark."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        colour = images.float().mean(dim=(2, 3))  # [n 3]
+        return colour, colour / colour.sum(dim=1, keepdim=True)
+
+
+class Logits(MeanColour):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        colour, _ = super().forward(images)
+        return colour, colour
+
+
+class TensorDataset(Dataset):
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+class Labelled(TensorDataset):
+    """Images with labels beside them, as a dataset of photographs has."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], index
+
+
+@pytest.fixture(scope="module")
+def colour_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_torchscript(MeanColour(), PROBE, tmp_path_factory.mktemp("extractors") / "mean_colour.pt")
+
+
+@pytest.fixture(scope="module")
+def colour(colour_file: Path) -> Extractor:
+    return Extractor(colour_file)
+
+
+def random_images(num: int, *, seed: int = 0, low: int = 0, high: int = 256) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    tint = torch.randint(low, high, (num, 3, 1, 1), generator=generator)
+    grain = torch.randint(0, 9, (num, 3, 8, 8), generator=generator)
+    return (tint + grain).clamp(1, 255).to(torch.uint8)
+
+
+def greys(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+
+
+def gaussian(num: int, mean: list[float], covariance: list[list[float]], *, seed: int) -> Features:
+    """Features whose sample mean and covariance are exactly these."""
+    z = torch.randn(num, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    z = z - z.mean(dim=0)
+    z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / (num - 1))).T  # white to the last digit
+    x = z @ torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64)).T
+    return Features((x + torch.tensor(mean, dtype=torch.float64)).float(), None)
+
+
+def value(scores: Scores, name: str) -> float:
+    found = scores.scores[name].value
+    assert found is not None, scores.scores[name].reason
+    return found
+
+
+# --- known answers
+
+
+def test_equal_sets(colour: Extractor) -> None:
+    images = random_images(60)
+    scores = score(images, images, extractor=colour, progress=False)
+    assert value(scores, "frechet_distance[mean_colour]") == pytest.approx(0, abs=1e-6)
+    assert value(scores, "precision") == value(scores, "recall") == 1
+    assert value(scores, "kernel_distance[mean_colour]") <= 0  # the unbiased estimate goes below
+
+
+def test_frechet_distance_of_two_gaussians(colour: Extractor) -> None:
+    """tr (AB)^(1/2) of 2x2 matrices is (tr AB + 2 det(AB)^(1/2))^(1/2); these do not commute."""
+    a, b = [[4.0, 1.0], [1.0, 2.0]], [[1.0, -0.5], [-0.5, 3.0]]
+    product = torch.tensor(a) @ torch.tensor(b)
+    trace = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
+    expected = (3.0**2 + 1.0**2) + (4 + 2) + (1 + 3) - 2 * trace
+
+    samples, reference = gaussian(50, [3.0, 0.0], a, seed=0), gaussian(80, [0.0, 1.0], b, seed=1)
+    scores = compare(samples, reference, colour, metrics=["fid"])
+    assert list(scores.scores) == ["frechet_distance[mean_colour]"]
+    assert value(scores, "frechet_distance[mean_colour]") == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_distance_of_one_feature(colour: Extractor) -> None:
+    samples, reference = gaussian(20, [2.0], [[4.0]], seed=0), gaussian(30, [0.0], [[1.0]], seed=1)
+    scores = compare(samples, reference, colour, metrics=["fid"])
+    assert value(scores, "frechet_distance[mean_colour]") == pytest.approx(2**2 + (2 - 1) ** 2, rel=1e-5)
+
+
+def test_precision_and_recall_are_not_swapped(colour: Extractor) -> None:
+    """9 of 15 samples lie among the reference, whose other half no sample comes near."""
+    reference = greys([*range(100, 120, 2), *range(200, 220, 2)])
+    samples = greys([*range(101, 119, 2), *range(10, 22, 2)])
+    scores = score(samples, reference, extractor=colour, progress=False)
+    assert value(scores, "precision") == pytest.approx(9 / 15)
+    assert value(scores, "recall") == pytest.approx(10 / 20)
+
+    swapped = score(reference, samples, extractor=colour, progress=False)
+    assert value(swapped, "precision") == pytest.approx(10 / 20)
+
+
+def test_classifier_score_takes_probabilities(colour: Extractor) -> None:
+    """Sure of each image, and all classes as often: the score is their number. All grey: it is one."""
+    pure = torch.zeros(30, 3, 8, 8, dtype=torch.uint8)
+    pure[torch.arange(30), torch.arange(30) % 3] = 200
+    for images, expected in (pure, 3.0), (greys([100] * 30), 1.0):
+        scores = score(images, pure, extractor=colour, metrics=["is"], is_splits=1, progress=False)
+        assert value(scores, "classifier_score[mean_colour]") == pytest.approx(expected, rel=1e-5)
+        assert scores.scores["classifier_score[mean_colour]"].std is None
+
+
+def test_kernel_distance_of_whole_sets(colour: Extractor) -> None:
+    """The unbiased estimate written out (Bińkowski et al. 2018, eq. 4); the subset is cut to the sets."""
+    x = gaussian(20, [1.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], seed=0)
+    y = gaussian(20, [0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], seed=1)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a.double() @ b.double().T / 2 + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        gram = kernel(a, a)
+        return (gram.sum() - gram.trace()) / (20 * 19)
+
+    expected = within(x.features) + within(y.features) - 2 * kernel(x.features, y.features).mean()
+    scores = compare(x, y, colour, metrics=["kid"], kid_subset_size=1000)
+    assert value(scores, "kernel_distance[mean_colour]") == pytest.approx(float(expected), rel=1e-6)
+    assert scores.scores["kernel_distance[mean_colour]"].std is None  # one subset: nothing varies
+    assert scores.settings["kid_subset_size"] == 20
+    assert scores.settings["kid_subsets"] == 1
+
+
+def test_kernel_subset_is_cut_to_the_smaller_set(colour: Extractor) -> None:
+    samples, reference = random_images(25), random_images(40, seed=1)
+    scores = score(samples, reference, extractor=colour, kid_subset_size=1000, progress=False)
+    assert scores.settings["kid_subset_size"] == 25
+    assert scores.scores["kernel_distance[mean_colour]"].std is not None
+
+
+def test_agrees_with_torch_fidelity(colour_file: Path) -> None:
+    """Its own entry point, in float32 and from the same registered extractor."""
+    samples, reference = random_images(60), random_images(90, seed=1, low=40)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=TensorDataset(samples),
+        input2=TensorDataset(reference),
+        feature_extractor="torchscript",
+        feature_extractor_weights_path=str(colour_file),
+        **dict.fromkeys(("isc", "fid", "kid", "prc"), True),
+        **dict.fromkeys(("cuda", "cache", "verbose"), False),
+        save_cpu_ram=True,
+        kid_subset_size=50,
+        rng_seed=5,
+    )
+    scores = score(samples, reference, extractor=colour_file, kid_subset_size=50, seed=5, progress=False)
+    keys = {
+        "frechet_distance[mean_colour]": "frechet_inception_distance",
+        "classifier_score[mean_colour]": "inception_score_mean",
+        "kernel_distance[mean_colour]": "kernel_inception_distance_mean",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    for name, key in keys.items():
+        assert value(scores, name) == pytest.approx(theirs[key], rel=1e-4)
+
+
+# --- what a reader needs to trust a score
+
+
+def test_provenance(colour_file: Path) -> None:
+    samples, reference = random_images(30), random_images(40, seed=1)
+    scores = score(samples, reference, extractor=colour_file, seed=7, progress=False)
+    written = json.loads(scores.to_json())
+    assert written["extractor"] == "mean_colour"
+    assert written["extractor_sha256"] == hashlib.sha256(colour_file.read_bytes()).hexdigest()
+    assert (written["num_samples"], written["num_reference"], written["num_features"]) == (30, 40, 3)
+    assert written["settings"]["seed"] == 7
+    assert written["versions"]["torch_fidelity"]
+
+    rows = scores.table().splitlines()
+    assert len({len(row) for row in rows}) == 1  # aligned
+    assert len(rows) == 2 + 5
+    assert all("mean_colour" in row for row in rows[2:])  # precision and recall too
+    assert "fid" not in scores.table().lower()
+
+
+def test_order_and_batches_do_not_matter(colour: Extractor) -> None:
+    samples, reference = random_images(30), random_images(40, seed=1)
+    scores = score(samples, reference, extractor=colour, progress=False)
+    again = score(
+        Labelled(samples), Labelled(reference), extractor=colour, batch_size=7, num_workers=1, progress=False
+    )
+    assert again == scores
+
+
+def test_too_few_images_are_null_with_the_reason(colour: Extractor) -> None:
+    scores = score(random_images(1), random_images(40, seed=1), extractor=colour, progress=False)
+    assert len(scores.scores) == 5
+    for one in scores.scores.values():
+        assert one.value is None
+        assert one.reason is not None
+        assert one.reason.startswith("too few images: 1, ")
+    assert "none: too few images" in scores.table()
+    assert json.loads(scores.to_json())["scores"]["precision"]["value"] is None
+
+    three = score(random_images(3), random_images(40, seed=1), extractor=colour, progress=False)
+    assert three.scores["precision"].value is None  # the third neighbour takes four images
+    assert three.scores["frechet_distance[mean_colour]"].value is not None
+
+
+# --- what a user can get wrong
+
+
+def test_images_that_are_none(colour: Extractor) -> None:
+    with pytest.raises(ValueError, match="samples: there are no images"):
+        score(random_images(0), random_images(4), extractor=colour, progress=False)
+    with pytest.raises(
+        ValueError, match=r"reference: images are float32 \[3, 8, 8\]; extractors take uint8 RGB"
+    ):
+        score(random_images(4), Labelled(torch.rand(4, 3, 8, 8)), extractor=colour, progress=False)
+
+
+def test_unknown_metric(colour: Extractor) -> None:
+    with pytest.raises(ValueError, match="--metrics sfid: choose from fid, is, kid, precision, recall"):
+        score(random_images(4), random_images(4), extractor=colour, metrics=["sfid"], progress=False)
+
+
+def test_features_that_are_not_finite(colour: Extractor) -> None:
+    with pytest.raises(ExtractorError, match=r"mean_colour: not finite on 2 of 3 images \(samples\)"):
+        score(greys([0, 10, 0]), random_images(4), extractor=colour, progress=False)
+
+
+def test_logits_are_refused(tmp_path: Path) -> None:
+    path = save_torchscript(Logits(), PROBE, tmp_path / "logits.pt")
+    with pytest.raises(
+        ExtractorError, match="--extractor logits: its second output is not class probabilities"
+    ):
+        score(random_images(4), random_images(4), extractor=path, progress=False)
+
+
+def test_files_that_are_no_extractor(tmp_path: Path, colour_file: Path) -> None:
+    with pytest.raises(
+        ExtractorError, match="--extractor nothing: no such file, nor one of inception, vgg16, clip-"
+    ):
+        Extractor("nothing")
+    (tmp_path / "cut.pt").write_bytes(colour_file.read_bytes()[:500])
+    with pytest.raises(ExtractorError, match=r"--extractor .*cut\.pt: not a TorchScript file"):
+        Extractor(tmp_path / "cut.pt")
+    one_output = save_torchscript(nn.Flatten(), PROBE, tmp_path / "flat.pt")
+    with pytest.raises(ExtractorError, match="--extractor flat: "):
+        score(random_images(4), random_images(4), extractor=one_output, progress=False)
+    with pytest.raises(ExtractorError, match="brings its own weights"):
+        Extractor(colour_file, weights_path=colour_file)
+
+
+@pytest.mark.parametrize("name", ["inception", "clip-rn50"])
+def test_no_network_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        assert socket.getdefaulttimeout() is not None  # or it would hang where packets vanish
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ExtractorError) as caught:
+        Extractor(name)
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in (
+        f"--extractor {name}",
+        "no route to host",
+        "--weights_path FILE",
+        "--extractor FILE.pt",
+        "make demo",
+    ):
+        assert words in message
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert socket.getdefaulttimeout() is None
+
+
+# --- Inception
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the format that torch-fidelity downloads: a state dict."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: object, **__: object) -> None:
+            pass
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Unloaded("random", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
+    torch.save(module.state_dict(), folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
+    samples, reference = random_images(2, seed=3), random_images(3, seed=4)
+    scores = score(
+        samples,
+        reference,
+        weights_path=inception_weights,
+        neighbourhood=1,
+        is_splits=1,
+        kid_subsets=3,
+        progress=False,
+    )
+    assert list(scores.scores) == ["fid", "is", "kid", "precision", "recall"]
+    assert all(one.value is not None for one in scores.scores.values())
+    assert value(scores, "is") >= 1
+    assert (scores.extractor, scores.num_features) == ("inception", 2048)
+    assert len(scores.extractor_sha256) == 64
+
+
+def test_weights_of_something_else(tmp_path: Path, colour_file: Path) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(
+        ExtractorError, match=r"--weights_path .*other\.pth: these are not the weights of inception"
+    ):
+        Extractor("inception", weights_path=tmp_path / "other.pth")
+    with pytest.raises(ExtractorError, match=r"--weights_path .*nowhere\.pth: no such file"):
+        Extractor("inception", weights_path=tmp_path / "nowhere.pth")
+    with pytest.raises(ExtractorError, match="loads dinov2-vit-s-14 from torch hub's cache alone"):
+        Extractor("dinov2-vit-s-14", weights_path=colour_file)
+
+
+class Trap:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_weights_are_not_unpickled(tmp_path: Path) -> None:
+    torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
+    with pytest.raises(ExtractorError, match="not the weights of inception"):
+        Extractor("inception", weights_path=tmp_path / "trap.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+# --- the classifier that stands in for Inception where there is no network
+
+
+def stripes(num: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Level, upright and slanted stripes, in any two colours."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num) % 3
+    rows, columns = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    phases = torch.stack([rows, columns, rows + columns])[labels]
+    shift = torch.randint(0, 8, (num, 1, 1), generator=generator)
+    bright = ((phases + shift) % 8 < 4)[:, None]
+    light = torch.randint(160, 256, (num, 3, 1, 1), generator=generator)
+    dark = torch.randint(0, 96, (num, 3, 1, 1), generator=generator)
+    return torch.where(bright, light, dark).to(torch.uint8), labels
+
+
+def test_classifier_learns_and_serves_as_extractor(tmp_path: Path) -> None:
+    images, labels = stripes(300, seed=0)
+    held_out, held_out_labels = stripes(90, seed=1)
+    classifier = train_classifier(images, labels, 3, batch_size=30, progress=False)
+    assert (classifier.predict(held_out) == held_out_labels).float().mean() >= 0.98
+
+    path = classifier.save_torchscript(tmp_path / "stripes.pt")
+    assert [found.name for found in tmp_path.iterdir()] == ["stripes.pt"]  # nothing half-written beside it
+    for mine, loaded in zip(classifier(held_out), load_torchscript(path)(held_out), strict=True):
+        torch.testing.assert_close(mine, loaded)
+
+    scores = score(held_out, images, extractor=path, progress=False)
+    assert 2.5 < value(scores, "classifier_score[stripes]") <= 3
+    noise = random_images(90)
+    worse = score(noise, images, extractor=path, progress=False)
+    name = "frechet_distance[stripes]"
+    assert value(scores, name) < value(worse, name)
+
+
+def test_classifier_is_its_seed() -> None:
+    images, labels = stripes(30, seed=0)
+    one, same, other = (
+        train_classifier(images, labels, 3, seed=seed, epochs=1, progress=False).to_logits.weight
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_classifier_refuses_foreign_labels() -> None:
+    images, labels = stripes(6, seed=0)
+    with pytest.raises(ValueError, match=r"labels from 0 to 2: classes are 0\.\.1"):
+        train_classifier(images, labels, 2, progress=False)
