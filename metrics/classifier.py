@@ -81,7 +81,7 @@ def train_classifier(
 ) -> SmallClassifier:
     """Train on labelled images, shifted, blurred and noised so that an autoencoder's faults do not matter.
 
-    On 5,000 of the `shapes` about 12 s on one CPU core, and all of the held-out easy ones right (medium: 99.6%);
+    On 5,000 `shapes` about 12 s on one CPU core, and all of the held-out easy ones right (medium: 99.6%);
     the hard ones want 12 epochs or more (86%).
 
     Raises:
