@@ -1,7 +1,7 @@
 """Score a checkpoint, a folder or an npz against the held-out images.
 
-    python evaluate.py --samples runs/XSwin
-    python evaluate.py --samples samples.npz --data.path caltech101.zip --extractor mobilenet_v2.pt
+python evaluate.py --samples runs/XSwin
+python evaluate.py --samples samples.npz --data.path caltech101.zip --extractor mobilenet_v2.pt
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Draw samples from a checkpoint: a grid, a folder a class, or an ADM-style npz.
 
-    python sample.py --checkpoint runs/XSwin
-    python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --num_per_class 8 --output out.png
-    accelerate launch sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
+python sample.py --checkpoint runs/XSwin
+python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --num_per_class 8 --output out.png
+accelerate launch sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SampleConfig:
 
     checkpoint: str
     output: str | None = None
-    classes: list[str] = field(default_factory=list)
+    classes: list[str | int] = field(default_factory=list)
     num_per_class: int = 4
     seed: int = 0
     sampler: str | None = None
@@ -99,7 +99,9 @@ def main(config: SampleConfig) -> None:
         save_folder(images, names, output)
     print(f"{len(images)} images: {output}")
     if panel is not None:
-        path = output.with_suffix("") / "panel.png" if not output.suffix else output.with_name(f"{output.stem}-panel.png")
+        path = (
+            output.with_suffix("") / "panel.png" if not output.suffix else output.with_name(f"{output.stem}-panel.png")
+        )
         save_grid(panel.images(codec), path, columns=panel.columns)
         print(f"denoising panel: {path}")
 

@@ -1,8 +1,8 @@
 """Train a diffusion backbone on the latents of a frozen autoencoder.
 
-    accelerate launch train.py --model XSwin
-    accelerate launch train.py --config configs/caltech101/xswin.yaml --data.path caltech101.zip
-    accelerate launch train.py --resume runs/XSwin
+accelerate launch train.py --model XSwin
+accelerate launch train.py --config configs/caltech101/xswin.yaml --data.path caltech101.zip
+accelerate launch train.py --resume runs/XSwin
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ def main(config: ExperimentConfig) -> None:
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
-    from experiment.batches import Batches
+    from experiment.batches import Batches, seed_for
     from experiment.build import (
         build_optimizer,
         build_process,
         model_spec,
         num_training_steps,
         open_cache,
+        open_split,
         precision,
     )
     from experiment.checkpoint import resume, save_checkpoint
@@ -51,10 +52,11 @@ def main(config: ExperimentConfig) -> None:
     # Data, process, model.
     codec = create_codec(config.autoencoder).to(accelerator.device)
     process = build_process(config.diffusion)
-    cache = open_cache(config.data, codec, "train", accelerator)
-    held_out = open_cache(config.data, codec, "test", accelerator)
-    spec = model_spec(config, codec, process, cache.num_classes)
+    images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
+    spec = model_spec(config, codec, process, num_classes=len(images.classes))
     model = spec.build().to(accelerator.device)
+    cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
+    held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     ema = EMA(model, config.train.ema_decay)
     num_steps = num_training_steps(config.train, len(cache))
     optimizer, schedule = build_optimizer(model, config.optim, num_steps)
@@ -136,6 +138,8 @@ def main(config: ExperimentConfig) -> None:
     )
     done = first_step
     for step in progress:
+        # Stochastic depth draws from torch's own generator: make it a function of the step too.
+        torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         for batch in batches.micro_batches(step):
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = process.training_loss(model, batch.x_0, batch.y, t=batch.t, noise=batch.noise)

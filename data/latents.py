@@ -46,8 +46,7 @@ class LatentCache:
         ]
         if differences:
             raise DataError(
-                f"latent cache {folder} does not fit: {'; '.join(differences)}; "
-                "delete it, or give another --data.cache"
+                f"latent cache {folder} does not fit: {'; '.join(differences)}; delete it, or give another --data.cache"
             )
         self.folder, self.manifest = folder, manifest
         self.classes: list[str] = manifest["classes"]
@@ -164,7 +163,9 @@ def _read_shard(path: Path, size: int) -> dict[str, Tensor]:
             raise OSError(f"{path.stat().st_size} bytes, {size} expected")
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"latent cache shard {path} is damaged ({error}); delete it and {path.parent}/manifest.json") from error
+        raise DataError(
+            f"latent cache shard {path} is damaged ({error}); delete it and {path.parent}/manifest.json"
+        ) from error
 
 
 def _short(value: object) -> str:

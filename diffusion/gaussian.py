@@ -131,9 +131,7 @@ class GaussianDiffusion:
             ValueError: when there are fewer timesteps than steps.
         """
         if not 1 <= num_steps <= self.num_timesteps:
-            raise ValueError(
-                f"--num_steps {num_steps} must lie in 1..{self.num_timesteps}, the training timesteps"
-            )
+            raise ValueError(f"--num_steps {num_steps} must lie in 1..{self.num_timesteps}, the training timesteps")
         if num_steps == 1:
             return torch.tensor([self.num_timesteps - 1])
         stride = (self.num_timesteps - 1) / (num_steps - 1)
@@ -256,9 +254,7 @@ class GaussianDiffusion:
         vb = self._variational_bound(self.predict(mean_frozen, x_t, t), x_0, x_t, t)
         return {"loss": mse + self.num_timesteps / 1000 * vb, "mse": mse, "vb": vb}
 
-    def _variational_bound(
-        self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor
-    ) -> Float32[Tensor, " b"]:
+    def _variational_bound(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Float32[Tensor, " b"]:
         """`L_t` in bits per dimension (Ho et al. 2020, eq. 5): a divergence, or at t = 0 a likelihood."""
         at = self.transition(t)
         mean = self.posterior_mean(prediction.x_0, x_t, at)

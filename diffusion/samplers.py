@@ -57,9 +57,7 @@ def sample(
     if not 0 <= eta <= 1:
         raise ValueError(f"--eta {eta} must lie in [0, 1]")
     if step_noise is not None and step_noise.shape != (num_steps, *noise.shape):
-        raise ValueError(
-            f"step_noise {list(step_noise.shape)} must be {[num_steps, *noise.shape]}: a slice a step"
-        )
+        raise ValueError(f"step_noise {list(step_noise.shape)} must be {[num_steps, *noise.shape]}: a slice a step")
 
     guided = guide(
         model,
@@ -136,9 +134,7 @@ def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:
     """
     if isinstance(generator, Sequence):
         if len(generator) != len(like):
-            raise ValueError(
-                f"{len(generator)} generators for {len(like)} samples: pass one, or one for each"
-            )
+            raise ValueError(f"{len(generator)} generators for {len(like)} samples: pass one, or one for each")
         drawn = [torch.randn(like.shape[1:], generator=own, device=own.device) for own in generator]
         return torch.stack(drawn).to(like.device)
     source = like.device if generator is None else generator.device

@@ -22,9 +22,13 @@ from models.autoencoder import Codec
 
 def generator_for(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream depends on the key alone: (seed, purpose, step), say."""
+    return torch.Generator(device).manual_seed(seed_for(*key))
+
+
+def seed_for(*key: int | str) -> int:
+    """A seed of 64 bits that depends on the key alone."""
     words = [part if isinstance(part, int) else int.from_bytes(part.encode(), "little") for part in key]
-    seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed))
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)

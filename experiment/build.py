@@ -14,7 +14,7 @@ from data.latents import LatentCache, build_cache, cache_name
 from diffusion import GaussianDiffusion
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, TrainConfig
 from models import create_model
-from models.autoencoder import Codec, create_codec
+from models.autoencoder import Codec
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ def build_process(config: DiffusionConfig) -> GaussianDiffusion:
     return GaussianDiffusion(**asdict(config))
 
 
-def model_spec(
-    config: ExperimentConfig, codec: Codec, process: GaussianDiffusion, num_classes: int
-) -> ModelSpec:
+def model_spec(config: ExperimentConfig, codec: Codec, process: GaussianDiffusion, num_classes: int) -> ModelSpec:
     """The backbone that fits codec, process and data."""
     channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
     return ModelSpec(
@@ -84,14 +82,11 @@ def open_split(config: DataConfig, split: str):
     )
 
 
-def open_cache(config: DataConfig, codec: Codec, split: str, accelerator: Accelerator) -> LatentCache:
-    """The encoded split, from the cache folder or, on first use, encoded into it by all processes."""
-    dataset = open_split(config, split)
-    flips = config.flip and split == "train"
+def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerator, *, flips: bool) -> LatentCache:
+    """The encoded images, from the cache folder or, on first use, encoded into it by all processes."""
     expected = {**codec.identity, **dataset.describe(), "flips": flips}
     folder = Path(config.cache) / cache_name(expected)
     if not (folder / "manifest.json").exists():
-        codec.latent_shape(config.image_size, config.image_size)
         build_cache(
             folder,
             dataset,

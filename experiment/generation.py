@@ -94,7 +94,7 @@ class DenoisingPanel:
         return codec.decode(torch.stack(rows)).cpu()
 
 
-def resolve_classes(asked: list[str], classes: list[str]) -> list[int]:
+def resolve_classes(asked: list[str | int], classes: list[str]) -> list[int]:
     """Labels of class names or numbers; all of them when none are asked for, 0 for an unconditional model.
 
     Raises:
@@ -103,7 +103,7 @@ def resolve_classes(asked: list[str], classes: list[str]) -> list[int]:
     if not asked:
         return list(range(max(1, len(classes))))
     labels = []
-    for name in asked:
+    for name in map(str, asked):
         if name in classes:
             labels.append(classes.index(name))
         elif name.isdigit() and int(name) < len(classes):

@@ -55,15 +55,11 @@ class SmallClassifier(nn.Module):
     def predict(self, images: UInt8[Tensor, "n 3 h w"], *, batch_size: int = 256) -> Int64[Tensor, " n"]:
         """The likeliest class of each image, on the CPU."""
         device = self.to_logits.weight.device
-        return torch.cat(
-            [self(batch.to(device))[1].argmax(dim=1).cpu() for batch in images.split(batch_size)]
-        )
+        return torch.cat([self(batch.to(device))[1].argmax(dim=1).cpu() for batch in images.split(batch_size)])
 
     def save_torchscript(self, path: str | Path) -> Path:
         """Write the extractor's file, for `--extractor`; it is whole or absent."""
-        example = torch.zeros(
-            2, 3, self.side, self.side, dtype=torch.uint8, device=self.to_logits.weight.device
-        )
+        example = torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8, device=self.to_logits.weight.device)
         return save_torchscript(self.eval(), example, path)
 
 
@@ -88,9 +84,7 @@ def train_classifier(
         ValueError: for no images, or labels that are not classes.
     """
     if len(images) == 0 or len(images) != len(labels):
-        raise ValueError(
-            f"{len(images)} images and {len(labels)} labels: give as many labels as images, at least one"
-        )
+        raise ValueError(f"{len(images)} images and {len(labels)} labels: give as many labels as images, at least one")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels from {labels.min()} to {labels.max()}: classes are 0..{num_classes - 1}")
 

@@ -120,9 +120,7 @@ class TorchScriptExtractor(FeatureExtractorBase):
     [n k]. torch-fidelity's inception score takes a softmax of what it gets, so it gets their logarithms.
     """
 
-    def __init__(
-        self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: object
-    ) -> None:
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: object) -> None:
         super().__init__(name, features_list)
         self.module = load_torchscript(feature_extractor_weights_path)
 
@@ -133,9 +131,7 @@ class TorchScriptExtractor(FeatureExtractorBase):
             raise ExtractorError(f"it returns {shapes}, not features [n d] and class probabilities [n k]")
         sums = probabilities.double().sum(dim=1)
         if probabilities.isfinite().all() and (probabilities.min() < 0 or (sums - 1).abs().max() > 1e-2):
-            raise ExtractorError(
-                "its second output is not class probabilities (are they logits? add a softmax)"
-            )
+            raise ExtractorError("its second output is not class probabilities (are they logits? add a softmax)")
         outputs = {"features": features, "log_probabilities": probabilities.float().clamp(min=1e-30).log()}
         return tuple(outputs[name] for name in self.features_list)
 
@@ -190,9 +186,7 @@ class Extractor:
             self.sha256 = _state_sha256(self.module)
         elif Path(name).is_file():
             if weights_path is not None:
-                raise ExtractorError(
-                    f"--weights_path {weights_path}: --extractor {name} brings its own weights"
-                )
+                raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
             self.kind, self.name = TORCHSCRIPT, Path(name).stem
             self.module = _load_file(name)
             self.sha256 = _file_sha256(Path(name))
@@ -233,9 +227,7 @@ class Extractor:
         for output in (features, *logits):
             bad = int((~output.isfinite()).any(dim=1).sum())
             if bad:
-                raise ExtractorError(
-                    f"--extractor {self.name}: not finite on {bad} of {num_images} images ({desc})"
-                )
+                raise ExtractorError(f"--extractor {self.name}: not finite on {bad} of {num_images} images ({desc})")
         return Features(features, logits[0] if logits else None)
 
     def _extract(self, batch: Tensor) -> tuple[Tensor, ...]:
@@ -247,9 +239,7 @@ class Extractor:
             if self.kind != TORCHSCRIPT or isinstance(error, torch.OutOfMemoryError):
                 raise
             last = str(error).strip().splitlines()[-1]
-            raise ExtractorError(
-                f"--extractor {self.name}: it failed on uint8 [n 3 h w] images ({last})"
-            ) from error
+            raise ExtractorError(f"--extractor {self.name}: it failed on uint8 [n 3 h w] images ({last})") from error
 
 
 def _batches(images: Images, batch_size: int, num_workers: int) -> Iterator[Tensor]:
@@ -359,11 +349,7 @@ def compare(
         if len(x) < 2 * is_splits:  # a part of one image scores 1, whatever the image
             return {"is": _too_few(len(x), 2 * is_splits)}
         value = isc_features_to_metric(samples.logits, splits=is_splits, rng_seed=seed)
-        return {
-            "is": _score(
-                value["inception_score_mean"], value["inception_score_std"] if is_splits > 1 else None
-            )
-        }
+        return {"is": _score(value["inception_score_mean"], value["inception_score_std"] if is_splits > 1 else None)}
 
     def kernel_distance() -> dict[str, Score]:
         if kid_subset_size < 2:
@@ -471,15 +457,11 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
 
 def _load_weights(name: str, registered: str, layers: list[str], path: Path) -> FeatureExtractorBase:
     if name.startswith("dinov2"):
-        raise ExtractorError(
-            f"--weights_path {path}: torch-fidelity loads {name} from torch hub's cache alone"
-        )
+        raise ExtractorError(f"--weights_path {path}: torch-fidelity loads {name} from torch hub's cache alone")
     if not path.is_file():
         raise ExtractorError(f"--weights_path {path}: no such file")
     try:
-        if not name.startswith(
-            "clip"
-        ):  # CLIP's is TorchScript; the others torch-fidelity would unpickle unchecked
+        if not name.startswith("clip"):  # CLIP's is TorchScript; the others torch-fidelity would unpickle unchecked
             torch.load(path, weights_only=True, map_location="cpu")
         return _create(registered, layers, str(path))
     except (*UNREADABLE, TypeError, KeyError) as error:  # not whole, no state dict, or another model's

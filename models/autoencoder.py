@@ -83,9 +83,7 @@ class LatentCodec(nn.Module):
         posterior = self.autoencoder.encode(images.float() / 127.5 - 1).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    def draw(
-        self, stored: Float[Tensor, "b moments h w"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
+    def draw(self, stored: Float[Tensor, "b moments h w"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Reparameterised sample of the posterior (Kingma and Welling 2014, eq. 10), normalised."""
         mean, log_variance = stored.float().chunk(2, dim=1)
         return (mean + torch.exp(0.5 * log_variance) * noise - self.shift) * self.scale
@@ -123,9 +121,7 @@ class PixelCodec(nn.Module):
         """The image itself."""
         return images
 
-    def draw(
-        self, stored: UInt8[Tensor, "b 3 h w"], noise: Float[Tensor, "b 3 h w"]
-    ) -> Float[Tensor, "b 3 h w"]:
+    def draw(self, stored: UInt8[Tensor, "b 3 h w"], noise: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """[0, 255] to [-1, 1]; `noise` is not used."""
         return stored.float() / 127.5 - 1
 

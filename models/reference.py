@@ -189,11 +189,17 @@ def _convert_xswin(weights: dict[str, Tensor], config: Mapping) -> dict[str, Ten
         weights = _renumber(weights, rf"{stem}\.\w+\.(\d+)", lambda number: number // 4)
     for name in [name for name in weights if name.endswith("attention.qkv.bias") and "middle" not in name]:
         q_bias, _, v_bias = weights.pop(name).chunk(3)
-        weights[name.replace("qkv.bias", "q_bias")], weights[name.replace("qkv.bias", "v_bias")] = q_bias, v_bias
+        weights[name.replace("qkv.bias", "q_bias")], weights[name.replace("qkv.bias", "v_bias")] = (
+            q_bias,
+            v_bias,
+        )
     for name in [name for name in weights if ".in_proj." in name]:
         tensor = weights.pop(name)
         dim = len(tensor) // 3
-        weights[name.replace("in_proj", "q")], weights[name.replace("in_proj", "kv")] = tensor[:dim], tensor[dim:]
+        weights[name.replace("in_proj", "q")], weights[name.replace("in_proj", "kv")] = (
+            tensor[:dim],
+            tensor[dim:],
+        )
     return weights
 
 
@@ -244,8 +250,7 @@ def _xswin_renames(config: Mapping) -> Renames:
 def _under(source: str, target: str, renames: Renames) -> Renames:
     """The same renames below a prefix."""
     return [
-        (re.escape(source) + r"\." + pattern, None if new is None else f"{target}.{new}")
-        for pattern, new in renames
+        (re.escape(source) + r"\." + pattern, None if new is None else f"{target}.{new}") for pattern, new in renames
     ]
 
 

@@ -110,9 +110,7 @@ SKIPS = {"cross_attention": CrossAttentionSkip, "concat": ConcatSkip}
 class DecoderStage(nn.Module):
     """Joins the skip: the first block runs at twice the width, a pointwise layer halves it, the others follow."""
 
-    def __init__(
-        self, skip: nn.Module, wide: SwinBlock, blocks: Sequence[SwinBlock], dim: int, cond_dim: int
-    ) -> None:
+    def __init__(self, skip: nn.Module, wide: SwinBlock, blocks: Sequence[SwinBlock], dim: int, cond_dim: int) -> None:
         super().__init__()
         self.skip = skip
         self.wide = wide
@@ -150,9 +148,7 @@ class ConvStem(nn.Module):
 CONV_NORMS = {"batch": nn.BatchNorm2d, "group": lambda dim: nn.GroupNorm(min(32, dim // 4), dim)}
 
 
-def modulate_image(
-    modulator: Modulator, x: Float[Tensor, "b c h w"], cond: Tensor
-) -> Float[Tensor, "b c h w"]:
+def modulate_image(modulator: Modulator, x: Float[Tensor, "b c h w"], cond: Tensor) -> Float[Tensor, "b c h w"]:
     """A modulator over the channels of an image."""
     return rearrange(modulator(rearrange(x, "b c h w -> b h w c"), cond), "b h w c -> b c h w")
 

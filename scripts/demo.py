@@ -1,6 +1,6 @@
 """The demo: train a small XSwin on the embedded shapes, draw every class, score what was drawn.
 
-    make demo
+make demo
 """
 
 from __future__ import annotations
@@ -84,7 +84,16 @@ def say(part: str, what: str) -> None:
     print(f"\n[{part}] {what}", flush=True)
 
 
-ONE_PROCESS = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+ONE_PROCESS = (
+    "--num_processes",
+    "1",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+)
 
 if __name__ == "__main__":
     main()

@@ -46,7 +46,7 @@ def main(
     exclude_classes: list[str] = [],  # noqa: B006  (read only)
     num_shapes: int = 6000,
     shapes_share: float = 0.3,
-    architecture: Architecture = Architecture(),  # noqa: B008  (frozen)
+    architecture: Architecture = Architecture(),
     num_steps: int = 1500,
     batch_size: int = 32,
     lr: float = 2e-3,

@@ -62,5 +62,8 @@ def test_batch_that_does_not_divide_names_the_flags(cache):
 
 
 def test_streams_depend_on_their_whole_key():
-    draws = {tuple(torch.rand(2, generator=generator_for(*key)).tolist()) for key in [(0, "a", 1), (0, "b", 1), (1, "a", 1), (0, "a", 2)]}
+    draws = {
+        tuple(torch.rand(2, generator=generator_for(*key)).tolist())
+        for key in [(0, "a", 1), (0, "b", 1), (1, "a", 1), (0, "a", 2)]
+    }
     assert len(draws) == 4

@@ -218,9 +218,7 @@ def test_provenance(colour_file: Path) -> None:
 def test_order_and_batches_do_not_matter(colour: Extractor) -> None:
     samples, reference = random_images(30), random_images(40, seed=1)
     scores = score(samples, reference, extractor=colour, progress=False)
-    again = score(
-        Labelled(samples), Labelled(reference), extractor=colour, batch_size=7, num_workers=1, progress=False
-    )
+    again = score(Labelled(samples), Labelled(reference), extractor=colour, batch_size=7, num_workers=1, progress=False)
     assert again == scores
 
 
@@ -245,9 +243,7 @@ def test_too_few_images_are_null_with_the_reason(colour: Extractor) -> None:
 def test_images_that_are_none(colour: Extractor) -> None:
     with pytest.raises(ValueError, match="samples: there are no images"):
         score(random_images(0), random_images(4), extractor=colour, progress=False)
-    with pytest.raises(
-        ValueError, match=r"reference: images are float32 \[3, 8, 8\]; extractors take uint8 RGB"
-    ):
+    with pytest.raises(ValueError, match=r"reference: images are float32 \[3, 8, 8\]; extractors take uint8 RGB"):
         score(random_images(4), Labelled(torch.rand(4, 3, 8, 8)), extractor=colour, progress=False)
 
 
@@ -263,16 +259,12 @@ def test_features_that_are_not_finite(colour: Extractor) -> None:
 
 def test_logits_are_refused(tmp_path: Path) -> None:
     path = save_torchscript(Logits(), PROBE, tmp_path / "logits.pt")
-    with pytest.raises(
-        ExtractorError, match="--extractor logits: its second output is not class probabilities"
-    ):
+    with pytest.raises(ExtractorError, match="--extractor logits: its second output is not class probabilities"):
         score(random_images(4), random_images(4), extractor=path, progress=False)
 
 
 def test_files_that_are_no_extractor(tmp_path: Path, colour_file: Path) -> None:
-    with pytest.raises(
-        ExtractorError, match="--extractor nothing: no such file, nor one of inception, vgg16, clip-"
-    ):
+    with pytest.raises(ExtractorError, match="--extractor nothing: no such file, nor one of inception, vgg16, clip-"):
         Extractor("nothing")
     (tmp_path / "cut.pt").write_bytes(colour_file.read_bytes()[:500])
     with pytest.raises(ExtractorError, match=r"--extractor .*cut\.pt: not a TorchScript file"):
@@ -349,9 +341,7 @@ def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
 
 def test_weights_of_something_else(tmp_path: Path, colour_file: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(
-        ExtractorError, match=r"--weights_path .*other\.pth: these are not the weights of inception"
-    ):
+    with pytest.raises(ExtractorError, match=r"--weights_path .*other\.pth: these are not the weights of inception"):
         Extractor("inception", weights_path=tmp_path / "other.pth")
     with pytest.raises(ExtractorError, match=r"--weights_path .*nowhere\.pth: no such file"):
         Extractor("inception", weights_path=tmp_path / "nowhere.pth")
@@ -414,8 +404,7 @@ def test_classifier_learns_and_serves_as_extractor(tmp_path: Path) -> None:
 def test_classifier_is_its_seed() -> None:
     images, labels = stripes(30, seed=0)
     one, same, other = (
-        train_classifier(images, labels, 3, seed=seed, epochs=1, progress=False).to_logits.weight
-        for seed in (0, 0, 1)
+        train_classifier(images, labels, 3, seed=seed, epochs=1, progress=False).to_logits.weight for seed in (0, 0, 1)
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

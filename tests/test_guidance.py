@@ -33,9 +33,7 @@ def test_the_published_guidance_is_reproduced():
     with safe_open(FIXTURE, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config = json.loads(file.metadata()["config"])
-    weights = {
-        name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")
-    }
+    weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
     model = load_reference("dit", weights, config).eval()
     x, t, y = tensors["in/x"], tensors["in/t"], tensors["in/y"]
     with torch.no_grad():
@@ -57,9 +55,7 @@ def test_the_prediction_moves_along_the_line_from_null_to_conditional(scale):
     x, t, y = inputs()
     output = guide(label_model, NUM_CLASSES, scale, latent_channels=4)(x, t, y)
     conditional, null = label_model(x, t, y), label_model(x, t, torch.full_like(y, NUM_CLASSES))
-    torch.testing.assert_close(
-        output[:, :4], (null + scale * (conditional - null))[:, :4], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(output[:, :4], (null + scale * (conditional - null))[:, :4], rtol=1e-4, atol=1e-4)
     assert torch.equal(output[:, 4:], conditional[:, 4:])
 
 
@@ -86,9 +82,7 @@ def test_scale_one_runs_the_model_as_it_is():
 def test_guiding_all_channels_by_the_legacy_option_is_guiding_all():
     x, t, y = inputs()
     ours = guide(label_model, NUM_CLASSES, 3.0, latent_channels=4)(x, t, y)
-    assert torch.equal(
-        ours, guide(label_model, NUM_CLASSES, 3.0, latent_channels=4, legacy_cfg_channels=4)(x, t, y)
-    )
+    assert torch.equal(ours, guide(label_model, NUM_CLASSES, 3.0, latent_channels=4, legacy_cfg_channels=4)(x, t, y))
 
 
 def test_what_cannot_be_guided_is_refused_in_words():
@@ -145,7 +139,5 @@ def test_no_label_falls_at_zero_and_all_at_one():
 def test_a_share_of_the_draw_drops_that_share_of_the_labels():
     y, uniform = torch.arange(8), torch.rand(8, generator=torch.Generator().manual_seed(0))
     whole = drop_labels(y, 0.5, NUM_CLASSES, uniform=uniform)
-    parts = [
-        drop_labels(y[part], 0.5, NUM_CLASSES, uniform=uniform[part]) for part in (slice(3), slice(3, 8))
-    ]
+    parts = [drop_labels(y[part], 0.5, NUM_CLASSES, uniform=uniform[part]) for part in (slice(3), slice(3, 8))]
     assert torch.equal(whole, torch.cat(parts))

@@ -145,9 +145,9 @@ def test_a_model_that_says_nothing_is_charged_for_the_noise():
 def test_the_exact_denoiser_pays_the_conditional_variance(prediction):
     process = GaussianDiffusion(prediction=prediction, variance="fixed_large")
     x_0, t = MEAN + STD * randn(2, 1, 300, 300), torch.tensor([100, 600])
-    mse = process.training_loss(
-        gaussian_denoiser(process), x_0, labels(2), t=t, noise=randn(2, 1, 300, 300, seed=1)
-    )["mse"]
+    mse = process.training_loss(gaussian_denoiser(process), x_0, labels(2), t=t, noise=randn(2, 1, 300, 300, seed=1))[
+        "mse"
+    ]
     at = process.transition(t)
     alpha, sigma = at.alpha.flatten(), at.sigma.flatten()
     var_x_0 = (STD * sigma) ** 2 / ((STD * alpha) ** 2 + sigma**2)  # of x_0 given x_t
@@ -182,9 +182,7 @@ def test_half_precision_outputs_give_float32_losses():
 
 def test_the_same_generator_draws_the_same_loss():
     process, x_0 = GaussianDiffusion(variance="fixed_small"), randn(8, 1, 2, 2)
-    first, again = (
-        process.training_loss(zero_model, x_0, labels(8), generator=generator(3))["loss"] for _ in range(2)
-    )
+    first, again = (process.training_loss(zero_model, x_0, labels(8), generator=generator(3))["loss"] for _ in range(2))
     assert torch.equal(first, again)
 
 
@@ -225,9 +223,7 @@ def test_with_the_exact_variance_ancestral_sampling_needs_few_steps(num_steps):
         share = 2 * (variance.log() - at.log_variance_min) / span - 1 if at.posterior_std > 0 else 0.0 * span
         return torch.cat([mean_of_noise(x_t, t, y), share.expand_as(x_t)], dim=1)
 
-    x_0 = sample(
-        process, model, randn(4, 1, 128, 128), labels(4), num_steps=num_steps, generator=generator(1)
-    )
+    x_0 = sample(process, model, randn(4, 1, 128, 128), labels(4), num_steps=num_steps, generator=generator(1))
     assert x_0.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert x_0.std().item() == pytest.approx(STD, rel=0.01)
 

@@ -23,8 +23,6 @@ class Modulator(nn.Module):
         super().__init__()
         self.linear = zero_(nn.Linear(cond_dim, 2 * dim))
 
-    def forward(
-        self, x: Float[Tensor, "b *axes d"], cond: Float[Tensor, "b cond"]
-    ) -> Float[Tensor, "b *axes d"]:
+    def forward(self, x: Float[Tensor, "b *axes d"], cond: Float[Tensor, "b cond"]) -> Float[Tensor, "b *axes d"]:
         shift, scale = self.linear(cond).chunk(2, dim=-1)
         return modulate(x, shift, scale)

@@ -15,9 +15,7 @@ def patchify(x: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n
     return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
-def unpatchify(
-    x: Float[Tensor, "b n patch"], grid: tuple[int, int], patch_size: int
-) -> Float[Tensor, "b c h w"]:
+def unpatchify(x: Float[Tensor, "b n patch"], grid: tuple[int, int], patch_size: int) -> Float[Tensor, "b c h w"]:
     """Vectors of rows, columns and channels back to an image."""
     p = patch_size
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
@@ -56,9 +54,7 @@ class PatchExpanding(nn.Module):
         self.expansion = nn.Linear(dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
-    def forward(
-        self, x: Float[Tensor, "b h w d"], cond: Tensor, size: tuple[int, int]
-    ) -> Float[Tensor, "b h2 w2 d2"]:
+    def forward(self, x: Float[Tensor, "b h w d"], cond: Tensor, size: tuple[int, int]) -> Float[Tensor, "b h2 w2 d2"]:
         x = self.norm(self.expansion(self.modulator(x, cond)))
         x = rearrange(x, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)
         return x[:, : size[0], : size[1]]

@@ -32,9 +32,7 @@ class ContinuousPositionBias(nn.Module):
 
     def __init__(self, window_size: int, num_heads: int, hidden_dim: int = 512) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(2, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_heads, bias=False)
-        )
+        self.mlp = nn.Sequential(nn.Linear(2, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_heads, bias=False))
         w = window_size
         offsets = torch.arange(1 - w, w, dtype=torch.float32) * 8 / max(1, w - 1)
         offsets = offsets.sign() * torch.log2(offsets.abs() + 1) / 3  # log2(8) = 3

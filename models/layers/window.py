@@ -111,9 +111,7 @@ class WindowCrossAttention(nn.Module):
         self.window_size = window_size
         self.attention = CrossAttention(dim, num_heads)
 
-    def forward(
-        self, x: Float[Tensor, "b h w d"], context: Float[Tensor, "b h w d"]
-    ) -> Float[Tensor, "b h w d"]:
+    def forward(self, x: Float[Tensor, "b h w d"], context: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
         windows = Windows(*x.shape[1:3], self.window_size)
         x, context = windows.partition(x), windows.partition(context)
         bias = _with_mask(None, windows, len(x), x.device)

@@ -1,0 +1,240 @@
+"""train.py, sample.py and evaluate.py as a user runs them: real processes, one tiny run shared by the tests."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "model": "XSwin",
+    "model_args": {
+        "dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 4],
+        "num_global_blocks": 1,
+        "conv_norm": "group",
+    },
+    "name": "tiny",
+    "autoencoder": "embedded",
+    "data": {"path": "shapes", "num_images": 40, "image_size": 32},
+    "optim": {"lr": 1e-3, "grad_clip": 1.0},
+    "train": {"num_steps": 4, "batch_size": 8, "precision": "fp32"},
+    "sampling": {"sampler": "ddpm", "num_steps": 3, "guidance_scale": 1.5},
+    "log": {"every": 1, "validate_every": 2, "sample_every": 0, "checkpoint_every": 2},
+}
+
+
+def run(*arguments, cwd, processes=1, check=True):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [*launcher, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with a finished tiny run in it."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    run("train.py", "--config", "tiny.yaml", cwd=folder)
+    return folder
+
+
+def log(folder, name):
+    return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder, name, step=4, file="ema.safetensors"):
+    with safe_open(folder / "runs" / name / "checkpoints" / f"{step:08d}" / file, "pt") as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+
+
+def test_training_leaves_what_a_user_looks_for(folder):
+    run_folder = folder / "runs" / "tiny"
+    assert [path.name for path in sorted((run_folder / "checkpoints").iterdir())] == ["00000002", "00000004"]
+    assert (run_folder / "samples" / "00000004.png").is_file()
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["model"] == "XSwin"
+    events = log(folder, "tiny")
+    assert [event["step"] for event in events if "loss" in event] == [1, 2, 3, 4]
+    assert [event["step"] for event in events if "validation_loss" in event] == [2, 4]
+    assert {"loss", "mse", "vb", "lr", "images_per_second"} <= events[0].keys()
+    assert any(run_folder.rglob("events.out.tfevents*"))
+
+
+def test_weights_move_and_the_average_follows(folder):
+    ema, model = weights(folder, "tiny"), weights(folder, "tiny", file="state/model.safetensors")
+    assert ema.keys() == model.keys()
+    assert any(not torch.equal(ema[name], model[name]) for name in ema)
+
+
+def test_resumed_equals_uninterrupted_bitwise(folder):
+    straight = weights(folder, "tiny")
+    shutil.copytree(folder / "runs" / "tiny", folder / "runs" / "cut")
+    shutil.rmtree(folder / "runs" / "cut" / "checkpoints" / "00000004")
+    run("train.py", "--resume", "runs/cut", cwd=folder)
+    for file in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors"):
+        straight, resumed = weights(folder, "tiny", file=file), weights(folder, "cut", file=file)
+        assert all(torch.equal(straight[name], resumed[name]) for name in straight), file
+    losses = [[e["loss"] for e in log(folder, name) if "loss" in e] for name in ("tiny", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_two_processes_and_micro_batches_equal_one(folder):
+    """Without stochastic depth, whose masks are drawn by each process."""
+    flags = ("train.py", "--config", "tiny.yaml", "--model_args.drop_path", 0.0, "--name")
+    run(*flags, "one", cwd=folder)
+    run(*flags, "two", cwd=folder, processes=2)
+    run(*flags, "micro", "--train.grad_accumulation", 2, cwd=folder)
+    one = [event["loss"] for event in log(folder, "one") if "loss" in event]
+    for name in ("two", "micro"):
+        other = [event["loss"] for event in log(folder, name) if "loss" in event]
+        assert np.allclose(one, other, rtol=1e-5), name
+
+
+def test_same_seed_same_images_whatever_batch_and_processes(folder):
+    flags = ("sample.py", "--checkpoint", "runs/tiny", "--num_per_class", 2)
+    run(*flags, "--output", "a.npz", "--batch_size", 4, cwd=folder)
+    run(*flags, "--output", "b.npz", "--batch_size", 7, cwd=folder, processes=2)
+    run(*flags, "--output", "c.npz", "--batch_size", 4, "--seed", 1, cwd=folder)
+    a, b, c = (np.load(folder / f"{name}.npz") for name in "abc")
+    assert a["arr_0"].shape == (20, 32, 32, 3)
+    assert a["arr_1"].tolist() == [label for label in range(10) for _ in range(2)]
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+    assert np.abs(a["arr_0"].astype(int) - c["arr_0"]).max() > 10
+
+
+def test_grid_folder_and_panel(folder):
+    flags = ("sample.py", "--checkpoint", "runs/tiny/checkpoints/00000004", "--classes", "[star, 2]")
+    run(*flags, "--output", "grid.png", "--panel", 3, cwd=folder)
+    run(*flags, "--output", "images", "--num_per_class", 2, cwd=folder)
+    assert Image.open(folder / "grid.png").width > 100
+    assert Image.open(folder / "grid-panel.png").width > 100
+    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "images").rglob("*.png"))
+    assert names == [
+        f"images/{name}/{number:06d}.png"
+        for name, number in zip(["star", "star", "triangle", "triangle"], range(4), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def extractor(folder):
+    """A TorchScript extractor: mean colours as features, soft classes of them."""
+
+    class MeanColors(torch.nn.Module):
+        def forward(self, images: torch.Tensor):
+            means = images.float().mean(dim=(2, 3)) / 255
+            return means, torch.softmax(4 * means, dim=1)
+
+    path = folder / "colors.pt"
+    from metrics.torchscript import save_torchscript
+
+    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), path)
+    return path
+
+
+def test_scores_carry_their_provenance(folder, extractor):
+    done = run("evaluate.py", "--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 10, cwd=folder)
+    assert "frechet_distance[colors]" in done.stdout
+    assert "not FID" in done.stdout
+    record = json.loads((folder / "runs" / "tiny" / "scores.json").read_text())
+    assert record["num_samples"] == 10
+    assert record["samples"]["sampler"] == "ddpm"
+    assert record["samples"]["step"] == 4
+    assert len(record["extractor_sha256"]) == 64
+    assert record["reference"]["source"] == "shapes"
+    assert {"commit", "versions", "evaluation"} <= record.keys()
+
+
+def test_real_images_score_better_than_an_untrained_model(folder, extractor):
+    run(
+        "evaluate.py",
+        "--samples",
+        "train",
+        "--checkpoint",
+        "runs/tiny",
+        "--extractor",
+        extractor,
+        "--output",
+        "floor.json",
+        cwd=folder,
+    )
+    run(
+        "evaluate.py",
+        "--samples",
+        "reconstructions",
+        "--checkpoint",
+        "runs/tiny",
+        "--extractor",
+        extractor,
+        "--output",
+        "ceiling.json",
+        cwd=folder,
+    )
+    run(
+        "evaluate.py",
+        "--samples",
+        "runs/tiny",
+        "--extractor",
+        extractor,
+        "--num_samples",
+        10,
+        "--output",
+        "model.json",
+        cwd=folder,
+    )
+    floor, ceiling, model = (
+        json.loads((folder / f"{name}.json").read_text())["scores"]["frechet_distance[colors]"]["value"]
+        for name in ("floor", "ceiling", "model")
+    )
+    assert max(floor, ceiling) < model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train.py", "--data.path", "nowhere"), "--data.path nowhere"),
+        (("train.py", "--model", "XSwinn"), "did you mean XSwin"),
+        (("sample.py", "--checkpoint", "runs/none"), "--checkpoint runs/none does not exist"),
+        (("evaluate.py", "--samples", "runs/tiny", "--extractor", "inception"), "--weights_path FILE"),
+    ],
+)
+def test_mistakes_end_in_one_line(folder, arguments, message):
+    done = run(*arguments, cwd=folder, check=False)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error:" in last
+    assert message in last
+    assert "Traceback" not in done.stderr
+
+
+def test_help_teaches_and_is_quick(folder):
+    done = run("train.py", "--help", cwd=folder)
+    assert "classifier-free" in done.stdout
+    imported = subprocess.run(
+        [sys.executable, "-c", "import sys, train; print('torch' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert imported.stdout.strip() == "False"
