@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from experiment.cli import one_line_errors, parse_experiment
 from experiment.config import ExperimentConfig
@@ -44,7 +45,7 @@ def main(config: ExperimentConfig) -> None:
     accelerator = Accelerator(
         mixed_precision=precision(config.train.precision),
         gradient_accumulation_steps=config.train.grad_accumulation,
-        log_with=config.log.trackers or None,
+        log_with=list[Any](config.log.trackers) or None,
         project_dir=run,
     )
     set_seed(config.train.seed)
@@ -157,9 +158,9 @@ def main(config: ExperimentConfig) -> None:
         done = step + 1
         if _due(done, config.log.every) or done == num_steps:
             count = (done - last_log) * config.train.grad_accumulation
-            losses = {name: accelerator.reduce(total, "mean").item() / count for name, total in sums.items()}
+            losses = {name: float(accelerator.reduce(total, "mean")) / count for name, total in sums.items()}
             speed = (done - last_log) * config.train.batch_size / (time.time() - since)
-            log.write(done, **losses, lr=schedule.get_last_lr()[0], images_per_second=speed)
+            log.write(done, **losses, lr=float(schedule.get_last_lr()[0]), images_per_second=speed)
             progress.set_postfix(loss=f"{losses['loss']:.4f}", img_s=f"{speed:.0f}")
             sums, since, last_log = {}, time.time(), done
         paused = time.time()

@@ -26,14 +26,15 @@ class Difficulty:
     radius: tuple[float, float]
     jitter: float  # of the centre
     rotation: float  # largest, either way
-    ground_contrast: float  # 0: one of two plain grounds; 1: any colour and a gradient
+    num_grounds: int  # plain ones: white, black
+    ground_contrast: float  # 0: as plain as that; 1: any colour and a gradient
     texture: float  # standard deviation of the ground's grain, in [0, 1]
 
 
 DIFFICULTIES = {
-    "easy": Difficulty(4, (0.32, 0.36), 0.02, 0.0, 0.0, 0.0),
-    "medium": Difficulty(8, (0.24, 0.36), 0.08, 0.06, 0.3, 0.0),
-    "hard": Difficulty(None, (0.16, 0.38), 0.14, 0.5, 1.0, 0.04),
+    "easy": Difficulty(3, (0.34, 0.36), 0.01, 0.0, 1, 0.0, 0.0),
+    "medium": Difficulty(8, (0.24, 0.36), 0.08, 0.06, 2, 0.3, 0.0),
+    "hard": Difficulty(None, (0.16, 0.38), 0.14, 0.5, 2, 1.0, 0.04),
 }
 
 
@@ -83,7 +84,7 @@ class ShapesDataset(Dataset):
     @property
     def source_hash(self) -> str:
         """Identity of the pictures: their generator's parameters."""
-        return f"shapes-v1-{self.difficulty}-seed{self.seed}-{asdict(DIFFICULTIES[self.difficulty])}"
+        return f"shapes-v2-{self.difficulty}-seed{self.seed}-{asdict(DIFFICULTIES[self.difficulty])}"
 
     def describe(self) -> dict[str, object]:
         """What a cache of these images must agree on."""
@@ -116,7 +117,7 @@ def draw_shape(name: str, size: int, difficulty: Difficulty, rng: np.random.Gene
 
 
 def _draw_ground(size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
-    plain = np.full(3, rng.choice([0.08, 0.94]))
+    plain = np.full(3, rng.choice([0.94, 0.08][: difficulty.num_grounds]))
     colored = plain + difficulty.ground_contrast * (rng.uniform(0, 1, 3) - plain)
     slope = difficulty.ground_contrast * rng.uniform(-0.15, 0.15, (3, 2))
     ramp = np.linspace(-1, 1, size)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from jsonargparse import auto_cli
 
@@ -22,7 +22,7 @@ def parse(config_class: type[T], arguments: list[str] | None = None) -> T:
     Raises:
         SystemExit: with a message that names the flag, when an argument does not fit.
     """
-    return auto_cli(config_class, args=arguments, as_positional=False, return_instance=True)
+    return cast(T, auto_cli(config_class, args=arguments, as_positional=False, return_instance=True))
 
 
 def parse_experiment(arguments: list[str] | None = None) -> ExperimentConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from experiment.config import DataConfig
 from experiment.generation import balanced_labels, generate
 from models.autoencoder import create_codec
 
-Images = tuple[object, dict[str, object]]  # a dataset or uint8 [n 3 h w], and its provenance
+Images = tuple[Any, dict[str, object]]  # a dataset or uint8 [n 3 h w], and its provenance
 
 
 def override_sampling(checkpoint: Checkpoint, flags):

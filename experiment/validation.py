@@ -45,4 +45,4 @@ def validation_loss(
             terms = process.training_loss(model, x_0, y, t=t[part].to(device), noise=noise[part].to(device))
         for name, values in terms.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + values.sum()
-    return {name: accelerator.reduce(total, "sum").item() / num_images for name, total in sums.items()}
+    return {name: float(accelerator.reduce(total, "sum")) / num_images for name, total in sums.items()}

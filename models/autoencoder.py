@@ -14,6 +14,7 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -36,7 +37,7 @@ class LatentCodec(nn.Module):
     def __init__(self, source: str = "embedded") -> None:
         super().__init__()
         self.source = source
-        self.autoencoder = _load_autoencoder(source).requires_grad_(False)
+        self.autoencoder: Any = _load_autoencoder(source).requires_grad_(False)
         config = self.autoencoder.config
         self.scale = float(config.scaling_factor)
         self.shift = float(config.shift_factor or 0.0)
@@ -111,7 +112,7 @@ class PixelCodec(nn.Module):
     source = "pixel"
     channels = 3
     factor = 1
-    identity = {"autoencoder": "pixel", "sha256": "", "input_range": "[-1, 1]", "scale": 1.0, "shift": 0.0}
+    identity: ClassVar[dict[str, str | float]] = {"autoencoder": "pixel", "sha256": "", "input_range": "[-1, 1]", "scale": 1.0, "shift": 0.0}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Three channels at the image's own size."""
@@ -152,7 +153,7 @@ def _to_uint8(images: Tensor) -> Tensor:
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _load_autoencoder(source: str) -> nn.Module:
+def _load_autoencoder(source: str) -> Any:
     from diffusers import AutoencoderKL
 
     folder = EMBEDDED if source == "embedded" else Path(source)
@@ -171,7 +172,7 @@ def _load_autoencoder(source: str) -> nn.Module:
         ) from error
 
 
-def _load_folder(autoencoder_class: type, folder: Path) -> nn.Module:
+def _load_folder(autoencoder_class: Any, folder: Path) -> Any:
     config = folder / "config.json"
     try:
         kind = json.loads(config.read_text()).get("_class_name")

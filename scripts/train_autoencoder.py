@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -84,7 +85,7 @@ def main(
     generator = torch.Generator().manual_seed(seed)
     noise_generator = torch.Generator(device).manual_seed(seed + 1)
 
-    def load(path: str, split: str, **kwargs: object) -> torch.Tensor:
+    def load(path: str, split: str, **kwargs: Any) -> torch.Tensor:
         dataset = open_dataset(path, split=split, image_size=image_size, **kwargs)
         return torch.stack([dataset[i][0] for i in tqdm(range(len(dataset)), desc=f"{path}, {split}", leave=False)])
 
@@ -97,16 +98,17 @@ def main(
     images = shapes if data == "shapes" else load(data, "train", exclude_classes=exclude_classes)
 
     blocks = len(architecture.channels)
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=architecture.channels,
+    model: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * blocks,  # pyright: ignore[reportArgumentType]
+        block_out_channels=architecture.channels,  # pyright: ignore[reportArgumentType]
         layers_per_block=architecture.layers_per_block,
         latent_channels=architecture.latent_channels,
         norm_num_groups=architecture.norm_groups,
         sample_size=image_size,
         mid_block_add_attention=False,
-    ).to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    )
+    model.to(device, memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
     )
@@ -151,14 +153,14 @@ def main(
         if step % 20 == 0:
             progress.set_postfix(psnr=f"{psnr_of(mse.item()):.2f}", kl=f"{kl.item():.2f}")
 
-    trained: AutoencoderKL = average.module.eval()
+    trained: Any = average.module.eval()
     scale, shift = measure_latents(trained, images, batch_size)
     trained.register_to_config(scaling_factor=scale, shift_factor=shift)
 
     held_out = {"shapes": load_shapes("test", 300)}
     if data != "shapes":
         held_out = {Path(data).stem: load(data, "test", exclude_classes=exclude_classes), **held_out}
-    metrics = {f"psnr_{name}": measure_psnr(trained, test, batch_size) for name, test in held_out.items()}
+    metrics: dict[str, Any] = {f"psnr_{name}": measure_psnr(trained, test, batch_size) for name, test in held_out.items()}
     metrics |= {"seconds": time.time() - began, "steps": num_steps, "batch_size": batch_size}
     metrics["command"] = " ".join(["python", *sys.argv])
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

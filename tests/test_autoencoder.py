@@ -60,7 +60,7 @@ def test_pixels_survive_the_round_trip():
 
 
 def test_image_size_that_the_autoencoder_cannot_divide(codec):
-    with pytest.raises(AutoencoderError, match="--data.image_size 60x64.*multiple of 8"):
+    with pytest.raises(AutoencoderError, match=r"--data.image_size 60x64.*multiple of 8"):
         codec.latent_shape(60, 64)
 
 

@@ -127,8 +127,9 @@ def test_grid_folder_and_panel(folder):
     flags = ("sample.py", "--checkpoint", "runs/tiny/checkpoints/00000004", "--classes", "[star, 2]")
     run(*flags, "--output", "grid.png", "--panel", 3, cwd=folder)
     run(*flags, "--output", "images", "--num_per_class", 2, cwd=folder)
-    assert Image.open(folder / "grid.png").width > 100
-    assert Image.open(folder / "grid-panel.png").width > 100
+    for name in ("grid.png", "grid-panel.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 100
     names = sorted(path.relative_to(folder).as_posix() for path in (folder / "images").rglob("*.png"))
     assert names == [
         f"images/{name}/{number:06d}.png"

@@ -62,7 +62,7 @@ def test_weights_that_do_not_fit_are_listed():
     missing = {name: tensor for name, tensor in weights.items() if name != "x_embedder.proj.bias"}
     with pytest.raises(ValueError, match=r"missing \['patch.bias'\]"):
         load_reference("dit", missing, config)
-    with pytest.raises(ValueError, match="unknown .'extra'."):
+    with pytest.raises(ValueError, match=r"unknown .'extra'."):
         load_reference("dit", {**weights, "extra": torch.zeros(1)}, config)
     with pytest.raises(ValueError, match="choose from dit"):
         load_reference("sit", weights, config)
