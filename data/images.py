@@ -115,7 +115,7 @@ class ImageDataset(Dataset):
     def _read(self, name: str) -> Tensor:
         try:
             with Image.open(io.BytesIO(self.source.read(name))) as image:
-                return pil_to_tensor(_fit(_to_rgb(image), self.image_size))
+                return pil_to_tensor(fit(to_rgb(image), self.image_size))
         except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             raise DataError(
@@ -218,7 +218,7 @@ def _hold_out(group: list[str], label: str, split: str, fraction: float, seed: i
     return ordered[:num_test] if split == "test" else ordered[num_test:]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Three 8-bit channels; transparency lies on white, 16-bit grey is scaled."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = image.point(lambda value: value / 257).convert("L")
@@ -228,7 +228,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+def fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """The centre rectangle of the shape of `size` (height, width), resized to it (Lanczos)."""
     if size is None or image.size == (size[1], size[0]):
         return image
     height, width = size

@@ -112,7 +112,13 @@ class PixelCodec(nn.Module):
     source = "pixel"
     channels = 3
     factor = 1
-    identity: ClassVar[dict[str, str | float]] = {"autoencoder": "pixel", "sha256": "", "input_range": "[-1, 1]", "scale": 1.0, "shift": 0.0}
+    identity: ClassVar[dict[str, str | float]] = {
+        "autoencoder": "pixel",
+        "sha256": "",
+        "input_range": "[-1, 1]",
+        "scale": 1.0,
+        "shift": 0.0,
+    }
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Three channels at the image's own size."""

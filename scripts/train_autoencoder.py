@@ -160,7 +160,9 @@ def main(
     held_out = {"shapes": load_shapes("test", 300)}
     if data != "shapes":
         held_out = {Path(data).stem: load(data, "test", exclude_classes=exclude_classes), **held_out}
-    metrics: dict[str, Any] = {f"psnr_{name}": measure_psnr(trained, test, batch_size) for name, test in held_out.items()}
+    metrics: dict[str, Any] = {
+        f"psnr_{name}": measure_psnr(trained, test, batch_size) for name, test in held_out.items()
+    }
     metrics |= {"seconds": time.time() - began, "steps": num_steps, "batch_size": batch_size}
     metrics["command"] = " ".join(["python", *sys.argv])
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

@@ -1,0 +1,163 @@
+"""Fetch a public dataset into one zip, a class a folder, and a manifest beside it.
+
+python scripts/prepare_data.py caltech101 --output caltech101.zip --image_size 64
+python scripts/prepare_data.py hf:uoft-cs/cifar10 --output cifar10.zip
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import socket
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment.cli import one_line_errors, parse
+
+Item = tuple[str, str, Any]  # split ('' where there is none), class name, PIL image
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Fetch a public dataset into a zip with a class a folder (train/ and test/ above, where it has them).
+
+    Args:
+        dataset: 'caltech101', 'cifar10', 'mnist' (torchvision), or 'hf:OWNER/NAME', any image dataset of the Hugging
+            Face hub (pip install -e '.[hub]')
+        output: the zip to write; a manifest goes to the same name with .json
+        image_size: cut to the centre square and resize to this side; by default images stay as they are
+        image_column: of a hub dataset
+        label_column: of a hub dataset
+        root: folder for the downloaded originals; what is there already is not fetched again
+    """
+
+    dataset: str
+    output: Path
+    image_size: int | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    root: Path = Path("cache/originals")
+
+
+def main(config: PrepareConfig) -> None:
+    """Fetch, write aside, rename."""
+    socket.setdefaulttimeout(20)
+    if config.dataset.startswith("hf:"):
+        items = hub_items(config)
+    elif config.dataset in TORCHVISION:
+        items = TORCHVISION[config.dataset](config.root)
+    else:
+        raise ValueError(f"--dataset {config.dataset}: unknown, choose from {', '.join(TORCHVISION)} or hf:OWNER/NAME")
+    try:
+        manifest = write_zip(items, config.output, config.image_size, source=config.dataset)
+    except (OSError, RuntimeError) as error:  # torchvision and the hub raise either when they cannot download
+        reason = " ".join(str(error).split())[:160]
+        raise OSError(
+            f"--dataset {config.dataset} could not be fetched ({reason}); there is no network, or put the originals "
+            f"into --root {config.root}"
+        ) from error
+    print(f"{manifest['num_images']} images of {len(manifest['classes'])} classes: {config.output}")
+
+
+def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, source: str) -> dict[str, Any]:
+    """Write the images (stored, as PNG) and the manifest; nothing is left where it fails."""
+    from tqdm import tqdm
+
+    from data.images import fit, to_rgb
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    counts: Counter[str] = Counter()
+    classes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(dir=output.parent) as aside:
+        partial = Path(aside) / "data.zip"
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            for split, name, image in tqdm(items, desc=source, unit="img"):
+                buffer = io.BytesIO()
+                size = None if image_size is None else (image_size, image_size)
+                fit(to_rgb(image), size).save(buffer, format="PNG")
+                folder = "/".join(part for part in (split, name.replace("/", "_")) if part)
+                archive.writestr(f"{folder}/{counts[folder]:06d}.png", buffer.getvalue())
+                counts[folder] += 1
+                classes[name] += 1
+        with partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        manifest = {
+            "source": source,
+            "sha256": digest,
+            "num_images": sum(counts.values()),
+            "image_size": image_size,
+            "classes": dict(sorted(classes.items())),
+            "folders": dict(sorted(counts.items())),
+        }
+        partial.replace(output)
+    output.with_suffix(".json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def caltech101_items(root: Path) -> Iterator[Item]:
+    """Caltech101 without its background class (Fei-Fei et al. 2004)."""
+    from torchvision.datasets import Caltech101
+
+    dataset = Caltech101(str(root), download=True)
+    for image, label in dataset:
+        yield "", dataset.categories[label], image
+
+
+def cifar10_items(root: Path) -> Iterator[Item]:
+    """CIFAR-10 with its own test set (Krizhevsky 2009)."""
+    from torchvision.datasets import CIFAR10
+
+    yield from _train_and_test(CIFAR10, root)
+
+
+def mnist_items(root: Path) -> Iterator[Item]:
+    """MNIST with its own test set (LeCun et al. 1998)."""
+    from torchvision.datasets import MNIST
+
+    yield from _train_and_test(MNIST, root)
+
+
+def hub_items(config: PrepareConfig) -> Iterator[Item]:
+    """Every split of a hub dataset that is a training or a test set."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError("--dataset hf:...: needs the optional extra: pip install -e '.[hub]'") from error
+    loaded: Any = load_dataset(config.dataset.removeprefix("hf:"), cache_dir=str(config.root))
+    splits = {"train": "train", "test": "test", "validation": "test"} if len(loaded) > 1 else {next(iter(loaded)): ""}
+    for name, split in splits.items():
+        if name not in loaded or (name == "validation" and "test" in loaded):
+            continue
+        for column in (config.image_column, config.label_column):
+            if column not in loaded[name].features:
+                raise ValueError(f"{config.dataset} has no column '{column}', but {list(loaded[name].features)}")
+        label_names = getattr(loaded[name].features[config.label_column], "names", None)
+        for row in loaded[name]:
+            label = row[config.label_column]
+            yield split, label_names[label] if label_names else str(label), row[config.image_column]
+
+
+def _train_and_test(dataset_class: Callable[..., Any], root: Path) -> Iterator[Item]:
+    for split in ("train", "test"):
+        dataset = dataset_class(str(root), train=split == "train", download=True)
+        for image, label in dataset:
+            yield split, dataset.classes[label], image
+
+
+TORCHVISION = {"caltech101": caltech101_items, "cifar10": cifar10_items, "mnist": mnist_items}
+
+if __name__ == "__main__":
+    with one_line_errors():
+        arguments = sys.argv[1:]
+        if arguments and not arguments[0].startswith("-"):
+            arguments = ["--dataset", *arguments]
+        main(parse(PrepareConfig, arguments))

@@ -1,0 +1,159 @@
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from data import open_dataset
+from data.images import DataError, ImageDataset, _hold_out
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three classes of ten, six and two images of many kinds."""
+    rng = np.random.default_rng(0)
+    for name, count in {"cat": 10, "dog": 6, "emu": 2}.items():
+        for number in range(count):
+            path = tmp_path / "tree" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "tree" / "notes.csv").write_text("not an image")
+    (tmp_path / "tree" / ".hidden.png").write_text("nor this")
+    return tmp_path / "tree"
+
+
+def zipped(tree):
+    path = tree.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in tree.rglob("*"):
+            archive.write(file, file.relative_to(tree))
+    return path
+
+
+def test_folder_and_zip_hold_the_same(tree):
+    folder, archive = (ImageDataset(path, split="train", image_size=16) for path in (tree, zipped(tree)))
+    assert folder.classes == archive.classes == ["cat", "dog", "emu"]
+    assert folder.names == archive.names
+    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(folder, archive, strict=True))
+
+
+def test_split_is_disjoint_complete_and_keeps_proportions(tree):
+    train, test, everything = (ImageDataset(tree, split=split) for split in ("train", "test", "all"))
+    assert sorted(train.names + test.names) == everything.names
+    assert torch.bincount(test.labels).tolist() == [2, 1, 1]
+    assert ImageDataset(tree, split="test", split_seed=1).names != test.names
+
+
+@given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_held_out_share_is_within_one_image(count, fraction, seed):
+    names = [f"class/{number}.png" for number in range(count)]
+    train, test = (_hold_out(names, "class", split, fraction, seed) for split in ("train", "test"))
+    assert sorted(train + test) == sorted(names)
+    assert abs(len(test) - count * fraction) <= 1
+    assert _hold_out(names[::-1], "class", "test", fraction, seed) == test
+
+
+def test_workers_read_a_zip_at_once(tree):
+    dataset = ImageDataset(zipped(tree), split="all", image_size=8)
+    expected = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    read = torch.cat([images for images, _ in DataLoader(dataset, batch_size=4, num_workers=2)])
+    assert torch.equal(read, expected)
+
+
+def test_levels_are_the_split_where_they_exist(tree):
+    (tree.parent / "levels").mkdir()
+    tree.rename(tree.parent / "levels" / "train")
+    (tree.parent / "levels" / "test" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tree.parent / "levels" / "test" / "cat" / "0.png")
+    dataset = ImageDataset(tree.parent / "levels", split="test")
+    assert dataset.names == ["test/cat/0.png"]
+    assert dataset.classes == ["cat", "dog", "emu"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("L", 100, (100, 100, 100)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("P", 0, None),
+        ("1", 1, (255, 255, 255)),
+        ("LA", (0, 255), (0, 0, 0)),
+        ("I;16", 25700, (100, 100, 100)),
+    ],
+)
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode, color, expected):
+    Image.new(mode, (10, 10), color).save(tmp_path / "image.png")
+    image, label = ImageDataset(tmp_path)[0]
+    assert image.shape == (3, 10, 10)
+    assert image.dtype == torch.uint8
+    assert label == 0
+    if expected is not None:
+        assert image[:, 5, 5].tolist() == list(expected)
+
+
+def test_images_are_cut_to_the_centre(tmp_path):
+    picture = Image.new("RGB", (30, 10), "red")
+    picture.paste("blue", (10, 0, 20, 10))
+    picture.save(tmp_path / "wide.png")
+    image, _ = ImageDataset(tmp_path, image_size=10)[0]
+    assert image[:, 5, 5].tolist() == [0, 0, 255]
+    assert ImageDataset(tmp_path, image_size=(5, 15))[0][0].shape == (3, 5, 15)
+
+
+def test_excluded_classes_leave(tree):
+    assert ImageDataset(tree, exclude_classes=["dog"]).classes == ["cat", "emu"]
+
+
+def mistake(tree, kind):
+    if kind == "missing":
+        return tree / "nowhere", {}
+    if kind == "empty":
+        (tree / "void").mkdir()
+        return tree / "void", {}
+    if kind == "no zip":
+        (tree / "file.zip").write_text("text")
+        return tree / "file.zip", {}
+    if kind == "cut zip":
+        path = zipped(tree)
+        path.write_bytes(path.read_bytes()[:500])
+        return path, {}
+    if kind == "single":
+        (tree / "dog" / "0.png").rename(tree / "lone.png")
+        (tree / "fox").mkdir()
+        (tree / "lone.png").rename(tree / "fox" / "0.png")
+        return tree, {"split": "train"}
+    return tree, {"exclude_classes": ["yak"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", r"--data.path .*nowhere: does not exist"),
+        ("empty", r"--data.path .*void: no images in it"),
+        ("no zip", r"--data.path .*file.zip: neither a folder nor a whole zip"),
+        ("cut zip", r"neither a folder nor a whole zip"),
+        ("single", r"class 'fox' has one image.*--data.exclude_classes '\[fox\]'"),
+        ("unknown class", r"--data.exclude_classes yak: no such class; there are cat, dog, emu"),
+    ],
+)
+def test_mistakes_are_told_in_words(tree, kind, message):
+    path, arguments = mistake(tree, kind)
+    with pytest.raises(DataError, match=message):
+        ImageDataset(path, **arguments)
+
+
+def test_truncated_image_is_named_or_skipped(tree, capsys):
+    path = tree / "cat" / "3.png"
+    path.write_bytes(path.read_bytes()[:200])
+    dataset = ImageDataset(tree)
+    with pytest.raises(DataError, match=r"cat/3.png is damaged .*--data.on_error skip"):
+        _ = [dataset[i] for i in range(len(dataset))]
+    skipping = open_dataset(str(tree), split="all", image_size=16, on_error="skip")
+    assert len(skipping) == len(dataset) - 1
+    assert skipping.skipped == ["cat/3.png"]
+    assert "skipped 1 damaged images: cat/3.png" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+import json
+
+import pytest
+import torch
+
+from data.images import DataError
+from data.latents import LatentCache, build_cache, cache_name
+from data.shapes import ShapesDataset
+
+IDENTITY = {"autoencoder": "toy", "sha256": "0", "input_range": "[-1, 1]", "scale": 1.0, "shift": 0.0}
+
+
+def prepare(images):
+    return images.float().mean(dim=1, keepdim=True)
+
+
+@pytest.fixture
+def dataset(monkeypatch):
+    monkeypatch.setattr("data.latents.IMAGES_PER_SHARD", 8)
+    return ShapesDataset(30, image_size=8)
+
+
+def build(folder, dataset, **arguments):
+    build_cache(folder, dataset, prepare, IDENTITY, **{"flips": True, "batch_size": 3, "progress": False, **arguments})
+
+
+def expected(dataset, **changes):
+    return {**IDENTITY, **dataset.describe(), "flips": True, **changes}
+
+
+def test_cache_holds_every_image_both_ways(tmp_path, dataset):
+    build(tmp_path, dataset)
+    cache = LatentCache(tmp_path, expected(dataset))
+    assert cache.stored.shape == (30, 2, 1, 8, 8)
+    assert cache.labels.tolist() == dataset.labels.tolist()
+    for index in (0, 17):
+        image = dataset[index][0][None]
+        plain, mirrored = cache.read(torch.tensor([index, index]), torch.tensor([0, 1]))
+        assert torch.equal(plain, prepare(image)[0].half())
+        assert torch.equal(mirrored, prepare(image.flip(-1))[0].half())
+
+
+def test_missing_shards_alone_are_encoded_again(tmp_path, dataset):
+    build(tmp_path, dataset)
+    shards = sorted(tmp_path.glob("shard*"))
+    stamps = {path: path.stat().st_mtime_ns for path in shards}
+    shards[1].unlink()
+    (tmp_path / "manifest.json").unlink()
+    build(tmp_path, dataset)
+    assert [path for path in shards if path.stat().st_mtime_ns != stamps[path]] == [shards[1]]
+    assert len(LatentCache(tmp_path, expected(dataset))) == 30
+
+
+def test_ranks_share_the_shards(tmp_path, dataset):
+    build(tmp_path / "one", dataset)
+    for rank in (0, 1):
+        build(tmp_path / "two", dataset, rank=rank, num_ranks=2)
+    one, two = (LatentCache(tmp_path / name, expected(dataset)) for name in ("one", "two"))
+    assert torch.equal(one.stored, two.stored)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sha256": "1"}, 'sha256 is "0", the run has "1"'),
+        ({"image_size": [16, 16]}, r"image_size is \[8, 8\], the run has \[16, 16\]"),
+        ({"crop": "random"}, "crop is"),
+        ({"source_hash": "other"}, "source_hash is"),
+    ],
+)
+def test_cache_of_something_else_is_refused_in_words(tmp_path, dataset, changes, message):
+    build(tmp_path, dataset)
+    with pytest.raises(DataError, match=message):
+        LatentCache(tmp_path, expected(dataset, **changes))
+
+
+def test_damaged_shard_is_named(tmp_path, dataset):
+    build(tmp_path, dataset)
+    shard = tmp_path / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(DataError, match="shard-00001.safetensors is damaged"):
+        LatentCache(tmp_path, expected(dataset))
+
+
+def test_full_disk_is_told_before_encoding(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr("data.latents.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(DataError, match=r"--data.cache .*: encoding needs .* MB free"):
+        build(tmp_path, dataset)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_names_differ_with_the_settings(dataset):
+    names = {cache_name(expected(dataset)), cache_name(expected(dataset, sha256="1"))}
+    assert len(names) == 2
+    json.dumps(expected(dataset))
