@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from jaxtyping import Float, Int64, Shaped
-from timm.layers import Mlp
+from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 from models.layers.attention import SelfAttention, xavier_, zero_
@@ -24,7 +22,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attention = SelfAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELUTanh)
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Float[Tensor, "b n d"], cond: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:

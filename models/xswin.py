@@ -148,7 +148,7 @@ class ConvStem(nn.Module):
 CONV_NORMS = {"batch": nn.BatchNorm2d, "group": lambda dim: nn.GroupNorm(min(32, dim // 4), dim)}
 
 
-def modulate_image(modulator: Modulator, x: Float[Tensor, "b c h w"], cond: Tensor) -> Float[Tensor, "b c h w"]:
+def modulate_image(modulator: nn.Module, x: Float[Tensor, "b c h w"], cond: Tensor) -> Float[Tensor, "b c h w"]:
     """A modulator over the channels of an image."""
     return rearrange(modulator(rearrange(x, "b c h w -> b h w c"), cond), "b h w c -> b c h w")
 

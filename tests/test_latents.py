@@ -78,7 +78,7 @@ def test_damaged_shard_is_named(tmp_path, dataset):
     build(tmp_path, dataset)
     shard = tmp_path / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(DataError, match="shard-00001.safetensors is damaged"):
+    with pytest.raises(DataError, match=r"shard-00001.safetensors is damaged"):
         LatentCache(tmp_path, expected(dataset))
 
 

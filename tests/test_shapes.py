@@ -50,7 +50,7 @@ def test_classes_can_be_told_apart():
 
 
 def test_unknown_settings_are_told():
-    with pytest.raises(ValueError, match="--data.difficulty brutal: unknown, choose from easy, medium, hard"):
+    with pytest.raises(ValueError, match=r"--data.difficulty brutal: unknown, choose from easy, medium, hard"):
         ShapesDataset(10, difficulty="brutal")
-    with pytest.raises(ValueError, match="--data.num_images 3"):
+    with pytest.raises(ValueError, match=r"--data.num_images 3"):
         ShapesDataset(3)

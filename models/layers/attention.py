@@ -21,8 +21,8 @@ def attend(
 ) -> Float[Tensor, "... n f"]:
     """`softmax(scale * q k^T + bias) v`; `scale` is `1 / sqrt(e)` unless given (Vaswani et al. 2017, eq. 1)."""
     if q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        logits = (q * scale) @ k.transpose(-2, -1)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        logits = (q * factor) @ k.transpose(-2, -1)
         logits = logits if bias is None else logits + bias
         return logits.softmax(dim=-1).to(v.dtype) @ v
     mask = None if bias is None else bias.to(q.dtype)

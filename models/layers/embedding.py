@@ -24,8 +24,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(NUM_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
-        for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, t: Shaped[Tensor, " b"]) -> Float[Tensor, "b d"]:
         return self.mlp(sinusoids(t, NUM_FREQUENCIES))

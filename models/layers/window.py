@@ -93,7 +93,7 @@ class WindowAttention(nn.Module):
         self.position_bias = ContinuousPositionBias(window_size, num_heads)
 
     def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
-        windows = Windows(*x.shape[1:3], self.window_size, self.shift)
+        windows = Windows(x.shape[1], x.shape[2], self.window_size, self.shift)
         x = windows.partition(x)  # [windows n d]
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
         q, k, v = rearrange(qkv, "w n (three k e) -> three w k n e", three=3, k=self.num_heads)
@@ -112,7 +112,7 @@ class WindowCrossAttention(nn.Module):
         self.attention = CrossAttention(dim, num_heads)
 
     def forward(self, x: Float[Tensor, "b h w d"], context: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
-        windows = Windows(*x.shape[1:3], self.window_size)
+        windows = Windows(x.shape[1], x.shape[2], self.window_size)
         x, context = windows.partition(x), windows.partition(context)
         bias = _with_mask(None, windows, len(x), x.device)
         return windows.merge(self.attention(x, context, bias))

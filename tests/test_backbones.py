@@ -1,0 +1,176 @@
+"""Every backbone of the registry, small: the promises that trainer and sampler build on."""
+
+import inspect
+
+import pytest
+import torch
+
+from models import BACKBONES, create_model, list_models
+from models.layers.modulation import Modulator
+from models.layers.window import WindowAttention, Windows
+
+SMALL = {
+    "XSwin": {"dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_global_blocks": 1},
+    "DiT": {"dim": 16, "depth": 4, "num_heads": 2},
+    "UViTTokens": {"dim": 16, "depth": 5, "num_heads": 2},
+}
+FAMILIES = ["XSwin", "USwin", "DiT-S/2", "DiT-S/4", "UViT-S/2", "UViT-tokens-S/2"]
+families = pytest.mark.parametrize("name", FAMILIES)
+
+
+def small(name, input_size=8, num_classes=5, **overrides):
+    torch.manual_seed(0)
+    shrink = SMALL[BACKBONES[name][0].__name__]
+    shape = {"input_size": input_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
+    return create_model(name, **shape, **shrink, **overrides)
+
+
+def inputs(batch=3, size=(8, 8)):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, *size, generator=generator)
+    return x, torch.arange(batch) * 300, torch.arange(batch) % 6
+
+
+def wake(model):
+    """Zero-initialised layers block gradients behind them: give them values."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_name_builds_on_the_meta_device(name):
+    with torch.device("meta"):
+        model = create_model(name, input_size=32, in_channels=4, out_channels=8, num_classes=1000)
+    assert (model.in_channels, model.out_channels, model.num_classes) == (4, 8, 1000)
+    assert model.input_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("DiT-S/2", 32.5), ("UViT-S/2", 34.0), ("USwin", 33.9), ("XSwin", 35.0), ("DiT", 32.5)]
+)
+def test_parameters_are_the_papers(name, millions):
+    with torch.device("meta"):
+        model = create_model(name, input_size=8, in_channels=4, out_channels=8, num_classes=101)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@families
+@pytest.mark.parametrize("size", [(8, 8), (16, 8), (12, 20)])
+def test_output_has_the_inputs_size(name, size):
+    assert small(name, size).eval()(*inputs(size=size)).shape == (3, 8, *size)
+
+
+@families
+def test_every_parameter_has_a_finite_gradient_that_is_not_zero(name):
+    model = wake(small(name)).train()
+    model(*inputs(batch=6))[:].square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        before_norm = key.endswith(("convs.0.bias", "convs.1.bias", "convs.2.bias", "unpatch.bias"))
+        assert parameter.grad.any() or before_norm, key
+
+
+@families
+def test_samples_of_a_batch_do_not_mix(name):
+    model = wake(small(name)).eval()
+    x, t, y = inputs()
+    with torch.no_grad():
+        together, alone = model(x, t, y), model(x[1:2], t[1:2], y[1:2])
+    assert torch.allclose(together[1:2], alone, atol=1e-4, rtol=1e-4)
+
+
+@families
+def test_time_and_label_matter_and_the_null_label_is_one(name):
+    model = wake(small(name)).eval()
+    x, t, y = inputs()
+    with torch.no_grad():
+        base = model(x, t, y)
+        assert not torch.allclose(base, model(x, t + 1, y))
+        assert not torch.allclose(base, model(x, t, torch.full_like(y, 5)))
+
+
+@families
+def test_unconditional_models_ignore_labels(name):
+    model = wake(small(name, num_classes=0)).eval()
+    x, t, y = inputs()
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y), model(x, t, torch.zeros_like(y)))
+
+
+@families
+def test_bfloat16_autocast_stays_close(name):
+    model = wake(small(name)).eval()
+    with torch.no_grad():
+        exact = model(*inputs())
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(*inputs()).float()
+    assert (exact - rounded).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("skip", ["cross_attention", "concat"])
+@pytest.mark.parametrize("size", [(7, 9), (5, 5), (3, 10)])
+def test_odd_grids_are_padded_and_cut(skip, size):
+    model = wake(small("XSwin", size, skip=skip, window_size=4)).eval()
+    assert model(*inputs(size=size)).shape == (3, 8, *size)
+
+
+def test_nothing_attends_to_padding():
+    """Windows over a 5x7 grid equal plain attention among the tokens that share a window."""
+    torch.manual_seed(0)
+    attention = WindowAttention(16, 2, 4, shifted=True).eval()
+    x = torch.randn(2, 5, 7, 16)
+    with torch.no_grad():
+        base = attention(x)
+        windows = Windows(5, 7, 4, 2)
+        tokens = windows.partition(torch.ones(1, 5, 7, 1))
+        mask = windows.mask(x.device)
+        padded = tokens[..., 0] == 0  # [windows n]
+        assert not (mask & ~padded[:, :, None] & padded[:, None, :]).any()
+    assert base.isfinite().all()
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 12), (3, 3)])
+def test_merge_undoes_partition(shift, size):
+    windows, x = Windows(*size, 4, shift), torch.randn(2, *size, 3)
+    assert torch.equal(windows.merge(windows.partition(x)), x)
+
+
+def test_shifted_windows_do_not_wrap_round():
+    mask = Windows(8, 8, 4, 2).mask(torch.device("cpu"))
+    assert mask[0].all()  # the first window lies inside the grid
+    assert not mask[-1].all()  # the last holds tokens from both ends
+    assert Windows(4, 4, 4, 2).mask(torch.device("cpu")) is None  # one window: no shift
+
+
+def test_modulator_is_the_identity_at_first():
+    x = torch.randn(2, 3, 4, 8)
+    assert torch.equal(Modulator(16, 8)(x, torch.randn(2, 16)), x)
+
+
+def test_constructors_take_no_kwargs():
+    for backbone, _ in BACKBONES.values():
+        kinds = {parameter.kind for parameter in inspect.signature(backbone).parameters.values()}
+        assert kinds == {inspect.Parameter.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("XSwim", {}, r"--model XSwim: unknown; did you mean XSwin"),
+        ("XSwin", {"window": 2}, r"--model_args window: XSwin has no such argument; it takes .*window_size"),
+        ("XSwin", {"patch_size": 3}, r"patch_size=3 must divide the 8x8 input"),
+        ("XSwin", {"num_heads": (5, 12)}, r"num_heads=5 must divide the width 192"),
+        ("XSwin", {"depths": (1,)}, r"must be of one length"),
+        ("XSwin", {"skip": "sum"}, r"skip=sum must be one of"),
+        ("DiT-S/2", {"dim": 100}, r"num_heads=6 must divide the width 100"),
+        ("UViT-tokens-S/2", {"depth": 12}, r"depth=12 must be odd"),
+    ],
+)
+def test_mistakes_are_told_in_words(name, overrides, message):
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        create_model(name, input_size=8, in_channels=4, out_channels=8, num_classes=5, **overrides)
