@@ -61,12 +61,13 @@ def main(config: EvaluateConfig) -> None:
 
     from accelerate import Accelerator
 
-    from experiment.build import open_split, precision
+    from experiment.build import open_split, precision, use_all_cores
     from experiment.checkpoint import CheckpointError, current_commit, open_checkpoint
     from experiment.evaluation import KINDS, draw_samples, read_samples
     from metrics.fidelity import Extractor, compare
 
     accelerator = Accelerator(mixed_precision=precision(config.precision))
+    use_all_cores(accelerator)
     try:
         checkpoint = open_checkpoint(config.checkpoint or config.samples)
     except CheckpointError:

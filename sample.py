@@ -54,7 +54,7 @@ def main(config: SampleConfig) -> None:
     import torch
     from accelerate import Accelerator
 
-    from experiment.build import precision
+    from experiment.build import precision, use_all_cores
     from experiment.checkpoint import open_checkpoint
     from experiment.evaluation import override_sampling
     from experiment.generation import DenoisingPanel, generate, resolve_classes
@@ -68,6 +68,7 @@ def main(config: SampleConfig) -> None:
     sampling = override_sampling(checkpoint, config)
 
     accelerator = Accelerator(mixed_precision=precision(config.precision))
+    use_all_cores(accelerator)
     codec = create_codec(config.autoencoder or checkpoint.config.autoencoder).to(accelerator.device)
     model = checkpoint.load_model(accelerator.device)
     process = checkpoint.build_process()

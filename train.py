@@ -32,6 +32,7 @@ def main(config: ExperimentConfig) -> None:
         open_cache,
         open_split,
         precision,
+        use_all_cores,
     )
     from experiment.checkpoint import resume, save_checkpoint
     from experiment.ema import EMA
@@ -48,6 +49,7 @@ def main(config: ExperimentConfig) -> None:
         log_with=list[Any](config.log.trackers) or None,
         project_dir=run,
     )
+    use_all_cores(accelerator)
     set_seed(config.train.seed)
 
     # Data, process, model.
@@ -158,7 +160,8 @@ def main(config: ExperimentConfig) -> None:
         done = step + 1
         if _due(done, config.log.every) or done == num_steps:
             count = (done - last_log) * config.train.grad_accumulation
-            losses = {name: float(accelerator.reduce(total, "mean")) / count for name, total in sums.items()}
+            totals: Any = accelerator.reduce(sums, "mean")
+            losses = {name: total.item() / count for name, total in totals.items()}
             speed = (done - last_log) * config.train.batch_size / (time.time() - since)
             log.write(done, **losses, lr=float(schedule.get_last_lr()[0]), images_per_second=speed)
             progress.set_postfix(loss=f"{losses['loss']:.4f}", img_s=f"{speed:.0f}")

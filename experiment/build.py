@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,6 +48,16 @@ class ModelSpec:
             num_classes=self.num_classes,
             **self.args,
         )
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """On CPUs, deal the cores out over this machine's processes: `accelerate launch` gives each one thread.
+
+    More threads than one were asked for by somebody, and stay.
+    """
+    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, num_cores // accelerator.num_processes))
 
 
 def build_process(config: DiffusionConfig) -> GaussianDiffusion:

@@ -222,6 +222,7 @@ def _unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
 
 
 def _config_from_dict(values: dict[str, Any]) -> ExperimentConfig:
+    values["optim"]["betas"] = tuple(values["optim"]["betas"])
     parts = {
         "data": DataConfig,
         "diffusion": DiffusionConfig,

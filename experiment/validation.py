@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,4 +46,5 @@ def validation_loss(
             terms = process.training_loss(model, x_0, y, t=t[part].to(device), noise=noise[part].to(device))
         for name, values in terms.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + values.sum()
-    return {name: float(accelerator.reduce(total, "sum")) / num_images for name, total in sums.items()}
+    totals: Any = accelerator.reduce(sums, "sum")
+    return {name: total.item() / num_images for name, total in totals.items()}

@@ -129,7 +129,7 @@ def mnist_items(root: Path) -> Iterator[Item]:
 def hub_items(config: PrepareConfig) -> Iterator[Item]:
     """Every split of a hub dataset that is a training or a test set."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("--dataset hf:...: needs the optional extra: pip install -e '.[hub]'") from error
     loaded: Any = load_dataset(config.dataset.removeprefix("hf:"), cache_dir=str(config.root))

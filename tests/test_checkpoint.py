@@ -1,0 +1,163 @@
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from experiment.build import ModelSpec, build_optimizer
+from experiment.checkpoint import CheckpointError, list_checkpoints, open_checkpoint, resume, save_checkpoint
+from experiment.config import ExperimentConfig, OptimConfig
+from experiment.ema import EMA
+
+SPEC = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3)
+
+
+def objects(spec=SPEC):
+    torch.manual_seed(0)
+    model = spec.build()
+    optimizer, _ = build_optimizer(model, OptimConfig(), 10)
+    return model, EMA(model, 0.9), optimizer
+
+
+def train_a_step(model, ema, optimizer):
+    output = model(torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), torch.tensor([0, 3]))
+    (output - 1).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    ema.update(model, 0)
+
+
+def save(folder, step, model, ema, optimizer, keep=2):
+    return save_checkpoint(
+        folder,
+        step=step,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        config=ExperimentConfig(),
+        spec=SPEC,
+        classes=["a", "b", "c"],
+        keep=keep,
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trained = objects()
+    train_a_step(*trained)
+    return save(tmp_path / "run" / "checkpoints", 1, *trained), trained
+
+
+def test_weights_file_alone_brings_the_model_back(saved, tmp_path):
+    folder, (_, ema, _) = saved
+    lone = shutil.copy(folder / "ema.safetensors", tmp_path / "lone.safetensors")
+    checkpoint = open_checkpoint(lone)
+    assert (checkpoint.step, checkpoint.classes, checkpoint.spec) == (1, ["a", "b", "c"], SPEC)
+    assert checkpoint.config == ExperimentConfig()
+    loaded = checkpoint.load_model().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in ema.model.state_dict().items())
+
+
+def test_run_folder_means_its_newest_checkpoint(saved, tmp_path):
+    folder, trained = saved
+    save(folder.parent, 10, *trained)
+    assert open_checkpoint(tmp_path / "run").step == 10
+    assert open_checkpoint(folder).step == 1
+
+
+def test_resuming_restores_everything(saved):
+    folder, trained = saved
+    fresh = objects()
+    assert resume(folder.parent, *fresh) == 1
+    for ours, theirs in zip(fresh, trained, strict=True):
+        ours, theirs = (x.model if isinstance(x, EMA) else x for x in (ours, theirs))
+        if isinstance(ours, torch.nn.Module):
+            assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    torch.manual_seed(1)
+    train_a_step(*fresh)
+    torch.manual_seed(1)
+    train_a_step(*trained)
+    assert all(torch.equal(a, b) for a, b in zip(fresh[0].parameters(), trained[0].parameters(), strict=True))
+
+
+def test_old_checkpoints_leave(saved):
+    folder, trained = saved
+    for step in (2, 3):
+        save(folder.parent, step, *trained)
+    assert [path.name for path in list_checkpoints(folder.parent)] == ["00000002", "00000003"]
+
+
+def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch):
+    folder, trained = saved
+
+    def full(*arguments, **keywords):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("experiment.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="could not be written .*No space left.*make room"):
+        save(folder.parent, 2, *trained)
+    assert [path.name for path in folder.parent.iterdir()] == ["00000001"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nowhere", "does not exist; give a run's folder"),
+        (lambda folder: folder, "holds no checkpoint"),
+        (lambda folder: _foreign(folder), "not written by train.py"),
+        (lambda folder: _text(folder), "cut short or not a safetensors file"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told(tmp_path, make, message):
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(make(tmp_path))
+
+
+def _foreign(folder):
+    save_file({"weight": torch.zeros(2)}, folder / "foreign.safetensors")
+    return folder / "foreign.safetensors"
+
+
+def _text(folder):
+    (folder / "text.safetensors").write_text("not tensors at all")
+    return folder / "text.safetensors"
+
+
+def test_checkpoint_cut_short_is_told(saved):
+    folder, _ = saved
+    weights = folder / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cut short"):
+        open_checkpoint(folder)
+
+
+def test_checkpoint_of_another_model_is_told(saved):
+    folder, _ = saved
+    other = objects(ModelSpec("DiT", {"dim": 32, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3))
+    with pytest.raises(CheckpointError, match=r"is of another model: \d+ tensors"):
+        resume(folder.parent, *other)
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(CheckpointError, match="--resume: nothing to resume"):
+        resume(tmp_path, *objects())
+
+
+def test_average_follows_its_formula_parameters_and_buffers():
+    model = torch.nn.BatchNorm1d(2)
+    ema = EMA(model, 0.5)
+    expected, steps = model.running_mean.clone(), torch.tensor([[1.0, 2.0], [3.0, 5.0], [4.0, 4.0]])
+    for step, value in enumerate(steps):
+        model.running_mean.copy_(value)
+        model.num_batches_tracked.fill_(step)
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    assert torch.allclose(ema.model.running_mean, expected)
+    assert ema.model.num_batches_tracked == 2
+    assert not ema.model.training
+
+
+def test_average_needs_a_decay_below_one():
+    with pytest.raises(ValueError, match="--train.ema_decay 1.0 must lie in"):
+        EMA(torch.nn.Linear(1, 1), 1.0)
