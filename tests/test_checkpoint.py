@@ -94,7 +94,7 @@ def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("experiment.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="could not be written .*No space left.*make room"):
+    with pytest.raises(OSError, match=r"could not be written .*No space left.*make room"):
         save(folder.parent, 2, *trained)
     assert [path.name for path in folder.parent.iterdir()] == ["00000001"]
 
@@ -159,5 +159,5 @@ def test_average_follows_its_formula_parameters_and_buffers():
 
 
 def test_average_needs_a_decay_below_one():
-    with pytest.raises(ValueError, match="--train.ema_decay 1.0 must lie in"):
+    with pytest.raises(ValueError, match=r"--train.ema_decay 1.0 must lie in"):
         EMA(torch.nn.Linear(1, 1), 1.0)
