@@ -79,6 +79,7 @@ def main(
     from tqdm import tqdm
 
     from data import open_dataset
+    from data.shapes import DIFFICULTIES
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
@@ -89,12 +90,10 @@ def main(
         dataset = open_dataset(path, split=split, image_size=image_size, **kwargs)
         return torch.stack([dataset[i][0] for i in tqdm(range(len(dataset)), desc=f"{path}, {split}", leave=False)])
 
-    def load_shapes(split: str, num_images: int) -> torch.Tensor:
-        return torch.cat(
-            [load("shapes", split, difficulty=d, num_images=num_images) for d in ("easy", "medium", "hard")]
-        )
+    def load_shapes(split: str, num_images: int) -> dict[str, torch.Tensor]:
+        return {f"shapes_{d}": load("shapes", split, difficulty=d, num_images=num_images) for d in DIFFICULTIES}
 
-    shapes = load_shapes("train", num_shapes)
+    shapes = torch.cat(list(load_shapes("train", num_shapes).values()))
     images = shapes if data == "shapes" else load(data, "train", exclude_classes=exclude_classes)
 
     blocks = len(architecture.channels)
@@ -157,7 +156,7 @@ def main(
     scale, shift = measure_latents(trained, images, batch_size)
     trained.register_to_config(scaling_factor=scale, shift_factor=shift)
 
-    held_out = {"shapes": load_shapes("test", 300)}
+    held_out = load_shapes("test", 1500)
     if data != "shapes":
         held_out = {Path(data).stem: load(data, "test", exclude_classes=exclude_classes), **held_out}
     metrics: dict[str, Any] = {
