@@ -27,6 +27,7 @@ def main(config: ExperimentConfig) -> None:
     from experiment.build import (
         build_optimizer,
         build_process,
+        check_sampling,
         model_spec,
         num_training_steps,
         open_cache,
@@ -57,6 +58,7 @@ def main(config: ExperimentConfig) -> None:
     process = build_process(config.diffusion)
     images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
+    sampling = check_sampling(config.sampling, process, spec.num_classes)
     model = spec.build().to(accelerator.device)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
@@ -118,7 +120,7 @@ def main(config: ExperimentConfig) -> None:
             process,
             codec,
             labels,
-            config.sampling,
+            sampling,
             image_size=cache.image_size,
             seed=config.train.seed,
             batch_size=len(labels),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,8 +12,8 @@ from torch import nn
 
 from data import open_dataset
 from data.latents import LatentCache, build_cache, cache_name
-from diffusion import GaussianDiffusion
-from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, TrainConfig
+from diffusion import SAMPLERS, GaussianDiffusion
+from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from models import create_model
 from models.autoencoder import Codec
 
@@ -111,6 +111,18 @@ def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerat
         )
         accelerator.wait_for_everyone()
     return LatentCache(folder, expected)
+
+
+def check_sampling(config: SamplingConfig, process: GaussianDiffusion, num_classes: int) -> SamplingConfig:
+    """The configuration, unguided where there are no classes.
+
+    Raises:
+        ValueError: for an unknown sampler or more steps than the process has, before any work is done.
+    """
+    if config.sampler not in SAMPLERS:
+        raise ValueError(f"--sampling.sampler {config.sampler}: unknown, choose from {', '.join(SAMPLERS)}")
+    process.timesteps(config.num_steps)
+    return config if num_classes else replace(config, guidance_scale=1.0)
 
 
 def build_optimizer(

@@ -215,6 +215,11 @@ def test_real_images_score_better_than_an_untrained_model(folder, extractor):
     [
         (("train.py", "--data.path", "nowhere"), "--data.path nowhere"),
         (("train.py", "--model", "XSwinn"), "did you mean XSwin"),
+        (("train.py", "--sampling.sampler", "dppm"), "--sampling.sampler dppm: unknown, choose from ddpm, ddim"),
+        (("train.py", "--data.image_size", "60"), "multiple of 8"),
+        (("train.py", "--resume", "runs/none"), "--resume runs/none: nothing to resume"),
+        (("train.py", "--config", "tiny.yaml"), "runs/tiny holds a run already: --resume runs/tiny"),
+        (("sample.py", "--checkpoint", "runs/tiny", "--classes", "[sta]"), "--classes sta: no such class"),
         (("sample.py", "--checkpoint", "runs/none"), "--checkpoint runs/none does not exist"),
         (("evaluate.py", "--samples", "runs/tiny", "--extractor", "inception"), "--weights_path FILE"),
     ],
@@ -239,3 +244,18 @@ def test_help_teaches_and_is_quick(folder):
         check=True,
     )
     assert imported.stdout.strip() == "False"
+
+
+def test_unconditional_images_train_and_sample(folder):
+    """A folder of images without class folders; asking for guidance then is a mistake, told in words."""
+    (folder / "plain").mkdir()
+    for number in range(10):
+        Image.new("RGB", (16, 16), (20 * number, 90, 30)).save(folder / "plain" / f"{number}.png")
+    flags = ("--data.path", "plain", "--data.image_size", 16, "--train.num_steps", 2, "--name", "plain")
+    run("train.py", "--config", "tiny.yaml", "--autoencoder", "pixel", *flags, cwd=folder)
+    run("sample.py", "--checkpoint", "runs/plain", "--num_per_class", 3, "--output", "plain.npz", cwd=folder)
+    with np.load(folder / "plain.npz") as file:
+        assert file["arr_0"].shape == (3, 16, 16, 3)
+    guided = run("sample.py", "--checkpoint", "runs/plain", "--guidance_scale", 2.0, cwd=folder, check=False)
+    assert guided.returncode == 2
+    assert "--guidance_scale 2.0" in guided.stderr.strip().splitlines()[-1]
