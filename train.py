@@ -8,6 +8,7 @@ accelerate launch train.py --resume runs/XSwin
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def main(config: ExperimentConfig) -> None:
         build_optimizer,
         build_process,
         check_sampling,
+        learning_rate,
         model_spec,
         num_training_steps,
         open_cache,
@@ -64,7 +66,7 @@ def main(config: ExperimentConfig) -> None:
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     ema = EMA(model, config.train.ema_decay)
     num_steps = num_training_steps(config.train, len(cache))
-    optimizer, schedule = build_optimizer(model, config.optim, num_steps)
+    optimizer = build_optimizer(model, config.optim)
     batches = Batches(
         cache.to(accelerator.device),
         codec,
@@ -82,8 +84,7 @@ def main(config: ExperimentConfig) -> None:
     first_step = 0
     if config.resume:
         first_step = resume(run / "checkpoints", model, ema, optimizer)
-        for _ in range(first_step):
-            schedule.step()
+        config = replace(config, resume=None)
     elif (run / "checkpoints").exists():
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
     if accelerator.is_main_process:
@@ -145,6 +146,9 @@ def main(config: ExperimentConfig) -> None:
     for step in progress:
         # Stochastic depth draws from torch's own generator: make it a function of the step too.
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
+        lr = learning_rate(config.optim, step, num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         for batch in batches.micro_batches(step):
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = process.training_loss(model, batch.x_0, batch.y, t=batch.t, noise=batch.noise)
@@ -156,7 +160,6 @@ def main(config: ExperimentConfig) -> None:
                 optimizer.zero_grad()
             for name, mean in means.items():
                 sums[name] = sums.get(name, 0.0) + mean.detach()
-        schedule.step()
         ema.update(accelerator.unwrap_model(model), step)
 
         done = step + 1
@@ -165,7 +168,7 @@ def main(config: ExperimentConfig) -> None:
             totals: Any = accelerator.reduce(sums, "mean")
             losses = {name: total.item() / count for name, total in totals.items()}
             speed = (done - last_log) * config.train.batch_size / (time.time() - since)
-            log.write(done, **losses, lr=float(schedule.get_last_lr()[0]), images_per_second=speed)
+            log.write(done, **losses, lr=lr, images_per_second=speed)
             progress.set_postfix(loss=f"{losses['loss']:.4f}", img_s=f"{speed:.0f}")
             sums, since, last_log = {}, time.time(), done
         paused = time.time()

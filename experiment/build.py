@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,9 +36,13 @@ class ModelSpec:
         Raises:
             ValueError: when name or arguments do not fit; nothing is allocated before that is known.
         """
-        with torch.device("meta"):
-            self._create()
+        self.build_on_meta()
         return self._create()
+
+    def build_on_meta(self) -> nn.Module:
+        """The backbone without memory for its weights: validates the arguments, counts parameters."""
+        with torch.device("meta"):
+            return self._create()
 
     def _create(self) -> nn.Module:
         return create_model(
@@ -125,27 +130,22 @@ def check_sampling(config: SamplingConfig, process: GaussianDiffusion, num_class
     return config if num_classes else replace(config, guidance_scale=1.0)
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimConfig, num_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Fused AdamW and its learning-rate schedule, counted in optimizer steps."""
-    optimizer = torch.optim.AdamW(
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Fused AdamW; the learning rate is set each step from `learning_rate`."""
+    return torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
-    schedule = DECAYS[config.decay]
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        return schedule((step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-DECAYS = {
-    "constant": lambda progress: 1.0,
-    "cosine": lambda progress: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(progress, 1.0))).item()),
-}
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """A function of the step alone: linear warm-up, then the configured decay until the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    return config.lr * DECAYS[config.decay](progress)
+
+
+DECAYS = {"constant": lambda progress: 1.0, "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress))}
 
 
 def num_training_steps(config: TrainConfig, num_images: int) -> int:

@@ -15,8 +15,7 @@ SPEC = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3
 def objects(spec=SPEC):
     torch.manual_seed(0)
     model = spec.build()
-    optimizer, _ = build_optimizer(model, OptimConfig(), 10)
-    return model, EMA(model, 0.9), optimizer
+    return model, EMA(model, 0.9), build_optimizer(model, OptimConfig())
 
 
 def train_a_step(model, ema, optimizer):

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from experiment.build import build_process, check_sampling, learning_rate, model_spec, num_training_steps, precision
+from experiment.cli import parse
+from experiment.config import ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
+from models.autoencoder import PixelCodec, create_codec
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_builds(path):
+    config = parse(ExperimentConfig, ["--config", str(path)])
+    process = build_process(config.diffusion)
+    check_sampling(config.sampling, process, 101)
+    spec = model_spec(config, create_codec("embedded"), process, 101)
+    model = spec.build_on_meta()
+    assert model.out_channels == process.output_channels(4)
+    assert path.name in path.read_text() or "make demo" in path.read_text()
+
+
+def test_model_follows_codec_process_and_data():
+    config = parse(ExperimentConfig, ["--data.image_size", "32", "--diffusion.variance", "fixed_small"])
+    spec = model_spec(config, PixelCodec(), build_process(config.diffusion), 7)
+    assert (spec.input_size, spec.in_channels, spec.out_channels, spec.num_classes) == ((32, 32), 3, 3, 7)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimConfig(lr=1.0, warmup_steps=4, decay="cosine")
+    rates = [learning_rate(config, step, 14) for step in range(15)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[9] == pytest.approx(0.5)
+    assert rates[14] == pytest.approx(0.0)
+    assert learning_rate(OptimConfig(lr=0.1), 10**6, 10) == 0.1
+
+
+def test_epochs_become_steps():
+    assert num_training_steps(TrainConfig(num_epochs=1500, batch_size=128), 6941) == 81340
+    assert num_training_steps(TrainConfig(num_steps=5), 6941) == 5
+
+
+def test_unknown_sampler_and_too_many_steps_are_told():
+    process = build_process(ExperimentConfig().diffusion)
+    with pytest.raises(ValueError, match=r"--sampling.sampler euler: unknown, choose from ddpm, ddim"):
+        check_sampling(SamplingConfig(sampler="euler"), process, 1)
+    with pytest.raises(ValueError, match=r"--num_steps 2000 must lie in 1..1000"):
+        check_sampling(SamplingConfig(num_steps=2000), process, 1)
+    assert check_sampling(SamplingConfig(guidance_scale=3.0), process, 0).guidance_scale == 1.0
+    with pytest.raises(ValueError, match=r"precision fp8: unknown"):
+        precision("fp8")
+
+
+@pytest.mark.parametrize("argument", ["--modell", "--data.pth", "--optim.lr=fast", "--data.difficulty=brutal"])
+def test_unknown_keys_and_values_are_refused(argument, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(ExperimentConfig, [argument])
+    assert stopped.value.code == 2
+    assert argument.split("=")[0].lstrip("-") in capsys.readouterr().err
