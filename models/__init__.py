@@ -11,6 +11,7 @@ from models import dit, uvit, xswin
 
 BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {**xswin.MODELS, **dit.MODELS, **uvit.MODELS}
 BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "UViT-tokens")}
+MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path"}
 
 
 def list_models() -> list[str]:
@@ -40,7 +41,12 @@ def create_model(
     accepted = inspect.signature(backbone).parameters
     unknown = sorted(overrides.keys() - accepted.keys())
     if unknown:
-        raise ValueError(f"--model_args {unknown[0]}: {name} has no such argument; it takes {', '.join(accepted)}")
+        raise ValueError(f"--model_args.{unknown[0]}: {name} has no such argument; it takes {', '.join(accepted)}")
+    for argument, value in overrides.items():
+        smallest = 0 if argument in MAY_BE_ZERO else 1
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(type(number) is int and number < smallest for number in numbers):
+            raise ValueError(f"--model_args.{argument} {value}: must be at least {smallest}")
     return backbone(
         **{
             "input_size": input_size,

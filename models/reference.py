@@ -152,6 +152,9 @@ def _build_uvit(config: Mapping) -> nn.Module:
 
 
 def _build_xswin(config: Mapping) -> nn.Module:
+    for name in ("window_size", "patch_size"):
+        if len(set(config[name])) != 1:
+            raise ValueError(f"{name}={list(config[name])}: ours are square")
     return create_model(
         "XSwin",
         input_size=tuple(config["input_size"]),

@@ -67,14 +67,16 @@ class UViTTokens(nn.Module):
         self.grid = self.input_size[0] // patch_size, self.input_size[1] // patch_size
         self.num_extras = 2 if num_classes else 1
 
-        def make_blocks(number: int) -> nn.ModuleList:
-            return nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(number))
+        def make_block() -> Block:
+            return Block(dim, num_heads, mlp_ratio=mlp_ratio)
 
         half = depth // 2
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.patch = nn.Linear(in_channels * patch_size**2, dim)
         self.positions = nn.Parameter(torch.zeros(self.num_extras + self.grid[0] * self.grid[1], dim))
-        self.encoder, self.middle, self.decoder = make_blocks(half), Block(dim, num_heads), make_blocks(half)
+        self.encoder = nn.ModuleList(make_block() for _ in range(half))
+        self.middle = make_block()
+        self.decoder = nn.ModuleList(make_block() for _ in range(half))
         self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(half))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, out_channels * patch_size**2)

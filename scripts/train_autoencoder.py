@@ -32,12 +32,14 @@ class Architecture:
         latent_channels: channels of the latent
         layers_per_block: residual blocks a level
         norm_groups: groups of the group norms
+        attention: self-attention between the two middle blocks of encoder and decoder
     """
 
     channels: tuple[int, ...] = (16, 48, 96, 112)
     latent_channels: int = 4
     layers_per_block: int = 1
     norm_groups: int = 8
+    attention: bool = False
 
 
 def main(
@@ -105,7 +107,7 @@ def main(
         latent_channels=architecture.latent_channels,
         norm_num_groups=architecture.norm_groups,
         sample_size=image_size,
-        mid_block_add_attention=False,
+        mid_block_add_attention=architecture.attention,
     )
     model.to(device, memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(

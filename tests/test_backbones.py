@@ -4,10 +4,11 @@ import inspect
 
 import pytest
 import torch
+from timm.layers import Mlp
 
 from models import BACKBONES, create_model, list_models
 from models.layers.modulation import Modulator
-from models.layers.window import WindowAttention, Windows
+from models.layers.window import WindowAttention, WindowCrossAttention, Windows
 
 SMALL = {
     "XSwin": {"dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_global_blocks": 1},
@@ -118,19 +119,50 @@ def test_odd_grids_are_padded_and_cut(skip, size):
     assert model(*inputs(size=size)).shape == (3, 8, *size)
 
 
-def test_nothing_attends_to_padding():
-    """Windows over a 5x7 grid equal plain attention among the tokens that share a window."""
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("size", [(5, 7), (8, 8), (3, 3), (4, 10)])
+def test_windows_equal_attention_among_the_tokens_that_share_one(size, shifted):
+    """Token by token, from the definition: who shares a window after the shift, and nobody beyond the grid."""
     torch.manual_seed(0)
-    attention = WindowAttention(16, 2, 4, shifted=True).eval()
-    x = torch.randn(2, 5, 7, 16)
+    window, heads, dim = 4, 2, 16
+    attention = WindowAttention(dim, heads, window, shifted=shifted).eval()
+    height, width = size
+    x = torch.randn(1, height, width, dim)
+    shifts = [window // 2 if shifted and side > window else 0 for side in size]
+
+    q, k, v = attention.qkv(x[0].flatten(0, 1)).chunk(3, dim=-1)
+    q, v = q + attention.q_bias, v + attention.v_bias
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k, v))
+    scale = attention.logit_scale.exp()
+    logits = scale * torch.nn.functional.cosine_similarity(q[:, :, None], k[:, None], dim=-1)
+    place = [(row, column) for row in range(height) for column in range(width)]
+    shared = torch.full((len(place), len(place)), -torch.inf)
+    bias = torch.zeros(heads, len(place), len(place))
+    table = attention.position_bias()
+    for i, token in enumerate(place):
+        for j, other in enumerate(place):
+            # floor division: the shift leaves a narrower window at each end, which nothing joins round the edge
+            windows = [[(p - s) // window for p, s in zip(t, shifts, strict=True)] for t in (token, other)]
+            if windows[0] == windows[1]:
+                inside = [[(p - s) % window for p, s in zip(t, shifts, strict=True)] for t in (token, other)]
+                shared[i, j] = 0
+                bias[:, i, j] = table[:, inside[0][0] * window + inside[0][1], inside[1][0] * window + inside[1][1]]
+    expected = attention.proj(((logits + bias + shared).softmax(-1) @ v).transpose(0, 1).flatten(1))
     with torch.no_grad():
-        base = attention(x)
-        windows = Windows(5, 7, 4, 2)
-        tokens = windows.partition(torch.ones(1, 5, 7, 1))
-        mask = windows.mask(x.device)
-        padded = tokens[..., 0] == 0  # [windows n]
-        assert not (mask & ~padded[:, :, None] & padded[:, None, :]).any()
-    assert base.isfinite().all()
+        assert torch.allclose(attention(x)[0].flatten(0, 1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (3, 3)])
+def test_cross_attention_never_looks_at_padding(size):
+    torch.manual_seed(0)
+    attention = WindowCrossAttention(16, 2, 4).eval()
+    x, context = torch.randn(1, *size, 16), torch.randn(1, *size, 16)
+    corner = context[:, 4:, 4:] if size == (5, 7) else context  # the last window, mostly padding
+    mine = x[:, 4:, 4:] if size == (5, 7) else x
+    with torch.no_grad():
+        alone = attention.attention(mine.flatten(1, 2), corner.flatten(1, 2)).unflatten(1, mine.shape[1:3])
+        together = attention(x, context)
+    assert torch.allclose(together[:, 4:, 4:] if size == (5, 7) else together, alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
@@ -152,6 +184,11 @@ def test_modulator_is_the_identity_at_first():
     assert torch.equal(Modulator(16, 8)(x, torch.randn(2, 16)), x)
 
 
+def test_mlp_ratio_reaches_every_block():
+    hidden = {m.fc1.out_features for m in small("UViT-tokens-S/2", mlp_ratio=2.0).modules() if isinstance(m, Mlp)}
+    assert hidden == {32}
+
+
 def test_constructors_take_no_kwargs():
     for backbone, _ in BACKBONES.values():
         kinds = {parameter.kind for parameter in inspect.signature(backbone).parameters.values()}
@@ -162,11 +199,14 @@ def test_constructors_take_no_kwargs():
     ("name", "overrides", "message"),
     [
         ("XSwim", {}, r"--model XSwim: unknown; did you mean XSwin"),
-        ("XSwin", {"window": 2}, r"--model_args window: XSwin has no such argument; it takes .*window_size"),
+        ("XSwin", {"window": 2}, r"--model_args.window: XSwin has no such argument; it takes .*window_size"),
         ("XSwin", {"patch_size": 3}, r"patch_size=3 must divide the 8x8 input"),
         ("XSwin", {"num_heads": (5, 12)}, r"num_heads=5 must divide the width 192"),
         ("XSwin", {"depths": (1,)}, r"must be of one length"),
         ("XSwin", {"skip": "sum"}, r"skip=sum must be one of"),
+        ("XSwin", {"num_heads": (0, 12)}, r"--model_args.num_heads \(0, 12\): must be at least 1"),
+        ("XSwin", {"window_size": -2}, r"--model_args.window_size -2: must be at least 1"),
+        ("DiT-S/2", {"patch_size": 0}, r"--model_args.patch_size 0: must be at least 1"),
         ("DiT-S/2", {"dim": 100}, r"num_heads=6 must divide the width 100"),
         ("UViT-tokens-S/2", {"depth": 12}, r"depth=12 must be odd"),
     ],

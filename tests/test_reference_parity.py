@@ -66,3 +66,9 @@ def test_weights_that_do_not_fit_are_listed():
         load_reference("dit", {**weights, "extra": torch.zeros(1)}, config)
     with pytest.raises(ValueError, match="choose from dit"):
         load_reference("sit", weights, config)
+
+
+def test_windows_that_are_not_square_are_refused():
+    _, weights, config = load_fixture("xswin")
+    with pytest.raises(ValueError, match=r"window_size=\[2, 4\]: ours are square"):
+        load_reference("xswin", weights, {**config, "window_size": [2, 4]})
