@@ -1,14 +1,16 @@
-"""Score a checkpoint, a folder or an npz against the held-out images.
+"""Score a checkpoint, a folder or an npz against held-out images.
 
 python evaluate.py --samples runs/XSwin
+python evaluate.py --samples runs/XSwin --guidance_scale 1,1.5,2,4 --num_steps 20,50 --trials 3 --baselines true
 python evaluate.py --samples samples.npz --data.path caltech101.zip --extractor mobilenet_v2.pt
+accelerate launch evaluate.py --samples runs/XSwin --reference VIRTUAL_imagenet64.npz
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig
@@ -16,108 +18,219 @@ from experiment.config import DataConfig
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Score samples against real images: Fréchet distance, inception score, kernel distance, precision, recall.
+    """Score samples against real images. What a run's configuration says (`evaluation`, `sampling`) is the default.
 
     Args:
-        samples: a run or checkpoint to draw from, a folder or zip of images, an npz; 'train' and 'reconstructions'
-            score the reference's own training images and autoencoder reconstructions: the floor and the ceiling
-        checkpoint: whose data, split and autoencoder are the reference; by default samples, where it is one
+        samples: a run or checkpoint to draw from, a folder or zip of images, or an npz
+        checkpoint: whose held-out images and autoencoder the samples are held against; by default samples, where it
+            is one
+        reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images
+        write_reference: write the held-out images and their moments to such an npz
         extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', or a TorchScript file (uint8 images to features and
             class probabilities)
         weights_path: weights of a named extractor, where they cannot be downloaded
-        num_samples: images to draw, or to take; by default as many as there are reference images
-        output: JSON file; by default scores.json beside the samples
-        seed: of the drawn samples
-        sampler: 'ddpm' or 'ddim'; by default as in the checkpoint, like the flags below
+        metrics: of fid, sfid, is, kid, precision, recall, density, coverage
+        num_samples: images to draw, or to take; by default as many as there are held-out images
+        labels: of the drawn samples: 'balanced', 'reference' (the held-out images' own) or 'random'
+        trials: repeat with the seeds after `seed` too, and report mean and standard deviation
+        sampler: 'ddpm' or 'ddim'; this and the two below may be lists, such as 1,1.5,2: each combination is a row
         num_steps: model calls a sample
         guidance_scale: classifier-free guidance; 1 turns it off
         eta: randomness of 'ddim', 0 to 1
-        batch_size: images at a time
+        baselines: also score real training images (the floor) and reconstructions of the held-out images by the
+            autoencoder (the ceiling of anything generated through it)
+        per_class: also the Fréchet distance within each class that has 50 images or more
+        memorisation: also find each sample's nearest training image
+        self_check: check metrics and extractor on inputs with known answers, and do nothing else
+        output: JSON file, pictures beside it; by default scores.json in the run's folder
+        seed: of the drawn samples
+        batch_size: images at a time, on each process
         precision: of sampling: 'auto', 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration
         data: of the reference, where no checkpoint says or the file has moved (--data.path)
     """
 
-    samples: str
+    samples: str | None = None
     checkpoint: str | None = None
-    extractor: str = "inception"
+    reference: str | None = None
+    write_reference: str | None = None
+    extractor: str | None = None
     weights_path: str | None = None
+    metrics: list[str] | None = None
     num_samples: int | None = None
-    output: str | None = None
-    seed: int = 0
+    labels: Literal["balanced", "reference", "random"] | None = None
+    trials: int = 1
     sampler: str | None = None
-    num_steps: int | None = None
-    guidance_scale: float | None = None
+    num_steps: int | str | None = None
+    guidance_scale: float | str | None = None
     eta: float | None = None
-    batch_size: int = 64
+    baselines: bool = False
+    per_class: bool = False
+    memorisation: bool = False
+    self_check: bool = False
+    output: str | None = None
+    seed: int | None = None
+    batch_size: int | None = None
     precision: str = "auto"
     autoencoder: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
 
 
 def main(config: EvaluateConfig) -> None:
-    """Gather samples and reference, extract features, compare, write."""
-    import importlib.metadata
-
+    """Reference, sources, scores, files."""
+    import torch
     from accelerate import Accelerator
 
-    from experiment.build import open_split, precision, use_all_cores
-    from experiment.checkpoint import CheckpointError, current_commit, open_checkpoint
-    from experiment.evaluation import KINDS, draw_samples, read_samples
-    from metrics.fidelity import Extractor, compare
+    from experiment.build import open_split, precision, sampling_of, use_all_cores
+    from experiment.checkpoint import open_checkpoint
+    from experiment.config import EvaluationConfig
+    from experiment.evaluation import dataset_reference, evaluate, memorisation, npz_reference, summarise
+    from experiment.report import draw_pairs, draw_sweep, provenance, table, write_json
+    from experiment.sources import from_checkpoint, from_images, read_samples, reconstructions, sweep
+    from experiment.tracking import save_grid
+    from metrics.fidelity import Extractor, check_metrics, class_distances
+    from metrics.reference import write_adm
+    from metrics.self_check import self_check
+    from models.autoencoder import create_codec
 
+    # What is asked for; a run's own configuration says the rest.
     accelerator = Accelerator(mixed_precision=precision(config.precision))
     use_all_cores(accelerator)
-    try:
-        checkpoint = open_checkpoint(config.checkpoint or config.samples)
-    except CheckpointError:
-        if config.checkpoint is not None:
-            raise
-        checkpoint = None
-    data = config.data
-    if checkpoint is not None:
-        moved = {} if data.path == DataConfig().path else {"path": data.path}
-        data = replace(checkpoint.config.data, **moved)
-    reference = open_split(data, "test")
-    extractor = Extractor(config.extractor, weights_path=config.weights_path, device=accelerator.device)
-
-    num_samples = config.num_samples or len(reference)
-    if config.samples in KINDS:
-        images, provenance = KINDS[config.samples](checkpoint, config, data, num_samples, accelerator)
-    elif checkpoint is not None and config.checkpoint is None:
-        images, provenance = draw_samples(checkpoint, config, data, num_samples, accelerator)
-    else:
-        images, provenance = read_samples(config.samples, data.image_size, config.num_samples)
-    if not accelerator.is_main_process:
-        return
-
-    scores = compare(
-        extractor(images, batch_size=config.batch_size, desc="samples"),
-        extractor(reference, batch_size=config.batch_size, desc="reference"),
-        extractor,
-        seed=config.seed,
+    owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
+    checkpoint = open_checkpoint(owner) if owner else None
+    asked = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}
+    evaluation = replace(
+        checkpoint.config.evaluation if checkpoint else EvaluationConfig(),
+        **{name: value for name, value in asked.items() if value is not None},
     )
-    libraries = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity")
-    record = {
-        **scores.to_dict(),
-        "samples": provenance,
-        "reference": {**reference.describe(), "classes": len(reference.classes)},
-        "evaluation": asdict(config),
-        "commit": current_commit(),
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
-    }
-    default = Path(config.samples)
-    default = checkpoint.run if checkpoint and config.checkpoint is None else default.parent
-    output = Path(config.output) if config.output else default / "scores.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    partial.replace(output)
-    print(f"{scores.num_samples} samples against {scores.num_reference} held-out images, {scores.extractor}")
-    print(scores.table())
+    extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=accelerator.device)
+    if config.self_check:
+        return accelerator.print(self_check(extractor))
+    check(config)
+    check_metrics(evaluation.metrics)
+
+    # The reference: held-out images, or a file.
+    data = checkpoint.config.data if checkpoint else config.data
+    data = replace(data, path=config.data.path) if config.data.path != DataConfig().path else data
+    held_out = None if config.reference else open_split(data, "test")
+    if config.reference:
+        reference = npz_reference(config.reference, extractor, data.image_size, accelerator, evaluation)
+    else:
+        reference = dataset_reference(data, "test", extractor, accelerator, evaluation)
+
+    # The sources: one a row, each a list of trials.
+    codec = create_codec(config.autoencoder or (checkpoint.config.autoencoder if checkpoint else "embedded"))
+    codec = codec.to(accelerator.device)
+    if checkpoint is not None and owner == config.samples:
+        groups = from_checkpoint(
+            checkpoint,
+            sweep(
+                sampling_of(checkpoint.config.sampling, len(checkpoint.classes), eta=config.eta),
+                choices("--sampler", config.sampler, str),
+                choices("--num_steps", config.num_steps, int),
+                choices("--guidance_scale", config.guidance_scale, float),
+            ),
+            evaluation,
+            codec,
+            accelerator,
+            num_trials=config.trials,
+            num_reference=reference.features.num,
+            reference_labels=None if held_out is None else held_out.labels,
+        )
+    else:
+        groups = [[read_samples(str(config.samples), data.image_size, evaluation.num_samples)]]
+    num_drawn = len(groups)
+    if config.baselines and held_out:
+        floor = from_images(open_split(data, "train"), "training images", reference.features.num)
+        groups += [[floor], [reconstructions(from_images(held_out, "held-out images"), codec, accelerator.device)]]
+
+    # The scores. What needs the samples' own features looks at the first row's first trial.
+    rows, features = [], []
+    for trials in groups:
+        scored = [evaluate(source, reference, extractor, accelerator, evaluation) for source in trials]
+        rows.append(summarise(trials[0], [scores for scores, _ in scored]))
+        features += [found for _, found in scored[:1]]
+    extra: dict[str, Any] = {}
+    nearest = None
+    if config.memorisation:
+        train = dataset_reference(data, "train", extractor, accelerator, evaluation)
+        nearest = memorisation(features[0], train.features, reference.features)
+        extra["memorisation"] = {"closer_to_training_than_held_out": nearest.closer}
+    if config.per_class:
+        names = held_out.classes if held_out else checkpoint.classes if checkpoint else []
+        distances = class_distances(features[0], reference.features)
+        extra["per_class"] = {names[label]: asdict(score) for label, score in distances.items()}
+
+    # The files: a record with all that it takes to derive it again, pictures of what was scored.
+    first = groups[0][0]
+    if not accelerator.is_main_process:
+        return None
+    folder = checkpoint.run if checkpoint and owner == config.samples else Path(str(config.samples)).parent
+    output = Path(config.output) if config.output else folder / "scores.json"
+    write_json({**provenance(rows, reference, extractor, evaluation), **extra}, output)
+    written = [output, output.with_suffix(".png")]
+    save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
+    if num_drawn > 1:
+        written.append(output.with_name(f"{output.stem}-sweep.png"))
+        draw_sweep(rows[:num_drawn], written[-1])
+    if nearest is not None:
+        written.append(output.with_name(f"{output.stem}-nearest.png"))
+        draw_pairs(first, from_images(open_split(data, "train"), "training images"), nearest, written[-1])
+    if config.write_reference and held_out:
+        images = from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
+        write_adm(Path(config.write_reference), reference.features, images, extractor)
+        written.append(Path(config.write_reference))
+
+    print(f"{rows[0].num_samples} samples against {reference.features.num} images, on {extractor.name}")
+    print(table(rows, ("sampler", "num_steps", "guidance_scale") if num_drawn > 1 else ()))
+    if nearest is not None:
+        print(
+            f"A sample lies closer to the training images than a held-out image does {nearest.closer:.1%} of the time."
+        )
     if extractor.kind != "inception":
-        print(f"Distances on {scores.extractor} compare runs with each other; they are not FID.")
-    print(f"scores: {output}")
+        print(f"Distances on {extractor.name} compare runs with each other; they are not FID.")
+    print("written: " + ", ".join(map(str, written)))
+    return None
+
+
+def is_run(path: str) -> bool:
+    """Whether samples are to be drawn from it: a run's folder, a checkpoint, or its weights."""
+    folder = Path(path)
+    holds = any((folder / name).exists() for name in ("checkpoints", "ema.safetensors"))
+    return holds or folder.suffix == ".safetensors" or not folder.exists()
+
+
+def check(config: EvaluateConfig) -> None:
+    """What cannot be asked for together.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if config.samples is None:
+        raise ValueError("--samples: give a run, a folder, a zip or an npz; or --self_check true")
+    fixed = config.checkpoint is not None or not is_run(config.samples)
+    if config.trials < 1:
+        raise ValueError(f"--trials {config.trials} must be at least 1")
+    for flag in ("sampler", "num_steps", "guidance_scale", "eta"):
+        if fixed and getattr(config, flag) is not None:
+            raise ValueError(f"--{flag}: {config.samples} is a fixed set of images, there is nothing to draw")
+    if fixed and config.trials > 1:
+        raise ValueError(f"--trials {config.trials}: {config.samples} is a fixed set of images, trials would be equal")
+    for flag in ("baselines", "write_reference"):
+        if config.reference and getattr(config, flag):
+            raise ValueError(f"--{flag}: it needs the held-out images; leave --reference out")
+
+
+def choices(flag: str, given: object, kind: type) -> list:
+    """`1,1.5,2` as numbers; nothing as an empty list.
+
+    Raises:
+        ValueError: for what is no number.
+    """
+    try:
+        return [] if given is None else [kind(word) for word in str(given).split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {given}: give a number, or several with commas in between") from None
 
 
 if __name__ == "__main__":

@@ -54,10 +54,9 @@ def main(config: SampleConfig) -> None:
     import torch
     from accelerate import Accelerator
 
-    from experiment.build import precision, use_all_cores
+    from experiment.build import check_sampling, precision, sampling_of, use_all_cores
     from experiment.checkpoint import open_checkpoint
-    from experiment.evaluation import override_sampling
-    from experiment.generation import DenoisingPanel, generate, resolve_classes
+    from experiment.generation import DenoisingPanel, Generator, generate, resolve_classes
     from experiment.tracking import save_folder, save_grid, save_npz
     from models.autoencoder import create_codec
 
@@ -65,27 +64,27 @@ def main(config: SampleConfig) -> None:
     classes = resolve_classes(config.classes, checkpoint.classes)
     if config.num_per_class < 1:
         raise ValueError(f"--num_per_class {config.num_per_class} must be at least 1")
-    sampling = override_sampling(checkpoint, config)
+    given = {name: getattr(config, name) for name in ("sampler", "num_steps", "guidance_scale", "eta")}
+    num_classes, process = len(checkpoint.classes), checkpoint.build_process()
+    sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_classes, **given), process, num_classes)
 
     accelerator = Accelerator(mixed_precision=precision(config.precision))
     use_all_cores(accelerator)
     codec = create_codec(config.autoencoder or checkpoint.config.autoencoder).to(accelerator.device)
-    model = checkpoint.load_model(accelerator.device)
-    process = checkpoint.build_process()
     labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
     panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
-    images = generate(
-        model,
+    generator = Generator(
+        checkpoint.load_model(accelerator.device),
         process,
         codec,
         labels,
         sampling,
-        image_size=checkpoint.image_size,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        accelerator=accelerator,
+        checkpoint.image_size,
+        config.seed,
+        accelerator,
         callback=panel,
     )
+    images = generate(generator, batch_size=config.batch_size)
     if not accelerator.is_main_process:
         return
 

@@ -35,11 +35,14 @@ def main(config: ExperimentConfig) -> None:
         open_cache,
         open_split,
         precision,
+        sampling_of,
         use_all_cores,
     )
     from experiment.checkpoint import resume, save_checkpoint
     from experiment.ema import EMA
-    from experiment.generation import balanced_labels, generate
+    from experiment.evaluation import evaluate, open_scorer
+    from experiment.generation import Generator, balanced_labels, generate, sample_labels
+    from experiment.sources import from_generator
     from experiment.tracking import Log, save_grid
     from experiment.validation import validation_loss
     from models.autoencoder import create_codec
@@ -60,10 +63,11 @@ def main(config: ExperimentConfig) -> None:
     process = build_process(config.diffusion)
     images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
-    sampling = check_sampling(config.sampling, process, spec.num_classes)
+    sampling = check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
     model = spec.build().to(accelerator.device)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
+    scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     ema = EMA(model, config.train.ema_decay)
     num_steps = num_training_steps(config.train, len(cache))
     optimizer = build_optimizer(model, config.optim)
@@ -114,23 +118,23 @@ def main(config: ExperimentConfig) -> None:
             )
         accelerator.wait_for_everyone()
 
+    def generator(labels: torch.Tensor, seed: int) -> Generator:
+        return Generator(ema.model, process, codec, labels, sampling, cache.image_size, seed, accelerator)
+
     def draw_samples(step: int) -> None:
         labels = balanced_labels(4 * min(10, max(1, cache.num_classes)), min(10, cache.num_classes))
-        images = generate(
-            ema.model,
-            process,
-            codec,
-            labels,
-            sampling,
-            image_size=cache.image_size,
-            seed=config.train.seed,
-            batch_size=len(labels),
-            accelerator=accelerator,
-        )
+        images = generate(generator(labels, config.train.seed), batch_size=len(labels))
         if accelerator.is_main_process:
             columns = len(labels) // 4
             path = run / "samples" / f"{step:08d}.png"
             save_grid(images, path, columns=columns, column_names=cache.classes[:columns])
+
+    def score(step: int) -> None:
+        labels = sample_labels(config.evaluation, len(held_out), spec.num_classes, held_out.labels)
+        source = from_generator(generator(labels, config.evaluation.seed), config.model)
+        assert scorer is not None
+        scores, _ = evaluate(source, *scorer, accelerator, config.evaluation)
+        log.write(step, **{name: one.value for name, one in scores.scores.items() if one.value is not None})
 
     # The loop.
     began, since, last_log = time.time(), time.time(), first_step
@@ -179,6 +183,8 @@ def main(config: ExperimentConfig) -> None:
             log.write(done, **{f"validation_{name}": value for name, value in held_out_losses.items()})
         if _due(done, config.log.sample_every):
             draw_samples(done)
+        if _due(done, config.log.evaluate_every):
+            score(done)
         if _due(done, config.log.checkpoint_every):
             save(done)
         since += time.time() - paused

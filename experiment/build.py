@@ -118,16 +118,24 @@ def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerat
     return LatentCache(folder, expected)
 
 
+def sampling_of(config: SamplingConfig, num_classes: int, **given: object) -> SamplingConfig:
+    """The configuration, unguided where there are no classes, with whatever was given in place of its own."""
+    own = config if num_classes else replace(config, guidance_scale=1.0)
+    return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
 def check_sampling(config: SamplingConfig, process: GaussianDiffusion, num_classes: int) -> SamplingConfig:
-    """The configuration, unguided where there are no classes.
+    """The configuration, if process and model can follow it.
 
     Raises:
-        ValueError: for an unknown sampler or more steps than the process has, before any work is done.
+        ValueError: for an unknown sampler, more steps than the process has, or guidance without classes.
     """
     if config.sampler not in SAMPLERS:
         raise ValueError(f"--sampling.sampler {config.sampler}: unknown, choose from {', '.join(SAMPLERS)}")
+    if num_classes == 0 and config.guidance_scale != 1.0:
+        raise ValueError(f"--guidance_scale {config.guidance_scale}: the model is unconditional; leave it at 1")
     process.timesteps(config.num_steps)
-    return config if num_classes else replace(config, guidance_scale=1.0)
+    return config
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -23,6 +23,7 @@ from experiment.build import ModelSpec, build_process
 from experiment.config import (
     DataConfig,
     DiffusionConfig,
+    EvaluationConfig,
     ExperimentConfig,
     LogConfig,
     OptimConfig,
@@ -229,7 +230,8 @@ def _config_from_dict(values: dict[str, Any]) -> ExperimentConfig:
         "optim": OptimConfig,
         "train": TrainConfig,
         "sampling": SamplingConfig,
+        "evaluation": EvaluationConfig,
         "log": LogConfig,
     }
-    built = {key: part(**values[key]) for key, part in parts.items()}
+    built = {key: part(**values.get(key, {})) for key, part in parts.items()}
     return ExperimentConfig(**{**values, **built})

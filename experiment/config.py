@@ -126,6 +126,33 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """How samples are scored, by evaluate.py and during training alike.
+
+    Args:
+        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', or a TorchScript file (uint8 images to features and
+            class probabilities)
+        weights_path: weights of a named extractor, where they cannot be downloaded
+        metrics: of fid, sfid, is, kid, precision, recall, density, coverage
+        num_samples: images to draw; by default as many as there are held-out images
+        labels: of the drawn samples: 'balanced' (all classes in turn), 'reference' (the held-out images' own) or
+            'random'
+        seed: of the drawn samples
+        batch_size: images at a time, on each process
+    """
+
+    extractor: str = "inception"
+    weights_path: str | None = None
+    metrics: list[str] = field(
+        default_factory=lambda: ["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage"]
+    )
+    num_samples: int | None = None
+    labels: Literal["balanced", "reference", "random"] = "balanced"
+    seed: int = 0
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written on the way, and how often (in optimizer steps; 0: never).
 
@@ -134,6 +161,7 @@ class LogConfig:
         validate_every: loss of the averaged weights on the held-out split
         num_validation: at most so many held-out images are used for it
         sample_every: a grid of samples
+        evaluate_every: scores of the averaged weights' samples, as `evaluation` says
         checkpoint_every: a checkpoint; the last step always writes one
         keep_checkpoints: the newest so many stay
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
@@ -143,6 +171,7 @@ class LogConfig:
     validate_every: int = 1000
     num_validation: int = 1024
     sample_every: int = 2000
+    evaluate_every: int = 0
     checkpoint_every: int = 2000
     keep_checkpoints: int = 2
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -163,6 +192,7 @@ class ExperimentConfig:
         optim: see below
         train: see below
         sampling: see below
+        evaluation: see below
         log: see below
     """
 
@@ -176,6 +206,7 @@ class ExperimentConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,108 +1,185 @@
-"""The sets of images that `evaluate.py` can score, each with what is needed to make it again."""
+"""The one path to a score: a source of images, a reference's features, an extractor.
+
+`evaluate.py`, evaluation during training and ablations all come through `evaluate`: the same weights and the same
+`EvaluationConfig` give the same numbers. Images go from the sampler to the extractor in memory; processes share them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from data import open_dataset
 from experiment.build import open_split
-from experiment.checkpoint import Checkpoint
-from experiment.config import DataConfig
-from experiment.generation import balanced_labels, generate
-from models.autoencoder import create_codec
+from experiment.config import DataConfig, EvaluationConfig
+from experiment.generation import share
+from experiment.sources import Source, from_images
+from metrics.fidelity import Extractor, Features, Score, Scores, check_metrics, compare, metric_name
+from metrics.frechet import frechet_distance
+from metrics.manifold import nearest, share_of_pairs_closer
+from metrics.reference import load_features, read_adm, reference_path, save_features
 
-Images = tuple[Any, dict[str, object]]  # a dataset or uint8 [n 3 h w], and its provenance
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are held against: its features, and what they are of."""
+
+    features: Features
+    provenance: dict[str, Any]
 
 
-def override_sampling(checkpoint: Checkpoint, flags):
-    """The checkpoint's sampling configuration with the flags that were given; unguided where there are no classes."""
-    given = {
-        name: getattr(flags, name)
-        for name in ("sampler", "num_steps", "guidance_scale", "eta")
-        if getattr(flags, name) is not None
+def dataset_reference(
+    data: DataConfig, split: str, extractor: Extractor, accelerator: Accelerator, evaluation: EvaluationConfig
+) -> Reference:
+    """Features of a split, computed once for each (images, split, size, extractor) and kept in the cache folder."""
+    dataset = open_split(data, split)
+    key = {
+        **dataset.describe(),
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "metrics": sorted(evaluation.metrics),
     }
-    unguided = {} if checkpoint.classes else {"guidance_scale": 1.0}
-    return replace(checkpoint.config.sampling, **{**unguided, **given})
+    path = reference_path(Path(data.cache) / "references", key)
+    if not path.exists():
+        source = from_images(dataset, f"{split} images")
+        features = extract(source, extractor, accelerator, evaluation)
+        if accelerator.is_main_process:
+            save_features(features, path, key)
+        accelerator.wait_for_everyone()
+    return Reference(load_features(path, key), {**key, "features": path.name})
 
 
-def draw_samples(checkpoint: Checkpoint, config, data: DataConfig, num: int, accelerator: Accelerator) -> Images:
-    """Samples of a checkpoint's averaged weights, classes balanced."""
-    sampling = override_sampling(checkpoint, config)
-    codec = create_codec(config.autoencoder or checkpoint.config.autoencoder).to(accelerator.device)
-    images = generate(
-        checkpoint.load_model(accelerator.device),
-        checkpoint.build_process(),
-        codec,
-        balanced_labels(num, len(checkpoint.classes)),
-        sampling,
-        image_size=checkpoint.image_size,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        accelerator=accelerator,
-    )
-    return images, {
-        "kind": "checkpoint",
-        "checkpoint": checkpoint.path.as_posix(),
-        "model": checkpoint.spec.name,
-        "step": checkpoint.step,
-        "trained_at_commit": checkpoint.commit,
-        "weights": "ema",
-        "labels": "balanced",
-        "seed": config.seed,
-        "autoencoder": codec.identity,
-        **asdict(sampling),
-    }
-
-
-def read_samples(path: str, image_size: int, num: int | None) -> Images:
-    """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's format).
+def open_scorer(
+    data: DataConfig, accelerator: Accelerator, evaluation: EvaluationConfig
+) -> tuple[Reference, Extractor]:
+    """The held-out images' features and the extractor: what `evaluate` wants beside a source.
 
     Raises:
-        ValueError: when the file is neither, or its images have another size than the reference's.
+        ValueError: for an extractor or metric that there is not, before any work is done.
     """
-    if Path(path).suffix != ".npz":
-        dataset = open_dataset(path, split="all", image_size=image_size)
-        return dataset, {"kind": "folder", **dataset.describe(), "classes": len(dataset.classes)}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            array = file["arr_0"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--samples {path}: not an npz with images in arr_0 ({error})") from error
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (image_size, image_size, 3):
-        raise ValueError(
-            f"--samples {path}: arr_0 is {array.dtype} {list(array.shape)}, the reference needs uint8 "
-            f"[n, {image_size}, {image_size}, 3]"
-        )
-    images = torch.from_numpy(array[:num]).permute(0, 3, 1, 2).contiguous()
-    return images, {"kind": "npz", "path": path, "num_images": len(images)}
+    check_metrics(evaluation.metrics)
+    extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=accelerator.device)
+    return dataset_reference(data, "test", extractor, accelerator, evaluation), extractor
 
 
-def training_images(checkpoint, config, data: DataConfig, num: int, accelerator: Accelerator) -> Images:
-    """The floor: real training images, evenly spread, against the held-out ones."""
-    dataset = open_split(data, "train")
-    index = torch.linspace(0, len(dataset) - 1, min(num, len(dataset))).long().tolist()
-    subset = torch.utils.data.Subset(dataset, index)
-    return subset, {"kind": "training images", **dataset.describe(), "classes": len(dataset.classes)}
+def npz_reference(
+    path: str, extractor: Extractor, image_size: int, accelerator: Accelerator, evaluation: EvaluationConfig
+) -> Reference:
+    """An npz with moments, images or both; where it holds images, those give what moments cannot."""
+    moments, images = read_adm(Path(path), extractor, (image_size, image_size))
+    features = None
+    if images is not None:
+        source = from_images(images, Path(path).name)
+        features = extract(source, extractor, accelerator, evaluation)
+    if features is None or moments is None:
+        found = features or moments
+        assert found is not None  # read_adm saw to it
+        return Reference(found, {"source": Path(path).name, "moments": "of the file" if moments else "of its images"})
+    whole = replace(features, moments=moments.moments, spatial=moments.spatial or features.spatial)
+    return Reference(whole, {"source": Path(path).name, "moments": "of the file"})
 
 
-def reconstructions(checkpoint, config, data: DataConfig, num: int, accelerator: Accelerator) -> Images:
-    """The ceiling: what the autoencoder makes of the held-out images themselves."""
-    name = config.autoencoder or (checkpoint.config.autoencoder if checkpoint else "embedded")
-    codec = create_codec(name).to(accelerator.device)
-    dataset = open_split(data, "test")
-    images: list[Tensor] = []
-    for start in range(0, min(num, len(dataset)), config.batch_size):
-        stop = min(start + config.batch_size, num, len(dataset))
-        batch = torch.stack([dataset[i][0] for i in range(start, stop)])
-        images.append(codec.decode(codec.encode(batch.to(accelerator.device))).cpu())
-    return torch.cat(images), {"kind": "reconstructions", "autoencoder": codec.identity}
+def extract(source: Source, extractor: Extractor, accelerator: Accelerator, evaluation: EvaluationConfig) -> Features:
+    """A source's features, on every process; the work is shared by all of them."""
+    mine = share(source.num_images, accelerator)
+    return extractor(
+        source.batches(mine, evaluation.batch_size),
+        len(mine),
+        metrics=evaluation.metrics,
+        gather=gather_object,
+        progress=accelerator.is_main_process,
+        desc=source.name,
+    )
 
 
-KINDS = {"train": training_images, "reconstructions": reconstructions}
+def evaluate(
+    source: Source,
+    reference: Reference,
+    extractor: Extractor,
+    accelerator: Accelerator,
+    evaluation: EvaluationConfig,
+) -> tuple[Scores, Features]:
+    """Scores of a source against a reference, and the features that they came from.
+
+    Beside the Fréchet distance stands that of half the images: mean and half the difference of two halves, which
+    tells how far a finite sample moves it.
+    """
+    features = extract(source, extractor, accelerator, evaluation)
+    scores = compare(features, reference.features, extractor, metrics=evaluation.metrics, seed=evaluation.seed)
+    if "fid" in evaluation.metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:
+        first, second = (frechet_distance(half, reference.features.moments) for half in features.halves)
+        scores.scores[f"{metric_name('fid', extractor)}, halves"] = Score((first + second) / 2, abs(first - second) / 2)
+    return scores, features
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Whether samples lie closer to the training images than held-out images do, in feature space.
+
+    `closer` is the chance that a random sample lies closer to its nearest training image than a random held-out image
+    does to its own: 0.5 where the model is no nearer to them than new photographs are, 1 where it repeats them.
+    `nearest` holds, for each sample, its nearest training image, `distances` how far away it is.
+    """
+
+    closer: float
+    distances: Tensor
+    nearest: Tensor
+
+    def closest(self, num: int) -> Tensor:
+        """Indices of the samples that lie closest to a training image, the closest first."""
+        return self.distances.argsort()[:num]
+
+
+def memorisation(samples: Features, train: Features, held_out: Features) -> Memorisation:
+    """Nearest neighbours among the training images.
+
+    Raises:
+        ValueError: where only moments were kept.
+    """
+    if samples.features is None or train.features is None or held_out.features is None:
+        raise ValueError("--memorisation: it compares images one by one; give --metrics one that does, such as kid")
+    distances, index = nearest(samples.features, train.features)
+    others, _ = nearest(held_out.features, train.features)
+    return Memorisation(share_of_pairs_closer(distances, others), distances, index)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a source's scores, over trials where there were several."""
+
+    name: str
+    scores: dict[str, Score]
+    settings: dict[str, Any]
+    trials: list[Scores]
+
+    @property
+    def num_samples(self) -> int:
+        """Of each trial."""
+        return self.trials[0].num_samples
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {
+            "name": self.name,
+            "scores": {name: asdict(score) for name, score in self.scores.items()},
+            "samples": self.settings,
+            "trials": [{name: asdict(one) for name, one in trial.scores.items()} for trial in self.trials],
+        }
+
+
+def summarise(source: Source, trials: list[Scores]) -> Row:
+    """One trial's scores as they are; of several, their mean and standard deviation (n - 1)."""
+    if len(trials) == 1:
+        return Row(source.name, trials[0].scores, source.provenance, trials)
+    summary = {}
+    for metric, score in trials[0].scores.items():
+        values = [trial.scores[metric].value for trial in trials]
+        known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+        complete = len(known) == len(trials)
+        summary[metric] = Score(known.mean().item(), known.std().item()) if complete else score
+    return Row(source.name, summary, source.provenance, trials)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -16,59 +17,76 @@ from tqdm import tqdm
 from diffusion import GaussianDiffusion, sample
 from diffusion.samplers import randn_like
 from experiment.batches import generator_for
-from experiment.config import SamplingConfig
+from experiment.config import EvaluationConfig, SamplingConfig
+from metrics.images import ImageBatch
 from models.autoencoder import Codec
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
-def generate(
-    model: nn.Module,
-    process: GaussianDiffusion,
-    codec: Codec,
-    labels: Int64[Tensor, " n"],
-    sampling: SamplingConfig,
-    *,
-    image_size: tuple[int, int],
-    seed: int,
-    batch_size: int,
-    accelerator: Accelerator,
-    desc: str = "sampling",
-    callback: Callback | None = None,
-) -> UInt8[Tensor, "n 3 h w"]:
-    """Images of these labels, in order, on every process; the work is shared by all of them.
+@dataclass(frozen=True)
+class Generator:
+    """Images by index: image `i` is a function of (seed, i, its label) alone.
 
-    The noise of image `i` comes from a generator of its own, seeded by (seed, i), drawn on the CPU: neither batch
-    size, nor number of processes, nor device changes it. Classifier-free guidance needs a conditional model.
+    Its noise comes from a generator of its own, seeded by (seed, i), drawn on the CPU: neither batch size, nor number
+    of processes, nor device changes it. Classifier-free guidance needs a conditional model.
     """
-    shape = codec.latent_shape(*image_size)
-    device = accelerator.device
-    mine = range(len(labels))[accelerator.process_index :: accelerator.num_processes]
+
+    model: nn.Module
+    process: GaussianDiffusion
+    codec: Codec
+    labels: Int64[Tensor, " n"]
+    sampling: SamplingConfig
+    image_size: tuple[int, int]
+    seed: int
+    accelerator: Accelerator
+    callback: Callback | None = None
+
+    def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
+        """The images of these indices, in order."""
+        for part in indices.split(batch_size):
+            yield ImageBatch(part, self.draw(part).cpu(), self.labels[part])
+
+    def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
+        """One batch."""
+        device, sampling = self.accelerator.device, self.sampling
+        generators = [generator_for(self.seed, "sample", index) for index in indices.tolist()]
+        shape = self.codec.latent_shape(*self.image_size)
+        noise = randn_like(torch.empty(len(indices), *shape, device=device), generators)
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            x_0 = sample(
+                self.process,
+                self.model,
+                noise,
+                self.labels[indices].to(device),
+                sampler=sampling.sampler,
+                num_steps=sampling.num_steps,
+                eta=sampling.eta,
+                guidance_scale=sampling.guidance_scale,
+                legacy_cfg_channels=sampling.legacy_cfg_channels,
+                generator=generators,
+                callback=self.callback,
+            )
+        return self.codec.decode(x_0)
+
+
+def generate(generator: Generator, *, batch_size: int, desc: str = "sampling") -> UInt8[Tensor, "n 3 h w"]:
+    """All images of a generator, in order, on every process; the work is shared by all of them."""
+    mine = share(len(generator.labels), generator.accelerator)
+    show = generator.accelerator.is_main_process
     images: list[tuple[int, Tensor]] = []
-    bf16 = accelerator.mixed_precision == "bf16"
-    with tqdm(total=len(mine), desc=desc, unit="img", disable=not accelerator.is_main_process, leave=False) as bar:
-        for start in range(0, len(mine), batch_size):
-            indices = list(mine[start : start + batch_size])
-            generators = [generator_for(seed, "sample", index) for index in indices]
-            noise = randn_like(torch.empty(len(indices), *shape, device=device), generators)
-            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                x_0 = sample(
-                    process,
-                    model,
-                    noise,
-                    labels[indices].to(device),
-                    sampler=sampling.sampler,
-                    num_steps=sampling.num_steps,
-                    eta=sampling.eta,
-                    guidance_scale=sampling.guidance_scale,
-                    legacy_cfg_channels=sampling.legacy_cfg_channels,
-                    generator=generators,
-                    callback=callback,
-                )
-            images += zip(indices, codec.decode(x_0).cpu(), strict=True)
-            bar.update(len(indices))
+    with tqdm(total=len(mine), desc=desc, unit="img", disable=not show, leave=False) as bar:
+        for batch in generator.batches(mine, batch_size):
+            images += zip(batch.indices.tolist(), batch.images, strict=True)
+            bar.update(len(batch.images))
     everyone = dict(gather_object(images))
-    return torch.stack([everyone[index] for index in range(len(labels))])
+    return torch.stack([everyone[index] for index in range(len(generator.labels))])
+
+
+def share(num_images: int, accelerator: Accelerator) -> Int64[Tensor, " m"]:
+    """The indices that fall to this process, dealt out in turn."""
+    return torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
 
 
 class DenoisingPanel:
@@ -113,6 +131,29 @@ def resolve_classes(asked: list[str | int], classes: list[str]) -> list[int]:
             known = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(classes[:10])}, ..."
             raise ValueError(f"--classes {name}: no such class among the {len(classes)}; {known}")
     return labels
+
+
+def sample_labels(
+    evaluation: EvaluationConfig,
+    num_reference: int,
+    num_classes: int,
+    reference: Int64[Tensor, " m"] | None,
+    trial: int = 0,
+) -> Int64[Tensor, " n"]:
+    """Labels of samples to be scored, as the policy asks for: `balanced`, all classes in turn; `reference`, evenly
+    spread over the reference's own; `random`, each class as likely. As many as asked, else as the reference has.
+
+    Raises:
+        ValueError: for the reference's own labels where it has none.
+    """
+    num_images = evaluation.num_samples or num_reference
+    if num_classes == 0 or evaluation.labels == "balanced":
+        return balanced_labels(num_images, num_classes)
+    if evaluation.labels == "reference":
+        if reference is None:
+            raise ValueError("--labels reference: the reference has no labels; choose from balanced, random")
+        return reference[torch.arange(num_images) * len(reference) // num_images]
+    return torch.randint(num_classes, (num_images,), generator=generator_for(evaluation.seed + trial, "labels"))
 
 
 def balanced_labels(num_images: int, num_classes: int) -> Int64[Tensor, " n"]:

@@ -1,8 +1,8 @@
-"""Fréchet, inception and kernel scores, precision and recall: the only caller of torch-fidelity.
+"""Images to features to scores: the only caller of torch-fidelity.
 
 Images become features once (`Extractor`), features become scores (`compare`); `score` does both. Only on
-Inception do scores bear the names FID, IS and KID, under which the literature prints them. On anything else
-they are named by their extractor and compare with each other alone.
+Inception do scores bear the names FID, sFID, IS and KID, under which the literature prints them. On anything else
+they are named by their extractor and compare with each other alone. docs/evaluation.md tells what each is worth.
 
 Nothing is cached: torch-fidelity keys its cache by the name that a caller gives, which outlives what the name
 meant.
@@ -17,20 +17,20 @@ import json
 import math
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch_fidelity
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -38,16 +38,17 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
+from metrics.frechet import Moments, RunningMoments, frechet_distance, moments_of
+from metrics.images import ImageBatch, Images, image_batches
+from metrics.manifold import density_and_coverage
 from metrics.torchscript import load_torchscript
 
 INCEPTION = "inception"
 TORCHSCRIPT = "torchscript"
 REGISTERED = {INCEPTION: "inception-v3-compat"}  # our name -> torch-fidelity's; the others are the same
 NAMES = (INCEPTION, *(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in REGISTERED.values()))
-METRICS = ("fid", "is", "kid", "precision", "recall")
-
-Images = Dataset | UInt8[Tensor, "_ 3 _ _"]
-"""Map-style, of uint8 RGB images [3 h w]; what stands beside an image (its label) is passed over."""
+METRICS = ("fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage")
+OF_MOMENTS = {"fid", "sfid"}  # need no image's own features: memory does not grow with the number of images
 
 
 class ExtractorError(ValueError):
@@ -157,10 +158,28 @@ HAS_CLASSES = (INCEPTION, TORCHSCRIPT)
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of a set of images, on the CPU in float32."""
+    """What an extractor says of a set of images, on the CPU, in the order of their indices.
 
-    features: Float[Tensor, "n d"]
-    logits: Float[Tensor, "n k"] | None  # where the extractor is a classifier
+    `features`, `logits` and `labels` are None where only moments were asked for, or the extractor has none.
+    """
+
+    moments: Moments
+    spatial: Moments | None = None  # of Inception's spatial features, for sFID
+    halves: tuple[Moments, Moments] | None = None  # of the images of even and of odd index
+    features: Float[Tensor, "n d"] | None = None
+    logits: Float[Tensor, "n k"] | None = None  # where the extractor is a classifier
+    labels: Int64[Tensor, " n"] | None = None
+
+    @staticmethod
+    def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> Features:
+        """From features at hand."""
+        halves = (moments_of(features[0::2]), moments_of(features[1::2])) if len(features) > 1 else None
+        return Features(moments_of(features), None, halves, features, logits, labels)
+
+    @property
+    def num(self) -> int:
+        """Images; 0 where the moments came from a file that does not say."""
+        return self.moments.num or 0
 
 
 class Extractor:
@@ -183,52 +202,64 @@ class Extractor:
         if name in NAMES:
             self.kind = self.name = name
             self.module = _load_named(name, weights_path)
+            self.published_weights = weights_path is None or _is_published(name, Path(weights_path))
             self.sha256 = _state_sha256(self.module)
         elif Path(name).is_file():
             if weights_path is not None:
                 raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
-            self.kind, self.name = TORCHSCRIPT, Path(name).stem
+            self.kind, self.name, self.published_weights = TORCHSCRIPT, Path(name).stem, False
             self.module = _load_file(name)
             self.sha256 = _file_sha256(Path(name))
         else:
             raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}")
         self.device = torch.device(device)
         self.module.to(self.device)
+        self._mixed_6: deque[Tensor] = deque(maxlen=1)
+        if name == INCEPTION:
+            branch: Any = self.module.get_submodule("Mixed_6d.branch1x1")
+            branch.register_forward_hook(lambda _, __, output: self._mixed_6.append(output[:, :7].flatten(1)))
 
     @torch.inference_mode()
     def __call__(
         self,
-        images: Images,
+        batches: Iterable[ImageBatch],
+        num_images: int,
         *,
-        batch_size: int = 64,
-        num_workers: int = 0,
+        metrics: Sequence[str] = METRICS,
+        gather: Callable[[list], list] = list,
         progress: bool = True,
         desc: str = "features",
     ) -> Features:
-        """Features of a set of images. `num_workers` processes read a dataset; a tensor needs none.
+        """Features of this process's `num_images` images, put together with the other processes' by `gather`.
+
+        What is kept is what `metrics` need: for Fréchet distances moments alone.
 
         Raises:
             ValueError: for an empty set, or images that are not uint8 RGB.
             ExtractorError: for features that are not finite, or a file without the interface.
         """
-        num_images = len(images)  # pyright: ignore[reportArgumentType]
-        if num_images == 0:
-            raise ValueError(f"{desc}: there are no images to score")
-        outputs: list[tuple[Tensor, ...]] = []
+        part = _Part(keep=not OF_MOMENTS.issuperset(metrics))
         with tqdm(total=num_images, desc=desc, unit="img", leave=False, disable=not progress) as bar:
-            for batch in _batches(images, batch_size, num_workers):
-                if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != 3:
-                    found = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape[1:])}"
+            for batch in batches:
+                if batch.images.dtype != torch.uint8 or batch.images.ndim != 4 or batch.images.shape[1] != 3:
+                    found = f"{str(batch.images.dtype).removeprefix('torch.')} {list(batch.images.shape[1:])}"
                     raise ValueError(f"{desc}: images are {found}; extractors take uint8 RGB [3, h, w]")
-                outputs.append(tuple(output.float().cpu() for output in self._extract(batch.to(self.device))))
-                bar.update(len(batch))
-        features, *logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+                outputs = [output.float().cpu() for output in self._extract(batch.images.to(self.device))]
+                for output in outputs:
+                    bad = int((~output.isfinite()).any(dim=1).sum())
+                    if bad:
+                        raise ExtractorError(
+                            f"--extractor {self.name}: not finite on {bad} of {len(output)} images ({desc})"
+                        )
+                spatial = self._spatial() if "sfid" in metrics else None
+                part.add(batch, outputs[0], outputs[1] if len(outputs) > 1 else None, spatial)
+                bar.update(len(batch.images))
+        return _Part.joined(gather([part]), desc)
 
-        for output in (features, *logits):
-            bad = int((~output.isfinite()).any(dim=1).sum())
-            if bad:
-                raise ExtractorError(f"--extractor {self.name}: not finite on {bad} of {num_images} images ({desc})")
-        return Features(features, logits[0] if logits else None)
+    def _spatial(self) -> Tensor | None:
+        """The first seven channels of Inception's `mixed_6/conv`, [n 7*17*17], of the batch just seen (Nash et al.
+        2021, as in ADM's evaluation)."""
+        return self._mixed_6[-1].float().cpu() if self._mixed_6 else None
 
     def _extract(self, batch: Tensor) -> tuple[Tensor, ...]:
         try:
@@ -242,14 +273,41 @@ class Extractor:
             raise ExtractorError(f"--extractor {self.name}: it failed on uint8 [n 3 h w] images ({last})") from error
 
 
-def _batches(images: Images, batch_size: int, num_workers: int) -> Iterator[Tensor]:
-    if isinstance(images, Tensor):
-        return iter(images.split(batch_size))
-    return iter(DataLoader(images, batch_size, num_workers=num_workers, collate_fn=_collate_images))
+class _Part:
+    """One process's share of a set's features, as it grows."""
 
+    def __init__(self, *, keep: bool) -> None:
+        self.keep = keep
+        self.even, self.odd, self.spatial = RunningMoments(), RunningMoments(), RunningMoments()
+        self.kept: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
 
-def _collate_images(items: list) -> Tensor:
-    return default_collate([item[0] if isinstance(item, (tuple, list)) else item for item in items])
+    def add(self, batch: ImageBatch, features: Tensor, logits: Tensor | None, spatial: Tensor | None) -> None:
+        if spatial is not None:
+            self.spatial.update(spatial)
+        if self.keep:
+            self.kept.append((batch.indices, features, logits, batch.labels))
+        else:
+            self.even.update(features[batch.indices % 2 == 0])
+            self.odd.update(features[batch.indices % 2 == 1])
+
+    @staticmethod
+    def joined(parts: list[_Part], desc: str) -> Features:
+        running = RunningMoments.merged(part.spatial for part in parts)
+        spatial = running.moments() if running.num else None
+        kept = [batch for part in parts for batch in part.kept]
+        if kept:  # in the order of their indices: no sum depends on batches or processes
+            indices, *columns = zip(*kept, strict=True)
+            order = torch.cat(indices).argsort()
+            features, logits, labels = (None if column[0] is None else torch.cat(column)[order] for column in columns)
+            assert features is not None  # every extractor has them
+            return replace(Features.of(features, logits, labels), spatial=spatial)
+        even = RunningMoments.merged(part.even for part in parts)
+        odd = RunningMoments.merged(part.odd for part in parts)
+        whole = RunningMoments.merged([even, odd])
+        if whole.num == 0:
+            raise ValueError(f"{desc}: there are no images to score")
+        halves = (even.moments(), odd.moments()) if even.num and odd.num else None
+        return Features(whole.moments(), spatial, halves)
 
 
 # --- features to scores
@@ -278,12 +336,14 @@ def score(
         ExtractorError: for an extractor that cannot be had or used.
         ValueError: for an unknown metric, an empty set, or images that are not uint8 RGB.
     """
-    _check_metrics(metrics)
+    check_metrics(metrics)
     if not isinstance(extractor, Extractor):
         extractor = Extractor(extractor, weights_path=weights_path, device=device)
 
     def extract(images: Images, desc: str) -> Features:
-        return extractor(images, batch_size=batch_size, num_workers=num_workers, progress=progress, desc=desc)
+        batches = image_batches(images, batch_size, num_workers=num_workers)
+        num_images = len(images)  # pyright: ignore[reportArgumentType]
+        return extractor(batches, num_images, metrics=metrics, progress=progress, desc=desc)
 
     return compare(
         extract(samples, "samples"),
@@ -296,6 +356,9 @@ def score(
         is_splits=is_splits,
         seed=seed,
     )
+
+
+NAEEM_NEIGHBOURHOOD = 5
 
 
 def compare(
@@ -314,7 +377,7 @@ def compare(
 
     - `fid`: Fréchet distance of the Gaussians fitted to both sets, >= 0, lower is better (Heusel et al.
       2017). With fewer images than features their covariances are singular: compare only scores of as many
-      images.
+      images. `sfid`: the same of Inception's spatial features (Nash et al. 2021).
     - `is`: exp of the mean divergence between a sample's class probabilities and their average, from 1 to the
       number of classes, over `is_splits` parts of the shuffled samples (Salimans et al. 2016). Blind to the
       reference.
@@ -323,6 +386,7 @@ def compare(
     - `precision`: share of the samples that lie within the reference's manifold, the union of balls that
       reach to each image's k-th neighbour, k = `neighbourhood`; `recall`: share of the reference within the
       samples' manifold (Kynkäänniemi et al. 2019). Both in [0, 1].
+    - `density`, `coverage`: see `metrics.manifold`; their neighbourhood is 5, its authors' (Naeem et al. 2020).
 
     `settings` records what was used: the subset size after the cut, one subset where the subset is the whole
     of both sets (and no standard deviation: there is nothing to vary).
@@ -330,28 +394,40 @@ def compare(
     Raises:
         ValueError: for an unknown metric or a setting out of range.
     """
-    _check_metrics(metrics)
+    check_metrics(metrics)
     if min(neighbourhood, kid_subsets, kid_subset_size, is_splits) < 1:
         raise ValueError("neighbourhood, kid_subsets, kid_subset_size and is_splits: each must be at least 1")
-    x, y = samples.features.double(), reference.features.double()
-    smaller, larger = sorted((len(x), len(y)))
+    smaller, larger = sorted((samples.num, reference.num))
     kid_subset_size = min(kid_subset_size, smaller)
     kid_subsets = kid_subsets if kid_subset_size < larger else 1
+    x = y = None
+    if samples.features is not None and reference.features is not None:
+        x, y = samples.features.double(), reference.features.double()
+    no_features = Score(None, reason="the reference holds moments, not the features of each image")
 
-    def frechet_distance() -> dict[str, Score]:
-        if smaller < 2:
-            return {"fid": _too_few(smaller, 2)}
-        return {"fid": _score(_frechet_distance(x, y))}
+    def frechet() -> dict[str, Score]:
+        if samples.num < 2:
+            return {"fid": _too_few(samples.num, 2)}
+        return {"fid": _score(frechet_distance(samples.moments, reference.moments))}
+
+    def spatial_frechet() -> dict[str, Score]:
+        if samples.spatial is None or reference.spatial is None:
+            return {"sfid": Score(None, reason=f"{extractor.name} has no spatial features; Inception has")}
+        if samples.num < 2:
+            return {"sfid": _too_few(samples.num, 2)}
+        return {"sfid": _score(frechet_distance(samples.spatial, reference.spatial))}
 
     def inception_score() -> dict[str, Score]:
         if samples.logits is None:
             return {"is": Score(None, reason=f"{extractor.name} has no class probabilities")}
-        if len(x) < 2 * is_splits:  # a part of one image scores 1, whatever the image
-            return {"is": _too_few(len(x), 2 * is_splits)}
+        if samples.num < 2 * is_splits:  # a part of one image scores 1, whatever the image
+            return {"is": _too_few(samples.num, 2 * is_splits)}
         value = isc_features_to_metric(samples.logits, splits=is_splits, rng_seed=seed)
         return {"is": _score(value["inception_score_mean"], value["inception_score_std"] if is_splits > 1 else None)}
 
     def kernel_distance() -> dict[str, Score]:
+        if x is None or y is None:
+            return {"kid": no_features}
         if kid_subset_size < 2:
             return {"kid": _too_few(kid_subset_size, 2)}
         sizes = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
@@ -360,6 +436,8 @@ def compare(
         return {"kid": _score(value["kernel_inception_distance_mean"], std)}
 
     def precision_recall() -> dict[str, Score]:
+        if x is None or y is None:
+            return dict.fromkeys(("precision", "recall"), no_features)
         if smaller <= neighbourhood:
             return dict.fromkeys(("precision", "recall"), _too_few(smaller, neighbourhood + 1))
         # torch-fidelity takes the generated features first.
@@ -368,11 +446,21 @@ def compare(
         )
         return {name: _score(value[name]) for name in ("precision", "recall")}
 
+    def density_coverage() -> dict[str, Score]:
+        if x is None or y is None:
+            return dict.fromkeys(("density", "coverage"), no_features)
+        if reference.num <= NAEEM_NEIGHBOURHOOD:
+            return dict.fromkeys(("density", "coverage"), _too_few(reference.num, NAEEM_NEIGHBOURHOOD + 1))
+        density, coverage = density_and_coverage(x, y, NAEEM_NEIGHBOURHOOD)
+        return {"density": _score(density), "coverage": _score(coverage)}
+
     families: dict[tuple[str, ...], Callable[[], dict[str, Score]]] = {
-        ("fid",): frechet_distance,
+        ("fid",): frechet,
+        ("sfid",): spatial_frechet,
         ("is",): inception_score,
         ("kid",): kernel_distance,
         ("precision", "recall"): precision_recall,
+        ("density", "coverage"): density_coverage,
     }
     scores = {}
     for names, family in families.items():
@@ -381,29 +469,48 @@ def compare(
 
     settings = {
         "neighbourhood": neighbourhood,
+        "density_neighbourhood": NAEEM_NEIGHBOURHOOD,
         "kid_subsets": kid_subsets,
         "kid_subset_size": kid_subset_size,
         "is_splits": is_splits,
         "seed": seed,
     }
-    return Scores(scores, extractor.name, extractor.sha256, len(x), len(y), x.shape[1], settings)
+    dim = len(samples.moments.mean)
+    return Scores(scores, extractor.name, extractor.sha256, samples.num, reference.num, dim, settings)
 
 
 def metric_name(metric: str, extractor: Extractor) -> str:
     """What a metric may be called: FID, IS and KID are Inception's, precision and recall are anyone's."""
     if extractor.kind == INCEPTION:
         return metric
-    elsewhere = {"fid": "frechet_distance", "is": "classifier_score", "kid": "kernel_distance"}
+    elsewhere = {
+        "fid": "frechet_distance",
+        "sfid": "spatial_frechet_distance",
+        "is": "classifier_score",
+        "kid": "kernel_distance",
+    }
     return f"{elsewhere[metric]}[{extractor.name}]" if metric in elsewhere else metric
 
 
-def _frechet_distance(x: Tensor, y: Tensor) -> float:
-    """|mu_1 - mu_2|² + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), as torch-fidelity computes it."""
-    statistics = [fid_features_to_statistics(features) for features in (x, y)]
-    for each in statistics:
-        each["sigma"] = each["sigma"].reshape(x.shape[1], x.shape[1])  # np.cov of one feature is a scalar
-    distance = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    return max(distance, 0.0)  # it rounds below zero where the sets are equal
+def class_distances(samples: Features, reference: Features, min_images: int = 50) -> dict[int, Score]:
+    """Fréchet distance within each class of the reference; None, with the reason, where either has too few images.
+
+    Raises:
+        ValueError: when either set has no labels.
+    """
+    if samples.features is None or reference.features is None or samples.labels is None or reference.labels is None:
+        raise ValueError("--per_class: it needs samples and reference with a class each")
+    scores = {}
+    for label in reference.labels.unique().tolist():
+        pair = [each.features[each.labels == label] for each in (samples, reference)]  # pyright: ignore
+        fewest = min(map(len, pair))
+        enough = fewest >= max(2, min_images)
+        scores[label] = (
+            _score(frechet_distance(*(moments_of(rows) for rows in pair)))
+            if enough
+            else _too_few(fewest, max(2, min_images))
+        )
+    return scores
 
 
 def _score(value: float, std: float | None = None) -> Score:
@@ -416,7 +523,12 @@ def _too_few(num_images: int, needed: int) -> Score:
     return Score(None, reason=f"too few images: {num_images}, and it needs {needed}")
 
 
-def _check_metrics(metrics: Sequence[str]) -> None:
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Fail in words for a metric that there is not.
+
+    Raises:
+        ValueError: naming it.
+    """
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         raise ValueError(f"--metrics {','.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}")
@@ -500,6 +612,11 @@ def _one_line(error: Exception) -> str:
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_published(name: str, path: Path) -> bool:
+    """torch-fidelity names its file of Inception weights by the first digits of the file's hash."""
+    return name == INCEPTION and Path(URL_INCEPTION_V3).stem.split("-")[-1] == _file_sha256(path)[:8]
 
 
 def _state_sha256(module: FeatureExtractorBase) -> str:

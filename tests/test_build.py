@@ -2,7 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from experiment.build import build_process, check_sampling, learning_rate, model_spec, num_training_steps, precision
+from experiment.build import (
+    build_process,
+    check_sampling,
+    learning_rate,
+    model_spec,
+    num_training_steps,
+    precision,
+    sampling_of,
+)
 from experiment.cli import parse
 from experiment.config import ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from models.autoencoder import PixelCodec, create_codec
@@ -48,7 +56,11 @@ def test_unknown_sampler_and_too_many_steps_are_told():
         check_sampling(SamplingConfig(sampler="euler"), process, 1)
     with pytest.raises(ValueError, match=r"--num_steps 2000 must lie in 1..1000"):
         check_sampling(SamplingConfig(num_steps=2000), process, 1)
-    assert check_sampling(SamplingConfig(guidance_scale=3.0), process, 0).guidance_scale == 1.0
+    with pytest.raises(ValueError, match=r"--guidance_scale 3.0: the model is unconditional"):
+        check_sampling(SamplingConfig(guidance_scale=3.0), process, 0)
+    assert sampling_of(SamplingConfig(guidance_scale=3.0), 0, num_steps=7, eta=None) == SamplingConfig(
+        guidance_scale=1.0, num_steps=7
+    )
     with pytest.raises(ValueError, match=r"precision fp8: unknown"):
         precision("fp8")
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from metrics.classifier import train_classifier
-from metrics.fidelity import Extractor, ExtractorError, Features, Scores, compare, score
+from metrics.fidelity import METRICS, Extractor, ExtractorError, Features, Scores, class_distances, compare, score
+from metrics.images import image_batches
+from metrics.self_check import self_check
 from metrics.torchscript import load_torchscript, save_torchscript
 
 PROBE = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
@@ -81,7 +83,7 @@ def gaussian(num: int, mean: list[float], covariance: list[list[float]], *, seed
     z = z - z.mean(dim=0)
     z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / (num - 1))).T  # white to the last digit
     x = z @ torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64)).T
-    return Features((x + torch.tensor(mean, dtype=torch.float64)).float(), None)
+    return Features.of(x + torch.tensor(mean, dtype=torch.float64))
 
 
 def value(scores: Scores, name: str) -> float:
@@ -195,6 +197,40 @@ def test_agrees_with_torch_fidelity(colour_file: Path) -> None:
         assert value(scores, name) == pytest.approx(theirs[key], rel=1e-4)
 
 
+def test_moments_alone_give_the_same_distance(colour: Extractor) -> None:
+    """Nothing is kept of single images, and the other metrics say why they are missing."""
+    samples, reference = random_images(60), random_images(90, seed=1, low=40)
+    both = [
+        colour(image_batches(images, 7), len(images), metrics=["fid"], progress=False)
+        for images in (samples, reference)
+    ]
+    assert all(one.features is None and one.logits is None for one in both)
+    lean = compare(*both, colour)
+    full = score(samples, reference, extractor=colour, progress=False)
+    name = "frechet_distance[mean_colour]"
+    assert value(lean, name) == pytest.approx(value(full, name), rel=1e-9)
+    assert lean.scores["precision"].reason == "the reference holds moments, not the features of each image"
+
+
+def test_classes_have_distances_of_their_own(colour: Extractor) -> None:
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([0] * 19 + [1] * 19 + [2] * 2)
+    shifted = x + torch.where(labels == 1, 3.0, 0.0)[:, None]
+    found = class_distances(Features.of(shifted, labels=labels), Features.of(x, labels=labels), min_images=10)
+    assert found[0].value == pytest.approx(0, abs=1e-9)
+    assert found[1].value == pytest.approx(3.0**2 * 2)
+    assert found[2].reason == "too few images: 2, and it needs 10"
+    with pytest.raises(ValueError, match="--per_class"):
+        class_distances(Features.of(x), Features.of(x, labels=labels))
+
+
+def test_self_check_knows_its_answers(colour: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert self_check(colour).count("ok  ") == 8
+    monkeypatch.setattr("metrics.fidelity.frechet_distance", lambda a, b: 12.0)
+    with pytest.raises(ValueError, match="Fréchet distance of two Gaussians gave 12, the known answer is 11"):
+        self_check(colour)
+
+
 # --- what a reader needs to trust a score
 
 
@@ -210,7 +246,7 @@ def test_provenance(colour_file: Path) -> None:
 
     rows = scores.table().splitlines()
     assert len({len(row) for row in rows}) == 1  # aligned
-    assert len(rows) == 2 + 5
+    assert len(rows) == 2 + 8
     assert all("mean_colour" in row for row in rows[2:])  # precision and recall too
     assert "fid" not in scores.table().lower()
 
@@ -224,11 +260,14 @@ def test_order_and_batches_do_not_matter(colour: Extractor) -> None:
 
 def test_too_few_images_are_null_with_the_reason(colour: Extractor) -> None:
     scores = score(random_images(1), random_images(40, seed=1), extractor=colour, progress=False)
-    assert len(scores.scores) == 5
-    for one in scores.scores.values():
+    of_many = {name: one for name, one in scores.scores.items() if name not in ("density", "coverage")}
+    assert len(of_many) == 6
+    for name, one in of_many.items():
         assert one.value is None
         assert one.reason is not None
-        assert one.reason.startswith("too few images: 1, ")
+        assert one.reason.startswith("mean_colour has no spatial" if "spatial" in name else "too few images: 1, ")
+    few = score(random_images(9), random_images(5, seed=1), extractor=colour, metrics=["density"], progress=False)
+    assert few.scores["density"].reason == "too few images: 5, and it needs 6"
     assert "none: too few images" in scores.table()
     assert json.loads(scores.to_json())["scores"]["precision"]["value"] is None
 
@@ -248,8 +287,8 @@ def test_images_that_are_none(colour: Extractor) -> None:
 
 
 def test_unknown_metric(colour: Extractor) -> None:
-    with pytest.raises(ValueError, match="--metrics sfid: choose from fid, is, kid, precision, recall"):
-        score(random_images(4), random_images(4), extractor=colour, metrics=["sfid"], progress=False)
+    with pytest.raises(ValueError, match="--metrics fidd: choose from fid, sfid, is, kid, precision"):
+        score(random_images(4), random_images(4), extractor=colour, metrics=["fidd"], progress=False)
 
 
 def test_features_that_are_not_finite(colour: Extractor) -> None:
@@ -332,8 +371,9 @@ def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
         kid_subsets=3,
         progress=False,
     )
-    assert list(scores.scores) == ["fid", "is", "kid", "precision", "recall"]
-    assert all(one.value is not None for one in scores.scores.values())
+    assert list(scores.scores) == list(METRICS)
+    known = {name for name, one in scores.scores.items() if one.value is not None}
+    assert known == {"fid", "sfid", "is", "kid", "precision", "recall"}  # the others want six reference images
     assert value(scores, "is") >= 1
     assert (scores.extractor, scores.num_features) == ("inception", 2048)
     assert len(scores.extractor_sha256) == 64

@@ -1,0 +1,114 @@
+"""What evaluation leaves to read and to paste: a JSON record, a Markdown table, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiment.checkpoint import current_commit
+from experiment.config import EvaluationConfig
+from experiment.evaluation import Memorisation, Reference, Row
+from experiment.sources import Source
+from experiment.tracking import save_grid
+from metrics.fidelity import Extractor, Score
+
+LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity")
+
+
+def provenance(
+    rows: Sequence[Row], reference: Reference, extractor: Extractor, evaluation: EvaluationConfig
+) -> dict[str, Any]:
+    """The first row's scores, all rows, and what it takes to derive them again."""
+    first = rows[0].trials[0]
+    return {
+        "scores": rows[0].to_dict()["scores"],
+        "num_samples": first.num_samples,
+        "num_reference": reference.features.num,
+        "num_trials": len(rows[0].trials),
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "settings": first.settings,
+        "samples": rows[0].settings,
+        "reference": reference.provenance,
+        "evaluation": asdict(evaluation),
+        "rows": [row.to_dict() for row in rows],
+        "commit": current_commit(),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Strict JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
+    """Markdown, aligned for the terminal: a row a source, a column a setting in `columns` or a metric."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
+    cells = [["samples", *columns, *metrics]]
+    for row in rows:
+        settings = [str(row.settings.get(column, "")) for column in columns]
+        cells.append([row.name, *settings, *(_cell(row.scores.get(metric)) for metric in metrics)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _cell(score: Score | None) -> str:
+    if score is None or score.value is None:
+        return "-"
+    digits = 4 if abs(score.value) < 10 else 2
+    return f"{score.value:.{digits}f}" + ("" if score.std is None else f" ± {score.std:.{digits}f}")
+
+
+def draw_pairs(samples: Source, train: Source, found: Memorisation, path: Path, num: int = 12) -> None:
+    """The samples that lie closest to a training image, and below each that image."""
+    closest = found.closest(num)
+    pairs = torch.cat([samples.images(closest), train.images(found.nearest[closest])])
+    captions = [f"{distance:.3g}" for distance in found.distances[closest].tolist()]
+    save_grid(pairs, path, columns=len(closest), captions=[*captions, *["training"] * len(closest)])
+
+
+def draw_sweep(rows: Sequence[Row], path: Path) -> None:
+    """The first metric against the guidance scale, and precision against recall; a line for each sampler and number of
+    steps, error bars where there were trials."""
+    from matplotlib import pyplot as plt
+
+    distance = next(iter(rows[0].scores))
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(f"{row.settings['sampler']}, {row.settings['num_steps']} steps", []).append(row)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, line in lines.items():
+        scales = [row.settings["guidance_scale"] for row in line]
+        left.errorbar(scales, *_values(line, distance), marker="o", capsize=3, label=name)
+        recall, recall_error = _values(line, "recall")
+        precision, precision_error = _values(line, "precision")
+        right.errorbar(recall, precision, precision_error, recall_error, marker="o", capsize=3, label=name)
+        for x, y, scale in zip(recall, precision, scales, strict=True):
+            right.annotate(f"{scale:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    left.set(xlabel="guidance scale", ylabel=distance)
+    right.set(xlabel="recall", ylabel="precision", title="numbers: guidance scale")
+    right.title.set_fontsize(9)
+    left.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _values(rows: Sequence[Row], metric: str) -> tuple[list[float], list[float]]:
+    """Values and spreads; a score that there is none of leaves a gap."""
+    scores = [row.scores.get(metric) for row in rows]
+    values = [score.value if score and score.value is not None else float("nan") for score in scores]
+    return values, [(score.std or 0.0) if score else 0.0 for score in scores]

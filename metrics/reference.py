@@ -1,0 +1,147 @@
+"""Features of a reference, kept in a file: our own safetensors, named by hash, and ADM's npz.
+
+A reference is a function of (images and split, size, extractor): `key` holds their hashes, the file is named by the
+key's hash, and a file whose key differs is refused in words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from metrics.fidelity import INCEPTION, Extractor, Features
+from metrics.frechet import Moments
+
+FORMAT = 1
+
+
+class ReferenceError(ValueError):
+    """A reference that cannot be read, or is of other images or another extractor, in the user's words."""
+
+
+def reference_path(folder: Path, key: Mapping[str, object]) -> Path:
+    """Where the features of this key lie."""
+    digest = hashlib.sha256(json.dumps({**key, "format": FORMAT}, sort_keys=True).encode()).hexdigest()
+    return folder / f"{Path(str(key.get('source', 'images'))).stem}-{digest[:16]}.safetensors"
+
+
+def save_features(features: Features, path: Path, key: Mapping[str, object]) -> None:
+    """Write features and what they are of, whole or not at all."""
+    tensors = {name: getattr(features, name) for name in ("features", "logits", "labels")}
+    for name, moments in _named_moments(features).items():
+        tensors |= {f"{name}.mean": moments.mean, f"{name}.covariance": moments.covariance}
+    counts = {name: moments.num for name, moments in _named_moments(features).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, partial, metadata={"key": json.dumps(key, sort_keys=True), "counts": json.dumps(counts)})
+    partial.replace(path)
+
+
+def load_features(path: Path, key: Mapping[str, object]) -> Features:
+    """Read features back.
+
+    Raises:
+        ReferenceError: when the file is damaged, or of other images or another extractor.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ReferenceError(f"reference {path} is damaged ({error}); delete it") from error
+    stored = json.loads(metadata.get("key", "{}"))
+    wanted = json.loads(json.dumps(key))
+    different = sorted(name for name in wanted | stored if stored.get(name) != wanted.get(name))
+    if different:
+        raise ReferenceError(f"reference {path} is of another {', '.join(different)}; delete it")
+    counts = json.loads(metadata["counts"])
+    moments = {
+        name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.covariance"], num) for name, num in counts.items()
+    }
+    halves = (moments["even"], moments["odd"]) if "even" in moments else None
+    rest = {name: tensors.get(name) for name in ("features", "logits", "labels")}
+    return Features(moments["whole"], moments.get("spatial"), halves, **rest)
+
+
+def _named_moments(features: Features) -> dict[str, Moments]:
+    even, odd = features.halves or (None, None)
+    named = {"whole": features.moments, "spatial": features.spatial, "even": even, "odd": odd}
+    return {name: moments for name, moments in named.items() if moments is not None}
+
+
+def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], extractor: Extractor) -> None:
+    """ADM's reference batch (Dhariwal and Nichol 2021): `arr_0` [n h w 3], `mu`, `sigma`, and where the extractor has
+    spatial features `mu_s`, `sigma_s`; beside them the extractor's name and hash, which ADM's own files lack."""
+    arrays: dict[str, Any] = {
+        "arr_0": images.permute(0, 2, 3, 1).numpy(),
+        "mu": features.moments.mean.numpy(),
+        "sigma": features.moments.covariance.numpy(),
+        "extractor": np.array(extractor.name),
+        "extractor_sha256": np.array(extractor.sha256),
+    }
+    if features.spatial is not None:
+        arrays |= {"mu_s": features.spatial.mean.numpy(), "sigma_s": features.spatial.covariance.numpy()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **arrays)
+    partial.replace(path)
+
+
+def read_adm(
+    path: Path, extractor: Extractor, image_size: tuple[int, int] | None = None
+) -> tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None]:
+    """Moments and images of a reference batch; either may be missing, not both.
+
+    A file that does not name its extractor is taken for Inception's, as ADM's are.
+
+    Raises:
+        ReferenceError: when the file is not one, or is of another extractor or resolution.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ReferenceError(f"--reference {path}: not a whole npz file ({error})") from error
+    has_moments = {"mu", "sigma"} <= arrays.keys()
+    if not has_moments and "arr_0" not in arrays:
+        raise ReferenceError(f"--reference {path}: it holds {sorted(arrays)}, not mu and sigma or arr_0")
+
+    images = None
+    if "arr_0" in arrays:
+        array = arrays["arr_0"]
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            raise ReferenceError(f"--reference {path}: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n h w 3]")
+        if image_size is not None and array.shape[1:3] != image_size:
+            size, theirs = "x".join(map(str, image_size)), "x".join(map(str, array.shape[1:3]))
+            raise ReferenceError(f"--reference {path}: its images are {theirs}, the samples {size}")
+        images = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+    if not has_moments:
+        return None, images
+
+    name = str(arrays.get("extractor", INCEPTION))
+    digest = str(arrays.get("extractor_sha256", extractor.sha256))
+    if name != extractor.name or digest != extractor.sha256:
+        raise ReferenceError(
+            f"--reference {path}: its mu and sigma are of the extractor {name}"
+            f"{' (other weights)' if name == extractor.name else ''}, the samples' features of {extractor.name}; "
+            "give the same --extractor"
+        )
+    num = None if images is None else len(images)
+    moments = [
+        Moments(torch.from_numpy(arrays[mean]).double(), torch.from_numpy(arrays[covariance]).double(), num)
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
+        if mean in arrays
+    ]
+    return Features(moments[0], moments[1] if len(moments) > 1 else None), images

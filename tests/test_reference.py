@@ -1,0 +1,94 @@
+"""References in files: read back as they were, refused where they are of something else."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from metrics.fidelity import Extractor, Features
+from metrics.frechet import Moments
+from metrics.reference import ReferenceError, load_features, read_adm, reference_path, save_features, write_adm
+from metrics.torchscript import save_torchscript
+
+KEY = {"source": "photos.zip", "source_hash": "abc", "split": "test", "extractor": "colour"}
+
+
+class MeanColour(nn.Module):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        colour = images.float().mean(dim=(2, 3))
+        return colour, colour / colour.sum(dim=1, keepdim=True)
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    path = tmp_path_factory.mktemp("extractor") / "colour.pt"
+    probe = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
+    return Extractor(save_torchscript(MeanColour(), probe, path))
+
+
+@pytest.fixture
+def features():
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    return Features.of(x, x.softmax(dim=1), torch.arange(9) % 3)
+
+
+def test_features_come_back_as_they_were(tmp_path, features):
+    path = reference_path(tmp_path, KEY)
+    assert path.name.startswith("photos-")
+    save_features(features, path, KEY)
+    found = load_features(path, KEY)
+    assert torch.equal(found.features, features.features)
+    assert torch.equal(found.labels, features.labels)
+    assert torch.equal(found.moments.covariance, features.moments.covariance)
+    assert (found.num, found.halves[1].num, found.spatial) == (9, 4, None)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_another_split_or_extractor_is_another_file_and_refused_in_words(tmp_path, features):
+    other = {**KEY, "split": "train", "extractor": "inception"}
+    assert reference_path(tmp_path, other) != reference_path(tmp_path, KEY)
+    path = tmp_path / "reference.safetensors"
+    save_features(features, path, KEY)
+    with pytest.raises(ReferenceError, match="is of another extractor, split; delete it"):
+        load_features(path, other)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ReferenceError, match="damaged"):
+        load_features(path, KEY)
+
+
+def test_adm_batches_are_written_and_read(tmp_path, features, extractor):
+    images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
+    spatial = Moments(torch.zeros(2).double(), torch.eye(2).double(), 9)
+    features = Features(features.moments, spatial)
+    write_adm(tmp_path / "ref.npz", features, images, extractor)
+    with np.load(tmp_path / "ref.npz") as file:
+        assert {"arr_0", "mu", "sigma", "mu_s", "sigma_s"} <= set(file.files)
+        assert file["arr_0"].shape == (9, 8, 8, 3)
+    found, pictures = read_adm(tmp_path / "ref.npz", extractor, (8, 8))
+    assert torch.equal(found.moments.mean, features.moments.mean)
+    assert torch.equal(found.spatial.covariance, spatial.covariance)
+    assert torch.equal(pictures, images)
+
+
+def test_adm_batches_of_another_extractor_or_resolution_are_refused(tmp_path, features, extractor):
+    path = tmp_path / "adm.npz"
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048), arr_0=np.zeros((4, 64, 64, 3), np.uint8))
+    with pytest.raises(
+        ReferenceError, match=r"its mu and sigma are of the extractor inception, the samples' .* colour"
+    ):
+        read_adm(path, extractor)
+    with pytest.raises(ReferenceError, match="its images are 64x64, the samples 32x32"):
+        read_adm(path, extractor, (32, 32))
+    np.savez(path, nothing=np.zeros(3))
+    with pytest.raises(ReferenceError, match="not mu and sigma or arr_0"):
+        read_adm(path, extractor)
+    path.write_bytes(b"PK no zip")
+    with pytest.raises(ReferenceError, match="not a whole npz file"):
+        read_adm(path, extractor)
+
+
+def test_a_reference_of_images_alone(tmp_path, extractor):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    found, images = read_adm(tmp_path / "images.npz", extractor)
+    assert found is None
+    assert images.shape == (4, 3, 8, 8)
