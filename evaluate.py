@@ -141,8 +141,9 @@ def main(config: EvaluateConfig) -> None:
         groups = [[read_samples(str(config.samples), data.image_size, evaluation.num_samples)]]
     num_drawn = len(groups)
     if config.baselines and held_out:
-        floor = from_images(open_split(data, "train"), "training images", reference.features.num)
-        groups += [[floor], [reconstructions(from_images(held_out, "held-out images"), codec, accelerator.device)]]
+        num = groups[0][0].num_images  # a Fréchet distance depends on it
+        floor = from_images(open_split(data, "train"), "training images", num)
+        groups += [[floor], [reconstructions(from_images(held_out, "held-out", num), codec, accelerator.device)]]
 
     # The scores. What needs the samples' own features looks at the first row's first trial.
     rows, features = [], []

@@ -12,15 +12,22 @@ def codec():
     return create_codec("embedded")
 
 
-def images(num=20, size=64):
-    shapes = open_dataset("shapes", split="test", image_size=size, num_images=100)
+def images(num=20, size=64, difficulty="easy"):
+    shapes = open_dataset("shapes", split="test", image_size=size, num_images=100, difficulty=difficulty)
     return torch.stack([shapes[i][0] for i in range(num)])
 
 
-def test_embedded_autoencoder_reconstructs_shapes(codec):
-    batch = images()
+@pytest.mark.parametrize(("difficulty", "decibels"), [("easy", 34), ("medium", 30), ("hard", 24)])
+def test_embedded_autoencoder_reconstructs_shapes(codec, difficulty, decibels):
+    batch = images(difficulty=difficulty)
     error = (codec.decode(codec.encode(batch)).float() - batch.float()).div(255).square().mean(dim=(1, 2, 3))
-    assert (-10 * error.log10()).mean() > 23
+    assert (-10 * error.log10()).mean() > decibels
+
+
+def test_its_own_figures_say_what_was_asked_of_it():
+    figures = json.loads((EMBEDDED / "metrics.json").read_text())
+    assert figures["psnr_caltech101_64"] > 22
+    assert min(figures[f"psnr_shapes_{difficulty}"] for difficulty in ("easy", "medium", "hard")) > 24
 
 
 def test_latents_have_about_unit_variance(codec):
@@ -45,7 +52,7 @@ def test_codec_is_frozen(codec):
 
 
 def test_embedded_asset_is_small():
-    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) < 5 * 2**20
+    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) < 5_000_000
 
 
 def test_local_folder_loads_like_the_embedded_one(codec):
