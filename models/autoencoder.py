@@ -94,9 +94,10 @@ class LatentCodec(nn.Module):
     ) -> Float[Tensor, "b c h w"]:
         """`draw(prepare(images))`; without a generator, the posterior's mean."""
         stored = self.prepare(images)
-        noise = torch.zeros_like(stored[:, : self.channels])
-        if generator is not None:
-            noise.normal_(generator=generator)
+        shape, device = stored[:, : self.channels].shape, stored.device
+        noise = torch.zeros(shape, device=device)
+        if generator is not None:  # not in place: the order of normal_ follows the memory format
+            noise = torch.randn(shape, generator=generator, device=device)
         return self.draw(stored, noise)
 
     @torch.inference_mode()
