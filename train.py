@@ -7,9 +7,9 @@ accelerate launch train.py --resume runs/XSwin
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from experiment.cli import one_line_errors, parse_experiment
@@ -36,19 +36,23 @@ def main(config: ExperimentConfig) -> None:
         open_split,
         precision,
         sampling_of,
+        share_batch_norms,
         use_all_cores,
     )
-    from experiment.checkpoint import resume, save_checkpoint
+    from experiment.checkpoint import list_checkpoints, mark_best, resume, save_checkpoint, to_resume, warm_start
     from experiment.ema import EMA
     from experiment.evaluation import evaluate, open_scorer
     from experiment.generation import Generator, balanced_labels, generate, sample_labels
+    from experiment.guard import Guard, gradient_norm
+    from experiment.interruption import EXIT_CODE, Interruption
+    from experiment.meter import Meter
     from experiment.sources import from_generator
-    from experiment.tracking import Log, save_grid
+    from experiment.tracking import Log, draw_curve, save_grid
     from experiment.validation import validation_loss
     from models.autoencoder import create_codec
 
     # Devices and folders.
-    run = Path(config.resume or Path("runs") / (config.name or config.model.replace("/", "-")))
+    run = config.folder
     accelerator = Accelerator(
         mixed_precision=precision(config.train.precision),
         gradient_accumulation_steps=config.train.grad_accumulation,
@@ -57,6 +61,8 @@ def main(config: ExperimentConfig) -> None:
     )
     use_all_cores(accelerator)
     set_seed(config.train.seed)
+    if not config.resume and list_checkpoints(run / "checkpoints"):
+        raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
 
     # Data, process, model.
     codec = create_codec(config.autoencoder).to(accelerator.device)
@@ -64,13 +70,15 @@ def main(config: ExperimentConfig) -> None:
     images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
     sampling = check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
-    model = spec.build().to(accelerator.device)
+    model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
+    if config.init_from and not config.resume:
+        accelerator.print(warm_start(model, config.init_from))
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     ema = EMA(model, config.train.ema_decay)
-    num_steps = num_training_steps(config.train, len(cache))
     optimizer = build_optimizer(model, config.optim)
+    num_steps = num_training_steps(config.train, len(cache))
     batches = Batches(
         cache.to(accelerator.device),
         codec,
@@ -84,26 +92,34 @@ def main(config: ExperimentConfig) -> None:
         device=accelerator.device,
     )
 
-    # A fresh run, or the newest checkpoint of an old one.
-    first_step = 0
+    # A fresh run, or the newest whole checkpoint of an old one.
+    guard, meter, best, step = Guard(), Meter(config.diffusion.num_timesteps), math.inf, 0
+
+    def restore() -> int:
+        nonlocal best
+        progress = resume(to_resume(run), accelerator.unwrap_model(model), ema, optimizer)
+        guard.restore(progress["guard"])
+        meter.restore(progress["meter"], accelerator)
+        best = math.inf if progress["best"] is None else progress["best"]
+        return progress["step"]
+
     if config.resume:
-        first_step = resume(run / "checkpoints", model, ema, optimizer)
+        step = restore()
         config = replace(config, resume=None)
-    elif (run / "checkpoints").exists():
-        raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     accelerator.wait_for_everyone()
     log = Log(run, accelerator, config.to_dict())
-    log.truncate(first_step)
+    log.truncate(step)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
         f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"
     )
 
-    def save(step: int) -> None:
+    def save() -> None:
+        state = {"guard": guard.state(), "meter": meter.state(accelerator), "best": None if best == math.inf else best}
         if accelerator.is_main_process:
             save_checkpoint(
                 run / "checkpoints",
@@ -114,90 +130,109 @@ def main(config: ExperimentConfig) -> None:
                 config=config,
                 spec=spec,
                 classes=cache.classes,
-                keep=config.log.keep_checkpoints,
+                progress=state,
             )
+            draw_curve(run)
         accelerator.wait_for_everyone()
+
+    def keep_if_best(found: dict[str, float]) -> None:
+        nonlocal best
+        value = found.get(config.log.best or "", math.inf)
+        if value < best:
+            best = value
+            save()
+            if accelerator.is_main_process:
+                mark_best(run / "checkpoints", step)
 
     def generator(labels: torch.Tensor, seed: int) -> Generator:
         return Generator(ema.model, process, codec, labels, sampling, cache.image_size, seed, accelerator)
 
-    def draw_samples(step: int) -> None:
+    def draw_samples() -> None:
         labels = balanced_labels(4 * min(10, max(1, cache.num_classes)), min(10, cache.num_classes))
         images = generate(generator(labels, config.train.seed), batch_size=len(labels))
         if accelerator.is_main_process:
             columns = len(labels) // 4
             path = run / "samples" / f"{step:08d}.png"
             save_grid(images, path, columns=columns, column_names=cache.classes[:columns])
+            log.picture(step, path)
 
-    def score(step: int) -> None:
+    def validate() -> dict[str, float]:
+        losses = validation_loss(
+            ema.model, process, codec, held_out, accelerator, config.log.num_validation, config.train
+        )
+        found = {f"validation_{name}": value for name, value in losses.items()}
+        log.write(step, **found)
+        return found
+
+    def score() -> dict[str, float]:
+        assert scorer is not None
         labels = sample_labels(config.evaluation, len(held_out), spec.num_classes, held_out.labels)
         source = from_generator(generator(labels, config.evaluation.seed), config.model)
-        assert scorer is not None
         scores, _ = evaluate(source, *scorer, accelerator, config.evaluation)
-        log.write(step, **{name: one.value for name, one in scores.scores.items() if one.value is not None})
+        found = {name: one.value for name, one in scores.scores.items() if one.value is not None}
+        log.write(step, **found)
+        return found
 
     # The loop.
-    began, since, last_log = time.time(), time.time(), first_step
-    sums: dict[str, torch.Tensor] = {}
-    progress = tqdm(
-        range(first_step, num_steps),
-        initial=first_step,
-        total=num_steps,
-        desc=run.name,
-        disable=not accelerator.is_main_process,
-    )
-    done = first_step
-    for step in progress:
+    interruption, reason = Interruption(accelerator, config.train.max_hours), None
+    hidden = not accelerator.is_main_process
+    progress = tqdm(initial=step, total=num_steps, desc=run.name, unit="step", disable=hidden)
+    while step < num_steps and reason is None:
         # Stochastic depth draws from torch's own generator: make it a function of the step too.
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         lr = learning_rate(config.optim, step, num_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for batch in batches.micro_batches(step):
+        for batch in meter.timed(batches.micro_batches(step, order=guard.rollbacks)):
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = process.training_loss(model, batch.x_0, batch.y, t=batch.t, noise=batch.noise)
-                means = {name: values.mean() for name, values in terms.items()}
-                accelerator.backward(means["loss"])
-                if accelerator.sync_gradients and config.optim.grad_clip:
-                    accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-                optimizer.step()
-                optimizer.zero_grad()
-            for name, mean in means.items():
-                sums[name] = sums.get(name, 0.0) + mean.detach()
-        ema.update(accelerator.unwrap_model(model), step)
+                accelerator.backward(terms["loss"].mean())
+            meter.add(terms, batch.t)
+        norm = gradient_norm(accelerator, model, config.optim.grad_clip)
+        if guard.passes(norm):
+            optimizer.step()
+            ema.update(accelerator.unwrap_model(model), step)
+            meter.step(norm, config.optim.grad_clip, config.train.batch_size)
+        else:
+            meter.skip()
+            log.write(step + 1, skipped=guard.skipped, source_indices=batches.source_indices(step, guard.rollbacks))
+        optimizer.zero_grad()
+        step += 1
+        progress.update()
+        reason = interruption.reason()
 
-        done = step + 1
-        if _due(done, config.log.every) or done == num_steps:
-            count = (done - last_log) * config.train.grad_accumulation
-            totals: Any = accelerator.reduce(sums, "mean")
-            losses = {name: total.item() / count for name, total in totals.items()}
-            speed = (done - last_log) * config.train.batch_size / (time.time() - since)
-            log.write(done, **losses, lr=lr, images_per_second=speed)
-            progress.set_postfix(loss=f"{losses['loss']:.4f}", img_s=f"{speed:.0f}")
-            sums, since, last_log = {}, time.time(), done
-        paused = time.time()
-        if _due(done, config.log.validate_every):
-            held_out_losses = validation_loss(
-                ema.model, process, codec, held_out, accelerator, config.log.num_validation, config.train
-            )
-            log.write(done, **{f"validation_{name}": value for name, value in held_out_losses.items()})
-        if _due(done, config.log.sample_every):
-            draw_samples(done)
-        if _due(done, config.log.evaluate_every):
-            score(done)
-        if _due(done, config.log.checkpoint_every):
-            save(done)
-        since += time.time() - paused
-        if config.train.max_hours and time.time() - began > 3600 * config.train.max_hours:
-            accelerator.print(f"--train.max_hours {config.train.max_hours} are over after {done} steps")
-            break
+        if (_due(step, config.log.every) or step == num_steps) and (means := meter.summary(accelerator)):
+            log.write(step, **means, lr=lr, ema_drift=ema.drift(accelerator.unwrap_model(model)))
+            progress.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{means['images_per_second']:.0f}")
+            meter.reset()
+        paused = time.perf_counter()
+        found: dict[str, float] = {}
+        if _due(step, config.log.validate_every):
+            found |= validate()
+        if _due(step, config.log.evaluate_every):
+            found |= score()
+        keep_if_best(found)
+        if _due(step, config.log.sample_every):
+            draw_samples()
+        if _due(step, config.log.checkpoint_every) and step < num_steps:
+            save()
+        meter.pause(time.perf_counter() - paused)
+        if guard.must_roll_back(can=bool(list_checkpoints(run / "checkpoints"))):
+            step = restore()
+            progress.reset(total=num_steps)
+            progress.update(step)
 
     # The end: what was learned, saved and shown.
     progress.close()
-    save(done)
-    draw_samples(done)
+    save()
+    if reason is None:
+        draw_samples()
     accelerator.end_training()
-    accelerator.print(f"checkpoint: {run}/checkpoints/{done:08d}\nsamples:    {run}/samples/{done:08d}.png")
+    accelerator.print(f"checkpoint: {run}/checkpoints/{step:08d}")
+    if reason is not None:
+        accelerator.print(f"{reason}: stopped after {step} of {num_steps} steps; go on with --resume {run}")
+        raise SystemExit(EXIT_CODE)
+    accelerator.print(f"samples:    {run}/samples/{step:08d}.png")
 
 
 def _due(step: int, every: int) -> bool:

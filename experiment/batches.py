@@ -70,9 +70,9 @@ class Batches:
                 f"--train.grad_accumulation {self.num_micro_batches}"
             )
 
-    def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This process's micro-batches of an optimizer step."""
-        index = self._order(step)
+    def micro_batches(self, step: int, order: int = 0) -> Iterator[Batch]:
+        """This process's micro-batches of an optimizer step; `order` numbers the permutations to go by."""
+        index = self._order(step, order)
         y = self.cache.labels[index].to(self.device)
         draw = generator_for(self.seed, "step", step, device=self.device)
         shape = (self.batch_size, *self.codec.latent_shape(*self.cache.image_size))
@@ -91,13 +91,17 @@ class Batches:
             x_0 = self.codec.draw(stored, posterior_noise[part])
             yield Batch(x_0, y[part], t[part], noise[part])
 
-    def _order(self, step: int) -> Int64[Tensor, " b"]:
+    def source_indices(self, step: int, order: int = 0) -> list[int]:
+        """Which images of the source the global batch of a step holds."""
+        return self.cache.source_indices[self._order(step, order)].tolist()
+
+    def _order(self, step: int, order: int = 0) -> Int64[Tensor, " b"]:
         """Positions `step * b .. (step + 1) * b` of the endless stream of permuted epochs."""
         num_images = len(self.cache.labels)
         position = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epoch, offset = position // num_images, position % num_images
         index = torch.empty_like(position)
         for number in epoch.unique().tolist():
-            permutation = torch.randperm(num_images, generator=generator_for(self.seed, "epoch", number))
+            permutation = torch.randperm(num_images, generator=generator_for(self.seed, "epoch", number, order))
             index[epoch == number] = permutation[offset[epoch == number]]
         return index

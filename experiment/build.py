@@ -65,6 +65,21 @@ def use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, num_cores // accelerator.num_processes))
 
 
+def share_batch_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """With several processes, batch norms see the whole batch where torch can do that (GPUs); on CPUs it says once that
+    each sees its own share."""
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if accelerator.num_processes == 1 or not has_batch_norm:
+        return model
+    if accelerator.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    accelerator.print(
+        "Batch norms see each process's own share of a batch on CPUs: results depend on the number of processes. "
+        "XSwin with --model_args.conv_norm group does not."
+    )
+    return model
+
+
 def build_process(config: DiffusionConfig) -> GaussianDiffusion:
     """The diffusion process of a configuration."""
     return GaussianDiffusion(**asdict(config))

@@ -2,14 +2,18 @@
 
 `ema.safetensors` is enough on its own to sample and to score: its metadata carries the configuration, the
 backbone's derived arguments, the class names, the step and the commit. `state/` is what resuming needs. A
-checkpoint is written under a temporary name and renamed when whole; nothing read back is ever unpickled.
+checkpoint is written under a temporary name, brought to the disk, checksummed (`checksums.json`) and renamed when
+whole; nothing read back is ever unpickled. `best` points to the one that a chosen metric liked best.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,8 @@ from experiment.config import (
 from experiment.ema import EMA
 
 WEIGHTS = "ema.safetensors"
+CHECKSUMS = "checksums.json"
+BEST = "best"
 
 
 class CheckpointError(ValueError):
@@ -82,17 +88,19 @@ def save_checkpoint(
     config: ExperimentConfig,
     spec: ModelSpec,
     classes: list[str],
-    keep: int,
+    progress: dict[str, Any],
 ) -> Path:
-    """Write `folder/<step>` whole or not at all, then drop all but the newest `keep`.
+    """Write `folder/<step>` whole or not at all, then drop what the configuration does not keep.
+
+    `progress` is what resuming needs beside tensors: JSON.
 
     Raises:
         OSError: when the disk has no room; the partial folder is removed, older checkpoints stay.
     """
     target = folder / f"{step:08d}"
     partial = folder / f".{step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "state").mkdir(parents=True)
+    for left_by_a_kill in folder.glob(".*.partial"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     metadata = {
         "config": json.dumps(config.to_dict()),
         "spec": json.dumps(asdict(spec)),
@@ -101,34 +109,109 @@ def save_checkpoint(
         "commit": current_commit(),
     }
     try:
+        (partial / "state").mkdir(parents=True)
         save_file(_contiguous(ema.model.state_dict()), partial / WEIGHTS, metadata=metadata)
         save_file(_contiguous(model.state_dict()), partial / "state" / "model.safetensors")
         save_file(_flatten_optimizer(optimizer), partial / "state" / "optimizer.safetensors")
-        (partial / "state" / "progress.json").write_text(json.dumps({"step": step}))
+        (partial / "state" / "progress.json").write_text(json.dumps({"step": step, **progress}))
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        checksums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+        (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
+        for path in [*files, partial / CHECKSUMS, partial / "state", partial]:
+            _to_disk(path)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _to_disk(folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); make room and --resume") from error
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    _rotate(folder, config.log)
     return target
 
 
-def resume(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint of a run into the objects; returns the steps it had done.
+def mark_best(folder: Path, step: int) -> None:
+    """Let `folder/best` point to this step's checkpoint."""
+    partial = folder / ".best.partial"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(f"{step:08d}", target_is_directory=True)
+    partial.replace(folder / BEST)
+
+
+def _rotate(folder: Path, config: LogConfig) -> None:
+    """Keep the newest, those of every `keep_every` steps, and the best."""
+    best = (folder / BEST).resolve()
+    for old in list_checkpoints(folder)[: -config.keep_checkpoints]:
+        kept = config.keep_every > 0 and int(old.name) % config.keep_every == 0
+        if not kept and old.resolve() != best:
+            shutil.rmtree(old)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by name; None where they are as they were written."""
+    try:
+        checksums = json.loads((checkpoint / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return f"{CHECKSUMS} is missing or damaged"
+    for name, expected in checksums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != expected:
+            return f"{name} has another checksum"
+    return None
+
+
+def newest_whole(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint whose files are as they were written; those that are not are named and passed over."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint
+        say(f"checkpoint {checkpoint} is damaged: {wrong}; going back to the one before")
+    return None
+
+
+def resume(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load a checkpoint into the objects; returns what was saved as `progress`, and `step`, the steps done.
 
     Raises:
-        CheckpointError: when there is none, or it does not fit.
+        CheckpointError: when it does not fit.
     """
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise CheckpointError(f"--resume: nothing to resume, {folder} holds no checkpoint")
-    newest = checkpoints[-1]
-    load_weights(ema.model, _read_tensors(newest / WEIGHTS), newest)
-    load_weights(model, _read_tensors(newest / "state" / "model.safetensors"), newest)
-    _unflatten_optimizer(optimizer, _read_tensors(newest / "state" / "optimizer.safetensors"))
-    return int(json.loads((newest / "state" / "progress.json").read_text())["step"])
+    load_weights(ema.model, _read_tensors(checkpoint / WEIGHTS), checkpoint)
+    load_weights(model, _read_tensors(checkpoint / "state" / "model.safetensors"), checkpoint)
+    _unflatten_optimizer(optimizer, _read_tensors(checkpoint / "state" / "optimizer.safetensors"))
+    return json.loads((checkpoint / "state" / "progress.json").read_text())
+
+
+def to_resume(run: Path) -> Path:
+    """The checkpoint that `--resume RUN` goes on from.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    checkpoint = newest_whole(run / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"--resume {run}: nothing to resume, {run / 'checkpoints'} holds no whole checkpoint")
+    return checkpoint
+
+
+def warm_start(model: nn.Module, path: str) -> str:
+    """Copy the averaged weights that have a namesake of the same shape; says in words what was not taken.
+
+    Raises:
+        CheckpointError: when there is no checkpoint, or nothing of it fits.
+    """
+    weights = _read_tensors(_find_weights(Path(path)))
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    if not fitting:
+        raise CheckpointError(f"--init_from {path}: no weight of it has the name and shape of one of this model")
+    model.load_state_dict(fitting, strict=False)
+    reshaped = sorted(name for name in weights.keys() & own.keys() if name not in fitting)
+    unknown, missing = sorted(weights.keys() - own.keys()), sorted(own.keys() - weights.keys())
+    left = {"of another shape": reshaped, "not in this model": unknown, "not in the checkpoint": missing}
+    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in left.items() if names)
+    return f"--init_from {path}: took {len(fitting)} of {len(weights)} tensors{f' ({told})' if told else ''}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -203,6 +286,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cut short or missing ({error})") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Past the operating system's cache, so that a rename never outlives what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -26,9 +27,19 @@ def parse(config_class: type[T], arguments: list[str] | None = None) -> T:
 
 
 def parse_experiment(arguments: list[str] | None = None) -> ExperimentConfig:
-    """The configuration of a training run; `--resume RUN` starts from that run's own `config.yaml`."""
+    """The configuration of a training run; `--resume RUN` starts from that run's own `config.yaml`.
+
+    `--resume auto` means the folder of this name where it holds a whole checkpoint, and a fresh run elsewhere.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config = parse(ExperimentConfig, arguments)
+    if config.resume == "auto":
+        from experiment.checkpoint import newest_whole
+
+        fresh = replace(config, resume=None)
+        if newest_whole(fresh.folder / "checkpoints") is None:
+            return fresh
+        config, arguments = replace(config, resume=str(fresh.folder)), [*arguments, "--resume", str(fresh.folder)]
     if config.resume is None:
         return config
     stored = Path(config.resume) / "config.yaml"

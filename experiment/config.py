@@ -8,6 +8,7 @@ so that `--help` answers at once.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -86,7 +87,7 @@ class TrainConfig:
     Args:
         num_epochs: passes over the training split
         num_steps: optimizer steps; takes the place of num_epochs
-        max_hours: save and stop after this time
+        max_hours: save and stop after this time, with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
         batch_size: images an optimizer step, over all processes and micro-batches
         grad_accumulation: micro-batches a step
         label_dropout: share of labels replaced by the null label, for classifier-free guidance
@@ -164,6 +165,9 @@ class LogConfig:
         evaluate_every: scores of the averaged weights' samples, as `evaluation` says
         checkpoint_every: a checkpoint; the last step always writes one
         keep_checkpoints: the newest so many stay
+        keep_every: and every checkpoint whose step is a multiple of it; 0: none
+        best: a metric of which the best checkpoint stays too, as checkpoints/best: 'validation_loss', or a score such
+            as 'fid', of which evaluation writes one
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
 
@@ -174,6 +178,8 @@ class LogConfig:
     evaluate_every: int = 0
     checkpoint_every: int = 2000
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    best: str | None = None
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 
@@ -186,7 +192,9 @@ class ExperimentConfig:
         model_args: constructor arguments of the backbone that differ from its row in the table
         autoencoder: 'embedded', 'pixel', a folder in diffusers' format, or a hub id
         name: of the run's folder, runs/<name>; by default the model's name
-        resume: a run's folder: go on from its newest checkpoint with its configuration
+        resume: a run's folder: go on from its newest whole checkpoint with its configuration; 'auto': so with the
+            folder of this name, if there is one to resume, else start
+        init_from: a run or checkpoint whose averaged weights a fresh run starts from: those of the same name and shape
         data: see --data.help
         diffusion: see below
         optim: see below
@@ -201,6 +209,7 @@ class ExperimentConfig:
     autoencoder: str = "embedded"
     name: str | None = None
     resume: str | None = None
+    init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -208,6 +217,11 @@ class ExperimentConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.resume or Path("runs") / (self.name or self.model.replace("/", "-")))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, fit for YAML and JSON."""

@@ -34,3 +34,10 @@ class EMA:
             else:
                 average.copy_(current[name])
         torch._foreach_lerp_(averages, values, 1 - decay)
+
+    @torch.no_grad()
+    def drift(self, model: nn.Module) -> float:
+        """How far the average lags behind the weights: norm of the difference over norm of the weights."""
+        pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
+        gap = torch.stack(torch._foreach_norm([average - value for average, value in pairs])).norm()
+        return (gap / torch.stack(torch._foreach_norm([value.detach() for _, value in pairs])).norm()).item()

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from jaxtyping import UInt8
 from torch import Tensor
 
+TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}}
+
 
 class Log:
     """One line of JSON an event, mirrored to TensorBoard or W&B; written by the main process alone."""
@@ -18,18 +20,48 @@ class Log:
         if accelerator.trackers or accelerator.log_with:
             accelerator.init_trackers("tracking", config=_flat(config))
 
-    def write(self, step: int, **values: float) -> None:
-        """Add an event at an optimizer step."""
+    def write(self, step: int, **values: float | list[int]) -> None:
+        """Add an event at an optimizer step; lists are for the file alone."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-        self.accelerator.log(values, step=step)
+        self.accelerator.log({name: value for name, value in values.items() if not isinstance(value, list)}, step=step)
+
+    def picture(self, step: int, path: Path) -> None:
+        """Show a grid in the trackers that can."""
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({"samples": pixels}, step=step, **TRACKER_OPTIONS.get(tracker.name, {}))
 
     def truncate(self, step: int) -> None:
         """Drop events after `step`: a resumed run writes them again."""
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        if self.accelerator.is_main_process:
+            written = self.path.read_text().splitlines() if self.path.exists() else []
+            lines = [line for line in written if line.endswith("}") and json.loads(line)["step"] <= step]
             self.path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def draw_curve(run: Path) -> None:
+    """`loss.png` beside the log: training and validation loss over the steps."""
+    from matplotlib import pyplot as plt
+
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, label in (("loss", "training"), ("validation_loss", "held-out images, averaged weights")):
+        points = [(event["step"], event[name]) for event in events if name in event]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if len(points) < 20 else "")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=run.name)
+    if axes.lines:
+        axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(run / "loss.png", dpi=150)
+    plt.close(figure)
 
 
 def save_grid(

@@ -5,8 +5,18 @@ import torch
 from safetensors.torch import save_file
 
 from experiment.build import ModelSpec, build_optimizer
-from experiment.checkpoint import CheckpointError, list_checkpoints, open_checkpoint, resume, save_checkpoint
-from experiment.config import ExperimentConfig, OptimConfig
+from experiment.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    mark_best,
+    newest_whole,
+    open_checkpoint,
+    resume,
+    save_checkpoint,
+    to_resume,
+    warm_start,
+)
+from experiment.config import ExperimentConfig, LogConfig, OptimConfig
 from experiment.ema import EMA
 
 SPEC = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3)
@@ -26,17 +36,17 @@ def train_a_step(model, ema, optimizer):
     ema.update(model, 0)
 
 
-def save(folder, step, model, ema, optimizer, keep=2):
+def save(folder, step, model, ema, optimizer, **log):
     return save_checkpoint(
         folder,
         step=step,
         model=model,
         ema=ema,
         optimizer=optimizer,
-        config=ExperimentConfig(),
+        config=ExperimentConfig(log=LogConfig(**log)),
         spec=SPEC,
         classes=["a", "b", "c"],
-        keep=keep,
+        progress={"guard": {"skipped": 3}},
     )
 
 
@@ -67,7 +77,7 @@ def test_run_folder_means_its_newest_checkpoint(saved, tmp_path):
 def test_resuming_restores_everything(saved):
     folder, trained = saved
     fresh = objects()
-    assert resume(folder.parent, *fresh) == 1
+    assert resume(to_resume(folder.parent.parent), *fresh) == {"step": 1, "guard": {"skipped": 3}}
     for ours, theirs in zip(fresh, trained, strict=True):
         ours, theirs = (x.model if isinstance(x, EMA) else x for x in (ours, theirs))
         if isinstance(ours, torch.nn.Module):
@@ -84,6 +94,54 @@ def test_old_checkpoints_leave(saved):
     for step in (2, 3):
         save(folder.parent, step, *trained)
     assert [path.name for path in list_checkpoints(folder.parent)] == ["00000002", "00000003"]
+
+
+def test_every_so_many_and_the_best_stay(saved):
+    folder, trained = saved
+    mark_best(folder.parent, 1)
+    for step in range(2, 9):
+        save(folder.parent, step, *trained, keep_checkpoints=1, keep_every=3)
+    assert [int(path.name) for path in list_checkpoints(folder.parent)] == [1, 3, 6, 8]
+    assert open_checkpoint(folder.parent / "best").step == 1
+    mark_best(folder.parent, 6)
+    assert open_checkpoint(folder.parent / "best").step == 6
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "optimizer.safetensors has another checksum"),
+        (lambda path: path.unlink(), "optimizer.safetensors is missing"),
+        (lambda path: (path.parent.parent / "checksums.json").unlink(), "checksums.json is missing"),
+    ],
+)
+def test_damaged_checkpoints_are_named_and_passed_over(saved, capsys, spoil, message):
+    folder, trained = saved
+    newer = save(folder.parent, 2, *trained)
+    spoil(newer / "state" / "optimizer.safetensors")
+    assert newest_whole(folder.parent) == folder
+    told = capsys.readouterr().out
+    assert message in told
+    assert str(newer) in told
+
+
+def test_what_a_kill_left_behind_is_cleared(saved):
+    folder, trained = saved
+    (folder.parent / ".00000007.partial" / "state").mkdir(parents=True)
+    assert to_resume(folder.parent.parent) == folder
+    save(folder.parent, 2, *trained)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["00000001", "00000002"]
+
+
+def test_warm_start_takes_what_fits_and_lists_what_does_not(saved):
+    folder, (_, ema, _) = saved
+    other = ModelSpec("DiT", {"dim": 16, "depth": 3, "num_heads": 2}, (4, 4), 4, 8, 7).build()
+    told = warm_start(other, str(folder))
+    assert "of another shape: cond.label.weight" in told
+    assert "not in the checkpoint: blocks.2." in told
+    assert torch.equal(other.blocks[1].mlp.fc1.weight, ema.model.blocks[1].mlp.fc1.weight)
+    with pytest.raises(CheckpointError, match="no weight of it has the name and shape"):
+        warm_start(torch.nn.Linear(2, 2), str(folder))
 
 
 def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch):
@@ -134,12 +192,12 @@ def test_checkpoint_of_another_model_is_told(saved):
     folder, _ = saved
     other = objects(ModelSpec("DiT", {"dim": 32, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3))
     with pytest.raises(CheckpointError, match=r"is of another model: \d+ tensors"):
-        resume(folder.parent, *other)
+        resume(folder, *other)
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(CheckpointError, match="--resume: nothing to resume"):
-        resume(tmp_path, *objects())
+    with pytest.raises(CheckpointError, match=r"--resume .*: nothing to resume, .* holds no whole checkpoint"):
+        to_resume(tmp_path)
 
 
 def test_average_follows_its_formula_parameters_and_buffers():

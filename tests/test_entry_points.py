@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +79,7 @@ def test_training_leaves_what_a_user_looks_for(folder):
     events = log(folder, "tiny")
     assert [event["step"] for event in events if "loss" in event] == [1, 2, 3, 4]
     assert [event["step"] for event in events if "validation_loss" in event] == [2, 4]
-    assert {"loss", "mse", "vb", "lr", "images_per_second"} <= events[0].keys()
+    assert {"loss", "mse", "vb", "lr", "images_per_second", "gradient_norm", "ema_drift"} <= events[0].keys()
     assert any(run_folder.rglob("events.out.tfevents*"))
 
 
@@ -97,6 +99,64 @@ def test_resumed_equals_uninterrupted_bitwise(folder):
         assert all(torch.equal(straight[name], resumed[name]) for name in straight), file
     losses = [[e["loss"] for e in log(folder, name) if "loss" in e] for name in ("tiny", "cut")]
     assert losses[0] == losses[1]
+
+
+def steps(events):
+    """The log without what a clock or the machine says."""
+    measured = {"images_per_second", "waiting_for_data", "memory_gb"}
+    return [{key: value for key, value in event.items() if key not in measured} for event in events]
+
+
+def test_stopping_and_resuming_anywhere_loses_nothing(folder):
+    """Out of time after every step: exit status 75; a damaged checkpoint is passed over; the log is the same."""
+    common = ("train.py", "--config", "tiny.yaml", "--log.checkpoint_every", 1, "--log.every", 3, "--name")
+    straight, flags = (*common, "straight"), (*common, "stopped")
+    run(*straight, cwd=folder)
+    stopped = run(*flags, "--train.max_hours", 1e-9, "--resume", "auto", cwd=folder, check=False)
+    assert stopped.returncode == 75
+    assert "stopped after 1 of 4 steps; go on with --resume runs/stopped" in stopped.stdout
+    again = run(*flags, "--train.max_hours", 1e-9, "--resume", "auto", cwd=folder, check=False)
+    assert "stopped after 2 of 4 steps" in again.stdout
+    newest = folder / "runs" / "stopped" / "checkpoints" / "00000002" / "ema.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    last = run("train.py", "--resume", "runs/stopped", "--train.max_hours", 1, cwd=folder)
+    assert "00000002 is damaged: ema.safetensors has another checksum; going back" in last.stdout
+    assert steps(log(folder, "stopped")) == steps(log(folder, "straight"))
+    for file in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors"):
+        one, other = weights(folder, "straight", file=file), weights(folder, "stopped", file=file)
+        assert all(torch.equal(one[name], other[name]) for name in one), file
+    assert (folder / "runs" / "stopped" / "loss.png").is_file()
+
+
+def test_sigterm_ends_after_the_step_with_a_checkpoint(folder):
+    flags = ("--name", "signalled", "--train.num_steps", 100000, "--log.every", 1, "--log.validate_every", 0)
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny.yaml", *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 120
+    while time.time() < deadline and not (folder / "runs" / "signalled" / "log.jsonl").exists():
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGTERM: stopped after" in output
+    done = int(output.split("stopped after ")[1].split()[0])
+    assert (folder / "runs" / "signalled" / "checkpoints" / f"{done:08d}" / "ema.safetensors").is_file()
+
+
+def test_another_number_of_classes_starts_from_what_fits(folder):
+    flags = ("--init_from", "runs/tiny", "--name", "warm", "--train.num_steps", 1, "--optim.lr", 0.0)
+    (folder / "two").mkdir()
+    for name in ("a", "b"):
+        (folder / "two" / name).mkdir()
+        for number in range(5):
+            Image.new("RGB", (32, 32), (20 * number, 90, 30)).save(folder / "two" / name / f"{number}.png")
+    done = run("train.py", "--config", "tiny.yaml", "--data.path", "two", *flags, cwd=folder)
+    assert "of another shape: cond.label.weight" in done.stdout
+    before, after = weights(folder, "tiny"), weights(folder, "warm", step=1, file="state/model.safetensors")
+    assert torch.equal(before["patch.weight"], after["patch.weight"])
 
 
 def test_two_processes_and_micro_batches_equal_one(folder):

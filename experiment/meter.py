@@ -1,0 +1,114 @@
+"""Means of a training run between two lines of its log, over all processes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+NUM_BUCKETS = 4
+T = TypeVar("T")
+
+
+class Meter:
+    """Takes in per-sample loss terms; gives their means, the loss by quarter of the noise level, speed and more."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new interval."""
+        self.sums: dict[str, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
+        self.norms: list[float] = []
+        self.num_clipped = self.num_images = 0
+        self.waited, self.paused, self.since = 0.0, 0.0, time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor], t: Tensor) -> None:
+        """Loss terms [b] of a micro-batch at timesteps `t` [b]."""
+        bucket = (t.double() / self.num_timesteps * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
+        one_hot = torch.nn.functional.one_hot(bucket, NUM_BUCKETS).float()  # [b buckets]
+        loss = terms["loss"].detach().float()
+        new = {name: values.detach().float().sum() for name, values in terms.items()}
+        new |= {"count": loss.new_tensor(float(len(loss)))}
+        new |= {"bucket_sums": loss @ one_hot, "bucket_counts": one_hot.sum(dim=0)}
+        self.pending = _sum(self.pending, new)
+
+    def step(self, norm: float, max_norm: float, num_images: int) -> None:
+        """A step was taken: what was added since the last one counts."""
+        self.sums, self.pending = _sum(self.sums, self.pending), {}
+        self.norms.append(norm)
+        self.num_clipped += bool(max_norm) and norm > max_norm
+        self.num_images += num_images
+
+    def skip(self) -> None:
+        """A step was not taken: what was added since the last one does not count."""
+        self.pending = {}
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Batches, with the time spent waiting for them counted."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def pause(self, seconds: float) -> None:
+        """Time that is not training's: validation, samples, checkpoints."""
+        self.paused += seconds
+
+    def summary(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means since the last reset, the same on every process; empty where no step was taken."""
+        if not self.norms:
+            return {}
+        sums: dict[str, Tensor] = accelerator.reduce(self.sums, "sum")  # pyright: ignore
+        count, losses, counts = (sums.pop(name) for name in ("count", "bucket_sums", "bucket_counts"))
+        means = {name: (total / count).item() for name, total in sums.items()}
+        for number, (loss, n) in enumerate(zip(losses.tolist(), counts.tolist(), strict=True)):
+            if n:
+                means[f"loss_quarter_{number + 1}"] = loss / n
+        elapsed = time.perf_counter() - self.since - self.paused
+        return {
+            **means,
+            "gradient_norm": sum(self.norms) / len(self.norms),
+            "clipped": self.num_clipped / len(self.norms),
+            "images_per_second": self.num_images / max(elapsed, 1e-9),
+            "waiting_for_data": self.waited / max(elapsed, 1e-9),
+            "memory_gb": memory_gb(accelerator.device),
+        }
+
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """The interval so far, over all processes, for a checkpoint in the middle of it."""
+        sums: dict[str, Tensor] = accelerator.reduce(self.sums, "sum") if self.sums else {}  # pyright: ignore
+        counts = {"norms": self.norms, "num_clipped": self.num_clipped, "num_images": self.num_images}
+        return {"sums": {name: total.tolist() for name, total in sums.items()}, **counts}
+
+    def restore(self, state: dict[str, Any], accelerator: Accelerator) -> None:
+        """Go on in the middle of an interval; the sums go to the main process, the others begin at zero."""
+        self.reset()
+        share = 1.0 if accelerator.is_main_process else 0.0
+        sums = state["sums"].items()
+        self.sums = {name: share * torch.tensor(total, device=accelerator.device) for name, total in sums}
+        self.norms, self.num_clipped, self.num_images = state["norms"], state["num_clipped"], state["num_images"]
+
+
+def _sum(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: a[name] + value if name in a else value for name, value in b.items()}
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most that this process has held: on the GPU where it trains on one, else in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
