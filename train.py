@@ -42,6 +42,7 @@ def main(config: ExperimentConfig) -> None:
     from experiment.checkpoint import list_checkpoints, mark_best, resume, save_checkpoint, to_resume, warm_start
     from experiment.ema import EMA
     from experiment.evaluation import evaluate, open_scorer
+    from experiment.files import write_whole
     from experiment.generation import Generator, balanced_labels, generate, sample_labels
     from experiment.guard import Guard, gradient_norm
     from experiment.interruption import EXIT_CODE, Interruption
@@ -76,7 +77,7 @@ def main(config: ExperimentConfig) -> None:
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
-    ema = EMA(model, config.train.ema_decay)
+    ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
     optimizer = build_optimizer(model, config.optim)
     num_steps = num_training_steps(config.train, len(cache))
     batches = Batches(
@@ -107,8 +108,7 @@ def main(config: ExperimentConfig) -> None:
         step = restore()
         config = replace(config, resume=None)
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_whole(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     accelerator.wait_for_everyone()
     log = Log(run, accelerator, config.to_dict())
     log.truncate(step)

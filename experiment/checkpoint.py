@@ -38,7 +38,9 @@ from experiment.ema import EMA
 
 WEIGHTS = "ema.safetensors"
 CHECKSUMS = "checksums.json"
+PROFILES = "profiles.safetensors"
 BEST = "best"
+SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
 
 
 class CheckpointError(ValueError):
@@ -113,6 +115,8 @@ def save_checkpoint(
         save_file(_contiguous(ema.model.state_dict()), partial / WEIGHTS, metadata=metadata)
         save_file(_contiguous(model.state_dict()), partial / "state" / "model.safetensors")
         save_file(_flatten_optimizer(optimizer), partial / "state" / "optimizer.safetensors")
+        if ema.profiles:
+            save_file(_contiguous(ema.profile_tensors()), partial / "state" / PROFILES, metadata=metadata)
         (partial / "state" / "progress.json").write_text(json.dumps({"step": step, **progress}))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         checksums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
@@ -122,11 +126,24 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         _to_disk(folder)
+        if ema.profiles:
+            _keep_snapshot(target)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); make room and --resume") from error
     _rotate(folder, config.log)
     return target
+
+
+def _keep_snapshot(checkpoint: Path) -> None:
+    """A second name for the profiles' file, which rotation leaves alone."""
+    snapshot = checkpoint.parent.parent / SNAPSHOTS / f"{checkpoint.name}.safetensors"
+    snapshot.parent.mkdir(exist_ok=True)
+    snapshot.unlink(missing_ok=True)
+    try:
+        snapshot.hardlink_to(checkpoint / "state" / PROFILES)
+    except OSError:  # a file system without such links
+        shutil.copy(checkpoint / "state" / PROFILES, snapshot)
 
 
 def mark_best(folder: Path, step: int) -> None:
@@ -179,6 +196,11 @@ def resume(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.
     """
     load_weights(ema.model, _read_tensors(checkpoint / WEIGHTS), checkpoint)
     load_weights(model, _read_tensors(checkpoint / "state" / "model.safetensors"), checkpoint)
+    profiles = _read_tensors(checkpoint / "state" / PROFILES) if ema.profiles else {}
+    for sigma, average in ema.profiles.items():
+        prefix = f"{sigma}/"
+        own = {name.removeprefix(prefix): tensor for name, tensor in profiles.items() if name.startswith(prefix)}
+        load_weights(average.model, own, checkpoint)
     _unflatten_optimizer(optimizer, _read_tensors(checkpoint / "state" / "optimizer.safetensors"))
     return json.loads((checkpoint / "state" / "progress.json").read_text())
 

@@ -92,6 +92,8 @@ class TrainConfig:
         grad_accumulation: micro-batches a step
         label_dropout: share of labels replaced by the null label, for classifier-free guidance
         ema_decay: decay of the averaged weights, which is min(ema_decay, (1 + step) / (10 + step))
+        ema_profiles: relative lengths of power-function averages to keep snapshots of, such as [0.05, 0.1]; see
+            scripts/reconstruct_ema.py
         precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 on GPUs, fp32 on CPUs
         seed: of weights, order, noise, timesteps and dropout
     """
@@ -103,6 +105,7 @@ class TrainConfig:
     grad_accumulation: int = 1
     label_dropout: float = 0.1
     ema_decay: float = 0.9999
+    ema_profiles: list[float] = field(default_factory=list)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
 

@@ -1,30 +1,32 @@
-"""Exponential moving average of a model: parameters and buffers, in float32."""
+"""Averages of a model's weights: parameters and buffers, in float32."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class EMA:
-    """`average <- decay * average + (1 - decay) * value`, with `decay = min(max_decay, (1 + step) / (10 + step))`.
+class Average:
+    """`average <- decay(step) * average + (1 - decay(step)) * value`.
 
-    The rising decay lets short runs forget their initialisation. Buffers (batch-norm statistics) are averaged like
-    parameters; integer ones are copied. `ema.model` is in eval mode and ready to use.
+    Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. `model` is in eval mode and
+    ready to use.
     """
 
-    def __init__(self, model: nn.Module, max_decay: float) -> None:
-        if not 0 <= max_decay < 1:
-            raise ValueError(f"--train.ema_decay {max_decay} must lie in [0, 1)")
-        self.max_decay = max_decay
+    def __init__(self, model: nn.Module) -> None:
         self.model = deepcopy(model).float().eval().requires_grad_(False)
+
+    def decay(self, step: int) -> float:
+        """Of optimizer step `step`, from 0."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 0)."""
-        decay = min(self.max_decay, (1 + step) / (10 + step))
         averages, values = [], []
         current = model.state_dict()
         for name, average in self.model.state_dict().items():
@@ -33,7 +35,44 @@ class EMA:
                 values.append(current[name].to(average.dtype))
             else:
                 average.copy_(current[name])
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        torch._foreach_lerp_(averages, values, 1 - self.decay(step))
+
+
+class PowerAverage(Average):
+    """The power-function average of EDM2 (Karras et al. 2024, eq. 3): weights of step t count as t^gamma, so that the
+    average's length grows with training; `sigma_rel` is its standard deviation over the length of training."""
+
+    def __init__(self, model: nn.Module, sigma_rel: float) -> None:
+        super().__init__(model)
+        self.gamma = gamma_of(sigma_rel)
+
+    def decay(self, step: int) -> float:
+        """`(1 - 1/t)^(gamma + 1)`, t = step + 1."""
+        return (1 - 1 / (step + 1)) ** (self.gamma + 1)
+
+
+class EMA(Average):
+    """The exponential average that is sampled and scored, with `decay = min(max_decay, (1 + step) / (10 + step))`: the
+    rising decay lets short runs forget their initialisation. Beside it any number of power-function averages, from
+    whose snapshots `scripts/reconstruct_ema.py` makes an average of any other length after training.
+    """
+
+    def __init__(self, model: nn.Module, max_decay: float, profiles: Sequence[float] = ()) -> None:
+        if not 0 <= max_decay < 1:
+            raise ValueError(f"--train.ema_decay {max_decay} must lie in [0, 1)")
+        super().__init__(model)
+        self.max_decay = max_decay
+        self.profiles = {sigma: PowerAverage(model, sigma) for sigma in profiles}
+
+    def decay(self, step: int) -> float:
+        """Rises to `max_decay`."""
+        return min(self.max_decay, (1 + step) / (10 + step))
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step` (from 0)."""
+        for average in self.profiles.values():
+            average.update(model, step)
+        super().update(model, step)
 
     @torch.no_grad()
     def drift(self, model: nn.Module) -> float:
@@ -41,3 +80,44 @@ class EMA:
         pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
         gap = torch.stack(torch._foreach_norm([average - value for average, value in pairs])).norm()
         return (gap / torch.stack(torch._foreach_norm([value.detach() for _, value in pairs])).norm()).item()
+
+    def profile_tensors(self) -> dict[str, Tensor]:
+        """Weights of all power-function averages, as `sigma/name`."""
+        return {
+            f"{sigma}/{name}": tensor
+            for sigma, average in self.profiles.items()
+            for name, tensor in average.model.state_dict().items()
+        }
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of a power-function average of this relative standard deviation: the positive root of
+    `(gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3)` (Karras et al. 2024, appendix C).
+
+    Raises:
+        ValueError: for a length that no exponent gives.
+    """
+    if not 0 < sigma_rel < 0.28:
+        raise ValueError(f"--train.ema_profiles {sigma_rel}: lengths lie between 0 and 0.28; EDM2 keeps 0.05, 0.1")
+    t = sigma_rel**-2
+    roots = np.roots([1, 7, 16 - t, 12 - t])
+    return float(roots.real[np.abs(roots.imag) < 1e-9].max())
+
+
+Snapshot = tuple[int | float, float]  # (steps trained, gamma)
+
+
+def reconstruction_weights(snapshots: Sequence[Snapshot], target: Snapshot) -> list[float]:
+    """How much of each snapshot makes up a target average: least squares between their profiles over training (Karras
+    et al. 2024, section 3.2)."""
+    gram = [[_overlap(a, b) for b in snapshots] for a in snapshots]
+    right = [_overlap(a, target) for a in snapshots]
+    return np.linalg.lstsq(np.array(gram), np.array(right), rcond=None)[0].tolist()
+
+
+def _overlap(a: Snapshot, b: Snapshot) -> float:
+    """Inner product of two profiles `(gamma + 1) tau^gamma / t^(gamma + 1)`, tau from 0 to t."""
+    (t_a, gamma_a), (t_b, gamma_b) = a, b
+    shorter = min(t_a, t_b)
+    scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / shorter
+    return scale * (shorter / t_a) ** (gamma_a + 1) * (shorter / t_b) ** (gamma_b + 1)

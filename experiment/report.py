@@ -14,6 +14,7 @@ import torch
 from experiment.checkpoint import current_commit
 from experiment.config import EvaluationConfig
 from experiment.evaluation import Memorisation, Reference, Row
+from experiment.files import write_whole
 from experiment.sources import Source
 from experiment.tracking import save_grid
 from metrics.fidelity import Extractor, Score
@@ -45,10 +46,7 @@ def provenance(
 
 def write_json(record: dict[str, Any], path: Path) -> None:
     """Strict JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:

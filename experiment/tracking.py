@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from jaxtyping import UInt8
 from torch import Tensor
 
+from experiment.files import write_whole
+
 TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}}
 
 
@@ -43,7 +45,7 @@ class Log:
         if self.accelerator.is_main_process:
             written = self.path.read_text().splitlines() if self.path.exists() else []
             lines = [line for line in written if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            write_whole(self.path, "".join(f"{line}\n" for line in lines))
 
 
 def draw_curve(run: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -159,16 +160,59 @@ def test_another_number_of_classes_starts_from_what_fits(folder):
     assert torch.equal(before["patch.weight"], after["patch.weight"])
 
 
-def test_two_processes_and_micro_batches_equal_one(folder):
-    """Without stochastic depth, whose masks are drawn by each process."""
-    flags = ("train.py", "--config", "tiny.yaml", "--model_args.drop_path", 0.0, "--name")
-    run(*flags, "one", cwd=folder)
-    run(*flags, "two", cwd=folder, processes=2)
-    run(*flags, "micro", "--train.grad_accumulation", 2, cwd=folder)
-    one = [event["loss"] for event in log(folder, "one") if "loss" in event]
+EQUAL = {
+    "XSwin": {**TINY["model_args"], "drop_path": 0.0},  # whose masks each process draws for itself
+    "DiT": {"dim": 16, "depth": 2, "num_heads": 2},
+    "UViT": {"dim": 16, "depth": 3, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("model", EQUAL)
+def test_two_processes_and_micro_batches_equal_one(folder, model):
+    """Twenty steps at the same global batch and seed."""
+    settings = {**TINY, "model": model, "model_args": EQUAL[model], "name": None}
+    settings["train"] = {**TINY["train"], "num_steps": 20}
+    settings["log"] = {"every": 1, "validate_every": 0, "trackers": []}
+    (folder / f"{model}.yaml").write_text(yaml.safe_dump(settings))
+    flags = ("train.py", "--config", f"{model}.yaml", "--name")
+    run(*flags, f"{model}-one", cwd=folder)
+    run(*flags, f"{model}-two", cwd=folder, processes=2)
+    run(*flags, f"{model}-micro", "--train.grad_accumulation", 2, cwd=folder)
+    one = [event["loss"] for event in log(folder, f"{model}-one")]
+    assert len(one) == 20
     for name in ("two", "micro"):
-        other = [event["loss"] for event in log(folder, name) if "loss" in event]
-        assert np.allclose(one, other, rtol=1e-5), name
+        assert np.allclose(one, [event["loss"] for event in log(folder, f"{model}-{name}")], rtol=1e-5), name
+        ours, theirs = weights(folder, f"{model}-one", step=20), weights(folder, f"{model}-{name}", step=20)
+        # Adam turns rounding into whole steps where a gradient is all rounding: hence norms over all weights.
+        gap = sum((ours[key].double() - theirs[key].double()).square().sum() for key in ours).sqrt()
+        assert gap < 1e-3 * sum(ours[key].double().square().sum() for key in ours).sqrt(), name
+
+
+def test_batch_norms_on_several_cpu_processes_are_spoken_of(folder):
+    flags = ("--model_args.conv_norm", "batch", "--train.num_steps", 1, "--name", "batchnorm")
+    done = run("train.py", "--config", "tiny.yaml", *flags, cwd=folder, processes=2)
+    assert done.stdout.count("Batch norms see each process's own share") == 1
+
+
+def test_an_average_of_any_length_is_made_from_snapshots(folder):
+    flags = ("--train.ema_profiles", "[0.05, 0.1]", "--name", "profiles", "--log.checkpoint_every", 1)
+    run("train.py", "--config", "tiny.yaml", *flags, cwd=folder)
+    done = run("scripts/reconstruct_ema.py", "--run", "runs/profiles", "--sigma_rel", 0.08, cwd=folder)
+    assert "sigma_rel 0.08 up to step 4, from 8 snapshots" in done.stdout
+    made = ("--checkpoint", "runs/profiles/ema-0.08.safetensors", "--num_per_class", 1, "--output", "averaged.npz")
+    run("sample.py", *made, cwd=folder)
+    shutil.rmtree(folder / "runs" / "profiles" / "checkpoints" / "00000004")
+    before = load_file(folder / "runs" / "profiles" / "snapshots" / "00000004.safetensors")
+    run("train.py", "--resume", "runs/profiles", cwd=folder)
+    after = load_file(folder / "runs" / "profiles" / "snapshots" / "00000004.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_submitted_training_runs(folder):
+    flags = ("--cluster", "local", "--gpus", 0, "--wait", "true", "--overrides", "[--name, submitted]")
+    done = run("scripts/launch_slurm.py", "--experiment", "tiny.yaml", *flags, cwd=folder)
+    assert "it ended with status 0" in done.stdout
+    assert (folder / "runs" / "submitted" / "checkpoints" / "00000004").is_dir()
 
 
 def test_same_seed_same_images_whatever_batch_and_processes(folder):

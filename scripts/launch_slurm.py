@@ -1,0 +1,106 @@
+"""Submit a training to SLURM; requeued after preemption or time-out, it goes on where it was.
+
+    python scripts/launch_slurm.py --experiment configs/caltech101/xswin.yaml --gpus 8 --hours 12 --partition gpu
+    python scripts/launch_slurm.py --experiment EXPERIMENT.yaml --cluster local      (the same, as a process here)
+
+SLURM sends SIGUSR1 two minutes before the end; train.py saves and exits with status 75; the job goes back to the queue
+and resumes with `--resume auto`.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import auto_cli
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Training:
+    """`accelerate launch train.py ... --resume auto` on one node, as submitit calls it."""
+
+    arguments: list[str]
+    gpus: int
+
+    def __call__(self) -> int:
+        """Run it to its end; returns the exit status.
+
+        Raises:
+            RuntimeError: when it fails.
+        """
+        processes = ["--num_processes", str(max(1, self.gpus)), *(["--multi_gpu"] if self.gpus > 1 else [])]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *processes, "--num_machines", "1"]
+        numbers = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        command = [*launcher, *numbers, str(ROOT / "train.py"), *self.arguments, "--resume", "auto"]
+        self.process = subprocess.Popen(command)
+        status = self.process.wait()
+        if status not in (0, 75):
+            raise RuntimeError(f"train.py ended with status {status}")
+        return status
+
+    def checkpoint(self) -> Any:
+        """What submitit calls when SLURM announces the end: let the training save, then go back to the queue."""
+        import submitit
+
+        self.process.send_signal(signal.SIGUSR1)
+        self.process.wait()
+        return submitit.helpers.DelayedSubmission(Training(self.arguments, self.gpus))
+
+
+def main(
+    experiment: Path,
+    overrides: list[str] = [],  # noqa: B006  (read only)
+    gpus: int = 1,
+    hours: float = 12.0,
+    cpus_per_gpu: int = 8,
+    memory_gb: int = 64,
+    partition: str | None = None,
+    cluster: Literal["slurm", "local"] = "slurm",
+    logs: Path = Path("runs/slurm"),
+    wait: bool = False,
+) -> None:
+    """Submit one training.
+
+    Args:
+        experiment: its YAML
+        overrides: further flags of train.py, such as '[--train.seed, "1"]'
+        gpus: on one node
+        hours: time limit; the job is requeued when it is over
+        cpus_per_gpu: cores for each
+        memory_gb: main memory of the job
+        partition: of the cluster
+        cluster: 'slurm', or 'local' for a process on this machine
+        logs: folder for the job's output
+        wait: stay until the job has ended
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError("submitit is not installed: pip install -e '.[slurm]'") from error
+    if not experiment.is_file():
+        raise ValueError(f"--experiment {experiment}: no such file")
+    executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
+    executor.update_parameters(
+        timeout_min=int(60 * hours), cpus_per_task=cpus_per_gpu * max(1, gpus), name=experiment.stem
+    )
+    if cluster == "slurm":
+        slurm = {"slurm_signal_delay_s": 120, **({"slurm_partition": partition} if partition else {})}
+        executor.update_parameters(gpus_per_node=gpus, mem_gb=memory_gb, **slurm)
+    job = executor.submit(Training(["--config", str(experiment), *overrides], gpus))
+    print(f"job {job.job_id}; its output: {job.paths.stdout}")
+    if wait:
+        print(f"it ended with status {job.result()}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from experiment.cli import one_line_errors
+
+    with one_line_errors():
+        auto_cli(main, as_positional=False)

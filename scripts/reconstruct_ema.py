@@ -1,0 +1,74 @@
+"""Make an average of any length from a finished run's snapshots (EDM2: Karras et al. 2024, section 3.2).
+
+    accelerate launch train.py --config EXPERIMENT.yaml --train.ema_profiles '[0.05, 0.1]'
+    python scripts/reconstruct_ema.py --run runs/XSwin --sigma_rel 0.08
+    python evaluate.py --samples runs/XSwin/ema-0.08.safetensors
+
+Snapshots are written with every checkpoint, `log.checkpoint_every`; sixteen or more over a run do well.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | None = None) -> None:
+    """Combine snapshots into one checkpoint file.
+
+    Args:
+        run: a run's folder, trained with --train.ema_profiles
+        sigma_rel: length of the average: its standard deviation over the length of training; 0.02 to 0.25
+        step: the end of training to average up to; by default the last snapshot
+        output: file to write; by default runs/NAME/ema-SIGMA.safetensors
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from experiment.checkpoint import SNAPSHOTS, open_checkpoint
+    from experiment.ema import gamma_of, reconstruction_weights
+
+    files = {int(path.stem): path for path in sorted((run / SNAPSHOTS).glob("[0-9]*.safetensors"))}
+    if not files:
+        raise ValueError(f"--run {run}: no snapshots in it; train with --train.ema_profiles '[0.05, 0.1]'")
+    last = max(files) if step is None else step
+    if last not in files:
+        raise ValueError(f"--step {step}: no snapshot of it; there are {', '.join(map(str, files))}")
+    files = {number: path for number, path in files.items() if number <= last}
+    with safe_open(files[last], "pt") as file:
+        names = list(file.keys())
+        metadata = file.metadata()
+    sigmas = sorted({name.split("/", 1)[0] for name in names})
+    snapshots = [(number, sigma) for number in files for sigma in sigmas]
+    weights = reconstruction_weights(
+        [(number, gamma_of(float(sigma))) for number, sigma in snapshots], (last, gamma_of(sigma_rel))
+    )
+    shares = dict(zip(snapshots, weights, strict=True))
+    total = {}
+    for number, path in tqdm(files.items(), desc="snapshots"):
+        with safe_open(path, "pt") as file:
+            for full_name in names:
+                sigma, name = full_name.split("/", 1)
+                tensor = file.get_tensor(full_name)
+                if not tensor.is_floating_point():
+                    total[name] = tensor
+                    continue
+                part = shares[number, sigma] * tensor.double()
+                total[name] = part if name not in total else total[name] + part
+    path = output or run / f"ema-{sigma_rel:g}.safetensors"
+    rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
+    save_file(rounded, path, metadata={**metadata, "step": str(last)})
+    open_checkpoint(path)
+    print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(snapshots)} snapshots: {path}")
+
+
+if __name__ == "__main__":
+    from experiment.cli import one_line_errors
+
+    with one_line_errors():
+        auto_cli(main, as_positional=False)

@@ -1,0 +1,145 @@
+"""Kill real trainings at random moments, resume them, and compare with one that was never interrupted, bit by bit.
+
+    make soak                                  (20 kills; its figures stand in docs/reliability.md)
+    python scripts/soak.py --kills 3
+
+Every kill is SIGKILL to the whole process group, at a moment drawn at random between the start of the first step and
+the end of the run: in a step, in a validation, or in the middle of a save (checkpoints are written after every step).
+The resumed run must end with the same weights, average, optimizer and log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from jsonargparse import auto_cli
+
+ROOT = Path(__file__).parent.parent
+MEASURED = {"images_per_second", "waiting_for_data", "memory_gb"}
+CONFIG = {
+    "model": "XSwin",
+    "model_args": {"dim": 32, "depths": [1, 1], "num_heads": [2, 4], "num_global_blocks": 1},
+    "data": {"path": "shapes", "num_images": 60, "image_size": 32},
+    "optim": {"lr": 1e-3, "grad_clip": 1.0, "warmup_steps": 3, "decay": "cosine"},
+    "train": {"num_steps": 40, "batch_size": 8, "grad_accumulation": 2},
+    "sampling": {"sampler": "ddim", "num_steps": 2},
+    "log": {
+        "every": 3,
+        "validate_every": 5,
+        "sample_every": 10,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 2,
+        "best": "validation_loss",
+        "trackers": [],
+    },
+}
+
+
+def soak(kills: int = 20, precision: str = "bf16", seed: int = 0, output: Path | None = None) -> None:
+    """Kill and resume until `kills` processes have died, as many runs as that takes.
+
+    Args:
+        kills: processes to kill
+        precision: of training: 'fp32' or 'bf16'
+        seed: of the moments
+        output: JSON file for the figures
+    """
+    draw = random.Random(seed)
+    figures = {"kills": 0, "in_a_save": 0, "runs": 0, "resumed_steps": [], "precision": precision}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = {**CONFIG, "train": {**CONFIG["train"], "precision": precision}}
+        (folder / "soak.yaml").write_text(yaml.safe_dump(config))
+        began = time.time()
+        finish(start(folder, "straight"))
+        length = time.time() - began
+        expected = fingerprint(folder / "runs" / "straight")
+        while figures["kills"] < kills:
+            run = f"killed{figures['runs']}"
+            while True:
+                process = start(folder, run)
+                moment = draw.uniform(0.3 * length, 1.1 * length)
+                if figures["kills"] == kills or not killed(process, moment):
+                    finish(process)
+                    break
+                checkpoints = folder / "runs" / run / "checkpoints"
+                figures["kills"] += 1
+                figures["in_a_save"] += any(checkpoints.glob(".*.partial"))
+                steps = [int(path.name) for path in checkpoints.glob("[0-9]*")]
+                figures["resumed_steps"].append(max(steps, default=0))
+                print(
+                    f"kill {figures['kills']} of {kills} after {moment:.1f} s, at step {max(steps, default=0)}",
+                    flush=True,
+                )
+            found = fingerprint(folder / "runs" / run)
+            different = [key for key in expected if expected[key] != found[key]]
+            if different:
+                raise SystemExit(f"soak: {run} differs from the uninterrupted run in {', '.join(different)}")
+            figures["runs"] += 1
+            shutil.rmtree(folder / "runs" / run)
+    print(json.dumps(figures))
+    saves = f"{figures['in_a_save']} in the middle of a save"
+    print(f"{figures['kills']} kills ({saves}), {figures['runs']} runs: equal bitwise")
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def start(folder: Path, name: str) -> subprocess.Popen:
+    """A training in a process group of its own."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "soak.yaml", "--name", name, "--resume", "auto"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
+
+
+def killed(process: subprocess.Popen, seconds: float) -> bool:
+    """SIGKILL after so many seconds; false where the process ended before."""
+    try:
+        process.wait(timeout=seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return True
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait for the end, which must be a good one."""
+    _, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"soak: the training failed\n{errors[-2000:]}")
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """Hashes of all that a finished run leaves, but what a clock says."""
+    last = sorted((run / "checkpoints").glob("[0-9]*"))[-1]
+    files = {
+        name: last / name for name in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors")
+    }
+    hashes = {name: hashlib.sha256(tensors_of(path)).hexdigest() for name, path in files.items()}
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in event.items() if key not in MEASURED} for event in events]
+    hashes["log.jsonl"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    hashes["best"] = (run / "checkpoints" / "best").resolve().name
+    return hashes
+
+
+def tensors_of(path: Path) -> bytes:
+    """A safetensors file without its header, which names the run."""
+    data = path.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+if __name__ == "__main__":
+    auto_cli(soak, as_positional=False)

@@ -1,0 +1,56 @@
+"""Losses of the first 20 steps, as they were when the code was last known to be right.
+
+A change that alters initialisation, data order, noise, loss or optimizer shows here. Where that is meant, write the new
+losses down: `python tests/test_golden.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = {
+    "autoencoder": "pixel",
+    "data": {"path": "shapes", "num_images": 40, "image_size": 16},
+    "optim": {"lr": 1e-3},
+    "train": {"num_steps": 20, "batch_size": 8, "precision": "fp32"},
+    "log": {"every": 1, "validate_every": 0, "sample_every": 0, "checkpoint_every": 0, "trackers": []},
+    "sampling": {"sampler": "ddim", "num_steps": 1},
+}
+MODELS = {
+    "XSwin": {"dim": 16, "depths": [2, 1], "num_heads": [2, 4], "num_global_blocks": 1},
+    "DiT": {"dim": 32, "depth": 2, "num_heads": 2},
+}
+
+
+def losses(model, folder):
+    (folder / "golden.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "model_args": MODELS[model]}))
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "golden.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    events = map(json.loads, (folder / "runs" / model / "log.jsonl").read_text().splitlines())
+    return [event["loss"] for event in events]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_are_those_written_down(model, tmp_path):
+    expected = [float(line) for line in (GOLDEN / f"{model}.txt").read_text().split()]
+    assert losses(model, tmp_path) == pytest.approx(expected, rel=1e-3)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    GOLDEN.mkdir(exist_ok=True)
+    for name in MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            found = losses(name, Path(folder))
+        (GOLDEN / f"{name}.txt").write_text("".join(f"{loss:.6f}\n" for loss in found))
+        print(name, found)
