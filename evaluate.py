@@ -33,7 +33,8 @@ class EvaluateConfig:
         num_samples: images to draw, or to take; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced', 'reference' (the held-out images' own) or 'random'
         trials: repeat with the seeds after `seed` too, and report mean and standard deviation
-        sampler: 'ddpm' or 'ddim'; this and the two below may be lists, such as 1,1.5,2: each combination is a row
+        sampler: 'ddpm', 'ddim' or 'dpmpp_2m'; this and the two below may be lists, such as 1,1.5,2: each combination is
+            a row
         num_steps: model calls a sample
         guidance_scale: classifier-free guidance; 1 turns it off
         eta: randomness of 'ddim', 0 to 1

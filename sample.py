@@ -24,7 +24,7 @@ class SampleConfig:
         classes: names or numbers; all of them by default
         num_per_class: images of each
         seed: image i is a function of the seed, i and its label alone
-        sampler: 'ddpm' or 'ddim'; by default as in the checkpoint, like the flags below
+        sampler: 'ddpm', 'ddim' or 'dpmpp_2m'; by default as in the checkpoint, like the flags below
         num_steps: model calls a sample
         guidance_scale: classifier-free guidance; 1 turns it off
         eta: randomness of 'ddim', 0 to 1

@@ -123,7 +123,31 @@ def ddim(
         yield x_t, x_0
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+def dpmpp_2m(
+    process: GaussianDiffusion,
+    denoise: Denoise,
+    x_t: Float[Tensor, "b c h w"],
+    num_steps: int,
+    draw_noise: Callable[[], Tensor],
+    eta: float,
+) -> Moments:
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): each step also uses the `x_0` of the one before. Deterministic:
+    neither noise nor `eta` play a part. The first step and the step to the data are of first order."""
+    before = None
+    for t, at in process.reverse_steps(num_steps):
+        x_0 = denoise(x_t, t, at).x_0
+        decay = at.alpha * at.sigma_next / (at.sigma * at.alpha_next)  # e^-h; h: how far the log-SNR's half rises
+        h = -decay.log()
+        extrapolated = x_0
+        if before is not None and at.sigma_next > 0:
+            earlier, earlier_h = before
+            extrapolated = x_0 + h / (2 * earlier_h) * (x_0 - earlier)
+        x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - decay) * extrapolated
+        before = x_0, h
+        yield x_t, x_0
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
 
 
 def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:

@@ -115,7 +115,7 @@ class SamplingConfig:
     """How samples are drawn, by sample.py, evaluate.py and the grids during training.
 
     Args:
-        sampler: 'ddpm' or 'ddim'
+        sampler: 'ddpm', 'ddim' or 'dpmpp_2m'
         num_steps: model calls a sample, each of both halves under guidance
         guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
         eta: randomness of 'ddim': 0 none, 1 that of 'ddpm'

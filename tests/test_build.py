@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from experiment.build import (
     build_process,
@@ -15,10 +16,19 @@ from experiment.cli import parse
 from experiment.config import ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from models.autoencoder import PixelCodec, create_codec
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+YAML = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+LAUNCHERS = [path for path in YAML if path.parent.name == "accelerate"]
+EXPERIMENTS = [path for path in YAML if path not in LAUNCHERS]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_accelerate_reads_every_launcher(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == {"cpu": 1, "one_gpu": 1, "eight_gpus": 8, "two_nodes": 16}[path.stem]
+    assert config.mixed_precision == "no"  # train.precision decides
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_builds(path):
     config = parse(ExperimentConfig, ["--config", str(path)])
     process = build_process(config.diffusion)
@@ -52,7 +62,7 @@ def test_epochs_become_steps():
 
 def test_unknown_sampler_and_too_many_steps_are_told():
     process = build_process(ExperimentConfig().diffusion)
-    with pytest.raises(ValueError, match=r"--sampling.sampler euler: unknown, choose from ddpm, ddim"):
+    with pytest.raises(ValueError, match=r"--sampling.sampler euler: unknown, choose from ddpm, ddim, dpmpp_2m"):
         check_sampling(SamplingConfig(sampler="euler"), process, 1)
     with pytest.raises(ValueError, match=r"--num_steps 2000 must lie in 1..1000"):
         check_sampling(SamplingConfig(num_steps=2000), process, 1)

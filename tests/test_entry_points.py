@@ -368,7 +368,10 @@ def test_an_npz_is_scored_and_the_self_check_passes(folder, extractor):
     [
         (("train.py", "--data.path", "nowhere"), "--data.path nowhere"),
         (("train.py", "--model", "XSwinn"), "did you mean XSwin"),
-        (("train.py", "--sampling.sampler", "dppm"), "--sampling.sampler dppm: unknown, choose from ddpm, ddim"),
+        (
+            ("train.py", "--sampling.sampler", "dppm"),
+            "--sampling.sampler dppm: unknown, choose from ddpm, ddim",
+        ),
         (("train.py", "--data.image_size", "60"), "multiple of 8"),
         (("train.py", "--resume", "runs/none"), "--resume runs/none: nothing to resume"),
         (("train.py", "--config", "tiny.yaml"), "runs/tiny holds a run already: --resume runs/tiny"),

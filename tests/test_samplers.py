@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,7 +189,9 @@ def test_the_same_generator_draws_the_same_loss():
 # The samplers, on data whose denoiser is known.
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0)])
+@pytest.mark.parametrize(
+    ("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpmpp_2m", 0.0)]
+)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @predictions
 def test_gaussian_data_come_out_with_mean_and_std(sampler, eta, schedule, prediction):
@@ -226,6 +228,28 @@ def test_with_the_exact_variance_ancestral_sampling_needs_few_steps(num_steps):
     x_0 = sample(process, model, randn(4, 1, 128, 128), labels(4), num_steps=num_steps, generator=generator(1))
     assert x_0.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert x_0.std().item() == pytest.approx(STD, rel=0.01)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
+def test_deterministic_samplers_have_their_order(sampler, order):
+    """Error against the exact solution of the probability-flow equation, just before the step to the data."""
+    process = GaussianDiffusion("cosine", num_timesteps=1000, variance="fixed_small")
+    noise = randn(1, 1, 32, 32)
+    first, last = (process.transition(torch.tensor([t])) for t in (999, 0))
+
+    def spread(at):
+        return ((at.alpha * STD) ** 2 + at.sigma**2).sqrt()
+
+    exact = last.alpha * MEAN + spread(last) * (noise - first.alpha * MEAN) / spread(first)
+
+    def error(num_steps):
+        seen = []
+        settings = {"sampler": sampler, "num_steps": num_steps, "callback": lambda step, x_t, x_0: seen.append(x_t)}
+        sample(process, gaussian_denoiser(process), noise, labels(1), **settings)
+        return (seen[-2] - exact).square().mean().sqrt().item()
+
+    slope = math.log2(error(28) / error(112)) / 2
+    assert slope == pytest.approx(order, abs=0.3)
 
 
 # The samplers against diffusers, where both define the same chain: every timestep visited.
@@ -301,6 +325,33 @@ def test_ddim_agrees_with_diffusers(prediction, eta):
     assert_same_chain(ours, diffusers_chain(scheduler, pointwise_model, x, 5, eta=eta))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers, with numpy 2
+@pytest.mark.parametrize("num_steps", [8, 20])
+@predictions
+def test_dpmpp_2m_agrees_with_diffusers(prediction, num_steps):
+    process = GaussianDiffusion(prediction=prediction, variance="fixed_small")
+    scheduler = DPMSolverMultistepScheduler(
+        1000,
+        trained_betas=process.betas.numpy(),
+        prediction_type=DIFFUSERS[prediction],
+        algorithm_type="dpmsolver++",
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(timesteps=process.timesteps(num_steps).flip(0).tolist())
+    x, ours = randn(2, 3, 4, 4), []
+    sample(
+        process,
+        pointwise_model,
+        x,
+        labels(2),
+        sampler="dpmpp_2m",
+        num_steps=num_steps,
+        callback=lambda step, x_t, x_0: ours.append(x_t),
+    )
+    assert_same_chain(ours, diffusers_chain(scheduler, pointwise_model, x, 5))
+
+
 # Randomness, and what a caller may rely on.
 
 
@@ -329,11 +380,12 @@ def test_a_sample_depends_on_its_own_generator_alone(sampler, eta):
     assert not torch.equal(together[0], together[1])
 
 
-def test_deterministic_ddim_draws_nothing():
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_deterministic_samplers_draw_nothing(sampler):
     process, x = GaussianDiffusion(variance="fixed_small"), randn(2, 1, 4, 4)
     draw = generator(7)
     before = draw.get_state()
-    sample(process, pointwise_model, x, labels(2), sampler="ddim", num_steps=5, generator=draw)
+    sample(process, pointwise_model, x, labels(2), sampler=sampler, num_steps=5, generator=draw)
     assert torch.equal(before, draw.get_state())
 
 
@@ -366,7 +418,7 @@ def test_sampling_keeps_no_gradient_but_its_result_can_be_trained_on():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"sampler": "dpm"}, "--sampler dpm: unknown, choose from ddpm, ddim"),
+        ({"sampler": "dpm"}, "--sampler dpm: unknown, choose from ddpm, ddim, dpmpp_2m"),
         ({"num_steps": 0}, r"--num_steps 0 must lie in 1\.\.1000"),
         ({"num_steps": 1001}, r"--num_steps 1001 must lie in 1\.\.1000"),
         ({"eta": -0.1}, r"--eta -0\.1 must lie in"),
