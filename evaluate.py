@@ -95,6 +95,7 @@ def main(config: EvaluateConfig) -> None:
     from models.autoencoder import create_codec
 
     # What is asked for; a run's own configuration says the rest.
+    check(config)
     accelerator = Accelerator(mixed_precision=precision(config.precision))
     use_all_cores(accelerator)
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
@@ -104,11 +105,10 @@ def main(config: EvaluateConfig) -> None:
         checkpoint.config.evaluation if checkpoint else EvaluationConfig(),
         **{name: value for name, value in asked.items() if value is not None},
     )
+    check_metrics(evaluation.metrics)
     extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=accelerator.device)
     if config.self_check:
         return accelerator.print(self_check(extractor))
-    check(config)
-    check_metrics(evaluation.metrics)
 
     # The reference: held-out images, or a file.
     data = checkpoint.config.data if checkpoint else config.data
@@ -208,6 +208,8 @@ def check(config: EvaluateConfig) -> None:
     Raises:
         ValueError: naming the flag.
     """
+    if config.self_check:
+        return
     if config.samples is None:
         raise ValueError("--samples: give a run, a folder, a zip or an npz; or --self_check true")
     fixed = config.checkpoint is not None or not is_run(config.samples)

@@ -144,9 +144,11 @@ def sample_labels(
     spread over the reference's own; `random`, each class as likely. As many as asked, else as the reference has.
 
     Raises:
-        ValueError: for the reference's own labels where it has none.
+        ValueError: for the reference's own labels where it has none, or no number of samples.
     """
     num_images = evaluation.num_samples or num_reference
+    if num_images < 1:
+        raise ValueError("--num_samples: the reference does not say how many images it is of; give a number")
     if num_classes == 0 or evaluation.labels == "balanced":
         return balanced_labels(num_images, num_classes)
     if evaluation.labels == "reference":
