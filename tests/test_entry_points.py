@@ -279,7 +279,8 @@ def test_scores_carry_their_provenance(folder, extractor):
 
 def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
     flags = ("--extractor", extractor, "--num_samples", 20, "--output", "baselines.json", "--memorisation", "true")
-    done = run("evaluate.py", "--samples", "runs/tiny", *flags, "--baselines", "true", cwd=folder)
+    both = ("--baselines", "true", "--per_class", "true", "--labels", "reference")
+    done = run("evaluate.py", "--samples", "runs/tiny", *flags, *both, cwd=folder)
     rows = {row["name"]: row["scores"] for row in scores(folder, "baselines.json")["rows"]}
     assert list(rows) == ["XSwin", "training images", "reconstructions"]
     model, floor, ceiling = (row["frechet_distance[colors]"]["value"] for row in rows.values())
@@ -287,6 +288,9 @@ def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
     assert "| training images |" in done.stdout
     assert 0 <= scores(folder, "baselines.json")["memorisation"]["closer_to_training_than_held_out"] <= 1
     assert (folder / "baselines-nearest.png").is_file()
+    classes = scores(folder, "baselines.json")["per_class"]
+    assert len(classes) == 10
+    assert all(score["reason"].startswith("too few images") for score in classes.values())
 
 
 def test_processes_and_batches_do_not_change_a_score(folder, extractor):
@@ -355,7 +359,7 @@ def test_references_are_written_read_and_reused(folder, extractor):
 
 def test_an_npz_is_scored_and_the_self_check_passes(folder, extractor):
     run("sample.py", "--checkpoint", "runs/tiny", "--num_per_class", 1, "--output", "drawn.npz", cwd=folder)
-    flags = ("--checkpoint", "runs/tiny", "--extractor", extractor, "--per_class", "false")
+    flags = ("--checkpoint", "runs/tiny", "--extractor", extractor, "--seed", 1)
     run("evaluate.py", "--samples", "drawn.npz", *flags, "--output", "drawn.json", cwd=folder)
     assert scores(folder, "drawn.json")["num_samples"] == 10
     done = run("evaluate.py", "--self_check", "true", "--extractor", extractor, cwd=folder)

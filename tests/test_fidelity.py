@@ -7,6 +7,7 @@ import json
 import math
 import socket
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 
 from metrics.classifier import train_classifier
 from metrics.fidelity import METRICS, Extractor, ExtractorError, Features, Scores, class_distances, compare, score
+from metrics.frechet import Moments
 from metrics.images import image_batches
 from metrics.self_check import self_check
 from metrics.torchscript import load_torchscript, save_torchscript
@@ -212,6 +214,17 @@ def test_moments_alone_give_the_same_distance(colour: Extractor) -> None:
     assert lean.scores["precision"].reason == "the reference holds moments, not the features of each image"
 
 
+def test_spatial_distance_is_the_frechet_distance_of_spatial_features(colour: Extractor) -> None:
+    """Known Gaussians; and without spatial features on both sides, no number."""
+    x = gaussian(20, [0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], seed=0)
+    near = Moments(torch.tensor([0.0, 0.0]).double(), torch.diag(torch.tensor([4.0, 1.0])).double(), 20)
+    far = Moments(torch.tensor([3.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 1.0])).double(), 20)
+    samples, reference = replace(x, spatial=near), replace(x, spatial=far)
+    name = "spatial_frechet_distance[mean_colour]"
+    assert value(compare(samples, reference, colour, metrics=["sfid"]), name) == pytest.approx(3**2 + (2 - 1) ** 2)
+    assert compare(samples, x, colour, metrics=["sfid"]).scores[name].value is None
+
+
 def test_classes_have_distances_of_their_own(colour: Extractor) -> None:
     x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.tensor([0] * 19 + [1] * 19 + [2] * 2)
@@ -374,6 +387,11 @@ def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
     assert list(scores.scores) == list(METRICS)
     known = {name for name, one in scores.scores.items() if one.value is not None}
     assert known == {"fid", "sfid", "is", "kid", "precision", "recall"}  # the others want six reference images
+    extractor = Extractor("inception", weights_path=inception_weights)
+    spatial = extractor(image_batches(samples, 2), 2, metrics=["sfid"], progress=False).spatial
+    assert spatial is not None
+    assert spatial.mean.shape == (7 * 17 * 17,)
+    assert not extractor.published_weights
     assert value(scores, "is") >= 1
     assert (scores.extractor, scores.num_features) == ("inception", 2048)
     assert len(scores.extractor_sha256) == 64
