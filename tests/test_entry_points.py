@@ -294,9 +294,9 @@ def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
 
 
 def test_processes_and_batches_do_not_change_a_score(folder, extractor):
-    flags = ("evaluate.py", "--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 30)
-    run(*flags, "--batch_size", 8, "--output", "one.json", cwd=folder)
-    run(*flags, "--batch_size", 7, "--output", "two.json", processes=2, cwd=folder)
+    flags = ("evaluate.py", "--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 96)
+    run(*flags, "--batch_size", 32, "--output", "one.json", cwd=folder)
+    run(*flags, "--batch_size", 48, "--output", "two.json", processes=2, cwd=folder)
     one, two = (scores(folder, f"{name}.json")["scores"] for name in ("one", "two"))
     for name, score in one.items():
         if score["value"] is None:
