@@ -7,9 +7,9 @@ from experiment.build import (
     build_process,
     check_sampling,
     learning_rate,
+    mixed_precision,
     model_spec,
     num_training_steps,
-    precision,
     sampling_of,
 )
 from experiment.cli import parse
@@ -72,7 +72,7 @@ def test_unknown_sampler_and_too_many_steps_are_told():
         guidance_scale=1.0, num_steps=7
     )
     with pytest.raises(ValueError, match=r"precision fp8: unknown"):
-        precision("fp8")
+        mixed_precision("fp8")
 
 
 @pytest.mark.parametrize("argument", ["--modell", "--data.pth", "--optim.lr=fast", "--data.difficulty=brutal"])
