@@ -43,6 +43,7 @@ def main(config: ExperimentConfig) -> None:
     from experiment.guard import Guard, gradient_norm
     from experiment.interruption import EXIT_CODE, Interruption
     from experiment.meter import Meter
+    from experiment.sharding import is_sharded
     from experiment.sources import from_generator
     from experiment.tracking import Log, draw_curve, save_grid
     from experiment.validation import validation_loss
@@ -114,6 +115,7 @@ def main(config: ExperimentConfig) -> None:
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
         f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"
+        f"{', each with a part of the model' if is_sharded(model) else ''}"
     )
 
     def save() -> None:
@@ -208,7 +210,7 @@ def main(config: ExperimentConfig) -> None:
         if _due(step, config.log.evaluate_every):
             found |= score()
         keep_if_best(found)
-        if _due(step, config.log.sample_every):
+        if _due(step, config.log.sample_every) and step < num_steps:
             draw_samples()
         if _due(step, config.log.checkpoint_every) and step < num_steps:
             save()

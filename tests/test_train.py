@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from processes import ROOT, TINY, log, run, weights
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def test_training_leaves_what_a_user_looks_for(folder):
@@ -26,6 +27,19 @@ def test_training_leaves_what_a_user_looks_for(folder):
     assert [event["step"] for event in events if "validation_loss" in event] == [2, 4]
     assert {"loss", "mse", "vb", "lr", "images_per_second", "gradient_norm", "ema_drift"} <= events[0].keys()
     assert any(run_folder.rglob("events.out.tfevents*"))
+
+
+def test_trackers_show_losses_and_samples_without_a_network(folder):
+    trackers = ("--log.trackers", "[tensorboard, wandb]", "--log.sample_every", 2, "--name", "tracked")
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(folder)}
+    run("train.py", "--config", "tiny.yaml", *trackers, cwd=folder, **offline)
+    board = EventAccumulator(str(folder / "runs" / "tracked" / "tracking")).Reload()
+    logged = [event["loss"] for event in log(folder, "tracked") if "loss" in event]
+    assert [scalar.value for scalar in board.Scalars("loss")] == pytest.approx(logged)
+    assert [picture.step for picture in board.Images("samples")] == [2, 4]
+    (written,) = (folder / "wandb").glob("offline-run-*")
+    assert next(written.glob("*.wandb")).stat().st_size > 1000
+    assert len(list(written.rglob("samples*.png"))) == 2
 
 
 def test_weights_move_and_the_average_follows(folder):
@@ -154,7 +168,9 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
         return [weights(folder, name, file=file) for file in files]
 
     run("train.py", "--config", "sharded.yaml", "--name", "whole", cwd=folder)
-    run("tests/fsdp_on_cpus.py", ROOT / "train.py", "--config", "sharded.yaml", "--name", "sharded", **sharded)
+    flags = ("--config", "sharded.yaml", "--name", "sharded")
+    done = run("tests/fsdp_on_cpus.py", ROOT / "train.py", *flags, **sharded)
+    assert "2 x cpu:0, each with a part of the model" in done.stdout
     straight = same("sharded", atol=1e-3)
 
     # On the same processes bitwise; on one, from the sharded run's checkpoint, to rounding.
