@@ -26,6 +26,7 @@ def main(config: ExperimentConfig) -> None:
         build_optimizer,
         build_process,
         check_sampling,
+        compile_blocks,
         learning_rate,
         model_spec,
         num_training_steps,
@@ -75,6 +76,8 @@ def main(config: ExperimentConfig) -> None:
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
     optimizer = build_optimizer(model, config.optim)
+    if config.train.compile:
+        compile_blocks(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.shard_like(model)
     num_steps = num_training_steps(config.train, len(cache))

@@ -95,6 +95,7 @@ class TrainConfig:
         ema_profiles: relative lengths of power-function averages to keep snapshots of, such as [0.05, 0.1]; see
             scripts/reconstruct_ema.py
         precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 on GPUs, fp32 on CPUs
+        compile: compile the backbone's blocks (torch.compile); see docs/performance.md for what it gives and costs
         seed: of weights, order, noise, timesteps and dropout
     """
 
@@ -107,6 +108,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     ema_profiles: list[float] = field(default_factory=list)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
     seed: int = 0
 
 

@@ -1,21 +1,270 @@
-"""Measure, each figure as a ratio within one run, and print a Markdown table for docs/performance.md.
+"""Measure. Figures to be compared come from one run, in turns, as medians; a Markdown table is printed.
 
+python scripts/benchmark.py training                                  (all four backbones, images a second)
+python scripts/benchmark.py training --compare ../XSwinDiffusion      (beside the published implementation)
+python scripts/benchmark.py sampling --models [XSwin,DiT]
+python scripts/benchmark.py epoch --compare ../XSwinDiffusion         (from images: theirs encodes at each step)
+python scripts/benchmark.py scaling --plot scaling.png                (time and memory against the side of the latent)
 python scripts/benchmark.py extraction --extractor mobilenet_v2.pt
 python scripts/benchmark.py frechet
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
+Row = dict[str, Any]
+
+
+def training(
+    models: list[str] = BACKBONES,
+    latent_size: int = 8,
+    num_classes: int = 101,
+    batch_size: int = 128,
+    precision: str = "bf16",
+    compile: bool = False,
+    rounds: int = 5,
+    compare: Path | None = None,
+    output: Path | None = None,
+) -> None:
+    """Images a second of an optimizer step (forward, hybrid loss, backward, fused AdamW, average) on random latents.
+
+    Args:
+        models: names of backbones; they take turns
+        latent_size: side of the latents
+        num_classes: of the labels
+        batch_size: images a step
+        precision: 'fp32' or 'bf16' (autocast)
+        compile: as train.compile does
+        rounds: steps of each that count
+        compare: checkout of the published implementation: its step as shipped (float32), and in bf16 with a fused
+            optimizer
+        output: JSON file
+    """
+    from metrics.cost import cost
+
+    device, peak = the_device(), matrix_peak(precision)
+    x_0, y = latents(batch_size, latent_size, num_classes)
+    programs: list[tuple[Row, Callable[[], None]]] = []
+    for name in models:
+        model = backbone(name, latent_size, num_classes)
+        of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=num_classes)
+        row = {"model": name, "implementation": "this one", "precision": precision + " compiled" * compile}
+        row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
+        programs.append((row, our_step(model, x_0, y, precision, compile)))
+        if compare is not None:
+            for precision_of_theirs in ("fp32", "bf16"):
+                row = {"model": name, "implementation": "published", "precision": precision_of_theirs}
+                programs.append((row, their_step(compare, name, x_0, y, num_classes, precision_of_theirs)))
+    rows = measured([row for row, _ in programs], [program for _, program in programs], rounds, batch_size)
+    for row in rows:
+        if "gflops" in row:  # backward costs about twice the forward
+            row["MFU"] = round(3 * row["gflops"] * 1e9 * row["img/s"] / peak, 3)
+    what = f"optimizer step, batch {batch_size}, latents {latent_size}x{latent_size}"
+    report(what, rows, output, note=f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {device} matrices of side 2048.")
+
+
+def sampling(
+    models: list[str] = BACKBONES,
+    latent_size: int = 8,
+    num_classes: int = 101,
+    batch_size: int = 101,
+    num_steps: int = 10,
+    guidance_scale: float = 1.5,
+    sampler: str = "ddpm",
+    precision: str = "fp32",
+    compile: bool = False,
+    rounds: int = 3,
+    compare: Path | None = None,
+    output: Path | None = None,
+) -> None:
+    """Images a second of guided sampling, without decoding.
+
+    Args:
+        models: names of backbones; they take turns
+        latent_size: side of the latents
+        num_classes: of the labels
+        batch_size: images at a time
+        num_steps: model calls a sample; time is proportional to them
+        guidance_scale: of classifier-free guidance; 1: none
+        sampler: its name; the published one is 'ddpm'
+        precision: 'fp32' or 'bf16' (autocast), of both implementations
+        compile: as train.compile does
+        rounds: batches of each that count
+        compare: checkout of the published implementation
+        output: JSON file
+    """
+    import torch
+
+    from diffusion import GaussianDiffusion, sample
+
+    process = GaussianDiffusion()
+    noise, y = latents(batch_size, latent_size, num_classes)
+    settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
+    programs: list[tuple[Row, Callable[[], None]]] = []
+    for name in models:
+        model = compiled(backbone(name, latent_size, num_classes).eval(), compile)
+
+        def ours(model: torch.nn.Module = model) -> None:
+            with autocast(precision):
+                sample(process, model, noise, y, **settings)
+
+        row = {"model": name, "implementation": "this one", "precision": precision + " compiled" * compile}
+        programs.append((row, ours))
+        if compare is not None:
+            from published import Published
+
+            published = Published(compare)
+            their_model = published.create(name, latent_size=latent_size, num_classes=num_classes).eval()
+
+            def theirs(model: torch.nn.Module = their_model, published: Published = published) -> None:
+                with autocast(precision), torch.no_grad():
+                    how = {"num_classes": num_classes, "num_steps": num_steps, "scale": guidance_scale}
+                    published.sample(model, noise, y, **how)
+
+            programs.append(({"model": name, "implementation": "published", "precision": precision}, theirs))
+    rows = measured([row for row, _ in programs], [program for _, program in programs], rounds, batch_size)
+    report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows, output)
+
+
+def epoch(
+    compare: Path,
+    models: list[str] = ["XSwin"],  # noqa: B006  (read only)
+    batch_size: int = 128,
+    precision: str = "bf16",
+    compile: bool = False,
+    rounds: int = 2,
+    output: Path | None = None,
+) -> None:
+    """Images a second of training from 64x64 images: ours from a warm cache, the published loop encoding at each step.
+
+    The published loop's autoencoder has the architecture of the SD autoencoder, with random weights.
+
+    Args:
+        compare: checkout of the published implementation
+        models: names of backbones
+        batch_size: images a step
+        precision: of ours
+        compile: ours as train.compile does
+        rounds: steps of each that count
+        output: JSON file
+    """
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from data.latents import LatentCache, build_cache
+    from diffusion import GaussianDiffusion
+    from experiment.batches import Batches
+    from experiment.build import open_split
+    from experiment.config import DataConfig
+    from models.autoencoder import create_codec
+
+    process, codec, device = GaussianDiffusion(), create_codec("embedded").to(the_device()), the_device()
+    shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
+    kind = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    kind |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    autoencoder: Any = AutoencoderKL.from_config(kind)
+    autoencoder.to(device)
+    images = torch.stack([shapes[index][0] for index in range(batch_size)]).to(device).float() / 127.5 - 1
+    _, y = latents(batch_size, 8, 10)
+    programs: list[tuple[Row, Callable[[], None]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        cache_folder = Path(folder) / "cache"
+        prepare = lambda batch: codec.prepare(batch.to(device)).cpu()  # noqa: E731
+        build_cache(cache_folder, shapes, prepare, codec.identity, flips=True, batch_size=64, progress=False)
+        cache = LatentCache(cache_folder, codec.identity).to(device)
+        batches = Batches(cache, codec, process, seed=0, batch_size=batch_size, device=device)
+        for name in models:
+            step, steps = our_step(backbone(name, 8, 10), None, None, precision, compile), iter(range(10**9))
+
+            def ours(step: Callable = step, steps: Any = steps) -> None:
+                (batch,) = batches.micro_batches(next(steps))
+                step(batch.x_0, batch.y)
+
+            programs.append(({"model": name, "implementation": "this one, cache warm", "precision": precision}, ours))
+            their = their_step(compare, name, None, None, 10, "fp32")
+
+            def theirs(step: Callable = their) -> None:
+                with torch.no_grad():
+                    x_0 = autoencoder.encode(images).latent_dist.sample().mul_(0.18215)
+                step(x_0, y)
+
+            programs.append(({"model": name, "implementation": "published loop", "precision": "fp32"}, theirs))
+        rows = measured([row for row, _ in programs], [program for _, program in programs], rounds, batch_size)
+    report(f"training from 64x64 images, batch {batch_size}", rows, output)
+
+
+def scaling(
+    models: list[str] = BACKBONES,
+    sides: list[int] = [8, 16, 32, 64, 128],  # noqa: B006  (read only)
+    tokens: int = 8192,
+    precision: str = "bf16",
+    rounds: int = 3,
+    plot: Path | None = None,
+    output: Path | None = None,
+) -> None:
+    """Time and memory of a training step a latent pixel, against the side of the latent. Each measure is a process.
+
+    Args:
+        models: names of backbones
+        sides: of the latents
+        tokens: latent pixels a step: the batch shrinks as the side grows, down to one image
+        precision: 'fp32' or 'bf16' (autocast)
+        rounds: steps that count
+        plot: picture of both
+        output: JSON file
+    """
+    rows = []
+    for name in models:
+        for side in sides:
+            batch_size = max(1, tokens // side**2)
+            with tempfile.NamedTemporaryFile(suffix=".json") as file:
+                flags = {"models": f"[{name}]", "latent_size": side, "batch_size": batch_size, "rounds": rounds}
+                flags |= {"precision": precision, "output": file.name}
+                command = [sys.executable, __file__, "training"]
+                command += [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                (row,) = json.loads(Path(file.name).read_text())["rows"]
+            row |= {"latent": side, "batch": batch_size, "us/pixel": round(1e6 / row["img/s"] / side**2, 2)}
+            row["kB/pixel"] = round(row["step GB"] * 1e6 / (batch_size * side**2), 1)
+            rows.append({key: row[key] for key in ("model", "latent", "batch", "img/s", "us/pixel", "kB/pixel")})
+            print(rows[-1], file=sys.stderr)
+    if plot is not None:
+        draw_scaling(rows, plot)
+    report(f"training step, {precision}, {tokens} latent pixels a step", rows, output)
+
+
+def draw_scaling(rows: Sequence[Row], path: Path) -> None:
+    """Time and memory a latent pixel against the latent's side, a line a backbone."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    for axis, key, label in zip(axes, ("us/pixel", "kB/pixel"), ("time, µs", "memory, kB"), strict=True):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            points = [(row["latent"], row[key]) for row in rows if row["model"] == name]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
+        sides = sorted({row["latent"] for row in rows})
+        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log", yscale="log")
+        axis.set_xticks(sides, labels=[str(side) for side in sides])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, rounds: int = 5) -> None:
@@ -32,25 +281,20 @@ def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, roun
     from metrics.fidelity import Extractor
     from metrics.images import image_batches
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = Extractor(extractor, device=device)
+    network = Extractor(extractor, device=str(the_device()))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num_images, 3, 64, 64), dtype=torch.uint8, generator=generator)
 
     @torch.inference_mode()
     def bare() -> None:
         for batch in images.split(batch_size):
-            network.module(batch.to(device))[0].cpu()
+            network.module(batch.to(the_device()))[0].cpu()
 
     def ours() -> None:
         network(image_batches(images, batch_size), num_images, progress=False)
 
-    bare_time, our_time = alternate(rounds, bare, ours)
-    report(
-        f"{network.name}, {num_images} images of 64x64, batches of {batch_size}",
-        {"bare loop": f"{num_images / bare_time:.1f} img/s", "Extractor": f"{num_images / our_time:.1f} img/s"},
-        f"ratio {bare_time / our_time:.3f}",
-    )
+    rows = measured([{"what": "bare loop"}, {"what": "Extractor"}], [bare, ours], rounds, num_images)
+    report(f"{network.name}, {num_images} images of 64x64, batches of {batch_size}", rows)
 
 
 def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
@@ -74,164 +318,157 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
             running.update(batch)
         moments.append(running.moments())
     middle = time.perf_counter()
-    value = frechet_distance(*moments)
+    frechet_distance(*moments)
     end = time.perf_counter()
-    report(
-        f"two sets of {num_images} x {dim}",
-        {"moments of both": f"{middle - began:.1f} s", "distance": f"{end - middle:.1f} s"},
-        f"{end - began:.1f} s in all (distance {value:.3f})",
-    )
+    rows = [{"what": "moments of both", "s": middle - began}, {"what": "distance", "s": end - middle}]
+    report(f"two sets of {num_images} x {dim}", [{**row, "s": round(row["s"], 1)} for row in rows])
 
 
-def training(
-    models: list[str] = ["XSwin", "USwin", "DiT", "UViT"],  # noqa: B006  (read only)
-    latent_size: int = 8,
-    num_classes: int = 101,
-    batch_size: int = 128,
-    precision: str = "bf16",
-    rounds: int = 5,
-) -> None:
-    """Images a second of an optimizer step (forward, hybrid loss, backward, fused AdamW, average) on random latents.
-
-    Args:
-        models: names of backbones; they take turns
-        latent_size: side of the latents
-        num_classes: of the labels
-        batch_size: images a step
-        precision: 'fp32' or 'bf16' (autocast)
-        rounds: steps of each that count
-    """
-    import torch
-
+def our_step(model: Any, x_0: Any, y: Any, precision: str, compile: bool) -> Callable[..., None]:
+    """An optimizer step as `train.py` makes it, on these latents or on those it is given."""
     from diffusion import GaussianDiffusion
+    from experiment.build import build_optimizer
+    from experiment.config import OptimConfig
     from experiment.ema import EMA
-    from metrics.cost import cost
+
+    process, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
+    compiled(model, compile)
+
+    def step(x_0: Any = x_0, y: Any = y) -> None:
+        with autocast(precision):
+            loss = process.training_loss(model, x_0, y)["loss"].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, 0)
+
+    return step
+
+
+def their_step(checkout: Path, name: str, x_0: Any, y: Any, num_classes: int, precision: str) -> Callable[..., None]:
+    """An optimizer step as the published script makes it; in bf16 under autocast with the fused optimizer."""
+    import torch
+    from published import Published, update_average
+
+    published, device = Published(checkout), the_device()
+    model = published.create(name, latent_size=8, num_classes=num_classes).to(device)
+    average, loss_of = deepcopy(model).requires_grad_(False).eval(), published.loss()
+    fused = True if precision == "bf16" else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused)
+
+    def step(x_0: Any = x_0, y: Any = y) -> None:
+        with autocast(precision):
+            loss = loss_of(model, x_0, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        update_average(average, model)
+
+    return step
+
+
+def backbone(name: str, latent_size: int, num_classes: int) -> Any:
+    """A registered backbone for four-channel latents and learned variances, on the device."""
     from models import create_model
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process, shape = GaussianDiffusion(), (4, latent_size, latent_size)
-    x_0 = torch.randn(batch_size, *shape, device=device)
-    y = torch.randint(num_classes, (batch_size,), device=device)
     sizes = {"input_size": latent_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
-    built = [create_model(name, **sizes).to(device) for name in models]
-
-    def step_of(model: torch.nn.Module) -> Callable[[], None]:
-        optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), EMA(model, 0.9999)
-
-        def step() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = process.training_loss(model, x_0, y)["loss"].mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update(model, 0)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return step
-
-    seconds = alternate(rounds, *(step_of(model) for model in built))
-    peak = matrix_peak(device, precision)
-    rows = {}
-    for name, model, taken in zip(models, built, seconds, strict=True):
-        of_image = cost(model, latent_shape=shape, num_classes=num_classes)
-        share = 3 * of_image.gflops * 1e9 * batch_size / taken / peak  # backward costs about twice the forward
-        rows[name] = (
-            f"{of_image.parameters / 1e6:.1f}M, {of_image.gflops:.2f} GFLOP forward, {batch_size / taken:.1f} img/s, "
-            f"{share:.0%} of the matrix peak"
-        )
-    what = f"training step, batch {batch_size}, {precision}, latents {latent_size}x{latent_size}"
-    report(what, rows, f"matrix peak {peak / 1e12:.2f} TFLOP/s (a product of 2048-sided squares)")
+    return create_model(name, **sizes).to(the_device())
 
 
-def sampling(
-    models: list[str] = ["XSwin"],  # noqa: B006  (read only)
-    latent_size: int = 8,
-    num_classes: int = 101,
-    batch_size: int = 101,
-    num_steps: int = 10,
-    guidance_scale: float = 1.5,
-    sampler: str = "ddim",
-    precision: str = "bf16",
-    rounds: int = 3,
-) -> None:
-    """Images a second of guided sampling, without decoding.
+def compiled(model: Any, compile: bool) -> Any:
+    """The model, its blocks compiled if asked for."""
+    if compile:
+        from experiment.build import compile_blocks
 
-    Args:
-        models: names of backbones; they take turns
-        latent_size: side of the latents
-        num_classes: of the labels
-        batch_size: images at a time
-        num_steps: model calls a sample
-        guidance_scale: of classifier-free guidance; 1: none
-        sampler: its name
-        precision: 'fp32' or 'bf16' (autocast)
-        rounds: batches of each that count
-    """
+        compile_blocks(model)
+    return model
+
+
+def latents(batch_size: int, latent_size: int, num_classes: int) -> tuple[Any, Any]:
+    """Random latents [b 4 s s] and labels [b]."""
     import torch
 
-    from diffusion import GaussianDiffusion, sample
-    from models import create_model
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process = GaussianDiffusion()
-    noise = torch.randn(batch_size, 4, latent_size, latent_size, device=device)
-    y = torch.arange(batch_size, device=device) % num_classes
-    sizes = {"input_size": latent_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
-    settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
-
-    def draw_of(model: torch.nn.Module) -> Callable[[], None]:
-        def draw() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                sample(process, model, noise, y, **settings)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return draw
-
-    built = [create_model(name, **sizes).to(device).eval() for name in models]
-    seconds = alternate(rounds, *(draw_of(model) for model in built))
-    rows = {name: f"{batch_size / taken:.2f} img/s" for name, taken in zip(models, seconds, strict=True)}
-    what = f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}, {precision}"
-    report(what, rows, f"medians of {rounds} rounds; no decoding")
+    x_0 = torch.randn(batch_size, 4, latent_size, latent_size, device=the_device())
+    return x_0, torch.arange(batch_size, device=the_device()) % num_classes
 
 
-def matrix_peak(device, precision: str, side: int = 2048, rounds: int = 5) -> float:
+def autocast(precision: str) -> Any:
+    """As train.py's precision of that name."""
+    import torch
+
+    return torch.autocast(the_device().type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def the_device() -> Any:
+    """The GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def matrix_peak(precision: str, side: int = 2048, rounds: int = 7) -> float:
     """FLOP/s of a large square product in this precision."""
     import torch
 
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-
-    def product() -> None:
-        (a @ a).sum().item()
-
-    (taken,) = alternate(rounds, product)
-    return 2 * side**3 / taken
+    a = torch.randn(side, side, device=the_device(), dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    (times,) = alternate(rounds, [lambda: (a @ a).sum().item()])
+    return 2 * side**3 / min(times)
 
 
-def alternate(rounds: int, *programs: Callable[[], None]) -> list[float]:
-    """Median seconds of each program; they take turns, after one round that does not count."""
+def measured(rows: Sequence[Row], programs: Sequence[Callable[[], None]], rounds: int, num_images: int) -> list[Row]:
+    """Rows with images a second: the median, and the slowest and fastest round; on GPUs with the memory of a step."""
+    memory: list[float] = []
+    times = alternate(rounds, programs, memory)
+    found = []
+    for row, taken, used in zip(rows, times, memory, strict=True):
+        speeds = sorted(num_images / seconds for seconds in taken)
+        spread = f"{speeds[0]:.1f} to {speeds[-1]:.1f}"
+        found.append({**row, "img/s": round(statistics.median(speeds), 2), "spread": spread, "step GB": round(used, 3)})
+    return found
+
+
+def alternate(
+    rounds: int, programs: Sequence[Callable[[], Any]], memory: list[float] | None = None
+) -> list[list[float]]:
+    """Seconds of each program in each round; they take turns, after one round that does not count.
+
+    `memory` takes in what each program's first call adds to the most memory that was held, in GB.
+    """
+    import torch
+
+    from experiment.meter import memory_gb
+
     times: list[list[float]] = [[] for _ in programs]
     for number in range(rounds + 1):
         for program, taken in zip(programs, times, strict=True):
+            if the_device().type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            held = memory_gb(the_device())
             began = time.perf_counter()
             program()
+            if the_device().type == "cuda":
+                torch.cuda.synchronize()
             if number > 0:
                 taken.append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in times]
+            elif memory is not None:
+                memory.append(memory_gb(the_device()) - held)
+    return times
 
 
-def report(what: str, rows: dict[str, str], note: str) -> None:
-    """A table, headed by what was measured on which machine, with a note below."""
+def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str = "") -> None:
+    """A Markdown table, headed by what was measured on which machine; and JSON."""
     import torch
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    print(f"\n{what}; {where}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| | |\n|---|---|")
-    for name, value in rows.items():
-        print(f"| {name} | {value} |")
+    title = f"{what}; {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(str(row.get(column, '')) for column in columns)} |")
     print(f"\n{note}")
+    if output is not None:
+        output.write_text(json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    auto_cli([extraction, frechet, training, sampling], as_positional=False)
+    auto_cli([training, sampling, epoch, scaling, extraction, frechet], as_positional=False)

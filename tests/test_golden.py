@@ -42,7 +42,11 @@ def losses(model, folder):
 @pytest.mark.parametrize("model", MODELS)
 def test_losses_are_those_written_down(model, tmp_path):
     expected = [float(line) for line in (GOLDEN / f"{model}.txt").read_text().split()]
-    assert losses(model, tmp_path) == pytest.approx(expected, rel=1e-3)
+    found = losses(model, tmp_path)
+    assert found[:10] == pytest.approx(expected[:10], rel=1e-4)
+    assert found == pytest.approx(
+        expected, rel=5e-3
+    )  # Adam grows rounding: another order of sums moves the last by 2e-3
 
 
 if __name__ == "__main__":

@@ -16,16 +16,17 @@ def attend(
     k: Float[Tensor, "... m e"],
     v: Float[Tensor, "... m f"],
     *,
-    bias: Tensor | None = None,  # broadcasts to [... n m]
+    bias: Tensor | None = None,  # to add, or where it is boolean, which may attend to which; broadcasts to [... n m]
     scale: float | None = None,
 ) -> Float[Tensor, "... n f"]:
     """`softmax(scale * q k^T + bias) v`; `scale` is `1 / sqrt(e)` unless given (Vaswani et al. 2017, eq. 1)."""
     if q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS:
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         logits = (q * factor) @ k.transpose(-2, -1)
-        logits = logits if bias is None else logits + bias
+        if bias is not None:
+            logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
         return logits.softmax(dim=-1).to(v.dtype) @ v
-    mask = None if bias is None else bias.to(q.dtype)
+    mask = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
@@ -65,13 +66,13 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b n d"],
-        context: Float[Tensor, "b m d"],
+        x: Float[Tensor, "*b n d"],
+        context: Float[Tensor, "*b m d"],
         bias: Tensor | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        q = rearrange(self.q(x), "b n (k e) -> b k n e", k=self.num_heads)
-        k, v = rearrange(self.kv(context), "b m (two k e) -> two b k m e", two=2, k=self.num_heads)
-        return self.proj(rearrange(attend(q, k, v, bias=bias), "b k n e -> b n (k e)"))
+    ) -> Float[Tensor, "*b n d"]:
+        q = rearrange(self.q(x), "... n (k e) -> ... k n e", k=self.num_heads)
+        k, v = rearrange(self.kv(context), "... m (two k e) -> two ... k m e", two=2, k=self.num_heads)
+        return self.proj(rearrange(attend(q, k, v, bias=bias), "... k n e -> ... n (k e)"))
 
 
 def check_heads(dim: int, num_heads: int) -> None:

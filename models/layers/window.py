@@ -27,17 +27,17 @@ class Windows:
         self.padded = tuple(math.ceil(side / window_size) * window_size for side in (height, width))
         self.shifts = tuple(shift if side > window_size else 0 for side in self.padded)
 
-    def partition(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "windows n d"]:
-        """A batch of windows, each a sequence of tokens."""
+    def partition(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b windows n d"]:
+        """The windows of each image, row by row, each a sequence of tokens."""
         x = F.pad(x, (0, 0, 0, self.padded[1] - self.width, 0, self.padded[0] - self.height))
         if any(self.shifts):
             x = x.roll((-self.shifts[0], -self.shifts[1]), dims=(1, 2))
-        return rearrange(x, "b (nh p) (nw q) d -> (b nh nw) (p q) d", p=self.size, q=self.size)
+        return rearrange(x, "b (nh p) (nw q) d -> b (nh nw) (p q) d", p=self.size, q=self.size)
 
-    def merge(self, x: Float[Tensor, "windows n d"]) -> Float[Tensor, "b h w d"]:
+    def merge(self, x: Float[Tensor, "b windows n d"]) -> Float[Tensor, "b h w d"]:
         """The inverse of `partition`, padding cut off."""
         nh, nw = (side // self.size for side in self.padded)
-        x = rearrange(x, "(b nh nw) (p q) d -> b (nh p) (nw q) d", nh=nh, nw=nw, p=self.size)
+        x = rearrange(x, "b (nh nw) (p q) d -> b (nh p) (nw q) d", nh=nh, nw=nw, p=self.size)
         if any(self.shifts):
             x = x.roll(self.shifts, dims=(1, 2))
         return x[:, : self.height, : self.width]
@@ -49,6 +49,7 @@ class Windows:
         return _mask(self.height, self.width, self.size, self.padded, self.shifts, device)
 
 
+@torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def _mask(
     height: int, width: int, size: int, padded: tuple[int, int], shifts: tuple[int, int], device: torch.device
@@ -62,16 +63,6 @@ def _mask(
         region = 3 * regions[0][:, None] + regions[1]
         region = rearrange(region, "(nh p) (nw q) -> (nh nw) (p q)", p=size, q=size)
         return (region[:, :, None] == region[:, None, :]).to(device)
-
-
-def _with_mask(bias: Tensor | None, windows: Windows, num_windows: int, device: torch.device) -> Tensor | None:
-    """Position bias [k n n] and window mask as one bias [windows k n n]."""
-    mask = windows.mask(device)
-    if mask is None:
-        return bias
-    blocked = torch.zeros(mask.shape, device=device).masked_fill(~mask, -torch.inf)[:, None]
-    blocked = blocked if bias is None else blocked + bias
-    return blocked.repeat(num_windows // len(mask), 1, 1, 1)
 
 
 class WindowAttention(nn.Module):
@@ -94,13 +85,16 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
         windows = Windows(x.shape[1], x.shape[2], self.window_size, self.shift)
-        x = windows.partition(x)  # [windows n d]
+        x = windows.partition(x)  # [b windows n d]
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
-        q, k, v = rearrange(qkv, "w n (three k e) -> three w k n e", three=3, k=self.num_heads)
+        q, k, v = rearrange(qkv, "b w n (three k e) -> three b (w k) n e", three=3, k=self.num_heads)
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
-        bias = _with_mask(self.position_bias(), windows, len(x), x.device)
-        x = attend(F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v, bias=bias, scale=1.0)
-        return windows.merge(self.proj(rearrange(x, "w k n e -> w n (k e)")))
+        q, k = F.normalize(q, dim=-1) * scale.repeat(x.shape[1], 1, 1), F.normalize(k, dim=-1)
+        bias = self.position_bias().expand(x.shape[1], -1, -1, -1)  # [windows k n n]
+        mask = windows.mask(x.device)
+        bias = bias if mask is None else bias.masked_fill(~mask[:, None], -torch.inf)
+        x = attend(q, k, v, bias=rearrange(bias, "w k n m -> (w k) n m"), scale=1.0)
+        return windows.merge(self.proj(rearrange(x, "b (w k) n e -> b w n (k e)", k=self.num_heads)))
 
 
 class WindowCrossAttention(nn.Module):
@@ -114,5 +108,5 @@ class WindowCrossAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b h w d"], context: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
         windows = Windows(x.shape[1], x.shape[2], self.window_size)
         x, context = windows.partition(x), windows.partition(context)
-        bias = _with_mask(None, windows, len(x), x.device)
-        return windows.merge(self.attention(x, context, bias))
+        mask = windows.mask(x.device)
+        return windows.merge(self.attention(x, context, None if mask is None else mask[:, None]))
