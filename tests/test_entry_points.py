@@ -261,6 +261,74 @@ def scores(folder, name):
     return json.loads((folder / name).read_text())
 
 
+PIXELS = {
+    "model": "UNet-Mini",
+    "model_args": {"channels": [8, 16], "down": ["R"], "middle_channels": [16], "middle": ["A"], "up": ["R"]},
+    "autoencoder": "pixel",
+    "data": {"path": "digits", "image_size": 9, "flip": False},
+    "diffusion": {"schedule": "cosine", "variance": "fixed_small"},
+    "train": {"num_steps": 3, "batch_size": 8},
+    "sampling": {"num_steps": 3, "guidance_scale": 2.0},
+    "log": {"every": 1, "validate_every": 2, "sample_every": 1, "checkpoint_every": 2, "trackers": []},
+}
+
+
+@pytest.fixture(scope="module")
+def pixels(folder):
+    """A finished run in pixel space, on odd images of two classes, whose weights stand still."""
+    rng = np.random.default_rng(0)
+    for name in ("3", "7"):
+        (folder / "digits" / name).mkdir(parents=True)
+        for number in range(10):
+            picture = rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(folder / "digits" / name / f"{number}.png")
+    (folder / "pixels.yaml").write_text(yaml.safe_dump(PIXELS))
+    run("train.py", "--config", "pixels.yaml", "--name", "pixels", "--optim.lr", 0.0, cwd=folder)
+    return folder
+
+
+def test_grids_of_a_run_start_from_the_same_noise(pixels):
+    """With weights that stand still they are the same picture; progress.gif and progress.png hold all of them."""
+    run_folder = pixels / "runs" / "pixels"
+    grids = [path.read_bytes() for path in sorted((run_folder / "samples").glob("*.png"))]
+    assert len(grids) == 3
+    assert grids[0] == grids[1] == grids[2]
+    with Image.open(run_folder / "samples" / "00000001.png") as grid:
+        height = grid.height
+    with Image.open(run_folder / "progress.gif") as moving, Image.open(run_folder / "progress.png") as still:
+        assert moving.n_frames == 3
+        assert still.height == 3 * height
+
+
+def test_a_class_by_number_or_name(pixels):
+    for asked, name in ((("--class", 1), "number"), (("--class=7",), "name")):
+        run("sample.py", "--checkpoint", "runs/pixels", *asked, "--output", f"{name}.npz", cwd=pixels)
+        with np.load(pixels / f"{name}.npz") as file:
+            assert file["arr_1"].tolist() == [1] * 4
+
+
+def test_held_out_images_are_noised_and_denoised(pixels):
+    flags = ("sample.py", "--checkpoint", "runs/pixels", "--reconstruct", 500)
+    shutil.move(pixels / "digits", pixels / "moved")
+    assert "--data.path digits: does not exist" in run(*flags, cwd=pixels, check=False).stderr
+    done = run(*flags, "--data.path", "moved", cwd=pixels)
+    shutil.move(pixels / "moved", pixels / "digits")
+    assert "4 held-out images, noised and denoised: runs/pixels/reconstruct.png" in done.stdout
+    with Image.open(pixels / "runs" / "pixels" / "reconstruct.png") as picture:
+        assert picture.width == 12 * (9 * 7 + 2) + 2
+    done = run(*flags, "--output", "folder", cwd=pixels, check=False)
+    assert "--output folder: reconstructions are one picture, give a FILE.png" in done.stderr
+
+
+def test_labelled_folders_train_an_unconditional_model(pixels):
+    flags = ("--data.use_labels", "false", "--name", "unconditional", "--log.sample_every", 0)
+    done = run("train.py", "--config", "pixels.yaml", *flags, cwd=pixels)
+    assert "16 images, 0 classes" in done.stdout
+    names = weights(pixels, "unconditional", step=3)
+    assert not any("label" in name for name in names)
+    run("sample.py", "--checkpoint", "runs/unconditional", "--reconstruct", 100, cwd=pixels)
+
+
 def test_scores_carry_their_provenance(folder, extractor):
     done = run("evaluate.py", "--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 10, cwd=folder)
     assert "frechet_distance[colors]" in done.stdout
