@@ -435,9 +435,34 @@ def test_an_npz_is_scored_and_the_self_check_passes(folder, extractor):
     assert "never with published FID" in done.stdout
 
 
+def test_samples_of_the_wrong_class_are_not_recognised(folder):
+    """True shapes, half of them under another's label: half are recognised, as far as the classifier is right."""
+    from data import open_dataset
+
+    shapes = open_dataset("shapes", split="test", image_size=32, num_images=500)
+    images = np.stack([shapes[i][0].permute(1, 2, 0).numpy() for i in range(100)])
+    labels = shapes.labels[:100].numpy()
+    asked = np.where(np.arange(100) < 50, labels, (labels + 1) % 10)
+    np.savez(folder / "half.npz", arr_0=images, arr_1=asked)
+    flags = ("--data.num_images", 500, "--data.image_size", 32, "--epochs", 10)
+    command = ("scripts/recognise.py", "--samples", "half.npz", *flags)
+    done = run(*command, "--output", "recognised.json", "--classifier", "shapes.pt", cwd=folder)
+    found = json.loads((folder / "recognised.json").read_text())
+    assert found["held_out_accuracy"] > 0.9
+    assert found["class_agreement"] == pytest.approx(0.5, abs=0.05)
+    assert set(found["per_class"]) == set(shapes.classes)
+    assert "of 100 held-out images" in done.stdout
+    assert (folder / "shapes.pt").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("scripts/recognise.py", "--samples", "colors.pt"), "--samples colors.pt: not an npz that sample.py wrote"),
+        (
+            ("scripts/recognise.py", "--samples", "half.npz", "--data.use_labels", "false"),
+            "--data.path shapes: its classes are none",
+        ),
         (("train.py", "--data.path", "nowhere"), "--data.path nowhere"),
         (("train.py", "--model", "XSwinn"), "did you mean XSwin"),
         (
