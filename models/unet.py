@@ -142,7 +142,7 @@ class UNet(nn.Module):
         self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
     ) -> Float[Tensor, "b c_out h w"]:
         cond = self.cond(t, y)
-        x = self.stem(x_t.contiguous(memory_format=torch.channels_last))  # as convolutions and attention like it
+        x = self.stem(x_t.contiguous(memory_format=torch.channels_last))  # tokens are then a view of it
 
         # Down: what each level is given is its mirror's skip.
         skips = []

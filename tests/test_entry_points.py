@@ -36,6 +36,17 @@ TINY = {
     "log": {"every": 1, "validate_every": 2, "sample_every": 0, "checkpoint_every": 2},
 }
 
+PIXELS = {
+    "model": "UNet-Mini",
+    "model_args": {"channels": [8, 16], "down": ["R"], "middle_channels": [16], "middle": ["A"], "up": ["R"]},
+    "autoencoder": "pixel",
+    "data": {"path": "digits", "image_size": 9, "flip": False},
+    "diffusion": {"schedule": "cosine", "variance": "fixed_small"},
+    "train": {"num_steps": 3, "batch_size": 8},
+    "sampling": {"num_steps": 3, "guidance_scale": 2.0},
+    "log": {"every": 1, "validate_every": 2, "sample_every": 1, "checkpoint_every": 2, "trackers": []},
+}
+
 
 def run(*arguments, cwd, processes=1, check=True):
     launcher = [sys.executable]
@@ -164,6 +175,7 @@ EQUAL = {
     "XSwin": {**TINY["model_args"], "drop_path": 0.0},  # whose masks each process draws for itself
     "DiT": {"dim": 16, "depth": 2, "num_heads": 2},
     "UViT": {"dim": 16, "depth": 3, "num_heads": 2},
+    "UNet-Mini": PIXELS["model_args"],
 }
 
 
@@ -259,18 +271,6 @@ def extractor(folder):
 
 def scores(folder, name):
     return json.loads((folder / name).read_text())
-
-
-PIXELS = {
-    "model": "UNet-Mini",
-    "model_args": {"channels": [8, 16], "down": ["R"], "middle_channels": [16], "middle": ["A"], "up": ["R"]},
-    "autoencoder": "pixel",
-    "data": {"path": "digits", "image_size": 9, "flip": False},
-    "diffusion": {"schedule": "cosine", "variance": "fixed_small"},
-    "train": {"num_steps": 3, "batch_size": 8},
-    "sampling": {"num_steps": 3, "guidance_scale": 2.0},
-    "log": {"every": 1, "validate_every": 2, "sample_every": 1, "checkpoint_every": 2, "trackers": []},
-}
 
 
 @pytest.fixture(scope="module")
