@@ -80,9 +80,8 @@ class EvaluateConfig:
 def main(config: EvaluateConfig) -> None:
     """Reference, sources, scores, files."""
     import torch
-    from accelerate import Accelerator
 
-    from experiment.build import open_split, precision, sampling_of, use_all_cores
+    from experiment.build import open_accelerator, open_split, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.config import EvaluationConfig
     from experiment.evaluation import dataset_reference, evaluate, memorisation, npz_reference, summarise
@@ -96,8 +95,7 @@ def main(config: EvaluateConfig) -> None:
 
     # What is asked for; a run's own configuration says the rest.
     check(config)
-    accelerator = Accelerator(mixed_precision=precision(config.precision))
-    use_all_cores(accelerator)
+    accelerator = open_accelerator(config.precision)
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
     checkpoint = open_checkpoint(owner) if owner else None
     asked = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}

@@ -65,9 +65,8 @@ class SampleConfig:
 def main(config: SampleConfig) -> None:
     """Load, draw, write."""
     import torch
-    from accelerate import Accelerator
 
-    from experiment.build import check_sampling, precision, sampling_of, use_all_cores
+    from experiment.build import check_sampling, open_accelerator, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.generation import DenoisingPanel, Generator, generate, resolve_classes
     from experiment.tracking import save_folder, save_grid, save_npz
@@ -82,8 +81,7 @@ def main(config: SampleConfig) -> None:
     num_classes, process = len(checkpoint.classes), checkpoint.build_process()
     sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_classes, **given), process, num_classes)
 
-    accelerator = Accelerator(mixed_precision=precision(config.precision))
-    use_all_cores(accelerator)
+    accelerator = open_accelerator(config.precision)
     codec = create_codec(config.autoencoder or checkpoint.config.autoencoder).to(accelerator.device)
     labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
     panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None

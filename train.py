@@ -7,10 +7,8 @@ accelerate launch train.py --resume runs/XSwin
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
 
 from experiment.cli import one_line_errors, parse_experiment
 from experiment.config import ExperimentConfig
@@ -20,7 +18,6 @@ def main(config: ExperimentConfig) -> None:
     """The whole of training, top to bottom."""
     import torch
     import yaml
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
@@ -32,14 +29,13 @@ def main(config: ExperimentConfig) -> None:
         learning_rate,
         model_spec,
         num_training_steps,
+        open_accelerator,
         open_cache,
         open_split,
-        precision,
         sampling_of,
         share_batch_norms,
-        use_all_cores,
     )
-    from experiment.checkpoint import list_checkpoints, mark_best, resume, save_checkpoint, to_resume, warm_start
+    from experiment.checkpoint import Best, list_checkpoints, mark_best, resume, save_checkpoint, to_resume, warm_start
     from experiment.ema import EMA
     from experiment.evaluation import evaluate, open_scorer
     from experiment.files import write_whole
@@ -47,6 +43,7 @@ def main(config: ExperimentConfig) -> None:
     from experiment.guard import Guard, gradient_norm
     from experiment.interruption import EXIT_CODE, Interruption
     from experiment.meter import Meter
+    from experiment.sharding import is_sharded
     from experiment.sources import from_generator
     from experiment.tracking import Log, draw_curve, draw_progress, save_grid
     from experiment.validation import validation_loss
@@ -54,13 +51,12 @@ def main(config: ExperimentConfig) -> None:
 
     # Devices and folders.
     run = config.folder
-    accelerator = Accelerator(
-        mixed_precision=precision(config.train.precision),
+    accelerator = open_accelerator(
+        config.train.precision,
         gradient_accumulation_steps=config.train.grad_accumulation,
-        log_with=list[Any](config.log.trackers) or None,
+        log_with=config.log.trackers or None,
         project_dir=run,
     )
-    use_all_cores(accelerator)
     set_seed(config.train.seed)
     if not config.resume and list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
@@ -79,6 +75,8 @@ def main(config: ExperimentConfig) -> None:
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
     optimizer = build_optimizer(model, config.optim)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema.shard_like(model)
     num_steps = num_training_steps(config.train, len(cache))
     batches = Batches(
         cache.to(accelerator.device),
@@ -94,14 +92,16 @@ def main(config: ExperimentConfig) -> None:
     )
 
     # A fresh run, or the newest whole checkpoint of an old one.
-    guard, meter, best, step = Guard(), Meter(config.diffusion.num_timesteps), math.inf, 0
+    guard, meter, best, step = Guard(), Meter(config.diffusion.num_timesteps), Best(), 0
 
     def restore() -> int:
         nonlocal best
         progress = resume(to_resume(run), accelerator.unwrap_model(model), ema, optimizer)
         guard.restore(progress["guard"])
         meter.restore(progress["meter"], accelerator)
-        best = math.inf if progress["best"] is None else progress["best"]
+        best = Best(**progress["best"])
+        if best.step is not None and accelerator.is_main_process:
+            mark_best(run / "checkpoints", best.step)
         return progress["step"]
 
     if config.resume:
@@ -112,34 +112,32 @@ def main(config: ExperimentConfig) -> None:
     accelerator.wait_for_everyone()
     log = Log(run, accelerator, config.to_dict())
     log.truncate(step)
-    model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
         f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"
+        f"{', each with a part of the model' if is_sharded(model) else ''}"
     )
 
     def save() -> None:
-        state = {"guard": guard.state(), "meter": meter.state(accelerator), "best": None if best == math.inf else best}
+        save_checkpoint(
+            run / "checkpoints",
+            step=step,
+            model=accelerator.unwrap_model(model),
+            ema=ema,
+            optimizer=optimizer,
+            config=config,
+            spec=spec,
+            classes=cache.classes,
+            progress={"guard": guard.state(), "meter": meter.state(accelerator), "best": asdict(best)},
+            write=accelerator.is_main_process,
+        )
         if accelerator.is_main_process:
-            save_checkpoint(
-                run / "checkpoints",
-                step=step,
-                model=accelerator.unwrap_model(model),
-                ema=ema,
-                optimizer=optimizer,
-                config=config,
-                spec=spec,
-                classes=cache.classes,
-                progress=state,
-            )
             draw_curve(run)
         accelerator.wait_for_everyone()
 
     def keep_if_best(found: dict[str, float]) -> None:
-        nonlocal best
-        value = found.get(config.log.best or "", math.inf)
-        if value < best:
-            best = value
+        value = found.get(config.log.best or "")
+        if value is not None and best.improves(value, step):
             save()
             if accelerator.is_main_process:
                 mark_best(run / "checkpoints", step)
@@ -213,7 +211,7 @@ def main(config: ExperimentConfig) -> None:
         if _due(step, config.log.evaluate_every):
             found |= score()
         keep_if_best(found)
-        if _due(step, config.log.sample_every):
+        if _due(step, config.log.sample_every) and step < num_steps:
             draw_samples()
         if _due(step, config.log.checkpoint_every) and step < num_steps:
             save()

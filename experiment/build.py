@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from data import open_dataset
 from data.latents import LatentCache, build_cache, cache_name
 from diffusion import SAMPLERS, GaussianDiffusion
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
+from experiment.sharding import keep_float32
 from models import create_model
 from models.autoencoder import Codec
 
@@ -53,6 +55,18 @@ class ModelSpec:
             num_classes=self.num_classes,
             **self.args,
         )
+
+
+def open_accelerator(precision: str, **options: Any) -> Accelerator:
+    """Accelerate as launched, in the precision asked for (see `mixed_precision`), with all of the machine's cores.
+
+    Raises:
+        ValueError: for an unknown precision.
+    """
+    accelerator = Accelerator(mixed_precision=mixed_precision(precision), **options)
+    use_all_cores(accelerator)
+    keep_float32(accelerator)
+    return accelerator
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -180,7 +194,7 @@ def num_training_steps(config: TrainConfig, num_images: int) -> int:
     return -(-config.num_epochs * num_images // config.batch_size)
 
 
-def precision(asked: str) -> str:
+def mixed_precision(asked: str) -> str:
     """Accelerate's name of the mixed precision: 'auto' is bf16 on GPUs and float32 on CPUs.
 
     Raises:

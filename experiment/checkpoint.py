@@ -35,6 +35,7 @@ from experiment.config import (
     TrainConfig,
 )
 from experiment.ema import EMA
+from experiment.sharding import gather, load_whole, part_like
 
 WEIGHTS = "ema.safetensors"
 CHECKSUMS = "checksums.json"
@@ -72,7 +73,7 @@ class Checkpoint:
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The averaged backbone in eval mode."""
         model = self.spec.build()
-        load_weights(model, _read_tensors(self.path), self.path)
+        load_weights(model.state_dict(), _read_tensors(self.path), self.path)
         return model.eval().requires_grad_(False).to(device)
 
     def build_process(self):
@@ -91,16 +92,22 @@ def save_checkpoint(
     spec: ModelSpec,
     classes: list[str],
     progress: dict[str, Any],
+    write: bool = True,
 ) -> Path:
     """Write `folder/<step>` whole or not at all, then drop what the configuration does not keep.
 
-    `progress` is what resuming needs beside tensors: JSON.
+    `progress` is what resuming needs beside tensors: JSON. Of several processes all have to call, as each may have a
+    part of the tensors, and one has to `write`.
 
     Raises:
         OSError: when the disk has no room; the partial folder is removed, older checkpoints stay.
     """
     target = folder / f"{step:08d}"
     partial = folder / f".{step:08d}.partial"
+    averages, profiles = gather(ema.tensors, keep=write), gather(ema.profile_tensors(), keep=write)
+    weights, moments = gather(model.state_dict(), keep=write), gather(_optimizer_tensors(optimizer), keep=write)
+    if not write:
+        return target
     for left_by_a_kill in folder.glob(".*.partial"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     metadata = {
@@ -112,11 +119,11 @@ def save_checkpoint(
     }
     try:
         (partial / "state").mkdir(parents=True)
-        save_file(_contiguous(ema.model.state_dict()), partial / WEIGHTS, metadata=metadata)
-        save_file(_contiguous(model.state_dict()), partial / "state" / "model.safetensors")
-        save_file(_flatten_optimizer(optimizer), partial / "state" / "optimizer.safetensors")
-        if ema.profiles:
-            save_file(_contiguous(ema.profile_tensors()), partial / "state" / PROFILES, metadata=metadata)
+        save_file(averages, partial / WEIGHTS, metadata=metadata)
+        save_file(weights, partial / "state" / "model.safetensors")
+        save_file(moments, partial / "state" / "optimizer.safetensors")
+        if profiles:
+            save_file(profiles, partial / "state" / PROFILES, metadata=metadata)
         (partial / "state" / "progress.json").write_text(json.dumps({"step": step, **progress}))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         checksums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
@@ -144,6 +151,22 @@ def _keep_snapshot(checkpoint: Path) -> None:
         snapshot.hardlink_to(checkpoint / "state" / PROFILES)
     except OSError:  # a file system without such links
         shutil.copy(checkpoint / "state" / PROFILES, snapshot)
+
+
+@dataclass
+class Best:
+    """The lowest value of a metric so far, and the step whose checkpoint has it; a part of that checkpoint's progress,
+    so that a run killed before `mark_best` can make up for it."""
+
+    value: float | None = None
+    step: int | None = None
+
+    def improves(self, value: float, step: int) -> bool:
+        """Takes the value in if it is the lowest."""
+        if self.value is None or value < self.value:
+            self.value, self.step = value, step
+            return True
+        return False
 
 
 def mark_best(folder: Path, step: int) -> None:
@@ -194,14 +217,12 @@ def resume(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.
     Raises:
         CheckpointError: when it does not fit.
     """
-    load_weights(ema.model, _read_tensors(checkpoint / WEIGHTS), checkpoint)
-    load_weights(model, _read_tensors(checkpoint / "state" / "model.safetensors"), checkpoint)
-    profiles = _read_tensors(checkpoint / "state" / PROFILES) if ema.profiles else {}
-    for sigma, average in ema.profiles.items():
-        prefix = f"{sigma}/"
-        own = {name.removeprefix(prefix): tensor for name, tensor in profiles.items() if name.startswith(prefix)}
-        load_weights(average.model, own, checkpoint)
-    _unflatten_optimizer(optimizer, _read_tensors(checkpoint / "state" / "optimizer.safetensors"))
+    ema.let_go()
+    load_weights(ema.tensors, _read_tensors(checkpoint / WEIGHTS), checkpoint)
+    load_weights(model.state_dict(), _read_tensors(checkpoint / "state" / "model.safetensors"), checkpoint)
+    if ema.profiles:
+        load_weights(ema.profile_tensors(), _read_tensors(checkpoint / "state" / PROFILES), checkpoint)
+    _load_optimizer(optimizer, _read_tensors(checkpoint / "state" / "optimizer.safetensors"))
     return json.loads((checkpoint / "state" / "progress.json").read_text())
 
 
@@ -267,13 +288,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict that must fit exactly.
+def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+    """Copy weights into the tensors of a model or an average (or into parts of them); they must fit exactly.
 
     Raises:
         CheckpointError: listing what does not fit.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if own != given:
         wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
@@ -281,7 +302,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
             f"{path} is of another model: {len(wrong)} tensors are missing, unknown or of another shape, "
             f"such as {', '.join(wrong[:3])}"
         )
-    model.load_state_dict(weights)
+    load_whole(tensors, weights)
 
 
 def current_commit() -> str:
@@ -324,20 +345,19 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Its state by `<number of the parameter>.<name>`."""
     state = optimizer.state_dict()["state"]
-    return _contiguous({f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()})
+    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
 
 
-def _unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
+        like = parameters[int(index)]
+        state.setdefault(int(index), {})[key] = part_like(tensor, like) if tensor.shape == like.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

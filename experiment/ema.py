@@ -8,17 +8,44 @@ from copy import deepcopy
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from experiment.sharding import is_sharded, own_part, part_like, whole
 
 
 class Average:
     """`average <- decay(step) * average + (1 - decay(step)) * value`.
 
-    Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. `model` is in eval mode and
-    ready to use.
+    Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Where training shards the
+    model, each process averages the parts that it has.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = deepcopy(model).float().eval().requires_grad_(False)
+        self._model = deepcopy(model).float().eval().requires_grad_(False)
+        self._parts: dict[str, Tensor] = {}  # of a sharded model; else the model holds the averages
+        self._is_whole = True
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by name."""
+        return self._parts or self._model.state_dict()
+
+    @property
+    def model(self) -> nn.Module:
+        """The averaged model in eval mode, ready to use. Where it is sharded, the parts are put together until the next
+        update, and every process has to ask."""
+        if not self._is_whole:
+            for name, tensor in self._model.state_dict(keep_vars=True).items():
+                tensor.data = whole(self._parts[name])
+            self._is_whole = True
+        return self._model
+
+    def shard_like(self, model: nn.Module) -> None:
+        """Keep the parts that this process has of `model`, if that is sharded."""
+        if is_sharded(model):
+            values = model.state_dict()
+            self._parts = {name: part_like(average, values[name]).clone() for name, average in self.tensors.items()}
+            self.let_go()
 
     def decay(self, step: int) -> float:
         """Of optimizer step `step`, from 0."""
@@ -27,15 +54,23 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 0)."""
+        self.let_go()
         averages, values = [], []
         current = model.state_dict()
-        for name, average in self.model.state_dict().items():
+        for name, average in self.tensors.items():
             if average.is_floating_point():
-                averages.append(average)
-                values.append(current[name].to(average.dtype))
+                averages.append(own_part(average))
+                values.append(own_part(current[name]).to(average.dtype))
             else:
                 average.copy_(current[name])
         torch._foreach_lerp_(averages, values, 1 - self.decay(step))
+
+    def let_go(self) -> None:
+        """Free the whole of a sharded model; its parts stay."""
+        if self._parts:
+            for tensor in self._model.state_dict(keep_vars=True).values():
+                tensor.data = tensor.new_empty(0)
+            self._is_whole = False
 
 
 class PowerAverage(Average):
@@ -74,19 +109,26 @@ class EMA(Average):
             average.update(model, step)
         super().update(model, step)
 
+    def shard_like(self, model: nn.Module) -> None:
+        """Keep the parts that this process has of `model`, if that is sharded."""
+        for average in self.profiles.values():
+            average.shard_like(model)
+        super().shard_like(model)
+
     @torch.no_grad()
     def drift(self, model: nn.Module) -> float:
         """How far the average lags behind the weights: norm of the difference over norm of the weights."""
-        pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
-        gap = torch.stack(torch._foreach_norm([average - value for average, value in pairs])).norm()
-        return (gap / torch.stack(torch._foreach_norm([value.detach() for _, value in pairs])).norm()).item()
+        averages, current = self.tensors, model.state_dict()
+        names = [name for name, _ in self._model.named_parameters()]
+        gap = get_total_norm([averages[name] - current[name] for name in names])
+        return (whole(gap) / whole(get_total_norm([current[name] for name in names]))).item()
 
     def profile_tensors(self) -> dict[str, Tensor]:
         """Weights of all power-function averages, as `sigma/name`."""
         return {
             f"{sigma}/{name}": tensor
             for sigma, average in self.profiles.items()
-            for name, tensor in average.model.state_dict().items()
+            for name, tensor in average.tensors.items()
         }
 
 

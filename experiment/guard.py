@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from experiment.sharding import whole
+
 
 class TrainingDivergedError(ValueError):
     """Training that does not come back to finite losses, in the user's words."""
@@ -73,4 +75,4 @@ def gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
     assert norm is not None  # accelerate returns none for DeepSpeed alone
-    return norm.item()
+    return whole(norm).item()

@@ -65,6 +65,8 @@ class DiT(nn.Module):
         ValueError: in words, for arguments that do not fit together.
     """
 
+    _no_split_modules = ("DiTBlock",)  # what FSDP shards, and recomputes, as one; the name that Accelerate looks for
+
     def __init__(
         self,
         *,

@@ -45,6 +45,8 @@ class UViTTokens(nn.Module):
         ValueError: in words, for arguments that do not fit together.
     """
 
+    _no_split_modules = ("Block",)  # what FSDP shards, and recomputes, as one; the name that Accelerate looks for
+
     def __init__(
         self,
         *,

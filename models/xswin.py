@@ -273,6 +273,11 @@ class XSwin(nn.Module):
         self.head = nn.Conv2d(dim, out_channels, 1)
         self._initialise()
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What FSDP shards, and recomputes, as one; the name that Accelerate looks for."""
+        return ["SwinBlock"] + ["GlobalBlock"] * bool(len(self.middle))
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):

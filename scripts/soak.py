@@ -3,8 +3,8 @@
     make soak                                  (20 kills; its figures stand in docs/reliability.md)
     python scripts/soak.py --kills 3
 
-Every kill is SIGKILL to the whole process group, at a moment drawn at random between the start of the first step and
-the end of the run: in a step, in a validation, or in the middle of a save (checkpoints are written after every step).
+Every kill is SIGKILL to the whole process group, at a moment drawn at random between the first checkpoint and the end
+of the run: in a step, in a validation, or in the middle of a save (checkpoints are written after every step).
 The resumed run must end with the same weights, average, optimizer and log.
 """
 
@@ -32,7 +32,7 @@ CONFIG = {
     "model_args": {"dim": 32, "depths": [1, 1], "num_heads": [2, 4], "num_global_blocks": 1},
     "data": {"path": "shapes", "num_images": 60, "image_size": 32},
     "optim": {"lr": 1e-3, "grad_clip": 1.0, "warmup_steps": 3, "decay": "cosine"},
-    "train": {"num_steps": 40, "batch_size": 8, "grad_accumulation": 2},
+    "train": {"batch_size": 8, "grad_accumulation": 2},
     "sampling": {"sampler": "ddim", "num_steps": 2},
     "log": {
         "every": 3,
@@ -46,11 +46,14 @@ CONFIG = {
 }
 
 
-def soak(kills: int = 20, precision: str = "bf16", seed: int = 0, output: Path | None = None) -> None:
+def soak(
+    kills: int = 20, num_steps: int = 40, precision: str = "bf16", seed: int = 0, output: Path | None = None
+) -> None:
     """Kill and resume until `kills` processes have died, as many runs as that takes.
 
     Args:
         kills: processes to kill
+        num_steps: of each training
         precision: of training: 'fp32' or 'bf16'
         seed: of the moments
         output: JSON file for the figures
@@ -59,29 +62,28 @@ def soak(kills: int = 20, precision: str = "bf16", seed: int = 0, output: Path |
     figures = {"kills": 0, "in_a_save": 0, "runs": 0, "resumed_steps": [], "precision": precision}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = {**CONFIG, "train": {**CONFIG["train"], "precision": precision}}
+        config = {**CONFIG, "train": {**CONFIG["train"], "num_steps": num_steps, "precision": precision}}
         (folder / "soak.yaml").write_text(yaml.safe_dump(config))
+        straight = start(folder, "straight")
+        await_checkpoint(straight, folder / "runs" / "straight" / "checkpoints")
         began = time.time()
-        finish(start(folder, "straight"))
+        finish(straight)
         length = time.time() - began
         expected = fingerprint(folder / "runs" / "straight")
         while figures["kills"] < kills:
-            run = f"killed{figures['runs']}"
+            run = f"killed{figures['runs'] + 1}"
             while True:
+                checkpoints = folder / "runs" / run / "checkpoints"
                 process = start(folder, run)
-                moment = draw.uniform(0.3 * length, 1.1 * length)
-                if figures["kills"] == kills or not killed(process, moment):
+                if figures["kills"] < kills:
+                    await_checkpoint(process, checkpoints)
+                if figures["kills"] == kills or not killed(process, draw.uniform(0, length)):
                     finish(process)
                     break
-                checkpoints = folder / "runs" / run / "checkpoints"
                 figures["kills"] += 1
                 figures["in_a_save"] += any(checkpoints.glob(".*.partial"))
-                steps = [int(path.name) for path in checkpoints.glob("[0-9]*")]
-                figures["resumed_steps"].append(max(steps, default=0))
-                print(
-                    f"kill {figures['kills']} of {kills} after {moment:.1f} s, at step {max(steps, default=0)}",
-                    flush=True,
-                )
+                figures["resumed_steps"].append(newest_step(checkpoints))
+                print(f"kill {figures['kills']} of {kills}, at step {newest_step(checkpoints)}", flush=True)
             found = fingerprint(folder / "runs" / run)
             different = [key for key in expected if expected[key] != found[key]]
             if different:
@@ -101,6 +103,18 @@ def start(folder: Path, name: str) -> subprocess.Popen:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
+
+
+def newest_step(checkpoints: Path) -> int:
+    """Of the finished checkpoints; 0 where there is none."""
+    return max((int(path.name) for path in checkpoints.glob("[0-9]*")), default=0)
+
+
+def await_checkpoint(process: subprocess.Popen, checkpoints: Path) -> None:
+    """Wait for the next checkpoint, or the end of the process."""
+    before = newest_step(checkpoints)
+    while process.poll() is None and newest_step(checkpoints) == before:
+        time.sleep(0.02)
 
 
 def killed(process: subprocess.Popen, seconds: float) -> bool:

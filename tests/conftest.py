@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from jaxtyping import install_import_hook
+from processes import TINY, run
 
 install_import_hook(["models", "diffusion", "data", "metrics", "experiment"], "beartype.beartype")
 
@@ -14,3 +16,12 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def root() -> Path:
     """The repository."""
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A working folder with a finished tiny run in it, made by each of pytest's workers for itself."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    run("train.py", "--config", "tiny.yaml", cwd=folder)
+    return folder

@@ -10,9 +10,9 @@ from experiment.build import (
     build_process,
     check_sampling,
     learning_rate,
+    mixed_precision,
     model_spec,
     num_training_steps,
-    precision,
     sampling_of,
 )
 from experiment.cli import parse
@@ -27,7 +27,7 @@ EXPERIMENTS = [path for path in YAML if path not in LAUNCHERS]
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
 def test_accelerate_reads_every_launcher(path):
     config = load_config_from_file(str(path))
-    assert config.num_processes == {"cpu": 1, "one_gpu": 1, "eight_gpus": 8, "two_nodes": 16}[path.stem]
+    assert config.num_processes == {"cpu": 1, "one_gpu": 1, "eight_gpus": 8, "two_nodes": 16, "fsdp2": 8}[path.stem]
     assert config.mixed_precision == "no"  # train.precision decides
 
 
@@ -103,7 +103,7 @@ def test_unknown_sampler_and_too_many_steps_are_told():
         guidance_scale=1.0, num_steps=7
     )
     with pytest.raises(ValueError, match=r"precision fp8: unknown"):
-        precision("fp8")
+        mixed_precision("fp8")
 
 
 @pytest.mark.parametrize("argument", ["--modell", "--data.pth", "--optim.lr=fast", "--data.difficulty=brutal"])

@@ -1,0 +1,184 @@
+"""evaluate.py as a user runs it, and mistakes made with each entry point."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from processes import log, run
+
+
+@pytest.fixture(scope="module")
+def extractor(folder):
+    """A TorchScript extractor: mean colours as features, soft classes of them."""
+
+    class MeanColors(torch.nn.Module):
+        def forward(self, images: torch.Tensor):
+            means = images.float().mean(dim=(2, 3)) / 255
+            return means, torch.softmax(4 * means, dim=1)
+
+    path = folder / "colors.pt"
+    from metrics.torchscript import save_torchscript
+
+    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), path)
+    return path
+
+
+def scores(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_scores_carry_their_provenance(folder, extractor):
+    done = run("evaluate.py", "--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 10, cwd=folder)
+    assert "frechet_distance[colors]" in done.stdout
+    assert "not FID" in done.stdout
+    record = scores(folder, "runs/tiny/scores.json")
+    assert record["num_samples"] == 10
+    assert record["samples"]["sampler"] == "ddpm"
+    assert record["samples"]["step"] == 4
+    assert len(record["extractor_sha256"]) == 64
+    assert record["reference"]["source"] == "shapes"
+    assert {"commit", "versions", "evaluation"} <= record.keys()
+    assert record["scores"]["spatial_frechet_distance[colors]"]["value"] is None
+    assert "Inception has" in record["scores"]["spatial_frechet_distance[colors]"]["reason"]
+    assert (folder / "runs" / "tiny" / "scores.png").is_file()
+
+
+def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
+    flags = ("--extractor", extractor, "--num_samples", 20, "--output", "baselines.json", "--memorisation", "true")
+    both = ("--baselines", "true", "--per_class", "true", "--labels", "reference")
+    done = run("evaluate.py", "--samples", "runs/tiny", *flags, *both, cwd=folder)
+    rows = {row["name"]: row["scores"] for row in scores(folder, "baselines.json")["rows"]}
+    assert list(rows) == ["XSwin", "training images", "reconstructions"]
+    model, floor, ceiling = (row["frechet_distance[colors]"]["value"] for row in rows.values())
+    assert max(floor, ceiling) < model
+    assert "| training images |" in done.stdout
+    assert 0 <= scores(folder, "baselines.json")["memorisation"]["closer_to_training_than_held_out"] <= 1
+    assert (folder / "baselines-nearest.png").is_file()
+    classes = scores(folder, "baselines.json")["per_class"]
+    assert len(classes) == 10
+    assert all(score["reason"].startswith("too few images") for score in classes.values())
+
+
+def test_processes_and_batches_do_not_change_a_score(folder, extractor):
+    flags = ("evaluate.py", "--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 96)
+    run(*flags, "--batch_size", 32, "--output", "one.json", cwd=folder)
+    run(*flags, "--batch_size", 48, "--output", "two.json", processes=2, cwd=folder)
+    one, two = (scores(folder, f"{name}.json")["scores"] for name in ("one", "two"))
+    for name, score in one.items():
+        if score["value"] is None:
+            assert two[name] == score
+        else:
+            assert two[name]["value"] == pytest.approx(score["value"], rel=1e-3, abs=1e-6), name
+
+
+def test_trials_and_sweeps_are_rows_and_curves(folder, extractor):
+    flags = (
+        "--extractor",
+        extractor,
+        "--num_samples",
+        12,
+        "--output",
+        "sweep.json",
+        "--metrics",
+        "[fid,precision,recall]",
+    )
+    run(
+        *("evaluate.py", "--samples", "runs/tiny", *flags),
+        *("--guidance_scale", "1,3", "--num_steps", "2", "--sampler", "ddim", "--trials", 2),
+        cwd=folder,
+    )
+    rows = scores(folder, "sweep.json")["rows"]
+    assert [row["samples"]["guidance_scale"] for row in rows] == [1.0, 3.0]
+    assert [row["samples"]["num_steps"] for row in rows] == [2, 2]
+    for row in rows:
+        trials = [trial["frechet_distance[colors]"]["value"] for trial in row["trials"]]
+        score = row["scores"]["frechet_distance[colors]"]
+        assert trials[0] != trials[1]
+        assert score["value"] == pytest.approx(np.mean(trials))
+        assert score["std"] == pytest.approx(np.std(trials, ddof=1))
+    assert (folder / "sweep-sweep.png").is_file()
+
+
+def test_scores_during_training_are_those_of_evaluate(folder, extractor):
+    flags = ("--evaluation.extractor", extractor, "--evaluation.num_samples", 12, "--log.evaluate_every", 4)
+    run("train.py", "--config", "tiny.yaml", "--name", "scored", *flags, cwd=folder)
+    logged = next(event for event in log(folder, "scored") if "frechet_distance[colors]" in event)
+    run("evaluate.py", "--samples", "runs/scored", cwd=folder)
+    found = scores(folder, "runs/scored/scores.json")["scores"]
+    for name in ("frechet_distance[colors]", "precision", "kernel_distance[colors]"):
+        assert logged[name] == pytest.approx(found[name]["value"], rel=1e-6), name
+
+
+def test_references_are_written_read_and_reused(folder, extractor):
+    flags = ("evaluate.py", "--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 10)
+    run(*flags, "--output", "a.json", "--write_reference", "reference.npz", cwd=folder)
+    run(*flags, "--output", "b.json", "--reference", "reference.npz", cwd=folder)
+    a, b = (scores(folder, f"{name}.json")["scores"] for name in ("a", "b"))
+    assert a["frechet_distance[colors]"]["value"] == pytest.approx(b["frechet_distance[colors]"]["value"])
+    assert a["precision"] == b["precision"]
+    cached = list((folder / "cache" / "references").glob("shapes-*.safetensors"))
+    assert cached
+    before = [path.stat().st_mtime_ns for path in cached]
+    run(*flags, "--output", "c.json", cwd=folder)
+    assert [path.stat().st_mtime_ns for path in cached] == before
+
+
+def test_an_npz_is_scored_and_the_self_check_passes(folder, extractor):
+    run("sample.py", "--checkpoint", "runs/tiny", "--num_per_class", 1, "--output", "drawn.npz", cwd=folder)
+    flags = ("--checkpoint", "runs/tiny", "--extractor", extractor, "--seed", 1)
+    run("evaluate.py", "--samples", "drawn.npz", *flags, "--output", "drawn.json", cwd=folder)
+    assert scores(folder, "drawn.json")["num_samples"] == 10
+    done = run("evaluate.py", "--self_check", "true", "--extractor", extractor, cwd=folder)
+    assert done.stdout.count("ok  ") == 8
+    assert "never with published FID" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train.py", "--data.path", "nowhere"), "--data.path nowhere"),
+        (("train.py", "--model", "XSwinn"), "did you mean XSwin"),
+        (
+            ("train.py", "--sampling.sampler", "dppm"),
+            "--sampling.sampler dppm: unknown, choose from ddpm, ddim",
+        ),
+        (("train.py", "--data.image_size", "60"), "multiple of 8"),
+        (("train.py", "--resume", "runs/none"), "--resume runs/none: nothing to resume"),
+        (("train.py", "--config", "tiny.yaml"), "runs/tiny holds a run already: --resume runs/tiny"),
+        (("sample.py", "--checkpoint", "runs/tiny", "--classes", "[sta]"), "--classes sta: no such class"),
+        (("sample.py", "--checkpoint", "runs/none"), "--checkpoint runs/none does not exist"),
+        (("evaluate.py", "--samples", "runs/tiny", "--extractor", "inception"), "--weights_path FILE"),
+        (("evaluate.py", "--extractor", "colors.pt"), "--samples: give a run"),
+        (("evaluate.py", "--samples", "runs/none", "--extractor", "colors.pt"), "runs/none does not exist"),
+        (
+            ("evaluate.py", "--samples", "runs/tiny", "--extractor", "colors.pt", "--guidance_scale", "1,two"),
+            "--guidance_scale 1,two: give a number",
+        ),
+        (
+            ("evaluate.py", "--samples", "runs/tiny", "--extractor", "colors.pt", "--metrics", "[fidd]"),
+            "--metrics fidd",
+        ),
+        (
+            (
+                "evaluate.py",
+                "--samples",
+                "drawn.npz",
+                "--checkpoint",
+                "runs/tiny",
+                "--extractor",
+                "colors.pt",
+                "--trials",
+                2,
+            ),
+            "--trials 2: drawn.npz is a fixed set",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line(folder, extractor, arguments, message):
+    done = run(*arguments, cwd=folder, check=False)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error:" in last
+    assert message in last
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,46 @@
+"""sample.py as a user runs it."""
+
+import numpy as np
+from PIL import Image
+from processes import run
+
+
+def test_same_seed_same_images_whatever_batch_and_processes(folder):
+    flags = ("sample.py", "--checkpoint", "runs/tiny", "--num_per_class", 2)
+    run(*flags, "--output", "a.npz", "--batch_size", 4, cwd=folder)
+    run(*flags, "--output", "b.npz", "--batch_size", 7, cwd=folder, processes=2)
+    run(*flags, "--output", "c.npz", "--batch_size", 4, "--seed", 1, cwd=folder)
+    a, b, c = (np.load(folder / f"{name}.npz") for name in "abc")
+    assert a["arr_0"].shape == (20, 32, 32, 3)
+    assert a["arr_1"].tolist() == [label for label in range(10) for _ in range(2)]
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+    assert np.abs(a["arr_0"].astype(int) - c["arr_0"]).max() > 10
+
+
+def test_grid_folder_and_panel(folder):
+    flags = ("sample.py", "--checkpoint", "runs/tiny/checkpoints/00000004", "--classes", "[star, 2]")
+    run(*flags, "--output", "grid.png", "--panel", 3, cwd=folder)
+    run(*flags, "--output", "images", "--num_per_class", 2, cwd=folder)
+    for name in ("grid.png", "grid-panel.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 100
+    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "images").rglob("*.png"))
+    assert names == [
+        f"images/{name}/{number:06d}.png"
+        for name, number in zip(["star", "star", "triangle", "triangle"], range(4), strict=True)
+    ]
+
+
+def test_unconditional_images_train_and_sample(folder):
+    """A folder of images without class folders; asking for guidance then is a mistake, told in words."""
+    (folder / "plain").mkdir()
+    for number in range(10):
+        Image.new("RGB", (16, 16), (20 * number, 90, 30)).save(folder / "plain" / f"{number}.png")
+    flags = ("--data.path", "plain", "--data.image_size", 16, "--train.num_steps", 2, "--name", "plain")
+    run("train.py", "--config", "tiny.yaml", "--autoencoder", "pixel", *flags, cwd=folder)
+    run("sample.py", "--checkpoint", "runs/plain", "--num_per_class", 3, "--output", "plain.npz", cwd=folder)
+    with np.load(folder / "plain.npz") as file:
+        assert file["arr_0"].shape == (3, 16, 16, 3)
+    guided = run("sample.py", "--checkpoint", "runs/plain", "--guidance_scale", 2.0, cwd=folder, check=False)
+    assert guided.returncode == 2
+    assert "--guidance_scale 2.0" in guided.stderr.strip().splitlines()[-1]

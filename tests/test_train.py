@@ -1,0 +1,233 @@
+"""train.py as a user runs it: interrupted, resumed, on one process and several."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from processes import ROOT, TINY, log, run, weights
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def test_training_leaves_what_a_user_looks_for(folder):
+    run_folder = folder / "runs" / "tiny"
+    assert [path.name for path in sorted((run_folder / "checkpoints").iterdir())] == ["00000002", "00000004"]
+    assert (run_folder / "samples" / "00000004.png").is_file()
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["model"] == "XSwin"
+    events = log(folder, "tiny")
+    assert [event["step"] for event in events if "loss" in event] == [1, 2, 3, 4]
+    assert [event["step"] for event in events if "validation_loss" in event] == [2, 4]
+    assert {"loss", "mse", "vb", "lr", "images_per_second", "gradient_norm", "ema_drift"} <= events[0].keys()
+    assert any(run_folder.rglob("events.out.tfevents*"))
+
+
+def test_trackers_show_losses_and_samples_without_a_network(folder):
+    trackers = ("--log.trackers", "[tensorboard, wandb]", "--log.sample_every", 2, "--name", "tracked")
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(folder)}
+    run("train.py", "--config", "tiny.yaml", *trackers, cwd=folder, **offline)
+    board = EventAccumulator(str(folder / "runs" / "tracked" / "tracking")).Reload()
+    logged = [event["loss"] for event in log(folder, "tracked") if "loss" in event]
+    assert [scalar.value for scalar in board.Scalars("loss")] == pytest.approx(logged)
+    assert [picture.step for picture in board.Images("samples")] == [2, 4]
+    (written,) = (folder / "wandb").glob("offline-run-*")
+    assert next(written.glob("*.wandb")).stat().st_size > 1000
+    assert len(list(written.rglob("samples*.png"))) == 2
+
+
+def test_weights_move_and_the_average_follows(folder):
+    ema, model = weights(folder, "tiny"), weights(folder, "tiny", file="state/model.safetensors")
+    assert ema.keys() == model.keys()
+    assert any(not torch.equal(ema[name], model[name]) for name in ema)
+
+
+def test_resumed_equals_uninterrupted_bitwise(folder):
+    straight = weights(folder, "tiny")
+    shutil.copytree(folder / "runs" / "tiny", folder / "runs" / "cut")
+    shutil.rmtree(folder / "runs" / "cut" / "checkpoints" / "00000004")
+    run("train.py", "--resume", "runs/cut", cwd=folder)
+    for file in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors"):
+        straight, resumed = weights(folder, "tiny", file=file), weights(folder, "cut", file=file)
+        assert all(torch.equal(straight[name], resumed[name]) for name in straight), file
+    losses = [[e["loss"] for e in log(folder, name) if "loss" in e] for name in ("tiny", "cut")]
+    assert losses[0] == losses[1]
+
+
+def steps(events):
+    """The log without what a clock or the machine says."""
+    measured = {"images_per_second", "waiting_for_data", "memory_gb"}
+    return [{key: value for key, value in event.items() if key not in measured} for event in events]
+
+
+def test_stopping_and_resuming_anywhere_loses_nothing(folder):
+    """Out of time after every step: exit status 75; a damaged checkpoint is passed over; the log is the same."""
+    common = ("train.py", "--config", "tiny.yaml", "--log.checkpoint_every", 1, "--log.every", 3, "--name")
+    straight, flags = (*common, "straight"), (*common, "stopped")
+    run(*straight, cwd=folder)
+    stopped = run(*flags, "--train.max_hours", 1e-9, "--resume", "auto", cwd=folder, check=False)
+    assert stopped.returncode == 75
+    assert "stopped after 1 of 4 steps; go on with --resume runs/stopped" in stopped.stdout
+    again = run(*flags, "--train.max_hours", 1e-9, "--resume", "auto", cwd=folder, check=False)
+    assert "stopped after 2 of 4 steps" in again.stdout
+    newest = folder / "runs" / "stopped" / "checkpoints" / "00000002" / "ema.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    last = run("train.py", "--resume", "runs/stopped", "--train.max_hours", 1, cwd=folder)
+    assert "00000002 is damaged: ema.safetensors has another checksum; going back" in last.stdout
+    assert steps(log(folder, "stopped")) == steps(log(folder, "straight"))
+    for file in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors"):
+        one, other = weights(folder, "straight", file=file), weights(folder, "stopped", file=file)
+        assert all(torch.equal(one[name], other[name]) for name in one), file
+    assert (folder / "runs" / "stopped" / "loss.png").is_file()
+
+
+def test_sigterm_ends_after_the_step_with_a_checkpoint(folder):
+    flags = ("--name", "signalled", "--train.num_steps", 100000, "--log.every", 1, "--log.validate_every", 0)
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny.yaml", *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 120
+    while time.time() < deadline and not (folder / "runs" / "signalled" / "log.jsonl").exists():
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGTERM: stopped after" in output
+    done = int(output.split("stopped after ")[1].split()[0])
+    assert (folder / "runs" / "signalled" / "checkpoints" / f"{done:08d}" / "ema.safetensors").is_file()
+
+
+def test_another_number_of_classes_starts_from_what_fits(folder):
+    flags = ("--init_from", "runs/tiny", "--name", "warm", "--train.num_steps", 1, "--optim.lr", 0.0)
+    (folder / "two").mkdir()
+    for name in ("a", "b"):
+        (folder / "two" / name).mkdir()
+        for number in range(5):
+            Image.new("RGB", (32, 32), (20 * number, 90, 30)).save(folder / "two" / name / f"{number}.png")
+    done = run("train.py", "--config", "tiny.yaml", "--data.path", "two", *flags, cwd=folder)
+    assert "of another shape: cond.label.weight" in done.stdout
+    before, after = weights(folder, "tiny"), weights(folder, "warm", step=1, file="state/model.safetensors")
+    assert torch.equal(before["patch.weight"], after["patch.weight"])
+
+
+EQUAL = {
+    "XSwin": {**TINY["model_args"], "drop_path": 0.0},  # whose masks each process draws for itself
+    "DiT": {"dim": 16, "depth": 2, "num_heads": 2},
+    "UViT": {"dim": 16, "depth": 3, "num_heads": 2},
+    "UNet-Mini": {"channels": [8, 16], "down": ["R"], "middle_channels": [16], "middle": ["A"], "up": ["R"]},
+}
+
+
+@pytest.mark.parametrize("model", EQUAL)
+def test_two_processes_and_micro_batches_equal_one(folder, model):
+    """Twenty steps at the same global batch and seed."""
+    settings = {**TINY, "model": model, "model_args": EQUAL[model], "name": None}
+    settings["train"] = {**TINY["train"], "num_steps": 20}
+    settings["log"] = {"every": 1, "validate_every": 0, "trackers": []}
+    (folder / f"{model}.yaml").write_text(yaml.safe_dump(settings))
+    flags = ("train.py", "--config", f"{model}.yaml", "--name")
+    run(*flags, f"{model}-one", cwd=folder)
+    run(*flags, f"{model}-two", cwd=folder, processes=2)
+    run(*flags, f"{model}-micro", "--train.grad_accumulation", 2, cwd=folder)
+    one = [event["loss"] for event in log(folder, f"{model}-one")]
+    assert len(one) == 20
+    for name in ("two", "micro"):
+        assert np.allclose(one, [event["loss"] for event in log(folder, f"{model}-{name}")], rtol=1e-5), name
+        ours, theirs = weights(folder, f"{model}-one", step=20), weights(folder, f"{model}-{name}", step=20)
+        # Adam turns rounding into whole steps where a gradient is all rounding: hence norms over all weights.
+        gap = sum((ours[key].double() - theirs[key].double()).square().sum() for key in ours).sqrt()
+        assert gap < 1e-3 * sum(ours[key].double().square().sum() for key in ours).sqrt(), name
+
+
+def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
+    """FSDP2 as configs/accelerate/fsdp2.yaml has it: two processes with a part of the model each, recomputed blocks."""
+    launcher = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
+    fsdp = {key.upper(): str(value) for key, value in launcher["fsdp_config"].items()}
+    sharded = {"cwd": folder, "processes": 2, "ACCELERATE_USE_FSDP": "true", **fsdp}
+    settings = {**TINY, "model_args": EQUAL["XSwin"], "train": {**TINY["train"], "ema_profiles": [0.1]}}
+    settings["log"] = {"every": 1, "validate_every": 2, "sample_every": 3, "checkpoint_every": 2, "trackers": []}
+    (folder / "sharded.yaml").write_text(yaml.safe_dump(settings))
+    files = ("ema.safetensors", *(f"state/{name}.safetensors" for name in ("model", "optimizer", "profiles")))
+
+    def same(name, atol):
+        ours = [event for event in log(folder, "whole") if "loss" in event]
+        theirs = [event for event in log(folder, name) if "loss" in event]
+        for key in ("loss", "gradient_norm", "ema_drift"):
+            assert np.allclose([event[key] for event in ours], [event[key] for event in theirs], rtol=1e-5), key
+        for file in files:
+            ours, theirs = weights(folder, "whole", file=file), weights(folder, name, file=file)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.allclose(ours[key], theirs[key], atol=atol) for key in ours), file
+        return [weights(folder, name, file=file) for file in files]
+
+    run("train.py", "--config", "sharded.yaml", "--name", "whole", cwd=folder)
+    flags = ("--config", "sharded.yaml", "--name", "sharded")
+    done = run("tests/fsdp_on_cpus.py", ROOT / "train.py", *flags, **sharded)
+    assert "2 x cpu:0, each with a part of the model" in done.stdout
+    straight = same("sharded", atol=1e-3)
+
+    # On the same processes bitwise; on one, from the sharded run's checkpoint, to rounding.
+    shutil.copytree(folder / "runs" / "sharded", folder / "runs" / "gathered")
+    for name in ("sharded", "gathered"):
+        shutil.rmtree(folder / "runs" / name / "checkpoints" / "00000004")
+    run("tests/fsdp_on_cpus.py", ROOT / "train.py", "--resume", "runs/sharded", **sharded)
+    resumed = same("sharded", atol=1e-3)
+    for before, after in zip(straight, resumed, strict=True):
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    run("train.py", "--resume", "runs/gathered", cwd=folder)
+    same("gathered", atol=1e-3)
+
+
+def test_killed_trainings_end_as_if_nothing_had_happened(folder):
+    """A short soak: docs/reliability.md has the figures of a long one."""
+    done = run("scripts/soak.py", "--kills", 1, "--num_steps", 8, cwd=folder)
+    assert "1 kills" in done.stdout
+    assert "equal bitwise" in done.stdout
+
+
+def test_batch_norms_on_several_cpu_processes_are_spoken_of(folder):
+    flags = ("--model_args.conv_norm", "batch", "--train.num_steps", 1, "--name", "batchnorm")
+    done = run("train.py", "--config", "tiny.yaml", *flags, cwd=folder, processes=2)
+    assert done.stdout.count("Batch norms see each process's own share") == 1
+
+
+def test_an_average_of_any_length_is_made_from_snapshots(folder):
+    flags = ("--train.ema_profiles", "[0.05, 0.1]", "--name", "profiles", "--log.checkpoint_every", 1)
+    run("train.py", "--config", "tiny.yaml", *flags, cwd=folder)
+    done = run("scripts/reconstruct_ema.py", "--run", "runs/profiles", "--sigma_rel", 0.08, cwd=folder)
+    assert "sigma_rel 0.08 up to step 4, from 8 snapshots" in done.stdout
+    made = ("--checkpoint", "runs/profiles/ema-0.08.safetensors", "--num_per_class", 1, "--output", "averaged.npz")
+    run("sample.py", *made, cwd=folder)
+    shutil.rmtree(folder / "runs" / "profiles" / "checkpoints" / "00000004")
+    before = load_file(folder / "runs" / "profiles" / "snapshots" / "00000004.safetensors")
+    run("train.py", "--resume", "runs/profiles", cwd=folder)
+    after = load_file(folder / "runs" / "profiles" / "snapshots" / "00000004.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_submitted_training_runs(folder):
+    flags = ("--cluster", "local", "--gpus", 0, "--wait", "true", "--overrides", "[--name, submitted]")
+    done = run("scripts/launch_slurm.py", "--experiment", "tiny.yaml", *flags, cwd=folder)
+    assert "it ended with status 0" in done.stdout
+    assert (folder / "runs" / "submitted" / "checkpoints" / "00000004").is_dir()
+
+
+def test_help_teaches_and_is_quick(folder):
+    done = run("train.py", "--help", cwd=folder)
+    assert "classifier-free" in done.stdout
+    imported = subprocess.run(
+        [sys.executable, "-c", "import sys, train; print('torch' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert imported.stdout.strip() == "False"
