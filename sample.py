@@ -2,15 +2,23 @@
 
 python sample.py --checkpoint runs/XSwin
 python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --num_per_class 8 --output out.png
+python sample.py --checkpoint runs/mnist --class 7 --guidance_scale 2 --panel 10
+python sample.py --checkpoint runs/anime --reconstruct 300
 accelerate launch sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiment.cli import one_line_errors, parse
+from experiment.config import DataConfig
+
+if TYPE_CHECKING:
+    from experiment.generation import Generator
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class SampleConfig:
         checkpoint: a run's folder, a checkpoint, or its ema.safetensors
         output: FILE.png for a grid, FILE.npz for arrays, else a folder with a subfolder a class; by default
             samples.png in the run's folder
-        classes: names or numbers; all of them by default
+        classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same
         num_per_class: images of each
         seed: image i is a function of the seed, i and its label alone
         sampler: 'ddpm', 'ddim' or 'dpmpp_2m'; by default as in the checkpoint, like the flags below
@@ -30,13 +38,16 @@ class SampleConfig:
         eta: randomness of 'ddim', 0 to 1
         batch_size: images at a time, on each process
         panel: also draw so many moments of the denoising, as a second picture: x_t above, predicted x_0 below
+        reconstruct: in place of samples, held-out images noised to this timestep, x_0 predicted from there in one step
+            and by the whole chain, side by side in reconstruct.png
         precision: 'auto', 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration (a folder, say, where there is no hub)
+        data: of the held-out images, where they have moved (--data.path)
     """
 
     checkpoint: str
     output: str | None = None
-    classes: list[str | int] = field(default_factory=list)
+    classes: list[str | int] | str | int = field(default_factory=list)
     num_per_class: int = 4
     seed: int = 0
     sampler: str | None = None
@@ -45,8 +56,10 @@ class SampleConfig:
     eta: float | None = None
     batch_size: int = 64
     panel: int = 0
+    reconstruct: int | None = None
     precision: str = "auto"
     autoencoder: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 def main(config: SampleConfig) -> None:
@@ -60,7 +73,8 @@ def main(config: SampleConfig) -> None:
     from models.autoencoder import create_codec
 
     checkpoint = open_checkpoint(config.checkpoint)
-    classes = resolve_classes(config.classes, checkpoint.classes)
+    asked = config.classes if isinstance(config.classes, list) else [config.classes]
+    classes = resolve_classes(asked, checkpoint.classes)
     if config.num_per_class < 1:
         raise ValueError(f"--num_per_class {config.num_per_class} must be at least 1")
     given = {name: getattr(config, name) for name in ("sampler", "num_steps", "guidance_scale", "eta")}
@@ -82,6 +96,11 @@ def main(config: SampleConfig) -> None:
         accelerator,
         callback=panel,
     )
+    if config.reconstruct is not None:
+        data = checkpoint.config.data
+        data = replace(data, path=config.data.path) if config.data.path != DataConfig().path else data
+        draw_reconstructions(config, generator, data, classes, checkpoint.run / "reconstruct.png")
+        return
     images = generate(generator, batch_size=config.batch_size)
     if not accelerator.is_main_process:
         return
@@ -104,6 +123,32 @@ def main(config: SampleConfig) -> None:
         print(f"denoising panel: {path}")
 
 
+def draw_reconstructions(
+    config: SampleConfig, generator: Generator, data: DataConfig, classes: list[int], path: Path
+) -> None:
+    """Held-out images of these classes, noised and denoised, four pictures each."""
+    import torch
+
+    from experiment.build import open_split
+    from experiment.reconstruction import reconstruct, spread_over_classes
+    from experiment.tracking import save_grid
+
+    assert config.reconstruct is not None
+    path = Path(config.output) if config.output else path
+    if path.suffix != ".png":
+        raise ValueError(f"--output {path}: reconstructions are one picture, give a FILE.png")
+    held_out = open_split(data, "test")
+    chosen = spread_over_classes(held_out.labels, classes, config.num_per_class)
+    images = torch.stack([held_out[index][0] for index in chosen.tolist()])
+    pictures = reconstruct(generator, images, held_out.labels[chosen], config.reconstruct)
+    if generator.accelerator.is_main_process:
+        names = ["original", f"t={config.reconstruct}", "one step", "chain"] * 3
+        save_grid(pictures.flatten(0, 1), path, columns=len(names), column_names=names)
+        print(f"{len(chosen)} held-out images, noised and denoised: {path}")
+
+
 if __name__ == "__main__":
+    # `class` cannot be a field's name.
+    arguments = [a.replace("--class", "--classes", 1) if a.split("=")[0] == "--class" else a for a in sys.argv[1:]]
     with one_line_errors():
-        main(parse(SampleConfig))
+        main(parse(SampleConfig, arguments))

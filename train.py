@@ -46,7 +46,7 @@ def main(config: ExperimentConfig) -> None:
     from experiment.meter import Meter
     from experiment.sharding import is_sharded
     from experiment.sources import from_generator
-    from experiment.tracking import Log, draw_curve, save_grid
+    from experiment.tracking import Log, draw_curve, draw_progress, save_grid
     from experiment.validation import validation_loss
     from models.autoencoder import create_codec
 
@@ -156,6 +156,7 @@ def main(config: ExperimentConfig) -> None:
             path = run / "samples" / f"{step:08d}.png"
             save_grid(images, path, columns=columns, column_names=cache.classes[:columns])
             log.picture(step, path)
+            draw_progress(run)
 
     def validate() -> dict[str, float]:
         losses = validation_loss(

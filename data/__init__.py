@@ -16,12 +16,16 @@ def open_dataset(
     on_error: str = "stop",
     num_images: int = 5000,
     difficulty: str = "easy",
+    min_size: int = 0,
+    use_labels: bool = True,
 ):
     """The images at a path, or the procedural ones at 'shapes'; see `ImageDataset` and `ShapesDataset`."""
     if path == "shapes":
         from data.shapes import ShapesDataset
 
-        return ShapesDataset(num_images, split=split, image_size=image_size, difficulty=difficulty)
+        return ShapesDataset(
+            num_images, split=split, image_size=image_size, difficulty=difficulty, use_labels=use_labels
+        )
 
     from data.images import ImageDataset
 
@@ -33,4 +37,6 @@ def open_dataset(
         split_seed=split_seed,
         exclude_classes=exclude_classes,
         on_error=on_error,
+        min_size=min_size,
+        use_labels=use_labels,
     )

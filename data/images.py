@@ -7,8 +7,9 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 SUFFIXES = frozenset(Image.registered_extensions())
 SPLITS = ("train", "test", "all")
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -33,7 +35,8 @@ class ImageDataset(Dataset):
     machine. Images that lie in no class folder make an unlabelled set (`classes == []`).
 
     `image_size` (side, or height and width): larger or smaller images are cut to the centre rectangle of that
-    shape and resized (Lanczos); None keeps each image as it is.
+    shape and resized (Lanczos); None keeps each image as it is. Images with a side below `min_size` are left out, and
+    counted. Without `use_labels` the set is unlabelled whatever its folders, and its split the same as with.
 
     Raises:
         DataError: in words, for a path, split or image that does not do.
@@ -49,6 +52,8 @@ class ImageDataset(Dataset):
         split_seed: int = 0,
         exclude_classes: Sequence[str] = (),
         on_error: str = "stop",
+        min_size: int = 0,
+        use_labels: bool = True,
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"split {split}: unknown, choose from {', '.join(SPLITS)}")
@@ -86,11 +91,15 @@ class ImageDataset(Dataset):
         self.skipped: list[str] = []
         if on_error == "skip":
             chosen = self._readable(chosen, names)
+        if min_size:
+            chosen = self._large_enough(chosen, names, min_size)
         if not chosen:
             raise DataError(f"--data.path {path}: no images left in the {split} split")
         self.names = [names[position] for position, _ in chosen]
         self.source_indices = torch.tensor([position for position, _ in chosen])
         self.labels = torch.tensor([label for _, label in chosen])
+        if not use_labels:
+            self.classes, self.labels = [], torch.zeros_like(self.labels)
         self.source_hash = self.source.content_hash(names)
 
     def __len__(self) -> int:
@@ -113,9 +122,12 @@ class ImageDataset(Dataset):
         }
 
     def _read(self, name: str) -> Tensor:
+        return self._of_image(name, lambda image: pil_to_tensor(fit(to_rgb(image), self.image_size)))
+
+    def _of_image(self, name: str, read: Callable[[Image.Image], T]) -> T:
         try:
             with Image.open(io.BytesIO(self.source.read(name))) as image:
-                return pil_to_tensor(fit(to_rgb(image), self.image_size))
+                return read(image)
         except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             raise DataError(
@@ -133,6 +145,13 @@ class ImageDataset(Dataset):
         if self.skipped:
             print(f"{self.source.path}: skipped {len(self.skipped)} damaged images: {_abridged(self.skipped)}")
         return kept
+
+    def _large_enough(self, chosen: list[tuple[int, int]], names: list[str], min_size: int) -> list[tuple[int, int]]:
+        sides = [self._of_image(names[position], lambda image: min(image.size)) for position, _ in chosen]
+        small = [names[position] for (position, _), side in zip(chosen, sides, strict=True) if side < min_size]
+        if small:
+            print(f"{self.source.path}: left out {len(small)} images smaller than {min_size}: {_abridged(small)}")
+        return [one for one, side in zip(chosen, sides, strict=True) if side >= min_size]
 
 
 class _Folder:

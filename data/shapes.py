@@ -53,6 +53,7 @@ class ShapesDataset(Dataset):
         image_size: int = 64,
         difficulty: str = "easy",
         seed: int = 0,
+        use_labels: bool = True,
     ) -> None:
         if difficulty not in DIFFICULTIES:
             raise ValueError(f"--data.difficulty {difficulty}: unknown, choose from {', '.join(DIFFICULTIES)}")
@@ -64,22 +65,22 @@ class ShapesDataset(Dataset):
             raise ValueError(f"split {split}: unknown, choose from {', '.join(ranges)}")
         self.first, self.num_images = ranges[split]
         self.split, self.image_size, self.difficulty, self.seed = split, image_size, difficulty, seed
-        self.classes = list(SHAPES)
+        self.classes = list(SHAPES) if use_labels else []
         self.source_indices = torch.arange(self.first, self.first + self.num_images)
-        self.labels = self.source_indices % len(SHAPES)
+        self.labels = self.source_indices % max(1, len(self.classes))
 
     def __len__(self) -> int:
         return self.num_images
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image [3 h w] in uint8, and its class."""
+        """Image [3 h w] in uint8, and its class (0 where there are none)."""
         if not 0 <= index < self.num_images:
             raise IndexError(index)
         number = self.first + index
-        label = number % len(SHAPES)
+        shape = list(SHAPES)[number % len(SHAPES)]
         rng = np.random.default_rng([self.seed, number])
-        image = draw_shape(self.classes[label], self.image_size, DIFFICULTIES[self.difficulty], rng)
-        return torch.from_numpy(image), label
+        image = draw_shape(shape, self.image_size, DIFFICULTIES[self.difficulty], rng)
+        return torch.from_numpy(image), int(self.labels[index])
 
     @property
     def source_hash(self) -> str:

@@ -135,6 +135,8 @@ def open_split(config: DataConfig, split: str):
         on_error=config.on_error,
         num_images=config.num_images,
         difficulty=config.difficulty,
+        min_size=config.min_size,
+        use_labels=config.use_labels,
     )
 
 

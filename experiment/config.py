@@ -23,6 +23,8 @@ class DataConfig:
         test_fraction: share of each class held out, where the source has no train/ and test/ of its own
         split_seed: seed of that split
         exclude_classes: class folders to leave out
+        use_labels: false trains an unconditional model on labelled folders
+        min_size: leave out images with a side below so many pixels, and say how many
         on_error: what a damaged image does: 'stop' names it, 'skip' counts and reports
         flip: train on mirrored images too
         num_images: size of the training split of 'shapes'
@@ -35,6 +37,8 @@ class DataConfig:
     test_fraction: float = 0.2
     split_seed: int = 0
     exclude_classes: list[str] = field(default_factory=list)
+    use_labels: bool = True
+    min_size: int = 0
     on_error: Literal["stop", "skip"] = "stop"
     flip: bool = True
     num_images: int = 5000

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -49,17 +49,24 @@ class Generator:
 
     def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
         """One batch."""
-        device, sampling = self.accelerator.device, self.sampling
+        device = self.accelerator.device
         generators = [generator_for(self.seed, "sample", index) for index in indices.tolist()]
         shape = self.codec.latent_shape(*self.image_size)
         noise = randn_like(torch.empty(len(indices), *shape, device=device), generators)
+        return self.denoise(noise, self.labels[indices].to(device), generators)
+
+    def denoise(
+        self, noise: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], generators: list[torch.Generator]
+    ) -> UInt8[Tensor, "b 3 h w"]:
+        """From noise to images, a generator each for the random steps."""
+        device, sampling = self.accelerator.device, self.sampling
         bf16 = self.accelerator.mixed_precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             x_0 = sample(
                 self.process,
                 self.model,
                 noise,
-                self.labels[indices].to(device),
+                y,
                 sampler=sampling.sampler,
                 num_steps=sampling.num_steps,
                 eta=sampling.eta,

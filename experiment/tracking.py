@@ -99,6 +99,33 @@ def save_grid(
     canvas.save(path, optimize=True)
 
 
+def draw_progress(run: Path, at_most: int = 10) -> None:
+    """`progress.gif` of a run's grids, which all start from the same noise, and `progress.png`: evenly spread ones, one
+    below the other."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, left = ImageFont.load_default(size=11), 80
+    frames = []
+    for path in sorted((run / "samples").glob("[0-9]*.png")):
+        with Image.open(path) as grid:
+            frame = Image.new("RGB", (grid.width + left, grid.height), "white")
+            frame.paste(grid, (left, 0))
+        ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {int(path.stem)}", fill="black", font=font)
+        frames.append(frame)
+
+    durations = [500] * (len(frames) - 1) + [2000]  # milliseconds; the last one stays
+    frames[0].save(run / "progress.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+    num = min(at_most, len(frames))
+    shown = [frames[round(number * (len(frames) - 1) / max(1, num - 1))] for number in range(num)]
+    canvas = Image.new("RGB", (max(frame.width for frame in shown), sum(frame.height for frame in shown)), "white")
+    top = 0
+    for frame in shown:
+        canvas.paste(frame, (0, top))
+        top += frame.height
+    canvas.save(run / "progress.png", optimize=True)
+
+
 def save_folder(images: UInt8[Tensor, "n 3 h w"], class_names: list[str], folder: Path) -> None:
     """`class/000123.png`, numbered by the image's index.
 

@@ -34,7 +34,12 @@ def main() -> None:
     launch(str(ROOT / "sample.py"), *sample, "--num_per_class", str(PER_CLASS), "--output", str(drawn))
 
     say("3/4", "training a small classifier on true shapes")
-    share = judge(drawn, RUN / "classifier.pt")
+    launch(
+        str(ROOT / "scripts" / "recognise.py"),
+        *("--samples", str(drawn), "--data.path", "shapes", "--data.num_images", "2000"),
+        *("--classifier", str(RUN / "classifier.pt"), "--output", str(RUN / "recognised.json")),
+    )
+    share = json.loads((RUN / "recognised.json").read_text())["class_agreement"]
 
     say("4/4", "scoring")
     launch(
@@ -51,24 +56,6 @@ def main() -> None:
     print(f"picture: {(RUN / 'samples.png').relative_to(ROOT)}")
     print(f"scores:  {(RUN / 'scores.json').relative_to(ROOT)}")
     print(f"The demo took {(time.time() - began) / 60:.1f} minutes.")
-
-
-def judge(drawn: Path, classifier_path: Path) -> float:
-    """Train the classifier on true shapes, keep it as an extractor, return its agreement with the drawn labels."""
-    import numpy as np
-    import torch
-
-    from data import open_dataset
-    from metrics.classifier import train_classifier
-
-    shapes = open_dataset("shapes", split="train", image_size=64)
-    images = torch.stack([shapes[i][0] for i in range(2000)])
-    classifier = train_classifier(images, shapes.labels[:2000], len(shapes.classes))
-    classifier.save_torchscript(classifier_path)
-    with np.load(drawn) as file:
-        samples = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).contiguous()
-        labels = torch.from_numpy(file["arr_1"])
-    return (classifier.predict(samples) == labels).float().mean().item()
 
 
 def launch(program: str, *arguments: str) -> None:

@@ -14,8 +14,16 @@ SMALL = {
     "XSwin": {"dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_global_blocks": 1},
     "DiT": {"dim": 16, "depth": 4, "num_heads": 2},
     "UViTTokens": {"dim": 16, "depth": 5, "num_heads": 2},
+    "UNet": {
+        "channels": (16, 24, 32),
+        "down": ("RA", "A"),
+        "middle_channels": (16,),
+        "middle": ("AR",),
+        "up": ("A", "RA"),
+        "time_dim": 16,
+    },
 }
-FAMILIES = ["XSwin", "USwin", "DiT-S/2", "DiT-S/4", "UViT-S/2", "UViT-tokens-S/2"]
+FAMILIES = ["XSwin", "USwin", "DiT-S/2", "DiT-S/4", "UViT-S/2", "UViT-tokens-S/2", "UNet-Mini", "UNet-CIFAR10"]
 families = pytest.mark.parametrize("name", FAMILIES)
 
 

@@ -1,9 +1,12 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from experiment.build import (
+    build_optimizer,
     build_process,
     check_sampling,
     learning_rate,
@@ -28,15 +31,43 @@ def test_accelerate_reads_every_launcher(path):
     assert config.mixed_precision == "no"  # train.precision decides
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_configuration_builds(path):
     config = parse(ExperimentConfig, ["--config", str(path)])
     process = build_process(config.diffusion)
-    check_sampling(config.sampling, process, 101)
-    spec = model_spec(config, create_codec("embedded"), process, 101)
+    codec, num_classes = local_codec(config), 101 * config.data.use_labels
+    check_sampling(config.sampling, process, num_classes)
+    spec = model_spec(config, codec, process, num_classes)
     model = spec.build_on_meta()
-    assert model.out_channels == process.output_channels(4)
+    assert model.out_channels == process.output_channels(codec.channels)
     assert path.name in path.read_text() or "make demo" in path.read_text()
+
+
+def local_codec(config):
+    """The configuration's, or where that is on the hub the embedded one, of the same shapes."""
+    return create_codec("pixel" if config.autoencoder == "pixel" else "embedded")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_configuration_trains_two_steps(path):
+    """At its full width, on images of 16 pixels where the model takes any size: the loss falls on what was seen."""
+    config = parse(ExperimentConfig, ["--config", str(path), "--optim.lr", "1e-4", "--optim.warmup_steps", "0"])
+    if config.autoencoder == "pixel":
+        config = replace(config, data=replace(config.data, image_size=16))
+    process, codec = build_process(config.diffusion), local_codec(config)
+    torch.manual_seed(0)
+    spec = model_spec(config, codec, process, 10 * config.data.use_labels)
+    model = spec.build()
+    optimizer = build_optimizer(model, config.optim)
+    x_0, y = torch.randn(2, spec.in_channels, *spec.input_size), torch.tensor([0, spec.num_classes])
+    t, noise, losses = torch.tensor([400, 800]), torch.randn(x_0.shape), []
+    for _ in range(3):
+        loss = process.training_loss(model, x_0, y, t=t, noise=noise)["loss"].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
 
 
 def test_model_follows_codec_process_and_data():

@@ -157,3 +157,30 @@ def test_truncated_image_is_named_or_skipped(tree, capsys):
     assert len(skipping) == len(dataset) - 1
     assert skipping.skipped == ["cat/3.png"]
     assert "skipped 1 damaged images: cat/3.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("split", ["train", "test", "all"])
+def test_labels_can_be_left_unused_without_moving_the_split(tree, split):
+    labelled, unlabelled = (ImageDataset(tree, split=split, use_labels=used) for used in (True, False))
+    assert unlabelled.names == labelled.names
+    assert unlabelled.classes == []
+    assert unlabelled.labels.tolist() == [0] * len(labelled)
+    assert unlabelled[0][1] == 0
+    assert unlabelled.describe() == {**labelled.describe(), "classes": []}
+    shapes = open_dataset("shapes", split=split, image_size=8, num_images=20, use_labels=False)
+    assert shapes.classes == []
+    assert torch.equal(shapes[3][0], open_dataset("shapes", split=split, image_size=8, num_images=20)[3][0])
+    assert shapes[3][1] == 0
+
+
+def test_small_images_are_left_out_and_counted(tree, capsys):
+    for number, size in enumerate([(15, 40), (40, 15), (16, 16)]):
+        Image.new("RGB", size).save(tree / "cat" / f"small{number}.png")
+    dataset = ImageDataset(tree, min_size=16)
+    assert "left out 2 images smaller than 16: cat/small0.png, cat/small1.png" in capsys.readouterr().out
+    assert "cat/small2.png" in dataset.names
+    assert len(dataset) == 19
+    with pytest.raises(DataError, match=r"no images left in the all split"):
+        ImageDataset(tree, min_size=64)
+    (tree / "cat" / "0.png").write_bytes(b"")
+    assert len(ImageDataset(tree, min_size=16, on_error="skip")) == 18

@@ -1,0 +1,85 @@
+"""Convolutional bricks of U-Nets: the residual block, and the steps between resolutions."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NUM_GROUPS = 8  # of every group norm
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Norm over groups of channels (Wu and He 2018): unlike a batch norm, the same for one image and for many.
+
+    Raises:
+        ValueError: when the groups do not divide the channels.
+    """
+    if channels % NUM_GROUPS:
+        raise ValueError(f"{channels} channels: every width of a U-Net must be a multiple of {NUM_GROUPS}")
+    return nn.GroupNorm(NUM_GROUPS, channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each after norm and SiLU; the conditioning is added between them (Ho et al. 2020).
+
+    The second convolution starts at zero: at first the block is its shortcut.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, cond_dim: int, *, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.cond = nn.Linear(cond_dim, out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_conv_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"], cond: Float[Tensor, "b d"]) -> Float[Tensor, "b c_out h w"]:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = hidden + rearrange(self.cond(cond), "b c -> b c 1 1")
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        return self.shortcut(x) + hidden
+
+
+def zero_conv_(module: nn.Conv2d) -> nn.Conv2d:
+    """Zero weights and bias: at first nothing comes out."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+class Downsample(nn.Conv2d):
+    """Half the side, rounded up: a 3x3 convolution of stride two."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+
+class TransposedUpsample(nn.Module):
+    """Twice the side by a transposed convolution, cut to the size that was halved."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(x)[:, :, : size[0], : size[1]]
+
+
+class NearestUpsample(nn.Module):
+    """The nearest pixel, then a 3x3 convolution: no chequerboards (Odena et al. 2016)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+UPSAMPLERS = {"transposed": TransposedUpsample, "nearest": NearestUpsample}

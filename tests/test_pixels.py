@@ -1,0 +1,111 @@
+"""Pixel space as a user runs it: train.py, sample.py and scripts/recognise.py on small images of odd sides."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from processes import run, weights
+
+from data import open_dataset
+
+PIXELS = {
+    "model": "UNet-Mini",
+    "model_args": {"channels": [8, 16], "down": ["R"], "middle_channels": [16], "middle": ["A"], "up": ["R"]},
+    "autoencoder": "pixel",
+    "data": {"path": "digits", "image_size": 9, "flip": False},
+    "diffusion": {"schedule": "cosine", "variance": "fixed_small"},
+    "train": {"num_steps": 3, "batch_size": 8},
+    "sampling": {"num_steps": 3, "guidance_scale": 2.0},
+    "log": {"every": 1, "validate_every": 2, "sample_every": 1, "checkpoint_every": 2, "trackers": []},
+}
+
+
+@pytest.fixture(scope="module")
+def pixels(folder):
+    """A finished run in pixel space, on odd images of two classes, whose weights stand still."""
+    rng = np.random.default_rng(0)
+    for name in ("3", "7"):
+        (folder / "digits" / name).mkdir(parents=True)
+        for number in range(10):
+            picture = rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(folder / "digits" / name / f"{number}.png")
+    (folder / "pixels.yaml").write_text(yaml.safe_dump(PIXELS))
+    run("train.py", "--config", "pixels.yaml", "--name", "pixels", "--optim.lr", 0.0, cwd=folder)
+    return folder
+
+
+def test_grids_of_a_run_start_from_the_same_noise(pixels):
+    """With weights that stand still they are the same picture; progress.gif and progress.png hold all of them."""
+    run_folder = pixels / "runs" / "pixels"
+    grids = [path.read_bytes() for path in sorted((run_folder / "samples").glob("*.png"))]
+    assert len(grids) == 3
+    assert grids[0] == grids[1] == grids[2]
+    with Image.open(run_folder / "samples" / "00000001.png") as grid:
+        height = grid.height
+    with Image.open(run_folder / "progress.gif") as moving, Image.open(run_folder / "progress.png") as still:
+        assert moving.n_frames == 3
+        assert still.height == 3 * height
+
+
+def test_a_class_by_number_or_name(pixels):
+    for asked, name in ((("--class", 1), "number"), (("--class=7",), "name")):
+        run("sample.py", "--checkpoint", "runs/pixels", *asked, "--output", f"{name}.npz", cwd=pixels)
+        with np.load(pixels / f"{name}.npz") as file:
+            assert file["arr_1"].tolist() == [1] * 4
+
+
+def test_held_out_images_are_noised_and_denoised(pixels):
+    flags = ("sample.py", "--checkpoint", "runs/pixels", "--reconstruct", 500)
+    shutil.move(pixels / "digits", pixels / "moved")
+    assert "--data.path digits: does not exist" in run(*flags, cwd=pixels, check=False).stderr
+    done = run(*flags, "--data.path", "moved", cwd=pixels)
+    shutil.move(pixels / "moved", pixels / "digits")
+    assert "4 held-out images, noised and denoised: runs/pixels/reconstruct.png" in done.stdout
+    with Image.open(pixels / "runs" / "pixels" / "reconstruct.png") as picture:
+        assert picture.width == 12 * (9 * 7 + 2) + 2
+    done = run(*flags, "--output", "folder", cwd=pixels, check=False)
+    assert "--output folder: reconstructions are one picture, give a FILE.png" in done.stderr
+
+
+def test_labelled_folders_train_an_unconditional_model(pixels):
+    flags = ("--data.use_labels", "false", "--name", "unconditional", "--log.sample_every", 0)
+    done = run("train.py", "--config", "pixels.yaml", *flags, cwd=pixels)
+    assert "16 images, 0 classes" in done.stdout
+    names = weights(pixels, "unconditional", step=3)
+    assert not any("label" in name for name in names)
+    run("sample.py", "--checkpoint", "runs/unconditional", "--reconstruct", 100, cwd=pixels)
+
+
+def test_samples_of_the_wrong_class_are_not_recognised(folder):
+    """True shapes, half of them under another's label: half are recognised, as far as the classifier is right."""
+    shapes = open_dataset("shapes", split="test", image_size=32, num_images=500)
+    images = np.stack([shapes[i][0].permute(1, 2, 0).numpy() for i in range(100)])
+    labels = shapes.labels[:100].numpy()
+    asked = np.where(np.arange(100) < 50, labels, (labels + 1) % 10)
+    np.savez(folder / "half.npz", arr_0=images, arr_1=asked)
+    flags = ("--data.num_images", 500, "--data.image_size", 32, "--epochs", 10)
+    command = ("scripts/recognise.py", "--samples", "half.npz", *flags)
+    done = run(*command, "--output", "recognised.json", "--classifier", "shapes.pt", cwd=folder)
+    found = json.loads((folder / "recognised.json").read_text())
+    assert found["held_out_accuracy"] > 0.9
+    assert found["class_agreement"] == pytest.approx(0.5, abs=0.05)
+    assert set(found["per_class"]) == set(shapes.classes)
+    assert "of 100 held-out images" in done.stdout
+    assert (folder / "shapes.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--samples", "tiny.yaml"), "--samples tiny.yaml: not an npz that sample.py wrote"),
+        (("--samples", "half.npz", "--data.use_labels", "false"), "--data.path shapes: its classes are none"),
+    ],
+)
+def test_what_cannot_be_recognised_is_told(folder, arguments, message):
+    np.savez(folder / "half.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.arange(2))
+    done = run("scripts/recognise.py", *arguments, cwd=folder, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr.strip().splitlines()[-1]
