@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from experiment.cli import one_line_errors, parse
 
@@ -24,10 +25,13 @@ class SampleConfig:
         classes: names or numbers; all of them by default
         num_per_class: images of each
         seed: image i is a function of the seed, i and its label alone
-        sampler: 'ddpm', 'ddim' or 'dpmpp_2m'; by default as in the checkpoint, like the flags below
-        num_steps: model calls a sample
+        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m' or 'unipc'
+            (see train.py --help); by default as in the checkpoint, like the flags below
+        num_steps: steps a sample, of one model call each ('heun': two)
+        spacing: of the steps: 'uniform', 'trailing', 'quadratic', 'karras', 'log_snr', or a file of noise levels
         guidance_scale: classifier-free guidance; 1 turns it off
         eta: randomness of 'ddim', 0 to 1
+        sampling: any other setting of `sampling` in train.py --help, such as --sampling.guidance_interval '[0.2, 5]'
         batch_size: images at a time, on each process
         panel: also draw so many moments of the denoising, as a second picture: x_t above, predicted x_0 below
         precision: 'auto', 'fp32' or 'bf16'
@@ -41,8 +45,10 @@ class SampleConfig:
     seed: int = 0
     sampler: str | None = None
     num_steps: int | None = None
+    spacing: str | None = None
     guidance_scale: float | None = None
     eta: float | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     panel: int = 0
     precision: str = "auto"
@@ -54,6 +60,7 @@ def main(config: SampleConfig) -> None:
     import torch
     from accelerate import Accelerator
 
+    from experiment.autoguidance import load_guide_model
     from experiment.build import check_sampling, precision, sampling_of, use_all_cores
     from experiment.checkpoint import open_checkpoint
     from experiment.generation import DenoisingPanel, Generator, generate, resolve_classes
@@ -64,9 +71,10 @@ def main(config: SampleConfig) -> None:
     classes = resolve_classes(config.classes, checkpoint.classes)
     if config.num_per_class < 1:
         raise ValueError(f"--num_per_class {config.num_per_class} must be at least 1")
-    given = {name: getattr(config, name) for name in ("sampler", "num_steps", "guidance_scale", "eta")}
+    given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "eta")}
     num_classes, process = len(checkpoint.classes), checkpoint.build_process()
-    sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_classes, **given), process, num_classes)
+    sampling = sampling_of(checkpoint.config.sampling, num_classes, **config.sampling | given)
+    sampling = check_sampling(sampling, process, num_classes)
 
     accelerator = Accelerator(mixed_precision=precision(config.precision))
     use_all_cores(accelerator)
@@ -83,6 +91,7 @@ def main(config: SampleConfig) -> None:
         config.seed,
         accelerator,
         callback=panel,
+        guide_model=load_guide_model(sampling, checkpoint.config.diffusion, checkpoint.spec, accelerator.device),
     )
     images = generate(generator, batch_size=config.batch_size)
     if not accelerator.is_main_process:

@@ -117,7 +117,7 @@ class Guidance:
         ValueError: for a number out of its range, naming the flag.
     """
 
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] = (0.0, math.inf)
     schedule: str = "constant"
     rescale: float = 0.0
     parallel: float = 1.0
@@ -125,7 +125,7 @@ class Guidance:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+        if not 0 <= self.interval[0] < self.interval[1]:
             raise ValueError(
                 f"--guidance_interval {list(self.interval)}: give the least and the largest noise level sigma / alpha"
             )
@@ -140,7 +140,7 @@ class Guidance:
 
     def scale_at(self, scale: float, progress: float, ratio: float) -> float:
         """The scale at this share of the way and noise level sigma / alpha; 1 outside the interval."""
-        if self.interval is not None and not self.interval[0] <= ratio <= self.interval[1]:
+        if not self.interval[0] <= ratio <= self.interval[1]:
             return 1.0
         return 1 + (scale - 1) * SCALE_SCHEDULES[self.schedule](progress)
 

@@ -14,9 +14,10 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion import GaussianDiffusion, sample
+from diffusion import Process, sample
 from diffusion.samplers import randn_like
 from experiment.batches import generator_for
+from experiment.build import build_guidance
 from experiment.config import EvaluationConfig, SamplingConfig
 from metrics.images import ImageBatch
 from models.autoencoder import Codec
@@ -33,7 +34,7 @@ class Generator:
     """
 
     model: nn.Module
-    process: GaussianDiffusion
+    process: Process
     codec: Codec
     labels: Int64[Tensor, " n"]
     sampling: SamplingConfig
@@ -41,6 +42,7 @@ class Generator:
     seed: int
     accelerator: Accelerator
     callback: Callback | None = None
+    guide_model: nn.Module | None = None  # of autoguidance
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
         """The images of these indices, in order."""
@@ -62,8 +64,12 @@ class Generator:
                 self.labels[indices].to(device),
                 sampler=sampling.sampler,
                 num_steps=sampling.num_steps,
+                spacing=sampling.spacing,
                 eta=sampling.eta,
+                churn=sampling.churn,
                 guidance_scale=sampling.guidance_scale,
+                guidance=build_guidance(sampling),
+                guide_model=self.guide_model,
                 legacy_cfg_channels=sampling.legacy_cfg_channels,
                 generator=generators,
                 callback=self.callback,

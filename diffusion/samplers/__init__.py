@@ -27,6 +27,15 @@ SAMPLERS: dict[str, Callable[[Chain, Tensor], Moments]] = {
     "unipc": unipc,
 }
 
+
+TWO_CALLS_A_STEP = {"heun"}  # but one in the step to the data
+
+
+def num_calls(sampler: str, num_steps: int) -> int:
+    """Of the model, in a chain of this sampler."""
+    return 2 * num_steps - 1 if sampler in TWO_CALLS_A_STEP else num_steps
+
+
 Callback = Callable[[int, Tensor, Tensor], None]
 """Called with (step, x_t after the step, x_0 predicted in it)."""
 
