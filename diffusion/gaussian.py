@@ -212,7 +212,7 @@ class GaussianDiffusion(Process):
         The variance is that of the step from `t` to `t - 1`, or of another `transition` from `t`.
         """
         at = self.transition(t) if transition is None else transition
-        raw, *share = output.float().chunk(2 if self.learns_variance else 1, dim=1)
+        raw, *share = output.to(x_t.dtype).chunk(2 if self.learns_variance else 1, dim=1)
         x_0, noise = self.read(raw, x_t, at)
         if not share:
             return Prediction(x_0, noise)

@@ -172,10 +172,15 @@ def projected(process: Process, parallel: float, radius: float | None, momentum:
         x_0, worse_x_0 = process.read(good, x_t, at)[0], process.read(worse, x_t, at)[0]
         push = before = x_0 - worse_x_0 + momentum * before
         if radius is not None:
-            push = push * (radius / push.norm(dim=(1, 2, 3), keepdim=True)).clamp(max=1)
-        direction = x_0 / x_0.norm(dim=(1, 2, 3), keepdim=True)
+            push = push * (radius / norm(push)).clamp(max=1)
+        direction = x_0 / norm(x_0)
         along = (push * direction).sum(dim=(1, 2, 3), keepdim=True) * direction
         x_0 = x_0 + (scale - 1) * (push - (1 - parallel) * along)
         return process.target(x_0, (x_t - at.alpha * x_0) / at.sigma, t)
 
     return mix
+
+
+def norm(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:
+    """Of each sample."""
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)

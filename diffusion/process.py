@@ -89,7 +89,7 @@ class Process(ABC):
         transition: Transition | None = None,
     ) -> Prediction:
         """What a raw model output says of `x_t`; a variance is that of the step `transition` from `t`."""
-        return Prediction(*self.read(output.float(), x_t, self.levels(t) if transition is None else transition))
+        return Prediction(*self.read(output.to(x_t.dtype), x_t, self.levels(t) if transition is None else transition))
 
     def precondition(self, model: Denoiser) -> Denoiser:
         """The model as a function of the process's own `x_t` and `t`."""

@@ -27,8 +27,8 @@ def load_guide_model(
     ours = {"kind": diffusion.kind, **process_settings(diffusion)} | {name: getattr(spec, name) for name in names}
     theirs = {"kind": other.config.diffusion.kind, **process_settings(other.config.diffusion)}
     theirs |= {name: getattr(other.spec, name) for name in names}
-    for name in ours.keys() - OF_TRAINING:
-        if name not in theirs or theirs[name] != ours[name]:
+    for name in ours:
+        if name not in OF_TRAINING and theirs.get(name) != ours[name]:
             raise ValueError(
                 f"--guidance_checkpoint {sampling.guidance_checkpoint}: its {name} is {theirs.get(name)}, the guided "
                 f"model's {ours[name]}; only backbone and training may differ"

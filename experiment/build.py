@@ -88,7 +88,8 @@ def build_process(config: DiffusionConfig) -> Process:
     Raises:
         ValueError: for an unknown kind, a setting of another kind, or one that does not fit.
     """
-    return PROCESSES[config.kind](**process_settings(config))
+    settings = process_settings(config)
+    return PROCESSES[config.kind](**settings)
 
 
 def process_settings(config: DiffusionConfig) -> dict[str, Any]:

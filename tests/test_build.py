@@ -1,8 +1,16 @@
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from diffusion import PROCESSES, SAMPLERS, SPACINGS
+from diffusion.flow import PATHS
+from diffusion.gaussian import PREDICTIONS, WEIGHTINGS
+from diffusion.guidance import SCALE_SCHEDULES
+from diffusion.schedules import SCHEDULES
+from diffusion.times import TIMES
 from experiment.build import (
     build_process,
     check_sampling,
@@ -13,7 +21,7 @@ from experiment.build import (
     sampling_of,
 )
 from experiment.cli import parse
-from experiment.config import ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
+from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from models.autoencoder import PixelCodec, create_codec
 
 YAML = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -43,6 +51,38 @@ def test_model_follows_codec_process_and_data():
     config = parse(ExperimentConfig, ["--data.image_size", "32", "--diffusion.variance", "fixed_small"])
     spec = model_spec(config, PixelCodec(), build_process(config.diffusion), 7)
     assert (spec.input_size, spec.in_channels, spec.out_channels, spec.num_classes) == ((32, 32), 3, 3, 7)
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_every_kind_builds_with_its_own_defaults_and_sampler(kind):
+    process = build_process(DiffusionConfig(kind=kind))
+    assert type(process) is PROCESSES[kind]
+    sampling = check_sampling(SamplingConfig(), process, 10)
+    assert (sampling.sampler, sampling.spacing) == (process.default_sampler, process.default_spacing)
+
+
+def test_a_setting_of_another_kind_is_refused_in_words():
+    for config, words in [
+        (DiffusionConfig(shift=3.0), "--diffusion.shift belongs to kind flow, not to gaussian; leave it out or null"),
+        (
+            DiffusionConfig(kind="edm", times="uniform"),
+            "--diffusion.times belongs to kind gaussian and flow, not to edm",
+        ),
+        (DiffusionConfig(kind="ddpm"), "--diffusion.kind ddpm: unknown, choose from gaussian, flow, edm"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            build_process(config)
+
+
+def test_every_setting_of_every_process_is_a_flag():
+    flags = {each.name for each in fields(DiffusionConfig)} - {"kind"}
+    assert flags == {name for process in PROCESSES.values() for name in signature(process).parameters}
+
+
+def test_help_names_every_process_sampler_spacing_and_schedule():
+    words = f"{DiffusionConfig.__doc__} {SamplingConfig.__doc__}"
+    for table in (PROCESSES, SAMPLERS, SPACINGS, SCALE_SCHEDULES, SCHEDULES, WEIGHTINGS, TIMES, PATHS, PREDICTIONS):
+        assert all(f"'{name}'" in words for name in table)
 
 
 def test_learning_rate_warms_up_and_decays():
