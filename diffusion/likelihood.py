@@ -28,8 +28,8 @@ def bits_per_dimension(
 
     Heun's method takes `x_0` up the probability flow `dx = x_0 dalpha + noise dsigma` to the noise, whose density is
     known, and adds up the flow's divergence on the way. Hutchinson's estimate of it is unbiased in `probe`, random
-    signs that are drawn when not given. It costs `2 (num_steps - 1)` calls of the model and twice as many backward passes;
-    `x_0` counts as drawn from the least noisy level of the spacing.
+    signs that are drawn when not given. It costs `2 (num_steps - 1)` calls of the model and twice as many backward
+    passes; `x_0` counts as drawn from the least noisy level of the spacing.
 
     Raises:
         ValueError: for an unknown spacing, or more steps than the process has.

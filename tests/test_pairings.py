@@ -22,7 +22,7 @@ def draw(process, noise, **settings):
 @processes
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_pairing_reaches_mean_and_std(process, sampler):
-    x_0 = draw(PROCESSES[process](), randn(4, 1, 64, 64), sampler=sampler, num_steps=200)
+    x_0 = draw(PROCESSES[process](), randn(4, 1, 64, 64), sampler=sampler, num_steps=150)
     assert x_0.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert x_0.std().item() == pytest.approx(STD, abs=0.02)
 
@@ -119,7 +119,7 @@ def test_deterministic_samplers_have_their_order(process, sampler):
     assert math.log2(error(40) / error(80)) == pytest.approx(ORDERS[sampler], abs=0.3)
 
 
-@pytest.mark.parametrize("churn", [5.0, 40.0])
+@pytest.mark.parametrize("churn", [40.0])
 @pytest.mark.parametrize("process", ["cosine v", "linear flow", "EDM"])
 def test_churn_leaves_the_distribution_as_it_is(process, churn):
     process, noise = PROCESSES[process](), randn(4, 1, 64, 64)
