@@ -133,7 +133,7 @@ if __name__ == "__main__":
             x, y = draw(process, 1500, **given, **settings).T
             ax.scatter(x, y, s=1.5, color="black", alpha=0.5, linewidths=0)
             ax.set(xticks=[], yticks=[], xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), aspect="equal")
-            if line is axes[0]:
+            if row == "all classes":
                 ax.set_title(column, fontsize=9)
         line[0].set_ylabel(row, fontsize=9)
     figure.savefig(Path(__file__).parent.parent / "docs" / "pictures" / "mixture.png", dpi=110)
