@@ -33,11 +33,13 @@ class EvaluateConfig:
         num_samples: images to draw, or to take; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced', 'reference' (the held-out images' own) or 'random'
         trials: repeat with the seeds after `seed` too, and report mean and standard deviation
-        sampler: 'ddpm', 'ddim' or 'dpmpp_2m'; this and the two below may be lists, such as 1,1.5,2: each combination is
-            a row
-        num_steps: model calls a sample
+        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m' or 'unipc'
+            (see train.py --help); this and the two below may be lists, such as 1,1.5,2: each combination is a row
+        num_steps: steps a sample, of one model call each ('heun': two)
         guidance_scale: classifier-free guidance; 1 turns it off
+        spacing: of the steps: 'uniform', 'trailing', 'quadratic', 'karras', 'log_snr', or a file of noise levels
         eta: randomness of 'ddim', 0 to 1
+        sampling: any other setting of `sampling` in train.py --help, such as --sampling.guidance_interval '[0.2, 5]'
         baselines: also score real training images (the floor) and reconstructions of the held-out images by the
             autoencoder (the ceiling of anything generated through it)
         per_class: also the Fréchet distance within each class that has 50 images or more
@@ -64,7 +66,9 @@ class EvaluateConfig:
     sampler: str | None = None
     num_steps: int | str | None = None
     guidance_scale: float | str | None = None
+    spacing: str | None = None
     eta: float | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
     baselines: bool = False
     per_class: bool = False
     memorisation: bool = False
@@ -124,7 +128,11 @@ def main(config: EvaluateConfig) -> None:
         groups = from_checkpoint(
             checkpoint,
             sweep(
-                sampling_of(checkpoint.config.sampling, len(checkpoint.classes), eta=config.eta),
+                sampling_of(
+                    checkpoint.config.sampling,
+                    len(checkpoint.classes),
+                    **config.sampling | {"eta": config.eta, "spacing": config.spacing},
+                ),
                 choices("--sampler", config.sampler, str),
                 choices("--num_steps", config.num_steps, int),
                 choices("--guidance_scale", config.guidance_scale, float),
@@ -213,8 +221,8 @@ def check(config: EvaluateConfig) -> None:
     fixed = config.checkpoint is not None or not is_run(config.samples)
     if config.trials < 1:
         raise ValueError(f"--trials {config.trials} must be at least 1")
-    for flag in ("sampler", "num_steps", "guidance_scale", "eta"):
-        if fixed and getattr(config, flag) is not None:
+    for flag in ("sampler", "num_steps", "guidance_scale", "spacing", "eta", "sampling"):
+        if fixed and getattr(config, flag) not in (None, {}):
             raise ValueError(f"--{flag}: {config.samples} is a fixed set of images, there is nothing to draw")
     if fixed and config.trials > 1:
         raise ValueError(f"--trials {config.trials}: {config.samples} is a fixed set of images, trials would be equal")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig
@@ -32,13 +32,16 @@ class SampleConfig:
         classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same
         num_per_class: images of each
         seed: image i is a function of the seed, i and its label alone
-        sampler: 'ddpm', 'ddim' or 'dpmpp_2m'; by default as in the checkpoint, like the flags below
-        num_steps: model calls a sample
+        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m' or 'unipc'
+            (see train.py --help); by default as in the checkpoint, like the flags below
+        num_steps: steps a sample, of one model call each ('heun': two)
+        spacing: of the steps: 'uniform', 'trailing', 'quadratic', 'karras', 'log_snr', or a file of noise levels
         guidance_scale: classifier-free guidance; 1 turns it off
         eta: randomness of 'ddim', 0 to 1
+        sampling: any other setting of `sampling` in train.py --help, such as --sampling.guidance_interval '[0.2, 5]'
         batch_size: images at a time, on each process
         panel: also draw so many moments of the denoising, as a second picture: x_t above, predicted x_0 below
-        reconstruct: in place of samples, held-out images noised to this timestep, x_0 predicted from there in one step
+        reconstruct: in place of samples, held-out images noised to this time, x_0 predicted from there in one step
             and by the whole chain, side by side in reconstruct.png
         precision: 'auto', 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration (a folder, say, where there is no hub)
@@ -52,11 +55,13 @@ class SampleConfig:
     seed: int = 0
     sampler: str | None = None
     num_steps: int | None = None
+    spacing: str | None = None
     guidance_scale: float | None = None
     eta: float | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     panel: int = 0
-    reconstruct: int | None = None
+    reconstruct: float | None = None
     precision: str = "auto"
     autoencoder: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -66,6 +71,7 @@ def main(config: SampleConfig) -> None:
     """Load, draw, write."""
     import torch
 
+    from experiment.autoguidance import load_guide_model
     from experiment.build import check_sampling, open_accelerator, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.generation import DenoisingPanel, Generator, generate, resolve_classes
@@ -77,9 +83,10 @@ def main(config: SampleConfig) -> None:
     classes = resolve_classes(asked, checkpoint.classes)
     if config.num_per_class < 1:
         raise ValueError(f"--num_per_class {config.num_per_class} must be at least 1")
-    given = {name: getattr(config, name) for name in ("sampler", "num_steps", "guidance_scale", "eta")}
+    given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "eta")}
     num_classes, process = len(checkpoint.classes), checkpoint.build_process()
-    sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_classes, **given), process, num_classes)
+    sampling = sampling_of(checkpoint.config.sampling, num_classes, **config.sampling | given)
+    sampling = check_sampling(sampling, process, num_classes)
 
     accelerator = open_accelerator(config.precision)
     codec = create_codec(config.autoencoder or checkpoint.config.autoencoder).to(accelerator.device)
@@ -95,6 +102,7 @@ def main(config: SampleConfig) -> None:
         config.seed,
         accelerator,
         callback=panel,
+        guide_model=load_guide_model(sampling, checkpoint.config.diffusion, checkpoint.spec, accelerator.device),
     )
     if config.reconstruct is not None:
         data = checkpoint.config.data
@@ -140,9 +148,9 @@ def draw_reconstructions(
     held_out = open_split(data, "test")
     chosen = spread_over_classes(held_out.labels, classes, config.num_per_class)
     images = torch.stack([held_out[index][0] for index in chosen.tolist()])
-    pictures = reconstruct(generator, images, held_out.labels[chosen], config.reconstruct)
+    pictures, time = reconstruct(generator, images, held_out.labels[chosen], config.reconstruct)
     if generator.accelerator.is_main_process:
-        names = ["original", f"t={config.reconstruct}", "one step", "chain"] * 3
+        names = ["original", f"t={time:.4g}", "one step", "chain"] * 3
         save_grid(pictures.flatten(0, 1), path, columns=len(names), column_names=names)
         print(f"{len(chosen)} held-out images, noised and denoised: {path}")
 

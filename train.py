@@ -21,6 +21,7 @@ def main(config: ExperimentConfig) -> None:
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
+    from experiment.autoguidance import load_guide_model
     from experiment.batches import Batches, seed_for
     from experiment.build import (
         build_optimizer,
@@ -68,6 +69,7 @@ def main(config: ExperimentConfig) -> None:
     images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
     sampling = check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
+    guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     if config.init_from and not config.resume:
         accelerator.print(warm_start(model, config.init_from))
@@ -95,7 +97,7 @@ def main(config: ExperimentConfig) -> None:
     )
 
     # A fresh run, or the newest whole checkpoint of an old one.
-    guard, meter, best, step = Guard(), Meter(config.diffusion.num_timesteps), Best(), 0
+    guard, meter, best, step = Guard(), Meter(), Best(), 0
 
     def restore() -> int:
         nonlocal best
@@ -146,7 +148,8 @@ def main(config: ExperimentConfig) -> None:
                 mark_best(run / "checkpoints", step)
 
     def generator(labels: torch.Tensor, seed: int) -> Generator:
-        return Generator(ema.model, process, codec, labels, sampling, cache.image_size, seed, accelerator)
+        where = (cache.image_size, seed, accelerator)
+        return Generator(ema.model, process, codec, labels, sampling, *where, guide_model=guide_model)
 
     def draw_samples() -> None:
         labels = balanced_labels(4 * min(10, max(1, cache.num_classes)), min(10, cache.num_classes))
@@ -189,7 +192,7 @@ def main(config: ExperimentConfig) -> None:
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = process.training_loss(model, batch.x_0, batch.y, t=batch.t, noise=batch.noise)
                 accelerator.backward(terms["loss"].mean())
-            meter.add(terms, batch.t)
+            meter.add(terms, process.noise_rank(batch.t))
         norm = gradient_norm(accelerator, model, config.optim.grad_clip)
         if guard.passes(norm):
             optimizer.step()

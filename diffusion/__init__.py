@@ -1,9 +1,24 @@
 """Diffusion processes, samplers and guidance; a model is any callable `(x_t, t, y)`."""
 
+from diffusion.edm import EDM
+from diffusion.flow import FlowMatching
 from diffusion.gaussian import GaussianDiffusion
+from diffusion.guidance import Guidance
 from diffusion.process import Prediction, Process
 from diffusion.samplers import SAMPLERS, sample
+from diffusion.spacings import SPACINGS
 
-PROCESSES = {"gaussian": GaussianDiffusion}
+PROCESSES: dict[str, type[Process]] = {"gaussian": GaussianDiffusion, "flow": FlowMatching, "edm": EDM}
 
-__all__ = ["PROCESSES", "SAMPLERS", "GaussianDiffusion", "Prediction", "Process", "sample"]
+__all__ = [
+    "EDM",
+    "PROCESSES",
+    "SAMPLERS",
+    "SPACINGS",
+    "FlowMatching",
+    "GaussianDiffusion",
+    "Guidance",
+    "Prediction",
+    "Process",
+    "sample",
+]

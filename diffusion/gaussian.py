@@ -7,57 +7,19 @@ least noise first; the step from t = 0 leads to the data itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
-from einops import rearrange, reduce
-from jaxtyping import Float, Float32, Int64
+from einops import rearrange
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
-from diffusion.process import Denoiser, Prediction
-from diffusion.schedules import SCHEDULES
-
-
-class Transition(NamedTuple):
-    """One reverse step, from time t to an earlier time s: float32 numbers that broadcast over `[b c h w]`."""
-
-    alpha: Tensor  # at t
-    sigma: Tensor
-    alpha_next: Tensor  # at s
-    sigma_next: Tensor
-    x_0_weight: Tensor  # in the mean of q(x_s | x_t, x_0), Ho et al. 2020, eq. 7
-    x_t_weight: Tensor
-    posterior_std: Tensor  # of q(x_s | x_t, x_0); 0 when s is the data
-    log_variance_min: Tensor  # of the posterior, kept finite
-    log_variance_max: Tensor  # log beta
-
-
-class Target(NamedTuple):
-    """What a model is trained to put out, and how `x_0` and noise are read off an output."""
-
-    target: Callable[[Tensor, Tensor, Transition], Tensor]  # of (x_0, noise, transition)
-    x_0: Callable[[Tensor, Tensor, Transition], Tensor]  # of (output, x_t, transition)
-    noise: Callable[[Tensor, Tensor, Transition], Tensor]
-
-
-PREDICTIONS = {
-    "epsilon": Target(  # Ho et al. 2020, eq. 14 and 15
-        target=lambda x_0, noise, at: noise,
-        x_0=lambda output, x_t, at: (x_t - at.sigma * output) / at.alpha,
-        noise=lambda output, x_t, at: output,
-    ),
-    "x_0": Target(
-        target=lambda x_0, noise, at: x_0,
-        x_0=lambda output, x_t, at: output,
-        noise=lambda output, x_t, at: (x_t - at.alpha * output) / at.sigma,
-    ),
-    "v": Target(  # Salimans and Ho 2022, appendix D
-        target=lambda x_0, noise, at: at.alpha * noise - at.sigma * x_0,
-        x_0=lambda output, x_t, at: at.alpha * x_t - at.sigma * output,
-        noise=lambda output, x_t, at: at.sigma * x_t + at.alpha * output,
-    ),
-}
+from diffusion.bound import discretized_log_likelihood, normal_kl
+from diffusion.predictions import PREDICTIONS, AtLevel, Level
+from diffusion.process import Denoiser, Prediction, Process, mean_per_sample
+from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
+from diffusion.times import TIMES
+from diffusion.transition import Transition
 
 FIXED_LOG_VARIANCES: dict[str, Callable[[Transition], Tensor]] = {  # Ho et al. 2020, section 3.2
     "fixed_small": lambda at: at.log_variance_min,
@@ -66,7 +28,22 @@ FIXED_LOG_VARIANCES: dict[str, Callable[[Transition], Tensor]] = {  # Ho et al. 
 VARIANCES = ("learned_range", *FIXED_LOG_VARIANCES)
 
 
-class GaussianDiffusion:
+def bound_weight(snr: Tensor, snr_next: Tensor) -> Tensor:
+    """The variational bound, in nats: T terms of a sum (Kingma et al. 2021, eq. 14). The one at t = 0 is a likelihood,
+    which has no such weight; it counts like t = 1."""
+    weight = 0.5 * len(snr) * (snr_next - snr)
+    return torch.cat([weight[1:2], weight[1:]])
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # What the squared error of x_0 counts, as a function of SNR(t) and of SNR(t - 1), which is infinite at t = 0.
+    "min_snr": lambda snr, snr_next: snr.clamp(max=5),  # Hang et al. 2023, gamma = 5
+    "p2": lambda snr, snr_next: snr / (1 + snr),  # Choi et al. 2022, k = gamma = 1
+    "vlb": bound_weight,
+}
+
+
+class GaussianDiffusion(Process):
     """The process of DDPM and its descendants; its tables are computed in float64 and used in float32.
 
     Args:
@@ -76,10 +53,16 @@ class GaussianDiffusion:
         variance: of the reverse step. `learned_range` has the model interpolate, in log space, between the
             posterior variance and beta (Nichol and Dhariwal 2021, eq. 15); it doubles the model's output
             channels. `fixed_small` and `fixed_large` are these two bounds themselves.
+        weighting: of the squared error: `uniform`, or a name in `WEIGHTINGS`.
+        times: at which the model is trained, by name in `TIMES`.
+        zero_terminal_snr: rescale the schedule so that T-1 is pure noise (Lin et al. 2023, algorithm 1).
 
     Raises:
-        ValueError: for a name that is not in the tables, listing those that are, or too few timesteps.
+        ValueError: for a name that is not in the tables, listing those that are, too few timesteps, or a
+            prediction that says nothing of the data at T-1.
     """
+
+    default_sampler = "ddpm"
 
     def __init__(
         self,
@@ -87,10 +70,15 @@ class GaussianDiffusion:
         num_timesteps: int = 1000,
         prediction: str = "epsilon",
         variance: str = "learned_range",
+        weighting: str = "uniform",
+        times: str = "uniform",
+        zero_terminal_snr: bool = False,
     ) -> None:
-        _check("schedule", schedule, SCHEDULES)
-        _check("prediction", prediction, PREDICTIONS)
-        _check("variance", variance, VARIANCES)
+        check_name("schedule", schedule, SCHEDULES)
+        check_name("prediction", prediction, PREDICTIONS)
+        check_name("variance", variance, VARIANCES)
+        check_name("weighting", weighting, ("uniform", *WEIGHTINGS))
+        check_name("times", times, TIMES)
         if num_timesteps < 2:
             raise ValueError(f"--diffusion.num_timesteps {num_timesteps} must be at least 2")
         self.betas = SCHEDULES[schedule](num_timesteps)  # [T], float64
@@ -99,10 +87,23 @@ class GaussianDiffusion:
                 f"--diffusion.num_timesteps {num_timesteps} is too few for the {schedule} schedule: beta "
                 f"reaches {self.betas.max():.3g}; use more, or --diffusion.schedule cosine"
             )
+        if zero_terminal_snr and prediction == "epsilon":
+            raise ValueError(
+                "--diffusion.zero_terminal_snr true: x_t at T-1 is then the noise itself, and predicting that says "
+                "nothing of the data; use --diffusion.prediction v or x_0"
+            )
+        if zero_terminal_snr:
+            self.betas = with_zero_terminal_snr(self.betas)
         self.num_timesteps = num_timesteps
         self.prediction = prediction
         self.variance = variance
+        self.weighting = weighting
+        self.times = times
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # [T], float64
+        self.max_time = num_timesteps - 1
+        self._angle = torch.atan2((1 - self.alphas_cumprod).sqrt(), self.alphas_cumprod.sqrt())  # [T], up to pi / 2
+        ratios = self._angle[self.alphas_cumprod > 0].tan()
+        self.noise_range = (ratios[0].item(), ratios[-1].item())
         self._tables: dict[torch.device, Tensor] = {}
 
     @property
@@ -119,8 +120,10 @@ class GaussianDiffusion:
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Int64[Tensor, " num"]:
-        """Training times, uniform on 0..T-1; the generator lies on `device`."""
-        return torch.randint(self.num_timesteps, (num,), generator=generator, device=device)
+        """Training times on 0..T-1; the generator lies on `device`."""
+        if self.times == "uniform":
+            return torch.randint(self.num_timesteps, (num,), generator=generator, device=device)
+        return (TIMES[self.times](num, generator, device) * self.num_timesteps).long()
 
     def timesteps(self, num_steps: int) -> Int64[Tensor, " num_steps"]:
         """The times of a shorter chain, ascending: evenly spread over 0..T-1, both ends included.
@@ -137,57 +140,71 @@ class GaussianDiffusion:
         stride = (self.num_timesteps - 1) / (num_steps - 1)
         return torch.tensor([round(stride * i) for i in range(num_steps)])
 
+    def path(self, t: Shaped[Tensor, "*n"]) -> Level:
+        """`alpha = cos(angle)` and `sigma = sin(angle)`, in float64; between the chain's times the angle is linear."""
+        below = t.long().clamp(max=self.num_timesteps - 2)
+        table = self._angle.to(t.device)
+        angle = torch.lerp(table[below], table[below + 1], t.double() - below)
+        return Level(angle.cos(), angle.sin())
+
+    def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The inverse of `path`."""
+        angle = ratio.double().atan()
+        above = torch.searchsorted(self._angle, angle).clamp(1, self.num_timesteps - 1)
+        low, high = self._angle[above - 1], self._angle[above]
+        return above - 1 + ((angle - low) / (high - low)).clamp(0, 1)
+
+    def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """`t / T`."""
+        return t.double() / self.num_timesteps
+
     def transition(self, t: Int64[Tensor, " b"]) -> Transition:
-        """The step from each `t` to `t - 1`, as `[b 1 1 1]` on `t`'s device."""
+        """The step from each `t` to `t - 1`, in float32 as `[b 1 1 1]` on `t`'s device."""
+        *transition, _ = self._at(t)
+        return Transition(*transition)
+
+    def levels(self, t: Shaped[Tensor, " b"]) -> Level:
+        """`alpha` and `sigma` in float32 as `[b 1 1 1]`: looked up at the chain's own times."""
+        return super().levels(t) if t.is_floating_point() else Level(*self._at(t)[:2])
+
+    def loss_weight(self, t: Int64[Tensor, " b"]) -> Float32[Tensor, " b"]:
+        """What the squared error of the output at `t` counts, as the weighting says."""
+        return self._at(t)[-1].flatten()
+
+    def _at(self, t: Int64[Tensor, " b"]) -> Tensor:
+        """Everything that is tabulated, at `t`."""
         if t.device not in self._tables:
-            self._tables[t.device] = self._tabulate(torch.arange(self.num_timesteps)).to(t.device)
-        return Transition(*rearrange(self._tables[t.device][t], "b k -> k b 1 1 1"))
+            self._tables[t.device] = self._tabulate().float().to(t.device)
+        return rearrange(self._tables[t.device][t], "b k -> k b 1 1 1")
 
-    def reverse_steps(self, num_steps: int) -> list[tuple[int, Transition]]:
-        """The respaced chain walked down to the data: each time, and the step from it to the next lower one.
-
-        The numbers stay on the CPU as scalars, which a device takes with its kernels' arguments.
-        """
-        timesteps = self.timesteps(num_steps)
-        rows = zip(timesteps.tolist(), self._tabulate(timesteps), strict=True)
-        return [(t, Transition(*row)) for t, row in rows][::-1]
-
-    def _tabulate(self, timesteps: Int64[Tensor, " n"]) -> Float32[Tensor, "n k"]:
-        """The fields of `Transition` for each step down the chain of ascending `timesteps`."""
-        now = self.alphas_cumprod[timesteps]
-        then = torch.cat([now.new_ones(1), now[:-1]])
-        beta = 1 - now / then
-        variance = beta * (1 - then) / (1 - now)
-        # The step to the data has no variance. Its logarithm, which the likelihood there needs, is taken from
-        # the step above it, as in the published code.
-        floor = variance[1:2] if len(timesteps) > 1 else beta
-        table = Transition(
-            alpha=now.sqrt(),
-            sigma=(1 - now).sqrt(),
-            alpha_next=then.sqrt(),
-            sigma_next=(1 - then).sqrt(),
-            x_0_weight=then.sqrt() * beta / (1 - now),
-            x_t_weight=(now / then).sqrt() * (1 - then) / (1 - now),
-            posterior_std=variance.sqrt(),
-            log_variance_min=torch.cat([floor, variance[1:]]).log(),
-            log_variance_max=beta.log(),
-        )
-        return torch.stack(table, dim=1).float()
+    def _tabulate(self) -> Tensor:
+        """The full chain's transitions and weights [T k]."""
+        chain = Transition.chain(*self.path(torch.arange(self.num_timesteps)))
+        if self.weighting == "uniform":
+            return torch.stack([*chain, torch.ones_like(self.betas)], dim=1)
+        snr, snr_next = (chain.alpha / chain.sigma) ** 2, (chain.alpha_next / chain.sigma_next) ** 2
+        weight = WEIGHTINGS[self.weighting](snr, snr_next) * PREDICTIONS[self.prediction].x_0_error(chain)
+        return torch.stack([*chain, weight], dim=1)
 
     # Noise in, noise out.
 
-    def q_sample(
-        self, x_0: Float[Tensor, "b c h w"], t: Int64[Tensor, " b"], noise: Float[Tensor, "b c h w"]
+    def target(
+        self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """`x_t`, a draw from `q(x_t | x_0)` by way of unit normal `noise` (Ho et al. 2020, eq. 4)."""
-        at = self.transition(t)
-        return at.alpha * x_0 + at.sigma * noise
+        """What a perfect model puts out, without its variance."""
+        return PREDICTIONS[self.prediction].target(x_0, noise, self.levels(t))
+
+    def read(
+        self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """`x_0` and noise."""
+        return PREDICTIONS[self.prediction].x_0(raw, x_t, at), PREDICTIONS[self.prediction].noise(raw, x_t, at)
 
     def predict(
         self,
         output: Float[Tensor, "b c_out h w"],
         x_t: Float[Tensor, "b c h w"],
-        t: Int64[Tensor, " b"],
+        t: Shaped[Tensor, " b"],
         transition: Transition | None = None,
     ) -> Prediction:
         """What a raw model output says of `x_t`: `x_0`, `noise` and, where learned, the log-variance.
@@ -195,9 +212,8 @@ class GaussianDiffusion:
         The variance is that of the step from `t` to `t - 1`, or of another `transition` from `t`.
         """
         at = self.transition(t) if transition is None else transition
-        raw, *share = output.float().chunk(2 if self.learns_variance else 1, dim=1)
-        read = PREDICTIONS[self.prediction]
-        x_0, noise = read.x_0(raw, x_t, at), read.noise(raw, x_t, at)
+        raw, *share = output.to(x_t.dtype).chunk(2 if self.learns_variance else 1, dim=1)
+        x_0, noise = self.read(raw, x_t, at)
         if not share:
             return Prediction(x_0, noise)
         # The model's -1 is the smallest variance, its 1 the largest (Nichol and Dhariwal 2021, eq. 15).
@@ -205,17 +221,15 @@ class GaussianDiffusion:
         log_variance = fraction * at.log_variance_max + (1 - fraction) * at.log_variance_min
         return Prediction(x_0, noise, log_variance)
 
-    def posterior_mean(
-        self, x_0: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], transition: Transition
-    ) -> Float[Tensor, "b c h w"]:
-        """Mean of `q(x_s | x_t, x_0)` (Ho et al. 2020, eq. 7)."""
-        return transition.x_0_weight * x_0 + transition.x_t_weight * x_t
-
     def reverse_log_variance(self, prediction: Prediction, transition: Transition) -> Tensor:
         """Log-variance of the model's own reverse step, learned or fixed."""
         if prediction.log_variance is not None:
             return prediction.log_variance
         return FIXED_LOG_VARIANCES[self.variance](transition)
+
+    def reverse_std(self, prediction: Prediction, transition: Transition) -> Tensor:
+        """The same as a standard deviation."""
+        return torch.exp(0.5 * self.reverse_log_variance(prediction, transition))
 
     # The objective.
 
@@ -231,67 +245,32 @@ class GaussianDiffusion:
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Per-sample `loss`, `mse` and, where the variance is learned, `vb`; all in float32.
 
-        `mse` is the simple loss (Ho et al. 2020, eq. 14). `vb` is the term of the variational bound at `t`,
-        in bits per dimension, with the mean frozen: it trains the variance alone. The hybrid loss is
-        `mse + T / 1000 * vb`: eq. 16 of Nichol and Dhariwal 2021 with their weight of 0.001, as `vb` is one
+        `mse` is the simple loss (Ho et al. 2020, eq. 14), which the weighting weighs. `vb` is the term of the
+        variational bound at `t`, in bits per dimension, with the mean frozen: it trains the variance alone. The hybrid
+        loss is `mse + T / 1000 * vb`: eq. 16 of Nichol and Dhariwal 2021 with their weight of 0.001, as `vb` is one
         of T terms of a sum. `t` and `noise` are drawn when not given, by a generator on `x_0`'s device.
         """
-        if t is None:
-            t = self.sample_timesteps(len(x_0), generator, x_0.device)
-        if noise is None:
-            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-        x_0, noise = x_0.float(), noise.float()
-        at = self.transition(t)
+        t, noise = self.draw(x_0, t, noise, generator)
+        x_0 = x_0.float()
         x_t = self.q_sample(x_0, t, noise)
         output = model(x_t, t, y).float()
 
         raw, share = output.split([x_0.shape[1], output.shape[1] - x_0.shape[1]], dim=1)
-        mse = _mean_per_sample((PREDICTIONS[self.prediction].target(x_0, noise, at) - raw).square())
+        mse = mean_per_sample((self.target(x_0, noise, t) - raw).square())
+        loss = self.loss_weight(t) * mse
         if not self.learns_variance:
-            return {"loss": mse, "mse": mse}
+            return {"loss": loss, "mse": mse}
 
         mean_frozen = torch.cat([raw.detach(), share], dim=1)
         vb = self._variational_bound(self.predict(mean_frozen, x_t, t), x_0, x_t, t)
-        return {"loss": mse + self.num_timesteps / 1000 * vb, "mse": mse, "vb": vb}
+        return {"loss": loss + self.num_timesteps / 1000 * vb, "mse": mse, "vb": vb}
 
     def _variational_bound(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Float32[Tensor, " b"]:
         """`L_t` in bits per dimension (Ho et al. 2020, eq. 5): a divergence, or at t = 0 a likelihood."""
         at = self.transition(t)
-        mean = self.posterior_mean(prediction.x_0, x_t, at)
+        mean = at.posterior_mean(prediction.x_0, x_t)
         log_variance = self.reverse_log_variance(prediction, at)
-        true_mean = self.posterior_mean(x_0, x_t, at)
-        divergence = _mean_per_sample(_normal_kl(true_mean, at.log_variance_min, mean, log_variance))
-        likelihood = _mean_per_sample(_discretized_log_likelihood(x_0, mean, 0.5 * log_variance))
+        true_mean = at.posterior_mean(x_0, x_t)
+        divergence = mean_per_sample(normal_kl(true_mean, at.log_variance_min, mean, log_variance))
+        likelihood = mean_per_sample(discretized_log_likelihood(x_0, mean, 0.5 * log_variance))
         return torch.where(t == 0, -likelihood, divergence) / math.log(2)
-
-
-def _check(flag: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        raise ValueError(f"--diffusion.{flag} {name}: unknown, choose from {', '.join(known)}")
-
-
-def _mean_per_sample(values: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    return reduce(values, "b c h w -> b", "mean")
-
-
-def _normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
-    """KL divergence between normals, in nats, element by element."""
-    ratio = torch.exp(log_variance - other_log_variance)
-    distance = (mean - other_mean).square() * torch.exp(-other_log_variance)
-    return 0.5 * (other_log_variance - log_variance + ratio + distance - 1)
-
-
-def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-probability, in nats, of `x` in bins of 2/255 over [-1, 1], open at the ends (Ho et al., eq. 13).
-
-    The normal distribution function is the tanh approximation that published results were computed with.
-    """
-
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-    inverse_std = torch.exp(-log_std)
-    upper = cdf(inverse_std * (x - mean + 1 / 255))
-    lower = cdf(inverse_std * (x - mean - 1 / 255))
-    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
-    return mass.clamp(min=1e-12).log()

@@ -1,16 +1,25 @@
-"""What a trainer and a sampler may ask of any diffusion process."""
+"""What a trainer and a sampler may ask of any diffusion process, and what all of them share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from einops import rearrange, reduce
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
+
+from diffusion.predictions import AtLevel, Level
+from diffusion.spacings import spaced_times
+from diffusion.transition import Transition
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A backbone, guided or not: a pure function of `(x_t [b c h w], t [b], y [b])`."""
+
+Step = tuple[int | float, Transition]
+"""A time at which a sampler calls the model, and the step from it to the next lower one."""
 
 
 class Prediction(NamedTuple):
@@ -21,40 +30,138 @@ class Prediction(NamedTuple):
     log_variance: Float[Tensor, "b c h w"] | None = None  # of the reverse step, where the model learns it
 
 
-@runtime_checkable
-class Process(Protocol):
-    """A coupling of data and noise over time, and the objective that goes with it.
+class Process(ABC):
+    """A path from data to noise, `x_t = alpha(t) x_0 + sigma(t) noise`, and the objective that goes with it.
 
-    Times are those that the backbone is given; a process maps its own to them.
+    Times are the process's own and grow with the noise: 0..T-1 of a Gaussian chain, [0, 1] of a flow, sigma of EDM.
+    `precondition` maps them to what a backbone is given, which is 0..999 for all.
     """
+
+    default_sampler: str
+    default_spacing: str = "uniform"
+    prior_std: float = 1.0  # of `x_t` at the last time
+    noise_range: tuple[float, float]  # of sigma / alpha, both finite and above 0
+    max_time: int | float  # the last, where the noise is
+
+    @abstractmethod
+    def path(self, t: Shaped[Tensor, "*n"]) -> Level:
+        """`alpha` and `sigma` at times `t`."""
+
+    @abstractmethod
+    def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The times at which sigma / alpha is `ratio`."""
+
+    @abstractmethod
+    def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Where a time lies on the way from the least noise, 0, to the most, 1."""
+
+    @abstractmethod
+    def sample_timesteps(
+        self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Shaped[Tensor, " num"]:
+        """Training times; the generator lies on `device`."""
+
+    @abstractmethod
+    def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
+        """Evenly spread times for a sampler, ascending.
+
+        Raises:
+            ValueError: where the process has not so many.
+        """
+
+    @abstractmethod
+    def target(
+        self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
+        """What a perfect model puts out for `x_t` made of this `x_0` and `noise`."""
+
+    @abstractmethod
+    def read(
+        self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """`x_0` and noise, off a raw output for `x_t`: the inverse of `target`."""
+
+    def predict(
+        self,
+        output: Float[Tensor, "b c_out h w"],
+        x_t: Float[Tensor, "b c h w"],
+        t: Shaped[Tensor, " b"],
+        transition: Transition | None = None,
+    ) -> Prediction:
+        """What a raw model output says of `x_t`; a variance is that of the step `transition` from `t`."""
+        return Prediction(*self.read(output.to(x_t.dtype), x_t, self.levels(t) if transition is None else transition))
+
+    def precondition(self, model: Denoiser) -> Denoiser:
+        """The model as a function of the process's own `x_t` and `t`."""
+        return model
 
     def output_channels(self, in_channels: int) -> int:
         """Channels that the backbone has to put out for data of `in_channels`."""
-        ...
+        return in_channels
 
-    def sample_timesteps(
-        self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        """Training times [num]."""
-        ...
+    def loss_weight(self, t: Shaped[Tensor, " b"]) -> Float32[Tensor, " b"]:
+        """What the squared error of the output at `t` counts."""
+        return torch.ones(t.shape, device=t.device)
+
+    def reverse_std(self, prediction: Prediction, transition: Transition) -> Tensor:
+        """Standard deviation of the noise that an ancestral step adds: by default the true posterior's."""
+        return transition.posterior_std
+
+    def levels(self, t: Shaped[Tensor, " b"]) -> Level:
+        """`alpha` and `sigma` in float32 as `[b 1 1 1]`."""
+        return Level(*(rearrange(number.float(), "b -> b 1 1 1") for number in self.path(t)))
+
+    def q_sample(
+        self, x_0: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], noise: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b c h w"]:
+        """`x_t`, a draw from `q(x_t | x_0)` by way of unit normal `noise`."""
+        alpha, sigma = self.levels(t)
+        return alpha * x_0 + sigma * noise
+
+    def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
+        """The chain that a sampler walks down to the data.
+
+        The numbers are float64 scalars on the CPU, which a device takes with its kernels' arguments.
+
+        Raises:
+            ValueError: for an unknown spacing, or more steps than the process has.
+        """
+        times = spaced_times(self, num_steps, spacing or self.default_spacing)
+        chain = Transition.chain(*self.path(times))
+        return [(t, Transition(*row)) for t, row in zip(times.tolist(), zip(*chain, strict=True), strict=True)][::-1]
 
     def training_loss(
         self,
         model: Denoiser,
-        x_0: Tensor,
-        y: Tensor,
+        x_0: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
         *,
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
+        t: Shaped[Tensor, " b"] | None = None,
+        noise: Float[Tensor, "b c h w"] | None = None,
         generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Per-sample terms [b]: `loss`, which is to be minimised, and what it is made of."""
-        ...
+    ) -> dict[str, Float32[Tensor, " b"]]:
+        """Per-sample `loss`, which is to be minimised, and the terms that it is made of, all in float32.
 
-    def timesteps(self, num_steps: int) -> Tensor:
-        """The times [num_steps] at which a sampler calls the model, ascending."""
-        ...
+        `mse` is the squared error of the model's output. `t` and `noise` are drawn when not given, by a generator on
+        `x_0`'s device.
+        """
+        t, noise = self.draw(x_0, t, noise, generator)
+        x_t = self.q_sample(x_0.float(), t, noise)
+        output = self.precondition(model)(x_t, t, y).float()
+        mse = mean_per_sample((self.target(x_0.float(), noise, t) - output).square())
+        return {"loss": self.loss_weight(t) * mse, "mse": mse}
 
-    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """What a raw model output says of `x_t`."""
-        ...
+    def draw(
+        self, x_0: Tensor, t: Tensor | None, noise: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Times and noise for a batch, where they are not given."""
+        if t is None:
+            t = self.sample_timesteps(len(x_0), generator, x_0.device)
+        if noise is None:
+            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        return t, noise.float()
+
+
+def mean_per_sample(values: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """The mean over everything but the batch."""
+    return reduce(values, "b c h w -> b", "mean")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float64
@@ -26,4 +26,33 @@ def cosine(num_timesteps: int) -> Float64[Tensor, " T"]:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "cosine": cosine}
+def sigmoid(num_timesteps: int) -> Float64[Tensor, " T"]:
+    """`alpha_bar(s)` falls as a logistic curve from 1 to 0, s from -3 to 3, betas at most 0.999.
+
+    Jabri et al. 2022, appendix B, with temperature 1.
+    """
+    s = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    curve = torch.sigmoid(3 - 6 * s)
+    alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
+
+
+def with_zero_terminal_snr(betas: Float64[Tensor, " T"]) -> Float64[Tensor, " T"]:
+    """The schedule scaled so that its last `alpha_bar` is 0 and its first stays (Lin et al. 2023, algorithm 1)."""
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    return 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+
+
+def check_name(flag: str, name: str, known: Iterable[str]) -> None:
+    """Whether a table has the name that a flag gives.
+
+    Raises:
+        ValueError: listing what it has.
+    """
+    if name not in known:
+        raise ValueError(f"--diffusion.{flag} {name}: unknown, choose from {', '.join(known)}")

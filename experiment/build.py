@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from data import open_dataset
 from data.latents import LatentCache, build_cache, cache_name
-from diffusion import SAMPLERS, GaussianDiffusion
+from diffusion import PROCESSES, SAMPLERS, Guidance, Process
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from experiment.sharding import keep_float32
 from models import create_model
@@ -105,12 +106,34 @@ def compile_blocks(model: nn.Module) -> None:
             module.compile(dynamic=False)  # symbolic widths and grids take minutes to reason about
 
 
-def build_process(config: DiffusionConfig) -> GaussianDiffusion:
-    """The diffusion process of a configuration."""
-    return GaussianDiffusion(**asdict(config))
+def build_process(config: DiffusionConfig) -> Process:
+    """The diffusion process of a configuration.
+
+    Raises:
+        ValueError: for an unknown kind, a setting of another kind, or one that does not fit.
+    """
+    settings = process_settings(config)
+    return PROCESSES[config.kind](**settings)
 
 
-def model_spec(config: ExperimentConfig, codec: Codec, process: GaussianDiffusion, num_classes: int) -> ModelSpec:
+def process_settings(config: DiffusionConfig) -> dict[str, Any]:
+    """All that a process of this kind can be told: what was given, and its defaults.
+
+    Raises:
+        ValueError: for an unknown kind, or a setting of another kind.
+    """
+    if config.kind not in PROCESSES:
+        raise ValueError(f"--diffusion.kind {config.kind}: unknown, choose from {', '.join(PROCESSES)}")
+    settings = {kind: signature(process).parameters for kind, process in PROCESSES.items()}
+    own = {name: parameter.default for name, parameter in settings[config.kind].items()}
+    given = {name: value for name, value in asdict(config).items() if name != "kind" and value is not None}
+    for name in given.keys() - own.keys():
+        owners = " and ".join(kind for kind, names in settings.items() if name in names)
+        raise ValueError(f"--diffusion.{name} belongs to kind {owners}, not to {config.kind}; leave it out or null")
+    return own | given
+
+
+def model_spec(config: ExperimentConfig, codec: Codec, process: Process, num_classes: int) -> ModelSpec:
     """The backbone that fits codec, process and data."""
     channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
     return ModelSpec(
@@ -161,23 +184,55 @@ def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerat
 
 
 def sampling_of(config: SamplingConfig, num_classes: int, **given: object) -> SamplingConfig:
-    """The configuration, unguided where there are no classes, with whatever was given in place of its own."""
-    own = config if num_classes else replace(config, guidance_scale=1.0)
+    """The configuration, unguided where there are no classes, with whatever was given in place of its own.
+
+    Raises:
+        ValueError: for a name that it does not have.
+    """
+    own = config if num_classes or config.guidance_checkpoint else replace(config, guidance_scale=1.0)
+    known = [each.name for each in fields(config)]
+    for name in given.keys() - set(known):
+        raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(known)}")
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
-def check_sampling(config: SamplingConfig, process: GaussianDiffusion, num_classes: int) -> SamplingConfig:
-    """The configuration, if process and model can follow it.
+def check_sampling(config: SamplingConfig, process: Process, num_classes: int) -> SamplingConfig:
+    """The configuration, with the process's own sampler and spacing where it names none, if the model can follow it.
 
     Raises:
-        ValueError: for an unknown sampler, more steps than the process has, or guidance without classes.
+        ValueError: for an unknown name, more steps than the process has, or guidance without classes.
     """
+    config = replace(
+        config,
+        sampler=config.sampler or process.default_sampler,
+        spacing=config.spacing or process.default_spacing,
+    )
     if config.sampler not in SAMPLERS:
         raise ValueError(f"--sampling.sampler {config.sampler}: unknown, choose from {', '.join(SAMPLERS)}")
-    if num_classes == 0 and config.guidance_scale != 1.0:
+    if num_classes == 0 and config.guidance_scale != 1.0 and config.guidance_checkpoint is None:
         raise ValueError(f"--guidance_scale {config.guidance_scale}: the model is unconditional; leave it at 1")
-    process.timesteps(config.num_steps)
+    build_guidance(config)
+    process.reverse_steps(config.num_steps, config.spacing)
     return config
+
+
+def build_guidance(config: SamplingConfig) -> Guidance:
+    """How guidance is applied.
+
+    Raises:
+        ValueError: for a number out of its range.
+    """
+    if config.guidance_interval is not None and len(config.guidance_interval) != 2:
+        raise ValueError(f"--guidance_interval {config.guidance_interval}: give two noise levels, such as [0.2, 5]")
+    low, high = config.guidance_interval or (0.0, math.inf)
+    return Guidance(
+        interval=(float(low), float(high)),
+        schedule=config.guidance_schedule,
+        rescale=config.guidance_rescale,
+        parallel=config.guidance_parallel,
+        radius=config.guidance_radius,
+        momentum=config.guidance_momentum,
+    )
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -48,19 +48,43 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The diffusion process: Gaussian, in discrete time (Ho et al. 2020, Nichol and Dhariwal 2021).
+    """The diffusion process and its objective. What is null is the kind's own default; what belongs to another kind is
+    refused.
 
     Args:
-        schedule: of the noise: 'linear' or 'cosine'
-        num_timesteps: T
-        prediction: what the backbone predicts: 'epsilon', 'x_0' or 'v'
-        variance: 'learned_range' (hybrid loss), 'fixed_small' or 'fixed_large'
+        kind: 'gaussian' (discrete time: Ho et al. 2020, Nichol and Dhariwal 2021), 'flow' (flow matching: Lipman et al.
+            2023) or 'edm' (Karras et al. 2022)
+        schedule: of a gaussian's noise: 'linear' (default), 'cosine' or 'sigmoid'
+        num_timesteps: of a gaussian: T (1000)
+        prediction: of a gaussian: what the backbone predicts: 'epsilon' (default), 'x_0' or 'v'
+        variance: of a gaussian: 'learned_range' (default; hybrid loss), 'fixed_small' or 'fixed_large'
+        weighting: of a gaussian's squared error: 'uniform' (default), 'min_snr', 'p2' or 'vlb'
+        zero_terminal_snr: of a gaussian: rescale the schedule to end in pure noise (false)
+        times: of a gaussian or flow, at which the backbone is trained: 'uniform' (default) or 'logit_normal'
+        path: of a flow: 'linear' (default) or 'trigonometric'
+        shift: of a flow's times towards the noise, for larger images (1: none)
+        sigma_data: of edm: standard deviation of the data (1)
+        P_mean: of edm: mean of log sigma in training (-0.5)
+        P_std: of edm: its standard deviation (1.2)
+        sigma_min: of edm: least noise of a sampler (0.002)
+        sigma_max: of edm: noise that a sampler starts from (80)
     """
 
-    schedule: str = "linear"
-    num_timesteps: int = 1000
-    prediction: str = "epsilon"
-    variance: str = "learned_range"
+    kind: str = "gaussian"
+    schedule: str | None = None
+    num_timesteps: int | None = None
+    prediction: str | None = None
+    variance: str | None = None
+    weighting: str | None = None
+    zero_terminal_snr: bool | None = None
+    times: str | None = None
+    path: str | None = None
+    shift: float | None = None
+    sigma_data: float | None = None
+    P_mean: float | None = None
+    P_std: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,17 +145,40 @@ class SamplingConfig:
     """How samples are drawn, by sample.py, evaluate.py and the grids during training.
 
     Args:
-        sampler: 'ddpm', 'ddim' or 'dpmpp_2m'
-        num_steps: model calls a sample, each of both halves under guidance
-        guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
+        sampler: null is the process's own: 'ddpm' (gaussian: ancestral), 'euler' (flow) or 'heun' (edm: second order,
+            two calls a step); others: 'ddim', 'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m'
+            (DPM-Solver++ of order 2 and 3), 'dpmpp_2m_sde' (with noise), 'unipc' (predictor and corrector)
+        num_steps: steps a sample: calls of the model, each of both halves under guidance
+        spacing: of the steps: null is the process's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
+            'trailing', 'quadratic', 'log_snr'; or a text file of noise levels sigma / alpha
         eta: randomness of 'ddim': 0 none, 1 that of 'ddpm'
+        churn: randomness of 'heun': noise added over the whole chain (Karras et al. 2022); 0 none
+        guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
+        guidance_checkpoint: a run or checkpoint, smaller or less trained, to be guided away from in place of the
+            unlabelled prediction (autoguidance, Karras et al. 2024)
+        guidance_interval: least and largest noise level sigma / alpha at which to guide; null: everywhere
+        guidance_schedule: of the scale on the way: 'constant', or rising from none: 'linear' or 'cosine'
+        guidance_rescale: 0 to 1: how far to bring the output's standard deviation back (Lin et al. 2023: 0.7)
+        guidance_parallel: share of the push along the predicted image that is kept; 0 is adaptive projected guidance
+            (Sadat et al. 2024), which keeps colours from saturating at large scales
+        guidance_radius: largest norm of the push; null: none
+        guidance_momentum: of the push over the steps, such as -0.5 beside guidance_parallel 0
         legacy_cfg_channels: guide the first channels only, as published samplers did (3); null: all
     """
 
-    sampler: str = "ddpm"
+    sampler: str | None = None
     num_steps: int = 150
-    guidance_scale: float = 1.5
+    spacing: str | None = None
     eta: float = 0.0
+    churn: float = 0.0
+    guidance_scale: float = 1.5
+    guidance_checkpoint: str | None = None
+    guidance_interval: list[float] | None = None
+    guidance_schedule: str = "constant"
+    guidance_rescale: float = 0.0
+    guidance_parallel: float = 1.0
+    guidance_radius: float | None = None
+    guidance_momentum: float = 0.0
     legacy_cfg_channels: int | None = None
 
 

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion import GaussianDiffusion, sample
+from diffusion import Process, sample
 from diffusion.samplers import randn_like
 from experiment.batches import generator_for
+from experiment.build import build_guidance
 from experiment.config import EvaluationConfig, SamplingConfig
 from metrics.images import ImageBatch
 from models.autoencoder import Codec
@@ -33,7 +34,7 @@ class Generator:
     """
 
     model: nn.Module
-    process: GaussianDiffusion
+    process: Process
     codec: Codec
     labels: Int64[Tensor, " n"]
     sampling: SamplingConfig
@@ -41,6 +42,7 @@ class Generator:
     seed: int
     accelerator: Accelerator
     callback: Callback | None = None
+    guide_model: nn.Module | None = None  # of autoguidance
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
         """The images of these indices, in order."""
@@ -56,9 +58,13 @@ class Generator:
         return self.denoise(noise, self.labels[indices].to(device), generators)
 
     def denoise(
-        self, noise: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], generators: list[torch.Generator]
+        self,
+        noise: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        generators: list[torch.Generator],
+        start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 h w"]:
-        """From noise to images, a generator each for the random steps."""
+        """From noise, or from `x_t` at the time `start`, to images; a generator each for the random steps."""
         device, sampling = self.accelerator.device, self.sampling
         bf16 = self.accelerator.mixed_precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
@@ -69,9 +75,14 @@ class Generator:
                 y,
                 sampler=sampling.sampler,
                 num_steps=sampling.num_steps,
+                spacing=sampling.spacing,
                 eta=sampling.eta,
+                churn=sampling.churn,
                 guidance_scale=sampling.guidance_scale,
+                guidance=build_guidance(sampling),
+                guide_model=self.guide_model,
                 legacy_cfg_channels=sampling.legacy_cfg_channels,
+                start=start,
                 generator=generators,
                 callback=self.callback,
             )

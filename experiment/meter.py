@@ -19,8 +19,7 @@ T = TypeVar("T")
 class Meter:
     """Takes in per-sample loss terms; gives their means, the loss by quarter of the noise level, speed and more."""
 
-    def __init__(self, num_timesteps: int) -> None:
-        self.num_timesteps = num_timesteps
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -31,9 +30,9 @@ class Meter:
         self.num_clipped = self.num_images = 0
         self.waited, self.paused, self.since = 0.0, 0.0, time.perf_counter()
 
-    def add(self, terms: dict[str, Tensor], t: Tensor) -> None:
-        """Loss terms [b] of a micro-batch at timesteps `t` [b]."""
-        bucket = (t.double() / self.num_timesteps * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
+    def add(self, terms: dict[str, Tensor], noise_rank: Tensor) -> None:
+        """Loss terms [b] of a micro-batch, and where its times lie from the least noise, 0, to the most, 1."""
+        bucket = (noise_rank * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
         one_hot = torch.nn.functional.one_hot(bucket, NUM_BUCKETS).float()  # [b buckets]
         loss = terms["loss"].detach().float()
         new = {name: values.detach().float().sum() for name, values in terms.items()}

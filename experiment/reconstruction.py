@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import replace
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from diffusion import GaussianDiffusion
 from diffusion.samplers import randn_like
 from experiment.batches import generator_for
 from experiment.generation import Generator
 
 
 def reconstruct(
-    generator: Generator, images: UInt8[Tensor, "n 3 h w"], labels: Int64[Tensor, " n"], t: int
-) -> UInt8[Tensor, "n kinds 3 h w"]:
-    """For each image: itself, noised to `t`, `x_0` predicted from there in one step, and by the sampler's own chain.
+    generator: Generator, images: UInt8[Tensor, "n 3 h w"], labels: Int64[Tensor, " n"], t: int | float
+) -> tuple[UInt8[Tensor, "n kinds 3 h w"], int | float]:
+    """For each image: itself, noised, `x_0` predicted from there in one step, and by the rest of the sampler's chain.
 
-    The chain is as dense as the sampler's on all timesteps. Image `i` is a function of (seed, i, image, label) alone.
+    The time, which is returned too, is the last that the chain visits up to `t`. Image `i` is a function of (seed, i,
+    image, label) alone.
 
     Raises:
-        ValueError: for a time that the process does not have.
+        ValueError: for a time that the chain does not reach.
     """
     process, codec, sampling = generator.process, generator.codec, generator.sampling
-    if not 0 <= t < process.num_timesteps:
-        raise ValueError(f"--reconstruct {t} must lie in 0..{process.num_timesteps - 1}, the timesteps")
+    times = [time for time, _ in process.reverse_steps(sampling.num_steps, sampling.spacing)]
+    if not times[-1] <= t <= times[0]:
+        raise ValueError(
+            f"--reconstruct {t:g} must lie in {times[-1]:g}..{times[0]:g}, the times that the sampler visits"
+        )
+    start = next(time for time in times if time <= t)
     streams = [generator_for(generator.seed, "reconstruct", index) for index in range(len(images))]
-    device = generator.accelerator.device
-    y, x_0 = labels.to(device), codec.encode(images.to(device))
-    x_t = process.q_sample(x_0, torch.full_like(y, t), randn_like(x_0, streams))
+    y, x_0 = labels.to(generator.accelerator.device), codec.encode(images.to(generator.accelerator.device))
+    x_t = process.q_sample(x_0, torch.full_like(y, start, dtype=torch.tensor(start).dtype), randn_like(x_0, streams))
 
-    def denoised(num_steps: int) -> UInt8[Tensor, "n 3 h w"]:
-        shorter = replace(sampling, num_steps=num_steps)
-        return replace(generator, process=_up_to(process, t), sampling=shorter).denoise(x_t, y, streams).cpu()
-
-    chain = max(1, round(sampling.num_steps * (t + 1) / process.num_timesteps))
-    return torch.stack([images, codec.decode(x_t).cpu(), denoised(1), denoised(chain)], dim=1)
-
-
-def _up_to(process: GaussianDiffusion, t: int) -> GaussianDiffusion:
-    """The process as if `t` were its last timestep: a sampler then starts from `x_t`."""
-    shorter = copy(process)
-    shorter.num_timesteps = t + 1
-    shorter.betas, shorter.alphas_cumprod = process.betas[: t + 1], process.alphas_cumprod[: t + 1]
-    return shorter
+    predicted: list[Tensor] = []  # at each step of the chain
+    kept = replace(generator, callback=lambda step, x_t, x_0: predicted.append(x_0))
+    chain = kept.denoise(x_t, y, streams, start)
+    return torch.stack([images, codec.decode(x_t).cpu(), codec.decode(predicted[0]).cpu(), chain.cpu()], dim=1), start
 
 
 def spread_over_classes(labels: Int64[Tensor, " m"], classes: list[int], num_per_class: int) -> Int64[Tensor, " n"]:

@@ -19,6 +19,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from data import open_dataset
+from diffusion.samplers import num_calls
+from experiment.autoguidance import load_guide_model
 from experiment.build import check_sampling
 from experiment.checkpoint import Checkpoint
 from experiment.config import EvaluationConfig, SamplingConfig
@@ -43,12 +45,14 @@ class Source:
 
 def from_generator(generator: Generator, name: str, **provenance: object) -> Source:
     """Samples drawn as they are scored."""
+    sampler = generator.sampling.sampler or generator.process.default_sampler
     settings = {
         "kind": "samples",
         "seed": generator.seed,
         "weights": "ema",
         "autoencoder": generator.codec.identity,
         "precision": generator.accelerator.mixed_precision,
+        "model_calls": num_calls(sampler, generator.sampling.num_steps),
         **asdict(generator.sampling),
     }
     return Source(name, len(generator.labels), generator.batches, {**settings, **provenance})
@@ -122,7 +126,7 @@ def from_checkpoint(
     """
     process, num_classes = checkpoint.build_process(), len(checkpoint.classes)
     settings = [check_sampling(sampling, process, num_classes) for sampling in settings]
-    model = checkpoint.load_model(accelerator.device)
+    model, diffusion = checkpoint.load_model(accelerator.device), checkpoint.config.diffusion
     provenance = {
         "checkpoint": checkpoint.path.as_posix(),
         "model": checkpoint.spec.name,
@@ -134,7 +138,9 @@ def from_checkpoint(
     def trial(sampling: SamplingConfig, number: int) -> Source:
         labels = sample_labels(evaluation, num_reference, num_classes, reference_labels, number)
         seed = evaluation.seed + number
-        generator = Generator(model, process, codec, labels, sampling, checkpoint.image_size, seed, accelerator)
+        where = (checkpoint.image_size, seed, accelerator)
+        guide_model = load_guide_model(sampling, diffusion, checkpoint.spec, accelerator.device)
+        generator = Generator(model, process, codec, labels, sampling, *where, guide_model=guide_model)
         return from_generator(generator, checkpoint.spec.name, **provenance)
 
     return [[trial(sampling, number) for number in range(num_trials)] for sampling in settings]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from data.latents import LatentCache
-from diffusion import GaussianDiffusion
+from diffusion import Process
 from experiment.batches import generator_for
 from experiment.config import TrainConfig
 from models.autoencoder import Codec
@@ -19,7 +19,7 @@ from models.autoencoder import Codec
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,
-    process: GaussianDiffusion,
+    process: Process,
     codec: Codec,
     cache: LatentCache,
     accelerator: Accelerator,

@@ -1,10 +1,17 @@
-from dataclasses import replace
+from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
+from diffusion import PROCESSES, SAMPLERS, SPACINGS
+from diffusion.flow import PATHS
+from diffusion.gaussian import PREDICTIONS, WEIGHTINGS
+from diffusion.guidance import SCALE_SCHEDULES
+from diffusion.schedules import SCHEDULES
+from diffusion.times import TIMES
 from experiment.build import (
     build_optimizer,
     build_process,
@@ -16,7 +23,7 @@ from experiment.build import (
     sampling_of,
 )
 from experiment.cli import parse
-from experiment.config import ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
+from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from models.autoencoder import PixelCodec, create_codec
 
 YAML = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -76,6 +83,38 @@ def test_model_follows_codec_process_and_data():
     assert (spec.input_size, spec.in_channels, spec.out_channels, spec.num_classes) == ((32, 32), 3, 3, 7)
 
 
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_every_kind_builds_with_its_own_defaults_and_sampler(kind):
+    process = build_process(DiffusionConfig(kind=kind))
+    assert type(process) is PROCESSES[kind]
+    sampling = check_sampling(SamplingConfig(), process, 10)
+    assert (sampling.sampler, sampling.spacing) == (process.default_sampler, process.default_spacing)
+
+
+def test_a_setting_of_another_kind_is_refused_in_words():
+    for config, words in [
+        (DiffusionConfig(shift=3.0), "--diffusion.shift belongs to kind flow, not to gaussian; leave it out or null"),
+        (
+            DiffusionConfig(kind="edm", times="uniform"),
+            "--diffusion.times belongs to kind gaussian and flow, not to edm",
+        ),
+        (DiffusionConfig(kind="ddpm"), "--diffusion.kind ddpm: unknown, choose from gaussian, flow, edm"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            build_process(config)
+
+
+def test_every_setting_of_every_process_is_a_flag():
+    flags = {each.name for each in fields(DiffusionConfig)} - {"kind"}
+    assert flags == {name for process in PROCESSES.values() for name in signature(process).parameters}
+
+
+def test_help_names_every_process_sampler_spacing_and_schedule():
+    words = f"{DiffusionConfig.__doc__} {SamplingConfig.__doc__}"
+    for table in (PROCESSES, SAMPLERS, SPACINGS, SCALE_SCHEDULES, SCHEDULES, WEIGHTINGS, TIMES, PATHS, PREDICTIONS):
+        assert all(f"'{name}'" in words for name in table)
+
+
 def test_learning_rate_warms_up_and_decays():
     config = OptimConfig(lr=1.0, warmup_steps=4, decay="cosine")
     rates = [learning_rate(config, step, 14) for step in range(15)]
@@ -93,8 +132,8 @@ def test_epochs_become_steps():
 
 def test_unknown_sampler_and_too_many_steps_are_told():
     process = build_process(ExperimentConfig().diffusion)
-    with pytest.raises(ValueError, match=r"--sampling.sampler euler: unknown, choose from ddpm, ddim, dpmpp_2m"):
-        check_sampling(SamplingConfig(sampler="euler"), process, 1)
+    with pytest.raises(ValueError, match=r"--sampling.sampler dppm: unknown, choose from ddpm, ddim, euler"):
+        check_sampling(SamplingConfig(sampler="dppm"), process, 1)
     with pytest.raises(ValueError, match=r"--num_steps 2000 must lie in 1..1000"):
         check_sampling(SamplingConfig(num_steps=2000), process, 1)
     with pytest.raises(ValueError, match=r"--guidance_scale 3.0: the model is unconditional"):

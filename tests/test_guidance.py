@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact import PROCESSES, labels, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from diffusion import GaussianDiffusion, sample
-from diffusion.guidance import drop_labels, guide
+from diffusion import EDM, FlowMatching, GaussianDiffusion, Guidance, sample
+from diffusion.guidance import SCALE_SCHEDULES, drop_labels, guide, linear, projected, rescaled
 from models.reference import load_reference
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"
@@ -141,3 +142,102 @@ def test_a_share_of_the_draw_drops_that_share_of_the_labels():
     whole = drop_labels(y, 0.5, NUM_CLASSES, uniform=uniform)
     parts = [drop_labels(y[part], 0.5, NUM_CLASSES, uniform=uniform[part]) for part in (slice(3), slice(3, 8))]
     assert torch.equal(whole, torch.cat(parts))
+
+
+# Refinements.
+
+
+class Counting(torch.nn.Module):
+    """Remembers the batch of each call and the backbone's time in it."""
+
+    num_classes = 2
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, t, y):
+        self.calls.append((len(x), t[0].item()))
+        return torch.where((y == 2)[:, None, None, None], 0.1 * x, 0.2 * x)
+
+
+@pytest.mark.parametrize("process", [GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM()])
+def test_outside_the_interval_only_one_half_runs(process):
+    model, low, high = Counting(), 0.3, 3.0
+    steps = process.reverse_steps(20, "log_snr")
+    guidance = Guidance(interval=(low, high))
+    settings = {"sampler": "euler", "num_steps": 20, "spacing": "log_snr", "guidance_scale": 3.0}
+    sample(process, model, randn(5, 1, 2, 2), labels(5), guidance=guidance, **settings)
+    expected = [10 if low <= at.sigma / at.alpha <= high else 5 for _, at in steps]
+    assert [size for size, _ in model.calls] == expected
+    assert {5, 10} == set(expected)
+
+
+@pytest.mark.parametrize("schedule", SCALE_SCHEDULES)
+def test_schedules_of_the_scale_have_a_mean_of_one(schedule):
+    factors = [SCALE_SCHEDULES[schedule](step / 1000) for step in range(1001)]
+    assert sum(factors) / 1001 == pytest.approx(1)
+    assert Guidance(schedule=schedule).scale_at(3.0, 1.0, 1.0) == pytest.approx(3 if schedule == "constant" else 5)
+
+
+def test_rescaling_is_that_of_the_paper():
+    """Lin et al. 2023, eq. 14 to 16, sample by sample."""
+    good, worse = randn(3, 4, 5, 5), randn(3, 4, 5, 5, seed=1)
+    ours = rescaled(linear, 0.7)(good, worse, 5.0, good, labels(3))
+    for index, rescaled_output in enumerate(ours):
+        guided = worse[index] + 5.0 * (good[index] - worse[index])
+        expected = guided * good[index].std() / guided.std()
+        torch.testing.assert_close(rescaled_output, 0.7 * expected + 0.3 * guided)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_projection_that_leaves_nothing_out_is_plain_guidance(process):
+    process = PROCESSES[process]()
+    t = torch.tensor([500, 20]) if isinstance(process, GaussianDiffusion) else torch.tensor([0.7, 0.2])
+    x_t, good, worse = (randn(2, 3, 4, 4, seed=seed) for seed in range(3))
+    mixed = projected(process, 1.0, None, 0.0)(good, worse, 2.5, x_t, t)
+    torch.testing.assert_close(mixed, linear(good, worse, 2.5, x_t, t), rtol=1e-3, atol=1e-3)
+
+
+def test_adaptive_projection_is_the_algorithm_of_the_paper():
+    """Sadat et al. 2024, algorithm 1, on predictions of `x_0`, over two steps."""
+    process = GaussianDiffusion(prediction="x_0", variance="fixed_small")
+    mix = projected(process, 0.2, 2.0, -0.5)
+    x_t, t, average = randn(2, 3, 4, 4), torch.tensor([500, 500]), 0.0
+    for seed in (1, 3):
+        good, worse = randn(2, 3, 4, 4, seed=seed), randn(2, 3, 4, 4, seed=seed + 1)
+        average = good - worse - 0.5 * average
+        for index, mixed in enumerate(mix(good, worse, 3.0, x_t, t)):
+            push = average[index] * min(1, 2.0 / average[index].norm())
+            unit = good[index] / good[index].norm()
+            along = (push * unit).sum() * unit
+            torch.testing.assert_close(mixed, good[index] + 2.0 * (push - along + 0.2 * along), rtol=1e-4, atol=1e-4)
+
+
+def test_autoguidance_pushes_away_from_the_worse_model_with_the_same_label():
+    seen = []
+
+    def worse(x, t, y):
+        seen.append(y.tolist())
+        return torch.full_like(x, 0.5)
+
+    process = GaussianDiffusion(prediction="x_0", variance="fixed_small")
+    settings = {"sampler": "ddim", "num_steps": 3, "guidance_scale": 2.0, "guide_model": worse}
+    x_0 = sample(process, lambda x, t, y: torch.ones_like(x), randn(2, 1, 2, 2), torch.tensor([0, 1]), **settings)
+    torch.testing.assert_close(x_0, torch.full_like(x_0, 1.5))
+    assert seen == [[0, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"interval": (2.0, 1.0)}, r"--guidance_interval \[2.0, 1.0\]: give the least and the largest"),
+        ({"schedule": "square"}, "--guidance_schedule square: unknown, choose from constant, linear, cosine"),
+        ({"rescale": 1.5}, r"--guidance_rescale 1.5 must lie in \[0, 1\]"),
+        ({"radius": 0.0}, r"--guidance_radius 0.0 must be above 0"),
+        ({"momentum": 1.0}, r"--guidance_momentum 1.0 must lie in"),
+    ],
+)
+def test_refinements_out_of_range_are_refused_in_words(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Guidance(**arguments)

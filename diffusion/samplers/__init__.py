@@ -1,0 +1,151 @@
+"""Samplers: each one function that reads like its paper's algorithm; `sample` calls them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from diffusion.guidance import Guidance, guide
+from diffusion.process import Denoiser, Prediction, Process
+from diffusion.samplers.chain import Chain, Moments
+from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc
+from diffusion.samplers.one_step import ddim, ddpm, euler, euler_maruyama, heun
+from diffusion.transition import Transition
+
+SAMPLERS: dict[str, Callable[[Chain, Tensor], Moments]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "euler_maruyama": euler_maruyama,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m": dpmpp_3m,
+    "unipc": unipc,
+}
+
+
+TWO_CALLS_A_STEP = {"heun"}  # but one in the step to the data
+
+
+def num_calls(sampler: str, num_steps: int) -> int:
+    """Of the model, in a chain of this sampler."""
+    return 2 * num_steps - 1 if sampler in TWO_CALLS_A_STEP else num_steps
+
+
+Callback = Callable[[int, Tensor, Tensor], None]
+"""Called with (step, x_t after the step, x_0 predicted in it)."""
+
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One for the batch, or one a sample."""
+
+
+@torch.no_grad()
+def sample(
+    process: Process,
+    model: Denoiser,
+    noise: Float[Tensor, "b c h w"],
+    y: Int64[Tensor, " b"],
+    *,
+    sampler: str | None = None,
+    num_steps: int = 150,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    churn: float = 0.0,
+    guidance_scale: float = 1.0,
+    guidance: Guidance | None = None,
+    guide_model: Denoiser | None = None,
+    legacy_cfg_channels: int | None = None,
+    num_classes: int | None = None,
+    start: int | float | None = None,
+    step_noise: Float[Tensor, "num_steps b c h w"] | None = None,
+    generator: Generators | None = None,
+    callback: Callback | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """From unit normal `noise` to data, `x_0`, in `num_steps` steps of a call of the model each (`heun`: two).
+
+    Random steps take their noise from `step_noise`, one slice a step in order, else from `generator`. With a
+    generator for each sample, a sample depends on its own noise, label and stream alone, whatever batch it is
+    in. `num_classes`, the null label that guidance needs, is by default the model's attribute of that name.
+
+    Args:
+        sampler: name in `SAMPLERS`; by default the process's own.
+        spacing: of the steps' times: name in `SPACINGS`, or a text file of noise levels; by default the process's own.
+        eta: of DDIM, from 0 (deterministic) to 1 (as random as DDPM); the others do not use it.
+        churn: of Heun's sampler: noise added on the way; the others do not use it.
+        guidance_scale: strength of guidance, none at 1; see `guide`.
+        guidance: how it is applied, by default evenly and as it is.
+        guide_model: the worse model of autoguidance, in place of the unlabelled half of classifier-free guidance.
+        start: a time of the chain to begin at; `noise` is then the `x_t` there.
+        callback: called after each step with (step, `x_t`, predicted `x_0`).
+
+    Raises:
+        ValueError: for an unknown sampler, a number out of its range, or guidance of an unconditional model,
+            naming the flag.
+    """
+    name = sampler or process.default_sampler
+    if name not in SAMPLERS:
+        raise ValueError(f"--sampler {sampler}: unknown, choose from {', '.join(SAMPLERS)}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"--eta {eta} must lie in [0, 1]")
+    if not churn >= 0:
+        raise ValueError(f"--churn {churn} must not be negative")
+    if step_noise is not None and step_noise.shape != (num_steps, *noise.shape):
+        raise ValueError(f"step_noise {list(step_noise.shape)} must be {[num_steps, *noise.shape]}: a slice a step")
+
+    guidance = guidance or Guidance()
+    mix = guidance.mix(process)
+    null_label = getattr(model, "num_classes", 0) if num_classes is None else num_classes
+
+    def guided(scale: float) -> Denoiser:
+        return guide(
+            process.precondition(model),
+            null_label,
+            scale,
+            latent_channels=noise.shape[1],
+            legacy_cfg_channels=legacy_cfg_channels,
+            guide_model=None if guide_model is None else process.precondition(guide_model),
+            mix=mix,
+        )
+
+    guided(guidance_scale)  # refuses what cannot be guided before the first step
+
+    def denoise(x_t: Tensor, t: int | float, at: Transition) -> Prediction:
+        times = torch.full((len(x_t),), t, device=x_t.device)
+        progress = 1 - process.noise_rank(torch.tensor(t)).item()
+        scale = guidance.scale_at(guidance_scale, progress, (at.sigma / at.alpha).item())
+        return process.predict(guided(scale)(x_t, times, y), x_t, times, at)
+
+    slices = None if step_noise is None else iter(step_noise)
+
+    def draw_noise() -> Tensor:
+        return randn_like(noise, generator) if slices is None else next(slices)
+
+    steps = process.reverse_steps(num_steps, spacing)
+    x_t = process.prior_std * noise
+    if start is not None:
+        steps, x_t = [step for step in steps if step[0] <= start], noise
+    chain = Chain(process, steps, denoise, draw_noise, eta, churn)
+    moments = SAMPLERS[name](chain, x_t)
+    for step, (x_t, x_0) in enumerate(moments):
+        if callback is not None:
+            callback(step, x_t, x_0)
+    return x_t
+
+
+def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:
+    """Unit normal noise on `like`'s device, drawn on the generator's; of several, each draws for one sample.
+
+    Raises:
+        ValueError: when there are several generators, but not one for each sample.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != len(like):
+            raise ValueError(f"{len(generator)} generators for {len(like)} samples: pass one, or one for each")
+        drawn = [torch.randn(like.shape[1:], generator=own, device=own.device) for own in generator]
+        return torch.stack(drawn).to(like.device)
+    source = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=source).to(like.device)

@@ -1,0 +1,110 @@
+"""Samplers that remember the predictions of earlier steps: exponential integrators in `lambda = log(alpha / sigma)`.
+
+With `h` the rise of lambda in a step, the exact solution is `x_s = sigma_s / sigma_t x_t + alpha_s h integral of
+e^(-h (1 - u)) x_0(u) du`, u from 0 at t to 1 at s (Lu et al. 2022b, eq. 8); samplers differ in the polynomial that they
+put through the predictions of `x_0`. To the data h is infinite, and the polynomial a constant.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusion.samplers.chain import Chain, Moments
+from diffusion.transition import Transition
+
+Earlier = tuple[Tensor, Tensor]
+"""`x_0` predicted at an earlier time, and h of the step from there."""
+
+
+def dpmpp_2m(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): each step also uses the `x_0` of the one before. Deterministic.
+    The first step and the step to the data are of first order."""
+    earlier = None
+    for t, at in chain.steps:
+        x_0 = chain.denoise(x_t, t, at).x_0
+        constant = extrapolated(x_0, at, earlier)
+        x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * constant
+        earlier = x_0, at.rise
+        yield x_t, x_0
+
+
+def dpmpp_2m_sde(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, section 5): the same for the reverse-time SDE, with noise in every step
+    but that to the data."""
+    earlier = None
+    for t, at in chain.steps:
+        x_0 = chain.denoise(x_t, t, at).x_0
+        constant, kept = extrapolated(x_0, at, earlier), at.contraction**2
+        x_t = at.sigma_next / at.sigma * at.contraction * x_t + at.alpha_next * (1 - kept) * constant
+        if at.sigma_next > 0:
+            x_t = x_t + at.sigma_next * (1 - kept).sqrt() * chain.draw_noise()
+        earlier = x_0, at.rise
+        yield x_t, x_0
+
+
+def dpmpp_3m(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """DPM-Solver++(3M): a parabola through the last three predictions of `x_0` (Lu et al. 2022b, section 4 and
+    appendix B). Deterministic. The first two steps and the step to the data are of lower order."""
+    earlier: list[Earlier] = []  # newest first
+    for t, at in chain.steps:
+        x_0 = chain.denoise(x_t, t, at).x_0
+        slope = bend = 0.0
+        if earlier and at.sigma_next > 0:
+            (x_0_1, h_1), *older = earlier
+            slope = (x_0 - x_0_1) * (at.rise / h_1)
+            if older:
+                ((x_0_2, h_2),) = older
+                slope, bend = parabola(x_0, (-h_1 / at.rise, x_0_1), (-(h_1 + h_2) / at.rise, x_0_2))
+        x_t = integrated(x_t, at, x_0, slope, bend)
+        earlier = [(x_0, at.rise), *earlier[:1]]
+        yield x_t, x_0
+
+
+def unipc(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2): the prediction at the end of a step
+    also corrects that step, at no further call. Its predictor is DPM-Solver++(2M). Deterministic."""
+    earlier, done = None, None
+    for t, at in chain.steps:
+        x_0 = chain.denoise(x_t, t, at).x_0
+        if done is not None:
+            x_t = corrected(*done, x_0)
+        done = x_t, at, x_0, earlier
+        constant = extrapolated(x_0, at, earlier)
+        x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * constant
+        earlier = x_0, at.rise
+        yield x_t, x_0
+
+
+def extrapolated(x_0: Tensor, at: Transition, earlier: Earlier | None) -> Tensor:
+    """`x_0` in the middle of a step, on the line through its predictions here and one step earlier."""
+    if earlier is None or at.sigma_next == 0:
+        return x_0
+    x_0_before, h_before = earlier
+    return x_0 + at.rise / (2 * h_before) * (x_0 - x_0_before)
+
+
+def corrected(x_t: Tensor, at: Transition, x_0: Tensor, earlier: Earlier | None, x_0_after: Tensor) -> Tensor:
+    """The end of a step from `x_t`, the prediction there now known."""
+    if earlier is None:
+        return at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * (x_0 + x_0_after) / 2
+    x_0_before, h_before = earlier
+    return integrated(x_t, at, x_0, *parabola(x_0, (1.0, x_0_after), (-h_before / at.rise, x_0_before)))
+
+
+def parabola(
+    x_0: Tensor, near: tuple[Tensor | float, Tensor], far: tuple[Tensor | float, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Slope and bend of `x_0 + slope u + bend u^2` through two more points (u, value); the far u may be infinite."""
+    (u_1, x_0_1), (u_2, x_0_2) = near, far
+    first, second = (x_0_1 - x_0) / u_1, (x_0_2 - x_0) / u_2
+    bend = (second - first) / (u_2 - u_1)
+    return first - u_1 * bend, bend
+
+
+def integrated(x_t: Tensor, at: Transition, x_0: Tensor, slope: Tensor | float, bend: Tensor | float) -> Tensor:
+    """The exact solution of a step along which `x_0` is a parabola."""
+    phi_1 = 1 - at.contraction  # integrals of h e^(-h (1 - u)) times 1, u and u^2
+    phi_2 = 1 - phi_1 / at.rise
+    phi_3 = 1 - 2 * phi_2 / at.rise
+    return at.sigma_next / at.sigma * x_t + at.alpha_next * (phi_1 * x_0 + phi_2 * slope + phi_3 * bend)

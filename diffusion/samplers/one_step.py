@@ -1,0 +1,68 @@
+"""Samplers that look at one step at a time."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusion.samplers.chain import Chain, Moments
+
+
+def ddpm(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """Ancestral sampling with the process's own variances (Ho et al. 2020, algorithm 2)."""
+    for t, at in chain.steps:
+        prediction = chain.denoise(x_t, t, at)
+        x_t = at.posterior_mean(prediction.x_0, x_t)
+        if at.sigma_next > 0:  # the step to the data is not random
+            x_t = x_t + chain.process.reverse_std(prediction, at) * chain.draw_noise()
+        yield x_t, prediction.x_0
+
+
+def ddim(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """The implicit sampler (Song et al. 2021, eq. 12), random in proportion to `eta` (eq. 16)."""
+    for t, at in chain.steps:
+        x_0, noise, _ = chain.denoise(x_t, t, at)
+        std = chain.eta * at.posterior_std
+        x_t = at.alpha_next * x_0 + (at.sigma_next**2 - std**2).clamp(min=0).sqrt() * noise
+        if std > 0:
+            x_t = x_t + std * chain.draw_noise()
+        yield x_t, x_0
+
+
+def euler(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """Euler's method for the probability-flow equation `dx = x_0 dalpha + noise dsigma`. As `x_t = alpha x_0 + sigma
+    noise`, the increments lead to where DDIM without randomness leads."""
+    for t, at in chain.steps:
+        x_0, noise, _ = chain.denoise(x_t, t, at)
+        x_t = at.alpha_next * x_0 + at.sigma_next * noise
+        yield x_t, x_0
+
+
+def euler_maruyama(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """Euler and Maruyama's method for the reverse-time SDE (Song et al. 2021b, eq. 6): Euler's step on the probability
+    flow, and a Langevin step of the variance that the forward process has added on the way. The step to the data is not
+    random."""
+    for t, at in chain.steps:
+        x_0, noise, _ = chain.denoise(x_t, t, at)
+        x_t = at.alpha_next * x_0 + at.sigma_next * noise
+        if at.sigma_next > 0:
+            variance = at.log_variance_max.exp()  # of q(x_t | x_s); the score is -noise / sigma
+            x_t = x_t - 0.5 * variance / at.sigma * noise + variance.sqrt() * chain.draw_noise()
+        yield x_t, x_0
+
+
+def heun(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """Heun's method for `dx = x_0 dalpha + noise dsigma`, with `churn` (Karras et al. 2022, algorithm 2): Euler's step,
+    then again with the mean of both ends' predictions. Two calls of the model a step; one in the step to the data."""
+    afterwards = [*chain.steps[1:], None]
+    for (t, at), after in zip(chain.steps, afterwards, strict=True):
+        if chain.churn:
+            x_t, t, at = chain.churned(x_t, t, at)
+        x_0, noise, _ = chain.denoise(x_t, t, at)
+        x_s = at.alpha_next * x_0 + at.sigma_next * noise
+        if after is not None:
+            x_0_after, noise_after, _ = chain.denoise(x_s, *after)
+            dalpha, dsigma = at.alpha_next - at.alpha, at.sigma_next - at.sigma
+            x_s = x_t + dalpha * (x_0 + x_0_after) / 2 + dsigma * (noise + noise_after) / 2
+        x_t = x_s
+        yield x_t, x_0

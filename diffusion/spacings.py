@@ -1,0 +1,122 @@
+"""Which times a sampler visits: each spacing one function `(process, num_steps) -> ascending times`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+RHO = 7  # Karras et al. 2022, table 1
+
+
+@runtime_checkable
+class Timeline(Protocol):
+    """The part of a process that a spacing looks at."""
+
+    max_time: int | float
+    noise_range: tuple[float, float]
+
+    def timesteps(self, num_steps: int) -> Tensor:
+        """Evenly spread times."""
+        ...
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """The times of these sigma / alpha."""
+        ...
+
+
+def spaced_times(process: Timeline, num_steps: int, spacing: str) -> Shaped[Tensor, " num_steps"]:
+    """The times of a chain by the name of its spacing, or by a file of noise levels.
+
+    A single step is taken from the last time, where the noise is.
+
+    Raises:
+        ValueError: when neither a spacing nor a file has this name, or the process has fewer times than steps.
+    """
+    uniform_times = uniform(process, num_steps)  # every spacing is refused what this one is
+    if num_steps == 1:
+        return torch.tensor([process.max_time])
+    if spacing in SPACINGS:
+        return uniform_times if spacing == "uniform" else SPACINGS[spacing](process, num_steps)
+    if Path(spacing).is_file():
+        return at_ratios(process, interpolate(read_table(spacing), num_steps))
+    raise ValueError(
+        f"--spacing {spacing}: unknown, choose from {', '.join(SPACINGS)}, or give a text file of noise levels"
+    )
+
+
+def uniform(process: Timeline, num_steps: int) -> Shaped[Tensor, " num_steps"]:
+    """Evenly over the process's own time, both ends of a discrete chain included."""
+    return process.timesteps(num_steps)
+
+
+def trailing(process: Timeline, num_steps: int) -> Shaped[Tensor, " num_steps"]:
+    """Equal steps counted from the last time down to the data (Lin et al. 2023, table 2)."""
+    last = process.max_time
+    fraction = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    if isinstance(last, int):  # 0 is a time of its own there, one above the data
+        return (fraction * (last + 1)).round().long() - 1
+    return fraction * last
+
+
+def quadratic(process: Timeline, num_steps: int) -> Float[Tensor, " num_steps"]:
+    """Time grows with the square of the step's number (Song et al. 2021, appendix D.2): denser near the data."""
+    low = process.time_at(torch.tensor(process.noise_range[0], dtype=torch.float64))
+    root = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    return low + (process.max_time - low) * root**2
+
+
+def karras(process: Timeline, num_steps: int) -> Float[Tensor, " num_steps"]:
+    """`(sigma / alpha)^(1 / rho)` evenly, rho = 7 (Karras et al. 2022, eq. 5)."""
+    low, high = (ratio ** (1 / RHO) for ratio in process.noise_range)
+    return at_ratios(process, torch.linspace(low, high, num_steps, dtype=torch.float64) ** RHO)
+
+
+def log_snr(process: Timeline, num_steps: int) -> Float[Tensor, " num_steps"]:
+    """`log(sigma / alpha)` evenly (Lu et al. 2022a, section 3.4)."""
+    low, high = (math.log(ratio) for ratio in process.noise_range)
+    return at_ratios(process, torch.linspace(low, high, num_steps, dtype=torch.float64).exp())
+
+
+SPACINGS: dict[str, Callable[[Timeline, int], Tensor]] = {
+    "uniform": uniform,
+    "trailing": trailing,
+    "quadratic": quadratic,
+    "karras": karras,
+    "log_snr": log_snr,
+}
+
+
+def at_ratios(process: Timeline, ratios: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The times of these sigma / alpha; the noisiest is the process's last, where the ratio may be infinite."""
+    low, high = process.noise_range
+    times = process.time_at(ratios.clamp(low, high)).double()
+    times[-1] = process.max_time
+    return times
+
+
+def read_table(path: str) -> Float[Tensor, " n"]:
+    """Noise levels sigma / alpha from a text file, in either order; a 0 for the data may be among them.
+
+    Raises:
+        ValueError: when it holds anything but two or more different positive numbers.
+    """
+    try:
+        numbers = sorted({float(word) for word in Path(path).read_text().replace(",", " ").split()} - {0.0})
+    except ValueError as error:
+        raise ValueError(f"--spacing {path}: not a list of numbers ({error})") from None
+    if len(numbers) < 2 or numbers[0] < 0 or not math.isfinite(sum(numbers)):
+        raise ValueError(f"--spacing {path}: needs two or more different positive noise levels sigma / alpha")
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def interpolate(levels: Float[Tensor, " n"], num_steps: int) -> Float[Tensor, " num_steps"]:
+    """A table of noise levels for another number of steps: log-linearly (Sabour et al. 2024, section 4)."""
+    position = torch.linspace(0, len(levels) - 1, num_steps, dtype=torch.float64)
+    below = position.long().clamp(max=len(levels) - 2)
+    return torch.lerp(levels.log()[below], levels.log()[below + 1], position - below).exp()

@@ -1,0 +1,187 @@
+"""Every process with every sampler and spacing, on data whose denoiser is known."""
+
+import math
+
+import pytest
+import torch
+from exact import PROCESSES, backbone, gaussian_data, generator, labels, randn
+
+from diffusion import EDM, SAMPLERS, SPACINGS, FlowMatching, GaussianDiffusion, sample
+from diffusion.spacings import spaced_times
+
+MEAN, STD = 0.7, 0.4
+processes = pytest.mark.parametrize("process", PROCESSES)
+LEVELS = "14.615 6.475 3.861 2.697 1.886 1.396 0.963 0.652 0.399 0.152 0.029 0"  # a table of noise levels
+
+
+def draw(process, noise, **settings):
+    model = backbone(process, gaussian_data(MEAN, STD))
+    return sample(process, model, noise, labels(len(noise)), generator=generator(1), **settings)
+
+
+@processes
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_pairing_reaches_mean_and_std(process, sampler):
+    x_0 = draw(PROCESSES[process](), randn(4, 1, 64, 64), sampler=sampler, num_steps=150)
+    assert x_0.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert x_0.std().item() == pytest.approx(STD, abs=0.02)
+
+
+@processes
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_spacing_reaches_mean_and_std(process, spacing):
+    process = PROCESSES[process]()
+    if isinstance(process, EDM) and spacing in ("uniform", "trailing"):
+        pytest.skip("even steps in sigma up to 80 leave one for the data's own scale: the reason for the others")
+    x_0 = draw(process, randn(4, 1, 64, 64), sampler="unipc", spacing=spacing, num_steps=150)
+    assert x_0.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert x_0.std().item() == pytest.approx(STD, abs=0.02)
+
+
+@processes
+@pytest.mark.parametrize("spacing", [*SPACINGS, "table"])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
+def test_spaced_times_ascend_to_the_last(process, spacing, num_steps, tmp_path):
+    process = PROCESSES[process]()
+    if spacing == "table":
+        (tmp_path / "levels.txt").write_text(LEVELS)
+        spacing = str(tmp_path / "levels.txt")
+    times = spaced_times(process, num_steps, spacing)
+    assert times.shape == (num_steps,)
+    assert (times.diff() > 0).all()
+    assert times[-1] == process.max_time
+    alpha, sigma = process.path(times)
+    assert (sigma > 0).all()
+    assert ((alpha / sigma).diff() < 0).all()
+
+
+def test_karras_levels_are_the_formula():
+    times = spaced_times(EDM(), 18, "karras").tolist()
+    for i, sigma in enumerate(reversed(times)):
+        assert sigma == pytest.approx((80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, rel=1e-6)
+
+
+def test_trailing_times_are_those_of_the_paper():
+    """Lin et al. 2023, table 2: T = 1000, 10 steps."""
+    assert spaced_times(GaussianDiffusion(), 10, "trailing").tolist() == list(range(99, 1000, 100))
+
+
+def test_a_table_is_visited_as_it_is_and_interpolated(tmp_path):
+    path = tmp_path / "levels.txt"
+    path.write_text("80, 1, 0.0125\n0")
+    process = EDM(sigma_min=0.0125, sigma_max=80.0)
+    assert spaced_times(process, 3, str(path)).tolist() == pytest.approx([0.0125, 1, 80])
+    assert spaced_times(process, 5, str(path)).tolist() == pytest.approx([0.0125, 0.0125**0.5, 1, 80**0.5, 80])
+    path.write_text("80, one")
+    with pytest.raises(ValueError, match="not a list of numbers"):
+        spaced_times(process, 3, str(path))
+    path.write_text("80")
+    with pytest.raises(ValueError, match="two or more different"):
+        spaced_times(process, 3, str(path))
+    with pytest.raises(ValueError, match=r"--spacing even: unknown, choose from uniform, trailing"):
+        spaced_times(process, 3, "even")
+
+
+ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "dpmpp_3m": 3}
+
+
+@pytest.mark.parametrize("process", ["cosine v", "linear flow", "trigonometric flow", "EDM"])
+@pytest.mark.parametrize("sampler", ORDERS)
+def test_deterministic_samplers_have_their_order(process, sampler):
+    """Error against the exact solution of the probability-flow equation, over all levels, since at a single one its
+    leading term may vanish. UniPC's corrector lifts its order of 2 by one (Zhao et al. 2023, theorem 3.1)."""
+    process = PROCESSES[process]()
+    noise = torch.randn(1, 1, 16, 16, dtype=torch.float64, generator=generator())
+    process.noise_range = (0.05, 50.0)
+    process.max_time = process.time_at(torch.tensor(50.0, dtype=torch.float64)).item()
+
+    def spread(at):
+        return ((at.alpha * STD) ** 2 + at.sigma**2).sqrt()
+
+    def error(num_steps):
+        seen = []
+        steps = process.reverse_steps(num_steps, "log_snr")
+        draw(
+            process,
+            noise,
+            sampler=sampler,
+            num_steps=num_steps,
+            spacing="log_snr",
+            callback=lambda step, x_t, x_0: seen.append(x_t),
+        )
+        start = steps[0][1]
+        wrong = [
+            x_t - at.alpha * MEAN - spread(at) / spread(start) * (process.prior_std * noise - start.alpha * MEAN)
+            for (_, at), x_t in zip(steps[1:], seen[:-1], strict=True)
+        ]
+        return torch.stack(wrong).square().mean().sqrt().item()
+
+    assert math.log2(error(40) / error(80)) == pytest.approx(ORDERS[sampler], abs=0.3)
+
+
+@pytest.mark.parametrize("churn", [40.0])
+@pytest.mark.parametrize("process", ["cosine v", "linear flow", "EDM"])
+def test_churn_leaves_the_distribution_as_it_is(process, churn):
+    process, noise = PROCESSES[process](), randn(4, 1, 64, 64)
+    settings = {"sampler": "heun", "num_steps": 200}
+    churned = draw(process, noise, churn=churn, **settings)
+    assert churned.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert churned.std().item() == pytest.approx(STD, abs=0.02)
+    plain = draw(process, noise, **settings)
+    assert torch.corrcoef(torch.stack([churned.flatten(), plain.flatten()]))[0, 1] < 0.9
+
+
+@processes
+def test_the_backbone_is_given_times_from_0_to_999(process):
+    process, seen = PROCESSES[process](), []
+
+    def model(x, t, y):
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    sample(process, model, randn(2, 1, 2, 2), labels(2), num_steps=10, spacing="log_snr")
+    times = torch.stack(seen)
+    assert times.max() == pytest.approx(999)
+    assert 0 <= times.min() < 5
+    assert (times == times[:, :1]).all()
+
+
+def test_the_input_of_edm_has_unit_variance_at_every_level():
+    process, x_0 = EDM(sigma_data=0.5), 0.5 * randn(1, 1, 200, 200)
+    for sigma in (0.002, 0.5, 80.0):
+        t, inputs = torch.tensor([sigma]), []
+        process.training_loss(
+            lambda x, t, y: inputs.append(x) or torch.zeros_like(x),  # noqa: B023
+            x_0,
+            labels(1),
+            t=t,
+            noise=randn(1, 1, 200, 200, seed=1),
+        )
+        assert inputs[0].std().item() == pytest.approx(1, abs=0.02)
+        target = process.target(x_0, randn(1, 1, 200, 200, seed=1), t)
+        assert target.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("process", "sampler"), [("linear flow", "euler"), ("EDM", "heun"), ("linear epsilon", "ddpm")]
+)
+def test_each_process_has_a_sampler_of_its_own(process, sampler):
+    process, noise = PROCESSES[process](), randn(2, 1, 4, 4)
+    assert torch.equal(draw(process, noise, num_steps=9), draw(process, noise, num_steps=9, sampler=sampler))
+
+
+def test_flows_refuse_what_they_cannot_do_in_words():
+    for arguments, words in [
+        ({"path": "cubic"}, "--diffusion.path cubic: unknown, choose from linear, trigonometric"),
+        ({"times": "beta"}, "--diffusion.times beta: unknown, choose from uniform, logit_normal"),
+        ({"shift": 0.0}, r"--diffusion.shift 0.0 must be above 0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            FlowMatching(**arguments)
+    with pytest.raises(ValueError, match=r"--diffusion.sigma_max 0.001 must lie above --diffusion.sigma_min 0.002"):
+        EDM(sigma_max=0.001)
+    with pytest.raises(ValueError, match=r"--diffusion.sigma_data -1.0 must be above 0"):
+        EDM(sigma_data=-1.0)
+    for process in (FlowMatching(), EDM()):
+        with pytest.raises(ValueError, match=r"--num_steps 0 must be at least 1"):
+            process.reverse_steps(0)
