@@ -1,6 +1,9 @@
 """Shapes in public signatures are checked while testing: jaxtyping reads them, beartype verifies them."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core: threads of two would wait for each other
 
 import pytest
 import yaml

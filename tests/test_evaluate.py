@@ -7,6 +7,8 @@ import pytest
 import torch
 from processes import log, run
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # they share what one of them made
+
 
 @pytest.fixture(scope="module")
 def extractor(folder):

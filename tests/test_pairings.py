@@ -22,7 +22,8 @@ def draw(process, noise, **settings):
 @processes
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_pairing_reaches_mean_and_std(process, sampler):
-    x_0 = draw(PROCESSES[process](), randn(4, 1, 64, 64), sampler=sampler, num_steps=150)
+    num_steps = 400 if sampler == "ddpm" else 150  # its error is of first order, and its noise adds to it
+    x_0 = draw(PROCESSES[process](), randn(4, 1, 64, 64), sampler=sampler, num_steps=num_steps)
     assert x_0.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert x_0.std().item() == pytest.approx(STD, abs=0.02)
 

@@ -11,6 +11,8 @@ from processes import run, weights
 
 from data import open_dataset
 
+pytestmark = pytest.mark.xdist_group("pixels")  # they share a run
+
 PIXELS = {
     "model": "UNet-Mini",
     "model_args": {"channels": [8, 16], "down": ["R"], "middle_channels": [16], "middle": ["A"], "up": ["R"]},
