@@ -156,7 +156,8 @@ def rescaled(rule: Mix, share: float) -> Mix:
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         mixed = rule(good, worse, scale, x_t, t)
-        ratio = good.std(dim=(1, 2, 3), keepdim=True) / mixed.std(dim=(1, 2, 3), keepdim=True)
+        spread = mixed.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)  # an untrained model puts out zeros
+        ratio = good.std(dim=(1, 2, 3), keepdim=True) / spread
         return mixed * (share * ratio + (1 - share))
 
     return mix
@@ -182,5 +183,5 @@ def projected(process: Process, parallel: float, radius: float | None, momentum:
 
 
 def norm(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:
-    """Of each sample."""
-    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
+    """Of each sample; never quite 0, to divide by."""
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from exact import PROCESSES, backbone, gaussian_data, generator, labels, randn
 
-from diffusion import EDM, SAMPLERS, SPACINGS, FlowMatching, GaussianDiffusion, sample
+from diffusion import EDM, SAMPLERS, SPACINGS, FlowMatching, GaussianDiffusion, Guidance, sample
 from diffusion.spacings import spaced_times
+from models import create_model
 
 MEAN, STD = 0.7, 0.4
 processes = pytest.mark.parametrize("process", PROCESSES)
@@ -26,6 +27,20 @@ def test_every_pairing_reaches_mean_and_std(process, sampler):
     x_0 = draw(PROCESSES[process](), randn(4, 1, 64, 64), sampler=sampler, num_steps=num_steps)
     assert x_0.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert x_0.std().item() == pytest.approx(STD, abs=0.02)
+
+
+@processes
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_backbone_in_float32_stays_in_it(process, sampler):
+    """A real one, which puts out zeros as long as it is untrained, with every refinement of guidance."""
+    process = PROCESSES[process]()
+    sizes = {"input_size": 4, "in_channels": 4, "out_channels": process.output_channels(4), "num_classes": 3}
+    model = create_model("DiT", **sizes, dim=16, depth=2, num_heads=2).eval()
+    guidance = Guidance(interval=(0.1, 10.0), rescale=0.5, parallel=0.0, radius=3.0, momentum=-0.5)
+    settings = {"num_steps": 5, "churn": 10.0 * (sampler == "heun"), "guidance_scale": 2.0, "guidance": guidance}
+    x_0 = sample(process, model, randn(2, 4, 4, 4).float(), labels(2), sampler=sampler, **settings)
+    assert x_0.dtype == torch.float32
+    assert x_0.isfinite().all()
 
 
 @processes

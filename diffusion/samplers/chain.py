@@ -43,7 +43,7 @@ class Chain:
         raised = min(raised, self.process.noise_range[1])
         if raised <= ratio:
             return x_t, t, at
-        time = self.process.time_at(torch.tensor([raised], dtype=torch.float64))
-        alpha, sigma = self.process.path(time)
+        time = self.process.time_at(torch.tensor([raised], dtype=torch.float64))[0]
+        alpha, sigma = (number[0] for number in self.process.path(time[None]))  # scalars leave x_t in its precision
         x_t = alpha / at.alpha * x_t + alpha * math.sqrt(raised**2 - ratio**2) * self.draw_noise()
-        return x_t, time.item(), Transition.between(alpha[0], sigma[0], at.alpha_next, at.sigma_next)
+        return x_t, time.item(), Transition.between(alpha, sigma, at.alpha_next, at.sigma_next)
