@@ -223,7 +223,8 @@ def scaling(
     Args:
         models: names of backbones
         sides: of the latents
-        tokens: latent pixels a step: the batch shrinks as the side grows, down to one image
+        tokens: latent pixels a step: the batch shrinks as the side grows, down to one image; memory is what the first
+            step adds, AdamW's moments included
         precision: 'fp32' or 'bf16' (autocast)
         rounds: steps that count
         plot: picture of both
@@ -423,7 +424,7 @@ def measured(rows: Sequence[Row], programs: Sequence[Callable[[], None]], rounds
     for row, taken, used in zip(rows, times, memory, strict=True):
         speeds = sorted(num_images / seconds for seconds in taken)
         spread = f"{speeds[0]:.1f} to {speeds[-1]:.1f}"
-        found.append({**row, "img/s": round(statistics.median(speeds), 2), "spread": spread, "step GB": round(used, 3)})
+        found.append({**row, "img/s": float(f"{statistics.median(speeds):.4g}"), "spread": spread, "step GB": round(used, 3)})
     return found
 
 
