@@ -27,6 +27,8 @@ from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiment.cli import one_line_errors
+
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
 Row = dict[str, Any]
 
@@ -260,7 +262,8 @@ def draw_scaling(rows: Sequence[Row], path: Path) -> None:
             points = [(row["latent"], row[key]) for row in rows if row["model"] == name]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
         sides = sorted({row["latent"] for row in rows})
-        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log", yscale="log")
+        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log")
+        axis.set_ylim(bottom=0)
         axis.set_xticks(sides, labels=[str(side) for side in sides])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -424,7 +427,9 @@ def measured(rows: Sequence[Row], programs: Sequence[Callable[[], None]], rounds
     for row, taken, used in zip(rows, times, memory, strict=True):
         speeds = sorted(num_images / seconds for seconds in taken)
         spread = f"{speeds[0]:.1f} to {speeds[-1]:.1f}"
-        found.append({**row, "img/s": float(f"{statistics.median(speeds):.4g}"), "spread": spread, "step GB": round(used, 3)})
+        found.append(
+            {**row, "img/s": float(f"{statistics.median(speeds):.4g}"), "spread": spread, "step GB": round(used, 3)}
+        )
     return found
 
 
@@ -472,4 +477,5 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
 
 
 if __name__ == "__main__":
-    auto_cli([training, sampling, epoch, scaling, extraction, frechet], as_positional=False)
+    with one_line_errors():
+        auto_cli([training, sampling, epoch, scaling, extraction, frechet], as_positional=False)

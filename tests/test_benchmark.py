@@ -1,0 +1,22 @@
+"""scripts/benchmark.py as a user runs it."""
+
+import json
+
+from processes import run
+
+
+def test_a_table_and_json_with_every_row(tmp_path):
+    flags = ("--models", "[DiT]", "--batch_size", 2, "--rounds", 1, "--output", "out.json")
+    done = run("scripts/benchmark.py", "training", *flags, cwd=tmp_path)
+    assert "| model | implementation | precision |" in done.stdout
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["model"] == "DiT"
+    assert row["parameters"] == 32_519_840
+    assert row["img/s"] > 0
+    assert 0 < row["MFU"] < 1
+
+
+def test_a_folder_that_is_no_checkout_is_told(tmp_path):
+    done = run("scripts/benchmark.py", "training", "--compare", "nowhere", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "--compare nowhere: no models/ package there" in done.stderr.strip().splitlines()[-1]
