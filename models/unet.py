@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from models.layers.attention import zero_
 from models.layers.embedding import Conditioning
 from models.layers.image_attention import ATTENTIONS, ImageAttention
 from models.layers.patch import check_input_size
-from models.layers.residual import UPSAMPLERS, Downsample, ResidualBlock, group_norm, zero_conv_
+from models.layers.residual import UPSAMPLERS, Downsample, ResidualBlock, group_norm
 
 LETTERS = {"R": False, "A": True}  # of a level's blocks: whether attention follows
 
@@ -136,7 +137,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList(map(level, up, joined, outputs))
 
         self.norm = group_norm(stem_width)
-        self.head = zero_conv_(nn.Conv2d(stem_width, out_channels, 3, padding=1))
+        self.head = zero_(nn.Conv2d(stem_width, out_channels, 3, padding=1))
 
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]

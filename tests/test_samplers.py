@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from exact import backbone, gaussian_data, generator, labels, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,18 +19,6 @@ predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
 MEAN, STD = 0.7, 0.4  # of the Gaussian data whose denoiser is known
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=generator(seed))
-
-
-def labels(num: int) -> torch.Tensor:
-    return torch.zeros(num, dtype=torch.int64)
-
-
 def zero_model(x, t, y):
     return torch.zeros_like(x)
 
@@ -37,18 +26,6 @@ def zero_model(x, t, y):
 def pointwise_model(x, t, y):
     """No reduction whose order could depend on the batch."""
     return torch.tanh(x) * (0.5 + t / 2000)[:, None, None, None] + 0.1 * y[:, None, None, None]
-
-
-def gaussian_denoiser(process: GaussianDiffusion):
-    """`E[target | x_t]` for data drawn from N(MEAN, STD^2): the best that a model can put out."""
-
-    def model(x_t, t, y):
-        at = process.transition(t)
-        noise = at.sigma * (x_t - at.alpha * MEAN) / ((at.alpha * STD) ** 2 + at.sigma**2)
-        x_0 = (x_t - at.sigma * noise) / at.alpha
-        return PREDICTIONS[process.prediction].target(x_0, noise, at)
-
-    return model
 
 
 # The process.
@@ -145,9 +122,9 @@ def test_a_model_that_says_nothing_is_charged_for_the_noise():
 def test_the_exact_denoiser_pays_the_conditional_variance(prediction):
     process = GaussianDiffusion(prediction=prediction, variance="fixed_large")
     x_0, t = MEAN + STD * randn(2, 1, 300, 300), torch.tensor([100, 600])
-    mse = process.training_loss(gaussian_denoiser(process), x_0, labels(2), t=t, noise=randn(2, 1, 300, 300, seed=1))[
-        "mse"
-    ]
+    mse = process.training_loss(
+        backbone(process, gaussian_data(MEAN, STD)), x_0, labels(2), t=t, noise=randn(2, 1, 300, 300, seed=1)
+    )["mse"]
     at = process.transition(t)
     alpha, sigma = at.alpha.flatten(), at.sigma.flatten()
     var_x_0 = (STD * sigma) ** 2 / ((STD * alpha) ** 2 + sigma**2)  # of x_0 given x_t
@@ -198,7 +175,7 @@ def test_gaussian_data_come_out_with_mean_and_std(sampler, eta, schedule, predic
     process = GaussianDiffusion(schedule, prediction=prediction, variance="fixed_large")
     x_0 = sample(
         process,
-        gaussian_denoiser(process),
+        backbone(process, gaussian_data(MEAN, STD)),
         randn(4, 1, 64, 64),
         labels(4),
         sampler=sampler,
@@ -215,7 +192,7 @@ def test_with_the_exact_variance_ancestral_sampling_needs_few_steps(num_steps):
     """Between Gaussians each reverse step is Gaussian: only the last, which adds no noise, falls short."""
     process = GaussianDiffusion()
     steps = dict(process.reverse_steps(num_steps))
-    mean_of_noise = gaussian_denoiser(process)
+    mean_of_noise = backbone(process, gaussian_data(MEAN, STD))
 
     def model(x_t, t, y):
         at = steps[int(t[0])]
@@ -245,7 +222,7 @@ def test_deterministic_samplers_have_their_order(sampler, order):
     def error(num_steps):
         seen = []
         settings = {"sampler": sampler, "num_steps": num_steps, "callback": lambda step, x_t, x_0: seen.append(x_t)}
-        sample(process, gaussian_denoiser(process), noise, labels(1), **settings)
+        sample(process, backbone(process, gaussian_data(MEAN, STD)), noise, labels(1), **settings)
         return (seen[-2] - exact).square().mean().sqrt().item()
 
     slope = math.log2(error(28) / error(112)) / 2

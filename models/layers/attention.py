@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -81,7 +83,10 @@ def check_heads(dim: int, num_heads: int) -> None:
         raise ValueError(f"num_heads={num_heads} must divide the width {dim}")
 
 
-def zero_(module: nn.Linear) -> nn.Linear:
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def zero_(module: Layer) -> Layer:
     """Zero weights and bias: what follows starts as if the layer were not there."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:

@@ -7,6 +7,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.layers.attention import zero_
+
 NUM_GROUPS = 8  # of every group norm
 
 
@@ -34,7 +36,7 @@ class ResidualBlock(nn.Module):
         self.cond = nn.Linear(cond_dim, out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_conv_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -43,14 +45,6 @@ class ResidualBlock(nn.Module):
         hidden = hidden + rearrange(self.cond(cond), "b c -> b c 1 1")
         hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
         return self.shortcut(x) + hidden
-
-
-def zero_conv_(module: nn.Conv2d) -> nn.Conv2d:
-    """Zero weights and bias: at first nothing comes out."""
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-    return module
 
 
 class Downsample(nn.Conv2d):
