@@ -122,7 +122,6 @@ EQUAL = {
     "XSwin": {**TINY["model_args"], "drop_path": 0.0},  # whose masks each process draws for itself
     "DiT": {"dim": 16, "depth": 2, "num_heads": 2},
     "UViT": {"dim": 16, "depth": 3, "num_heads": 2},
-    "UNet-Mini": {"channels": [8, 16], "down": ["R"], "middle_channels": [16], "middle": ["A"], "up": ["R"]},
 }
 
 
