@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -13,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from experiment.sharding import is_sharded, own_part, part_like, whole
 
 
-class Average:
+class Average(ABC):
     """`average <- decay(step) * average + (1 - decay(step)) * value`.
 
     Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Where training shards the
@@ -47,9 +48,9 @@ class Average:
             self._parts = {name: part_like(average, values[name]).clone() for name, average in self.tensors.items()}
             self.let_go()
 
+    @abstractmethod
     def decay(self, step: int) -> float:
         """Of optimizer step `step`, from 0."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
