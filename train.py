@@ -39,16 +39,15 @@ def main(config: ExperimentConfig) -> None:
     )
     from experiment.checkpoint import Best, list_checkpoints, mark_best, resume, save_checkpoint, to_resume, warm_start
     from experiment.ema import EMA
-    from experiment.evaluation import evaluate, open_scorer
+    from experiment.evaluation import open_scorer
     from experiment.files import write_whole
-    from experiment.generation import Generator, balanced_labels, generate, sample_labels
     from experiment.guard import Guard, gradient_norm
+    from experiment.inspection import Inspection
     from experiment.interruption import EXIT_CODE, Interruption
     from experiment.meter import Meter
+    from experiment.objective import Objective, build_auxiliary
     from experiment.sharding import is_sharded
-    from experiment.sources import from_generator
-    from experiment.tracking import Log, draw_curve, draw_progress, save_grid
-    from experiment.validation import validation_loss
+    from experiment.tracking import Log, draw_curve
     from models.autoencoder import create_codec
 
     # Devices and folders.
@@ -76,6 +75,7 @@ def main(config: ExperimentConfig) -> None:
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
+    auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
     optimizer = build_optimizer(model, config.optim)
     if config.train.compile:
@@ -83,10 +83,12 @@ def main(config: ExperimentConfig) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.shard_like(model)
     num_steps = num_training_steps(config.train, len(cache))
+    times = process.times()
+    objective = Objective(process, times, accelerator, auxiliary)
     batches = Batches(
         cache.to(accelerator.device),
         codec,
-        process,
+        times,
         seed=config.train.seed,
         batch_size=config.train.batch_size,
         num_micro_batches=config.train.grad_accumulation,
@@ -104,6 +106,7 @@ def main(config: ExperimentConfig) -> None:
         progress = resume(to_resume(run), accelerator.unwrap_model(model), ema, optimizer)
         guard.restore(progress["guard"])
         meter.restore(progress["meter"], accelerator)
+        times.restore(progress["times"])
         best = Best(**progress["best"])
         if best.step is not None and accelerator.is_main_process:
             mark_best(run / "checkpoints", best.step)
@@ -117,6 +120,7 @@ def main(config: ExperimentConfig) -> None:
     accelerator.wait_for_everyone()
     log = Log(run, accelerator, config.to_dict())
     log.truncate(step)
+    inspection = Inspection(run, config, ema, process, codec, held_out, sampling, guide_model, scorer, log, accelerator)
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
         f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"
@@ -133,7 +137,12 @@ def main(config: ExperimentConfig) -> None:
             config=config,
             spec=spec,
             classes=cache.classes,
-            progress={"guard": guard.state(), "meter": meter.state(accelerator), "best": asdict(best)},
+            progress={
+                "guard": guard.state(),
+                "meter": meter.state(accelerator),
+                "times": times.state(),
+                "best": asdict(best),
+            },
             write=accelerator.is_main_process,
         )
         if accelerator.is_main_process:
@@ -147,37 +156,6 @@ def main(config: ExperimentConfig) -> None:
             if accelerator.is_main_process:
                 mark_best(run / "checkpoints", step)
 
-    def generator(labels: torch.Tensor, seed: int) -> Generator:
-        where = (cache.image_size, seed, accelerator)
-        return Generator(ema.model, process, codec, labels, sampling, *where, guide_model=guide_model)
-
-    def draw_samples() -> None:
-        labels = balanced_labels(4 * min(10, max(1, cache.num_classes)), min(10, cache.num_classes))
-        images = generate(generator(labels, config.train.seed), batch_size=len(labels))
-        if accelerator.is_main_process:
-            columns = len(labels) // 4
-            path = run / "samples" / f"{step:08d}.png"
-            save_grid(images, path, columns=columns, column_names=cache.classes[:columns])
-            log.picture(step, path)
-            draw_progress(run)
-
-    def validate() -> dict[str, float]:
-        losses = validation_loss(
-            ema.model, process, codec, held_out, accelerator, config.log.num_validation, config.train
-        )
-        found = {f"validation_{name}": value for name, value in losses.items()}
-        log.write(step, **found)
-        return found
-
-    def score() -> dict[str, float]:
-        assert scorer is not None
-        labels = sample_labels(config.evaluation, len(held_out), spec.num_classes, held_out.labels)
-        source = from_generator(generator(labels, config.evaluation.seed), config.model)
-        scores, _ = evaluate(source, *scorer, accelerator, config.evaluation)
-        found = {name: one.value for name, one in scores.scores.items() if one.value is not None}
-        log.write(step, **found)
-        return found
-
     # The loop.
     interruption, reason = Interruption(accelerator, config.train.max_hours), None
     hidden = not accelerator.is_main_process
@@ -190,7 +168,7 @@ def main(config: ExperimentConfig) -> None:
             group["lr"] = lr
         for batch in meter.timed(batches.micro_batches(step, order=guard.rollbacks)):
             with accelerator.accumulate(model), accelerator.autocast():
-                terms = process.training_loss(model, batch.x_0, batch.y, t=batch.t, noise=batch.noise)
+                terms = objective(model, batch)
                 accelerator.backward(terms["loss"].mean())
             meter.add(terms, process.noise_rank(batch.t))
         norm = gradient_norm(accelerator, model, config.optim.grad_clip)
@@ -213,12 +191,12 @@ def main(config: ExperimentConfig) -> None:
         paused = time.perf_counter()
         found: dict[str, float] = {}
         if _due(step, config.log.validate_every):
-            found |= validate()
+            found |= inspection.validate(step)
         if _due(step, config.log.evaluate_every):
-            found |= score()
+            found |= inspection.score(step)
         keep_if_best(found)
         if _due(step, config.log.sample_every) and step < num_steps:
-            draw_samples()
+            inspection.draw(step)
         if _due(step, config.log.checkpoint_every) and step < num_steps:
             save()
         meter.pause(time.perf_counter() - paused)
@@ -231,7 +209,7 @@ def main(config: ExperimentConfig) -> None:
     progress.close()
     save()
     if reason is None:
-        draw_samples()
+        inspection.draw(step)
     accelerator.end_training()
     accelerator.print(f"checkpoint: {run}/checkpoints/{step:08d}")
     if reason is not None:

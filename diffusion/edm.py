@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
 from diffusion.predictions import AtLevel, Level
-from diffusion.process import Denoiser, Process
+from diffusion.process import Denoiser, Prediction, Process, mean_per_sample
+from diffusion.transition import Transition
 
 
 class EDM(Process):
@@ -29,6 +30,10 @@ class EDM(Process):
         P_std: its standard deviation.
         sigma_min: least noise that a sampler visits before the data.
         sigma_max: noise that it starts from.
+        uncertainty: have the model say in one more channel, of which the mean over the image counts, the logarithm u of
+            the error it expects; the loss is then `mse / e^u + u`, least where u is log mse (Kendall et al. 2018;
+            Karras et al. 2024, eq. 21, where u is a small network's and knows sigma alone). The best prediction stays
+            the same.
 
     Raises:
         ValueError: for numbers that are not positive, or levels that do not ascend.
@@ -44,6 +49,7 @@ class EDM(Process):
         P_std: float = 1.2,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
+        uncertainty: bool = False,
     ) -> None:
         for name, value in {"sigma_data": sigma_data, "P_std": P_std, "sigma_min": sigma_min}.items():
             if not 0 < value < math.inf:
@@ -51,8 +57,13 @@ class EDM(Process):
         if not sigma_min < sigma_max < math.inf:
             raise ValueError(f"--diffusion.sigma_max {sigma_max} must lie above --diffusion.sigma_min {sigma_min}")
         self.sigma_data, self.P_mean, self.P_std = sigma_data, P_mean, P_std
+        self.uncertainty = uncertainty
         self.noise_range = (sigma_min, sigma_max)
         self.prior_std = self.max_time = sigma_max
+
+    def output_channels(self, in_channels: int) -> int:
+        """Those of the data, and one for the uncertainty."""
+        return in_channels + self.uncertainty
 
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
@@ -107,3 +118,28 @@ class EDM(Process):
         total = at.sigma**2 + self.sigma_data**2
         c_skip, c_out = self.sigma_data**2 / total, at.sigma * self.sigma_data / total.sqrt()
         return c_skip * x_t + c_out * raw, at.sigma / total * x_t - self.sigma_data / total.sqrt() * raw
+
+    def predict(
+        self,
+        output: Float[Tensor, "b c_out h w"],
+        x_t: Float[Tensor, "b c h w"],
+        t: Shaped[Tensor, " b"],
+        transition: Transition | None = None,
+    ) -> Prediction:
+        """What a raw model output says of `x_t`; its uncertainty is the training's matter."""
+        return super().predict(output[:, : x_t.shape[1]], x_t, t, transition)
+
+    def terms(
+        self,
+        output: Float[Tensor, "b c_out h w"],
+        x_0: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        t: Shaped[Tensor, " b"],
+        noise: Float[Tensor, "b c h w"],
+    ) -> dict[str, Float32[Tensor, " b"]]:
+        """`loss`, `mse` and, where it is learned, `uncertainty`, the u of that loss."""
+        terms = super().terms(output[:, : x_0.shape[1]], x_0, x_t, t, noise)
+        if not self.uncertainty:
+            return terms
+        u = mean_per_sample(output[:, x_0.shape[1] :])
+        return {**terms, "loss": terms["loss"] * torch.exp(-u) + u, "uncertainty": u}

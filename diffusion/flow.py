@@ -75,14 +75,14 @@ class FlowMatching(Process):
         check_name("times", times, TIMES)
         if not 0 < shift < math.inf:
             raise ValueError(f"--diffusion.shift {shift} must be above 0; 1 shifts nothing")
-        self.path_name, self.times, self.shift = path, times, shift
+        self.path_name, self.times_name, self.shift = path, times, shift
         self._path = PATHS[path]
 
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Float[Tensor, " num"]:
         """Training times in [0, 1)."""
-        return self._shifted(TIMES[self.times](num, generator, device))
+        return self._shifted(TIMES[self.times_name](num, generator, device))
 
     def timesteps(self, num_steps: int) -> Float[Tensor, " num_steps"]:
         """`1 / n, 2 / n, ... 1`, shifted.

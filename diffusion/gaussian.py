@@ -16,9 +16,9 @@ from torch import Tensor
 
 from diffusion.bound import discretized_log_likelihood, normal_kl
 from diffusion.predictions import PREDICTIONS, AtLevel, Level
-from diffusion.process import Denoiser, Prediction, Process, mean_per_sample
+from diffusion.process import Prediction, Process, mean_per_sample
 from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
-from diffusion.times import TIMES
+from diffusion.times import TIMES, LossSecondMoments, Times
 from diffusion.transition import Transition
 
 FIXED_LOG_VARIANCES: dict[str, Callable[[Transition], Tensor]] = {  # Ho et al. 2020, section 3.2
@@ -54,7 +54,8 @@ class GaussianDiffusion(Process):
             posterior variance and beta (Nichol and Dhariwal 2021, eq. 15); it doubles the model's output
             channels. `fixed_small` and `fixed_large` are these two bounds themselves.
         weighting: of the squared error: `uniform`, or a name in `WEIGHTINGS`.
-        times: at which the model is trained, by name in `TIMES`.
+        times: at which the model is trained, by name in `TIMES`, or `importance`: as the square root of the loss's
+            second moment there (Nichol and Dhariwal 2021, eq. 18).
         zero_terminal_snr: rescale the schedule so that T-1 is pure noise (Lin et al. 2023, algorithm 1).
 
     Raises:
@@ -78,7 +79,7 @@ class GaussianDiffusion(Process):
         check_name("prediction", prediction, PREDICTIONS)
         check_name("variance", variance, VARIANCES)
         check_name("weighting", weighting, ("uniform", *WEIGHTINGS))
-        check_name("times", times, TIMES)
+        check_name("times", times, (*TIMES, "importance"))
         if num_timesteps < 2:
             raise ValueError(f"--diffusion.num_timesteps {num_timesteps} must be at least 2")
         self.betas = SCHEDULES[schedule](num_timesteps)  # [T], float64
@@ -98,7 +99,7 @@ class GaussianDiffusion(Process):
         self.prediction = prediction
         self.variance = variance
         self.weighting = weighting
-        self.times = times
+        self.times_name = times
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # [T], float64
         self.max_time = num_timesteps - 1
         self._angle = torch.atan2((1 - self.alphas_cumprod).sqrt(), self.alphas_cumprod.sqrt())  # [T], up to pi / 2
@@ -120,10 +121,16 @@ class GaussianDiffusion(Process):
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Int64[Tensor, " num"]:
-        """Training times on 0..T-1; the generator lies on `device`."""
-        if self.times == "uniform":
+        """Training times on 0..T-1, before anything is known of the losses; the generator lies on `device`."""
+        if self.times_name in ("uniform", "importance"):
             return torch.randint(self.num_timesteps, (num,), generator=generator, device=device)
-        return (TIMES[self.times](num, generator, device) * self.num_timesteps).long()
+        return (TIMES[self.times_name](num, generator, device) * self.num_timesteps).long()
+
+    def times(self) -> Times:
+        """What draws the times of training steps."""
+        if self.times_name == "importance":
+            return LossSecondMoments(self.num_timesteps)
+        return Times(self.sample_timesteps)
 
     def timesteps(self, num_steps: int) -> Int64[Tensor, " num_steps"]:
         """The times of a shorter chain, ascending: evenly spread over 0..T-1, both ends included.
@@ -233,37 +240,28 @@ class GaussianDiffusion(Process):
 
     # The objective.
 
-    def training_loss(
+    def terms(
         self,
-        model: Denoiser,
+        output: Float[Tensor, "b c_out h w"],
         x_0: Float[Tensor, "b c h w"],
-        y: Int64[Tensor, " b"],
-        *,
-        t: Int64[Tensor, " b"] | None = None,
-        noise: Float[Tensor, "b c h w"] | None = None,
-        generator: torch.Generator | None = None,
+        x_t: Float[Tensor, "b c h w"],
+        t: Int64[Tensor, " b"],
+        noise: Float[Tensor, "b c h w"],
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """Per-sample `loss`, `mse` and, where the variance is learned, `vb`; all in float32.
+        """`loss`, `mse` and, where the variance is learned, `vb`.
 
         `mse` is the simple loss (Ho et al. 2020, eq. 14), which the weighting weighs. `vb` is the term of the
         variational bound at `t`, in bits per dimension, with the mean frozen: it trains the variance alone. The hybrid
         loss is `mse + T / 1000 * vb`: eq. 16 of Nichol and Dhariwal 2021 with their weight of 0.001, as `vb` is one
-        of T terms of a sum. `t` and `noise` are drawn when not given, by a generator on `x_0`'s device.
+        of T terms of a sum.
         """
-        t, noise = self.draw(x_0, t, noise, generator)
-        x_0 = x_0.float()
-        x_t = self.q_sample(x_0, t, noise)
-        output = model(x_t, t, y).float()
-
         raw, share = output.split([x_0.shape[1], output.shape[1] - x_0.shape[1]], dim=1)
-        mse = mean_per_sample((self.target(x_0, noise, t) - raw).square())
-        loss = self.loss_weight(t) * mse
+        terms = super().terms(raw, x_0, x_t, t, noise)
         if not self.learns_variance:
-            return {"loss": loss, "mse": mse}
-
+            return terms
         mean_frozen = torch.cat([raw.detach(), share], dim=1)
         vb = self._variational_bound(self.predict(mean_frozen, x_t, t), x_0, x_t, t)
-        return {"loss": loss + self.num_timesteps / 1000 * vb, "mse": mse, "vb": vb}
+        return {**terms, "loss": terms["loss"] + self.num_timesteps / 1000 * vb, "vb": vb}
 
     def _variational_bound(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Float32[Tensor, " b"]:
         """`L_t` in bits per dimension (Ho et al. 2020, eq. 5): a divergence, or at t = 0 a likelihood."""

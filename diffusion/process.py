@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion.predictions import AtLevel, Level
 from diffusion.spacings import spaced_times
+from diffusion.times import Times
 from diffusion.transition import Transition
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,6 +29,14 @@ class Prediction(NamedTuple):
     x_0: Float[Tensor, "b c h w"]
     noise: Float[Tensor, "b c h w"]
     log_variance: Float[Tensor, "b c h w"] | None = None  # of the reverse step, where the model learns it
+
+
+class Auxiliary(NamedTuple):
+    """A further term of the loss, of what the model says of the data."""
+
+    name: str
+    weight: float
+    term: Callable[[Tensor, Tensor, Tensor], Tensor]  # (predicted x_0, x_0, y) -> [b]
 
 
 class Process(ABC):
@@ -60,6 +69,10 @@ class Process(ABC):
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Shaped[Tensor, " num"]:
         """Training times; the generator lies on `device`."""
+
+    def times(self) -> Times:
+        """What draws the times of training steps: by default `sample_timesteps`, each time as it comes."""
+        return Times(self.sample_timesteps)
 
     @abstractmethod
     def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
@@ -139,16 +152,38 @@ class Process(ABC):
         t: Shaped[Tensor, " b"] | None = None,
         noise: Float[Tensor, "b c h w"] | None = None,
         generator: torch.Generator | None = None,
+        auxiliary: Sequence[Auxiliary] = (),
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Per-sample `loss`, which is to be minimised, and the terms that it is made of, all in float32.
 
-        `mse` is the squared error of the model's output. `t` and `noise` are drawn when not given, by a generator on
-        `x_0`'s device.
+        `t` and `noise` are drawn when not given, by a generator on `x_0`'s device. An `auxiliary` term counts as the
+        signal's share `alpha^2 / (alpha^2 + sigma^2)` says (alpha-bar of a Gaussian chain), so that it acts where `x_0`
+        can be predicted.
         """
         t, noise = self.draw(x_0, t, noise, generator)
-        x_t = self.q_sample(x_0.float(), t, noise)
+        x_0 = x_0.float()
+        x_t = self.q_sample(x_0, t, noise)
         output = self.precondition(model)(x_t, t, y).float()
-        mse = mean_per_sample((self.target(x_0.float(), noise, t) - output).square())
+        terms = self.terms(output, x_0, x_t, t, noise)
+        if auxiliary:
+            alpha, sigma = self.levels(t)
+            signal = (alpha**2 / (alpha**2 + sigma**2)).flatten()
+            predicted = self.predict(output, x_t, t).x_0
+            for each in auxiliary:
+                terms[each.name] = signal * each.term(predicted, x_0, y).float()
+                terms["loss"] = terms["loss"] + each.weight * terms[each.name]
+        return terms
+
+    def terms(
+        self,
+        output: Float[Tensor, "b c_out h w"],
+        x_0: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        t: Shaped[Tensor, " b"],
+        noise: Float[Tensor, "b c h w"],
+    ) -> dict[str, Float32[Tensor, " b"]]:
+        """The objective: `loss`, and `mse`, the squared error of the model's output."""
+        mse = mean_per_sample((self.target(x_0, noise, t) - output).square())
         return {"loss": self.loss_weight(t) * mse, "mse": mse}
 
     def draw(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.latents import LatentCache
 from diffusion.guidance import drop_labels
-from diffusion.process import Process
+from diffusion.times import Times
 from models.autoencoder import Codec
 
 
@@ -38,6 +38,7 @@ class Batch:
     x_0: Float[Tensor, "b c h w"]
     y: Int64[Tensor, " b"]
     t: Tensor  # [b]
+    weight: Float[Tensor, " b"]  # of the loss, as the draw of `t` asks for
     noise: Float[Tensor, "b c h w"]
 
 
@@ -53,7 +54,7 @@ class Batches:
 
     cache: LatentCache
     codec: Codec
-    process: Process
+    times: Times
     seed: int
     batch_size: int
     num_micro_batches: int = 1
@@ -79,7 +80,7 @@ class Batches:
         mirrored = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=self.device)
         posterior_noise = torch.randn(shape, generator=draw, device=self.device)
         noise = torch.randn(shape, generator=draw, device=self.device)
-        t = self.process.sample_timesteps(self.batch_size, generator=draw, device=self.device)
+        t, weight = self.times.draw(self.batch_size, draw, self.device)
         uniform = torch.rand(self.batch_size, generator=draw, device=self.device)
         y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
 
@@ -89,7 +90,7 @@ class Batches:
             part = slice(start, start + size)
             stored = self.cache.read(index[part], mirrored[part]).to(self.device, non_blocking=True)
             x_0 = self.codec.draw(stored, posterior_noise[part])
-            yield Batch(x_0, y[part], t[part], noise[part])
+            yield Batch(x_0, y[part], t[part], weight[part], noise[part])
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
         """Which images of the source the global batch of a step holds."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from experiment.build import ModelSpec, build_process
 from experiment.config import (
+    AuxiliaryConfig,
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
@@ -373,4 +374,5 @@ def _config_from_dict(values: dict[str, Any]) -> ExperimentConfig:
         "log": LogConfig,
     }
     built = {key: part(**values.get(key, {})) for key, part in parts.items()}
-    return ExperimentConfig(**{**values, **built})
+    auxiliary = [AuxiliaryConfig(**each) for each in values.get("auxiliary", [])]
+    return ExperimentConfig(**{**values, **built, "auxiliary": auxiliary})

@@ -60,7 +60,8 @@ class DiffusionConfig:
         variance: of a gaussian: 'learned_range' (default; hybrid loss), 'fixed_small' or 'fixed_large'
         weighting: of a gaussian's squared error: 'uniform' (default), 'min_snr', 'p2' or 'vlb'
         zero_terminal_snr: of a gaussian: rescale the schedule to end in pure noise (false)
-        times: of a gaussian or flow, at which the backbone is trained: 'uniform' (default) or 'logit_normal'
+        times: of a gaussian or flow, at which the backbone is trained: 'uniform' (default), 'logit_normal', or, of a
+            gaussian, 'importance': as often as the loss there is large (Nichol and Dhariwal 2021)
         path: of a flow: 'linear' (default) or 'trigonometric'
         shift: of a flow's times towards the noise, for larger images (1: none)
         sigma_data: of edm: standard deviation of the data (1)
@@ -68,6 +69,7 @@ class DiffusionConfig:
         P_std: of edm: its standard deviation (1.2)
         sigma_min: of edm: least noise of a sampler (0.002)
         sigma_max: of edm: noise that a sampler starts from (80)
+        uncertainty: of edm: have the model learn how large its error is, and weigh it by that (false)
     """
 
     kind: str = "gaussian"
@@ -85,6 +87,24 @@ class DiffusionConfig:
     P_std: float | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
+    uncertainty: bool | None = None
+
+
+@dataclass(frozen=True)
+class AuxiliaryConfig:
+    """A further term of the loss, of the data that the backbone predicts: weight * alpha-bar * term.
+
+    Args:
+        kind: 'perceptual' (distance in a frozen network's features; in pixel space) or 'feature_matching' (in the
+            features of the backbone's own encoder; U-Nets)
+        weight: of the term
+        network: of 'perceptual': 'vgg19' (its fourth convolution; torchvision's weights), or a TorchScript file: images
+            from 0 to 255 to features
+    """
+
+    kind: str
+    weight: float
+    network: str = "vgg19"
 
 
 @dataclass(frozen=True)
@@ -253,6 +273,8 @@ class ExperimentConfig:
         init_from: a run or checkpoint whose averaged weights a fresh run starts from: those of the same name and shape
         data: see --data.help
         diffusion: see below
+        auxiliary: further terms of the loss, a list such as '[{kind: perceptual, weight: 0.1}, {kind: feature_matching,
+            weight: 0.05}]'; each is logged by its kind
         optim: see below
         train: see below
         sampling: see below
@@ -268,6 +290,7 @@ class ExperimentConfig:
     init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    auxiliary: list[AuxiliaryConfig] = field(default_factory=list)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

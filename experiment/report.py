@@ -77,32 +77,42 @@ def draw_pairs(samples: Source, train: Source, found: Memorisation, path: Path, 
 
 
 def draw_sweep(rows: Sequence[Row], path: Path) -> None:
-    """The first metric against the guidance scale, and precision against recall; a line for each sampler and number of
-    steps, error bars where there were trials."""
+    """The first metric, and precision against recall, along the guidance scale or, where that is one, the calls of the
+    model; a line for each combination of what else varies, error bars where there were trials."""
     from matplotlib import pyplot as plt
 
     distance = next(iter(rows[0].scores))
+    varying = [name for name in SWEPT if len({row.settings[name] for row in rows}) > 1]
+    along = "guidance_scale" if "guidance_scale" in varying or "num_steps" not in varying else "model_calls"
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(f"{row.settings['sampler']}, {row.settings['num_steps']} steps", []).append(row)
+        others = [name for name in varying if name not in (along, "num_steps" if along == "model_calls" else "")]
+        lines.setdefault(", ".join(SWEPT[name].format(row.settings[name]) for name in others), []).append(row)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for name, line in lines.items():
-        scales = [row.settings["guidance_scale"] for row in line]
-        left.errorbar(scales, *_values(line, distance), marker="o", capsize=3, label=name)
+        places = [row.settings[along] for row in line]
+        left.errorbar(places, *_values(line, distance), marker="o", capsize=3, label=name)
         recall, recall_error = _values(line, "recall")
         precision, precision_error = _values(line, "precision")
         right.errorbar(recall, precision, precision_error, recall_error, marker="o", capsize=3, label=name)
-        for x, y, scale in zip(recall, precision, scales, strict=True):
-            right.annotate(f"{scale:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    left.set(xlabel="guidance scale", ylabel=distance)
-    right.set(xlabel="recall", ylabel="precision", title="numbers: guidance scale")
+        for x, y, place in zip(recall, precision, places, strict=True):
+            right.annotate(f"{place:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    left.set(xlabel=along.replace("_", " "), ylabel=distance)
+    if along == "model_calls":
+        left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="recall", ylabel="precision", title=f"numbers: {along.replace('_', ' ')}")
     right.title.set_fontsize(9)
-    left.legend(frameon=False, fontsize=8)
+    if len(lines) > 1:
+        left.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+SWEPT = {"sampler": "{}", "spacing": "{}", "num_steps": "{} steps", "guidance_scale": "guidance {}"}
 
 
 def _values(rows: Sequence[Row], metric: str) -> tuple[list[float], list[float]]:

@@ -146,11 +146,7 @@ def from_checkpoint(
     return [[trial(sampling, number) for number in range(num_trials)] for sampling in settings]
 
 
-def sweep(base: SamplingConfig, samplers: list[str], steps: list[int], scales: list[float]) -> list[SamplingConfig]:
-    """Every combination; an empty list leaves the base's own."""
-    return [
-        replace(base, sampler=sampler, num_steps=num_steps, guidance_scale=scale)
-        for sampler, num_steps, scale in product(
-            samplers or [base.sampler], steps or [base.num_steps], scales or [base.guidance_scale]
-        )
-    ]
+def sweep(base: SamplingConfig, **choices: list[Any]) -> list[SamplingConfig]:
+    """Every combination of the choices; an empty list leaves the base's own."""
+    given = {name: values for name, values in choices.items() if values}
+    return [replace(base, **dict(zip(given, combination, strict=True))) for combination in product(*given.values())]

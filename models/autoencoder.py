@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +34,8 @@ class LatentCodec(nn.Module):
     `scale` and `shift` are the autoencoder's own `scaling_factor` and `shift_factor` (0.18215 and none for
     `stabilityai/sd-vae-ft-ema`). The module is in eval mode for good and has no trainable parameter.
     """
+
+    density_offset = 0.0  # bits per dimension from the density of `x_0` to what is coded: latents are not
 
     def __init__(self, source: str = "embedded") -> None:
         super().__init__()
@@ -113,6 +116,7 @@ class PixelCodec(nn.Module):
     source = "pixel"
     channels = 3
     factor = 1
+    density_offset = math.log2(127.5)
     identity: ClassVar[dict[str, str | float]] = {
         "autoencoder": "pixel",
         "sha256": "",
@@ -136,8 +140,12 @@ class PixelCodec(nn.Module):
     def encode(
         self, images: UInt8[Tensor, "b 3 h w"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "b 3 h w"]:
-        """[0, 255] to [-1, 1]."""
-        return images.float() / 127.5 - 1
+        """[0, 255] to [-1, 1]; a generator draws from the whole width of each level (Theis et al. 2016, section 3.1),
+        so that the result has a density."""
+        levels = images.float()
+        if generator is not None:
+            levels = levels + torch.rand(images.shape, generator=generator, device=images.device) - 0.5
+        return levels / 127.5 - 1
 
     def decode(self, x_0: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
         """[-1, 1] to [0, 255], rounded to the nearest level."""

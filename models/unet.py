@@ -143,13 +143,7 @@ class UNet(nn.Module):
         self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
     ) -> Float[Tensor, "b c_out h w"]:
         cond = self.cond(t, y)
-        x = self.stem(x_t.contiguous(memory_format=torch.channels_last))  # tokens are then a view of it
-
-        # Down: what each level is given is its mirror's skip.
-        skips = []
-        for level, downsample in zip(self.encoder, self.downsamples, strict=True):
-            skips.append(x)
-            x = downsample(level(x, cond))
+        x, skips = self._down(x_t, cond)
 
         for level in self.middle:
             x = level(x, cond)
@@ -160,6 +154,22 @@ class UNet(nn.Module):
             x = level(torch.cat([x, skip], dim=1), cond)
 
         return self.head(F.silu(self.norm(x))).contiguous()  # as it came: noise drawn like it follows its memory format
+
+    def encode(
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
+    ) -> list[Float[Tensor, "b _ _ _"]]:
+        """The encoder's features: what each level is given, from the finest, and what the middle is."""
+        x, skips = self._down(x_t, self.cond(t, y))
+        return [*skips, x]
+
+    def _down(self, x_t: Tensor, cond: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The way down: what the middle is given, and each level, which is its mirror's skip."""
+        x = self.stem(x_t.contiguous(memory_format=torch.channels_last))  # tokens are then a view of it
+        skips = []
+        for level, downsample in zip(self.encoder, self.downsamples, strict=True):
+            skips.append(x)
+            x = downsample(level(x, cond))
+        return x, skips
 
 
 def _check_spelling(name: str, words: Sequence[str], num_levels: int) -> None:

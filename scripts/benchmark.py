@@ -190,7 +190,7 @@ def epoch(
         prepare = lambda batch: codec.prepare(batch.to(device)).cpu()  # noqa: E731
         build_cache(cache_folder, shapes, prepare, codec.identity, flips=True, batch_size=64, progress=False)
         cache = LatentCache(cache_folder, codec.identity).to(device)
-        batches = Batches(cache, codec, process, seed=0, batch_size=batch_size, device=device)
+        batches = Batches(cache, codec, process.times(), seed=0, batch_size=batch_size, device=device)
         for name in models:
             step, steps = our_step(backbone(name, 8, 10), None, None, precision, compile), iter(range(10**9))
 

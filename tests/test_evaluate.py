@@ -47,8 +47,12 @@ def test_scores_carry_their_provenance(folder, extractor):
 
 def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
     flags = ("--extractor", extractor, "--num_samples", 20, "--output", "baselines.json", "--memorisation", "true")
-    both = ("--baselines", "true", "--per_class", "true", "--labels", "reference")
+    both = ("--baselines", "true", "--per_class", "true", "--labels", "reference", "--likelihood", 2)
     done = run("evaluate.py", "--samples", "runs/tiny", *flags, *both, cwd=folder)
+    bits = scores(folder, "baselines.json")["bits_per_dimension"]
+    assert bits["num_images"] == 2
+    assert 0 < bits["value"] < 20  # of unit normal latents 2.05
+    assert f"bits per dimension: {bits['value']:.4f}" in done.stdout
     rows = {row["name"]: row["scores"] for row in scores(folder, "baselines.json")["rows"]}
     assert list(rows) == ["XSwin", "training images", "reconstructions"]
     model, floor, ceiling = (row["frechet_distance[colors]"]["value"] for row in rows.values())
@@ -87,11 +91,13 @@ def test_trials_and_sweeps_are_rows_and_curves(folder, extractor):
     run(
         *("evaluate.py", "--samples", "runs/tiny", *flags),
         *("--guidance_scale", "1,3", "--num_steps", "2", "--sampler", "ddim", "--trials", 2),
+        *("--spacing", "uniform,log_snr"),
         cwd=folder,
     )
     rows = scores(folder, "sweep.json")["rows"]
-    assert [row["samples"]["guidance_scale"] for row in rows] == [1.0, 3.0]
-    assert [row["samples"]["num_steps"] for row in rows] == [2, 2]
+    assert [row["samples"]["guidance_scale"] for row in rows] == [1.0, 3.0] * 2
+    assert [row["samples"]["spacing"] for row in rows] == ["uniform"] * 2 + ["log_snr"] * 2
+    assert [row["samples"]["num_steps"] for row in rows] == [2] * 4
     for row in rows:
         trials = [trial["frechet_distance[colors]"]["value"] for trial in row["trials"]]
         score = row["scores"]["frechet_distance[colors]"]
@@ -159,6 +165,10 @@ def test_an_npz_is_scored_and_the_self_check_passes(folder, extractor):
         (
             ("evaluate.py", "--samples", "runs/tiny", "--extractor", "colors.pt", "--metrics", "[fidd]"),
             "--metrics fidd",
+        ),
+        (
+            ("evaluate.py", "--samples", "runs/tiny", "--extractor", "colors.pt", "--likelihood", 1000),
+            "--likelihood 1000 must lie in 2..",
         ),
         (
             (

@@ -1,6 +1,7 @@
 """What a process asks of a model: losses in closed form, times, weights, the ends of the time range."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from exact import PROCESSES, backbone, gaussian_data, generator, labels, randn
 
-from diffusion import EDM, FlowMatching, GaussianDiffusion
+from diffusion import EDM, FlowMatching, GaussianDiffusion, sample
 from diffusion.bound import normal_kl
 from diffusion.gaussian import WEIGHTINGS
 from diffusion.likelihood import bits_per_dimension
+from diffusion.process import Auxiliary
 from diffusion.sde import coefficients, score
+from diffusion.times import LossSecondMoments
 
 MEAN, STD = 0.7, 0.4
 SQUARE = MEAN**2 + STD**2  # E[x_0^2]
@@ -86,7 +89,86 @@ def test_gradients_are_finite_at_both_ends_of_time_in_bfloat16(process):
         assert gradient.isfinite()
 
 
+# EDM: the error that a model expects of itself.
+
+
+def test_uncertainty_costs_nothing_at_first_and_pays_most_at_the_error_itself():
+    plain, process = EDM(), EDM(uncertainty=True)
+    assert process.output_channels(4) == 5
+    x_0, t, noise = randn(3, 2, 8, 8), middle_and_ends(plain), randn(3, 2, 8, 8, seed=1)
+
+    def terms(u):
+        model = lambda x, t, y: torch.cat([torch.zeros_like(x), u.expand(3, 1, 8, 8)], dim=1)  # noqa: E731
+        return process.training_loss(model, x_0, labels(3), t=t, noise=noise)
+
+    mse = plain.training_loss(silent, x_0, labels(3), t=t, noise=noise)["mse"]
+    torch.testing.assert_close(terms(torch.zeros(3, 1, 1, 1))["loss"], mse)
+    u = mse.log()[:, None, None, None].requires_grad_()
+    (gradient,) = torch.autograd.grad(terms(u)["loss"].sum(), u)
+    torch.testing.assert_close(gradient, torch.zeros_like(u), atol=1e-6, rtol=0)
+    assert terms(u)["uncertainty"].tolist() == pytest.approx(mse.log().tolist())
+    assert (terms(u)["loss"] <= terms(u + 0.1)["loss"]).all()
+    assert (terms(u)["loss"] <= terms(u - 0.1)["loss"]).all()
+
+
+def test_uncertainty_leaves_samples_as_they_are():
+    def unsure(x, t, y):
+        return torch.cat([0.1 * x, torch.full_like(x[:, :1], 3.0)], dim=1)
+
+    noise = randn(2, 3, 4, 4)
+    same = {"sampler": "dpmpp_2m", "num_steps": 5, "guidance_scale": 2.0, "num_classes": 1}
+    with_it = sample(EDM(uncertainty=True), unsure, noise, labels(2), **same)
+    torch.testing.assert_close(with_it, sample(EDM(), lambda x, t, y: 0.1 * x, noise, labels(2), **same))
+
+
+# Auxiliary terms.
+
+
+@processes
+def test_an_auxiliary_term_counts_as_the_signals_share(process):
+    process = PROCESSES[process]()
+    t, x_0, noise = middle_and_ends(process), randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
+    term = Auxiliary("error", 0.1, lambda predicted, x_0, y: (predicted - x_0).square().mean(dim=(1, 2, 3)))
+    plain = process.training_loss(silent, x_0, labels(3), t=t, noise=noise)
+    terms = process.training_loss(silent, x_0, labels(3), t=t, noise=noise, auxiliary=[term])
+    at, x_t = process.path(t.double()), process.q_sample(x_0, t, noise)
+    share = at.alpha**2 / (at.alpha**2 + at.sigma**2)
+    error = (process.predict(torch.zeros_like(x_0), x_t, t).x_0 - x_0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(terms["error"], (share * error).float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(terms["loss"], plain["loss"] + 0.1 * terms["error"])
+    assert terms["mse"].equal(plain["mse"])
+
+
 # Gaussian: schedules, weights, times.
+
+
+def test_times_by_importance_are_uniform_until_each_is_known_and_then_follow_the_loss():
+    times = GaussianDiffusion("cosine", num_timesteps=4, times="importance").times()
+    scales = torch.tensor([1.0, 2.0, 3.0, 10.0], dtype=torch.float64)
+    assert times.probabilities.tolist() == [0.25] * 4
+    for _ in range(30):
+        t, weight = times.draw(16, generator(), "cpu")
+        times.observe(t, scales[t])
+        if (times.counts < 10).any():
+            assert weight.tolist() == [1.0] * 16
+    assert (0.999 * scales / scales.sum() + 0.001 / 4).tolist() == pytest.approx(times.probabilities.tolist())
+    t, weight = times.draw(40_000, generator(1), "cpu")
+    assert (t == 3).double().mean().item() == pytest.approx(times.probabilities[3].item(), rel=0.02)
+    # Weighted, losses are worth what they are at uniform times, and vary less.
+    weighted = weight * scales[t]
+    assert weighted.mean().item() == pytest.approx(scales.mean().item(), rel=0.01)
+    assert weighted.std() < 0.05 * scales.std()
+
+
+def test_times_by_importance_remember_the_last_losses_and_go_on_from_a_checkpoint():
+    times = LossSecondMoments(2, history=3)
+    times.observe(torch.tensor([0] * 5 + [1] * 3), torch.tensor([9.0, 9.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0]))
+    times.observe(torch.tensor([0]), torch.tensor([math.nan]))  # a loss that a guard would skip
+    assert times.probabilities.tolist() == pytest.approx([0.999 / 3 + 0.0005, 0.999 * 2 / 3 + 0.0005])
+    again = LossSecondMoments(2, history=3)
+    again.restore(json.loads(json.dumps(times.state())))
+    for one, other in zip(times.draw(9, generator(), "cpu"), again.draw(9, generator(), "cpu"), strict=True):
+        assert one.equal(other)
 
 
 def test_zero_terminal_snr_is_the_published_rescaling():

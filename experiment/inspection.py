@@ -1,0 +1,83 @@
+"""What a training looks at on the way: the loss on held-out images, scores, grids of samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from data.latents import LatentCache
+from diffusion import Process
+from experiment.config import ExperimentConfig, SamplingConfig
+from experiment.ema import EMA
+from experiment.evaluation import Reference, evaluate
+from experiment.generation import Generator, balanced_labels, generate, sample_labels
+from experiment.sources import from_generator
+from experiment.tracking import Log, draw_progress, save_grid
+from experiment.validation import validation_loss
+from metrics.fidelity import Extractor
+from models.autoencoder import Codec
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Of the averaged weights, the same images, noise and labels at every call; all processes take part."""
+
+    run: Path
+    config: ExperimentConfig
+    ema: EMA
+    process: Process
+    codec: Codec
+    held_out: LatentCache
+    sampling: SamplingConfig
+    guide_model: nn.Module | None
+    scorer: tuple[Reference, Extractor] | None
+    log: Log
+    accelerator: Accelerator
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Loss terms on held-out images."""
+        losses = validation_loss(
+            self.ema.model,
+            self.process,
+            self.codec,
+            self.held_out,
+            self.accelerator,
+            self.config.log.num_validation,
+            self.config.train,
+        )
+        found = {f"validation_{name}": value for name, value in losses.items()}
+        self.log.write(step, **found)
+        return found
+
+    def score(self, step: int) -> dict[str, float]:
+        """Scores of samples, as `evaluation` says."""
+        assert self.scorer is not None
+        evaluation = self.config.evaluation
+        labels = sample_labels(evaluation, len(self.held_out), self.held_out.num_classes, self.held_out.labels)
+        source = from_generator(self._generator(labels, evaluation.seed), self.config.model)
+        scores, _ = evaluate(source, *self.scorer, self.accelerator, evaluation)
+        found = {name: one.value for name, one in scores.scores.items() if one.value is not None}
+        self.log.write(step, **found)
+        return found
+
+    def draw(self, step: int) -> None:
+        """A grid: four samples of each of the first ten classes."""
+        classes = self.held_out.classes[:10]
+        columns = max(1, len(classes))
+        labels = balanced_labels(4 * columns, columns)
+        images = generate(self._generator(labels, self.config.train.seed), batch_size=len(labels))
+        if self.accelerator.is_main_process:
+            path = self.run / "samples" / f"{step:08d}.png"
+            save_grid(images, path, columns=columns, column_names=classes)
+            self.log.picture(step, path)
+            draw_progress(self.run)
+
+    def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:
+        where = (self.held_out.image_size, seed, self.accelerator)
+        return Generator(
+            self.ema.model, self.process, self.codec, labels, self.sampling, *where, guide_model=self.guide_model
+        )

@@ -1,0 +1,125 @@
+"""Auxiliary losses: whom their gradients reach, what their networks see, and what is refused."""
+
+import pytest
+import torch
+import yaml
+from exact import randn
+from processes import TINY, log, run
+from torch import nn
+from torchvision.models import VGG19_Weights, vgg19
+
+from experiment.config import AuxiliaryConfig
+from experiment.objective import AUXILIARY, build_auxiliary
+from metrics.torchscript import save_torchscript
+from models import create_model
+from models.autoencoder import LatentCodec, PixelCodec
+from models.perceptual import VGG19Features
+
+CPU = torch.device("cpu")
+UNET = {"channels": [8, 8, 16], "down": ["R", "A"], "middle_channels": [16], "middle": ["R"], "up": ["A", "R"]}
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A small TorchScript network of images from 0 to 255."""
+
+    class Edges(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, images: torch.Tensor):
+            features = self.conv(images.float() / 255)
+            return features, features.mean(dim=(2, 3))
+
+    torch.manual_seed(0)
+    return str(save_torchscript(Edges(), torch.zeros(2, 3, 16, 16), tmp_path_factory.mktemp("net") / "edges.pt"))
+
+
+@pytest.fixture
+def unet():
+    torch.manual_seed(0)
+    return create_model("UNet-Mini", input_size=16, in_channels=3, out_channels=3, num_classes=2, **UNET)
+
+
+@pytest.mark.parametrize("kind", AUXILIARY)
+def test_gradients_reach_the_model_and_only_the_model(kind, network, unet):
+    (term,) = build_auxiliary([AuxiliaryConfig(kind, 0.1, network)], unet, PixelCodec(), CPU)
+    x_0, y = randn(2, 3, 16, 16).requires_grad_(), torch.tensor([0, 1])
+    nn.init.normal_(unet.head.weight, std=0.1)
+    loss = term.term(unet(x_0.detach(), torch.tensor([5.0, 9.0]), y), x_0, y)
+    assert loss.shape == (2,)
+    loss.sum().backward()
+    assert x_0.grad is None  # the true side is detached
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in unet.parameters())
+    if kind == "perceptual":
+        assert not any(parameter.requires_grad for parameter in term.term.network.parameters())
+    assert term.term(x_0, x_0, y).tolist() == [0, 0]
+
+
+def test_features_of_the_encoder_are_those_of_a_whole_pass(unet):
+    seen, x, t, y = [], randn(2, 3, 16, 16), torch.tensor([0.0, 0.0]), torch.tensor([0, 1])
+    for module in (*unet.encoder, unet.middle[0]):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    unet(x, t, y)
+    assert [tuple(each.shape) for each in seen] == [(2, 8, 16, 16), (2, 8, 8, 8), (2, 16, 4, 4)]
+    given = unet.encode(x, t, y)
+    assert all(ours.equal(theirs) for ours, theirs in zip(given, seen, strict=False))
+
+
+def test_vgg19_is_torchvisions_up_to_its_fourth_convolution(monkeypatch):
+    torch.manual_seed(0)
+    whole = vgg19()
+    monkeypatch.setattr(type(VGG19_Weights.IMAGENET1K_V1), "get_state_dict", lambda *a, **k: whole.state_dict())
+    images = randn(2, 3, 16, 16).clamp(-1, 1)
+    normalised = VGG19_Weights.IMAGENET1K_V1.transforms(crop_size=16, resize_size=16)((images + 1) / 2)
+    torch.testing.assert_close(VGG19Features()(images), whole.features[:8](normalised))
+    assert len([layer for layer in VGG19Features().layers if isinstance(layer, nn.Conv2d)]) == 4
+
+
+def test_weights_that_cannot_be_had_are_one_clear_line(monkeypatch, tmp_path, unet):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ValueError, match=r"network vgg19: .* downloaded \(no network\); put .* TorchScript file$"):
+        build_auxiliary([AuxiliaryConfig("perceptual", 0.1)], unet, PixelCodec(), CPU)
+
+
+MISTAKES = {
+    "unknown kind": ([{"kind": "style", "weight": 1.0}], "--auxiliary style: unknown, choose from perceptual, feature"),
+    "no weight": ([{"kind": "feature_matching", "weight": 0.0}], "weight 0.0 must be above 0"),
+    "no file": ([{"kind": "perceptual", "weight": 1.0, "network": "x.pt"}], "network x.pt: no such file; .*vgg19"),
+    "latents": ([{"kind": "perceptual", "weight": 1.0}], "looks at images, not at latents; use --autoencoder pixel"),
+    "no encoder": ([{"kind": "feature_matching", "weight": 1.0}], "XSwin has none; use --model UNet"),
+    "twice": ([{"kind": "feature_matching", "weight": 1.0}] * 2, "--auxiliary feature_matching: given twice"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_does_not_fit_is_refused_in_words(mistake, unet):
+    given, words = MISTAKES[mistake]
+    model = create_model("XSwin", input_size=16, in_channels=3, out_channels=3, num_classes=2, dim=24)
+    codec = LatentCodec() if mistake == "latents" else PixelCodec()
+    configs = [AuxiliaryConfig(**each) for each in given]
+    with pytest.raises(ValueError, match=words):
+        build_auxiliary(configs, model if mistake == "no encoder" else unet, codec, CPU)
+
+
+def test_a_training_with_auxiliary_terms_logs_each_by_name_and_equals_two_processes(folder, network):
+    """That of the CIFAR-10 study, small; two processes reach the encoder around DDP's forward."""
+    terms = [
+        {"kind": "perceptual", "weight": 0.1, "network": network},
+        {"kind": "feature_matching", "weight": 0.05},
+    ]
+    settings = {**TINY, "model": "UNet-Mini", "model_args": UNET, "autoencoder": "pixel", "auxiliary": terms}
+    settings["data"] = {**TINY["data"], "image_size": 16}
+    settings["diffusion"] = {"schedule": "cosine", "variance": "fixed_small"}
+    (folder / "auxiliary.yaml").write_text(yaml.safe_dump(settings))
+    run("train.py", "--config", "auxiliary.yaml", "--name", "auxiliary", cwd=folder)
+    run("train.py", "--config", "auxiliary.yaml", "--name", "auxiliary-two", cwd=folder, processes=2)
+    one, two = ([e for e in log(folder, name) if "loss" in e] for name in ("auxiliary", "auxiliary-two"))
+    for ours, theirs in zip(one, two, strict=True):
+        total = ours["mse"] + 0.1 * ours["perceptual"] + 0.05 * ours["feature_matching"]
+        assert ours["loss"] == pytest.approx(total, rel=1e-5)
+        assert ours["perceptual"] > 0
+        assert ours["feature_matching"] > 0
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
