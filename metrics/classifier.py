@@ -62,6 +62,13 @@ class SmallClassifier(nn.Module):
         example = torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8, device=self.to_logits.weight.device)
         return save_torchscript(self.eval(), example, path)
 
+    def save_perceptual(self, path: str | Path) -> Path:
+        """Write a network for perceptual losses: its first four convolutions, of images at their own size."""
+        first, second, _ = self.stages
+        network = nn.Sequential(_Centre(), first, *list(second.children())[:4])  # pyright: ignore[reportArgumentType]
+        example = torch.zeros(2, 3, self.side, self.side, device=self.to_logits.weight.device)
+        return save_torchscript(network.eval(), example, path)
+
 
 def train_classifier(
     images: UInt8[Tensor, "n 3 h w"],
@@ -132,6 +139,13 @@ def augment(
     sharp = rearrange(torch.rand(b, generator=generator) < 0.5, "b -> b 1 1 1")
     strength = noise * rearrange(torch.rand(b, generator=generator), "b -> b 1 1 1")
     return torch.where(sharp, shifted, blurred) + strength * torch.randn(shifted.shape, generator=generator)
+
+
+class _Centre(nn.Module):
+    """0 to 255 to [-1, 1]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images / 127.5 - 1
 
 
 def _stage(c_in: int, c_out: int) -> nn.Sequential:

@@ -1,6 +1,7 @@
 """Are samples recognised as the class that was asked for? By a small classifier trained on the real training images.
 
 python scripts/recognise.py --samples samples.npz --data.path mnist.zip --data.image_size 28
+python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --perceptual features.pt
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,17 +26,20 @@ class RecogniseConfig:
     """Train a small classifier on real images, say how it does on held-out ones and on labelled samples.
 
     Args:
-        samples: an npz of sample.py: images in arr_0, the labels asked for in arr_1
+        samples: an npz of sample.py: images in arr_0, the labels asked for in arr_1; without it the classifier is made
+            alone
         data: the real images
         classifier: TorchScript file to keep the classifier in, which also serves as --extractor
+        perceptual: TorchScript file to keep its first four convolutions in, for --auxiliary's `network`
         output: JSON file of the figures; by default only printed
         epochs: passes over the real images
         seed: of the classifier
     """
 
-    samples: Path
+    samples: Path | None = None
     data: DataConfig = field(default_factory=DataConfig)
     classifier: Path | None = None
+    perceptual: Path | None = None
     output: Path | None = None
     epochs: int = 4
     seed: int = 0
@@ -39,23 +47,15 @@ class RecogniseConfig:
 
 def main(config: RecogniseConfig) -> None:
     """Train, hold against held-out images, read the samples."""
-    import numpy as np
     import torch
-    from torch import Tensor
 
     from experiment.build import open_split
     from metrics.classifier import train_classifier
     from metrics.images import image_batches
 
-    try:
-        with np.load(config.samples, allow_pickle=False) as file:
-            samples = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).contiguous()
-            asked = torch.from_numpy(file["arr_1"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--samples {config.samples}: not an npz that sample.py wrote ({error})") from error
-
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
+    samples, asked = read_samples(config.samples) if config.samples else (None, torch.zeros(1))
     if len(classes) < 2 or asked.max() >= len(classes):
         raise ValueError(
             f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
@@ -69,25 +69,46 @@ def main(config: RecogniseConfig) -> None:
     if config.classifier:
         classifier.save_torchscript(config.classifier)
 
-    right = classifier.predict(samples) == asked
-    figures = {
+    if config.perceptual:
+        classifier.save_perceptual(config.perceptual)
+
+    figures: dict[str, Any] = {
         "held_out_accuracy": (classifier.predict(read(held_out)) == held_out.labels).float().mean().item(),
         "num_held_out": len(held_out),
-        "class_agreement": right.float().mean().item(),
-        "num_samples": len(samples),
-        "per_class": {
-            name: right[asked == label].float().mean().item()
-            for label, name in enumerate(classes)
-            if (asked == label).any()
-        },
     }
-    print(
-        f"The classifier is right about {figures['held_out_accuracy']:.2%} of {len(held_out)} held-out images, and "
-        f"takes {figures['class_agreement']:.2%} of {len(samples)} samples for the class asked for."
-    )
+    print(f"The classifier is right about {figures['held_out_accuracy']:.2%} of {len(held_out)} held-out images.")
+    if samples is not None:
+        right = classifier.predict(samples) == asked
+        figures |= {
+            "class_agreement": right.float().mean().item(),
+            "num_samples": len(samples),
+            "per_class": {
+                name: right[asked == label].float().mean().item()
+                for label, name in enumerate(classes)
+                if (asked == label).any()
+            },
+        }
+        agreement = figures["class_agreement"]
+        print(f"It takes {agreement:.2%} of {len(samples)} samples for the class asked for.")
     if config.output:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def read_samples(path: Path) -> tuple[Tensor, Tensor]:
+    """Images [n 3 h w] and the labels asked for.
+
+    Raises:
+        ValueError: when the file is not of sample.py.
+    """
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(file["arr_1"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--samples {path}: not an npz that sample.py wrote ({error})") from error
 
 
 if __name__ == "__main__":
