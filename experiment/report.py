@@ -56,16 +56,24 @@ def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     for row in rows:
         settings = [str(row.settings.get(column, "")) for column in columns]
         cells.append([row.name, *settings, *(_cell(row.scores.get(metric)) for metric in metrics)])
+    return markdown(cells)
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table, aligned for the terminal; its first row is the head."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def _cell(score: Score | None) -> str:
-    if score is None or score.value is None:
-        return "-"
-    digits = 4 if abs(score.value) < 10 else 2
-    return f"{score.value:.{digits}f}" + ("" if score.std is None else f" ± {score.std:.{digits}f}")
+    return "-" if score is None or score.value is None else number(score.value, score.std)
+
+
+def number(value: float, std: float | None = None, sign: str = "±") -> str:
+    """A score to be read, and its spread."""
+    digits = 4 if abs(value) < 10 else 2
+    return f"{value:.{digits}f}" + ("" if std is None else f" {sign} {std:.{digits}f}")
 
 
 def draw_pairs(samples: Source, train: Source, found: Memorisation, path: Path, num: int = 12) -> None:
