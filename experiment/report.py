@@ -16,6 +16,7 @@ from experiment.config import EvaluationConfig
 from experiment.evaluation import Memorisation, Reference, Row
 from experiment.files import write_whole
 from experiment.sources import Source
+from experiment.table import markdown, number
 from experiment.tracking import save_grid
 from metrics.fidelity import Extractor, Score
 
@@ -59,21 +60,8 @@ def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     return markdown(cells)
 
 
-def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """A table, aligned for the terminal; its first row is the head."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
 def _cell(score: Score | None) -> str:
     return "-" if score is None or score.value is None else number(score.value, score.std)
-
-
-def number(value: float, std: float | None = None, sign: str = "±") -> str:
-    """A score to be read, and its spread."""
-    digits = 4 if abs(value) < 10 else 2
-    return f"{value:.{digits}f}" + ("" if std is None else f" {sign} {std:.{digits}f}")
 
 
 def draw_pairs(samples: Source, train: Source, found: Memorisation, path: Path, num: int = 12) -> None:

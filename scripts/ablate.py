@@ -55,29 +55,36 @@ class AblateConfig:
 
 def main(config: AblateConfig) -> int:
     """Plan, run, report; returns the exit status."""
+    path = Path(config.ablation)
+    if not path.is_file():
+        raise ValueError(f"--ablation {path}: no such file")
+    folder = Path("runs") / (config.name or path.stem)
+    return report(folder) if config.only == "report" else run(config, path, folder)
+
+
+def report(folder: Path) -> int:
+    """Of what is done."""
+    from experiment.ablation.report import write_report
+
+    print(write_report(folder))
+    return 0
+
+
+def run(config: AblateConfig, path: Path, folder: Path) -> int:
+    """What is left to do, then the report."""
     from experiment.ablation.config import read_ablation
     from experiment.ablation.executors import EXECUTORS, jobs_of
     from experiment.ablation.lock import Lock
     from experiment.ablation.plan import make_plan, table
-    from experiment.ablation.report import write_report
     from experiment.ablation.runner import Runner
     from experiment.ablation.variants import expand
     from experiment.build import open_accelerator
     from experiment.interruption import EXIT_CODE
 
-    path = Path(config.ablation)
-    if not path.is_file():
-        raise ValueError(f"--ablation {path}: no such file")
-    name = config.name or path.stem
-    folder = Path("runs") / name
-    if config.only == "report":
-        print(write_report(folder))
-        return 0
-
     # What is to be done.
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
     ablation = read_ablation(path, config.set)
-    runs = expand(ablation, name)
+    runs = expand(ablation, folder.name)
     with Lock(folder / "lock"):
         accelerator = open_accelerator(runs[0].config.train.precision)
         plan = make_plan(ablation, runs, folder, accelerator, timed=True, any_code=config.any_code)
@@ -95,7 +102,7 @@ def main(config: AblateConfig) -> int:
             if outcome.status != "done":
                 print(f"{outcome.status}: {outcome.run}: {outcome.why}")
         if any("score" in planned.done for planned in plan):
-            print(write_report(folder))
+            report(folder)
     statuses = {outcome.status for outcome in outcomes}
     return 1 if "failed" in statuses else EXIT_CODE if "stopped" in statuses else 0
 

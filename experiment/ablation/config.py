@@ -48,7 +48,7 @@ class PicturesConfig:
 
     Args:
         classes: their names; by default the first eight
-        num_per_class: samples of each
+        num_per_class: samples of each; 0: no pictures
         seed: of the noise
     """
 

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from experiment.ablation.results import Results, VariantResult, title_of
 
@@ -43,6 +44,7 @@ def draw_panels(results: Results) -> dict[str, str]:
                 figure.legend(
                     loc="outside lower center", ncols=min(4, len(results.variants)), frameon=False, fontsize=8
                 )
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.grid(alpha=0.15, color=INK, linewidth=0.6)
             found[name] = save(figure, results.folder / "figures" / name)
     return found
@@ -108,7 +110,8 @@ def score_by_step(results: Results, axes: Any) -> bool:
 def score_by_compute(results: Results, axes: Any) -> bool:
     """The same against arithmetic; where none was scored during training, the final scores."""
     metric = logged_metric(results)
-    axes.set(xlabel="training arithmetic, PFLOP")
+    axes.set(xlabel="arithmetic of training")
+    axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
     if metric is not None:
         axes.set_ylabel(title_of(metric))
         return _lines(results, axes, metric, arithmetic)
@@ -168,8 +171,8 @@ def logged_metric(results: Results) -> str | None:
 
 
 def arithmetic(variant: VariantResult, step: int) -> float:
-    """Of a training up to a step, in 1e15 operations: a backward pass costs about two forward ones."""
-    return 3 * variant.gflops * variant.runs[0].plan["batch_size"] * step / 1e6
+    """Operations of a training up to a step: a backward pass costs about two forward ones."""
+    return 3e9 * variant.gflops * variant.runs[0].plan["batch_size"] * step
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

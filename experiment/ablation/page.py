@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 
 from experiment.ablation.figures import CAPTIONS
-from experiment.ablation.pictures import Pictures, beside, data_uri, tile
+from experiment.ablation.pictures import Pictures, beside, data_uri
 from experiment.ablation.results import Results
 from experiment.ablation.tables import Cell, cells, head, is_significant, reference_cells
 
@@ -66,7 +66,7 @@ def _beside(pictures: list[Pictures]) -> str:
     rows = []
     for name, blocks in beside(pictures):
         images = "".join(
-            f'<img src="{data_uri(block)}" alt="{escape(name)} by {escape(one.variant)}">'
+            f'<img src="{data_uri(block, 2)}" alt="{escape(name)} by {escape(one.variant)}">'
             for block, one in zip(blocks, pictures, strict=True)
         )
         rows.append(f'<div class="class">{escape(name.replace("_", " "))}</div>{images}')
@@ -80,7 +80,7 @@ def _models(pictures: list[Pictures]) -> str:
     for one in pictures:
         strips = "".join(
             f'<div class="strip"><span>{escape(name.replace("_", " "))}</span>'
-            f'<img src="{data_uri(tile(images, len(images)))}" alt="{escape(name)} by {escape(one.variant)}"></div>'
+            f'<img src="{data_uri(images, len(images))}" alt="{escape(name)} by {escape(one.variant)}"></div>'
             for name, images in zip(one.classes, one.images, strict=True)
         )
         blocks.append(f"<div><h3>{escape(one.variant)}</h3>{strips}</div>")

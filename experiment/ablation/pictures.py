@@ -17,6 +17,7 @@ from experiment.ablation.stages import pictured
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 GAP = 2
+BESIDE = 4  # samples a class and model, beside the other models'
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,19 @@ def read_pictures(results: Results) -> list[Pictures]:
     return found
 
 
-def beside(pictures: list[Pictures], num: int = 4) -> list[tuple[str, list[Pixels]]]:
-    """For each class, a block of its first samples by each model."""
-    rows = []
-    for index, name in enumerate(pictures[0].classes):
-        blocks = [tile(one.images[index, :num], columns=2) for one in pictures if name in one.classes]
-        rows.append((name, blocks))
-    return rows
+def beside(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndarray, "n h w 3"]]]]:
+    """For each class, its first samples by each model."""
+    return [(name, [one.images[k, :BESIDE] for one in pictures]) for k, name in enumerate(pictures[0].classes)]
 
 
-def tile(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> Pixels:
-    """Side by side, row by row, with white in between."""
-    n, h, w, _ = images.shape
+def tile(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "height width c"]:
+    """Side by side, row by row; what is in between is white, and transparent where there is a fourth channel."""
+    n, h, w, channels = images.shape
     columns = min(columns, n)
     rows = -(-n // columns)
-    canvas = np.full((rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 3), 255, np.uint8)
+    canvas = np.full(
+        (rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, channels), [255, 255, 255, 0][:channels], np.uint8
+    )
     for number, image in enumerate(images):
         top, left = number // columns * (h + GAP), number % columns * (w + GAP)
         canvas[top : top + h, left : left + w] = image
@@ -89,8 +88,10 @@ def _title(name: str) -> str:
     return name.replace("_", " ")
 
 
-def data_uri(pixels: Pixels) -> str:
-    """A PNG in the page itself."""
+def data_uri(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> str:
+    """A PNG in the page itself, with nothing between the tiles, whatever ground the page has."""
+    opaque = np.full((*images.shape[:3], 1), 255, np.uint8)
+    pixels = tile(np.concatenate([images, opaque], axis=-1), columns)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

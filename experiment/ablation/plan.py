@@ -29,7 +29,7 @@ from experiment.build import (
 from experiment.checkpoint import newest_whole
 from experiment.files import write_whole
 from experiment.generation import resolve_classes
-from experiment.report import markdown
+from experiment.table import markdown
 from metrics.cost import Cost
 from metrics.fidelity import check_metrics
 from models.autoencoder import create_codec
@@ -114,6 +114,7 @@ def make_plan(
         spec, classes, num_images, num_reference = _named(run, lambda run=run: check(run, ablation))
         scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and not found}
         keys = keys_of(run.config, scoring, asdict(ablation.pictures))
+        keys = {name: key for name, key in keys.items() if name != "draw" or ablation.pictures.num_per_class}
         planned = Planned(
             run,
             spec,
@@ -146,12 +147,8 @@ def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...
     check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
     check_metrics(config.evaluation.metrics)
     resolve_classes(list(ablation.pictures.classes), images.classes)
-    for flag, number in (
-        ("scoring.trials", ablation.scoring.trials),
-        ("pictures.num_per_class", ablation.pictures.num_per_class),
-    ):
-        if number < 1:
-            raise ValueError(f"{flag} {number} must be at least 1")
+    if ablation.scoring.trials < 1:
+        raise ValueError(f"scoring.trials {ablation.scoring.trials} must be at least 1")
     return spec, tuple(images.classes), len(images), len(held_out)
 
 

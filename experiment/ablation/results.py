@@ -138,10 +138,10 @@ class Results:
         names = [name for run in self.runs for trial in run.trials for name in trial]
         return [name for name in dict.fromkeys(names) if any(variant.values(name) for variant in self.variants)]
 
-    def best(self, metric: str) -> VariantResult:
-        """By the mean."""
-        known = [variant for variant in self.variants if variant.values(metric)]
-        return min(known, key=lambda variant: fmean(variant.values(metric)) * (1 if is_lower_better(metric) else -1))
+    def best(self, metric: str) -> float:
+        """The best mean of a variant."""
+        means = [fmean(variant.values(metric)) for variant in self.variants if variant.values(metric)]
+        return min(means) if is_lower_better(metric) else max(means)
 
     def p_value(self, variant: VariantResult, metric: str) -> float | None:
         """Of the difference to the baseline, paired over the seeds that both have; None for fewer than two."""

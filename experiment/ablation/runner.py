@@ -79,7 +79,7 @@ class Runner:
             for stage, command in STAGES.items():
                 if stage == "train" and not planned.trains:
                     mark(folder, train=planned.keys["train"])
-                if stage in planned.done:
+                if stage not in planned.keys or stage in planned.done:
                     continue
                 if why := self._must_stop():
                     return Outcome(name, "stopped", why)

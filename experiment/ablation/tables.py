@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from experiment.ablation.results import Results, spread, title_of
-from experiment.report import markdown, number
+from experiment.table import markdown, number
 
 SIGNIFICANT = 0.05
 
@@ -35,19 +35,19 @@ def cells(results: Results) -> list[list[Cell]]:
         speed, memory = variant.images_per_second, variant.memory_gb
         row = [
             Cell(variant.name),
-            Cell(f"{variant.parameters / 1e6:.2f}M", variant.parameters),
+            Cell(f"{variant.parameters / 1e6:.2f}M", float(variant.parameters)),
             Cell(f"{variant.gflops:.3f}", variant.gflops),
             Cell("-" if speed is None else f"{speed:.1f}", speed),
             Cell("-" if memory is None else f"{memory:.2f}", memory),
         ]
         for metric in results.metrics:
             values = variant.values(metric)
-            best = len(results.variants) > 1 and results.best(metric) is variant
-            row.append(
-                Cell(number(fmean(values), spread(values)), fmean(values), best, results.p_value(variant, metric))
-                if values
-                else Cell("-")
-            )
+            if not values:
+                row.append(Cell("-"))
+                continue
+            mean = fmean(values)
+            best = len(results.variants) > 1 and mean == results.best(metric)
+            row.append(Cell(number(mean, spread(values)), mean, best, results.p_value(variant, metric)))
         rows.append(row)
     return rows
 
