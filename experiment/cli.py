@@ -35,7 +35,7 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class)
     try:
-        found = parser.instantiate_classes(parser.parse_object(values))
+        found = parser.instantiate(parser.parse_object(values))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     return config_class(**vars(found))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from experiment.ablation.config import ClusterConfig
+from experiment.ablation.identity import ROOT
 from experiment.ablation.plan import Planned
 from experiment.ablation.runner import Outcome, Runner, say
 
@@ -118,6 +119,7 @@ def submit(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, sched
     if scheduler == "slurm":
         slurm = {"slurm_signal_delay_s": 120, **({"slurm_partition": cluster.partition} if cluster.partition else {})}
         executor.update_parameters(gpus_per_node=cluster.gpus, mem_gb=cluster.memory_gb, **slurm)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     submitted = [(job, executor.submit(Work(runner, job))) for job in jobs]
     outcomes: list[Outcome] = []
     for job, handle in submitted:
@@ -126,7 +128,9 @@ def submit(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, sched
         try:
             outcomes += handle.result()
         except Exception as error:  # whatever ended the scheduler's process
-            outcomes += [Outcome(each.run.name, "failed", str(error).strip().splitlines()[-1]) for each in job]
+            lines = str(error).strip().splitlines()
+            why = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else repr(error))
+            outcomes += [Outcome(each.run.name, "failed", why) for each in job]
     return outcomes
 
 

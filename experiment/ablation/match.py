@@ -30,19 +30,16 @@ def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float
     """
     if abs(cost_of(spec) / target - 1) <= tolerance:
         return spec
-    own = _width(spec)
-    choices = [each for each in (at_width(spec, w) for w in range(own // 16 * 4 + 4, 4 * own + 1, 4)) if each]
+    # The cost goes about as the square of the width: two guesses, then all widths near the second.
+    guess = float(_width(spec))
+    for _ in range(2):
+        near = at_width(spec, 4 * round(guess / 4)) or at_width(spec, 8 * round(guess / 8))
+        guess *= math.sqrt(target / cost_of(near.spec)) if near else 1.0
+    reach = 2 + math.ceil(guess * tolerance)
 
-    # The cost rises with the width: halve the interval in which it passes the target.
-    low, high = 0, len(choices) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost_of(choices[middle].spec) < target else (low, middle)
-
-    # Around it, all that are near enough.
     nearest = (math.inf, 0)
     found: list[tuple[float, float, ModelSpec]] = []
-    for width in range(choices[low].width - 8, choices[high].width + 9, 2):
+    for width in range(2 * round((guess - reach) / 2), round(guess + reach) + 1, 2):
         choice = at_width(spec, width)
         try:
             off = abs(cost_of(choice.spec) / target - 1) if choice else math.inf

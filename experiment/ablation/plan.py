@@ -170,7 +170,7 @@ def match(ablation: AblationConfig, runs: list[Run], specs: dict[Path, Any], mea
         def find() -> dict[str, Any]:
             cost_of = {
                 "flops": lambda spec: count(spec).gflops,
-                "params": lambda spec: count(spec).parameters,
+                "params": lambda spec: float(count(spec).parameters),
                 "time": lambda spec: 1 / measured.speed(spec, run).training,
             }[rule.by]
             return resized(spec, cost_of(target), cost_of, rule.tolerance).args
