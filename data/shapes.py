@@ -76,11 +76,17 @@ class ShapesDataset(Dataset):
         """Image [3 h w] in uint8, and its class (0 where there are none)."""
         if not 0 <= index < self.num_images:
             raise IndexError(index)
+        image = draw_shape(*self._recipe(index))
+        return torch.from_numpy(image), int(self.labels[index])
+
+    def mask(self, index: int) -> Tensor:
+        """Which pixels [h w] lie in the shape: those whose centres do, exactly."""
+        return torch.from_numpy(draw_coverage(*self._recipe(index)) > 0.5)
+
+    def _recipe(self, index: int) -> tuple[str, int, Difficulty, np.random.Generator]:
         number = self.first + index
         shape = list(SHAPES)[number % len(SHAPES)]
-        rng = np.random.default_rng([self.seed, number])
-        image = draw_shape(shape, self.image_size, DIFFICULTIES[self.difficulty], rng)
-        return torch.from_numpy(image), int(self.labels[index])
+        return shape, self.image_size, DIFFICULTIES[self.difficulty], np.random.default_rng([self.seed, number])
 
     @property
     def source_hash(self) -> str:
@@ -102,6 +108,15 @@ class ShapesDataset(Dataset):
 
 def draw_shape(name: str, size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
     """One picture, uint8 [3 size size]."""
+    coverage = draw_coverage(name, size, difficulty, rng)
+    ground = _draw_ground(size, difficulty, rng)
+    color = _draw_color(difficulty, rng, away_from=ground.mean(axis=(1, 2)))
+    image = ground + coverage * (color[:, None, None] - ground)
+    return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
+
+
+def draw_coverage(name: str, size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
+    """How much of each pixel the shape covers, 0 to 1 [size size]."""
     radius = rng.uniform(*difficulty.radius)
     center = 0.5 + rng.uniform(-difficulty.jitter, difficulty.jitter, 2)
     angle = 2 * np.pi * rng.uniform(-difficulty.rotation, difficulty.rotation)
@@ -109,12 +124,7 @@ def draw_shape(name: str, size: int, difficulty: Difficulty, rng: np.random.Gene
     x, y = np.meshgrid(pixel - center[0], pixel - center[1])
     u = (np.cos(angle) * x + np.sin(angle) * y) / radius
     v = (-np.sin(angle) * x + np.cos(angle) * y) / radius
-    coverage = np.clip(0.5 - SHAPES[name](u, v) * radius * size, 0, 1)
-
-    ground = _draw_ground(size, difficulty, rng)
-    color = _draw_color(difficulty, rng, away_from=ground.mean(axis=(1, 2)))
-    image = ground + coverage * (color[:, None, None] - ground)
-    return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
+    return np.clip(0.5 - SHAPES[name](u, v) * radius * size, 0, 1)
 
 
 def _draw_ground(size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError, ArgumentParser, auto_cli
 
 from experiment.config import ExperimentConfig
 
@@ -24,6 +24,21 @@ def parse(config_class: type[T], arguments: list[str] | None = None) -> T:
         SystemExit: with a message that names the flag, when an argument does not fit.
     """
     return cast(T, auto_cli(config_class, args=arguments, as_positional=False, return_instance=True))
+
+
+def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
+    """The same from nested mappings, as YAML gives them.
+
+    Raises:
+        ValueError: that names the key, when one is unknown or its value does not fit.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class)
+    try:
+        found = parser.instantiate(parser.parse_object(values))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+    return config_class(**vars(found))
 
 
 def parse_experiment(arguments: list[str] | None = None) -> ExperimentConfig:

@@ -16,6 +16,7 @@ from experiment.config import EvaluationConfig
 from experiment.evaluation import Memorisation, Reference, Row
 from experiment.files import write_whole
 from experiment.sources import Source
+from experiment.table import markdown, number
 from experiment.tracking import save_grid
 from metrics.fidelity import Extractor, Score
 
@@ -56,16 +57,11 @@ def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     for row in rows:
         settings = [str(row.settings.get(column, "")) for column in columns]
         cells.append([row.name, *settings, *(_cell(row.scores.get(metric)) for metric in metrics)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return markdown(cells)
 
 
 def _cell(score: Score | None) -> str:
-    if score is None or score.value is None:
-        return "-"
-    digits = 4 if abs(score.value) < 10 else 2
-    return f"{score.value:.{digits}f}" + ("" if score.std is None else f" ± {score.std:.{digits}f}")
+    return "-" if score is None or score.value is None else number(score.value, score.std)
 
 
 def draw_pairs(samples: Source, train: Source, found: Memorisation, path: Path, num: int = 12) -> None:

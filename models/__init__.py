@@ -19,6 +19,14 @@ def list_models() -> list[str]:
     return list(BACKBONES)
 
 
+def model_arguments(name: str, **overrides: object) -> dict[str, object]:
+    """What a backbone of this name is built with: overrides, its row in the table, its constructor's defaults."""
+    backbone, row = BACKBONES[name]
+    accepted = inspect.signature(backbone).parameters.values()
+    defaults = {each.name: each.default for each in accepted if each.default is not inspect.Parameter.empty}
+    return {**defaults, **row, **overrides}
+
+
 def create_model(
     name: str,
     *,

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from models.layers.attention import SelfAttention, zero_
 from models.layers.embedding import Conditioning
-from models.layers.modulation import Modulator
+from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, NoConditioning
 from models.layers.patch import PatchExpanding, PatchMerging
 from models.layers.position import sincos_2d
-from models.layers.window import WindowAttention, WindowCrossAttention
+from models.layers.skip import SKIPS
+from models.layers.stem import CONV_NORMS, STEMS, modulate_image
+from models.layers.window import WindowAttention
 
 
 class SwinBlock(nn.Module):
@@ -25,7 +27,7 @@ class SwinBlock(nn.Module):
         self,
         dim: int,
         num_heads: int,
-        cond_dim: int,
+        injection: Injection,
         *,
         window_size: int,
         shifted: bool,
@@ -33,34 +35,42 @@ class SwinBlock(nn.Module):
         drop_path: float,
     ) -> None:
         super().__init__()
-        self.modulator1 = Modulator(cond_dim, dim)
+        self.token = injection.token(dim)
+        self.modulator1 = injection.modulator(dim)
         self.attention = WindowAttention(dim, num_heads, window_size, shifted=shifted)
         self.norm1 = nn.LayerNorm(dim)
-        self.modulator2 = Modulator(cond_dim, dim)
+        self.gate1 = injection.gate(dim)
+        self.modulator2 = injection.modulator(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.norm2 = nn.LayerNorm(dim)
+        self.gate2 = injection.gate(dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b h w d"], cond: Tensor) -> Float[Tensor, "b h w d"]:
-        x = x + self.drop_path(self.norm1(self.attention(self.modulator1(x, cond))))
-        return x + self.drop_path(self.norm2(self.mlp(self.modulator2(x, cond))))
+        mixed = self.norm1(self.attention(self.modulator1(x, cond), self.token(cond)))
+        x = x + self.drop_path(self.gate1(mixed, cond))
+        return x + self.drop_path(self.gate2(self.norm2(self.mlp(self.modulator2(x, cond))), cond))
 
 
 class GlobalBlock(nn.Module):
     """ViT block: global attention and MLP, each modulated, then normalised, before."""
 
-    def __init__(self, dim: int, num_heads: int, cond_dim: int, *, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, num_heads: int, injection: Injection, *, mlp_ratio: float) -> None:
         super().__init__()
-        self.modulator1 = Modulator(cond_dim, dim)
+        self.token = injection.token(dim)
+        self.modulator1 = injection.modulator(dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attention = SelfAttention(dim, num_heads)
-        self.modulator2 = Modulator(cond_dim, dim)
+        self.gate1 = injection.gate(dim)
+        self.modulator2 = injection.modulator(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gate2 = injection.gate(dim)
 
     def forward(self, x: Float[Tensor, "b n d"], cond: Tensor) -> Float[Tensor, "b n d"]:
-        x = x + self.attention(self.norm1(self.modulator1(x, cond)))
-        return x + self.mlp(self.norm2(self.modulator2(x, cond)))
+        mixed = self.attention(self.norm1(self.modulator1(x, cond)), self.token(cond))
+        x = x + self.gate1(mixed, cond)
+        return x + self.gate2(self.mlp(self.norm2(self.modulator2(x, cond))), cond)
 
 
 class EncoderStage(nn.Module):
@@ -76,46 +86,23 @@ class EncoderStage(nn.Module):
         return x
 
 
-class CrossAttentionSkip(nn.Module):
-    """What the encoder's skip says to each window of the decoder: cross attention, normalised."""
-
-    def __init__(self, dim: int, num_heads: int, cond_dim: int, window_size: int) -> None:
-        super().__init__()
-        self.modulator_x = Modulator(cond_dim, dim)
-        self.modulator_skip = Modulator(cond_dim, dim)
-        self.attention = WindowCrossAttention(dim, num_heads, window_size)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(
-        self, x: Float[Tensor, "b h w d"], skip: Float[Tensor, "b h w d"], cond: Tensor
-    ) -> Float[Tensor, "b h w d"]:
-        return self.norm(self.attention(self.modulator_x(x, cond), self.modulator_skip(skip, cond)))
-
-
-class ConcatSkip(nn.Module):
-    """The encoder's skip as it is (Ronneberger et al. 2015)."""
-
-    def __init__(self, dim: int, num_heads: int, cond_dim: int, window_size: int) -> None:
-        super().__init__()
-
-    def forward(
-        self, x: Float[Tensor, "b h w d"], skip: Float[Tensor, "b h w d"], cond: Tensor
-    ) -> Float[Tensor, "b h w d"]:
-        return skip
-
-
-SKIPS = {"cross_attention": CrossAttentionSkip, "concat": ConcatSkip}
-
-
 class DecoderStage(nn.Module):
-    """Joins the skip: the first block runs at twice the width, a pointwise layer halves it, the others follow."""
+    """Joins the skip: the first block runs at the joint width (twice the stage's, or the stage's without a skip), a
+    pointwise layer goes back to the stage's, the others follow."""
 
-    def __init__(self, skip: nn.Module, wide: SwinBlock, blocks: Sequence[SwinBlock], dim: int, cond_dim: int) -> None:
+    def __init__(
+        self,
+        skip: nn.Module,
+        wide: SwinBlock,
+        blocks: Sequence[SwinBlock],
+        widths: tuple[int, int],
+        injection: Injection,
+    ) -> None:
         super().__init__()
         self.skip = skip
         self.wide = wide
-        self.modulator = Modulator(cond_dim, 2 * dim)
-        self.halve = nn.Linear(2 * dim, dim)
+        self.modulator = injection.modulator(widths[0])
+        self.halve = nn.Linear(*widths)
         self.blocks = nn.ModuleList(blocks)
 
     def forward(
@@ -126,31 +113,6 @@ class DecoderStage(nn.Module):
         for block in self.blocks:
             x = block(x, cond)
         return x
-
-
-class ConvStem(nn.Module):
-    """Three modulated 3x3 convolutions, each with its norm and a leaky ReLU."""
-
-    def __init__(self, in_channels: int, dim: int, cond_dim: int, norm: str) -> None:
-        super().__init__()
-        widths = [in_channels, dim, dim]
-        self.modulators = nn.ModuleList(Modulator(cond_dim, width) for width in widths)
-        self.convs = nn.ModuleList(nn.Conv2d(width, dim, 3, padding=1) for width in widths)
-        self.norms = nn.ModuleList(CONV_NORMS[norm](dim) for _ in widths)
-        self.activation = nn.LeakyReLU()
-
-    def forward(self, x: Float[Tensor, "b c h w"], cond: Tensor) -> Float[Tensor, "b d h w"]:
-        for modulator, conv, norm in zip(self.modulators, self.convs, self.norms, strict=True):
-            x = self.activation(norm(conv(modulate_image(modulator, x, cond))))
-        return x
-
-
-CONV_NORMS = {"batch": nn.BatchNorm2d, "group": lambda dim: nn.GroupNorm(min(32, dim // 4), dim)}
-
-
-def modulate_image(modulator: nn.Module, x: Float[Tensor, "b c h w"], cond: Tensor) -> Float[Tensor, "b c h w"]:
-    """A modulator over the channels of an image."""
-    return rearrange(modulator(rearrange(x, "b c h w -> b h w c"), cond), "b h w c -> b c h w")
 
 
 class XSwin(nn.Module):
@@ -172,9 +134,13 @@ class XSwin(nn.Module):
         patch_size: side of a patch, in latent pixels; must divide the input.
         num_global_blocks: ViT blocks at the bottleneck.
         mlp_ratio: hidden over outer width of the MLPs.
-        skip: `cross_attention` (XSwin) or `concat` (USwin).
+        skip: `cross_attention` (XSwin, inside windows), `global_cross_attention`, `concat` (USwin) or `none`.
         final_downsample: merge after the last stage too.
+        stem: `convolutions` before patching and after unpatching (published), or `none`.
         conv_norm: `batch` (published) or `group`, which does not mix samples.
+        conditioning: how time and label enter: `adaln` (published: before every layer, shift and scale), `adaln_zero`
+            (and a gate after every residual branch), `tokens` (one more token in every attention), or `none`: not at
+            all, for dense prediction.
         drop_path: stochastic depth of the last block; rises from 0 over encoder and decoder.
 
     Raises:
@@ -197,7 +163,9 @@ class XSwin(nn.Module):
         mlp_ratio: float = 4.0,
         skip: str = "cross_attention",
         final_downsample: bool = False,
+        stem: str = "convolutions",
         conv_norm: str = "batch",
+        conditioning: str = "adaln",
         drop_path: float = 0.1,
     ) -> None:
         super().__init__()
@@ -206,11 +174,16 @@ class XSwin(nn.Module):
             raise ValueError(f"patch_size={patch_size} must divide the {height}x{width} input")
         if len(depths) != len(num_heads) or not depths:
             raise ValueError(f"depths={list(depths)} and num_heads={list(num_heads)} must be of one length")
-        if skip not in SKIPS or conv_norm not in CONV_NORMS:
-            raise ValueError(f"skip={skip} must be one of {list(SKIPS)}, conv_norm={conv_norm} of {list(CONV_NORMS)}")
+        _check_choice("skip", skip, SKIPS)
+        _check_choice("stem", stem, STEMS)
+        _check_choice("conv_norm", conv_norm, CONV_NORMS)
+        _check_choice("conditioning", conditioning, INJECTIONS)
+        if conditioning == "none" and num_classes:
+            raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
         self.input_size, self.in_channels, self.out_channels = (height, width), in_channels, out_channels
         self.num_classes, self.patch_size = num_classes, patch_size
 
+        injection = Injection(dim, **INJECTIONS[conditioning])
         rates = torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist()
 
         def make_blocks(depth: int, width: int, heads: int, rates: list[float], first: int = 0) -> list[SwinBlock]:
@@ -218,7 +191,7 @@ class XSwin(nn.Module):
                 SwinBlock(
                     width,
                     heads,
-                    dim,
+                    injection,
                     window_size=window_size,
                     shifted=number % 2 == 1,
                     mlp_ratio=mlp_ratio,
@@ -228,10 +201,10 @@ class XSwin(nn.Module):
             ]
 
         widths = [dim * 2**level for level in range(len(depths))]
-        self.cond = Conditioning(num_classes, dim)
-        self.stem_in = ConvStem(in_channels, dim, dim, conv_norm)
-        self.patch_modulator = Modulator(dim, dim)
-        self.patch = nn.Conv2d(dim, dim, patch_size, stride=patch_size)
+        self.cond = NoConditioning() if conditioning == "none" else Conditioning(num_classes, dim)
+        self.stem_in = STEMS[stem](in_channels, dim, injection, conv_norm)
+        self.patch_modulator = injection.modulator(self.stem_in.out_channels)
+        self.patch = nn.Conv2d(self.stem_in.out_channels, dim, patch_size, stride=patch_size)
         self.patch_norm = nn.LayerNorm(dim)
 
         self.encoder, self.merges = nn.ModuleList(), nn.ModuleList()
@@ -239,14 +212,14 @@ class XSwin(nn.Module):
             stage_rates, rates = rates[:depth], rates[depth:]
             self.encoder.append(EncoderStage(make_blocks(depth, widths[level], heads, stage_rates)))
             merged = level < len(depths) - 1 or final_downsample
-            self.merges.append(PatchMerging(widths[level], dim) if merged else nn.Identity())
+            self.merges.append(PatchMerging(widths[level], injection) if merged else nn.Identity())
 
         factor = patch_size * 2 ** (len(depths) - (not final_downsample))
         middle_dim = widths[-1] * (2 if final_downsample else 1)
         grid = -(-height // factor), -(-width // factor)
         self.register_buffer("positions", sincos_2d(middle_dim, *grid), persistent=False)
         self.middle = nn.ModuleList(
-            GlobalBlock(middle_dim, num_heads[-1], dim, mlp_ratio=mlp_ratio) for _ in range(num_global_blocks)
+            GlobalBlock(middle_dim, num_heads[-1], injection, mlp_ratio=mlp_ratio) for _ in range(num_global_blocks)
         )
 
         self.expands, self.decoder = nn.ModuleList(), nn.ModuleList()
@@ -254,23 +227,19 @@ class XSwin(nn.Module):
             depth, heads, width = depths[level], num_heads[level], widths[level]
             stage_rates, rates = rates[:depth], rates[depth:]
             merged = level < len(depths) - 1 or final_downsample
-            self.expands.append(PatchExpanding(2 * width, dim) if merged else nn.Identity())
-            self.decoder.append(
-                DecoderStage(
-                    SKIPS[skip](width, heads, dim, window_size),
-                    make_blocks(1, 2 * width, 2 * heads, stage_rates)[0],
-                    make_blocks(depth, width, heads, stage_rates, first=1),
-                    width,
-                    dim,
-                )
-            )
+            self.expands.append(PatchExpanding(2 * width, injection) if merged else nn.Identity())
+            taken = SKIPS[skip](width, heads, injection, window_size)
+            joined = width + taken.dim
+            wide = make_blocks(1, joined, heads * joined // width, stage_rates)[0]
+            blocks = make_blocks(depth, width, heads, stage_rates, first=1)
+            self.decoder.append(DecoderStage(taken, wide, blocks, (joined, width), injection))
 
-        self.unpatch_modulator = Modulator(dim, dim)
+        self.unpatch_modulator = injection.modulator(dim)
         self.unpatch = nn.ConvTranspose2d(dim, dim, patch_size, stride=patch_size)
         self.unpatch_norm = CONV_NORMS[conv_norm](dim)
-        self.stem_out = ConvStem(2 * dim, dim, dim, conv_norm)
-        self.head_modulator = Modulator(dim, dim)
-        self.head = nn.Conv2d(dim, out_channels, 1)
+        self.stem_out = STEMS[stem](dim + self.stem_in.out_channels, dim, injection, conv_norm)
+        self.head_modulator = injection.modulator(self.stem_out.out_channels)
+        self.head = nn.Conv2d(self.stem_out.out_channels, out_channels, 1)
         self._initialise()
 
     @property
@@ -285,7 +254,7 @@ class XSwin(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, Modulator):
+            if isinstance(module, Modulator | Gate):
                 zero_(module.linear)
 
     def forward(
@@ -293,7 +262,7 @@ class XSwin(nn.Module):
     ) -> Float[Tensor, "b c_out h w"]:
         cond = self.cond(t, y)
 
-        # Convolutional stem, patches.
+        # Convolutional stem (if any), patches.
         stem = self.stem_in(x_t, cond)
         x = self.patch(modulate_image(self.patch_modulator, stem, cond))
         x = self.patch_norm(rearrange(x, "b d h w -> b h w d"))
@@ -322,6 +291,11 @@ class XSwin(nn.Module):
         x = self.unpatch_norm(self.unpatch(x))
         x = self.stem_out(torch.cat([x, stem], dim=1), cond)
         return self.head(modulate_image(self.head_modulator, x, cond))
+
+
+def _check_choice(name: str, value: str, known: dict) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
 
 
 MODELS = {

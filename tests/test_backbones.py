@@ -73,8 +73,8 @@ def test_output_has_the_inputs_size(name, size):
 
 
 @families
-def test_every_parameter_has_a_finite_gradient_that_is_not_zero(name):
-    model = wake(small(name)).train()
+def test_every_parameter_has_a_finite_gradient_that_is_not_zero(name, **variant):
+    model = wake(small(name, **variant)).train()
     model(*inputs(batch=6))[:].square().mean().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
@@ -84,8 +84,8 @@ def test_every_parameter_has_a_finite_gradient_that_is_not_zero(name):
 
 
 @families
-def test_samples_of_a_batch_do_not_mix(name):
-    model = wake(small(name)).eval()
+def test_samples_of_a_batch_do_not_mix(name, **variant):
+    model = wake(small(name, **variant)).eval()
     x, t, y = inputs()
     with torch.no_grad():
         together, alone = model(x, t, y), model(x[1:2], t[1:2], y[1:2])
@@ -93,8 +93,8 @@ def test_samples_of_a_batch_do_not_mix(name):
 
 
 @families
-def test_time_and_label_matter_and_the_null_label_is_one(name):
-    model = wake(small(name)).eval()
+def test_time_and_label_matter_and_the_null_label_is_one(name, **variant):
+    model = wake(small(name, **variant)).eval()
     x, t, y = inputs()
     with torch.no_grad():
         base = model(x, t, y)
@@ -108,6 +108,49 @@ def test_unconditional_models_ignore_labels(name):
     x, t, y = inputs()
     with torch.no_grad():
         assert torch.equal(model(x, t, y), model(x, t, torch.zeros_like(y)))
+
+
+VARIANTS = [
+    {"skip": "global_cross_attention"},
+    {"skip": "none"},
+    {"stem": "none"},
+    {"conditioning": "adaln_zero"},
+    {"conditioning": "tokens"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(*variant.items()))
+def test_a_variant_keeps_the_backbones_promises(variant):
+    test_every_parameter_has_a_finite_gradient_that_is_not_zero("XSwin", **variant)
+    test_samples_of_a_batch_do_not_mix("XSwin", **variant)
+    test_time_and_label_matter_and_the_null_label_is_one("XSwin", **variant)
+    for size in [(12, 20), (7, 9)]:
+        assert small("XSwin", size, window_size=4, **variant).eval()(*inputs(size=size)).shape == (3, 8, *size)
+
+
+def test_global_cross_attention_is_the_localized_one_in_a_window_as_large_as_the_grid():
+    local, everywhere = (
+        small("XSwin", skip=skip, window_size=8) for skip in ("cross_attention", "global_cross_attention")
+    )
+    wake(local.eval())
+    everywhere.eval().load_state_dict(local.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(local(*inputs()), everywhere(*inputs()), atol=1e-6)
+
+
+def test_blocks_with_gates_add_nothing_at_first():
+    model = small("XSwin", conditioning="adaln_zero").eval()
+    x, cond = torch.randn(2, 8, 8, 16), torch.randn(2, 16)
+    assert torch.equal(model.encoder[0](x, cond), x)
+    assert not torch.equal(small("XSwin").eval().encoder[0](x, cond), x)
+
+
+def test_a_dense_predictor_knows_no_time_and_no_labels():
+    model = wake(small("XSwin", num_classes=0, conditioning="none")).eval()
+    x, t, y = inputs()
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y), model(x, t + 1, y + 1))
+    assert not any("modulator" in name or "cond" in name for name, _ in model.named_parameters())
 
 
 @families
@@ -211,7 +254,8 @@ def test_constructors_take_no_kwargs():
         ("XSwin", {"patch_size": 3}, r"patch_size=3 must divide the 8x8 input"),
         ("XSwin", {"num_heads": (5, 12)}, r"num_heads=5 must divide the width 192"),
         ("XSwin", {"depths": (1,)}, r"must be of one length"),
-        ("XSwin", {"skip": "sum"}, r"skip=sum must be one of"),
+        ("XSwin", {"skip": "sum"}, r"skip=sum must be one of cross_attention, global_cross_attention, concat, none"),
+        ("XSwin", {"conditioning": "none"}, r"conditioning=none leaves labels no place"),
         ("XSwin", {"num_heads": (0, 12)}, r"--model_args.num_heads \(0, 12\): must be at least 1"),
         ("XSwin", {"window_size": -2}, r"--model_args.window_size -2: must be at least 1"),
         ("DiT-S/2", {"patch_size": 0}, r"--model_args.patch_size 0: must be at least 1"),

@@ -33,7 +33,7 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Global multi-head self-attention.
+    """Global multi-head self-attention; all may also attend to a `token` that is not part of the image.
 
     Raises:
         ValueError: when the heads do not divide the width.
@@ -46,9 +46,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Float[Tensor, "b n d"], token: Float[Tensor, "b 1 d"] | None = None) -> Float[Tensor, "b n d"]:
+        num_queries = x.shape[1]
+        x = x if token is None else torch.cat([x, token], dim=1)
         q, k, v = rearrange(self.qkv(x), "b n (three k e) -> three b k n e", three=3, k=self.num_heads)
-        return self.proj(rearrange(attend(q, k, v), "b k n e -> b n (k e)"))
+        return self.proj(rearrange(attend(q[..., :num_queries, :], k, v), "b k n e -> b n (k e)"))
 
 
 class CrossAttention(nn.Module):

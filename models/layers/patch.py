@@ -7,7 +7,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.layers.modulation import Modulator
+from models.layers.modulation import Injection
 
 
 def patchify(x: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n patch"]:
@@ -32,9 +32,9 @@ def check_input_size(input_size: int | tuple[int, int], patch_size: int) -> tupl
 class PatchMerging(nn.Module):
     """Half the side, twice the width: four neighbours joined, a linear, a norm (Swin V2). Odd sides are padded."""
 
-    def __init__(self, dim: int, cond_dim: int) -> None:
+    def __init__(self, dim: int, injection: Injection) -> None:
         super().__init__()
-        self.modulator = Modulator(cond_dim, dim)
+        self.modulator = injection.modulator(dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
@@ -48,9 +48,9 @@ class PatchMerging(nn.Module):
 class PatchExpanding(nn.Module):
     """Twice the side, half the width: a linear, a norm, a pixel shuffle; cut to the grid that was merged."""
 
-    def __init__(self, dim: int, cond_dim: int) -> None:
+    def __init__(self, dim: int, injection: Injection) -> None:
         super().__init__()
-        self.modulator = Modulator(cond_dim, dim)
+        self.modulator = injection.modulator(dim)
         self.expansion = nn.Linear(dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 

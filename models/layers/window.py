@@ -68,7 +68,8 @@ def _mask(
 class WindowAttention(nn.Module):
     """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022).
 
-    Keys have no bias, as in the published models.
+    Keys have no bias, as in the published models. A `token` that is not part of the image joins every window, to be
+    attended to, at no position.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool) -> None:
@@ -83,9 +84,14 @@ class WindowAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
         self.position_bias = ContinuousPositionBias(window_size, num_heads)
 
-    def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
+    def forward(
+        self, x: Float[Tensor, "b h w d"], token: Float[Tensor, "b 1 d"] | None = None
+    ) -> Float[Tensor, "b h w d"]:
         windows = Windows(x.shape[1], x.shape[2], self.window_size, self.shift)
         x = windows.partition(x)  # [b windows n d]
+        num_queries = x.shape[2]
+        if token is not None:
+            x = torch.cat([x, token[:, None].expand(-1, x.shape[1], -1, -1)], dim=2)
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
         q, k, v = rearrange(qkv, "b w n (three k e) -> three b (w k) n e", three=3, k=self.num_heads)
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
@@ -93,20 +99,24 @@ class WindowAttention(nn.Module):
         bias = self.position_bias().expand(x.shape[1], -1, -1, -1)  # [windows k n n]
         mask = windows.mask(x.device)
         bias = bias if mask is None else bias.masked_fill(~mask[:, None], -torch.inf)
-        x = attend(q, k, v, bias=rearrange(bias, "w k n m -> (w k) n m"), scale=1.0)
+        bias = bias if token is None else F.pad(bias, (0, 1))
+        x = attend(q[..., :num_queries, :], k, v, bias=rearrange(bias, "w k n m -> (w k) n m"), scale=1.0)
         return windows.merge(self.proj(rearrange(x, "b (w k) n e -> b w n (k e)", k=self.num_heads)))
 
 
 class WindowCrossAttention(nn.Module):
-    """Localized cross attention: queries from `x`, keys and values from the same window of `context`."""
+    """Localized cross attention: queries from `x`, keys and values from the same window of `context`.
 
-    def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
+    Without a window size there is one window, the whole grid.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int | None) -> None:
         super().__init__()
         self.window_size = window_size
         self.attention = CrossAttention(dim, num_heads)
 
     def forward(self, x: Float[Tensor, "b h w d"], context: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
-        windows = Windows(x.shape[1], x.shape[2], self.window_size)
+        windows = Windows(x.shape[1], x.shape[2], self.window_size or max(x.shape[1:3]))
         x, context = windows.partition(x), windows.partition(context)
         mask = windows.mask(x.device)
         return windows.merge(self.attention(x, context, None if mask is None else mask[:, None]))

@@ -1,0 +1,142 @@
+"""Who does the work: this machine's CPU or GPUs, or a cluster's scheduler."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from types import FrameType
+from typing import Any
+
+import torch
+
+from experiment.ablation.config import ClusterConfig
+from experiment.ablation.identity import ROOT
+from experiment.ablation.plan import Planned
+from experiment.ablation.runner import Outcome, Runner, say
+
+Jobs = list[list[Planned]]
+
+
+def jobs_of(plan: list[Planned]) -> Jobs:
+    """Runs by their training, in the order of the plan."""
+    jobs: dict[Path, list[Planned]] = {}
+    for planned in plan:
+        jobs.setdefault(planned.trained_in, []).append(planned)
+    return list(jobs.values())
+
+
+def local(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path) -> list[Outcome]:
+    """One job at a time on each visible GPU, or on the CPU."""
+    waiting: Queue[list[Planned]] = Queue()
+    for job in jobs:
+        waiting.put(job)
+    outcomes: list[Outcome] = []
+
+    def work(device: str | None) -> None:
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except Empty:
+                return
+            outcomes.extend(runner(job, device))
+
+    with _stopping(runner):
+        threads = [Thread(target=work, args=(device,)) for device in visible_gpus() or [None]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # signals are handled between two waits
+                thread.join(0.2)
+    return outcomes
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES would name them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    return names[: torch.cuda.device_count()]
+
+
+@contextmanager
+def _stopping(runner: Runner) -> Iterator[None]:
+    """Ctrl-C and SIGTERM let the trainings save, and the rest wait for the next time."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        say(f"{signal.Signals(number).name}: what runs is saved, the rest waits for the next time")
+        runner.stop(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Work:
+    """A job as submitit calls it; when its time is up it saves and goes back to the queue."""
+
+    runner: Runner
+    job: list[Planned]
+
+    def __call__(self) -> list[Outcome]:
+        """In the scheduler's process."""
+        return self.runner(self.job)
+
+    def checkpoint(self) -> Any:
+        """What submitit calls when SLURM announces the end."""
+        import submitit
+
+        self.runner.stop("preempted")
+        for child in list(self.runner.children):
+            child.wait()
+        fresh = Runner(self.runner.ablation, self.runner.deadline, self.runner.launcher)
+        return submitit.helpers.DelayedSubmission(Work(fresh, self.job))
+
+
+def submit(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: str) -> list[Outcome]:
+    """A job each through submitit; waits for all of them.
+
+    Raises:
+        ValueError: where submitit is missing.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError("submitit is not installed: pip install -e '.[slurm]'") from error
+    executor = submitit.AutoExecutor(folder=logs, cluster=scheduler)
+    executor.update_parameters(
+        timeout_min=int(60 * cluster.hours), cpus_per_task=cluster.cpus_per_gpu * max(1, cluster.gpus), name="ablation"
+    )
+    if scheduler == "slurm":
+        slurm = {"slurm_signal_delay_s": 120, **({"slurm_partition": cluster.partition} if cluster.partition else {})}
+        executor.update_parameters(gpus_per_node=cluster.gpus, mem_gb=cluster.memory_gb, **slurm)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    submitted = [(job, executor.submit(Work(runner, job))) for job in jobs]
+    outcomes: list[Outcome] = []
+    for job, handle in submitted:
+        say(f"{job[0].run.name}: job {handle.job_id}, {handle.paths.stdout}")
+    for job, handle in submitted:
+        try:
+            outcomes += handle.result()
+        except Exception as error:  # whatever ended the scheduler's process
+            lines = str(error).strip().splitlines()
+            why = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else repr(error))
+            outcomes += [Outcome(each.run.name, "failed", why) for each in job]
+    return outcomes
+
+
+Executor = Callable[[Jobs, Runner, ClusterConfig, Path], list[Outcome]]
+EXECUTORS: dict[str, Executor] = {
+    "local": local,
+    "slurm": partial(submit, scheduler="slurm"),
+    "submitit": partial(submit, scheduler="local"),
+}

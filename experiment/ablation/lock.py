@@ -1,0 +1,42 @@
+"""One runner a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+
+class Lock:
+    """A file that one process holds, and says who.
+
+    The system lets go of it when its last holder ends, whatever ends it: nothing stale is left behind. `file` may be
+    handed on to child processes, which then hold it too: a training that outlives its runner keeps its folder.
+
+    Raises:
+        ValueError: that says who holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "another process"
+            self.file.close()
+            raise ValueError(f"{path.parent} is in use by {holder} (or what it started): wait, or stop it") from None
+        self.file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+        self.file.flush()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.truncate(0)
+        self.file.close()

@@ -1,0 +1,271 @@
+"""Before anything starts: every variant validated, brought to equal cost and timed; what is done and what is left."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from diffusion.samplers import num_calls
+from experiment.ablation.config import AblationConfig
+from experiment.ablation.identity import keys_of, of_any_code
+from experiment.ablation.match import resized
+from experiment.ablation.measure import Measured, Speed, count
+from experiment.ablation.stages import done_stages
+from experiment.ablation.variants import Run
+from experiment.build import (
+    ModelSpec,
+    build_process,
+    check_sampling,
+    model_spec,
+    num_training_steps,
+    open_split,
+    sampling_of,
+)
+from experiment.checkpoint import newest_whole
+from experiment.files import write_whole
+from experiment.generation import resolve_classes
+from experiment.table import markdown
+from metrics.cost import Cost
+from metrics.fidelity import check_metrics
+from models.autoencoder import create_codec
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run, what it costs, and which results are its own. `trained_in` is another run's folder where both differ in
+    sampling or scoring alone."""
+
+    run: Run
+    spec: ModelSpec
+    classes: tuple[str, ...]
+    cost: Cost
+    num_steps: int
+    num_samples: int
+    keys: dict[str, str]  # of the stages
+    trained_in: Path
+    first: bool  # of the ablation: the one that baselines are scored with
+    speed: Speed | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the training is its own."""
+        return self.trained_in == self.run.folder
+
+    @property
+    def done(self) -> set[str]:
+        """Stages whose results are there, and of this configuration and code."""
+        return {name for name, key in done_stages(self.run.folder).items() if self.keys.get(name) == key}
+
+    @property
+    def seconds(self) -> float | None:
+        """What is left to do takes, by the short timing; decoding and features are not in it."""
+        if self.speed is None:
+            return None
+        config = self.run.config
+        guided = 2 if sampling_of(config.sampling, self.spec.num_classes).guidance_scale != 1 else 1
+        sampler = config.sampling.sampler or build_process(config.diffusion).default_sampler
+        drawing = self.num_samples * guided * num_calls(sampler, config.sampling.num_steps) / self.speed.calls
+        training = (self.num_steps - self.step) * config.train.batch_size / self.speed.training
+        if config.log.evaluate_every:
+            training += (self.num_steps - self.step) // config.log.evaluate_every * drawing
+        left = {"train": training if self.trains else 0.0, "score": drawing, "draw": 0.0}
+        return sum(seconds for name, seconds in left.items() if name not in self.done)
+
+    @property
+    def step(self) -> int:
+        """Of the newest whole checkpoint of this training."""
+        if not self.trains or done_stages(self.run.folder).get("began") != self.keys["train"]:
+            return 0
+        newest = newest_whole(self.run.folder / "checkpoints", say=lambda _: None)
+        return int(newest.name) if newest else 0
+
+    @property
+    def state(self) -> str:
+        """In words."""
+        if self.done.issuperset(self.keys):
+            return "done"
+        if "train" in self.done:
+            return "trained"
+        if not self.trains:
+            return f"trained with {self.trained_in.parent.name}"
+        return f"at step {self.step} of {self.num_steps}" if self.step else "to do"
+
+
+def make_plan(
+    ablation: AblationConfig, runs: list[Run], folder: Path, accelerator: Accelerator, *, timed: bool, any_code: bool
+) -> list[Planned]:
+    """Validated, matched, timed. What is measured is kept in `measured.json`, so that a later plan is the same.
+
+    Raises:
+        ValueError: that names the variant that cannot be.
+    """
+    measured = Measured(folder / "measured.json", accelerator)
+    specs = {run.folder: _named(run, lambda run=run: check(run, ablation)) for run in runs}
+    if ablation.match is not None:
+        runs = match(ablation, runs, specs, measured)
+
+    found: list[Planned] = []
+    for run in runs:
+        spec, classes, num_images, num_reference = _named(run, lambda run=run: check(run, ablation))
+        scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and not found}
+        keys = keys_of(run.config, scoring, asdict(ablation.pictures))
+        keys = {name: key for name, key in keys.items() if name != "draw" or ablation.pictures.num_per_class}
+        planned = Planned(
+            run,
+            spec,
+            classes,
+            count(spec),
+            num_training_steps(run.config.train, num_images),
+            ablation.scoring.trials * (run.config.evaluation.num_samples or num_reference),
+            of_any_code(keys, done_stages(run.folder)) if any_code else keys,
+            run.folder,
+            first=not found,
+        )
+        owner = next((other for other in found if _can_share(planned, other)), planned)
+        speed = measured.speed(spec, run) if timed else None
+        found.append(replace(planned, trained_in=owner.run.folder, speed=speed))
+    write_whole(folder / "plan.json", json.dumps(as_record(ablation, found), indent=2) + "\n")
+    return found
+
+
+def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...], int, int]:
+    """What a run is of: backbone, classes, numbers of training and held-out images.
+
+    Raises:
+        ValueError: for whatever could not be built.
+    """
+    config = run.config
+    process = build_process(config.diffusion)
+    images, held_out = _open_splits(config.data)
+    spec = model_spec(config, _codec(config.autoencoder), process, len(images.classes))
+    spec.build_on_meta()
+    check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
+    check_metrics(config.evaluation.metrics)
+    resolve_classes(list(ablation.pictures.classes), images.classes)
+    if ablation.scoring.trials < 1:
+        raise ValueError(f"scoring.trials {ablation.scoring.trials} must be at least 1")
+    return spec, tuple(images.classes), len(images), len(held_out)
+
+
+def match(ablation: AblationConfig, runs: list[Run], specs: dict[Path, Any], measured: Measured) -> list[Run]:
+    """The runs, at a width at which they cost what `match.to` does.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    rule = ablation.match
+    assert rule is not None
+    (target, *_) = next(specs[run.folder] for run in runs if run.variant == rule.to)
+
+    def at_equal_cost(run: Run) -> Run:
+        spec = specs[run.folder][0]
+        if run.variant == rule.to:
+            return run
+
+        def find() -> dict[str, Any]:
+            cost_of = {
+                "flops": lambda spec: count(spec).gflops,
+                "params": lambda spec: float(count(spec).parameters),
+                "time": lambda spec: 1 / measured.speed(spec, run).training,
+            }[rule.by]
+            return resized(spec, cost_of(target), cost_of, rule.tolerance).args
+
+        key = {"match": asdict(rule), "to": asdict(target), "spec": asdict(spec)}
+        args = _named(run, lambda: measured.get(key, find))
+        return replace(run, config=replace(run.config, model_args=args))
+
+    return [at_equal_cost(run) for run in runs]
+
+
+def table(plan: list[Planned]) -> str:
+    """A row a run, to be read before the hours are spent."""
+    rows = [["run", "parameters", "GFLOPs", "img/s", "steps", "left", "state"]]
+    for planned in plan:
+        speed = f"{planned.speed.training:.1f}" if planned.speed else "-"
+        rows.append(
+            [
+                planned.run.name,
+                f"{planned.cost.parameters / 1e6:.2f}M",
+                f"{planned.cost.gflops:.3f}",
+                speed,
+                str(planned.num_steps),
+                duration(planned.seconds),
+                planned.state,
+            ]
+        )
+    total = [planned.seconds for planned in plan]
+    known = None if None in total else sum(seconds for seconds in total if seconds is not None)
+    return f"{markdown(rows)}\nabout {duration(known)} to go, without decoding and features"
+
+
+def duration(seconds: float | None) -> str:
+    """As h:mm, or in minutes or seconds where it is short."""
+    if seconds is None:
+        return "-"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f}"
+
+
+def as_record(ablation: AblationConfig, plan: list[Planned]) -> dict[str, Any]:
+    """What the report needs to know of the plan."""
+    return {
+        "ablation": asdict(ablation),
+        "runs": [
+            {
+                "variant": planned.run.variant,
+                "seed": planned.run.seed,
+                "folder": planned.run.folder.as_posix(),
+                "trained_in": planned.trained_in.as_posix(),
+                "parameters": planned.cost.parameters,
+                "gflops": planned.cost.gflops,
+                "num_steps": planned.num_steps,
+                "batch_size": planned.run.config.train.batch_size,
+                "classes": list(planned.classes),
+                "model": planned.spec.name,
+                "model_args": planned.spec.args,
+                "keys": planned.keys,
+            }
+            for planned in plan
+        ],
+    }
+
+
+def _can_share(one: Planned, other: Planned) -> bool:
+    """One training serves both: they are equal up to sampling and scoring, and no setting has to be taken back to null,
+    which flags cannot."""
+
+    def settings(planned: Planned) -> dict[str, Any]:
+        return asdict(planned.run.config.sampling) | asdict(planned.run.config.evaluation)
+
+    mine, theirs = settings(one), settings(other)
+    same = one.keys["train"] == other.keys["train"] and other.trains
+    return same and all(theirs[name] is None for name, value in mine.items() if value is None)
+
+
+def _named(run: Run, action: Any) -> Any:
+    """Errors that say whose they are."""
+    try:
+        return action()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"variant {run.variant}: {error}") from error
+
+
+@lru_cache
+def _codec(name: str) -> Any:
+    return create_codec(name)
+
+
+_SPLITS: dict[str, Any] = {}
+
+
+def _open_splits(config: Any) -> Any:
+    name = json.dumps(asdict(config))
+    if name not in _SPLITS:
+        _SPLITS[name] = open_split(config, "train"), open_split(config, "test")
+    return _SPLITS[name]

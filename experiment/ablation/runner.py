@@ -1,0 +1,156 @@
+"""A run's stages, one after the other, each a process of its own, so that a failure stays where it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from experiment.ablation.config import AblationConfig
+from experiment.ablation.identity import ROOT
+from experiment.ablation.lock import Lock
+from experiment.ablation.plan import Planned, duration
+from experiment.ablation.stages import STAGES, done_stages, mark
+from experiment.files import write_whole
+from experiment.interruption import EXIT_CODE
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: 'done', 'stopped' (to be gone on with) or 'failed', and why."""
+
+    run: str
+    status: str
+    why: str = ""
+
+
+@dataclass
+class Runner:
+    """Does what is left of runs.
+
+    Args:
+        ablation: what they are of
+        deadline: seconds since the epoch, after which nothing is started and trainings stop
+        launcher: a configuration of `accelerate launch` for several processes a run; without, one process
+    """
+
+    ablation: AblationConfig
+    deadline: float | None = None
+    launcher: str | None = None
+    children: set[subprocess.Popen] = field(default_factory=set)
+    reason: str | None = None
+
+    def __call__(self, job: list[Planned], device: str | None = None) -> list[Outcome]:
+        """The runs of one training: the first of them trains. `device` is a GPU's number."""
+        outcomes: list[Outcome] = []
+        for planned in job:
+            if outcomes and done_stages(job[0].run.folder).get("train") != job[0].keys["train"]:
+                outcomes.append(Outcome(planned.run.name, outcomes[0].status, f"it needs {job[0].run.name}"))
+                continue
+            try:
+                outcomes.append(self._run(planned, device))
+            except (ValueError, OSError) as error:
+                outcomes.append(Outcome(planned.run.name, "failed", " ".join(str(error).split())))
+        return outcomes
+
+    def stop(self, reason: str) -> None:
+        """Let trainings save and end; start nothing more."""
+        self.reason = reason
+        for child in list(self.children):
+            child.send_signal(signal.SIGTERM)
+
+    def _run(self, planned: Planned, device: str | None) -> Outcome:
+        folder, name = planned.run.folder, planned.run.name
+        if planned.done.issuperset(planned.keys):
+            return Outcome(name, "done", "before")
+        with Lock(folder / "lock") as lock:
+            if planned.trains:
+                _set_aside(planned)
+                mark(folder, began=planned.keys["train"])
+            write_whole(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
+            for stage, command in STAGES.items():
+                if stage == "train" and not planned.trains:
+                    mark(folder, train=planned.keys["train"])
+                if stage not in planned.keys or stage in planned.done:
+                    continue
+                if why := self._must_stop():
+                    return Outcome(name, "stopped", why)
+                began = time.monotonic()
+                say(f"{name}: {stage} ...  (tail -f {folder / stage}.txt)")
+                status = self._process(command(planned, self.ablation), folder / f"{stage}.txt", lock, device)
+                if status != 0 and (self.reason or status == EXIT_CODE):
+                    return Outcome(name, "stopped", self._must_stop() or "it was asked to stop")
+                if status != 0:
+                    return Outcome(name, "failed", f"{stage}: {last_line(folder / f'{stage}.txt') or status}")
+                mark(folder, **{stage: planned.keys[stage]})
+                say(f"{name}: {stage} done in {duration(time.monotonic() - began)}")
+        return Outcome(name, "done")
+
+    def _must_stop(self) -> str | None:
+        over = self.deadline is not None and time.time() > self.deadline
+        return self.reason or ("the time is over" if over else None)
+
+    def _process(self, command: list[str], output: Path, lock: Lock, device: str | None) -> int:
+        script, *flags = command
+        if script == "train.py" and self.deadline is not None:
+            flags += ["--train.max_hours", f"{max(0.0, self.deadline - time.time()) / 3600:.6f}"]
+        launch = [sys.executable]
+        if self.launcher is not None:
+            launch += ["-m", "accelerate.commands.launch", "--config_file", self.launcher]
+        environment = {**os.environ, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
+        with output.open("a") as file:
+            child = subprocess.Popen(
+                [*launch, str(ROOT / script), *flags],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(lock.file.fileno(),),
+            )
+            self.children.add(child)
+            try:
+                return child.wait()
+            finally:
+                self.children.discard(child)
+
+
+def say(text: str) -> None:
+    """A line with its time; lines of several threads stay whole."""
+    with _PRINTING:
+        print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+_PRINTING = threading.Lock()
+
+
+def _set_aside(planned: Planned) -> None:
+    """What is in the folder from another configuration, or other code, is kept beside it.
+
+    Raises:
+        ValueError: for a training that no ablation began.
+    """
+    folder = planned.run.folder
+    began = done_stages(folder).get("began")
+    if began is None and (folder / "checkpoints").exists():
+        raise ValueError(f"{folder} holds a training that no ablation began; move it away")
+    if began in (None, planned.keys["train"]):
+        return
+    kept = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    kept.mkdir()
+    for path in folder.iterdir():
+        if path.name != "lock":
+            shutil.move(path, kept / path.name)
+    say(f"{planned.run.name}: its configuration or the code has changed since; what was there is now {kept}")
+
+
+def last_line(path: Path) -> str:
+    """Of a command's output: where it failed, its error; progress bars are left out."""
+    lines = [line.rpartition("\r")[-1].strip() for line in path.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line and "it/s]" not in line), "")

@@ -1,0 +1,130 @@
+"""Run an ablation: every variant of a YAML trained, scored and drawn, and a report of it.
+
+python scripts/ablate.py configs/ablations/table1_small.yaml --set '{data.path: caltech101.zip}'
+python scripts/ablate.py configs/ablations/skip.yaml --only plan            (what it would do, and how long it takes)
+python scripts/ablate.py configs/ablations/skip.yaml --max_hours 2          (the same again goes on with it)
+python scripts/ablate.py configs/ablations/table1.yaml --executor slurm --cluster.partition gpu
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment.ablation.config import ClusterConfig
+from experiment.cli import one_line_errors, parse
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from experiment.ablation.plan import Planned
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """Train, score and draw every variant of a YAML, and report. What is done is skipped, what was cut goes on.
+
+    Args:
+        ablation: its YAML (see docs/ablations.md); the flag's name may be left out
+        set: settings of all variants on top of the YAML's, such as '{data.path: images.zip, train.num_steps: 100}'
+        only: 'plan' shows what would be done; 'report' writes the report of what is done; null does it all
+        executor: 'local' (one run at a time on the CPU, or on each visible GPU), 'slurm' (a job a training, through
+            submitit) or 'submitit' (the same as processes here)
+        cluster: see below
+        max_hours: start nothing after this time; a training that runs saves and stops. The same command goes on
+        launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
+        any_code: take results of other versions of the code for done
+        name: of the folder, runs/<name>; by default the YAML's
+    """
+
+    ablation: str
+    set: dict[str, Any] = field(default_factory=dict)
+    only: Literal["plan", "report"] | None = None
+    executor: Literal["local", "slurm", "submitit"] = "local"
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    max_hours: float | None = None
+    launcher: str | None = None
+    any_code: bool = False
+    name: str | None = None
+
+
+def main(config: AblateConfig) -> int:
+    """Plan, run, report; returns the exit status."""
+    path = Path(config.ablation)
+    if not path.is_file():
+        raise ValueError(f"--ablation {path}: no such file")
+    folder = Path("runs") / (config.name or path.stem)
+    return report(folder) if config.only == "report" else run(config, path, folder)
+
+
+def report(folder: Path) -> int:
+    """Of what is done."""
+    from experiment.ablation.report import write_report
+
+    print(write_report(folder))
+    return 0
+
+
+def run(config: AblateConfig, path: Path, folder: Path) -> int:
+    """What is left to do, then the report."""
+    from experiment.ablation.config import read_ablation
+    from experiment.ablation.executors import EXECUTORS, jobs_of
+    from experiment.ablation.lock import Lock
+    from experiment.ablation.plan import make_plan, table
+    from experiment.ablation.runner import Runner
+    from experiment.ablation.variants import expand
+    from experiment.build import open_accelerator
+    from experiment.interruption import EXIT_CODE
+
+    # What is to be done.
+    deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
+    ablation = read_ablation(path, config.set)
+    runs = expand(ablation, folder.name)
+    with Lock(folder / "lock"):
+        accelerator = open_accelerator(runs[0].config.train.precision)
+        plan = make_plan(ablation, runs, folder, accelerator, timed=True, any_code=config.any_code)
+        print(table(plan), flush=True)
+        if config.only == "plan":
+            return 0
+
+        # Doing it.
+        prepare([planned for planned in plan if not planned.done.issuperset(planned.keys)], accelerator)
+        runner = Runner(ablation, deadline, config.launcher)
+        outcomes = EXECUTORS[config.executor](jobs_of(plan), runner, config.cluster, folder / "jobs")
+
+        # What came of it.
+        for outcome in outcomes:
+            if outcome.status != "done":
+                print(f"{outcome.status}: {outcome.run}: {outcome.why}")
+        if any("score" in planned.done for planned in plan):
+            report(folder)
+    statuses = {outcome.status for outcome in outcomes}
+    return 1 if "failed" in statuses else EXIT_CODE if "stopped" in statuses else 0
+
+
+def prepare(plan: list[Planned], accelerator: Accelerator) -> None:
+    """The latent caches and the references, once for all, so that runs side by side find them."""
+    from experiment.build import open_cache, open_split
+    from experiment.evaluation import open_scorer
+    from models.autoencoder import create_codec
+
+    configs = [planned.run.config for planned in plan]
+    for data, name in {repr((c.data, c.autoencoder)): (c.data, c.autoencoder) for c in configs}.values():
+        codec = create_codec(name).to(accelerator.device)
+        for split, flips in (("train", data.flip), ("test", False)):
+            open_cache(data, codec, open_split(data, split), accelerator, flips=flips)
+    for data, scoring in {repr((c.data, c.evaluation)): (c.data, c.evaluation) for c in configs}.values():
+        open_scorer(data, accelerator, scoring)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--ablation")
+    with one_line_errors():
+        raise SystemExit(main(parse(AblateConfig, arguments)))

@@ -1,0 +1,250 @@
+"""The report of an ablation: its statistics, its tables, and the page as a browser shows it."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from statistics import fmean, stdev
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import run
+from scipy import stats
+
+from experiment.ablation.report import write_report
+from experiment.ablation.results import paired_p, read_results
+from experiment.ablation.tables import as_tex, cells, head
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CLASSES = ["stop_sign", "butterfly", "sunflower", "soccer_ball"]
+VARIANTS = {"DiT": 0.0, "UViT": -6.0, "USwin": -7.0, "XSwin with a long name": -9.0}  # and what it gains
+METRICS = {
+    "frechet_distance[colors]": (60, 1),
+    "precision": (0.4, -0.01),
+    "spatial_frechet_distance[colors]": (None, 0),
+}
+SEEDS, TRIALS = (0, 1, 2), 2
+
+
+def score(value):
+    return {"value": value, "std": None, "reason": None if value is not None else "Inception has it"}
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory):
+    """Finished runs of four variants under three seeds, and one that is not finished."""
+    folder = tmp_path_factory.mktemp("work") / "runs" / "fake"
+    rng = np.random.default_rng(0)
+    runs = []
+    for place, (variant, gain) in enumerate(VARIANTS.items()):
+        for seed in SEEDS:
+            path = folder / str(place) / f"seed{seed}"
+            path.mkdir(parents=True)
+            run = {
+                "variant": variant,
+                "seed": seed,
+                "folder": str(path),
+                "trained_in": str(path),
+                "keys": {"score": "k"},
+            }
+            run |= {"parameters": 10**6 * (place + 1), "gflops": 0.3 + place, "num_steps": 200, "batch_size": 8}
+            runs.append({**run, "model": variant, "model_args": {}, "classes": CLASSES})
+            if (variant, seed) == ("UViT", 2):
+                continue
+            trials = [
+                {
+                    name: score(None if base is None else base + gain * sign + rng.normal() * 0.01 * base)
+                    for name, (base, sign) in METRICS.items()
+                }
+                for _ in range(TRIALS)
+            ]
+            rows = [{"name": variant, "scores": trials[0], "trials": trials}]
+            if not place and not seed:
+                rows.append({"name": "training images", "scores": {"precision": score(0.9)}, "trials": []})
+            samples = {"sampler": "ddim", "num_steps": 9, "guidance_scale": 2.0, "labels": "balanced", "seed": 0}
+            record = {
+                "rows": rows,
+                "num_samples": 10,
+                "num_reference": 10,
+                "extractor": "colors",
+                "extractor_sha256": "0" * 64,
+            }
+            record |= {
+                "samples": {**samples, "trained_at_commit": "abc"},
+                "reference": {"source": "shapes", "split": "test"},
+            }
+            record |= {
+                "versions": {"torch": "2"},
+                "per_class": {name: score(50 + gain + rng.normal()) for name in CLASSES},
+            }
+            (path / "scores.json").write_text(json.dumps(record))
+            (path / "stages.json").write_text(json.dumps({"score": "k"}))
+            loss = [1 / (1 + step / 20) + gain / 100 + rng.normal() * 0.03 for step in range(200)]
+            events = [
+                {"step": s, "loss": v, "images_per_second": 50.0 + place, "memory_gb": 2.0} for s, v in enumerate(loss)
+            ]
+            events += [
+                {"step": s, "frechet_distance[colors]": 80 - s / 10, "validation_loss": 1 - s / 300} for s in (100, 200)
+            ]
+            (path / "log.jsonl").write_text("\n".join(map(json.dumps, events)))
+            np.savez(path / "pictures.npz", arr_0=rng.integers(0, 256, (4 * len(CLASSES), 32, 32, 3), dtype=np.uint8))
+    about = {"title": "A <fake> ablation", "description": "Four variants & three seeds.", "baseline": "DiT"}
+    plan = {"ablation": {**about, "pictures": {"classes": [], "num_per_class": 4}}, "runs": runs}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    write_report(folder)
+    return folder
+
+
+def values_of(ablation, variant, metric):
+    """From the runs' own JSON, by seed: the values of the trials."""
+    found = {}
+    for one in json.loads((ablation / "plan.json").read_text())["runs"]:
+        path = ablation / one["folder"] / "scores.json"
+        if one["variant"] == variant and path.is_file():
+            trials = json.loads(path.read_text())["rows"][0]["trials"]
+            found[one["seed"]] = [trial[metric]["value"] for trial in trials]
+    return found
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+def test_the_paired_test_is_students(differences):
+    if stdev(differences) < 1e-6:
+        return
+    assert paired_p(differences) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=1e-5)
+
+
+def test_differences_that_are_all_equal_are_not_tested():
+    assert paired_p([1.0, 1.0, 1.0]) is None
+
+
+def test_the_table_is_of_the_runs_own_numbers(ablation):
+    results = read_results(ablation)
+    metric = "frechet_distance[colors]"
+    assert head(results) == ["model", "parameters", "GFLOPs", "img/s", "GB", "Fréchet ↓", "precision ↑"]
+    baseline = {seed: fmean(values) for seed, values in values_of(ablation, "DiT", metric).items()}
+    for variant, row in zip(VARIANTS, cells(results), strict=True):
+        by_seed = values_of(ablation, variant, metric)
+        values = [value for trials in by_seed.values() for value in trials]
+        assert row[5].value == pytest.approx(fmean(values))
+        assert row[5].text == f"{fmean(values):.2f} ± {stdev(values):.2f}"
+        assert row[5].best == (variant == "XSwin with a long name")
+        seeds = sorted(by_seed)  # the baseline has all of them
+        if variant == "DiT":
+            assert row[5].p is None
+        else:
+            pairs = [fmean(by_seed[seed]) for seed in seeds], [baseline[seed] for seed in seeds]
+            assert row[5].p == pytest.approx(stats.ttest_rel(*pairs).pvalue, abs=1e-5)
+    assert [row[3].text for row in cells(results)] == ["50.0", "51.0", "52.0", "53.0"]
+
+
+def test_an_unfinished_run_is_named_and_left_out(ablation):
+    assert read_results(ablation).missing == ["UViT, seed 2"]
+    for name in ("report.md", "report.html"):
+        assert "Not finished, and not in this report: UViT, seed 2." in (ablation / name).read_text()
+
+
+def test_the_csv_has_every_trial_in_full(ablation):
+    rows = list(csv.DictReader(io.StringIO((ablation / "results.csv").read_text())))
+    assert len(rows) == (len(VARIANTS) * len(SEEDS) - 1) * TRIALS
+    for row in rows:
+        trials = values_of(ablation, row["variant"], "precision")[int(row["seed"])]
+        assert float(row["precision"]) == trials[int(row["trial"])]
+
+
+def test_the_tex_table_is_whole(ablation):
+    tex = as_tex(read_results(ablation))
+    rows = [line for line in tex.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 1 + len(VARIANTS) + 1
+    assert {line.count("&") for line in rows} == {6}
+    assert tex.count("{") == tex.count("}")
+    assert tex.count("$") % 2 == 0
+    assert r"\mathbf{" in tex
+    assert not re.search(r"(?<!\\)[_%#]", tex)
+
+
+def test_figures_are_left_for_papers(ablation):
+    names = {path.name for path in (ablation / "figures").iterdir()}
+    panels = {"loss", "validation", "score-by-step", "score-by-compute", "per-class"}
+    assert names >= {f"{panel}.{kind}" for panel in panels for kind in ("pdf", "png")}
+    assert names >= {"models.png", *(f"classes-{number}.png" for number in range(1, 5))}
+
+
+def test_the_page_needs_nothing_but_itself(ablation):
+    html = (ablation / "report.html").read_text()
+    assert "A &lt;fake&gt; ablation" in html
+    assert not re.search(r'(?:src|href)="(?!data:|#)', html)
+    assert "url(http" not in html
+    assert html.count("<svg") == 5
+
+
+def test_a_report_without_finished_runs_is_refused_in_one_line(tmp_path):
+    (tmp_path / "runs" / "empty").mkdir(parents=True)
+    (tmp_path / "a.yaml").write_text("base: {}\nvariants: {a: {}}\n")
+    flags = ("--only", "report", "--name", "empty")
+    done = run("scripts/ablate.py", "a.yaml", *flags, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("error: runs/empty holds no ablation: there is no runs/empty/plan.json")
+    plan = {"runs": [{"variant": "a", "seed": 0, "folder": str(tmp_path / "x"), "keys": {"score": "k"}}]}
+    (tmp_path / "runs" / "empty" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match="no run is finished, there is nothing to report yet \\(1 to go\\)"):
+        read_results(tmp_path / "runs" / "empty")
+
+
+PROBE = """
+<script>
+const overlap = ([, a], [, b]) =>
+  a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+const box = e => [`${e.tagName} ${e.textContent.slice(0, 20)}`, e.getBoundingClientRect()];
+const pairs = boxes => boxes.flatMap((a, i) =>
+  boxes.slice(i + 1).filter(b => overlap(a, b)).map(b => `${a[0]} | ${b[0]}`));
+const all = selector => [...document.querySelectorAll(selector)];
+const parts = "h1, h2, h3, p, .scroll, figure > svg, figcaption, .beside > *, .strip > *, dt, dd";
+const overlaps = pairs(all(parts).filter(e => e.textContent || e.src).map(box));
+for (const svg of all("figure > svg")) overlaps.push(...pairs([...svg.querySelectorAll("text")].map(box)));
+const press = n => {
+  document.querySelectorAll("th button")[n].click();
+  return all("tbody:first-of-type tr").map(row => row.cells[0].textContent.trim());
+};
+const found = {
+  overlaps, width: innerWidth, content: document.documentElement.scrollWidth,
+  images: document.images.length,
+  broken: all("img").filter(e => !e.complete || !e.naturalWidth).length,
+  clipped: all(".beside > .name, .strip > span").filter(e => e.scrollWidth > e.clientWidth + 1).length,
+  rising: press(5), falling: press(5), names: press(0),
+};
+document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+</script>
+</body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_page_whole(ablation, tmp_path, width):
+    """In a frame of the width: a window has a least width of its own."""
+    html = (ablation / "report.html").read_text().replace("</body>", PROBE)
+    (tmp_path / "page.html").write_text(html)
+    copy = "document.body.textContent = frame.contentDocument.getElementById('found').textContent"
+    frame = (
+        f'<iframe id="frame" src="page.html" style="width:{width}px;height:900px;border:0" onload="{copy}"></iframe>'
+    )
+    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}</body>")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom"]
+    command = [str(CHROMIUM), *flags, f"file://{tmp_path / 'frame.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(re.search(r"\{.*\}", done.stdout, re.DOTALL)[0].replace("&amp;", "&"))
+    assert found["width"] == width
+    assert found["content"] <= width
+    assert found["overlaps"] == []
+    assert found["clipped"] == 0
+    assert (found["images"], found["broken"]) == (2 * len(VARIANTS) * len(CLASSES), 0)
+    mean = {name: row[5].value for name, row in zip(VARIANTS, cells(read_results(ablation)), strict=True)}
+    by_score = sorted(VARIANTS, key=lambda name: mean[name])
+    assert found["rising"] == by_score
+    assert found["falling"] == by_score[::-1]
+    assert found["names"] == sorted(VARIANTS)
