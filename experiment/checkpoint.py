@@ -110,13 +110,7 @@ def save_checkpoint(
         return target
     for left_by_a_kill in folder.glob(".*.partial"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    metadata = {
-        "config": json.dumps(config.to_dict()),
-        "spec": json.dumps(asdict(spec)),
-        "classes": json.dumps(classes),
-        "step": str(step),
-        "commit": current_commit(),
-    }
+    metadata = metadata_of(config, spec, classes, step)
     try:
         (partial / "state").mkdir(parents=True)
         save_file(averages, partial / WEIGHTS, metadata=metadata)
@@ -140,6 +134,17 @@ def save_checkpoint(
         raise OSError(f"checkpoint {target} could not be written ({error}); make room and --resume") from error
     _rotate(folder, config.log)
     return target
+
+
+def metadata_of(config: ExperimentConfig, spec: ModelSpec, classes: list[str], step: int) -> dict[str, str]:
+    """What makes a safetensors file of averaged weights a checkpoint."""
+    return {
+        "config": json.dumps(config.to_dict()),
+        "spec": json.dumps(asdict(spec)),
+        "classes": json.dumps(classes),
+        "step": str(step),
+        "commit": current_commit(),
+    }
 
 
 def _keep_snapshot(checkpoint: Path) -> None:

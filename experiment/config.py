@@ -54,7 +54,7 @@ class DiffusionConfig:
     Args:
         kind: 'gaussian' (discrete time: Ho et al. 2020, Nichol and Dhariwal 2021), 'flow' (flow matching: Lipman et al.
             2023) or 'edm' (Karras et al. 2022)
-        schedule: of a gaussian's noise: 'linear' (default), 'cosine' or 'sigmoid'
+        schedule: of a gaussian's noise: 'linear' (default), 'scaled_linear', 'cosine' or 'sigmoid'
         num_timesteps: of a gaussian: T (1000)
         prediction: of a gaussian: what the backbone predicts: 'epsilon' (default), 'x_0' or 'v'
         variance: of a gaussian: 'learned_range' (default; hybrid loss), 'fixed_small' or 'fixed_large'
@@ -62,6 +62,8 @@ class DiffusionConfig:
         zero_terminal_snr: of a gaussian: rescale the schedule to end in pure noise (false)
         times: of a gaussian or flow, at which the backbone is trained: 'uniform' (default) or 'logit_normal'
         path: of a flow: 'linear' (default) or 'trigonometric'
+        model_times: of a gaussian or flow: what the backbone is told at the data's end and at the noise's, for weights
+            that were trained on other numbers than 0 to 999, such as [1, 0]
         shift: of a flow's times towards the noise, for larger images (1: none)
         sigma_data: of edm: standard deviation of the data (1)
         P_mean: of edm: mean of log sigma in training (-0.5)
@@ -78,6 +80,7 @@ class DiffusionConfig:
     weighting: str | None = None
     zero_terminal_snr: bool | None = None
     times: str | None = None
+    model_times: list[float] | None = None
     path: str | None = None
     shift: float | None = None
     sigma_data: float | None = None

@@ -1,5 +1,6 @@
 """Real processes of the entry points, and what they leave."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -44,6 +45,16 @@ def run(*arguments, cwd, processes=1, check=True, **settings):
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def script(name):
+    """A program, such as scripts/gallery.py, as a module, to be tested without a process of its own."""
+    path = ROOT / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def log(folder, name):
