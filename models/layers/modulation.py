@@ -12,7 +12,7 @@ def modulate(
     x: Float[Tensor, "b *axes d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]
 ) -> Float[Tensor, "b *axes d"]:
     """`x * (1 + scale) + shift`, the same for all positions."""
-    spread = (len(x), *(1,) * (x.ndim - 2), x.shape[-1])
+    spread = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])  # not len(x): that is a number to torch.export
     return x * (1 + scale.view(spread)) + shift.view(spread)
 
 
