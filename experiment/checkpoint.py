@@ -35,6 +35,7 @@ from experiment.config import (
     TrainConfig,
 )
 from experiment.ema import EMA
+from experiment.hub import local
 from experiment.sharding import gather, load_whole, part_like
 
 WEIGHTS = "ema.safetensors"
@@ -249,7 +250,7 @@ def warm_start(model: nn.Module, path: str) -> str:
     Raises:
         CheckpointError: when there is no checkpoint, or nothing of it fits.
     """
-    weights = _read_tensors(_find_weights(Path(path)))
+    weights = _read_tensors(_find_weights(path))
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
@@ -268,12 +269,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint from a run's folder (its newest), a checkpoint's folder, or the weights file.
+    """A checkpoint from a run's folder (its newest), a checkpoint's folder, the weights file, or hf://owner/name.
 
     Raises:
         CheckpointError: when there is none, the file is cut short, or it is not one of ours.
     """
-    weights = _find_weights(Path(path))
+    weights = _find_weights(path)
     try:
         with safe_open(weights, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -316,7 +317,8 @@ def current_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _find_weights(path: Path) -> Path:
+def _find_weights(path: str | Path) -> Path:
+    path = local(path, WEIGHTS)
     if path.is_file():
         return path
     if (path / WEIGHTS).is_file():
@@ -325,7 +327,9 @@ def _find_weights(path: Path) -> Path:
     if checkpoints:
         return checkpoints[-1] / WEIGHTS
     reason = "holds no checkpoint" if path.exists() else "does not exist"
-    raise CheckpointError(f"--checkpoint {path} {reason}; give a run's folder, a checkpoint or {WEIGHTS}")
+    raise CheckpointError(
+        f"--checkpoint {path} {reason}; give a run's folder, a checkpoint, {WEIGHTS} or hf://owner/name"
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

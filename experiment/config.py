@@ -253,7 +253,8 @@ class ExperimentConfig:
         name: of the run's folder, runs/<name>; by default the model's name
         resume: a run's folder: go on from its newest whole checkpoint with its configuration; 'auto': so with the
             folder of this name, if there is one to resume, else start
-        init_from: a run or checkpoint whose averaged weights a fresh run starts from: those of the same name and shape
+        init_from: a run or checkpoint (or hf://owner/name) whose averaged weights a fresh run starts from: those of the
+            same name and shape
         data: see --data.help
         diffusion: see below
         optim: see below
