@@ -60,8 +60,8 @@ def slerp(
     first: Float[Tensor, "1 c h w"], second: Float[Tensor, "1 c h w"], share: Float[Tensor, "n 1 1 1"]
 ) -> Float[Tensor, "n c h w"]:
     """Along the arc between two vectors (Shoemake 1985)."""
-    cosine = nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0).clamp(-1, 1)
-    angle = cosine.acos()
+    cosine = nn.functional.cosine_similarity(first.flatten().double(), second.flatten().double(), dim=0)
+    angle = cosine.clamp(-1, 1).acos().float()
     if angle.sin() < 1e-4:
         return torch.lerp(first.expand(len(share), -1, -1, -1), second.expand(len(share), -1, -1, -1), share)
     return (((1 - share) * angle).sin() * first + (share * angle).sin() * second) / angle.sin()

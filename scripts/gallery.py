@@ -20,7 +20,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 TEMPLATE = Template((Path(__file__).parent / "gallery.html").read_text())
-LEFT_OUT = {"name", "resume", "log.trackers"}  # of what differs: every run has its own
+LEFT_OUT = ("name", "resume", "log.", "data.cache")  # of what differs: it changes no result
 
 
 class Run(NamedTuple):
@@ -77,7 +77,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """Settings in which runs differ."""
-    names = sorted({name for run in runs for name in run.config} - LEFT_OUT)
+    names = sorted({name for run in runs for name in run.config if not name.startswith(LEFT_OUT)})
     return [name for name in names if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
 
 
@@ -104,7 +104,7 @@ def page(runs: Sequence[Run], title: str) -> str:
     return TEMPLATE.substitute(
         title=f"{len(runs)} runs in {escape(title)}",
         table=f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
-        curves=f"<h2>Curves</h2>{curve}" if curve else "",
+        curves=f'<h2>Curves</h2><div class="cards">{curve}</div>' if curve else "",
         cards=cards,
     )
 
@@ -137,25 +137,23 @@ def curves(runs: Sequence[Run]) -> str:
     """Training and held-out losses over the steps, as SVG."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for run in runs:
-        for plot, name in zip(axes, ("loss", "validation_loss"), strict=True):
+    panels = []
+    for name, title in (("loss", "training loss"), ("validation_loss", "held-out loss, averaged weights")):
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        for run in runs:
             points = [(event["step"], event[name]) for event in run.events if event.get(name) is not None]
             if points:
-                plot.plot(
-                    *zip(*points, strict=True), label=run.name, linewidth=1, marker="o" if len(points) < 20 else ""
-                )
-    drawn = any(plot.lines for plot in axes)
-    for plot, title in zip(axes, ("training loss", "held-out loss, averaged weights"), strict=True):
-        plot.set(xlabel="step", title=title, yscale="log")
-        plot.grid(alpha=0.3)
-        if plot.lines:
-            plot.legend(frameon=False, fontsize=8)
-    with io.StringIO() as file:
-        figure.savefig(file, format="svg", metadata={"Date": None})
+                marker = "o" if len(points) < 20 else ""
+                axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1, marker=marker)
+        if axes.lines:
+            axes.set(xlabel="step", title=title, yscale="log")
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False, fontsize=8)
+            with io.StringIO() as file:
+                figure.savefig(file, format="svg", metadata={"Date": None})
+                panels.append(file.getvalue())
         plt.close(figure)
-        svg = file.getvalue()
-    return svg[svg.index("<svg") :] if drawn else ""
+    return "".join(f"<div>{svg[svg.index('<svg') :]}</div>" for svg in panels)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ DIFFUSION = {
 SAMPLING = {
     "dit": SamplingConfig(num_steps=250, guidance_scale=1.5),
     "sit": SamplingConfig(num_steps=250, guidance_scale=1.5),
-    "uvit": SamplingConfig(sampler="dpmpp_2m", spacing="log_snr", num_steps=50, guidance_scale=1.4),
+    "uvit": SamplingConfig(sampler="dpmpp_2m", num_steps=50, guidance_scale=1.4),
 }
 
 
