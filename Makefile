@@ -1,11 +1,15 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Both make .venv on first use.
+# Commands for a fresh machine: `make demo`, `make app`, `make test`. Each makes .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint soak clean
+.PHONY: demo app test lint soak clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
+
+app: .venv/installed
+	test -d runs/quickstart/checkpoints || $(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/app.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest

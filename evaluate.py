@@ -21,7 +21,7 @@ class EvaluateConfig:
     """Score samples against real images. What a run's configuration says (`evaluation`, `sampling`) is the default.
 
     Args:
-        samples: a run or checkpoint to draw from, a folder or zip of images, or an npz
+        samples: a run or checkpoint (or hf://owner/name) to draw from, a folder or zip of images, or an npz
         checkpoint: whose held-out images and autoencoder the samples are held against; by default samples, where it
             is one
         reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images

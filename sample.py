@@ -4,6 +4,7 @@ python sample.py --checkpoint runs/XSwin
 python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --num_per_class 8 --output out.png
 python sample.py --checkpoint runs/mnist --class 7 --guidance_scale 2 --panel 10
 python sample.py --checkpoint runs/anime --reconstruct 300
+python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --interpolate 8
 accelerate launch sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 """
 
@@ -26,7 +27,7 @@ class SampleConfig:
     """Draw samples from a checkpoint; the checkpoint alone says what they are.
 
     Args:
-        checkpoint: a run's folder, a checkpoint, or its ema.safetensors
+        checkpoint: a run's folder, a checkpoint, its ema.safetensors, or hf://owner/name
         output: FILE.png for a grid, FILE.npz for arrays, else a folder with a subfolder a class; by default
             samples.png in the run's folder
         classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same
@@ -43,6 +44,9 @@ class SampleConfig:
         panel: also draw so many moments of the denoising, as a second picture: x_t above, predicted x_0 below
         reconstruct: in place of samples, held-out images noised to this time, x_0 predicted from there in one step
             and by the whole chain, side by side in reconstruct.png
+        interpolate: in place of samples, so many pictures on the way from the first class to the last, both ends
+            included, and to the seed `to_seed`
+        to_seed: where to go from `seed`
         precision: 'auto', 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration (a folder, say, where there is no hub)
         data: of the held-out images, where they have moved (--data.path)
@@ -62,6 +66,8 @@ class SampleConfig:
     batch_size: int = 64
     panel: int = 0
     reconstruct: float | None = None
+    interpolate: int | None = None
+    to_seed: int | None = None
     precision: str = "auto"
     autoencoder: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -75,6 +81,7 @@ def main(config: SampleConfig) -> None:
     from experiment.build import check_sampling, open_accelerator, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.generation import DenoisingPanel, Generator, generate, resolve_classes
+    from experiment.interpolation import interpolate
     from experiment.tracking import save_folder, save_grid, save_npz
     from models.autoencoder import create_codec
 
@@ -108,6 +115,15 @@ def main(config: SampleConfig) -> None:
         data = checkpoint.config.data
         data = replace(data, path=config.data.path) if config.data.path != DataConfig().path else data
         draw_reconstructions(config, generator, data, classes, checkpoint.run / "reconstruct.png")
+        return
+    if config.to_seed is not None and config.interpolate is None:
+        raise ValueError(f"--to_seed {config.to_seed}: say how many pictures on the way, with --interpolate")
+    if config.interpolate is not None:
+        ends = (classes[0], classes[-1]), (config.seed, config.seed if config.to_seed is None else config.to_seed)
+        images = interpolate(generator, *ends, config.interpolate)
+        path = Path(config.output) if config.output else checkpoint.run / "interpolation.png"
+        save_grid(images, path, columns=len(images))
+        print(f"{len(images)} images on the way: {path}")
         return
     images = generate(generator, batch_size=config.batch_size)
     if not accelerator.is_main_process:

@@ -1,12 +1,12 @@
 """Flow matching (Lipman et al. 2023; Liu et al. 2023; SiT, Ma et al. 2024): the model predicts a velocity.
 
-Time runs from the data, t = 0, to the noise, t = 1; a backbone is given 999 t.
+Time runs from the data, t = 0, to the noise, t = 1; a backbone is given 999 t unless it was trained on other numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion.predictions import AtLevel, Level, Target
 from diffusion.process import Denoiser, Process
 from diffusion.schedules import check_name
-from diffusion.times import TIMES
+from diffusion.times import TIMES, check_model_times
 
 HALF_PI = math.pi / 2
 
@@ -61,6 +61,7 @@ class FlowMatching(Process):
         times: at which the model is trained, by name in `TIMES`.
         shift: of training and sampling times alike, `t -> shift t / (1 + (shift - 1) t)`: above 1 towards the noise,
             for larger images (Esser et al. 2024, eq. 23).
+        model_times: what the backbone is given at t = 0 and at t = 1.
 
     Raises:
         ValueError: for a name that is not in the tables, or a shift that is not positive.
@@ -70,12 +71,19 @@ class FlowMatching(Process):
     noise_range = (0.002, 80.0)  # of spacings by noise level: EDM's; the last time is 1 all the same
     max_time = 1.0
 
-    def __init__(self, path: str = "linear", times: str = "uniform", shift: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: str = "linear",
+        times: str = "uniform",
+        shift: float = 1.0,
+        model_times: Sequence[float] = (0.0, 999.0),
+    ) -> None:
         check_name("path", path, PATHS)
         check_name("times", times, TIMES)
         if not 0 < shift < math.inf:
             raise ValueError(f"--diffusion.shift {shift} must be above 0; 1 shifts nothing")
         self.path_name, self.times_name, self.shift = path, times, shift
+        self.model_times = check_model_times(model_times)
         self._path = PATHS[path]
 
     def sample_timesteps(
@@ -110,8 +118,9 @@ class FlowMatching(Process):
         return t
 
     def precondition(self, model: Denoiser) -> Denoiser:
-        """The backbone is given 999 t."""
-        return lambda x_t, t, y: model(x_t, 999 * t, y)
+        """The backbone is given `model_times`, by default 999 t."""
+        first, last = self.model_times
+        return lambda x_t, t, y: model(x_t, first + (last - first) * t, y)
 
     def target(
         self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]

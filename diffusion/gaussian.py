@@ -7,7 +7,7 @@ least noise first; the step from t = 0 leads to the data itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -18,7 +18,7 @@ from diffusion.bound import discretized_log_likelihood, normal_kl
 from diffusion.predictions import PREDICTIONS, AtLevel, Level
 from diffusion.process import Prediction, Process, mean_per_sample
 from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
-from diffusion.times import TIMES, LossSecondMoments, Times
+from diffusion.times import TIMES, LossSecondMoments, Times, check_model_times
 from diffusion.transition import Transition
 
 FIXED_LOG_VARIANCES: dict[str, Callable[[Transition], Tensor]] = {  # Ho et al. 2020, section 3.2
@@ -57,6 +57,7 @@ class GaussianDiffusion(Process):
         times: at which the model is trained, by name in `TIMES`, or `importance`: as the square root of the loss's
             second moment there (Nichol and Dhariwal 2021, eq. 18).
         zero_terminal_snr: rescale the schedule so that T-1 is pure noise (Lin et al. 2023, algorithm 1).
+        model_times: what the backbone is given at 0 and at T-1, where that is not the time itself.
 
     Raises:
         ValueError: for a name that is not in the tables, listing those that are, too few timesteps, or a
@@ -74,6 +75,7 @@ class GaussianDiffusion(Process):
         weighting: str = "uniform",
         times: str = "uniform",
         zero_terminal_snr: bool = False,
+        model_times: Sequence[float] | None = None,
     ) -> None:
         check_name("schedule", schedule, SCHEDULES)
         check_name("prediction", prediction, PREDICTIONS)
@@ -100,6 +102,7 @@ class GaussianDiffusion(Process):
         self.variance = variance
         self.weighting = weighting
         self.times_name = times
+        self.model_times = None if model_times is None else check_model_times(model_times)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # [T], float64
         self.max_time = num_timesteps - 1
         self._angle = torch.atan2((1 - self.alphas_cumprod).sqrt(), self.alphas_cumprod.sqrt())  # [T], up to pi / 2
@@ -117,6 +120,14 @@ class GaussianDiffusion(Process):
         return 2 * in_channels if self.learns_variance else in_channels
 
     # Times.
+
+    def precondition(self, model: Denoiser) -> Denoiser:
+        """The backbone is given the time itself, or `model_times`."""
+        if self.model_times is None:
+            return model
+        first, last = self.model_times
+        rate = (last - first) / self.max_time
+        return lambda x_t, t, y: model(x_t, first + rate * t, y)
 
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

@@ -16,6 +16,11 @@ def linear(num_timesteps: int) -> Float64[Tensor, " T"]:
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
 
 
+def scaled_linear(num_timesteps: int) -> Float64[Tensor, " T"]:
+    """Square roots from 0.00085^0.5 to 0.012^0.5 in equal steps (Rombach et al. 2022), whatever T."""
+    return torch.linspace(0.00085**0.5, 0.012**0.5, num_timesteps, dtype=torch.float64).square()
+
+
 def cosine(num_timesteps: int) -> Float64[Tensor, " T"]:
     """`alpha_bar(s) = cos^2((s + 0.008) / 1.008 * pi / 2)`, betas at most 0.999.
 
@@ -37,7 +42,12 @@ def sigmoid(num_timesteps: int) -> Float64[Tensor, " T"]:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+}
 
 
 def with_zero_terminal_snr(betas: Float64[Tensor, " T"]) -> Float64[Tensor, " T"]:

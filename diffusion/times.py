@@ -1,8 +1,9 @@
-"""At which times a model is trained."""
+"""At which times a model is trained, and what it is told of a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -102,3 +103,14 @@ class LossSecondMoments(Times):
         """Go on from there."""
         self.losses = torch.tensor(state["losses"], dtype=torch.float64)
         self.counts = torch.tensor(state["counts"])
+
+
+def check_model_times(model_times: Sequence[float]) -> tuple[float, float]:
+    """What a backbone is given at the first and at the last time of a process: two different numbers.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if len(model_times) != 2 or not math.isfinite(sum(model_times)) or model_times[0] == model_times[1]:
+        raise ValueError(f"--diffusion.model_times {list(model_times)}: give two different numbers, such as [0, 999]")
+    return model_times[0], model_times[1]

@@ -36,6 +36,7 @@ from experiment.config import (
     TrainConfig,
 )
 from experiment.ema import EMA
+from experiment.hub import local
 from experiment.sharding import gather, load_whole, part_like
 
 WEIGHTS = "ema.safetensors"
@@ -111,13 +112,7 @@ def save_checkpoint(
         return target
     for left_by_a_kill in folder.glob(".*.partial"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    metadata = {
-        "config": json.dumps(config.to_dict()),
-        "spec": json.dumps(asdict(spec)),
-        "classes": json.dumps(classes),
-        "step": str(step),
-        "commit": current_commit(),
-    }
+    metadata = metadata_of(config, spec, classes, step)
     try:
         (partial / "state").mkdir(parents=True)
         save_file(averages, partial / WEIGHTS, metadata=metadata)
@@ -141,6 +136,17 @@ def save_checkpoint(
         raise OSError(f"checkpoint {target} could not be written ({error}); make room and --resume") from error
     _rotate(folder, config.log)
     return target
+
+
+def metadata_of(config: ExperimentConfig, spec: ModelSpec, classes: list[str], step: int) -> dict[str, str]:
+    """What makes a safetensors file of averaged weights a checkpoint."""
+    return {
+        "config": json.dumps(config.to_dict()),
+        "spec": json.dumps(asdict(spec)),
+        "classes": json.dumps(classes),
+        "step": str(step),
+        "commit": current_commit(),
+    }
 
 
 def _keep_snapshot(checkpoint: Path) -> None:
@@ -245,7 +251,7 @@ def warm_start(model: nn.Module, path: str) -> str:
     Raises:
         CheckpointError: when there is no checkpoint, or nothing of it fits.
     """
-    weights = _read_tensors(_find_weights(Path(path)))
+    weights = _read_tensors(_find_weights(path))
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
@@ -264,12 +270,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint from a run's folder (its newest), a checkpoint's folder, or the weights file.
+    """A checkpoint from a run's folder (its newest), a checkpoint's folder, the weights file, or hf://owner/name.
 
     Raises:
         CheckpointError: when there is none, the file is cut short, or it is not one of ours.
     """
-    weights = _find_weights(Path(path))
+    weights = _find_weights(path)
     try:
         with safe_open(weights, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -312,7 +318,8 @@ def current_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _find_weights(path: Path) -> Path:
+def _find_weights(path: str | Path) -> Path:
+    path = local(path, WEIGHTS)
     if path.is_file():
         return path
     if (path / WEIGHTS).is_file():
@@ -321,7 +328,9 @@ def _find_weights(path: Path) -> Path:
     if checkpoints:
         return checkpoints[-1] / WEIGHTS
     reason = "holds no checkpoint" if path.exists() else "does not exist"
-    raise CheckpointError(f"--checkpoint {path} {reason}; give a run's folder, a checkpoint or {WEIGHTS}")
+    raise CheckpointError(
+        f"--checkpoint {path} {reason}; give a run's folder, a checkpoint, {WEIGHTS} or hf://owner/name"
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class DiffusionConfig:
     Args:
         kind: 'gaussian' (discrete time: Ho et al. 2020, Nichol and Dhariwal 2021), 'flow' (flow matching: Lipman et al.
             2023) or 'edm' (Karras et al. 2022)
-        schedule: of a gaussian's noise: 'linear' (default), 'cosine' or 'sigmoid'
+        schedule: of a gaussian's noise: 'linear' (default), 'scaled_linear', 'cosine' or 'sigmoid'
         num_timesteps: of a gaussian: T (1000)
         prediction: of a gaussian: what the backbone predicts: 'epsilon' (default), 'x_0' or 'v'
         variance: of a gaussian: 'learned_range' (default; hybrid loss), 'fixed_small' or 'fixed_large'
@@ -63,6 +63,8 @@ class DiffusionConfig:
         times: of a gaussian or flow, at which the backbone is trained: 'uniform' (default), 'logit_normal', or, of a
             gaussian, 'importance': as often as the loss there is large (Nichol and Dhariwal 2021)
         path: of a flow: 'linear' (default) or 'trigonometric'
+        model_times: of a gaussian or flow: what the backbone is told at the data's end and at the noise's, for weights
+            that were trained on other numbers than 0 to 999, such as [1, 0]
         shift: of a flow's times towards the noise, for larger images (1: none)
         sigma_data: of edm: standard deviation of the data (1)
         P_mean: of edm: mean of log sigma in training (-0.5)
@@ -80,6 +82,7 @@ class DiffusionConfig:
     weighting: str | None = None
     zero_terminal_snr: bool | None = None
     times: str | None = None
+    model_times: list[float] | None = None
     path: str | None = None
     shift: float | None = None
     sigma_data: float | None = None
@@ -270,7 +273,8 @@ class ExperimentConfig:
         name: of the run's folder, runs/<name>; by default the model's name
         resume: a run's folder: go on from its newest whole checkpoint with its configuration; 'auto': so with the
             folder of this name, if there is one to resume, else start
-        init_from: a run or checkpoint whose averaged weights a fresh run starts from: those of the same name and shape
+        init_from: a run or checkpoint (or hf://owner/name) whose averaged weights a fresh run starts from: those of the
+            same name and shape
         data: see --data.help
         diffusion: see below
         auxiliary: further terms of the loss, a list such as '[{kind: perceptual, weight: 0.1}, {kind: feature_matching,

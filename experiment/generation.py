@@ -63,7 +63,7 @@ class Generator:
         y: Int64[Tensor, " b"],
         generators: list[torch.Generator],
         start: int | float | None = None,
-    ) -> UInt8[Tensor, "b 3 h w"]:
+    ) -> UInt8[Tensor, "b 3 H W"]:
         """From noise, or from `x_t` at the time `start`, to images; a generator each for the random steps."""
         device, sampling = self.accelerator.device, self.sampling
         bf16 = self.accelerator.mixed_precision == "bf16"

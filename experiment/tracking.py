@@ -80,6 +80,7 @@ def save_grid(
     height, width = images.shape[-2:]
     scale = max(1, 64 // width)
     height, width = height * scale, width * scale
+    columns = min(columns, len(images))
     font = ImageFont.load_default(size=9)
     head = 14 if column_names else 0
     foot = 12 if captions else 0

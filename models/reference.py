@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from models import create_model
+from models.reference_config import reference_arguments
 
 Renames = list[tuple[str, str | None]]
 
@@ -84,18 +86,15 @@ def load_reference(source: str, state_dict: Mapping[str, Tensor], config: Mappin
     """Our backbone, in eval mode, with a published implementation's weights.
 
     Args:
-        source: `dit`, `uvit`, `uvit-adaln`, `uswin` or `xswin`.
+        source: `dit`, `sit`, `uvit`, `uvit-adaln`, `uswin` or `xswin`.
         state_dict: the published weights.
         config: the published constructor's arguments.
 
     Raises:
         ValueError: for an unknown source, and listing keys that are missing, unknown or of another shape.
     """
-    if source not in SOURCES:
-        raise ValueError(f"source {source}: unknown, choose from {', '.join(SOURCES)}")
-    build, convert = SOURCES[source]
-    model = build(config)
-    weights = convert(dict(state_dict), config)
+    model = create_model(**reference_arguments(source, config))
+    weights = CONVERSIONS[source](dict(state_dict), config)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if own != given:
@@ -106,72 +105,6 @@ def load_reference(source: str, state_dict: Mapping[str, Tensor], config: Mappin
     return model.eval()
 
 
-def _build_dit(config: Mapping) -> nn.Module:
-    return create_model(
-        "DiT",
-        input_size=config["input_size"],
-        in_channels=config["in_channels"],
-        out_channels=config["in_channels"] * (2 if config.get("learn_sigma", True) else 1),
-        num_classes=config["num_classes"],
-        dim=config["hidden_size"],
-        depth=config["depth"],
-        num_heads=config["num_heads"],
-        patch_size=config["patch_size"],
-        mlp_ratio=float(config.get("mlp_ratio", 4.0)),
-    )
-
-
-def _build_uvit_adaln(config: Mapping) -> nn.Module:
-    return create_model(
-        "UViT",
-        input_size=config["input_size"],
-        in_channels=config["in_channels"],
-        out_channels=2 * config["in_channels"],
-        num_classes=config["num_classes"],
-        dim=config["hidden_size"],
-        depth=config["depth"],
-        num_heads=config["num_heads"],
-        patch_size=config["patch_size"],
-    )
-
-
-def _build_uvit(config: Mapping) -> nn.Module:
-    depth = config["depth"]
-    return create_model(
-        "UViT-tokens",
-        input_size=config["img_size"],
-        in_channels=config["in_chans"],
-        out_channels=config["in_chans"],
-        num_classes=max(0, config["num_classes"] - 1),  # the published count includes the null label
-        dim=config["embed_dim"],
-        depth=depth // 2 * 2 + 1,
-        num_heads=config["num_heads"],
-        patch_size=config["patch_size"],
-        mlp_ratio=float(config.get("mlp_ratio", 4.0)),
-    )
-
-
-def _build_xswin(config: Mapping) -> nn.Module:
-    for name in ("window_size", "patch_size"):
-        if len(set(config[name])) != 1:
-            raise ValueError(f"{name}={list(config[name])}: ours are square")
-    return create_model(
-        "XSwin",
-        input_size=tuple(config["input_size"]),
-        in_channels=config["input_channels"],
-        out_channels=config["output_channels"],
-        num_classes=config["num_classes"],
-        dim=config["embed_dim"],
-        depths=config["depths"],
-        num_heads=config["num_heads"],
-        window_size=config["window_size"][0],
-        patch_size=config["patch_size"][0],
-        num_global_blocks=config["global_stages"],
-        skip="cross_attention" if config["residual_cross_attention"] else "concat",
-        final_downsample=config["final_downsample"],
-    )
-
-
 def _convert_dit(weights: dict[str, Tensor], config: Mapping) -> dict[str, Tensor]:
     weights = _rename(weights, DIT)
     depth = config["depth"]
@@ -180,9 +113,24 @@ def _convert_dit(weights: dict[str, Tensor], config: Mapping) -> dict[str, Tenso
     return _flatten_patch(weights)
 
 
+def _convert_sit(weights: dict[str, Tensor], config: Mapping) -> dict[str, Tensor]:
+    """SiT's velocity points from noise to data, ours from data to noise; the half of its output that SiT throws away
+    is left out."""
+    weights = _convert_dit(weights, config)
+    patch = {"p": config["patch_size"], "q": config["patch_size"]}
+    for name in ("final.linear.weight", "final.linear.bias"):
+        rows = rearrange(weights[name], "(p q c) ... -> p q c ...", **patch)[:, :, : config["in_channels"]]
+        weights[name] = -rearrange(rows, "p q c ... -> (p q c) ...")
+    return weights
+
+
 def _convert_uvit(weights: dict[str, Tensor], config: Mapping) -> dict[str, Tensor]:
     weights = _flatten_patch(_rename(weights, UVIT))
     weights["positions"] = weights["positions"][0]
+    if "smooth.weight" not in weights:  # the huge ones have no last convolution: ours passes the image on
+        channels = config["in_chans"]
+        weights["smooth.weight"] = nn.init.dirac_(torch.empty(channels, channels, 3, 3))
+        weights["smooth.bias"] = torch.zeros(channels)
     return weights
 
 
@@ -290,10 +238,11 @@ def _flatten_patch(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-SOURCES = {
-    "dit": (_build_dit, _convert_dit),
-    "uvit-adaln": (_build_uvit_adaln, _convert_dit),
-    "uvit": (_build_uvit, _convert_uvit),
-    "uswin": (_build_xswin, _convert_xswin),
-    "xswin": (_build_xswin, _convert_xswin),
+CONVERSIONS = {
+    "dit": _convert_dit,
+    "sit": _convert_sit,
+    "uvit-adaln": _convert_dit,
+    "uvit": _convert_uvit,
+    "uswin": _convert_xswin,
+    "xswin": _convert_xswin,
 }

@@ -1,5 +1,6 @@
 """Real processes of the entry points, and what they leave."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -32,18 +33,28 @@ def run(*arguments, cwd, processes=1, check=True, **settings):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-        **settings,
-    }
+    environment = environment_of(**settings)
     command = [*launcher, str(ROOT / arguments[0]), *map(str, arguments[1:])]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def environment_of(**settings):
+    """One thread, no accelerator."""
+    own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **own, **settings}
+
+
+def script(name):
+    """A program, such as scripts/gallery.py, as a module, to be tested without a process of its own."""
+    path = ROOT / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def log(folder, name):

@@ -65,7 +65,7 @@ def test_weights_that_do_not_fit_are_listed():
     with pytest.raises(ValueError, match=r"unknown .'extra'."):
         load_reference("dit", {**weights, "extra": torch.zeros(1)}, config)
     with pytest.raises(ValueError, match="choose from dit"):
-        load_reference("sit", weights, config)
+        load_reference("mit", weights, config)
 
 
 def test_windows_that_are_not_square_are_refused():

@@ -20,7 +20,7 @@ def modulate(
 
 
 def _spread(values: Float[Tensor, "b d"], x: Float[Tensor, "b *axes d"]) -> Tensor:
-    return values.view(len(x), *(1,) * (x.ndim - 2), x.shape[-1])
+    return values.view(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])  # not len(x): that is a number to torch.export
 
 
 class Modulator(nn.Module):

@@ -1,0 +1,45 @@
+"""`hf://owner/name` wherever a path to a checkpoint works: its weights from the hub, kept in `runs/owner--name`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+SCHEME = "hf://"
+
+
+class HubError(ValueError):
+    """What the hub did not serve, and why, in one line."""
+
+
+def local(path: str | Path, file: str) -> Path:
+    """The path itself, or of `hf://owner/name[@revision]` the file, downloaded where it is not here already.
+
+    Without a network, what was downloaded before is used.
+
+    Raises:
+        HubError: when the id is none, the hub has no such repository or file, or it cannot be reached.
+    """
+    if not str(path).startswith(SCHEME):
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    repo, _, revision = str(path).removeprefix(SCHEME).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise HubError(f"{path}: not the name of a repository; write hf://owner/name, or hf://owner/name@revision")
+    folder = Path("runs") / (repo.replace("/", "--") + (f"@{revision.replace('/', '--')}" if revision else ""))
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision or None, local_dir=folder))
+    except LocalEntryNotFoundError as error:
+        raise HubError(f"{path}: no network, and {folder} does not hold it from before ({reason(error)})") from error
+    except (EntryNotFoundError, HFValidationError, HTTPError, OSError) as error:
+        raise HubError(f"{path}: the hub does not serve {file} of it ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """The most telling line of a hub's error, without addresses and request numbers."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = {401: "no such repository, or it is private: HF_TOKEN or `hf auth login` opens it", 404: "no such thing"}
+    first = str(error).strip().split("\n")[0]
+    return said.get(status or 0) or re.sub(r"\s*\(Request ID[^)]*\)", "", first)

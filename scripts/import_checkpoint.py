@@ -1,0 +1,222 @@
+"""Published weights as a checkpoint that sample.py and evaluate.py take.
+
+    python scripts/import_checkpoint.py --source dit --weights DiT-XL-2-256x256.pt --output runs/DiT-XL-2-256
+    python scripts/import_checkpoint.py --source uvit --weights imagenet512_uvit_huge.pth --output runs/UViT-H-4-512
+    python scripts/import_checkpoint.py --source xswin --weights 0100000.pt --classes names.txt --output runs/published
+
+Sizes, classes and whether the variance is learned are read off the weights; nothing in the file is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import pickle
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment.cli import one_line_errors, parse
+from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
+
+LATENT_FACTOR = 8  # image over latent side of the published autoencoder
+
+# What each was trained under, and how its authors sample from it. A published U-ViT is told n = 1..1000 of its discrete
+# times (huge), or 999 t of its continuous ones (the others), whose schedule is `linear` in a thousand steps.
+DIFFUSION = {
+    "dit": DiffusionConfig(),
+    "sit": DiffusionConfig(kind="flow", model_times=[1.0, 0.0]),
+    "uvit": DiffusionConfig(variance="fixed_large", model_times=[0.999, 999.0]),
+    "uvit-huge": DiffusionConfig(schedule="scaled_linear", variance="fixed_large", model_times=[1.0, 1000.0]),
+    "uvit-adaln": DiffusionConfig(),
+    "uswin": DiffusionConfig(),
+    "xswin": DiffusionConfig(),
+}
+SAMPLING = {
+    "dit": SamplingConfig(num_steps=250, guidance_scale=1.5),
+    "sit": SamplingConfig(num_steps=250, guidance_scale=1.5),
+    "uvit": SamplingConfig(sampler="dpmpp_2m", num_steps=50, guidance_scale=1.4),
+}
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Turn published weights into a checkpoint.
+
+    Args:
+        source: 'dit' and 'sit' (Meta's .pt), 'uvit' (the .pth of Bao et al.), 'uvit-adaln', 'uswin' or 'xswin' (.pt of
+            the XSwin authors' repository)
+        weights: the file: a state dict, or a training checkpoint, of which the averaged weights are taken; .pt, .pth or
+            .safetensors
+        output: folder of the new checkpoint
+        autoencoder: whose latents the model denoises: a hub id, a folder in diffusers' format, or 'pixel'
+        classes: text file with the name of a class a line; by default ImageNet's where there are 1000, else numbers
+        data: the images that it was trained on, for evaluate.py (--data.path)
+        image_size: side in pixels; by default 8 times the latent's
+        num_heads: where the width is none of the published sizes
+        input_size: side of the latent, where the weights do not say
+    """
+
+    source: str
+    weights: Path
+    output: Path
+    autoencoder: str = "stabilityai/sd-vae-ft-ema"
+    classes: Path | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    image_size: int | None = None
+    num_heads: int | None = None
+    input_size: int | None = None
+
+
+def main(config: ImportConfig) -> None:
+    """Read, rename, write, open again."""
+    from safetensors.torch import save_file
+
+    from experiment.build import ModelSpec, build_process
+    from experiment.checkpoint import WEIGHTS, metadata_of, open_checkpoint
+    from experiment.files import write_whole
+    from models.reference import load_reference
+    from models.reference_config import infer_config, reference_arguments
+
+    if config.output.exists() and any(config.output.iterdir()):
+        raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
+    weights, step = read_weights(config.weights)
+    published = infer_config(config.source, weights, num_heads=config.num_heads, input_size=config.input_size)
+    arguments = reference_arguments(config.source, published)
+    model = load_reference(config.source, weights, published)
+
+    side = arguments.pop("input_size")
+    height, width = side if isinstance(side, tuple) else (side, side)
+    derived = {name: arguments.pop(name) for name in ("in_channels", "out_channels", "num_classes")}
+    name, args = row_of(arguments.pop("name"), arguments)
+    spec = ModelSpec(name=name, args=args, input_size=(height, width), **derived)
+    classes = read_classes(config.classes, spec.num_classes)
+
+    kind = "uvit-huge" if config.source == "uvit" and "final_layer.weight" not in weights else config.source
+    diffusion = DIFFUSION[kind]
+    if diffusion.variance is None and diffusion.kind == "gaussian" and spec.out_channels == spec.in_channels:
+        diffusion = replace(diffusion, variance="fixed_large")
+    build_process(diffusion)
+    factor = 1 if config.autoencoder == "pixel" else LATENT_FACTOR
+    experiment = ExperimentConfig(
+        model=spec.name,
+        model_args=spec.args,
+        autoencoder=config.autoencoder,
+        name=config.output.name,
+        data=replace(config.data, image_size=config.image_size or factor * height),
+        diffusion=diffusion,
+        sampling=SAMPLING.get(config.source, SamplingConfig()),
+    )
+    config.output.mkdir(parents=True, exist_ok=True)
+    metadata = metadata_of(experiment, spec, classes, step)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in model.state_dict().items()},
+        config.output / WEIGHTS,
+        metadata=metadata,
+    )
+    with config.weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    origin = {"source": config.source, "file": config.weights.name, "sha256": digest, "published": published}
+    write_whole(config.output / "imported.json", json.dumps(origin, indent=2) + "\n")
+    open_checkpoint(config.output)
+    print(
+        f"{name}{f' {args}' if args else ''}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+        f"{height}x{width}x{spec.in_channels} latents, {spec.num_classes} classes: {config.output}"
+    )
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], int]:
+    """The averaged weights of a published file, and the step, where it says it.
+
+    Raises:
+        ValueError: when there is no such file, it holds objects that are not plain data, or no tensors.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"--weights {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their arguments
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--weights {path}: not plain weights, and nothing else is unpickled ({reason})") from None
+    except (RuntimeError, EOFError, SafetensorError) as error:
+        raise ValueError(f"--weights {path}: cut short, or not a file of torch ({error})") from None
+    step = int(found.get("train_steps", 0)) if isinstance(found, dict) else 0
+    names = ("ema", "model", "state_dict")
+    parts = [found[name] for name in names if isinstance(found, dict) and isinstance(found.get(name), dict)]
+    weights = strip(parts[0] if parts else found)
+    if len(parts) > 1 and parts[1] is found.get("model"):
+        # The XSwin authors' average leaves the batch norms' statistics as they began; the trained model has them.
+        trained = strip(parts[1])
+        weights |= {name: value for name, value in trained.items() if name.rsplit(".", 1)[-1] in STATISTICS}
+    if not weights:
+        raise ValueError(f"--weights {path}: no tensors in it, neither at the top nor under {', '.join(names)}")
+    return weights, step
+
+
+STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def strip(weights: object) -> dict[str, Any]:
+    """The tensors, in float32, without the prefixes that DistributedDataParallel and torch.compile put before names."""
+    import torch
+
+    tensors = {}
+    for name, tensor in weights.items() if isinstance(weights, dict) else ():
+        if isinstance(tensor, torch.Tensor):
+            bare = str(name).removeprefix("module.").removeprefix("_orig_mod.")
+            tensors[bare] = tensor.float() if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def row_of(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The backbone's row in the table that builds the same, if there is one, and what is left to say."""
+    from models import BACKBONES
+
+    family, _ = BACKBONES[name]
+    defaults = {key: parameter.default for key, parameter in inspect.signature(family).parameters.items()}
+    wanted = {**defaults, **BACKBONES[name][1], **arguments}
+    for row_name, (backbone, row) in BACKBONES.items():
+        if backbone is family and plain({**defaults, **row}) == plain(wanted):
+            return row_name, {}
+    return name, arguments
+
+
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Lists and tuples alike."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
+
+
+def read_classes(path: Path | None, num_classes: int) -> list[str]:
+    """A name for each class, no two alike.
+
+    Raises:
+        ValueError: when the file has more or fewer.
+    """
+    names = [str(number) for number in range(num_classes)]
+    if path is not None:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    elif num_classes == 1000:
+        from torchvision.models import ResNet18_Weights
+
+        names = list(ResNet18_Weights.DEFAULT.meta["categories"])
+    if len(names) != num_classes:
+        raise ValueError(f"--classes {path}: {len(names)} names, and the model has {num_classes} classes")
+    return [f"{name} {label}" if names.count(name) > 1 else name for label, name in enumerate(names)]
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse(ImportConfig))

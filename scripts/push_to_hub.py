@@ -1,0 +1,84 @@
+"""Upload a checkpoint, with a model card written from its run's own files.
+
+    hf auth login                                                             # once, or HF_TOKEN=...
+    python scripts/push_to_hub.py --checkpoint runs/XSwin --repo me/xswin-caltech101 --license mit
+    python scripts/push_to_hub.py --checkpoint runs/XSwin --repo me/xswin-caltech101 --dry_run card
+
+Then `sample.py --checkpoint hf://me/xswin-caltech101` works anywhere. The token is read by huggingface_hub alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment.cli import one_line_errors, parse
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Upload averaged weights, configuration, curves, samples, scores and a model card.
+
+    Args:
+        checkpoint: a run's folder, a checkpoint, or its ema.safetensors
+        repo: owner/name on the hub; made where it does not exist
+        license: of the weights, by the hub's names: 'mit', 'apache-2.0', 'cc-by-nc-4.0', 'other', ...
+        private: make a new repository private
+        message: of the commit
+        dry_run: write what would be uploaded to this folder, and upload nothing
+    """
+
+    checkpoint: str
+    repo: str
+    license: str = "other"
+    private: bool = False
+    message: str | None = None
+    dry_run: Path | None = None
+
+
+def main(config: PushConfig) -> None:
+    """Card, files, one commit."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HTTPError
+
+    from experiment.checkpoint import WEIGHTS, open_checkpoint
+    from experiment.hub import HubError, reason
+    from experiment.model_card import card_files, model_card
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
+        raise ValueError(f"--repo {config.repo}: give owner/name")
+    checkpoint = open_checkpoint(config.checkpoint)
+    files = card_files(checkpoint)
+    card = model_card(checkpoint, config.repo, config.license, files)
+    files = {WEIGHTS: checkpoint.path, **files}
+    if config.dry_run:
+        config.dry_run.mkdir(parents=True, exist_ok=True)
+        for name, path in files.items():
+            shutil.copy(path, config.dry_run / name)
+        (config.dry_run / "README.md").write_text(card)
+        return print(f"would upload {', '.join([*files, 'README.md'])}: {config.dry_run}")
+
+    message = config.message or f"{checkpoint.spec.name}, step {checkpoint.step}"
+    additions = [CommitOperationAdd(name, path) for name, path in files.items()]
+    try:
+        api = HfApi()
+        api.create_repo(config.repo, private=config.private, exist_ok=True)
+        commit = api.create_commit(
+            config.repo, [*additions, CommitOperationAdd("README.md", card.encode())], commit_message=message
+        )
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise HubError(
+            f"--repo {config.repo}: the hub did not take it ({reason(error)}); log in with `hf auth login` or "
+            "HF_TOKEN, or use --dry_run FOLDER"
+        ) from error
+    return print(f"{commit.commit_url}\npython sample.py --checkpoint hf://{config.repo}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse(PushConfig))

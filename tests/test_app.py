@@ -1,0 +1,161 @@
+"""The page as visitors use it: a real server on a free port, asked over its own interface."""
+
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import ROOT, environment_of, script
+
+from experiment.cli import parse
+from experiment.studio import Studio, find_runs, spelled
+
+gradio_client = pytest.importorskip("gradio_client", reason="the page is an extra: pip install -e '.[demo]'")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio_client"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # gradio_client leaves its event streams to the collector
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket"),
+]
+SAMPLE = script("sample.py")
+DRAW = {
+    "of_class": "star",
+    "seed": "3",
+    "number": 2,
+    "guidance": 1.5,
+    "sampler": "ddpm",
+    "steps": 4,
+    "to_class": None,
+    "to_seed": "",
+}
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    """Of the page, serving the tiny run's two checkpoints."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    checkpoints = "[runs/tiny, runs/tiny/checkpoints/00000002]"
+    command = [sys.executable, str(ROOT / "scripts" / "app.py"), "--port", str(port), "--checkpoints", checkpoints]
+    log = (folder / "app.log").open("w")
+    server = subprocess.Popen(
+        command, cwd=folder, env=environment_of(GRADIO_ANALYTICS_ENABLED="False"), stdout=log, stderr=log
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "app.log").read_text()
+                time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def client(address, tmp_path_factory):
+    client = gradio_client.Client(address, download_files=str(tmp_path_factory.mktemp("downloads")), verbose=False)
+    yield client
+    client.close()
+
+
+def draw(client, runs=("runs/tiny",), **settings):
+    """What the page shows at last: the files of all moments, the commands, the pictures."""
+    wanted = {"runs": list(runs), **DRAW, **settings}
+    slider, command, *shown = client.predict(*wanted.values(), api_name="/draw")
+    return slider, command, [picture["value"] for picture in shown if picture.get("visible") and picture.get("value")]
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"to_class": "ring", "number": 3}, {"to_seed": "8", "sampler": "ddim", "guidance": 1.0}],
+    ids=["pictures", "classes", "seeds"],
+)
+def test_the_command_on_the_page_draws_the_same_pixels(client, folder, settings, monkeypatch):
+    _, command, pictures = draw(client, **settings)
+    monkeypatch.chdir(folder)
+    program, *arguments = shlex.split(command)[1:]
+    assert program == "sample.py"
+    SAMPLE.main(parse(SAMPLE.SampleConfig, arguments))
+    assert np.array_equal(pixels(pictures[0]), pixels(folder / "tiny.png"))
+
+
+def test_two_checkpoints_side_by_side_and_back_through_the_steps(client):
+    slider, command, pictures = draw(client, ["runs/tiny", "runs/tiny/checkpoints/00000002"])
+    assert len(pictures) == len(command.splitlines()) == 2
+    assert not np.array_equal(pixels(pictures[0]), pixels(pictures[1]))
+    assert (slider["maximum"], slider["visible"]) == (4, True)
+    before = [each["value"] for each in client.predict(2, api_name="/moment")[:2]]
+    for early, late in zip(before, pictures, strict=True):
+        assert pixels(early).shape == pixels(late).shape
+        assert not np.array_equal(pixels(early), pixels(late))
+
+
+def test_nearest_training_images_are_shown_below(client):
+    path = client.predict(["runs/tiny"], *DRAW.values(), api_name="/nearest")
+    assert pixels(path).shape[0] > 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"of_class": "starr"}, "did you mean star"),
+        ({"seed": "abc"}, "Seed abc: give a whole number"),
+        ({"seed": "-1"}, "Seed -1: give a whole number"),
+        ({"steps": 0}, "Value 0 is less than minimum value 1"),
+        ({"sampler": "magic"}, "magic is not in the list of choices"),
+        ({"runs": ["../../etc"]}, "etc.* is not in the list of choices"),
+        ({"runs": []}, "choose one to 3 checkpoints"),
+    ],
+)
+def test_what_a_visitor_gets_wrong_is_said_on_the_page(client, settings, words):
+    wanted = {"runs": ["runs/tiny"], **DRAW, **settings}
+    with pytest.raises(Exception, match=words):  # gradio_client has its own for each case
+        client.predict(*wanted.values(), api_name="/draw")
+
+
+def test_no_file_but_its_pictures_can_be_fetched(address, folder):
+    for path in ("/etc/passwd", str(folder / "tiny.yaml"), "../tiny.yaml", str(ROOT / "README.md")):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=20)
+        assert refused.value.code in (403, 404)
+
+
+def test_eight_visitors_at_once_get_their_pictures_in_turn(address, tmp_path):
+    def visit(seed):
+        visitor = gradio_client.Client(address, download_files=str(tmp_path), verbose=False)
+        found = pixels(draw(visitor, seed=str(seed), number=1, steps=2)[2][0])
+        visitor.close()
+        return found.tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(visit, range(8)))) == 8
+
+
+def test_without_runs_it_says_what_to_do(tmp_path, folder):
+    with pytest.raises(ValueError, match="no run with a checkpoint in it; `make demo` trains one"):
+        find_runs(tmp_path)
+    assert (folder / "runs" / "tiny").as_posix() in find_runs(folder / "runs")
+    with pytest.raises(ValueError, match="does not exist"):
+        Studio([str(tmp_path / "none")])
+
+
+def test_classes_are_spelled_so_that_the_command_line_reads_them():
+    assert [spelled(label, ["cat", "8", "true", "a b", "x, y"]) for label in range(5)] == ["cat", "8", "2", "a b", "4"]

@@ -1,0 +1,190 @@
+"""What leaves for diffusers draws the pictures that sample.py draws."""
+
+import json
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers.utils import dynamic_modules_utils
+from processes import script
+from safetensors.torch import save_file
+
+from experiment.batches import generator_for
+from experiment.build import ModelSpec, build_process
+from experiment.checkpoint import WEIGHTS, metadata_of, open_checkpoint
+from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
+from models import create_model
+from models.autoencoder import create_codec
+from models.diffusers_dit import to_diffusers, with_our_frequencies, without_shift
+
+EXPORT, SAMPLE = script("scripts/export_diffusers.py"), script("sample.py")
+TINY_DIT = {"dim": 32, "depth": 2, "num_heads": 2}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation"),  # diffusers, with numpy 2
+    pytest.mark.filterwarnings("ignore:divide by zero"),  # the log of its last sigma, 0
+]
+CLASSES = [f"class {number}" for number in range(10)]
+BACKBONES = {
+    "DiT": TINY_DIT,
+    "UViT": {**TINY_DIT, "depth": 3},
+    "UViT-tokens": {**TINY_DIT, "depth": 3},
+    "XSwin": {"dim": 16, "depths": [2, 1], "num_heads": [2, 4], "num_global_blocks": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_shape_checks(monkeypatch):
+    """Checks of shapes would be traced."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_modules(tmp_path_factory):
+    """diffusers copies a pipeline's code to a folder of the user's before it runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+def randomise(model, seed=0):
+    """Trained-like weights: what starts at zero says something."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=32, **diffusion):
+    """A run that nobody trained."""
+    config = DiffusionConfig(**diffusion)
+    codec, process = create_codec(autoencoder), build_process(config)
+    channels, *side = codec.latent_shape(size, size)
+    spec = ModelSpec(model, args, tuple(side), channels, process.output_channels(channels), 10)
+    sampling = SamplingConfig(num_steps=4, guidance_scale=2.0)
+    experiment = ExperimentConfig(
+        model, args, autoencoder, diffusion=config, sampling=sampling, data=DataConfig(image_size=size)
+    )
+    weights = randomise(spec.build()).state_dict()
+    folder.mkdir()
+    save_file(weights, folder / WEIGHTS, metadata=metadata_of(experiment, spec, CLASSES, 5))
+    return folder
+
+
+def drawn(run, output, **settings):
+    """By sample.py: classes 1 and 2, two of each."""
+    flags = {"checkpoint": str(run), "output": str(output), "classes": [1, 2], "num_per_class": 2, **settings}
+    SAMPLE.main(SAMPLE.SampleConfig(**flags))
+    with np.load(output) as file:
+        return file["arr_0"].astype(int)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler", "spacing", "autoencoder", "settings"),
+    [
+        ("gaussian", "ddpm", "uniform", "embedded", {}),
+        ("gaussian", "ddim", "trailing", "embedded", {"prediction": "v", "variance": "fixed_small"}),
+        ("gaussian", "dpmpp_2m", "uniform", "pixel", {"schedule": "cosine"}),
+        ("flow", "euler", None, "embedded", {"shift": 2.0}),
+        ("edm", "euler", None, "pixel", {}),
+    ],
+)
+def test_pictures_are_those_of_sample(kind, sampler, spacing, autoencoder, settings, tmp_path):
+    run = checkpoint(tmp_path / "run", autoencoder=autoencoder, kind=kind, size=16, **settings)
+    flags = {"sampler": sampler, "spacing": spacing}
+    EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out", **flags))
+    expected = drawn(run, tmp_path / "drawn.npz", seed=3, **flags)
+    pipeline = DiffusionPipeline.from_pretrained(
+        tmp_path / "out", custom_pipeline=str(tmp_path / "out" / "pipeline.py"), trust_remote_code=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    names = ["class 1", "class 1", 2, "class 2"]
+    found = pipeline(names, seed=3, output_type="np").images
+    assert found.std() > 1
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert pipeline(names, seed=3).images[0].size == (16, 16)
+    with pytest.raises(ValueError, match="cat: no such class among the 10"):
+        pipeline(["cat"])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_leaves_as_a_program_for_any_batch(name, tmp_path):
+    spec = ModelSpec(name, BACKBONES[name], (8, 8), 4, 8, 10)
+    model = randomise(spec.build())
+    program, error = EXPORT.export_denoiser(model, spec)
+    assert error < 1e-5
+    torch.export.save(program, tmp_path / "denoiser.pt2")
+    again = torch.export.load(tmp_path / "denoiser.pt2").module()
+    for num in (1, 4):
+        inputs = torch.randn(num, 4, 8, 8), torch.rand(num), torch.full((num,), 10)
+        torch.testing.assert_close(again(*inputs), model(*inputs))
+
+
+def test_a_program_that_differs_is_not_written(monkeypatch):
+    spec = ModelSpec("DiT", TINY_DIT, (8, 8), 4, 8, 10)
+    model, other = randomise(spec.build()), randomise(spec.build(), seed=1)
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda model, *rest, **options: export(other, *rest, **options))
+    with pytest.raises(ValueError, match="the exported program differs from the model by"):
+        EXPORT.export_denoiser(model, spec)
+
+
+def test_a_dit_leaves_as_diffusers_own_with_ten_classes(tmp_path):
+    run = checkpoint(tmp_path / "run")
+    flags = {"sampler": "ddim", "spacing": "trailing"}
+    EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out", native=True, **flags))
+    expected = drawn(run, tmp_path / "drawn.npz", **flags)
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    with_our_frequencies(pipeline.transformer)  # what the folder's README says to do
+    labels = pipeline.get_label_ids(["class 1", "class 1", "class 2", "class 2"])
+    generators = [generator_for(0, "sample", index) for index in range(4)]
+    found = pipeline(labels, guidance_scale=2.0, generator=generators, num_inference_steps=4, output_type="np").images
+    assert np.abs((found * 255).round().astype(int) - expected).max() <= 1
+
+
+def test_diffusers_dit_puts_out_the_same():
+    model = randomise(create_model("DiT", input_size=8, in_channels=4, out_channels=8, num_classes=10, **TINY_DIT))
+    x_t, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999]), torch.tensor([0, 9, 10])
+    theirs = with_our_frequencies(to_diffusers(model))
+    labels = torch.where(y == 10, 1000, y)
+    torch.testing.assert_close(theirs(x_t, t, labels).sample, model(x_t, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_an_autoencoder_without_shift_decodes_and_encodes_the_same():
+    codec = create_codec("embedded")
+    centred = without_shift(codec.autoencoder)
+    x_0 = torch.randn(2, 4, 4, 4)
+    decoded = centred.decode(x_0 / codec.scale).sample
+    torch.testing.assert_close(decoded, codec.autoencoder.decode(x_0 / codec.scale + codec.shift).sample)
+    images = torch.rand(2, 3, 32, 32)
+    theirs = codec.autoencoder.encode(images).latent_dist.mean - codec.shift
+    torch.testing.assert_close(centred.encode(images).latent_dist.mean, theirs)
+
+
+def test_what_diffusers_cannot_follow_is_refused(tmp_path):
+    run = checkpoint(tmp_path / "run")
+    swin = checkpoint(tmp_path / "swin", "XSwin", BACKBONES["XSwin"])
+    trailing = {"sampler": "ddim", "spacing": "trailing"}
+    for source, settings, words in [
+        (run, {"sampler": "heun"}, "--sampler heun with --spacing uniform: no scheduler .* there are gaussian, ddpm"),
+        (run, {"native": True}, "--native: DiTPipeline cannot walk gaussian, ddpm, uniform; add --sampler ddim"),
+        (swin, {"native": True, **trailing}, "--native: diffusers has no XSwin"),
+        (tmp_path / "none", {}, "--checkpoint .*none does not exist"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            EXPORT.main(EXPORT.ExportConfig(checkpoint=str(source), output=tmp_path / "out", **settings))
+        assert not (tmp_path / "out").exists()
+    guided = SamplingConfig(sampler="ddim", spacing="uniform", guidance_interval=[0.1, 2.0])
+    with pytest.raises(ValueError, match=r"--sampling.guidance_interval \[0.1, 2.0\]: diffusers"):
+        EXPORT.scheduler_of("gaussian", open_checkpoint(run).build_process(), guided)
+
+
+def test_the_folder_says_how_to_load_it(tmp_path):
+    assert json.loads((EXPORT.PARTS.parent / "autoencoder" / "config.json").read_text())["shift_factor"]  # is tested
+    run = open_checkpoint(checkpoint(tmp_path / "run"))
+    for native in (False, True):
+        text = EXPORT.readme(run, SamplingConfig(sampler="ddim", spacing="trailing"), native=native)
+        assert "class 0" in text
+        assert "from_pretrained" in text

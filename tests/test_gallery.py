@@ -1,0 +1,88 @@
+"""One page of all runs, whole in one file."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from processes import script
+
+GALLERY = script("scripts/gallery.py")
+pytestmark = pytest.mark.filterwarnings("ignore:Glyph")
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """The tiny run, one of twice the learning rate with scores, and one that was cut before its first line."""
+    runs = tmp_path_factory.mktemp("gallery") / "runs"
+    for name in ("tiny", "twice<b>"):
+        (runs / name / "samples").mkdir(parents=True)
+        for file in ("config.yaml", "log.jsonl"):
+            shutil.copy(folder / "runs" / "tiny" / file, runs / name / file)
+    grid = next((folder / "runs" / "tiny").rglob("*.png"))
+    shutil.copy(grid, runs / "tiny" / "samples" / "00000004.png")
+    config = yaml.safe_load((runs / "twice<b>" / "config.yaml").read_text())
+    config["optim"]["lr"] *= 2
+    (runs / "twice<b>" / "config.yaml").write_text(yaml.safe_dump({**config, "name": "twice"}))
+    scores = {"fid": {"value": 12.5, "std": None}, "is": {"value": None, "reason": "too few"}}
+    (runs / "twice<b>" / "scores.json").write_text(json.dumps({"scores": scores}))
+    with (runs / "twice<b>" / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    (runs / "young").mkdir()
+    (runs / "young" / "config.yaml").write_text("model: XSwin\n")
+    (runs / "notes").mkdir()
+    return runs
+
+
+class Cells(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.rows, self.cell, self.tags = [], False, []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        self.cell = tag in ("td", "button")
+
+    def handle_endtag(self, tag):
+        self.cell = False
+
+    def handle_data(self, data):
+        if self.cell and self.rows:
+            self.rows[-1].append(data)
+
+
+def test_runs_scores_and_differences_are_in_the_table(runs):
+    GALLERY.main(runs)
+    page = (runs / "gallery.html").read_text()
+    head, *rows = Cells(page).rows
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert list(table) == ["tiny", "twice<b>", "young"]
+    assert (table["tiny"]["optim.lr"], table["twice<b>"]["optim.lr"]) == ("0.001", "0.002")
+    assert (table["tiny"]["fid"], table["twice<b>"]["fid"]) == ("-", "12.5")
+    assert (table["tiny"]["steps"], table["young"]["steps"]) == ("4", "-")
+    losses = [json.loads(line).get("loss") for line in (runs / "tiny" / "log.jsonl").read_text().splitlines()]
+    assert table["tiny"]["loss"] == f"{[loss for loss in losses if loss is not None][-1]:.4g}"
+    assert "is" not in head
+    assert "name" not in head
+
+
+def test_the_page_needs_no_other_file(runs):
+    GALLERY.main(runs)
+    page = (runs / "gallery.html").read_text()
+    tags = Cells(page).tags
+    sources = [attrs[name] for _, attrs in tags for name in ("src", "href") if name in attrs]
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert sum(tag == "img" for tag, _ in tags) == 1
+    assert "<svg" in page
+    assert not re.search(r"@import|url\((?![\"']?#)", page)
+    assert "twice<b>" not in page
+
+
+def test_a_folder_without_runs_is_told_in_words(tmp_path):
+    with pytest.raises(ValueError, match="no run in it, a folder with config"):
+        GALLERY.main(tmp_path)

@@ -1,0 +1,168 @@
+"""Checkpoints to the hub and back, over its HTTP interface, and what is said when it cannot be reached."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_stub import TOKEN, Hub
+from huggingface_hub import constants
+from processes import script
+
+from experiment.checkpoint import open_checkpoint, warm_start
+from experiment.hub import HubError, local
+
+PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")
+REPO = "me/tiny-shapes"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # huggingface_hub, of its own HTTP library
+
+
+@pytest.fixture(scope="module")
+def hub():
+    hub = Hub()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def asked(hub):
+    """huggingface_hub asks the stub, as HF_ENDPOINT and HF_TOKEN tell it; it has read them when it was imported."""
+    resolve = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.address)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", TOKEN)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pushed(folder, hub):
+    """A finished run with scores, uploaded."""
+    scores = {
+        "scores": {"fid": {"value": 12.346, "std": 0.5, "reason": None}},
+        "num_samples": 400,
+        "num_reference": 400,
+        "extractor": "inception",
+        "extractor_sha256": "abc123",
+        "reference": {"source": "shapes", "split": "test"},
+        "samples": {"sampler": "ddpm", "num_steps": 3, "guidance_scale": 1.5, "seed": 0},
+        "commit": "f00d",
+    }
+    path = folder / "runs" / "tiny" / "scores.json"
+    path.write_text(json.dumps(scores))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        PUSH.main(PUSH.PushConfig(checkpoint=str(folder / "runs" / "tiny"), repo=REPO, license="mit"))
+    path.unlink()
+    return said.getvalue()
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """An empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_upload_holds_weights_card_and_what_the_card_shows(pushed, hub, folder):
+    files = hub.repos[REPO]
+    assert {"ema.safetensors", "config.yaml", "scores.json", "README.md", "loss.png"} <= set(files)
+    weights = folder / "runs" / "tiny" / "checkpoints" / "00000004" / "ema.safetensors"
+    assert files["ema.safetensors"] == weights.read_bytes()
+    card = files["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "mit"
+    for said in (
+        "averaged weights after 4 steps",
+        "10 classes (circle,",
+        "the embedded procedural shapes",
+        "| fid | 12.35 ± 0.5 |",
+        "400 samples against 400 images",
+        "sha256 `abc123`",
+        "sampler ddpm, num_steps 3, guidance_scale 1.5, seed 0",
+        "![Loss](loss.png)",
+        f"python sample.py --checkpoint hf://{REPO}",
+        "## Limits",
+    ):
+        assert said in card
+
+
+def test_no_token_is_printed_or_stored(pushed, hub, tmp_path_factory):
+    assert f"Bearer {TOKEN}" in hub.tokens
+    assert REPO in pushed
+    assert TOKEN not in pushed
+    assert not any(TOKEN.encode() in content for content in hub.repos[REPO].values())
+    for place in tmp_path_factory.getbasetemp().rglob("*"):
+        assert not (place.is_file() and place.stat().st_size < 10**6 and TOKEN.encode() in place.read_bytes()), place
+
+
+def test_a_name_on_the_hub_works_where_a_path_does(pushed, hub, here):
+    checkpoint = open_checkpoint(f"hf://{REPO}")
+    assert (checkpoint.spec.name, checkpoint.step, checkpoint.run.resolve()) == (
+        "XSwin",
+        4,
+        Path("runs/me--tiny-shapes").resolve(),
+    )
+    model = checkpoint.load_model()
+    fresh = checkpoint.spec.build()
+    assert f"--init_from hf://{REPO}: took" in warm_start(fresh, f"hf://{REPO}")
+    assert torch.equal(fresh.head.weight, model.head.weight)
+    downloads = sum(call.startswith("GET") for call in hub.calls)
+    assert local(f"hf://{REPO}@main", "ema.safetensors").is_file()
+    open_checkpoint(f"hf://{REPO}")
+    assert sum(call.startswith("GET") for call in hub.calls) == downloads + 1  # of the revision's own folder
+
+
+def test_sample_draws_from_the_hub(pushed, here):
+    settings = {"classes": "circle", "num_per_class": 1}
+    SAMPLE.main(SAMPLE.SampleConfig(checkpoint=f"hf://{REPO}", **settings))
+    assert Path("runs/me--tiny-shapes/samples.png").is_file()
+
+
+def test_without_a_network_what_was_downloaded_before_serves(pushed, hub, here, monkeypatch):
+    first = local(f"hf://{REPO}", "ema.safetensors")
+    nowhere = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
+    assert local(f"hf://{REPO}", "ema.safetensors") == first
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # else it tries five times
+    with pytest.raises(HubError, match=r"^hf://me/other: no network, and runs/me--other does not hold it from before"):
+        open_checkpoint("hf://me/other")
+
+
+def test_what_the_hub_does_not_have_is_said_in_one_line(pushed, hub, here):
+    hub.repos["me/empty"] = {}
+    for path, words in {
+        "hf://me/none": "no such repository, or it is private",
+        "hf://me/empty": "the hub does not serve ema.safetensors of it",
+        f"hf://{REPO}@v9": "the hub does not serve",
+        "hf://none": "not the name of a repository; write hf://owner/name",
+        "hf://me/../etc": "not the name of a repository",
+    }.items():
+        with pytest.raises(HubError, match=words) as raised:
+            open_checkpoint(path)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_push_that_is_refused_ends_in_one_line(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(HubError, match=r"--repo me/tiny-shapes: the hub did not take it .*hf auth login") as raised:
+        PUSH.main(PUSH.PushConfig(checkpoint=str(folder / "runs" / "tiny"), repo=REPO))
+    assert "\n" not in str(raised.value)
+    assert "hf_wrong" not in str(raised.value)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="--repo me/tiny-shapes: the hub did not take it"):
+        PUSH.main(PUSH.PushConfig(checkpoint=str(folder / "runs" / "tiny"), repo=REPO))
+
+
+def test_a_dry_run_uploads_nothing(folder, tmp_path, hub, here):
+    calls = len(hub.calls)
+    run_folder = str(folder / "runs" / "tiny")
+    PUSH.main(PUSH.PushConfig(checkpoint=run_folder, repo=REPO, dry_run=tmp_path / "card"))
+    assert "Not scored yet" in (tmp_path / "card" / "README.md").read_text()
+    assert (tmp_path / "card" / "ema.safetensors").is_file()
+    assert len(hub.calls) == calls
+    with pytest.raises(ValueError, match="--repo tiny: give owner/name"):
+        PUSH.main(PUSH.PushConfig(checkpoint=run_folder, repo="tiny"))

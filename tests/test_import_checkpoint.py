@@ -1,0 +1,171 @@
+"""Published weights as checkpoints: every format, both resolutions, what is wrong with a file told in words."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from processes import script
+from test_reference_parity import SOURCES, load_fixture, relative_error
+
+from diffusion import FlowMatching, sample
+from experiment.checkpoint import open_checkpoint
+from models.reference import load_reference
+from models.reference_config import infer_config, reference_arguments
+
+SCRIPT = script("scripts/import_checkpoint.py")
+SAMPLE = script("sample.py")
+
+
+def import_weights(folder, saved, source, suffix="pt", **settings):
+    path = folder / f"published.{suffix}"
+    torch.save(saved, path)
+    settings = {"num_heads": 4, "autoencoder": "embedded", **settings}
+    SCRIPT.main(SCRIPT.ImportConfig(source=source, weights=path, output=folder / "imported", **settings))
+    return open_checkpoint(folder / "imported")
+
+
+def of_training(weights, **others):
+    """What the authors' training scripts save, DiT's and XSwin's alike."""
+    arguments = argparse.Namespace(image_size=64, model="DiT-XL/2")
+    optimizer = {"state": {}, "param_groups": [{"lr": 1e-4}]}
+    return {"model": weights, "ema": weights, "opt": optimizer, "args": arguments, "train_steps": 70, **others}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_checkpoint_puts_out_what_the_published_model_did(name, tmp_path):
+    """The model is built from the weights' shapes alone: size, depth, windows, skips, classes."""
+    tensors, weights, published = load_fixture(name)
+    saved = weights if name in ("uvit_official", "dit") else of_training(weights)
+    checkpoint = import_weights(tmp_path, saved, SOURCES[name])
+    output = checkpoint.load_model()(tensors["in/x"], tensors["in/t"], tensors["in/y"])
+    assert relative_error(output, tensors["out/eval"]) < 1e-4
+    num_classes = published["num_classes"] - (name == "uvit_official")
+    assert checkpoint.classes == [str(number) for number in range(num_classes)]
+    assert checkpoint.image_size == (8 * checkpoint.spec.input_size[0],) * 2
+    assert checkpoint.step == (0 if saved is weights else 70)
+    assert json.loads((tmp_path / "imported" / "imported.json").read_text())["source"] == SOURCES[name]
+
+
+def test_averaged_weights_come_first_with_the_trained_statistics(tmp_path):
+    weights = load_fixture("xswin")[1]
+    half = {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    prefixed = {f"module.{name}": tensor for name, tensor in half.items()}
+    model = import_weights(tmp_path, of_training(weights, model=prefixed), "xswin").load_model()
+    assert torch.equal(model.head.weight, weights["head.pointwise.weight"])
+    statistics = "smooth_conv_in.layers.2.running_var"
+    assert torch.equal(model.stem_in.norms[0].running_var, weights[statistics] / 2)
+
+
+def test_sit_is_a_flow_told_its_own_times(tmp_path):
+    """SiT walks from noise at 0 to data at 1 along its velocity; ours from noise at 1 to data at 0."""
+    tensors, weights, config = load_fixture("dit")
+    theirs, y = load_reference("dit", weights, config), tensors["in/y"]
+    x = tensors["in/x"]
+    for step in range(5):  # Euler, as they do it: dx = v dt; half of the output is thrown away
+        x = x + theirs(x, torch.full((len(x),), step / 5), y)[:, :4].detach() / 5
+    checkpoint = import_weights(tmp_path, weights, "sit")
+    process = checkpoint.build_process()
+    assert isinstance(process, FlowMatching)
+    ours = sample(process, checkpoint.load_model(), tensors["in/x"], y, sampler="euler", num_steps=5)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
+
+
+def test_huge_uvits_have_no_last_convolution_and_times_from_1_to_1000(tmp_path):
+    tensors, weights, config = load_fixture("uvit_official")
+    delta = torch.nn.init.dirac_(torch.empty(4, 4, 3, 3))
+    whole = load_reference("uvit", {**weights, "final_layer.weight": delta, "final_layer.bias": torch.zeros(4)}, config)
+    huge = {name: tensor for name, tensor in weights.items() if not name.startswith("final_layer")}
+    checkpoint = import_weights(tmp_path, huge, "uvit", suffix="pth")
+    process = checkpoint.build_process()
+    x, t, y = tensors["in/x"], tensors["in/t"].long(), tensors["in/y"]
+    told = process.precondition(checkpoint.load_model())(x, t, y)
+    torch.testing.assert_close(told, whole(x, t + 1, y))
+    root = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+    torch.testing.assert_close(process.alphas_cumprod, torch.cumprod(1 - root**2, dim=0))
+
+
+def published_dit(side, patch_size, dim, depth):
+    """Names and shapes of Meta's files, without memory."""
+    shapes = {
+        "x_embedder.proj.weight": (dim, 4, patch_size, patch_size),
+        "pos_embed": (1, (side // patch_size) ** 2, dim),
+        "y_embedder.embedding_table.weight": (1001, dim),
+        "final_layer.linear.weight": (8 * patch_size**2, dim),
+    }
+    shapes |= {f"blocks.{number}.mlp.fc1.weight": (4 * dim, dim) for number in range(depth)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def published_uvit(side, patch_size, dim, half):
+    shapes = {
+        "patch_embed.proj.weight": (dim, 4, patch_size, patch_size),
+        "pos_embed": (1, 2 + (side // patch_size) ** 2, dim),
+        "label_emb.weight": (1001, dim),
+        "mid_block.mlp.fc1.weight": (4 * dim, dim),
+    }
+    shapes |= {f"in_blocks.{number}.norm1.weight": (dim,) for number in range(half)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("source", "weights", "row", "side"),
+    [
+        ("dit", published_dit(32, 2, 1152, 28), "DiT-XL/2", 32),
+        ("dit", published_dit(64, 2, 1152, 28), "DiT-XL/2", 64),
+        ("sit", published_dit(32, 2, 1152, 28), "DiT-XL/2", 32),
+        ("sit", published_dit(64, 4, 384, 12), "DiT-S/4", 64),
+        ("uvit", published_uvit(32, 2, 1152, 14), "UViT-tokens-XL/2", 32),
+        ("uvit", published_uvit(64, 4, 1152, 14), "UViT-tokens-XL/4", 64),
+    ],
+)
+def test_published_sizes_at_256_and_512_are_recognised(source, weights, row, side):
+    arguments = reference_arguments(source, infer_config(source, weights))
+    assert (arguments.pop("input_size"), arguments.pop("num_classes")) == (side, 1000)
+    assert (arguments.pop("in_channels"), arguments.pop("out_channels")) == (4, 8 if source == "dit" else 4)
+    assert SCRIPT.row_of(arguments.pop("name"), arguments) == (row, {})
+
+
+def test_classes_have_names_of_their_own(tmp_path):
+    imagenet = SCRIPT.read_classes(None, 1000)
+    assert len(set(imagenet)) == 1000
+    assert imagenet[207] == "golden retriever"
+    (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")
+    assert SCRIPT.read_classes(tmp_path / "names.txt", 3) == ["cat 0", "dog", "cat 2"]
+    with pytest.raises(ValueError, match="3 names, and the model has 11 classes"):
+        SCRIPT.read_classes(tmp_path / "names.txt", 11)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_what_is_wrong_with_a_file_is_told_in_words(tmp_path, capsys):
+    _, weights, _ = load_fixture("dit")
+    bad = [
+        ({**weights, "extra": torch.zeros(1)}, "dit", {}, r"unknown \['extra'\]"),
+        ({**weights, "blocks.0.attn.qkv.bias": torch.zeros(5)}, "dit", {}, r"of another shape \['blocks.0.attention"),
+        (weights, "uvit", {}, "the weights have no 'patch_embed.proj.weight'; they begin with"),
+        (weights, "dit", {"num_heads": None}, "--num_heads: .* width 32 is no published size"),
+        (weights, "mit", {}, "--source mit: unknown, choose from dit, sit, uvit-adaln, uvit, uswin, xswin"),
+        ({"opt": {}}, "dit", {}, "no tensors in it"),
+        ({"ema": Payload()}, "dit", {}, "not plain weights, and nothing else is unpickled"),
+    ]
+    for number, (saved, source, settings, words) in enumerate(bad):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(ValueError, match=words):
+            import_weights(folder, saved, source, **settings)
+        assert not (folder / "imported").exists()
+    assert "executed" not in capsys.readouterr().out
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut")
+    for name, words in {"cut.pt": "cut short, or not a file of torch", "none.pt": "no such file"}.items():
+        with pytest.raises(ValueError, match=words):
+            SCRIPT.read_weights(tmp_path / name)
+
+
+def test_imported_weights_are_sampled_from_by_the_usual_command(tmp_path):
+    checkpoint = import_weights(tmp_path, load_fixture("dit")[1], "dit")
+    SAMPLE.main(SAMPLE.SampleConfig(checkpoint=str(checkpoint.run), num_per_class=1, num_steps=2))
+    assert (tmp_path / "imported" / "samples.png").is_file()

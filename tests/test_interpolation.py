@@ -1,0 +1,65 @@
+"""Between classes and between seeds: the ends are ordinary samples, what lies between is neither."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from diffusion import GaussianDiffusion
+from experiment.config import SamplingConfig
+from experiment.generation import Generator
+from experiment.interpolation import interpolate, slerp
+from models import create_model
+from models.autoencoder import PixelCodec
+
+
+@pytest.fixture(scope="module")
+def generator():
+    process = GaussianDiffusion(variance="fixed_small")
+    model = create_model(
+        "DiT", input_size=8, in_channels=3, out_channels=3, num_classes=4, dim=16, depth=1, num_heads=2
+    )
+    stream = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=stream)
+    sampling = SamplingConfig(sampler="ddpm", num_steps=4, guidance_scale=2.0)
+    accelerator, labels = Accelerator(cpu=True), torch.tensor([1])
+    return Generator(model.eval(), process, PixelCodec(), labels, sampling, (8, 8), 5, accelerator)
+
+
+def drawn(generator, **changes):
+    return replace(generator, **changes).draw(torch.tensor([0]))[0]
+
+
+def close(a, b):
+    return (a.int() - b.int()).abs().max() <= 1
+
+
+def test_ends_between_classes_are_their_samples(generator):
+    images = interpolate(generator, (1, 3), (5, 5), 4)
+    assert images.shape == (4, 3, 8, 8)
+    assert close(images[0], drawn(generator))
+    assert close(images[3], drawn(generator, labels=torch.tensor([3])))
+    assert not close(images[0], images[1])
+    assert not close(images[1], images[3])
+
+
+def test_ends_between_seeds_start_from_their_noise(generator):
+    steady = replace(generator, sampling=replace(generator.sampling, sampler="ddim"))
+    images = interpolate(steady, (1, 1), (5, 8), 3)
+    assert close(images[0], drawn(steady))
+    assert close(images[2], drawn(steady, seed=8))
+    assert not close(images[1], images[0])
+
+
+def test_the_way_between_two_noises_keeps_their_variance():
+    first, second = (torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    found = slerp(first, second, torch.linspace(0, 1, 5)[:, None, None, None])
+    assert torch.allclose(found.std(dim=(1, 2, 3)), torch.ones(5), atol=0.05)
+    assert torch.equal(slerp(first, first, torch.full((1, 1, 1, 1), 0.5)), first)
+
+
+def test_one_picture_is_no_way(generator):
+    with pytest.raises(ValueError, match="--interpolate 1 must be at least 2"):
+        interpolate(generator, (0, 1), (0, 0), 1)
