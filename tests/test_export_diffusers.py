@@ -1,6 +1,7 @@
 """What leaves for diffusers draws the pictures that sample.py draws."""
 
 import json
+import types
 
 import jaxtyping
 import numpy as np
@@ -28,9 +29,8 @@ pytestmark = [
 CLASSES = [f"class {number}" for number in range(10)]
 BACKBONES = {
     "DiT": TINY_DIT,
-    "UViT": {**TINY_DIT, "depth": 3},
     "UViT-tokens": {**TINY_DIT, "depth": 3},
-    "XSwin": {"dim": 16, "depths": [2, 1], "num_heads": [2, 4], "num_global_blocks": 1},
+    "XSwin": {"dim": 16, "depths": [2], "num_heads": [2], "num_global_blocks": 1},
 }
 
 
@@ -109,7 +109,7 @@ def test_pictures_are_those_of_sample(kind, sampler, spacing, autoencoder, setti
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_leaves_as_a_program_for_any_batch(name, tmp_path):
+def test_every_kind_of_backbone_leaves_as_a_program_for_any_batch(name, tmp_path):
     spec = ModelSpec(name, BACKBONES[name], (8, 8), 4, 8, 10)
     model = randomise(spec.build())
     program, error = EXPORT.export_denoiser(model, spec)
@@ -124,8 +124,8 @@ def test_every_backbone_leaves_as_a_program_for_any_batch(name, tmp_path):
 def test_a_program_that_differs_is_not_written(monkeypatch):
     spec = ModelSpec("DiT", TINY_DIT, (8, 8), 4, 8, 10)
     model, other = randomise(spec.build()), randomise(spec.build(), seed=1)
-    export = torch.export.export
-    monkeypatch.setattr(torch.export, "export", lambda model, *rest, **options: export(other, *rest, **options))
+    program = types.SimpleNamespace(module=lambda: other)
+    monkeypatch.setattr(torch.export, "export", lambda *inputs, **options: program)
     with pytest.raises(ValueError, match="the exported program differs from the model by"):
         EXPORT.export_denoiser(model, spec)
 
