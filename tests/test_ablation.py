@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_what_cannot_be_matched_is_told():
 
 
 def test_a_plan_is_matched_timed_and_remembered():
-    variants = {"XSwin": {"model_args": TINY["model_args"]}, "DiT": {"model": "DiT"}}
+    variants = {"XSwin": {"model_args": TINY["model_args"]}, "DiT": {"model": "DiT", "model_args.depth": 4}}
     ablation = AblationConfig(
         base={**BASE, "model_args": {}}, variants=variants, match=MatchConfig("XSwin", "params", 0.2)
     )
@@ -386,7 +387,7 @@ def test_a_killed_ablation_goes_on_and_reports_its_runs_numbers(tmp_path):
     # Killed, its training with it, after the first of four checkpoints.
     runner = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     checkpoints = Path("runs/two/XSwin/seed0/checkpoints")
-    while not list(checkpoints.glob("*/state/progress.json")):
+    while not (checkpoints / "00000005").is_dir():
         assert runner.poll() is None
         time.sleep(0.02)
     os.killpg(runner.pid, signal.SIGKILL)
@@ -397,7 +398,7 @@ def test_a_killed_ablation_goes_on_and_reports_its_runs_numbers(tmp_path):
     # Gone on with, from there.
     done = run("scripts/ablate.py", "two.yaml", cwd=tmp_path)
     assert "XSwin, seed 0   | 0.16M" in done.stdout
-    assert " of 20 |" in done.stdout  # at step 5 or so
+    assert re.search(r"at step (5|10|15) of 20 ", done.stdout)
     assert "report of 2 runs (0 to go)" in done.stdout
     for variant in ("XSwin", "no-skip"):
         folder = Path("runs/two") / variant / "seed0"
