@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_what_cannot_be_matched_is_told():
 
 
 def test_a_plan_is_matched_timed_and_remembered():
-    variants = {"XSwin": {"model_args": TINY["model_args"]}, "DiT": {"model": "DiT"}}
+    variants = {"XSwin": {"model_args": TINY["model_args"]}, "DiT": {"model": "DiT", "model_args.depth": 4}}
     ablation = AblationConfig(
         base={**BASE, "model_args": {}}, variants=variants, match=MatchConfig("XSwin", "params", 0.2)
     )
@@ -372,7 +373,8 @@ def test_a_killed_ablation_goes_on_and_reports_its_runs_numbers(tmp_path):
             return means, torch.softmax(4 * means, dim=1)
 
     save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
-    base = {**BASE, "train": {**TINY["train"], "num_steps": 20}}
+    base = {**BASE, "train": {**TINY["train"], "num_steps": 20}, "autoencoder": "pixel"}  # seconds less a process
+    base |= {"data": {**TINY["data"], "image_size": 16}, "model_args": {**TINY["model_args"], "patch_size": 4}}
     base["log"] = {**TINY["log"], "validate_every": 0, "checkpoint_every": 5, "trackers": []}
     text = {
         "base": base,
@@ -386,7 +388,7 @@ def test_a_killed_ablation_goes_on_and_reports_its_runs_numbers(tmp_path):
     # Killed, its training with it, after the first of four checkpoints.
     runner = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     checkpoints = Path("runs/two/XSwin/seed0/checkpoints")
-    while not list(checkpoints.glob("*/state/progress.json")):
+    while not (checkpoints / "00000005").is_dir():
         assert runner.poll() is None
         time.sleep(0.02)
     os.killpg(runner.pid, signal.SIGKILL)
@@ -396,8 +398,8 @@ def test_a_killed_ablation_goes_on_and_reports_its_runs_numbers(tmp_path):
 
     # Gone on with, from there.
     done = run("scripts/ablate.py", "two.yaml", cwd=tmp_path)
-    assert "XSwin, seed 0   | 0.16M" in done.stdout
-    assert " of 20 |" in done.stdout  # at step 5 or so
+    assert re.search(r"XSwin, seed 0 +\| 0\.1\dM", done.stdout)
+    assert re.search(r"at step (5|10|15) of 20 ", done.stdout)
     assert "report of 2 runs (0 to go)" in done.stdout
     for variant in ("XSwin", "no-skip"):
         folder = Path("runs/two") / variant / "seed0"
