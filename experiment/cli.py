@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from jsonargparse import ArgumentError, ArgumentParser, auto_cli
+from jsonargparse import ArgumentError, ArgumentParser, auto_cli, set_parsing_settings
 
 from experiment.config import ExperimentConfig
+
+set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML
 
 T = TypeVar("T")
 
@@ -23,7 +26,8 @@ def parse(config_class: type[T], arguments: list[str] | None = None) -> T:
     Raises:
         SystemExit: with a message that names the flag, when an argument does not fit.
     """
-    return cast(T, auto_cli(config_class, args=arguments, as_positional=False, return_instance=True))
+    number = version("latent-diffusion-backbones")
+    return cast(T, auto_cli(config_class, args=arguments, as_positional=False, return_instance=True, version=number))
 
 
 def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:

@@ -1,0 +1,50 @@
+"""What a machine can do, in words, with remedies; versions and completion of the commands."""
+
+import json
+import subprocess
+import sys
+
+from processes import ROOT, run
+
+from experiment.doctor import EXTRAS, packages, weights
+
+
+def test_the_doctor_says_what_works_and_what_to_do_about_the_rest(monkeypatch, tmp_path):
+    environment = {"TORCH_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-W", "error", "-m", "experiment.doctor"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert {"Machine", "Packages", "Weights"} <= set(lines)
+    assert "ok  the embedded autoencoder (--autoencoder embedded)" in lines
+    (hub,) = (line for line in lines if "hub does not answer" in line)
+    assert hub.startswith("--")
+    (inception,) = (line for line in lines if "Inception, for FID" in line)
+    assert inception.startswith("--")
+    assert str(tmp_path) in inception
+    assert "--weights_path FILE" in inception
+
+
+def test_what_is_missing_has_a_remedy_and_what_is_there_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("experiment.doctor.hub_answers", lambda: False)
+    for finding in [*packages(), *weights()]:
+        assert finding.works == (not finding.remedy), finding
+    monkeypatch.setitem(EXTRAS, "no_such_package", ("nothing", "pip install nothing"))
+    assert any(str(finding) == "--  no no_such_package, for nothing: pip install nothing" for finding in packages())
+
+
+def test_files_put_into_the_cache_are_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("experiment.doctor.hub_answers", lambda: False)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth").touch()
+    assert any(str(finding) == "ok  VGG19, for --auxiliary perceptual" for finding in weights())
+
+
+def test_commands_tell_their_version_and_complete_their_flags(tmp_path):
+    assert run("train.py", "--version", cwd=tmp_path).stdout.strip() == "train.py 0.1.0"
+    script = run("evaluate.py", "--print_completion", "shtab-bash", cwd=tmp_path).stdout
+    assert "--likelihood" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    schema = json.loads(run("train.py", "--print_completion", "jsonschema", cwd=tmp_path).stdout)
+    assert "diffusion" in schema["properties"]
