@@ -179,20 +179,20 @@ class ViTRefiner(nn.Module):
         size: tuple[int, int],
         num_classes: int,
         *,
-        dim: int = 256,
+        width: int = 256,
         depth: int = 4,
         num_heads: int = 4,
         patch_size: int = 4,
     ) -> None:
         super().__init__()
-        check_heads(dim, num_heads)
-        height, width = check_input_size(size, patch_size)
-        self.patch_size, self.grid = patch_size, (height // patch_size, width // patch_size)
-        self.patch = nn.Linear(channels * patch_size**2, dim)
-        self.register_buffer("position", sincos_2d(dim, *self.grid), persistent=False)
-        self.blocks = nn.Sequential(*(Block(dim, num_heads, qkv_bias=True) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim)
-        self.head = zero_(nn.Linear(dim, channels * patch_size**2))
+        check_heads(width, num_heads)
+        rows, columns = check_input_size(size, patch_size)
+        self.patch_size, self.grid = patch_size, (rows // patch_size, columns // patch_size)
+        self.patch = nn.Linear(channels * patch_size**2, width)
+        self.register_buffer("position", sincos_2d(width, *self.grid), persistent=False)
+        self.blocks = nn.Sequential(*(Block(width, num_heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = zero_(nn.Linear(width, channels * patch_size**2))
 
     def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
         x = self.patch(patchify(image, self.patch_size)) + self.position  # [b n d]

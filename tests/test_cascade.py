@@ -28,7 +28,7 @@ SMALL = {
     "resnet": {"width": 8, "latent": 16, "num_blocks": 2, "time_dim": 16},
     "pixelshuffle": {"width": 8},
     "upsampler resnet": {"width": 8},
-    "vit": {"dim": 16, "depth": 1, "num_heads": 2},
+    "vit": {"width": 16, "depth": 1, "num_heads": 2},
     "conv": {"width": 8},
     "refiner diffusion": {"width": 8, "num_blocks": 1, "time_dim": 16},
 }
@@ -279,7 +279,7 @@ MISTAKES = {
         lambda: create_model(
             "Cascade", input_size=8, in_channels=3, out_channels=3, num_classes=0, refiner_args={"widht": 3}
         ),
-        "--model_args.refiner_args.widht: vit has no such argument; it takes dim, depth",
+        "--model_args.refiner_args.widht: vit has no such argument; it takes width, depth",
     ),
     "factor": (
         lambda: create_model("Cascade", input_size=9, in_channels=3, out_channels=3, num_classes=0),
