@@ -43,6 +43,7 @@ class Auxiliary(NamedTuple):
     name: str
     weight: float
     term: Callable[[Tensor, Tensor, Tensor], Tensor]  # (predicted x_0, x_0, y) -> [b]
+    is_fixed: bool = True  # or it changes with training, so that its values at two steps do not compare
 
 
 class Process(ABC):

@@ -21,7 +21,7 @@ from diffusion import PROCESSES, Guidance, Process
 from diffusion.samplers import samplers_of
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from experiment.sharding import keep_float32
-from models import create_model
+from models import BACKBONES, create_model
 from models.autoencoder import Codec
 
 
@@ -139,7 +139,14 @@ def process_settings(config: DiffusionConfig) -> dict[str, Any]:
 
 
 def model_spec(config: ExperimentConfig, codec: Codec, process: Process, num_classes: int) -> ModelSpec:
-    """The backbone that fits codec, process and data."""
+    """The backbone that fits codec, process and data.
+
+    Raises:
+        ValueError: for one that does not have the parts which the process trains.
+    """
+    fitting = [name for name, (backbone, _) in BACKBONES.items() if process.model_args.keys() <= parameters(backbone)]
+    if config.model in BACKBONES and config.model not in fitting:
+        raise ValueError(f"--model {config.model}: kind {config.diffusion.kind} takes --model {', '.join(fitting)}")
     channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
     return ModelSpec(
         name=config.model,
@@ -149,6 +156,11 @@ def model_spec(config: ExperimentConfig, codec: Codec, process: Process, num_cla
         out_channels=process.output_channels(channels),
         num_classes=num_classes,
     )
+
+
+def parameters(backbone: type[nn.Module]) -> set[str]:
+    """Names of its constructor's arguments."""
+    return set(signature(backbone).parameters)
 
 
 def open_split(config: DataConfig, split: str):

@@ -51,7 +51,7 @@ class Inspection:
             self.accelerator,
             self.config.log.num_validation,
             self.config.train,
-            self.auxiliary,
+            [each for each in self.auxiliary if each.is_fixed],
         )
         found = {f"validation_{name}": value for name, value in losses.items()}
         self.log.write(step, **found)

@@ -49,6 +49,8 @@ class Perceptual:
         ValueError: where `x_0` is no image, or the network cannot be had.
     """
 
+    is_fixed = True
+
     def __init__(self, config: AuxiliaryConfig, model: nn.Module, codec: Codec, device: torch.device) -> None:
         if not isinstance(codec, PixelCodec):
             raise ValueError("--auxiliary perceptual: it looks at images, not at latents; use --autoencoder pixel")
@@ -67,6 +69,8 @@ class FeatureMatching:
     Raises:
         ValueError: where the backbone has no encoder to ask.
     """
+
+    is_fixed = False
 
     def __init__(self, config: AuxiliaryConfig, model: nn.Module, codec: Codec, device: torch.device) -> None:
         if not hasattr(model, "encode"):
@@ -119,5 +123,6 @@ def build_auxiliary(
             raise ValueError(f"--auxiliary {config.kind}: given twice")
         if not config.weight > 0:
             raise ValueError(f"--auxiliary {config.kind}: weight {config.weight} must be above 0")
-        terms.append(Auxiliary(config.kind, config.weight, AUXILIARY[config.kind](config, model, codec, device)))
+        term = AUXILIARY[config.kind](config, model, codec, device)
+        terms.append(Auxiliary(config.kind, config.weight, term, term.is_fixed))
     return terms

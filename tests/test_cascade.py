@@ -15,11 +15,13 @@ from diffusion import GaussianDiffusion, sample
 from diffusion.cascade import Cascade
 from diffusion.denoising import Denoising
 from diffusion.refinement import SuperResolution
-from experiment.build import build_optimizer, learning_rate
-from experiment.config import OptimConfig
+from experiment.build import build_optimizer, learning_rate, model_spec
+from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig
 from experiment.ema import EMA
+from experiment.generation import StagesPanel
 from experiment.phases import phase_at
 from models import create_model
+from models.autoencoder import PixelCodec
 from models.cascade import COARSE, REFINERS, UPSAMPLERS
 
 SMALL = {
@@ -269,6 +271,11 @@ MISTAKES = {
     ),
     "sigma": (lambda: Cascade("dae", sigma=0.0), r"--diffusion.sigma 0.0 must be above 0"),
     "augmentation": (lambda: Cascade(refiner="diffusion", augmentation=[0.1, 0.5]), r"augmentation \[0.1, 0.5\]: give"),
+    "stages": (lambda: StagesPanel(GaussianDiffusion()), "--stages true: this model draws in one stage"),
+    "backbone": (
+        lambda: model_spec(ExperimentConfig(diffusion=DiffusionConfig(kind="cascade")), PixelCodec(), Cascade(), 0),
+        "--model XSwin: kind cascade takes --model Cascade$",
+    ),
     "path": (lambda: Cascade().q_sample(X_0, torch.zeros(4), X_0), "leave --reconstruct or --likelihood out"),
     "upsampler": (
         lambda: cascade(upsampler="bicubic"),
