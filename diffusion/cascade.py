@@ -62,7 +62,8 @@ class Cascade(Process):
         refiner: the model's stage of that name; `diffusion` is super-resolution by diffusion (see `SuperResolution`),
             anything else a regression.
         factor: side of the image over that of the coarse one.
-        schedule, num_timesteps, prediction: of diffusions.
+        schedule, num_timesteps, prediction: of diffusions. A one-step `x_0` divides errors of `epsilon` by alpha: that
+            prediction is for chains that do not end in noise.
         sigma: of the coarse stage `dae`: its noise.
         phases: relative lengths of the three.
         forcing: probability of teacher forcing at the beginning and at the end of the second and of the third phase,
@@ -83,7 +84,7 @@ class Cascade(Process):
         factor: int = 2,
         schedule: str = "linear",
         num_timesteps: int = 1000,
-        prediction: str = "epsilon",
+        prediction: str = "v",
         sigma: float = 0.5,
         phases: Sequence[int | float] = (35, 35, 30),
         forcing: Sequence[Sequence[int | float]] = ((0.9, 0.1), (0.1, 0.0)),

@@ -57,7 +57,8 @@ class DiffusionConfig:
         schedule: of a gaussian's or cascade's noise: 'linear' (default), 'cosine', 'sigmoid' or 'linear_unscaled'
             (betas from 1e-4 to 0.02 whatever T)
         num_timesteps: of a gaussian or cascade: T (1000)
-        prediction: of a gaussian or cascade: what the backbone predicts: 'epsilon' (default), 'x_0' or 'v'
+        prediction: of a gaussian or cascade: what the backbone predicts: 'epsilon' (a gaussian's default), 'x_0' or 'v'
+            (a cascade's)
         variance: of a gaussian: 'learned_range' (default; hybrid loss), 'fixed_small' or 'fixed_large'
         weighting: of a gaussian's squared error: 'uniform' (default), 'min_snr', 'p2' or 'vlb'
         zero_terminal_snr: of a gaussian: rescale the schedule to end in pure noise (false)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -59,7 +59,8 @@ class Average(ABC):
         """Take in the weights after optimizer step `step` (from 0)."""
         self.let_go()
         averages, values = [], []
-        current, left_alone = model.state_dict(), _without_gradient(model)
+        current = model.state_dict(keep_vars=True)
+        left_alone = _without_gradient(current)
         for name, average in self.tensors.items():
             if name in left_alone:
                 continue
@@ -78,10 +79,11 @@ class Average(ABC):
             self._is_whole = False
 
 
-def _without_gradient(model: nn.Module) -> set[str]:
+def _without_gradient(tensors: Mapping[str, Tensor]) -> set[str]:
     """Parameters that have no gradient where others have one."""
-    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    return without if len(without) < sum(1 for _ in model.parameters()) else set()
+    parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    without = {name for name, parameter in parameters.items() if parameter.grad is None}
+    return without if len(without) < len(parameters) else set()
 
 
 class PowerAverage(Average):

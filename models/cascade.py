@@ -303,6 +303,8 @@ class Cascade(nn.Module):
         ValueError: for an unknown stage or argument, listing those that there are, or sizes that do not fit.
     """
 
+    _no_split_modules = ("ResidualBlock", "PlainBlock", "Block")  # as Accelerate calls what FSDP shards as one
+
     def __init__(
         self,
         *,

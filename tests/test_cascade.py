@@ -134,7 +134,7 @@ def test_the_gradient_of_the_refined_image_reaches_the_coarse_stage_unless_the_t
 
 
 def test_unforced_the_upsampler_sees_the_one_step_prediction():
-    process, model = cascade(forcing=((0.0, 0.0), (0.0, 0.0)))
+    process, model = cascade(forcing=((0.0, 0.0), (0.0, 0.0)), prediction="epsilon")
     wake(model)
     seen = []
     model.upsampler.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
