@@ -42,6 +42,7 @@ class SampleConfig:
         sampling: any other setting of `sampling` in train.py --help, such as --sampling.guidance_interval '[0.2, 5]'
         batch_size: images at a time, on each process
         panel: also draw so many moments of the denoising, as a second picture: x_t above, predicted x_0 below
+        stages: also draw what each stage of a cascade put out, side by side, as another picture
         reconstruct: in place of samples, held-out images noised to this time, x_0 predicted from there in one step
             and by the whole chain, side by side in reconstruct.png
         interpolate: in place of samples, so many pictures on the way from the first class to the last, both ends
@@ -65,6 +66,7 @@ class SampleConfig:
     sampling: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     panel: int = 0
+    stages: bool = False
     reconstruct: float | None = None
     interpolate: int | None = None
     to_seed: int | None = None
@@ -80,7 +82,7 @@ def main(config: SampleConfig) -> None:
     from experiment.autoguidance import load_guide_model
     from experiment.build import check_sampling, open_accelerator, sampling_of
     from experiment.checkpoint import open_checkpoint
-    from experiment.generation import DenoisingPanel, Generator, generate, resolve_classes
+    from experiment.generation import DenoisingPanel, Generator, StagesPanel, generate, resolve_classes
     from experiment.interpolation import interpolate
     from experiment.tracking import save_folder, save_grid, save_npz
     from models.autoencoder import create_codec
@@ -99,6 +101,7 @@ def main(config: SampleConfig) -> None:
     codec = create_codec(config.autoencoder or checkpoint.config.autoencoder).to(accelerator.device)
     labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
     panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
+    stages = StagesPanel(process) if config.stages else None
     generator = Generator(
         checkpoint.load_model(accelerator.device),
         process,
@@ -110,6 +113,7 @@ def main(config: SampleConfig) -> None:
         accelerator,
         callback=panel,
         guide_model=load_guide_model(sampling, checkpoint.config.diffusion, checkpoint.spec, accelerator.device),
+        on_stage=stages,
     )
     if config.reconstruct is not None:
         data = checkpoint.config.data
@@ -140,11 +144,18 @@ def main(config: SampleConfig) -> None:
         save_folder(images, names, output)
     print(f"{len(images)} images: {output}")
     if panel is not None:
-        path = (
-            output.with_suffix("") / "panel.png" if not output.suffix else output.with_name(f"{output.stem}-panel.png")
-        )
+        path = beside(output, "panel")
         save_grid(panel.images(codec), path, columns=panel.columns)
         print(f"denoising panel: {path}")
+    if stages is not None:
+        path, names = beside(output, "stages"), stages.names * 3
+        save_grid(stages.images(codec), path, columns=len(names), column_names=names)
+        print(f"stages: {path}")
+
+
+def beside(output: Path, name: str) -> Path:
+    """Where a second picture goes: into the folder of images, or beside the file."""
+    return output.with_name(f"{output.stem}-{name}.png") if output.suffix else output / f"{name}.png"
 
 
 def draw_reconstructions(

@@ -46,14 +46,16 @@ def main(config: ExperimentConfig) -> None:
     from experiment.interruption import EXIT_CODE, Interruption
     from experiment.meter import Meter
     from experiment.objective import Objective, build_auxiliary
+    from experiment.phases import phase_at
     from experiment.sharding import is_sharded
     from experiment.tracking import Log, draw_curve
     from models.autoencoder import create_codec
 
     # Devices and folders.
-    run = config.folder
+    run, process = config.folder, build_process(config.diffusion)
     accelerator = open_accelerator(
         config.train.precision,
+        in_phases=len(process.phases) > 1,
         gradient_accumulation_steps=config.train.grad_accumulation,
         log_with=config.log.trackers or None,
         project_dir=run,
@@ -62,9 +64,8 @@ def main(config: ExperimentConfig) -> None:
     if not config.resume and list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
 
-    # Data, process, model.
+    # Data and model.
     codec = create_codec(config.autoencoder).to(accelerator.device)
-    process = build_process(config.diffusion)
     images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
     sampling = check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
@@ -96,6 +97,7 @@ def main(config: ExperimentConfig) -> None:
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
         device=accelerator.device,
+        draw_more=process.draw_more,
     )
 
     # A fresh run, or the newest whole checkpoint of an old one.
@@ -120,7 +122,9 @@ def main(config: ExperimentConfig) -> None:
     accelerator.wait_for_everyone()
     log = Log(run, accelerator, config.to_dict())
     log.truncate(step)
-    inspection = Inspection(run, config, ema, process, codec, held_out, sampling, guide_model, scorer, log, accelerator)
+    inspection = Inspection(
+        run, config, ema, process, codec, held_out, sampling, guide_model, scorer, log, accelerator, auxiliary
+    )
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
         f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"
@@ -163,12 +167,13 @@ def main(config: ExperimentConfig) -> None:
     while step < num_steps and reason is None:
         # Stochastic depth draws from torch's own generator: make it a function of the step too.
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
-        lr = learning_rate(config.optim, step, num_steps)
+        phase = phase_at(process.phases, step, num_steps)
+        lr = learning_rate(config.optim, phase.step, phase.num_steps, len(cache) / config.train.batch_size)
         for group in optimizer.param_groups:
             group["lr"] = lr
         for batch in meter.timed(batches.micro_batches(step, order=guard.rollbacks)):
             with accelerator.accumulate(model), accelerator.autocast():
-                terms = objective(model, batch)
+                terms = objective(model, batch, phase)
                 accelerator.backward(terms["loss"].mean())
             meter.add(terms, process.noise_rank(batch.t))
         norm = gradient_norm(accelerator, model, config.optim.grad_clip)
@@ -184,7 +189,7 @@ def main(config: ExperimentConfig) -> None:
         progress.update()
         reason = interruption.reason()
 
-        if (_due(step, config.log.every) or step == num_steps) and (means := meter.summary(accelerator)):
+        if (_due(step, config.log.every) or step == phase.end) and (means := meter.summary(accelerator)):
             log.write(step, **means, lr=lr, ema_drift=ema.drift(accelerator.unwrap_model(model)))
             progress.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{means['images_per_second']:.0f}")
             meter.reset()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, reduce
@@ -22,6 +23,11 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 Step = tuple[int | float, Transition]
 """A time at which a sampler calls the model, and the step from it to the next lower one."""
 
+ChainSampler = Callable[..., Tensor]
+"""Walks a process's chain as a sampler was told to: `(process, model, noise, y, *, guide_model, callback) -> x_0`."""
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 class Prediction(NamedTuple):
     """The one currency between model and sampler: what a raw model output says of `x_t`."""
@@ -37,6 +43,7 @@ class Auxiliary(NamedTuple):
     name: str
     weight: float
     term: Callable[[Tensor, Tensor, Tensor], Tensor]  # (predicted x_0, x_0, y) -> [b]
+    is_fixed: bool = True  # or it changes with training, so that its values at two steps do not compare
 
 
 class Process(ABC):
@@ -48,6 +55,10 @@ class Process(ABC):
 
     default_sampler: str
     default_spacing: str = "uniform"
+    samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = NOTHING  # its own, where no other fits
+    phases: Sequence[int | float] = (1.0,)  # relative lengths of the parts of a training, see `during`
+    stages: Sequence[str] = ()  # of a sample, where it is drawn in several
+    model_args: Mapping[str, Any] = NOTHING  # what a backbone for it has to be built with, beside channels
     prior_std: float = 1.0  # of `x_t` at the last time
     noise_range: tuple[float, float]  # of sigma / alpha, both finite and above 0
     max_time: int | float  # the last, where the noise is
@@ -73,6 +84,17 @@ class Process(ABC):
     def times(self) -> Times:
         """What draws the times of training steps: by default `sample_timesteps`, each time as it comes."""
         return Times(self.sample_timesteps)
+
+    def during(self, phase: int, progress: float) -> Process:
+        """The objective of a part of the training, from 0, at a share of its steps, 0 to 1: by default always this."""
+        return self
+
+    def draw_more(
+        self, shape: Sequence[int], generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """What the objective draws for a batch of this shape beside times and noise, each of as many rows: by default
+        nothing. The generator lies on `device`."""
+        return {}
 
     @abstractmethod
     def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
@@ -153,12 +175,13 @@ class Process(ABC):
         noise: Float[Tensor, "b c h w"] | None = None,
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
+        more: Mapping[str, Tensor] = NOTHING,
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Per-sample `loss`, which is to be minimised, and the terms that it is made of, all in float32.
 
-        `t` and `noise` are drawn when not given, by a generator on `x_0`'s device. An `auxiliary` term counts as the
-        signal's share `alpha^2 / (alpha^2 + sigma^2)` says (alpha-bar of a Gaussian chain), so that it acts where `x_0`
-        can be predicted.
+        `t`, `noise` and `more`, which is `draw_more`'s, are drawn when not given, by a generator on `x_0`'s device. An
+        `auxiliary` term counts as the signal's share `alpha^2 / (alpha^2 + sigma^2)` says (alpha-bar of a Gaussian
+        chain), so that it acts where `x_0` can be predicted.
         """
         t, noise = self.draw(x_0, t, noise, generator)
         x_0 = x_0.float()
@@ -166,13 +189,13 @@ class Process(ABC):
         output = self.precondition(model)(x_t, t, y).float()
         terms = self.terms(output, x_0, x_t, t, noise)
         if auxiliary:
-            alpha, sigma = self.levels(t)
-            signal = (alpha**2 / (alpha**2 + sigma**2)).flatten()
-            predicted = self.predict(output, x_t, t).x_0
-            for each in auxiliary:
-                terms[each.name] = signal * each.term(predicted, x_0, y).float()
-                terms["loss"] = terms["loss"] + each.weight * terms[each.name]
+            terms = with_auxiliary(terms, auxiliary, self.predict(output, x_t, t).x_0, x_0, y, self.signal_share(t))
         return terms
+
+    def signal_share(self, t: Shaped[Tensor, " b"]) -> Float32[Tensor, " b"]:
+        """`alpha^2 / (alpha^2 + sigma^2)`."""
+        alpha, sigma = self.levels(t)
+        return (alpha**2 / (alpha**2 + sigma**2)).flatten()
 
     def terms(
         self,
@@ -186,6 +209,21 @@ class Process(ABC):
         mse = mean_per_sample((self.target(x_0, noise, t) - output).square())
         return {"loss": self.loss_weight(t) * mse, "mse": mse}
 
+    def generate(
+        self,
+        chain: ChainSampler,
+        model: Denoiser,
+        noise: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        *,
+        guide_model: Denoiser | None,
+        draw_noise: Callable[[Tensor], Tensor],
+        on_stage: Callable[[str, Tensor], None],
+    ) -> Float[Tensor, "b c h w"]:
+        """Data from unit normal `noise`: by default down the process's one chain. `draw_noise` gives more of it, like
+        what it is given, and `on_stage` is to be told what each of several stages puts out."""
+        return chain(self, model, noise, y, guide_model=guide_model)
+
     def draw(
         self, x_0: Tensor, t: Tensor | None, noise: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
@@ -195,6 +233,16 @@ class Process(ABC):
         if noise is None:
             noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         return t, noise.float()
+
+
+def with_auxiliary(
+    terms: dict[str, Tensor], auxiliary: Sequence[Auxiliary], predicted: Tensor, x_0: Tensor, y: Tensor, share: Tensor
+) -> dict[str, Tensor]:
+    """The terms, and auxiliary ones of the predicted `x_0`, which count in `loss` with their weights and this share."""
+    for each in auxiliary:
+        terms = {**terms, each.name: share * each.term(predicted, x_0, y).float()}
+        terms["loss"] = terms["loss"] + each.weight * terms[each.name]
+    return terms
 
 
 def mean_per_sample(values: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:

@@ -9,7 +9,15 @@ from experiment.build import ModelSpec, process_settings
 from experiment.checkpoint import open_checkpoint
 from experiment.config import DiffusionConfig, SamplingConfig
 
-OF_TRAINING = {"weighting", "times", "shift", "P_mean", "P_std"}  # these do not change what an output means
+OF_TRAINING = {
+    "weighting",
+    "times",
+    "shift",
+    "P_mean",
+    "P_std",
+    "phases",
+    "forcing",
+}  # these do not change what an output means
 
 
 def load_guide_model(

@@ -6,8 +6,8 @@ processes and micro-batches changes neither the order of the samples nor their n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Batch:
     t: Tensor  # [b]
     weight: Float[Tensor, " b"]  # of the loss, as the draw of `t` asks for
     noise: Float[Tensor, "b c h w"]
+    more: dict[str, Tensor] = field(default_factory=dict)  # what else the process drew, each [b ...]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Batches:
     rank: int = 0
     num_ranks: int = 1
     device: torch.device | str = "cpu"
+    draw_more: Callable[..., dict[str, Tensor]] | None = None  # the process's
 
     def __post_init__(self) -> None:
         parts = self.num_micro_batches * self.num_ranks
@@ -83,6 +85,7 @@ class Batches:
         t, weight = self.times.draw(self.batch_size, draw, self.device)
         uniform = torch.rand(self.batch_size, generator=draw, device=self.device)
         y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
+        more = self.draw_more(shape, draw, self.device) if self.draw_more else {}
 
         size = self.batch_size // (self.num_micro_batches * self.num_ranks)
         for micro in range(self.num_micro_batches):
@@ -90,7 +93,8 @@ class Batches:
             part = slice(start, start + size)
             stored = self.cache.read(index[part], mirrored[part]).to(self.device, non_blocking=True)
             x_0 = self.codec.draw(stored, posterior_noise[part])
-            yield Batch(x_0, y[part], t[part], weight[part], noise[part])
+            own = {name: values[part] for name, values in more.items()}
+            yield Batch(x_0, y[part], t[part], weight[part], noise[part], own)
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
         """Which images of the source the global batch of a step holds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from data import open_dataset
 from data.latents import LatentCache, build_cache, cache_name
-from diffusion import PROCESSES, SAMPLERS, Guidance, Process
+from diffusion import PROCESSES, Guidance, Process
+from diffusion.samplers import samplers_of
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from experiment.sharding import keep_float32
-from models import create_model
+from models import BACKBONES, create_model
 from models.autoencoder import Codec
 
 
@@ -58,13 +61,15 @@ class ModelSpec:
         )
 
 
-def open_accelerator(precision: str, **options: Any) -> Accelerator:
-    """Accelerate as launched, in the precision asked for (see `mixed_precision`), with all of the machine's cores.
+def open_accelerator(precision: str, *, in_phases: bool = False, **options: Any) -> Accelerator:
+    """Accelerate as launched, in the precision asked for (see `mixed_precision`), with all of the machine's cores;
+    `in_phases` trains parts of the model at a time, which processes have to know of each other.
 
     Raises:
         ValueError: for an unknown precision.
     """
-    accelerator = Accelerator(mixed_precision=mixed_precision(precision), **options)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=in_phases)
+    accelerator = Accelerator(mixed_precision=mixed_precision(precision), kwargs_handlers=[ddp], **options)
     use_all_cores(accelerator)
     keep_float32(accelerator)
     return accelerator
@@ -134,16 +139,28 @@ def process_settings(config: DiffusionConfig) -> dict[str, Any]:
 
 
 def model_spec(config: ExperimentConfig, codec: Codec, process: Process, num_classes: int) -> ModelSpec:
-    """The backbone that fits codec, process and data."""
+    """The backbone that fits codec, process and data.
+
+    Raises:
+        ValueError: for one that does not have the parts which the process trains.
+    """
+    fitting = [name for name, (backbone, _) in BACKBONES.items() if process.model_args.keys() <= parameters(backbone)]
+    if config.model in BACKBONES and config.model not in fitting:
+        raise ValueError(f"--model {config.model}: kind {config.diffusion.kind} takes --model {', '.join(fitting)}")
     channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
     return ModelSpec(
         name=config.model,
-        args=config.model_args,
+        args={**process.model_args, **config.model_args},
         input_size=(height, width),
         in_channels=channels,
         out_channels=process.output_channels(channels),
         num_classes=num_classes,
     )
+
+
+def parameters(backbone: type[nn.Module]) -> set[str]:
+    """Names of its constructor's arguments."""
+    return set(signature(backbone).parameters)
 
 
 def open_split(config: DataConfig, split: str):
@@ -207,8 +224,9 @@ def check_sampling(config: SamplingConfig, process: Process, num_classes: int) -
         sampler=config.sampler or process.default_sampler,
         spacing=config.spacing or process.default_spacing,
     )
-    if config.sampler not in SAMPLERS:
-        raise ValueError(f"--sampling.sampler {config.sampler}: unknown, choose from {', '.join(SAMPLERS)}")
+    if config.sampler not in samplers_of(process):
+        known = ", ".join(samplers_of(process))
+        raise ValueError(f"--sampling.sampler {config.sampler}: unknown, choose from {known}")
     if num_classes == 0 and config.guidance_scale != 1.0 and config.guidance_checkpoint is None:
         raise ValueError(f"--guidance_scale {config.guidance_scale}: the model is unconditional; leave it at 1")
     build_guidance(config)
@@ -242,15 +260,23 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     )
 
 
-def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """A function of the step alone: linear warm-up, then the configured decay until the last step."""
+def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: float = 1.0) -> float:
+    """A function of the step alone: linear warm-up, then the configured decay until the last step.
+
+    A training in phases has a warm-up and a decay in each: `step` and `num_steps` are the phase's. An epoch has
+    `epoch_steps` of them, not always a whole number.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    return config.lr * DECAYS[config.decay](progress)
+    return config.lr * DECAYS[config.decay](progress, step / epoch_steps, config)
 
 
-DECAYS = {"constant": lambda progress: 1.0, "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress))}
+DECAYS: dict[str, Callable[[float, float, OptimConfig], float]] = {  # of the phase's progress and epochs
+    "constant": lambda progress, epochs, config: 1.0,
+    "cosine": lambda progress, epochs, config: 0.5 * (1 + math.cos(math.pi * progress)),
+    "step": lambda progress, epochs, config: config.decay_factor ** (epochs // config.decay_epochs),
+}
 
 
 def num_training_steps(config: TrainConfig, num_images: int) -> int:

@@ -53,10 +53,12 @@ class DiffusionConfig:
 
     Args:
         kind: 'gaussian' (discrete time: Ho et al. 2020, Nichol and Dhariwal 2021), 'flow' (flow matching: Lipman et al.
-            2023) or 'edm' (Karras et al. 2022)
-        schedule: of a gaussian's noise: 'linear' (default), 'scaled_linear', 'cosine' or 'sigmoid'
-        num_timesteps: of a gaussian: T (1000)
-        prediction: of a gaussian: what the backbone predicts: 'epsilon' (default), 'x_0' or 'v'
+            2023), 'edm' (Karras et al. 2022) or 'cascade' (small images, upsampled, refined; --model Cascade)
+        schedule: of a gaussian's or cascade's noise: 'linear' (default), 'scaled_linear', 'linear_unscaled'
+            (betas from 1e-4 to 0.02 whatever T), 'cosine' or 'sigmoid'
+        num_timesteps: of a gaussian or cascade: T (1000)
+        prediction: of a gaussian or cascade: what the backbone predicts: 'epsilon' (a gaussian's default), 'x_0' or 'v'
+            (a cascade's)
         variance: of a gaussian: 'learned_range' (default; hybrid loss), 'fixed_small' or 'fixed_large'
         weighting: of a gaussian's squared error: 'uniform' (default), 'min_snr', 'p2' or 'vlb'
         zero_terminal_snr: of a gaussian: rescale the schedule to end in pure noise (false)
@@ -72,6 +74,18 @@ class DiffusionConfig:
         sigma_min: of edm: least noise of a sampler (0.002)
         sigma_max: of edm: noise that a sampler starts from (80)
         uncertainty: of edm: have the model learn how large its error is, and weigh it by that (false)
+        coarse: of a cascade: its first stage: 'diffusion' (default), 'dae' (a denoising autoencoder, sampled by
+            denoising again and again) or 'resnet' (from noise)
+        upsampler: of a cascade: 'pixelshuffle' (default), 'bilinear' (and a convolution), 'resnet' or 'interpolation'
+        refiner: of a cascade: 'vit' (default), 'conv', 'none', or 'diffusion' (super-resolution: Ho et al. 2021)
+        factor: of a cascade: side of the images over that of the first stage's (2)
+        sigma: of a cascade's 'dae': standard deviation of its noise (0.5)
+        phases: of a cascade: relative lengths of its training's three phases: the first stage, the other two, all
+            ([35, 35, 30])
+        forcing: of a cascade: probability that the upsampler is given the true small image, at the beginning and end of
+            the second phase and of the third ([[0.9, 0.1], [0.1, 0]])
+        augmentation: of a cascade's 'diffusion' refiner: noise of the image that it refines, the most in training and
+            that at sampling, as shares of the diffusion's times ([0.5, 0.1]); zeros: none
     """
 
     kind: str = "gaussian"
@@ -91,23 +105,34 @@ class DiffusionConfig:
     sigma_min: float | None = None
     sigma_max: float | None = None
     uncertainty: bool | None = None
+    coarse: str | None = None
+    upsampler: str | None = None
+    refiner: str | None = None
+    factor: int | None = None
+    sigma: float | None = None
+    phases: list[float] | None = None
+    forcing: list[list[float]] | None = None
+    augmentation: list[float] | None = None
 
 
 @dataclass(frozen=True)
 class AuxiliaryConfig:
-    """A further term of the loss, of the data that the backbone predicts: weight * alpha-bar * term.
+    """A further term of the loss, of the data that the backbone predicts: weight * alpha-bar * term; of a cascade's
+    refined images: weight * term.
 
     Args:
         kind: 'perceptual' (distance in a frozen network's features; in pixel space) or 'feature_matching' (in the
             features of the backbone's own encoder; U-Nets)
         weight: of the term
-        network: of 'perceptual': 'vgg19' (its fourth convolution; torchvision's weights), or a TorchScript file: images
-            from 0 to 255 to features
+        network: of 'perceptual': 'vgg19' (its fourth convolution; torchvision's weights), 'lpips' (Zhang et al. 2018,
+            on VGG16; the term is that distance), or a TorchScript file: images from 0 to 255 to features
+        heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
     """
 
     kind: str
     weight: float
     network: str = "vgg19"
+    heads: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,10 @@ class OptimConfig:
     Args:
         lr: learning rate, reached linearly over warmup_steps
         warmup_steps: optimizer steps until then
-        decay: after the warm-up 'constant', or 'cosine' to zero at the last step
+        decay: after the warm-up 'constant', 'cosine' to zero at the last step, or 'step', by decay_factor every
+            decay_epochs; a training in phases has a warm-up and a decay in each
+        decay_epochs: of 'step'
+        decay_factor: of 'step'
         betas: decay rates of the moments
         weight_decay: decoupled weight decay
         grad_clip: largest norm of the gradient; 0 turns clipping off
@@ -125,7 +153,9 @@ class OptimConfig:
 
     lr: float = 1e-4
     warmup_steps: int = 0
-    decay: Literal["constant", "cosine"] = "constant"
+    decay: Literal["constant", "cosine", "step"] = "constant"
+    decay_epochs: float = 15.0
+    decay_factor: float = 0.5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     grad_clip: float = 0.0
@@ -168,9 +198,10 @@ class SamplingConfig:
     """How samples are drawn, by sample.py, evaluate.py and the grids during training.
 
     Args:
-        sampler: null is the process's own: 'ddpm' (gaussian: ancestral), 'euler' (flow) or 'heun' (edm: second order,
-            two calls a step); others: 'ddim', 'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m'
-            (DPM-Solver++ of order 2 and 3), 'dpmpp_2m_sde' (with noise), 'unipc' (predictor and corrector)
+        sampler: null is the process's own: 'ddpm' (gaussian: ancestral), 'euler' (flow), 'heun' (edm: second order,
+            two calls a step) or 'iterated' (a cascade's 'dae' and 'resnet', which have no other); others: 'ddim',
+            'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m' (DPM-Solver++ of order 2 and 3),
+            'dpmpp_2m_sde' (with noise), 'unipc' (predictor and corrector)
         num_steps: steps a sample: calls of the model, each of both halves under guidance
         spacing: of the steps: null is the process's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
             'trailing', 'quadratic', 'log_snr'; or a text file of noise levels sigma / alpha

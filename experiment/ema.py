@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -17,8 +17,10 @@ from experiment.sharding import is_sharded, own_part, part_like, whole
 class Average(ABC):
     """`average <- decay(step) * average + (1 - decay(step)) * value`.
 
-    Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Where training shards the
-    model, each process averages the parts that it has.
+    Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Parameters that a step left
+    alone, as it gave gradients to others only, stay as they are in the average too: each stage of a model that is
+    trained in stages has an average of its own training. Where training shards the model, each process averages the
+    parts that it has.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,8 +59,11 @@ class Average(ABC):
         """Take in the weights after optimizer step `step` (from 0)."""
         self.let_go()
         averages, values = [], []
-        current = model.state_dict()
+        current = model.state_dict(keep_vars=True)
+        left_alone = _without_gradient(current)
         for name, average in self.tensors.items():
+            if name in left_alone:
+                continue
             if average.is_floating_point():
                 averages.append(own_part(average))
                 values.append(own_part(current[name]).to(average.dtype))
@@ -72,6 +77,13 @@ class Average(ABC):
             for tensor in self._model.state_dict(keep_vars=True).values():
                 tensor.data = tensor.new_empty(0)
             self._is_whole = False
+
+
+def _without_gradient(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Parameters that have no gradient where others have one."""
+    parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    without = {name for name, parameter in parameters.items() if parameter.grad is None}
+    return without if len(without) < len(parameters) else set()
 
 
 class PowerAverage(Average):

@@ -43,6 +43,7 @@ class Generator:
     accelerator: Accelerator
     callback: Callback | None = None
     guide_model: nn.Module | None = None  # of autoguidance
+    on_stage: Callable[[str, Tensor], None] | None = None
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
         """The images of these indices, in order."""
@@ -85,6 +86,7 @@ class Generator:
                 start=start,
                 generator=generators,
                 callback=self.callback,
+                on_stage=self.on_stage,
             )
         return self.codec.decode(x_0)
 
@@ -128,6 +130,30 @@ class DenoisingPanel:
             for kind in (0, 1):
                 rows += [moment[kind][image] for moment in self.moments]
         return codec.decode(torch.stack(rows)).cpu()
+
+
+class StagesPanel:
+    """Keeps what each stage of the first batch put out: as `on_stage`, then as a picture.
+
+    Raises:
+        ValueError: where there is one stage alone.
+    """
+
+    def __init__(self, process: Process, num_images: int = 36) -> None:
+        if not process.stages:
+            raise ValueError("--stages true: this model draws in one stage; it is for cascades, see --panel")
+        self.names, self.num_images = list(process.stages), num_images
+        self.outputs: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, x_0: Tensor) -> None:
+        self.outputs.setdefault(name, x_0[: self.num_images])
+
+    def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
+        """For each sample its stages' outputs, decoded, in squares of the largest one's size."""
+        decoded = [codec.decode(self.outputs[name]) for name in self.names]
+        size = max(tuple(images.shape[-2:]) for images in decoded)
+        enlarged = [torch.nn.functional.interpolate(images, size=size, mode="nearest") for images in decoded]
+        return torch.stack(enlarged, dim=1).flatten(0, 1).cpu()
 
 
 def resolve_classes(asked: list[str | int], classes: list[str]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from data.latents import LatentCache
 from diffusion import Process
+from diffusion.process import Auxiliary
 from experiment.config import ExperimentConfig, SamplingConfig
 from experiment.ema import EMA
 from experiment.evaluation import Reference, evaluate
@@ -37,6 +39,7 @@ class Inspection:
     scorer: tuple[Reference, Extractor] | None
     log: Log
     accelerator: Accelerator
+    auxiliary: Sequence[Auxiliary] = ()
 
     def validate(self, step: int) -> dict[str, float]:
         """Loss terms on held-out images."""
@@ -48,6 +51,7 @@ class Inspection:
             self.accelerator,
             self.config.log.num_validation,
             self.config.train,
+            [each for each in self.auxiliary if each.is_fixed],
         )
         found = {f"validation_{name}": value for name, value in losses.items()}
         self.log.write(step, **found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from diffusion.process import Auxiliary, Process
 from diffusion.times import Times
 from experiment.batches import Batch
 from experiment.config import AuxiliaryConfig
+from experiment.phases import Phase
 from metrics.torchscript import load_torchscript
 from models.autoencoder import Codec, PixelCodec
 from models.perceptual import NETWORKS, ScriptFeatures
@@ -29,10 +31,10 @@ class Objective:
     accelerator: Accelerator
     auxiliary: Sequence[Auxiliary] = ()
 
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " b"]]:
-        """`loss`, which is to be minimised, and what it is made of."""
-        terms = self.process.training_loss(
-            model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=self.auxiliary
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Float[Tensor, " b"]]:
+        """`loss`, which is to be minimised in this phase of the training, and what it is made of."""
+        terms = self.process.during(phase.number, phase.progress).training_loss(
+            model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=self.auxiliary, more=batch.more
         )
         if self.times.learns:
             t, losses = self.accelerator.gather((batch.t, terms["loss"].detach()))
@@ -47,10 +49,12 @@ class Perceptual:
         ValueError: where `x_0` is no image, or the network cannot be had.
     """
 
+    is_fixed = True
+
     def __init__(self, config: AuxiliaryConfig, model: nn.Module, codec: Codec, device: torch.device) -> None:
         if not isinstance(codec, PixelCodec):
             raise ValueError("--auxiliary perceptual: it looks at images, not at latents; use --autoencoder pixel")
-        self.network = perceptual_network(config.network).to(device)
+        self.network = perceptual_network(config.network, config.heads).to(device)
 
     def __call__(self, predicted: Tensor, x_0: Tensor, y: Tensor) -> Float[Tensor, " b"]:
         with torch.no_grad():
@@ -65,6 +69,8 @@ class FeatureMatching:
     Raises:
         ValueError: where the backbone has no encoder to ask.
     """
+
+    is_fixed = False
 
     def __init__(self, config: AuxiliaryConfig, model: nn.Module, codec: Codec, device: torch.device) -> None:
         if not hasattr(model, "encode"):
@@ -85,15 +91,19 @@ class FeatureMatching:
 AUXILIARY = {"perceptual": Perceptual, "feature_matching": FeatureMatching}
 
 
-def perceptual_network(name: str) -> nn.Module:
-    """A frozen network of images in [-1, 1], by its name in `NETWORKS` or from a TorchScript file.
+def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
+    """A frozen network of images in [-1, 1], by its name in `NETWORKS` or from a TorchScript file; `heads` is a file
+    that some of them are told.
 
     Raises:
         ValueError: when it cannot be had, saying what can be used in its place.
     """
     if name not in NETWORKS and not Path(name).is_file():
         raise ValueError(f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or give a TorchScript file")
-    network = NETWORKS[name]() if name in NETWORKS else ScriptFeatures(load_torchscript(name))
+    settings = {} if heads is None else {"heads": heads}
+    if heads is not None and not (name in NETWORKS and "heads" in signature(NETWORKS[name]).parameters):
+        raise ValueError(f"--auxiliary heads {heads}: network {name} has none; leave it out, or use network lpips")
+    network = NETWORKS[name](**settings) if name in NETWORKS else ScriptFeatures(load_torchscript(name))
     return network.requires_grad_(False).eval()
 
 
@@ -113,5 +123,6 @@ def build_auxiliary(
             raise ValueError(f"--auxiliary {config.kind}: given twice")
         if not config.weight > 0:
             raise ValueError(f"--auxiliary {config.kind}: weight {config.weight} must be above 0")
-        terms.append(Auxiliary(config.kind, config.weight, AUXILIARY[config.kind](config, model, codec, device)))
+        term = AUXILIARY[config.kind](config, model, codec, device)
+        terms.append(Auxiliary(config.kind, config.weight, term, term.is_fixed))
     return terms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from data.latents import LatentCache
 from diffusion import Process
+from diffusion.process import Auxiliary
 from experiment.batches import generator_for
 from experiment.config import TrainConfig
 from models.autoencoder import Codec
@@ -25,6 +27,7 @@ def validation_loss(
     accelerator: Accelerator,
     num_images: int,
     config: TrainConfig,
+    auxiliary: Sequence[Auxiliary] = (),
 ) -> dict[str, float]:
     """Mean loss terms over evenly spread held-out images, shared among the processes."""
     device = accelerator.device
@@ -34,6 +37,7 @@ def validation_loss(
     shape = (num_images, *codec.latent_shape(*cache.image_size))
     posterior_noise, noise = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
     t = process.sample_timesteps(num_images, generator=draw)
+    more = process.draw_more(shape, generator=draw)
 
     bf16 = accelerator.mixed_precision == "bf16"
     sums: dict[str, torch.Tensor] = {}
@@ -43,7 +47,15 @@ def validation_loss(
         x_0 = codec.draw(stored, posterior_noise[part].to(device))
         y = cache.labels[index[part]].to(device)
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            terms = process.training_loss(model, x_0, y, t=t[part].to(device), noise=noise[part].to(device))
+            terms = process.training_loss(
+                model,
+                x_0,
+                y,
+                t=t[part].to(device),
+                noise=noise[part].to(device),
+                auxiliary=auxiliary,
+                more={name: values[part].to(device) for name, values in more.items()},
+            )
         for name, values in terms.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + values.sum()
     totals: Any = accelerator.reduce(sums, "sum")

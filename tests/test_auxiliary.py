@@ -6,14 +6,15 @@ import yaml
 from exact import randn
 from processes import TINY, log, run
 from torch import nn
-from torchvision.models import VGG19_Weights, vgg19
+from torchvision.models import VGG16_Weights, VGG19_Weights, vgg19
+from torchvision.models.vgg import cfgs, make_layers
 
 from experiment.config import AuxiliaryConfig
-from experiment.objective import AUXILIARY, build_auxiliary
+from experiment.objective import AUXILIARY, build_auxiliary, perceptual_network
 from metrics.torchscript import save_torchscript
 from models import create_model
 from models.autoencoder import LatentCodec, PixelCodec
-from models.perceptual import VGG19Features
+from models.perceptual import LPIPSFeatures, VGG19Features
 
 CPU = torch.device("cpu")
 UNET = {"channels": [8, 8, 16], "down": ["R", "A"], "middle_channels": [16], "middle": ["R"], "up": ["A", "R"]}
@@ -75,6 +76,55 @@ def test_vgg19_is_torchvisions_up_to_its_fourth_convolution(monkeypatch):
     normalised = VGG19_Weights.IMAGENET1K_V1.transforms(crop_size=16, resize_size=16)((images + 1) / 2)
     torch.testing.assert_close(VGG19Features()(images), whole.features[:8](normalised))
     assert len([layer for layer in VGG19Features().layers if isinstance(layer, nn.Conv2d)]) == 4
+
+
+def test_lpips_is_its_formula(monkeypatch, tmp_path, unet):
+    """Layer by layer, from the paper: normalised, differences weighted by channel, averaged, added up; with random
+    weights in the formats of torchvision and of the lpips package."""
+    torch.manual_seed(0)
+    features = make_layers(cfgs["D"])
+    state = {f"features.{name}": value for name, value in features.state_dict().items()}
+    monkeypatch.setattr(type(VGG16_Weights.IMAGENET1K_V1), "get_state_dict", lambda *a, **k: state)
+    widths = enumerate([64, 128, 256, 512, 512])
+    heads = {f"lin{number}.model.1.weight": torch.rand(1, width, 1, 1) for number, width in widths}
+    path = str(tmp_path / "vgg.pth")
+    torch.save(heads, path)
+    config = AuxiliaryConfig("perceptual", 1.0, "lpips", heads=path)
+    (term,) = build_auxiliary([config], unet, PixelCodec(), CPU)
+    predicted, x_0 = randn(2, 3, 32, 32).clamp(-1, 1).requires_grad_(), randn(2, 3, 32, 32, seed=1).clamp(-1, 1)
+    shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]  # the package's own constants
+    scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+    x, y = (predicted.detach() - shift) / scale, (x_0 - shift) / scale
+    expected = torch.zeros(2)
+    for number, layer in enumerate(features[:30]):
+        x, y = layer(x), layer(y)
+        if number in (3, 8, 15, 22, 29):
+            a, b = (each / (each.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for each in (x, y))
+            weight = heads[f"lin{(3, 8, 15, 22, 29).index(number)}.model.1.weight"]
+            expected += (weight * (a - b).square()).sum(dim=1).mean(dim=(1, 2))
+    distance = term.term(predicted, x_0, torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(distance.detach(), expected.detach(), rtol=1e-3, atol=1e-6)
+    distance.sum().backward()
+    assert predicted.grad is not None
+    assert predicted.grad.isfinite().all()
+    assert term.term(x_0, x_0, torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
+
+
+def test_heads_that_are_none_or_cannot_be_had_are_one_clear_line(monkeypatch, tmp_path):
+    (tmp_path / "text.pth").write_text("not a file of weights")
+    torch.save({"lin0.model.1.weight": torch.rand(1, 64, 1, 1)}, tmp_path / "other.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    for heads, words in {
+        None: r"network lpips: its heads could not be downloaded; put them into .*lpips_vgg_v0.1.pth \(no network\)",
+        str(tmp_path / "none.pth"): "none.pth: not the file of LPIPS's heads",
+        str(tmp_path / "text.pth"): "text.pth: not the file of LPIPS's heads",
+        str(tmp_path / "other.pth"): "other.pth: not the file of LPIPS's heads",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            LPIPSFeatures(heads)
+    with pytest.raises(ValueError, match="network vgg19 has none; leave it out"):
+        perceptual_network("vgg19", "vgg.pth")
 
 
 def test_weights_that_cannot_be_had_are_one_clear_line(monkeypatch, tmp_path, unet):

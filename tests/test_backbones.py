@@ -22,8 +22,14 @@ SMALL = {
         "up": ("A", "RA"),
         "time_dim": 16,
     },
+    "Cascade": {
+        "coarse_args": {"width": 8, "latent": 16, "num_blocks": 2, "time_dim": 16},
+        "upsampler_args": {"width": 8},
+        "refiner_args": {"width": 16, "depth": 1, "num_heads": 2},
+    },
 }
 FAMILIES = ["XSwin", "USwin", "DiT-S/2", "DiT-S/4", "UViT-S/2", "UViT-tokens-S/2", "UNet-Mini", "UNet-CIFAR10"]
+FAMILIES += ["Cascade"]
 families = pytest.mark.parametrize("name", FAMILIES)
 
 

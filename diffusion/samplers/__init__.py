@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,7 +16,9 @@ from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc
 from diffusion.samplers.one_step import ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Transition
 
-SAMPLERS: dict[str, Callable[[Chain, Tensor], Moments]] = {
+Sampler = Callable[[Chain, Tensor], Moments]
+
+SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "euler": euler,
@@ -26,6 +29,11 @@ SAMPLERS: dict[str, Callable[[Chain, Tensor], Moments]] = {
     "dpmpp_3m": dpmpp_3m,
     "unipc": unipc,
 }
+
+
+def samplers_of(process: Process) -> Mapping[str, Sampler]:
+    """The samplers that a process can be sampled by: its own, where it has some, else all."""
+    return process.samplers or SAMPLERS
 
 
 TWO_CALLS_A_STEP = {"heun"}  # but one in the step to the data
@@ -64,8 +72,10 @@ def sample(
     step_noise: Float[Tensor, "num_steps b c h w"] | None = None,
     generator: Generators | None = None,
     callback: Callback | None = None,
+    on_stage: Callable[[str, Tensor], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """From unit normal `noise` to data, `x_0`, in `num_steps` steps of a call of the model each (`heun`: two).
+    """From unit normal `noise` to data, `x_0`, in `num_steps` steps of a call of the model each (`heun`: two), or as a
+    process of several stages has it.
 
     Random steps take their noise from `step_noise`, one slice a step in order, else from `generator`. With a
     generator for each sample, a sample depends on its own noise, label and stream alone, whatever batch it is
@@ -81,14 +91,15 @@ def sample(
         guide_model: the worse model of autoguidance, in place of the unlabelled half of classifier-free guidance.
         start: a time of the chain to begin at; `noise` is then the `x_t` there.
         callback: called after each step with (step, `x_t`, predicted `x_0`).
+        on_stage: called after each stage of a process that has several, with (its name, what it put out).
 
     Raises:
         ValueError: for an unknown sampler, a number out of its range, or guidance of an unconditional model,
             naming the flag.
     """
     name = sampler or process.default_sampler
-    if name not in SAMPLERS:
-        raise ValueError(f"--sampler {sampler}: unknown, choose from {', '.join(SAMPLERS)}")
+    if name not in samplers_of(process):
+        raise ValueError(f"--sampler {sampler}: unknown, choose from {', '.join(samplers_of(process))}")
     if not 0 <= eta <= 1:
         raise ValueError(f"--eta {eta} must lie in [0, 1]")
     if not churn >= 0:
@@ -96,14 +107,61 @@ def sample(
     if step_noise is not None and step_noise.shape != (num_steps, *noise.shape):
         raise ValueError(f"step_noise {list(step_noise.shape)} must be {[num_steps, *noise.shape]}: a slice a step")
 
-    guidance = guidance or Guidance()
+    chain = partial(
+        walk,
+        sampler=name,
+        num_steps=num_steps,
+        spacing=spacing,
+        eta=eta,
+        churn=churn,
+        guidance_scale=guidance_scale,
+        guidance=guidance or Guidance(),
+        legacy_cfg_channels=legacy_cfg_channels,
+        num_classes=getattr(model, "num_classes", 0) if num_classes is None else num_classes,
+        start=start,
+        step_noise=step_noise,
+        generator=generator,
+        callback=callback,
+    )
+    return process.generate(
+        chain,
+        model,
+        noise,
+        y,
+        guide_model=guide_model,
+        draw_noise=lambda like: randn_like(like, generator),
+        on_stage=on_stage or (lambda name, x_0: None),
+    )
+
+
+def walk(
+    process: Process,
+    model: Denoiser,
+    noise: Float[Tensor, "b c h w"],
+    y: Int64[Tensor, " b"],
+    *,
+    sampler: str,
+    num_steps: int,
+    spacing: str | None,
+    eta: float,
+    churn: float,
+    guidance_scale: float,
+    guidance: Guidance,
+    guide_model: Denoiser | None,
+    legacy_cfg_channels: int | None,
+    num_classes: int,
+    start: int | float | None,
+    step_noise: Tensor | None,
+    generator: Generators | None,
+    callback: Callback | None,
+) -> Float[Tensor, "b c h w"]:
+    """Down one chain; see `sample`."""
     mix = guidance.mix(process)
-    null_label = getattr(model, "num_classes", 0) if num_classes is None else num_classes
 
     def guided(scale: float) -> Denoiser:
         return guide(
             process.precondition(model),
-            null_label,
+            num_classes,
             scale,
             latent_channels=noise.shape[1],
             legacy_cfg_channels=legacy_cfg_channels,
@@ -129,7 +187,7 @@ def sample(
     if start is not None:
         steps, x_t = [step for step in steps if step[0] <= start], noise
     chain = Chain(process, steps, denoise, draw_noise, eta, churn)
-    moments = SAMPLERS[name](chain, x_t)
+    moments = samplers_of(process)[sampler](chain, x_t)
     for step, (x_t, x_0) in enumerate(moments):
         if callback is not None:
             callback(step, x_t, x_0)

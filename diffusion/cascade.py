@@ -1,0 +1,270 @@
+"""Images in three stages: small ones from noise, upsampled, refined; trained in three phases.
+
+A model for it puts out what its stages make of a small noisy image `x_t` of the coarse size:
+`model(x_t, t, y, connect=..., given=..., frozen=...) -> (coarse, upsampled, refined)`, where `connect` turns the coarse
+output into the image that the upsampler is given, or into None where the coarse stage is all that is asked for, `given`
+goes to a refiner that denoises, and a `frozen` coarse stage gets no gradient. One call a step: whatever is wrapped
+around the model sees all of it. To sample, its `coarse`, `upsampler` and `refiner` are called by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64, Shaped
+from torch import Tensor
+
+from diffusion.denoising import Denoising
+from diffusion.gaussian import GaussianDiffusion
+from diffusion.predictions import AtLevel, Level
+from diffusion.process import (
+    NOTHING,
+    Auxiliary,
+    ChainSampler,
+    Denoiser,
+    Process,
+    Step,
+    mean_per_sample,
+    with_auxiliary,
+)
+from diffusion.refinement import Refinement, Regression, SuperResolution
+from diffusion.schedules import check_name
+
+
+class Trained(NamedTuple):
+    """What a phase trains."""
+
+    coarse: bool
+    others: bool  # upsampler and refiner
+
+
+PHASES = (Trained(True, False), Trained(False, True), Trained(True, True))
+
+
+class Cascade(Process):
+    """Three shallow stages in place of one deep model.
+
+    Phases: the coarse stage by its own objective; upsampler and refiner by the squared errors of the images that they
+    make, the coarse stage frozen; then all of it, by the sum of these losses. In the last two the upsampler is given,
+    with the probability of teacher forcing, the true image made small, else what the coarse stage makes of its noised
+    version in one step: the predicted `x_0`, through which, in the last phase, the gradient of upsampler and refiner
+    flows into the coarse stage. Both are made of one image, so that there is a truth to hold them against.
+
+    By itself, outside of a training's phases, the loss is that of all stages under full teacher forcing.
+
+    Args:
+        coarse: objective of the coarse stage, a name in `COARSE`; the model's stage of that name goes with it.
+        upsampler: the model's stage of that name.
+        refiner: the model's stage of that name; `diffusion` is super-resolution by diffusion (see `SuperResolution`),
+            anything else a regression.
+        factor: side of the image over that of the coarse one.
+        schedule, num_timesteps, prediction: of diffusions. A one-step `x_0` divides errors of `epsilon` by alpha: that
+            prediction is for chains that do not end in noise.
+        sigma: of the coarse stage `dae`: its noise.
+        phases: relative lengths of the three.
+        forcing: probability of teacher forcing at the beginning and at the end of the second and of the third phase,
+            between which it falls linearly.
+        augmentation: of the refiner `diffusion`; see `SuperResolution`.
+
+    Raises:
+        ValueError: for an unknown coarse stage, listing those that there are, or numbers out of range.
+    """
+
+    stages = ("coarse", "upsampler", "refiner")
+
+    def __init__(
+        self,
+        coarse: str = "diffusion",
+        upsampler: str = "pixelshuffle",
+        refiner: str = "vit",
+        factor: int = 2,
+        schedule: str = "linear",
+        num_timesteps: int = 1000,
+        prediction: str = "v",
+        sigma: float = 0.5,
+        phases: Sequence[int | float] = (35, 35, 30),
+        forcing: Sequence[Sequence[int | float]] = ((0.9, 0.1), (0.1, 0.0)),
+        augmentation: Sequence[int | float] = (0.5, 0.1),
+    ) -> None:
+        check_name("coarse", coarse, COARSE)
+        if len(phases) != len(PHASES) or min(phases) < 0 or not sum(phases) > 0:
+            raise ValueError(
+                f"--diffusion.phases {list(phases)}: give the lengths of three phases, such as [35, 35, 30]"
+            )
+        if len(forcing) != 2 or any(len(ends) != 2 or not all(0 <= p <= 1 for p in ends) for ends in forcing):
+            raise ValueError(
+                f"--diffusion.forcing {[list(ends) for ends in forcing]}: give a first and a last probability for the "
+                "second phase and for the third, such as [[0.9, 0.1], [0.1, 0]]"
+            )
+        images = GaussianDiffusion(schedule, num_timesteps, prediction, "fixed_small")
+        self.coarse: Process = COARSE[coarse](images, sigma)
+        self.refinement: Refinement = REFINEMENTS.get(refiner, _regression)(images, augmentation)
+        self.factor, self.phases, self.forcing = factor, phases, forcing
+        self.model_args: Mapping[str, Any] = {
+            "coarse": coarse,
+            "upsampler": upsampler,
+            "refiner": refiner,
+            "factor": factor,
+        }
+        self.trained, self.forcing_probability = PHASES[-1], 1.0
+        self.default_sampler, self.default_spacing = self.coarse.default_sampler, self.coarse.default_spacing
+        self.samplers, self.max_time, self.noise_range = (
+            self.coarse.samplers,
+            self.coarse.max_time,
+            self.coarse.noise_range,
+        )
+
+    # Training.
+
+    def during(self, phase: int, progress: float) -> Process:
+        """The objective of a phase."""
+        now = copy(self)
+        now.trained = PHASES[phase]
+        first, last = (1.0, 1.0) if phase == 0 else self.forcing[phase - 1]
+        now.forcing_probability = first + (last - first) * progress
+        return now
+
+    def draw_more(
+        self, shape: Sequence[int], generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Whether the teacher forces, as numbers in [0, 1), and what the refinement draws."""
+        forcing = torch.rand(shape[0], generator=generator, device=device)
+        return {"forcing": forcing, **self.refinement.draw(shape, self.factor, generator, device)}
+
+    def training_loss(
+        self,
+        model: Callable[..., Any],
+        x_0: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        *,
+        t: Shaped[Tensor, " b"] | None = None,
+        noise: Float[Tensor, "b c h w"] | None = None,
+        generator: torch.Generator | None = None,
+        auxiliary: Sequence[Auxiliary] = (),
+        more: Mapping[str, Tensor] = NOTHING,
+    ) -> dict[str, Float32[Tensor, " b"]]:
+        """`loss` and, as the phase has them: `mse` of the coarse stage, `upsampled`, `refined`, auxiliary terms of the
+        refined image, and `forced`, the share of teacher forcing."""
+        t, noise = self.draw(x_0, t, noise, generator)
+        draws = more or self.draw_more(x_0.shape, generator, x_0.device)
+        x_0 = x_0.float()
+        low_0, low_noise = self.shrink(x_0), self.shrink_noise(noise)
+        x_t = self.coarse.q_sample(low_0, t, low_noise)
+        forced = draws["forcing"] < self.forcing_probability
+
+        def connect(coarse: Tensor) -> Tensor | None:
+            if not self.trained.others:
+                return None
+            predicted = self.coarse.predict(coarse.float(), x_t, t).x_0
+            return self.refinement.augment(torch.where(forced[:, None, None, None], low_0, predicted), draws)
+
+        given = self.refinement.given(x_0, y, draws)
+        coarse, up, output = model(x_t, t, y, connect=connect, given=given, frozen=not self.trained.coarse)
+
+        terms: dict[str, Tensor] = {"loss": torch.zeros_like(forced, dtype=torch.float32)}
+        if self.trained.coarse:
+            terms = self.coarse.terms(coarse.float(), low_0, x_t, t, low_noise)
+        if self.trained.others:
+            refined = self.refinement.read(output.float(), x_0, draws)
+            terms |= {"upsampled": mean_per_sample((up.float() - x_0).square()), "refined": refined.loss}
+            terms["loss"] = terms["loss"] + terms["upsampled"] + terms["refined"]
+            terms["forced"] = forced.float()
+            terms = with_auxiliary(terms, auxiliary, refined.x_0, x_0, y, refined.share)
+        return terms
+
+    def shrink(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """An image of the coarse size: means of squares of `factor` pixels."""
+        return F.avg_pool2d(image, self.factor)
+
+    def shrink_noise(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Unit normal noise of the coarse size, from noise of the image's."""
+        return self.factor * self.shrink(noise)
+
+    # Sampling.
+
+    def generate(
+        self,
+        chain: ChainSampler,
+        model: Any,
+        noise: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        *,
+        guide_model: Any | None,
+        draw_noise: Callable[[Tensor], Tensor],
+        on_stage: Callable[[str, Tensor], None],
+    ) -> Float[Tensor, "b c h w"]:
+        """A coarse image down its chain, which guidance and the sampler's settings apply to, upsampled, refined."""
+        guide: Denoiser | None = None if guide_model is None else guide_model.coarse
+        low = chain(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
+        up, refined = self.refinement.generate(chain, model.upsampler, model.refiner, low, y, draw_noise)
+        for name, image in zip(self.stages, (low, up, refined), strict=True):
+            on_stage(name, image.to(noise.dtype))
+        return refined.to(noise.dtype)
+
+    # The chain that a sampler walks is the coarse stage's.
+
+    def sample_timesteps(
+        self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Shaped[Tensor, " num"]:
+        """Of the coarse stage."""
+        return self.coarse.sample_timesteps(num, generator, device)
+
+    def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
+        """Of the coarse stage."""
+        return self.coarse.timesteps(num_steps)
+
+    def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
+        """Of the coarse stage."""
+        return self.coarse.reverse_steps(num_steps, spacing)
+
+    def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Of the coarse stage."""
+        return self.coarse.noise_rank(t)
+
+    def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Of the coarse stage."""
+        return self.coarse.time_at(ratio)
+
+    # What asks for a path from the image itself is refused.
+
+    def path(self, t: Shaped[Tensor, "*n"]) -> Level:
+        """There is none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a cascade has no chain from noise to its images, but to small ones: it cannot be reconstructed from a "
+            "time, nor has it a likelihood; leave --reconstruct or --likelihood out, and see --stages"
+        )
+
+    def target(
+        self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
+        """See `path`."""
+        raise ValueError(self.path(t))
+
+    def read(
+        self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """See `path`."""
+        raise ValueError(self.path(torch.zeros(1)))
+
+
+def _regression(images: GaussianDiffusion, augmentation: Sequence[int | float]) -> Refinement:
+    return Regression()
+
+
+# Objectives by the name of the stage, each of (a diffusion of the images, noise of a denoising autoencoder).
+COARSE: dict[str, Callable[[GaussianDiffusion, float], Process]] = {
+    "diffusion": lambda images, sigma: images,
+    "dae": lambda images, sigma: Denoising(1.0, sigma),
+    "resnet": lambda images, sigma: Denoising(0.0, 1.0),
+}
+REFINEMENTS: dict[str, Callable[[GaussianDiffusion, Sequence[int | float]], Refinement]] = {
+    "diffusion": SuperResolution
+}

@@ -1,0 +1,100 @@
+"""Denoising at a single level of noise: a model that gives the data back from `alpha x_0 + sigma noise`.
+
+There is no path from data to noise, so none of the samplers that walk one: data are drawn by denoising again and again.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from diffusion.predictions import AtLevel, Level
+from diffusion.process import Process, Step
+from diffusion.samplers.chain import Chain, Moments
+from diffusion.transition import Transition
+
+
+def iterated(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """Denoised, then noised to the same level again: a Markov chain whose stationary distribution is the data's where
+    the model draws from `p(x_0 | x_t)` (Bengio et al. 2013, theorem 1). Ours gives that distribution's mean, so it
+    smooths as it goes."""
+    for t, at in chain.steps:
+        x_0 = chain.denoise(x_t, t, at).x_0
+        x_t = at.alpha_next * x_0
+        if at.sigma_next > 0:  # the last step leaves what was denoised
+            x_t = x_t + at.sigma_next * chain.draw_noise()
+        yield x_t, x_0
+
+
+class Denoising(Process):
+    """A denoising autoencoder (Vincent et al. 2008), trained by the squared error of `x_0`.
+
+    With `alpha = 0` the model is given noise alone. It then learns the mean image, whatever the noise: what is to be
+    expected of regressing images on noise that has nothing to do with them.
+
+    Args:
+        alpha: share of the data.
+        sigma: standard deviation of the noise.
+
+    Raises:
+        ValueError: without noise.
+    """
+
+    default_sampler = "iterated"
+    samplers = {"iterated": iterated}  # noqa: RUF012
+    max_time = 0
+
+    def __init__(self, alpha: float = 1.0, sigma: float = 0.5) -> None:
+        if not sigma > 0:
+            raise ValueError(f"--diffusion.sigma {sigma} must be above 0")
+        self.alpha, self.sigma = alpha, sigma
+        self.noise_range = (sigma / alpha, sigma / alpha) if alpha else (torch.inf, torch.inf)
+
+    def path(self, t: Shaped[Tensor, "*n"]) -> Level:
+        """The one level, at all times."""
+        ones = torch.ones(t.shape, dtype=torch.float64, device=t.device)
+        return Level(self.alpha * ones, self.sigma * ones)
+
+    def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """0."""
+        return torch.zeros_like(ratio)
+
+    def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """0: there is no other."""
+        return torch.zeros(t.shape, dtype=torch.float64, device=t.device)
+
+    def sample_timesteps(
+        self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Int64[Tensor, " num"]:
+        """0."""
+        return torch.zeros(num, dtype=torch.int64, device=device)
+
+    def timesteps(self, num_steps: int) -> Int64[Tensor, " num_steps"]:
+        """0, again and again.
+
+        Raises:
+            ValueError: for no steps.
+        """
+        if num_steps < 1:
+            raise ValueError(f"--num_steps {num_steps} must be at least 1")
+        return self.sample_timesteps(num_steps)
+
+    def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
+        """From the level to itself, and at last to the data; there is nothing to space."""
+        here = self.path(self.timesteps(1)[0])
+        data = Level(torch.ones_like(here.alpha), torch.zeros_like(here.sigma))
+        ends = [here] * (len(self.timesteps(num_steps)) - 1) + [data]
+        return [(0, Transition.between(*here, *end)) for end in ends]
+
+    def target(
+        self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
+        """`x_0`."""
+        return x_0
+
+    def read(
+        self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """`x_0`, which is the output, and what is left of `x_t`."""
+        return raw, (x_t - at.alpha * raw) / at.sigma

@@ -1,0 +1,166 @@
+"""How the refiner of a cascade is trained and drawn from: as a regression, or as a diffusion of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from diffusion.process import ChainSampler, Denoiser, Process, mean_per_sample
+
+Given = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(x_t, t, level, y): what a refiner that denoises is given beside the upsampled image."""
+
+
+class Refined(NamedTuple):
+    """What a refiner's output says."""
+
+    loss: Float[Tensor, " b"]
+    x_0: Float[Tensor, "b c h w"]
+    share: Float[Tensor, " b"]  # what auxiliary terms of `x_0` count
+
+
+class Refinement(ABC):
+    """From the image that the upsampler is given on."""
+
+    def draw(
+        self, shape: Sequence[int], factor: int, generator: torch.Generator | None, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """What training draws for a batch of images of this shape, `factor` times the side of the coarse ones."""
+        return {}
+
+    def augment(self, low: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]) -> Float[Tensor, "b c h w"]:
+        """What the upsampler is given in training for a coarse image: by default that."""
+        return low
+
+    @abstractmethod
+    def given(self, x_0: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], draws: Mapping[str, Tensor]) -> Given | None:
+        """What the refiner is given in training, beside what the upsampler made."""
+
+    @abstractmethod
+    def read(
+        self, output: Float[Tensor, "b c h w"], x_0: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]
+    ) -> Refined:
+        """The loss of its output, and what it says of `x_0`."""
+
+    @abstractmethod
+    def generate(
+        self,
+        chain: ChainSampler,
+        upsampler: Callable[[Tensor], Tensor],
+        refiner: Callable[[Tensor, Given | None], Tensor],
+        low: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        draw_noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
+        """What upsampler and refiner make of a coarse image."""
+
+
+class Regression(Refinement):
+    """The refiner puts out the image; its error is squared."""
+
+    def given(self, x_0: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], draws: Mapping[str, Tensor]) -> Given | None:
+        """Nothing."""
+        return None
+
+    def read(
+        self, output: Float[Tensor, "b c h w"], x_0: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]
+    ) -> Refined:
+        """The squared error."""
+        return Refined(mean_per_sample((output - x_0).square()), output, torch.ones(len(x_0), device=x_0.device))
+
+    def generate(
+        self,
+        chain: ChainSampler,
+        upsampler: Callable[[Tensor], Tensor],
+        refiner: Callable[[Tensor, Given | None], Tensor],
+        low: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        draw_noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
+        """Once each."""
+        up = upsampler(low)
+        return up, refiner(up, None)
+
+
+class SuperResolution(Refinement):
+    """Diffusion given the upsampled coarse image, with noise-conditioning augmentation: that image is noised, as the
+    process itself does it, and the refiner told how much, so that it learns to make up for what is wrong with coarse
+    images at sampling time (Ho et al. 2021, section 4).
+
+    Args:
+        process: of the images.
+        augmentation: the largest time of that noise in training, where each up to it is as likely, and the one at
+            sampling, as shares of the process's times; zeros leave it out.
+
+    Raises:
+        ValueError: for shares that are none.
+    """
+
+    def __init__(self, process: Process, augmentation: Sequence[int | float]) -> None:
+        if len(augmentation) != 2 or not 0 <= augmentation[1] <= augmentation[0] <= 1:
+            raise ValueError(
+                f"--diffusion.augmentation {list(augmentation)}: give the most noise in training and that at sampling, "
+                "not more than it, as shares of the diffusion's times, such as [0.5, 0.1]"
+            )
+        self.process = process
+        self.in_training, self.at_sampling = augmentation
+
+    def level(self, share: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
+        """A time of the process."""
+        return (share * self.process.max_time).long()
+
+    def draw(
+        self, shape: Sequence[int], factor: int, generator: torch.Generator | None, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """Times and noise of the diffusion, level and noise of the augmentation."""
+        b, c, h, w = shape
+        return {
+            "t": self.process.sample_timesteps(b, generator, device),
+            "noise": torch.randn(b, c, h, w, generator=generator, device=device),
+            "level": self.level(self.in_training * torch.rand(b, generator=generator, device=device)),
+            "level_noise": torch.randn(b, c, h // factor, w // factor, generator=generator, device=device),
+        }
+
+    def augment(self, low: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]) -> Float[Tensor, "b c h w"]:
+        """The coarse image, noised."""
+        if not self.in_training:
+            return low
+        return self.process.q_sample(low, draws["level"], draws["level_noise"])
+
+    def given(self, x_0: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], draws: Mapping[str, Tensor]) -> Given | None:
+        """The image, noised, at what time, and the level of the augmentation."""
+        return self.process.q_sample(x_0, draws["t"], draws["noise"]), draws["t"], draws["level"], y
+
+    def read(
+        self, output: Float[Tensor, "b c h w"], x_0: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]
+    ) -> Refined:
+        """The process's own loss."""
+        t, noise = draws["t"], draws["noise"]
+        x_t = self.process.q_sample(x_0, t, noise)
+        loss = self.process.terms(output, x_0, x_t, t, noise)["loss"]
+        return Refined(loss, self.process.predict(output, x_t, t).x_0, self.process.signal_share(t))
+
+    def generate(
+        self,
+        chain: ChainSampler,
+        upsampler: Callable[[Tensor], Tensor],
+        refiner: Callable[[Tensor, Given | None], Tensor],
+        low: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        draw_noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
+        """The coarse image noised a little, then a chain of its own."""
+        level = self.level(torch.full((len(low),), float(self.at_sampling), device=low.device))
+        up = upsampler(self.process.q_sample(low, level, draw_noise(low)) if self.in_training else low)
+
+        def denoise(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            halves = len(x_t) // len(up)  # under guidance two, with and without label
+            return refiner(up.repeat(halves, 1, 1, 1), (x_t, t, level.repeat(halves), y))
+
+        model: Denoiser = denoise
+        return up, chain(self.process, model, draw_noise(up), y, guide_model=None, callback=None)

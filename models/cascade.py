@@ -1,0 +1,372 @@
+"""A cascade of three wide, shallow stages: a small image, upsampled, refined. Each stage is a choice from a table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, Shaped
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from models.layers.attention import check_heads, zero_
+from models.layers.embedding import Conditioning, TimeEmbedding
+from models.layers.patch import check_input_size, patchify, unpatchify
+from models.layers.position import sincos_2d
+from models.layers.residual import Downsample, NearestUpsample, ResidualBlock, group_norm
+
+# The coarse stage: (x_t, t, y) -> [b c_out h w], at the coarse size.
+
+
+class ResidualNet(nn.Module):
+    """Convolutions two by two, each pair with a skip and with time and label between them: six layers in all, `width`
+    where they begin, `latent` wide."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int,
+        *,
+        width: int = 128,
+        latent: int = 256,
+        num_blocks: int = 3,
+        time_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        widths = [width, *[latent] * (num_blocks - 1)]
+        self.cond = Conditioning(num_classes, time_dim)
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(ResidualBlock(each, latent, time_dim, dropout=0.0) for each in widths)
+        self.norm = group_norm(latent)
+        self.head = zero_(nn.Conv2d(latent, out_channels, 3, padding=1))
+
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
+    ) -> Float[Tensor, "b c_out h w"]:
+        cond = self.cond(t, y)
+        x = self.stem(x_t)
+        for block in self.blocks:
+            x = block(x, cond)
+        return self.head(F.silu(self.norm(x)))
+
+
+class Autoencoder(nn.Module):
+    """Down to half the side, where it is widest, and up again: nothing goes past the bottleneck."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int,
+        *,
+        width: int = 128,
+        latent: int = 256,
+        time_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.cond = Conditioning(num_classes, time_dim)
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.encoder = ResidualBlock(width, width, time_dim, dropout=0.0)
+        self.downsample = Downsample(width)
+        self.bottleneck = ResidualBlock(width, latent, time_dim, dropout=0.0)
+        self.upsample = NearestUpsample(latent)
+        self.decoder = ResidualBlock(latent, width, time_dim, dropout=0.0)
+        self.norm = group_norm(width)
+        self.head = zero_(nn.Conv2d(width, out_channels, 3, padding=1))
+
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
+    ) -> Float[Tensor, "b c_out h w"]:
+        cond = self.cond(t, y)
+        x = self.encoder(self.stem(x_t), cond)
+        x = self.bottleneck(self.downsample(x), cond)
+        x = self.decoder(self.upsample(x, tuple(x_t.shape[-2:])), cond)
+        return self.head(F.silu(self.norm(x)))
+
+
+# The upsampler: [b c h w] -> [b c factor*h factor*w].
+
+
+class PlainBlock(nn.Sequential):
+    """Two convolutions and a skip, without conditioning; starts as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            group_norm(channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            group_norm(channels),
+            nn.SiLU(),
+            zero_(nn.Conv2d(channels, channels, 3, padding=1)),
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return x + super().forward(x)
+
+
+class Interpolation(nn.Module):
+    """Bilinear, nothing learned."""
+
+    def __init__(self, channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return F.interpolate(x, scale_factor=float(self.factor), mode="bilinear")
+
+
+class Bilinear(nn.Module):
+    """Interpolated, then a convolution, at first the identity."""
+
+    def __init__(self, channels: int, factor: int) -> None:
+        super().__init__()
+        self.interpolate = Interpolation(channels, factor)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.dirac_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(self.interpolate(x))
+
+
+class PixelShuffle(nn.Module):
+    """Residual blocks at the coarse size, whose last channels become pixels (Shi et al. 2016)."""
+
+    def __init__(self, channels: int, factor: int, *, width: int = 256, num_blocks: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(PlainBlock(width) for _ in range(num_blocks)))
+        self.head = nn.Conv2d(width, channels * factor**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(factor)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.shuffle(self.head(self.blocks(self.stem(x))))
+
+
+class ResNet(nn.Module):
+    """What residual blocks at the full size add to the interpolated image."""
+
+    def __init__(self, channels: int, factor: int, *, width: int = 128, num_blocks: int = 2) -> None:
+        super().__init__()
+        self.interpolate = Interpolation(channels, factor)
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(PlainBlock(width) for _ in range(num_blocks)))
+        self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        x = self.interpolate(x)
+        return x + self.head(self.blocks(self.stem(x)))
+
+
+# The refiner: (image, what a denoiser is given beside it) -> [b c h w], at the full size.
+
+Given = tuple[Tensor, Tensor, Tensor, Tensor] | None
+"""(x_t, t, level, y): a noisy image, its time, the noise level of the image to refine, labels."""
+
+
+class ViTRefiner(nn.Module):
+    """What a vision transformer over patches adds to the image, at first nothing."""
+
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, int],
+        num_classes: int,
+        *,
+        width: int = 256,
+        depth: int = 4,
+        num_heads: int = 4,
+        patch_size: int = 4,
+    ) -> None:
+        super().__init__()
+        check_heads(width, num_heads)
+        rows, columns = check_input_size(size, patch_size)
+        self.patch_size, self.grid = patch_size, (rows // patch_size, columns // patch_size)
+        self.patch = nn.Linear(channels * patch_size**2, width)
+        self.register_buffer("position", sincos_2d(width, *self.grid), persistent=False)
+        self.blocks = nn.Sequential(*(Block(width, num_heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = zero_(nn.Linear(width, channels * patch_size**2))
+
+    def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
+        x = self.patch(patchify(image, self.patch_size)) + self.position  # [b n d]
+        x = self.head(self.norm(self.blocks(x)))
+        return image + unpatchify(x, self.grid, self.patch_size)
+
+
+class ConvRefiner(nn.Module):
+    """What residual blocks add to the image, at first nothing."""
+
+    def __init__(
+        self, channels: int, size: tuple[int, int], num_classes: int, *, width: int = 128, num_blocks: int = 2
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(PlainBlock(width) for _ in range(num_blocks)))
+        self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
+        return image + self.head(self.blocks(self.stem(image)))
+
+
+class NoRefiner(nn.Module):
+    """The image as it is."""
+
+    def __init__(self, channels: int, size: tuple[int, int], num_classes: int) -> None:
+        super().__init__()
+
+    def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
+        return image
+
+
+class DiffusionRefiner(nn.Module):
+    """A denoiser that sees the image to refine beside the noisy one, and is told how much noise each of them holds (Ho
+    et al. 2021, sections 2.3 and 4.2)."""
+
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, int],
+        num_classes: int,
+        *,
+        width: int = 128,
+        num_blocks: int = 3,
+        time_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        self.cond = Conditioning(num_classes, time_dim)
+        self.level = TimeEmbedding(time_dim)
+        self.stem = nn.Conv2d(2 * channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(ResidualBlock(width, width, time_dim, dropout=0.0) for _ in range(num_blocks))
+        self.norm = group_norm(width)
+        self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
+        assert given is not None  # its process gives it
+        x_t, t, level, y = given
+        cond = self.cond(t, y) + self.level(level)
+        x = self.stem(torch.cat([x_t, image], dim=1))
+        for block in self.blocks:
+            x = block(x, cond)
+        return self.head(F.silu(self.norm(x)))
+
+
+COARSE: dict[str, type[nn.Module]] = {"diffusion": ResidualNet, "dae": Autoencoder, "resnet": ResidualNet}
+UPSAMPLERS: dict[str, type[nn.Module]] = {
+    "pixelshuffle": PixelShuffle,
+    "bilinear": Bilinear,
+    "resnet": ResNet,
+    "interpolation": Interpolation,
+}
+REFINERS: dict[str, type[nn.Module]] = {
+    "vit": ViTRefiner,
+    "conv": ConvRefiner,
+    "none": NoRefiner,
+    "diffusion": DiffusionRefiner,
+}
+
+
+class Stages(NamedTuple):
+    """What the three stages put out, as far as they were asked."""
+
+    coarse: Tensor
+    upsampled: Tensor | None
+    refined: Tensor | None
+
+
+class Cascade(nn.Module):
+    """A coarse stage at a fraction of the image's side, an upsampler, a refiner.
+
+    As any backbone, `model(x_t, t, y)` takes an image through all three. The process of cascades trains the stages by
+    objectives of their own, in one call that tells how they are connected, and samples them one by one.
+
+    Args:
+        input_size: side of the image, or height and width; multiples of `factor`.
+        in_channels: channels of the image.
+        out_channels: channels to put out.
+        num_classes: classes; label `num_classes` is the null label; 0 makes the model unconditional.
+        coarse: name in `COARSE`.
+        upsampler: name in `UPSAMPLERS`.
+        refiner: name in `REFINERS`.
+        factor: side of the image over that of the coarse one.
+        coarse_args: arguments of the coarse stage that differ from its own, such as {width: 64}.
+        upsampler_args: of the upsampler.
+        refiner_args: of the refiner.
+
+    Raises:
+        ValueError: for an unknown stage or argument, listing those that there are, or sizes that do not fit.
+    """
+
+    _no_split_modules = ("ResidualBlock", "PlainBlock", "Block")  # as Accelerate calls what FSDP shards as one
+
+    def __init__(
+        self,
+        *,
+        input_size: int | tuple[int, int],
+        in_channels: int,
+        out_channels: int,
+        num_classes: int,
+        coarse: str = "diffusion",
+        upsampler: str = "pixelshuffle",
+        refiner: str = "vit",
+        factor: int = 2,
+        coarse_args: Mapping[str, Any] | None = None,
+        upsampler_args: Mapping[str, Any] | None = None,
+        refiner_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % factor or width % factor:
+            raise ValueError(f"factor={factor} must divide the {height}x{width} image")
+        self.input_size, self.factor = (height, width), factor
+        self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
+        self.coarse = _build("coarse", COARSE, coarse, coarse_args, in_channels, out_channels, num_classes)
+        self.upsampler = _build("upsampler", UPSAMPLERS, upsampler, upsampler_args, out_channels, factor)
+        self.refiner = _build("refiner", REFINERS, refiner, refiner_args, out_channels, self.input_size, num_classes)
+
+    def forward(
+        self,
+        x_t: Float[Tensor, "b c _ _"],
+        t: Shaped[Tensor, " b"],
+        y: Int64[Tensor, " b"],
+        *,
+        connect: Callable[[Tensor], Tensor | None] | None = None,
+        given: Given = None,
+        frozen: bool = False,
+    ) -> Tensor | Stages:
+        if connect is None:
+            small = F.avg_pool2d(x_t, self.factor)
+            up = self.upsampler(self.coarse(small, t, y))
+            return self.refiner(up, (up, t, torch.zeros_like(t), y))
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            coarse = self.coarse(x_t, t, y)
+        image = connect(coarse)
+        if image is None:
+            return Stages(coarse, None, None)
+        up = self.upsampler(image)
+        return Stages(coarse, up, self.refiner(up, given))
+
+
+def _build(
+    stage: str, table: dict[str, type[nn.Module]], name: str, given: Mapping[str, Any] | None, *fixed: Any
+) -> nn.Module:
+    """A stage by its name, with its own arguments on top of what follows from the others."""
+    if name not in table:
+        raise ValueError(f"{stage}={name}: there is no such stage, choose from {', '.join(table)}")
+    accepted = list(inspect.signature(table[name]).parameters)[len(fixed) :]
+    for argument in (given or {}).keys() - set(accepted):
+        raise ValueError(
+            f"--model_args.{stage}_args.{argument}: {name} has no such argument; it takes "
+            f"{', '.join(accepted) or 'none'}"
+        )
+    return table[name](*fixed, **(given or {}))
+
+
+MODELS = {"Cascade": (Cascade, {})}
