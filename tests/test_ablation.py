@@ -54,9 +54,10 @@ def plan_of(variants, **settings):
 def test_every_shipped_ablation_builds(path, monkeypatch):
     shapes = {"data.path": "shapes", "data.exclude_classes": [], "autoencoder": "embedded"}
     ablation = read_ablation(path, shapes)
-    assert len(ablation.pictures.classes) == 8
+    labelled = expand(ablation, path.stem)[0].config.data.use_labels
+    assert len(ablation.pictures.classes) == 8 * labelled
     assert path.name in path.read_text().split("\ntitle:")[0]
-    ablation = replace(ablation, match=None, pictures=replace(ablation.pictures, classes=["star"]))
+    ablation = replace(ablation, match=None, pictures=replace(ablation.pictures, classes=["star"] * labelled))
     runs = expand(ablation, path.stem)
     assert len(runs) >= 3
     plan = make_plan(ablation, runs, Path("runs/x"), open_accelerator("fp32"), timed=False, any_code=False)

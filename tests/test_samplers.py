@@ -23,6 +23,9 @@ def zero_model(x, t, y):
     return torch.zeros_like(x)
 
 
+FROM_NOISE = [name for name in SCHEDULES if name != "scaled_linear"]  # which ends with some of the data left
+
+
 def pointwise_model(x, t, y):
     """No reduction whose order could depend on the batch."""
     return torch.tanh(x) * (0.5 + t / 2000)[:, None, None, None] + 0.1 * y[:, None, None, None]
@@ -56,7 +59,7 @@ def test_tables_are_float64_and_noise_only_grows(schedule):
     process = GaussianDiffusion(schedule)
     assert process.betas.dtype == process.alphas_cumprod.dtype == torch.float64
     assert (process.alphas_cumprod.diff() < 0).all()
-    assert process.alphas_cumprod[-1] < 1e-4
+    assert process.alphas_cumprod[-1] < (1e-4 if schedule in FROM_NOISE else 5e-3)
 
 
 @settings(deadline=None)
@@ -176,7 +179,7 @@ def test_the_same_generator_draws_the_same_loss():
 @pytest.mark.parametrize(
     ("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpmpp_2m", 0.0)]
 )
-@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "linear_unscaled"])  # linear at T=1000
+@pytest.mark.parametrize("schedule", [name for name in FROM_NOISE if name != "linear_unscaled"])  # linear at T=1000
 @predictions
 def test_gaussian_data_come_out_with_mean_and_std(sampler, eta, schedule, prediction):
     process = GaussianDiffusion(schedule, prediction=prediction, variance="fixed_large")
@@ -421,7 +424,7 @@ def test_bad_input_is_refused_in_words(arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"schedule": "sqrt"}, "--diffusion.schedule sqrt: unknown, choose from linear, cosine, sigmoid"),
+        ({"schedule": "sqrt"}, "--diffusion.schedule sqrt: unknown, choose from linear, .*cosine, sigmoid"),
         ({"prediction": "score"}, "--diffusion.prediction score: unknown, choose from epsilon, x_0, v"),
         ({"variance": "learned"}, "--diffusion.variance learned: unknown, choose from learned_range"),
         ({"num_timesteps": 1}, "--diffusion.num_timesteps 1 must be at least 2"),
