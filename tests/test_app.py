@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from browser import WIDTHS, needs_chromium, page_of
 from PIL import Image
 from processes import ROOT, environment_of, script
 
@@ -159,3 +160,32 @@ def test_without_runs_it_says_what_to_do(tmp_path, folder):
 
 def test_classes_are_spelled_so_that_the_command_line_reads_them():
     assert [spelled(label, ["cat", "8", "true", "a b", "x, y"]) for label in range(5)] == ["cat", "8", "2", "a b", "4"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_a_visitor_draws_slides_back_and_compares(address, width):
+    with page_of(address, width) as page:
+        page.set_default_timeout(90_000)
+        page.get_by_label("Class", exact=True).fill("star")
+        page.get_by_label("Class", exact=True).press("Enter")
+        page.get_by_label("Seed", exact=True).fill("5")
+        page.get_by_role("button", name="Draw", exact=True).click()
+        slider = page.get_by_role("slider", name="Back through the steps")
+        slider.wait_for()  # it is there when all is drawn
+        pictures = page.locator(".pictures img")
+        last = pictures.first.get_attribute("src")
+        assert "--classes star" in page.locator(".command textarea").input_value()
+        slider.focus()
+        slider.press("Home")
+        page.wait_for_function("src => document.querySelector('.pictures img').getAttribute('src') !== src", arg=last)
+
+        page.get_by_label("Checkpoints", exact=True).click()
+        page.get_by_role("option", name="00000002").click()
+        page.get_by_role("button", name="Draw", exact=True).click()
+        page.wait_for_function("document.querySelectorAll('.pictures img').length === 2")
+        slider.wait_for()
+        assert page.locator(".command textarea").input_value().count("sample.py") == 2
+        assert all(
+            page.evaluate("[...document.querySelectorAll('.pictures img')].map(image => image.naturalWidth > 0)")
+        )

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from browser import WIDTHS, needs_chromium, page_of
 from processes import script
 
 GALLERY = script("scripts/gallery.py")
@@ -86,3 +87,16 @@ def test_the_page_needs_no_other_file(runs):
 def test_a_folder_without_runs_is_told_in_words(tmp_path):
     with pytest.raises(ValueError, match="no run in it, a folder with config"):
         GALLERY.main(tmp_path)
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_the_page_opens_from_disk_in_a_browser(runs, width):
+    GALLERY.main(runs)
+    with page_of((runs / "gallery.html").resolve().as_uri(), width) as page:
+        rows = page.locator("table").first.locator("tbody tr")
+        before = rows.all_inner_texts()
+        page.locator("th button").first.click()
+        page.locator("th button").first.click()
+        assert sorted(rows.all_inner_texts()) == sorted(before)
+        assert all(page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 0)"))

@@ -1,0 +1,29 @@
+"""Pages in a real browser, for tests that look at what a visitor sees."""
+
+import shutil
+from contextlib import contextmanager
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+WIDTHS = {"desktop": 1280, "phone": 390}
+QUIET = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@contextmanager
+def page_of(url, width):
+    """A tab at this width; at its end nothing may have been logged as an error, nor reach over the side."""
+    from playwright.sync_api import sync_playwright
+
+    errors = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url, wait_until="domcontentloaded")
+        yield page
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        browser.close()
+    assert errors == []
