@@ -58,6 +58,7 @@ def test_held_out_share_is_within_one_image(count, fraction, seed):
     assert _hold_out(names[::-1], "class", "test", fraction, seed) == test
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # a test worker has one core
 def test_workers_read_a_zip_at_once(tree):
     dataset = ImageDataset(zipped(tree), split="all", image_size=8)
     expected = torch.stack([dataset[i][0] for i in range(len(dataset))])
