@@ -144,7 +144,9 @@ def build_page(studio) -> Any:
         outputs = [history, moment, command, *shown]
         draw.click(partial(draw_pictures, studio), wanted, outputs, api_name="draw", show_progress="minimal")
         moment.input(show_moment, [history, moment], shown, api_name="moment", queue=False, show_progress="hidden")
-        chosen.change(partial(follow, studio), chosen, [of_class, to_class, sampler, steps, guidance], queue=False)
+        chosen.change(
+            partial(follow, studio), [chosen, of_class], [of_class, to_class, sampler, steps, guidance], queue=False
+        )
         look.click(partial(look_up, studio), wanted, near, api_name="nearest")
     return page
 
@@ -193,16 +195,17 @@ def look_up(studio, runs, of_class, seed, number, guidance, sampler, steps, to_c
     return str(path)
 
 
-def follow(studio, runs: list[str]) -> list[Any]:
-    """Classes and settings of the first run chosen."""
+def follow(studio, runs: list[str], of_class: str) -> list[Any]:
+    """Classes and settings of a run chosen alone; those beside it are drawn as it is. A class that it has stays."""
     import gradio as gr
 
-    if not runs:
+    if len(runs) != 1:
         return [gr.skip()] * 5
     checkpoint = in_words(studio.checkpoint)(runs[0])
     classes = checkpoint.classes
+    kept = of_class if of_class in classes else next(iter(classes), None)
     return [
-        gr.Dropdown(classes, value=classes[0] if classes else None, visible=bool(classes)),
+        gr.Dropdown(classes, value=kept, visible=bool(classes)),
         gr.Dropdown(classes, value=None, visible=bool(classes)),
         gr.Dropdown(value=_sampler(checkpoint)),
         gr.Slider(value=_steps(checkpoint)),

@@ -182,6 +182,8 @@ def test_a_visitor_draws_slides_back_and_compares(address, width):
 
         page.get_by_label("Checkpoints", exact=True).click()
         page.get_by_role("option", name="00000002").click()
+        page.wait_for_timeout(500)
+        assert page.get_by_label("Class", exact=True).input_value() == "star"  # what was asked for stays
         page.get_by_role("button", name="Draw", exact=True).click()
         page.wait_for_function("document.querySelectorAll('.pictures img').length === 2")
         slider.wait_for()
