@@ -91,7 +91,7 @@ class LossSecondMoments(Times):
     def observe(self, t: Int64[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
         """Each loss takes the place of the oldest at its time; what is not finite is passed over."""
         for time, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            if loss - loss == 0:
+            if math.isfinite(loss):
                 self.losses[time, self.counts[time] % self.losses.shape[1]] = loss
                 self.counts[time] += 1
 

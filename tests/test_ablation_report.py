@@ -4,12 +4,11 @@ import csv
 import io
 import json
 import re
-import shutil
-import subprocess
 from statistics import fmean, stdev
 
 import numpy as np
 import pytest
+from browser import WIDTHS, needs_chromium, page_of
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run
@@ -19,7 +18,6 @@ from experiment.ablation.report import write_report
 from experiment.ablation.results import paired_p, read_results
 from experiment.ablation.tables import as_tex, cells, head
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CLASSES = ["stop_sign", "butterfly", "sunflower", "soccer_ball"]
 VARIANTS = {"DiT": 0.0, "UViT": -6.0, "USwin": -7.0, "XSwin with a long name": -9.0}  # and what it gains
 METRICS = {
@@ -216,28 +214,17 @@ const found = {
   clipped: all(".beside > .name, .strip > span").filter(e => e.scrollWidth > e.clientWidth + 1).length,
   rising: press(5), falling: press(5), names: press(0),
 };
-document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+document.body.innerHTML = "<pre id=found hidden>" + JSON.stringify(found) + "</pre>";
 </script>
 </body>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("width", [1280, 390])
+@needs_chromium
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 def test_a_browser_shows_the_page_whole(ablation, tmp_path, width):
-    """In a frame of the width: a window has a least width of its own."""
-    html = (ablation / "report.html").read_text().replace("</body>", PROBE)
-    (tmp_path / "page.html").write_text(html)
-    copy = "document.body.textContent = frame.contentDocument.getElementById('found').textContent"
-    frame = (
-        f'<iframe id="frame" src="page.html" style="width:{width}px;height:900px;border:0" onload="{copy}"></iframe>'
-    )
-    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}</body>")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom"]
-    command = [str(CHROMIUM), *flags, f"file://{tmp_path / 'frame.html'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = json.loads(re.search(r"\{.*\}", done.stdout, re.DOTALL)[0].replace("&amp;", "&"))
+    (tmp_path / "page.html").write_text((ablation / "report.html").read_text().replace("</body>", PROBE))
+    with page_of((tmp_path / "page.html").as_uri(), width) as page:
+        found = json.loads(page.locator("#found").text_content() or "")
     assert found["width"] == width
     assert found["content"] <= width
     assert found["overlaps"] == []
