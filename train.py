@@ -8,10 +8,10 @@ accelerate launch train.py --resume runs/XSwin
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
-from experiment.cli import one_line_errors, parse_experiment
-from experiment.config import ExperimentConfig
+from experiment.cli import one_line_errors, parse_run
+from experiment.config import ExperimentConfig, resuming
 
 
 def main(config: ExperimentConfig) -> None:
@@ -37,7 +37,8 @@ def main(config: ExperimentConfig) -> None:
         sampling_of,
         share_batch_norms,
     )
-    from experiment.checkpoint import Best, list_checkpoints, mark_best, resume, save_checkpoint, to_resume, warm_start
+    from experiment.checkpoint import resume, save_checkpoint, warm_start
+    from experiment.checkpoint_folder import Best, list_checkpoints, mark_best, to_resume
     from experiment.ema import EMA
     from experiment.evaluation import open_scorer
     from experiment.files import write_whole
@@ -116,7 +117,7 @@ def main(config: ExperimentConfig) -> None:
 
     if config.resume:
         step = restore()
-        config = replace(config, resume=None)
+        config = resuming(config, None)
     if accelerator.is_main_process:
         write_whole(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     accelerator.wait_for_everyone()
@@ -229,4 +230,4 @@ def _due(step: int, every: int) -> bool:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_experiment())
+        main(parse_run(ExperimentConfig))

@@ -101,12 +101,15 @@ class Batches:
         return self.cache.source_indices[self._order(step, order)].tolist()
 
     def _order(self, step: int, order: int = 0) -> Int64[Tensor, " b"]:
-        """Positions `step * b .. (step + 1) * b` of the endless stream of permuted epochs."""
-        num_images = len(self.cache.labels)
-        position = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epoch, offset = position // num_images, position % num_images
-        index = torch.empty_like(position)
-        for number in epoch.unique().tolist():
-            permutation = torch.randperm(num_images, generator=generator_for(self.seed, "epoch", number, order))
-            index[epoch == number] = permutation[offset[epoch == number]]
-        return index
+        return positions(len(self.cache.labels), step * self.batch_size, self.batch_size, self.seed, "epoch", order)
+
+
+def positions(num_images: int, start: int, num: int, seed: int, purpose: str, order: int = 0) -> Int64[Tensor, " n"]:
+    """Which images stand at places `start .. start + num` of an endless stream of permuted epochs."""
+    place = torch.arange(start, start + num)
+    epoch, offset = place // num_images, place % num_images
+    index = torch.empty_like(place)
+    for number in epoch.unique().tolist():
+        permutation = torch.randperm(num_images, generator=generator_for(seed, purpose, number, order))
+        index[epoch == number] = permutation[offset[epoch == number]]
+    return index

@@ -1,19 +1,15 @@
 """Checkpoints: `runs/<name>/checkpoints/<step>/{ema.safetensors, state/}`.
 
 `ema.safetensors` is enough on its own to sample and to score: its metadata carries the configuration, the
-backbone's derived arguments, the class names, the step and the commit. `state/` is what resuming needs. A
-checkpoint is written under a temporary name, brought to the disk, checksummed (`checksums.json`) and renamed when
-whole; nothing read back is ever unpickled. `best` points to the one that a chosen metric liked best.
+backbone's derived arguments, the class names, the step and the commit. `state/` is what resuming needs. Nothing read
+back is ever unpickled. `experiment.checkpoint_folder` writes them whole.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experiment.build import ModelSpec, build_process
+from experiment.checkpoint_folder import CheckpointError, checkpoint_path, list_checkpoints, rotate, write_checkpoint
 from experiment.config import (
     AuxiliaryConfig,
     DataConfig,
@@ -40,14 +37,8 @@ from experiment.hub import local
 from experiment.sharding import gather, load_whole, part_like
 
 WEIGHTS = "ema.safetensors"
-CHECKSUMS = "checksums.json"
 PROFILES = "profiles.safetensors"
-BEST = "best"
 SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, cut short or of another model, in the user's words."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class Checkpoint:
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The averaged backbone in eval mode."""
         model = self.spec.build()
-        load_weights(model.state_dict(), _read_tensors(self.path), self.path)
+        load_weights(model.state_dict(), read_tensors(self.path), self.path)
         return model.eval().requires_grad_(False).to(device)
 
     def build_process(self):
@@ -104,37 +95,27 @@ def save_checkpoint(
     Raises:
         OSError: when the disk has no room; the partial folder is removed, older checkpoints stay.
     """
-    target = folder / f"{step:08d}"
-    partial = folder / f".{step:08d}.partial"
     averages, profiles = gather(ema.tensors, keep=write), gather(ema.profile_tensors(), keep=write)
-    weights, moments = gather(model.state_dict(), keep=write), gather(_optimizer_tensors(optimizer), keep=write)
+    weights, moments = gather(model.state_dict(), keep=write), gather(optimizer_tensors(optimizer), keep=write)
+    target = checkpoint_path(folder, step)
     if not write:
         return target
-    for left_by_a_kill in folder.glob(".*.partial"):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     metadata = metadata_of(config, spec, classes, step)
-    try:
-        (partial / "state").mkdir(parents=True)
-        save_file(averages, partial / WEIGHTS, metadata=metadata)
-        save_file(weights, partial / "state" / "model.safetensors")
-        save_file(moments, partial / "state" / "optimizer.safetensors")
+
+    def fill(checkpoint: Path) -> None:
+        state = checkpoint / "state"
+        state.mkdir()
+        save_file(averages, checkpoint / WEIGHTS, metadata=metadata)
+        save_file(weights, state / "model.safetensors")
+        save_file(moments, state / "optimizer.safetensors")
         if profiles:
-            save_file(profiles, partial / "state" / PROFILES, metadata=metadata)
-        (partial / "state" / "progress.json").write_text(json.dumps({"step": step, **progress}))
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        checksums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
-        (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
-        for path in [*files, partial / CHECKSUMS, partial / "state", partial]:
-            _to_disk(path)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        _to_disk(folder)
-        if ema.profiles:
-            _keep_snapshot(target)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"checkpoint {target} could not be written ({error}); make room and --resume") from error
-    _rotate(folder, config.log)
+            save_file(profiles, state / PROFILES, metadata=metadata)
+        (state / "progress.json").write_text(json.dumps({"step": step, **progress}))
+
+    write_checkpoint(target, fill)
+    if profiles:
+        _keep_snapshot(target)
+    rotate(folder, keep=config.log.keep_checkpoints, keep_every=config.log.keep_every)
     return target
 
 
@@ -160,64 +141,6 @@ def _keep_snapshot(checkpoint: Path) -> None:
         shutil.copy(checkpoint / "state" / PROFILES, snapshot)
 
 
-@dataclass
-class Best:
-    """The lowest value of a metric so far, and the step whose checkpoint has it; a part of that checkpoint's progress,
-    so that a run killed before `mark_best` can make up for it."""
-
-    value: float | None = None
-    step: int | None = None
-
-    def improves(self, value: float, step: int) -> bool:
-        """Takes the value in if it is the lowest."""
-        if self.value is None or value < self.value:
-            self.value, self.step = value, step
-            return True
-        return False
-
-
-def mark_best(folder: Path, step: int) -> None:
-    """Let `folder/best` point to this step's checkpoint."""
-    partial = folder / ".best.partial"
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(f"{step:08d}", target_is_directory=True)
-    partial.replace(folder / BEST)
-
-
-def _rotate(folder: Path, config: LogConfig) -> None:
-    """Keep the newest, those of every `keep_every` steps, and the best."""
-    best = (folder / BEST).resolve()
-    for old in list_checkpoints(folder)[: -config.keep_checkpoints]:
-        kept = config.keep_every > 0 and int(old.name) % config.keep_every == 0
-        if not kept and old.resolve() != best:
-            shutil.rmtree(old)
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by name; None where they are as they were written."""
-    try:
-        checksums = json.loads((checkpoint / CHECKSUMS).read_text())
-    except (OSError, ValueError):
-        return f"{CHECKSUMS} is missing or damaged"
-    for name, expected in checksums.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _sha256(path) != expected:
-            return f"{name} has another checksum"
-    return None
-
-
-def newest_whole(folder: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint whose files are as they were written; those that are not are named and passed over."""
-    for checkpoint in reversed(list_checkpoints(folder)):
-        wrong = damage(checkpoint)
-        if wrong is None:
-            return checkpoint
-        say(f"checkpoint {checkpoint} is damaged: {wrong}; going back to the one before")
-    return None
-
-
 def resume(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load a checkpoint into the objects; returns what was saved as `progress`, and `step`, the steps done.
 
@@ -225,24 +148,12 @@ def resume(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.
         CheckpointError: when it does not fit.
     """
     ema.let_go()
-    load_weights(ema.tensors, _read_tensors(checkpoint / WEIGHTS), checkpoint)
-    load_weights(model.state_dict(), _read_tensors(checkpoint / "state" / "model.safetensors"), checkpoint)
+    load_weights(ema.tensors, read_tensors(checkpoint / WEIGHTS), checkpoint)
+    load_weights(model.state_dict(), read_tensors(checkpoint / "state" / "model.safetensors"), checkpoint)
     if ema.profiles:
-        load_weights(ema.profile_tensors(), _read_tensors(checkpoint / "state" / PROFILES), checkpoint)
-    _load_optimizer(optimizer, _read_tensors(checkpoint / "state" / "optimizer.safetensors"))
+        load_weights(ema.profile_tensors(), read_tensors(checkpoint / "state" / PROFILES), checkpoint)
+    load_optimizer(optimizer, read_tensors(checkpoint / "state" / "optimizer.safetensors"))
     return json.loads((checkpoint / "state" / "progress.json").read_text())
-
-
-def to_resume(run: Path) -> Path:
-    """The checkpoint that `--resume RUN` goes on from.
-
-    Raises:
-        CheckpointError: when there is none.
-    """
-    checkpoint = newest_whole(run / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError(f"--resume {run}: nothing to resume, {run / 'checkpoints'} holds no whole checkpoint")
-    return checkpoint
 
 
 def warm_start(model: nn.Module, path: str) -> str:
@@ -251,7 +162,7 @@ def warm_start(model: nn.Module, path: str) -> str:
     Raises:
         CheckpointError: when there is no checkpoint, or nothing of it fits.
     """
-    weights = _read_tensors(_find_weights(path))
+    weights = read_tensors(_find_weights(path))
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
@@ -262,11 +173,6 @@ def warm_start(model: nn.Module, path: str) -> str:
     left = {"of another shape": reshaped, "not in this model": unknown, "not in the checkpoint": missing}
     told = "; ".join(f"{what}: {', '.join(names)}" for what, names in left.items() if names)
     return f"--init_from {path}: took {len(fitting)} of {len(weights)} tensors{f' ({told})' if told else ''}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -333,7 +239,12 @@ def _find_weights(path: str | Path) -> Path:
     )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file.
+
+    Raises:
+        CheckpointError: when it is missing or cut short.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -341,27 +252,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cut short or missing ({error})") from error
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Past the operating system's cache, so that a rename never outlives what it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Its state by `<number of the parameter>.<name>`."""
     state = optimizer.state_dict()["state"]
     return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():

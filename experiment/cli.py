@@ -6,14 +6,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, set_parsing_settings
 
-from experiment.config import ExperimentConfig
+from experiment.config import R, resuming
 
 set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML
 
@@ -45,26 +44,26 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
     return config_class(**vars(found))
 
 
-def parse_experiment(arguments: list[str] | None = None) -> ExperimentConfig:
-    """The configuration of a training run; `--resume RUN` starts from that run's own `config.yaml`.
+def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
+    """The configuration of a training; `--resume RUN` starts from that run's own `config.yaml`.
 
     `--resume auto` means the folder of this name where it holds a whole checkpoint, and a fresh run elsewhere.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    config = parse(ExperimentConfig, arguments)
+    config = parse(config_class, arguments)
     if config.resume == "auto":
-        from experiment.checkpoint import newest_whole
+        from experiment.checkpoint_folder import newest_whole
 
-        fresh = replace(config, resume=None)
+        fresh = resuming(config, None)
         if newest_whole(fresh.folder / "checkpoints") is None:
             return fresh
-        config, arguments = replace(config, resume=str(fresh.folder)), [*arguments, "--resume", str(fresh.folder)]
+        config, arguments = resuming(config, fresh.folder), [*arguments, "--resume", str(fresh.folder)]
     if config.resume is None:
         return config
     stored = Path(config.resume) / "config.yaml"
     if not stored.is_file():
         raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist")
-    return parse(ExperimentConfig, ["--config", str(stored), *arguments])
+    return parse(config_class, ["--config", str(stored), *arguments])
 
 
 @contextmanager

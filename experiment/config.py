@@ -7,9 +7,9 @@ so that `--help` answers at once.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,8 @@ class SamplingConfig:
         guidance_radius: largest norm of the push; null: none
         guidance_momentum: of the push over the steps, such as -0.5 beside guidance_parallel 0
         legacy_cfg_channels: guide the first channels only, as published samplers did (3); null: all
+        clip: largest absolute value of the data, to which each step's prediction of them is cut; null: what the
+            autoencoder says: 1 in pixel space, no limit for latents; .inf: no limit
     """
 
     sampler: str | None = None
@@ -234,6 +236,7 @@ class SamplingConfig:
     guidance_radius: float | None = None
     guidance_momentum: float = 0.0
     legacy_cfg_channels: int | None = None
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -293,8 +296,34 @@ class LogConfig:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 
+class RunConfig:
+    """A training that is written to a folder of its own, from which it may be resumed: a frozen dataclass."""
+
+    name: str | None
+    resume: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.resume or Path("runs") / str(self.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, fit for YAML and JSON."""
+        values = asdict(self)  # pyright: ignore[reportArgumentType]
+        values["optim"]["betas"] = list(values["optim"]["betas"])
+        return values
+
+
+R = TypeVar("R", bound=RunConfig)
+
+
+def resuming(config: R, run: Path | None) -> R:
+    """The same, to go on from this run, or afresh."""
+    return replace(config, resume=run and str(run))  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
 @dataclass(frozen=True)
-class ExperimentConfig:
+class ExperimentConfig(RunConfig):
     """Train a diffusion backbone on the latents of a frozen autoencoder.
 
     Args:
@@ -336,9 +365,3 @@ class ExperimentConfig:
     def folder(self) -> Path:
         """Of the run."""
         return Path(self.resume or Path("runs") / (self.name or self.model.replace("/", "-")))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, fit for YAML and JSON."""
-        values = asdict(self)
-        values["optim"]["betas"] = list(self.optim.betas)
-        return values

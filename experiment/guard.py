@@ -24,6 +24,7 @@ class Guard:
     of the data; after `max_rollbacks` of these it stops.
     """
 
+    settings: str = "optim"  # the flags' group that may mend it
     patience: int = 10
     max_rollbacks: int = 3
     skipped: int = 0
@@ -50,8 +51,8 @@ class Guard:
         if not can or self.rollbacks == self.max_rollbacks:
             raise TrainingDivergedError(
                 f"{self.patience} steps in a row had a gradient that is not finite, after {self.rollbacks} returns to "
-                "the last checkpoint with another order of the data; lower --optim.lr, set --optim.grad_clip 1, or "
-                "look at the images whose source_indices log.jsonl lists"
+                f"the last checkpoint with another order of the data; lower --{self.settings}.lr, set "
+                f"--{self.settings}.grad_clip 1, or look at the images whose source_indices log.jsonl lists"
             )
         self.rollbacks += 1
         self.in_a_row = 0

@@ -30,14 +30,15 @@ class Meter:
         self.num_clipped = self.num_images = 0
         self.waited, self.paused, self.since = 0.0, 0.0, time.perf_counter()
 
-    def add(self, terms: dict[str, Tensor], noise_rank: Tensor) -> None:
-        """Loss terms [b] of a micro-batch, and where its times lie from the least noise, 0, to the most, 1."""
-        bucket = (noise_rank * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
-        one_hot = torch.nn.functional.one_hot(bucket, NUM_BUCKETS).float()  # [b buckets]
+    def add(self, terms: dict[str, Tensor], noise_rank: Tensor | None = None) -> None:
+        """Loss terms [b] of a micro-batch, and where its times, if any, lie from the least noise, 0, to the most, 1."""
         loss = terms["loss"].detach().float()
         new = {name: values.detach().float().sum() for name, values in terms.items()}
         new |= {"count": loss.new_tensor(float(len(loss)))}
-        new |= {"bucket_sums": loss @ one_hot, "bucket_counts": one_hot.sum(dim=0)}
+        if noise_rank is not None:
+            bucket = (noise_rank * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
+            one_hot = torch.nn.functional.one_hot(bucket, NUM_BUCKETS).float()  # [b buckets]
+            new |= {"bucket_sums": loss @ one_hot, "bucket_counts": one_hot.sum(dim=0)}
         self.pending = _sum(self.pending, new)
 
     def step(self, norm: float, max_norm: float, num_images: int) -> None:
@@ -71,7 +72,8 @@ class Meter:
         if not self.norms:
             return {}
         sums: dict[str, Tensor] = accelerator.reduce(self.sums, "sum")  # pyright: ignore
-        count, losses, counts = (sums.pop(name) for name in ("count", "bucket_sums", "bucket_counts"))
+        count, none = sums.pop("count"), torch.zeros(NUM_BUCKETS)
+        losses, counts = (sums.pop(name, none) for name in ("bucket_sums", "bucket_counts"))
         means = {name: (total / count).item() for name, total in sums.items()}
         for number, (loss, n) in enumerate(zip(losses.tolist(), counts.tolist(), strict=True)):
             if n:

@@ -5,17 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from experiment.build import ModelSpec, build_optimizer
-from experiment.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    mark_best,
-    newest_whole,
-    open_checkpoint,
-    resume,
-    save_checkpoint,
-    to_resume,
-    warm_start,
-)
+from experiment.checkpoint import open_checkpoint, resume, save_checkpoint, warm_start
+from experiment.checkpoint_folder import CheckpointError, list_checkpoints, mark_best, newest_whole, to_resume
 from experiment.config import ExperimentConfig, LogConfig, OptimConfig
 from experiment.ema import EMA
 

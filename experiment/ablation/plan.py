@@ -26,7 +26,7 @@ from experiment.build import (
     open_split,
     sampling_of,
 )
-from experiment.checkpoint import newest_whole
+from experiment.checkpoint_folder import newest_whole
 from experiment.files import write_whole
 from experiment.generation import resolve_classes
 from experiment.table import markdown

@@ -1,0 +1,141 @@
+"""Folders of checkpoints, `<step>` each: written whole or not at all, checked before they are read, rotated.
+
+What a checkpoint holds is its writer's affair. It is written under a temporary name, brought to the disk, checksummed
+(`checksums.json`) and renamed when whole. `best` points to the one that a chosen metric liked best.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKSUMS = "checksums.json"
+BEST = "best"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, cut short or of another model, in the user's words."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Of the checkpoint of a step."""
+    return folder / f"{step:08d}"
+
+
+def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
+    """A checkpoint's folder, which `fill` puts files into.
+
+    Raises:
+        OSError: when the disk has no room; the partial folder is removed, older checkpoints stay.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    for left_by_a_kill in target.parent.glob(".*.partial"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        checksums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+        (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
+        for path in [*files, partial / CHECKSUMS, *{file.parent for file in files}, partial]:
+            _to_disk(path)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _to_disk(target.parent)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"checkpoint {target} could not be written ({error}); make room and --resume") from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
+
+
+def rotate(folder: Path, *, keep: int, keep_every: int = 0) -> None:
+    """Drop all but the newest `keep`, those of every `keep_every` steps, and the best."""
+    best = (folder / BEST).resolve()
+    for old in list_checkpoints(folder)[:-keep]:
+        kept = keep_every > 0 and int(old.name) % keep_every == 0
+        if not kept and old.resolve() != best:
+            shutil.rmtree(old)
+
+
+@dataclass
+class Best:
+    """The lowest value of a metric so far, and the step whose checkpoint has it; a part of that checkpoint's progress,
+    so that a run killed before `mark_best` can make up for it."""
+
+    value: float | None = None
+    step: int | None = None
+
+    def improves(self, value: float, step: int) -> bool:
+        """Takes the value in if it is the lowest."""
+        if self.value is None or value < self.value:
+            self.value, self.step = value, step
+            return True
+        return False
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Let `folder/best` point to this step's checkpoint."""
+    partial = folder / ".best.partial"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(checkpoint_path(folder, step).name, target_is_directory=True)
+    partial.replace(folder / BEST)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by name; None where they are as they were written."""
+    try:
+        checksums = json.loads((checkpoint / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return f"{CHECKSUMS} is missing or damaged"
+    for name, expected in checksums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != expected:
+            return f"{name} has another checksum"
+    return None
+
+
+def newest_whole(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint whose files are as they were written; those that are not are named and passed over."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint
+        say(f"checkpoint {checkpoint} is damaged: {wrong}; going back to the one before")
+    return None
+
+
+def to_resume(run: Path) -> Path:
+    """The checkpoint that `--resume RUN` goes on from.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    checkpoint = newest_whole(run / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"--resume {run}: nothing to resume, {run / 'checkpoints'} holds no whole checkpoint")
+    return checkpoint
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Past the operating system's cache, so that a rename never outlives what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
