@@ -36,6 +36,11 @@ class Prediction(NamedTuple):
     noise: Float[Tensor, "b c h w"]
     log_variance: Float[Tensor, "b c h w"] | None = None  # of the reverse step, where the model learns it
 
+    def clipped(self, limit: float, x_t: Float[Tensor, "b c h w"], at: AtLevel) -> Prediction:
+        """With `x_0` cut to what data can be, and the noise that this leaves."""
+        x_0 = self.x_0.clamp(-limit, limit)
+        return self._replace(x_0=x_0, noise=(x_t - at.alpha * x_0) / at.sigma)
+
 
 class Auxiliary(NamedTuple):
     """A further term of the loss, of what the model says of the data."""

@@ -83,6 +83,7 @@ class Generator:
                 guidance=build_guidance(sampling),
                 guide_model=self.guide_model,
                 legacy_cfg_channels=sampling.legacy_cfg_channels,
+                clip=self.codec.limit if sampling.clip is None else sampling.clip,
                 start=start,
                 generator=generators,
                 callback=self.callback,

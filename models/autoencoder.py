@@ -36,6 +36,7 @@ class LatentCodec(nn.Module):
     """
 
     density_offset = 0.0  # bits per dimension from the density of `x_0` to what is coded: latents are not
+    limit = None  # of the absolute values of `x_0`
 
     def __init__(self, source: str = "embedded") -> None:
         super().__init__()
@@ -117,6 +118,7 @@ class PixelCodec(nn.Module):
     channels = 3
     factor = 1
     density_offset = math.log2(127.5)
+    limit = 1.0
     identity: ClassVar[dict[str, str | float]] = {
         "autoencoder": "pixel",
         "sha256": "",

@@ -44,6 +44,18 @@ def test_a_backbone_in_float32_stays_in_it(process, sampler):
 
 
 @processes
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_predictions_are_cut_to_what_data_can_be(process, sampler):
+    process = PROCESSES[process]()
+    beyond = backbone(process, lambda x_t, alpha, sigma, y: torch.full_like(x_t, 3.0))  # pixels end at 1
+    settings = {"sampler": sampler, "num_steps": 7}
+    x_0 = sample(process, beyond, randn(2, 1, 4, 4), labels(2), clip=1.0, generator=generator(), **settings)
+    torch.testing.assert_close(x_0, torch.ones_like(x_0))
+    unlimited = draw(process, randn(2, 1, 4, 4), clip=math.inf, **settings)
+    torch.testing.assert_close(unlimited, draw(process, randn(2, 1, 4, 4), **settings), rtol=1e-3, atol=1e-3)
+
+
+@processes
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_spacing_reaches_mean_and_std(process, spacing):
     process = PROCESSES[process]()

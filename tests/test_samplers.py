@@ -410,6 +410,7 @@ def test_sampling_keeps_no_gradient_but_its_result_can_be_trained_on():
         ({"num_steps": 1001}, r"--num_steps 1001 must lie in 1\.\.1000"),
         ({"eta": -0.1}, r"--eta -0\.1 must lie in"),
         ({"eta": 1.5}, r"--eta 1\.5 must lie in"),
+        ({"clip": 0.0}, r"--clip 0\.0 must be above 0"),
         ({"guidance_scale": 2.0}, "--guidance_scale 2.0: the model is unconditional"),
         ({"num_steps": 4, "step_noise": torch.zeros(3, 2, 1, 2, 2)}, "a slice a step"),
         ({"generator": [generator()]}, "1 generators for 2 samples"),

@@ -67,6 +67,7 @@ def sample(
     guidance: Guidance | None = None,
     guide_model: Denoiser | None = None,
     legacy_cfg_channels: int | None = None,
+    clip: float | None = None,
     num_classes: int | None = None,
     start: int | float | None = None,
     step_noise: Float[Tensor, "num_steps b c h w"] | None = None,
@@ -88,6 +89,8 @@ def sample(
         churn: of Heun's sampler: noise added on the way; the others do not use it.
         guidance_scale: strength of guidance, none at 1; see `guide`.
         guidance: how it is applied, by default evenly and as it is.
+        clip: largest absolute value of the data, to which each step's prediction of `x_0` is cut (Ho et al. 2020); None
+            leaves it as it is.
         guide_model: the worse model of autoguidance, in place of the unlabelled half of classifier-free guidance.
         start: a time of the chain to begin at; `noise` is then the `x_t` there.
         callback: called after each step with (step, `x_t`, predicted `x_0`).
@@ -104,6 +107,8 @@ def sample(
         raise ValueError(f"--eta {eta} must lie in [0, 1]")
     if not churn >= 0:
         raise ValueError(f"--churn {churn} must not be negative")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"--clip {clip} must be above 0")
     if step_noise is not None and step_noise.shape != (num_steps, *noise.shape):
         raise ValueError(f"step_noise {list(step_noise.shape)} must be {[num_steps, *noise.shape]}: a slice a step")
 
@@ -117,6 +122,7 @@ def sample(
         guidance_scale=guidance_scale,
         guidance=guidance or Guidance(),
         legacy_cfg_channels=legacy_cfg_channels,
+        clip=clip,
         num_classes=getattr(model, "num_classes", 0) if num_classes is None else num_classes,
         start=start,
         step_noise=step_noise,
@@ -149,6 +155,7 @@ def walk(
     guidance: Guidance,
     guide_model: Denoiser | None,
     legacy_cfg_channels: int | None,
+    clip: float | None,
     num_classes: int,
     start: int | float | None,
     step_noise: Tensor | None,
@@ -175,7 +182,8 @@ def walk(
         times = torch.full((len(x_t),), t, device=x_t.device)
         progress = 1 - process.noise_rank(torch.tensor(t)).item()
         scale = guidance.scale_at(guidance_scale, progress, (at.sigma / at.alpha).item())
-        return process.predict(guided(scale)(x_t, times, y), x_t, times, at)
+        prediction = process.predict(guided(scale)(x_t, times, y), x_t, times, at)
+        return prediction if clip is None else prediction.clipped(clip, x_t, at)
 
     slices = None if step_noise is None else iter(step_noise)
 
