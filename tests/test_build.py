@@ -28,7 +28,7 @@ from models.autoencoder import PixelCodec, create_codec
 
 YAML = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 LAUNCHERS = [path for path in YAML if path.parent.name == "accelerate"]
-EXPERIMENTS = [path for path in YAML if path.parent.name not in ("accelerate", "ablations")]
+EXPERIMENTS = [path for path in YAML if path.parent.name not in ("accelerate", "ablations", "autoencoder")]
 TRAINED = [
     path for path in EXPERIMENTS if path.stem not in ("mega", "giga")
 ]  # a minute each, and Simple is of their kind

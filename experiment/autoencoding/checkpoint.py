@@ -1,0 +1,67 @@
+"""Checkpoints of an autoencoder's training: `ema.safetensors`, in `state/` a file a network and optimizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from experiment.checkpoint import WEIGHTS, load_optimizer, load_weights, optimizer_tensors, read_tensors
+from experiment.checkpoint_folder import checkpoint_path, rotate, write_checkpoint
+from experiment.ema import EMA
+from experiment.sharding import gather
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    ema: EMA,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    progress: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Write `folder/<step>` whole or not at all; `progress` is JSON.
+
+    Raises:
+        OSError: when the disk has no room; older checkpoints stay.
+    """
+
+    def fill(checkpoint: Path) -> None:
+        state = checkpoint / "state"
+        state.mkdir()
+        save_file(gather(ema.tensors, keep=True), checkpoint / WEIGHTS)
+        for name, network in networks.items():
+            save_file(gather(network.state_dict(), keep=True), state / f"{name}.safetensors")
+        for name, optimizer in optimizers.items():
+            save_file(gather(optimizer_tensors(optimizer), keep=True), state / f"optimizer-{name}.safetensors")
+        (state / "progress.json").write_text(json.dumps({"step": step, **progress}))
+
+    write_checkpoint(checkpoint_path(folder, step), fill)
+    rotate(folder, keep=keep)
+
+
+def load(
+    checkpoint: Path,
+    ema: EMA,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+) -> dict[str, Any]:
+    """Put a checkpoint into the objects; returns its `progress`, and `step`, the steps done.
+
+    Raises:
+        CheckpointError: when it does not fit.
+    """
+    state = checkpoint / "state"
+    load_weights(ema.tensors, read_tensors(checkpoint / WEIGHTS), checkpoint)
+    for name, network in networks.items():
+        load_weights(network.state_dict(), read_tensors(state / f"{name}.safetensors"), checkpoint)
+    for name, optimizer in optimizers.items():
+        load_optimizer(optimizer, read_tensors(state / f"optimizer-{name}.safetensors"))
+    return json.loads((state / "progress.json").read_text())

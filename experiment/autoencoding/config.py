@@ -1,0 +1,181 @@
+"""The configuration of an autoencoder's training: frozen dataclasses, read from YAML and flags as train.py's are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from experiment.config import DataConfig, OptimConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """Shape of the AutoencoderKL. It reduces each side by 2 ** (len(channels) - 1): three levels are f4, four f8, five
+    f16.
+
+    Args:
+        channels: width of each level, finest first
+        latent_channels: channels of the latent
+        layers_per_block: residual blocks a level
+        norm_groups: groups of the group norms, which must divide each width
+        attention: self-attention between the two middle blocks of encoder and decoder
+    """
+
+    channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    latent_channels: int = 4
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    attention: bool = True
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the autoencoder minimises, beside what the discriminator asks of it: (error + perceptual) / exp(s) + s + KL.
+
+    Args:
+        error: of pixels in [-1, 1]: 'l1' or 'l2' (squared); the mean over an image
+        learned_variance: learn s, the logarithm of the pixels' scale; false: s is 0
+        kl_weight: of the KL divergence from a standard normal, the mean over an image's latent values
+        perceptual: 'lpips' (Zhang et al. 2018, on VGG16; torchvision's weights), 'vgg19', a TorchScript file (images
+            from 0 to 255 to features), or null: none
+        perceptual_weight: of the squared distance of their features
+        heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
+    """
+
+    error: Literal["l1", "l2"] = "l1"
+    learned_variance: bool = True
+    kl_weight: float = 1e-6
+    perceptual: str | None = "lpips"
+    perceptual_weight: float = 1.0
+    heads: str | None = None
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """A patch discriminator, which learns to tell reconstructions from images (Isola et al. 2017, Esser et al. 2021).
+
+    Args:
+        weight: of its opinion in the autoencoder's loss, times the adaptive one; 0: no discriminator
+        start: optimizer step at which it starts to learn and to count
+        loss: 'hinge' or 'bce' (Goodfellow et al. 2014, not saturating)
+        max_adaptive: most that the adaptive weight may be: the ratio of the gradients that the likelihood and the
+            discriminator give to the decoder's last layer (Esser et al. 2021, eq. 7)
+        norm: between its convolutions: 'group' or 'spectral'
+        channels: width of its first convolution
+        num_layers: convolutions of stride two
+        lr: learning rate; warm-up and decay are the autoencoder's
+        grad_clip: largest norm of its gradient; 0 turns clipping off
+    """
+
+    weight: float = 0.5
+    start: int = 5000
+    loss: Literal["hinge", "bce"] = "hinge"
+    max_adaptive: float = 1e4
+    norm: Literal["group", "spectral"] = "group"
+    channels: int = 64
+    num_layers: int = 3
+    lr: float = 1e-4
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class AutoencoderOptimConfig(OptimConfig):
+    """Optimizer of the autoencoder.
+
+    Args:
+        lr: peak learning rate of AdamW
+        warmup_steps: steps of linear warm-up
+        decay: of the learning rate after warm-up: 'constant', 'cosine' (to zero) or 'step'
+        decay_epochs: of 'step': steps between two drops
+        decay_factor: of 'step': what is left of the learning rate
+        betas: of AdamW
+        weight_decay: of AdamW
+        grad_clip: largest norm of the gradient; 0 turns clipping off
+        muon_lr: peak learning rate of Muon (Jordan et al. 2024) on matrices and convolutions, which leaves the rest to
+            AdamW (an update has a root mean square of 0.2 lr); null: AdamW on all
+    """
+
+    grad_clip: float = 1.0
+    muon_lr: float | None = None
+
+
+@dataclass(frozen=True)
+class AutoencoderTrainConfig:
+    """Length, batch and numbers of the training.
+
+    Args:
+        num_steps: optimizer steps
+        max_hours: save and stop after this time, with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
+        batch_size: images a step, over all processes
+        ema_decay: decay of the averaged weights, which are what is written
+        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 on GPUs, fp32 on CPUs
+        num_workers: processes that read images, for each process that trains
+        seed: of weights, order, mirroring and posterior noise
+    """
+
+    num_steps: int = 50_000
+    max_hours: float | None = None
+    batch_size: int = 16
+    ema_decay: float = 0.999
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    num_workers: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AutoencoderLogConfig:
+    """What is written on the way, and how often (in optimizer steps; 0: never).
+
+    Args:
+        every: losses and speed, to log.jsonl and the trackers
+        sample_every: reconstructions of held-out images by the averaged weights, and their PSNR
+        num_validation: at most so many held-out images are used for it
+        checkpoint_every: a checkpoint; the last step always writes one
+        keep_checkpoints: the newest so many stay
+        trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
+    """
+
+    every: int = 20
+    sample_every: int = 1000
+    num_validation: int = 512
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+@dataclass(frozen=True)
+class AutoencodingConfig(RunConfig):
+    """Train an AutoencoderKL; write it in diffusers' folder format to runs/<name>/autoencoder.
+
+    Args:
+        name: of the run's folder, runs/<name>
+        resume: a run's folder: go on from its newest whole checkpoint with its configuration; 'auto': so with the
+            folder of this name, if there is one to resume, else start
+        init_from: an autoencoder to start from: 'embedded', a folder in diffusers' format, or a hub id; its shape takes
+            the place of `architecture`
+        decoder_only: leave the encoder as it was: latents stay the same bit by bit, so that caches and backbones that
+            were trained on them stay valid; with init_from
+        half: write weights in float16, half the size
+        shapes_share: share of procedural shapes, of all difficulties, in each batch of images
+        data: see --data.help; labels are not used
+        architecture: see below
+        loss: see below
+        discriminator: see below
+        optim: see below
+        train: see below
+        log: see below
+    """
+
+    name: str = "autoencoder"
+    resume: str | None = None
+    init_from: str | None = None
+    decoder_only: bool = False
+    half: bool = False
+    shapes_share: float = 0.0
+    data: DataConfig = field(default_factory=DataConfig)
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    optim: AutoencoderOptimConfig = field(default_factory=AutoencoderOptimConfig)
+    train: AutoencoderTrainConfig = field(default_factory=AutoencoderTrainConfig)
+    log: AutoencoderLogConfig = field(default_factory=AutoencoderLogConfig)

@@ -1,0 +1,52 @@
+"""What an autoencoder's training looks at on the way: reconstructions of held-out images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from experiment.tracking import save_grid
+from metrics.images import Images, image_batches
+
+COLUMNS = 12
+
+
+def pick(images: Images, at_most: int | None = None) -> UInt8[Tensor, "n 3 h w"]:
+    """Evenly spread ones."""
+    total = len(images)  # pyright: ignore[reportArgumentType]
+    num = min(at_most or total, total)
+    spread = torch.arange(num) * total // num
+    return torch.cat([batch.images for batch in image_batches(images, 256, indices=spread)])
+
+
+@torch.inference_mode()
+def reconstruct(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> UInt8[Tensor, "n 3 h w"]:
+    """From the posterior's mean, rounded to 256 levels."""
+    parts = []
+    for batch in images.split(batch_size):
+        mean = autoencoder.encode(batch.to(autoencoder.device).float() / 127.5 - 1).latent_dist.mean
+        parts.append((autoencoder.decode(mean).sample * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+    return torch.cat(parts)
+
+
+def mean_psnr(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> float:
+    """Peak signal-to-noise ratio of reconstructions in dB, the mean over images."""
+    error: Float[Tensor, " n"] = (
+        (reconstruct(autoencoder, images, batch_size).float() - images.float()).div(255).square().mean(dim=(1, 2, 3))
+    )
+    return (-10 * error.clamp(min=1e-10).log10()).mean().item()
+
+
+def draw_reconstructions(autoencoder: Any, held_out: Mapping[str, UInt8[Tensor, "_ 3 h w"]], path: Path) -> None:
+    """A row of each kind of held-out images, and below it their reconstructions."""
+    rows = []
+    for images in held_out.values():
+        chosen = images[:: math.ceil(len(images) / COLUMNS)]
+        rows += [chosen, reconstruct(autoencoder, chosen, COLUMNS)]
+    save_grid(torch.cat(rows), path, columns=len(rows[0]))
