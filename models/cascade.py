@@ -39,7 +39,7 @@ class ResidualNet(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         widths = [width, *[latent] * (num_blocks - 1)]
-        self.cond = Conditioning(num_classes, time_dim)
+        self.cond = Conditioning(num_classes, time_dim, std=None)
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(each, latent, time_dim, dropout=0.0) for each in widths)
         self.norm = group_norm(latent)
@@ -70,7 +70,7 @@ class Autoencoder(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.cond = Conditioning(num_classes, time_dim)
+        self.cond = Conditioning(num_classes, time_dim, std=None)
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.encoder = ResidualBlock(width, width, time_dim, dropout=0.0)
         self.downsample = Downsample(width)
@@ -240,8 +240,8 @@ class DiffusionRefiner(nn.Module):
         time_dim: int = 128,
     ) -> None:
         super().__init__()
-        self.cond = Conditioning(num_classes, time_dim)
-        self.level = TimeEmbedding(time_dim)
+        self.cond = Conditioning(num_classes, time_dim, std=None)
+        self.level = TimeEmbedding(time_dim, std=None)
         self.stem = nn.Conv2d(2 * channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(width, width, time_dim, dropout=0.0) for _ in range(num_blocks))
         self.norm = group_norm(width)

@@ -121,7 +121,7 @@ class UNet(nn.Module):
 
         stem_width, *level_widths = channels
         skip_widths = list(channels[:-1])  # what each level is given
-        self.cond = Conditioning(num_classes, time_dim)
+        self.cond = Conditioning(num_classes, time_dim, std=None)
         self.stem = nn.Conv2d(in_channels, stem_width, stem_size, padding=stem_size // 2)
 
         self.encoder = nn.ModuleList(map(level, down, skip_widths, level_widths))

@@ -14,10 +14,11 @@ anything else is written; a DiT may leave as diffusers' own DiTPipeline instead.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class ExportConfig:
         num_steps: steps a sample, by default; a pipeline's caller may take others
         spacing: of the steps: 'uniform' or 'trailing' (gaussian), 'uniform' (flow), 'karras' (edm)
         guidance_scale: of the pipeline, by default
+        clip: largest absolute value of predicted data; by default 1 for pixels, as sample.py has it; .inf: no limit
         native: a DiT as DiTPipeline, whose weights any diffusers tool can read; see the README in the folder
         autoencoder: in place of the one in the checkpoint's configuration
     """
@@ -51,6 +53,7 @@ class ExportConfig:
     num_steps: int | None = None
     spacing: str | None = None
     guidance_scale: float | None = None
+    clip: float | None = None
     native: bool = False
     autoencoder: str | None = None
 
@@ -66,12 +69,12 @@ def main(config: ExportConfig) -> None:
         raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
     checkpoint = open_checkpoint(config.checkpoint)
     process, num_classes = checkpoint.build_process(), len(checkpoint.classes)
-    given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale")}
+    given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "clip")}
     sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_classes, **given), process, num_classes)
-    kind = checkpoint.config.diffusion.kind
-    scheduler, spacing = scheduler_of(kind, process, sampling)
-
     codec = create_codec(config.autoencoder or checkpoint.config.autoencoder)
+    if sampling.clip is None:
+        sampling = replace(sampling, clip=codec.limit)
+    scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, process, sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
     write = write_native if config.native else write_pipeline
     how = write(config.output, checkpoint, process, sampling, scheduler, spacing, vae)
@@ -184,7 +187,7 @@ def scheduler_of(kind: str, process, sampling: SamplingConfig) -> tuple[Any, str
         ValueError: naming the setting that none of them follows.
     """
     defaults = asdict(SamplingConfig())
-    followed = {"sampler", "num_steps", "spacing", "guidance_scale", "legacy_cfg_channels"}
+    followed = {"sampler", "num_steps", "spacing", "guidance_scale", "legacy_cfg_channels", "clip"}
     for name, value in asdict(sampling).items():
         if name not in followed and value != defaults[name]:
             raise ValueError(
@@ -198,14 +201,22 @@ def scheduler_of(kind: str, process, sampling: SamplingConfig) -> tuple[Any, str
             f"chain under {kind}; there are {known}"
         )
     build, spacing = SCHEDULERS[key]
+    limit = sampling.clip or math.inf
+    if build is ancestral:
+        return ancestral(process, limit), spacing
+    if math.isfinite(limit):
+        raise ValueError(
+            f"--clip {limit:g}: in diffusers only the scheduler of ddpm cuts predictions to what pixels can be; "
+            "--sampler ddpm, or --clip .inf where samples come out well without"
+        )
     return build(process), spacing
 
 
 PREDICTIONS: dict[str, Any] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 
-def ancestral(process) -> Any:
-    """DDPM, of the model's own variance."""
+def ancestral(process, limit: float = math.inf) -> Any:
+    """DDPM, of the model's own variance, predictions of the data cut to a limit."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
@@ -213,7 +224,8 @@ def ancestral(process) -> Any:
         trained_betas=process.betas.tolist(),
         prediction_type=PREDICTIONS[process.prediction],
         variance_type=process.variance,
-        clip_sample=False,
+        clip_sample=math.isfinite(limit),
+        clip_sample_range=limit if math.isfinite(limit) else 1.0,
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from models import create_model
 from models.layers import attention as attention_layers
 from models.layers import image_attention
+from models.layers.embedding import Conditioning
 from models.layers.image_attention import ATTENTIONS, ChannelAttention, ImageAttention
 from models.layers.residual import UPSAMPLERS, ResidualBlock
 
@@ -235,3 +236,17 @@ def test_memory_format_and_dropout_change_no_sample():
 def test_mistakes_are_told_in_words(overrides, message):
     with pytest.raises(ValueError, match=message):
         small(**overrides)
+
+
+@pytest.mark.parametrize("name", ["UNet-MNIST", "UNet-CIFAR10-S", "Cascade"])
+def test_labels_and_times_are_heard_from_the_start(name):
+    """Where each block adds the conditioning to features of about unit variance; or they are not learned for epochs."""
+    torch.manual_seed(0)
+    model = create_model(name, input_size=32, in_channels=3, out_channels=3, num_classes=10)
+    conditioning = next(module for module in model.modules() if isinstance(module, Conditioning))
+    labels, times = torch.arange(10), torch.arange(0, 1000, 100)
+    for block in (module for module in model.modules() if isinstance(module, ResidualBlock)):
+        by_label = block.cond(conditioning(torch.full((10,), 500), labels))
+        by_time = block.cond(conditioning(times, torch.zeros_like(labels)))
+        assert by_label.std(dim=0).mean() > 0.2
+        assert by_time.std(dim=0).mean() > 0.01

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 NUM_FREQUENCIES = 256
+SMALL = 0.02  # of transformers, whose modulators start at zero (Peebles and Xie 2023)
 
 
 def sinusoids(t: Shaped[Tensor, " b"], dim: int, max_period: float = 10_000) -> Float[Tensor, "b dim"]:
@@ -19,14 +20,14 @@ def sinusoids(t: Shaped[Tensor, " b"], dim: int, max_period: float = 10_000) -> 
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the time through a two-layer perceptron."""
+    """Sinusoids of the time through a two-layer perceptron, whose weights start with this standard deviation."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, std: float | None = SMALL) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(NUM_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
+        if std is not None:
+            for layer in (self.mlp[0], self.mlp[2]):
+                nn.init.normal_(layer.weight, std=std)  # pyright: ignore[reportArgumentType]
 
     def forward(self, t: Shaped[Tensor, " b"]) -> Float[Tensor, "b d"]:
         return self.mlp(sinusoids(t, NUM_FREQUENCIES))
@@ -35,15 +36,17 @@ class TimeEmbedding(nn.Module):
 class Conditioning(nn.Module):
     """`silu(time + label)`: the SiLU that opens every modulator, applied once for all of them.
 
-    Label `num_classes` is the null label; without classes, labels are ignored.
+    Label `num_classes` is the null label; without classes, labels are ignored. `std` is what weights start with; None:
+    torch's own, 1 for labels, for blocks that add the conditioning to features: a smaller label is not heard there, and
+    hardly learned.
     """
 
-    def __init__(self, num_classes: int, dim: int) -> None:
+    def __init__(self, num_classes: int, dim: int, std: float | None = SMALL) -> None:
         super().__init__()
-        self.time = TimeEmbedding(dim)
+        self.time = TimeEmbedding(dim, std)
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
-        if self.label is not None:
-            nn.init.normal_(self.label.weight, std=0.02)
+        if self.label is not None and std is not None:
+            nn.init.normal_(self.label.weight, std=std)
 
     def forward(self, t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
         cond = self.time(t)
