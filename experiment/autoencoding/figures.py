@@ -15,7 +15,7 @@ from experiment.ablation.pictures import save_labelled
 from experiment.sources import Source
 from models.autoencoder import LatentCodec
 
-AMPLIFIED = 5  # times that differences are drawn of what they are, around grey
+AMPLIFIED = 3  # times that differences are drawn of what they are, around grey
 COLUMNS = 10
 
 
