@@ -1,9 +1,10 @@
-"""Score a checkpoint, a folder or an npz against held-out images.
+"""Score a checkpoint, a folder or an npz against held-out images; or measure autoencoders on them.
 
 python evaluate.py --samples runs/XSwin
 python evaluate.py --samples runs/XSwin --guidance_scale 1,1.5,2,4 --num_steps 20,50 --trials 3 --baselines true
 python evaluate.py --samples samples.npz --data.path caltech101.zip --extractor mobilenet_v2.pt
 accelerate launch evaluate.py --samples runs/XSwin --reference VIRTUAL_imagenet64.npz
+python evaluate.py --autoencoder embedded,stabilityai/sd-vae-ft-ema --data.path caltech101.zip
 """
 
 from __future__ import annotations
@@ -48,11 +49,16 @@ class EvaluateConfig:
             the probability flow and an unbiased estimate of its divergence (Song et al. 2021); 0: none. Each costs
             about 800 calls of the model
         self_check: check metrics and extractor on inputs with known answers, and do nothing else
-        output: JSON file, pictures beside it; by default scores.json in the run's folder
+        output: JSON file, pictures beside it; by default scores.json in the run's folder, of an autoencoder
+            autoencoder.json in its own folder, or in the working folder
         seed: of the drawn samples
         batch_size: images at a time, on each process
         precision: of sampling: 'auto', 'fp32' or 'bf16'
-        autoencoder: in place of the one in the checkpoint's configuration
+        autoencoder: in place of the one in the checkpoint's configuration; without samples, the one to measure: what
+            comes back of held-out images, and what its latents are like. Several, with commas in between, are rows
+        perceptual: of an autoencoder alone: network to compare images by: 'lpips', 'vgg19', or a TorchScript file
+            (images from 0 to 255 to features)
+        heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
         data: of the reference, where no checkpoint says or the file has moved (--data.path)
     """
 
@@ -82,6 +88,8 @@ class EvaluateConfig:
     batch_size: int | None = None
     precision: str = "auto"
     autoencoder: str | None = None
+    perceptual: str = "lpips"
+    heads: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -89,6 +97,7 @@ def main(config: EvaluateConfig) -> None:
     """Reference, sources, scores, files."""
     import torch
 
+    from experiment.autoencoding.measure import measure_autoencoders
     from experiment.build import open_accelerator, open_split, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.config import EvaluationConfig
@@ -113,6 +122,10 @@ def main(config: EvaluateConfig) -> None:
         **{name: value for name, value in asked.items() if value is not None},
     )
     check_metrics(evaluation.metrics)
+    if config.samples is None and not config.self_check:
+        names, network = choices("--autoencoder", config.autoencoder, str), (config.perceptual, config.heads)
+        measured = measure_autoencoders(names, config.data, evaluation, network, accelerator, config.output)
+        return accelerator.print(measured)
     extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=accelerator.device)
     if config.self_check:
         return accelerator.print(self_check(extractor))
@@ -136,14 +149,11 @@ def main(config: EvaluateConfig) -> None:
         bits = held_out_likelihood(checkpoint, codec, held_out, config.likelihood, accelerator, seed=evaluation.seed)
         extra["bits_per_dimension"] = {**asdict(bits), "num_images": config.likelihood}
     if checkpoint is not None and owner == config.samples:
+        asked_sampling = config.sampling | {"eta": config.eta}
         groups = from_checkpoint(
             checkpoint,
             sweep(
-                sampling_of(
-                    checkpoint.config.sampling,
-                    len(checkpoint.classes),
-                    **config.sampling | {"eta": config.eta},
-                ),
+                sampling_of(checkpoint.config.sampling, len(checkpoint.classes), **asked_sampling),
                 sampler=choices("--sampler", config.sampler, str),
                 spacing=choices("--spacing", config.spacing, str),
                 num_steps=choices("--num_steps", config.num_steps, int),
@@ -207,11 +217,8 @@ def main(config: EvaluateConfig) -> None:
             f"A sample lies closer to the training images than a held-out image does {nearest.closer:.1%} of the time."
         )
     if "bits_per_dimension" in extra:
-        print(
-            "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images".format(
-                **extra["bits_per_dimension"]
-            )
-        )
+        likelihood = "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images"
+        print(likelihood.format(**extra["bits_per_dimension"]))
     if extractor.kind != "inception":
         print(f"Distances on {extractor.name} compare runs with each other; they are not FID.")
     print("written: " + ", ".join(map(str, written)))
@@ -225,6 +232,10 @@ def is_run(path: str) -> bool:
     return holds or folder.suffix == ".safetensors" or not folder.exists()
 
 
+OF_AUTOENCODERS = {"autoencoder", "perceptual", "heads", "extractor", "weights_path", "metrics", "num_samples", "seed"}
+OF_AUTOENCODERS |= {"batch_size", "output", "data"}
+
+
 def check(config: EvaluateConfig) -> None:
     """What cannot be asked for together.
 
@@ -233,8 +244,17 @@ def check(config: EvaluateConfig) -> None:
     """
     if config.self_check:
         return
+    usual = EvaluateConfig()
+    given = [flag for flag in asdict(usual) if getattr(config, flag) != getattr(usual, flag)]
+    if config.samples is None and config.autoencoder is None:
+        raise ValueError("--samples: give a run, a folder, a zip or an npz; or --autoencoder, or --self_check true")
+    for flag in given:
+        if config.samples is None and flag not in OF_AUTOENCODERS:
+            raise ValueError(f"--{flag}: it is about samples; give --samples, or leave it out to measure --autoencoder")
+        if config.samples is not None and flag in ("perceptual", "heads"):
+            raise ValueError(f"--{flag}: it measures an autoencoder; leave it out, or leave --samples out")
     if config.samples is None:
-        raise ValueError("--samples: give a run, a folder, a zip or an npz; or --self_check true")
+        return
     fixed = config.checkpoint is not None or not is_run(config.samples)
     if config.trials < 1:
         raise ValueError(f"--trials {config.trials} must be at least 1")

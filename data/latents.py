@@ -31,7 +31,7 @@ IMAGES_PER_SHARD = 2048
 class LatentCache:
     """An encoded split, in memory; `to(device)` moves it onto the training device.
 
-    `expected` is the description of the codec and the images that the run uses.
+    `expected` is the identity of the codec and the description of the images that the run uses.
 
     Raises:
         DataError: naming each thing in which cache and run differ, or the shard that is damaged.
@@ -75,7 +75,7 @@ def build_cache(
     folder: Path,
     dataset,
     prepare: Callable[[UInt8[Tensor, "b 3 h w"]], Tensor],
-    identity: Mapping[str, object],
+    provenance: Mapping[str, object],
     *,
     flips: bool,
     batch_size: int = 128,
@@ -85,8 +85,8 @@ def build_cache(
 ) -> None:
     """Encode a dataset into `folder`; shards that are there already are kept, so a cut run goes on.
 
-    Shards are dealt out over `num_ranks` processes; each calls this with its `rank`, and whoever finds all shards
-    present writes the manifest.
+    `provenance` is the codec's identity, and what else the manifest should say of it. Shards are dealt out over
+    `num_ranks` processes; each calls this with its `rank`, and whoever finds all shards present writes the manifest.
 
     Raises:
         DataError: for a damaged image, or a disk without room.
@@ -120,7 +120,7 @@ def build_cache(
             partial.replace(path)
     if all((folder / name).exists() for name in names):
         sizes = {name: (folder / name).stat().st_size for name in names}
-        manifest = {"format": FORMAT, **identity, **dataset.describe(), "flips": flips, "shards": sizes}
+        manifest = {"format": FORMAT, **provenance, **dataset.describe(), "flips": flips, "shards": sizes}
         partial = folder / f"manifest.{os.getpid()}.partial"
         partial.write_text(json.dumps(manifest, indent=2) + "\n")
         partial.replace(folder / "manifest.json")

@@ -189,7 +189,7 @@ def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerat
             folder,
             dataset,
             lambda images: codec.prepare(images.to(accelerator.device)).cpu(),
-            codec.identity,
+            codec.provenance,
             flips=flips,
             batch_size=128,
             rank=accelerator.process_index,

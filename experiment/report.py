@@ -50,10 +50,10 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     write_whole(path, json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
+def table(rows: Sequence[Row], columns: Sequence[str] = (), *, of: str = "samples") -> str:
     """Markdown, aligned for the terminal: a row a source, a column a setting in `columns` or a metric."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
-    cells = [["samples", *columns, *metrics]]
+    cells = [[of, *columns, *metrics]]
     for row in rows:
         settings = [str(row.settings.get(column, "")) for column in columns]
         cells.append([row.name, *settings, *(_cell(row.scores.get(metric)) for metric in metrics)])
@@ -61,7 +61,9 @@ def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
 
 
 def _cell(score: Score | None) -> str:
-    return "-" if score is None or score.value is None else number(score.value, score.std)
+    if score is None:
+        return "-"
+    return "none" if score.value is None else number(score.value, score.std)
 
 
 def draw_pairs(samples: Source, train: Source, found: Memorisation, path: Path, num: int = 12) -> None:

@@ -50,7 +50,7 @@ def from_generator(generator: Generator, name: str, **provenance: object) -> Sou
         "kind": "samples",
         "seed": generator.seed,
         "weights": "ema",
-        "autoencoder": generator.codec.identity,
+        "autoencoder": generator.codec.provenance,
         "precision": generator.accelerator.mixed_precision,
         "model_calls": num_calls(sampler, generator.sampling.num_steps),
         **asdict(generator.sampling),
@@ -79,7 +79,7 @@ def reconstructions(source: Source, codec: Codec, device: torch.device) -> Sourc
         for batch in source.batches(indices, batch_size):
             yield replace(batch, images=codec.decode(codec.encode(batch.images.to(device))).cpu())
 
-    provenance = {**source.provenance, "kind": "reconstructions", "autoencoder": codec.identity}
+    provenance = {**source.provenance, "kind": "reconstructions", "autoencoder": codec.provenance}
     return Source("reconstructions", source.num_images, batches, provenance)
 
 

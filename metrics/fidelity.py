@@ -555,7 +555,7 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
     if weights_path is not None:
         return _load_weights(name, registered, layers, Path(weights_path))
     try:
-        with _network_timeout(seconds=10.0):
+        with network_timeout(seconds=10.0):
             return _create(registered, layers, None)
     except UNREADABLE as error:
         weights_of = f"torch-fidelity's {Path(URL_INCEPTION_V3).name}" if name == INCEPTION else f"of {name}"
@@ -594,7 +594,7 @@ def _create(registered: str, layers: list[str], path: str | None) -> FeatureExtr
 
 
 @contextlib.contextmanager
-def _network_timeout(seconds: float) -> Iterator[None]:
+def network_timeout(seconds: float) -> Iterator[None]:
     """torch.hub opens its URLs without a timeout: where packets vanish it would wait for minutes."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)

@@ -63,8 +63,10 @@ def without_shift(autoencoder: Any) -> Any:
     """A copy whose latents are centred by its own layers, as DiTPipeline takes no notice of `shift_factor`.
 
     Raises:
-        ValueError: where the layers that can take the shift in are missing.
+        ValueError: where the layers that can take the shift in are missing, or channels have scales of their own.
     """
+    if type(autoencoder).__name__ != "AutoencoderKL" or autoencoder.config.get("latents_std") is not None:
+        raise ValueError("--native: DiTPipeline wants an AutoencoderKL of one scale for all channels; leave it out")
     shift = autoencoder.config.shift_factor
     if not shift:
         return autoencoder

@@ -188,7 +188,7 @@ def epoch(
     with tempfile.TemporaryDirectory() as folder:
         cache_folder = Path(folder) / "cache"
         prepare = lambda batch: codec.prepare(batch.to(device)).cpu()  # noqa: E731
-        build_cache(cache_folder, shapes, prepare, codec.identity, flips=True, batch_size=64, progress=False)
+        build_cache(cache_folder, shapes, prepare, codec.provenance, flips=True, batch_size=64, progress=False)
         cache = LatentCache(cache_folder, codec.identity).to(device)
         batches = Batches(cache, codec, process.times(), seed=0, batch_size=batch_size, device=device)
         for name in models:

@@ -114,7 +114,7 @@ def write_pipeline(folder: Path, checkpoint, process, sampling: SamplingConfig, 
         "_class_name": ["pipeline", "ClassConditionalPipeline"],
         "denoiser": ["denoiser", "ExportedDenoiser"],
         "scheduler": ["diffusers", type(scheduler).__name__],
-        "vae": [None, None] if vae is None else ["diffusers", "AutoencoderKL"],
+        "vae": [None, None] if vae is None else ["diffusers", type(vae).__name__],
         "classes": checkpoint.classes,
         "num_steps": sampling.num_steps,
         "spacing": spacing,
@@ -140,8 +140,9 @@ def write_native(folder: Path, checkpoint, process, sampling: SamplingConfig, sc
         raise ValueError("--native: DiTPipeline needs an autoencoder, and this model denoises pixels; leave it out")
     if process.model_times is not None:
         raise ValueError("--native: DiTPipeline tells a model its times from 0 to 999; leave it out")
-    to_diffusers(checkpoint.load_model()).save_pretrained(folder / "transformer")
-    without_shift(vae).save_pretrained(folder / "vae")
+    transformer, vae = to_diffusers(checkpoint.load_model()), without_shift(vae)
+    transformer.save_pretrained(folder / "transformer")
+    vae.save_pretrained(folder / "vae")
     scheduler.register_to_config(timestep_spacing="trailing")
     scheduler.save_pretrained(folder / "scheduler")
     index = {

@@ -112,8 +112,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Pixels, rounded to the nearest of 256 levels [b h w 3]."""
         if self.vae is not None:
             config = self.vae.config
-            latent = x_0.float() / config.scaling_factor + (config.shift_factor or 0.0)
-            x_0 = self.vae.decode(latent).sample
+            shift = config.get("latents_mean") or [config.shift_factor or 0.0]  # one for all channels, or for each
+            scale = [config.scaling_factor / std for std in config.get("latents_std") or [1.0]]
+            shift, scale = (torch.tensor(values, device=x_0.device)[:, None, None] for values in (shift, scale))
+            x_0 = self.vae.decode(x_0.float() / scale + shift).sample
         pixels = (x_0 * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
 

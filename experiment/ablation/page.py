@@ -36,8 +36,10 @@ def page(results: Results, panels: dict[str, str], pictures: list[Pictures], not
 
 def _table(results: Results, notes: list[str]) -> str:
     heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in head(results))
-    bodies = [cells(results), reference_cells(results)]
-    body = "".join(f"<tbody>{''.join(_row(row) for row in rows)}</tbody>" for rows in bodies if rows)
+    bodies = {"references": reference_cells(results), "models": cells(results)}
+    body = "".join(
+        f'<tbody class="{name}">{"".join(_row(row) for row in rows)}</tbody>' for name, rows in bodies.items() if rows
+    )
     below = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
     table = f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>{body}</table></div>'
     return f'<section id="scores"><h2>Scores and costs</h2>{table}{below}</section>'

@@ -11,6 +11,7 @@ from experiment.ablation.results import Results, spread, title_of
 from experiment.table import markdown, number
 
 SIGNIFICANT = 0.05
+REFERENCES = {"training images": "training images (floor)", "reconstructions": "reconstructions (ceiling)"}
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ def cells(results: Results) -> list[list[Cell]]:
 
 
 def reference_cells(results: Results) -> list[list[Cell]]:
-    """Rows that no model made: training images (a perfect model's score) and reconstructions (this autoencoder's)."""
+    """Rows that no model made, to stand above all models: training images, a perfect model's score, and
+    reconstructions, the ceiling of what is generated through this autoencoder."""
     rows = []
     for name, scores in results.references.items():
-        row = [Cell(name), *[Cell("")] * 4]
+        row = [Cell(REFERENCES[name]), *[Cell("")] * 4]
         for metric in results.metrics:
             value = scores.get(metric, {}).get("value")
             row.append(Cell("-") if value is None else Cell(number(value, scores[metric].get("std")), value))
@@ -66,7 +68,7 @@ def reference_cells(results: Results) -> list[list[Cell]]:
 
 def as_markdown(results: Results) -> str:
     """With `*` where a difference to the baseline is significant."""
-    rows = [[_marked(cell, "**", "**") for cell in row] for row in [*cells(results), *reference_cells(results)]]
+    rows = [[_marked(cell, "**", "**") for cell in row] for row in [*reference_cells(results), *cells(results)]]
     return markdown([head(results), *rows])
 
 
@@ -74,11 +76,9 @@ def as_tex(results: Results) -> str:
     """A booktabs table, ready for `\\input`."""
     columns = "l" + "r" * (len(head(results)) - 1)
     lines = [r"\begin{tabular}{" + columns + "}", r"\toprule"]
-    lines += [" & ".join(map(_tex, head(results))) + r" \\", r"\midrule"]
-    lines += [" & ".join(_tex_cell(cell) for cell in row) + r" \\" for row in cells(results)]
-    references = reference_cells(results)
-    lines += [r"\midrule"] if references else []
-    lines += [" & ".join(_tex_cell(cell) for cell in row) + r" \\" for row in references]
+    lines += [" & ".join(map(_tex, head(results))) + r" \\"]
+    for rows in filter(None, (reference_cells(results), cells(results))):
+        lines += [r"\midrule", *(" & ".join(_tex_cell(cell) for cell in row) + r" \\" for row in rows)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 

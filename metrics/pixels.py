@@ -1,0 +1,70 @@
+"""Images pixel by pixel: how far two are apart, and how much detail one has."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+WINDOW, SIGMA = 11, 1.5  # of SSIM: pixels a side, and the Gaussian's width
+C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+
+def psnr(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+    """Peak signal-to-noise ratio of each pair in dB; infinite where they are equal."""
+    mse = (images.double() - others.double()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255**2 / mse)
+
+
+def ssim(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+    """Structural similarity of each pair, at most 1 (Wang et al. 2004, eq. 13, and its constants): the mean over
+    channels and over the Gaussian windows that lie in the image.
+
+    Raises:
+        ValueError: for images that are smaller than the window.
+    """
+    if min(images.shape[-2:]) < WINDOW:
+        raise ValueError(f"SSIM looks at windows of {WINDOW}x{WINDOW} pixels, and these images are smaller")
+    x, y = images.double(), others.double()
+    mean_x, mean_y = _windowed(x), _windowed(y)
+    variance_x, variance_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
+    covariance = _windowed(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
+    structure = (2 * covariance + C2) / (variance_x + variance_y + C2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def _windowed(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h_out w_out"]:
+    """Weighted means of the windows."""
+    offsets = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    weights = torch.softmax(-offsets.square() / (2 * SIGMA**2), dim=0)
+    rows = F.conv2d(rearrange(x, "b c h w -> (b c) 1 h w"), weights[None, None, None, :])
+    return rearrange(F.conv2d(rows, weights[None, None, :, None]), "(b c) 1 h w -> b c h w", b=len(x))
+
+
+def spatial_frequencies(height: int, width: int) -> Float[Tensor, " k"]:
+    """Those of `spectrum`, in cycles a pixel: from one cycle an image to the finest of rows and columns, 0.5."""
+    side = min(height, width)
+    return torch.arange(1, side // 2 + 1) / side
+
+
+def spectrum(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
+    """Power of each image at its `spatial_frequencies`: the mean over channels and directions.
+
+    It is the periodogram of pixels from 0 to 1 without their mean, under a Hann window, without which the jump between
+    opposite borders would pass for detail (Welch 1967). White noise has its variance everywhere.
+    """
+    x = images.double() / 255
+    x = x - x.mean(dim=(-2, -1), keepdim=True)
+    height, width = x.shape[-2:]
+    rows, columns = (torch.hann_window(side, dtype=x.dtype, device=x.device) for side in (height, width))
+    window = rows[:, None] * columns
+    power = torch.fft.fft2(x * window).abs().square().mean(dim=1) / window.square().sum()  # [b h w]
+
+    vertical, horizontal = (torch.fft.fftfreq(side, dtype=x.dtype, device=x.device) for side in (height, width))
+    side = min(height, width)
+    ring = (torch.hypot(vertical[:, None], horizontal) * side).round().long().flatten()  # [h w]
+    sums = power.new_zeros(len(x), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1))
+    return (sums / ring.bincount())[:, 1 : side // 2 + 1]

@@ -1,0 +1,78 @@
+"""Weights of diffusers' autoencoders: the embedded ones, those of a folder, or those of the hub."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "autoencoder"
+_ALTERNATIVES = "give --autoencoder a folder in diffusers' format, or 'embedded' for the one in assets/"
+
+
+class AutoencoderError(ValueError):
+    """An autoencoder that cannot be had, or does not fit the images, in the user's words."""
+
+
+def load_autoencoder(source: str, classes: Collection[str]) -> Any:
+    """The autoencoder by name, in float32: `embedded`, a folder in diffusers' format, or a hub id (see `hub_id`).
+
+    `classes` names those of diffusers that will do; it is asked for its configuration first, for its weights after.
+
+    Raises:
+        AutoencoderError: when it cannot be had, or is of another class; says what can be used in its place.
+    """
+    folder = EMBEDDED if source == "embedded" else Path(source)
+    if folder.is_dir():
+        return _load(source, classes, folder / "config.json", folder)
+    from huggingface_hub import hf_hub_download
+
+    repo, subfolder = hub_id(source)
+    try:
+        config = Path(hf_hub_download(repo, "config.json", subfolder=subfolder))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise AutoencoderError(
+            f"--autoencoder {source}: not a local folder, and the hub did not serve it ({reason}); {_ALTERNATIVES}"
+        ) from error
+    return _load(source, classes, config, repo, subfolder=subfolder)
+
+
+def hub_id(source: str) -> tuple[str, str | None]:
+    """The repository, and the folder in it where one follows, of `owner/name` or `owner/name/folder`.
+
+    Raises:
+        AutoencoderError: for what can only be a path.
+    """
+    owner, *rest = source.split("/")
+    if source.startswith((".", "/", "~")) or not rest or "" in (owner, *rest):
+        raise AutoencoderError(f"--autoencoder {source}: no such folder; {_ALTERNATIVES}")
+    return f"{owner}/{rest[0]}", "/".join(rest[1:]) or None
+
+
+def _load(source: str, classes: Collection[str], config: Path, place: str | Path, **where: str | None) -> Any:
+    """Of the class that the configuration names, from a folder or the hub."""
+    import diffusers
+
+    try:
+        name = json.loads(config.read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise AutoencoderError(f"--autoencoder {source}: {config.name} is missing or not JSON") from error
+    if name not in classes:
+        raise AutoencoderError(
+            f"--autoencoder {source}: {config.name} describes {name}, which is not supported; give one of "
+            f"{', '.join(classes)}"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # diffusers passes huggingface_hub arguments it deprecated
+            return getattr(diffusers, name).from_pretrained(
+                place, torch_dtype=torch.float32, low_cpu_mem_usage=False, **where
+            )
+    except Exception as error:  # diffusers raises a different type for each way a weight file can be broken
+        reason = str(error).strip().splitlines()[0]
+        raise AutoencoderError(f"--autoencoder {source}: its weights do not load ({reason})") from error

@@ -1,0 +1,198 @@
+"""evaluate.py --autoencoder: numbers against direct computations, files, and what is refused."""
+
+import json
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from autoencoders import create, write
+from PIL import Image
+from processes import run, script
+
+from data import open_dataset
+from experiment.autoencoding import measure as measuring
+from experiment.autoencoding.measure import Distance, default_output, measure, open_distance, posterior
+from experiment.sources import from_images
+from metrics.fidelity import score
+from metrics.pixels import psnr, spectrum, ssim
+from metrics.torchscript import save_torchscript
+from models.autoencoder import EMBEDDED, create_codec
+
+EVALUATE = script("evaluate.py")
+CPU, NUM, SIZE = torch.device("cpu"), 24, 32
+NONE = Distance("lpips", reason="no network")
+
+
+class MeanColors(torch.nn.Module):
+    """A TorchScript extractor, and a perceptual network too: colours of quarters, soft classes of them."""
+
+    def forward(self, images: torch.Tensor):
+        means = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+        return means, torch.softmax(4 * means, dim=1)
+
+
+@pytest.fixture(scope="module")
+def images():
+    held_out = open_dataset("shapes", split="test", image_size=SIZE, num_images=5 * NUM)
+    assert len(held_out) == NUM
+    return torch.stack([held_out[index][0] for index in range(NUM)])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Two autoencoders, by the command; everything it left."""
+    folder = tmp_path_factory.mktemp("measured")
+    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), folder / "colors.pt")
+    write("taesd", folder / "tiny")
+    flags = ("--data.num_images", 5 * NUM, "--data.image_size", SIZE, "--extractor", "colors.pt", "--batch_size", 7)
+    names = ("--autoencoder", "embedded,tiny", "--perceptual", "colors.pt")
+    done = run("evaluate.py", *names, *flags, cwd=folder)
+    return folder, done.stdout, json.loads((folder / "autoencoder.json").read_text())
+
+
+@pytest.mark.parametrize(("row", "name"), [(0, "embedded"), (1, "tiny")])
+def test_scores_are_those_of_the_pairs(measured, images, row, name):
+    folder, said, record = measured
+    codec = create_codec(name if name == "embedded" else str(folder / name))
+    back = codec.decode(codec.encode(images))
+    found = {metric: one["value"] for metric, one in record["rows"][row]["scores"].items()}
+    assert found["psnr"] == pytest.approx(psnr(images, back).mean().item(), rel=1e-5)
+    assert found["ssim"] == pytest.approx(ssim(images, back).mean().item(), rel=1e-5)
+    features, theirs = (MeanColors()(each)[0] for each in (images, back))
+    distance = (features - theirs).square().mean().item()
+    assert found["perceptual_distance[colors]"] == pytest.approx(distance, rel=1e-3)
+    direct = score(back, images, extractor=str(folder / "colors.pt"), progress=False).scores
+    for metric in ("frechet_distance[colors]", "kernel_distance[colors]", "precision", "density"):
+        assert found[metric] == pytest.approx(direct[metric].value, rel=1e-4, abs=1e-7), metric
+    spectra = record["spectrum"]
+    assert spectra["held-out images"] == pytest.approx(spectrum(images).mean(dim=0).tolist(), rel=1e-6)
+    assert spectra[name] == pytest.approx(spectrum(back).mean(dim=0).tolist(), rel=1e-4, abs=1e-9)
+    assert spectra["cycles_per_pixel"][-1] == 0.5
+    assert f"| {name} " in said
+
+
+def test_records_say_how_to_derive_them_again(measured):
+    _, said, record = measured
+    first, second = (row["samples"] for row in record["rows"])
+    codec = create_codec("embedded")
+    assert first["autoencoder"] == codec.provenance
+    assert first["kind"] == "reconstructions"
+    assert second["autoencoder"]["autoencoder"] == "tiny"
+    assert min(row[speed] for row in (first, second) for speed in ("encode img/s", "decode img/s")) > 0
+    assert len(record["perceptual"]["sha256"]) == 64
+    assert record["num_samples"] == record["num_reference"] == NUM
+    assert {"commit", "versions", "extractor_sha256", "reference"} <= record.keys()
+    assert "spatial_frechet_distance[colors]: none: colors has no spatial features; Inception has" in said
+    assert "latents of embedded: 4 channels, 1/8 of the side; mean " in said
+    assert "not FID" in said
+
+
+def test_pictures_stand_beside_the_record(measured):
+    folder, said, _ = measured
+    names = ["autoencoder.json", "autoencoder-reconstructions.png", "autoencoder-spectrum.png"]
+    assert said.strip().splitlines()[-1] == "written: " + ", ".join(names)
+    with Image.open(folder / names[1]) as grid:
+        rows = grid.height // (4 * SIZE)
+        assert rows == 5  # inputs, and of each what came back and its difference
+        assert len(np.unique(np.asarray(grid))) > 50
+    with Image.open(folder / names[2]) as plot:
+        assert len(np.unique(np.asarray(plot))) > 20
+
+
+def test_statistics_are_those_of_many_draws(images):
+    codec, accelerator = create_codec("embedded"), Accelerator(cpu=True)
+    source = from_images(images, "images")
+    found = measure(codec, source, NONE, accelerator, batch_size=10).latents
+    stored, generator = codec.prepare(images), torch.Generator().manual_seed(0)
+    shape = (NUM, *codec.latent_shape(SIZE, SIZE))
+    draws = torch.cat([codec.draw(stored, torch.randn(shape, generator=generator)) for _ in range(200)]).double()
+    channels = draws.transpose(0, 1).flatten(1)  # [c n]
+    torch.testing.assert_close(torch.tensor(found["mean"]).double(), channels.mean(dim=1), atol=0.01, rtol=0)
+    torch.testing.assert_close(torch.tensor(found["std"]).double(), channels.std(dim=1), atol=0.01, rtol=0)
+    correlation = torch.tensor(found["correlation"]).double()
+    torch.testing.assert_close(correlation, channels.corrcoef(), atol=0.02, rtol=0)
+    spread = codec.autoencoder.encode(images.float() / 127.5 - 1).latent_dist.std * codec.scale
+    expected = spread.square().mean(dim=(0, 2, 3)).sqrt().tolist()
+    assert found["posterior_std"] == pytest.approx(expected, rel=1e-4)
+    z = codec.autoencoder.encode(images.float() / 127.5 - 1).latent_dist.mean
+    activity = z.var(dim=0, correction=0).mean(dim=(1, 2)).tolist()
+    assert found["activity"] == pytest.approx(activity, rel=1e-4)
+    assert found["dead_channels"] == 0
+
+
+def test_a_channel_that_never_changes_is_dead_whatever_the_scale(tmp_path, images):
+    autoencoder = create("sd", scaling_factor=50.0)
+    with torch.no_grad():
+        autoencoder.quant_conv.weight *= 10
+        autoencoder.quant_conv.weight[1] = 0
+        autoencoder.quant_conv.bias[1] = 3
+    autoencoder.save_pretrained(tmp_path / "dead")
+    codec = create_codec(str(tmp_path / "dead"))
+    mean, _ = posterior(codec, images)
+    assert mean[:, 1].std() < 1e-3
+    found = measure(codec, from_images(images, "images"), NONE, Accelerator(cpu=True), 8)
+    assert found.latents["dead_channels"] == 0.25
+    assert found.latents["activity"][1] < 1e-6 < found.latents["activity"][0]
+    assert found.scores["lpips"].reason == "no network"
+    assert found.scores["psnr"].value is not None  # the rest goes on
+
+
+def test_processes_share_the_images(monkeypatch, images):
+    codec, source, parts = create_codec("embedded"), from_images(images, "images"), []
+    alone = measure(codec, source, NONE, Accelerator(cpu=True), 10)
+    monkeypatch.setattr(measuring, "gather_object", lambda own: parts.extend(own) or parts)
+    for index in (1, 0):  # the last one has both parts
+        process = Mock(spec=Accelerator, device=CPU, process_index=index, num_processes=2, is_main_process=False)
+        together = measure(codec, source, NONE, process, 7)
+    assert len(parts) == 2
+    for name in ("psnr", "ssim"):
+        assert together.scores[name].value == pytest.approx(alone.scores[name].value, rel=1e-6)
+    assert together.kept == pytest.approx(alone.kept, rel=1e-4)
+    assert together.latents["std"] == pytest.approx(alone.latents["std"], rel=1e-6)
+
+
+def test_weights_that_cannot_be_downloaded_are_a_reason_and_files_that_are_none_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    for network in ("lpips", "vgg19"):
+        found = open_distance(network, None, CPU)
+        assert found.network is None
+        assert "could not be downloaded; put" in found.reason or "could not be downloaded (no network)" in found.reason
+    (tmp_path / "text.pt").write_text("no network")
+    for network, heads, words in (
+        ("none.pt", None, "--perceptual none.pt: no such file; choose from vgg19, lpips"),
+        (str(tmp_path / "text.pt"), None, "--perceptual .*text.pt: not a TorchScript file"),
+        ("vgg19", "vgg.pth", "--heads vgg.pth: they are of --perceptual lpips, not of vgg19"),
+        ("lpips", "none.pth", "--heads none.pth: no such file; give the lpips package's"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            open_distance(network, heads, CPU)
+
+
+MISTAKES = {
+    "nothing": ({}, "--samples: give a run, a folder, a zip or an npz; or --autoencoder"),
+    "trials": ({"autoencoder": "embedded", "trials": 3}, "--trials: it is about samples; give --samples"),
+    "sampler": ({"autoencoder": "embedded", "sampler": "ddim"}, "--sampler: it is about samples"),
+    "checkpoint": ({"autoencoder": "embedded", "checkpoint": "runs/x"}, "--checkpoint: it is about samples"),
+    "network": ({"samples": "runs/x", "perceptual": "vgg19"}, "--perceptual: it measures an autoencoder; leave it out"),
+    "heads": ({"samples": "runs/x", "heads": "vgg.pth"}, "--heads: it measures an autoencoder; leave it out"),
+    "pixels": ({"autoencoder": "pixel"}, "--autoencoder pixel: pixels come back as they were"),
+    "one of two": ({"autoencoder": "embedded,./none"}, "--autoencoder ./none: no such folder"),
+    "metric": ({"autoencoder": "embedded", "metrics": ["psnr"]}, "--metrics psnr: choose from fid"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_name_the_flag(mistake):
+    given, words = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=words):
+        EVALUATE.main(EVALUATE.EvaluateConfig(**given))
+
+
+def test_records_go_to_the_autoencoders_own_folder_but_for_the_embedded_one(tmp_path):
+    mine = create_codec(write("taesd", tmp_path / "mine"))
+    assert default_output([mine]) == tmp_path / "mine" / "autoencoder.json"
+    for others in ([mine, mine], [create_codec("embedded")], [create_codec(str(EMBEDDED))]):
+        assert str(default_output(others)) == "autoencoder.json"
