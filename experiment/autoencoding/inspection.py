@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from experiment.tracking import save_grid
 from metrics.images import Images, image_batches
+from metrics.pixels import psnr
 
 COLUMNS = 12
 
@@ -37,10 +38,7 @@ def reconstruct(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: 
 
 def mean_psnr(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> float:
     """Peak signal-to-noise ratio of reconstructions in dB, the mean over images."""
-    error: Float[Tensor, " n"] = (
-        (reconstruct(autoencoder, images, batch_size).float() - images.float()).div(255).square().mean(dim=(1, 2, 3))
-    )
-    return (-10 * error.clamp(min=1e-10).log10()).mean().item()
+    return psnr(images, reconstruct(autoencoder, images, batch_size)).clamp(max=100).mean().item()
 
 
 def draw_reconstructions(autoencoder: Any, held_out: Mapping[str, UInt8[Tensor, "_ 3 h w"]], path: Path) -> None:
