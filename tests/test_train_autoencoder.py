@@ -265,7 +265,7 @@ def test_what_is_written_loads_as_a_codec_and_in_diffusers(whole):
     codec = create_codec(str(written))
     theirs = AutoencoderKL.from_pretrained(written)
     assert codec.latent_shape(16, 16) == (4, 8, 8)
-    assert theirs.config.scaling_factor == codec.scale != 1
+    assert theirs.config.scaling_factor == codec.identity["scale"] != 1
     averaged = weights(whole, "autoencoder", 6)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, averaged[f"autoencoder.{name}"])
@@ -312,7 +312,8 @@ def test_decoder_alone_leaves_latents_bit_identical(whole, train, tmp_path):
     before, after = create_codec(str(start)), create_codec(str(tmp_path / "runs" / "tuned" / "autoencoder"))
     batch = ((images(4) + 1) * 127.5).to(torch.uint8)
     assert torch.equal(before.prepare(batch), after.prepare(batch))
-    assert (before.scale, before.shift) == (after.scale, after.shift)
+    assert before.identity == after.identity  # what a latent cache asks for
+    assert before.provenance != after.provenance
     assert not torch.equal(before.decode(before.encode(batch)), after.decode(after.encode(batch)))
 
 
