@@ -213,7 +213,7 @@ def main(config: AutoencodingConfig) -> None:
             pick(batches.sources[0], 2048),
             {
                 **{
-                    f"psnr_{name}": mean_psnr(ema.model.autoencoder, pick(images), 64)
+                    f"psnr_{name}": mean_psnr(ema.model.autoencoder, pick(images, 1024), 64)
                     for name, images in held_out.items()
                 },
                 "steps": step,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from tqdm import tqdm
 
 from experiment.tracking import save_grid
 from metrics.images import Images, image_batches
@@ -30,7 +31,7 @@ def pick(images: Images, at_most: int | None = None) -> UInt8[Tensor, "n 3 h w"]
 def reconstruct(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> UInt8[Tensor, "n 3 h w"]:
     """From the posterior's mean, rounded to 256 levels."""
     parts = []
-    for batch in images.split(batch_size):
+    for batch in tqdm(images.split(batch_size), desc="reconstructing", unit="batch", leave=False):
         mean = autoencoder.encode(batch.to(autoencoder.device).float() / 127.5 - 1).latent_dist.mean
         parts.append((autoencoder.decode(mean).sample * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
     return torch.cat(parts)
