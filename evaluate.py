@@ -106,7 +106,8 @@ def main(config: EvaluateConfig) -> None:
     from experiment.report import draw_pairs, draw_sweep, provenance, table, write_json
     from experiment.sources import from_checkpoint, from_images, read_samples, reconstructions, sweep
     from experiment.tracking import save_grid
-    from metrics.fidelity import Extractor, check_metrics, class_distances
+    from metrics.features import Extractor
+    from metrics.fidelity import check_metrics, class_distances
     from metrics.reference import write_adm
     from metrics.self_check import self_check
     from models.autoencoder import create_codec

@@ -19,7 +19,8 @@ from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from experiment.generation import share
 from experiment.sources import Source, from_images
-from metrics.fidelity import Extractor, Features, Score, Scores, check_metrics, compare, metric_name
+from metrics.features import Extractor, Features
+from metrics.fidelity import Score, Scores, check_metrics, compare, metric_name
 from metrics.frechet import frechet_distance
 from metrics.manifold import nearest, share_of_pairs_closer
 from metrics.reference import load_features, read_adm, reference_path, save_features

@@ -20,7 +20,7 @@ from experiment.generation import Generator, balanced_labels, generate, sample_l
 from experiment.sources import from_generator
 from experiment.tracking import Log, draw_progress, save_grid
 from experiment.validation import validation_loss
-from metrics.fidelity import Extractor
+from metrics.features import Extractor
 from models.autoencoder import Codec
 
 

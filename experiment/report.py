@@ -18,7 +18,8 @@ from experiment.files import write_whole
 from experiment.sources import Source
 from experiment.table import markdown, number
 from experiment.tracking import save_grid
-from metrics.fidelity import Extractor, Score
+from metrics.features import Extractor
+from metrics.fidelity import Score
 
 LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity")
 

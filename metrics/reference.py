@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from metrics.fidelity import INCEPTION, Extractor, Features
+from metrics.extractors import INCEPTION
+from metrics.features import Extractor, Features
 from metrics.frechet import Moments
 
 FORMAT = 1

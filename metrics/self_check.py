@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from metrics.fidelity import INCEPTION, Extractor, Features, compare
+from metrics.extractors import INCEPTION
+from metrics.features import Extractor, Features
+from metrics.fidelity import compare
 from metrics.images import image_batches
 
 

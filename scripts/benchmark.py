@@ -272,7 +272,7 @@ def draw_scaling(rows: Sequence[Row], path: Path) -> None:
 
 
 def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, rounds: int = 5) -> None:
-    """Images a second of `metrics.fidelity.Extractor` beside a bare loop over the same network on tensors in memory.
+    """Images a second of `metrics.features.Extractor` beside a bare loop over the same network on tensors in memory.
 
     Args:
         extractor: a name, or a TorchScript file
@@ -282,7 +282,7 @@ def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, roun
     """
     import torch
 
-    from metrics.fidelity import Extractor
+    from metrics.features import Extractor
     from metrics.images import image_batches
 
     network = Extractor(extractor, device=str(the_device()))

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from metrics.classifier import train_classifier
-from metrics.fidelity import METRICS, Extractor, ExtractorError, Features, Scores, class_distances, compare, score
+from metrics.extractors import ExtractorError
+from metrics.features import METRICS, Extractor, Features
+from metrics.fidelity import Scores, class_distances, compare, score
 from metrics.frechet import Moments
 from metrics.images import image_batches
 from metrics.self_check import self_check

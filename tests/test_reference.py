@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from metrics.fidelity import Extractor, Features
+from metrics.features import Extractor, Features
 from metrics.frechet import Moments
 from metrics.reference import ReferenceError, load_features, read_adm, reference_path, save_features, write_adm
 from metrics.torchscript import save_torchscript

@@ -26,7 +26,8 @@ from experiment.objective import perceptual_network
 from experiment.report import provenance, table, write_json
 from experiment.sources import Source, from_images, reconstructions
 from metrics.cost import throughput
-from metrics.fidelity import Score, network_timeout
+from metrics.extractors import network_timeout
+from metrics.fidelity import Score
 from metrics.pixels import WINDOW, psnr, spatial_frequencies, spectrum, ssim
 from models.autoencoder import EMBEDDED, LatentCodec, weights_sha256
 from models.perceptual import NETWORKS

@@ -1,0 +1,194 @@
+"""The networks that images are judged by, and their weights: torch-fidelity's by name, or a TorchScript file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import socket
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from metrics.torchscript import load_torchscript
+
+INCEPTION = "inception"
+TORCHSCRIPT = "torchscript"
+REGISTERED = {INCEPTION: "inception-v3-compat"}  # our name -> torch-fidelity's; the others are the same
+NAMES = (INCEPTION, *(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in REGISTERED.values()))
+
+
+class ExtractorError(ValueError):
+    """A feature extractor that cannot be had or used, in the user's words."""
+
+
+class TorchScriptExtractor(FeatureExtractorBase):
+    """A TorchScript file as torch-fidelity sees an extractor.
+
+    The file takes uint8 RGB [n 3 h w], resizes by itself, and returns features [n d] and class probabilities
+    [n k]. torch-fidelity's inception score takes a softmax of what it gets, so it gets their logarithms.
+    """
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: object) -> None:
+        super().__init__(name, features_list)
+        self.module = load_torchscript(feature_extractor_weights_path)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        features, probabilities = self.module(input)
+        if features.ndim != 2 or probabilities.ndim != 2:
+            shapes = f"{list(features.shape)} and {list(probabilities.shape)}"
+            raise ExtractorError(f"it returns {shapes}, not features [n d] and class probabilities [n k]")
+        sums = probabilities.double().sum(dim=1)
+        if probabilities.isfinite().all() and (probabilities.min() < 0 or (sums - 1).abs().max() > 1e-2):
+            raise ExtractorError("its second output is not class probabilities (are they logits? add a softmax)")
+        outputs = {"features": features, "log_probabilities": probabilities.float().clamp(min=1e-30).log()}
+        return tuple(outputs[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "features", "log_probabilities"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "log_probabilities" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+
+if TORCHSCRIPT not in FEATURE_EXTRACTORS_REGISTRY:
+    register_feature_extractor(TORCHSCRIPT, TorchScriptExtractor)
+
+HAS_CLASSES = (INCEPTION, TORCHSCRIPT)
+"""The others' default layer for the inception score holds features, of which a softmax means nothing."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """An extractor's network, with what its scores must say of it."""
+
+    kind: str  # a name of `NAMES`, or TORCHSCRIPT
+    name: str  # what scores are called by
+    module: FeatureExtractorBase
+    sha256: str  # of the file for TorchScript, else of the loaded weights, wherever they came from
+    published: bool  # the weights that published scores are on
+
+
+def load_extractor(name: str, weights_path: str | Path | None = None) -> Network:
+    """One of `NAMES`, with torch-fidelity's weights or a file of them, or the path of a TorchScript file.
+
+    Raises:
+        ExtractorError: in one line, naming the flag and what to give it.
+    """
+    if name in NAMES:
+        module = _load_named(name, weights_path)
+        published = weights_path is None or _is_published(name, Path(weights_path))
+        return Network(name, name, module, _state_sha256(module), published)
+    path = Path(name)
+    if not path.is_file():
+        raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}")
+    if weights_path is not None:
+        raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
+    return Network(TORCHSCRIPT, path.stem, _load_file(name), _file_sha256(path), published=False)
+
+
+UNREADABLE = (OSError, HTTPException, RuntimeError, ValueError, EOFError, UnpicklingError)
+"""What resolving, connecting, reading and unpacking a file of weights raise between them."""
+
+
+def _load_file(path: str) -> FeatureExtractorBase:
+    layers = list(TorchScriptExtractor.get_provided_features_list())
+    try:
+        return _create(TORCHSCRIPT, layers, path)
+    except ValueError as error:
+        raise ExtractorError(f"--extractor {error}") from error
+
+
+def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorBase:
+    registered = REGISTERED.get(name, name)
+    layer_for = FEATURE_EXTRACTORS_REGISTRY[registered].get_default_feature_layer_for_metric
+    layers = [layer_for("fid"), *([layer_for("isc")] if name in HAS_CLASSES else [])]
+    if weights_path is not None:
+        return _load_weights(name, registered, layers, Path(weights_path))
+    try:
+        with network_timeout(seconds=10.0):
+            return _create(registered, layers, None)
+    except UNREADABLE as error:
+        weights_of = f"torch-fidelity's {Path(URL_INCEPTION_V3).name}" if name == INCEPTION else f"of {name}"
+        own = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "
+        raise ExtractorError(
+            f"--extractor {name}: its weights cannot be downloaded ({_one_line(error)}); give {own}"
+            "--extractor FILE.pt (TorchScript), such as the small classifier that `make demo` trains: "
+            "its scores compare runs with each other, not with published ones"
+        ) from error
+
+
+def _load_weights(name: str, registered: str, layers: list[str], path: Path) -> FeatureExtractorBase:
+    if name.startswith("dinov2"):
+        raise ExtractorError(f"--weights_path {path}: torch-fidelity loads {name} from torch hub's cache alone")
+    if not path.is_file():
+        raise ExtractorError(f"--weights_path {path}: no such file")
+    try:
+        if not name.startswith("clip"):  # CLIP's is TorchScript; the others torch-fidelity would unpickle unchecked
+            torch.load(path, weights_only=True, map_location="cpu")
+        return _create(registered, layers, str(path))
+    except (*UNREADABLE, TypeError, KeyError) as error:  # not whole, no state dict, or another model's
+        raise ExtractorError(
+            f"--weights_path {path}: these are not the weights of {name} ({_one_line(error)}); "
+            "give the file that torch-fidelity would download"
+        ) from error
+
+
+def _create(registered: str, layers: list[str], path: str | None) -> FeatureExtractorBase:
+    """torch-fidelity's constructor, without its talk: on failure, ours is the one line that the user
+    reads."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=FutureWarning)  # CLIP's file
+        return create_feature_extractor(
+            registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=path
+        )
+
+
+@contextlib.contextmanager
+def network_timeout(seconds: float) -> Iterator[None]:
+    """torch.hub opens its URLs without a timeout: where packets vanish it would wait for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[0].split())[:160]
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_published(name: str, path: Path) -> bool:
+    """torch-fidelity names its file of Inception weights by the first digits of the file's hash."""
+    return name == INCEPTION and Path(URL_INCEPTION_V3).stem.split("-")[-1] == _file_sha256(path)[:8]
+
+
+def _state_sha256(module: FeatureExtractorBase) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+"""Images to features, once for all scores."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from metrics.extractors import INCEPTION, TORCHSCRIPT, ExtractorError, load_extractor
+from metrics.frechet import Moments, RunningMoments, moments_of
+from metrics.images import ImageBatch
+
+METRICS = ("fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage")
+OF_MOMENTS = {"fid", "sfid"}  # need no image's own features: memory does not grow with the number of images
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor says of a set of images, on the CPU, in the order of their indices.
+
+    `features`, `logits` and `labels` are None where only moments were asked for, or the extractor has none.
+    """
+
+    moments: Moments
+    spatial: Moments | None = None  # of Inception's spatial features, for sFID
+    halves: tuple[Moments, Moments] | None = None  # of the images of even and of odd index
+    features: Float[Tensor, "n d"] | None = None
+    logits: Float[Tensor, "n k"] | None = None  # where the extractor is a classifier
+    labels: Int64[Tensor, " n"] | None = None
+
+    @staticmethod
+    def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> Features:
+        """From features at hand."""
+        halves = (moments_of(features[0::2]), moments_of(features[1::2])) if len(features) > 1 else None
+        return Features(moments_of(features), None, halves, features, logits, labels)
+
+    @property
+    def num(self) -> int:
+        """Images; 0 where the moments came from a file that does not say."""
+        return self.moments.num or 0
+
+
+class Extractor:
+    """Images to features: one of `NAMES`, or the path of a TorchScript file (see `metrics.extractors`).
+
+    `weights_path` gives a named one its weights, in torch-fidelity's format, where they cannot be downloaded.
+
+    Raises:
+        ExtractorError: in one line, naming the flag and what to give it.
+    """
+
+    def __init__(
+        self,
+        extractor: str | Path = INCEPTION,
+        *,
+        weights_path: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        network = load_extractor(str(extractor), weights_path)
+        self.kind, self.name, self.module = network.kind, network.name, network.module
+        self.sha256, self.published_weights = network.sha256, network.published
+        self.device = torch.device(device)
+        self.module.to(self.device)
+        self._mixed_6: deque[Tensor] = deque(maxlen=1)
+        if self.kind == INCEPTION:
+            branch: Any = self.module.get_submodule("Mixed_6d.branch1x1")
+            branch.register_forward_hook(lambda _, __, output: self._mixed_6.append(output[:, :7].flatten(1)))
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        batches: Iterable[ImageBatch],
+        num_images: int,
+        *,
+        metrics: Sequence[str] = METRICS,
+        gather: Callable[[list], list] = list,
+        progress: bool = True,
+        desc: str = "features",
+    ) -> Features:
+        """Features of this process's `num_images` images, put together with the other processes' by `gather`.
+
+        What is kept is what `metrics` need: for Fréchet distances moments alone.
+
+        Raises:
+            ValueError: for an empty set, or images that are not uint8 RGB.
+            ExtractorError: for features that are not finite, or a file without the interface.
+        """
+        part = _Part(keep=not OF_MOMENTS.issuperset(metrics))
+        with tqdm(total=num_images, desc=desc, unit="img", leave=False, disable=not progress) as bar:
+            for batch in batches:
+                if batch.images.dtype != torch.uint8 or batch.images.ndim != 4 or batch.images.shape[1] != 3:
+                    found = f"{str(batch.images.dtype).removeprefix('torch.')} {list(batch.images.shape[1:])}"
+                    raise ValueError(f"{desc}: images are {found}; extractors take uint8 RGB [3, h, w]")
+                outputs = [output.float().cpu() for output in self._extract(batch.images.to(self.device))]
+                for output in outputs:
+                    bad = int((~output.isfinite()).any(dim=1).sum())
+                    if bad:
+                        raise ExtractorError(
+                            f"--extractor {self.name}: not finite on {bad} of {len(output)} images ({desc})"
+                        )
+                spatial = self._spatial() if "sfid" in metrics else None
+                part.add(batch, outputs[0], outputs[1] if len(outputs) > 1 else None, spatial)
+                bar.update(len(batch.images))
+        return _Part.joined(gather([part]), desc)
+
+    def _spatial(self) -> Tensor | None:
+        """The first seven channels of Inception's `mixed_6/conv`, [n 7*17*17], of the batch just seen (Nash et al.
+        2021, as in ADM's evaluation)."""
+        return self._mixed_6[-1].float().cpu() if self._mixed_6 else None
+
+    def _extract(self, batch: Tensor) -> tuple[Tensor, ...]:
+        try:
+            return self.module(batch)
+        except ExtractorError as error:
+            raise ExtractorError(f"--extractor {self.name}: {error}") from None
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            if self.kind != TORCHSCRIPT or isinstance(error, torch.OutOfMemoryError):
+                raise
+            last = str(error).strip().splitlines()[-1]
+            raise ExtractorError(f"--extractor {self.name}: it failed on uint8 [n 3 h w] images ({last})") from error
+
+
+class _Part:
+    """One process's share of a set's features, as it grows."""
+
+    def __init__(self, *, keep: bool) -> None:
+        self.keep = keep
+        self.even, self.odd, self.spatial = RunningMoments(), RunningMoments(), RunningMoments()
+        self.kept: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+
+    def add(self, batch: ImageBatch, features: Tensor, logits: Tensor | None, spatial: Tensor | None) -> None:
+        if spatial is not None:
+            self.spatial.update(spatial)
+        if self.keep:
+            self.kept.append((batch.indices, features, logits, batch.labels))
+        else:
+            self.even.update(features[batch.indices % 2 == 0])
+            self.odd.update(features[batch.indices % 2 == 1])
+
+    @staticmethod
+    def joined(parts: list[_Part], desc: str) -> Features:
+        running = RunningMoments.merged(part.spatial for part in parts)
+        spatial = running.moments() if running.num else None
+        kept = [batch for part in parts for batch in part.kept]
+        if kept:  # in the order of their indices: no sum depends on batches or processes
+            indices, *columns = zip(*kept, strict=True)
+            order = torch.cat(indices).argsort()
+            features, logits, labels = (None if column[0] is None else torch.cat(column)[order] for column in columns)
+            assert features is not None  # every extractor has them
+            return replace(Features.of(features, logits, labels), spatial=spatial)
+        even = RunningMoments.merged(part.even for part in parts)
+        odd = RunningMoments.merged(part.odd for part in parts)
+        whole = RunningMoments.merged([even, odd])
+        if whole.num == 0:
+            raise ValueError(f"{desc}: there are no images to score")
+        halves = (even.moments(), odd.moments()) if even.num and odd.num else None
+        return Features(whole.moments(), spatial, halves)
