@@ -145,7 +145,7 @@ def main(config: SampleConfig) -> None:
     print(f"{len(images)} images: {output}")
     if panel is not None:
         path = beside(output, "panel")
-        save_grid(panel.images(codec), path, columns=panel.columns)
+        save_grid(panel.images(codec), path, columns=panel.columns, column_names=panel.names)
         print(f"denoising panel: {path}")
     if stages is not None:
         path, names = beside(output, "stages"), stages.names * 3

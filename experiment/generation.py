@@ -117,6 +117,7 @@ class DenoisingPanel:
         if not 1 <= num_moments <= num_steps:
             raise ValueError(f"--panel {num_moments} must lie in 1..{num_steps}, the sampling steps")
         self.steps = torch.linspace(0, num_steps - 1, num_moments).round().long().tolist()
+        self.names = [f"step {step + 1}" for step in self.steps]
         self.num_images, self.columns = num_images, num_moments
         self.moments: list[tuple[Tensor, Tensor]] = []
 

@@ -315,6 +315,8 @@ def test_decoder_alone_leaves_latents_bit_identical(whole, train, tmp_path):
     assert before.identity == after.identity  # what a latent cache asks for
     assert before.provenance != after.provenance
     assert not torch.equal(before.decode(before.encode(batch)), after.decode(after.encode(batch)))
+    for file in (tmp_path / "runs" / "tuned" / "autoencoder").glob("*.json"):
+        assert str(whole) not in json.dumps(json.loads(file.read_text()).pop("_name_or_path", "")), file
 
 
 @pytest.mark.parametrize(

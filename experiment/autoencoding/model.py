@@ -158,6 +158,7 @@ def finish(
     if measure:
         scale, shift = measure_latents(autoencoder, images)
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
+    autoencoder.register_to_config(_name_or_path="")  # diffusers would publish the folder that it began from
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (autoencoder.half() if half else autoencoder).save_pretrained(partial)
