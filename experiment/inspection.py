@@ -69,10 +69,10 @@ class Inspection:
         return found
 
     def draw(self, step: int) -> None:
-        """A grid: four samples of each of the first ten classes."""
+        """A grid: four samples of each of the first ten classes, or forty of a model without."""
         classes = self.held_out.classes[:10]
-        columns = max(1, len(classes))
-        labels = balanced_labels(4 * columns, columns)
+        columns = len(classes) or 10
+        labels = balanced_labels(4 * columns, len(classes))
         images = generate(self._generator(labels, self.config.train.seed), batch_size=len(labels))
         if self.accelerator.is_main_process:
             path = self.run / "samples" / f"{step:08d}.png"

@@ -41,6 +41,8 @@ def test_unconditional_images_train_and_sample(folder):
         Image.new("RGB", (16, 16), (20 * number, 90, 30)).save(folder / "plain" / f"{number}.png")
     flags = ("--data.path", "plain", "--data.image_size", 16, "--train.num_steps", 2, "--name", "plain")
     run("train.py", "--config", "tiny.yaml", "--autoencoder", "pixel", *flags, cwd=folder)
+    with Image.open(folder / "runs" / "plain" / "samples" / "00000002.png") as grid:
+        assert grid.size == (10 * 66 + 2, 4 * 66 + 2)  # forty samples, 16 pixels shown as 64
     run("sample.py", "--checkpoint", "runs/plain", "--num_per_class", 3, "--output", "plain.npz", cwd=folder)
     with np.load(folder / "plain.npz") as file:
         assert file["arr_0"].shape == (3, 16, 16, 3)
