@@ -11,9 +11,12 @@ import pytest
 from browser import WIDTHS, needs_chromium, page_of
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from processes import run
 from scipy import stats
 
+from experiment.ablation.figures import color, legend_columns, marker
+from experiment.ablation.pictures import Pictures, save_beside
 from experiment.ablation.report import write_report
 from experiment.ablation.results import paired_p, read_results
 from experiment.ablation.tables import as_tex, cells, head
@@ -180,9 +183,23 @@ def test_floor_and_ceiling_stand_above_every_model(ablation):
 
 def test_figures_are_left_for_papers(ablation):
     names = {path.name for path in (ablation / "figures").iterdir()}
-    panels = {"loss", "validation", "score-by-step", "score-by-compute", "per-class"}
+    panels = {"loss", "validation", "score-by-step", "score-by-compute", "score-by-parameters", "per-class"}
     assert names >= {f"{panel}.{kind}" for panel in panels for kind in ("pdf", "png")}
     assert names >= {"models.png", *(f"classes-{number}.png" for number in range(1, 5))}
+
+
+def test_many_variants_can_be_told_apart_and_named_within_the_figure():
+    assert len({(color(number), marker(number)) for number in range(40)}) == 40
+    assert legend_columns(["DiT", "UViT", "USwin", "XSwin"]) == 4
+    assert legend_columns(["none coarse=diffusion upsampler=pixelshuffle"] * 18) == 1
+
+
+@pytest.mark.parametrize(("name", "rows"), [("DiT", 2), ("no skips, windows of eight", 3)])
+def test_models_with_long_names_are_rows_and_others_columns(tmp_path, name, rows):
+    images = np.zeros((2, 4, 16, 16, 3), np.uint8)
+    save_beside([Pictures(name, ["cat", "dog"], images)] * 3, tmp_path / "models.png")
+    with Image.open(tmp_path / "models.png") as picture:
+        assert picture.height == 36 + 80 * rows
 
 
 def test_the_page_needs_nothing_but_itself(ablation):
@@ -190,7 +207,7 @@ def test_the_page_needs_nothing_but_itself(ablation):
     assert "A &lt;fake&gt; ablation" in html
     assert not re.search(r'(?:src|href)="(?!data:|#)', html)
     assert "url(http" not in html
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 6
 
 
 def test_a_report_without_finished_runs_is_refused_in_one_line(tmp_path):

@@ -28,6 +28,7 @@ STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 MAX_POINTS = 400
+WIDTH, LINE = 4.6, 0.18  # inches: of a figure, and of a line of its legend
 Panel = Callable[[Results, Any], bool]
 
 
@@ -36,14 +37,14 @@ def draw_panels(results: Results) -> dict[str, str]:
     found = {}
     for name, panel in PANELS.items():
         with mpl.rc_context(STYLE):
-            figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+            figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
             axes = figure.subplots()
             if not panel(results, axes):
                 continue
-            if axes.get_legend_handles_labels()[0]:
-                figure.legend(
-                    loc="outside lower center", ncols=min(4, len(results.variants)), frameon=False, fontsize=8
-                )
+            if names := axes.get_legend_handles_labels()[1]:
+                columns = legend_columns(names)
+                figure.set_figheight(figure.get_figheight() + LINE * max(0, -(-len(names) // columns) - 2))
+                figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.grid(alpha=0.15, color=INK, linewidth=0.6)
             found[name] = save(figure, results.folder / "figures" / name)
@@ -65,6 +66,11 @@ def save(figure: Figure, path: Path) -> str:
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+
+
+def legend_columns(names: list[str]) -> int:
+    """As many as the longest name leaves room for, at most four."""
+    return max(1, min(4, len(names), int(WIDTH / (0.066 * max(map(len, names)) + 0.5))))
 
 
 def loss(results: Results, axes: Any) -> bool:
@@ -115,17 +121,17 @@ def score_by_compute(results: Results, axes: Any) -> bool:
     if metric is not None:
         axes.set_ylabel(title_of(metric))
         return _lines(results, axes, metric, arithmetic)
-    metric = results.metrics[0]
-    axes.set(ylabel=title_of(metric))
-    for number, variant in enumerate(results.variants):
-        values = variant.values(metric)
-        if values:
-            x = arithmetic(variant, variant.runs[0].plan["num_steps"])
-            std = np.std(values, ddof=1) if len(values) > 1 else 0.0
-            axes.errorbar(
-                x, np.mean(values), std, fmt=MARKERS[number % 10], color=color(number), capsize=3, label=variant.name
-            )
-    return True
+    return _final_scores(results, axes, results.metrics[0], lambda v: arithmetic(v, v.runs[0].plan["num_steps"]))
+
+
+def score_by_parameters(results: Results, axes: Any) -> bool:
+    """The final score; KID where there is one, as it has no bias that depends on the number of samples."""
+    if len({variant.parameters for variant in results.variants}) == 1:
+        return False
+    metric = next((m for m in results.metrics if m.startswith(("kid", "kernel_distance"))), results.metrics[0])
+    axes.set(xlabel="parameters")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    return _final_scores(results, axes, metric, lambda variant: variant.parameters)
 
 
 def per_class(results: Results, axes: Any) -> bool:
@@ -144,7 +150,7 @@ def per_class(results: Results, axes: Any) -> bool:
         axes.plot(
             *zip(*points, strict=True),
             linestyle="",
-            marker=MARKERS[number % 10],
+            marker=marker(number),
             markersize=5,
             color=color(number),
             label=variant.name,
@@ -187,6 +193,21 @@ def color(number: int) -> str:
     return COLORS[number % len(COLORS)]
 
 
+def marker(number: int) -> str:
+    """Of a variant: another one when colours begin again."""
+    return MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
+
+
+def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[VariantResult], float]) -> bool:
+    axes.set(ylabel=title_of(metric))
+    for number, variant in enumerate(results.variants):
+        if values := variant.values(metric):
+            std = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            look: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
+            axes.errorbar(x(variant), np.mean(values), std, label=variant.name, **look)
+    return True
+
+
 def _lines(results: Results, axes: Any, name: str, x: Callable[[VariantResult, int], float]) -> bool:
     found = False
     for number, variant in enumerate(results.variants):
@@ -194,9 +215,9 @@ def _lines(results: Results, axes: Any, name: str, x: Callable[[VariantResult, i
             steps, values = run.series(name)
             if steps:
                 label = variant.name if run is variant.runs[0] else None
-                marker = MARKERS[number % 10] if len(steps) < 30 else ""
+                look: Any = {"marker": marker(number) if len(steps) < 30 else "", "color": color(number)}
                 where = [x(variant, step) for step in steps]
-                axes.plot(where, values, marker=marker, markersize=3.5, color=color(number), linewidth=1.4, label=label)
+                axes.plot(where, values, markersize=3.5, linewidth=1.4, label=label, **look)
                 found = True
     return found
 
@@ -206,6 +227,7 @@ PANELS: dict[str, Panel] = {
     "validation": validation,
     "score-by-step": score_by_step,
     "score-by-compute": score_by_compute,
+    "score-by-parameters": score_by_parameters,
     "per-class": per_class,
 }
 CAPTIONS = {
@@ -213,5 +235,6 @@ CAPTIONS = {
     "validation": "Loss on held-out images of the averaged weights: the same images, times and noise for all.",
     "score-by-step": "Score of the averaged weights during training.",
     "score-by-compute": "Score against the arithmetic of training (three forward passes a step and image).",
+    "score-by-parameters": "Final score against the number of parameters.",
     "per-class": "Fréchet distance within each class that has 50 images, less the baseline's.",
 }

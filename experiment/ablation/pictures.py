@@ -16,6 +16,7 @@ from experiment.ablation.results import Results
 from experiment.ablation.stages import pictured
 
 Pixels = UInt8[np.ndarray, "h w 3"]
+FONT = ImageFont.load_default(size=22)
 GAP = 2
 BESIDE = 4  # samples a class and model, beside the other models'
 
@@ -61,22 +62,30 @@ def tile(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray
     return canvas
 
 
+def save_beside(pictures: list[Pictures], path: Path) -> None:
+    """A PNG for a paper: classes as rows, models as columns; models as rows where a name is wider than its column."""
+    models = [one.variant for one in pictures]
+    blocks = [(name, [tile(images, 2) for images in each]) for name, each in beside(pictures)]
+    if max(map(_width, models)) > 2 * blocks[0][1][0].shape[1]:
+        classes = [_title(name) for name, _ in blocks]
+        blocks = [(model, [of_class[number] for _, of_class in blocks]) for number, model in enumerate(models)]
+        models = classes if any(classes) else []
+    save_labelled(blocks, models, path)
+
+
 def save_labelled(rows: list[tuple[str, list[Pixels]]], columns: list[str], path: Path, scale: int = 2) -> None:
     """A PNG for a paper: names of rows at the left, of columns above."""
-    font = ImageFont.load_default(size=22)
-    left = (
-        int(max([font.getlength(_title(name)) for name, _ in rows], default=0)) + 20 if any(n for n, _ in rows) else 4
-    )
+    left = int(max([_width(name) for name, _ in rows], default=0)) + 20 if any(n for n, _ in rows) else 4
     top = 36 if columns else 4
     height, width = (scale * side for side in rows[0][1][0].shape[:2])
     step_x, step_y = width + 12, height + (12 if columns else 2 * GAP)
     canvas = Image.new("RGB", (left + step_x * len(rows[0][1]), top + step_y * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(columns):
-        draw.text((left + column * step_x + width / 2, top / 2), name, "black", font, anchor="mm")
+        draw.text((left + column * step_x + width / 2, top / 2), name, "black", FONT, anchor="mm")
     for row, (name, blocks) in enumerate(rows):
         y = top + row * step_y
-        draw.text((left - 12, y + height / 2), _title(name), "black", font, anchor="rm")
+        draw.text((left - 12, y + height / 2), _title(name), "black", FONT, anchor="rm")
         for column, block in enumerate(blocks):
             image = Image.fromarray(block).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(image, (left + column * step_x, y))
@@ -86,6 +95,10 @@ def save_labelled(rows: list[tuple[str, list[Pixels]]], columns: list[str], path
 
 def _title(name: str) -> str:
     return name.replace("_", " ")
+
+
+def _width(name: str) -> float:
+    return FONT.getlength(_title(name))
 
 
 def data_uri(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> str:

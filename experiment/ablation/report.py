@@ -7,7 +7,7 @@ from typing import Any
 
 from experiment.ablation.figures import CAPTIONS, draw_panels
 from experiment.ablation.page import page
-from experiment.ablation.pictures import Pictures, beside, read_pictures, save_labelled, tile
+from experiment.ablation.pictures import Pictures, read_pictures, save_beside, save_labelled
 from experiment.ablation.results import Results, read_results
 from experiment.ablation.tables import SIGNIFICANT, as_csv, as_markdown, as_tex
 from experiment.files import write_whole
@@ -37,8 +37,7 @@ def save_pictures(pictures: list[Pictures], folder: Path) -> list[str]:
     """PNGs for a paper: models beside each other, and a grid of each."""
     if not pictures:
         return []
-    blocks = [(name, [tile(images, 2) for images in each]) for name, each in beside(pictures)]
-    save_labelled(blocks, [one.variant for one in pictures], folder / "models.png")
+    save_beside(pictures, folder / "models.png")
     names = ["models.png"]
     for number, one in enumerate(pictures):
         names.append(f"classes-{number + 1}.png")
