@@ -136,7 +136,7 @@ def main(config: SampleConfig) -> None:
     output = Path(config.output) if config.output else checkpoint.run / "samples.png"
     names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
     if output.suffix == ".png":
-        columns = config.num_per_class * max(1, 12 // config.num_per_class)
+        columns = 12 if len(classes) == 1 else config.num_per_class * max(1, 12 // config.num_per_class)
         save_grid(images, output, columns=columns, captions=names if checkpoint.classes else None)
     elif output.suffix == ".npz":
         save_npz(images, labels, output)
