@@ -33,8 +33,9 @@ class AblateConfig:
         ablation: its YAML (see docs/ablations.md); the flag's name may be left out
         set: settings of all variants on top of the YAML's, such as '{data.path: images.zip, train.num_steps: 100}'
         only: 'plan' shows what would be done; 'report' writes the report of what is done; null does it all
-        executor: 'local' (one run at a time on the CPU, or on each visible GPU), 'slurm' (a job a training, through
-            submitit) or 'submitit' (the same as processes here)
+        executor: 'local' (`workers` runs at a time on the CPU, or one on each visible GPU), 'slurm' (a job a training,
+            through submitit) or 'submitit' (the same as processes here)
+        workers: runs at a time on a CPU, each with its share of the cores: small batches gain by it
         cluster: see below
         max_hours: start nothing after this time; a training that runs saves and stops. The same command goes on
         launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
@@ -46,6 +47,7 @@ class AblateConfig:
     set: dict[str, Any] = field(default_factory=dict)
     only: Literal["plan", "report"] | None = None
     executor: Literal["local", "slurm", "submitit"] = "local"
+    workers: int = 1
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     max_hours: float | None = None
     launcher: str | None = None
@@ -58,6 +60,8 @@ def main(config: AblateConfig) -> int:
     path = Path(config.ablation)
     if not path.is_file():
         raise ValueError(f"--ablation {path}: no such file")
+    if config.workers < 1:
+        raise ValueError(f"--workers {config.workers} must be at least 1")
     folder = Path("runs") / (config.name or path.stem)
     return report(folder) if config.only == "report" else run(config, path, folder)
 
@@ -94,7 +98,7 @@ def run(config: AblateConfig, path: Path, folder: Path) -> int:
 
         # Doing it.
         prepare([planned for planned in plan if not planned.done.issuperset(planned.keys)], accelerator)
-        runner = Runner(ablation, deadline, config.launcher)
+        runner = Runner(ablation, deadline, config.launcher, config.workers)
         outcomes = EXECUTORS[config.executor](jobs_of(plan), runner, config.cluster, folder / "jobs")
 
         # What came of it.

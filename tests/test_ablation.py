@@ -234,7 +234,7 @@ def test_results_of_other_code_count_where_that_is_asked_for():
 # The runner, with scripts in the place of the three commands.
 
 SCRIPT = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 name, folder = sys.argv[1:3]
 with open("calls.txt", "a") as file: file.write(f"{name} {pathlib.Path(folder).parent.name}\\n")
 if name == "train" and "bad" in folder: sys.exit("train.py: error: no such luck")
@@ -242,6 +242,11 @@ if name == "train" and "slow" in folder:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     pathlib.Path("waiting").touch()
     time.sleep(60)
+if name == "train" and "pair" in folder:
+    pathlib.Path(pathlib.Path(folder).parent.name).write_text(str(sorted(os.sched_getaffinity(0))))
+    until = time.monotonic() + 60
+    while len(list(pathlib.Path().glob("pair*"))) < 2 and time.monotonic() < until: time.sleep(0.02)
+    if time.monotonic() > until: sys.exit("nobody came")
 """
 
 
@@ -260,8 +265,9 @@ def calls():
     return Path("calls.txt").read_text().splitlines() if Path("calls.txt").exists() else []
 
 
-def execute(ablation, plan, deadline=None):
-    outcomes = EXECUTORS["local"](jobs_of(plan), Runner(ablation, deadline), ClusterConfig(), Path("jobs"))
+def execute(ablation, plan, deadline=None, workers=1):
+    runner = Runner(ablation, deadline, workers=workers)
+    outcomes = EXECUTORS["local"](jobs_of(plan), runner, ClusterConfig(), Path("jobs"))
     return {outcome.run.partition(",")[0]: (outcome.status, outcome.why) for outcome in outcomes}
 
 
@@ -273,6 +279,19 @@ def test_a_failed_variant_leaves_the_others_alone_and_is_tried_again(scripted):
     found = execute(*plan_of({"a": {}, "bad": {"optim.lr": 5e-4}, "c": {"optim.lr": 6e-4}}))
     assert calls()[7:] == ["train bad"]
     assert found["a"] == ("done", "before")
+
+
+def test_workers_run_side_by_side_and_share_the_cores(scripted):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    found = execute(*plan_of({"pair1": {}, "pair2": {"optim.lr": 6e-4}}), workers=2)
+    assert found == {"pair1": ("done", ""), "pair2": ("done", "")}
+    half = len(cores) // 2
+    found = {Path(name).read_text() for name in ("pair1", "pair2")}
+    assert found == {str(cores[:half]), str(cores[half : 2 * half])}
+    with pytest.raises(ValueError, match="--workers 999: there are"):
+        execute(*plan_of({"c": {"optim.lr": 7e-4}}), workers=999)
 
 
 def test_variants_that_share_a_training_are_scored_from_it(scripted):

@@ -33,28 +33,55 @@ def jobs_of(plan: list[Planned]) -> Jobs:
 
 
 def local(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path) -> list[Outcome]:
-    """One job at a time on each visible GPU, or on the CPU."""
+    """One job at a time on each visible GPU, or `runner.workers` of them on the CPU."""
     waiting: Queue[list[Planned]] = Queue()
     for job in jobs:
         waiting.put(job)
     outcomes: list[Outcome] = []
 
-    def work(device: str | None) -> None:
+    def work(place: Place) -> None:
+        if place.cores:
+            os.sched_setaffinity(0, place.cores)  # of this thread, and of what it starts
         while True:
             try:
                 job = waiting.get_nowait()
             except Empty:
                 return
-            outcomes.extend(runner(job, device))
+            outcomes.extend(runner(job, place.environment))
 
     with _stopping(runner):
-        threads = [Thread(target=work, args=(device,)) for device in visible_gpus() or [None]]
+        threads = [Thread(target=work, args=(place,)) for place in places(runner.workers)]
         for thread in threads:
             thread.start()
         for thread in threads:
             while thread.is_alive():  # signals are handled between two waits
                 thread.join(0.2)
     return outcomes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run has room: what its processes find in their environment, and the cores that they keep to."""
+
+    environment: dict[str, str]
+    cores: frozenset[int] = frozenset()
+
+
+def places(workers: int) -> list[Place]:
+    """A GPU each; without any, the CPU for one worker, and a share of its cores for each of several.
+
+    Raises:
+        ValueError: for more workers than cores, or where the system does not keep processes to cores.
+    """
+    if gpus := visible_gpus():
+        return [Place({"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus]
+    if workers == 1:
+        return [Place({})]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if (share := len(cores) // workers) == 0:
+        raise ValueError(f"--workers {workers}: there are {len(cores)} cores to deal out; ask for fewer")
+    shares = [cores[number * share :][:share] for number in range(workers)]
+    return [Place({"OMP_NUM_THREADS": str(share)}, frozenset(mine)) for mine in shares]
 
 
 def visible_gpus() -> list[str]:

@@ -40,23 +40,25 @@ class Runner:
         ablation: what they are of
         deadline: seconds since the epoch, after which nothing is started and trainings stop
         launcher: a configuration of `accelerate launch` for several processes a run; without, one process
+        workers: runs side by side where there is no GPU
     """
 
     ablation: AblationConfig
     deadline: float | None = None
     launcher: str | None = None
+    workers: int = 1
     children: set[subprocess.Popen] = field(default_factory=set)
     reason: str | None = None
 
-    def __call__(self, job: list[Planned], device: str | None = None) -> list[Outcome]:
-        """The runs of one training: the first of them trains. `device` is a GPU's number."""
+    def __call__(self, job: list[Planned], environment: dict[str, str] | None = None) -> list[Outcome]:
+        """The runs of one training: the first of them trains. `environment` is added to the processes'."""
         outcomes: list[Outcome] = []
         for planned in job:
             if outcomes and done_stages(job[0].run.folder).get("train") != job[0].keys["train"]:
                 outcomes.append(Outcome(planned.run.name, outcomes[0].status, f"it needs {job[0].run.name}"))
                 continue
             try:
-                outcomes.append(self._run(planned, device))
+                outcomes.append(self._run(planned, environment or {}))
             except (ValueError, OSError) as error:
                 outcomes.append(Outcome(planned.run.name, "failed", " ".join(str(error).split())))
         return outcomes
@@ -67,7 +69,7 @@ class Runner:
         for child in list(self.children):
             child.send_signal(signal.SIGTERM)
 
-    def _run(self, planned: Planned, device: str | None) -> Outcome:
+    def _run(self, planned: Planned, environment: dict[str, str]) -> Outcome:
         folder, name = planned.run.folder, planned.run.name
         if planned.done.issuperset(planned.keys):
             return Outcome(name, "done", "before")
@@ -85,7 +87,7 @@ class Runner:
                     return Outcome(name, "stopped", why)
                 began = time.monotonic()
                 say(f"{name}: {stage} ...  (tail -f {folder / stage}.txt)")
-                status = self._process(command(planned, self.ablation), folder / f"{stage}.txt", lock, device)
+                status = self._process(command(planned, self.ablation), folder / f"{stage}.txt", lock, environment)
                 if status != 0 and (self.reason or status == EXIT_CODE):
                     return Outcome(name, "stopped", self._must_stop() or "it was asked to stop")
                 if status != 0:
@@ -98,20 +100,19 @@ class Runner:
         over = self.deadline is not None and time.time() > self.deadline
         return self.reason or ("the time is over" if over else None)
 
-    def _process(self, command: list[str], output: Path, lock: Lock, device: str | None) -> int:
+    def _process(self, command: list[str], output: Path, lock: Lock, environment: dict[str, str]) -> int:
         script, *flags = command
         if script == "train.py" and self.deadline is not None:
             flags += ["--train.max_hours", f"{max(0.0, self.deadline - time.time()) / 3600:.6f}"]
         launch = [sys.executable]
         if self.launcher is not None:
             launch += ["-m", "accelerate.commands.launch", "--config_file", self.launcher]
-        environment = {**os.environ, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
         with output.open("a") as file:
             child = subprocess.Popen(
                 [*launch, str(ROOT / script), *flags],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, **environment},
                 pass_fds=(lock.file.fileno(),),
             )
             self.children.add(child)
