@@ -238,7 +238,9 @@ const press = n => {
   document.querySelectorAll("th button")[n].click();
   return all("tbody.models tr").map(row => row.cells[0].textContent.trim());
 };
+const edges = row => [...row.cells].map(cell => Math.round(cell.getBoundingClientRect().right)).join();
 const found = {
+  columns: new Set(all("tr").map(edges)).size,
   overlaps, width: innerWidth, content: document.documentElement.scrollWidth,
   images: document.images.length,
   broken: all("img").filter(e => !e.complete || !e.naturalWidth).length,
@@ -260,6 +262,7 @@ def test_a_browser_shows_the_page_whole(ablation, tmp_path, width):
     assert found["content"] <= width
     assert found["overlaps"] == []
     assert found["clipped"] == 0
+    assert found["columns"] == 1  # the cells of all rows end where those of the head do
     assert (found["images"], found["broken"]) == (2 * len(VARIANTS) * len(CLASSES), 0)
     mean = {name: row[5].value for name, row in zip(VARIANTS, cells(read_results(ablation)), strict=True)}
     by_score = sorted(VARIANTS, key=lambda name: mean[name])

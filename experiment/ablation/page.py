@@ -86,7 +86,7 @@ def _models(pictures: list[Pictures]) -> str:
             for name, images in zip(one.classes, one.images, strict=True)
         )
         blocks.append(f"<div><h3>{escape(one.variant)}</h3>{strips}</div>")
-    return f'<section id="models"><h2>Class by class</h2><div class="models">{"".join(blocks)}</div></section>'
+    return f'<section id="models"><h2>Class by class</h2><div class="classes">{"".join(blocks)}</div></section>'
 
 
 def _facts(facts: dict) -> str:
