@@ -77,7 +77,7 @@ def report(folder: Path) -> int:
 def run(config: AblateConfig, path: Path, folder: Path) -> int:
     """What is left to do, then the report."""
     from experiment.ablation.config import read_ablation
-    from experiment.ablation.executors import EXECUTORS, jobs_of
+    from experiment.ablation.executors import EXECUTORS, jobs_of, places
     from experiment.ablation.lock import Lock
     from experiment.ablation.plan import make_plan, table
     from experiment.ablation.runner import Runner
@@ -89,6 +89,7 @@ def run(config: AblateConfig, path: Path, folder: Path) -> int:
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
     ablation = read_ablation(path, config.set)
     runs = expand(ablation, folder.name)
+    places(config.workers)  # refuses more of them than there is room for, before anything is made
     with Lock(folder / "lock"):
         accelerator = open_accelerator(runs[0].config.train.precision)
         plan = make_plan(ablation, runs, folder, accelerator, timed=True, any_code=config.any_code)

@@ -1,4 +1,4 @@
-"""Does a backbone learn at all? Two minutes of segmentation tell, before any diffusion is run.
+"""Does a backbone learn at all? A few minutes of segmentation tell, before any diffusion is run.
 
 python scripts/segment_shapes.py
 python scripts/segment_shapes.py --models '[XSwin, USwin, UNet]' --difficulty medium --num_steps 2000
