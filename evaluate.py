@@ -53,7 +53,7 @@ class EvaluateConfig:
             autoencoder.json in its own folder, or in the working folder
         seed: of the drawn samples
         batch_size: images at a time, on each process
-        precision: of sampling: 'auto', 'fp32' or 'bf16'
+        precision: of sampling: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration; without samples, the one to measure: what
             comes back of held-out images, and what its latents are like. Several, with commas in between, are rows
         perceptual: of an autoencoder alone: network to compare images by: 'lpips', 'vgg19', or a TorchScript file
@@ -98,11 +98,12 @@ def main(config: EvaluateConfig) -> None:
     import torch
 
     from experiment.autoencoding.measure import measure_autoencoders
-    from experiment.build import open_accelerator, open_split, sampling_of
+    from experiment.build import open_split, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.config import EvaluationConfig
     from experiment.evaluation import dataset_reference, evaluate, memorisation, npz_reference, summarise
     from experiment.likelihood import held_out_likelihood
+    from experiment.machine import describe, open_accelerator
     from experiment.report import draw_pairs, draw_sweep, provenance, table, write_json
     from experiment.sources import from_checkpoint, from_images, read_samples, reconstructions, sweep
     from experiment.tracking import save_grid
@@ -197,7 +198,7 @@ def main(config: EvaluateConfig) -> None:
         return None
     folder = checkpoint.run if checkpoint and owner == config.samples else Path(str(config.samples)).parent
     output = Path(config.output) if config.output else folder / "scores.json"
-    write_json({**provenance(rows, reference, extractor, evaluation), **extra}, output)
+    write_json({**provenance(rows, reference, extractor, evaluation, describe(accelerator)), **extra}, output)
     written = [output, output.with_suffix(".png")]
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
     if num_drawn > 1:

@@ -48,7 +48,7 @@ class SampleConfig:
         interpolate: in place of samples, so many pictures on the way from the first class to the last, both ends
             included, and to the seed `to_seed`
         to_seed: where to go from `seed`
-        precision: 'auto', 'fp32' or 'bf16'
+        precision: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration (a folder, say, where there is no hub)
         data: of the held-out images, where they have moved (--data.path)
     """
@@ -80,10 +80,11 @@ def main(config: SampleConfig) -> None:
     import torch
 
     from experiment.autoguidance import load_guide_model
-    from experiment.build import check_sampling, open_accelerator, sampling_of
+    from experiment.build import check_sampling, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.generation import DenoisingPanel, Generator, StagesPanel, generate, resolve_classes
     from experiment.interpolation import interpolate
+    from experiment.machine import open_accelerator
     from experiment.tracking import save_folder, save_grid, save_npz
     from models.autoencoder import create_codec
 

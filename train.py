@@ -31,7 +31,6 @@ def main(config: ExperimentConfig) -> None:
         learning_rate,
         model_spec,
         num_training_steps,
-        open_accelerator,
         open_cache,
         open_split,
         sampling_of,
@@ -45,6 +44,7 @@ def main(config: ExperimentConfig) -> None:
     from experiment.guard import Guard, gradient_norm
     from experiment.inspection import Inspection
     from experiment.interruption import EXIT_CODE, Interruption
+    from experiment.machine import open_accelerator
     from experiment.meter import Meter
     from experiment.objective import Objective, build_auxiliary
     from experiment.phases import phase_at
@@ -56,6 +56,7 @@ def main(config: ExperimentConfig) -> None:
     run, process = config.folder, build_process(config.diffusion)
     accelerator = open_accelerator(
         config.train.precision,
+        flag="--train.precision",
         in_phases=len(process.phases) > 1,
         gradient_accumulation_steps=config.train.grad_accumulation,
         log_with=config.log.trackers or None,

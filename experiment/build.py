@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from data import open_dataset
@@ -20,7 +18,6 @@ from data.latents import LatentCache, build_cache, cache_name
 from diffusion import PROCESSES, Guidance, Process
 from diffusion.samplers import samplers_of
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
-from experiment.sharding import keep_float32
 from models import BACKBONES, create_model
 from models.autoencoder import Codec
 
@@ -59,30 +56,6 @@ class ModelSpec:
             num_classes=self.num_classes,
             **self.args,
         )
-
-
-def open_accelerator(precision: str, *, in_phases: bool = False, **options: Any) -> Accelerator:
-    """Accelerate as launched, in the precision asked for (see `mixed_precision`), with all of the machine's cores;
-    `in_phases` trains parts of the model at a time, which processes have to know of each other.
-
-    Raises:
-        ValueError: for an unknown precision.
-    """
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=in_phases)
-    accelerator = Accelerator(mixed_precision=mixed_precision(precision), kwargs_handlers=[ddp], **options)
-    use_all_cores(accelerator)
-    keep_float32(accelerator)
-    return accelerator
-
-
-def use_all_cores(accelerator: Accelerator) -> None:
-    """On CPUs, deal the cores out over this machine's processes: `accelerate launch` gives each one thread.
-
-    More threads than one were asked for by somebody, and stay.
-    """
-    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, num_cores // accelerator.num_processes))
 
 
 def share_batch_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -284,15 +257,3 @@ def num_training_steps(config: TrainConfig, num_images: int) -> int:
     if config.num_steps is not None:
         return config.num_steps
     return -(-config.num_epochs * num_images // config.batch_size)
-
-
-def mixed_precision(asked: str) -> str:
-    """Accelerate's name of the mixed precision: 'auto' is bf16 on GPUs and float32 on CPUs.
-
-    Raises:
-        ValueError: for anything but auto, fp32 and bf16.
-    """
-    names = {"auto": "bf16" if torch.cuda.is_available() else "no", "fp32": "no", "bf16": "bf16"}
-    if asked not in names:
-        raise ValueError(f"precision {asked}: unknown, choose from {', '.join(names)}")
-    return names[asked]

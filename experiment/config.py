@@ -175,7 +175,7 @@ class TrainConfig:
         ema_decay: decay of the averaged weights, which is min(ema_decay, (1 + step) / (10 + step))
         ema_profiles: relative lengths of power-function averages to keep snapshots of, such as [0.05, 0.1]; see
             scripts/reconstruct_ema.py
-        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 on GPUs, fp32 on CPUs
+        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 where the device has instructions for it, else fp32
         compile: compile the backbone's blocks (torch.compile); see docs/performance.md for what it gives and costs
         seed: of weights, order, noise, timesteps and dropout
     """

@@ -37,7 +37,9 @@ def machine() -> Iterator[Finding]:
     """Devices, cores, disk, precision."""
     import torch
 
-    from experiment.build import mixed_precision
+    from experiment.machine import default_device
+    from experiment.precision import choose_precision, has_bf16, slowdown_of_bf16
+    from experiment.threads import allowed_cores
 
     number = version("latent-diffusion-backbones")
     packages = f"Python {platform.python_version()}, torch {torch.__version__}"
@@ -47,8 +49,11 @@ def machine() -> Iterator[Finding]:
         yield Finding(True, f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         yield Finding(False, "no CUDA GPU", "everything runs on the CPU; configs/quickstart.yaml is made for it")
-    bf16 = {"no": "fp32", "bf16": "bf16"}[mixed_precision("auto")]
-    yield Finding(True, f"{os.cpu_count()} CPU cores; --train.precision auto is {bf16} here")
+    cores = f"{len(allowed_cores())} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
+    yield Finding(True, f"{cores}, {os.getloadavg()[0]:.1f} of them busy in the last minute")
+    device, auto = default_device(), choose_precision("auto", default_device())
+    why = f"{has_bf16(device)[1]}; a matrix product in bf16 takes {slowdown_of_bf16(device):.2g} times as long"
+    yield Finding(True, f"--precision auto is {auto} here: {why}")
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     yield Finding(free > 5, f"{free:.0f} GB free in this folder", "" if free > 5 else "caches and runs need a few")
 

@@ -25,7 +25,7 @@ LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity"
 
 
 def provenance(
-    rows: Sequence[Row], reference: Reference, extractor: Extractor, evaluation: EvaluationConfig
+    rows: Sequence[Row], reference: Reference, extractor: Extractor, evaluation: EvaluationConfig, machine: str
 ) -> dict[str, Any]:
     """The first row's scores, all rows, and what it takes to derive them again."""
     first = rows[0].trials[0]
@@ -41,6 +41,7 @@ def provenance(
         "reference": reference.provenance,
         "evaluation": asdict(evaluation),
         "rows": [row.to_dict() for row in rows],
+        "machine": machine,
         "commit": current_commit(),
         "versions": {name: version(name) for name in LIBRARIES},
     }

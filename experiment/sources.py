@@ -25,6 +25,7 @@ from experiment.build import check_sampling
 from experiment.checkpoint import Checkpoint
 from experiment.config import EvaluationConfig, SamplingConfig
 from experiment.generation import Generator, sample_labels
+from experiment.precision import precision_of
 from metrics.images import ImageBatch, Images, image_batches
 from models.autoencoder import Codec
 
@@ -51,7 +52,7 @@ def from_generator(generator: Generator, name: str, **provenance: object) -> Sou
         "seed": generator.seed,
         "weights": "ema",
         "autoencoder": generator.codec.provenance,
-        "precision": generator.accelerator.mixed_precision,
+        "precision": precision_of(generator.accelerator),
         "model_calls": num_calls(sampler, generator.sampling.num_steps),
         **asdict(generator.sampling),
     }

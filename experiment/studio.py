@@ -15,10 +15,11 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from experiment.autoguidance import load_guide_model
-from experiment.build import check_sampling, open_accelerator, open_split, sampling_of
+from experiment.build import check_sampling, open_split, sampling_of
 from experiment.checkpoint import Checkpoint, open_checkpoint
 from experiment.generation import Generator, generate, resolve_classes
 from experiment.interpolation import interpolate
+from experiment.machine import open_accelerator
 from metrics.manifold import nearest
 from models.autoencoder import create_codec
 

@@ -82,8 +82,8 @@ def run(config: AblateConfig, path: Path, folder: Path) -> int:
     from experiment.ablation.plan import make_plan, table
     from experiment.ablation.runner import Runner
     from experiment.ablation.variants import expand
-    from experiment.build import open_accelerator
     from experiment.interruption import EXIT_CODE
+    from experiment.machine import open_accelerator
 
     # What is to be done.
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours

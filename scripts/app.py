@@ -41,7 +41,7 @@ class AppConfig:
         port: 0 takes a free one
         share: also through a public address of gradio's
         queue: visitors that may wait at a time; more are told to come back
-        precision: of sampling: 'auto', 'fp32' or 'bf16'
+        precision: of sampling: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
         autoencoder: in place of the ones in the checkpoints' configurations
     """
 

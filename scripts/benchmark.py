@@ -38,10 +38,11 @@ def training(
     latent_size: int = 8,
     num_classes: int = 101,
     batch_size: int = 128,
-    precision: str = "bf16",
+    precision: str = "auto",
     compile: bool = False,
     rounds: int = 5,
     compare: Path | None = None,
+    model_args: dict[str, Any] | None = None,
     output: Path | None = None,
 ) -> None:
     """Images a second of an optimizer step (forward, hybrid loss, backward, fused AdamW, average) on random latents.
@@ -51,26 +52,28 @@ def training(
         latent_size: side of the latents
         num_classes: of the labels
         batch_size: images a step
-        precision: 'fp32' or 'bf16' (autocast)
+        precision: as train.precision: 'auto', 'fp32' or 'bf16'
         compile: as train.compile does
         rounds: steps of each that count
-        compare: checkout of the published implementation: its step as shipped (float32), and in bf16 with a fused
-            optimizer
+        compare: checkout of the published implementation: its step as shipped (float32), and, where ours computes in
+            it, in bf16 with a fused optimizer
+        model_args: constructor arguments of the backbones that differ from their rows in the table
         output: JSON file
     """
     from metrics.cost import cost
 
-    device, peak = the_device(), matrix_peak(precision)
+    precision, device = chosen(precision), the_device()
+    peak = matrix_peak(precision)
     x_0, y = latents(batch_size, latent_size, num_classes)
     programs: list[tuple[Row, Callable[[], None]]] = []
     for name in models:
-        model = backbone(name, latent_size, num_classes)
+        model = backbone(name, latent_size, num_classes, **(model_args or {}))
         of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=num_classes)
         row = {"model": name, "implementation": "this one", "precision": precision + " compiled" * compile}
         row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
         programs.append((row, our_step(model, x_0, y, precision, compile)))
         if compare is not None:
-            for precision_of_theirs in ("fp32", "bf16"):
+            for precision_of_theirs in dict.fromkeys(("fp32", precision)):
                 row = {"model": name, "implementation": "published", "precision": precision_of_theirs}
                 programs.append((row, their_step(compare, name, x_0, y, num_classes, precision_of_theirs)))
     rows = measured([row for row, _ in programs], [program for _, program in programs], rounds, batch_size)
@@ -89,7 +92,7 @@ def sampling(
     num_steps: int = 10,
     guidance_scale: float = 1.5,
     sampler: str = "ddpm",
-    precision: str = "fp32",
+    precision: str = "auto",
     compile: bool = False,
     rounds: int = 3,
     compare: Path | None = None,
@@ -105,7 +108,7 @@ def sampling(
         num_steps: model calls a sample; time is proportional to them
         guidance_scale: of classifier-free guidance; 1: none
         sampler: its name; the published one is 'ddpm'
-        precision: 'fp32' or 'bf16' (autocast), of both implementations
+        precision: of both implementations, as train.precision
         compile: as train.compile does
         rounds: batches of each that count
         compare: checkout of the published implementation
@@ -115,7 +118,7 @@ def sampling(
 
     from diffusion import GaussianDiffusion, sample
 
-    process = GaussianDiffusion()
+    process, precision = GaussianDiffusion(), chosen(precision)
     noise, y = latents(batch_size, latent_size, num_classes)
     settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
     programs: list[tuple[Row, Callable[[], None]]] = []
@@ -148,7 +151,7 @@ def epoch(
     compare: Path,
     models: list[str] = ["XSwin"],  # noqa: B006  (read only)
     batch_size: int = 128,
-    precision: str = "bf16",
+    precision: str = "auto",
     compile: bool = False,
     rounds: int = 2,
     output: Path | None = None,
@@ -161,7 +164,7 @@ def epoch(
         compare: checkout of the published implementation
         models: names of backbones
         batch_size: images a step
-        precision: of ours
+        precision: of ours, as train.precision
         compile: ours as train.compile does
         rounds: steps of each that count
         output: JSON file
@@ -176,7 +179,8 @@ def epoch(
     from experiment.config import DataConfig
     from models.autoencoder import create_codec
 
-    process, codec, device = GaussianDiffusion(), create_codec("embedded").to(the_device()), the_device()
+    process, precision = GaussianDiffusion(), chosen(precision)
+    codec, device = create_codec("embedded").to(the_device()), the_device()
     shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
     kind = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
     kind |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -215,7 +219,7 @@ def scaling(
     models: list[str] = BACKBONES,
     sides: list[int] = [8, 16, 32, 64, 128],  # noqa: B006  (read only)
     tokens: int = 8192,
-    precision: str = "bf16",
+    precision: str = "auto",
     rounds: int = 3,
     plot: Path | None = None,
     output: Path | None = None,
@@ -227,12 +231,12 @@ def scaling(
         sides: of the latents
         tokens: latent pixels a step: the batch shrinks as the side grows, down to one image; memory is what the first
             step adds, AdamW's moments included
-        precision: 'fp32' or 'bf16' (autocast)
+        precision: as train.precision: 'auto', 'fp32' or 'bf16'
         rounds: steps that count
         plot: picture of both
         output: JSON file
     """
-    rows = []
+    rows, precision = [], chosen(precision)
     for name in models:
         for side in sides:
             batch_size = max(1, tokens // side**2)
@@ -371,12 +375,12 @@ def their_step(checkout: Path, name: str, x_0: Any, y: Any, num_classes: int, pr
     return step
 
 
-def backbone(name: str, latent_size: int, num_classes: int) -> Any:
+def backbone(name: str, latent_size: int, num_classes: int, **model_args: Any) -> Any:
     """A registered backbone for four-channel latents and learned variances, on the device."""
     from models import create_model
 
     sizes = {"input_size": latent_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
-    return create_model(name, **sizes).to(the_device())
+    return create_model(name, **sizes, **model_args).to(the_device())
 
 
 def compiled(model: Any, compile: bool) -> Any:
@@ -401,6 +405,13 @@ def autocast(precision: str) -> Any:
     import torch
 
     return torch.autocast(the_device().type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def chosen(precision: str) -> str:
+    """What train.precision of that name is on this machine."""
+    from experiment.precision import choose_precision
+
+    return choose_precision(precision, the_device())
 
 
 def the_device() -> Any:

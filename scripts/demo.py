@@ -28,7 +28,7 @@ def main() -> None:
     launch("accelerate.commands.launch", *ONE_PROCESS, str(ROOT / "train.py"), "--config", str(CONFIG))
 
     say("2/4", "drawing samples of every class")
-    sample = ("--checkpoint", str(RUN), "--precision", "bf16")
+    sample = ("--checkpoint", str(RUN))
     launch(str(ROOT / "sample.py"), *sample, "--num_per_class", "6", "--output", str(RUN / "samples.png"))
     drawn = RUN / "samples.npz"
     launch(str(ROOT / "sample.py"), *sample, "--num_per_class", str(PER_CLASS), "--output", str(drawn))

@@ -47,14 +47,14 @@ CONFIG = {
 
 
 def soak(
-    kills: int = 20, num_steps: int = 40, precision: str = "bf16", seed: int = 0, output: Path | None = None
+    kills: int = 20, num_steps: int = 40, precision: str = "auto", seed: int = 0, output: Path | None = None
 ) -> None:
     """Kill and resume until `kills` processes have died, as many runs as that takes.
 
     Args:
         kills: processes to kill
         num_steps: of each training
-        precision: of training: 'fp32' or 'bf16'
+        precision: of training: 'auto', 'fp32' or 'bf16'
         seed: of the moments
         output: JSON file for the figures
     """

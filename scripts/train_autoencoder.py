@@ -36,20 +36,26 @@ def main(config: AutoencodingConfig) -> None:
         discriminator_optimizer,
         set_learning_rates,
     )
-    from experiment.build import learning_rate, open_accelerator
+    from experiment.build import learning_rate
     from experiment.checkpoint import current_commit
     from experiment.checkpoint_folder import list_checkpoints, to_resume
     from experiment.ema import EMA
     from experiment.files import write_whole
     from experiment.guard import Guard, gradient_norm
     from experiment.interruption import EXIT_CODE, Interruption
+    from experiment.machine import open_accelerator
     from experiment.meter import Meter
     from experiment.tracking import Log
     from models.discriminator import PatchDiscriminator
 
     # Devices and folders.
     run, num_steps = config.folder, config.train.num_steps
-    accelerator = open_accelerator(config.train.precision, log_with=config.log.trackers or None, project_dir=run)
+    accelerator = open_accelerator(
+        config.train.precision,
+        flag="--train.precision",
+        log_with=config.log.trackers or None,
+        project_dir=run,
+    )
     device = accelerator.device
     set_seed(config.train.seed)
     if not config.resume and list_checkpoints(run / "checkpoints"):

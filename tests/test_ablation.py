@@ -26,8 +26,9 @@ from experiment.ablation.plan import make_plan, table
 from experiment.ablation.runner import Runner, last_line
 from experiment.ablation.stages import done_stages, mark
 from experiment.ablation.variants import expand, merged
-from experiment.build import ModelSpec, open_accelerator
+from experiment.build import ModelSpec
 from experiment.cli import parse
+from experiment.machine import open_accelerator
 from metrics.cost import cost
 
 SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))

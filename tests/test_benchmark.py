@@ -7,11 +7,12 @@ from processes import run
 
 def test_a_table_and_json_with_every_row(tmp_path):
     flags = ("--models", "[DiT]", "--batch_size", 2, "--rounds", 1, "--output", "out.json")
+    flags += ("--model_args", "{dim: 32, depth: 2, num_heads: 2}")
     done = run("scripts/benchmark.py", "training", *flags, cwd=tmp_path)
     assert "| model | implementation | precision |" in done.stdout
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["model"] == "DiT"
-    assert row["parameters"] == 32_519_840
+    assert row["parameters"] < 1e6
     assert row["img/s"] > 0
     assert 0 < row["MFU"] < 1
 

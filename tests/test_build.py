@@ -17,7 +17,6 @@ from experiment.build import (
     build_process,
     check_sampling,
     learning_rate,
-    mixed_precision,
     model_spec,
     num_training_steps,
     sampling_of,
@@ -146,8 +145,6 @@ def test_unknown_sampler_and_too_many_steps_are_told():
     assert sampling_of(SamplingConfig(guidance_scale=3.0), 0, num_steps=7, eta=None) == SamplingConfig(
         guidance_scale=1.0, num_steps=7
     )
-    with pytest.raises(ValueError, match=r"precision fp8: unknown"):
-        mixed_precision("fp8")
 
 
 @pytest.mark.parametrize("argument", ["--modell", "--data.pth", "--optim.lr=fast", "--data.difficulty=brutal"])

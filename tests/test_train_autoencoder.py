@@ -187,7 +187,7 @@ def test_any_shape_builds(factor, channels):
 def test_muon_takes_the_matrices_and_adamw_the_rest():
     model = tiny()
     optimizers = autoencoder_optimizers(model, AutoencoderOptimConfig(muon_lr=1e-2))
-    matrices, rest = optimizers["muon"].weights, optimizers["adamw"].param_groups[0]["params"]
+    matrices, rest = optimizers["muon"].param_groups[0]["params"], optimizers["adamw"].param_groups[0]["params"]
     assert sum(p.numel() for p in [*matrices, *rest]) == sum(p.numel() for p in model.parameters())
     assert all(matrix.ndim > 1 for matrix in matrices)
     before = matrices[0].detach().clone()

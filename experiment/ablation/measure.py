@@ -15,6 +15,7 @@ from diffusion import Process
 from experiment.ablation.variants import Run
 from experiment.build import ModelSpec, build_process
 from experiment.files import write_whole
+from experiment.precision import precision_of
 from metrics.cost import Cost, cost, throughput
 
 TIMED_BATCH = {"cpu": 16, "cuda": 128}
@@ -47,7 +48,7 @@ class Measured:
         """Of a backbone under a run's process and precision."""
         device = self.accelerator.device
         key = {"speed": asdict(spec), "diffusion": asdict(run.config.diffusion), "device": device.type}
-        key["precision"] = self.accelerator.mixed_precision
+        key["precision"] = precision_of(self.accelerator)
         process = build_process(run.config.diffusion)
         return Speed(*self.get(key, lambda: _time(spec, process, self.accelerator)))
 

@@ -108,7 +108,7 @@ class AutoencoderTrainConfig:
         max_hours: save and stop after this time, with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
         batch_size: images a step, over all processes
         ema_decay: decay of the averaged weights, which are what is written
-        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 on GPUs, fp32 on CPUs
+        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 where the device has instructions for it, else fp32
         num_workers: processes that read images, for each process that trains
         seed: of weights, order, mirroring and posterior noise
     """

@@ -22,6 +22,7 @@ from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from experiment.evaluation import evaluate, open_scorer, summarise
 from experiment.generation import share
+from experiment.machine import describe
 from experiment.objective import perceptual_network
 from experiment.report import provenance, table, write_json
 from experiment.sources import Source, from_images, reconstructions
@@ -212,7 +213,7 @@ def measure_autoencoders(
     frequencies = spatial_frequencies(data.image_size, data.image_size).tolist()
     powers = {"held-out images": measured[codecs[0].source].power} | {name: of.kept for name, of in measured.items()}
     record = {
-        **provenance(rows, reference, extractor, evaluation),
+        **provenance(rows, reference, extractor, evaluation, describe(accelerator)),
         "perceptual": distance.provenance,
         "latents": {name: of.latents for name, of in measured.items()},
         "spectrum": {"cycles_per_pixel": frequencies, **powers},

@@ -1,0 +1,65 @@
+"""What this machine offers to a run, found and said once: device, numbers, threads."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from tqdm import tqdm
+
+from experiment.precision import MIXED, choose_precision, has_bf16, precision_of, slowdown_of_bf16
+from experiment.sharding import keep_float32
+from experiment.threads import deal_out_cores, start_waiting
+
+
+def open_accelerator(
+    precision: str, *, flag: str = "--precision", in_phases: bool = False, **options: Any
+) -> Accelerator:
+    """Accelerate as launched, in the precision asked for (`choose_precision`), with all of the machine's cores. The
+    first line of a run says what was found.
+
+    `flag` is what the command calls its precision; `in_phases` trains parts of the model at a time, which processes
+    have to know of each other.
+
+    Raises:
+        ValueError: for an unknown precision.
+    """
+    device = default_device()
+    mixed = MIXED[choose_precision(precision, device)]
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=in_phases)
+    accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[ddp], **options)
+    keep_float32(accelerator)
+    line = describe(accelerator)
+    if device.type == "cpu":
+        deal_out_cores(num_local_processes(accelerator))
+        say = tqdm.write if accelerator.is_main_process else lambda line: None
+        line += f", {start_waiting(say)}"
+    accelerator.print(line)
+    if mixed == "bf16" and not has_bf16(device)[0]:
+        times = slowdown_of_bf16(device)
+        accelerator.print(
+            f"warning: {flag} bf16: it is emulated here, and a matrix product takes {times:.0f} times as long as in "
+            f"float32; {flag} auto takes what this machine has instructions for"
+        )
+    return accelerator
+
+
+def num_local_processes(accelerator: Accelerator) -> int:
+    """Of the run's processes, those on this machine; launchers say it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+
+
+def default_device() -> torch.device:
+    """What Accelerate takes: a GPU of whatever make, or the CPU."""
+    return torch.device(str(PartialState().device))
+
+
+def describe(accelerator: Accelerator) -> str:
+    """Device and numbers that a run computes in, and why those; for records."""
+    device, name = accelerator.device, precision_of(accelerator)
+    native, why = has_bf16(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{where}: {name} ({why if (name == 'bf16') == native else 'as asked for'})"

@@ -1,0 +1,74 @@
+"""Which numbers to compute in: bf16 where the machine's instructions do it, float32 elsewhere."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+
+import torch
+from accelerate import Accelerator
+
+MIXED = {"fp32": "no", "bf16": "bf16"}  # our names, and Accelerate's
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""Values of ONEDNN_MAX_CPU_ISA that keep matrix products from the instructions for bf16."""
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """'fp32' and 'bf16' as asked for; 'auto' is bf16 where the device has instructions for it, else float32.
+
+    bf16 is autocast: weights, losses and schedules stay in float32.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if asked not in ("auto", *MIXED):
+        raise ValueError(f"precision {asked}: unknown, choose from auto, {', '.join(MIXED)}")
+    return asked if asked != "auto" else "bf16" if has_bf16(device)[0] else "fp32"
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """What an opened accelerator computes in, as its flag would say it."""
+    return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+
+
+def has_bf16(device: torch.device) -> tuple[bool, str]:
+    """Whether the device computes in bf16 by instructions of its own, and how that is known."""
+    if device.type == "cpu":
+        return _cpu_has_bf16()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return native, "this GPU has bf16" if native else "this GPU has no bf16 of its own"
+    return False, f"bf16 on {device.type} has not been tried"
+
+
+def _cpu_has_bf16() -> tuple[bool, str]:
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+        if native and (limit in WITHOUT_BF16 or "AVX512" not in torch.backends.cpu.get_cpu_capability()):
+            return False, "this CPU's bf16 instructions are switched off by the environment"
+    return native, "this CPU has bf16 instructions" if native else "this CPU has no bf16 instructions"
+
+
+def slowdown_of_bf16(device: torch.device, side: int = 192, seconds: float = 0.025) -> float:
+    """Time of a matrix product in bf16 over that in float32, measured: below 1 where it pays, hundreds where it is
+    emulated. One thread, and the fastest of each, as others may be at work."""
+
+    def time_of(dtype: torch.dtype) -> float:
+        a, times = torch.ones(side, side, device=device, dtype=dtype), []
+        end = time.perf_counter() + seconds
+        while len(times) < 2 or time.perf_counter() < end:  # the first one also chooses its kernel
+            began = time.perf_counter()
+            (a @ a)[0, 0].item()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return time_of(torch.bfloat16) / time_of(torch.float32)
+    finally:
+        torch.set_num_threads(num_threads)

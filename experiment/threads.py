@@ -1,0 +1,153 @@
+"""Threads of a CPU: as many as this process may have, and how they wait for each other.
+
+The threads of an operation meet at a barrier, where those of GNU's OpenMP spin for milliseconds before they sleep.
+Nothing is faster on a machine of one's own. Beside another busy process it is ruin: who spins there keeps a core from
+the very thread that it waits for, and two trainings side by side fall to a tenth of their speed. So while others keep
+cores busy that our threads would take, ours sleep at once, which costs a tenth alone and nothing beside others
+(docs/performance.md). It changes no result, as another number of threads would.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+FIRST_LOOK, PERIOD = 0.2, 2.0  # seconds
+FREE, TAKEN = 0.15, 0.3  # cores that are asked for beyond those there are: ours alone below, shared above
+LOOKS_TO_TRUST = 3  # a quiet moment of others is no quiet machine
+BUSY = ("user", "nice", "system", "irq", "softirq")
+
+
+def allowed_cores() -> list[int]:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def deal_out_cores(num_processes: int) -> None:
+    """One thread a core, shared with the run's other processes on this machine, in place of the one that launchers set.
+
+    Threads that somebody asked for stay as they are, one of them too.
+    """
+    if torch.get_num_threads() == 1 and not _asked_for_threads():
+        torch.set_num_threads(max(1, len(allowed_cores()) // num_processes))
+
+
+def _asked_for_threads() -> bool:
+    """Whether OMP_NUM_THREADS is a person's or a scheduler's: launchers set it where their own environment lacks it."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        return False
+    if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        return True
+    try:
+        return "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()
+    except (psutil.Error, OSError):
+        return False
+
+
+class Waiting:
+    """Has this process's threads spin or sleep at barriers, by what other processes do on its cores.
+
+    GNU's OpenMP spins a hundred times in place of three hundred thousand while a process has more threads than cores
+    (`gomp_managed_threads` in its source). A team of idle threads, which a Python thread of ours holds, brings that
+    about, and ends it by going.
+    """
+
+    def __init__(self) -> None:
+        self.num_threads, self.cores = torch.get_num_threads(), allowed_cores()
+        self.process = psutil.Process()
+        self.busy_with_others = 0.0  # cores
+        self._quiet = 0  # looks in a row that found the cores to be ours
+        self._read, self._go, self._teams = self._times(), threading.Event(), []
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether threads sleep at once where they have to wait."""
+        return bool(self._teams)
+
+    def look(self) -> bool:
+        """Choose by what others did since the last look; whether that changed anything."""
+        (busy, own, wall), before = self._times(), self._read
+        self._read = busy, own, wall
+        self.busy_with_others = max(0.0, (busy - before[0]) - (own - before[1])) / max(1e-3, wall - before[2])
+        missing = self.num_threads + self.busy_with_others - len(self.cores)
+        self._quiet = self._quiet + 1 if missing < FREE else 0
+        sleep = missing > TAKEN or (self.sleeps and self._quiet < LOOKS_TO_TRUST)
+        changed = sleep != self.sleeps
+        if changed:
+            self._sleep() if sleep else self._spin()
+        return changed
+
+    def keep_looking(self, say: Callable[[str], object]) -> None:
+        """Look every other second for as long as the process lives; say once what was changed on the way."""
+
+        def watch() -> None:
+            told = False
+            while True:
+                time.sleep(PERIOD)
+                if self.look() and not told:
+                    say(f"{self}; as others come and go")
+                    told = True
+
+        threading.Thread(target=watch, name="waiting", daemon=True).start()
+
+    def __str__(self) -> str:
+        how = "sleep" if self.sleeps else "spin"
+        others = f"others keep {self.busy_with_others:.1f} of {len(self.cores)} cores busy"
+        return f"{self.num_threads} threads that {how} while they wait ({others})"
+
+    def _sleep(self) -> None:
+        go = self._go = threading.Event()
+        ready = threading.Semaphore(0)
+
+        def hold_a_team() -> None:
+            torch.zeros(self.num_threads << 16).add_(1)  # an operation of all threads makes a team of them
+            ready.release()
+            go.wait()
+
+        num_teams = 1 + (len(self.cores) - self.num_threads) // (self.num_threads - 1)
+        self._teams = [threading.Thread(target=hold_a_team, daemon=True) for _ in range(num_teams)]
+        for team in self._teams:
+            team.start()
+            ready.acquire()
+
+    def _spin(self) -> None:
+        self._go.set()
+        for team in self._teams:
+            team.join()
+        self._teams = []
+
+    def _times(self) -> tuple[float, float, float]:
+        """Seconds that our cores were busy, that this process was, and of the clock."""
+        each = psutil.cpu_times(percpu=True)
+        busy = sum(sum(getattr(each[core], name, 0.0) for name in BUSY) for core in self.cores if core < len(each))
+        own = self.process.cpu_times()
+        return busy, own.user + own.system, time.monotonic()
+
+
+def start_waiting(say: Callable[[str], object]) -> str:
+    """Watch over how threads wait, where that can be chosen; how they do, in words.
+
+    What the user has set in OMP_WAIT_POLICY or GOMP_SPINCOUNT stands.
+    """
+    if torch.get_num_threads() == 1:
+        return "1 thread"
+    threads = f"{torch.get_num_threads()} threads"
+    if given := [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]:
+        return f"{threads} that wait as {' '.join(given)} says"
+    if sys.platform != "linux" or "libgomp" not in Path("/proc/self/maps").read_text():
+        return threads
+    waiting = Waiting()
+    time.sleep(FIRST_LOOK)
+    waiting.look()
+    waiting.keep_looking(say)
+    return str(waiting)
