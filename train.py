@@ -34,6 +34,7 @@ def main(config: ExperimentConfig) -> None:
         open_cache,
         open_split,
         sampling_of,
+        set_learning_rate,
         share_batch_norms,
     )
     from experiment.checkpoint import resume, save_checkpoint, warm_start
@@ -171,8 +172,7 @@ def main(config: ExperimentConfig) -> None:
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         phase = phase_at(process.phases, step, num_steps)
         lr = learning_rate(config.optim, phase.step, phase.num_steps, len(cache) / config.train.batch_size)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
         for batch in meter.timed(batches.micro_batches(step, order=guard.rollbacks)):
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = objective(model, batch, phase)

@@ -18,6 +18,7 @@ from data.latents import LatentCache, build_cache, cache_name
 from diffusion import PROCESSES, Guidance, Process
 from diffusion.samplers import samplers_of
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
+from experiment.muon import Muon, split_for_muon
 from models import BACKBONES, create_model
 from models.autoencoder import Codec
 
@@ -227,10 +228,21 @@ def build_guidance(config: SamplingConfig) -> Guidance:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW; the learning rate is set each step from `learning_rate`."""
-    return torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    """Fused AdamW, with Muon for the blocks' matrices where asked for; rates are set each step by `set_learning_rate`.
+
+    Raises:
+        ValueError: for Muon on a backbone without such matrices.
+    """
+    of_adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.muon_lr is None:
+        return torch.optim.AdamW(model.parameters(), fused=True, **of_adamw)
+    return Muon(*split_for_muon(model), lr_scale=config.muon_lr / config.lr, **of_adamw)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next step, of each group by its share."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: float = 1.0) -> float:

@@ -137,10 +137,13 @@ class AuxiliaryConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW.
+    """AdamW, or Muon with AdamW.
 
     Args:
         lr: learning rate, reached linearly over warmup_steps
+        muon_lr: learning rate of Muon (Jordan et al. 2024) on the matrices of the backbone's blocks, which leaves the
+            rest to AdamW; null: AdamW alone. It learns more from each image (docs/results.md), for a step that takes
+            longer the smaller the batch
         warmup_steps: optimizer steps until then
         decay: after the warm-up 'constant', 'cosine' to zero at the last step, or 'step', by decay_factor every
             decay_epochs; a training in phases has a warm-up and a decay in each
@@ -152,6 +155,7 @@ class OptimConfig:
     """
 
     lr: float = 1e-4
+    muon_lr: float | None = None
     warmup_steps: int = 0
     decay: Literal["constant", "cosine", "step"] = "constant"
     decay_epochs: float = 15.0

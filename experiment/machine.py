@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from tqdm import tqdm
 
 from experiment.precision import MIXED, choose_precision, has_bf16, precision_of, slowdown_of_bf16
@@ -53,8 +53,10 @@ def num_local_processes(accelerator: Accelerator) -> int:
 
 
 def default_device() -> torch.device:
-    """What Accelerate takes: a GPU of whatever make, or the CPU."""
-    return torch.device(str(PartialState().device))
+    """What Accelerate will take: a GPU of whatever make, or the CPU."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    found = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
 
 
 def describe(accelerator: Accelerator) -> str:

@@ -2,12 +2,12 @@
 
 `torch.optim.Muon` and timm's compute in bf16 whatever the machine, which takes tens of times as long where that is
 emulated; this one computes in it where the machine has instructions for it. It also takes weights of more than two
-axes, as matrices of a row an output channel.
+axes, as matrices of a row an output channel, and shares one optimizer with the AdamW of all other parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,41 +15,68 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from experiment.precision import has_bf16
+from experiment.sharding import part_like, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at 0, so that five steps do
 
 
-class Muon(torch.optim.Optimizer):
-    """Steps of one root mean square whatever a matrix's sides, that of AdamW (Liu et al. 2025, "Muon is Scalable for
-    LLM Training", eq. 4), so that learning rates made for AdamW fit.
+class Muon(torch.optim.AdamW):
+    """Muon for matrices, AdamW for the rest.
+
+    Steps have one root mean square whatever a matrix's sides, that of AdamW (Liu et al. 2025, "Muon is Scalable for LLM
+    Training", eq. 4), so that learning rates made for AdamW fit. Each group's rate is `lr` times its `lr_scale`.
 
     Raises:
-        ValueError: for a parameter with less than two axes.
+        ValueError: for no matrices, or parameters of less than two axes among them.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(weights, {"lr": lr, "momentum": momentum})
-        if any(weight.ndim < 2 for group in self.param_groups for weight in group["params"]):
-            raise ValueError("Muon takes matrices and convolutions; give the rest to AdamW")
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        rest: Sequence[nn.Parameter] = (),
+        *,
+        lr: float,
+        lr_scale: float = 1.0,
+        momentum: float = 0.95,
+        **of_adamw: Any,
+    ) -> None:
+        if not matrices or any(matrix.ndim < 2 for matrix in matrices):
+            raise ValueError("--optim.muon_lr: Muon takes matrices, and this model has none for it; leave it out")
+        groups: list[dict[str, Any]] = [{"params": matrices, "momentum": momentum, "lr_scale": lr_scale}]
+        super().__init__(groups + [{"params": rest}] * bool(rest), lr=lr, fused=True, **of_adamw)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step by the weights' gradients."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for weight in group["params"]:
+        groups = self.param_groups
+        for group in groups:
+            for weight in group["params"] if "momentum" in group else ():
                 if weight.grad is not None:
-                    self._move(weight, weight.grad.flatten(1), group["lr"], group["momentum"])
+                    self._move(weight, group)
+        try:
+            self.param_groups = [group for group in groups if "momentum" not in group]
+            super().step()
+        finally:
+            self.param_groups = groups
         return loss
 
-    def _move(self, weight: nn.Parameter, gradient: Tensor, lr: float, momentum: float) -> None:
-        state = self.state[weight]
+    def _move(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
+        state, gradient, momentum = self.state[weight], weight.grad, group["momentum"]
+        assert gradient is not None
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
+            state |= {
+                "step": torch.zeros(()),
+                "momentum_buffer": torch.zeros_like(weight),
+            }  # AdamW loads none without step
+        state["step"] += 1
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        ahead = gradient.lerp(average, momentum)  # Nesterov's
-        direction = orthogonalise(ahead, torch.bfloat16 if has_bf16(weight.device)[0] else torch.float32)
-        weight.add_(direction.view_as(weight), alpha=-lr * 0.2 * max(ahead.shape) ** 0.5)
+        ahead = whole(gradient.lerp(average, momentum))  # Nesterov's; of a sharded weight all parts together
+        dtype = torch.bfloat16 if has_bf16(ahead.device)[0] else torch.float32
+        matrix = ahead.flatten(1)
+        direction = part_like(orthogonalise(matrix, dtype).view_as(ahead), weight)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(direction, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
 
 
 def orthogonalise(matrix: Float[Tensor, "m n"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "m n"]:
@@ -61,3 +88,13 @@ def orthogonalise(matrix: Float[Tensor, "m n"], dtype: torch.dtype = torch.float
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if matrix.shape[0] <= matrix.shape[1] else x.T).to(matrix.dtype)
+
+
+def split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices inside a backbone's repeated blocks, and all other parameters: embeddings, stems, norms, heads."""
+    names = getattr(model, "_no_split_modules", ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    inside = {layer.weight for layer in layers}
+    matrices = [parameter for parameter in model.parameters() if parameter in inside]
+    return matrices, [parameter for parameter in model.parameters() if parameter not in inside]

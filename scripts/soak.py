@@ -31,7 +31,7 @@ CONFIG = {
     "model": "XSwin",
     "model_args": {"dim": 32, "depths": [1, 1], "num_heads": [2, 4], "num_global_blocks": 1},
     "data": {"path": "shapes", "num_images": 60, "image_size": 32},
-    "optim": {"lr": 1e-3, "grad_clip": 1.0, "warmup_steps": 3, "decay": "cosine"},
+    "optim": {"lr": 1e-3, "muon_lr": 1e-3, "grad_clip": 1.0, "warmup_steps": 3, "decay": "cosine"},
     "train": {"batch_size": 8, "grad_accumulation": 2},
     "sampling": {"sampler": "ddim", "num_steps": 2},
     "log": {

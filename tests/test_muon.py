@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from processes import ROOT, run
+from test_backbones import FAMILIES, small
 from torch import nn
 
-from experiment.muon import Muon, orthogonalise
+from experiment.build import build_optimizer, set_learning_rate
+from experiment.config import OptimConfig
+from experiment.muon import Muon, orthogonalise, split_for_muon
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
@@ -21,8 +25,8 @@ def test_steps_are_those_of_torch(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     ours, theirs = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
     optimizers = (
-        Muon([ours], lr=0.1),
-        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        Muon([ours], lr=0.1, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     )
     for _ in range(3):
         ours.grad = torch.randn(4, 6, generator=draw)
@@ -49,5 +53,64 @@ def test_a_convolution_is_a_matrix_of_a_row_an_output_channel():
     matrix.grad = kernel.grad.flatten(1)
     Muon([kernel, matrix], lr=0.1).step()
     assert torch.equal(kernel.flatten(1), matrix)
-    with pytest.raises(ValueError, match="give the rest to AdamW"):
-        Muon([nn.Parameter(torch.zeros(4))], lr=0.1)
+
+
+def test_the_rest_is_that_of_adamw_and_each_has_its_rate():
+    draw = torch.Generator().manual_seed(0)
+    matrix, ours, theirs = nn.Parameter(torch.ones(4, 6)), *(nn.Parameter(torch.ones(5)) for _ in range(2))
+    optimizer = Muon([matrix], [ours], lr=0.1, lr_scale=5.0, weight_decay=0.1)
+    adamw = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1)
+    set_learning_rate(optimizer, 0.02)
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.1), 0.02]
+    for _ in range(3):
+        matrix.grad, ours.grad = torch.ones(4, 6), torch.randn(5, generator=draw)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        adamw.step()
+    torch.testing.assert_close(ours, theirs)
+    assert set(optimizer.state[matrix]) == {"momentum_buffer", "step"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_matrices_are_muons_and_each_parameter_has_one_optimizer(name):
+    model = small(name)
+    matrices, rest = split_for_muon(model)
+    assert {id(p) for p in (*matrices, *rest)} == {id(p) for p in model.parameters()}
+    assert len(matrices) + len(rest) == len(list(model.parameters()))
+    assert all(matrix.ndim == 2 for matrix in matrices)
+    assert bool(matrices) == hasattr(model, "_no_split_modules")
+
+
+def test_a_model_without_blocks_is_told():
+    with pytest.raises(ValueError, match=r"--optim.muon_lr: Muon takes matrices, and this model has none"):
+        build_optimizer(nn.Conv2d(3, 3, 3), OptimConfig(muon_lr=0.01))
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from experiment.muon import Muon
+
+torch.manual_seed(0)
+layer, draw = nn.Linear(6, 5), torch.Generator().manual_seed(1)
+whole = nn.Parameter(layer.weight.detach().clone())
+fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+optimizers = Muon([layer.weight], [layer.bias], lr=0.1), Muon([whole], lr=0.1)
+for _ in range(3):
+    x = torch.randn(4, 6, generator=draw)
+    layer(x).square().mean().backward()
+    nn.functional.linear(x, whole, layer.bias.full_tensor().detach()).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+torch.testing.assert_close(layer.weight.full_tensor(), whole)
+"""
+
+
+def test_a_sharded_matrix_moves_as_a_whole_one(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED.format(root=str(ROOT)))
+    run(tmp_path / "sharded.py", cwd=tmp_path, processes=2)

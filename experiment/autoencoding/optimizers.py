@@ -20,7 +20,7 @@ def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) 
         return {"adamw": _adamw(trained, config.lr, config.betas, config.weight_decay)}
     rest = [parameter for parameter in trained if parameter.ndim <= 1 or parameter in ends]
     return {
-        "muon": Muon(matrices, config.muon_lr),
+        "muon": Muon(matrices, lr=config.muon_lr, weight_decay=0.0),
         "adamw": _adamw(rest, config.lr, config.betas, config.weight_decay),
     }
 
