@@ -52,8 +52,13 @@ class Denoising(Process):
         self.noise_range = (sigma / alpha, sigma / alpha) if alpha else (torch.inf, torch.inf)
 
     def path(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """The one level, at all times."""
-        ones = torch.ones(t.shape, dtype=torch.float64, device=t.device)
+        """The one level, at all times, on the CPU."""
+        ones = torch.ones(t.shape, dtype=torch.float64)
+        return Level(self.alpha * ones, self.sigma * ones)
+
+    def levels(self, t: Shaped[Tensor, " b"]) -> Level:
+        """The same on `t`'s device, without a transfer."""
+        ones = torch.ones(len(t), 1, 1, 1, device=t.device)
         return Level(self.alpha * ones, self.sigma * ones)
 
     def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -62,7 +67,7 @@ class Denoising(Process):
 
     def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """0: there is no other."""
-        return torch.zeros(t.shape, dtype=torch.float64, device=t.device)
+        return torch.zeros(t.shape, device=t.device)
 
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from diffusion.bound import discretized_log_likelihood, normal_kl
+from diffusion.precision import exact
 from diffusion.predictions import PREDICTIONS, AtLevel, Level
 from diffusion.process import Prediction, Process, mean_per_sample
 from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
@@ -159,10 +160,12 @@ class GaussianDiffusion(Process):
         return torch.tensor([round(stride * i) for i in range(num_steps)])
 
     def path(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """`alpha = cos(angle)` and `sigma = sin(angle)`, in float64; between the chain's times the angle is linear."""
+        """`alpha = cos(angle)` and `sigma = sin(angle)`, in float64, on the CPU where `t`'s device has none. Between
+        the chain's times the angle is linear."""
+        t = exact(t)
         below = t.long().clamp(max=self.num_timesteps - 2)
         table = self._angle.to(t.device)
-        angle = torch.lerp(table[below], table[below + 1], t.double() - below)
+        angle = torch.lerp(table[below], table[below + 1], t - below)
         return Level(angle.cos(), angle.sin())
 
     def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -174,7 +177,7 @@ class GaussianDiffusion(Process):
 
     def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """`t / T`."""
-        return t.double() / self.num_timesteps
+        return t / self.num_timesteps
 
     def transition(self, t: Int64[Tensor, " b"]) -> Transition:
         """The step from each `t` to `t - 1`, in float32 as `[b 1 1 1]` on `t`'s device."""

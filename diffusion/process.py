@@ -70,7 +70,7 @@ class Process(ABC):
 
     @abstractmethod
     def path(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """`alpha` and `sigma` at times `t`."""
+        """`alpha` and `sigma` at times `t`; they may lie on the CPU."""
 
     @abstractmethod
     def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -148,8 +148,8 @@ class Process(ABC):
         return transition.posterior_std
 
     def levels(self, t: Shaped[Tensor, " b"]) -> Level:
-        """`alpha` and `sigma` in float32 as `[b 1 1 1]`."""
-        return Level(*(rearrange(number.float(), "b -> b 1 1 1") for number in self.path(t)))
+        """`alpha` and `sigma` in float32 as `[b 1 1 1]` on `t`'s device."""
+        return Level(*(rearrange(number.float().to(t.device), "b -> b 1 1 1") for number in self.path(t)))
 
     def q_sample(
         self, x_0: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], noise: Float[Tensor, "b c h w"]

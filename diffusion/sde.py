@@ -16,7 +16,7 @@ from diffusion.process import Denoiser, Process
 
 
 class Coefficients(NamedTuple):
-    """Of the SDE at some times, in float64."""
+    """Of the SDE at some times, in float64 on the CPU."""
 
     f: Float[Tensor, " b"]  # d log alpha / dt
     g_squared: Float[Tensor, " b"]  # d sigma^2 / dt - 2 f sigma^2
@@ -25,7 +25,7 @@ class Coefficients(NamedTuple):
 def coefficients(process: Process, t: Float[Tensor, " b"]) -> Coefficients:
     """Drift and diffusion of the forward SDE whose marginals are those of the path (Kingma et al. 2021, section 3)."""
     with torch.enable_grad():
-        t = t.double().requires_grad_()
+        t = t.detach().cpu().double().requires_grad_()
         alpha, sigma = process.path(t)
         (f,) = torch.autograd.grad((alpha.log() + 0 * t).sum(), t, retain_graph=True)  # alpha may be constant
         (growth,) = torch.autograd.grad(sigma.square().sum(), t)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
+from diffusion.precision import exact, has_float64
+
 Device = torch.device | str
 
 
@@ -83,10 +85,11 @@ class LossSecondMoments(Times):
         self, num: int, generator: torch.Generator | None, device: Device
     ) -> tuple[Int64[Tensor, " num"], Float32[Tensor, " num"]]:
         """Times, and `1 / (T p(t))`. By inversion: a last digit of a loss moves few times, if any."""
-        p = self.probabilities.to(device)
-        u = torch.rand(num, generator=generator, device=device, dtype=torch.float64)
+        dtype = torch.float64 if has_float64(torch.device(device)) else torch.float32
+        u = exact(torch.rand(num, generator=generator, device=device, dtype=dtype))
+        p = self.probabilities.to(u.device)
         t = torch.searchsorted(p.cumsum(0), u).clamp(max=len(p) - 1)
-        return t, (1 / (len(p) * p[t])).float()
+        return t.to(device), (1 / (len(p) * p[t])).float().to(device)
 
     def observe(self, t: Int64[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
         """Each loss takes the place of the oldest at its time; what is not finite is passed over."""

@@ -152,10 +152,10 @@ class StagesPanel:
 
     def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
         """For each sample its stages' outputs, decoded, in squares of the largest one's size."""
-        decoded = [codec.decode(self.outputs[name]) for name in self.names]
+        decoded = [codec.decode(self.outputs[name]).cpu() for name in self.names]  # not all devices enlarge bytes
         size = max(tuple(images.shape[-2:]) for images in decoded)
         enlarged = [torch.nn.functional.interpolate(images, size=size, mode="nearest") for images in decoded]
-        return torch.stack(enlarged, dim=1).flatten(0, 1).cpu()
+        return torch.stack(enlarged, dim=1).flatten(0, 1)
 
 
 def resolve_classes(asked: list[str | int], classes: list[str]) -> list[int]:

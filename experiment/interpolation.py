@@ -62,7 +62,8 @@ def slerp(
     first: Float[Tensor, "1 c h w"], second: Float[Tensor, "1 c h w"], share: Float[Tensor, "n 1 1 1"]
 ) -> Float[Tensor, "n c h w"]:
     """Along the arc between two vectors (Shoemake 1985)."""
-    cosine = nn.functional.cosine_similarity(first.flatten().double(), second.flatten().double(), dim=0)
+    exact = [each.flatten().cpu().double() for each in (first, second)]  # not every device has float64
+    cosine = nn.functional.cosine_similarity(*exact, dim=0)
     angle = cosine.clamp(-1, 1).acos().float()
     if angle.sin() < 1e-4:
         return torch.lerp(first.expand(len(share), -1, -1, -1), second.expand(len(share), -1, -1, -1), share)

@@ -61,8 +61,8 @@ def throughput(
     def timed() -> float:
         begun = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type in ("cuda", "mps"):  # which go on by themselves
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - begun
 
     for _ in range(num_warmup):

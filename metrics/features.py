@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +99,7 @@ class Extractor:
                 if batch.images.dtype != torch.uint8 or batch.images.ndim != 4 or batch.images.shape[1] != 3:
                     found = f"{str(batch.images.dtype).removeprefix('torch.')} {list(batch.images.shape[1:])}"
                     raise ValueError(f"{desc}: images are {found}; extractors take uint8 RGB [3, h, w]")
-                outputs = [output.float().cpu() for output in self._extract(batch.images.to(self.device))]
+                outputs = [output.float().cpu() for output in self._extract(batch.images)]
                 for output in outputs:
                     bad = int((~output.isfinite()).any(dim=1).sum())
                     if bad:
@@ -115,9 +116,9 @@ class Extractor:
         2021, as in ADM's evaluation)."""
         return self._mixed_6[-1].float().cpu() if self._mixed_6 else None
 
-    def _extract(self, batch: Tensor) -> tuple[Tensor, ...]:
+    def _extract(self, images: Tensor) -> tuple[Tensor, ...]:
         try:
-            return self.module(batch)
+            return self._run(images)
         except ExtractorError as error:
             raise ExtractorError(f"--extractor {self.name}: {error}") from None
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -125,6 +126,23 @@ class Extractor:
                 raise
             last = str(error).strip().splitlines()[-1]
             raise ExtractorError(f"--extractor {self.name}: it failed on uint8 [n 3 h w] images ({last})") from error
+
+    def _run(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The network, which moves to the CPU for good where its device lacks what it needs, and says so."""
+        try:
+            return self.module(images.to(self.device))
+        except (RuntimeError, TypeError) as error:
+            if self.device.type == "cpu" or not _lacking(error):
+                raise
+            first, self.device = self.device, torch.device("cpu")
+        outputs = self.module.to(self.device)(images)
+        tqdm.write(f"--extractor {self.name}: {first} lacks what it needs; it runs on the CPU", file=sys.stderr)
+        return outputs
+
+
+def _lacking(error: Exception) -> bool:
+    """Whether a device has no such operation, or no float64, as Apple's; TorchScript passes on the words alone."""
+    return isinstance(error, NotImplementedError) or "float64" in str(error)
 
 
 class _Part:

@@ -33,7 +33,7 @@ class RunningMoments:
     def update(self, features: Float[Tensor, "n d"]) -> None:
         """Take in a batch."""
         if len(features):
-            x = features.double().cpu()
+            x = features.cpu().double()
             mean = x.mean(dim=0)
             self._merge(len(x), mean, (x - mean).T @ (x - mean))
 

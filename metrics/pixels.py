@@ -12,9 +12,17 @@ WINDOW, SIGMA = 11, 1.5  # of SSIM: pixels a side, and the Gaussian's width
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
+def exact(values: Tensor) -> Tensor:
+    """In float64: where the values are, or on the CPU if they lie on a device that has none, as Apple's."""
+    try:
+        return values.double()
+    except TypeError:
+        return values.cpu().double()
+
+
 def psnr(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
     """Peak signal-to-noise ratio of each pair in dB; infinite where they are equal."""
-    mse = (images.double() - others.double()).square().mean(dim=(1, 2, 3))
+    mse = (exact(images) - exact(others)).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / mse)
 
 
@@ -27,7 +35,7 @@ def ssim(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> 
     """
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM looks at windows of {WINDOW}x{WINDOW} pixels, and these images are smaller")
-    x, y = images.double(), others.double()
+    x, y = exact(images), exact(others)
     mean_x, mean_y = _windowed(x), _windowed(y)
     variance_x, variance_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
     covariance = _windowed(x * y) - mean_x * mean_y
@@ -56,7 +64,7 @@ def spectrum(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
     It is the periodogram of pixels from 0 to 1 without their mean, under a Hann window, without which the jump between
     opposite borders would pass for detail (Welch 1967). White noise has its variance everywhere.
     """
-    x = images.double() / 255
+    x = exact(images) / 255
     x = x - x.mean(dim=(-2, -1), keepdim=True)
     height, width = x.shape[-2:]
     rows, columns = (torch.hann_window(side, dtype=x.dtype, device=x.device) for side in (height, width))

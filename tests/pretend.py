@@ -2,22 +2,30 @@
 refused: operations on tensors of two devices, generators of the other one.
 
 python tests/pretend.py train.py --model XSwin
+python tests/pretend.py train.py --model XSwin + sample.py --checkpoint runs/XSwin
 
-runs a program there. It ends with a line of JSON: how often each of the project's files waited for the device (read a
-number off it, or brought a tensor back).
+runs programs there, one after the other. It ends with a line of JSON: how often each of the project's files waited for
+the device (read a number off it, or brought a tensor back). PRETEND says which device:
+
+- `gpu`, by default;
+- `mps`, Apple's: it also refuses float64 and complex128, and operations for which torch has no kernel there, as far as
+  `native_functions.yaml` tells: what torch composes of others is taken for had;
+- `cpu`: nothing is pretended, to compare with.
 """
 
 import json
+import os
 import runpy
 import sys
-import traceback
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import torch
-from accelerate.state import PartialState
+import torchgen
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +33,10 @@ _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend:0")
 aten = torch.ops.aten
 FIRST_DECIDES = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default, aten.copy_.default}
+READS, CONVERTS, CHOOSES = aten._local_scalar_dense.default, aten._to_copy.default, aten._fused_sdp_choice.default
+WIDE = {torch.float64, torch.complex128}
+BINARY = {f"aten::{name}{tail}.Tensor" for name in ("add", "sub", "mul", "div") for tail in ("", "_")}
+KIND = os.environ.get("PRETEND", "gpu")
 seeds: set[int] = set()  # of the generators that live there
 waits: Counter[str] = Counter()
 
@@ -62,7 +74,8 @@ class Pretending(TorchDispatchMode):
 
 def run(operation, args, kwargs):
     """One operation, where its tensors are, or where it is asked for."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    leaves = [*leaves_of(args), *leaves_of(kwargs.values())]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     there = any(isinstance(tensor, Elsewhere) for tensor in tensors)
     asked = kwargs.get("device")
     result_there = there if asked is None else torch.device(asked).type == DEVICE.type
@@ -70,27 +83,104 @@ def run(operation, args, kwargs):
         result_there = isinstance(args[0], Elsewhere)
     elif asked is None and there and any(tensor.dim() and not isinstance(tensor, Elsewhere) for tensor in tensors):
         raise RuntimeError(f"{operation}: tensors of two devices")
-    for generator in tree_leaves((args, kwargs)):
+    if KIND == "mps" and (there or result_there):
+        refuse_as_apple(operation, args, kwargs, tensors)
+    for generator in leaves:
         if isinstance(generator, torch.Generator) and (generator.initial_seed() in seeds) != result_there:
             raise RuntimeError(f"{operation}: a generator of the other device")
-    if there and (operation is aten._local_scalar_dense.default or not result_there):
-        own = [Path(frame.filename) for frame in traceback.extract_stack() if ".venv" not in frame.filename]
-        own = [path.relative_to(ROOT) for path in own if path.is_relative_to(ROOT) and path != Path(__file__)]
-        waits[str(own[-1])] += 1
-    if operation is aten._fused_sdp_choice.default:
+    if there and (operation is READS or not result_there):
+        waits[asker()] += 1
+    if operation is CHOOSES:
         return 0  # plain operations, not one of a backend
     if asked is not None and result_there:
         kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": False}
-    held_args, held_kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.held, (args, kwargs))
-    result = operation(*held_args, **held_kwargs)
+    result = operation(*held(args), **{name: held(value) for name, value in kwargs.items()})
     if not result_there:
         return result
-    result = tree_map_only(torch.Tensor, Elsewhere, result)
-    is_new = asked is not None or operation is aten._to_copy.default
+    result = put_there(result)
+    is_new = asked is not None or operation is CONVERTS or not aliases(operation)
     return result if is_new else return_and_correct_aliasing(operation, args, kwargs, result)
 
 
+def leaves_of(values):
+    """Arguments, and what lists of them hold: the schemas of operations go no deeper."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
+
+
+def held(value):
+    """The numbers of what is there."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(held, value))
+    return value.held if isinstance(value, Elsewhere) else value
+
+
+def put_there(result):
+    """A result, on the device."""
+    if isinstance(result, list | tuple):
+        return type(result)(map(put_there, result))
+    if not isinstance(result, torch.Tensor):
+        return result
+    if KIND == "mps" and result.dtype in WIDE:
+        raise TypeError(NO_FLOAT64)
+    return Elsewhere(result)
+
+
+@cache
+def aliases(operation) -> bool:
+    """Whether a result shares memory with an argument, or is one."""
+    return any(each.alias_info is not None for each in operation._schema.returns)
+
+
+def asker() -> str:
+    """The innermost of the project's files on the way here."""
+    frame = sys._getframe()
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(f"{ROOT}/") and ".venv" not in path and path != __file__:
+            return path.removeprefix(f"{ROOT}/")
+        frame = frame.f_back
+    return "none of them"
+
+
+NO_FLOAT64 = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+
+
+def refuse_as_apple(operation, args, kwargs, tensors):
+    """Before anything is done, so that no generator moves on. A number in float64 is only taken by kernels of two
+    arguments, and a tensor that comes back is not widened on the way."""
+    name = operation.name()
+    if name not in apple_kernels():
+        raise NotImplementedError(f"The operator '{name}' is not currently implemented for the MPS device.")
+    wide = [tensor for tensor in tensors if tensor.dtype in WIDE]
+    narrows = name == "aten::_to_copy" or (name == "aten::copy_" and args[0].dtype not in WIDE)
+    if kwargs.get("dtype") in WIDE or (wide and not narrows and name not in BINARY):
+        raise TypeError(NO_FLOAT64)
+
+
+@cache
+def apple_kernels() -> set[str]:
+    """Names of the operations that torch has for MPS, or composes of others."""
+    path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    entries = {each["func"].split("(")[0]: each for each in yaml.load(path.read_text(), yaml.CSafeLoader)}
+
+    def keys(each) -> set[str]:
+        own = {key.strip() for line in each.get("dispatch", {}) for key in line.split(",")}
+        return own | (keys(entries[each["structured_delegate"]]) if "structured_delegate" in each else set())
+
+    def has(each) -> bool:
+        found = keys(each)
+        return not found or "MPS" in found or any(key.startswith("Composite") for key in found)
+
+    return {f"aten::{name}" for name, each in entries.items() if has(each)}
+
+
 def _make(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+    if KIND == "mps" and dtype in WIDE:
+        raise TypeError(NO_FLOAT64)
     return Elsewhere(torch.empty_strided(size, stride, dtype=dtype))
 
 
@@ -127,10 +217,22 @@ def pretend() -> None:
     experiment.machine.open_accelerator, experiment.batches.generator_for = open_there, generate_there
 
 
+def run_programs(words: list[str]) -> None:
+    """Each as if it were alone, `+` in between."""
+    while words:
+        end = words.index("+") if "+" in words else len(words)
+        sys.argv, words = words[:end], words[end + 1 :]
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    pretend()
-    del sys.argv[0]
-    with Pretending():
-        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    if KIND == "cpu":
+        run_programs(sys.argv[1:])
+    else:
+        pretend()
+        with Pretending():
+            run_programs(sys.argv[1:])
     print(json.dumps(waits))

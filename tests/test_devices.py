@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,14 +14,28 @@ from metrics.torchscript import save_torchscript
 from models import BACKBONES
 
 
-def there(*arguments, cwd):
+def pretended(*arguments, cwd, device="gpu"):
+    own = {"PRETEND": device, "ACCELERATE_USE_CPU": "true" if device == "cpu" else "false"}
+    return run("tests/pretend.py", *arguments, cwd=cwd, **own)
+
+
+def there(*arguments, cwd, device="gpu"):
     """How often each file waited for the device."""
-    done = run("tests/pretend.py", *arguments, cwd=cwd, ACCELERATE_USE_CPU="false")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(pretended(*arguments, cwd=cwd, device=device).stdout.splitlines()[-1])
 
 
 def losses(folder, name):
     return {line["step"]: line["loss"] for line in log(folder, name) if "loss" in line}
+
+
+class MeanColors(torch.nn.Module):
+    def forward(self, images: torch.Tensor):
+        means = images.float().mean(dim=(2, 3)) / 255
+        return means, torch.softmax(4 * means, dim=1)
+
+
+def score_values(record):
+    return [row["scores"]["frechet_distance[colors]"]["value"] for row in record["rows"]]
 
 
 NOW_AND_THEN = {"meter", "validation", "ema", "sharding"}  # lines of the log, checkpoints
@@ -47,11 +62,6 @@ def test_training_is_that_of_the_cpu_and_waits_once_a_step(trained, folder):
 
 @pytest.mark.xdist_group("elsewhere")
 def test_samples_and_scores_are_those_of_the_cpu(trained, tmp_path):
-    class MeanColors(torch.nn.Module):
-        def forward(self, images: torch.Tensor):
-            means = images.float().mean(dim=(2, 3)) / 255
-            return means, torch.softmax(4 * means, dim=1)
-
     save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
     flags = ("--samples", trained[0] / "runs/tiny", "--extractor", tmp_path / "colors.pt", "--num_samples", 20)
     flags += ("--sampler", "ddpm,ddim,heun,dpmpp_2m_sde,unipc", "--num_steps", 3, "--guidance_scale", 2)
@@ -60,15 +70,87 @@ def test_samples_and_scores_are_those_of_the_cpu(trained, tmp_path):
     assert not [name for name in waits if name.startswith("diffusion/")]
     run("evaluate.py", *flags, "--output", "theirs.json", cwd=tmp_path)
     ours, theirs = (json.loads((tmp_path / name).read_text()) for name in ("ours.json", "theirs.json"))
-    for one, other in zip(ours["rows"], theirs["rows"], strict=True):
-        name = "frechet_distance[colors]"
-        assert one["scores"][name]["value"] == pytest.approx(other["scores"][name]["value"], rel=1e-3)
+    assert score_values(ours) == pytest.approx(score_values(theirs), rel=1e-3)
 
 
-def test_it_refuses_what_a_gpu_refuses(tmp_path):
-    (tmp_path / "mixed.py").write_text("import torch\ntorch.ones(2, device='pretend') + torch.ones(2)\n")
-    done = run("tests/pretend.py", tmp_path / "mixed.py", cwd=tmp_path, check=False)
-    assert "tensors of two devices" in done.stderr
+REFUSED = {  # by Apple's device; the first by any
+    "here + torch.ones(2)": "tensors of two devices",
+    "here.double()": "float64",
+    "torch.ones(2, device=here.device, dtype=torch.float64)": "float64",
+    "torch.tensor([1.0], dtype=torch.float64, device=here.device)": "float64",
+    "torch.ones(2, dtype=torch.float64).to(here.device)": "float64",
+    "here.to('cpu', torch.float64)": "float64",
+    "torch.zeros(2, dtype=torch.float64).copy_(here)": "float64",
+    "torch.lerp(here, here, torch.tensor(0.5, dtype=torch.float64))": "float64",
+    "here.to(torch.complex128)": "float64",
+    "torch.linalg.eigvals(torch.ones(2, 2, device=here.device))": "not currently implemented",
+}
+TRY = """
+import json, torch
+here, found = torch.ones(2, device="pretend"), {}
+assert (here * torch.tensor(2.0, dtype=torch.float64)).dtype == torch.float32  # a number is taken by such a kernel
+assert here.cpu().double().sum() == 2
+for line in json.load(open("lines.json")):
+    try:
+        found[line] = f"{eval(line)}: was allowed"
+    except (RuntimeError, TypeError) as error:
+        found[line] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_it_refuses_what_gpus_refuse_and_apples_do(tmp_path):
+    (tmp_path / "try.py").write_text(TRY)
+    (tmp_path / "lines.json").write_text(json.dumps(list(REFUSED)))
+    done = pretended(tmp_path / "try.py", cwd=tmp_path, device="mps")
+    found = json.loads(done.stdout.splitlines()[-2])
+    assert not {line: found[line] for line, words in REFUSED.items() if words not in found[line]}
+
+
+BITS = """
+import json, torch
+from diffusion import EDM, FlowMatching, GaussianDiffusion
+from diffusion.likelihood import bits_per_dimension
+
+def bits(process, device):
+    x_0, y = torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4).to(device), torch.zeros(2, dtype=torch.int64, device=device)
+    model = lambda x_t, t, y: x_t * (0.5 + t[:, None, None, None] / 2000)
+    return bits_per_dimension(process, model, x_0, y, num_steps=4, probe=x_0.sign()).tolist()
+
+processes = (GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM())
+print(json.dumps([[bits(each, device) for each in processes] for device in ("cpu", "pretend")]))
+"""
+
+
+@pytest.mark.xdist_group("elsewhere")
+def test_on_a_device_without_float64_all_is_as_on_the_cpu(folder, tmp_path):
+    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
+    (tmp_path / "bits.py").write_text(BITS)
+    drawn = ("--spacing", "karras", "--guidance_scale", 2, "--sampling.guidance_parallel", 0.5)
+    drawn += ("--sampling.guidance_rescale", 0.5, "--sampling.guidance_schedule", "cosine")
+    programs = ["evaluate.py", "--samples", "runs/tiny", *drawn, "--extractor", tmp_path / "colors.pt"]
+    programs += ["--num_samples", 8, "--sampler", "ddpm,heun,unipc", "--num_steps", 3]
+    for flags in (
+        ("--num_per_class", 1, "--panel", 2, "--output", "samples.npz"),
+        ("--classes", "[0, 1]", "--interpolate", 3, "--to_seed", 1),
+        ("--classes", "[0]", "--reconstruct", 500, "--num_per_class", 1),
+    ):
+        programs += ["+", "sample.py", "--checkpoint", "runs/tiny", *drawn, *flags]
+    training = ("train.py", "--config", folder / "tiny.yaml", "--train.ema_profiles", "[0.1]")
+    shutil.copytree(folder / "runs/tiny", tmp_path / "cpu/runs/tiny")
+    (tmp_path / "mps").mkdir()
+
+    done = pretended(*training, "+", *programs, "+", tmp_path / "bits.py", cwd=tmp_path / "mps", device="mps")
+    pretended(*programs, cwd=tmp_path / "cpu", device="cpu")
+
+    assert json.loads(done.stdout.splitlines()[-1])["experiment/guard.py"] == TINY["train"]["num_steps"]
+    assert losses(tmp_path / "mps", "tiny") == pytest.approx(losses(folder, "tiny"), rel=1e-5)
+    ours, theirs = (json.loads((tmp_path / name / "runs/tiny/scores.json").read_text()) for name in ("mps", "cpu"))
+    assert score_values(ours) == pytest.approx(score_values(theirs), rel=1e-3)
+    ours, theirs = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("mps", "cpu"))
+    assert np.abs(ours - theirs).max() <= 1
+    theirs, ours = json.loads(done.stdout.splitlines()[-2])
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_a_run_of_the_cpu_goes_on_elsewhere_as_it_would_there(folder, tmp_path):
@@ -89,20 +171,34 @@ VARIANTS = {
         "model": "UNet-Mini",
         "autoencoder": "pixel",
         "data": {**TINY["data"], "image_size": 16},
-        "auxiliary": [{"kind": "feature_matching", "weight": 0.1}],
+        "auxiliary": [
+            {"kind": "feature_matching", "weight": 0.1},
+            {"kind": "perceptual", "weight": 0.1, "network": "colors.pt"},
+        ],
     },
     "cascade": {"model": "Cascade", "autoencoder": "pixel", "diffusion": {"kind": "cascade", "num_timesteps": 25}},
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_other_objectives_backbones_and_spaces_train_there(name, tmp_path):
-    sizes = SMALL[BACKBONES[VARIANTS[name]["model"]][0].__name__]
-    config = {**TINY, "sampling": {"num_steps": 2}, "train": {**TINY["train"], "num_steps": 3}}
-    config |= {**VARIANTS[name], "model_args": {key: _plain(value) for key, value in sizes.items()}}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    there("train.py", "--config", "tiny.yaml", cwd=tmp_path)
-    assert len(losses(tmp_path, "tiny")) == 3
+def test_other_objectives_backbones_and_spaces_are_as_on_the_cpu_without_float64(tmp_path):
+    programs = []
+    for name, variant in VARIANTS.items():
+        sizes = SMALL[BACKBONES[variant["model"]][0].__name__]
+        config = {**TINY, "sampling": {"num_steps": 2}, "train": {**TINY["train"], "num_steps": 3}}
+        config |= {**variant, "name": name, "model_args": {key: _plain(value) for key, value in sizes.items()}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        programs += ["train.py", "--config", tmp_path / f"{name}.yaml", "+"]
+    programs += ["sample.py", "--checkpoint", "runs/cascade", "--stages", "true", "--num_per_class", 1]
+    for device in ("mps", "cpu"):
+        (tmp_path / device).mkdir()
+        save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / device / "colors.pt")
+        pretended(*programs, cwd=tmp_path / device, device=device)
+    for name in VARIANTS:
+        ours, theirs = (losses(tmp_path / device, name) for device in ("mps", "cpu"))
+        assert len(ours) == 3
+        if name != "importance":  # whose times are drawn with the digits that the device has
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        assert (tmp_path / f"mps/runs/{name}/samples/00000003.png").is_file()
 
 
 def test_an_autoencoder_is_trained_as_on_the_cpu(tmp_path):
@@ -110,9 +206,15 @@ def test_an_autoencoder_is_trained_as_on_the_cpu(tmp_path):
     flags += ("--train.batch_size", 4, "--architecture.channels", "[8, 16]", "--architecture.norm_groups", 4)
     flags += ("--loss.perceptual", "null", "--discriminator.weight", 0.1, "--discriminator.start", 2)
     flags += ("--log.every", 1)
-    there("scripts/train_autoencoder.py", *flags, "--name", "ours", cwd=tmp_path)
-    run("scripts/train_autoencoder.py", *flags, "--name", "theirs", cwd=tmp_path)
-    assert losses(tmp_path, "ours") == pytest.approx(losses(tmp_path, "theirs"), rel=1e-4)
+    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
+    measuring = ("--data.path", "shapes", "--data.num_images", 40, "--data.image_size", 32, "--autoencoder", "embedded")
+    measuring += ("--extractor", "colors.pt", "--perceptual", "colors.pt", "--output")
+    for device in ("mps", "cpu"):
+        programs = ["scripts/train_autoencoder.py", *flags, "--name", device]
+        pretended(*programs, "+", "evaluate.py", *measuring, f"{device}.json", cwd=tmp_path, device=device)
+    assert losses(tmp_path, "mps") == pytest.approx(losses(tmp_path, "cpu"), rel=1e-4)
+    ours, theirs = (json.loads((tmp_path / f"{device}.json").read_text()) for device in ("mps", "cpu"))
+    assert ours["latents"] == theirs["latents"]
 
 
 def _plain(value):

@@ -317,6 +317,42 @@ def test_logits_are_refused(tmp_path: Path) -> None:
         score(random_images(4), random_images(4), extractor=path, progress=False)
 
 
+class Lacking:
+    """A network on a device that cannot run it, as Apple's where float64 or an operation is asked for."""
+
+    def __init__(self, module: nn.Module, error: Exception) -> None:
+        self.module, self.error = module, error
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        if images.device.type != "cpu":
+            raise self.error
+        return self.module(images)
+
+    def to(self, device: torch.device) -> Lacking:
+        return self
+
+
+@pytest.mark.parametrize("error", [TypeError("no float64"), NotImplementedError("aten::x"), RuntimeError("float64")])
+def test_an_extractor_runs_on_the_cpu_where_its_device_lacks_what_it_needs(
+    error: Exception, colour: Extractor, colour_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = Extractor(colour_file)
+    elsewhere.module, elsewhere.device = Lacking(elsewhere.module, error), torch.device("meta")  # pyright: ignore
+    pair = random_images(6), random_images(6, seed=1)
+    ours, theirs = (score(*pair, extractor=each, batch_size=2, progress=False) for each in (elsewhere, colour))
+    assert ours.scores == theirs.scores
+    said = "--extractor mean_colour: meta lacks what it needs; it runs on the CPU\n"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_another_failure_on_a_device_is_not_hidden_by_the_cpu(colour_file: Path) -> None:
+    elsewhere = Extractor(colour_file)
+    failing = Lacking(elsewhere.module, RuntimeError("two devices"))
+    elsewhere.module, elsewhere.device = failing, torch.device("meta")  # pyright: ignore
+    with pytest.raises(ExtractorError, match=r"it failed on uint8 \[n 3 h w\] images \(two devices\)"):
+        score(random_images(4), random_images(4), extractor=elsewhere, progress=False)
+
+
 def test_files_that_are_no_extractor(tmp_path: Path, colour_file: Path) -> None:
     with pytest.raises(ExtractorError, match="--extractor nothing: no such file, nor one of inception, vgg16, clip-"):
         Extractor("nothing")

@@ -180,7 +180,7 @@ def walk(
 
     def denoise(x_t: Tensor, t: int | float, at: Transition) -> Prediction:
         times = torch.full((len(x_t),), t, device=x_t.device)
-        progress = 1 - process.noise_rank(torch.tensor(t)).item()
+        progress = 1 - process.noise_rank(torch.tensor(t, dtype=torch.float64)).item()
         scale = guidance.scale_at(guidance_scale, progress, (at.sigma / at.alpha).item())
         prediction = process.predict(guided(scale)(x_t, times, y), x_t, times, at)
         return prediction if clip is None else prediction.clipped(clip, x_t, at)

@@ -29,7 +29,7 @@ from experiment.sources import Source, from_images, reconstructions
 from metrics.cost import throughput
 from metrics.extractors import network_timeout
 from metrics.fidelity import Score
-from metrics.pixels import WINDOW, psnr, spatial_frequencies, spectrum, ssim
+from metrics.pixels import WINDOW, exact, psnr, spatial_frequencies, spectrum, ssim
 from models.autoencoder import EMBEDDED, LatentCodec, weights_sha256
 from models.perceptual import NETWORKS
 
@@ -105,7 +105,7 @@ def measure(
     with tqdm(total=len(mine), desc=codec.source, unit="img", leave=False, disable=not show) as bar:
         for batch in images.batches(mine, batch_size):
             for name, values in terms_of(codec, batch.images.to(accelerator.device), compared).items():
-                sums[name] = sums[name] + values.double().sum(dim=0).cpu()
+                sums[name] = sums[name] + exact(values).sum(dim=0).cpu()
             bar.update(len(batch.images))
     parts = gather_object([dict(sums)])
     names = dict.fromkeys(name for part in parts for name in part)
@@ -121,7 +121,7 @@ def terms_of(
 ) -> dict[str, Float[Tensor, "b ..."]]:
     """What there is to average, for each image; what comes back is the decoded mean of the posterior."""
     mean, spread = posterior(codec, images)
-    back = codec.decode(mean)
+    back = codec.decode(mean.float().to(images.device))
     return {
         **{name: compare(images, back) for name, compare in compared.items()},
         "power": spectrum(images),
@@ -139,7 +139,7 @@ def posterior(
     """Mean and standard deviation of the latents that a backbone is given of each image."""
     stored = codec.prepare(images)
     zeros = torch.zeros(len(images), *codec.latent_shape(*images.shape[-2:]), device=stored.device)
-    mean, above = (codec.draw(stored, noise).double() for noise in (zeros, zeros + 1))
+    mean, above = (exact(codec.draw(stored, noise)) for noise in (zeros, zeros + 1))
     return mean, above - mean
 
 
@@ -153,7 +153,7 @@ def latent_statistics(codec: LatentCodec, means: dict[str, Tensor]) -> dict[str,
     covariance = means["product"] - mean[:, None] * mean + means["within"].diag()
     std = covariance.diagonal().clamp(min=0).sqrt()
     correlation = covariance / (std[:, None] * std).clamp(min=1e-12)
-    variance = (means["square"] - means["mean"] ** 2) / codec.scale.double().cpu() ** 2
+    variance = (means["square"] - means["mean"] ** 2) / codec.scale.cpu().double() ** 2
     activity = reduce(variance, "c h w -> c", "mean")
     return {
         "channels": codec.channels,
