@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from diffusion.bound import discretized_log_likelihood, normal_kl
-from diffusion.precision import exact
+from diffusion.float64 import exact
 from diffusion.predictions import PREDICTIONS, AtLevel, Level
 from diffusion.process import Prediction, Process, mean_per_sample
 from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr

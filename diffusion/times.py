@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
-from diffusion.precision import exact, has_float64
+from diffusion.float64 import exact, has_float64
 
 Device = torch.device | str
 
