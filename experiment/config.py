@@ -245,10 +245,11 @@ class EvaluationConfig:
     """How samples are scored, by evaluate.py and during training alike.
 
     Args:
-        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', or a .pt2
+        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a .pt2
             (torch.export) or TorchScript file: uint8 images to features and class probabilities. A file is a program:
             run only what you trust
-        weights_path: weights of a named extractor, where they cannot be downloaded
+        weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
+            .bin
         metrics: of fid, sfid, is, kid, precision, recall, density, coverage
         num_samples: images to draw; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced' (all classes in turn), 'reference' (the held-out images' own) or

@@ -83,7 +83,7 @@ def weights() -> Iterator[Finding]:
     yield Finding(found or hub, f"{PAPER_AUTOENCODER}, of the paper's configurations", "" if found else remedy)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for name, url, otherwise in (
-        ("Inception, for FID", URL_INCEPTION_V3, "--weights_path FILE, or --extractor FILE.pt2"),
+        ("Inception, for FID", URL_INCEPTION_V3, "--weights_path FILE, or --extractor FILE.pt2 or timm:NAME"),
         ("VGG19, for --auxiliary perceptual", VGG19_Weights.IMAGENET1K_V1.url, "network: FILE.pt2"),
     ):
         there = (cache / Path(url).name).is_file()

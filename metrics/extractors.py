@@ -1,4 +1,4 @@
-"""The networks that images are judged by, and their weights: torch-fidelity's by name, or a program."""
+"""The networks that images are judged by, and their weights: torch-fidelity's and timm's by name, or a program."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from metrics.downloads import network_timeout
+from metrics.downloads import hub_answers, network_timeout
 from metrics.programs import load_program
+from metrics.timm_models import find_timm, is_downloaded, load_timm
 
 INCEPTION = "inception"
 PROGRAM = "program"
+TIMM = "timm:"
 REGISTERED = {INCEPTION: "inception-v3-compat"}  # our name -> torch-fidelity's; the others are the same
 NAMES = (INCEPTION, *(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in REGISTERED.values()))
 
@@ -74,7 +77,7 @@ if PROGRAM not in FEATURE_EXTRACTORS_REGISTRY:
 class Network:
     """An extractor's network, with what its scores must say of it."""
 
-    kind: str  # a name of `NAMES`, or PROGRAM
+    kind: str  # a name of `NAMES`, PROGRAM or timm
     name: str  # what scores are called by
     module: nn.Module  # of uint8 images to features [n d] and, if it has classes, logits [n k]
     sha256: str  # of a program's file, else of the loaded weights, wherever they came from
@@ -82,7 +85,8 @@ class Network:
 
 
 def load_extractor(name: str, weights_path: str | Path | None = None) -> Network:
-    """One of `NAMES`, with torch-fidelity's weights or a file of them; or the path of a program.
+    """One of `NAMES`, with torch-fidelity's weights or a file of them; `timm:NAME`, with timm's or a file of them; or
+    the path of a program.
 
     Raises:
         ExtractorError: in one line, naming the flag and what to give it.
@@ -91,9 +95,12 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> Network
         module = _load_named(name, weights_path)
         published = weights_path is None or _is_published(name, Path(weights_path))
         return Network(name, name, module, _state_sha256(module), published)
+    if name.startswith(TIMM):
+        model = _load_timm(name, weights_path)
+        return Network("timm", name.removeprefix(TIMM), model, _state_sha256(model), published=False)
     path = Path(name)
     if not path.is_file():
-        raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}")
+        raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}, nor timm:NAME")
     if weights_path is not None:
         raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
     return Network(PROGRAM, path.stem, _load_file(name), _file_sha256(path), published=False)
@@ -102,6 +109,9 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> Network
 UNREADABLE = (OSError, HTTPException, RuntimeError, ValueError, EOFError, UnpicklingError)
 """What resolving, connecting, reading and unpacking a file of weights raise between them."""
 
+NO_STATE = (TypeError, KeyError, AttributeError, SafetensorError)
+"""What a file raises that is no state dict, or another model's."""
+
 
 def _load_file(path: str) -> FeatureExtractorBase:
     layers = list(ProgramExtractor.get_provided_features_list())
@@ -109,6 +119,31 @@ def _load_file(path: str) -> FeatureExtractorBase:
         return _create(PROGRAM, layers, path)
     except ValueError as error:
         raise ExtractorError(f"--extractor {error}") from error
+
+
+def _load_timm(extractor: str, weights_path: str | Path | None) -> nn.Module:
+    name = extractor.removeprefix(TIMM)
+    give = "give --weights_path FILE (.safetensors, .pth or .bin), timm's weights of this model or your own"
+    try:
+        find_timm(name)
+    except ValueError as error:
+        raise ExtractorError(f"--extractor {extractor}: {error}") from error
+    if weights_path is not None and not Path(weights_path).is_file():
+        raise ExtractorError(f"--weights_path {weights_path}: no such file")
+    if weights_path is None and not is_downloaded(name) and not hub_answers():
+        raise ExtractorError(
+            f"--extractor {extractor}: the hub does not answer, and has not served its weights; {give}"
+        )
+    try:
+        with network_timeout(seconds=10.0):
+            return load_timm(name, weights_path)
+    except (*UNREADABLE, *NO_STATE) as error:
+        why = " ".join(str(error).split())[:200]
+        if weights_path is None:
+            raise ExtractorError(f"--extractor {extractor}: its weights cannot be had ({why}); {give}") from error
+        raise ExtractorError(
+            f"--weights_path {weights_path}: these are not weights of timm's {name} ({why})"
+        ) from error
 
 
 def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorBase:

@@ -48,9 +48,9 @@ class Features:
 
 
 class Extractor:
-    """Images to features: one of `NAMES`, or the path of a program (see `metrics.extractors`).
+    """Images to features: one of `NAMES`, `timm:NAME`, or the path of a program (see `metrics.extractors`).
 
-    `weights_path` gives a named one its weights, in torch-fidelity's format, where they cannot be downloaded.
+    `weights_path` gives a named one its weights, in torch-fidelity's or timm's format, where they cannot be downloaded.
 
     Raises:
         ExtractorError: in one line, naming the flag and what to give it.
