@@ -27,9 +27,11 @@ class EvaluateConfig:
             is one
         reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images
         write_reference: write the held-out images and their moments to such an npz
-        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', or a TorchScript file (uint8 images to features and
-            class probabilities)
-        weights_path: weights of a named extractor, where they cannot be downloaded
+        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a .pt2
+            (torch.export) or TorchScript file: uint8 images to features and class probabilities. A file is a program:
+            run only what you trust
+        weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
+            .bin
         metrics: of fid, sfid, is, kid, precision, recall, density, coverage
         num_samples: images to draw, or to take; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced', 'reference' (the held-out images' own) or 'random'
@@ -56,8 +58,8 @@ class EvaluateConfig:
         precision: of sampling: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration; without samples, the one to measure: what
             comes back of held-out images, and what its latents are like. Several, with commas in between, are rows
-        perceptual: of an autoencoder alone: network to compare images by: 'lpips', 'vgg19', or a TorchScript file
-            (images from 0 to 255 to features)
+        perceptual: of an autoencoder alone: network to compare images by: 'lpips', 'vgg19', or a .pt2 or TorchScript
+            file (images from 0 to 255 to features; a program: run only what you trust)
         heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
         data: of the reference, where no checkpoint says or the file has moved (--data.path)
     """

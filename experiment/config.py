@@ -125,7 +125,8 @@ class AuxiliaryConfig:
             features of the backbone's own encoder; U-Nets)
         weight: of the term
         network: of 'perceptual': 'vgg19' (its fourth convolution; torchvision's weights), 'lpips' (Zhang et al. 2018,
-            on VGG16; the term is that distance), or a TorchScript file: images from 0 to 255 to features
+            on VGG16; the term is that distance), or a .pt2 (torch.export) or TorchScript file: images from 0 to 255 to
+            features (a program: run only what you trust)
         heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
     """
 
@@ -248,9 +249,11 @@ class EvaluationConfig:
     """How samples are scored, by evaluate.py and during training alike.
 
     Args:
-        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', or a TorchScript file (uint8 images to features and
-            class probabilities)
-        weights_path: weights of a named extractor, where they cannot be downloaded
+        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a .pt2
+            (torch.export) or TorchScript file: uint8 images to features and class probabilities. A file is a program:
+            run only what you trust
+        weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
+            .bin
         metrics: of fid, sfid, is, kid, precision, recall, density, coverage
         num_samples: images to draw; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced' (all classes in turn), 'reference' (the held-out images' own) or

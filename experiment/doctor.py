@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import Request, urlopen
+
+from metrics.downloads import hub_answers
 
 PAPER_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 EXTRAS = {  # module -> what it is for, how it is had
@@ -87,27 +88,14 @@ def weights() -> Iterator[Finding]:
     yield Finding(found or hub, f"{PAPER_AUTOENCODER}, of the paper's configurations", "" if found else remedy)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for name, url, otherwise in (
-        ("Inception, for FID", URL_INCEPTION_V3, "--weights_path FILE or --extractor FILE.pt (TorchScript)"),
-        ("VGG19, for --auxiliary perceptual", VGG19_Weights.IMAGENET1K_V1.url, "network: FILE.pt (TorchScript)"),
+        ("Inception, for FID", URL_INCEPTION_V3, "--weights_path FILE, or --extractor FILE.pt2 or timm:NAME"),
+        ("VGG19, for --auxiliary perceptual", VGG19_Weights.IMAGENET1K_V1.url, "network: FILE.pt2"),
     ):
         there = (cache / Path(url).name).is_file()
         remedy = f"put {Path(url).name} into {cache}" + (
             ", or it is downloaded on first use" if hub else f", or {otherwise}"
         )
         yield Finding(there, name, "" if there else remedy)
-
-
-def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether the hub is within reach."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds):
-            return True
-    except OSError:
-        return False
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from diffusion.times import Times
 from experiment.batches import Batch
 from experiment.config import AuxiliaryConfig
 from experiment.phases import Phase
-from metrics.torchscript import load_torchscript
+from metrics.programs import load_program
 from models.autoencoder import Codec, PixelCodec
-from models.perceptual import NETWORKS, ScriptFeatures
+from models.perceptual import NETWORKS, ProgramFeatures
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,20 @@ AUXILIARY = {"perceptual": Perceptual, "feature_matching": FeatureMatching}
 
 
 def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
-    """A frozen network of images in [-1, 1], by its name in `NETWORKS` or from a TorchScript file; `heads` is a file
-    that some of them are told.
+    """A frozen network of images in [-1, 1], by its name in `NETWORKS` or from a program's file; `heads` is a file that
+    some of them are told.
 
     Raises:
         ValueError: when it cannot be had, saying what can be used in its place.
     """
     if name not in NETWORKS and not Path(name).is_file():
-        raise ValueError(f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or give a TorchScript file")
+        raise ValueError(
+            f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or give a .pt2 or TorchScript file"
+        )
     settings = {} if heads is None else {"heads": heads}
     if heads is not None and not (name in NETWORKS and "heads" in signature(NETWORKS[name]).parameters):
         raise ValueError(f"--auxiliary heads {heads}: network {name} has none; leave it out, or use network lpips")
-    network = NETWORKS[name](**settings) if name in NETWORKS else ScriptFeatures(load_torchscript(name))
+    network = NETWORKS[name](**settings) if name in NETWORKS else ProgramFeatures(load_program(name))
     return network.requires_grad_(False).eval()
 
 

@@ -1,6 +1,6 @@
 """A small classifier of images, trained in seconds: the feature extractor for where none can be downloaded.
 
-It has the interface of every TorchScript extractor here: uint8 RGB `[n 3 h w]` of any size to features `[n
+It has the interface of every extractor that is a file here: uint8 RGB `[n 3 h w]` of any size to features `[n
 d]` and class probabilities `[n k]`. Scores on its features compare runs on the same data with each other and
 nothing else: it sees 32x32 pixels and has learnt nothing but to tell these classes apart.
 """
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from metrics.torchscript import save_torchscript
+from metrics.programs import save_program
 
 
 class SmallClassifier(nn.Module):
@@ -37,7 +37,7 @@ class SmallClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n d] and class probabilities [n k] of uint8 RGB images [n 3 h w]."""
-        # Plain Tensor in the signature: checking axes would leave Python comparisons of shapes in the trace.
+        # Plain Tensor in the signature: checking axes would leave Python comparisons of shapes in the program.
         features = self.features(self.preprocess(images))
         return features, self.to_logits(F.relu(features)).softmax(dim=1)
 
@@ -57,17 +57,17 @@ class SmallClassifier(nn.Module):
         device = self.to_logits.weight.device
         return torch.cat([self(batch.to(device))[1].argmax(dim=1).cpu() for batch in images.split(batch_size)])
 
-    def save_torchscript(self, path: str | Path) -> Path:
-        """Write the extractor's file, for `--extractor`; it is whole or absent."""
+    def save(self, path: str | Path) -> Path:
+        """Write the extractor's file, for `--extractor`: a program of torch.export (`.pt2`), else TorchScript."""
         example = torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8, device=self.to_logits.weight.device)
-        return save_torchscript(self.eval(), example, path)
+        return save_program(self.eval(), example, path)
 
     def save_perceptual(self, path: str | Path) -> Path:
         """Write a network for perceptual losses: its first four convolutions, of images at their own size."""
         first, second, _ = self.stages
         network = nn.Sequential(_Centre(), first, *list(second.children())[:4])  # pyright: ignore[reportArgumentType]
         example = torch.zeros(2, 3, self.side, self.side, device=self.to_logits.weight.device)
-        return save_torchscript(network.eval(), example, path)
+        return save_program(network.eval(), example, path)
 
 
 def train_classifier(

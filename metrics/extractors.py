@@ -1,29 +1,31 @@
-"""The networks that images are judged by, and their weights: torch-fidelity's by name, or a TorchScript file."""
+"""The networks that images are judged by, and their weights: torch-fidelity's and timm's by name, or a program."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
-import socket
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from metrics.torchscript import load_torchscript
+from metrics.downloads import hub_answers, network_timeout
+from metrics.programs import load_program
+from metrics.timm_models import find_timm, is_downloaded, load_timm
 
 INCEPTION = "inception"
-TORCHSCRIPT = "torchscript"
+PROGRAM = "program"
+TIMM = "timm:"
 REGISTERED = {INCEPTION: "inception-v3-compat"}  # our name -> torch-fidelity's; the others are the same
 NAMES = (INCEPTION, *(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in REGISTERED.values()))
 
@@ -32,16 +34,16 @@ class ExtractorError(ValueError):
     """A feature extractor that cannot be had or used, in the user's words."""
 
 
-class TorchScriptExtractor(FeatureExtractorBase):
-    """A TorchScript file as torch-fidelity sees an extractor.
+class ProgramExtractor(FeatureExtractorBase):
+    """A program (`metrics.programs`) as torch-fidelity sees an extractor.
 
-    The file takes uint8 RGB [n 3 h w], resizes by itself, and returns features [n d] and class probabilities
+    It takes uint8 RGB [n 3 h w], resizes by itself, and returns features [n d] and class probabilities
     [n k]. torch-fidelity's inception score takes a softmax of what it gets, so it gets their logarithms.
     """
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: object) -> None:
         super().__init__(name, features_list)
-        self.module = load_torchscript(feature_extractor_weights_path)
+        self.module = load_program(feature_extractor_weights_path)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         features, probabilities = self.module(input)
@@ -67,26 +69,24 @@ class TorchScriptExtractor(FeatureExtractorBase):
         return False
 
 
-if TORCHSCRIPT not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor(TORCHSCRIPT, TorchScriptExtractor)
-
-HAS_CLASSES = (INCEPTION, TORCHSCRIPT)
-"""The others' default layer for the inception score holds features, of which a softmax means nothing."""
+if PROGRAM not in FEATURE_EXTRACTORS_REGISTRY:
+    register_feature_extractor(PROGRAM, ProgramExtractor)
 
 
 @dataclass(frozen=True)
 class Network:
     """An extractor's network, with what its scores must say of it."""
 
-    kind: str  # a name of `NAMES`, or TORCHSCRIPT
+    kind: str  # a name of `NAMES`, PROGRAM or timm
     name: str  # what scores are called by
-    module: FeatureExtractorBase
-    sha256: str  # of the file for TorchScript, else of the loaded weights, wherever they came from
+    module: nn.Module  # of uint8 images to features [n d] and, if it has classes, logits [n k]
+    sha256: str  # of a program's file, else of the loaded weights, wherever they came from
     published: bool  # the weights that published scores are on
 
 
 def load_extractor(name: str, weights_path: str | Path | None = None) -> Network:
-    """One of `NAMES`, with torch-fidelity's weights or a file of them, or the path of a TorchScript file.
+    """One of `NAMES`, with torch-fidelity's weights or a file of them; `timm:NAME`, with timm's or a file of them; or
+    the path of a program.
 
     Raises:
         ExtractorError: in one line, naming the flag and what to give it.
@@ -95,30 +95,62 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> Network
         module = _load_named(name, weights_path)
         published = weights_path is None or _is_published(name, Path(weights_path))
         return Network(name, name, module, _state_sha256(module), published)
+    if name.startswith(TIMM):
+        model = _load_timm(name, weights_path)
+        return Network("timm", name.removeprefix(TIMM), model, _state_sha256(model), published=False)
     path = Path(name)
     if not path.is_file():
-        raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}")
+        raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}, nor timm:NAME")
     if weights_path is not None:
         raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
-    return Network(TORCHSCRIPT, path.stem, _load_file(name), _file_sha256(path), published=False)
+    return Network(PROGRAM, path.stem, _load_file(name), _file_sha256(path), published=False)
 
 
 UNREADABLE = (OSError, HTTPException, RuntimeError, ValueError, EOFError, UnpicklingError)
 """What resolving, connecting, reading and unpacking a file of weights raise between them."""
 
+NO_STATE = (TypeError, KeyError, AttributeError, SafetensorError)
+"""What a file raises that is no state dict, or another model's."""
+
 
 def _load_file(path: str) -> FeatureExtractorBase:
-    layers = list(TorchScriptExtractor.get_provided_features_list())
+    layers = list(ProgramExtractor.get_provided_features_list())
     try:
-        return _create(TORCHSCRIPT, layers, path)
+        return _create(PROGRAM, layers, path)
     except ValueError as error:
         raise ExtractorError(f"--extractor {error}") from error
+
+
+def _load_timm(extractor: str, weights_path: str | Path | None) -> nn.Module:
+    name = extractor.removeprefix(TIMM)
+    give = "give --weights_path FILE (.safetensors, .pth or .bin), timm's weights of this model or your own"
+    try:
+        find_timm(name)
+    except ValueError as error:
+        raise ExtractorError(f"--extractor {extractor}: {error}") from error
+    if weights_path is not None and not Path(weights_path).is_file():
+        raise ExtractorError(f"--weights_path {weights_path}: no such file")
+    if weights_path is None and not is_downloaded(name) and not hub_answers():
+        raise ExtractorError(
+            f"--extractor {extractor}: the hub does not answer, and has not served its weights; {give}"
+        )
+    try:
+        with network_timeout(seconds=10.0):
+            return load_timm(name, weights_path)
+    except (*UNREADABLE, *NO_STATE) as error:
+        why = " ".join(str(error).split())[:200]
+        if weights_path is None:
+            raise ExtractorError(f"--extractor {extractor}: its weights cannot be had ({why}); {give}") from error
+        raise ExtractorError(
+            f"--weights_path {weights_path}: these are not weights of timm's {name} ({why})"
+        ) from error
 
 
 def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorBase:
     registered = REGISTERED.get(name, name)
     layer_for = FEATURE_EXTRACTORS_REGISTRY[registered].get_default_feature_layer_for_metric
-    layers = [layer_for("fid"), *([layer_for("isc")] if name in HAS_CLASSES else [])]
+    # The others' default layer for the inception score holds features, of which a softmax means nothing.
+    layers = [layer_for("fid"), *([layer_for("isc")] if name == INCEPTION else [])]
     if weights_path is not None:
         return _load_weights(name, registered, layers, Path(weights_path))
     try:
@@ -129,7 +161,7 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
         own = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "
         raise ExtractorError(
             f"--extractor {name}: its weights cannot be downloaded ({_one_line(error)}); give {own}"
-            "--extractor FILE.pt (TorchScript), such as the small classifier that `make demo` trains: "
+            "--extractor FILE.pt2 or FILE.pt, such as the small classifier that `make demo` trains: "
             "its scores compare runs with each other, not with published ones"
         ) from error
 
@@ -160,17 +192,6 @@ def _create(registered: str, layers: list[str], path: str | None) -> FeatureExtr
         )
 
 
-@contextlib.contextmanager
-def network_timeout(seconds: float) -> Iterator[None]:
-    """torch.hub opens its URLs without a timeout: where packets vanish it would wait for minutes."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 def _one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[0].split())[:160]
@@ -186,7 +207,7 @@ def _is_published(name: str, path: Path) -> bool:
     return name == INCEPTION and Path(URL_INCEPTION_V3).stem.split("-")[-1] == _file_sha256(path)[:8]
 
 
-def _state_sha256(module: FeatureExtractorBase) -> str:
+def _state_sha256(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics.extractors import INCEPTION, TORCHSCRIPT, ExtractorError, load_extractor
+from metrics.extractors import INCEPTION, NAMES, ExtractorError, load_extractor
 from metrics.frechet import Moments, RunningMoments, moments_of
 from metrics.images import ImageBatch
 
@@ -49,9 +49,9 @@ class Features:
 
 
 class Extractor:
-    """Images to features: one of `NAMES`, or the path of a TorchScript file (see `metrics.extractors`).
+    """Images to features: one of `NAMES`, `timm:NAME`, or the path of a program (see `metrics.extractors`).
 
-    `weights_path` gives a named one its weights, in torch-fidelity's format, where they cannot be downloaded.
+    `weights_path` gives a named one its weights, in torch-fidelity's or timm's format, where they cannot be downloaded.
 
     Raises:
         ExtractorError: in one line, naming the flag and what to give it.
@@ -121,8 +121,8 @@ class Extractor:
             return self._run(images)
         except ExtractorError as error:
             raise ExtractorError(f"--extractor {self.name}: {error}") from None
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            if self.kind != TORCHSCRIPT or isinstance(error, torch.OutOfMemoryError):
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            if self.kind in NAMES or isinstance(error, torch.OutOfMemoryError):
                 raise
             last = str(error).strip().splitlines()[-1]
             raise ExtractorError(f"--extractor {self.name}: it failed on uint8 [n 3 h w] images ({last})") from error

@@ -47,7 +47,7 @@ class Score:
 class Scores:
     """Scores by name, and all that it takes to derive them again from the same images.
 
-    `extractor_sha256` is of the file for TorchScript, else of the loaded weights, wherever they came from.
+    `extractor_sha256` is of a program's file, else of the loaded weights, wherever they came from.
     """
 
     scores: dict[str, Score]

@@ -1,14 +1,13 @@
-"""TorchScript files: feature extractors that carry their own code, so that nothing is unpickled.
+"""TorchScript files: networks that carry their own code, without Python's pickles.
 
-torch deprecates the format in favour of torch.export; it stays the field's format for extractors (StyleGAN's,
-CLIP's), and torch still reads and writes it. Its deprecation warnings are silenced here, around these calls
-alone.
+torch deprecates the format in favour of torch.export's (`metrics.exported`); it stays the field's format for
+feature extractors (StyleGAN's, CLIP's), and torch still reads and writes it. Its deprecation warnings are
+silenced here, around these calls alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,20 +26,14 @@ def load_torchscript(path: str | Path) -> nn.Module:
         with _without_deprecation():
             return torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: not a TorchScript file, or cut short") from error
+        raise ValueError(f"{path}: not a TorchScript file, or cut short (torch.export's files end in .pt2)") from error
 
 
 def save_torchscript(module: nn.Module, example: Tensor, path: str | Path) -> Path:
-    """Trace a module on an example input and write it; a reader sees the whole file or none."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with _without_deprecation():
-            torch.jit.save(torch.jit.trace(module, example), str(partial))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    """Trace a module on an example input and write it."""
+    with _without_deprecation():
+        torch.jit.save(torch.jit.trace(module, example), str(path))
+    return Path(path)
 
 
 @contextlib.contextmanager

@@ -98,17 +98,17 @@ class LPIPSFeatures(nn.Module):
         return joined * joined.shape[1] ** 0.5  # a mean of squares is then what their sum was
 
 
-class ScriptFeatures(nn.Module):
-    """A loaded TorchScript network of images from 0 to 255, as feature extractors are: its output, or the first of
-    several."""
+class ProgramFeatures(nn.Module):
+    """A loaded program (`.pt2` or TorchScript) of images from 0 to 255, as feature extractors are: its output, or the
+    first of several."""
 
-    def __init__(self, script: nn.Module) -> None:
+    def __init__(self, program: nn.Module) -> None:
         super().__init__()
-        self.script = script
+        self.program = program
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Tensor:
-        output = self.script((images + 1) * 127.5)
-        return output[0] if isinstance(output, tuple) else output
+        output = self.program((images + 1) * 127.5)
+        return output[0] if isinstance(output, tuple | list) else output
 
 
 def _trained(name: str, layers: nn.Sequential, weights: Callable[[], dict[str, Tensor]]) -> nn.Sequential:
@@ -118,7 +118,7 @@ def _trained(name: str, layers: nn.Sequential, weights: Callable[[], dict[str, T
     except (URLError, OSError, RuntimeError) as error:
         raise ValueError(
             f"network {name}: its weights could not be downloaded ({error}); put torchvision's file into "
-            f"{torch.hub.get_dir()}/checkpoints, or give network a TorchScript file"
+            f"{torch.hub.get_dir()}/checkpoints, or give network a .pt2 or TorchScript file"
         ) from error
     layers.load_state_dict({key: state[f"features.{key}"] for key in layers.state_dict()}, assign=True)
     return nn.Sequential(*(nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in layers))

@@ -1,7 +1,7 @@
 """Are samples recognised as the class that was asked for? By a small classifier trained on the real training images.
 
 python scripts/recognise.py --samples samples.npz --data.path mnist.zip --data.image_size 28
-python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --perceptual features.pt
+python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --perceptual features.pt2
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class RecogniseConfig:
         samples: an npz of sample.py: images in arr_0, the labels asked for in arr_1; without it the classifier is made
             alone
         data: the real images
-        classifier: TorchScript file to keep the classifier in, which also serves as --extractor
-        perceptual: TorchScript file to keep its first four convolutions in, for --auxiliary's `network`
+        classifier: file to keep the classifier in, which also serves as --extractor: .pt2 (torch.export) or .pt
+            (TorchScript)
+        perceptual: such a file to keep its first four convolutions in, for --auxiliary's `network`
         output: JSON file of the figures; by default only printed
         epochs: passes over the real images
         seed: of the classifier
@@ -67,7 +68,7 @@ def main(config: RecogniseConfig) -> None:
 
     classifier = train_classifier(read(real), real.labels, len(classes), seed=config.seed, epochs=config.epochs)
     if config.classifier:
-        classifier.save_torchscript(config.classifier)
+        classifier.save(config.classifier)
 
     if config.perceptual:
         classifier.save_perceptual(config.perceptual)

@@ -22,8 +22,9 @@ from metrics.features import METRICS, Extractor, Features
 from metrics.fidelity import Scores, class_distances, compare, score
 from metrics.frechet import Moments
 from metrics.images import image_batches
+from metrics.programs import load_program
 from metrics.self_check import self_check
-from metrics.torchscript import load_torchscript, save_torchscript
+from metrics.torchscript import save_torchscript
 
 PROBE = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
 
@@ -181,7 +182,7 @@ def test_agrees_with_torch_fidelity(colour_file: Path) -> None:
     theirs = torch_fidelity.calculate_metrics(
         input1=TensorDataset(samples),
         input2=TensorDataset(reference),
-        feature_extractor="torchscript",
+        feature_extractor="program",
         feature_extractor_weights_path=str(colour_file),
         **dict.fromkeys(("isc", "fid", "kid", "prc"), True),
         **dict.fromkeys(("cuda", "cache", "verbose"), False),
@@ -484,9 +485,9 @@ def test_classifier_learns_and_serves_as_extractor(tmp_path: Path) -> None:
     classifier = train_classifier(images, labels, 3, batch_size=30, progress=False)
     assert (classifier.predict(held_out) == held_out_labels).float().mean() >= 0.98
 
-    path = classifier.save_torchscript(tmp_path / "stripes.pt")
+    path = classifier.save(tmp_path / "stripes.pt")
     assert [found.name for found in tmp_path.iterdir()] == ["stripes.pt"]  # nothing half-written beside it
-    for mine, loaded in zip(classifier(held_out), load_torchscript(path)(held_out), strict=True):
+    for mine, loaded in zip(classifier(held_out), load_program(path)(held_out), strict=True):
         torch.testing.assert_close(mine, loaded)
 
     scores = score(held_out, images, extractor=path, progress=False)

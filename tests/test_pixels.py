@@ -92,17 +92,17 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
     np.savez(folder / "half.npz", arr_0=images, arr_1=asked)
     flags = ("--data.num_images", 500, "--data.image_size", 32, "--epochs", 10)
     command = ("scripts/recognise.py", "--samples", "half.npz", *flags)
-    files = ("--output", "recognised.json", "--classifier", "shapes.pt", "--perceptual", "features.pt")
+    files = ("--output", "recognised.json", "--classifier", "shapes.pt2", "--perceptual", "features.pt2")
     done = run(*command, *files, cwd=folder)
     found = json.loads((folder / "recognised.json").read_text())
     assert found["held_out_accuracy"] > 0.9
     assert found["class_agreement"] == pytest.approx(0.5, abs=0.05)
     assert set(found["per_class"]) == set(shapes.classes)
     assert "of 100 held-out images" in done.stdout
-    assert (folder / "shapes.pt").is_file()
+    assert (folder / "shapes.pt2").is_file()
     # Its first convolutions look at images of any size, and lead gradients back to them.
     image = torch.zeros(2, 3, 20, 24, requires_grad=True)
-    features = perceptual_network(str(folder / "features.pt"))(image)
+    features = perceptual_network(str(folder / "features.pt2"))(image)
     assert features.shape == (2, 48, 5, 6)
     features.sum().backward()
     assert image.grad is not None

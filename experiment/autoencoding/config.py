@@ -36,8 +36,8 @@ class LossConfig:
         error: of pixels in [-1, 1]: 'l1' or 'l2' (squared); the mean over an image
         learned_variance: learn s, the logarithm of the pixels' scale; false: s is 0
         kl_weight: of the KL divergence from a standard normal, the mean over an image's latent values
-        perceptual: 'lpips' (Zhang et al. 2018, on VGG16; torchvision's weights), 'vgg19', a TorchScript file (images
-            from 0 to 255 to features), or null: none
+        perceptual: 'lpips' (Zhang et al. 2018, on VGG16; torchvision's weights), 'vgg19', a .pt2 (torch.export) or
+            TorchScript file (images from 0 to 255 to features; a program: run only what you trust), or null: none
         perceptual_weight: of the squared distance of their features
         heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
     """

@@ -27,7 +27,7 @@ from experiment.objective import perceptual_network
 from experiment.report import provenance, table, write_json
 from experiment.sources import Source, from_images, reconstructions
 from metrics.cost import throughput
-from metrics.extractors import network_timeout
+from metrics.downloads import network_timeout
 from metrics.fidelity import Score
 from metrics.pixels import WINDOW, exact, psnr, spatial_frequencies, spectrum, ssim
 from models.autoencoder import EMBEDDED, LatentCodec, weights_sha256
@@ -64,7 +64,9 @@ def open_distance(network: str, heads: str | None, device: torch.device) -> Dist
     """
     if network not in NETWORKS and not Path(network).is_file():
         known = ", ".join(NETWORKS)
-        raise ValueError(f"--perceptual {network}: no such file; choose from {known}, or give a TorchScript file")
+        raise ValueError(
+            f"--perceptual {network}: no such file; choose from {known}, or give a .pt2 or TorchScript file"
+        )
     if heads is not None and network != "lpips":
         raise ValueError(f"--heads {heads}: they are of --perceptual lpips, not of {network}; leave them out")
     if heads is not None and not Path(heads).is_file():
