@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from metrics.extractors import ExtractorError
@@ -60,7 +61,8 @@ def test_features_and_classes_are_those_of_timm_called_by_hand(name, weights):
 
     config = resolve_model_data_config(model)
     side = int(config["input_size"][1] / config["crop_pct"])
-    pixels = resize(smooth(3, 64, 64).float(), [side], config["interpolation"], antialias=True).clamp(0, 255) / 255
+    interpolation = InterpolationMode(config["interpolation"])
+    pixels = resize(smooth(3, 64, 64).float(), [side], interpolation, antialias=True).clamp(0, 255) / 255
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
         hidden = model.forward_features((center_crop(pixels, config["input_size"][1:]) - mean) / std)
