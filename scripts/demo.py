@@ -1,31 +1,52 @@
 """The demo: train a small XSwin on the embedded shapes, draw every class, score what was drawn.
 
 make demo
+python scripts/demo.py --experiment EXPERIMENT.yaml --folder scratch      (another training, elsewhere)
+
+It starts `train.py` without `accelerate launch`, which one process does not need: a stop then reaches the training,
+which saves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-RUN = ROOT / "runs" / "quickstart"
+from jsonargparse import auto_cli
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment import children
+
+ROOT = Path(__file__).resolve().parent.parent
+STARTED = Path.cwd()
+RUN = Path("runs", "quickstart")
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 PER_CLASS = 20
 
 
-def main() -> None:
-    """Train, sample, score; a step that fails ends the demo with its status."""
-    began = time.time()
+def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
+    """Train, sample, score; a step that fails ends the demo with its status.
+
+    Args:
+        experiment: its YAML
+        folder: where runs/ and cache/ are; runs/quickstart in it is deleted first
+    """
+    began, experiment = time.time(), experiment.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
     shutil.rmtree(RUN, ignore_errors=True)
 
-    say("1/4", f"training {CONFIG.relative_to(ROOT)}")
-    launch("accelerate.commands.launch", *ONE_PROCESS, str(ROOT / "train.py"), "--config", str(CONFIG))
+    say("1/4", f"training {shown(experiment)}")
+    launch(str(ROOT / "train.py"), "--config", str(experiment), "--name", RUN.name)
 
     say("2/4", "drawing samples of every class")
     sample = ("--checkpoint", str(RUN))
@@ -53,17 +74,60 @@ def main() -> None:
 
     print()
     print(f"The classifier agrees with the class asked for on {share:.1%} of {10 * PER_CLASS} samples.")
-    print(f"picture: {(RUN / 'samples.png').relative_to(ROOT)}")
-    print(f"scores:  {(RUN / 'scores.json').relative_to(ROOT)}")
+    print(f"picture: {shown(RUN / 'samples.png')}")
+    print(f"scores:  {shown(RUN / 'scores.json')}")
     print(f"The demo took {(time.time() - began) / 60:.1f} minutes.")
 
 
-def launch(program: str, *arguments: str) -> None:
-    """Run a program of the project as a user would."""
-    command = [sys.executable, *(["-m"] if not program.endswith(".py") else []), program, *arguments]
-    status = subprocess.run(command, check=False, cwd=ROOT).returncode
-    if status:
-        raise SystemExit(status)
+class Programs:
+    """Runs the project's programs, as a user would, one after the other. A stop is passed on to the one that runs, and
+    nothing is started after it; a last line says how to go on."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.running: subprocess.Popen | None = None
+        self.stopped: signal.Signals | None = None
+
+    def __call__(self, program: str, *arguments: str) -> None:
+        """Run one to its end."""
+        self.name = Path(program).name
+        self.exit_if_stopped()
+        self.running = children.start([sys.executable, program, *arguments])
+        if self.stopped is not None:  # while it was being started
+            children.send(self.running, signal.SIGTERM)
+        status = self.running.wait()
+        self.exit_if_stopped()
+        if status:
+            raise SystemExit(status)
+
+    def stop(self, number: signal.Signals) -> None:
+        """Let what runs save and end; a second time, end it at once."""
+        if self.running is not None and self.stopped is None:
+            children.send(self.running, signal.SIGTERM)
+        elif self.running is not None:
+            children.kill(self.running)
+        self.stopped = number
+
+    def exit_if_stopped(self) -> None:
+        """With the status that shells give to the signal."""
+        if self.stopped is not None:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"\nstopped; {self.how_to_go_on()}", flush=True)
+            raise SystemExit(128 + self.stopped)
+
+    def how_to_go_on(self) -> str:
+        """Of the training; what comes after it takes less time than it."""
+        again = shlex.join([shown(Path(sys.executable)), *sys.argv])
+        if not any(RUN.glob("checkpoints/[0-9]*")):
+            return f"nothing was saved yet; begin again with: {again}"
+        if self.name != "train.py":
+            return f"the trained model is in {shown(RUN)}; begin again with: {again}"
+        if Path.cwd() == STARTED:
+            return f"go on with: {shown(Path(sys.executable))} {shown(ROOT / 'train.py')} --resume {RUN}"
+        return f"go on with: cd {shlex.join([str(Path.cwd())])} && {sys.executable} {ROOT / 'train.py'} --resume {RUN}"
+
+
+launch = Programs()
 
 
 def say(part: str, what: str) -> None:
@@ -71,16 +135,12 @@ def say(part: str, what: str) -> None:
     print(f"\n[{part}] {what}", flush=True)
 
 
-ONE_PROCESS = (
-    "--num_processes",
-    "1",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-)
+def shown(path: Path) -> str:
+    """As it is called where the demo was started, if it lies there."""
+    whole = Path.cwd() / path
+    return str(whole.relative_to(STARTED) if whole.is_relative_to(STARTED) else whole)
+
 
 if __name__ == "__main__":
-    main()
+    with children.on_stop(launch.stop):
+        auto_cli(main, as_positional=False)

@@ -12,11 +12,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from processes import ROOT, TINY, run
 
+from experiment import children
 from experiment.ablation import identity, stages
 from experiment.ablation.config import AblationConfig, ClusterConfig, MatchConfig, read_ablation
 from experiment.ablation.executors import EXECUTORS, jobs_of
@@ -392,7 +394,7 @@ def test_the_commands_are_ones_that_their_scripts_accept():
 # The whole of it.
 
 
-def test_a_killed_ablation_goes_on_and_reports_its_runs_numbers(tmp_path):
+def test_a_stopped_and_a_killed_ablation_go_on_and_report_their_runs_numbers(tmp_path):
     from metrics.torchscript import save_torchscript
 
     class MeanColors(torch.nn.Module):
@@ -413,16 +415,32 @@ def test_a_killed_ablation_goes_on_and_reports_its_runs_numbers(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "ablate.py"), "two.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
-    # Killed, its training with it, after the first of four checkpoints.
-    runner = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    checkpoints = Path("runs/two/XSwin/seed0/checkpoints")
-    while not (checkpoints / "00000005").is_dir():
-        assert runner.poll() is None
-        time.sleep(0.02)
-    os.killpg(runner.pid, signal.SIGKILL)
+    folder = Path("runs/two/XSwin/seed0")
+
+    def started(until):
+        runner = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        while not (folder / until).exists():
+            assert runner.poll() is None
+            time.sleep(0.02)
+        return runner
+
+    # Stopped by a signal to itself alone: its training saves and ends with it.
+    runner = started("log.jsonl")
+    training = psutil.Process(runner.pid).children(recursive=True)
+    runner.send_signal(signal.SIGTERM)
+    output, _ = runner.communicate()
+    assert runner.returncode == 75
+    assert "stopped: XSwin, seed 0: SIGTERM" in output
+    assert training
+    assert not psutil.wait_procs(training, timeout=10)[1]
+    (saved,) = (folder / "checkpoints").glob("[0-9]*")
+
+    # Killed, its training with it, after the next checkpoint.
+    runner = started(f"checkpoints/{5 * (int(saved.name) // 5 + 1):08d}")
+    children.kill(runner)
     runner.communicate()
-    assert "train" not in done_stages(Path("runs/two/XSwin/seed0"))
-    assert not (checkpoints / "00000020").exists()
+    assert "train" not in done_stages(folder)
+    assert not (folder / "checkpoints/00000020").exists()
 
     # Gone on with, from there.
     done = run("scripts/ablate.py", "two.yaml", cwd=tmp_path)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from types import FrameType
 from typing import Any
 
 import torch
 
+from experiment import children
 from experiment.ablation.config import ClusterConfig
 from experiment.ablation.identity import ROOT
 from experiment.ablation.plan import Planned
@@ -91,32 +91,29 @@ def visible_gpus() -> list[str]:
     return names[: torch.cuda.device_count()]
 
 
-@contextmanager
-def _stopping(runner: Runner) -> Iterator[None]:
-    """Ctrl-C and SIGTERM let the trainings save, and the rest wait for the next time."""
+def _stopping(runner: Runner) -> AbstractContextManager[None]:
+    """A stop lets the trainings save, and the rest wait for the next time."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        say(f"{signal.Signals(number).name}: what runs is saved, the rest waits for the next time")
-        runner.stop(signal.Signals(number).name)
+    def stop(number: signal.Signals) -> None:
+        say(f"{number.name}: what runs is saved, the rest waits for the next time")
+        runner.stop(number.name)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return children.on_stop(stop)
 
 
 @dataclass
 class Work:
-    """A job as submitit calls it; when its time is up it saves and goes back to the queue."""
+    """A job as submitit calls it; when its time is up it saves and goes back to the queue. One that runs `here` is
+    stopped as any program is; SLURM's own signals are for submitit."""
 
     runner: Runner
     job: list[Planned]
+    here: bool = False
 
     def __call__(self) -> list[Outcome]:
         """In the scheduler's process."""
-        return self.runner(self.job)
+        with _stopping(self.runner) if self.here else nullcontext():
+            return self.runner(self.job)
 
     def checkpoint(self) -> Any:
         """What submitit calls when SLURM announces the end."""
@@ -124,13 +121,14 @@ class Work:
 
         self.runner.stop("preempted")
         for child in list(self.runner.children):
-            child.wait()
+            children.await_end(child)
         fresh = Runner(self.runner.ablation, self.runner.deadline, self.runner.launcher)
-        return submitit.helpers.DelayedSubmission(Work(fresh, self.job))
+        return submitit.helpers.DelayedSubmission(Work(fresh, self.job, self.here))
 
 
 def submit(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: str) -> list[Outcome]:
-    """A job each through submitit; waits for all of them.
+    """A job each through submitit; waits for all of them. A stop is passed on to jobs that are processes here; those of
+    a scheduler go on.
 
     Raises:
         ValueError: where submitit is missing.
@@ -147,17 +145,30 @@ def submit(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, sched
         slurm = {"slurm_signal_delay_s": 120, **({"slurm_partition": cluster.partition} if cluster.partition else {})}
         executor.update_parameters(gpus_per_node=cluster.gpus, mem_gb=cluster.memory_gb, **slurm)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    submitted = [(job, executor.submit(Work(runner, job))) for job in jobs]
+    here = scheduler == "local"
+    submitted: list[tuple[list[Planned], Any]] = []
+    stopped: list[str] = []
+
+    def stop(number: signal.Signals) -> None:
+        children.stop_jobs([handle.job_id for _, handle in submitted], here=here, number=number)
+        say(f"{number.name}: what runs is saved, the rest waits for the next time")
+        stopped.append(number.name)
+
     outcomes: list[Outcome] = []
-    for job, handle in submitted:
-        say(f"{job[0].run.name}: job {handle.job_id}, {handle.paths.stdout}")
-    for job, handle in submitted:
-        try:
-            outcomes += handle.result()
-        except Exception as error:  # whatever ended the scheduler's process
-            lines = str(error).strip().splitlines()
-            why = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else repr(error))
-            outcomes += [Outcome(each.run.name, "failed", why) for each in job]
+    with children.on_stop(stop):
+        for job in jobs:
+            with children.deaf_to(signal.SIGINT):  # the terminal's, which is for this process to pass on
+                submitted.append((job, executor.submit(Work(runner, job, here))))
+        for job, handle in submitted:
+            say(f"{job[0].run.name}: job {handle.job_id}, {handle.paths.stdout}")
+        for job, handle in submitted:
+            try:
+                outcomes += handle.result()
+            except Exception as error:  # whatever ended the scheduler's process
+                lines = str(error).strip().splitlines()
+                why = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else repr(error))
+                ended = ("stopped", stopped[0]) if stopped else ("failed", why)
+                outcomes += [Outcome(each.run.name, *ended) for each in job]
     return outcomes
 
 

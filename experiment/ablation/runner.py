@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import yaml
 
+from experiment import children
 from experiment.ablation.config import AblationConfig
 from experiment.ablation.identity import ROOT
 from experiment.ablation.lock import Lock
@@ -64,10 +66,11 @@ class Runner:
         return outcomes
 
     def stop(self, reason: str) -> None:
-        """Let trainings save and end; start nothing more."""
+        """Let trainings save and end; start nothing more. A second time, end them at once."""
+        end = children.kill if self.reason else partial(children.send, number=signal.SIGTERM)
         self.reason = reason
         for child in list(self.children):
-            child.send_signal(signal.SIGTERM)
+            end(child)
 
     def _run(self, planned: Planned, environment: dict[str, str]) -> Outcome:
         folder, name = planned.run.folder, planned.run.name
@@ -106,9 +109,9 @@ class Runner:
             flags += ["--train.max_hours", f"{max(0.0, self.deadline - time.time()) / 3600:.6f}"]
         launch = [sys.executable]
         if self.launcher is not None:
-            launch += ["-m", "accelerate.commands.launch", "--config_file", self.launcher]
+            launch += ["-m", children.LAUNCHER, "--config_file", self.launcher]
         with output.open("a") as file:
-            child = subprocess.Popen(
+            child = children.start(
                 [*launch, str(ROOT / script), *flags],
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -116,6 +119,8 @@ class Runner:
                 pass_fds=(lock.file.fileno(),),
             )
             self.children.add(child)
+            if self.reason:  # since it was last asked for
+                children.send(child, signal.SIGTERM)
             try:
                 return child.wait()
             finally:

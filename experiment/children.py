@@ -1,0 +1,114 @@
+"""Processes that end with the one that starts them, whatever ends it.
+
+A child has a process group of its own: Ctrl-C in a terminal reaches the parent alone, which passes on what it sees fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LAUNCHER = "accelerate.commands.launch"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
+    """A program. When its parent is gone, SIGKILL included, Linux sends it SIGTERM; other systems have nothing like it,
+    and there it goes on. For that it asks itself, between fork and exec: Python's own hook there (`preexec_fn`) is not
+    safe beside threads."""
+    asking = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
+    return subprocess.Popen([*asking, *command], process_group=0, **options)
+
+
+def send(process: subprocess.Popen, number: int) -> None:
+    """A signal to a child; where that is accelerate's launcher, to what it launched: by itself it passes none on, or
+    kills after half a minute what has not ended by then."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        child = psutil.Process(process.pid)
+        launched = child.children() if LAUNCHER in child.cmdline() else []
+        for each in launched or [child]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.send_signal(number)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """At once, and all that it started."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        child = psutil.Process(process.pid)
+        for each in [child, *child.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def await_end(process: subprocess.Popen) -> None:
+    """For signal handlers: `process.wait()` would wait for the lock that the one which was interrupted holds."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        child = psutil.Process(process.pid)
+        while child.status() != psutil.STATUS_ZOMBIE:  # the interrupted one takes its status
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def on_stop(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Within, SIGTERM, Ctrl-C and a closed terminal call this; what is ignored, as after nohup, stays so."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    heeded = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in heeded:
+        signal.signal(number, lambda number, frame: handle(signal.Signals(number)))
+    try:
+        yield
+    finally:
+        for number, handler in heeded.items():
+            signal.signal(number, handler)
+
+
+def stop_jobs(jobs: Sequence[str], *, here: bool, number: signal.Signals) -> None:
+    """Of submitit: those that are processes here, by which it names them, are stopped too. Those of a scheduler go on
+    without the one who waits for them.
+
+    Raises:
+        SystemExit: in place of waiting for a scheduler's jobs.
+    """
+    if not here:
+        print(f"{number.name}: the jobs go on; to stop them: scancel {' '.join(jobs)}", flush=True)
+        raise SystemExit(128 + number)
+    for process in map(int, jobs):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def deaf_to(number: int) -> Iterator[None]:
+    """Within, what is started is born ignoring this signal."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _end_with(parent: int) -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    _end_with(int(sys.argv[1]))
+    os.execv(sys.argv[2], sys.argv[2:])

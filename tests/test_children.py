@@ -1,0 +1,155 @@
+"""A stop is a stop: what a program started ends with it, whatever ends it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+from processes import ROOT, TINY, environment_of, run
+
+PARENT = """
+import signal, subprocess, sys, time
+sys.path.insert(0, {root!r})
+from experiment import children
+{body}
+"""
+CHILD = """
+import signal, sys, time
+
+def end(number, frame):
+    open("ended", "w").write(signal.Signals(number).name)
+    sys.exit(75)
+
+for each in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(each, end)
+open("began", "w").close()
+while True:
+    time.sleep(0.01)
+"""
+
+
+def parent(folder, body, **options):
+    """A program that may start CHILD, until that has begun."""
+    (folder / "child.py").write_text(CHILD)
+    command = [sys.executable, "-c", PARENT.format(root=str(ROOT), body=body)]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, **options)
+    await_file(folder / "began", process)
+    return process
+
+
+def await_file(path, process, seconds=120):
+    deadline = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def family(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def left(processes, seconds=20):
+    return psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_a_killed_parents_child_is_asked_to_end(tmp_path):
+    process = parent(tmp_path, "children.start([sys.executable, 'child.py']).wait()")
+    found = family(process)
+    process.kill()
+    process.communicate()
+    assert not left(found)
+    assert (tmp_path / "ended").read_text() == "SIGTERM"
+
+
+def test_a_signal_handler_awaits_the_child_that_was_being_waited_for(tmp_path):
+    body = """
+def stop(number):
+    children.send(child, signal.SIGUSR1)
+    children.await_end(child)
+    print("ended in time")
+
+child = children.start([sys.executable, "child.py"])
+with children.on_stop(stop):
+    print(child.wait())
+"""
+    process = parent(tmp_path, body)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "ended in time\n75\n"
+
+
+def test_what_is_ignored_stays_ignored_and_grandchildren_can_be_killed(tmp_path):
+    body = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+script = "import subprocess, sys; subprocess.run([sys.executable, 'child.py'])"
+child = children.start([sys.executable, "-c", script])
+with children.on_stop(lambda number: children.kill(child)):
+    print(child.wait())
+"""
+    process = parent(tmp_path, body)
+    found = family(process)
+    assert len(found) == 2
+    process.send_signal(signal.SIGHUP)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[0] == f"{-signal.SIGKILL}\n"
+    assert not left(found)
+    assert not (tmp_path / "ended").exists()
+
+
+def test_what_accelerate_launched_is_told_in_place_of_its_launcher(tmp_path):
+    body = """
+one = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+child = children.start([sys.executable, "-m", children.LAUNCHER, *one, "child.py"], stderr=subprocess.DEVNULL)
+with children.on_stop(lambda number: children.send(child, number)):
+    child.wait()
+"""
+    process = parent(tmp_path, body)
+    found = family(process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert not left(found)
+    assert (tmp_path / "ended").read_text() == "SIGTERM"
+
+
+def started_demo(folder):
+    config = {**TINY, "autoencoder": "pixel", "data": {**TINY["data"], "image_size": 16}}  # seconds less
+    config |= {"model_args": {**TINY["model_args"], "patch_size": 4}, "train": {**TINY["train"], "num_steps": 100000}}
+    config |= {"log": {"every": 1, "validate_every": 0, "trackers": []}}
+    (folder / "long.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, str(ROOT / "scripts/demo.py"), "--experiment", "long.yaml", "--folder", "demo"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment_of(), **pipes)
+    await_file(folder / "demo/runs/quickstart/log.jsonl", process)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "stop", "status"),
+    [(signal.SIGTERM, os.kill, 143), (signal.SIGINT, os.killpg, 130)],
+    ids=["SIGTERM to it alone", "Ctrl-C to its group"],
+)
+def test_a_stopped_demo_saves_and_says_how_to_go_on(tmp_path, number, stop, status):
+    process = started_demo(tmp_path)
+    (training,) = family(process)
+    stop(process.pid, number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    assert not left([training])
+    (checkpoint,) = (tmp_path / "demo/runs/quickstart/checkpoints").glob("[0-9]*")
+    assert (checkpoint / "ema.safetensors").is_file()
+    resume = f"{sys.executable} {ROOT / 'train.py'} --resume runs/quickstart"
+    assert output.splitlines()[-1] == f"stopped; go on with: cd {tmp_path / 'demo'} && {resume}"
+
+
+def test_the_demos_help_is_help(tmp_path):
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    done = run("scripts/demo.py", "--folder", tmp_path, "--help", cwd=tmp_path)
+    assert "where runs/ and cache/ are" in done.stdout
+    assert (tmp_path / "runs/quickstart").is_dir()
