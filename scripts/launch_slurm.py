@@ -9,24 +9,33 @@ and resumes with `--resume auto`.
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment import children
+from experiment.cli import one_line_errors
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class Training:
-    """`accelerate launch train.py ... --resume auto` on one node, as submitit calls it."""
+    """`train.py ... --resume auto` on one node, as submitit calls it; `accelerate launch` for several GPUs. One that
+    runs `here` is stopped by SIGTERM as any program is; SLURM's own signals are for submitit."""
 
     arguments: list[str]
     gpus: int
+    here: bool = False
 
     def __call__(self) -> int:
         """Run it to its end; returns the exit status.
@@ -34,12 +43,14 @@ class Training:
         Raises:
             RuntimeError: when it fails.
         """
-        processes = ["--num_processes", str(max(1, self.gpus)), *(["--multi_gpu"] if self.gpus > 1 else [])]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", *processes, "--num_machines", "1"]
-        numbers = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        command = [*launcher, *numbers, str(ROOT / "train.py"), *self.arguments, "--resume", "auto"]
-        self.process = subprocess.Popen(command)
-        status = self.process.wait()
+        launch = [sys.executable]
+        if self.gpus > 1:
+            launch += ["-m", children.LAUNCHER, "--multi_gpu", "--num_processes", str(self.gpus)]
+            launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        self.process = children.start([*launch, str(ROOT / "train.py"), *self.arguments, "--resume", "auto"])
+        stop = partial(children.send, self.process)
+        with children.on_stop(stop) if self.here else nullcontext():
+            status = self.process.wait()
         if status not in (0, 75):
             raise RuntimeError(f"train.py ended with status {status}")
         return status
@@ -48,9 +59,9 @@ class Training:
         """What submitit calls when SLURM announces the end: let the training save, then go back to the queue."""
         import submitit
 
-        self.process.send_signal(signal.SIGUSR1)
-        self.process.wait()
-        return submitit.helpers.DelayedSubmission(Training(self.arguments, self.gpus))
+        children.send(self.process, signal.SIGUSR1)
+        children.await_end(self.process)
+        return submitit.helpers.DelayedSubmission(Training(self.arguments, self.gpus, self.here))
 
 
 def main(
@@ -92,15 +103,16 @@ def main(
     if cluster == "slurm":
         slurm = {"slurm_signal_delay_s": 120, **({"slurm_partition": partition} if partition else {})}
         executor.update_parameters(gpus_per_node=gpus, mem_gb=memory_gb, **slurm)
-    job = executor.submit(Training(["--config", str(experiment), *overrides], gpus))
-    print(f"job {job.job_id}; its output: {job.paths.stdout}")
+    here = cluster == "local"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with children.deaf_to(signal.SIGINT):  # the terminal's, which is for this process to pass on
+        job = executor.submit(Training(["--config", str(experiment), *overrides], gpus, here))
+    print(f"job {job.job_id}; its output: {job.paths.stdout}", flush=True)
     if wait:
-        print(f"it ended with status {job.result()}")
+        with children.on_stop(lambda number: children.stop_jobs([job.job_id], here=here, number=number)):
+            print(f"it ended with status {job.result()}")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    from experiment.cli import one_line_errors
-
     with one_line_errors():
         auto_cli(main, as_positional=False)

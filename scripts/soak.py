@@ -25,6 +25,10 @@ from pathlib import Path
 import yaml
 from jsonargparse import auto_cli
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment import children
+
 ROOT = Path(__file__).parent.parent
 MEASURED = {"images_per_second", "waiting_for_data", "memory_gb"}
 CONFIG = {
@@ -60,7 +64,7 @@ def soak(
     """
     draw = random.Random(seed)
     figures = {"kills": 0, "in_a_save": 0, "runs": 0, "resumed_steps": [], "precision": precision}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, children.on_stop(stop):
         folder = Path(name)
         config = {**CONFIG, "train": {**CONFIG["train"], "num_steps": num_steps, "precision": precision}}
         (folder / "soak.yaml").write_text(yaml.safe_dump(config))
@@ -98,11 +102,23 @@ def soak(
 
 
 def start(folder: Path, name: str) -> subprocess.Popen:
-    """A training in a process group of its own."""
+    """A training that ends with the soak."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", "soak.yaml", "--name", name, "--resume", "auto"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
+    started[:] = [children.start(command, cwd=folder, env=environment, **quiet)]
+    return started[0]
+
+
+def stop(number: signal.Signals) -> None:
+    """What runs goes, and its folder."""
+    for process in started:
+        children.kill(process)
+        children.await_end(process)
+    raise SystemExit(128 + number)
+
+
+started: list[subprocess.Popen] = []  # the last one: they come one after the other
 
 
 def newest_step(checkpoints: Path) -> int:
@@ -123,7 +139,7 @@ def killed(process: subprocess.Popen, seconds: float) -> bool:
         process.wait(timeout=seconds)
         return False
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        children.kill(process)
         process.communicate()
         return True
 
