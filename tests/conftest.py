@@ -1,7 +1,6 @@
 """Shapes in public signatures are checked while testing: jaxtyping reads them, beartype verifies them."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # no bf16: the same numbers on every machine
@@ -24,14 +23,6 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def root() -> Path:
     """The repository."""
     return Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps one state a process, and refuses a test another precision than that of the one before."""
-    yield
-    if state := sys.modules.get("accelerate.state"):
-        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,8 @@ def forked(command, cwd, environment):
 
 
 def become(command, cwd, environment, *outputs):
-    """Be the program: its folder, environment, arguments and outputs."""
+    """Be the program: its folder, environment, arguments and outputs; what the libraries do at exit is the server's."""
+    atexit._clear()
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))

@@ -6,24 +6,32 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState, PartialState
 from processes import ROOT
 
 from experiment.machine import describe, open_accelerator
 from experiment.precision import choose_precision, has_bf16, slowdown_of_bf16
 
 CPU = torch.device("cpu")
+STATES = [PartialState._shared_state, AcceleratorState._shared_state]
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.fixture
 def x86(monkeypatch):
-    """A CPU with AVX-512 bf16, until told otherwise."""
+    """A CPU with AVX-512 bf16, until told otherwise, and an Accelerate that has not chosen a precision yet."""
+    before = [dict(state) for state in STATES]
+    for state in STATES:
+        state.clear()
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    return monkeypatch
+    yield monkeypatch
+    for state, values in zip(STATES, before, strict=True):
+        state.clear()
+        state.update(values)
 
 
 def test_auto_is_bf16_on_cpus_with_instructions_for_it(x86):

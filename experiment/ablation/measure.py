@@ -34,6 +34,7 @@ class Measured:
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator = path, accelerator
+        self.counted: dict[str, Cost] = {}
         self.known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def get(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
@@ -43,6 +44,13 @@ class Measured:
             self.known[name] = measure()
             write_whole(self.path, json.dumps(self.known, indent=1) + "\n")
         return self.known[name]
+
+    def cost(self, spec: ModelSpec) -> Cost:
+        """Of a backbone, counted once."""
+        key = repr(spec)
+        if key not in self.counted:
+            self.counted[key] = count(spec)
+        return self.counted[key]
 
     def speed(self, spec: ModelSpec, run: Run) -> Speed:
         """Of a backbone under a run's process and precision."""

@@ -14,7 +14,7 @@ from diffusion.samplers import num_calls
 from experiment.ablation.config import AblationConfig
 from experiment.ablation.identity import keys_of, of_any_code
 from experiment.ablation.match import resized
-from experiment.ablation.measure import Measured, Speed, count
+from experiment.ablation.measure import Measured, Speed
 from experiment.ablation.stages import done_stages
 from experiment.ablation.variants import Run
 from experiment.build import (
@@ -106,12 +106,15 @@ def make_plan(
     """
     measured = Measured(folder / "measured.json", accelerator)
     specs = {run.folder: _named(run, lambda run=run: check(run, ablation)) for run in runs}
+    given = {run.folder: run for run in runs}
     if ablation.match is not None:
         runs = match(ablation, runs, specs, measured)
 
     found: list[Planned] = []
     for run in runs:
-        spec, classes, num_images, num_reference = _named(run, lambda run=run: check(run, ablation))
+        if run is not given[run.folder]:  # match has changed it
+            specs[run.folder] = _named(run, lambda run=run: check(run, ablation))
+        spec, classes, num_images, num_reference = specs[run.folder]
         scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and not found}
         keys = keys_of(run.config, scoring, asdict(ablation.pictures))
         keys = {name: key for name, key in keys.items() if name != "draw" or ablation.pictures.num_per_class}
@@ -119,7 +122,7 @@ def make_plan(
             run,
             spec,
             classes,
-            count(spec),
+            measured.cost(spec),
             num_training_steps(run.config.train, num_images),
             ablation.scoring.trials * (run.config.evaluation.num_samples or num_reference),
             of_any_code(keys, done_stages(run.folder)) if any_code else keys,
@@ -169,8 +172,8 @@ def match(ablation: AblationConfig, runs: list[Run], specs: dict[Path, Any], mea
 
         def find() -> dict[str, Any]:
             cost_of = {
-                "flops": lambda spec: count(spec).gflops,
-                "params": lambda spec: float(count(spec).parameters),
+                "flops": lambda spec: measured.cost(spec).gflops,
+                "params": lambda spec: float(measured.cost(spec).parameters),
                 "time": lambda spec: 1 / measured.speed(spec, run).training,
             }[rule.by]
             return resized(spec, cost_of(target), cost_of, rule.tolerance).args
