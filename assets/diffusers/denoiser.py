@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class ExportedDenoiser(ModelMixin, ConfigMixin):
         if torch_dtype not in (None, torch.float32):
             raise ValueError(f"torch_dtype={torch_dtype}: the exported backbone is in float32; leave it out")
         denoiser = cls.from_config(cls.load_config(folder))
-        denoiser._program = torch.export.load(Path(folder) / "denoiser.pt2")
+        with warnings.catch_warnings():  # torch 2.9 has one of its own reader
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            denoiser._program = torch.export.load(Path(folder) / "denoiser.pt2")
         return denoiser.eval()
 
     @torch.no_grad()

@@ -32,12 +32,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         denoiser,
         scheduler,
         vae=None,
-        classes: list[str] | None = None,
-        num_steps: int = 50,
-        spacing: str = "uniform",
-        guidance_scale: float = 1.0,
-        guided_channels: int | None = None,
-    ) -> None:
+        classes=None,
+        num_steps=50,
+        spacing="uniform",
+        guidance_scale=1.0,
+        guided_channels=None,
+    ) -> None:  # arguments without types: before 0.37 diffusers stumbles over `list[str] | None`
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
         self.register_to_config(
