@@ -21,8 +21,8 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
     """A program. When its parent is gone, SIGKILL included, Linux sends it SIGTERM; other systems have nothing like it,
-    and there it goes on. For that it asks itself, between fork and exec: Python's own hook there (`preexec_fn`) is not
-    safe beside threads."""
+    and there it goes on. It asks for that itself, as this file, before it becomes the program: Python's own hook in new
+    processes (`preexec_fn`) is not safe beside threads."""
     asking = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     return subprocess.Popen([*asking, *command], process_group=0, **options)
 
