@@ -219,8 +219,7 @@ def hub(monkeypatch, tmp_path):
     resolve = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # before 0.34 there is none
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     yield hub
     hub.shutdown()

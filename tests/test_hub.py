@@ -35,8 +35,7 @@ def asked(hub):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.address)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # huggingface_hub before 0.34 has none
-        patch.setenv("HF_HUB_DISABLE_XET", "1")
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setenv("HF_TOKEN", TOKEN)
         yield
 
