@@ -2,7 +2,7 @@
 
 The threads of an operation meet at a barrier, where those of GNU's OpenMP spin for milliseconds before they sleep.
 Nothing is faster on a machine of one's own. Beside another busy process it is ruin: who spins there keeps a core from
-the very thread that it waits for, and two trainings side by side fall to a tenth of their speed. So while others keep
+the very thread that it waits for, and two trainings side by side fall to a sixth of their share. So while others keep
 cores busy that our threads would take, ours sleep at once, which costs a tenth alone and nothing beside others
 (docs/performance.md). It changes no result, as another number of threads would.
 """

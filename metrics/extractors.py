@@ -50,7 +50,7 @@ class ProgramExtractor(FeatureExtractorBase):
         if features.ndim != 2 or probabilities.ndim != 2:
             shapes = f"{list(features.shape)} and {list(probabilities.shape)}"
             raise ExtractorError(f"it returns {shapes}, not features [n d] and class probabilities [n k]")
-        sums = probabilities.double().sum(dim=1)
+        sums = probabilities.cpu().double().sum(dim=1)
         if probabilities.isfinite().all() and (probabilities.min() < 0 or (sums - 1).abs().max() > 1e-2):
             raise ExtractorError("its second output is not class probabilities (are they logits? add a softmax)")
         outputs = {"features": features, "log_probabilities": probabilities.float().clamp(min=1e-30).log()}
