@@ -50,10 +50,11 @@ class Muon(torch.optim.AdamW):
         """One step by the weights' gradients."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         groups = self.param_groups
+        dtype = torch.bfloat16 if has_bf16(groups[0]["params"][0].device)[0] else torch.float32
         for group in groups:
             for weight in group["params"] if "momentum" in group else ():
                 if weight.grad is not None:
-                    self._move(weight, group)
+                    self._move(weight, group, dtype)
         try:
             self.param_groups = [group for group in groups if "momentum" not in group]
             super().step()
@@ -61,18 +62,15 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         return loss
 
-    def _move(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
+    def _move(self, weight: nn.Parameter, group: dict[str, Any], dtype: torch.dtype) -> None:
         state, gradient, momentum = self.state[weight], weight.grad, group["momentum"]
         assert gradient is not None
         if not state:
-            state |= {
-                "step": torch.zeros(()),
-                "momentum_buffer": torch.zeros_like(weight),
-            }  # AdamW loads none without step
+            state["step"] = torch.zeros(())  # AdamW loads no state without it
+            state["momentum_buffer"] = torch.zeros_like(weight)
         state["step"] += 1
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         ahead = whole(gradient.lerp(average, momentum))  # Nesterov's; of a sharded weight all parts together
-        dtype = torch.bfloat16 if has_bf16(ahead.device)[0] else torch.float32
         matrix = ahead.flatten(1)
         direction = part_like(orthogonalise(matrix, dtype).view_as(ahead), weight)
         weight.mul_(1 - group["lr"] * group["weight_decay"])

@@ -4,8 +4,10 @@ import atexit
 import importlib.util
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,12 +39,12 @@ TINY = {
 def run(*arguments, cwd, processes=1, check=True, **settings):
     """A program in a process of its own, as a user starts it; `settings` are added to its environment.
 
-    One process is forked off a server that has imported the libraries and nothing else, which saves each its seconds;
-    several are started by torch's launcher.
+    It is forked off a server that has imported the libraries and nothing else, which saves each its seconds. Several
+    `processes` find the variables that torch's launcher sets; where one fails the others are stopped, as it does.
     """
     command = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    if processes == 1 and "fork" in multiprocessing.get_all_start_methods():
-        done = forked(command, cwd, environment_of(**settings))
+    if "fork" in multiprocessing.get_all_start_methods():
+        done = forked(command, cwd, [environment_of(**settings, **rank) for rank in ranks(processes)])
     else:
         launcher = [sys.executable]
         if processes > 1:
@@ -60,14 +62,30 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(LIBRARIES)
 
 
-def forked(command, cwd, environment):
-    """As `subprocess.run` of Python on this command would end."""
+def ranks(number):
+    """What tells each of several processes about the others; nothing for one."""
+    if number == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    own = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**own, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
+def forked(command, cwd, environments):
+    """As `subprocess.run` of Python on this command would end, in a process for each of the environments."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = SERVER.Process(target=become, args=(command, str(cwd), environment, *outputs))
-        process.start()
-        process.join()
-        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
+        group = [SERVER.Process(target=become, args=(command, str(cwd), own, *outputs)) for own in environments]
+        for process in group:
+            process.start()
+        while any(process.exitcode is None for process in group):
+            multiprocessing.connection.wait([process.sentinel for process in group if process.exitcode is None])
+            if any(process.exitcode for process in group):
+                for process in group:
+                    process.terminate()
+        code = next((process.exitcode for process in group if process.exitcode), 0)
+        return subprocess.CompletedProcess(command, code, *(path.read_text() for path in outputs))
 
 
 def become(command, cwd, environment, *outputs):
