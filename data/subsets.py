@@ -1,0 +1,26 @@
+"""Which images stand for all of them: seeded, and fair to every class."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+
+def stratified(labels: Int64[Tensor, " n"], count: int, seed: int) -> Int64[Tensor, " count"]:
+    """Positions, ascending, of `count` images; of each class its share, rounded up or down.
+
+    A systematic sample of the images laid out by class, classes and images within a class in random order: each image
+    is as likely as any other. Of more images than there are, each comes as often as any other, or once more.
+    """
+    draw, num = torch.Generator().manual_seed(seed), len(labels)
+    shuffled = torch.randperm(num, generator=draw)
+    classes, of_class = labels[shuffled].unique(return_inverse=True)
+    by_class = shuffled[torch.randperm(len(classes), generator=draw)[of_class].argsort(stable=True)]
+    start = torch.randint(max(1, num), (1,), generator=draw)
+    return by_class[(torch.arange(count) * num + start) // max(1, count)].sort().values
+
+
+def random_half(num_images: int, seed: int) -> Bool[Tensor, " num_images"]:
+    """Which of the images are in the first of two random halves."""
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)) < num_images // 2
