@@ -43,7 +43,7 @@ def main(config: ExperimentConfig) -> None:
     from experiment.evaluation import open_scorer
     from experiment.files import write_whole
     from experiment.guard import Guard, gradient_norm
-    from experiment.inspection import Inspection
+    from experiment.inspection import Inspection, check_best
     from experiment.interruption import EXIT_CODE, Interruption
     from experiment.machine import open_accelerator
     from experiment.meter import Meter
@@ -55,6 +55,7 @@ def main(config: ExperimentConfig) -> None:
 
     # Devices and folders.
     run, process = config.folder, build_process(config.diffusion)
+    lowest_is_best = check_best(config.log, config.evaluation)
     accelerator = open_accelerator(
         config.train.precision,
         flag="--train.precision",
@@ -64,6 +65,8 @@ def main(config: ExperimentConfig) -> None:
         project_dir=run,
     )
     set_seed(config.train.seed)
+    if (run / "plan.json").is_file():
+        raise FileExistsError(f"{run} holds an ablation; give another --name")
     if not config.resume and list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
 
@@ -158,7 +161,7 @@ def main(config: ExperimentConfig) -> None:
 
     def keep_if_best(found: dict[str, float]) -> None:
         value = found.get(config.log.best or "")
-        if value is not None and best.improves(value, step):
+        if value is not None and best.improves(value, step, lower=lowest_is_best):
             save()
             if accelerator.is_main_process:
                 mark_best(run / "checkpoints", step)

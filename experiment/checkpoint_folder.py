@@ -68,15 +68,15 @@ def rotate(folder: Path, *, keep: int, keep_every: int = 0) -> None:
 
 @dataclass
 class Best:
-    """The lowest value of a metric so far, and the step whose checkpoint has it; a part of that checkpoint's progress,
+    """The best value of a metric so far, and the step whose checkpoint has it; a part of that checkpoint's progress,
     so that a run killed before `mark_best` can make up for it."""
 
     value: float | None = None
     step: int | None = None
 
-    def improves(self, value: float, step: int) -> bool:
-        """Takes the value in if it is the lowest."""
-        if self.value is None or value < self.value:
+    def improves(self, value: float, step: int, *, lower: bool) -> bool:
+        """Takes the value in if it is the best; `lower`: the lowest one is."""
+        if self.value is None or (value < self.value if lower else value > self.value):
             self.value, self.step = value, step
             return True
         return False

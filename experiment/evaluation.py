@@ -114,7 +114,9 @@ def evaluate(
     scores = compare(features, reference.features, extractor, metrics=evaluation.metrics, seed=evaluation.seed)
     if "fid" in evaluation.metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:
         first, second = (frechet_distance(half, reference.features.moments) for half in features.halves)
-        scores.scores[f"{metric_name('fid', extractor)}, halves"] = Score((first + second) / 2, abs(first - second) / 2)
+        scores.scores[f"{metric_name('fid', extractor.kind, extractor.name)}, halves"] = Score(
+            (first + second) / 2, abs(first - second) / 2
+        )
     return scores, features
 
 

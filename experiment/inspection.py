@@ -13,15 +13,34 @@ from torch import Tensor, nn
 from data.latents import LatentCache
 from diffusion import Process
 from diffusion.process import Auxiliary
-from experiment.config import ExperimentConfig, SamplingConfig
+from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
 from experiment.ema import EMA
 from experiment.evaluation import Reference, evaluate
 from experiment.generation import Generator, balanced_labels, generate, sample_labels
 from experiment.sources import from_generator
 from experiment.tracking import Log, draw_progress, save_grid
 from experiment.validation import validation_loss
+from metrics.extractors import naming
 from metrics.features import Extractor
+from metrics.fidelity import is_lower_better, metric_name
 from models.autoencoder import Codec
+
+
+def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
+    """Whether the lowest value of `log.best` is the best one.
+
+    Raises:
+        ValueError: for what this training does not measure, saying what it does, or which interval to set.
+    """
+    names = ["validation_loss", *(metric_name(each, *naming(evaluation.extractor)) for each in evaluation.metrics)]
+    if log.best is None:
+        return True
+    if log.best not in names:
+        raise ValueError(f"--log.best {log.best}: not measured in this training; there are {', '.join(names)}")
+    needed = "validate_every" if log.best == names[0] else "evaluate_every"
+    if not getattr(log, needed) > 0:
+        raise ValueError(f"--log.best {log.best}: it is never measured; set --log.{needed} to a number of steps")
+    return is_lower_better(log.best)
 
 
 @dataclass(frozen=True)

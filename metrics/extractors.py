@@ -91,19 +91,27 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> Network
     Raises:
         ExtractorError: in one line, naming the flag and what to give it.
     """
+    named = naming(name)
     if name in NAMES:
         module = _load_named(name, weights_path)
         published = weights_path is None or _is_published(name, Path(weights_path))
-        return Network(name, name, module, _state_sha256(module), published)
+        return Network(*named, module, _state_sha256(module), published)
     if name.startswith(TIMM):
         model = _load_timm(name, weights_path)
-        return Network("timm", name.removeprefix(TIMM), model, _state_sha256(model), published=False)
+        return Network(*named, model, _state_sha256(model), published=False)
     path = Path(name)
     if not path.is_file():
         raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}, nor timm:NAME")
     if weights_path is not None:
         raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
-    return Network(PROGRAM, path.stem, _load_file(name), _file_sha256(path), published=False)
+    return Network(*named, _load_file(name), _file_sha256(path), published=False)
+
+
+def naming(extractor: str) -> tuple[str, str]:
+    """Kind of an extractor, and what its scores are called by."""
+    if extractor in NAMES:
+        return extractor, extractor
+    return ("timm", extractor.removeprefix(TIMM)) if extractor.startswith(TIMM) else (PROGRAM, Path(extractor).stem)
 
 
 UNREADABLE = (OSError, HTTPException, RuntimeError, ValueError, EOFError, UnpicklingError)

@@ -234,7 +234,11 @@ def compare(
     scores = {}
     for names, family in families.items():
         if wanted := set(names) & set(metrics):
-            scores |= {metric_name(name, extractor): one for name, one in family().items() if name in wanted}
+            scores |= {
+                metric_name(name, extractor.kind, extractor.name): one
+                for name, one in family().items()
+                if name in wanted
+            }
 
     settings = {
         "neighbourhood": neighbourhood,
@@ -248,17 +252,24 @@ def compare(
     return Scores(scores, extractor.name, extractor.sha256, samples.num, reference.num, dim, settings)
 
 
-def metric_name(metric: str, extractor: Extractor) -> str:
-    """What a metric may be called: FID, IS and KID are Inception's, precision and recall are anyone's."""
-    if extractor.kind == INCEPTION:
-        return metric
-    elsewhere = {
-        "fid": "frechet_distance",
-        "sfid": "spatial_frechet_distance",
-        "is": "classifier_score",
-        "kid": "kernel_distance",
-    }
-    return f"{elsewhere[metric]}[{extractor.name}]" if metric in elsewhere else metric
+ELSEWHERE = {
+    "fid": "frechet_distance",
+    "sfid": "spatial_frechet_distance",
+    "is": "classifier_score",
+    "kid": "kernel_distance",
+}
+LOWER_IS_BETTER = {"fid", "sfid", "kid", "frechet_distance", "spatial_frechet_distance", "kernel_distance"}
+
+
+def metric_name(metric: str, kind: str, name: str) -> str:
+    """What a metric may be called on an extractor of this kind and name: FID, IS and KID are Inception's, precision and
+    recall are anyone's."""
+    return metric if kind == INCEPTION or metric not in ELSEWHERE else f"{ELSEWHERE[metric]}[{name}]"
+
+
+def is_lower_better(metric: str) -> bool:
+    """Of a metric, whatever extractor it is on, or of a loss."""
+    return metric.partition("[")[0] in LOWER_IS_BETTER or metric.startswith("validation_")
 
 
 def class_distances(samples: Features, reference: Features, min_images: int = 50) -> dict[int, Score]:

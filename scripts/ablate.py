@@ -8,6 +8,7 @@ python scripts/ablate.py configs/ablations/table1.yaml --executor slurm --cluste
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.ablation.config import ClusterConfig
 from experiment.cli import one_line_errors, parse
+
+STARTED = time.time()
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +43,7 @@ class AblateConfig:
         max_hours: start nothing after this time; a training that runs saves and stops. The same command goes on
         launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
         any_code: take results of other versions of the code for done
+        redo: keep trainings of another configuration or code as seed<n>.before-<time>, and train anew
         name: of the folder, runs/<name>; by default the YAML's
     """
 
@@ -52,6 +56,7 @@ class AblateConfig:
     max_hours: float | None = None
     launcher: str | None = None
     any_code: bool = False
+    redo: bool = False
     name: str | None = None
 
 
@@ -63,6 +68,8 @@ def main(config: AblateConfig) -> int:
     if config.workers < 1:
         raise ValueError(f"--workers {config.workers} must be at least 1")
     folder = Path("runs") / (config.name or path.stem)
+    if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
+        raise ValueError(f"--name {folder.name}: {folder} holds a training; give the ablation another name")
     return report(folder) if config.only == "report" else run(config, path, folder)
 
 
@@ -79,7 +86,7 @@ def run(config: AblateConfig, path: Path, folder: Path) -> int:
     from experiment.ablation.config import read_ablation
     from experiment.ablation.executors import EXECUTORS, jobs_of, places
     from experiment.ablation.lock import Lock
-    from experiment.ablation.plan import make_plan, table
+    from experiment.ablation.plan import make_plan, refuse_changed, table
     from experiment.ablation.runner import Runner
     from experiment.ablation.variants import expand
     from experiment.interruption import EXIT_CODE
@@ -91,13 +98,16 @@ def run(config: AblateConfig, path: Path, folder: Path) -> int:
     runs = expand(ablation, folder.name)
     places(config.workers)  # refuses more of them than there is room for, before anything is made
     with Lock(folder / "lock"):
+        start = time.time() - STARTED
         accelerator = open_accelerator(runs[0].config.train.precision)
-        plan = make_plan(ablation, runs, folder, accelerator, timed=True, any_code=config.any_code)
+        plan = make_plan(ablation, runs, folder, accelerator, timed=True, any_code=config.any_code, start=start)
         print(table(plan), flush=True)
         if config.only == "plan":
             return 0
 
         # Doing it.
+        if not config.redo:
+            refuse_changed(plan)
         prepare([planned for planned in plan if not planned.done.issuperset(planned.keys)], accelerator)
         runner = Runner(ablation, deadline, config.launcher, config.workers)
         outcomes = EXECUTORS[config.executor](jobs_of(plan), runner, config.cluster, folder / "jobs")
@@ -131,5 +141,7 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--ablation")
-    with one_line_errors():
+    with one_line_errors(), contextlib.suppress(KeyboardInterrupt):
         raise SystemExit(main(parse(AblateConfig, arguments)))
+    print("stopped before anything was trained; the same command goes on", file=sys.stderr)
+    raise SystemExit(130)

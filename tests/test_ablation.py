@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,20 +16,22 @@ import psutil
 import pytest
 import torch
 import yaml
-from processes import ROOT, TINY, run
+from processes import ROOT, TINY, run, script
 
 from experiment import children
 from experiment.ablation import identity, stages
-from experiment.ablation.config import AblationConfig, ClusterConfig, MatchConfig, read_ablation
+from experiment.ablation.config import AblationConfig, ClusterConfig, MatchConfig, ScoringConfig, read_ablation
 from experiment.ablation.executors import EXECUTORS, jobs_of
 from experiment.ablation.lock import Lock
 from experiment.ablation.match import at_width, resized
-from experiment.ablation.plan import make_plan, table
+from experiment.ablation.measure import Speed
+from experiment.ablation.plan import make_plan, refuse_changed, table
 from experiment.ablation.runner import Runner, last_line
 from experiment.ablation.stages import done_stages, mark
 from experiment.ablation.variants import expand, merged
 from experiment.build import ModelSpec
-from experiment.cli import parse
+from experiment.cli import parse, parse_mapping
+from experiment.config import ExperimentConfig
 from experiment.machine import open_accelerator
 from metrics.cost import cost
 
@@ -65,6 +67,26 @@ def test_every_shipped_ablation_builds(path, monkeypatch):
     assert len(runs) >= 3
     plan = make_plan(ablation, runs, Path("runs/x"), open_accelerator("fp32"), timed=False, any_code=False)
     assert len({json.dumps(planned.keys) for planned in plan}) == len(plan)  # no two variants are the same
+
+
+BLOCKS = [
+    block
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for block in re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize("text", BLOCKS)
+def test_every_ablation_in_the_documents_is_planned_as_it_stands(text):
+    Path("a.yaml").write_text(text)
+    smaller = {"data": {**TINY["data"], "exclude_classes": []}, "model_args": TINY["model_args"]}
+    ablation = read_ablation(Path("a.yaml"), smaller)
+    runs = expand(ablation, "a")
+    ablation = replace(ablation, match=None, pictures=replace(ablation.pictures, classes=["star"]))
+    plan = make_plan(ablation, runs, Path("runs/a"), open_accelerator("fp32"), timed=False, any_code=False)
+    names = [f"{skip} lr={lr}" for skip in ("localized", "none") for lr in (0.0001, 0.0004)]
+    assert [planned.run.variant for planned in plan[::3]] == names
+    assert json.loads(Path("runs/a/plan.json").read_text())["ablation"]["baseline"] == names[0]
 
 
 def test_the_variants_of_guidance_share_trainings():
@@ -118,6 +140,10 @@ def planned(path):
         ("variants: {a: {}}\npictures: {classes: [strr]}", "variant a: --classes strr: no such class"),
         ("variants: {a: {}}\nbaseline: b", "baseline b: no such variant; there are a"),
         ("variants: {}", "variants and grid are empty"),
+        (
+            "variants: {a: {}}\ngrid: {optim.lr: [1, 2]}\nbaseline: b",
+            "baseline b: no such variant; there are a lr=1, a lr=2",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(text, message):
@@ -173,9 +199,10 @@ def test_what_cannot_be_matched_is_told():
 
 
 def test_a_plan_is_matched_timed_and_remembered():
+    grid = {"optim.lr": [1e-3]}  # which makes other names
     variants = {"XSwin": {"model_args": TINY["model_args"]}, "DiT": {"model": "DiT", "model_args.depth": 4}}
     ablation = AblationConfig(
-        base={**BASE, "model_args": {}}, variants=variants, match=MatchConfig("XSwin", "params", 0.2)
+        base={**BASE, "model_args": {}}, variants=variants, match=MatchConfig("XSwin", "params", 0.2), grid=grid
     )
     where = (expand(ablation, "m"), Path("runs/m"), open_accelerator("fp32"))
     plan = partial(make_plan, ablation, *where, timed=True, any_code=False)
@@ -213,14 +240,76 @@ def test_a_key_is_of_what_matters():
 
 def test_code_counts_by_its_syntax(tmp_path):
     def of(text):
-        (tmp_path / "m").mkdir(exist_ok=True)
-        (tmp_path / "m" / "a.py").write_text(text)
-        identity.code_hash.cache_clear()
-        return identity.code_hash(("m",), tmp_path)
+        (tmp_path / "train.py").write_text(text)
+        identity.code_of.cache_clear()
+        return identity.code_of("train", tmp_path)
 
     base = of('"""What."""\n\n\ndef f(x):\n    """Why."""\n    return x + 1\n')
     assert of("# said differently\ndef f( x ):\n    return (x + 1)\n") == base
     assert of("def f(x):\n    return x + 2\n") != base
+    identity.code_of.cache_clear()
+
+
+def test_the_code_of_a_training_is_what_it_imports():
+    files = identity.code_of("train").keys()
+    assert files >= {"train.py", "experiment/objective.py", "experiment/phases.py", "models/layers/window.py"}
+    assert files.isdisjoint({"models/diffusers_dit.py", "experiment/doctor.py", "experiment/tracking.py"})
+    assert identity.code_of("score").keys() > {*files, "metrics/reference.py", "experiment/evaluation.py"}
+    assert "experiment/ablation/results.py" not in identity.code_of("score")
+
+
+@pytest.fixture
+def changed_code(monkeypatch):
+    """Another version of one file of a stage's code."""
+
+    def change(name):
+        now = {stage: identity.code_of(stage) for stage in identity.PROGRAMS}
+        for module in (identity, stages):
+            other = {stage: {**code, name: "other"} if name in code else code for stage, code in now.items()}
+            monkeypatch.setattr(module, "code_of", other.__getitem__)
+
+    return change
+
+
+def test_a_changed_file_of_the_code_makes_its_stages_due(scripted, changed_code):
+    ablation, (planned,) = plan_of({"a": {}})
+    execute(ablation, [planned])
+
+    def now():
+        scoring = {**asdict(ablation.scoring), "baselines": True}
+        return replace(planned, keys=identity.keys_of(planned.run.config, scoring, asdict(ablation.pictures)))
+
+    changed_code("models/diffusers_dit.py")
+    assert now().state == "done"
+    changed_code("metrics/reference.py")
+    assert (now().done & {"train", "draw", "score"}, now().state) == ({"train", "draw"}, "trained")
+    changed_code("experiment/objective.py")
+    assert now().state == "of other experiment/objective.py"
+    with pytest.raises(ValueError, match=r"seed0: experiment/objective\.py: --redo true keeps that beside them"):
+        refuse_changed([now()])
+
+
+def test_a_study_and_a_training_do_not_share_a_folder(tmp_path):
+    ablate, train = script("scripts/ablate.py"), script("train.py")
+    Path("a.yaml").write_text(f"base: {json.dumps(BASE)}\nvariants: {{a: {{}}}}\n")
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/config.yaml").touch()
+    with pytest.raises(ValueError, match="--name a: runs/a holds a training; give the ablation another name"):
+        ablate.main(ablate.AblateConfig("a.yaml"))
+    Path("runs/a/plan.json").touch()
+    with pytest.raises(FileExistsError, match="runs/a holds an ablation; give another --name"):
+        train.main(parse_mapping(ExperimentConfig, {**TINY, "name": "a", "log": {"trackers": []}}))
+
+
+def test_an_estimate_has_all_that_a_run_does():
+    settings = {"log.validate_every": 2, "log.sample_every": 2, "log.evaluate_every": 4, "log.num_validation": 5}
+    ablation = AblationConfig(base=BASE, variants={"a": settings}, scoring=ScoringConfig(trials=2))
+    where = (expand(ablation, "t"), Path("runs/t"), open_accelerator("fp32"))
+    (planned,) = make_plan(ablation, *where, timed=False, any_code=False, start=100.0)
+    planned = replace(planned, speed=Speed(training=16.0, calls=10.0, decoding=5.0))
+    image = 2 * 3 / 10 + 1 / 5  # guided, three steps
+    grids, scored, pictures = 3 * 40 * image, 12 * image, 8 * 8 * image
+    assert planned.seconds == pytest.approx(300 + 4 * 8 / 16 + 2 * 5 / 10 + grids + 3 * scored + pictures)
 
 
 def test_results_of_other_code_count_where_that_is_asked_for():
@@ -316,7 +405,9 @@ def test_another_configuration_of_one_name_trains_anew_and_keeps_the_old(scripte
     execute(*plan_of({"a": {}}))
     (Path("runs/t/a/seed0") / "checkpoints").mkdir()
     ablation, plan = plan_of({"a": {"optim.lr": 5e-4}})
-    assert plan[0].state == "to do"
+    assert plan[0].state == "of other optim.lr"
+    with pytest.raises(ValueError, match=r"trained before with other runs/t/a/seed0: optim\.lr: --redo true keeps"):
+        refuse_changed(plan)
     execute(ablation, plan)
     assert calls() == ["train a", "score a", "draw a"] * 2
     (kept,) = Path("runs/t/a").glob("seed0.before-*")

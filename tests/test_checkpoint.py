@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,9 +7,10 @@ from safetensors.torch import save_file
 
 from experiment.build import ModelSpec, build_optimizer
 from experiment.checkpoint import open_checkpoint, resume, save_checkpoint, warm_start
-from experiment.checkpoint_folder import CheckpointError, list_checkpoints, mark_best, newest_whole, to_resume
-from experiment.config import ExperimentConfig, LogConfig, OptimConfig
+from experiment.checkpoint_folder import Best, CheckpointError, list_checkpoints, mark_best, newest_whole, to_resume
+from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, OptimConfig
 from experiment.ema import EMA
+from experiment.inspection import check_best
 
 SPEC = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3)
 
@@ -209,3 +211,17 @@ def test_average_follows_its_formula_parameters_and_buffers():
 def test_average_needs_a_decay_below_one():
     with pytest.raises(ValueError, match=r"--train.ema_decay 1.0 must lie in"):
         EMA(torch.nn.Linear(1, 1), 1.0)
+
+
+def test_the_best_is_the_lowest_or_the_highest_as_the_metric_has_it():
+    config, score = LogConfig(best="precision", evaluate_every=5), EvaluationConfig(extractor="colors.pt2")
+    for name, kept in {"precision": 2, "frechet_distance[colors]": 1, "classifier_score[colors]": 2}.items():
+        best, lower = Best(), check_best(replace(config, best=name), score)
+        for step, value in enumerate((0.2, 0.1, 0.3)):
+            best.improves(value, step, lower=lower)
+        assert best.step == kept
+    for best, words in {"fid": "there are validation_loss, frechet_distance.colors", "loss": "not measured"}.items():
+        with pytest.raises(ValueError, match=f"--log.best {best}: .*{words}"):
+            check_best(replace(config, best=best), score)
+    with pytest.raises(ValueError, match=r"--log\.best recall: it is never measured; set --log.evaluate_every"):
+        check_best(LogConfig(best="recall"), score)

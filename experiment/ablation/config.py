@@ -18,7 +18,7 @@ class MatchConfig:
 
     Args:
         by: what is equal: 'flops' (of a forward pass), 'params', or 'time' (of a training step, measured here)
-        to: name of the variant that stays as it is
+        to: name of the variant that stays as it is, with all values of a grid
         tolerance: largest relative difference
     """
 
@@ -69,7 +69,8 @@ class AblationConfig:
         variants: a name each, and the settings that it differs by
         grid: a list of values for each dotted key; every combination, of every variant, is a variant. `seed` is short
             for train.seed: runs that differ by it alone are one row, with its spread
-        baseline: name of the variant that the others are tested against; by default the first
+        baseline: name of the variant that the others are tested against, of several by a grid the first; by default the
+            first
         match: equal cost, if asked for
         scoring: see above
         pictures: see above

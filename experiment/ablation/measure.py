@@ -17,16 +17,18 @@ from experiment.build import ModelSpec, build_process
 from experiment.files import write_whole
 from experiment.precision import precision_of
 from metrics.cost import Cost, cost, throughput
+from models.autoencoder import Codec
 
 TIMED_BATCH = {"cpu": 16, "cuda": 128}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Images a second of a training step, and of one call of the model without gradients."""
+    """Images a second of a training step, of one call of the model without gradients, and of the decoder."""
 
     training: float
     calls: float
+    decoding: float
 
 
 class Measured:
@@ -52,18 +54,22 @@ class Measured:
             self.counted[key] = count(spec)
         return self.counted[key]
 
-    def speed(self, spec: ModelSpec, run: Run) -> Speed:
-        """Of a backbone under a run's process and precision."""
+    def speed(self, spec: ModelSpec, run: Run, codec: Codec) -> Speed:
+        """Of a backbone under a run's process, precision and batch size, and of its autoencoder."""
         device = self.accelerator.device
+        batch_size = min(run.config.train.batch_size, TIMED_BATCH.get(device.type, 16))
         key = {"speed": asdict(spec), "diffusion": asdict(run.config.diffusion), "device": device.type}
-        key["precision"] = precision_of(self.accelerator)
+        key |= {"precision": precision_of(self.accelerator), "batch": batch_size}
         process = build_process(run.config.diffusion)
-        return Speed(*self.get(key, lambda: _time(spec, process, self.accelerator)))
+        training, calls = self.get(key, lambda: _time(spec, process, self.accelerator, batch_size))
+        shape = (spec.in_channels, *spec.input_size)
+        key = {"decoding": run.config.autoencoder, "shape": shape, "device": device.type}
+        return Speed(training, calls, self.get(key, lambda: _time_decoder(codec, shape, device)))
 
 
-def _time(spec: ModelSpec, process: Process, accelerator: Accelerator) -> tuple[float, float]:
+def _time(spec: ModelSpec, process: Process, accelerator: Accelerator, batch_size: int) -> tuple[float, float]:
     """A few steps on random latents: enough to tell an hour from three."""
-    device, batch_size = accelerator.device, TIMED_BATCH.get(accelerator.device.type, 16)
+    device = accelerator.device
     model = spec.build().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     draw = torch.Generator().manual_seed(0)
@@ -86,6 +92,12 @@ def _time(spec: ModelSpec, process: Process, accelerator: Accelerator) -> tuple[
     training = throughput(train, batch_size=batch_size, num_repeats=3, device=device)
     model.eval()
     return training, throughput(call, batch_size=batch_size, num_repeats=3, device=device)
+
+
+def _time_decoder(codec: Codec, shape: tuple[int, ...], device: torch.device) -> float:
+    """A few images."""
+    codec, x_0 = codec.to(device), torch.zeros(4, *shape, device=device)
+    return throughput(lambda: codec.decode(x_0), batch_size=len(x_0), num_repeats=3, device=device)
 
 
 def count(spec: ModelSpec) -> Cost:

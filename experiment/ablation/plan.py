@@ -15,7 +15,7 @@ from experiment.ablation.config import AblationConfig
 from experiment.ablation.identity import keys_of, of_any_code
 from experiment.ablation.match import resized
 from experiment.ablation.measure import Measured, Speed
-from experiment.ablation.stages import done_stages
+from experiment.ablation.stages import changes, done_stages, pictured
 from experiment.ablation.variants import Run
 from experiment.build import (
     ModelSpec,
@@ -45,11 +45,15 @@ class Planned:
     classes: tuple[str, ...]
     cost: Cost
     num_steps: int
-    num_samples: int
+    num_held_out: int
+    num_samples: int  # of a trial
+    num_trials: int
     keys: dict[str, str]  # of the stages
     trained_in: Path
     first: bool  # of the ablation: the one that baselines are scored with
+    num_pictures: int
     speed: Speed | None = None
+    start: float = 0.0  # seconds that a program takes until it does something
 
     @property
     def trains(self) -> bool:
@@ -63,18 +67,27 @@ class Planned:
 
     @property
     def seconds(self) -> float | None:
-        """What is left to do takes, by the short timing; decoding and features are not in it."""
+        """What is left to do takes, by the short timing, with what a training looks at on the way; features are not in
+        it."""
         if self.speed is None:
             return None
-        config = self.run.config
+        speed, config, log = self.speed, self.run.config, self.run.config.log
         guided = 2 if sampling_of(config.sampling, self.spec.num_classes).guidance_scale != 1 else 1
         sampler = config.sampling.sampler or build_process(config.diffusion).default_sampler
-        drawing = self.num_samples * guided * num_calls(sampler, config.sampling.num_steps) / self.speed.calls
-        training = (self.num_steps - self.step) * config.train.batch_size / self.speed.training
-        if config.log.evaluate_every:
-            training += (self.num_steps - self.step) // config.log.evaluate_every * drawing
-        left = {"train": training if self.trains else 0.0, "score": drawing, "draw": 0.0}
-        return sum(seconds for name, seconds in left.items() if name not in self.done)
+        drawing = guided * num_calls(sampler, config.sampling.num_steps) / speed.calls + 1 / speed.decoding
+        steps = self.num_steps - self.step
+
+        def times(every: int) -> int:
+            return steps // every if every > 0 else 0
+
+        training = steps * config.train.batch_size / speed.training
+        training += times(log.validate_every) * min(log.num_validation, self.num_held_out) / speed.calls
+        training += (times(log.sample_every) + 1) * 4 * min(10, self.spec.num_classes or 10) * drawing
+        training += times(log.evaluate_every) * self.num_samples * drawing
+        left = {"train": training, "score": self.num_trials * self.num_samples * drawing}
+        left |= {"draw": self.num_pictures * drawing}
+        names = self.keys.keys() - self.done - (set() if self.trains else {"train"})
+        return sum(left[name] + self.start for name in names)
 
     @property
     def step(self) -> int:
@@ -85,10 +98,18 @@ class Planned:
         return int(newest.name) if newest else 0
 
     @property
+    def changes(self) -> list[str]:
+        """Files and settings that the training in the folder differs by from the plan's."""
+        run = self.run
+        return changes(run.folder, "began", self.keys["train"], run.config) if self.trains else []
+
+    @property
     def state(self) -> str:
         """In words."""
         if self.done.issuperset(self.keys):
             return "done"
+        if others := self.changes:
+            return f"of other {', '.join(others)}"
         if "train" in self.done:
             return "trained"
         if not self.trains:
@@ -97,9 +118,17 @@ class Planned:
 
 
 def make_plan(
-    ablation: AblationConfig, runs: list[Run], folder: Path, accelerator: Accelerator, *, timed: bool, any_code: bool
+    ablation: AblationConfig,
+    runs: list[Run],
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    timed: bool,
+    any_code: bool,
+    start: float = 0.0,
 ) -> list[Planned]:
-    """Validated, matched, timed. What is measured is kept in `measured.json`, so that a later plan is the same.
+    """Validated, matched, timed. What is measured is kept in `measured.json`, so that a later plan is the same. `start`
+    is what each program takes to begin.
 
     Raises:
         ValueError: that names the variant that cannot be.
@@ -124,13 +153,17 @@ def make_plan(
             classes,
             measured.cost(spec),
             num_training_steps(run.config.train, num_images),
-            ablation.scoring.trials * (run.config.evaluation.num_samples or num_reference),
+            num_reference,
+            run.config.evaluation.num_samples or num_reference,
+            ablation.scoring.trials,
             of_any_code(keys, done_stages(run.folder)) if any_code else keys,
             run.folder,
             first=not found,
+            num_pictures=ablation.pictures.num_per_class * max(1, len(pictured(ablation.pictures.classes, classes))),
+            start=start,
         )
         owner = next((other for other in found if _can_share(planned, other)), planned)
-        speed = measured.speed(spec, run) if timed else None
+        speed = measured.speed(spec, run, _codec(run.config.autoencoder)) if timed else None
         found.append(replace(planned, trained_in=owner.run.folder, speed=speed))
     write_whole(folder / "plan.json", json.dumps(as_record(ablation, found), indent=2) + "\n")
     return found
@@ -163,18 +196,18 @@ def match(ablation: AblationConfig, runs: list[Run], specs: dict[Path, Any], mea
     """
     rule = ablation.match
     assert rule is not None
-    (target, *_) = next(specs[run.folder] for run in runs if run.variant == rule.to)
+    (target, *_) = next(specs[run.folder] for run in runs if run.is_of(rule.to))
 
     def at_equal_cost(run: Run) -> Run:
         spec = specs[run.folder][0]
-        if run.variant == rule.to:
+        if run.is_of(rule.to):
             return run
 
         def find() -> dict[str, Any]:
             cost_of = {
                 "flops": lambda spec: measured.cost(spec).gflops,
                 "params": lambda spec: float(measured.cost(spec).parameters),
-                "time": lambda spec: 1 / measured.speed(spec, run).training,
+                "time": lambda spec: 1 / measured.speed(spec, run, _codec(run.config.autoencoder)).training,
             }[rule.by]
             return resized(spec, cost_of(target), cost_of, rule.tolerance).args
 
@@ -203,7 +236,21 @@ def table(plan: list[Planned]) -> str:
         )
     total = [planned.seconds for planned in plan]
     known = None if None in total else sum(seconds for seconds in total if seconds is not None)
-    return f"{markdown(rows)}\nabout {duration(known)} to go, without decoding and features"
+    return f"{markdown(rows)}\nabout {duration(known)} to go, without features"
+
+
+def refuse_changed(plan: list[Planned]) -> None:
+    """Trainings of something else in the runs' folders are nothing to be moved unasked.
+
+    Raises:
+        ValueError: that names them, and what they differ by.
+    """
+    if changed := [planned for planned in plan if planned.changes]:
+        found = "; ".join(f"{each.run.folder}: {', '.join(each.changes)}" for each in changed)
+        raise ValueError(
+            f"trained before with other {found}: --redo true keeps that beside them and trains anew, --any_code true "
+            "takes what differs by code alone for done, --name begins another study"
+        )
 
 
 def duration(seconds: float | None) -> str:
@@ -217,11 +264,13 @@ def duration(seconds: float | None) -> str:
 
 def as_record(ablation: AblationConfig, plan: list[Planned]) -> dict[str, Any]:
     """What the report needs to know of the plan."""
+    baseline = next((each.run.variant for each in plan if each.run.is_of(ablation.baseline)), None)
     return {
-        "ablation": asdict(ablation),
+        "ablation": {**asdict(ablation), "baseline": baseline},
         "runs": [
             {
                 "variant": planned.run.variant,
+                "point": planned.run.point,
                 "seed": planned.run.seed,
                 "folder": planned.run.folder.as_posix(),
                 "trained_in": planned.trained_in.as_posix(),

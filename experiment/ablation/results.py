@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from experiment.ablation.stages import done_stages
+from metrics.fidelity import is_lower_better
 
-LOWER_IS_BETTER = ("fid", "sfid", "kid", "frechet_distance", "spatial_frechet_distance", "kernel_distance")
 TITLES = {
     "fid": "FID",
     "sfid": "sFID",
@@ -181,11 +181,6 @@ def read_results(folder: Path) -> Results:
     if not found:
         raise ValueError(f"{folder}: no run is finished, there is nothing to report yet ({len(missing)} to go)")
     return Results(folder, plan, [VariantResult(name, runs) for name, runs in found.items()], missing)
-
-
-def is_lower_better(metric: str) -> bool:
-    """Of a metric, whatever extractor it is on."""
-    return metric.partition("[")[0] in LOWER_IS_BETTER
 
 
 def title_of(metric: str) -> str:

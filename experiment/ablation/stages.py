@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from experiment.ablation.config import AblationConfig, ScoringConfig
+from experiment.ablation.identity import changed_files, changed_settings, code_hash, code_of
 from experiment.config import ExperimentConfig, SamplingConfig
 from experiment.files import write_whole
 
@@ -28,8 +31,31 @@ def done_stages(folder: Path) -> dict[str, str]:
 
 
 def mark(folder: Path, **keys: str) -> None:
-    """Add to them."""
+    """Add to them, and to `code.json` the hashes of the files that each was made with."""
     write_whole(folder / "stages.json", json.dumps({**done_stages(folder), **keys}, indent=2) + "\n")
+    made = {name: STAGE_OF.get(name, name) for name in keys}
+    code = {name: code_of(stage) for name, stage in made.items() if keys[name].endswith(code_hash(stage))}
+    write_whole(folder / "code.json", json.dumps({**_code(folder), **code}, indent=1) + "\n")
+
+
+def changes(folder: Path, name: str, key: str, config: ExperimentConfig) -> list[str]:
+    """Files or settings that what the folder holds of a stage (or `began`) differs by from the plan's."""
+    found = done_stages(folder).get(name)
+    if found in (None, key):
+        return []
+    before = folder / "variant.yaml"
+    if found.partition("-")[0] != key.partition("-")[0]:
+        values = yaml.safe_load(before.read_text()) if before.is_file() else {}
+        return changed_settings(values, config.to_dict()) or ["settings of the ablation"]
+    return changed_files(STAGE_OF.get(name, name), _code(folder).get(name, {}))
+
+
+STAGE_OF = {"began": "train"}
+
+
+def _code(folder: Path) -> dict[str, dict[str, str]]:
+    path = folder / "code.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def train(planned: Planned, ablation: AblationConfig) -> list[str]:

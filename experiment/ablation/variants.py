@@ -21,6 +21,11 @@ class Run:
     variant: str
     seed: int
     config: ExperimentConfig
+    point: dict[str, Any]  # its variant in the YAML and its values in the grid, by their keys
+
+    def is_of(self, name: str | None) -> bool:
+        """Whether a name, of the variant or, where a grid has made several of it, of the YAML's variant, means it."""
+        return name in (self.variant, self.point["variant"])
 
     @property
     def folder(self) -> Path:
@@ -56,14 +61,14 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
                     config = parse_mapping(ExperimentConfig, merged(base, {**settings, **point, **own}))
                 except ValueError as error:
                     raise ValueError(f"variant {title}: {error}") from error
-                run = Run(title, seed, config)
+                run = Run(title, seed, config, {"variant": variant, **point})
                 if run.folder in runs:
                     raise ValueError(f"variants {runs[run.folder].name} and {run.name} are of one name; rename one")
                 runs[run.folder] = run
-    names = [run.variant for run in runs.values()]
     for flag, asked in (("baseline", ablation.baseline), ("match.to", ablation.match and ablation.match.to)):
-        if asked is not None and asked not in names:
-            raise ValueError(f"{flag} {asked}: no such variant; there are {', '.join(dict.fromkeys(names))}")
+        if asked is not None and not any(run.is_of(asked) for run in runs.values()):
+            names = dict.fromkeys(run.variant for run in runs.values())
+            raise ValueError(f"{flag} {asked}: no such variant; there are {', '.join(names)}")
     return list(runs.values())
 
 
