@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -165,6 +165,7 @@ def walk(
     """Down one chain; see `sample`."""
     mix = guidance.mix(process)
 
+    @cache
     def guided(scale: float) -> Denoiser:
         return guide(
             process.precondition(model),
