@@ -7,6 +7,7 @@ so that `--help` answers at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -308,6 +309,8 @@ class RunConfig:
 
     name: str | None
     resume: str | None
+    init_from: str | None
+    fixed = tuple[str, ...]()  # settings and groups of them that say what the weights mean
 
     @property
     def folder(self) -> Path:
@@ -319,6 +322,20 @@ class RunConfig:
         values = asdict(self)  # pyright: ignore[reportArgumentType]
         values["optim"]["betas"] = list(values["optim"]["betas"])
         return values
+
+    def identity(self) -> dict[str, Any]:
+        """By flag, what a run keeps when it is resumed; where images lie, and the like, is checked by their content."""
+        flags = flatten(self.to_dict())
+        passing = {"data.path", "data.cache", "data.on_error"}
+        return {flag: flags[flag] for flag in flags if flag.partition(".")[0] in self.fixed and flag not in passing}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1}`: the spelling of flags."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 R = TypeVar("R", bound=RunConfig)
@@ -367,8 +384,16 @@ class ExperimentConfig(RunConfig):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    fixed = ("model", "model_args", "data")
 
     @property
     def folder(self) -> Path:
         """Of the run."""
         return Path(self.resume or Path("runs") / (self.name or self.model.replace("/", "-")))
+
+    def identity(self) -> dict[str, Any]:
+        """With the diffusion's settings in full: what is null is their default."""
+        from experiment.build import process_settings
+
+        diffusion = {"kind": self.diffusion.kind, **process_settings(self.diffusion)}
+        return super().identity() | {f"diffusion.{name}": value for name, value in diffusion.items()}

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import UInt8
 from torch import Tensor
 
+from experiment.config import flatten
 from experiment.files import write_whole
 
 TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}}
@@ -20,7 +21,7 @@ class Log:
     def __init__(self, folder: Path, accelerator: Accelerator, config: dict) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
         if accelerator.trackers or accelerator.log_with:
-            accelerator.init_trackers("tracking", config=_flat(config))
+            accelerator.init_trackers("tracking", config=_plain(config))
 
     def write(self, step: int, **values: float | list[int]) -> None:
         """Add an event at an optimizer step; lists are for the file alone."""
@@ -159,11 +160,7 @@ def _fit(text: str, width: int, font) -> str:
     return text
 
 
-def _flat(config: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
+def _plain(config: dict) -> dict:
+    """As trackers take it."""
+    plain = (int, float, str, bool)
+    return {flag: value if isinstance(value, plain) else str(value) for flag, value in flatten(config).items()}

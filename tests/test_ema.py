@@ -58,6 +58,12 @@ def test_snapshots_of_two_lengths_give_any_other(sigma_rel):
                 values.append(average.model.weight.item())
     weights = reconstruction_weights(snapshots, (num_steps, gamma_of(sigma_rel)))
     found = sum(weight * value for weight, value in zip(weights, values, strict=True))
-    assert sum(weights) == pytest.approx(1, abs=0.02)
     assert found == pytest.approx(direct.model.weight.item(), rel=5e-3)
     assert abs(values[-1] - found) > abs(found - direct.model.weight.item())
+
+
+@pytest.mark.parametrize(("num", "sigmas"), [(4, (0.05, 0.1)), (1, (0.05,)), (1, (0.05, 0.1))])
+def test_weights_of_snapshots_sum_to_one_however_few(num, sigmas):
+    snapshots = [(100 * (number + 1), gamma_of(sigma)) for number in range(num) for sigma in sigmas]
+    weights = reconstruction_weights(snapshots, (100 * num, gamma_of(0.25)))
+    assert sum(weights) == pytest.approx(1, abs=1e-9)

@@ -179,3 +179,4 @@ class AutoencodingConfig(RunConfig):
     optim: AutoencoderOptimConfig = field(default_factory=AutoencoderOptimConfig)
     train: AutoencoderTrainConfig = field(default_factory=AutoencoderTrainConfig)
     log: AutoencoderLogConfig = field(default_factory=AutoencoderLogConfig)
+    fixed = ("architecture", "decoder_only", "shapes_share", "data")
