@@ -76,7 +76,8 @@ def main(config: ExperimentConfig) -> None:
     if checkpoint is not None:
         open_checkpoint(checkpoint).check_identity(**identity)
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
-    sampling = check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
+    sampling = sampling_of(config.sampling, spec.num_classes)
+    sampling = check_sampling(sampling, process, spec.num_classes, spec.in_channels)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     if config.init_from and checkpoint is None:

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from data.latents import short
 from experiment.build import ModelSpec, build_process
 from experiment.checkpoint_folder import CheckpointError, checkpoint_path, list_checkpoints, rotate, write_checkpoint
-from experiment.cli import parse_mapping
-from experiment.config import ExperimentConfig
+from experiment.config import ExperimentConfig, from_dict
 from experiment.ema import EMA
 from experiment.hub import local
 from experiment.sharding import gather, load_whole, part_like
@@ -217,7 +216,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         spec, classes = json.loads(metadata["spec"]), json.loads(metadata["classes"])
         found = Checkpoint(
             path=weights,
-            config=parse_mapping(ExperimentConfig, json.loads(metadata["config"])),
+            config=from_dict(ExperimentConfig, json.loads(metadata["config"])),
             spec=ModelSpec(**{**spec, "input_size": tuple(spec["input_size"])}),
             classes=[str(name) for name in classes],
             step=int(metadata["step"]),

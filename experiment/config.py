@@ -8,9 +8,9 @@ so that `--help` answers at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,8 @@ class RunConfig:
         """By flag, what a run keeps when it is resumed; where images lie, and the like, is checked by their content."""
         flags = flatten(self.to_dict())
         passing = {"data.path", "data.cache", "data.on_error"}
-        return {flag: flags[flag] for flag in flags if flag.partition(".")[0] in self.fixed and flag not in passing}
+        fixed = {flag: flags[flag] for flag in flags if flag.partition(".")[0] in self.fixed and flag not in passing}
+        return fixed | {"optim.muon_lr": "null" if flags["optim.muon_lr"] is None else "a rate"}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -336,6 +337,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def from_dict(kind: Any, values: Any) -> Any:
+    """A configuration again, from `to_dict`: no value is read anew. Settings that it lacks are their defaults.
+
+    Raises:
+        TypeError, AttributeError: for settings that there are not.
+    """
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in values.items()})
+    if get_origin(kind) is list:
+        return [from_dict(get_args(kind)[0], value) for value in values]
+    return tuple(values) if get_origin(kind) is tuple else values
 
 
 R = TypeVar("R", bound=RunConfig)

@@ -11,8 +11,7 @@ import yaml
 
 from experiment.checkpoint import WEIGHTS, read_metadata
 from experiment.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
-from experiment.cli import parse_mapping
-from experiment.config import R, flatten
+from experiment.config import R, flatten, from_dict
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
@@ -46,12 +45,12 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     lost = [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in flatten(written)]
     if lost:
         raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {', '.join(lost)}")
-    stored = parse_mapping(type(config), values)
+    stored = from_dict(type(config), values)
     was, asked = stored.identity(), config.identity()
     for flag in {**was, **asked}:
         if was.get(flag) != asked.get(flag):
             raise CheckpointError(
-                f"--{flag} {asked.get(flag)}: {run} was trained with {was.get(flag)}, and its weights mean nothing "
+                f"--{flag} {asked.get(flag)}: {run} was trained with {was.get(flag)}, and its checkpoints mean nothing "
                 f"else; leave it out, or start a run of another --name (--init_from {run})"
             )
     for flag in ("name", "init_from"):

@@ -46,7 +46,7 @@ def main(config: AutoencodingConfig) -> None:
     from experiment.machine import open_accelerator
     from experiment.meter import Meter
     from experiment.resumption import start_or_go_on
-    from experiment.tracking import Log
+    from experiment.tracking import Log, warns_only
     from models.discriminator import PatchDiscriminator
 
     # Devices and folders.
@@ -146,8 +146,9 @@ def main(config: AutoencodingConfig) -> None:
         psnr = {f"psnr_{name}": mean_psnr(averaged, images, batches.batch_size) for name, images in chosen.items()}
         log.write(step, **psnr)
         path = run / "samples" / f"{step:08d}.png"
-        draw_reconstructions(averaged, chosen, path)
-        log.picture(step, path)
+        with warns_only(path):
+            draw_reconstructions(averaged, chosen, path)
+            log.picture(step, path)
 
     # The loop.
     interruption, reason = Interruption(accelerator, config.train.max_hours), None

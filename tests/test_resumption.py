@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from experiment.autoencoding.config import AutoencodingConfig
 from experiment.checkpoint import WEIGHTS, save_tensors
 from experiment.checkpoint_folder import CheckpointError
 from experiment.cli import parse, parse_run
-from experiment.config import ExperimentConfig
+from experiment.config import (
+    AuxiliaryConfig,
+    DataConfig,
+    ExperimentConfig,
+    OptimConfig,
+    SamplingConfig,
+    from_dict,
+)
 from experiment.resumption import go_on
 
 CLASSES = {"diffusion": ExperimentConfig, "autoencoder": AutoencodingConfig}
@@ -47,6 +55,7 @@ def asked(checkpoint, kind, *flags):
         ("diffusion", "diffusion.prediction", "v"),
         ("diffusion", "diffusion.num_timesteps", "500"),
         ("diffusion", "diffusion.kind", "edm"),
+        ("diffusion", "optim.muon_lr", "0.1"),
         ("autoencoder", "architecture.latent_channels", "8"),
         ("autoencoder", "data.image_size", "32"),
     ],
@@ -54,6 +63,18 @@ def asked(checkpoint, kind, *flags):
 def test_what_weights_mean_cannot_change(stored, kind, flag, value):
     with pytest.raises(CheckpointError, match=rf"--{flag} \S+: .* was trained with .*leave it out"):
         go_on(asked(stored[kind], kind, f"--{flag}", value), stored[kind], print)
+
+
+def test_a_configuration_is_read_back_as_it_was():
+    config = ExperimentConfig(
+        model_args={"norm": "no", "depths": [1, 1], "rate": "1e-3"},
+        autoencoder="007",
+        data=DataConfig(exclude_classes=["null", "1e3", ""]),
+        optim=OptimConfig(betas=(0.8, 0.9)),
+        sampling=SamplingConfig(clip=math.inf, guidance_interval=[0.0, math.inf]),
+        auxiliary=[AuxiliaryConfig("perceptual", 0.1)],
+    )
+    assert from_dict(ExperimentConfig, json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_a_configuration_edited_by_hand_cannot_change_it_either(stored):
