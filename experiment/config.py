@@ -285,7 +285,7 @@ class LogConfig:
         sample_every: a grid of samples
         evaluate_every: scores of the averaged weights' samples, as `evaluation` says
         checkpoint_every: a checkpoint; the last step always writes one
-        keep_checkpoints: the newest so many stay
+        keep_checkpoints: the newest so many whole ones stay; each is read back at a save
         keep_every: and every checkpoint whose step is a multiple of it; 0: none
         best: a metric of which the best checkpoint stays too, as checkpoints/best: 'validation_loss', or a score such
             as 'fid', of which evaluation writes one
@@ -328,7 +328,7 @@ class RunConfig:
         flags = flatten(self.to_dict())
         passing = {"data.path", "data.cache", "data.on_error"}
         fixed = {flag: flags[flag] for flag in flags if flag.partition(".")[0] in self.fixed and flag not in passing}
-        return fixed | {"optim.muon_lr": "null" if flags["optim.muon_lr"] is None else "a rate"}
+        return fixed | {"optim.muon_lr": "null" if flags["optim.muon_lr"] is None else "set"}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -370,8 +370,9 @@ class ExperimentConfig(RunConfig):
         model_args: constructor arguments of the backbone that differ from its row in the table
         autoencoder: 'embedded', 'pixel', a folder in diffusers' format, or a hub id
         name: of the run's folder, runs/<name>; by default the model's name
-        resume: a run's folder: go on from its newest whole checkpoint with its configuration; 'auto': so with the
-            folder of this name, if there is one to resume, else start
+        resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which model,
+            autoencoder, diffusion and data stay; 'auto': so with the folder of this name, if there is one to resume,
+            else start
         init_from: a run or checkpoint (or hf://owner/name) whose averaged weights a fresh run starts from: those of the
             same name and shape
         data: see --data.help
