@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 from experiment.cli import one_line_errors, parse_run
 from experiment.config import ExperimentConfig, resuming
@@ -37,7 +38,7 @@ def main(config: ExperimentConfig) -> None:
         set_learning_rate,
         share_batch_norms,
     )
-    from experiment.checkpoint import resume, save_checkpoint, warm_start
+    from experiment.checkpoint import open_checkpoint, resume, save_checkpoint, warm_start
     from experiment.checkpoint_folder import Best, list_checkpoints, mark_best, to_resume
     from experiment.ema import EMA
     from experiment.evaluation import open_scorer
@@ -49,13 +50,14 @@ def main(config: ExperimentConfig) -> None:
     from experiment.meter import Meter
     from experiment.objective import Objective, build_auxiliary
     from experiment.phases import phase_at
+    from experiment.resumption import start_or_go_on
     from experiment.sharding import is_sharded
     from experiment.tracking import Log, draw_curve
     from models.autoencoder import create_codec
 
     # Devices and folders.
     run, process = config.folder, build_process(config.diffusion)
-    lowest_is_best = check_best(config.log, config.evaluation)
+    lower_is_best = check_best(config.log, config.evaluation)
     accelerator = open_accelerator(
         config.train.precision,
         flag="--train.precision",
@@ -65,19 +67,20 @@ def main(config: ExperimentConfig) -> None:
         project_dir=run,
     )
     set_seed(config.train.seed)
-    if (run / "plan.json").is_file():
-        raise FileExistsError(f"{run} holds an ablation; give another --name")
-    if not config.resume and list_checkpoints(run / "checkpoints"):
-        raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
+    config, checkpoint = start_or_go_on(config, accelerator.print)
 
     # Data and model.
     codec = create_codec(config.autoencoder).to(accelerator.device)
     images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
+    identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out_images.describe()}
+    if checkpoint is not None:
+        open_checkpoint(checkpoint).check_identity(**identity)
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
-    sampling = check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
+    sampling = sampling_of(config.sampling, spec.num_classes)
+    sampling = check_sampling(sampling, process, spec.num_classes, spec.in_channels)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
-    if config.init_from and not config.resume:
+    if config.init_from and checkpoint is None:
         accelerator.print(warm_start(model, config.init_from))
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
@@ -107,21 +110,22 @@ def main(config: ExperimentConfig) -> None:
     )
 
     # A fresh run, or the newest whole checkpoint of an old one.
-    guard, meter, best, step = Guard(), Meter(), Best(), 0
+    guard, meter, best, step, saved = Guard(), Meter(), Best(), 0, -1
 
-    def restore() -> int:
-        nonlocal best
-        progress = resume(to_resume(run), accelerator.unwrap_model(model), ema, optimizer)
+    def restore(checkpoint: Path) -> int:
+        nonlocal best, saved
+        progress = resume(checkpoint, accelerator.unwrap_model(model), ema, optimizer)
         guard.restore(progress["guard"])
         meter.restore(progress["meter"], accelerator)
         times.restore(progress["times"])
         best = Best(**progress["best"])
         if best.step is not None and accelerator.is_main_process:
             mark_best(run / "checkpoints", best.step)
-        return progress["step"]
+        saved = progress["step"]
+        return saved
 
-    if config.resume:
-        step = restore()
+    if checkpoint is not None:
+        step = restore(checkpoint)
         config = resuming(config, None)
     if accelerator.is_main_process:
         write_whole(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -137,7 +141,10 @@ def main(config: ExperimentConfig) -> None:
         f"{', each with a part of the model' if is_sharded(model) else ''}"
     )
 
-    def save() -> None:
+    def save(*, last: bool = False) -> None:
+        nonlocal saved
+        if saved == step or not guard.may_save(accelerator, model, last=last):
+            return
         save_checkpoint(
             run / "checkpoints",
             step=step,
@@ -147,6 +154,7 @@ def main(config: ExperimentConfig) -> None:
             config=config,
             spec=spec,
             classes=cache.classes,
+            identity=identity,
             progress={
                 "guard": guard.state(),
                 "meter": meter.state(accelerator),
@@ -154,14 +162,16 @@ def main(config: ExperimentConfig) -> None:
                 "best": asdict(best),
             },
             write=accelerator.is_main_process,
+            rotates=not guard.in_a_row,
         )
+        saved = step
         if accelerator.is_main_process:
             draw_curve(run)
         accelerator.wait_for_everyone()
 
     def keep_if_best(found: dict[str, float]) -> None:
         value = found.get(config.log.best or "")
-        if value is not None and best.improves(value, step, lower=lowest_is_best):
+        if value is not None and guard.may_save(accelerator, model) and best.improves(value, step, lower=lower_is_best):
             save()
             if accelerator.is_main_process:
                 mark_best(run / "checkpoints", step)
@@ -170,7 +180,7 @@ def main(config: ExperimentConfig) -> None:
     interruption, reason = Interruption(accelerator, config.train.max_hours), None
     hidden = not accelerator.is_main_process
     progress = tqdm(initial=step, total=num_steps, desc=run.name, unit="step", disable=hidden)
-    while step < num_steps and reason is None:
+    while step < num_steps and (reason is None or guard.in_a_row):  # not in the middle of skipped steps
         # Stochastic depth draws from torch's own generator: make it a function of the step too.
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         phase = phase_at(process.phases, step, num_steps)
@@ -211,13 +221,13 @@ def main(config: ExperimentConfig) -> None:
             save()
         meter.pause(time.perf_counter() - paused)
         if guard.must_roll_back(can=bool(list_checkpoints(run / "checkpoints"))):
-            step = restore()
+            step = restore(to_resume(run))
             progress.reset(total=num_steps)
             progress.update(step)
 
     # The end: what was learned, saved and shown.
     progress.close()
-    save()
+    save(last=True)
     if reason is None:
         inspection.draw(step)
     accelerator.end_training()

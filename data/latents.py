@@ -40,7 +40,7 @@ class LatentCache:
     def __init__(self, folder: Path, expected: Mapping[str, object]) -> None:
         manifest = _read_manifest(folder)
         differences = [
-            f"{key} is {_short(manifest.get(key))}, the run has {_short(value)}"
+            f"{key} is {short(manifest.get(key))}, the run has {_short(value)}"
             for key, value in expected.items()
             if manifest.get(key) != value
         ]
@@ -168,6 +168,6 @@ def _read_shard(path: Path, size: int) -> dict[str, Tensor]:
         ) from error
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"

@@ -187,7 +187,9 @@ def sampling_of(config: SamplingConfig, num_classes: int, **given: object) -> Sa
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
-def check_sampling(config: SamplingConfig, process: Process, num_classes: int) -> SamplingConfig:
+def check_sampling(
+    config: SamplingConfig, process: Process, num_classes: int, num_channels: int | None = None
+) -> SamplingConfig:
     """The configuration, with the process's own sampler and spacing where it names none, if the model can follow it.
 
     Raises:
@@ -203,6 +205,8 @@ def check_sampling(config: SamplingConfig, process: Process, num_classes: int) -
         raise ValueError(f"--sampling.sampler {config.sampler}: unknown, choose from {known}")
     if num_classes == 0 and config.guidance_scale != 1.0 and config.guidance_checkpoint is None:
         raise ValueError(f"--guidance_scale {config.guidance_scale}: the model is unconditional; leave it at 1")
+    if num_channels is not None and (config.legacy_cfg_channels or 1) > num_channels:
+        raise ValueError(f"--sampling.legacy_cfg_channels {config.legacy_cfg_channels}: there are {num_channels}")
     build_guidance(config)
     process.reverse_steps(config.num_steps, config.spacing)
     return config

@@ -1,15 +1,18 @@
 """Checkpoints: `runs/<name>/checkpoints/<step>/{ema.safetensors, state/}`.
 
 `ema.safetensors` is enough on its own to sample and to score: its metadata carries the configuration, the
-backbone's derived arguments, the class names, the step and the commit. `state/` is what resuming needs. Nothing read
+backbone's derived arguments, the class names, what autoencoder and splits it was trained with, the step, the commit,
+and checksums of itself and of the weights, which every reader checks. `state/` is what resuming needs. Nothing read
 back is ever unpickled. `experiment.checkpoint_folder` writes them whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.latents import short
 from experiment.build import ModelSpec, build_process
 from experiment.checkpoint_folder import CheckpointError, checkpoint_path, list_checkpoints, rotate, write_checkpoint
-from experiment.config import (
-    AuxiliaryConfig,
-    DataConfig,
-    DiffusionConfig,
-    EvaluationConfig,
-    ExperimentConfig,
-    LogConfig,
-    OptimConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from experiment.config import ExperimentConfig, from_dict
 from experiment.ema import EMA
 from experiment.hub import local
 from experiment.sharding import gather, load_whole, part_like
+from models.autoencoder import weights_sha256
 
 WEIGHTS = "ema.safetensors"
 PROFILES = "profiles.safetensors"
@@ -51,6 +46,7 @@ class Checkpoint:
     classes: list[str]
     step: int
     commit: str
+    identity: dict[str, dict[str, Any]]  # what `codec`, `train` and `test` were; of older checkpoints nothing
 
     @property
     def run(self) -> Path:
@@ -73,6 +69,25 @@ class Checkpoint:
         """The diffusion process that the backbone was trained under."""
         return build_process(self.config.diffusion)
 
+    def check_identity(self, **found: Mapping[str, Any]) -> None:
+        """That an autoencoder (`codec=codec.provenance`) and splits (`test=dataset.describe()`) are by their content
+        those that it was trained with; where they lie does not matter.
+
+        Raises:
+            CheckpointError: naming the flag, and what differs.
+        """
+        for part, values in found.items():
+            flag = "--autoencoder" if part == "codec" else "--data.path"
+            older = {"autoencoder": self.config.autoencoder} if part == "codec" else {"classes": self.classes}
+            expected = self.identity.get(part, older)
+            for name, known in expected.items():
+                lies = name in ("source", "autoencoder") and expected is not older
+                if not lies and values.get(name) != known:
+                    raise CheckpointError(
+                        f"{flag}: {self.path} was trained with another {part}, whose {name} was {short(known)}, here "
+                        f"{short(values.get(name))}; give the one that it was trained with"
+                    )
+
 
 def save_checkpoint(
     folder: Path,
@@ -84,42 +99,50 @@ def save_checkpoint(
     config: ExperimentConfig,
     spec: ModelSpec,
     classes: list[str],
+    identity: Mapping[str, Mapping[str, Any]],
     progress: dict[str, Any],
     write: bool = True,
+    rotates: bool = True,
 ) -> Path:
-    """Write `folder/<step>` whole or not at all, then drop what the configuration does not keep.
+    """Write `folder/<step>` whole or not at all, then, if it `rotates`, drop what the configuration does not keep.
 
-    `progress` is what resuming needs beside tensors: JSON. Of several processes all have to call, as each may have a
-    part of the tensors, and one has to `write`.
+    `identity` is for `check_identity`, `progress` what resuming needs beside tensors: JSON. Of several processes all
+    have to call, as each may have a part of the tensors, and one has to `write`.
 
     Raises:
-        OSError: when the disk has no room; the partial folder is removed, older checkpoints stay.
+        OSError: when it cannot be written; the partial folder is removed, older checkpoints stay.
     """
     averages, profiles = gather(ema.tensors, keep=write), gather(ema.profile_tensors(), keep=write)
     weights, moments = gather(model.state_dict(), keep=write), gather(optimizer_tensors(optimizer), keep=write)
     target = checkpoint_path(folder, step)
     if not write:
         return target
-    metadata = metadata_of(config, spec, classes, step)
+    metadata = metadata_of(config, spec, classes, step, identity)
 
     def fill(checkpoint: Path) -> None:
         state = checkpoint / "state"
         state.mkdir()
-        save_file(averages, checkpoint / WEIGHTS, metadata=metadata)
+        save_tensors(averages, checkpoint / WEIGHTS, metadata)
         save_file(weights, state / "model.safetensors")
         save_file(moments, state / "optimizer.safetensors")
-        if profiles:
-            save_file(profiles, state / PROFILES, metadata=metadata)
         (state / "progress.json").write_text(json.dumps({"step": step, **progress}))
+        if profiles:
+            save_tensors(profiles, state / PROFILES, metadata)
+            _keep_snapshot(state / PROFILES, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
 
     write_checkpoint(target, fill)
-    if profiles:
-        _keep_snapshot(target)
-    rotate(folder, keep=config.log.keep_checkpoints, keep_every=config.log.keep_every)
+    if rotates:
+        rotate(folder, keep=config.log.keep_checkpoints, keep_every=config.log.keep_every)
     return target
 
 
-def metadata_of(config: ExperimentConfig, spec: ModelSpec, classes: list[str], step: int) -> dict[str, str]:
+def metadata_of(
+    config: ExperimentConfig,
+    spec: ModelSpec,
+    classes: list[str],
+    step: int,
+    identity: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, str]:
     """What makes a safetensors file of averaged weights a checkpoint."""
     return {
         "config": json.dumps(config.to_dict()),
@@ -127,25 +150,28 @@ def metadata_of(config: ExperimentConfig, spec: ModelSpec, classes: list[str], s
         "classes": json.dumps(classes),
         "step": str(step),
         "commit": current_commit(),
+        "identity": json.dumps(identity or {}),
     }
 
 
-def _keep_snapshot(checkpoint: Path) -> None:
-    """A second name for the profiles' file, which rotation leaves alone."""
-    snapshot = checkpoint.parent.parent / SNAPSHOTS / f"{checkpoint.name}.safetensors"
+def _keep_snapshot(profiles: Path, snapshot: Path) -> None:
+    """A second name for the profiles' file, which rotation leaves alone: before the checkpoint is whole, so that there
+    is none without its snapshot."""
     snapshot.parent.mkdir(exist_ok=True)
-    snapshot.unlink(missing_ok=True)
+    partial = snapshot.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
     try:
-        snapshot.hardlink_to(checkpoint / "state" / PROFILES)
+        partial.hardlink_to(profiles)
     except OSError:  # a file system without such links
-        shutil.copy(checkpoint / "state" / PROFILES, snapshot)
+        shutil.copy(profiles, partial)
+    partial.replace(snapshot)
 
 
 def resume(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load a checkpoint into the objects; returns what was saved as `progress`, and `step`, the steps done.
 
     Raises:
-        CheckpointError: when it does not fit.
+        CheckpointError: when it does not fit, or a file has another checksum.
     """
     ema.let_go()
     load_weights(ema.tensors, read_tensors(checkpoint / WEIGHTS), checkpoint)
@@ -179,26 +205,73 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """A checkpoint from a run's folder (its newest), a checkpoint's folder, the weights file, or hf://owner/name.
 
     Raises:
-        CheckpointError: when there is none, the file is cut short, or it is not one of ours.
+        CheckpointError: when there is none, the file is cut short or damaged, or it is not one of ours.
     """
     weights = _find_weights(path)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"--checkpoint {weights}: cut short or not a safetensors file ({error})") from error
+    metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()
     if missing:
         raise CheckpointError(f"--checkpoint {weights}: not written by train.py, it lacks {sorted(missing)}")
-    spec = json.loads(metadata["spec"])
-    return Checkpoint(
-        path=weights,
-        config=_config_from_dict(json.loads(metadata["config"])),
-        spec=ModelSpec(**{**spec, "input_size": tuple(spec["input_size"])}),
-        classes=json.loads(metadata["classes"]),
-        step=int(metadata["step"]),
-        commit=metadata["commit"],
-    )
+    try:
+        spec, classes = json.loads(metadata["spec"]), json.loads(metadata["classes"])
+        found = Checkpoint(
+            path=weights,
+            config=from_dict(ExperimentConfig, json.loads(metadata["config"])),
+            spec=ModelSpec(**{**spec, "input_size": tuple(spec["input_size"])}),
+            classes=[str(name) for name in classes],
+            step=int(metadata["step"]),
+            commit=metadata["commit"],
+            identity={name: dict(part) for name, part in json.loads(metadata.get("identity", "{}")).items()},
+        )
+        if found.classes != classes or len(classes) != found.spec.num_classes:
+            raise ValueError(f"{found.spec.num_classes} classes, named {short(classes)}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"--checkpoint {weights}: its metadata are malformed ({error})") from error
+    return found
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file whose metadata carry checksums of themselves and of the tensors, wherever it goes."""
+    sealed = {**metadata, "weights_sha256": weights_sha256(tensors)}
+    save_file(dict(tensors), path, metadata={**sealed, "metadata_sha256": _sha256(sealed)})
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Of a safetensors file, and nothing else of it.
+
+    Raises:
+        CheckpointError: when it is missing, cut short or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"--checkpoint {path}: cut short or not a safetensors file ({error})") from error
+    if metadata.get("metadata_sha256", _sha256(metadata)) != _sha256(metadata):
+        raise CheckpointError(f"--checkpoint {path}: its metadata have another checksum; give another copy of it")
+    return metadata
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors file.
+
+    Raises:
+        CheckpointError: when it is missing, cut short or damaged.
+    """
+    expected = read_metadata(path).get("weights_sha256")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cut short or missing ({error})") from error
+    if expected is not None and weights_sha256(tensors) != expected:
+        raise CheckpointError(f"--checkpoint {path}: its weights have another checksum; give another copy of it")
+    return tensors
+
+
+def _sha256(metadata: Mapping[str, str]) -> str:
+    rest = {name: value for name, value in metadata.items() if name != "metadata_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
@@ -239,19 +312,6 @@ def _find_weights(path: str | Path) -> Path:
     )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file.
-
-    Raises:
-        CheckpointError: when it is missing or cut short.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cut short or missing ({error})") from error
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Its state by `<number of the parameter>.<name>`."""
     state = optimizer.state_dict()["state"]
@@ -267,19 +327,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         like = parameters[int(index)]
         state.setdefault(int(index), {})[key] = part_like(tensor, like) if tensor.shape == like.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _config_from_dict(values: dict[str, Any]) -> ExperimentConfig:
-    values["optim"]["betas"] = tuple(values["optim"]["betas"])
-    parts = {
-        "data": DataConfig,
-        "diffusion": DiffusionConfig,
-        "optim": OptimConfig,
-        "train": TrainConfig,
-        "sampling": SamplingConfig,
-        "evaluation": EvaluationConfig,
-        "log": LogConfig,
-    }
-    built = {key: part(**values.get(key, {})) for key, part in parts.items()}
-    auxiliary = [AuxiliaryConfig(**each) for each in values.get("auxiliary", [])]
-    return ExperimentConfig(**{**values, **built, "auxiliary": auxiliary})

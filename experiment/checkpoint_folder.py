@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +30,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
-    """A checkpoint's folder, which `fill` puts files into.
+    """A checkpoint's folder, which `fill` puts files into. One of the same step is kept aside until the new one is in.
 
     Raises:
-        OSError: when the disk has no room; the partial folder is removed, older checkpoints stay.
+        OSError: when it cannot be written; the partial folder is removed, older checkpoints stay.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    for left_by_a_kill in target.parent.glob(".*.partial"):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    partial, aside = _hidden(target, "partial"), _hidden(target, "aside")
+    _put_back(target.parent)
+    for left_over in [*target.parent.glob(".*.partial"), *target.parent.glob(".*.aside")]:
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         fill(partial)
@@ -44,26 +47,60 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
         (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
         for path in [*files, partial / CHECKSUMS, *{file.parent for file in files}, partial]:
             _to_disk(path)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rename(aside)
         partial.rename(target)
         _to_disk(target.parent)
     except Exception as error:
+        _put_back(target.parent)
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"checkpoint {target} could not be written ({error}); make room and --resume") from error
+        full = any(words in str(error) for words in ("No space left", "quota exceeded"))
+        remedy = "make room" if full else "mend that"
+        raise OSError(f"checkpoint {target} could not be written ({error}); {remedy} and --resume") from error
+    if aside.exists():
+        _drop(aside, "replaced.partial")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
+    _put_back(folder)
+    numbered = (path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+    return sorted(numbered, key=lambda path: int(path.name))
 
 
 def rotate(folder: Path, *, keep: int, keep_every: int = 0) -> None:
-    """Drop all but the newest `keep`, those of every `keep_every` steps, and the best."""
-    best = (folder / BEST).resolve()
-    for old in list_checkpoints(folder)[:-keep]:
-        kept = keep_every > 0 and int(old.name) % keep_every == 0
-        if not kept and old.resolve() != best:
-            shutil.rmtree(old)
+    """Drop all that are older than the newest `keep` whole ones, but those of every `keep_every` steps, and the best.
+
+    Raises:
+        ValueError: for less than one to keep.
+    """
+    if keep < 1:
+        raise ValueError(f"--log.keep_checkpoints {keep} must be at least 1")
+    best, num_whole = (folder / BEST).resolve(), 0
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if num_whole < keep:
+            num_whole += damage(checkpoint) is None
+        elif not (keep_every > 0 and int(checkpoint.name) % keep_every == 0) and checkpoint.resolve() != best:
+            _drop(checkpoint, "rotated.partial")
+
+
+def _hidden(checkpoint: Path, what: str) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name.strip('.')}.{os.getpid()}.{what}")
+
+
+def _drop(checkpoint: Path, what: str) -> None:
+    """At once for all who look for checkpoints; files that cannot be removed are tried again with the next save."""
+    with suppress(OSError):
+        shutil.rmtree(checkpoint.rename(_hidden(checkpoint, what)), ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """What was kept aside when a kill, or an error, kept the new one from taking its place."""
+    for aside in folder.glob(".*.aside"):
+        target = aside.with_name(aside.name.split(".")[1])
+        if not target.exists():
+            with suppress(OSError):  # another process did it
+                aside.rename(target)
 
 
 @dataclass
@@ -76,7 +113,7 @@ class Best:
 
     def improves(self, value: float, step: int, *, lower: bool) -> bool:
         """Takes the value in if it is the best; `lower`: the lowest one is."""
-        if self.value is None or (value < self.value if lower else value > self.value):
+        if math.isfinite(value) and (self.value is None or (value < self.value if lower else value > self.value)):
             self.value, self.step = value, step
             return True
         return False
@@ -93,8 +130,8 @@ def mark_best(folder: Path, step: int) -> None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, by name; None where they are as they were written."""
     try:
-        checksums = json.loads((checkpoint / CHECKSUMS).read_text())
-    except (OSError, ValueError):
+        checksums = dict(json.loads((checkpoint / CHECKSUMS).read_text()))
+    except (OSError, ValueError, TypeError):
         return f"{CHECKSUMS} is missing or damaged"
     for name, expected in checksums.items():
         path = checkpoint / name

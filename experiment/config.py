@@ -7,9 +7,10 @@ so that `--help` answers at once.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ class LogConfig:
         sample_every: a grid of samples
         evaluate_every: scores of the averaged weights' samples, as `evaluation` says
         checkpoint_every: a checkpoint; the last step always writes one
-        keep_checkpoints: the newest so many stay
+        keep_checkpoints: the newest so many whole ones stay; each is read back at a save
         keep_every: and every checkpoint whose step is a multiple of it; 0: none
         best: a metric of which the best checkpoint stays too, as checkpoints/best: 'validation_loss', or a score such
             as 'fid', of which evaluation writes one
@@ -308,6 +309,8 @@ class RunConfig:
 
     name: str | None
     resume: str | None
+    init_from: str | None
+    fixed = tuple[str, ...]()  # settings and groups of them that say what the weights mean
 
     @property
     def folder(self) -> Path:
@@ -319,6 +322,35 @@ class RunConfig:
         values = asdict(self)  # pyright: ignore[reportArgumentType]
         values["optim"]["betas"] = list(values["optim"]["betas"])
         return values
+
+    def identity(self) -> dict[str, Any]:
+        """By flag, what a run keeps when it is resumed; where images lie, and the like, is checked by their content."""
+        flags = flatten(self.to_dict())
+        passing = {"data.path", "data.cache", "data.on_error"}
+        fixed = {flag: flags[flag] for flag in flags if flag.partition(".")[0] in self.fixed and flag not in passing}
+        return fixed | {"optim.muon_lr": "null" if flags["optim.muon_lr"] is None else "set"}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1}`: the spelling of flags."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def from_dict(kind: Any, values: Any) -> Any:
+    """A configuration again, from `to_dict`: no value is read anew. Settings that it lacks are their defaults.
+
+    Raises:
+        TypeError, AttributeError: for settings that there are not.
+    """
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in values.items()})
+    if get_origin(kind) is list:
+        return [from_dict(get_args(kind)[0], value) for value in values]
+    return tuple(values) if get_origin(kind) is tuple else values
 
 
 R = TypeVar("R", bound=RunConfig)
@@ -338,8 +370,9 @@ class ExperimentConfig(RunConfig):
         model_args: constructor arguments of the backbone that differ from its row in the table
         autoencoder: 'embedded', 'pixel', a folder in diffusers' format, or a hub id
         name: of the run's folder, runs/<name>; by default the model's name
-        resume: a run's folder: go on from its newest whole checkpoint with its configuration; 'auto': so with the
-            folder of this name, if there is one to resume, else start
+        resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which model,
+            autoencoder, diffusion and data stay; 'auto': so with the folder of this name, if there is one to resume,
+            else start
         init_from: a run or checkpoint (or hf://owner/name) whose averaged weights a fresh run starts from: those of the
             same name and shape
         data: see --data.help
@@ -367,8 +400,16 @@ class ExperimentConfig(RunConfig):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    fixed = ("model", "model_args", "data")
 
     @property
     def folder(self) -> Path:
         """Of the run."""
         return Path(self.resume or Path("runs") / (self.name or self.model.replace("/", "-")))
+
+    def identity(self) -> dict[str, Any]:
+        """With the diffusion's settings in full: what is null is their default."""
+        from experiment.build import process_settings
+
+        diffusion = {"kind": self.diffusion.kind, **process_settings(self.diffusion)}
+        return super().identity() | {f"diffusion.{name}": value for name, value in diffusion.items()}

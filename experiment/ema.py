@@ -164,10 +164,11 @@ Snapshot = tuple[int | float, float]  # (steps trained, gamma)
 
 def reconstruction_weights(snapshots: Sequence[Snapshot], target: Snapshot) -> list[float]:
     """How much of each snapshot makes up a target average: least squares between their profiles over training (Karras
-    et al. 2024, section 3.2)."""
+    et al. 2024, section 3.2), divided by their sum as in EDM2's code, so that an average of equal weights is these."""
     gram = [[_overlap(a, b) for b in snapshots] for a in snapshots]
     right = [_overlap(a, target) for a in snapshots]
-    return np.linalg.lstsq(np.array(gram), np.array(right), rcond=None)[0].tolist()
+    weights = np.linalg.lstsq(np.array(gram), np.array(right), rcond=None)[0]
+    return (weights / weights.sum()).tolist()
 
 
 def _overlap(a: Snapshot, b: Snapshot) -> float:

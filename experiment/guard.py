@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from experiment.sharding import whole
+from experiment.sharding import own_part, whole
 
 
 class TrainingDivergedError(ValueError):
@@ -21,7 +21,8 @@ class Guard:
     """Counts steps whose gradient is not finite (a loss that is not, leaves none that is).
 
     Such a step changes nothing. After `patience` in a row the run goes back to its last checkpoint with another order
-    of the data; after `max_rollbacks` of these it stops.
+    of the data; after `max_rollbacks` of these it stops. Before it is known whether the weights are ruined nothing is
+    saved: `may_save`.
     """
 
     settings: str = "optim"  # the flags' group that may mend it
@@ -38,6 +39,27 @@ class Guard:
             return True
         self.skipped += 1
         self.in_a_row += 1
+        return False
+
+    def may_save(self, accelerator: Accelerator, model: nn.Module, *, last: bool = False) -> bool:
+        """Whether the weights are worth a checkpoint, the same on every process: not while steps are skipped, if it is
+        not the `last` one, and not with a value that is not finite, which is to be rolled back.
+
+        Raises:
+            TrainingDivergedError: for values that are not finite after the last step.
+        """
+        if self.in_a_row and not last:
+            return False
+        values = [own_part(value) for value in model.state_dict().values() if value.is_floating_point()]
+        ruined = ~torch.stack([value.isfinite().all() for value in values]).all()
+        if accelerator.reduce(ruined.float(), "sum").item() == 0:  # pyright: ignore
+            return True
+        if last:
+            raise TrainingDivergedError(
+                f"after the last step weights are not finite: they were not saved, older checkpoints are there; lower "
+                f"--{self.settings}.lr or set --{self.settings}.grad_clip 1, and --resume"
+            )
+        self.in_a_row = self.patience
         return False
 
     def must_roll_back(self, *, can: bool) -> bool:

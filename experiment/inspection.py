@@ -18,7 +18,7 @@ from experiment.ema import EMA
 from experiment.evaluation import Reference, evaluate
 from experiment.generation import Generator, balanced_labels, generate, sample_labels
 from experiment.sources import from_generator
-from experiment.tracking import Log, draw_progress, save_grid
+from experiment.tracking import Log, draw_progress, save_grid, warns_only
 from experiment.validation import validation_loss
 from metrics.extractors import naming
 from metrics.features import Extractor
@@ -95,8 +95,9 @@ class Inspection:
         images = generate(self._generator(labels, self.config.train.seed), batch_size=len(labels))
         if self.accelerator.is_main_process:
             path = self.run / "samples" / f"{step:08d}.png"
-            save_grid(images, path, columns=columns, column_names=classes)
-            self.log.picture(step, path)
+            with warns_only(path):
+                save_grid(images, path, columns=columns, column_names=classes)
+                self.log.picture(step, path)
             draw_progress(self.run)
 
     def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:

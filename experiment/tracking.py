@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
 from jaxtyping import UInt8
 from torch import Tensor
 
+from experiment.config import flatten
 from experiment.files import write_whole
 
 TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}}
@@ -20,7 +23,7 @@ class Log:
     def __init__(self, folder: Path, accelerator: Accelerator, config: dict) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
         if accelerator.trackers or accelerator.log_with:
-            accelerator.init_trackers("tracking", config=_flat(config))
+            accelerator.init_trackers("tracking", config=_plain(config))
 
     def write(self, step: int, **values: float | list[int]) -> None:
         """Add an event at an optimizer step; lists are for the file alone."""
@@ -41,13 +44,29 @@ class Log:
                 tracker.log_images({"samples": pixels}, step=step, **TRACKER_OPTIONS.get(tracker.name, {}))
 
     def truncate(self, step: int) -> None:
-        """Drop events after `step`: a resumed run writes them again."""
-        if self.accelerator.is_main_process:
-            written = self.path.read_text().splitlines() if self.path.exists() else []
-            lines = [line for line in written if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_whole(self.path, "".join(f"{line}\n" for line in lines))
+        """Drop events after `step`: a resumed run writes them again. A broken line is named, and left out."""
+        if not self.accelerator.is_main_process:
+            return
+        written, kept = self.path.read_text(errors="replace").splitlines() if self.path.exists() else [], []
+        for number, line in enumerate(written, start=1):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                print(f"warning: {self.path}: line {number} is broken and left out: {line[:60]}", flush=True)
+        write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
 
+@contextmanager
+def warns_only(what: object) -> Iterator[None]:
+    """For pictures of a training: one that cannot be drawn is spoken of, and training goes on."""
+    try:
+        yield
+    except Exception as error:  # of fonts, of texts, of files that others left there
+        print(f"warning: {what} is left out: {error}", flush=True)
+
+
+@warns_only("loss.png")
 def draw_curve(run: Path) -> None:
     """`loss.png` beside the log: training and validation loss over the steps."""
     from matplotlib import pyplot as plt
@@ -58,7 +77,8 @@ def draw_curve(run: Path) -> None:
         points = [(event["step"], event[name]) for event in events if name in event]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if len(points) < 20 else "")
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title=run.name)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.set_title(run.name, parse_math=False)
     if axes.lines:
         axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -100,6 +120,7 @@ def save_grid(
     canvas.save(path, optimize=True)
 
 
+@warns_only("progress.png")
 def draw_progress(run: Path, at_most: int = 10) -> None:
     """`progress.gif` of a run's grids, which all start from the same noise, and `progress.png`: evenly spread ones, one
     below the other."""
@@ -108,11 +129,11 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
     font, left = ImageFont.load_default(size=11), 80
     frames = []
     for path in sorted((run / "samples").glob("[0-9]*.png")):
-        with Image.open(path) as grid:
+        with warns_only(path), Image.open(path) as grid:
             frame = Image.new("RGB", (grid.width + left, grid.height), "white")
             frame.paste(grid, (left, 0))
-        ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {int(path.stem)}", fill="black", font=font)
-        frames.append(frame)
+            ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {int(path.stem)}", fill="black", font=font)
+            frames.append(frame)
 
     durations = [500] * (len(frames) - 1) + [2000]  # milliseconds; the last one stays
     frames[0].save(run / "progress.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
@@ -159,11 +180,7 @@ def _fit(text: str, width: int, font) -> str:
     return text
 
 
-def _flat(config: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
+def _plain(config: dict) -> dict:
+    """As trackers take it."""
+    plain = (int, float, str, bool)
+    return {flag: value if isinstance(value, plain) else str(value) for flag, value in flatten(config).items()}

@@ -75,10 +75,9 @@ class ImportConfig:
 
 def main(config: ImportConfig) -> None:
     """Read, rename, write, open again."""
-    from safetensors.torch import save_file
 
     from experiment.build import ModelSpec, build_process
-    from experiment.checkpoint import WEIGHTS, metadata_of, open_checkpoint
+    from experiment.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
     from experiment.files import write_whole
     from models.reference import load_reference
     from models.reference_config import infer_config, reference_arguments
@@ -114,11 +113,8 @@ def main(config: ImportConfig) -> None:
     )
     config.output.mkdir(parents=True, exist_ok=True)
     metadata = metadata_of(experiment, spec, classes, step)
-    save_file(
-        {key: tensor.contiguous() for key, tensor in model.state_dict().items()},
-        config.output / WEIGHTS,
-        metadata=metadata,
-    )
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    save_tensors(tensors, config.output / WEIGHTS, metadata)
     with config.weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {"source": config.source, "file": config.weights.name, "sha256": digest, "published": published}

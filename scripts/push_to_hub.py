@@ -46,13 +46,14 @@ def main(config: PushConfig) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HTTPError
 
-    from experiment.checkpoint import WEIGHTS, open_checkpoint
+    from experiment.checkpoint import WEIGHTS, open_checkpoint, read_tensors
     from experiment.hub import HubError, reason
     from experiment.model_card import card_files, model_card
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
         raise ValueError(f"--repo {config.repo}: give owner/name")
     checkpoint = open_checkpoint(config.checkpoint)
+    read_tensors(checkpoint.path)  # nothing damaged is published
     files = card_files(checkpoint)
     card = model_card(checkpoint, config.repo, config.license, files)
     files = {WEIGHTS: checkpoint.path, **files}

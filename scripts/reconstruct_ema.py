@@ -26,11 +26,9 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
         step: the end of training to average up to; by default the last snapshot
         output: file to write; by default runs/NAME/ema-SIGMA.safetensors
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from experiment.checkpoint import SNAPSHOTS, open_checkpoint
+    from experiment.checkpoint import SNAPSHOTS, open_checkpoint, read_metadata, read_tensors, save_tensors
     from experiment.ema import gamma_of, reconstruction_weights
 
     files = {int(path.stem): path for path in sorted((run / SNAPSHOTS).glob("[0-9]*.safetensors"))}
@@ -40,9 +38,7 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
     if last not in files:
         raise ValueError(f"--step {step}: no snapshot of it; there are {', '.join(map(str, files))}")
     files = {number: path for number, path in files.items() if number <= last}
-    with safe_open(files[last], "pt") as file:
-        names = list(file.keys())
-        metadata = file.metadata()
+    metadata, names = read_metadata(files[last]), list(read_tensors(files[last]))
     sigmas = sorted({name.split("/", 1)[0] for name in names})
     snapshots = [(number, sigma) for number in files for sigma in sigmas]
     weights = reconstruction_weights(
@@ -51,18 +47,16 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
     shares = dict(zip(snapshots, weights, strict=True))
     total = {}
     for number, path in tqdm(files.items(), desc="snapshots"):
-        with safe_open(path, "pt") as file:
-            for full_name in names:
-                sigma, name = full_name.split("/", 1)
-                tensor = file.get_tensor(full_name)
-                if not tensor.is_floating_point():
-                    total[name] = tensor
-                    continue
-                part = shares[number, sigma] * tensor.double()
-                total[name] = part if name not in total else total[name] + part
+        for full_name, tensor in read_tensors(path).items():
+            sigma, name = full_name.split("/", 1)
+            if not tensor.is_floating_point():
+                total[name] = tensor
+                continue
+            part = shares[number, sigma] * tensor.double()
+            total[name] = part if name not in total else total[name] + part
     path = output or run / f"ema-{sigma_rel:g}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
-    save_file(rounded, path, metadata={**metadata, "step": str(last)})
+    save_tensors(rounded, path, {**metadata, "step": str(last)})
     open_checkpoint(path)
     print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(snapshots)} snapshots: {path}")
 

@@ -45,7 +45,8 @@ def main(config: AutoencodingConfig) -> None:
     from experiment.interruption import EXIT_CODE, Interruption
     from experiment.machine import open_accelerator
     from experiment.meter import Meter
-    from experiment.tracking import Log
+    from experiment.resumption import start_or_go_on
+    from experiment.tracking import Log, warns_only
     from models.discriminator import PatchDiscriminator
 
     # Devices and folders.
@@ -58,8 +59,7 @@ def main(config: AutoencodingConfig) -> None:
     )
     device = accelerator.device
     set_seed(config.train.seed)
-    if not config.resume and list_checkpoints(run / "checkpoints"):
-        raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
+    config, newest = start_or_go_on(config, accelerator.print)
 
     # Images, networks, optimizers.
     batches = open_batches(config, accelerator.process_index, accelerator.num_processes)
@@ -89,18 +89,26 @@ def main(config: AutoencodingConfig) -> None:
 
     # A fresh run, or the newest whole checkpoint of an old one.
     guards, meter, step = {"autoencoder": Guard(), "discriminator": Guard("discriminator")}, Meter(), 0
+    saved = -1
 
     def order() -> int:
         return sum(guard.rollbacks for guard in guards.values())
 
-    def restore() -> int:
-        progress = checkpoint.load(to_resume(run), ema, networks, {**optimizers, "discriminator": critic_optimizer})
+    def restore(folder: Path) -> int:
+        nonlocal saved
+        progress = checkpoint.load(folder, ema, networks, {**optimizers, "discriminator": critic_optimizer})
         for name, guard in guards.items():
             guard.restore(progress["guards"][name])
         meter.restore(progress["meter"], accelerator)
-        return progress["step"]
+        saved = progress["step"]
+        return saved
 
-    def save() -> None:
+    def save(*, last: bool = False) -> None:
+        nonlocal saved
+        if saved == step or not all(
+            guard.may_save(accelerator, networks[name], last=last) for name, guard in guards.items()
+        ):
+            return
         interval = meter.state(accelerator)
         if accelerator.is_main_process:
             checkpoint.save(
@@ -110,12 +118,14 @@ def main(config: AutoencodingConfig) -> None:
                 networks=networks,
                 optimizers={**optimizers, "discriminator": critic_optimizer},
                 progress={"guards": {name: guard.state() for name, guard in guards.items()}, "meter": interval},
-                keep=config.log.keep_checkpoints,
+                config=config,
+                rotates=not any(guard.in_a_row for guard in guards.values()),
             )
+        saved = step
         accelerator.wait_for_everyone()
 
-    if config.resume:
-        step = restore()
+    if newest is not None:
+        step = restore(newest)
         config = resuming(config, None)
     if accelerator.is_main_process:
         write_whole(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -136,14 +146,15 @@ def main(config: AutoencodingConfig) -> None:
         psnr = {f"psnr_{name}": mean_psnr(averaged, images, batches.batch_size) for name, images in chosen.items()}
         log.write(step, **psnr)
         path = run / "samples" / f"{step:08d}.png"
-        draw_reconstructions(averaged, chosen, path)
-        log.picture(step, path)
+        with warns_only(path):
+            draw_reconstructions(averaged, chosen, path)
+            log.picture(step, path)
 
     # The loop.
     interruption, reason = Interruption(accelerator, config.train.max_hours), None
     progress = tqdm(initial=step, total=num_steps, desc=run.name, unit="step", disable=not accelerator.is_main_process)
     stream = meter.timed(batches(step, order()))
-    while step < num_steps and reason is None:
+    while step < num_steps and (reason is None or any(guard.in_a_row for guard in guards.values())):
         factor = learning_rate(config.optim, step, num_steps) / config.optim.lr
         for optimizer in (*optimizers.values(), critic_optimizer):
             set_learning_rates(optimizer, factor)
@@ -197,14 +208,14 @@ def main(config: AutoencodingConfig) -> None:
         meter.pause(time.perf_counter() - paused)
         can = bool(list_checkpoints(run / "checkpoints"))
         if any(guard.must_roll_back(can=can) for guard in guards.values()):
-            step = restore()
+            step = restore(to_resume(run))
             stream = meter.timed(batches(step, order()))
             progress.reset(total=num_steps)
             progress.update(step)
 
     # The end: what was learned, in diffusers' format.
     progress.close()
-    save()
+    save(last=True)
     accelerator.print(f"checkpoint:  {run}/checkpoints/{step:08d}")
     if reason is not None:
         accelerator.end_training()

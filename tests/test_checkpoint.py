@@ -1,12 +1,25 @@
+import errno
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from experiment.build import ModelSpec, build_optimizer
-from experiment.checkpoint import open_checkpoint, resume, save_checkpoint, warm_start
+from experiment.checkpoint import (
+    open_checkpoint,
+    read_metadata,
+    read_tensors,
+    resume,
+    save_checkpoint,
+    save_tensors,
+    warm_start,
+)
 from experiment.checkpoint_folder import Best, CheckpointError, list_checkpoints, mark_best, newest_whole, to_resume
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, OptimConfig
 from experiment.ema import EMA
@@ -29,6 +42,9 @@ def train_a_step(model, ema, optimizer):
     ema.update(model, 0)
 
 
+IDENTITY = {"codec": {"sha256": "c"}, "train": {"source": "a.zip", "split": "train-1"}, "test": {"split": "test-1"}}
+
+
 def save(folder, step, model, ema, optimizer, **log):
     return save_checkpoint(
         folder,
@@ -39,6 +55,7 @@ def save(folder, step, model, ema, optimizer, **log):
         config=ExperimentConfig(log=LogConfig(**log)),
         spec=SPEC,
         classes=["a", "b", "c"],
+        identity=IDENTITY,
         progress={"guard": {"skipped": 3}},
     )
 
@@ -137,16 +154,138 @@ def test_warm_start_takes_what_fits_and_lists_what_does_not(saved):
         warm_start(torch.nn.Linear(2, 2), str(folder))
 
 
-def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "make room"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "make room"),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES)), "mend that"),
+    ],
+)
+def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch, error, remedy):
     folder, trained = saved
-
-    def full(*arguments, **keywords):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("experiment.checkpoint.save_file", full)
-    with pytest.raises(OSError, match=r"could not be written .*No space left.*make room"):
+    monkeypatch.setattr("experiment.checkpoint.save_file", Mock(side_effect=error))
+    with pytest.raises(OSError, match=rf"could not be written .*{remedy} and --resume"):
         save(folder.parent, 2, *trained)
     assert [path.name for path in folder.parent.iterdir()] == ["00000001"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("stale file handle")])
+def test_one_of_the_same_step_is_kept_until_the_new_one_is_in(saved, monkeypatch, error):
+    """Killed, or refused, between the two renames."""
+    folder, trained = saved
+    rename, renames = Path.rename, []
+
+    def second_fails(path, target):
+        renames.append(path)
+        if len(renames) == 2:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        save(folder.parent, 1, *trained)
+    assert to_resume(folder.parent.parent) == folder
+    save(folder.parent, 1, *trained)
+    assert [path.name for path in folder.parent.iterdir()] == ["00000001"]
+
+
+def test_what_cannot_be_removed_loses_nothing(saved, monkeypatch):
+    """Files that others hold open, on a network file system."""
+    folder, trained = saved
+    before = (folder / "ema.safetensors").stat().st_ino
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", Mock(side_effect=OSError(errno.EBUSY, "busy")))
+        save(folder.parent, 1, *trained)
+        save(folder.parent, 2, *trained, keep_checkpoints=1)
+    assert [path.name for path in list_checkpoints(folder.parent)] == ["00000002"]
+    assert (folder.parent / "00000002" / "ema.safetensors").stat().st_ino != before
+    save(folder.parent, 3, *trained)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["00000002", "00000003"]
+
+
+def test_rotation_counts_whole_checkpoints_alone(saved):
+    folder, trained = saved
+    for step in (2, 3):
+        save(folder.parent, step, *trained, keep_checkpoints=9)
+        spoiled = folder.parent / f"{step:08d}" / "state" / "progress.json"
+        spoiled.write_text(spoiled.read_text()[:-1])
+    (folder.parent / "00000002.bak").mkdir()
+    save(folder.parent, 4, *trained, keep_checkpoints=2)
+    assert [int(path.name) for path in list_checkpoints(folder.parent)] == [1, 2, 3, 4]
+    save(folder.parent, 5, *trained, keep_checkpoints=2)
+    assert [int(path.name) for path in list_checkpoints(folder.parent)] == [4, 5]
+    assert (folder.parent / "00000002.bak").is_dir()
+    with pytest.raises(ValueError, match=r"--log.keep_checkpoints -1 must be at least 1"):
+        save(folder.parent, 6, *trained, keep_checkpoints=-1)
+    assert to_resume(folder.parent.parent).name == "00000006"
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for name in ("100000000", "99999999"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["99999999", "100000000"]
+
+
+def flipped(path, where):
+    """With another byte of the first tensor, or of the classes in the metadata."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b'"classes":"[') + 14 if where == "metadata" else 8 + int.from_bytes(content[:8], "little")
+    content[start] ^= 1
+    path.unlink()  # of snapshots there is a second name
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("where", ["weights", "metadata"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: open_checkpoint(path).load_model(),
+        lambda path: open_checkpoint(shutil.copy(path, path.parent / "lone.safetensors")).load_model(),
+        lambda path: warm_start(objects()[0], str(path)),
+        lambda path: resume(path.parent, *objects()),
+        read_tensors,
+    ],
+)
+def test_every_reader_finds_a_flipped_bit(saved, where, read):
+    folder, _ = saved
+    with pytest.raises(CheckpointError, match=rf"its {where} have another checksum"):
+        read(flipped(folder / "ema.safetensors", where))
+
+
+def test_checkpoints_from_before_they_had_checksums_still_load(saved):
+    folder, (_, ema, _) = saved
+    path = folder / "ema.safetensors"
+    names = ("config", "spec", "classes", "step", "commit")
+    save_file(read_tensors(path), path, metadata={name: read_metadata(path)[name] for name in names})
+    checkpoint = open_checkpoint(path)
+    assert torch.equal(checkpoint.load_model().patch.weight, ema.model.patch.weight)
+    checkpoint.check_identity(train={"split": "any", "classes": ["a", "b", "c"]})
+    with pytest.raises(CheckpointError, match=r"--data.path: .* another train, whose classes was"):
+        checkpoint.check_identity(train={"classes": ["a", "b", "z"]})
+
+
+@pytest.mark.parametrize(
+    ("part", "other", "flag"),
+    [("codec", {"sha256": "d"}, "--autoencoder"), ("test", {"split": "test-2"}, "--data.path")],
+)
+def test_other_data_and_autoencoders_are_told_by_their_content(saved, part, other, flag):
+    checkpoint = open_checkpoint(saved[0])
+    checkpoint.check_identity(**IDENTITY | {"train": {"source": "moved.zip", "split": "train-1"}})
+    with pytest.raises(CheckpointError, match=f"{flag}: .* was trained with another {part}, whose"):
+        checkpoint.check_identity(**{part: other})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"spec": "{}"}, {"spec": "[]"}, {"classes": "{"}, {"classes": '["a"]'}, {"step": "one"}, {"config": '{"x": 1}'}],
+)
+def test_malformed_metadata_are_told(saved, metadata):
+    path = saved[0] / "ema.safetensors"
+    save_tensors(read_tensors(path), path, read_metadata(path) | metadata)
+    with pytest.raises(CheckpointError, match="its metadata are malformed"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from processes import script
 from torch import nn
 
+from experiment.build import ModelSpec
+from experiment.checkpoint import open_checkpoint, save_checkpoint
+from experiment.checkpoint_folder import CheckpointError
+from experiment.config import ExperimentConfig, LogConfig
 from experiment.ema import EMA, PowerAverage, gamma_of, reconstruction_weights
 
 
@@ -42,22 +47,55 @@ def test_power_average_is_the_weighted_mean_of_its_definition():
     assert average.model.weight.item() == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("sigma_rel", [0.06, 0.08, 0.15])
-def test_snapshots_of_two_lengths_give_any_other(sigma_rel):
+def test_snapshots_of_two_lengths_give_any_other():
     model, num_steps, every = Scalar(), 1600, 100
     kept = EMA(model, 0.9, [0.05, 0.1])
-    direct = PowerAverage(model, sigma_rel)
+    direct = {sigma_rel: PowerAverage(model, sigma_rel) for sigma_rel in (0.06, 0.08, 0.15)}
     snapshots, values = [], []
     for step in range(num_steps):
         model.weight.data.copy_(trajectory(step))
-        kept.update(model, step)
-        direct.update(model, step)
+        for average in (kept, *direct.values()):
+            average.update(model, step)
         if (step + 1) % every == 0:
             for average in kept.profiles.values():
                 snapshots.append((step + 1, average.gamma))
                 values.append(average.model.weight.item())
-    weights = reconstruction_weights(snapshots, (num_steps, gamma_of(sigma_rel)))
-    found = sum(weight * value for weight, value in zip(weights, values, strict=True))
-    assert sum(weights) == pytest.approx(1, abs=0.02)
-    assert found == pytest.approx(direct.model.weight.item(), rel=5e-3)
-    assert abs(values[-1] - found) > abs(found - direct.model.weight.item())
+    for sigma_rel, average in direct.items():
+        weights = reconstruction_weights(snapshots, (num_steps, gamma_of(sigma_rel)))
+        found = sum(weight * value for weight, value in zip(weights, values, strict=True))
+        assert found == pytest.approx(average.model.weight.item(), rel=5e-3)
+        assert abs(values[-1] - found) > abs(found - average.model.weight.item())
+
+
+def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys):
+    spec = ModelSpec("DiT", {"dim": 16, "depth": 1, "num_heads": 2}, (4, 4), 4, 8, 0)
+    torch.manual_seed(0)
+    model = spec.build()
+    ema, optimizer = EMA(model, 0.9, [0.05, 0.1]), torch.optim.AdamW(model.parameters())
+    config = ExperimentConfig(log=LogConfig(keep_checkpoints=1))
+    told = {"config": config, "spec": spec, "classes": [], "identity": {}, "progress": {}}
+    for step in (1, 2):
+        with torch.no_grad():
+            model.patch.weight.fill_(step)
+        ema.update(model, step - 1)
+        save_checkpoint(tmp_path / "checkpoints", step=step, model=model, ema=ema, optimizer=optimizer, **told)
+
+    reconstruct = script("scripts/reconstruct_ema.py").main
+    reconstruct(tmp_path, 0.08)
+    assert "sigma_rel 0.08 up to step 2, from 4 snapshots" in capsys.readouterr().out
+    made = open_checkpoint(tmp_path / "ema-0.08.safetensors")
+    shorter, longer = (average.model.patch.weight.max() for average in ema.profiles.values())
+    assert made.step == 2
+    assert longer < made.load_model().patch.weight.mean() < shorter
+
+    first = tmp_path / "snapshots" / "00000001.safetensors"
+    first.write_bytes(first.read_bytes()[:-1] + bytes([first.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="its weights have another checksum"):
+        reconstruct(tmp_path, 0.08)
+
+
+@pytest.mark.parametrize(("num", "sigmas"), [(4, (0.05, 0.1)), (1, (0.05,)), (1, (0.05, 0.1))])
+def test_weights_of_snapshots_sum_to_one_however_few(num, sigmas):
+    snapshots = [(100 * (number + 1), gamma_of(sigma)) for number in range(num) for sigma in sigmas]
+    weights = reconstruction_weights(snapshots, (100 * num, gamma_of(0.25)))
+    assert sum(weights) == pytest.approx(1, abs=1e-9)

@@ -108,3 +108,17 @@ def test_signals_become_a_reason(accelerator, own_signals, number):
 def test_time_that_is_over_is_a_reason(accelerator, own_signals):
     assert Interruption(accelerator, 10.0).reason() is None
     assert Interruption(accelerator, 1e-12).reason() == "--train.max_hours 1e-12 are over"
+
+
+def test_nothing_is_saved_while_steps_are_skipped_nor_with_ruined_weights(accelerator):
+    guard, model = Guard(patience=3), torch.nn.BatchNorm1d(2)
+    assert guard.may_save(accelerator, model)
+    guard.passes(float("nan"))
+    assert not guard.may_save(accelerator, model)
+    assert guard.may_save(accelerator, model, last=True)
+    guard.passes(1.0)
+    model.running_mean[0] = float("nan")
+    assert not guard.may_save(accelerator, model)
+    assert guard.must_roll_back(can=True)
+    with pytest.raises(TrainingDivergedError, match="after the last step weights are not finite"):
+        guard.may_save(accelerator, model, last=True)

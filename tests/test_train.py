@@ -13,7 +13,6 @@ import torch
 import yaml
 from PIL import Image
 from processes import ROOT, TINY, log, run, weights
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -200,20 +199,6 @@ def test_batch_norms_on_several_cpu_processes_are_spoken_of(folder):
     flags = ("--model_args.conv_norm", "batch", "--train.num_steps", 1, "--name", "batchnorm")
     done = run("train.py", "--config", "tiny.yaml", *flags, cwd=folder, processes=2)
     assert done.stdout.count("Batch norms see each process's own share") == 1
-
-
-def test_an_average_of_any_length_is_made_from_snapshots(folder):
-    flags = ("--train.ema_profiles", "[0.05, 0.1]", "--name", "profiles", "--log.checkpoint_every", 1)
-    run("train.py", "--config", "tiny.yaml", *flags, cwd=folder)
-    done = run("scripts/reconstruct_ema.py", "--run", "runs/profiles", "--sigma_rel", 0.08, cwd=folder)
-    assert "sigma_rel 0.08 up to step 4, from 8 snapshots" in done.stdout
-    made = ("--checkpoint", "runs/profiles/ema-0.08.safetensors", "--num_per_class", 1, "--output", "averaged.npz")
-    run("sample.py", *made, cwd=folder)
-    shutil.rmtree(folder / "runs" / "profiles" / "checkpoints" / "00000004")
-    before = load_file(folder / "runs" / "profiles" / "snapshots" / "00000004.safetensors")
-    run("train.py", "--resume", "runs/profiles", cwd=folder)
-    after = load_file(folder / "runs" / "profiles" / "snapshots" / "00000004.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_submitted_training_runs(folder):

@@ -359,5 +359,5 @@ def test_discriminator_that_diverges_is_named_and_leaves_the_autoencoder_whole(t
     assert done.returncode == 2
     assert "10 steps in a row had a gradient that is not finite, after 3 returns" in done.stderr
     assert "lower --discriminator.lr" in done.stderr
-    averages = weights(tmp_path, "autoencoder", 12)
+    averages = weights(tmp_path, "autoencoder", 3)  # nothing is saved while steps are skipped
     assert all(tensor.isfinite().all() for tensor in averages.values())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from experiment.cli import parse_mapping
+from experiment.cli import UniqueKeys, parse_mapping
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,6 @@ class ClusterConfig:
     partition: str | None = None
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{name} stands twice (line {node.start_mark.line + 1} and on); names are unique")
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a file.
 
@@ -125,7 +113,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: for what is no YAML mapping, or names something twice.
     """
     try:
-        values = yaml.load(path.read_text(), _StrictLoader)
+        values = yaml.load(path.read_text(), UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):

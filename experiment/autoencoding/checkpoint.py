@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from experiment.checkpoint import WEIGHTS, load_optimizer, load_weights, optimizer_tensors, read_tensors
+from experiment.autoencoding.config import AutoencodingConfig
+from experiment.checkpoint import WEIGHTS, load_optimizer, load_weights, optimizer_tensors, read_tensors, save_tensors
 from experiment.checkpoint_folder import checkpoint_path, rotate, write_checkpoint
 from experiment.ema import EMA
 from experiment.sharding import gather
@@ -24,19 +25,21 @@ def save(
     ema: EMA,
     networks: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
+    config: AutoencodingConfig,
     progress: Mapping[str, Any],
-    keep: int,
+    rotates: bool = True,
 ) -> None:
-    """Write `folder/<step>` whole or not at all; `progress` is JSON.
+    """Write `folder/<step>` whole or not at all, then, if it `rotates`, drop what the configuration does not keep;
+    `progress` is JSON.
 
     Raises:
-        OSError: when the disk has no room; older checkpoints stay.
+        OSError: when it cannot be written; older checkpoints stay.
     """
 
     def fill(checkpoint: Path) -> None:
         state = checkpoint / "state"
         state.mkdir()
-        save_file(gather(ema.tensors, keep=True), checkpoint / WEIGHTS)
+        save_tensors(gather(ema.tensors, keep=True), checkpoint / WEIGHTS, {"config": json.dumps(config.to_dict())})
         for name, network in networks.items():
             save_file(gather(network.state_dict(), keep=True), state / f"{name}.safetensors")
         for name, optimizer in optimizers.items():
@@ -44,7 +47,8 @@ def save(
         (state / "progress.json").write_text(json.dumps({"step": step, **progress}))
 
     write_checkpoint(checkpoint_path(folder, step), fill)
-    rotate(folder, keep=keep)
+    if rotates:
+        rotate(folder, keep=config.log.keep_checkpoints)
 
 
 def load(

@@ -131,7 +131,7 @@ class AutoencoderLogConfig:
         sample_every: reconstructions of held-out images by the averaged weights, and their PSNR
         num_validation: at most so many held-out images are used for it
         checkpoint_every: a checkpoint; the last step always writes one
-        keep_checkpoints: the newest so many stay
+        keep_checkpoints: the newest so many whole ones stay; each is read back at a save
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
 
@@ -149,8 +149,8 @@ class AutoencodingConfig(RunConfig):
 
     Args:
         name: of the run's folder, runs/<name>
-        resume: a run's folder: go on from its newest whole checkpoint with its configuration; 'auto': so with the
-            folder of this name, if there is one to resume, else start
+        resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which architecture
+            and data stay; 'auto': so with the folder of this name, if there is one to resume, else start
         init_from: an autoencoder to start from: 'embedded', a folder in diffusers' format, or a hub id; its shape takes
             the place of `architecture`
         decoder_only: leave the encoder as it was: latents stay the same bit by bit, so that caches and backbones that
@@ -179,3 +179,4 @@ class AutoencodingConfig(RunConfig):
     optim: AutoencoderOptimConfig = field(default_factory=AutoencoderOptimConfig)
     train: AutoencoderTrainConfig = field(default_factory=AutoencoderTrainConfig)
     log: AutoencoderLogConfig = field(default_factory=AutoencoderLogConfig)
+    fixed = ("architecture", "decoder_only", "shapes_share", "data")

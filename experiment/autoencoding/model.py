@@ -159,9 +159,12 @@ def finish(
         scale, shift = measure_latents(autoencoder, images)
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
     autoencoder.register_to_config(_name_or_path="")  # diffusers would publish the folder that it began from
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, aside = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "aside"))
+    for left_over in (partial, aside):
+        shutil.rmtree(left_over, ignore_errors=True)
     (autoencoder.half() if half else autoencoder).save_pretrained(partial)
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
     partial.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""What a resumed run keeps, and what it may change."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from processes import run
+
+from experiment.autoencoding.config import AutoencodingConfig
+from experiment.checkpoint import WEIGHTS, save_tensors
+from experiment.checkpoint_folder import CheckpointError
+from experiment.cli import parse, parse_run
+from experiment.config import (
+    AuxiliaryConfig,
+    DataConfig,
+    ExperimentConfig,
+    OptimConfig,
+    SamplingConfig,
+    from_dict,
+)
+from experiment.resumption import go_on
+
+CLASSES = {"diffusion": ExperimentConfig, "autoencoder": AutoencodingConfig}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Of either kind a run: its configuration, and of its checkpoint what is read before the weights."""
+    found = {}
+    for kind, config_class in CLASSES.items():
+        values = parse(config_class, ["--name", "first"]).to_dict()
+        found[kind] = tmp_path / kind / "checkpoints" / "00000001"
+        found[kind].mkdir(parents=True)
+        (tmp_path / kind / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        save_tensors({"weight": torch.zeros(1)}, found[kind] / WEIGHTS, {"config": json.dumps(values)})
+    return found
+
+
+def asked(checkpoint, kind, *flags):
+    return parse_run(CLASSES[kind], ["--resume", str(checkpoint.parent.parent), *flags])
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "value"),
+    [
+        ("diffusion", "model", "USwin"),
+        ("diffusion", "model_args.dim", "48"),
+        ("diffusion", "data.image_size", "32"),
+        ("diffusion", "data.test_fraction", "0.5"),
+        ("diffusion", "data.use_labels", "false"),
+        ("diffusion", "diffusion.prediction", "v"),
+        ("diffusion", "diffusion.num_timesteps", "500"),
+        ("diffusion", "diffusion.kind", "edm"),
+        ("diffusion", "optim.muon_lr", "0.1"),
+        ("autoencoder", "architecture.latent_channels", "8"),
+        ("autoencoder", "data.image_size", "32"),
+    ],
+)
+def test_what_weights_mean_cannot_change(stored, kind, flag, value):
+    with pytest.raises(CheckpointError, match=rf"--{flag} \S+: .* was trained with .*leave it out"):
+        go_on(asked(stored[kind], kind, f"--{flag}", value), stored[kind], print)
+
+
+def test_a_configuration_is_read_back_as_it_was():
+    config = ExperimentConfig(
+        model_args={"norm": "no", "depths": [1, 1], "rate": "1e-3"},
+        autoencoder="007",
+        data=DataConfig(exclude_classes=["null", "1e3", ""]),
+        optim=OptimConfig(betas=(0.8, 0.9)),
+        sampling=SamplingConfig(clip=math.inf, guidance_interval=[0.0, math.inf]),
+        auxiliary=[AuxiliaryConfig("perceptual", 0.1)],
+    )
+    assert from_dict(ExperimentConfig, json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_configuration_edited_by_hand_cannot_change_it_either(stored):
+    path = stored["diffusion"].parent.parent / "config.yaml"
+    path.write_text(path.read_text().replace("image_size: 64", "image_size: 32"))
+    with pytest.raises(CheckpointError, match=r"--data.image_size 32: .* was trained with 64"):
+        go_on(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
+
+
+def test_rate_length_log_and_defaults_by_their_names_pass(stored):
+    flags = ("--optim.lr", "1e-3", "--train.num_steps", "9", "--log.every", "3", "--sampling.num_steps", "9")
+    same = ("--diffusion.prediction", "epsilon", "--data.cache", "elsewhere", "--data.path", "moved.zip")
+    config = asked(stored["diffusion"], "diffusion", *flags, *same)
+    told = []
+    assert go_on(config, stored["diffusion"], told.append) == config
+    assert told == []
+
+
+def test_another_name_or_start_is_said_to_have_no_effect(stored):
+    told = []
+    config = asked(stored["diffusion"], "diffusion", "--name", "second", "--init_from", "runs/other")
+    config = go_on(config, stored["diffusion"], told.append)
+    assert (config.name, config.init_from) == ("first", None)
+    assert [line.partition(":")[0] for line in told] == ["--name second", "--init_from runs/other"]
+
+
+def test_half_a_configuration_is_refused(stored):
+    path = stored["diffusion"].parent.parent / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-3]))
+    with pytest.raises(CheckpointError, match=r"config.yaml is cut short, put back log.best: None, log.trackers"):
+        go_on(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path, capsys):
+    (tmp_path / "twice.yaml").write_text("model: DiT\noptim:\n  lr: 1.0e-3\n  lr: 1.0e-2\n")
+    with pytest.raises(SystemExit):
+        parse(ExperimentConfig, ["--config", str(tmp_path / "twice.yaml")])
+    assert "the key lr stands twice" in capsys.readouterr().err
+
+
+def hashes(folder):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data.image_size", 16), "--data.image_size 16: runs/tiny was trained with 32"),
+        (("--data.path", "others"), "--data.path: runs/tiny/checkpoints/00000004/ema.safetensors was trained with an"),
+    ],
+)
+def test_a_refused_change_leaves_every_byte_of_the_run(folder, flags, message):
+    before = hashes(folder / "runs" / "tiny")
+    for name in "ab":
+        for number in range(2):
+            path = folder / "others" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (90 * number, 0, 0)).save(path)
+    done = run("train.py", "--resume", "runs/tiny", *flags, cwd=folder, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert hashes(folder / "runs" / "tiny") == before

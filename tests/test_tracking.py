@@ -1,0 +1,39 @@
+"""Pictures and the log of a training, which never stop it."""
+
+import json
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from experiment.tracking import Log, draw_curve, draw_progress, save_grid
+
+
+def test_pictures_that_cannot_be_drawn_are_spoken_of(tmp_path, capsys):
+    run = tmp_path / r"$\bad_{name$"
+    save_grid(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), run / "samples" / "00000002.png", columns=2)
+    Image.new("RGB", (8, 8)).save(run / "samples" / "00000001 copy.png")
+    cut = (run / "samples" / "00000002.png").read_bytes()
+    (run / "samples" / "00000003.png").write_bytes(cut[: len(cut) // 2])
+    draw_progress(run)
+    with Image.open(run / "progress.png") as picture:
+        assert picture.height == 134  # of the one that can be read
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(".png")[0][-13:] for line in told] == ["00000001 copy", "ples/00000003"]
+
+    (run / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    draw_curve(run)
+    assert (run / "loss.png").is_file()
+    assert capsys.readouterr().out == ""
+    (run / "log.jsonl").write_text("broken\n")
+    draw_curve(run)
+    assert capsys.readouterr().out.startswith("warning: loss.png is left out: ")
+
+
+def test_a_broken_line_of_the_log_is_named_and_left_out(tmp_path, capsys):
+    log = Log(tmp_path, Accelerator(cpu=True), {})
+    log.path.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n[4]\n{"step": 9}\n')
+    log.truncate(5)
+    assert log.path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(" is broken")[0] for line in told] == [f"warning: {log.path}: line {n}" for n in (2, 4)]
