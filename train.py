@@ -21,6 +21,7 @@ def main(config: ExperimentConfig) -> None:
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
+    from data import intake
     from experiment.autoguidance import load_guide_model
     from experiment.batches import Batches, seed_for
     from experiment.build import (
@@ -73,6 +74,8 @@ def main(config: ExperimentConfig) -> None:
     # Data and model.
     codec = create_codec(config.autoencoder).to(accelerator.device)
     images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
+    if accelerator.is_main_process:
+        print(intake(images, held_out_images))
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
     sampling = check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)

@@ -65,6 +65,7 @@ class ShapesDataset(Dataset):
             raise ValueError(f"split {split}: unknown, choose from {', '.join(ranges)}")
         self.first, self.num_images = ranges[split]
         self.split, self.image_size, self.difficulty, self.seed = split, image_size, difficulty, seed
+        self.note, self.left_out = f"difficulty {difficulty}", {}
         self.classes = list(SHAPES) if use_labels else []
         self.source_indices = torch.arange(self.first, self.first + self.num_images)
         self.labels = self.source_indices % max(1, len(self.classes))
@@ -104,6 +105,10 @@ class ShapesDataset(Dataset):
             "classes": self.classes,
             "num_images": self.num_images,
         }
+
+    def num_enlarged(self) -> int:
+        """None: each is drawn at its size."""
+        return 0
 
 
 def draw_shape(name: str, size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
