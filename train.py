@@ -43,6 +43,7 @@ def main(config: ExperimentConfig) -> None:
     from experiment.ema import EMA
     from experiment.evaluation import open_scorer
     from experiment.files import write_whole
+    from experiment.forecast import forecast
     from experiment.guard import Guard, gradient_norm
     from experiment.inspection import Inspection, check_best
     from experiment.interruption import EXIT_CODE, Interruption
@@ -80,6 +81,8 @@ def main(config: ExperimentConfig) -> None:
     sampling = check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
+    if accelerator.is_main_process and accelerator.device.type == "cpu":
+        print(forecast(model, spec, process, accelerator, len(images)))
     if config.init_from and not config.resume:
         accelerator.print(warm_start(model, config.init_from))
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,14 +59,15 @@ class Folder:
         return path.read_bytes()
 
     def content_hash(self, names: Iterable[str]) -> str:
-        """Of these files; one that cannot be read counts as empty, and is told of where it is used."""
+        """Of these files, equal to that of a zip of them; one that cannot be read counts as empty, and is told of where
+        it is used."""
         digest = hashlib.sha256()
         for name in names:
             try:
                 content = self.read(name)
             except OSError:
                 content = b""
-            digest.update(f"{name}:{hashlib.sha256(content).hexdigest()}\n".encode())
+            _add(digest, name, len(content), zlib.crc32(content))
         return digest.hexdigest()
 
 
@@ -99,8 +101,7 @@ class Zip:
         """Of these members, by the checksums that the zip holds."""
         digest = hashlib.sha256()
         for name in names:
-            entry = self.entries[name]
-            digest.update(f"{name}:{entry.file_size}:{entry.CRC:08x}\n".encode())
+            _add(digest, name, self.entries[name].file_size, self.entries[name].CRC)
         return digest.hexdigest()
 
     def __getstate__(self) -> dict[str, object]:
@@ -120,6 +121,10 @@ def open_files(path: Path) -> Folder | Zip:
     raise DataError(
         f"--data.path {path}: is neither a folder nor a file; give a folder or zip with a class a folder, or 'shapes'"
     )
+
+
+def _add(digest, name: str, num_bytes: int, checksum: int) -> None:
+    digest.update(f"{name}:{num_bytes}:{checksum:08x}\n".encode())
 
 
 def _check_size(num_bytes: int) -> None:

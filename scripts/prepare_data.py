@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import socket
 import sys
 import tempfile
@@ -57,22 +58,27 @@ def main(config: PrepareConfig) -> None:
         items = TORCHVISION[config.dataset](config.root)
     else:
         raise ValueError(f"--dataset {config.dataset}: unknown, choose from {', '.join(TORCHVISION)} or hf:OWNER/NAME")
+    manifest = write_zip(fetched(items, config), config.output, config.image_size, source=config.dataset)
+    print(f"{manifest['num_images']} images of {len(manifest['classes'])} classes: {config.output}")
+
+
+def fetched(items: Iterator[Item], config: PrepareConfig) -> Iterator[Item]:
+    """The items; what goes wrong with getting them is told apart from what goes wrong with writing them."""
     try:
-        manifest = write_zip(items, config.output, config.image_size, source=config.dataset)
+        yield from items
     except (OSError, RuntimeError) as error:  # torchvision and the hub raise either when they cannot download
         reason = " ".join(str(error).split())[:160]
         raise OSError(
             f"--dataset {config.dataset} could not be fetched ({reason}); there is no network, or put the originals "
             f"into --root {config.root}"
         ) from error
-    print(f"{manifest['num_images']} images of {len(manifest['classes'])} classes: {config.output}")
 
 
 def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, source: str) -> dict[str, Any]:
     """Write the images (stored, as PNG) and the manifest; nothing is left where it fails."""
     from tqdm import tqdm
 
-    from data.images import fit, to_rgb
+    from data.pixels import fit, to_rgb
 
     output.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
@@ -84,7 +90,7 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
                 buffer = io.BytesIO()
                 size = None if image_size is None else (image_size, image_size)
                 fit(to_rgb(image), size).save(buffer, format="PNG")
-                folder = "/".join(part for part in (split, name.replace("/", "_")) if part)
+                folder = "/".join(part for part in (split, re.sub(r"[/\\]|^\.", "_", name)) if part)
                 archive.writestr(f"{folder}/{counts[folder]:06d}.png", buffer.getvalue())
                 counts[folder] += 1
                 classes[name] += 1

@@ -39,6 +39,7 @@ def test_folder_and_zip_hold_the_same(tree):
     folder, archive = (ImageDataset(path, split="train", image_size=16) for path in (tree, zipped(tree)))
     assert folder.classes == archive.classes == ["cat", "dog", "emu"]
     assert folder.names == archive.names
+    assert folder.source_hash == archive.source_hash
     assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(folder, archive, strict=True))
 
 

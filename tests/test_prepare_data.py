@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,25 @@ def test_nothing_is_left_of_a_failure(script, tmp_path):
     with pytest.raises(RuntimeError, match="lost connection"):
         script.write_zip(broken(), tmp_path / "pets.zip", None, source="pets")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_fetching_and_of_writing_are_told_apart(script, tmp_path, monkeypatch):
+    def lost():
+        yield from items()
+        raise RuntimeError("lost connection")
+
+    config = script.PrepareConfig("pets", tmp_path / "pets.zip")
+    with pytest.raises(OSError, match=r"--dataset pets could not be fetched \(lost connection\)"):
+        list(script.fetched(lost(), config))
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda *given: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError, match=r"\[Errno 28\] disk full"):
+        script.write_zip(script.fetched(items(), config), tmp_path / "pets.zip", None, source="pets")
+
+
+def test_class_names_stay_inside_the_zip(script, tmp_path):
+    named = [("", name, Image.new("RGB", (8, 8))) for name in ("../../up", ".hidden", "a/b", "c\\d")]
+    script.write_zip(iter(named), tmp_path / "names.zip", None, source="names")
+    assert ImageDataset(tmp_path / "names.zip").classes == ["_._.._up", "_hidden", "a_b", "c_d"]
 
 
 @pytest.mark.parametrize(
