@@ -129,7 +129,7 @@ class ImageDataset(Dataset):
         }
 
     def num_enlarged(self) -> int:
-        """How many images are smaller than what is made of them; their headers alone are read."""
+        """How many images are smaller than what is made of them, by their headers."""
         sides = (self._side(name) for name in tqdm(self.names, desc="measuring images", leave=False))
         return sum(side < max(self.image_size or (0,)) for side in sides)
 

@@ -55,7 +55,8 @@ def understand(names: Iterable[str], read: Callable[[str], bytes], exclude_class
             left_out["other files"].append(name)
 
     root = _common_folder(images)
-    rest = {name: name.removeprefix(root) for name in images}
+    loose = [name for name in images if not name.startswith(root)]
+    rest = {name: name.removeprefix(root) for name in images if name.startswith(root)}
     levels = _levels(rest.values())
     held_out = "test" if "test" in levels else "val"
     splits, places = None, [f"in {root}"] if root else []
@@ -65,7 +66,7 @@ def understand(names: Iterable[str], read: Callable[[str], bytes], exclude_class
         for name, path in rest.items():
             level, _, below = path.partition("/")
             if not below:
-                left_out["in no class folder"].append(name)
+                loose.append(name)
             elif level == levels["train"]:
                 splits["train"].append(name)
             elif level == levels[held_out]:
@@ -74,7 +75,8 @@ def understand(names: Iterable[str], read: Callable[[str], bytes], exclude_class
                 left_out[f"in {level}/, beside {levels['train']}/ and {levels[held_out]}/"].append(name)
         rest = {name: rest[name].partition("/")[2] for name in sorted(splits["train"] + splits["test"])}
         common = _common_folder(rest.values())
-        rest = {name: path.removeprefix(common) for name, path in rest.items()}
+        loose += [name for name, path in rest.items() if not path.startswith(common)]
+        rest = {name: path.removeprefix(common) for name, path in rest.items() if path.startswith(common)}
 
     classes = {name: posixpath.dirname(path) for name, path in rest.items()}
     if tables and len(set(classes.values())) <= 1:
@@ -84,15 +86,15 @@ def understand(names: Iterable[str], read: Callable[[str], bytes], exclude_class
     else:
         left_out["other files"] += tables
         tables = []
-        loose = [name for name, label in classes.items() if not label]
-        if 0 < len(loose) < len(classes):
-            left_out["in no class folder"] += loose
-            if len(loose) > len(classes) / 2:
-                raise DataError(
-                    f"{len(loose)} images lie loose, such as {loose[0]}, and {len(classes) - len(loose)} in folders: "
-                    "move either away, or the loose ones into a folder of their class"
-                )
+        if len({*classes.values()}) > 1:
+            loose += [name for name, label in classes.items() if not label]
             classes = {name: label for name, label in classes.items() if label}
+    left_out["in no class folder"] += loose
+    if len(loose) > len(classes):
+        raise DataError(
+            f"{len(loose)} images lie loose, such as {loose[0]}, and {len(classes)} in folders: move either away, or "
+            "the loose ones into a folder of their class"
+        )
     _refuse_nested({*classes.values()} - {*exclude_classes})
     if splits:
         splits = {split: [name for name in group if name in classes] for split, group in splits.items()}

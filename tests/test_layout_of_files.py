@@ -53,6 +53,7 @@ def test_one_loose_picture_leaves_the_classes_alone():
     [
         (["pets/cat/0.png", "pets/dog/1.png"], ["cat", "dog"], "in pets/"),
         (["pets/cat/0.png", "pets/preview.png"], ["cat"], "in pets/"),
+        (["my/pets/cat/0.png", "my/preview.png"], ["cat"], "in my/pets/"),
         (["cat/0.png", "cat/1.png"], ["cat", "cat"], ""),
         (["0.png", "1.png"], ["", ""], ""),
         (["train/cat/0.png", "train/dog/1.png"], ["cat", "dog"], "in train/"),
@@ -78,6 +79,7 @@ def test_other_trees(names, classes, note):
         (["cat/train/0.png", "cat/test/1.png", "dog/train/2.png"], r"cat/test/ has the split below the class"),
         (["cat/0.png", "cat/thumbs/1.png", "dog/1.png"], r"in cat/ and in cat/thumbs/ below it.*'\[cat/thumbs\]'"),
         (["0.png", "1.png", "2.png", "more/3.png"], r"3 images lie loose, such as 0.png, and 1 in folders"),
+        (["cat/0.png", "cat/1.png", "cat/small/a/1.png"], r"2 images lie loose, such as cat/0.png, and 1 in folders"),
     ],
 )
 def test_the_doubtful_is_refused(names, message):
