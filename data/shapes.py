@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 Field = np.ndarray  # [h w], a signed distance in units of the shape's radius
+MOST_IMAGES = 10**8
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class ShapesDataset(Dataset):
     ) -> None:
         if difficulty not in DIFFICULTIES:
             raise ValueError(f"--data.difficulty {difficulty}: unknown, choose from {', '.join(DIFFICULTIES)}")
-        if num_images < len(SHAPES):
-            raise ValueError(f"--data.num_images {num_images}: at least {len(SHAPES)} are needed, one a class")
+        if not len(SHAPES) <= num_images <= MOST_IMAGES:
+            raise ValueError(f"--data.num_images {num_images}: must lie in {len(SHAPES)}..{MOST_IMAGES}, one a class")
         num_test = max(len(SHAPES), num_images // 5)
         ranges = {"train": (0, num_images), "test": (num_images, num_test), "all": (0, num_images + num_test)}
         if split not in ranges:

@@ -10,13 +10,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from jsonargparse import ArgumentError, ArgumentParser, auto_cli, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, set_loader, set_parsing_settings
 
 from experiment.config import R, resuming
+from experiment.yaml_bounds import BoundedLoader
 
 set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML
 
 T = TypeVar("T")
+load_yaml = get_loader("yaml")
+
+
+def load_bounded_yaml(text: str) -> Any:
+    """As jsonargparse reads it, once it is known to be no bomb."""
+    yaml.load(text, BoundedLoader)
+    return load_yaml(text)
+
+
+set_loader("yaml", load_bounded_yaml, exceptions=(yaml.YAMLError,))
 
 
 def parse(config_class: type[T], arguments: list[str] | None = None) -> T:

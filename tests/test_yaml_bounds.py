@@ -3,6 +3,8 @@
 import pytest
 import yaml
 
+from experiment.cli import parse
+from experiment.config import ExperimentConfig
 from experiment.yaml_bounds import BoundedLoader
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -20,3 +22,12 @@ def test_few_aliases_are_read():
 def test_bombs_and_loops_are_refused_by_line(text):
     with pytest.raises(yaml.YAMLError, match=r"aliases unfold into more than 100000 values"):
         yaml.load(text, BoundedLoader)
+
+
+def test_configurations_are_no_bombs(tmp_path, capsys):
+    (tmp_path / "bomb.yaml").write_text("model_args:\n  " + BOMB.replace("\na", "\n  a"))
+    with pytest.raises(SystemExit):
+        parse(ExperimentConfig, ["--config", str(tmp_path / "bomb.yaml")])
+    assert "aliases unfold into more than 100000 values" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(ExperimentConfig, ["--model_args", f"{{{BOMB.strip()}}}".replace("\n", ", ")])
