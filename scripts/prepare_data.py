@@ -134,8 +134,10 @@ def mnist_items(root: Path) -> Iterator[Item]:
 
 def hub_items(config: PrepareConfig) -> Iterator[Item]:
     """Every split of a hub dataset that is a training or a test set."""
+    from data.pixels import open_image
+
     try:
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+        from datasets import Image, load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("--dataset hf:...: needs the optional extra: pip install -e '.[hub]'") from error
     loaded: Any = load_dataset(config.dataset.removeprefix("hf:"), cache_dir=str(config.root))
@@ -147,9 +149,12 @@ def hub_items(config: PrepareConfig) -> Iterator[Item]:
             if column not in loaded[name].features:
                 raise ValueError(f"{config.dataset} has no column '{column}', but {list(loaded[name].features)}")
         label_names = getattr(loaded[name].features[config.label_column], "names", None)
-        for row in loaded[name]:
-            label = row[config.label_column]
-            yield split, label_names[label] if label_names else str(label), row[config.image_column]
+        for row in loaded[name].cast_column(config.image_column, Image(decode=False)):  # decoded here: see FORMATS
+            label, stored = row[config.label_column], row[config.image_column]
+            if stored is None:
+                raise ValueError(f"{config.dataset}: the {name} split has a row without {config.image_column}")
+            image = open_image(stored["bytes"] or Path(stored["path"]).read_bytes())
+            yield split, label_names[label] if label_names else str(label), image
 
 
 def _train_and_test(dataset_class: Callable[..., Any], root: Path) -> Iterator[Item]:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -62,6 +64,31 @@ def test_errors_of_fetching_and_of_writing_are_told_apart(script, tmp_path, monk
     monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda *given: (_ for _ in ()).throw(OSError(28, "disk full")))
     with pytest.raises(OSError, match=r"\[Errno 28\] disk full"):
         script.write_zip(script.fetched(items(), config), tmp_path / "pets.zip", None, source="pets")
+
+
+class HubSplit(list):
+    """Rows of a hub dataset, as `datasets` gives them undecoded."""
+
+    features: ClassVar = {"image": None, "label": SimpleNamespace(names=["cat", "dog"])}
+
+    def cast_column(self, name, kind):
+        assert (name, kind) == ("image", {"decode": False})
+        return self
+
+
+def test_images_of_the_hub_are_decoded_by_us(script, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.eps")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **more: pytest.fail("was run"))
+    stored = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": tmp_path / "b.eps"}
+    rows = HubSplit({"image": image, "label": 1 - number} for number, image in enumerate(stored))
+    hub = SimpleNamespace(load_dataset=lambda name, cache_dir: {"train": rows}, Image=dict)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    found = script.hub_items(script.PrepareConfig("hf:me/pets", tmp_path / "pets.zip"))
+    split, name, image = next(found)
+    assert (split, name, image.getpixel((0, 0))) == ("", "dog", (255, 0, 0))
+    with pytest.raises(OSError, match="cannot identify image file"):
+        next(found)
 
 
 def test_class_names_stay_inside_the_zip(script, tmp_path):
