@@ -140,7 +140,7 @@ def main(config: SampleConfig) -> None:
         columns = 12 if len(classes) == 1 else config.num_per_class * max(1, 12 // config.num_per_class)
         save_grid(images, output, columns=columns, captions=names if checkpoint.classes else None)
     elif output.suffix == ".npz":
-        save_npz(images, labels, output)
+        save_npz(images, labels, checkpoint.classes, output)
     else:
         save_folder(images, names, output)
     print(f"{len(images)} images: {output}")

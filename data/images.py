@@ -1,14 +1,13 @@
-"""Images from a folder or a zip of one, a class a folder, read in place."""
+"""Images from a folder or a zip of one, read in place."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-import os
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -18,25 +17,27 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-SUFFIXES = frozenset(Image.registered_extensions())
+from data.duplicates import near_duplicates
+from data.files import open_files
+from data.layout import DataError, understand
+from data.pixels import fit, open_image, to_rgb
+
 SPLITS = ("train", "test", "all")
 T = TypeVar("T")
-
-
-class DataError(ValueError):
-    """Images that cannot be read as asked, in the user's words."""
+_NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash: both splits ask for them
 
 
 class ImageDataset(Dataset):
-    """`dataset[i] -> (uint8 [3 h w], label)` over a class-per-folder tree, or a zip of one.
+    """`dataset[i] -> (uint8 [3 h w], label)` over a tree of images, or a zip of one, understood by `data.layout`.
 
-    A `train/` and `test/` level above the classes is the split where it exists. Elsewhere `test_fraction` of each
-    class is held out: which images, is a function of `split_seed` and their names alone, so it is the same on every
-    machine. Images that lie in no class folder make an unlabelled set (`classes == []`).
+    Where the tree has no split of its own, `test_fraction` of each class is held out: which images, is a function of
+    `split_seed` and their names alone, so it is the same on every machine. Images that lie in no class folder make an
+    unlabelled set (`classes == []`).
 
     `image_size` (side, or height and width): larger or smaller images are cut to the centre rectangle of that
-    shape and resized (Lanczos); None keeps each image as it is. Images with a side below `min_size` are left out, and
-    counted. Without `use_labels` the set is unlabelled whatever its folders, and its split the same as with.
+    shape and resized (Lanczos); None keeps each image as it is. Images with a side below `min_size` are left out.
+    Without `use_labels` the set is unlabelled whatever its folders, and its split the same as with. What is left out is
+    in `left_out`, by the reason.
 
     Raises:
         DataError: in words, for a path, split or image that does not do.
@@ -54,53 +55,59 @@ class ImageDataset(Dataset):
         on_error: str = "stop",
         min_size: int = 0,
         use_labels: bool = True,
+        group_near_duplicates: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"split {split}: unknown, choose from {', '.join(SPLITS)}")
-        self.source = _open_source(Path(path))
-        self.split, self.crop = split, "center"
+        self.source = open_files(Path(path))
+        self.split, self.crop = split, "center, upright"
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
-        names = sorted(name for name in self.source.names if _is_image(name))
+        try:
+            layout = understand(self.source.names, self.source.read, exclude_classes)
+        except DataError as error:
+            raise DataError(f"--data.path {path}: {error}") from error
+        self.left_out = {"links to what is there already": self.source.repeated, **layout.left_out}
+        names, classes = list(layout.classes), sorted({*layout.classes.values()} - {""})
         if not names:
-            raise DataError(f"--data.path {path}: no images in it; it should hold a folder of images a class")
-        by_split = _group_by_level(names)
-        classes = sorted({_class_of(name, by_split is not None) for name in names} - {""})
+            raise DataError(f"--data.path {path}: no images in it; give a folder with one for each class{self._less()}")
         unknown = sorted(set(exclude_classes) - set(classes))
         if unknown:
-            raise DataError(f"--data.exclude_classes {unknown[0]}: no such class; there are {_abridged(classes)}")
+            raise DataError(f"--data.exclude_classes {unknown[0]}: no such class; there are {abridged(classes)}")
         self.classes = [name for name in classes if name not in exclude_classes]
+        self.left_out["of excluded classes"] = [name for name in names if layout.classes[name] in exclude_classes]
 
-        numbered = {name: number for number, name in enumerate(self.classes)}
-        members: dict[str, list[str]] = {}
-        for name in names if by_split is None or split == "all" else by_split[split]:
-            members.setdefault(_class_of(name, by_split is not None), []).append(name)
-        if by_split is None and split != "all":
-            members = {
-                label: _hold_out(group, label, split, test_fraction, split_seed)
-                for label, group in members.items()
-                if label not in exclude_classes
-            }
-        order = {name: position for position, name in enumerate(names)}
-        chosen = sorted(
-            (order[name], numbered.get(label, 0))
-            for label, group in members.items()
-            if not self.classes or label in numbered
-            for name in group
-        )
-        self.skipped: list[str] = []
+        used = {name: label for name, label in layout.classes.items() if label not in exclude_classes}
+        note, held_out = layout.note, set()
+        if layout.splits and group_near_duplicates:
+            raise DataError(f"--data.group_near_duplicates true: {path} has a split of its own ({note}); leave it out")
+        if layout.splits:
+            held_out = set(layout.splits["test"])
+        elif split != "all":
+            groups = self._near_duplicates(used, on_error) if group_near_duplicates else {}
+            held_out = hold_out(used, test_fraction, split_seed, groups)
+            how = f"split by --data.test_fraction {test_fraction}"
+            together = f", {len(groups)} near-duplicates in {len(set(groups.values()))} groups kept together"
+            note = ", ".join(filter(None, [note, how + together * group_near_duplicates]))
+        untrained = set(self.classes) - {label for name, label in used.items() if name not in held_out}
+        if untrained:
+            raise DataError(f"--data.path {path}: class '{min(untrained)}' has held-out images and none to train on")
+        self.note = note
+        chosen = [name for name in used if split == "all" or (name in held_out) == (split == "test")]
         if on_error == "skip":
-            chosen = self._readable(chosen, names)
+            chosen = self._keep("damaged", chosen, self._is_readable)
         if min_size:
-            chosen = self._large_enough(chosen, names, min_size)
+            chosen = self._keep(f"smaller than {min_size}", chosen, lambda name: self._side(name) >= min_size)
         if not chosen:
-            raise DataError(f"--data.path {path}: no images left in the {split} split")
-        self.names = [names[position] for position, _ in chosen]
-        self.source_indices = torch.tensor([position for position, _ in chosen])
-        self.labels = torch.tensor([label for _, label in chosen])
+            raise DataError(f"--data.path {path}: no images left in the {split} split{self._less()}")
+        self.names = chosen
+        order = {name: position for position, name in enumerate(names)}
+        numbered = {name: number for number, name in enumerate(self.classes)}
+        self.source_indices = torch.tensor([order[name] for name in chosen])
+        self.labels = torch.tensor([numbered.get(used[name], 0) for name in chosen])
         if not use_labels:
             self.classes, self.labels = [], torch.zeros_like(self.labels)
-        self.source_hash = self.source.content_hash(names)
+        self.source_hash = self.source.content_hash([*names, *layout.tables])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -121,144 +128,83 @@ class ImageDataset(Dataset):
             "num_images": len(self),
         }
 
+    def num_enlarged(self) -> int:
+        """How many images are smaller than what is made of them, by their headers."""
+        sides = (self._side(name) for name in tqdm(self.names, desc="measuring images", leave=False))
+        return sum(side < max(self.image_size or (0,)) for side in sides)
+
     def _read(self, name: str) -> Tensor:
         return self._of_image(name, lambda image: pil_to_tensor(fit(to_rgb(image), self.image_size)))
 
+    def _side(self, name: str) -> int:
+        return self._of_image(name, lambda image: min(image.size))
+
     def _of_image(self, name: str, read: Callable[[Image.Image], T]) -> T:
         try:
-            with Image.open(io.BytesIO(self.source.read(name))) as image:
+            with open_image(self.source.read(name)) as image:
                 return read(image)
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+        except Exception as error:  # decoders raise whatever damaged bytes lead them to
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             raise DataError(
                 f"{self.source.path}: {name} is damaged ({reason}); mend it, or --data.on_error skip"
             ) from error
 
-    def _readable(self, chosen: list[tuple[int, int]], names: list[str]) -> list[tuple[int, int]]:
-        kept = []
-        for position, label in tqdm(chosen, desc="checking images", leave=False):
-            try:
-                self._read(names[position])
-                kept.append((position, label))
-            except DataError:
-                self.skipped.append(names[position])
-        if self.skipped:
-            print(f"{self.source.path}: skipped {len(self.skipped)} damaged images: {_abridged(self.skipped)}")
+    def _is_readable(self, name: str) -> bool:
+        try:
+            self._read(name)
+        except DataError:
+            return False
+        return True
+
+    def _near_duplicates(self, names: Iterable[str], on_error: str) -> dict[str, str]:
+        key = self.source.content_hash(names)
+        if key not in _NEAR_DUPLICATES:
+            readable = [name for name in names if on_error == "stop" or self._is_readable(name)]
+            _NEAR_DUPLICATES[key] = near_duplicates(readable, lambda name: self._of_image(name, to_rgb))
+        return _NEAR_DUPLICATES[key]
+
+    def _keep(self, otherwise: str, names: list[str], fits: Callable[[str], bool]) -> list[str]:
+        kept = [name for name in tqdm(names, desc="checking images", leave=False) if fits(name)]
+        self.left_out[otherwise] = sorted({*names} - {*kept})
         return kept
 
-    def _large_enough(self, chosen: list[tuple[int, int]], names: list[str], min_size: int) -> list[tuple[int, int]]:
-        sides = [self._of_image(names[position], lambda image: min(image.size)) for position, _ in chosen]
-        small = [names[position] for (position, _), side in zip(chosen, sides, strict=True) if side < min_size]
-        if small:
-            print(f"{self.source.path}: left out {len(small)} images smaller than {min_size}: {_abridged(small)}")
-        return [one for one, side in zip(chosen, sides, strict=True) if side >= min_size]
+    def _less(self) -> str:
+        """What was left out, in words."""
+        words = [f"{len(names)} {why} ({abridged(names, 3)})" for why, names in self.left_out.items() if names]
+        return f"; left out: {', '.join(words)}" if words else ""
 
 
-class _Folder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        found = (Path(root) / file for root, _, files in os.walk(path, followlinks=True) for file in files)
-        self.names = [file.relative_to(path).as_posix() for file in found]
+def hold_out(
+    classes: Mapping[str, str], fraction: float, seed: int, group_of: Mapping[str, str] = MappingProxyType({})
+) -> set[str]:
+    """Names held out of each class: ordered by a seeded hash, the first `fraction` of them.
 
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+    Names of one group (`group_of` gives its key; by default each name is its own) end on the same side.
 
-    def content_hash(self, names: Iterable[str]) -> str:
-        digest = hashlib.sha256()
-        for name in names:
-            digest.update(f"{name}:{hashlib.sha256(self.read(name)).hexdigest()}\n".encode())
-        return digest.hexdigest()
-
-
-class _Zip:
-    """A zip, opened anew in each process that reads it: a shared handle would share its file position."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._handle: tuple[int, zipfile.ZipFile] | None = None
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self.entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(f"--data.path {path}: neither a folder nor a whole zip file ({error})") from error
-        self.names = list(self.entries)
-
-    def read(self, name: str) -> bytes:
-        if self._handle is None or self._handle[0] != os.getpid():
-            self._handle = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._handle[1].read(name)
-
-    def content_hash(self, names: Iterable[str]) -> str:
-        digest = hashlib.sha256()
-        for name in names:
-            entry = self.entries[name]
-            digest.update(f"{name}:{entry.file_size}:{entry.CRC:08x}\n".encode())
-        return digest.hexdigest()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_handle": None}
-
-
-def _open_source(path: Path) -> _Folder | _Zip:
-    if path.is_dir():
-        return _Folder(path)
-    if path.is_file():
-        return _Zip(path)
-    raise DataError(f"--data.path {path}: does not exist; give a folder or zip with a class a folder, or 'shapes'")
-
-
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return not hidden and path.suffix.lower() in SUFFIXES
-
-
-def _group_by_level(names: list[str]) -> dict[str, list[str]] | None:
-    """Names by `train` and `test`, or None where the tree has no such level."""
-    groups = {level: [name for name in names if name.startswith(f"{level}/")] for level in ("train", "test")}
-    return groups if all(groups.values()) and sum(map(len, groups.values())) == len(names) else None
-
-
-def _class_of(name: str, has_level: bool) -> str:
-    parts = PurePosixPath(name).parts[1 if has_level else 0 :]
-    return "/".join(parts[:-1])
-
-
-def _hold_out(group: list[str], label: str, split: str, fraction: float, seed: int) -> list[str]:
-    """A class's share of a split: names ordered by a seeded hash, the first `fraction` of them held out."""
+    Raises:
+        DataError: for a fraction that holds out all or nothing, or a class of one image.
+    """
     if not 0 < fraction < 1:
         raise DataError(f"--data.test_fraction {fraction} must lie between 0 and 1")
-    if len(group) < 2:
-        raise DataError(
-            f"class '{label}' has one image, too few to split; add some, or --data.exclude_classes '[{label}]'"
-        )
-    ordered = sorted(group, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    num_test = min(len(group) - 1, max(1, math.floor(len(group) * fraction + 0.5)))
-    return ordered[:num_test] if split == "test" else ordered[num_test:]
+    members: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, label in classes.items():
+        members[label][group_of.get(name, name)].append(name)
+    is_held: dict[str, bool] = {}
+    for label, groups in members.items():
+        num = sum(map(len, groups.values()))
+        if num < 2:
+            remedy = f"add some, or --data.exclude_classes '[{label}]'" if label else "add some"
+            raise DataError(f"class '{label}' has one image, too few to split; {remedy}")
+        room = min(num - 1, max(1, math.floor(num * fraction + 0.5)))
+        room -= sum(len(names) for group, names in groups.items() if is_held.get(group))
+        for group in sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
+            if group not in is_held:
+                is_held[group] = len(groups[group]) <= room
+                room -= len(groups[group]) * is_held[group]
+    return {name for groups in members.values() for group, names in groups.items() if is_held[group] for name in names}
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Three 8-bit channels; transparency lies on white, 16-bit grey is scaled."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = image.point(lambda value: value / 257).convert("L")
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
-    return image.convert("RGB")
-
-
-def fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
-    """The centre rectangle of the shape of `size` (height, width), resized to it (Lanczos)."""
-    if size is None or image.size == (size[1], size[0]):
-        return image
-    height, width = size
-    scale = min(image.width / width, image.height / height)
-    crop_width, crop_height = width * scale, height * scale
-    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    box = (left, top, left + crop_width, top + crop_height)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-
-
-def _abridged(names: Sequence[str], at_most: int = 5) -> str:
+def abridged(names: Sequence[str], at_most: int = 5) -> str:
+    """The first few, and how many there are."""
     shown = ", ".join(names[:at_most])
     return shown if len(names) <= at_most else f"{shown}, ... ({len(names)} in all)"

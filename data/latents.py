@@ -2,7 +2,8 @@
 
 A folder of safetensors shards (`stored` [n v ...], `labels` [n], `source_indices` [n]) and a `manifest.json`
 that says what the cache was made of. `v` counts the views: 1, or 2 where mirrored images are stored too. Shards
-are written aside and renamed; the manifest comes last, so a folder with a manifest is whole.
+are written aside and renamed; the manifest comes last, so a folder with a manifest is whole. A shard holds a checksum
+of its tensors, which is compared whenever it is read.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int64, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data.images import DataError
 
-FORMAT = 1
+FORMAT = 2
 IMAGES_PER_SHARD = 2048
 
 
@@ -52,7 +53,7 @@ class LatentCache:
         self.classes: list[str] = manifest["classes"]
         self.num_classes = len(self.classes)
         self.image_size: tuple[int, int] = tuple(manifest["image_size"])
-        shards = [_read_shard(folder / name, size) for name, size in manifest["shards"].items()]
+        shards = [_read_shard(folder / name) for name in manifest["shards"]]
         self.stored = torch.cat([shard["stored"] for shard in shards])
         self.labels = torch.cat([shard["labels"] for shard in shards])
         self.source_indices = torch.cat([shard["source_indices"] for shard in shards])
@@ -115,20 +116,18 @@ def build_cache(
                 "labels": dataset.labels[start : start + IMAGES_PER_SHARD].clone(),
                 "source_indices": dataset.source_indices[start : start + IMAGES_PER_SHARD].clone(),
             }
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file(shard, partial)
-            partial.replace(path)
+            _write(path, lambda partial, shard=shard: save_file(shard, partial, metadata={"sha256": _checksum(shard)}))
     if all((folder / name).exists() for name in names):
-        sizes = {name: (folder / name).stat().st_size for name in names}
-        manifest = {"format": FORMAT, **provenance, **dataset.describe(), "flips": flips, "shards": sizes}
-        partial = folder / f"manifest.{os.getpid()}.partial"
-        partial.write_text(json.dumps(manifest, indent=2) + "\n")
-        partial.replace(folder / "manifest.json")
+        manifest = {"format": FORMAT, **provenance, **dataset.describe(), "flips": flips, "shards": names}
+        text = json.dumps(manifest, indent=2) + "\n"
+        _write(folder / "manifest.json", lambda partial: partial.write_text(text))
+        for left in folder.glob("*.partial"):  # of a process that was killed; or at work, on what is there now
+            left.unlink(missing_ok=True)
 
 
 def cache_name(expected: Mapping[str, object]) -> str:
     """A folder name of its own for each combination of codec, images and crop."""
-    digest = hashlib.sha256(json.dumps(expected, sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([FORMAT, expected], sort_keys=True, default=str).encode()).hexdigest()
     source = Path(str(expected.get("source", "images"))).stem
     return f"{source}-{digest[:12]}"
 
@@ -150,22 +149,54 @@ def _check_room(folder: Path, dataset, prepare: Callable, flips: bool) -> None:
         )
 
 
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Aside, then renamed; whatever another process has brought there meanwhile is the same."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        if not path.exists():
+            raise DataError(
+                f"--data.cache {path} cannot be written ({error}); see to the disk, or give another --data.cache"
+            ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _read_manifest(folder: Path) -> dict:
     try:
-        return json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"latent cache {folder}: manifest.json is missing or damaged; delete the folder") from error
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, not {FORMAT}")
+        kinds = {"classes": str, "image_size": int, "shards": str}
+        if not all(isinstance(each, kind) for name, kind in kinds.items() for each in [*manifest[name]]):
+            raise ValueError(f"{', '.join(kinds)} are no lists of names and numbers")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"latent cache {folder}: manifest.json is missing, damaged or of another version ({error}); "
+            "delete the folder"
+        ) from error
+    return manifest
 
 
-def _read_shard(path: Path, size: int) -> dict[str, Tensor]:
+def _read_shard(path: Path) -> dict[str, Tensor]:
     try:
-        if path.stat().st_size != size:
-            raise OSError(f"{path.stat().st_size} bytes, {size} expected")
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            shard = {name: file.get_tensor(name) for name in ("stored", "labels", "source_indices")}
+            checksum = (file.metadata() or {}).get("sha256")
+        if checksum != _checksum(shard):
+            raise OSError("its checksum is another")
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"latent cache shard {path} is damaged ({error}); delete it and {path.parent}/manifest.json"
         ) from error
+    return shard
+
+
+def _checksum(shard: Mapping[str, Tensor]) -> str:
+    """Of names, kinds, shapes and values."""
+    return hashlib.sha256(save(dict(shard))).hexdigest()
 
 
 def short(value: object) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 Field = np.ndarray  # [h w], a signed distance in units of the shape's radius
+MOST_IMAGES = 10**8
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,15 @@ class ShapesDataset(Dataset):
     ) -> None:
         if difficulty not in DIFFICULTIES:
             raise ValueError(f"--data.difficulty {difficulty}: unknown, choose from {', '.join(DIFFICULTIES)}")
-        if num_images < len(SHAPES):
-            raise ValueError(f"--data.num_images {num_images}: at least {len(SHAPES)} are needed, one a class")
+        if not len(SHAPES) <= num_images <= MOST_IMAGES:
+            raise ValueError(f"--data.num_images {num_images}: must lie in {len(SHAPES)}..{MOST_IMAGES}, one a class")
         num_test = max(len(SHAPES), num_images // 5)
         ranges = {"train": (0, num_images), "test": (num_images, num_test), "all": (0, num_images + num_test)}
         if split not in ranges:
             raise ValueError(f"split {split}: unknown, choose from {', '.join(ranges)}")
         self.first, self.num_images = ranges[split]
         self.split, self.image_size, self.difficulty, self.seed = split, image_size, difficulty, seed
+        self.note, self.left_out = f"difficulty {difficulty}", {}
         self.classes = list(SHAPES) if use_labels else []
         self.source_indices = torch.arange(self.first, self.first + self.num_images)
         self.labels = self.source_indices % max(1, len(self.classes))
@@ -104,6 +106,10 @@ class ShapesDataset(Dataset):
             "classes": self.classes,
             "num_images": self.num_images,
         }
+
+    def num_enlarged(self) -> int:
+        """None: each is drawn at its size."""
+        return 0
 
 
 def draw_shape(name: str, size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:

@@ -151,6 +151,7 @@ def open_split(config: DataConfig, split: str):
         difficulty=config.difficulty,
         min_size=config.min_size,
         use_labels=config.use_labels,
+        group_near_duplicates=config.group_near_duplicates,
     )
 
 

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, set_loader, set_parsing_settings
 
 from experiment.config import R, resuming
+from experiment.strict_yaml import StrictLoader
 
 set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML
 
@@ -21,25 +22,13 @@ T = TypeVar("T")
 load_yaml = get_loader("yaml")
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would take the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Raises: yaml.MarkedYAMLError, naming the key and its line."""
-        keys = [key.value for key, _ in node.value]
-        for number, (key, _) in enumerate(node.value):
-            if key.value in keys[:number]:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml_with_unique_keys(text: str) -> Any:
-    """As jsonargparse reads it, once it is known to say each thing once."""
-    yaml.load(text, UniqueKeys)
+def load_strict_yaml(text: str) -> Any:
+    """As jsonargparse reads it, once it is known to be no bomb and to say each thing once."""
+    yaml.load(text, StrictLoader)
     return load_yaml(text)
 
 
-set_loader("yaml", load_yaml_with_unique_keys, exceptions=(yaml.YAMLError,))
+set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
 
 
 def parse(config_class: type[T], arguments: list[str] | None = None) -> T:

@@ -18,11 +18,13 @@ class DataConfig:
     """Images and how they are read.
 
     Args:
-        path: folder or zip with a class a folder (a train/ and test/ level is used where it exists), or 'shapes'
-            for the embedded procedural dataset
+        path: folder or zip with a class a folder (a train/ and test/ or val/ level is used where it exists), or with
+            a labels.csv (file,label), or with neither; or 'shapes' for the embedded procedural dataset
         image_size: side in pixels; images are cropped to the centre square and resized where needed
         test_fraction: share of each class held out, where the source has no train/ and test/ of its own
         split_seed: seed of that split
+        group_near_duplicates: keep images that look alike (a perceptual hash, of mirrored ones too) on one side of
+            that split, and say how many
         exclude_classes: class folders to leave out
         use_labels: false trains an unconditional model on labelled folders
         min_size: leave out images with a side below so many pixels, and say how many
@@ -37,6 +39,7 @@ class DataConfig:
     image_size: int = 64
     test_fraction: float = 0.2
     split_seed: int = 0
+    group_near_duplicates: bool = False
     exclude_classes: list[str] = field(default_factory=list)
     use_labels: bool = True
     min_size: int = 0

@@ -164,13 +164,15 @@ def save_folder(images: UInt8[Tensor, "n 3 h w"], class_names: list[str], folder
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
-def save_npz(images: UInt8[Tensor, "n 3 h w"], labels: Tensor, path: Path) -> None:
-    """`arr_0` [n h w 3] and `arr_1` [n], as ADM's evaluation reads them (Dhariwal and Nichol 2021)."""
+def save_npz(images: UInt8[Tensor, "n 3 h w"], labels: Tensor, classes: list[str], path: Path) -> None:
+    """`arr_0` [n h w 3] and `arr_1` [n], as ADM's evaluation reads them (Dhariwal and Nichol 2021), and the names of
+    the `classes` that the labels number."""
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+    names = {"classes": np.array(classes)} if classes else {}
+    np.savez(partial, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy(), **names)
     partial.replace(path)
 
 

@@ -301,6 +301,7 @@ def _check_choice(name: str, value: str, known: dict) -> None:
 MODELS = {
     "XSwin": (XSwin, {}),
     "USwin": (XSwin, {"skip": "concat"}),
+    "XSwin-S": (XSwin, {"dim": 96, "num_heads": (3, 6), "num_global_blocks": 2}),
     "XSwin-B": (XSwin, {"dim": 384, "num_heads": (12, 24)}),
     "XSwin-L": (XSwin, {"dim": 576, "depths": (4, 4), "num_heads": (18, 36), "num_global_blocks": 6}),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import socket
 import sys
 import tempfile
@@ -57,22 +58,27 @@ def main(config: PrepareConfig) -> None:
         items = TORCHVISION[config.dataset](config.root)
     else:
         raise ValueError(f"--dataset {config.dataset}: unknown, choose from {', '.join(TORCHVISION)} or hf:OWNER/NAME")
+    manifest = write_zip(fetched(items, config), config.output, config.image_size, source=config.dataset)
+    print(f"{manifest['num_images']} images of {len(manifest['classes'])} classes: {config.output}")
+
+
+def fetched(items: Iterator[Item], config: PrepareConfig) -> Iterator[Item]:
+    """The items; what goes wrong with getting them is told apart from what goes wrong with writing them."""
     try:
-        manifest = write_zip(items, config.output, config.image_size, source=config.dataset)
+        yield from items
     except (OSError, RuntimeError) as error:  # torchvision and the hub raise either when they cannot download
         reason = " ".join(str(error).split())[:160]
         raise OSError(
             f"--dataset {config.dataset} could not be fetched ({reason}); there is no network, or put the originals "
             f"into --root {config.root}"
         ) from error
-    print(f"{manifest['num_images']} images of {len(manifest['classes'])} classes: {config.output}")
 
 
 def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, source: str) -> dict[str, Any]:
     """Write the images (stored, as PNG) and the manifest; nothing is left where it fails."""
     from tqdm import tqdm
 
-    from data.images import fit, to_rgb
+    from data.pixels import fit, to_rgb
 
     output.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
@@ -84,7 +90,7 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
                 buffer = io.BytesIO()
                 size = None if image_size is None else (image_size, image_size)
                 fit(to_rgb(image), size).save(buffer, format="PNG")
-                folder = "/".join(part for part in (split, name.replace("/", "_")) if part)
+                folder = "/".join(part for part in (split, re.sub(r"[/\\]|^\.", "_", name)) if part)
                 archive.writestr(f"{folder}/{counts[folder]:06d}.png", buffer.getvalue())
                 counts[folder] += 1
                 classes[name] += 1
@@ -128,8 +134,10 @@ def mnist_items(root: Path) -> Iterator[Item]:
 
 def hub_items(config: PrepareConfig) -> Iterator[Item]:
     """Every split of a hub dataset that is a training or a test set."""
+    from data.pixels import open_image
+
     try:
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+        from datasets import Image, load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("--dataset hf:...: needs the optional extra: pip install -e '.[hub]'") from error
     loaded: Any = load_dataset(config.dataset.removeprefix("hf:"), cache_dir=str(config.root))
@@ -141,9 +149,12 @@ def hub_items(config: PrepareConfig) -> Iterator[Item]:
             if column not in loaded[name].features:
                 raise ValueError(f"{config.dataset} has no column '{column}', but {list(loaded[name].features)}")
         label_names = getattr(loaded[name].features[config.label_column], "names", None)
-        for row in loaded[name]:
-            label = row[config.label_column]
-            yield split, label_names[label] if label_names else str(label), row[config.image_column]
+        for row in loaded[name].cast_column(config.image_column, Image(decode=False)):  # decoded here: see FORMATS
+            label, stored = row[config.label_column], row[config.image_column]
+            if stored is None:
+                raise ValueError(f"{config.dataset}: the {name} split has a row without {config.image_column}")
+            image = open_image(stored["bytes"] or Path(stored["path"]).read_bytes())
+            yield split, label_names[label] if label_names else str(label), image
 
 
 def _train_and_test(dataset_class: Callable[..., Any], root: Path) -> Iterator[Item]:

@@ -56,7 +56,7 @@ def main(config: RecogniseConfig) -> None:
 
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
-    samples, asked = read_samples(config.samples) if config.samples else (None, torch.zeros(1))
+    samples, asked = read_samples(config.samples, classes) if config.samples else (None, torch.zeros(1))
     if len(classes) < 2 or asked.max() >= len(classes):
         raise ValueError(
             f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
@@ -96,20 +96,26 @@ def main(config: RecogniseConfig) -> None:
         config.output.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def read_samples(path: Path) -> tuple[Tensor, Tensor]:
-    """Images [n 3 h w] and the labels asked for.
+def read_samples(path: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
+    """Images [n 3 h w] and the labels asked for, as numbers of these classes: by the names that the file has.
 
     Raises:
-        ValueError: when the file is not of sample.py.
+        ValueError: when the file is not of sample.py, or of a class that is not among these.
     """
     import numpy as np
     import torch
 
     try:
         with np.load(path, allow_pickle=False) as file:
-            return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(file["arr_1"])
-    except (OSError, ValueError, KeyError) as error:
+            images, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).contiguous(), file["arr_1"].tolist()
+            names = [str(file["classes"][label]) for label in labels] if "classes" in file else None
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
         raise ValueError(f"--samples {path}: not an npz that sample.py wrote ({error})") from error
+    if names is not None:
+        if unknown := sorted({*names} - {*classes}):
+            raise ValueError(f"--samples {path}: --data.path has no class {unknown[0]}; give the images trained on")
+        labels = [classes.index(name) for name in names]
+    return images, torch.tensor(labels)
 
 
 if __name__ == "__main__":

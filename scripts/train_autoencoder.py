@@ -26,6 +26,7 @@ def main(config: AutoencodingConfig) -> None:
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
+    from data import intake
     from experiment.autoencoding import checkpoint
     from experiment.autoencoding.batches import open_batches, open_held_out
     from experiment.autoencoding.inspection import draw_reconstructions, mean_psnr, pick
@@ -64,6 +65,8 @@ def main(config: AutoencodingConfig) -> None:
     # Images, networks, optimizers.
     batches = open_batches(config, accelerator.process_index, accelerator.num_processes)
     held_out = open_held_out(config)
+    if accelerator.is_main_process:
+        print(intake(batches.sources[0], held_out["images"]))
     autoencoder = build_autoencoder(config)
     model = Autoencoding(
         autoencoder, learned_variance=config.loss.learned_variance, decoder_only=config.decoder_only

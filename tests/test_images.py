@@ -1,3 +1,4 @@
+import shutil
 import zipfile
 
 import numpy as np
@@ -8,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import open_dataset
-from data.images import DataError, ImageDataset, _hold_out
+from data import intake, open_dataset
+from data.images import DataError, ImageDataset, hold_out
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def test_folder_and_zip_hold_the_same(tree):
     folder, archive = (ImageDataset(path, split="train", image_size=16) for path in (tree, zipped(tree)))
     assert folder.classes == archive.classes == ["cat", "dog", "emu"]
     assert folder.names == archive.names
+    assert folder.source_hash == archive.source_hash
     assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(folder, archive, strict=True))
 
 
@@ -48,14 +50,15 @@ def test_split_is_disjoint_complete_and_keeps_proportions(tree):
     assert ImageDataset(tree, split="test", split_seed=1).names != test.names
 
 
-@given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 5))
+@given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 5), st.integers(1, 4))
 @settings(max_examples=50, deadline=None)
-def test_held_out_share_is_within_one_image(count, fraction, seed):
-    names = [f"class/{number}.png" for number in range(count)]
-    train, test = (_hold_out(names, "class", split, fraction, seed) for split in ("train", "test"))
-    assert sorted(train + test) == sorted(names)
-    assert abs(len(test) - count * fraction) <= 1
-    assert _hold_out(names[::-1], "class", "test", fraction, seed) == test
+def test_held_out_share_is_within_one_group(count, fraction, seed, size):
+    groups = {f"class/{number}.png": f"group {number // size}" for number in range(count)}
+    classes = dict.fromkeys(groups, "class")
+    held_out = hold_out(classes, fraction, seed, groups)
+    assert abs(len(held_out) - count * fraction) <= size
+    assert not {groups[name] for name in held_out} & {groups[name] for name in groups if name not in held_out}
+    assert hold_out(dict(reversed(classes.items())), fraction, seed, groups) == held_out
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # a test worker has one core
@@ -74,27 +77,6 @@ def test_levels_are_the_split_where_they_exist(tree):
     dataset = ImageDataset(tree.parent / "levels", split="test")
     assert dataset.names == ["test/cat/0.png"]
     assert dataset.classes == ["cat", "dog", "emu"]
-
-
-@pytest.mark.parametrize(
-    ("mode", "color", "expected"),
-    [
-        ("L", 100, (100, 100, 100)),
-        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-        ("P", 0, None),
-        ("1", 1, (255, 255, 255)),
-        ("LA", (0, 255), (0, 0, 0)),
-        ("I;16", 25700, (100, 100, 100)),
-    ],
-)
-def test_every_kind_of_image_becomes_rgb(tmp_path, mode, color, expected):
-    Image.new(mode, (10, 10), color).save(tmp_path / "image.png")
-    image, label = ImageDataset(tmp_path)[0]
-    assert image.shape == (3, 10, 10)
-    assert image.dtype == torch.uint8
-    assert label == 0
-    if expected is not None:
-        assert image[:, 5, 5].tolist() == list(expected)
 
 
 def test_images_are_cut_to_the_centre(tmp_path):
@@ -128,16 +110,26 @@ def mistake(tree, kind):
         (tree / "fox").mkdir()
         (tree / "lone.png").rename(tree / "fox" / "0.png")
         return tree, {"split": "train"}
+    if kind in ("untrained", "grouped"):
+        levels = {"test": "cat", "train": "dog" if kind == "untrained" else "cat"}
+        for level, name in levels.items():
+            (tree / level / name).mkdir(parents=True)
+            (tree / "emu" / f"{len(level) - 4}.png").rename(tree / level / name / "0.png")
+        for name in ("cat", "dog", "emu"):
+            shutil.rmtree(tree / name)
+        return tree, {"group_near_duplicates": kind == "grouped"}
     return tree, {"exclude_classes": ["yak"]}
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", r"--data.path .*nowhere: does not exist"),
+        ("missing", r"--data.path .*nowhere: is neither a folder nor a file"),
         ("empty", r"--data.path .*void: no images in it"),
         ("no zip", r"--data.path .*file.zip: neither a folder nor a whole zip"),
         ("cut zip", r"neither a folder nor a whole zip"),
+        ("untrained", r"class 'cat' has held-out images and none to train on"),
+        ("grouped", r"--data.group_near_duplicates true: .*has a split of its own \(split as train/ and test/\)"),
         ("single", r"class 'fox' has one image.*--data.exclude_classes '\[fox\]'"),
         ("unknown class", r"--data.exclude_classes yak: no such class; there are cat, dog, emu"),
     ],
@@ -148,7 +140,7 @@ def test_mistakes_are_told_in_words(tree, kind, message):
         ImageDataset(path, **arguments)
 
 
-def test_truncated_image_is_named_or_skipped(tree, capsys):
+def test_truncated_image_is_named_or_skipped(tree):
     path = tree / "cat" / "3.png"
     path.write_bytes(path.read_bytes()[:200])
     dataset = ImageDataset(tree)
@@ -156,8 +148,7 @@ def test_truncated_image_is_named_or_skipped(tree, capsys):
         _ = [dataset[i] for i in range(len(dataset))]
     skipping = open_dataset(str(tree), split="all", image_size=16, on_error="skip")
     assert len(skipping) == len(dataset) - 1
-    assert skipping.skipped == ["cat/3.png"]
-    assert "skipped 1 damaged images: cat/3.png" in capsys.readouterr().out
+    assert skipping.left_out["damaged"] == ["cat/3.png"]
 
 
 @pytest.mark.parametrize("split", ["train", "test", "all"])
@@ -174,14 +165,36 @@ def test_labels_can_be_left_unused_without_moving_the_split(tree, split):
     assert shapes[3][1] == 0
 
 
-def test_small_images_are_left_out_and_counted(tree, capsys):
+def test_small_images_are_left_out_and_counted(tree):
     for number, size in enumerate([(15, 40), (40, 15), (16, 16)]):
         Image.new("RGB", size).save(tree / "cat" / f"small{number}.png")
     dataset = ImageDataset(tree, min_size=16)
-    assert "left out 2 images smaller than 16: cat/small0.png, cat/small1.png" in capsys.readouterr().out
+    assert dataset.left_out["smaller than 16"] == ["cat/small0.png", "cat/small1.png"]
     assert "cat/small2.png" in dataset.names
     assert len(dataset) == 19
     with pytest.raises(DataError, match=r"no images left in the all split"):
         ImageDataset(tree, min_size=64)
     (tree / "cat" / "0.png").write_bytes(b"")
     assert len(ImageDataset(tree, min_size=16, on_error="skip")) == 18
+
+
+def test_intake_says_what_is_used_and_what_is_not(tree):
+    Image.new("RGB", (16, 40)).save(tree / "cat" / "small.png")
+    Image.new("RGB", (4, 4)).save(tree / "preview.png")
+    (tree / "dog" / "0.png").write_bytes(b"")
+    (tree / "twin").symlink_to(tree / "cat")
+    arguments = {"image_size": 20, "exclude_classes": ["emu"], "on_error": "skip", "min_size": 10}
+    train, test = (open_dataset(str(tree), split=split, **arguments) for split in ("train", "test"))
+    assert intake(train, test) == (
+        f"tree (split by --data.test_fraction 0.2): {len(train)} training and {len(test)} held-out images of 2 classes "
+        "(cat, dog); left out 1 links to what is there already (twin); left out 1 other files (notes.csv); "
+        "left out 1 in no class folder (preview.png); left out 2 of excluded classes (emu/0.png, emu/1.png); "
+        "left out 1 damaged (dog/0.png)"
+        + "; 1 of the training images are smaller than 20 and enlarged"
+        * ("cat/small.png" in train.names)
+    )
+    assert len(train) + len(test) == 16
+    shapes = [open_dataset("shapes", split=split, image_size=8, num_images=20) for split in ("train", "test")]
+    assert intake(*shapes).startswith(
+        "shapes (difficulty easy): 20 training and 10 held-out images of 10 classes (circle"
+    )

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from data.images import DataError
 from data.latents import LatentCache, build_cache, cache_name
@@ -80,6 +81,62 @@ def test_damaged_shard_is_named(tmp_path, dataset):
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(DataError, match=r"shard-00001.safetensors is damaged"):
         LatentCache(tmp_path, expected(dataset))
+
+
+@pytest.mark.parametrize("name", ["stored", "labels", "source_indices"])
+def test_one_flipped_bit_of_a_shard_is_found(tmp_path, dataset, name):
+    build(tmp_path, dataset)
+    path = tmp_path / "shard-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    place = json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
+    content[8 + length + place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard-00002.safetensors is damaged \(its checksum is another\); delete it"):
+        LatentCache(tmp_path, expected(dataset))
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[]", "null", "{", '{"format": 1}', '{"format": 2}', '{"format": 2, "classes": null}', None]
+)
+def test_malformed_manifest_is_named(tmp_path, dataset, manifest):
+    build(tmp_path, dataset)
+    path = tmp_path / "manifest.json"
+    if manifest is None:
+        manifest = json.dumps({**json.loads(path.read_text()), "shards": [1]})
+    path.write_text(manifest)
+    with pytest.raises(DataError, match=r"manifest.json is missing, damaged or of another version.*delete the folder"):
+        LatentCache(tmp_path, expected(dataset))
+
+
+def full_disk(*arguments, **more):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_full_disk_in_a_shard_is_told_and_leaves_nothing(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr("data.latents.save_file", full_disk)
+    with pytest.raises(DataError, match=r"--data.cache .*shard-00000.safetensors cannot be written .*No space left"):
+        build(tmp_path, dataset)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, dataset):
+    (tmp_path / "shard-00001.123.partial").write_bytes(b"half")
+    (tmp_path / "manifest.123.partial").write_text("{")
+    build(tmp_path, dataset)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_shard_that_another_process_finished_first_is_no_error(tmp_path, dataset, monkeypatch):
+    build(tmp_path / "other", dataset)
+
+    def overtaken(shard, partial, **more):
+        path = partial.with_name(f"{partial.name.split('.')[0]}.safetensors")
+        path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+
+    monkeypatch.setattr("data.latents.save_file", overtaken)
+    build(tmp_path / "ours", dataset)
+    assert len(LatentCache(tmp_path / "ours", expected(dataset))) == 30
 
 
 def test_full_disk_is_told_before_encoding(tmp_path, dataset, monkeypatch):

@@ -3,7 +3,10 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -48,6 +51,50 @@ def test_nothing_is_left_of_a_failure(script, tmp_path):
     with pytest.raises(RuntimeError, match="lost connection"):
         script.write_zip(broken(), tmp_path / "pets.zip", None, source="pets")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_fetching_and_of_writing_are_told_apart(script, tmp_path, monkeypatch):
+    def lost():
+        yield from items()
+        raise RuntimeError("lost connection")
+
+    config = script.PrepareConfig("pets", tmp_path / "pets.zip")
+    with pytest.raises(OSError, match=r"--dataset pets could not be fetched \(lost connection\)"):
+        list(script.fetched(lost(), config))
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda *given: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError, match=r"\[Errno 28\] disk full"):
+        script.write_zip(script.fetched(items(), config), tmp_path / "pets.zip", None, source="pets")
+
+
+class HubSplit(list):
+    """Rows of a hub dataset, as `datasets` gives them undecoded."""
+
+    features: ClassVar = {"image": None, "label": SimpleNamespace(names=["cat", "dog"])}
+
+    def cast_column(self, name, kind):
+        assert (name, kind) == ("image", {"decode": False})
+        return self
+
+
+def test_images_of_the_hub_are_decoded_by_us(script, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.eps")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **more: pytest.fail("was run"))
+    stored = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": tmp_path / "b.eps"}
+    rows = HubSplit({"image": image, "label": 1 - number} for number, image in enumerate(stored))
+    hub = SimpleNamespace(load_dataset=lambda name, cache_dir: {"train": rows}, Image=dict)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    found = script.hub_items(script.PrepareConfig("hf:me/pets", tmp_path / "pets.zip"))
+    split, name, image = next(found)
+    assert (split, name, image.getpixel((0, 0))) == ("", "dog", (255, 0, 0))
+    with pytest.raises(OSError, match="cannot identify image file"):
+        next(found)
+
+
+def test_class_names_stay_inside_the_zip(script, tmp_path):
+    named = [("", name, Image.new("RGB", (8, 8))) for name in ("../../up", ".hidden", "a/b", "c\\d")]
+    script.write_zip(iter(named), tmp_path / "names.zip", None, source="names")
+    assert ImageDataset(tmp_path / "names.zip").classes == ["_._.._up", "_hidden", "a_b", "c_d"]
 
 
 @pytest.mark.parametrize(

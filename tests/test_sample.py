@@ -16,6 +16,7 @@ def test_same_seed_same_images_whatever_batch_and_processes(folder):
     a, b, c = (np.load(folder / f"{name}.npz") for name in "abc")
     assert a["arr_0"].shape == (20, 32, 32, 3)
     assert a["arr_1"].tolist() == [label for label in range(10) for _ in range(2)]
+    assert a["classes"][:3].tolist() == ["circle", "square", "triangle"]
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
     assert np.abs(a["arr_0"].astype(int) - c["arr_0"]).max() > 10
 

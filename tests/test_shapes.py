@@ -52,8 +52,9 @@ def test_classes_can_be_told_apart():
 def test_unknown_settings_are_told():
     with pytest.raises(ValueError, match=r"--data.difficulty brutal: unknown, choose from easy, medium, hard"):
         ShapesDataset(10, difficulty="brutal")
-    with pytest.raises(ValueError, match=r"--data.num_images 3"):
-        ShapesDataset(3)
+    for num_images in (3, 10**12):
+        with pytest.raises(ValueError, match=rf"--data.num_images {num_images}: must lie in 10..100000000"):
+            ShapesDataset(num_images)
 
 
 @pytest.mark.parametrize("difficulty", ["easy", "medium"])

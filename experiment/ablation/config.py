@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
-from experiment.cli import UniqueKeys, parse_mapping
+from experiment.cli import parse_mapping
+from experiment.strict_yaml import StrictLoader
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: for what is no YAML mapping, or names something twice.
     """
     try:
-        values = yaml.load(path.read_text(), UniqueKeys)
+        values = yaml.load(path.read_text(), StrictLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):

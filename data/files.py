@@ -1,0 +1,132 @@
+"""The files of a dataset: a folder's or a zip's, by their paths from its root."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from data.layout import DataError
+from data.pixels import SUFFIXES
+
+MOST_BYTES = 2**30  # of one file
+
+
+class Folder:
+    """Links are followed; an image or folder that is there already, by another name, is in `repeated`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: list[str] = []
+        self.repeated: list[str] = []
+        seen: set[tuple[int, int]] = set()
+        own, links = [path], []  # links come last: what lies there itself keeps its name
+        while own or links:
+            found = own.pop() if own else links.pop(0)
+            name = found.relative_to(path).as_posix()
+            try:
+                status = found.stat()
+            except OSError:  # a link to nothing: told of where it is read
+                self.names.append(name)
+                continue
+            if stat.S_ISDIR(status.st_mode) or found.suffix.lower() in SUFFIXES:
+                if (status.st_dev, status.st_ino) in seen:
+                    self.repeated.append(name)
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+            if stat.S_ISDIR(status.st_mode):
+                below = sorted((each for each in os.scandir(found) if each.name[0] != "."), key=lambda each: each.name)
+                links += [Path(each.path) for each in below if each.is_symlink()]
+                own += [Path(each.path) for each in reversed(below) if not each.is_symlink()]
+            else:
+                self.names.append(name)
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes.
+
+        Raises:
+            OSError: for what is no file, or too large for an image.
+        """
+        path = self.path / name
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no regular file")
+        _check_size(status.st_size)
+        return path.read_bytes()
+
+    def content_hash(self, names: Iterable[str]) -> str:
+        """Of these files, equal to that of a zip of them; one that cannot be read counts as empty, and is told of where
+        it is used."""
+        digest = hashlib.sha256()
+        for name in names:
+            try:
+                content = self.read(name)
+            except OSError:
+                content = b""
+            _add(digest, name, len(content), zlib.crc32(content))
+        return digest.hexdigest()
+
+
+class Zip:
+    """A zip, opened anew in each process that reads it: a shared handle would share its file position."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.repeated = path, []
+        self._handle: tuple[int, zipfile.ZipFile] | None = None
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+        except Exception as error:  # a damaged directory raises whatever its numbers lead to
+            raise DataError(f"--data.path {path}: neither a folder nor a whole zip file ({error})") from error
+        by_name = {entry.filename.replace("\\", "/").lstrip("/"): entry for entry in entries}  # as Windows writes them
+        self.entries = {name: entry for name, entry in by_name.items() if not name.endswith("/")}
+        self.names = list(self.entries)
+
+    def read(self, name: str) -> bytes:
+        """A member's bytes.
+
+        Raises:
+            Exception: whatever a damaged or encrypted member leads to.
+        """
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = (os.getpid(), zipfile.ZipFile(self.path))
+        _check_size(self.entries[name].file_size)
+        return self._handle[1].read(self.entries[name])
+
+    def content_hash(self, names: Iterable[str]) -> str:
+        """Of these members, by the checksums that the zip holds."""
+        digest = hashlib.sha256()
+        for name in names:
+            _add(digest, name, self.entries[name].file_size, self.entries[name].CRC)
+        return digest.hexdigest()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_handle": None}
+
+
+def open_files(path: Path) -> Folder | Zip:
+    """What lies at a path.
+
+    Raises:
+        DataError: where there is neither a folder nor a zip.
+    """
+    if path.is_dir():
+        return Folder(path)
+    if path.is_file():
+        return Zip(path)
+    raise DataError(
+        f"--data.path {path}: is neither a folder nor a file; give a folder or zip with a class a folder, or 'shapes'"
+    )
+
+
+def _add(digest, name: str, num_bytes: int, checksum: int) -> None:
+    digest.update(f"{name}:{num_bytes}:{checksum:08x}\n".encode())
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MOST_BYTES:
+        raise OSError(f"it has {num_bytes / 2**30:.1f} GiB, more than any image")

@@ -1,0 +1,169 @@
+"""What a tree of files is understood to be: which images, of which classes, in which split; and what is left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from data.pixels import NOT_READ, SUFFIXES
+
+LEVELS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+class DataError(ValueError):
+    """Images that cannot be read as asked, in the user's words."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tree, understood. Names are paths from its root."""
+
+    classes: dict[str, str]  # of each image, in the order of names; '' where there are none
+    splits: dict[str, list[str]] | None  # the images of 'train' and 'test', where the tree says so
+    left_out: dict[str, list[str]]  # names by the reason
+    note: str  # where the images lie, and what says their split
+    tables: list[str]  # labels.csv, where it names the classes
+
+
+def understand(names: Iterable[str], read: Callable[[str], bytes], exclude_classes: Sequence[str] = ()) -> Layout:
+    """A class a folder, below a level of `train/` and `test/` (or `val/`) where there is one, all of it in folders that
+    hold nothing else; or images without class folders, whose classes `labels.csv` (file, label) may name.
+
+    Raises:
+        DataError: for what can be understood in two ways, or a `labels.csv` that cannot be read.
+    """
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+    images, tables = [], []
+    for name in sorted(name for name in names if not _is_hidden(name)):
+        suffix = posixpath.splitext(name)[1].lower()
+        if suffix in SUFFIXES:
+            images.append(name)
+        elif posixpath.basename(name).lower() == "labels.csv":
+            tables.append(name)
+        elif suffix in NOT_READ:
+            left_out[f"of kind {suffix}, which is not read: convert it to PNG"].append(name)
+        else:
+            left_out["other files"].append(name)
+
+    root = _common_folder(images)
+    loose = [name for name in images if not name.startswith(root)]
+    rest = {name: name.removeprefix(root) for name in images if name.startswith(root)}
+    levels = _levels(rest.values())
+    held_out = "test" if "test" in levels else "val"
+    splits, places = None, [f"in {root}"] if root else []
+    if levels:
+        splits = {"train": [], "test": []}
+        places.append(f"split as {levels['train']}/ and {levels[held_out]}/")
+        for name, path in rest.items():
+            level, _, below = path.partition("/")
+            if not below:
+                loose.append(name)
+            elif level == levels["train"]:
+                splits["train"].append(name)
+            elif level == levels[held_out]:
+                splits["test"].append(name)
+            else:
+                left_out[f"in {level}/, beside {levels['train']}/ and {levels[held_out]}/"].append(name)
+        rest = {name: rest[name].partition("/")[2] for name in sorted(splits["train"] + splits["test"])}
+        common = _common_folder(rest.values())
+        loose += [name for name, path in rest.items() if not path.startswith(common)]
+        rest = {name: path.removeprefix(common) for name, path in rest.items() if path.startswith(common)}
+
+    classes = {name: posixpath.dirname(path) for name, path in rest.items()}
+    if tables and len(set(classes.values())) <= 1:
+        classes = _labels(tables, read, classes)
+        left_out["not named in labels.csv"] = [name for name in rest if name not in classes]
+        places.append("classes from labels.csv")
+    else:
+        left_out["other files"] += tables
+        tables = []
+        if len({*classes.values()}) > 1:
+            loose += [name for name, label in classes.items() if not label]
+            classes = {name: label for name, label in classes.items() if label}
+    left_out["in no class folder"] += loose
+    if len(loose) > len(classes):
+        raise DataError(
+            f"{len(loose)} images lie loose, such as {loose[0]}, and {len(classes)} in folders: move either away, or "
+            "the loose ones into a folder of their class"
+        )
+    _refuse_nested({*classes.values()} - {*exclude_classes})
+    if splits:
+        splits = {split: [name for name in group if name in classes] for split, group in splits.items()}
+    return Layout(classes, splits, {why: left for why, left in left_out.items() if left}, ", ".join(places), tables)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
+
+
+def _common_folder(paths: Iterable[str]) -> str:
+    """The folder above all class folders: the longest that holds every image in folders of its own."""
+    nested, root = [path for path in paths if "/" in path], ""
+    while True:
+        below = {path[len(root) :].partition("/")[0] for path in nested}
+        deeper = [path for path in nested if path[len(root) :].count("/") > 1]
+        if len(below) != 1 or not deeper:
+            return root
+        root, nested = f"{root}{below.pop()}/", deeper
+
+
+def _levels(paths: Iterable[str]) -> dict[str, str]:
+    """The folders that are the split, by what they are: `train`, `val`, `test`; none where there is no such level."""
+    heads = sorted({path.partition("/")[0] for path in paths if "/" in path})
+    found = {head: LEVELS[head.casefold()] for head in heads if head.casefold() in LEVELS}
+    levels = {meaning: head for head, meaning in found.items()}
+    if len(levels) < 2:
+        return {}
+    if len(found) > len(levels) or "train" not in levels or len(found) < len(heads):
+        raise DataError(
+            f"beside each other lie {', '.join(f'{head}/' for head in heads[:8])}: a split is one train/ and one test/ "
+            "(or val/) with class folders below and nothing beside; move the others away, or rename them"
+        )
+    return levels
+
+
+def _refuse_nested(classes: set[str]) -> None:
+    for label in sorted(classes):
+        above = next((str(path) for path in PurePosixPath(label).parents if str(path) in classes), None)
+        if above:
+            raise DataError(
+                f"images lie in {above}/ and in {label}/ below it: one class or two? move them, or leave one out: "
+                f"--data.exclude_classes '[{label}]'"
+            )
+    inner = {part.casefold() for label in classes for part in PurePosixPath(label).parts}
+    if len({LEVELS[part] for part in inner if part in LEVELS}) > 1:
+        some = next(label for label in sorted(classes) if {*label.casefold().split("/")} & {*LEVELS})
+        raise DataError(f"{some}/ has the split below the class: move train/ and test/ above the class folders")
+
+
+def _labels(tables: list[str], read: Callable[[str], bytes], images: dict[str, str]) -> dict[str, str]:
+    """Classes of the images that the tables name, by a path from the table or from the one folder of images."""
+    found: dict[str, str] = {}
+    for table in tables:
+        try:
+            rows = list(csv.DictReader(io.StringIO(read(table).decode("utf-8-sig"), newline=""), strict=True))
+        except (OSError, ValueError, csv.Error) as error:
+            raise DataError(f"{table} cannot be read ({error}); mend it or move it away") from error
+        if not rows or not {"file", "label"} <= {*rows[0]}:
+            has = ", ".join(map(str, rows[0])) if rows else "nothing"
+            raise DataError(f"{table} must have columns file and label, and has {has}; rename them or move it away")
+        beside = posixpath.dirname(table)
+        places = [beside, *{posixpath.dirname(name) for name in images if name.startswith(beside)}]
+        for row in rows:
+            paths = [posixpath.join(place, str(row["file"]).replace("\\", "/")) for place in places]
+            name = next((path for path in paths if path in images), None)
+            if name is None or not row["label"]:
+                what = "is not there" if name is None else "has no label"
+                raise DataError(f"{table}: {row['file']} {what}; mend the table or move it away")
+            if found.setdefault(name, row["label"]) != row["label"]:
+                raise DataError(f"{table}: {row['file']} has two labels, {found[name]} and {row['label']}; keep one")
+    return {name: found[name] for name in images if name in found}

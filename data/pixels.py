@@ -1,0 +1,62 @@
+"""Bytes to pixels: which files are read as images, and what becomes of each kind."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Image.init()
+# Those that Pillow decodes by itself: EPS is handed to Ghostscript, whatever the file is called.
+_DECODED = {"AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD"}
+_DECODED |= {"SGI", "TGA", "TIFF", "WEBP"}
+FORMATS = tuple(name for name in Image.ID if name in _DECODED)
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _DECODED)
+NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".svg", ".eps", ".pdf", ".exr", ".dng", ".cr2", ".nef"} - SUFFIXES
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image in a file's bytes, its header read alone as yet."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Three 8-bit channels, upright as EXIF has it; transparency lies on white.
+
+    Grey of more than 8 bits is scaled by the least white that holds it: 1 (of floats), 255 or 65535.
+
+    Raises:
+        ValueError: for grey that is not finite, negative or larger.
+    """
+    format, image = image.format, ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _to_8_bits(image, format)
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, format: str | None) -> Image.Image:
+    grey = np.asarray(image).astype(np.float64)
+    whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    if image.mode == "I" and format in ("PNG", "PPM"):  # of 16 bits, whichever they use
+        whites = (65535,)
+    low, high = grey.min(), grey.max()
+    white = next((white for white in whites if 0 <= low <= high <= white), None)
+    if white is None:
+        raise ValueError(f"its grey goes from {low:g} to {high:g}; save it with 8 or 16 bits")
+    return Image.fromarray(np.round(grey * (255 / white)).astype(np.uint8))
+
+
+def fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """The centre rectangle of the shape of `size` (height, width), resized to it (Lanczos)."""
+    if size is None or image.size == (size[1], size[0]):
+        return image
+    height, width = size
+    scale = min(image.width / width, image.height / height)
+    crop_width, crop_height = width * scale, height * scale
+    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
+    box = (left, top, left + crop_width, top + crop_height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)

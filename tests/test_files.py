@@ -1,0 +1,126 @@
+"""Folders and zips: links, what is no file, and members that cannot be read."""
+
+import os
+import struct
+import zipfile
+import zlib
+
+import pytest
+from PIL import Image
+
+from data.images import DataError, ImageDataset
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for number, name in enumerate(("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (50 * number, 0, 0)).save(path)
+    return tmp_path / "tree"
+
+
+def test_loops_of_links_end_and_repeat_nothing(tree):
+    (tree / "cat" / "again").symlink_to(tree)
+    (tree / "dog" / "here").symlink_to(tree / "dog")
+    (tree / "dog" / "itself").symlink_to("itself")
+    (tree / "aaa").symlink_to(tree / "cat")
+    (tree / "dog" / "2.png").symlink_to(tree / "cat" / "0.png")
+    os.link(tree / "cat" / "1.png", tree / "dog" / "3.png")
+    dataset = ImageDataset(tree)
+    assert dataset.names == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+    left_out = dataset.left_out["links to what is there already"]
+    assert sorted(left_out) == ["aaa", "cat/again", "dog/2.png", "dog/3.png", "dog/here"]
+
+
+def test_links_to_images_elsewhere_are_images(tree, tmp_path):
+    (tree / ".store").mkdir()
+    for number, place in enumerate((tree / ".store", tmp_path, tree)):
+        Image.new("RGB", (8, 8)).save(place / f"blob{number}", "PNG")
+        (tree / "dog" / f"link{number}.png").symlink_to(place / f"blob{number}")
+    (tree / "emu").symlink_to(tmp_path / "emu")
+    (tmp_path / "emu").mkdir()
+    (tree / "cat" / "1.png").rename(tmp_path / "emu" / "0.png")
+    names = ImageDataset(tree).names
+    assert names[-4:] == ["dog/link0.png", "dog/link1.png", "dog/link2.png", "emu/0.png"]
+
+
+def bomb(side):
+    """A PNG of a few bytes that claims to be `side` pixels wide and high."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+def spoil(path, kind):
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "dangling link":
+        path.symlink_to("nowhere")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "huge file":
+        with path.open("wb") as file:
+            file.truncate(2**31)
+    elif kind == "bomb":
+        path.write_bytes(bomb(30000))
+    elif kind == "huge header":
+        path.write_bytes(bomb(2**31 - 1))
+    else:
+        path.write_bytes(content[:30])
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "fifo", "huge file", "bomb", "huge header", "cut"])
+def test_what_cannot_be_read_is_named_or_skipped(tree, kind):
+    spoil(tree / "cat" / "1.png", kind)
+    with pytest.raises(DataError, match=r"cat/1.png is damaged \(.*--data.on_error skip"):
+        ImageDataset(tree)[1]
+    skipping = ImageDataset(tree, on_error="skip", min_size=4)
+    assert skipping.names == ["cat/0.png", "dog/0.png", "dog/1.png"]
+    assert skipping.left_out["damaged"] == ["cat/1.png"]
+
+
+def zip_of(tree, name_of=lambda name: name):
+    path = tree.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(tree.rglob("*.png")):
+            archive.write(file, name_of(file.relative_to(tree).as_posix()))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["encrypted", "corrupt", "unknown compression", "huge"])
+def test_members_that_cannot_be_read_are_named_or_skipped(tree, kind):
+    path = zip_of(tree)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"dog/1.png"))
+    local = struct.unpack_from("<I", content, entry + 42)[0]
+    if kind == "encrypted":
+        content[entry + 8] |= 1
+        content[local + 6] |= 1
+    elif kind == "unknown compression":
+        content[entry + 10] = content[local + 8] = 77
+    elif kind == "huge":
+        struct.pack_into("<I", content, entry + 24, 2**31)
+    else:
+        content[local + 45] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"dog/1.png is damaged \(.*--data.on_error skip"):
+        ImageDataset(path)[3]
+    assert ImageDataset(path, on_error="skip").left_out["damaged"] == ["dog/1.png"]
+
+
+def test_zips_of_windows_have_their_classes(tree):
+    folder = ImageDataset(tree)
+    archive = ImageDataset(zip_of(tree, lambda name: name.replace("/", "\\")))
+    assert archive.classes == folder.classes == ["cat", "dog"]
+    assert archive.names == folder.names
+    assert (archive[3][0] == folder[3][0]).all()
+
+
+def test_names_that_lead_out_of_a_zip_are_no_images(tree):
+    archive = ImageDataset(zip_of(tree, lambda name: name.replace("dog/0", "../../dog/0").replace("cat/0", "/cat/0")))
+    assert archive.names == ["cat/0.png", "cat/1.png", "dog/1.png"]
+    assert archive.classes == ["cat", "dog"]

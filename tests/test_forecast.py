@@ -1,0 +1,23 @@
+"""What an epoch will take is said, and saying it changes nothing."""
+
+import torch
+from accelerate import Accelerator
+
+from diffusion import GaussianDiffusion
+from experiment.build import ModelSpec
+from experiment.forecast import forecast
+
+
+def test_an_epoch_is_forecast_and_the_model_stays_as_it_is():
+    process = GaussianDiffusion()
+    spec = ModelSpec(
+        "XSwin", {"dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_global_blocks": 1}, (8, 8), 4, 8, 3
+    )
+    model = spec.build()
+    before, random = {name: each.clone() for name, each in model.state_dict().items()}, torch.get_rng_state()
+    few, many = (forecast(model, spec, process, Accelerator(cpu=True), num) for num in (1, 10**9))
+    assert few.startswith("an epoch takes about 0 seconds on this CPU")
+    assert many.endswith("hours on this CPU; made for CPUs are --config configs/quickstart.yaml and --model XSwin-S")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
