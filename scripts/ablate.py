@@ -8,7 +8,6 @@ python scripts/ablate.py configs/ablations/table1.yaml --executor slurm --cluste
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
@@ -71,7 +70,11 @@ def main(config: AblateConfig) -> int:
     if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
         raise ValueError(f"--name {folder.name}: {folder} holds a training; give the ablation another name")
     ablation = read_ablation(path, config.set)
-    return report(folder, ablation) if config.only == "report" else run(config, ablation, folder)
+    try:
+        return report(folder, ablation) if config.only == "report" else run(config, ablation, folder)
+    except KeyboardInterrupt:  # before or after the runs, which have their own way to stop
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def report(folder: Path, ablation: AblationConfig) -> int:
@@ -144,7 +147,5 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--ablation")
-    with one_line_errors(), contextlib.suppress(KeyboardInterrupt):
+    with one_line_errors():
         raise SystemExit(main(parse(AblateConfig, arguments)))
-    print("stopped before anything was trained; the same command goes on", file=sys.stderr)
-    raise SystemExit(130)
