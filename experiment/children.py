@@ -34,14 +34,16 @@ def run(command: Sequence[str], **options: Any) -> None:
         SystemExit: with its status, where that is not 0, or with that of the signal.
     """
     child = start(command, **options)
+    stopped: list[int] = []
 
     def stop(number: signal.Signals) -> None:
+        stopped.append(128 + number)
         kill(child)
-        raise SystemExit(128 + number)
 
     with on_stop(stop):
-        if status := child.wait():
-            raise SystemExit(status)
+        status = child.wait()
+    if stopped or status:
+        raise SystemExit(stopped[0] if stopped else status)
 
 
 def send(process: subprocess.Popen, number: int) -> None:
