@@ -74,12 +74,12 @@ def main(config: AppConfig) -> None:
 
     studio = Studio(config.checkpoints or find_runs(config.runs), config.precision, config.autoencoder)
     listening: Counter[str] = Counter()
-    page = build_page(studio, listening)
-    page.queue(max_size=config.queue, default_concurrency_limit=1)  # one at a time has all the cores
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which lets files be removed
     hosts = None if config.share or config.host not in LOOPBACK else LOOPBACK
     with tempfile.TemporaryDirectory(prefix="pictures-") as files:
-        os.environ["GRADIO_TEMP_DIR"] = files
+        os.environ["GRADIO_TEMP_DIR"] = files  # which each part of the page reads when it is made
+        page = build_page(studio, listening)
+        page.queue(max_size=config.queue, default_concurrency_limit=1)  # one at a time has all the cores
         page.launch(
             server_name=config.host,
             server_port=config.port or None,

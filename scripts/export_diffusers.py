@@ -77,6 +77,8 @@ def main(config: ExportConfig) -> None:
         sampling = replace(sampling, clip=codec.limit)
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, process, sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
+    if vae is not None:
+        vae.register_to_config(_name_or_path=None)  # a folder of this machine
     write = write_native if config.native else write_pipeline
     how = write(config.output, checkpoint, process, sampling, scheduler, spacing, vae)
     write_whole(config.output / "README.md", readme(checkpoint, sampling, native=config.native))

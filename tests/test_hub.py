@@ -85,7 +85,7 @@ def test_upload_holds_weights_card_and_what_the_card_shows(pushed, hub, folder):
         "averaged weights after 4 steps",
         "10 classes (circle,",
         "the embedded procedural shapes",
-        "| fid | 12.35 ± 0.5 |",
+        "| fid   | 12.35 ± 0.5 |",
         "400 samples against 400 images",
         "sha256 `abc123`",
         "sampler ddpm, num_steps 3, guidance_scale 1.5, seed 0",
