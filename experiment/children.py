@@ -27,6 +27,25 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
     return subprocess.Popen([*asking, *command], process_group=0, **options)
 
 
+def run(command: Sequence[str], **options: Any) -> None:
+    """A program, to its end; a stop ends it and this one.
+
+    Raises:
+        SystemExit: with its status, where that is not 0, or with that of the signal.
+    """
+    child = start(command, **options)
+    stopped: list[int] = []
+
+    def stop(number: signal.Signals) -> None:
+        stopped.append(128 + number)
+        kill(child)
+
+    with on_stop(stop):
+        status = child.wait()
+    if stopped or status:
+        raise SystemExit(stopped[0] if stopped else status)
+
+
 def send(process: subprocess.Popen, number: int) -> None:
     """A signal to a child; where that is accelerate's launcher, to what it launched: by itself it passes none on, or
     kills after half a minute what has not ended by then."""

@@ -48,11 +48,14 @@ def machine() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield Finding(True, f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB")
-    if not torch.cuda.is_available():
+    device = default_device()
+    if device.type not in ("cpu", "cuda"):
+        yield Finding(True, f"GPU: {device.type}")
+    elif not torch.cuda.is_available():
         yield Finding(False, "no CUDA GPU", "everything runs on the CPU; configs/quickstart.yaml is made for it")
     cores = f"{len(allowed_cores())} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     yield Finding(True, f"{cores}, {os.getloadavg()[0]:.1f} of them busy in the last minute")
-    device, auto = default_device(), choose_precision("auto", default_device())
+    auto = choose_precision("auto", device)
     why = f"{has_bf16(device)[1]}; a matrix product in bf16 takes {slowdown_of_bf16(device):.2g} times as long"
     yield Finding(True, f"--precision auto is {auto} here: {why}")
     free = shutil.disk_usage(Path.cwd()).free / 1e9

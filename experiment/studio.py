@@ -170,15 +170,27 @@ class Studio:
         Raises:
             ValueError: when the training images are not where the configuration says.
         """
-        if run not in self.layouts:
-            images = open_split(self.checkpoint(run).config.data, "train")
-            layouts = [_layout(images[index][0][None]) for index in range(len(images))]
-            self.layouts[run] = images, torch.cat(layouts)
+        for _ in self.read_layouts(run):
+            pass
         images, layouts = self.layouts[run]
         distances, found = nearest(_layout(pictures), layouts)
         return torch.stack([images[index][0] for index in found.tolist()]), (
             distances / layouts.shape[1] ** 0.5
         ).tolist()
+
+    def read_layouts(self, run: str) -> Iterator[int]:
+        """Read the training images that `nearest` looks among, once; now and then says how many are read.
+
+        Raises:
+            ValueError: when they are not where the configuration says.
+        """
+        if run not in self.layouts:
+            images, layouts = open_split(self.checkpoint(run).config.data, "train"), []
+            for index in range(len(images)):
+                layouts.append(_layout(images[index][0][None]))
+                if index % 200 == 0:
+                    yield index
+            self.layouts[run] = images, torch.cat(layouts)
 
 
 def spelled(label: int, classes: list[str]) -> str:

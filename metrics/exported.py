@@ -98,9 +98,13 @@ def load_exported(path: str | Path) -> ExportedNetwork:
 def save_exported(module: nn.Module, example: Tensor, path: str | Path) -> Path:
     """Export a module of images [n c h w], for any n, h and w, and write it; where it was written is not in it."""
     dynamic = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    program = torch.export.export(module, (example,), dynamic_shapes=(dynamic,))
+    return save_program(torch.export.export(module, (example,), dynamic_shapes=(dynamic,)), path)
+
+
+def save_program(program: ExportedProgram, path: str | Path) -> Path:
+    """Write a program; where its code lies on this machine is not in it."""
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+        node.meta.pop("stack_trace", None)
     torch.export.save(program, str(path))
     return Path(path)
 

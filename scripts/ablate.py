@@ -8,7 +8,6 @@ python scripts/ablate.py configs/ablations/table1.yaml --executor slurm --cluste
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.ablation.config import ClusterConfig
+from experiment.ablation.config import AblationConfig, ClusterConfig, read_ablation
 from experiment.cli import one_line_errors, parse
 
 STARTED = time.time()
@@ -70,31 +69,38 @@ def main(config: AblateConfig) -> int:
     folder = Path("runs") / (config.name or path.stem)
     if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
         raise ValueError(f"--name {folder.name}: {folder} holds a training; give the ablation another name")
-    return report(folder) if config.only == "report" else run(config, path, folder)
+    ablation = read_ablation(path, config.set)
+    try:
+        return report(folder, ablation) if config.only == "report" else run(config, ablation, folder)
+    except KeyboardInterrupt:  # before or after the runs, which have their own way to stop
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
-def report(folder: Path) -> int:
+def report(folder: Path, ablation: AblationConfig) -> int:
     """Of what is done."""
     from experiment.ablation.report import write_report
+    from experiment.ablation.tables import check_columns
 
-    print(write_report(folder))
+    check_columns(ablation.columns)
+    print(write_report(folder, ablation.columns))
     return 0
 
 
-def run(config: AblateConfig, path: Path, folder: Path) -> int:
+def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     """What is left to do, then the report."""
-    from experiment.ablation.config import read_ablation
     from experiment.ablation.executors import EXECUTORS, jobs_of, places
     from experiment.ablation.lock import Lock
     from experiment.ablation.plan import make_plan, refuse_changed, table
     from experiment.ablation.runner import Runner
+    from experiment.ablation.tables import check_columns
     from experiment.ablation.variants import expand
     from experiment.interruption import EXIT_CODE
     from experiment.machine import open_accelerator
 
     # What is to be done.
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
-    ablation = read_ablation(path, config.set)
+    check_columns(ablation.columns)
     runs = expand(ablation, folder.name)
     places(config.workers)  # refuses more of them than there is room for, before anything is made
     with Lock(folder / "lock"):
@@ -117,7 +123,7 @@ def run(config: AblateConfig, path: Path, folder: Path) -> int:
             if outcome.status != "done":
                 print(f"{outcome.status}: {outcome.run}: {outcome.why}")
         if any("score" in planned.done for planned in plan):
-            report(folder)
+            report(folder, ablation)
     statuses = {outcome.status for outcome in outcomes}
     return 1 if "failed" in statuses else EXIT_CODE if "stopped" in statuses else 0
 
@@ -141,7 +147,5 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--ablation")
-    with one_line_errors(), contextlib.suppress(KeyboardInterrupt):
+    with one_line_errors():
         raise SystemExit(main(parse(AblateConfig, arguments)))
-    print("stopped before anything was trained; the same command goes on", file=sys.stderr)
-    raise SystemExit(130)

@@ -7,19 +7,26 @@ python scripts/app.py --checkpoints '[runs/XSwin, hf://owner/name]'
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
 
 MOST_RUNS = 3  # side by side
+SECONDS_KEPT = 1800  # of pictures in files, and of what a visitor has seen
 STYLE = """
 .gradio-container { max-width: 1180px !important; width: 100% !important; margin: auto; }
 .pictures img { width: 100% !important; height: auto !important; object-fit: contain !important; }
@@ -61,20 +68,71 @@ def main(config: AppConfig) -> None:
         import gradio  # noqa: F401
     except ImportError:
         raise ValueError("the page needs gradio: pip install -e '.[demo]'") from None
+    from starlette.middleware import Middleware
+
     from experiment.studio import Studio, find_runs
 
     studio = Studio(config.checkpoints or find_runs(config.runs), config.precision, config.autoencoder)
-    page = build_page(studio)
-    page.queue(max_size=config.queue, default_concurrency_limit=1)  # one at a time has all the cores
-    page.launch(
-        server_name=config.host,
-        server_port=config.port or None,
-        share=config.share,
-        footer_links=[],
-        css=STYLE,
-        theme=theme(),
-        max_file_size="1mb",
-    )
+    listening: Counter[str] = Counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which lets files be removed
+    hosts = None if config.share or config.host not in LOOPBACK else LOOPBACK
+    with tempfile.TemporaryDirectory(prefix="pictures-") as files:
+        os.environ["GRADIO_TEMP_DIR"] = files  # which each part of the page reads when it is made
+        page = build_page(studio, listening)
+        page.queue(max_size=config.queue, default_concurrency_limit=1)  # one at a time has all the cores
+        page.launch(
+            server_name=config.host,
+            server_port=config.port or None,
+            share=config.share,
+            footer_links=[],
+            css=STYLE,
+            theme=theme(),
+            app_kwargs={"middleware": [Middleware(Door, listening, hosts, not config.share)]},
+        )
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Door:
+    """Between the network and the page, as ASGI has it. No file is taken; other web sites are refused, whether they ask
+    in a visitor's name or by a name of their own for this machine; and it is known whose answers somebody reads.
+
+    Args:
+        app: the page
+        listening: open streams of answers, by session
+        hosts: names that this machine may be called by; None: any
+        same_origin: refuse what a page from elsewhere asks
+    """
+
+    def __init__(
+        self, app: Any, listening: Counter[str], hosts: tuple[str, ...] | None = None, same_origin: bool = True
+    ) -> None:
+        self.app, self.listening, self.hosts, self.same_origin = app, listening, hosts, same_origin
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Let a request through, or not."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if not self.admits(scope["path"], {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            return await send({"type": "http.response.body", "body": b"refused"})
+        place = scope["path"].rstrip("/")
+        streams = scope["method"] == "GET" and (place.endswith("/queue/data") or "/call/" in place)
+        (session,) = parse_qs(scope["query_string"].decode()).get("session_hash", [place.rpartition("/")[2]])[:1]
+        self.listening[session] += streams
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.listening[session] -= streams
+            self.listening += Counter()  # drops those at zero
+
+    def admits(self, path: str, headers: dict[str, str]) -> bool:
+        """By where it goes, and what it says of where it comes from."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        named = self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts
+        own = not self.same_origin or origin is None or urlsplit(origin).netloc == host
+        return named and own and not path.rstrip("/").endswith("/upload")
 
 
 def theme() -> Any:
@@ -86,7 +144,7 @@ def theme() -> Any:
     )
 
 
-def build_page(studio) -> Any:
+def build_page(studio, listening: Counter[str]) -> Any:
     """The page: what to draw on the left (on a phone: above), pictures on the right."""
     import gradio as gr
 
@@ -95,9 +153,9 @@ def build_page(studio) -> Any:
 
     runs = list(studio.checkpoints)
     first = studio.checkpoints[runs[0]]
-    with gr.Blocks(title="Draw from a checkpoint", delete_cache=(3600, 3600), analytics_enabled=False) as page:
+    with gr.Blocks(title="Draw from a checkpoint", delete_cache=(300, SECONDS_KEPT), analytics_enabled=False) as page:
         gr.Markdown("## Draw from a checkpoint\nThe same seeds for every backbone; each picture with its command.")
-        history = gr.State([])  # of the pictures shown: for each run a list of files, a moment each
+        history = gr.State([], time_to_live=SECONDS_KEPT)  # for each run its pictures, a moment each
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 chosen = gr.Dropdown(runs, value=runs[:1], multiselect=True, max_choices=MOST_RUNS, label="Checkpoints")
@@ -118,7 +176,7 @@ def build_page(studio) -> Any:
                     gr.Image(
                         label=run if number < 1 else "",
                         visible=number < 1,
-                        type="filepath",
+                        type="pil",
                         format="png",
                         buttons=["download", "fullscreen"],
                         elem_classes="pictures",
@@ -138,61 +196,86 @@ def build_page(studio) -> Any:
                 with gr.Accordion("Nearest training images", open=False):
                     gr.Markdown("By colours and layout (16x16 pixels) among the images it was trained on.")
                     look = gr.Button("Look them up")
-                    near = gr.Image(type="filepath", format="png", label="Pictures above, training images below")
+                    near = gr.Image(type="pil", format="png", label="Pictures above, training images below")
 
         wanted = [chosen, of_class, seed, number, guidance, sampler, steps, to_class, to_seed]
         outputs = [history, moment, command, *shown]
-        draw.click(partial(draw_pictures, studio), wanted, outputs, api_name="draw", show_progress="minimal")
+        draw.click(
+            partial(draw_pictures, studio, partial(is_read, listening)),
+            wanted,
+            outputs,
+            api_name="draw",
+            show_progress="minimal",
+        )
         moment.input(show_moment, [history, moment], shown, api_name="moment", queue=False, show_progress="hidden")
         chosen.change(
             partial(follow, studio), [chosen, of_class], [of_class, to_class, sampler, steps, guidance], queue=False
         )
-        look.click(partial(look_up, studio), wanted, near, api_name="nearest")
+        look.click(partial(look_up, studio, partial(is_read, listening)), wanted, near, api_name="nearest")
     return page
 
 
-def draw_pictures(
-    studio, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed
-) -> Iterator[tuple[Any, ...]]:
+def is_read(listening: Counter[str], patience: float = 0.5) -> bool:
+    """Whether somebody still reads the answer that is being made; one who has just asked may not read yet."""
+    from gradio.context import LocalContext
+
+    request: Any = LocalContext.request.get(None)
+    session = getattr(request, "session_hash", None)
+    until = time.monotonic() + patience
+    while session is not None and not listening[session]:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def draw_pictures(studio, is_read, *wanted) -> Iterator[tuple[Any, ...]]:
     """Each run's pictures in turn, as they come; at the end, all their moments and the commands."""
     import gradio as gr
 
-    requests = in_words(requests_of)(studio, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed)
-    commands = "\n".join(studio.command(request, f"{_slug(request.run)}.png") for request in requests)
-    files: list[list[str]] = [[] for _ in requests]
-    for drawn, request in enumerate(requests):
-        for step, images in studio.draw(request):
-            files[drawn].append(write_picture(studio, request, images))
-            titles = [f"{each.run}: step {step} of {request.num_steps}" for each in requests]
-            yield [], gr.Slider(visible=False), commands, *views(files, titles)
-    num = max(map(len, files))
+    with in_words():
+        requests = requests_of(studio, *wanted)
+        commands = "\n".join(studio.command(request, f"{_slug(request.run)}.png") for request in requests)
+        drawn: list[list[Any]] = [[] for _ in requests]
+        for mine, request in zip(drawn, requests, strict=True):
+            if not is_read():
+                return
+            for step, images in studio.draw(request):
+                mine.append(picture(studio, request, images))
+                titles = [f"{each.run}: step {step} of {request.num_steps}" for each in requests]
+                yield [], gr.Slider(visible=False), commands, *views(drawn, titles)
+    num = max(map(len, drawn))
     slider = gr.Slider(1, num, num, step=1, visible=num > 1)
-    yield files, slider, commands, *views(files, [request.run for request in requests])
+    yield drawn, slider, commands, *views(drawn, [request.run for request in requests])
 
 
-def show_moment(history: list[list[str]], moment: float) -> list[Any]:
+def show_moment(history: list[list[Any]], moment: float) -> list[Any]:
     """All runs' pictures at one of the kept moments."""
     import gradio as gr
 
-    found = [gr.Image(value=files[min(int(moment), len(files)) - 1]) for files in history]
+    found = [gr.Image(value=pictures[min(int(moment), len(pictures)) - 1]) for pictures in history]
     return found + [gr.skip()] * (MOST_RUNS - len(found))
 
 
-def look_up(studio, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed) -> str:
-    """The first run's pictures above the training images that look most like them."""
+def look_up(studio, is_read, *wanted) -> Iterator[Any]:
+    """The first run's pictures above the training images that look most like them. It stops when told to, between
+    two moments or some of the training images."""
+    import gradio as gr
     import torch
 
-    from experiment.tracking import save_grid
-
-    request = in_words(requests_of)(studio, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed)[
-        0
-    ]
-    *_, (_, images) = studio.draw(request)
-    found, distances = in_words(studio.nearest)(request.run, images)
-    path = Path(tempfile.mkdtemp()) / "nearest.png"
-    captions = [""] * len(images) + [f"{distance:.1f} away" for distance in distances]
-    save_grid(torch.cat([images, found]), path, columns=len(images), captions=captions)
-    return str(path)
+    with in_words():
+        request = requests_of(studio, *wanted)[0]
+        images = torch.empty(0)
+        if not is_read():
+            return
+        for moment in studio.draw(request):
+            images = moment[1]
+            yield gr.skip()
+        for _ in studio.read_layouts(request.run):
+            yield gr.skip()
+        found, distances = studio.nearest(request.run, images)
+        captions = [""] * len(images) + [f"{distance:.1f} away" for distance in distances]
+        yield grid(torch.cat([images, found]), len(images), captions)
 
 
 def follow(studio, runs: list[str], of_class: str) -> list[Any]:
@@ -201,7 +284,8 @@ def follow(studio, runs: list[str], of_class: str) -> list[Any]:
 
     if len(runs) != 1:
         return [gr.skip()] * 5
-    checkpoint = in_words(studio.checkpoint)(runs[0])
+    with in_words():
+        checkpoint = studio.checkpoint(runs[0])
     classes = checkpoint.classes
     kept = of_class if of_class in classes else next(iter(classes), None)
     return [
@@ -235,6 +319,8 @@ def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps, 
         to_class=str(to_class) if to_class else None,
         to_seed=whole("To the seed", to_seed) if str(to_seed or "").strip() else None,
     )
+    if request.interpolates and request.num_images < 2:
+        raise ValueError("To the class, To the seed: a walk has both ends; ask for 2 pictures or more")
     requests = [replace(request, run=run) for run in runs]
     for each in requests:
         studio.generator(each)
@@ -254,40 +340,46 @@ def whole(name: str, given: object) -> int:
     return int(text)
 
 
-def write_picture(studio, request, images) -> str:
-    """The file that sample.py writes."""
-    from experiment.tracking import save_grid
-
-    path = Path(tempfile.mkdtemp(prefix="pictures-")) / f"{_slug(request.run)}.png"
+def picture(studio, request, images) -> Any:
+    """What sample.py writes."""
     classes = studio.classes(request.run)
     named = classes and not request.interpolates
     captions = [classes[studio.label(request.run, request.of_class)]] * len(images) if named else None
-    save_grid(images, path, columns=len(images), captions=captions)
-    return str(path)
+    return grid(images, len(images), captions)
 
 
-def views(files: list[list[str]], titles: list[str]) -> list[Any]:
+def grid(images, columns: int, captions: list[str] | None) -> Any:
+    """Of the pixels that `save_grid` writes."""
+    from PIL import Image
+
+    from experiment.tracking import save_grid
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_grid(images, Path(folder, "grid.png"), columns=columns, captions=captions)
+        with Image.open(Path(folder, "grid.png")) as written:
+            return written.convert("RGB")
+
+
+def views(pictures: list[list[Any]], titles: list[str]) -> list[Any]:
     """A picture a run; places that are not needed are hidden."""
     import gradio as gr
 
     shown = [
         gr.Image(value=each[-1] if each else None, label=title, visible=True)
-        for each, title in zip(files, titles, strict=True)
+        for each, title in zip(pictures, titles, strict=True)
     ]
     return shown + [gr.Image(value=None, visible=False)] * (MOST_RUNS - len(shown))
 
 
-def in_words(function):
+@contextmanager
+def in_words() -> Iterator[None]:
     """What a visitor can get wrong is shown on the page, and nothing else of it."""
     import gradio as gr
 
-    def said(*arguments):
-        try:
-            return function(*arguments)
-        except (ValueError, OSError) as error:
-            raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
-
-    return said
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
 
 
 def _slug(run: str) -> str:

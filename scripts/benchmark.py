@@ -27,6 +27,7 @@ from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiment import children
 from experiment.cli import one_line_errors
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
@@ -245,7 +246,7 @@ def scaling(
                 flags |= {"precision": precision, "output": file.name}
                 command = [sys.executable, __file__, "training"]
                 command += [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                children.run(command, stdout=subprocess.DEVNULL)
                 (row,) = json.loads(Path(file.name).read_text())["rows"]
             row |= {"latent": side, "batch": batch_size, "us/pixel": round(1e6 / row["img/s"] / side**2, 2)}
             row["kB/pixel"] = round(row["step GB"] * 1e6 / (batch_size * side**2), 1)

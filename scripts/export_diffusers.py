@@ -14,6 +14,7 @@ anything else is written; a DiT may leave as diffusers' own DiTPipeline instead.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -76,6 +77,8 @@ def main(config: ExportConfig) -> None:
         sampling = replace(sampling, clip=codec.limit)
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, process, sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
+    if vae is not None:
+        vae.register_to_config(_name_or_path=None)  # a folder of this machine
     write = write_native if config.native else write_pipeline
     how = write(config.output, checkpoint, process, sampling, scheduler, spacing, vae)
     write_whole(config.output / "README.md", readme(checkpoint, sampling, native=config.native))
@@ -84,15 +87,13 @@ def main(config: ExportConfig) -> None:
 
 def write_pipeline(folder: Path, checkpoint, process, sampling: SamplingConfig, scheduler, spacing: str, vae) -> str:
     """The backbone as a program, beside code that loads and samples from it."""
-    import json
-
-    import torch
+    from metrics.exported import save_program
 
     spec = checkpoint.spec
     program, error = export_denoiser(checkpoint.load_model(), spec)
     denoiser = folder / "denoiser"
     denoiser.mkdir(parents=True)
-    torch.export.save(program, denoiser / "denoiser.pt2")
+    save_program(program, denoiser / "denoiser.pt2")
     offset, rate = told_times(checkpoint.config.diffusion.kind, process)
     settings = {
         "_class_name": "ExportedDenoiser",
@@ -127,8 +128,6 @@ def write_pipeline(folder: Path, checkpoint, process, sampling: SamplingConfig, 
 
 def write_native(folder: Path, checkpoint, process, sampling: SamplingConfig, scheduler, spacing: str, vae) -> str:
     """diffusers' own DiT in diffusers' own pipeline, which asks schedulers for their own times and no variance."""
-    import json
-
     from models.diffusers_dit import to_diffusers, without_shift
 
     if checkpoint.config.diffusion.kind != "gaussian" or sampling.sampler == "ddpm" or spacing != "trailing":
@@ -150,10 +149,17 @@ def write_native(folder: Path, checkpoint, process, sampling: SamplingConfig, sc
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", type(scheduler).__name__],
-        "id2label": {str(label): name for label, name in enumerate(checkpoint.classes)},
+        "id2label": {str(label): name for label, name in enumerate(native_names(checkpoint.classes))},
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return f"{checkpoint.spec.name} as DiTPipeline"
+
+
+def native_names(classes: list[str]) -> list[str]:
+    """Names by which DiTPipeline tells all classes apart: semicolons in place of commas, which to it part several names
+    of one class, and the label behind a name that others have too."""
+    names = [" ".join(name.replace(",", ";").split()) for name in classes]
+    return [name if names.count(name) == 1 else f"{name} ({label})" for label, name in enumerate(names)]
 
 
 def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
@@ -298,7 +304,8 @@ def told_times(kind: str, process) -> tuple[float, float]:
 
 def readme(checkpoint, sampling: SamplingConfig, *, native: bool) -> str:
     """How to load it, and what to expect."""
-    first = checkpoint.classes[0] if checkpoint.classes else 0
+    classes = native_names(checkpoint.classes) if native else checkpoint.classes
+    first = json.dumps(classes[0], ensure_ascii=False) if classes else 0
     head = f"# {checkpoint.spec.name}, step {checkpoint.step}\n\n"
     return head + (NATIVE if native else CUSTOM).format(
         first=first,
@@ -315,7 +322,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(
     "FOLDER", custom_pipeline="FOLDER/pipeline.py", trust_remote_code=True
 )
-pipeline(["{first}"], seed=0).images[0].save("picture.png")
+pipeline([{first}], seed=0).images[0].save("picture.png")
 ```
 
 `trust_remote_code` runs `pipeline.py` and `denoiser/denoiser.py`, which are short: read them. The backbone is a program
@@ -328,13 +335,13 @@ from diffusers import DiTPipeline
 pipeline = DiTPipeline.from_pretrained("FOLDER")
 for block in pipeline.transformer.transformer_blocks:
     block.norm1.emb.time_proj.downscale_freq_shift = 0
-labels = pipeline.get_label_ids(["{first}"])
+labels = pipeline.get_label_ids([{first}])
 pipeline(labels, num_inference_steps={num_steps}, guidance_scale={scale}).images[0].save("picture.png")
 ```
 
 The loop is there because diffusers spaces the frequencies of its time embedding a little wider than DiT does (127 in
 place of 128 steps from 1 to 10000); without it, pictures differ from those of the training code. Defaults of the run:
-{sampler}, spacing {spacing}. The null label is 1000.
+{sampler}, spacing {spacing}. The null label is 1000. Commas in names of classes are semicolons here.
 """
 
 

@@ -103,7 +103,7 @@ def page(runs: Sequence[Run], title: str) -> str:
     curve = curves(runs)
     return TEMPLATE.substitute(
         title=f"{len(runs)} runs in {escape(title)}",
-        table=f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
+        table=f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
         curves=f'<h2>Curves</h2><div class="cards">{curve}</div>' if curve else "",
         cards=cards,
     )

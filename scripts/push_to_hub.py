@@ -10,8 +10,8 @@ Then `sample.py --checkpoint hf://me/xswin-caltech101` works anywhere. The token
 from __future__ import annotations
 
 import re
-import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def main(config: PushConfig) -> None:
 
     from experiment.checkpoint import WEIGHTS, open_checkpoint, read_tensors
     from experiment.hub import HubError, reason
-    from experiment.model_card import card_files, model_card
+    from experiment.model_card import card_files, model_card, write_published
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
         raise ValueError(f"--repo {config.repo}: give owner/name")
@@ -58,25 +58,25 @@ def main(config: PushConfig) -> None:
     card = model_card(checkpoint, config.repo, config.license, files)
     files = {WEIGHTS: checkpoint.path, **files}
     if config.dry_run:
-        config.dry_run.mkdir(parents=True, exist_ok=True)
-        for name, path in files.items():
-            shutil.copy(path, config.dry_run / name)
+        write_published(files, config.dry_run)
         (config.dry_run / "README.md").write_text(card)
         return print(f"would upload {', '.join([*files, 'README.md'])}: {config.dry_run}")
 
     message = config.message or f"{checkpoint.spec.name}, step {checkpoint.step}"
-    additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-    try:
-        api = HfApi()
-        api.create_repo(config.repo, private=config.private, exist_ok=True)
-        commit = api.create_commit(
-            config.repo, [*additions, CommitOperationAdd("README.md", card.encode())], commit_message=message
-        )
-    except (HTTPError, OSError, RuntimeError) as error:
-        raise HubError(
-            f"--repo {config.repo}: the hub did not take it ({reason(error)}); log in with `hf auth login` or "
-            "HF_TOKEN, or use --dry_run FOLDER"
-        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        write_published(files, Path(folder))
+        additions = [CommitOperationAdd(name, Path(folder, name)) for name in files]
+        try:
+            api = HfApi()
+            api.create_repo(config.repo, private=config.private, exist_ok=True)
+            commit = api.create_commit(
+                config.repo, [*additions, CommitOperationAdd("README.md", card.encode())], commit_message=message
+            )
+        except (HTTPError, OSError, RuntimeError) as error:
+            raise HubError(
+                f"--repo {config.repo}: the hub did not take it ({reason(error)}); log in with `hf auth login` or "
+                "HF_TOKEN, or use --dry_run FOLDER"
+            ) from error
     return print(f"{commit.commit_url}\npython sample.py --checkpoint hf://{config.repo}")
 
 

@@ -54,6 +54,8 @@ def main(config: RecogniseConfig) -> None:
     from metrics.classifier import train_classifier
     from metrics.images import image_batches
 
+    if not (config.samples or config.classifier or config.perceptual or config.output):
+        raise ValueError("nothing to do: give --samples NPZ, or --classifier FILE or --output JSON to keep")
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
     samples, asked = read_samples(config.samples, classes) if config.samples else (None, torch.zeros(1))

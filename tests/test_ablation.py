@@ -302,6 +302,14 @@ def test_a_study_and_a_training_do_not_share_a_folder(tmp_path):
         train.main(parse_mapping(ExperimentConfig, {**TINY, "name": "a", "log": {"trackers": []}}))
 
 
+def test_a_stop_while_an_ablation_prepares_is_one_line(monkeypatch, capsys):
+    ablate = script("scripts/ablate.py")
+    Path("a.yaml").write_text(f"base: {json.dumps(BASE)}\nvariants: {{a: {{}}}}\n")
+    monkeypatch.setattr(ablate, "run", lambda *given: signal.raise_signal(signal.SIGINT))
+    assert ablate.main(ablate.AblateConfig("a.yaml")) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
 def test_an_estimate_has_all_that_a_run_does():
     settings = {"log.validate_every": 2, "log.sample_every": 2, "log.evaluate_every": 4, "log.num_validation": 5}
     ablation = AblationConfig(base=BASE, variants={"a": settings}, scoring=ScoringConfig(trials=2))

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import numpy as np
@@ -19,7 +20,8 @@ from experiment.ablation.figures import color, legend_columns, marker
 from experiment.ablation.pictures import Pictures, save_beside
 from experiment.ablation.report import write_report
 from experiment.ablation.results import paired_p, read_results
-from experiment.ablation.tables import as_tex, cells, head
+from experiment.ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
+from experiment.table import markdown
 
 CLASSES = ["stop_sign", "butterfly", "sunflower", "soccer_ball"]
 VARIANTS = {"DiT": 0.0, "UViT": -6.0, "USwin": -7.0, "XSwin with a long name": -9.0}  # and what it gains
@@ -169,6 +171,59 @@ def test_the_tex_table_is_whole(ablation):
     assert not re.search(r"(?<!\\)[_%#]", tex)
 
 
+def test_the_tex_table_has_the_columns_asked_for(ablation):
+    results = read_results(ablation)
+    assert as_tex(results, ["GFLOPs", "fid"]).splitlines()[2] == r"model & GFLOPs & Fréchet $\downarrow$ \\"
+    no_memory = replace(
+        results,
+        variants=[
+            replace(variant, runs=[replace(run, events=[]) for run in variant.runs]) for variant in results.variants
+        ],
+    )
+    assert as_tex(no_memory).splitlines()[2].startswith("model & parameters & GFLOPs & Fréchet")
+    with pytest.raises(ValueError, match="columns FID: choose from parameters, GFLOPs, img/s, GB, fid"):
+        check_columns(["FID"])
+
+
+def test_a_tie_has_no_best(ablation):
+    results = read_results(ablation)
+    first, *_ = results.variants
+    twins = replace(results, variants=[first, replace(first, name="twin")])
+    assert not any(cell.best for row in cells(twins) for cell in row)
+
+
+def test_two_factors_have_a_table_of_one_against_the_other(ablation):
+    results = read_results(ablation)
+    assert crossed(results) == []
+    points = [{"model": model, "optim.lr": lr} for model in ("DiT", "UViT") for lr in (1, 2)]
+    variants = [
+        replace(variant, runs=[replace(run, plan={**run.plan, "point": point}) for run in variant.runs])
+        for variant, point in zip(results.variants, points, strict=True)
+    ]
+    (title, rows), _ = crossed(replace(results, variants=variants))
+    shown = [row[5].text for row in cells(results)]
+    assert title == "Fréchet ↓"
+    assert rows == [["model, optim.lr", "1", "2"], ["DiT", *shown[:2]], ["UViT", *shown[2:]]]
+    assert "-" in crossed(replace(results, variants=variants[:3]))[0][1][2]  # one is not finished
+
+
+NAMES = r"""a|b \ 50% {x} ~ ^ & # $ <script> `c` *d* _e_ [f](g) "h" """
+
+
+def test_names_that_users_choose_are_text_in_every_table(ablation):
+    results = read_results(ablation)
+    named = replace(results, variants=[replace(results.variants[0], name=NAMES), *results.variants[1:]])
+    row = next(line for line in as_tex(named).splitlines() if line.startswith("a"))
+    assert row.startswith(
+        r"a\textbar{}b \textbackslash{} 50\% \{x\} \textasciitilde{} \textasciicircum{} \& \# \$ "
+        r"\textless{}script\textgreater{} `c` *d* \_e\_ [f](g) ''h'' &"
+    )
+    row = next(line for line in as_markdown(named).splitlines() if line.startswith("| a"))
+    assert row.startswith(r"| a\|b \\ 50% {x} \~ ^ \& \# $ \<script\> \`c\` \*d\* \_e\_ \[f\](g)" + ' "h" |')
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(head(results)) + 1
+    assert markdown([["a"], ["b\nc"]]).count("\n") == 2
+
+
 def test_floor_and_ceiling_stand_above_every_model(ablation):
     names = ["training images (floor)", "reconstructions (ceiling)", *VARIANTS]
     starts = {"report.md": "| {} ", "table.tex": "\n{} &", "report.html": "<td>{}</td>"}
@@ -208,6 +263,7 @@ def test_the_page_needs_nothing_but_itself(ablation):
     assert not re.search(r'(?:src|href)="(?!data:|#)', html)
     assert "url(http" not in html
     assert html.count("<svg") == 6
+    assert '<div class="scroll" tabindex="0">' in html  # a keyboard reaches what lies beyond its edge
 
 
 def test_a_report_without_finished_runs_is_refused_in_one_line(tmp_path):

@@ -1,5 +1,6 @@
 """The page as visitors use it: a real server on a free port, asked over its own interface."""
 
+import json
 import shlex
 import socket
 import subprocess
@@ -8,9 +9,11 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from browser import WIDTHS, needs_chromium, page_of
 from PIL import Image
 from processes import ROOT, environment_of, script
@@ -38,7 +41,13 @@ DRAW = {
 
 
 @pytest.fixture(scope="module")
-def address(folder):
+def temporary(tmp_path_factory):
+    """The server's folder for temporary files."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def address(folder, temporary):
     """Of the page, serving the tiny run's two checkpoints."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,9 +55,8 @@ def address(folder):
     checkpoints = "[runs/tiny, runs/tiny/checkpoints/00000002]"
     command = [sys.executable, str(ROOT / "scripts" / "app.py"), "--port", str(port), "--checkpoints", checkpoints]
     log = (folder / "app.log").open("w")
-    server = subprocess.Popen(
-        command, cwd=folder, env=environment_of(GRADIO_ANALYTICS_ENABLED="False"), stdout=log, stderr=log
-    )
+    environment = environment_of(GRADIO_ANALYTICS_ENABLED="False", TMPDIR=str(temporary))
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
@@ -63,6 +71,7 @@ def address(folder):
         server.terminate()
         server.wait(timeout=30)
         log.close()
+        assert not list(temporary.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +133,7 @@ def test_nearest_training_images_are_shown_below(client):
         ({"sampler": "magic"}, "magic is not in the list of choices"),
         ({"runs": ["../../etc"]}, "etc.* is not in the list of choices"),
         ({"runs": []}, "choose one to 3 checkpoints"),
+        ({"to_class": "ring", "number": 1}, "a walk has both ends; ask for 2 pictures or more"),
     ],
 )
 def test_what_a_visitor_gets_wrong_is_said_on_the_page(client, settings, words):
@@ -137,6 +147,60 @@ def test_no_file_but_its_pictures_can_be_fetched(address, folder):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=20)
         assert refused.value.code in (403, 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "data"),
+    [
+        ("/gradio_api/upload", {"Content-Type": "multipart/form-data; boundary=x"}, b"--x--"),
+        ("/gradio_api/call/draw", {"Origin": "https://elsewhere.example"}, b'{"data": []}'),
+        ("/config", {"Host": "elsewhere.example"}, None),
+    ],
+    ids=["upload", "origin", "host"],
+)
+def test_the_page_takes_no_files_and_serves_no_other_site(address, path, headers, data):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(address + path, data, headers), timeout=20)
+    assert refused.value.code == 403
+
+
+def test_what_nobody_reads_is_not_drawn(address, client):
+    long = {"data": [["runs/tiny"], *{**DRAW, "number": 8, "steps": 250}.values()]}
+    for _ in range(8):
+        request = urllib.request.Request(
+            f"{address}/gradio_api/call/draw", json.dumps(long).encode(), {"Content-Type": "application/json"}
+        )
+        urllib.request.urlopen(request, timeout=20).close()
+    began = time.monotonic()
+    assert draw(client)[2]
+    assert time.monotonic() - began < 20  # half a second each; a minute and more where they are drawn
+
+
+def test_a_look_up_stops_between_two_moments():
+    class Slow:
+        read = 0
+
+        def draw(self, request):
+            yield 1, torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+        def read_layouts(self, run):
+            for self.read in range(9):
+                yield self.read
+
+    studio, app = Slow(), script("scripts/app.py")
+    app.requests_of = lambda studio, *wanted: [SimpleNamespace(run="a")]
+    looking = app.look_up(studio, lambda: True)
+    for _ in range(4):
+        next(looking)
+    looking.close()
+    assert studio.read == 2
+    assert list(app.look_up(studio, lambda: False)) == []
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(temporary, client):
+    draw(client)
+    assert {path.name.partition("-")[0] for path in temporary.iterdir()} == {"pictures"}  # the one that goes at the end
+    assert len(list(temporary.iterdir())) == 1
 
 
 def test_eight_visitors_at_once_get_their_pictures_in_turn(address, tmp_path):

@@ -1,12 +1,14 @@
 """What a machine can do, in words, with remedies; versions and completion of the commands."""
 
+import itertools
 import json
 import subprocess
 import sys
 
+import torch
 from processes import ROOT, run
 
-from experiment.doctor import EXTRAS, packages, weights
+from experiment.doctor import EXTRAS, machine, packages, weights
 
 
 def test_the_doctor_says_what_works_and_what_to_do_about_the_rest(monkeypatch, tmp_path):
@@ -22,6 +24,12 @@ def test_the_doctor_says_what_works_and_what_to_do_about_the_rest(monkeypatch, t
     assert inception.startswith("--")
     assert str(tmp_path) in inception
     assert "--weights_path FILE" in inception
+
+
+def test_a_gpu_that_is_not_of_cuda_is_named(monkeypatch):
+    monkeypatch.setattr("experiment.machine.default_device", lambda: torch.device("mps"))
+    findings = [str(finding) for finding in itertools.islice(machine(), torch.cuda.device_count() + 2)]
+    assert findings[-1] == "ok  GPU: mps"
 
 
 def test_what_is_missing_has_a_remedy_and_what_is_there_none(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import types
+import zipfile
 
 import jaxtyping
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 from diffusers.utils import dynamic_modules_utils
-from processes import script
+from processes import ROOT, script
 from safetensors.torch import save_file
 
 from experiment.batches import generator_for
 from experiment.build import ModelSpec, build_process
 from experiment.checkpoint import WEIGHTS, metadata_of, open_checkpoint
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
+from metrics.exported import save_program
 from models import create_model
 from models.autoencoder import create_codec
 from models.diffusers_dit import to_diffusers, with_our_frequencies, without_shift
@@ -118,7 +120,9 @@ def test_every_kind_of_backbone_leaves_as_a_program_for_any_batch(name, tmp_path
     model = randomise(spec.build())
     program, error = EXPORT.export_denoiser(model, spec)
     assert error < 1e-5
-    torch.export.save(program, tmp_path / "denoiser.pt2")
+    save_program(program, tmp_path / "denoiser.pt2")
+    with zipfile.ZipFile(tmp_path / "denoiser.pt2") as archive:
+        assert not any(str(ROOT).encode() in archive.read(member) for member in archive.namelist())
     again = torch.export.load(tmp_path / "denoiser.pt2").module()
     for num in (1, 4):
         inputs = torch.randn(num, 4, 8, 8), torch.rand(num), torch.full((num,), 10)
@@ -139,6 +143,8 @@ def test_a_dit_leaves_as_diffusers_own_with_ten_classes(tmp_path):
     flags = {"sampler": "ddim", "spacing": "trailing"}
     EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out", native=True, **flags))
     expected = drawn(run, tmp_path / "drawn.npz", **flags)
+    for path in (tmp_path / "out").rglob("*"):
+        assert not (path.is_file() and any(str(here).encode() in path.read_bytes() for here in (ROOT, tmp_path))), path
     pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     with_our_frequencies(pipeline.transformer)  # what the folder's README says to do
@@ -146,6 +152,12 @@ def test_a_dit_leaves_as_diffusers_own_with_ten_classes(tmp_path):
     generators = [generator_for(0, "sample", index) for index in range(4)]
     found = pipeline(labels, guidance_scale=2.0, generator=generators, num_inference_steps=4, output_type="np").images
     assert np.abs((found * 255).round().astype(int) - expected).max() <= 1
+
+    # It takes commas for ends of names.
+    names = EXPORT.native_names(["crane, bird", "crane, machine", "a", "a ", "b"])
+    assert names == ["crane; bird", "crane; machine", "a (2)", "a (3)", "b"]
+    named = DiTPipeline(pipeline.transformer, pipeline.vae, pipeline.scheduler, id2label=dict(enumerate(names)))
+    assert named.get_label_ids(names) == list(range(5))
 
 
 def test_diffusers_dit_puts_out_the_same():
@@ -192,5 +204,5 @@ def test_the_folder_says_how_to_load_it(tmp_path):
     run = open_checkpoint(checkpoint(tmp_path / "run"))
     for native in (False, True):
         text = EXPORT.readme(run, SamplingConfig(sampler="ddim", spacing="trailing"), native=native)
-        assert "class 0" in text
+        assert '["class 0"]' in text
         assert "from_pretrained" in text

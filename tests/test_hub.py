@@ -3,6 +3,9 @@
 import contextlib
 import io
 import json
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,12 @@ import yaml
 from hub_stub import TOKEN, Hub
 from huggingface_hub import constants
 from processes import script
+from safetensors.torch import save_file
 
-from experiment.checkpoint import open_checkpoint, warm_start
+from experiment.checkpoint import metadata_of, open_checkpoint, warm_start
+from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
 from experiment.hub import HubError, local
+from experiment.model_card import card_files, model_card, without_paths
 
 PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")
 REPO = "me/tiny-shapes"
@@ -79,7 +85,7 @@ def test_upload_holds_weights_card_and_what_the_card_shows(pushed, hub, folder):
         "averaged weights after 4 steps",
         "10 classes (circle,",
         "the embedded procedural shapes",
-        "| fid | 12.35 ± 0.5 |",
+        "| fid   | 12.35 ± 0.5 |",
         "400 samples against 400 images",
         "sha256 `abc123`",
         "sampler ddpm, num_steps 3, guidance_scale 1.5, seed 0",
@@ -166,3 +172,62 @@ def test_a_dry_run_uploads_nothing(folder, tmp_path, hub, here):
     assert len(hub.calls) == calls
     with pytest.raises(ValueError, match="--repo tiny: give owner/name"):
         PUSH.main(PUSH.PushConfig(checkpoint=run_folder, repo="tiny"))
+
+
+def test_nothing_that_is_published_names_a_folder_of_this_machine(folder, tmp_path):
+    run, home = tmp_path / "run", "/home/anna/secret"
+    (run / "samples").mkdir(parents=True)
+    tiny = open_checkpoint(folder / "runs" / "tiny")
+    config = replace(
+        tiny.config,
+        autoencoder=f"{home}/vae",
+        data=DataConfig(path=f"{home}/cats.zip", cache="../secret/cache", image_size=32),
+        evaluation=EvaluationConfig(extractor=f"{home}/colors.pt2", weights_path="~/secret/w.pt"),
+        auxiliary=[AuxiliaryConfig("perceptual", 1.0, network=f"{home}/vgg.pt2")],
+    )
+    weights = tiny.load_model().state_dict()
+    save_file(weights, run / "ema.safetensors", metadata=metadata_of(config, tiny.spec, tiny.classes, 4))
+    (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    record = {"scores": {}, "num_samples": 1, "num_reference": 1, "extractor": "c", "extractor_sha256": "0"}
+    record |= {"samples": {"checkpoint": "secret/run", "step": 4}, "reference": {"source": r"C:\\secret\\cats.zip"}}
+    (run / "scores.json").write_text(json.dumps(record))
+    PUSH.main(PUSH.PushConfig(checkpoint=str(run), repo=REPO, dry_run=tmp_path / "card"))
+    for path in (tmp_path / "card").iterdir():
+        assert b"secret" not in path.read_bytes(), path
+        assert b"anna" not in path.read_bytes(), path
+    published = open_checkpoint(tmp_path / "card")
+    assert (published.config.data.path, published.config.model) == ("cats.zip", "XSwin")
+    assert torch.equal(published.load_model().head.weight, weights["head.weight"])
+    assert without_paths({"autoencoder": "stabilityai/sd-vae-ft-ema", "model": "DiT-S/2"}) == {
+        "autoencoder": "stabilityai/sd-vae-ft-ema",
+        "model": "DiT-S/2",
+    }
+
+
+def test_a_card_shows_no_scores_or_samples_of_other_weights(folder, tmp_path):
+    checkpoint = open_checkpoint(folder / "runs" / "tiny")
+    run = tmp_path / "run"
+    shutil.copytree(folder / "runs" / "tiny", run)
+    checkpoint = open_checkpoint(run)
+    (run / "samples.png").touch()
+    (run / "scores.json").write_text(json.dumps({"samples": {"step": 4}}))
+    assert {"samples.png", "scores.json"} <= card_files(checkpoint).keys()
+    os.utime(run / "samples.png", (0, 0))
+    (run / "scores.json").write_text(json.dumps({"samples": {"step": 2}}))
+    assert "scores.json" not in card_files(checkpoint)
+    assert card_files(checkpoint)["samples.png"].parent.name == "samples"  # the training's newest grid
+    (run / "scores.json").write_text(json.dumps({"samples": {}}))
+    assert "scores.json" in card_files(checkpoint)
+    os.utime(run / "scores.json", (0, 0))
+    assert "scores.json" not in card_files(checkpoint)
+
+
+def test_names_that_users_choose_are_text_in_a_card(folder):
+    checkpoint = open_checkpoint(folder / "runs" / "tiny")
+    named = replace(
+        checkpoint, classes=["<img src=x>", "[a](b)", "c\n# d"], config=replace(checkpoint.config, autoencoder="a`b")
+    )
+    card = model_card(named, REPO, "mit: {x}", {})
+    assert r"3 classes (\<img src=x\>, \[a\](b), c \# d)" in card
+    assert "autoencoder `` a`b ``" in card
+    assert yaml.safe_load(card.split("---")[1])["license"] == "mit: {x}"

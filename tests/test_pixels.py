@@ -112,6 +112,7 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "nothing to do: give --samples NPZ, or --classifier FILE or --output JSON"),
         (("--samples", "tiny.yaml"), "--samples tiny.yaml: not an npz that sample.py wrote"),
         (("--samples", "half.npz", "--data.use_labels", "false"), "--data.path shapes: its classes are none"),
     ],

@@ -74,6 +74,7 @@ class AblationConfig:
         match: equal cost, if asked for
         scoring: see above
         pictures: see above
+        columns: of table.tex: parameters, GFLOPs, img/s, GB, or metrics such as fid; by default all that have values
     """
 
     base: str | dict[str, Any]
@@ -86,6 +87,7 @@ class AblationConfig:
     match: MatchConfig | None = None
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    columns: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from string import Template
 from experiment.ablation.figures import CAPTIONS
 from experiment.ablation.pictures import Pictures, beside, data_uri
 from experiment.ablation.results import Results
-from experiment.ablation.tables import Cell, cells, head, is_significant, reference_cells
+from experiment.ablation.tables import Cell, cells, crossed, head, is_significant, reference_cells
 
 TEMPLATE = Template((Path(__file__).parent / "page.html").read_text())
 
@@ -20,7 +20,7 @@ def page(results: Results, panels: dict[str, str], pictures: list[Pictures], not
     if results.missing:
         text = f"Not finished, and not in this report: {'; '.join(results.missing)}."
         lead.append(f'<p class="warning">{escape(text)}</p>')
-    sections = [_table(results, notes), _panels(panels)]
+    sections = [_table(results, notes), _crossed(results), _panels(panels)]
     if pictures:
         sections += [_beside(pictures), _models(pictures)]
     sections.append(_facts(facts))
@@ -41,8 +41,21 @@ def _table(results: Results, notes: list[str]) -> str:
         f'<tbody class="{name}">{"".join(_row(row) for row in rows)}</tbody>' for name, rows in bodies.items() if rows
     )
     below = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
-    table = f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>{body}</table></div>'
+    table = (
+        f'<div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{heads}</tr></thead>{body}</table></div>'
+    )
     return f'<section id="scores"><h2>Scores and costs</h2>{table}{below}</section>'
+
+
+def _crossed(results: Results) -> str:
+    tables = []
+    for metric, (heads, *rows) in crossed(results):
+        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        table = f'<table class="plain"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        tables.append(f'<div><h3>{escape(metric)}</h3><div class="scroll" tabindex="0">{table}</div></div>')
+    title = "<h2>One factor against the other</h2>"
+    return f'<section id="crossed">{title}<div class="panels">{"".join(tables)}</div></section>' if tables else ""
 
 
 def _row(row: list[Cell]) -> str:

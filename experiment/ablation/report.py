@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ from experiment.ablation.figures import CAPTIONS, draw_panels
 from experiment.ablation.page import page
 from experiment.ablation.pictures import Pictures, read_pictures, save_beside, save_labelled
 from experiment.ablation.results import Results, read_results
-from experiment.ablation.tables import SIGNIFICANT, as_csv, as_markdown, as_tex
+from experiment.ablation.tables import SIGNIFICANT, as_csv, as_markdown, as_tex, crossed
 from experiment.files import write_whole
+from experiment.table import markdown, plain
 
 
-def write_report(folder: Path) -> str:
-    """Write it all; returns what was written, in words.
+def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
+    """Write it all, `table.tex` with these columns; returns what was written, in words.
 
     Raises:
         ValueError: where no run is finished.
@@ -25,7 +27,7 @@ def write_report(folder: Path) -> str:
     figures = save_pictures(pictures, folder / "figures")
     write_whole(folder / "report.html", page(results, panels, pictures, notes, facts))
     write_whole(folder / "report.md", as_text(results, [*panels], figures, notes, facts))
-    write_whole(folder / "table.tex", as_tex(results))
+    write_whole(folder / "table.tex", as_tex(results, columns))
     write_whole(folder / "results.csv", as_csv(results))
     return (
         f"report of {len(results.runs)} runs ({len(results.missing)} to go): {folder}/report.html, report.md, "
@@ -53,8 +55,9 @@ def notes_of(results: Results) -> list[str]:
     num_trials = max(len(run.trials) for run in results.runs)
     notes = [
         f"Mean ± standard deviation over {num_seeds} training seed{'s' * (num_seeds > 1)} and {num_trials} generation "
-        f"trial{'s' * (num_trials > 1)} of each; bold: the best of a column. Seeds, data order and noise are the same "
-        "for all. GFLOPs: one image, forward, counted; img/s and GB: of training, measured."
+        f"trial{'s' * (num_trials > 1)} of each; bold: the best of a column, where no other is shown the same. Seeds, "
+        "data order and noise are the same for all. GFLOPs: one image, forward, counted; img/s and GB: of training, "
+        "measured."
     ]
     notes.append(
         f"*: differs from {results.baseline.name} with p < {SIGNIFICANT} (two-sided t-test, paired over seeds; not "
@@ -96,11 +99,13 @@ def _planned(name: str, results: Results) -> str:
 
 def as_text(results: Results, panels: list[str], figures: list[str], notes: list[str], facts: dict[str, Any]) -> str:
     """Markdown, with the figures beside it."""
-    parts = [f"# {results.title}", results.plan["ablation"]["description"]]
+    parts = [f"# {plain(results.title)}", results.plan["ablation"]["description"]]
     if results.missing:
-        parts.append(f"Not finished, and not in this report: {'; '.join(results.missing)}.")
-    parts += [as_markdown(results), *notes]
+        parts.append(plain(f"Not finished, and not in this report: {'; '.join(results.missing)}."))
+    parts += [as_markdown(results), *map(plain, notes)]
+    for metric, rows in crossed(results):
+        parts += [f"## {metric}", markdown([[plain(cell) for cell in row] for row in rows])]
     parts += [f"![{name}](figures/{name}.png)\n\n*{CAPTIONS[name]}*" for name in panels]
     parts += [f"![samples](figures/{name})" for name in figures]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
+    parts.append("\n".join(f"- {name}: {plain(str(value))}" for name, value in facts.items()))
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiment.ablation.stages import done_stages
+from experiment.table import number
 from metrics.fidelity import is_lower_better
 
 TITLES = {
@@ -138,10 +139,12 @@ class Results:
         names = [name for run in self.runs for trial in run.trials for name in trial]
         return [name for name in dict.fromkeys(names) if any(variant.values(name) for variant in self.variants)]
 
-    def best(self, metric: str) -> float:
-        """The best mean of a variant."""
-        means = [fmean(variant.values(metric)) for variant in self.variants if variant.values(metric)]
-        return min(means) if is_lower_better(metric) else max(means)
+    def is_best(self, variant: VariantResult, metric: str) -> bool:
+        """Whether this variant's mean is better than every other's, as they are shown: a tie has no best."""
+        means = {each.name: fmean(each.values(metric)) for each in self.variants if each.values(metric)}
+        best = (min if is_lower_better(metric) else max)(means.values())
+        tied = [name for name, mean in means.items() if number(mean) == number(best)]
+        return tied == [variant.name] and len(means) > 1
 
     def p_value(self, variant: VariantResult, metric: str) -> float | None:
         """Of the difference to the baseline, paired over the seeds that both have; None for fewer than two."""

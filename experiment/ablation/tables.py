@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from experiment.ablation.results import Results, spread, title_of
-from experiment.table import markdown, number
+from experiment.table import markdown, number, plain, tex
+from metrics.features import METRICS
+from metrics.fidelity import ELSEWHERE
 
 SIGNIFICANT = 0.05
+COSTS = ["parameters", "GFLOPs", "img/s", "GB"]
 REFERENCES = {"training images": "training images (floor)", "reconstructions": "reconstructions (ceiling)"}
 
 
@@ -26,7 +30,7 @@ class Cell:
 
 def head(results: Results) -> list[str]:
     """Of the columns."""
-    return ["model", "parameters", "GFLOPs", "img/s", "GB", *map(title_of, results.metrics)]
+    return ["model", *COSTS, *map(title_of, results.metrics)]
 
 
 def cells(results: Results) -> list[list[Cell]]:
@@ -47,8 +51,14 @@ def cells(results: Results) -> list[list[Cell]]:
                 row.append(Cell("-"))
                 continue
             mean = fmean(values)
-            best = len(results.variants) > 1 and mean == results.best(metric)
-            row.append(Cell(number(mean, spread(values)), mean, best, results.p_value(variant, metric)))
+            row.append(
+                Cell(
+                    number(mean, spread(values)),
+                    mean,
+                    results.is_best(variant, metric),
+                    results.p_value(variant, metric),
+                )
+            )
         rows.append(row)
     return rows
 
@@ -58,12 +68,35 @@ def reference_cells(results: Results) -> list[list[Cell]]:
     reconstructions, the ceiling of what is generated through this autoencoder."""
     rows = []
     for name, scores in results.references.items():
-        row = [Cell(REFERENCES[name]), *[Cell("")] * 4]
+        row = [Cell(REFERENCES[name]), *[Cell("")] * len(COSTS)]
         for metric in results.metrics:
             value = scores.get(metric, {}).get("value")
             row.append(Cell("-") if value is None else Cell(number(value, scores[metric].get("std")), value))
         rows.append(row)
     return rows
+
+
+def crossed(results: Results) -> list[tuple[str, list[list[str]]]]:
+    """Where two factors alone differ, for each metric a table of their own: one's values down, the other's across."""
+    points = {variant.name: variant.runs[0].plan.get("point", {}) for variant in results.variants}
+    values = {
+        key: list(dict.fromkeys(str(point.get(key)) for point in points.values()))
+        for key in dict.fromkeys(key for point in points.values() for key in point)
+    }
+    factors = [key for key, found in values.items() if len(found) > 1]
+    if len(factors) != 2:
+        return []
+    down, across = factors
+    places = {(str(point.get(down)), str(point.get(across))): name for name, point in points.items()}
+    shown = {row[0].text: row for row in cells(results)}
+    tables = []
+    for column, metric in enumerate(results.metrics, start=1 + len(COSTS)):
+        rows = [[f"{down}, {across}", *values[across]]]
+        for one in values[down]:
+            names = [places.get((one, other), "") for other in values[across]]
+            rows.append([one, *(shown[name][column].text if name else "-" for name in names)])
+        tables.append((title_of(metric), rows))
+    return tables
 
 
 def as_markdown(results: Results) -> str:
@@ -72,13 +105,33 @@ def as_markdown(results: Results) -> str:
     return markdown([head(results), *rows])
 
 
-def as_tex(results: Results) -> str:
-    """A booktabs table, ready for `\\input`."""
-    columns = "l" + "r" * (len(head(results)) - 1)
-    lines = [r"\begin{tabular}{" + columns + "}", r"\toprule"]
-    lines += [" & ".join(map(_tex, head(results))) + r" \\"]
-    for rows in filter(None, (reference_cells(results), cells(results))):
-        lines += [r"\midrule", *(" & ".join(_tex_cell(cell) for cell in row) + r" \\" for row in rows)]
+def check_columns(columns: list[str]) -> None:
+    """Whether `as_tex` may have these.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    known = [*COSTS, *METRICS]
+    for name in columns:
+        if name not in known:
+            raise ValueError(f"columns {name}: choose from {', '.join(known)}")
+
+
+def as_tex(results: Results, columns: Sequence[str] = ()) -> str:
+    """A booktabs table, ready for `\\input`: of the columns that are asked for, by their heads or by the names of
+    `evaluation.metrics`; by default of all in which some model has a value."""
+    names = [*COSTS, *(metric.partition("[")[0] for metric in results.metrics)]
+    tables = [[[Cell(name) for name in head(results)]], reference_cells(results), cells(results)]
+    asked = {name for column in columns for name in (column, ELSEWHERE.get(column))}
+    chosen = [0] + [
+        place
+        for place, name in enumerate(names, start=1)
+        if (name in asked if columns else any(row[place].value is not None for row in tables[-1]))
+    ]
+    lines = [r"\begin{tabular}{l" + "r" * (len(chosen) - 1) + "}", r"\toprule"]
+    for number_, rows in enumerate(filter(None, tables)):
+        lines += [r"\midrule"] * (number_ > 0)
+        lines += [" & ".join(_tex_cell(row[place]) for place in chosen) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -97,7 +150,7 @@ def as_csv(results: Results) -> str:
 
 
 def _marked(cell: Cell, before: str, after: str) -> str:
-    text = f"{before}{cell.text}{after}" if cell.best else cell.text
+    text = f"{before}{cell.text}{after}" if cell.best else plain(cell.text)
     return text + ("*" if is_significant(cell) else "")
 
 
@@ -108,13 +161,7 @@ def is_significant(cell: Cell) -> bool:
 
 def _tex_cell(cell: Cell) -> str:
     if cell.value is None:
-        return _tex(cell.text)
+        return tex(cell.text)
     text = cell.text.replace("±", r"\pm").replace("M", r"\text{M}")
     text = rf"\mathbf{{{text}}}" if cell.best else text
     return f"${text}{'^{*}' if is_significant(cell) else ''}$"
-
-
-def _tex(text: str) -> str:
-    for old, new in {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "↓": r"$\downarrow$", "↑": r"$\uparrow$"}.items():
-        text = text.replace(old, new)
-    return text
