@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from jaxtyping import UInt8
 from torch import Tensor
 
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from experiment.generation import share
-from experiment.sources import Source, from_images
+from experiment.sources import Source, from_dataset, from_images, like, reconstructions
 from metrics.features import Extractor, Features
 from metrics.fidelity import Score, Scores, check_metrics, compare, metric_name
 from metrics.frechet import frechet_distance
 from metrics.manifold import nearest, share_of_pairs_closer
-from metrics.reference import load_features, read_adm, reference_path, save_features
+from metrics.reference import load_features, reference_path, save_features
+from models.autoencoder import Codec
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,27 @@ class Reference:
 
 
 def dataset_reference(
-    data: DataConfig, split: str, extractor: Extractor, accelerator: Accelerator, evaluation: EvaluationConfig
+    data: DataConfig,
+    split: str,
+    extractor: Extractor,
+    accelerator: Accelerator,
+    evaluation: EvaluationConfig,
+    codec: Codec | None = None,
 ) -> Reference:
-    """Features of a split, computed once for each (images, split, size, extractor) and kept in the cache folder."""
+    """Features of a split, or of what a codec makes of it, computed once for each (images, split, size, extractor,
+    codec) and kept in the cache folder."""
     dataset = open_split(data, split)
     key = {
         **dataset.describe(),
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "metrics": sorted(evaluation.metrics),
+        **({"codec": codec.provenance} if codec else {}),
     }
     path = reference_path(Path(data.cache) / "references", key)
-    if not path.exists():
-        source = from_images(dataset, f"{split} images")
+    if not any(gather_object([path.exists()])):  # all go the same way
+        source = from_dataset(dataset, f"{split} images")
+        source = reconstructions(source, codec, accelerator.device) if codec else source
         features = extract(source, extractor, accelerator, evaluation)
         if accelerator.is_main_process:
             save_features(features, path, key)
@@ -69,18 +79,22 @@ def open_scorer(
 
 
 def npz_reference(
-    path: str, extractor: Extractor, image_size: int, accelerator: Accelerator, evaluation: EvaluationConfig
+    path: str,
+    found: tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None],
+    extractor: Extractor,
+    accelerator: Accelerator,
+    evaluation: EvaluationConfig,
 ) -> Reference:
-    """An npz with moments, images or both; where it holds images, those give what moments cannot."""
-    moments, images = read_adm(Path(path), extractor, (image_size, image_size))
+    """What `read_adm` found: moments, images or both; where there are images, those give what moments cannot."""
+    moments, images = found
     features = None
     if images is not None:
         source = from_images(images, Path(path).name)
         features = extract(source, extractor, accelerator, evaluation)
     if features is None or moments is None:
-        found = features or moments
-        assert found is not None  # read_adm saw to it
-        return Reference(found, {"source": Path(path).name, "moments": "of the file" if moments else "of its images"})
+        either = features or moments
+        assert either is not None  # read_adm saw to it
+        return Reference(either, {"source": Path(path).name, "moments": "of the file" if moments else "of its images"})
     whole = replace(features, moments=moments.moments, spatial=moments.spatial or features.spatial)
     return Reference(whole, {"source": Path(path).name, "moments": "of the file"})
 
@@ -122,14 +136,20 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Whether samples lie closer to the training images than held-out images do, in feature space.
+    """Whether samples lie closer to the training images than held-out images do, in feature space; all of them through
+    the autoencoder that the samples came through.
 
     `closer` is the chance that a random sample lies closer to its nearest training image than a random held-out image
-    does to its own: 0.5 where the model is no nearer to them than new photographs are, 1 where it repeats them.
-    `nearest` holds, for each sample, its nearest training image, `distances` how far away it is.
+    of the samples' classes does to its own: 0.5 where the samples are as near to them as new photographs are, 1 where
+    each repeats one, below 0.5 where they are unlike any photograph, copied or not. `copies` is the same of as many
+    training images planted in the samples' place, `found` the share of those whose nearest is the image itself: where
+    these are not near 1, `closer` can tell nothing. `nearest` holds, for each sample, its nearest training image,
+    `distances` how far away it is.
     """
 
     closer: float
+    copies: float
+    found: float
     distances: Tensor
     nearest: Tensor
 
@@ -138,17 +158,47 @@ class Memorisation:
         return self.distances.argsort()[:num]
 
 
-def memorisation(samples: Features, train: Features, held_out: Features) -> Memorisation:
-    """Nearest neighbours among the training images.
+def memorisation(
+    samples: Source,
+    features: Features,
+    data: DataConfig,
+    codec: Codec,
+    extractor: Extractor,
+    accelerator: Accelerator,
+    evaluation: EvaluationConfig,
+) -> Memorisation:
+    """Nearest neighbours of samples, whose features these are, among the training images.
+
+    The training images are the decoded means of their posteriors; held-out images and planted copies are decoded draws,
+    as samples are that a model made of such draws.
 
     Raises:
-        ValueError: where only moments were kept.
+        ValueError: where only moments were kept, or for a class that the images lack.
     """
-    if samples.features is None or train.features is None or held_out.features is None:
+    if features.features is None:
         raise ValueError("--memorisation: it compares images one by one; give --metrics one that does, such as kid")
-    distances, index = nearest(samples.features, train.features)
-    others, _ = nearest(held_out.features, train.features)
-    return Memorisation(share_of_pairs_closer(distances, others), distances, index)
+    train = dataset_reference(data, "train", extractor, accelerator, evaluation, codec).features.features
+
+    def distances_of(source: Source) -> tuple[Tensor, Tensor]:
+        drawn = reconstructions(source, codec, accelerator.device, seed=evaluation.seed)
+        of_source = extract(drawn, extractor, accelerator, evaluation).features
+        assert of_source is not None  # the samples' were kept
+        assert train is not None
+        return nearest(of_source, train)
+
+    planted, planted_at = like(samples, open_split(data, "train"), "training images", "--memorisation", evaluation.seed)
+    held_out, _ = like(samples, open_split(data, "test"), "held-out images", "--memorisation", evaluation.seed)
+    others, _ = distances_of(held_out)
+    copied, own = distances_of(planted)
+    assert train is not None  # as the samples' features were kept, so were these
+    distances, index = nearest(features.features, train)
+    return Memorisation(
+        share_of_pairs_closer(distances, others),
+        share_of_pairs_closer(copied, others),
+        (own == planted_at).double().mean().item(),
+        distances,
+        index,
+    )
 
 
 @dataclass(frozen=True)

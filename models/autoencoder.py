@@ -244,6 +244,11 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def _to_uint8(images: Tensor) -> Tensor:
+    if not images.isfinite().all():  # as bytes they would be black
+        raise AutoencoderError(
+            "images came out as numbers that are not finite: the weights of the model or of --autoencoder are ruined "
+            "(take an earlier checkpoint), or the sampler ran away (take more --num_steps, or another --sampler)"
+        )
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

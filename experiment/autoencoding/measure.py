@@ -25,7 +25,7 @@ from experiment.generation import share
 from experiment.machine import describe
 from experiment.objective import perceptual_network
 from experiment.report import provenance, table, write_json
-from experiment.sources import Source, from_images, reconstructions
+from experiment.sources import Source, from_dataset, reconstructions
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.fidelity import Score
@@ -195,7 +195,7 @@ def measure_autoencoders(
     codecs = [open_codec(name, data.image_size) for name in dict.fromkeys(names)]
     distance = open_distance(*perceptual, accelerator.device)
     reference, extractor = open_scorer(data, accelerator, evaluation)
-    images = from_images(open_split(data, "test"), "held-out images", evaluation.num_samples)
+    images = from_dataset(open_split(data, "test"), "held-out images", evaluation.num_samples, evaluation.seed)
     first = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
 
     rows, measured = [], {}
