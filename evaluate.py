@@ -27,9 +27,9 @@ class EvaluateConfig:
             is one
         reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images
         write_reference: write the held-out images and their moments to such an npz
-        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a .pt2
-            (torch.export) or TorchScript file: uint8 images to features and class probabilities. A file is a program:
-            run only what you trust
+        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a file, .pt2
+            (torch.export) rather than TorchScript: uint8 images to features and class probabilities. A file is a
+            program, a TorchScript one may read and write files: run only what you trust
         weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
             .bin
         metrics: of fid, sfid, is, kid, precision, recall, density, coverage
@@ -53,7 +53,8 @@ class EvaluateConfig:
         self_check: check metrics and extractor on inputs with known answers, and do nothing else
         output: JSON file, pictures beside it; by default scores.json in the run's folder, of an autoencoder
             autoencoder.json in its own folder, or in the working folder
-        seed: of the drawn samples
+        latex: also write the table for LaTeX (booktabs), as .tex beside the JSON; its rows bear the runs' names
+        seed: of the drawn samples, and of subsets
         batch_size: images at a time, on each process
         precision: of sampling: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration; without samples, the one to measure: what
@@ -86,6 +87,7 @@ class EvaluateConfig:
     likelihood: int = 0
     self_check: bool = False
     output: str | None = None
+    latex: bool = False
     seed: int | None = None
     batch_size: int | None = None
     precision: str = "auto"
@@ -100,13 +102,14 @@ def main(config: EvaluateConfig) -> None:
     import torch
 
     from experiment.autoencoding.measure import measure_autoencoders
-    from experiment.build import open_split, sampling_of
+    from experiment.build import data_of, open_split, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.config import EvaluationConfig
     from experiment.evaluation import dataset_reference, evaluate, memorisation, npz_reference, summarise
+    from experiment.files import write_whole
     from experiment.likelihood import held_out_likelihood
     from experiment.machine import describe, open_accelerator
-    from experiment.report import draw_pairs, draw_sweep, provenance, table, write_json
+    from experiment.report import draw_pairs, draw_sweep, latex, notes, provenance, table, write_json
     from experiment.sources import (
         blaming,
         by_name,
@@ -147,8 +150,7 @@ def main(config: EvaluateConfig) -> None:
 
     # What samples are held against, held-out images or a file; and the sources, one a row, each a list of trials. All
     # are opened before anything is computed.
-    data = checkpoint.config.data if checkpoint else config.data
-    data = replace(data, path=config.data.path) if config.data.path != DataConfig().path else data
+    data = data_of(checkpoint.config.data, config.data) if checkpoint else config.data
     held_out = None if config.reference else open_split(data, "test")
     size = (data.image_size, data.image_size)
     file = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
@@ -236,8 +238,14 @@ def main(config: EvaluateConfig) -> None:
         write_adm(Path(config.write_reference), reference.features, images, extractor)
         written.append(Path(config.write_reference))
 
-    print(f"{rows[0].num_samples} samples against {reference.features.num} images, on {extractor.name}")
-    print(table(rows, ("sampler", "spacing", "num_steps", "guidance_scale") if num_drawn > 1 else ()))
+    columns = ("sampler", "spacing", "num_steps", "guidance_scale") if num_drawn > 1 else ()
+    if config.latex:
+        written.append(output.with_suffix(".tex"))
+        write_whole(written[-1], table(rows, columns, form=latex))
+    on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
+    print(f"{rows[0].num_samples} samples against {reference.features.num} images, on {on}")
+    print(table(rows, columns))
+    print(*notes(rows, extractor), sep="\n")
     if nearest is not None:
         print(
             f"A sample lies closer to the training images than a held-out image does {nearest.closer:.1%} of the time; "
@@ -248,7 +256,7 @@ def main(config: EvaluateConfig) -> None:
         likelihood = "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images"
         print(likelihood.format(**extra["bits_per_dimension"]))
     if extractor.kind != "inception":
-        print(f"Distances on {extractor.name} compare runs with each other; they are not FID.")
+        print(f"Distances on {on} compare runs with each other; they are not FID.")
     print("written: " + ", ".join(map(str, written)))
     return None
 

@@ -129,7 +129,7 @@ def evaluate(
     if "fid" in evaluation.metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:
         first, second = (frechet_distance(half, reference.features.moments) for half in features.halves)
         scores.scores[f"{metric_name('fid', extractor.kind, extractor.name)}, halves"] = Score(
-            (first + second) / 2, abs(first - second) / 2
+            (first + second) / 2, abs(first - second) / 2, spread="half the difference of two random halves"
         )
     return scores, features
 
@@ -234,5 +234,6 @@ def summarise(source: Source, trials: list[Scores]) -> Row:
         values = [trial.scores[metric].value for trial in trials]
         known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
         complete = len(known) == len(trials)
-        summary[metric] = Score(known.mean().item(), known.std().item()) if complete else score
+        over = f"standard deviation over {len(trials)} trials"
+        summary[metric] = Score(known.mean().item(), known.std().item(), spread=over) if complete else score
     return Row(source.name, summary, source.provenance, trials)

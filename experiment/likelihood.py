@@ -62,4 +62,4 @@ def held_out_likelihood(
             found += zip(part.tolist(), (bits + codec.density_offset).tolist(), strict=True)
             bar.update(len(part) * accelerator.num_processes)
     bits = torch.tensor([value for _, value in sorted(gather_object(found))], dtype=torch.float64)
-    return Score(bits.mean().item(), (bits.std() / len(bits) ** 0.5).item())
+    return Score(bits.mean().item(), (bits.std() / len(bits) ** 0.5).item(), spread=f"standard error of {num_images}")

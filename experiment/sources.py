@@ -230,7 +230,8 @@ def from_checkpoint(
         where = (checkpoint.image_size, seed, accelerator)
         guide_model = load_guide_model(sampling, diffusion, checkpoint.spec, accelerator.device)
         generator = Generator(model, process, codec, labels, sampling, *where, guide_model=guide_model)
-        return from_generator(generator, checkpoint.spec.name, checkpoint.classes, **provenance)
+        name = checkpoint.config.name or checkpoint.spec.name
+        return from_generator(generator, name, checkpoint.classes, **provenance)
 
     return [[trial(sampling, number) for number in range(num_trials)] for sampling in settings]
 

@@ -22,7 +22,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from models.pretrained import EMBEDDED as EMBEDDED
-from models.pretrained import AutoencoderError, load_autoencoder
+from models.pretrained import AutoencoderError as AutoencoderError
+from models.pretrained import load_autoencoder
 
 
 @dataclass(frozen=True)

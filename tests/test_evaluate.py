@@ -54,7 +54,7 @@ def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
     assert 0 < bits["value"] < 20  # of unit normal latents 2.05
     assert f"bits per dimension: {bits['value']:.4f}" in done.stdout
     rows = {row["name"]: row["scores"] for row in scores(folder, "baselines.json")["rows"]}
-    assert list(rows) == ["XSwin", "training images", "reconstructions"]
+    assert list(rows) == ["tiny", "training images", "reconstructions"]
     model, floor, ceiling = (row["frechet_distance[colors]"]["value"] for row in rows.values())
     assert max(floor, ceiling) < model
     assert "| training images |" in done.stdout

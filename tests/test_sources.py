@@ -1,5 +1,6 @@
 """What is scored, and what it is fairly held against: every kind of source, of the same classes by name."""
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -14,13 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.shapes import ShapesDataset
-from experiment.checkpoint import open_checkpoint
+from experiment.build import data_of
+from experiment.checkpoint import metadata_of, open_checkpoint
 from experiment.cli import parse
 from experiment.config import DataConfig, EvaluationConfig
-from experiment.evaluation import extract, memorisation
+from experiment.evaluation import extract, memorisation, summarise
 from experiment.generation import resolve_classes
-from experiment.sources import by_name, from_dataset, like, read_samples, reconstructions
-from metrics.features import Extractor
+from experiment.inspection import unless_ruined
+from experiment.report import notes
+from experiment.sources import Source, by_name, from_dataset, like, read_samples, reconstructions
+from metrics.features import Extractor, Features
+from metrics.fidelity import compare
 from metrics.torchscript import save_torchscript
 from models.autoencoder import create_codec
 
@@ -126,14 +131,41 @@ def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thum
     monkeypatch.chdir(tmp_path)
     data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard", "--per_class", "true")
     flags = ("--extractor", thumbnail, "--metrics", "[fid,kid]", "--output", "scores.json", *data)
-    evaluate("--samples", drawn / kind, *flags)
+    evaluate("--samples", drawn / kind, "--latex", "true", *flags)
     record = json.loads((tmp_path / "scores.json").read_text())
     assert record["scores"]["frechet_distance[thumbnail]"]["value"] == pytest.approx(
         0, abs=1e-3
     )  # the reference itself
     assert record["num_samples"] == record["samples"]["num_images"] == 12
     assert next(iter(record["per_class"])) == "circle"
-    assert "12 samples against 12 images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    sha256 = hashlib.sha256(thumbnail.read_bytes()).hexdigest()
+    assert f"12 samples against 12 images, on thumbnail (sha256 {sha256[:12]})" in said
+    assert "± of frechet_distance[thumbnail], halves: half the difference of two random halves" in said
+    assert (tmp_path / "scores.tex").read_text().splitlines()[3].startswith(kind + " & ")
+
+
+def test_a_spread_is_named_for_what_it_is(thumbnail):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    samples, reference = Features.of(x, x), Features.of(x + 1)
+    evaluation, extractor = {"kid_subset_size": 40, "metrics": ["is", "kid"]}, Extractor(thumbnail)
+    scores = compare(samples, reference, extractor, **evaluation)
+    row = summarise(Source("run", 60, iter, {}), [scores])
+    assert notes([row], extractor) == [
+        "± of classifier_score[thumbnail]: standard deviation over 10 splits",
+        "± of kernel_distance[thumbnail]: standard deviation over 100 subsets of 40 images, no standard error",
+        "classifier_score[thumbnail]: low by the bias of 10 splits of 6 images; compare equal counts alone",
+    ]
+    trials = notes([summarise(Source("run", 60, iter, {}), [scores, scores])], extractor)
+    assert "kernel_distance[thumbnail]: standard deviation over 2 trials" in trials[0]
+
+
+def test_a_checkpoints_images_may_have_moved_and_are_no_others():
+    trained_on = DataConfig(path="a.zip", image_size=32, split_seed=3)
+    moved = data_of(trained_on, DataConfig(path="b.zip", cache="elsewhere"))
+    assert moved == DataConfig(path="b.zip", cache="elsewhere", image_size=32, split_seed=3)
+    with pytest.raises(ValueError, match=r"--data\.image_size 128: the checkpoint's images have 32; leave it out"):
+        data_of(trained_on, DataConfig(image_size=128))
 
 
 def test_samples_are_opened_before_the_reference_is_computed(tmp_path, monkeypatch, drawn, thumbnail):
@@ -162,12 +194,23 @@ def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):
     path = tmp_path / "ruined" / "ema.safetensors"
     weights = {name: tensor * float("nan") for name, tensor in load_file(path).items()}
     config = open_checkpoint(path)
-    from experiment.checkpoint import metadata_of
-
     save_file(weights, path, metadata=metadata_of(config.config, config.spec, config.classes, config.step))
     with pytest.raises(ValueError, match="not finite"):
         evaluate("--samples", path, "--extractor", thumbnail, "--num_samples", 4)
     assert not (tmp_path / "ruined" / "scores.json").exists()
+
+
+def test_ruined_images_end_no_training(capsys):
+    class Look:
+        accelerator = Accelerator(cpu=True)
+
+        @unless_ruined
+        def draw(self, step):
+            return {"step": step} if step else create_codec("pixel").decode(torch.full((1, 3, 2, 2), torch.nan))
+
+    assert Look().draw(3) == {"step": 3}
+    assert Look().draw(0) == {}
+    assert "step 0: nothing to draw: images came out as numbers that are not finite" in capsys.readouterr().out
 
 
 def test_an_unconditional_model_has_no_class_to_ask_for():

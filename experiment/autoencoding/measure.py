@@ -65,7 +65,8 @@ def open_distance(network: str, heads: str | None, device: torch.device) -> Dist
     if network not in NETWORKS and not Path(network).is_file():
         known = ", ".join(NETWORKS)
         raise ValueError(
-            f"--perceptual {network}: no such file; choose from {known}, or give a .pt2 or TorchScript file"
+            f"--perceptual {network}: no such file; choose from {known}, or give a program that you trust, "
+            "a .pt2 or TorchScript file"
         )
     if heads is not None and network != "lpips":
         raise ValueError(f"--heads {heads}: they are of --perceptual lpips, not of {network}; leave them out")
@@ -224,14 +225,15 @@ def measure_autoencoders(
     draw_reconstructions(images, codecs, accelerator.device, pictures[0])
     draw_spectra(frequencies, powers, pictures[1])
     missing = {name: score.reason for row in rows for name, score in row.scores.items() if score.value is None}
+    on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
     lines = [
-        f"{images.num_images} held-out images and what came back of them; distances on {extractor.name}",
+        f"{images.num_images} held-out images and what came back of them; distances on {on}",
         table(rows, ("encode img/s", "decode img/s"), of="autoencoder"),
         *(f"latents of {name}: {in_words(of.latents)}" for name, of in measured.items()),
         *(f"{name}: none: {reason}" for name, reason in missing.items()),
     ]
     if extractor.kind != "inception":
-        lines.append(f"Distances on {extractor.name} compare autoencoders with each other; they are not FID.")
+        lines.append(f"Distances on {on} compare autoencoders with each other; they are not FID.")
     return "\n".join([*lines, "written: " + ", ".join(map(str, [path, *pictures]))])
 
 
