@@ -28,9 +28,10 @@ def bits_per_dimension(
 
     Heun's method takes `x_0` up the probability flow `dx = x_0 dalpha + noise dsigma` to the noise, whose density is
     known, and adds up the flow's divergence on the way; alpha and sigma divided by their norm, so that steps stay small
-    where sigma grows without bound (EDM; error of 100 levels on a Gaussian: 0.0001 in place of 0.012). Hutchinson's estimate of it is unbiased in `probe`, random
-    signs that are drawn when not given. It costs `2 (num_steps - 1)` calls of the model and twice as many backward
-    passes; `x_0` counts as drawn from the least noisy level of the spacing.
+    where sigma grows without bound (EDM; error of 100 levels on a Gaussian: 0.0001 in place of 0.012). Hutchinson's
+    estimate of it is unbiased in `probe`, random signs that are drawn when not given. It costs `2 (num_steps - 1)`
+    calls of the model and twice as many backward passes; `x_0` counts as drawn from the least noisy level of the
+    spacing.
 
     Raises:
         ValueError: for an unknown spacing, or more steps than the process has.

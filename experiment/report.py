@@ -87,11 +87,9 @@ def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
             if score.spread and name not in (found := spreads.setdefault(score.spread, [])):
                 found.append(name)
     lines = [f"± of {', '.join(names)}: {spread}" for spread, names in spreads.items()]
-    parts = first.num_samples // (splits := first.settings["is_splits"])
-    if parts < ENOUGH_FOR_INCEPTION_SCORE and first.scores.get(
-        score := metric_name("is", extractor.kind, extractor.name)
-    ):
-        lines.append(f"{score}: low by the bias of {splits} splits of {parts} images; compare equal counts alone")
+    name, splits = metric_name("is", extractor.kind, extractor.name), first.settings["is_splits"]
+    if name in first.scores and (num := first.num_samples // splits) < ENOUGH_FOR_INCEPTION_SCORE:
+        lines.append(f"{name}: low by the bias of {splits} splits of {num} images; compare equal counts alone")
     return lines
 
 
