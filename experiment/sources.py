@@ -5,7 +5,6 @@ A source gives images by index, so that processes share them, and any of them ca
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -177,7 +176,7 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
         with np.load(path, allow_pickle=False) as file:
             array = file["arr_0"]
             labels, names = (file[key] if key in file else np.zeros(0) for key in ("arr_1", "classes"))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
         raise ValueError(f"--samples {path}: not an npz with images in arr_0 ({error})") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (image_size, image_size, 3):
         raise ValueError(
