@@ -122,7 +122,7 @@ def main(config: EvaluateConfig) -> None:
         sweep,
     )
     from experiment.tracking import save_grid
-    from metrics.features import Extractor
+    from metrics.features import OF_MOMENTS, Extractor
     from metrics.fidelity import check_metrics, class_distances
     from metrics.reference import read_adm, write_adm
     from metrics.self_check import self_check
@@ -184,7 +184,13 @@ def main(config: EvaluateConfig) -> None:
         floor, _ = like(first, open_split(data, "train"), "training images", "--baselines", evaluation.seed)
         ceiling = reconstructions(floor, codec, accelerator.device, evaluation.seed)
         groups += [[floor], *([] if codec.source == "pixel" else [[ceiling]])]
-    labels = None
+    if (config.memorisation or config.per_class) and OF_MOMENTS.issuperset(evaluation.metrics):
+        flag = "--memorisation" if config.memorisation else "--per_class"
+        raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
+    planted = unseen = labels = None
+    if config.memorisation:
+        planted = like(first, open_split(data, "train"), "training images", "--memorisation", evaluation.seed)
+        unseen, _ = like(first, open_split(data, "test"), "held-out images", "--memorisation", evaluation.seed)
     if config.per_class:
         assert held_out is not None  # check saw to it
         if first.labels is None or not held_out.classes:
@@ -208,8 +214,8 @@ def main(config: EvaluateConfig) -> None:
         rows.append(summarise(trials[0], [scores for scores, _ in scored]))
         features += [found for _, found in scored[:1]]
     nearest = None
-    if config.memorisation:
-        nearest = memorisation(first, features[0], data, codec, extractor, accelerator, evaluation)
+    if planted and unseen:
+        nearest = memorisation(features[0], planted, unseen, data, codec, extractor, accelerator, evaluation)
         extra["memorisation"] = {
             "closer_to_training_than_held_out": nearest.closer,
             "planted_copies_closer": nearest.copies,
@@ -280,6 +286,9 @@ def check(config: EvaluateConfig) -> None:
     """
     if config.self_check:
         return
+    for flag, least in {"num_samples": 1, "batch_size": 1, "trials": 1, "likelihood": 0, "seed": 0}.items():
+        if (value := getattr(config, flag)) is not None and value < least:
+            raise ValueError(f"--{flag} {value} must be at least {least}")
     usual = EvaluateConfig()
     given = [flag for flag in asdict(usual) if getattr(config, flag) != getattr(usual, flag)]
     if config.samples is None and config.autoencoder is None:
@@ -297,8 +306,6 @@ def check(config: EvaluateConfig) -> None:
             "or zip of images, or an npz"
         )
     fixed = config.checkpoint is not None or not is_run(config.samples)
-    if config.trials < 1:
-        raise ValueError(f"--trials {config.trials} must be at least 1")
     for flag in ("sampler", "num_steps", "guidance_scale", "spacing", "eta", "sampling"):
         if fixed and getattr(config, flag) not in (None, {}):
             raise ValueError(f"--{flag}: {config.samples} is a fixed set of images, there is nothing to draw")

@@ -19,7 +19,7 @@ from torch import Tensor
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from experiment.generation import share
-from experiment.sources import Source, from_dataset, from_images, like, reconstructions
+from experiment.sources import Source, from_dataset, from_images, reconstructions
 from metrics.features import Extractor, Features
 from metrics.fidelity import Score, Scores, check_metrics, compare, metric_name
 from metrics.frechet import frechet_distance
@@ -159,43 +159,39 @@ class Memorisation:
 
 
 def memorisation(
-    samples: Source,
     features: Features,
+    planted: tuple[Source, Tensor],
+    held_out: Source,
     data: DataConfig,
     codec: Codec,
     extractor: Extractor,
     accelerator: Accelerator,
     evaluation: EvaluationConfig,
 ) -> Memorisation:
-    """Nearest neighbours of samples, whose features these are, among the training images.
+    """Nearest neighbours among the training images of samples, whose features these are; `planted` training images and
+    where they stand, and held-out ones, are `like` them.
 
     The training images are the decoded means of their posteriors; held-out images and planted copies are decoded draws,
-    as samples are that a model made of such draws.
-
-    Raises:
-        ValueError: where only moments were kept, or for a class that the images lack.
+    as samples are that a model made of such draws. The metrics have to keep the features of each image.
     """
-    if features.features is None:
-        raise ValueError("--memorisation: it compares images one by one; give --metrics one that does, such as kid")
     train = dataset_reference(data, "train", extractor, accelerator, evaluation, codec).features.features
 
-    def distances_of(source: Source) -> tuple[Tensor, Tensor]:
-        drawn = reconstructions(source, codec, accelerator.device, seed=evaluation.seed)
-        of_source = extract(drawn, extractor, accelerator, evaluation).features
-        assert of_source is not None  # the samples' were kept
+    def nearest_to(features: Features) -> tuple[Tensor, Tensor]:
+        assert features.features is not None
         assert train is not None
-        return nearest(of_source, train)
+        return nearest(features.features, train)
 
-    planted, planted_at = like(samples, open_split(data, "train"), "training images", "--memorisation", evaluation.seed)
-    held_out, _ = like(samples, open_split(data, "test"), "held-out images", "--memorisation", evaluation.seed)
-    others, _ = distances_of(held_out)
-    copied, own = distances_of(planted)
-    assert train is not None  # as the samples' features were kept, so were these
-    distances, index = nearest(features.features, train)
+    def through_codec(source: Source) -> Features:
+        drawn = reconstructions(source, codec, accelerator.device, seed=evaluation.seed)
+        return extract(drawn, extractor, accelerator, evaluation)
+
+    distances, index = nearest_to(features)
+    copied, own = nearest_to(through_codec(planted[0]))
+    others, _ = nearest_to(through_codec(held_out))
     return Memorisation(
         share_of_pairs_closer(distances, others),
         share_of_pairs_closer(copied, others),
-        (own == planted_at).double().mean().item(),
+        (own == planted[1]).double().mean().item(),
         distances,
         index,
     )

@@ -89,12 +89,12 @@ def test_planted_copies_are_found_and_unseen_images_are_not_taken_for_copies(tmp
     """The same autoencoder blurs all of them: what is left is whether an image was trained on."""
     monkeypatch.chdir(tmp_path)
     codec, extractor, accelerator = create_codec("embedded"), Extractor(thumbnail), Accelerator(cpu=True)
-    evaluation = EvaluationConfig(metrics=["kid"], seed=1)
-    found = {}
+    evaluation, (train, test), found = EvaluationConfig(metrics=["kid"], seed=1), map(shapes, ("train", "test")), {}
     for name, dataset in (("copies", shapes("train")), ("unseen", shapes("test", 400))):
         source = reconstructions(from_dataset(dataset, name, 40, seed=5), codec, CPU, seed=7)
         features = extract(source, extractor, accelerator, evaluation)
-        found[name] = memorisation(source, features, DATA, codec, extractor, accelerator, evaluation)
+        planted, (unseen, _) = like(source, train, "", ""), like(source, test, "", "")
+        found[name] = memorisation(features, planted, unseen, DATA, codec, extractor, accelerator, evaluation)
     assert found["copies"].closer > 0.95
     assert 0.3 < found["unseen"].closer < 0.7
     for each in found.values():
@@ -178,6 +178,12 @@ def test_samples_are_opened_before_the_reference_is_computed(tmp_path, monkeypat
     }.items():
         with pytest.raises(ValueError, match=message):
             evaluate("--samples", samples, "--extractor", thumbnail)
+    for flags, message in {
+        ("--metrics", "[fid]", "--per_class", "true"): "--per_class: it looks at images one by one",
+        ("--num_samples", -1): "--num_samples -1 must be at least 1",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            evaluate("--samples", drawn / "drawn.npz", "--extractor", thumbnail, "--data.image_size", 32, *flags)
     assert not (tmp_path / "cache").exists()
 
 
