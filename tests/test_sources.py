@@ -123,7 +123,7 @@ def drawn(tmp_path_factory):
 
 def evaluate(*arguments):
     program = script("evaluate.py")
-    program.main(parse(program.EvaluateConfig, list(map(str, arguments))))
+    program.main(parse(program.EvaluateConfig, ["--precision", "fp32", *map(str, arguments)]))
 
 
 @pytest.mark.parametrize("kind", ["drawn", "drawn.zip", "drawn.npz"])
