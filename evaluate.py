@@ -286,9 +286,6 @@ def check(config: EvaluateConfig) -> None:
     """
     if config.self_check:
         return
-    for flag, least in {"num_samples": 1, "batch_size": 1, "trials": 1, "likelihood": 0, "seed": 0}.items():
-        if (value := getattr(config, flag)) is not None and value < least:
-            raise ValueError(f"--{flag} {value} must be at least {least}")
     usual = EvaluateConfig()
     given = [flag for flag in asdict(usual) if getattr(config, flag) != getattr(usual, flag)]
     if config.samples is None and config.autoencoder is None:
@@ -306,6 +303,8 @@ def check(config: EvaluateConfig) -> None:
             "or zip of images, or an npz"
         )
     fixed = config.checkpoint is not None or not is_run(config.samples)
+    if config.trials < 1:
+        raise ValueError(f"--trials {config.trials} must be at least 1")
     for flag in ("sampler", "num_steps", "guidance_scale", "spacing", "eta", "sampling"):
         if fixed and getattr(config, flag) not in (None, {}):
             raise ValueError(f"--{flag}: {config.samples} is a fixed set of images, there is nothing to draw")

@@ -94,24 +94,14 @@ class Generator:
 
 
 def generate(generator: Generator, *, batch_size: int, desc: str = "sampling") -> UInt8[Tensor, "n 3 h w"]:
-    """All images of a generator, in order, on every process; the work is shared by all of them.
-
-    Raises:
-        ValueError: for images that are not finite, on every process.
-    """
+    """All images of a generator, in order, on every process; the work is shared by all of them."""
     mine = share(len(generator.labels), generator.accelerator)
     show = generator.accelerator.is_main_process
     images: list[tuple[int, Tensor]] = []
-    errors: list[ValueError] = []
-    try:
-        with tqdm(total=len(mine), desc=desc, unit="img", disable=not show, leave=False) as bar:
-            for batch in generator.batches(mine, batch_size):
-                images += zip(batch.indices.tolist(), batch.images, strict=True)
-                bar.update(len(batch.images))
-    except ValueError as error:  # no process waits for one that is gone
-        errors.append(error)
-    for error in gather_object(errors):
-        raise error
+    with tqdm(total=len(mine), desc=desc, unit="img", disable=not show, leave=False) as bar:
+        for batch in generator.batches(mine, batch_size):
+            images += zip(batch.indices.tolist(), batch.images, strict=True)
+            bar.update(len(batch.images))
     everyone = dict(gather_object(images))
     return torch.stack([everyone[index] for index in range(len(generator.labels))])
 

@@ -178,12 +178,9 @@ def test_samples_are_opened_before_the_reference_is_computed(tmp_path, monkeypat
     }.items():
         with pytest.raises(ValueError, match=message):
             evaluate("--samples", samples, "--extractor", thumbnail)
-    for flags, message in {
-        ("--metrics", "[fid]", "--per_class", "true"): "--per_class: it looks at images one by one",
-        ("--num_samples", -1): "--num_samples -1 must be at least 1",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            evaluate("--samples", drawn / "drawn.npz", "--extractor", thumbnail, "--data.image_size", 32, *flags)
+    flags = ("--extractor", thumbnail, "--data.image_size", 32, "--metrics", "[fid]", "--per_class", "true")
+    with pytest.raises(ValueError, match="--per_class: it looks at images one by one"):
+        evaluate("--samples", drawn / "drawn.npz", *flags)
     assert not (tmp_path / "cache").exists()
 
 
