@@ -27,9 +27,9 @@ class EvaluateConfig:
             is one
         reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images
         write_reference: write the held-out images and their moments to such an npz
-        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a .pt2
-            (torch.export) or TorchScript file: uint8 images to features and class probabilities. A file is a program:
-            run only what you trust
+        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a file, .pt2
+            (torch.export) rather than TorchScript: uint8 images to features and class probabilities. A file is a
+            program, a TorchScript one may read and write files: run only what you trust
         weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
             .bin
         metrics: of fid, sfid, is, kid, precision, recall, density, coverage
@@ -53,7 +53,8 @@ class EvaluateConfig:
         self_check: check metrics and extractor on inputs with known answers, and do nothing else
         output: JSON file, pictures beside it; by default scores.json in the run's folder, of an autoencoder
             autoencoder.json in its own folder, or in the working folder
-        seed: of the drawn samples
+        latex: also write the table for LaTeX (booktabs), as .tex beside the JSON; its rows bear the runs' names
+        seed: of the drawn samples, and of subsets
         batch_size: images at a time, on each process
         precision: of sampling: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration; without samples, the one to measure: what
@@ -86,6 +87,7 @@ class EvaluateConfig:
     likelihood: int = 0
     self_check: bool = False
     output: str | None = None
+    latex: bool = False
     seed: int | None = None
     batch_size: int | None = None
     precision: str = "auto"
@@ -100,18 +102,29 @@ def main(config: EvaluateConfig) -> None:
     import torch
 
     from experiment.autoencoding.measure import measure_autoencoders
-    from experiment.build import open_split, sampling_of
+    from experiment.build import data_of, open_split, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.config import EvaluationConfig
     from experiment.evaluation import dataset_reference, evaluate, memorisation, npz_reference, summarise
+    from experiment.files import write_whole
     from experiment.likelihood import held_out_likelihood
     from experiment.machine import describe, open_accelerator
-    from experiment.report import draw_pairs, draw_sweep, provenance, table, write_json
-    from experiment.sources import from_checkpoint, from_images, read_samples, reconstructions, sweep
+    from experiment.report import draw_pairs, draw_sweep, latex, notes, provenance, table, write_json
+    from experiment.sources import (
+        blaming,
+        by_name,
+        from_checkpoint,
+        from_dataset,
+        from_images,
+        like,
+        read_samples,
+        reconstructions,
+        sweep,
+    )
     from experiment.tracking import save_grid
-    from metrics.features import Extractor
+    from metrics.features import OF_MOMENTS, Extractor
     from metrics.fidelity import check_metrics, class_distances
-    from metrics.reference import write_adm
+    from metrics.reference import read_adm, write_adm
     from metrics.self_check import self_check
     from models.autoencoder import create_codec
 
@@ -119,7 +132,8 @@ def main(config: EvaluateConfig) -> None:
     check(config)
     accelerator = open_accelerator(config.precision)
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
-    checkpoint = open_checkpoint(owner) if owner else None
+    with blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
+        checkpoint = open_checkpoint(owner) if owner else None
     asked = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}
     evaluation = replace(
         checkpoint.config.evaluation if checkpoint else EvaluationConfig(),
@@ -134,26 +148,19 @@ def main(config: EvaluateConfig) -> None:
     if config.self_check:
         return accelerator.print(self_check(extractor))
 
-    # The reference: held-out images, or a file.
-    data = checkpoint.config.data if checkpoint else config.data
-    data = replace(data, path=config.data.path) if config.data.path != DataConfig().path else data
+    # What samples are held against, held-out images or a file; and the sources, one a row, each a list of trials. All
+    # are opened before anything is computed.
+    data = data_of(checkpoint.config.data, config.data) if checkpoint else config.data
     held_out = None if config.reference else open_split(data, "test")
-    if config.reference:
-        reference = npz_reference(config.reference, extractor, data.image_size, accelerator, evaluation)
-    else:
-        reference = dataset_reference(data, "test", extractor, accelerator, evaluation)
-
-    # The sources: one a row, each a list of trials.
-    codec = create_codec(config.autoencoder or (checkpoint.config.autoencoder if checkpoint else "embedded"))
+    size = (data.image_size, data.image_size)
+    file = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
+    codec = create_codec(config.autoencoder or (checkpoint.config.autoencoder if checkpoint else "pixel"))
     codec = codec.to(accelerator.device)
-    extra: dict[str, Any] = {}
-    if config.likelihood:
-        assert checkpoint is not None  # check saw to it
-        assert held_out is not None
-        bits = held_out_likelihood(checkpoint, codec, held_out, config.likelihood, accelerator, seed=evaluation.seed)
-        extra["bits_per_dimension"] = {**asdict(bits), "num_images": config.likelihood}
     if checkpoint is not None and owner == config.samples:
         asked_sampling = config.sampling | {"eta": config.eta}
+        images, reference_labels = held_out or file[1], None
+        if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
+            reference_labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
         groups = from_checkpoint(
             checkpoint,
             sweep(
@@ -167,35 +174,58 @@ def main(config: EvaluateConfig) -> None:
             codec,
             accelerator,
             num_trials=config.trials,
-            num_reference=reference.features.num,
-            reference_labels=None if held_out is None else held_out.labels,
+            num_reference=0 if images is None else len(images),
+            reference_labels=reference_labels,
         )
     else:
-        groups = [[read_samples(str(config.samples), data.image_size, evaluation.num_samples)]]
-    num_drawn = len(groups)
-    if config.baselines and held_out:
-        num = groups[0][0].num_images  # a Fréchet distance depends on it
-        floor = from_images(open_split(data, "train"), "training images", num)
-        groups += [[floor], [reconstructions(from_images(held_out, "held-out", num), codec, accelerator.device)]]
+        groups = [[read_samples(str(config.samples), data.image_size, evaluation.num_samples, evaluation.seed)]]
+    first, num_drawn = groups[0][0], len(groups)
+    if config.baselines:  # of as many images of the same classes: a Fréchet distance depends on both
+        floor, _ = like(first, open_split(data, "train"), "training images", "--baselines", evaluation.seed)
+        ceiling = reconstructions(floor, codec, accelerator.device, evaluation.seed)
+        groups += [[floor], *([] if codec.source == "pixel" else [[ceiling]])]
+    if (config.memorisation or config.per_class) and OF_MOMENTS.issuperset(evaluation.metrics):
+        flag = "--memorisation" if config.memorisation else "--per_class"
+        raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
+    planted = unseen = labels = None
+    if config.memorisation:
+        planted = like(first, open_split(data, "train"), "training images", "--memorisation", evaluation.seed)
+        unseen, _ = like(first, open_split(data, "test"), "held-out images", "--memorisation", evaluation.seed)
+    if config.per_class:
+        assert held_out is not None  # check saw to it
+        if first.labels is None or not held_out.classes:
+            raise ValueError("--per_class: it needs samples and held-out images of classes that have names")
+        labels = by_name(first.labels, first.classes, held_out.classes, "--per_class")
 
     # The scores. What needs the samples' own features looks at the first row's first trial.
+    extra: dict[str, Any] = {}
+    if config.likelihood:
+        assert checkpoint is not None  # check saw to it
+        assert held_out is not None
+        bits = held_out_likelihood(checkpoint, codec, held_out, config.likelihood, accelerator, seed=evaluation.seed)
+        extra["bits_per_dimension"] = {**asdict(bits), "num_images": config.likelihood}
+    if config.reference:
+        reference = npz_reference(config.reference, file, extractor, accelerator, evaluation)
+    else:
+        reference = dataset_reference(data, "test", extractor, accelerator, evaluation)
     rows, features = [], []
     for trials in groups:
         scored = [evaluate(source, reference, extractor, accelerator, evaluation) for source in trials]
         rows.append(summarise(trials[0], [scores for scores, _ in scored]))
         features += [found for _, found in scored[:1]]
     nearest = None
-    if config.memorisation:
-        train = dataset_reference(data, "train", extractor, accelerator, evaluation)
-        nearest = memorisation(features[0], train.features, reference.features)
-        extra["memorisation"] = {"closer_to_training_than_held_out": nearest.closer}
-    if config.per_class:
-        names = held_out.classes if held_out else checkpoint.classes if checkpoint else []
-        distances = class_distances(features[0], reference.features)
-        extra["per_class"] = {names[label]: asdict(score) for label, score in distances.items()}
+    if planted and unseen:
+        nearest = memorisation(features[0], planted, unseen, data, codec, extractor, accelerator, evaluation)
+        extra["memorisation"] = {
+            "closer_to_training_than_held_out": nearest.closer,
+            "planted_copies_closer": nearest.copies,
+            "planted_copies_found": nearest.found,
+        }
+    if held_out is not None and labels is not None:
+        distances = class_distances(replace(features[0], labels=labels), reference.features)
+        extra["per_class"] = {held_out.classes[label]: asdict(score) for label, score in distances.items()}
 
     # The files: a record with all that it takes to derive it again, pictures of what was scored.
-    first = groups[0][0]
     if not accelerator.is_main_process:
         return None
     folder = checkpoint.run if checkpoint and owner == config.samples else Path(str(config.samples)).parent
@@ -208,23 +238,31 @@ def main(config: EvaluateConfig) -> None:
         draw_sweep(rows[:num_drawn], written[-1])
     if nearest is not None:
         written.append(output.with_name(f"{output.stem}-nearest.png"))
-        draw_pairs(first, from_images(open_split(data, "train"), "training images"), nearest, written[-1])
+        draw_pairs(first, from_dataset(open_split(data, "train"), "training images"), nearest, written[-1])
     if config.write_reference and held_out:
         images = from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
         write_adm(Path(config.write_reference), reference.features, images, extractor)
         written.append(Path(config.write_reference))
 
-    print(f"{rows[0].num_samples} samples against {reference.features.num} images, on {extractor.name}")
-    print(table(rows, ("sampler", "spacing", "num_steps", "guidance_scale") if num_drawn > 1 else ()))
+    columns = ("sampler", "spacing", "num_steps", "guidance_scale") if num_drawn > 1 else ()
+    if config.latex:
+        written.append(output.with_suffix(".tex"))
+        write_whole(written[-1], table(rows, columns, form=latex))
+    on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
+    print(f"{rows[0].num_samples} samples against {reference.features.num} images, on {on}")
+    print(table(rows, columns))
+    print(*notes(rows, extractor), sep="\n")
     if nearest is not None:
         print(
-            f"A sample lies closer to the training images than a held-out image does {nearest.closer:.1%} of the time."
+            f"A sample lies closer to the training images than a held-out image does {nearest.closer:.1%} of the time; "
+            f"of copies of training images planted in their place, {nearest.copies:.1%} ({nearest.found:.1%} found "
+            f"their own original)" + ("." if nearest.copies > 0.9 else ": here the figure tells nothing.")
         )
     if "bits_per_dimension" in extra:
         likelihood = "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images"
         print(likelihood.format(**extra["bits_per_dimension"]))
     if extractor.kind != "inception":
-        print(f"Distances on {extractor.name} compare runs with each other; they are not FID.")
+        print(f"Distances on {on} compare runs with each other; they are not FID.")
     print("written: " + ", ".join(map(str, written)))
     return None
 
@@ -259,6 +297,11 @@ def check(config: EvaluateConfig) -> None:
             raise ValueError(f"--{flag}: it measures an autoencoder; leave it out, or leave --samples out")
     if config.samples is None:
         return
+    if not Path(config.samples).exists() and not config.samples.startswith("hf://"):
+        raise ValueError(
+            f"--samples {config.samples} does not exist; give a run's folder, a checkpoint, hf://owner/name, a folder "
+            "or zip of images, or an npz"
+        )
     fixed = config.checkpoint is not None or not is_run(config.samples)
     if config.trials < 1:
         raise ValueError(f"--trials {config.trials} must be at least 1")
@@ -269,7 +312,7 @@ def check(config: EvaluateConfig) -> None:
         raise ValueError(f"--trials {config.trials}: {config.samples} is a fixed set of images, trials would be equal")
     if config.likelihood and fixed:
         raise ValueError(f"--likelihood {config.likelihood}: it needs a model, and {config.samples} is a set of images")
-    for flag in ("baselines", "write_reference", "likelihood"):
+    for flag in ("baselines", "write_reference", "likelihood", "per_class"):
         if config.reference and getattr(config, flag):
             raise ValueError(f"--{flag}: it needs the held-out images; leave --reference out")
 

@@ -11,7 +11,7 @@ accelerate launch sample.py --checkpoint runs/XSwin --num_per_class 50 --output 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ def main(config: SampleConfig) -> None:
     import torch
 
     from experiment.autoguidance import load_guide_model
-    from experiment.build import check_sampling, sampling_of
+    from experiment.build import check_sampling, data_of, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.generation import DenoisingPanel, Generator, StagesPanel, generate, resolve_classes
     from experiment.interpolation import interpolate
@@ -117,8 +117,7 @@ def main(config: SampleConfig) -> None:
         on_stage=stages,
     )
     if config.reconstruct is not None:
-        data = checkpoint.config.data
-        data = replace(data, path=config.data.path) if config.data.path != DataConfig().path else data
+        data = data_of(checkpoint.config.data, config.data)
         draw_reconstructions(config, generator, data, classes, checkpoint.run / "reconstruct.png")
         return
     if config.to_seed is not None and config.interpolate is None:

@@ -137,6 +137,21 @@ def parameters(backbone: type[nn.Module]) -> set[str]:
     return set(signature(backbone).parameters)
 
 
+def data_of(trained_on: DataConfig, asked: DataConfig) -> DataConfig:
+    """A checkpoint's images, where they lie now: `path`, `cache` and `on_error` may be given anew.
+
+    Raises:
+        ValueError: for a setting that would make them others.
+    """
+    given = {name: value for name, value in asdict(asked).items() if value != getattr(DataConfig(), name)}
+    for name, value in given.items():
+        if name not in ("path", "cache", "on_error") and value != getattr(trained_on, name):
+            raise ValueError(
+                f"--data.{name} {value}: the checkpoint's images have {getattr(trained_on, name)}; leave it out"
+            )
+    return replace(trained_on, **given)
+
+
 def open_split(config: DataConfig, split: str):
     """The training or test split of the configured images."""
     return open_dataset(

@@ -253,9 +253,9 @@ class EvaluationConfig:
     """How samples are scored, by evaluate.py and during training alike.
 
     Args:
-        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a .pt2
-            (torch.export) or TorchScript file: uint8 images to features and class probabilities. A file is a program:
-            run only what you trust
+        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a file, .pt2
+            (torch.export) rather than TorchScript: uint8 images to features and class probabilities. A file is a
+            program, a TorchScript one may read and write files: run only what you trust
         weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
             .bin
         metrics: of fid, sfid, is, kid, precision, recall, density, coverage

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from jaxtyping import UInt8
 from torch import Tensor
 
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from experiment.generation import share
-from experiment.sources import Source, from_images
+from experiment.sources import Source, from_dataset, from_images, reconstructions
 from metrics.features import Extractor, Features
 from metrics.fidelity import Score, Scores, check_metrics, compare, metric_name
 from metrics.frechet import frechet_distance
 from metrics.manifold import nearest, share_of_pairs_closer
-from metrics.reference import load_features, read_adm, reference_path, save_features
+from metrics.reference import load_features, reference_path, save_features
+from models.autoencoder import Codec
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,27 @@ class Reference:
 
 
 def dataset_reference(
-    data: DataConfig, split: str, extractor: Extractor, accelerator: Accelerator, evaluation: EvaluationConfig
+    data: DataConfig,
+    split: str,
+    extractor: Extractor,
+    accelerator: Accelerator,
+    evaluation: EvaluationConfig,
+    codec: Codec | None = None,
 ) -> Reference:
-    """Features of a split, computed once for each (images, split, size, extractor) and kept in the cache folder."""
+    """Features of a split, or of what a codec makes of it, computed once for each (images, split, size, extractor,
+    codec) and kept in the cache folder."""
     dataset = open_split(data, split)
     key = {
         **dataset.describe(),
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "metrics": sorted(evaluation.metrics),
+        **({"codec": codec.provenance} if codec else {}),
     }
     path = reference_path(Path(data.cache) / "references", key)
-    if not path.exists():
-        source = from_images(dataset, f"{split} images")
+    if not any(gather_object([path.exists()])):  # all go the same way
+        source = from_dataset(dataset, f"{split} images")
+        source = reconstructions(source, codec, accelerator.device) if codec else source
         features = extract(source, extractor, accelerator, evaluation)
         if accelerator.is_main_process:
             save_features(features, path, key)
@@ -69,18 +79,22 @@ def open_scorer(
 
 
 def npz_reference(
-    path: str, extractor: Extractor, image_size: int, accelerator: Accelerator, evaluation: EvaluationConfig
+    path: str,
+    found: tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None],
+    extractor: Extractor,
+    accelerator: Accelerator,
+    evaluation: EvaluationConfig,
 ) -> Reference:
-    """An npz with moments, images or both; where it holds images, those give what moments cannot."""
-    moments, images = read_adm(Path(path), extractor, (image_size, image_size))
+    """What `read_adm` found: moments, images or both; where there are images, those give what moments cannot."""
+    moments, images = found
     features = None
     if images is not None:
         source = from_images(images, Path(path).name)
         features = extract(source, extractor, accelerator, evaluation)
     if features is None or moments is None:
-        found = features or moments
-        assert found is not None  # read_adm saw to it
-        return Reference(found, {"source": Path(path).name, "moments": "of the file" if moments else "of its images"})
+        either = features or moments
+        assert either is not None  # read_adm saw to it
+        return Reference(either, {"source": Path(path).name, "moments": "of the file" if moments else "of its images"})
     whole = replace(features, moments=moments.moments, spatial=moments.spatial or features.spatial)
     return Reference(whole, {"source": Path(path).name, "moments": "of the file"})
 
@@ -115,21 +129,27 @@ def evaluate(
     if "fid" in evaluation.metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:
         first, second = (frechet_distance(half, reference.features.moments) for half in features.halves)
         scores.scores[f"{metric_name('fid', extractor.kind, extractor.name)}, halves"] = Score(
-            (first + second) / 2, abs(first - second) / 2
+            (first + second) / 2, abs(first - second) / 2, spread="half the difference of two random halves"
         )
     return scores, features
 
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Whether samples lie closer to the training images than held-out images do, in feature space.
+    """Whether samples lie closer to the training images than held-out images do, in feature space; all of them through
+    the autoencoder that the samples came through.
 
     `closer` is the chance that a random sample lies closer to its nearest training image than a random held-out image
-    does to its own: 0.5 where the model is no nearer to them than new photographs are, 1 where it repeats them.
-    `nearest` holds, for each sample, its nearest training image, `distances` how far away it is.
+    of the samples' classes does to its own: 0.5 where the samples are as near to them as new photographs are, 1 where
+    each repeats one, below 0.5 where they are unlike any photograph, copied or not. `copies` is the same of as many
+    training images planted in the samples' place, `found` the share of those whose nearest is the image itself: where
+    these are not near 1, `closer` can tell nothing. `nearest` holds, for each sample, its nearest training image,
+    `distances` how far away it is.
     """
 
     closer: float
+    copies: float
+    found: float
     distances: Tensor
     nearest: Tensor
 
@@ -138,17 +158,43 @@ class Memorisation:
         return self.distances.argsort()[:num]
 
 
-def memorisation(samples: Features, train: Features, held_out: Features) -> Memorisation:
-    """Nearest neighbours among the training images.
+def memorisation(
+    features: Features,
+    planted: tuple[Source, Tensor],
+    held_out: Source,
+    data: DataConfig,
+    codec: Codec,
+    extractor: Extractor,
+    accelerator: Accelerator,
+    evaluation: EvaluationConfig,
+) -> Memorisation:
+    """Nearest neighbours among the training images of samples, whose features these are; `planted` training images and
+    where they stand, and held-out ones, are `like` them.
 
-    Raises:
-        ValueError: where only moments were kept.
+    The training images are the decoded means of their posteriors; held-out images and planted copies are decoded draws,
+    as samples are that a model made of such draws. The metrics have to keep the features of each image.
     """
-    if samples.features is None or train.features is None or held_out.features is None:
-        raise ValueError("--memorisation: it compares images one by one; give --metrics one that does, such as kid")
-    distances, index = nearest(samples.features, train.features)
-    others, _ = nearest(held_out.features, train.features)
-    return Memorisation(share_of_pairs_closer(distances, others), distances, index)
+    train = dataset_reference(data, "train", extractor, accelerator, evaluation, codec).features.features
+
+    def nearest_to(features: Features) -> tuple[Tensor, Tensor]:
+        assert features.features is not None
+        assert train is not None
+        return nearest(features.features, train)
+
+    def through_codec(source: Source) -> Features:
+        drawn = reconstructions(source, codec, accelerator.device, seed=evaluation.seed)
+        return extract(drawn, extractor, accelerator, evaluation)
+
+    distances, index = nearest_to(features)
+    copied, own = nearest_to(through_codec(planted[0]))
+    others, _ = nearest_to(through_codec(held_out))
+    return Memorisation(
+        share_of_pairs_closer(distances, others),
+        share_of_pairs_closer(copied, others),
+        (own == planted[1]).double().mean().item(),
+        distances,
+        index,
+    )
 
 
 @dataclass(frozen=True)
@@ -184,5 +230,6 @@ def summarise(source: Source, trials: list[Scores]) -> Row:
         values = [trial.scores[metric].value for trial in trials]
         known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
         complete = len(known) == len(trials)
-        summary[metric] = Score(known.mean().item(), known.std().item()) if complete else score
+        over = f"standard deviation over {len(trials)} trials"
+        summary[metric] = Score(known.mean().item(), known.std().item(), spread=over) if complete else score
     return Row(source.name, summary, source.provenance, trials)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.subsets import stratified
 from diffusion import Process, sample
 from diffusion.samplers import randn_like
 from experiment.batches import generator_for
@@ -168,6 +169,8 @@ def resolve_classes(asked: list[str | int], classes: list[str]) -> list[int]:
         return list(range(max(1, len(classes))))
     labels = []
     for name in map(str, asked):
+        if not classes:
+            raise ValueError(f"--classes {name}: the model has no classes; leave it out")
         if name in classes:
             labels.append(classes.index(name))
         elif name.isdigit() and int(name) < len(classes):
@@ -186,8 +189,8 @@ def sample_labels(
     reference: Int64[Tensor, " m"] | None,
     trial: int = 0,
 ) -> Int64[Tensor, " n"]:
-    """Labels of samples to be scored, as the policy asks for: `balanced`, all classes in turn; `reference`, evenly
-    spread over the reference's own; `random`, each class as likely. As many as asked, else as the reference has.
+    """Labels of samples to be scored, as the policy asks for: `balanced`, all classes in turn; `reference`, of each
+    class its share of the reference; `random`, each class as likely. As many as asked, else as the reference has.
 
     Raises:
         ValueError: for the reference's own labels where it has none, or no number of samples.
@@ -200,7 +203,7 @@ def sample_labels(
     if evaluation.labels == "reference":
         if reference is None:
             raise ValueError("--labels reference: the reference has no labels; choose from balanced, random")
-        return reference[torch.arange(num_images) * len(reference) // num_images]
+        return reference[stratified(reference, num_images, evaluation.seed)]
     return torch.randint(num_classes, (num_images,), generator=generator_for(evaluation.seed + trial, "labels"))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from jaxtyping import Int64
@@ -23,7 +25,21 @@ from experiment.validation import validation_loss
 from metrics.extractors import naming
 from metrics.features import Extractor
 from metrics.fidelity import is_lower_better, metric_name
-from models.autoencoder import Codec
+from models.autoencoder import AutoencoderError, Codec
+
+
+def unless_ruined(look: Callable) -> Callable:
+    """A look at images; where they are not finite it says so in place of ending the training, on all processes."""
+
+    @wraps(look)
+    def tried(self: Any, step: int) -> Any:
+        try:
+            return look(self, step)
+        except AutoencoderError as error:
+            self.accelerator.print(f"step {step}: nothing to {look.__name__}: {error}")
+            return {}
+
+    return tried
 
 
 def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
@@ -76,6 +92,7 @@ class Inspection:
         self.log.write(step, **found)
         return found
 
+    @unless_ruined
     def score(self, step: int) -> dict[str, float]:
         """Scores of samples, as `evaluation` says."""
         assert self.scorer is not None
@@ -87,6 +104,7 @@ class Inspection:
         self.log.write(step, **found)
         return found
 
+    @unless_ruined
     def draw(self, step: int) -> None:
         """A grid: four samples of each of the first ten classes, or forty of a model without."""
         classes = self.held_out.classes[:10]

@@ -100,7 +100,8 @@ def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
     """
     if name not in NETWORKS and not Path(name).is_file():
         raise ValueError(
-            f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or give a .pt2 or TorchScript file"
+            f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or give a program that you trust, "
+            "a .pt2 or TorchScript file"
         )
     settings = {} if heads is None else {"heads": heads}
     if heads is not None and not (name in NETWORKS and "heads" in signature(NETWORKS[name]).parameters):

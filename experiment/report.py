@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,12 @@ from experiment.config import EvaluationConfig
 from experiment.evaluation import Memorisation, Reference, Row
 from experiment.files import write_whole
 from experiment.sources import Source
-from experiment.table import markdown, number
+from experiment.table import markdown, number, tex
 from experiment.tracking import save_grid
 from metrics.features import Extractor
-from metrics.fidelity import Score
+from metrics.fidelity import Score, metric_name
 
+ENOUGH_FOR_INCEPTION_SCORE = 5000  # images a split, as of the 50,000 in ten that the literature prints
 LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity")
 
 
@@ -52,14 +53,44 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     write_whole(path, json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def table(rows: Sequence[Row], columns: Sequence[str] = (), *, of: str = "samples") -> str:
-    """Markdown, aligned for the terminal: a row a source, a column a setting in `columns` or a metric."""
+def table(
+    rows: Sequence[Row],
+    columns: Sequence[str] = (),
+    *,
+    of: str = "samples",
+    form: Callable[[Sequence[Sequence[str]]], str] = markdown,
+) -> str:
+    """Markdown, aligned for the terminal, or another form: a row a source, a column a setting in `columns` or a
+    metric."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
     cells = [[of, *columns, *metrics]]
     for row in rows:
         settings = [str(row.settings.get(column, "")) for column in columns]
         cells.append([row.name, *settings, *(_cell(row.scores.get(metric)) for metric in metrics)])
-    return markdown(cells)
+    return form(cells)
+
+
+def latex(cells: Sequence[Sequence[str]]) -> str:
+    """A booktabs table, ready for `\\input`; its first row is the head."""
+    head, *lines = (" & ".join(map(tex, line)) + r" \\" for line in cells)
+    columns = "l" + "r" * (len(cells[0]) - 1)
+    start = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*start, *lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
+    """What is to be known of the numbers in a table: what each ± is, and which of them a few images do not give."""
+    first = rows[0].trials[0]
+    spreads: dict[str, list[str]] = {}
+    for row in rows:
+        for name, score in row.scores.items():
+            if score.spread and name not in (found := spreads.setdefault(score.spread, [])):
+                found.append(name)
+    lines = [f"± of {', '.join(names)}: {spread}" for spread, names in spreads.items()]
+    name, splits = metric_name("is", extractor.kind, extractor.name), first.settings["is_splits"]
+    if name in first.scores and (num := first.num_samples // splits) < ENOUGH_FOR_INCEPTION_SCORE:
+        lines.append(f"{name}: low by the bias of {splits} splits of {num} images; compare equal counts alone")
+    return lines
 
 
 def _cell(score: Score | None) -> str:

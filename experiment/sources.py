@@ -5,8 +5,8 @@ A source gives images by index, so that processes share them, and any of them ca
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from data import open_dataset
-from diffusion.samplers import num_calls
+from data.subsets import stratified
+from diffusion.samplers import num_calls, randn_like
 from experiment.autoguidance import load_guide_model
+from experiment.batches import generator_for
 from experiment.build import check_sampling
 from experiment.checkpoint import Checkpoint
 from experiment.config import EvaluationConfig, SamplingConfig
@@ -32,19 +34,21 @@ from models.autoencoder import Codec
 
 @dataclass(frozen=True)
 class Source:
-    """Images by index, and where they come from."""
+    """Images by index, and where they come from; `labels` are of each image, `classes` their names (of none: [])."""
 
     name: str
     num_images: int
     batches: Callable[[Tensor, int], Iterator[ImageBatch]]  # (indices, batch size)
     provenance: dict[str, Any]
+    labels: Int64[Tensor, " n"] | None = None
+    classes: Sequence[str] = ()
 
     def images(self, indices: Tensor) -> UInt8[Tensor, "n 3 h w"]:
         """Some of them, to look at."""
         return torch.cat([batch.images for batch in self.batches(indices, 64)])
 
 
-def from_generator(generator: Generator, name: str, **provenance: object) -> Source:
+def from_generator(generator: Generator, name: str, classes: Sequence[str] = (), **provenance: object) -> Source:
     """Samples drawn as they are scored."""
     sampler = generator.sampling.sampler or generator.process.default_sampler
     settings = {
@@ -56,47 +60,123 @@ def from_generator(generator: Generator, name: str, **provenance: object) -> Sou
         "model_calls": num_calls(sampler, generator.sampling.num_steps),
         **asdict(generator.sampling),
     }
-    return Source(name, len(generator.labels), generator.batches, {**settings, **provenance})
+    labels = generator.labels if classes else None
+    return Source(name, len(generator.labels), generator.batches, {**settings, **provenance}, labels, classes)
 
 
-def from_images(images: Images, name: str, num_images: int | None = None, **provenance: object) -> Source:
-    """A dataset or tensor; of more than `num_images`, so many evenly spread ones."""
-    total = len(images)  # pyright: ignore[reportArgumentType]
-    num = min(num_images or total, total)
-    spread = torch.arange(num) * total // num
+def from_images(
+    images: Images,
+    name: str,
+    index: Int64[Tensor, " n"] | None = None,
+    *,
+    labels: Int64[Tensor, " m"] | None = None,
+    classes: Sequence[str] = (),
+    **provenance: object,
+) -> Source:
+    """A dataset or tensor, or those of its images at `index`; `labels` are of all its images."""
+    chosen = torch.arange(len(images)) if index is None else index  # pyright: ignore[reportArgumentType]
+    own = labels[chosen] if labels is not None and classes else None
 
     def batches(indices: Tensor, batch_size: int) -> Iterator[ImageBatch]:
-        found = image_batches(images, batch_size, indices=spread[indices])
+        found = image_batches(images, batch_size, indices=chosen[indices])
         for part, batch in zip(indices.split(batch_size), found, strict=True):
-            yield replace(batch, indices=part)
+            yield replace(batch, indices=part, labels=None if own is None else own[part])
 
-    return Source(name, num, batches, {"num_images": num, **provenance})
+    return Source(name, len(chosen), batches, {**provenance, "num_images": len(chosen)}, own, classes)
 
 
-def reconstructions(source: Source, codec: Codec, device: torch.device) -> Source:
-    """What the autoencoder makes of a source: no model on its latents comes closer to it."""
+def from_dataset(dataset: Any, name: str, num: int | None = None, seed: int = 0, **provenance: object) -> Source:
+    """A dataset of `data`; of more than `num` images so many, of each class its share, drawn by the seed."""
+    index = stratified(dataset.labels, min(num or len(dataset), len(dataset)), seed)
+    return from_images(dataset, name, index, labels=dataset.labels, **{**dataset.describe(), **provenance})
+
+
+def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> tuple[Source, Int64[Tensor, " n"]]:
+    """As many of a dataset's images as there are samples, of the samples' own classes, by name: what they are fairly
+    held against; and where they stand in it. Where either has no classes, of each of the dataset's its share. An image
+    comes twice where its class has fewer than are asked for.
+
+    Raises:
+        ValueError: for a class that the dataset lacks.
+    """
+    if samples.labels is None or not dataset.classes:
+        index = stratified(dataset.labels, samples.num_images, seed)
+    else:
+        wanted = by_name(samples.labels, samples.classes, dataset.classes, flag)
+        draw, index = torch.Generator().manual_seed(seed), torch.empty_like(wanted)
+        for label in wanted.unique().tolist():
+            own, places = ((each == label).nonzero().flatten() for each in (dataset.labels, wanted))
+            if len(own) == 0:
+                raise ValueError(f"{flag}: the {name} have no image of the class {dataset.classes[label]}")
+            shuffled = own[torch.randperm(len(own), generator=draw)]
+            index[places] = shuffled[torch.arange(len(places)) % len(own)]
+    about = {**dataset.describe(), "label_policy": "the samples'", "num_different": len(index.unique())}
+    return from_images(dataset, name, index, labels=dataset.labels, **about), index
+
+
+def by_name(labels: Int64[Tensor, " n"], of: Sequence[str], into: Sequence[str], flag: str) -> Int64[Tensor, " n"]:
+    """Labels of some class names, as the numbers that another list of names has for them.
+
+    Raises:
+        ValueError: for a name that it has not.
+    """
+    if not of:
+        raise ValueError(f"{flag}: the images have no classes by name")
+    lacking = [of[label] for label in labels.unique().tolist() if of[label] not in into]
+    if lacking:
+        raise ValueError(
+            f"{flag}: the class {lacking[0]} ({len(lacking)} such) has no namesake among {', '.join(into[:5])}, "
+            "and labels go by name"
+        )
+    numbers = {name: number for number, name in enumerate(into)}
+    return torch.tensor([numbers.get(name, -1) for name in of], dtype=torch.int64)[labels]
+
+
+def reconstructions(source: Source, codec: Codec, device: torch.device, seed: int | None = None) -> Source:
+    """What the autoencoder makes of a source: no model on its latents comes closer to it. Of the posterior's mean, or
+    with a seed of a draw, as of the latents that a model learns; image `i`'s is a function of (seed, i)."""
+
+    def encode(batch: ImageBatch) -> Tensor:
+        images = batch.images.to(device)
+        if seed is None:
+            return codec.encode(images)
+        generators = [generator_for(seed, "posterior", index) for index in batch.indices.tolist()]
+        shape = (len(images), *codec.latent_shape(*images.shape[-2:]))
+        return codec.draw(codec.prepare(images), randn_like(torch.empty(shape, device=device), generators))
 
     def batches(indices: Tensor, batch_size: int) -> Iterator[ImageBatch]:
         for batch in source.batches(indices, batch_size):
-            yield replace(batch, images=codec.decode(codec.encode(batch.images.to(device))).cpu())
+            yield replace(batch, images=codec.decode(encode(batch)).cpu())
 
     provenance = {**source.provenance, "kind": "reconstructions", "autoencoder": codec.provenance}
-    return Source("reconstructions", source.num_images, batches, provenance)
+    return replace(source, name="reconstructions", batches=batches, provenance=provenance)
 
 
-def read_samples(path: str, image_size: int, num: int | None) -> Source:
-    """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's format).
+@contextmanager
+def blaming(flag: str, instead_of: str) -> Iterator[None]:
+    """Errors name the flag that was given, not the one by which others ask for the same."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(instead_of, flag)) from error
+
+
+def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> Source:
+    """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's format); labels that have no names, as those of
+    ADM's own files in `arr_1`, are not used.
 
     Raises:
         ValueError: when the file is neither, or its images have another size than the reference's.
     """
     if Path(path).suffix != ".npz":
-        dataset = open_dataset(path, split="all", image_size=image_size)
-        return from_images(dataset, Path(path).name, num, kind="folder", **dataset.describe())
+        with blaming("--samples", "--data.path"):
+            dataset = open_dataset(path, split="all", image_size=image_size)
+        return from_dataset(dataset, Path(path).name, num, seed, kind="images")
     try:
         with np.load(path, allow_pickle=False) as file:
             array = file["arr_0"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            labels, names = (file[key] if key in file else np.zeros(0) for key in ("arr_1", "classes"))
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
         raise ValueError(f"--samples {path}: not an npz with images in arr_0 ({error})") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (image_size, image_size, 3):
         raise ValueError(
@@ -104,7 +184,13 @@ def read_samples(path: str, image_size: int, num: int | None) -> Source:
             f"[n, {image_size}, {image_size}, 3]"
         )
     images = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
-    return from_images(images, Path(path).name, num, kind="npz", path=path)
+    classes = [str(name) for name in names]
+    fits = labels.dtype.kind in "iu" and labels.shape == array.shape[:1]
+    if classes and not (fits and set(labels.tolist()) <= set(range(len(classes)))):
+        raise ValueError(f"--samples {path}: arr_1 holds no label of each image among its {len(classes)} classes")
+    strata = torch.from_numpy(labels.astype(np.int64)) if classes else torch.zeros(len(images), dtype=torch.int64)
+    index = stratified(strata, min(num or len(images), len(images)), seed)
+    return from_images(images, Path(path).name, index, labels=strata, classes=classes, kind="npz", path=path)
 
 
 def from_checkpoint(
@@ -118,7 +204,8 @@ def from_checkpoint(
     num_reference: int,
     reference_labels: Tensor | None,
 ) -> list[list[Source]]:
-    """Samples of a checkpoint's averaged weights: for each sampling configuration a list of trials.
+    """Samples of a checkpoint's averaged weights: for each sampling configuration a list of trials. The reference's
+    labels are the checkpoint's own numbers.
 
     Trial `k` has the seed `evaluation.seed + k`. All share one model.
 
@@ -142,7 +229,8 @@ def from_checkpoint(
         where = (checkpoint.image_size, seed, accelerator)
         guide_model = load_guide_model(sampling, diffusion, checkpoint.spec, accelerator.device)
         generator = Generator(model, process, codec, labels, sampling, *where, guide_model=guide_model)
-        return from_generator(generator, checkpoint.spec.name, **provenance)
+        name = checkpoint.config.name or checkpoint.spec.name
+        return from_generator(generator, name, checkpoint.classes, **provenance)
 
     return [[trial(sampling, number) for number in range(num_trials)] for sampling in settings]
 

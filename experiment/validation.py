@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from data.latents import LatentCache
+from data.subsets import stratified
 from diffusion import Process
 from diffusion.process import Auxiliary
 from experiment.batches import generator_for
@@ -29,10 +30,10 @@ def validation_loss(
     config: TrainConfig,
     auxiliary: Sequence[Auxiliary] = (),
 ) -> dict[str, float]:
-    """Mean loss terms over evenly spread held-out images, shared among the processes."""
+    """Mean loss terms over held-out images, of each class its share, divided among the processes."""
     device = accelerator.device
     num_images = min(num_images, len(cache))
-    index = torch.linspace(0, len(cache) - 1, num_images).long()
+    index = stratified(cache.labels, num_images, config.seed)
     draw = generator_for(config.seed, "validation")
     shape = (num_images, *codec.latent_shape(*cache.image_size))
     posterior_noise, noise = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)

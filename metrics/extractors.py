@@ -12,12 +12,16 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from jaxtyping import UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from metrics.downloads import hub_answers, network_timeout
 from metrics.programs import load_program
@@ -73,6 +77,18 @@ if PROGRAM not in FEATURE_EXTRACTORS_REGISTRY:
     register_feature_extractor(PROGRAM, ProgramExtractor)
 
 
+class Resized(nn.Module):
+    """A network of images of one size behind PIL's bicubic resizing, as DINOv2 is scored on (dgm-eval, Stein et al.
+    2023; EDM2); torch-fidelity resizes bilinearly, and what has its size already it leaves as it is."""
+
+    def __init__(self, network: nn.Module, size: int) -> None:
+        super().__init__()
+        self.network, self.size = network, [size, size]
+
+    def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> tuple[Tensor, ...]:
+        return self.network(resize(images, self.size, InterpolationMode.BICUBIC, antialias=True))
+
+
 @dataclass(frozen=True)
 class Network:
     """An extractor's network, with what its scores must say of it."""
@@ -94,6 +110,7 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> Network
     named = naming(name)
     if name in NAMES:
         module = _load_named(name, weights_path)
+        module = Resized(module, FeatureExtractorDinoV2.INPUT_IMAGE_SIZE) if name.startswith("dinov2") else module
         published = weights_path is None or _is_published(name, Path(weights_path))
         return Network(*named, module, _state_sha256(module), published)
     if name.startswith(TIMM):
@@ -169,7 +186,8 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
         own = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "
         raise ExtractorError(
             f"--extractor {name}: its weights cannot be downloaded ({_one_line(error)}); give {own}"
-            "--extractor FILE.pt2 or FILE.pt, such as the small classifier that `make demo` trains: "
+            "--extractor timm:NAME or FILE.pt2 (a program: one that you trust), such as the small classifier that "
+            "`make demo` trains: "
             "its scores compare runs with each other, not with published ones"
         ) from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ class Features:
 
     moments: Moments
     spatial: Moments | None = None  # of Inception's spatial features, for sFID
-    halves: tuple[Moments, Moments] | None = None  # of the images of even and of odd index
+    halves: tuple[Moments, Moments] | None = None  # of two random halves of the images
     features: Float[Tensor, "n d"] | None = None
     logits: Float[Tensor, "n k"] | None = None  # where the extractor is a classifier
     labels: Int64[Tensor, " n"] | None = None
@@ -39,13 +39,20 @@ class Features:
     @staticmethod
     def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> Features:
         """From features at hand."""
-        halves = (moments_of(features[0::2]), moments_of(features[1::2])) if len(features) > 1 else None
+        second = in_second_half(len(features))
+        halves = (moments_of(features[~second]), moments_of(features[second])) if len(features) > 1 else None
         return Features(moments_of(features), None, halves, features, logits, labels)
 
     @property
     def num(self) -> int:
         """Images; 0 where the moments came from a file that does not say."""
         return self.moments.num or 0
+
+
+def in_second_half(num_images: int) -> Bool[Tensor, " n"]:
+    """Which images are in the second of two random halves, always the same: neighbours are often of one class, and
+    every other one of another."""
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(0)) < num_images // 2
 
 
 class Extractor:
@@ -93,23 +100,27 @@ class Extractor:
             ValueError: for an empty set, or images that are not uint8 RGB.
             ExtractorError: for features that are not finite, or a file without the interface.
         """
-        part = _Part(keep=not OF_MOMENTS.issuperset(metrics))
-        with tqdm(total=num_images, desc=desc, unit="img", leave=False, disable=not progress) as bar:
-            for batch in batches:
-                if batch.images.dtype != torch.uint8 or batch.images.ndim != 4 or batch.images.shape[1] != 3:
-                    found = f"{str(batch.images.dtype).removeprefix('torch.')} {list(batch.images.shape[1:])}"
-                    raise ValueError(f"{desc}: images are {found}; extractors take uint8 RGB [3, h, w]")
-                outputs = [output.float().cpu() for output in self._extract(batch.images)]
-                for output in outputs:
-                    bad = int((~output.isfinite()).any(dim=1).sum())
-                    if bad:
-                        raise ExtractorError(
-                            f"--extractor {self.name}: not finite on {bad} of {len(output)} images ({desc})"
-                        )
-                spatial = self._spatial() if "sfid" in metrics else None
-                part.add(batch, outputs[0], outputs[1] if len(outputs) > 1 else None, spatial)
-                bar.update(len(batch.images))
+        part = _Part(in_second_half(sum(gather([num_images]))), keep=not OF_MOMENTS.issuperset(metrics))
+        try:
+            with tqdm(total=num_images, desc=desc, unit="img", leave=False, disable=not progress) as bar:
+                for batch in batches:
+                    outputs = self._outputs(batch.images, desc)
+                    spatial = self._spatial() if "sfid" in metrics else None
+                    part.add(batch, outputs[0], outputs[1] if len(outputs) > 1 else None, spatial)
+                    bar.update(len(batch.images))
+        except ValueError as error:  # goes with the part, so that no process waits for one that is gone
+            part.error = error
         return _Part.joined(gather([part]), desc)
+
+    def _outputs(self, images: Tensor, desc: str) -> list[Tensor]:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}"
+            raise ValueError(f"{desc}: images are {found}; extractors take uint8 RGB [3, h, w]")
+        outputs = [output.float().cpu() for output in self._extract(images)]
+        for output in outputs:
+            if bad := int((~output.isfinite()).any(dim=1).sum()):
+                raise ExtractorError(f"--extractor {self.name}: not finite on {bad} of {len(output)} images ({desc})")
+        return outputs
 
     def _spatial(self) -> Tensor | None:
         """The first seven channels of Inception's `mixed_6/conv`, [n 7*17*17], of the batch just seen (Nash et al.
@@ -148,10 +159,11 @@ def _lacking(error: Exception) -> bool:
 class _Part:
     """One process's share of a set's features, as it grows."""
 
-    def __init__(self, *, keep: bool) -> None:
-        self.keep = keep
-        self.even, self.odd, self.spatial = RunningMoments(), RunningMoments(), RunningMoments()
+    def __init__(self, second: Tensor, *, keep: bool) -> None:
+        self.second, self.keep = second, keep  # which of all images are in the second half
+        self.halves, self.spatial = (RunningMoments(), RunningMoments()), RunningMoments()
         self.kept: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self.error: ValueError | None = None
 
     def add(self, batch: ImageBatch, features: Tensor, logits: Tensor | None, spatial: Tensor | None) -> None:
         if spatial is not None:
@@ -159,11 +171,13 @@ class _Part:
         if self.keep:
             self.kept.append((batch.indices, features, logits, batch.labels))
         else:
-            self.even.update(features[batch.indices % 2 == 0])
-            self.odd.update(features[batch.indices % 2 == 1])
+            for half, moments in enumerate(self.halves):
+                moments.update(features[self.second[batch.indices] == half])
 
     @staticmethod
     def joined(parts: list[_Part], desc: str) -> Features:
+        for error in filter(None, (part.error for part in parts)):
+            raise error
         running = RunningMoments.merged(part.spatial for part in parts)
         spatial = running.moments() if running.num else None
         kept = [batch for part in parts for batch in part.kept]
@@ -173,10 +187,9 @@ class _Part:
             features, logits, labels = (None if column[0] is None else torch.cat(column)[order] for column in columns)
             assert features is not None  # every extractor has them
             return replace(Features.of(features, logits, labels), spatial=spatial)
-        even = RunningMoments.merged(part.even for part in parts)
-        odd = RunningMoments.merged(part.odd for part in parts)
-        whole = RunningMoments.merged([even, odd])
+        first, second = (RunningMoments.merged(halves) for halves in zip(*(part.halves for part in parts), strict=True))
+        whole = RunningMoments.merged([first, second])
         if whole.num == 0:
             raise ValueError(f"{desc}: there are no images to score")
-        halves = (even.moments(), odd.moments()) if even.num and odd.num else None
+        halves = (first.moments(), second.moments()) if first.num and second.num else None
         return Features(whole.moments(), spatial, halves)

@@ -31,11 +31,12 @@ from metrics.manifold import density_and_coverage
 
 @dataclass(frozen=True)
 class Score:
-    """One number, its spread where it has one, or the reason why there is none."""
+    """One number, its spread where it has one and what that is, or the reason why there is no number."""
 
     value: float | None
     std: float | None = None
     reason: str | None = None
+    spread: str | None = None
 
     def __str__(self) -> str:
         if self.value is None:
@@ -149,7 +150,7 @@ def compare(
       images. `sfid`: the same of Inception's spatial features (Nash et al. 2021).
     - `is`: exp of the mean divergence between a sample's class probabilities and their average, from 1 to the
       number of classes, over `is_splits` parts of the shuffled samples (Salimans et al. 2016). Blind to the
-      reference.
+      reference, and low by a bias that falls with the images of a part: compare equal counts and splits alone.
     - `kid`: unbiased squared MMD with a cubic kernel, near 0 and even below it for equal distributions, over
       `kid_subsets` random subsets of `kid_subset_size`, cut to the smaller set (Bińkowski et al. 2018).
     - `precision`: share of the samples that lie within the reference's manifold, the union of balls that
@@ -192,7 +193,8 @@ def compare(
         if samples.num < 2 * is_splits:  # a part of one image scores 1, whatever the image
             return {"is": _too_few(samples.num, 2 * is_splits)}
         value = isc_features_to_metric(samples.logits, splits=is_splits, rng_seed=seed)
-        return {"is": _score(value["inception_score_mean"], value["inception_score_std"] if is_splits > 1 else None)}
+        std = value["inception_score_std"] if is_splits > 1 else None
+        return {"is": _score(value["inception_score_mean"], std, f"standard deviation over {is_splits} splits")}
 
     def kernel_distance() -> dict[str, Score]:
         if x is None or y is None:
@@ -202,7 +204,8 @@ def compare(
         sizes = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
         value = kid_features_to_metric(x, y, **sizes, rng_seed=seed, verbose=False)
         std = value["kernel_inception_distance_std"] if kid_subsets > 1 else None
-        return {"kid": _score(value["kernel_inception_distance_mean"], std)}
+        over = f"standard deviation over {kid_subsets} subsets of {kid_subset_size} images, no standard error"
+        return {"kid": _score(value["kernel_inception_distance_mean"], std, over)}
 
     def precision_recall() -> dict[str, Score]:
         if x is None or y is None:
@@ -293,10 +296,10 @@ def class_distances(samples: Features, reference: Features, min_images: int = 50
     return scores
 
 
-def _score(value: float, std: float | None = None) -> Score:
+def _score(value: float, std: float | None = None, spread: str | None = None) -> Score:
     if not math.isfinite(value):
         return Score(None, reason=f"it came out as {value}")
-    return Score(float(value), std)
+    return Score(float(value), std, spread=None if std is None else spread)
 
 
 def _too_few(num_images: int, needed: int) -> Score:

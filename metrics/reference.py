@@ -1,15 +1,16 @@
 """Features of a reference, kept in a file: our own safetensors, named by hash, and ADM's npz.
 
 A reference is a function of (images and split, size, extractor): `key` holds their hashes, the file is named by the
-key's hash, and a file whose key differs is refused in words.
+key's hash, and a file whose key differs, or whose numbers are not those that were written, is refused in words.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from metrics.extractors import INCEPTION
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
 
-FORMAT = 1
+FORMAT = 2
 
 
 class ReferenceError(ValueError):
@@ -43,11 +44,11 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
     for name, moments in _named_moments(features).items():
         tensors |= {f"{name}.mean": moments.mean, f"{name}.covariance": moments.covariance}
     counts = {name: moments.num for name, moments in _named_moments(features).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, partial, metadata={"key": json.dumps(key, sort_keys=True), "counts": json.dumps(counts)})
-    partial.replace(path)
+    metadata = {"key": json.dumps(key, sort_keys=True), "counts": json.dumps(counts)}
+    metadata["sha256"] = _sha256(kept, metadata["counts"])
+    with _whole(path) as partial:
+        save_file(kept, partial, metadata=metadata)
 
 
 def load_features(path: Path, key: Mapping[str, object]) -> Features:
@@ -64,6 +65,8 @@ def load_features(path: Path, key: Mapping[str, object]) -> Features:
         raise ReferenceError(f"reference {path} is damaged ({error}); delete it") from error
     stored = json.loads(metadata.get("key", "{}"))
     wanted = json.loads(json.dumps(key))
+    if metadata.get("sha256") != _sha256(tensors, metadata.get("counts", "")):
+        raise ReferenceError(f"reference {path} is damaged (its checksum differs); delete it")
     different = sorted(name for name in wanted | stored if stored.get(name) != wanted.get(name))
     if different:
         raise ReferenceError(f"reference {path} is of another {', '.join(different)}; delete it")
@@ -71,15 +74,35 @@ def load_features(path: Path, key: Mapping[str, object]) -> Features:
     moments = {
         name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.covariance"], num) for name, num in counts.items()
     }
-    halves = (moments["even"], moments["odd"]) if "even" in moments else None
+    halves = (moments["first"], moments["second"]) if "first" in moments else None
     rest = {name: tensors.get(name) for name in ("features", "logits", "labels")}
     return Features(moments["whole"], moments.get("spatial"), halves, **rest)
 
 
 def _named_moments(features: Features) -> dict[str, Moments]:
-    even, odd = features.halves or (None, None)
-    named = {"whole": features.moments, "spatial": features.spatial, "even": even, "odd": odd}
+    first, second = features.halves or (None, None)
+    named = {"whole": features.moments, "spatial": features.spatial, "first": first, "second": second}
     return {name: moments for name, moments in named.items() if moments is not None}
+
+
+def _sha256(tensors: Mapping[str, Tensor], counts: str) -> str:
+    digest = hashlib.sha256(counts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file of its own to write, which then takes the place of `path`, whoever else writes the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # numpy adds a suffix where it misses one
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], extractor: Extractor) -> None:
@@ -94,10 +117,8 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
     }
     if features.spatial is not None:
         arrays |= {"mu_s": features.spatial.mean.numpy(), "sigma_s": features.spatial.covariance.numpy()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **arrays)
-    partial.replace(path)
+    with _whole(path) as partial:
+        np.savez(partial, **arrays)
 
 
 def read_adm(
@@ -113,7 +134,7 @@ def read_adm(
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
         raise ReferenceError(f"--reference {path}: not a whole npz file ({error})") from error
     has_moments = {"mu", "sigma"} <= arrays.keys()
     if not has_moments and "arr_0" not in arrays:
@@ -140,9 +161,15 @@ def read_adm(
             "give the same --extractor"
         )
     num = None if images is None else len(images)
-    moments = [
-        Moments(torch.from_numpy(arrays[mean]).double(), torch.from_numpy(arrays[covariance]).double(), num)
-        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
-        if mean in arrays
-    ]
+    moments = []
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if {mean, covariance} <= arrays.keys():
+            mu, sigma = arrays[mean], arrays[covariance]
+            numbers = mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and sigma.shape == mu.shape * 2
+            if not numbers or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                raise ReferenceError(
+                    f"--reference {path}: {mean} and {covariance} are not a mean [d] and a covariance [d d] of finite "
+                    "numbers; write it anew"
+                )
+            moments.append(Moments(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), num))
     return Features(moments[0], moments[1] if len(moments) > 1 else None), images

@@ -22,7 +22,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from models.pretrained import EMBEDDED as EMBEDDED
-from models.pretrained import AutoencoderError, load_autoencoder
+from models.pretrained import AutoencoderError as AutoencoderError
+from models.pretrained import load_autoencoder
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,11 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def _to_uint8(images: Tensor) -> Tensor:
+    if not images.isfinite().all():  # as bytes they would be black
+        raise AutoencoderError(
+            "images came out as numbers that are not finite: the weights of the model or of --autoencoder are ruined "
+            "(take an earlier checkpoint), or the sampler ran away (take more --num_steps, or another --sampler)"
+        )
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -118,7 +118,7 @@ def _trained(name: str, layers: nn.Sequential, weights: Callable[[], dict[str, T
     except (URLError, OSError, RuntimeError) as error:
         raise ValueError(
             f"network {name}: its weights could not be downloaded ({error}); put torchvision's file into "
-            f"{torch.hub.get_dir()}/checkpoints, or give network a .pt2 or TorchScript file"
+            f"{torch.hub.get_dir()}/checkpoints, or give network a program that you trust, a .pt2 or TorchScript file"
         ) from error
     layers.load_state_dict({key: state[f"features.{key}"] for key in layers.state_dict()}, assign=True)
     return nn.Sequential(*(nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in layers))

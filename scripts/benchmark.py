@@ -280,7 +280,8 @@ def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, roun
     """Images a second of `metrics.features.Extractor` beside a bare loop over the same network on tensors in memory.
 
     Args:
-        extractor: a name, or a TorchScript file
+        extractor: as evaluate.py's: a name, timm:NAME, or a file, .pt2 rather than TorchScript; a file is a program:
+            run only what you trust
         num_images: 64x64 images a round
         batch_size: images at a time
         rounds: both loops take turns so often; medians are compared

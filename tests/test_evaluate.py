@@ -54,11 +54,15 @@ def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
     assert 0 < bits["value"] < 20  # of unit normal latents 2.05
     assert f"bits per dimension: {bits['value']:.4f}" in done.stdout
     rows = {row["name"]: row["scores"] for row in scores(folder, "baselines.json")["rows"]}
-    assert list(rows) == ["XSwin", "training images", "reconstructions"]
+    assert list(rows) == ["tiny", "training images", "reconstructions"]
     model, floor, ceiling = (row["frechet_distance[colors]"]["value"] for row in rows.values())
     assert max(floor, ceiling) < model
     assert "| training images |" in done.stdout
-    assert 0 <= scores(folder, "baselines.json")["memorisation"]["closer_to_training_than_held_out"] <= 1
+    memorisation = scores(folder, "baselines.json")["memorisation"]
+    assert 0 <= memorisation["closer_to_training_than_held_out"] <= 1
+    assert "of copies of training images planted in their place" in done.stdout
+    policies = [row["samples"].get("label_policy") for row in scores(folder, "baselines.json")["rows"]]
+    assert policies == [None, "the samples'", "the samples'"]
     assert (folder / "baselines-nearest.png").is_file()
     classes = scores(folder, "baselines.json")["per_class"]
     assert len(classes) == 10

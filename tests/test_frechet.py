@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metrics.features import Features
 from metrics.frechet import Moments, RunningMoments, frechet_distance, moments_of
 
 
@@ -46,3 +47,11 @@ def test_fewer_images_than_features():
     x = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)).double()
     assert frechet_distance(moments_of(x), moments_of(x)) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(moments_of(x), moments_of(x + 2)) == pytest.approx(4 * 50, rel=1e-6)
+
+
+def test_halves_are_random_where_classes_come_in_turn():
+    """Of labels i % 2, even and odd places would each be one class."""
+    x = torch.tensor([0.0, 10.0]).repeat(200)[:, None]
+    halves = Features.of(x).halves
+    assert [half.num for half in halves] == [200, 200]
+    assert all(4 < half.mean.item() < 6 for half in halves)

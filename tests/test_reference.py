@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from metrics.features import Extractor, Features
@@ -54,6 +55,51 @@ def test_another_split_or_extractor_is_another_file_and_refused_in_words(tmp_pat
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ReferenceError, match="damaged"):
         load_features(path, KEY)
+
+
+def test_a_flipped_bit_is_found(tmp_path, features):
+    path = tmp_path / "reference.safetensors"
+    save_features(features, path, KEY)
+    content = path.read_bytes()
+    number_of_images = content.index(rb"\"whole\": 9") + len(rb"\"whole\": ")
+    for place in (len(content) - 3, number_of_images):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(ReferenceError, match="its checksum differs"):
+            load_features(path, KEY)
+
+
+def test_two_may_write_one_reference_at_once_and_neither_leaves_a_part(tmp_path, monkeypatch, features):
+    path = tmp_path / "reference.safetensors"
+
+    def meanwhile(tensors, partial, metadata):
+        monkeypatch.undo()
+        save_features(features, path, KEY)  # another evaluation begins and ends here
+        save_file(tensors, partial, metadata=metadata)
+
+    monkeypatch.setattr("metrics.reference.save_file", meanwhile)
+    save_features(features, path, KEY)
+    assert load_features(path, KEY).num == 9
+    monkeypatch.setattr("metrics.reference.save_file", lambda tensors, partial, metadata: partial.write_text("") / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_features(features, path, KEY)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma"),
+    [
+        (np.full(3, np.nan), np.eye(3)),
+        (np.zeros(3), np.eye(4)),
+        (np.zeros(3), np.full((3, 3), np.inf)),
+        (np.arange(3), np.eye(3)),
+    ],
+)
+def test_moments_that_are_none_are_refused(tmp_path, extractor, mu, sigma):
+    np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma, extractor=extractor.name, extractor_sha256=extractor.sha256)
+    with pytest.raises(ReferenceError, match=r"mu and sigma are not a mean .* of finite numbers"):
+        read_adm(tmp_path / "ref.npz", extractor)
 
 
 def test_adm_batches_are_written_and_read(tmp_path, features, extractor):

@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import UInt8
 from torch import Tensor
 
+from data.subsets import stratified
 from experiment.ablation.pictures import save_labelled
 from experiment.sources import Source
 from models.autoencoder import LatentCodec
@@ -20,9 +21,10 @@ COLUMNS = 10
 
 
 def draw_reconstructions(images: Source, codecs: Sequence[LatentCodec], device: torch.device, path: Path) -> None:
-    """Some images, evenly spread, and for each autoencoder what comes back of them and by how much it differs."""
+    """Some images of the classes, and for each autoencoder what comes back of them and by how much it differs."""
     num = min(COLUMNS, images.num_images)
-    originals = images.images(torch.arange(num) * images.num_images // num)
+    labels = torch.zeros(images.num_images).long() if images.labels is None else images.labels
+    originals = images.images(stratified(labels, num, seed=0))
     rows = [("input", _tiles(originals))]
     for codec in codecs:
         name = "reconstruction" if len(codecs) == 1 else Path(codec.source).name

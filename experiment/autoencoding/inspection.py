@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,18 @@ from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from data.subsets import stratified
 from experiment.tracking import save_grid
-from metrics.images import Images, image_batches
+from metrics.images import image_batches
 from metrics.pixels import psnr
 
 COLUMNS = 12
 
 
-def pick(images: Images, at_most: int | None = None) -> UInt8[Tensor, "n 3 h w"]:
-    """Evenly spread ones."""
-    total = len(images)  # pyright: ignore[reportArgumentType]
-    num = min(at_most or total, total)
-    spread = torch.arange(num) * total // num
-    return torch.cat([batch.images for batch in image_batches(images, 256, indices=spread)])
+def pick(images: Any, at_most: int | None = None) -> UInt8[Tensor, "n 3 h w"]:
+    """Of a dataset of `data`, all or so many, of each class its share."""
+    chosen = stratified(images.labels, min(at_most or len(images), len(images)), seed=0)
+    return torch.cat([batch.images for batch in image_batches(images, 256, indices=chosen)])
 
 
 @torch.inference_mode()
@@ -46,6 +44,6 @@ def draw_reconstructions(autoencoder: Any, held_out: Mapping[str, UInt8[Tensor, 
     """A row of each kind of held-out images, and below it their reconstructions."""
     rows = []
     for images in held_out.values():
-        chosen = images[:: math.ceil(len(images) / COLUMNS)]
+        chosen = images[stratified(torch.zeros(len(images)).long(), min(COLUMNS, len(images)), seed=0)]
         rows += [chosen, reconstruct(autoencoder, chosen, COLUMNS)]
     save_grid(torch.cat(rows), path, columns=len(rows[0]))

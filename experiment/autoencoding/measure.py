@@ -25,7 +25,7 @@ from experiment.generation import share
 from experiment.machine import describe
 from experiment.objective import perceptual_network
 from experiment.report import provenance, table, write_json
-from experiment.sources import Source, from_images, reconstructions
+from experiment.sources import Source, from_dataset, reconstructions
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.fidelity import Score
@@ -65,7 +65,8 @@ def open_distance(network: str, heads: str | None, device: torch.device) -> Dist
     if network not in NETWORKS and not Path(network).is_file():
         known = ", ".join(NETWORKS)
         raise ValueError(
-            f"--perceptual {network}: no such file; choose from {known}, or give a .pt2 or TorchScript file"
+            f"--perceptual {network}: no such file; choose from {known}, or give a program that you trust, "
+            "a .pt2 or TorchScript file"
         )
     if heads is not None and network != "lpips":
         raise ValueError(f"--heads {heads}: they are of --perceptual lpips, not of {network}; leave them out")
@@ -195,7 +196,7 @@ def measure_autoencoders(
     codecs = [open_codec(name, data.image_size) for name in dict.fromkeys(names)]
     distance = open_distance(*perceptual, accelerator.device)
     reference, extractor = open_scorer(data, accelerator, evaluation)
-    images = from_images(open_split(data, "test"), "held-out images", evaluation.num_samples)
+    images = from_dataset(open_split(data, "test"), "held-out images", evaluation.num_samples, evaluation.seed)
     first = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
 
     rows, measured = [], {}
@@ -224,14 +225,15 @@ def measure_autoencoders(
     draw_reconstructions(images, codecs, accelerator.device, pictures[0])
     draw_spectra(frequencies, powers, pictures[1])
     missing = {name: score.reason for row in rows for name, score in row.scores.items() if score.value is None}
+    on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
     lines = [
-        f"{images.num_images} held-out images and what came back of them; distances on {extractor.name}",
+        f"{images.num_images} held-out images and what came back of them; distances on {on}",
         table(rows, ("encode img/s", "decode img/s"), of="autoencoder"),
         *(f"latents of {name}: {in_words(of.latents)}" for name, of in measured.items()),
         *(f"{name}: none: {reason}" for name, reason in missing.items()),
     ]
     if extractor.kind != "inception":
-        lines.append(f"Distances on {extractor.name} compare autoencoders with each other; they are not FID.")
+        lines.append(f"Distances on {on} compare autoencoders with each other; they are not FID.")
     return "\n".join([*lines, "written: " + ", ".join(map(str, [path, *pictures]))])
 
 

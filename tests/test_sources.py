@@ -1,0 +1,222 @@
+"""What is scored, and what it is fairly held against: every kind of source, of the same classes by name."""
+
+import hashlib
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from processes import script
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data.shapes import ShapesDataset
+from experiment.build import data_of
+from experiment.checkpoint import metadata_of, open_checkpoint
+from experiment.cli import parse
+from experiment.config import DataConfig, EvaluationConfig
+from experiment.evaluation import extract, memorisation, summarise
+from experiment.generation import resolve_classes
+from experiment.inspection import unless_ruined
+from experiment.report import notes
+from experiment.sources import Source, by_name, from_dataset, like, read_samples, reconstructions
+from metrics.features import Extractor, Features
+from metrics.fidelity import compare
+from metrics.torchscript import save_torchscript
+from models.autoencoder import create_codec
+
+CPU = torch.device("cpu")
+DATA = DataConfig(num_images=60, image_size=32, difficulty="hard")
+
+
+class Thumbnail(nn.Module):
+    """Pixels of a small copy, and classes that mean nothing."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        small = nn.functional.adaptive_avg_pool2d(images.float(), 8).flatten(1)
+        return small, torch.softmax(small[:, :4] / 255, dim=1)
+
+
+@pytest.fixture(scope="module")
+def thumbnail(tmp_path_factory):
+    path = tmp_path_factory.mktemp("extractor") / "thumbnail.pt"
+    return save_torchscript(Thumbnail(), torch.zeros(2, 3, 32, 32, dtype=torch.uint8), path)
+
+
+def shapes(split, num=60):
+    return ShapesDataset(num, split=split, image_size=32, difficulty="hard")
+
+
+def counts(source):
+    labels = torch.cat([batch.labels for batch in source.batches(torch.arange(source.num_images), 7)])
+    assert torch.equal(labels, source.labels)
+    return labels.bincount(minlength=10).tolist()
+
+
+def test_a_subset_has_every_class_where_labels_come_in_turn():
+    """Every tenth of labels i % 10 is one class."""
+    assert counts(from_dataset(shapes("train", 1000), "training images", 100)) == [10] * 10
+
+
+def test_what_samples_are_held_against_has_their_classes_by_name():
+    samples = from_dataset(shapes("train"), "samples", 20)
+    other = shapes("test", 100)
+    other.classes, other.labels = other.classes[::-1], 9 - other.labels
+    found, index = like(samples, other, "held-out images", "--baselines")
+    assert [other.classes[label] for label in found.labels] == [samples.classes[label] for label in samples.labels]
+    assert len(index.unique()) == found.provenance["num_different"] == 20
+    other.labels[other.labels == 9] = 3
+    with pytest.raises(ValueError, match="--baselines: the held-out images have no image of the class circle"):
+        like(samples, other, "held-out images", "--baselines")
+    with pytest.raises(ValueError, match=r"--per_class: the class b \(1 such\) has no namesake among c, a"):
+        by_name(torch.tensor([0, 1]), ["a", "b"], ["c", "a"], "--per_class")
+    assert by_name(torch.tensor([1, 0]), ["a", "b"], ["b", "a"], "--per_class").tolist() == [0, 1]
+
+
+def test_a_drawn_reconstruction_depends_on_seed_and_index_alone():
+    codec, images = create_codec("embedded"), from_dataset(shapes("train"), "training images", 5)
+    drawn = reconstructions(images, codec, CPU, seed=3)
+    one, two = (torch.cat([b.images for b in drawn.batches(torch.arange(5), size)]) for size in (5, 2))
+    assert (one.int() - two.int()).abs().max() <= 1
+    assert not torch.equal(one, reconstructions(images, codec, CPU).images(torch.arange(5)))
+
+
+def test_planted_copies_are_found_and_unseen_images_are_not_taken_for_copies(tmp_path, monkeypatch, thumbnail):
+    """The same autoencoder blurs all of them: what is left is whether an image was trained on."""
+    monkeypatch.chdir(tmp_path)
+    codec, extractor, accelerator = create_codec("embedded"), Extractor(thumbnail), Accelerator(cpu=True)
+    evaluation, (train, test), found = EvaluationConfig(metrics=["kid"], seed=1), map(shapes, ("train", "test")), {}
+    for name, dataset in (("copies", shapes("train")), ("unseen", shapes("test", 400))):
+        source = reconstructions(from_dataset(dataset, name, 40, seed=5), codec, CPU, seed=7)
+        features = extract(source, extractor, accelerator, evaluation)
+        planted, (unseen, _) = like(source, train, "", ""), like(source, test, "", "")
+        found[name] = memorisation(features, planted, unseen, DATA, codec, extractor, accelerator, evaluation)
+    assert found["copies"].closer > 0.95
+    assert 0.3 < found["unseen"].closer < 0.7
+    for each in found.values():
+        assert each.copies > 0.95
+        assert each.found > 0.95
+    assert len(list((tmp_path / "cache" / "references").glob("shapes-*.safetensors"))) == 1
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The same twelve images as a folder, a zip, and an npz."""
+    folder = tmp_path_factory.mktemp("drawn")
+    images = from_dataset(shapes("test"), "samples")
+    pictures = images.images(torch.arange(12)).permute(0, 2, 3, 1).numpy()
+    names = np.array(images.classes)
+    np.savez(folder / "drawn.npz", arr_0=pictures, arr_1=images.labels.numpy(), classes=names)
+    for number, picture in enumerate(pictures):
+        path = folder / "drawn" / names[images.labels[number]] / f"{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    with zipfile.ZipFile(folder / "drawn.zip", "w") as archive:
+        for path in sorted((folder / "drawn").rglob("*.png")):
+            archive.write(path, path.relative_to(folder / "drawn"))
+    return folder
+
+
+def evaluate(*arguments):
+    program = script("evaluate.py")
+    program.main(parse(program.EvaluateConfig, ["--precision", "fp32", *map(str, arguments)]))
+
+
+@pytest.mark.parametrize("kind", ["drawn", "drawn.zip", "drawn.npz"])
+def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thumbnail, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard", "--per_class", "true")
+    flags = ("--extractor", thumbnail, "--metrics", "[fid,kid]", "--output", "scores.json", *data)
+    evaluate("--samples", drawn / kind, "--latex", "true", *flags)
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["scores"]["frechet_distance[thumbnail]"]["value"] == pytest.approx(
+        0, abs=1e-3
+    )  # the reference itself
+    assert record["num_samples"] == record["samples"]["num_images"] == 12
+    assert next(iter(record["per_class"])) == "circle"
+    said = capsys.readouterr().out
+    sha256 = hashlib.sha256(thumbnail.read_bytes()).hexdigest()
+    assert f"12 samples against 12 images, on thumbnail (sha256 {sha256[:12]})" in said
+    assert "± of frechet_distance[thumbnail], halves: half the difference of two random halves" in said
+    assert (tmp_path / "scores.tex").read_text().splitlines()[4].startswith(kind + " & ")
+
+
+def test_a_spread_is_named_for_what_it_is(thumbnail):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    samples, reference = Features.of(x, x), Features.of(x + 1)
+    evaluation, extractor = {"kid_subset_size": 40, "metrics": ["is", "kid"]}, Extractor(thumbnail)
+    scores = compare(samples, reference, extractor, **evaluation)
+    row = summarise(Source("run", 60, iter, {}), [scores])
+    assert notes([row], extractor) == [
+        "± of classifier_score[thumbnail]: standard deviation over 10 splits",
+        "± of kernel_distance[thumbnail]: standard deviation over 100 subsets of 40 images, no standard error",
+        "classifier_score[thumbnail]: low by the bias of 10 splits of 6 images; compare equal counts alone",
+    ]
+    trials = notes([summarise(Source("run", 60, iter, {}), [scores, scores])], extractor)
+    assert "kernel_distance[thumbnail]: standard deviation over 2 trials" in trials[0]
+
+
+def test_a_checkpoints_images_may_have_moved_and_are_no_others():
+    trained_on = DataConfig(path="a.zip", image_size=32, split_seed=3)
+    moved = data_of(trained_on, DataConfig(path="b.zip", cache="elsewhere"))
+    assert moved == DataConfig(path="b.zip", cache="elsewhere", image_size=32, split_seed=3)
+    with pytest.raises(ValueError, match=r"--data\.image_size 128: the checkpoint's images have 32; leave it out"):
+        data_of(trained_on, DataConfig(image_size=128))
+
+
+def test_samples_are_opened_before_the_reference_is_computed(tmp_path, monkeypatch, drawn, thumbnail):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for samples, message in {
+        tmp_path / "empty": "--samples .*empty: no images in it",
+        drawn / "drawn.npz": r"the reference needs uint8 \[n, 64, 64, 3\]",
+        tmp_path / "nothing": "--samples .*nothing does not exist; give a run's folder",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            evaluate("--samples", samples, "--extractor", thumbnail)
+    flags = ("--extractor", thumbnail, "--data.image_size", 32, "--metrics", "[fid]", "--per_class", "true")
+    with pytest.raises(ValueError, match="--per_class: it looks at images one by one"):
+        evaluate("--samples", drawn / "drawn.npz", *flags)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("labels", [np.arange(12.0), np.arange(11), np.arange(12)])
+def test_labels_that_are_none_are_refused(tmp_path, labels):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((12, 8, 8, 3), np.uint8), arr_1=labels, classes=np.array(["a", "b"]))
+    with pytest.raises(ValueError, match="arr_1 holds no label of each image among its 2 classes"):
+        read_samples(str(tmp_path / "x.npz"), 8, None)
+
+
+def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "runs" / "tiny" / "checkpoints" / "00000004", tmp_path / "ruined")
+    path = tmp_path / "ruined" / "ema.safetensors"
+    weights = {name: tensor * float("nan") for name, tensor in load_file(path).items()}
+    config = open_checkpoint(path)
+    save_file(weights, path, metadata=metadata_of(config.config, config.spec, config.classes, config.step))
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate("--samples", path, "--extractor", thumbnail, "--num_samples", 4)
+    assert not (tmp_path / "ruined" / "scores.json").exists()
+
+
+def test_ruined_images_end_no_training(capsys):
+    class Look:
+        accelerator = Accelerator(cpu=True)
+
+        @unless_ruined
+        def draw(self, step):
+            return {"step": step} if step else create_codec("pixel").decode(torch.full((1, 3, 2, 2), torch.nan))
+
+    assert Look().draw(3) == {"step": 3}
+    assert Look().draw(0) == {}
+    assert "step 0: nothing to draw: images came out as numbers that are not finite" in capsys.readouterr().out
+
+
+def test_an_unconditional_model_has_no_class_to_ask_for():
+    assert resolve_classes([], []) == [0]
+    with pytest.raises(ValueError, match="--classes cat: the model has no classes; leave it out"):
+        resolve_classes(["cat"], [])
