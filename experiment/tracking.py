@@ -171,8 +171,9 @@ def save_npz(images: UInt8[Tensor, "n 3 h w"], labels: Tensor, classes: list[str
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
-    names = {"classes": np.array(classes)} if classes else {}
-    np.savez(partial, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy(), **names)
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
+    arrays |= {"classes": np.array(classes)} if classes else {}
+    np.savez(partial, allow_pickle=False, **arrays)
     partial.replace(path)
 
 
