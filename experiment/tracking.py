@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from jaxtyping import UInt8
@@ -171,9 +172,9 @@ def save_npz(images: UInt8[Tensor, "n 3 h w"], labels: Tensor, classes: list[str
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
-    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
+    arrays: dict[str, Any] = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
     arrays |= {"classes": np.array(classes)} if classes else {}
-    np.savez(partial, allow_pickle=False, **arrays)
+    np.savez(partial, **arrays)
     partial.replace(path)
 
 
