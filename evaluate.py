@@ -3,7 +3,7 @@
 python evaluate.py --samples runs/XSwin
 python evaluate.py --samples runs/XSwin --guidance_scale 1,1.5,2,4 --num_steps 20,50 --trials 3 --baselines true
 python evaluate.py --samples samples.npz --data.path caltech101.zip --extractor mobilenet_v2.pt
-accelerate launch evaluate.py --samples runs/XSwin --reference VIRTUAL_imagenet64.npz
+python evaluate.py --samples runs/XSwin --reference VIRTUAL_imagenet64.npz
 python evaluate.py --autoencoder embedded,stabilityai/sd-vae-ft-ema --data.path caltech101.zip
 """
 

@@ -5,7 +5,7 @@ python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --nu
 python sample.py --checkpoint runs/mnist --class 7 --guidance_scale 2 --panel 10
 python sample.py --checkpoint runs/anime --reconstruct 300
 python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --interpolate 8
-accelerate launch sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
+python sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make an average of any length from a finished run's snapshots (EDM2: Karras et al. 2024, section 3.2).
 
-    accelerate launch train.py --config EXPERIMENT.yaml --train.ema_profiles '[0.05, 0.1]'
+    python train.py --config EXPERIMENT.yaml --train.ema_profiles '[0.05, 0.1]'
     python scripts/reconstruct_ema.py --run runs/XSwin --sigma_rel 0.08
     python evaluate.py --samples runs/XSwin/ema-0.08.safetensors
 
