@@ -1,8 +1,8 @@
 """Train a diffusion backbone on the latents of a frozen autoencoder.
 
-accelerate launch train.py --model XSwin
-accelerate launch train.py --config configs/caltech101/xswin.yaml --data.path caltech101.zip
-accelerate launch train.py --resume runs/XSwin
+python train.py --model XSwin
+python train.py --config configs/caltech101/xswin.yaml --data.path caltech101.zip
+python train.py --resume runs/XSwin
 """
 
 from __future__ import annotations
@@ -10,16 +10,29 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiment.cli import one_line_errors, parse_run
-from experiment.config import ExperimentConfig, resuming
+from experiment.config import ExperimentConfig
+
+if TYPE_CHECKING:
+    from experiment.interruption import Interruption
 
 
 def main(config: ExperimentConfig) -> None:
+    """Open the devices and the run's folder, and train."""
+    from experiment.build import build_process
+    from experiment.interruption import open_run
+
+    in_phases = len(build_process(config.diffusion).phases) > 1
+    with open_run(config, in_phases=in_phases, grad_accumulation=config.train.grad_accumulation) as run:
+        train(*run)
+
+
+def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Interruption) -> None:
     """The whole of training, top to bottom."""
     import torch
     import yaml
-    from accelerate.utils import set_seed
     from tqdm import tqdm
 
     from data import intake
@@ -40,45 +53,31 @@ def main(config: ExperimentConfig) -> None:
         share_batch_norms,
     )
     from experiment.checkpoint import open_checkpoint, resume, save_checkpoint, warm_start
-    from experiment.checkpoint_folder import Best, list_checkpoints, mark_best, to_resume
+    from experiment.checkpoint_folder import Best, mark_best, to_resume
     from experiment.ema import EMA
     from experiment.evaluation import open_scorer
     from experiment.files import write_whole
     from experiment.forecast import forecast
     from experiment.guard import Guard, gradient_norm
     from experiment.inspection import Inspection, check_best
-    from experiment.interruption import EXIT_CODE, Interruption
-    from experiment.machine import open_accelerator
+    from experiment.interruption import Stopped
+    from experiment.machine import from_main
     from experiment.meter import Meter
     from experiment.objective import Objective, build_auxiliary
     from experiment.phases import phase_at
-    from experiment.resumption import start_or_go_on
     from experiment.sharding import is_sharded
-    from experiment.tracking import Log, draw_curve
+    from experiment.tracking import Log, draw_curve, is_due
     from models.autoencoder import create_codec
 
-    # Devices and folders.
-    run, process = config.folder, build_process(config.diffusion)
-    lower_is_best = check_best(config.log, config.evaluation)
-    accelerator = open_accelerator(
-        config.train.precision,
-        flag="--train.precision",
-        in_phases=len(process.phases) > 1,
-        gradient_accumulation_steps=config.train.grad_accumulation,
-        log_with=config.log.trackers or None,
-        project_dir=run,
-    )
-    set_seed(config.train.seed)
-    config, checkpoint = start_or_go_on(config, accelerator.print)
-
     # Data and model.
+    run, accelerator, process = interruption.run, interruption.accelerator, build_process(config.diffusion)
+    lower_is_best = check_best(config.log, config.evaluation)
     codec = create_codec(config.autoencoder).to(accelerator.device)
     images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out_images.describe()}
     if checkpoint is not None:
         open_checkpoint(checkpoint).check_identity(**identity)
-    if accelerator.is_main_process:
-        print(intake(images, held_out_images))
+    accelerator.print(intake(images, held_out_images))
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
     sampling = sampling_of(config.sampling, spec.num_classes)
     sampling = check_sampling(sampling, process, spec.num_classes, spec.in_channels)
@@ -98,8 +97,7 @@ def main(config: ExperimentConfig) -> None:
         compile_blocks(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.shard_like(model)
-    num_steps = num_training_steps(config.train, len(cache))
-    times = process.times()
+    num_steps, times = num_training_steps(config.train, len(cache)), process.times()
     objective = Objective(process, times, accelerator, auxiliary)
     batches = Batches(
         cache.to(accelerator.device),
@@ -116,10 +114,10 @@ def main(config: ExperimentConfig) -> None:
     )
 
     # A fresh run, or the newest whole checkpoint of an old one.
-    guard, meter, best, step, saved = Guard(), Meter(), Best(), 0, -1
+    guard, meter, best, step, saved, inspected = Guard(), Meter(), Best(), 0, -1, True
 
     def restore(checkpoint: Path) -> int:
-        nonlocal best, saved
+        nonlocal best, saved, inspected
         progress = resume(checkpoint, accelerator.unwrap_model(model), ema, optimizer)
         guard.restore(progress["guard"])
         meter.restore(progress["meter"], accelerator)
@@ -127,12 +125,11 @@ def main(config: ExperimentConfig) -> None:
         best = Best(**progress["best"])
         if best.step is not None and accelerator.is_main_process:
             mark_best(run / "checkpoints", best.step)
-        saved = progress["step"]
+        saved, inspected = progress["step"], progress.get("inspected", True)
         return saved
 
     if checkpoint is not None:
         step = restore(checkpoint)
-        config = resuming(config, None)
     if accelerator.is_main_process:
         write_whole(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     accelerator.wait_for_everyone()
@@ -147,10 +144,13 @@ def main(config: ExperimentConfig) -> None:
         f"{', each with a part of the model' if is_sharded(model) else ''}"
     )
 
-    def save(*, last: bool = False) -> None:
+    def save(*, last: bool = False, interval: dict | None = None) -> None:
+        """By all processes; by the main one alone where it has the interval of all, and the whole model."""
         nonlocal saved
-        if saved == step or not guard.may_save(accelerator, model, last=last):
+        if saved == step or (interval is None and not guard.may_save(accelerator, model, last=last)):
             return
+        state = {"guard": guard.state(), "meter": interval or meter.state(accelerator), "times": times.state()}
+        state |= {"best": asdict(best), "inspected": inspected and reason is None}
         save_checkpoint(
             run / "checkpoints",
             step=step,
@@ -161,32 +161,40 @@ def main(config: ExperimentConfig) -> None:
             spec=spec,
             classes=cache.classes,
             identity=identity,
-            progress={
-                "guard": guard.state(),
-                "meter": meter.state(accelerator),
-                "times": times.state(),
-                "best": asdict(best),
-            },
+            progress=state,
             write=accelerator.is_main_process,
             rotates=not guard.in_a_row,
         )
         saved = step
         if accelerator.is_main_process:
             draw_curve(run)
-        accelerator.wait_for_everyone()
+        if interval is None:
+            accelerator.wait_for_everyone()
 
-    def keep_if_best(found: dict[str, float]) -> None:
+    def inspect() -> None:
+        """What is due at this step. Where it is broken off, a resumed run begins with it."""
+        nonlocal inspected
+        if not (due := inspection.due(step, num_steps)):
+            return
+        is_sound, inspected, interval, found = guard.may_save(accelerator, model), False, meter.state(accelerator), {}
+        with interruption.at_once(lambda: is_sound and save(interval=interval), can_save=can_save_alone):
+            for look in due:
+                found |= look(step)
+        inspected = True
+        if found:
+            log.write(step, **found)
         value = found.get(config.log.best or "")
-        if value is not None and guard.may_save(accelerator, model) and best.improves(value, step, lower=lower_is_best):
+        if value is not None and is_sound and best.improves(value, step, lower=lower_is_best):
             save()
             if accelerator.is_main_process:
                 mark_best(run / "checkpoints", step)
 
     # The loop.
-    interruption, reason = Interruption(accelerator, config.train.max_hours), None
-    hidden = not accelerator.is_main_process
-    progress = tqdm(initial=step, total=num_steps, desc=run.name, unit="step", disable=hidden)
-    while step < num_steps and (reason is None or guard.in_a_row):  # not in the middle of skipped steps
+    reason, can_save_alone = None, accelerator.is_main_process and not is_sharded(model)
+    if not inspected:
+        inspect()
+    progress = tqdm(initial=step, total=num_steps, desc=run.name, unit="step", disable=not accelerator.is_main_process)
+    while step < num_steps:
         # Stochastic depth draws from torch's own generator: make it a function of the step too.
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         phase = phase_at(process.phases, step, num_steps)
@@ -208,44 +216,33 @@ def main(config: ExperimentConfig) -> None:
         optimizer.zero_grad()
         step += 1
         progress.update()
-        reason = interruption.reason()
-
-        if (_due(step, config.log.every) or step == phase.end) and (means := meter.summary(accelerator)):
+        reason = interruption.reason(step, num_steps)
+        if (is_due(step, config.log.every) or step == phase.end) and (means := meter.summary(accelerator)):
             log.write(step, **means, lr=lr, ema_drift=ema.drift(accelerator.unwrap_model(model)))
             progress.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{means['images_per_second']:.0f}")
             meter.reset()
+        if reason is not None and not guard.in_a_row:  # not in the middle of skipped steps
+            break
         paused = time.perf_counter()
-        found: dict[str, float] = {}
-        if _due(step, config.log.validate_every):
-            found |= inspection.validate(step)
-        if _due(step, config.log.evaluate_every):
-            found |= inspection.score(step)
-        keep_if_best(found)
-        if _due(step, config.log.sample_every) and step < num_steps:
-            inspection.draw(step)
-        if _due(step, config.log.checkpoint_every) and step < num_steps:
+        if reason is None:
+            inspect()
+        if is_due(step, config.log.checkpoint_every) and step < num_steps:
             save()
         meter.pause(time.perf_counter() - paused)
-        if guard.must_roll_back(can=bool(list_checkpoints(run / "checkpoints"))):
-            step = restore(to_resume(run))
+        if guard.must_roll_back(can=saved >= 0):
+            step = restore(from_main(accelerator, lambda: to_resume(run)))
             progress.reset(total=num_steps)
             progress.update(step)
 
     # The end: what was learned, saved and shown.
     progress.close()
     save(last=True)
-    if reason is None:
+    if reason is not None:
+        raise Stopped(reason)
+    with interruption.at_once(lambda: None, can_save=can_save_alone):
         inspection.draw(step)
     accelerator.end_training()
-    accelerator.print(f"checkpoint: {run}/checkpoints/{step:08d}")
-    if reason is not None:
-        accelerator.print(f"{reason}: stopped after {step} of {num_steps} steps; go on with --resume {run}")
-        raise SystemExit(EXIT_CODE)
-    accelerator.print(f"samples:    {run}/samples/{step:08d}.png")
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    accelerator.print(f"checkpoint: {run}/checkpoints/{step:08d}\nsamples:    {run}/samples/{step:08d}.png")
 
 
 if __name__ == "__main__":

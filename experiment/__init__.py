@@ -1,1 +1,6 @@
 """From a configuration to objects, and what happens to them: batches, averages, checkpoints, generation."""
+
+import sys
+
+if sys.platform == "win32":  # whose folders cannot be synced, nor files be locked and replaced while they are read
+    raise SystemExit("Windows itself is not supported: use its Linux (wsl --install), GPUs included")

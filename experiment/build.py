@@ -18,6 +18,7 @@ from data.latents import LatentCache, build_cache, cache_name
 from diffusion import PROCESSES, Guidance, Process
 from diffusion.samplers import samplers_of
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
+from experiment.machine import from_main
 from experiment.muon import Muon, split_for_muon
 from models import BACKBONES, create_model
 from models.autoencoder import Codec
@@ -174,7 +175,7 @@ def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerat
     """The encoded images, from the cache folder or, on first use, encoded into it by all processes."""
     expected = {**codec.identity, **dataset.describe(), "flips": flips}
     folder = Path(config.cache) / cache_name(expected)
-    if not (folder / "manifest.json").exists():
+    if from_main(accelerator, lambda: not (folder / "manifest.json").exists()):
         build_cache(
             folder,
             dataset,

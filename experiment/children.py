@@ -16,6 +16,7 @@ from typing import Any
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LAUNCHER = "accelerate.commands.launch"
+LAUNCHERS = {LAUNCHER, "accelerate", "torch.distributed.run", "torchrun"}
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -47,16 +48,25 @@ def run(command: Sequence[str], **options: Any) -> None:
 
 
 def send(process: subprocess.Popen, number: int) -> None:
-    """A signal to a child; where that is accelerate's launcher, to what it launched: by itself it passes none on, or
-    kills after half a minute what has not ended by then."""
+    """A signal to a child; where that is a launcher, to what it launched: by itself it passes none on, or kills after
+    half a minute what has not ended by then."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
         child = psutil.Process(process.pid)
-        launched = child.children() if LAUNCHER in child.cmdline() else []
+        launched = child.children() if _launches(child) else []
         for each in launched or [child]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.send_signal(number)
+
+
+def end_with_launcher() -> None:
+    """Of a launcher that is ended by a signal, its processes know nothing: they would go on beside their successors."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        if (parent := psutil.Process().parent()) and _launches(parent):
+            _end_with(parent.pid)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -117,6 +127,10 @@ def deaf_to(number: int) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, before)
+
+
+def _launches(process: Any) -> bool:
+    return any(word.rpartition("/")[2] in LAUNCHERS for word in process.cmdline()[:4])
 
 
 def _end_with(parent: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, set_loader, set_parsing_settings
 
+from experiment import children
 from experiment.config import R, resuming
 from experiment.strict_yaml import StrictLoader
 
@@ -81,6 +82,7 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """What a user can get wrong ends in one line and exit status 2; `TRACEBACK=1` shows where it was raised."""
+    children.end_with_launcher()
     try:
         yield
     except (ValueError, OSError) as error:

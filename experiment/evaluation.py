@@ -19,6 +19,7 @@ from torch import Tensor
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from experiment.generation import share
+from experiment.machine import from_main
 from experiment.sources import Source, from_dataset, from_images, reconstructions
 from metrics.features import Extractor, Features
 from metrics.fidelity import Score, Scores, check_metrics, compare, metric_name
@@ -55,7 +56,7 @@ def dataset_reference(
         **({"codec": codec.provenance} if codec else {}),
     }
     path = reference_path(Path(data.cache) / "references", key)
-    if not any(gather_object([path.exists()])):  # all go the same way
+    if from_main(accelerator, lambda: not path.exists()):
         source = from_dataset(dataset, f"{split} images")
         source = reconstructions(source, codec, accelerator.device) if codec else source
         features = extract(source, extractor, accelerator, evaluation)

@@ -20,7 +20,7 @@ from experiment.ema import EMA
 from experiment.evaluation import Reference, evaluate
 from experiment.generation import Generator, balanced_labels, generate, sample_labels
 from experiment.sources import from_generator
-from experiment.tracking import Log, draw_progress, save_grid, warns_only
+from experiment.tracking import Log, draw_progress, is_due, save_grid, warns_only
 from experiment.validation import validation_loss
 from metrics.extractors import naming
 from metrics.features import Extractor
@@ -76,6 +76,14 @@ class Inspection:
     accelerator: Accelerator
     auxiliary: Sequence[Auxiliary] = ()
 
+    def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
+        """What to look at after a step; the last grid is drawn when all is saved."""
+        log = self.config.log
+        looks = {self.draw: log.sample_every, self.validate: log.validate_every, self.score: log.evaluate_every}
+        return [
+            look for look, every in looks.items() if is_due(step, every) and (step < num_steps or look != self.draw)
+        ]
+
     def validate(self, step: int) -> dict[str, float]:
         """Loss terms on held-out images."""
         losses = validation_loss(
@@ -88,9 +96,7 @@ class Inspection:
             self.config.train,
             [each for each in self.auxiliary if each.is_fixed],
         )
-        found = {f"validation_{name}": value for name, value in losses.items()}
-        self.log.write(step, **found)
-        return found
+        return {f"validation_{name}": value for name, value in losses.items()}
 
     @unless_ruined
     def score(self, step: int) -> dict[str, float]:
@@ -100,12 +106,10 @@ class Inspection:
         labels = sample_labels(evaluation, len(self.held_out), self.held_out.num_classes, self.held_out.labels)
         source = from_generator(self._generator(labels, evaluation.seed), self.config.model)
         scores, _ = evaluate(source, *self.scorer, self.accelerator, evaluation)
-        found = {name: one.value for name, one in scores.scores.items() if one.value is not None}
-        self.log.write(step, **found)
-        return found
+        return {name: one.value for name, one in scores.scores.items() if one.value is not None}
 
     @unless_ruined
-    def draw(self, step: int) -> None:
+    def draw(self, step: int) -> dict[str, float]:
         """A grid: four samples of each of the first ten classes, or forty of a model without."""
         classes = self.held_out.classes[:10]
         columns = len(classes) or 10
@@ -117,6 +121,7 @@ class Inspection:
                 save_grid(images, path, columns=columns, column_names=classes)
                 self.log.picture(step, path)
             draw_progress(self.run)
+        return {}
 
     def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:
         where = (self.held_out.image_size, seed, self.accelerator)

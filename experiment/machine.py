@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from tqdm import tqdm
 
 from experiment.precision import MIXED, choose_precision, has_bf16, precision_of, slowdown_of_bf16
 from experiment.sharding import keep_float32
 from experiment.threads import deal_out_cores, start_waiting
 
+T = TypeVar("T")
+
 
 def open_accelerator(
-    precision: str, *, flag: str = "--precision", in_phases: bool = False, **options: Any
+    precision: str, *, flag: str = "--precision", in_phases: bool = False, grad_accumulation: int = 1, **options: Any
 ) -> Accelerator:
     """Accelerate as launched, in the precision asked for (`choose_precision`), with all of the machine's cores. The
     first line of a run says what was found.
 
+    The launcher's own configuration decides where to compute, and nothing else: not what is compiled or accumulated.
     `flag` is what the command calls its precision; `in_phases` trains parts of the model at a time, which processes
     have to know of each other.
 
@@ -30,7 +39,14 @@ def open_accelerator(
     device = default_device()
     mixed = MIXED[choose_precision(precision, device)]
     ddp = DistributedDataParallelKwargs(find_unused_parameters=in_phases)
-    accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[ddp], **options)
+    accumulation = GradientAccumulationPlugin(num_steps=grad_accumulation)
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        dynamo_backend="no",
+        gradient_accumulation_plugin=accumulation,
+        kwargs_handlers=[ddp],
+        **options,
+    )
     keep_float32(accelerator)
     line = describe(accelerator)
     if device.type == "cpu":
@@ -45,6 +61,21 @@ def open_accelerator(
             f"float32; {flag} auto takes what this machine has instructions for"
         )
     return accelerator
+
+
+def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
+    """What the main process finds, for all; its errors too. Where each looks for itself, one may find what another has
+    just written, and they wait for each other for ever."""
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = find()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    value, error = broadcast_object_list(found) if accelerator.num_processes > 1 else found
+    if error is not None:
+        raise error if accelerator.is_main_process else SystemExit(2)  # said once
+    return value
 
 
 def num_local_processes(accelerator: Accelerator) -> int:

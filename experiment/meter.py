@@ -89,17 +89,20 @@ class Meter:
         }
 
     def state(self, accelerator: Accelerator) -> dict[str, Any]:
-        """The interval so far, over all processes, for a checkpoint in the middle of it."""
-        sums: dict[str, Tensor] = accelerator.reduce(self.sums, "sum") if self.sums else {}  # pyright: ignore
+        """The interval so far, of each process, for a checkpoint in the middle of it."""
+        shares: dict[str, Any] = {name: accelerator.gather(total[None]) for name, total in self.sums.items()}
         counts = {"norms": self.norms, "num_clipped": self.num_clipped, "num_images": self.num_images}
-        return {"sums": {name: total.tolist() for name, total in sums.items()}, **counts}
+        return {"shares": {name: share.tolist() for name, share in shares.items()}, **counts}
 
     def restore(self, state: dict[str, Any], accelerator: Accelerator) -> None:
-        """Go on in the middle of an interval; the sums go to the main process, the others begin at zero."""
+        """Go on in the middle of an interval, each process with its own sums, which round as they would have; where
+        there were more or fewer processes, the first one has them all."""
         self.reset()
-        share = 1.0 if accelerator.is_main_process else 0.0
-        sums = state["sums"].items()
-        self.sums = {name: share * torch.tensor(total, device=accelerator.device) for name, total in sums}
+        rank, num = accelerator.process_index, accelerator.num_processes
+        earlier = {name: [total] for name, total in state.get("sums", {}).items()}  # as checkpoints once had them
+        for name, each in state.get("shares", earlier).items():
+            share = torch.tensor(each, device=accelerator.device)
+            self.sums[name] = share[rank] if len(share) == num else share.sum(dim=0) * float(rank == 0)
         self.norms, self.num_clipped, self.num_images = state["norms"], state["num_clipped"], state["num_images"]
 
 

@@ -110,7 +110,7 @@ def draw_pairs(samples: Source, train: Source, found: Memorisation, path: Path, 
 def draw_sweep(rows: Sequence[Row], path: Path) -> None:
     """The first metric, and precision against recall, along the guidance scale or, where that is one, the calls of the
     model; a line for each combination of what else varies, error bars where there were trials."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     distance = next(iter(rows[0].scores))
     varying = [name for name in SWEPT if len({row.settings[name] for row in rows}) > 1]
@@ -119,7 +119,8 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
     for row in rows:
         others = [name for name in varying if name not in (along, "num_steps" if along == "model_calls" else "")]
         lines.setdefault(", ".join(SWEPT[name].format(row.settings[name]) for name in others), []).append(row)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, line in lines.items():
         places = [row.settings[along] for row in line]
         left.errorbar(places, *_values(line, distance), marker="o", capsize=3, label=name)
@@ -140,7 +141,6 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 SWEPT = {"sampler": "{}", "spacing": "{}", "num_steps": "{} steps", "guidance_scale": "guidance {}"}

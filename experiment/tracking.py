@@ -9,22 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import WandBTracker
 from jaxtyping import UInt8
 from torch import Tensor
 
 from experiment.config import flatten
 from experiment.files import write_whole
 
+PROJECT = "latent-diffusion-backbones"  # of W&B; a run there has the name of the run here
 TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}}
 
 
+def is_due(step: int, every: int) -> bool:
+    """What is wanted every so many steps, and never with 0."""
+    return every > 0 and step % every == 0
+
+
 class Log:
-    """One line of JSON an event, mirrored to TensorBoard or W&B; written by the main process alone."""
+    """One line of JSON an event, mirrored to TensorBoard or W&B; written by the main process alone.
+
+    Raises:
+        ValueError: where a tracker cannot be started.
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator, config: dict) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
-        if accelerator.trackers or accelerator.log_with:
+        wandb = WandBTracker(PROJECT, name=folder.name)
+        accelerator.log_with = [wandb if str(each) == "wandb" else each for each in accelerator.log_with]
+        try:
             accelerator.init_trackers("tracking", config=_plain(config))
+        except Exception as error:  # each service has its own kinds
+            remedy = "wandb login, set WANDB_MODE=offline, or leave it out"
+            raise ValueError(f"--log.trackers {config['log']['trackers']}: {error}; {remedy}") from error
 
     def write(self, step: int, **values: float | list[int]) -> None:
         """Add an event at an optimizer step; lists are for the file alone."""
@@ -70,10 +86,11 @@ def warns_only(what: object) -> Iterator[None]:
 @warns_only("loss.png")
 def draw_curve(run: Path) -> None:
     """`loss.png` beside the log: training and validation loss over the steps."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
     for name, label in (("loss", "training"), ("validation_loss", "held-out images, averaged weights")):
         points = [(event["step"], event[name]) for event in events if name in event]
         if points:
@@ -84,7 +101,6 @@ def draw_curve(run: Path) -> None:
         axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(run / "loss.png", dpi=150)
-    plt.close(figure)
 
 
 def save_grid(

@@ -90,12 +90,12 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     """What is left to do, then the report."""
     from experiment.ablation.executors import EXECUTORS, jobs_of, places
-    from experiment.ablation.lock import Lock
     from experiment.ablation.plan import make_plan, refuse_changed, table
     from experiment.ablation.runner import Runner
     from experiment.ablation.tables import check_columns
     from experiment.ablation.variants import expand
     from experiment.interruption import EXIT_CODE
+    from experiment.lock import Lock
     from experiment.machine import open_accelerator
 
     # What is to be done.

@@ -259,9 +259,10 @@ def scaling(
 
 def draw_scaling(rows: Sequence[Row], path: Path) -> None:
     """Time and memory a latent pixel against the latent's side, a line a backbone."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, key, label in zip(axes, ("us/pixel", "kB/pixel"), ("time, µs", "memory, kB"), strict=True):
         for name in dict.fromkeys(row["model"] for row in rows):
             points = [(row["latent"], row[key]) for row in rows if row["model"] == name]

@@ -135,11 +135,12 @@ def card(run: Run, differing: Sequence[str]) -> str:
 
 def curves(runs: Sequence[Run]) -> str:
     """Training and held-out losses over the steps, as SVG."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     panels = []
     for name, title in (("loss", "training loss"), ("validation_loss", "held-out loss, averaged weights")):
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
         for run in runs:
             points = [(event["step"], event[name]) for event in run.events if event.get(name) is not None]
             if points:
@@ -152,7 +153,6 @@ def curves(runs: Sequence[Run]) -> str:
             with io.StringIO() as file:
                 figure.savefig(file, format="svg", metadata={"Date": None})
                 panels.append(file.getvalue())
-        plt.close(figure)
     return "".join(f"<div>{svg[svg.index('<svg') :]}</div>" for svg in panels)
 
 

@@ -3,8 +3,8 @@
     python scripts/launch_slurm.py --experiment configs/caltech101/xswin.yaml --gpus 8 --hours 12 --partition gpu
     python scripts/launch_slurm.py --experiment EXPERIMENT.yaml --cluster local      (the same, as a process here)
 
-SLURM sends SIGUSR1 two minutes before the end; train.py saves and exits with status 75; the job goes back to the queue
-and resumes with `--resume auto`.
+Two minutes before the end SLURM sends SIGUSR2 to all of the job's processes; the training saves, and the job goes back
+to the queue and resumes with `--resume auto`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from jsonargparse import auto_cli
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment import children
-from experiment.cli import one_line_errors
+from experiment.cli import one_line_errors, parse_run
+from experiment.config import ExperimentConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,24 +35,31 @@ class Training:
     runs `here` is stopped by SIGTERM as any program is; SLURM's own signals are for submitit."""
 
     arguments: list[str]
+    run: Path
     gpus: int
     here: bool = False
 
     def __call__(self) -> int:
-        """Run it to its end; returns the exit status.
+        """Run it to its end; returns the exit status, 75 where it has stopped to be gone on with.
 
         Raises:
             RuntimeError: when it fails.
         """
+        from experiment.interruption import EXIT_CODE, STOPPED
+
+        (self.run / STOPPED).unlink(missing_ok=True)
         launch = [sys.executable]
         if self.gpus > 1:
             launch += ["-m", children.LAUNCHER, "--multi_gpu", "--num_processes", str(self.gpus)]
             launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        self.process = children.start([*launch, str(ROOT / "train.py"), *self.arguments, "--resume", "auto"])
+        with children.deaf_to(signal.SIGUSR2):  # SLURM sends it to all, and launchers would end by it
+            self.process = children.start([*launch, str(ROOT / "train.py"), *self.arguments, "--resume", "auto"])
         stop = partial(children.send, self.process)
         with children.on_stop(stop) if self.here else nullcontext():
             status = self.process.wait()
-        if status not in (0, 75):
+        if (self.run / STOPPED).is_file():
+            return EXIT_CODE
+        if status != 0:
             raise RuntimeError(f"train.py ended with status {status}")
         return status
 
@@ -61,7 +69,7 @@ class Training:
 
         children.send(self.process, signal.SIGUSR1)
         children.await_end(self.process)
-        return submitit.helpers.DelayedSubmission(Training(self.arguments, self.gpus, self.here))
+        return submitit.helpers.DelayedSubmission(Training(self.arguments, self.run, self.gpus, self.here))
 
 
 def main(
@@ -96,6 +104,8 @@ def main(
         raise ValueError("submitit is not installed: pip install -e '.[slurm]'") from error
     if not experiment.is_file():
         raise ValueError(f"--experiment {experiment}: no such file")
+    arguments = ["--config", str(experiment), *overrides]
+    run = parse_run(ExperimentConfig, arguments).folder
     executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
     executor.update_parameters(
         timeout_min=int(60 * hours), cpus_per_task=cpus_per_gpu * max(1, gpus), name=experiment.stem
@@ -106,7 +116,7 @@ def main(
     here = cluster == "local"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with children.deaf_to(signal.SIGINT):  # the terminal's, which is for this process to pass on
-        job = executor.submit(Training(["--config", str(experiment), *overrides], gpus, here))
+        job = executor.submit(Training(arguments, run, gpus, here))
     print(f"job {job.job_id}; its output: {job.paths.stdout}", flush=True)
     if wait:
         with children.on_stop(lambda number: children.stop_jobs([job.job_id], here=here, number=number)):

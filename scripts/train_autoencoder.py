@@ -1,29 +1,39 @@
 """Train an AutoencoderKL: variational bound, perceptual distance, discriminator (Rombach et al. 2022, section 3.1).
 
-accelerate launch scripts/train_autoencoder.py --config configs/autoencoder/kl_f8c4.yaml --data.path images.zip
-accelerate launch scripts/train_autoencoder.py --resume runs/kl_f8c4
-accelerate launch train.py --autoencoder runs/kl_f8c4/autoencoder --data.path images.zip
+python scripts/train_autoencoder.py --config configs/autoencoder/kl_f8c4.yaml --data.path images.zip
+python scripts/train_autoencoder.py --resume runs/kl_f8c4
+python train.py --autoencoder runs/kl_f8c4/autoencoder --data.path images.zip
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.autoencoding.config import AutoencodingConfig
 from experiment.cli import one_line_errors, parse_run
-from experiment.config import resuming
+
+if TYPE_CHECKING:
+    from experiment.interruption import Interruption
 
 
 def main(config: AutoencodingConfig) -> None:
+    """Open the devices and the run's folder, and train."""
+    from experiment.interruption import open_run
+
+    with open_run(config) as run:
+        train(*run)
+
+
+def train(config: AutoencodingConfig, newest: Path | None, interruption: Interruption) -> None:
     """The whole of training, top to bottom."""
     import time
 
     import torch
     import yaml
-    from accelerate.utils import set_seed
     from tqdm import tqdm
 
     from data import intake
@@ -39,30 +49,19 @@ def main(config: AutoencodingConfig) -> None:
     )
     from experiment.build import learning_rate
     from experiment.checkpoint import current_commit
-    from experiment.checkpoint_folder import list_checkpoints, to_resume
+    from experiment.checkpoint_folder import to_resume
     from experiment.ema import EMA
     from experiment.files import write_whole
     from experiment.guard import Guard, gradient_norm
-    from experiment.interruption import EXIT_CODE, Interruption
-    from experiment.machine import open_accelerator
+    from experiment.interruption import Stopped
+    from experiment.machine import from_main
     from experiment.meter import Meter
-    from experiment.resumption import start_or_go_on
-    from experiment.tracking import Log, warns_only
+    from experiment.tracking import Log, is_due, warns_only
     from models.discriminator import PatchDiscriminator
 
-    # Devices and folders.
-    run, num_steps = config.folder, config.train.num_steps
-    accelerator = open_accelerator(
-        config.train.precision,
-        flag="--train.precision",
-        log_with=config.log.trackers or None,
-        project_dir=run,
-    )
-    device = accelerator.device
-    set_seed(config.train.seed)
-    config, newest = start_or_go_on(config, accelerator.print)
-
     # Images, networks, optimizers.
+    run, num_steps, accelerator = interruption.run, config.train.num_steps, interruption.accelerator
+    device = accelerator.device
     batches = open_batches(config, accelerator.process_index, accelerator.num_processes)
     held_out = open_held_out(config)
     if accelerator.is_main_process:
@@ -92,27 +91,29 @@ def main(config: AutoencodingConfig) -> None:
 
     # A fresh run, or the newest whole checkpoint of an old one.
     guards, meter, step = {"autoencoder": Guard(), "discriminator": Guard("discriminator")}, Meter(), 0
-    saved = -1
+    saved, inspected = -1, True
 
     def order() -> int:
         return sum(guard.rollbacks for guard in guards.values())
 
     def restore(folder: Path) -> int:
-        nonlocal saved
+        nonlocal saved, inspected
         progress = checkpoint.load(folder, ema, networks, {**optimizers, "discriminator": critic_optimizer})
         for name, guard in guards.items():
             guard.restore(progress["guards"][name])
         meter.restore(progress["meter"], accelerator)
-        saved = progress["step"]
+        saved, inspected = progress["step"], progress.get("inspected", True)
         return saved
 
-    def save(*, last: bool = False) -> None:
+    def is_sound(*, last: bool = False) -> bool:
+        return all(guard.may_save(accelerator, networks[name], last=last) for name, guard in guards.items())
+
+    def save(*, last: bool = False, interval: dict | None = None) -> None:
+        """By all processes; by the main one alone where it has the interval of all."""
         nonlocal saved
-        if saved == step or not all(
-            guard.may_save(accelerator, networks[name], last=last) for name, guard in guards.items()
-        ):
+        if saved == step or (interval is None and not is_sound(last=last)):
             return
-        interval = meter.state(accelerator)
+        state = {"meter": interval or meter.state(accelerator), "inspected": inspected}
         if accelerator.is_main_process:
             checkpoint.save(
                 run / "checkpoints",
@@ -120,16 +121,16 @@ def main(config: AutoencodingConfig) -> None:
                 ema=ema,
                 networks=networks,
                 optimizers={**optimizers, "discriminator": critic_optimizer},
-                progress={"guards": {name: guard.state() for name, guard in guards.items()}, "meter": interval},
+                progress={"guards": {name: guard.state() for name, guard in guards.items()}, **state},
                 config=config,
                 rotates=not any(guard.in_a_row for guard in guards.values()),
             )
         saved = step
-        accelerator.wait_for_everyone()
+        if interval is None:
+            accelerator.wait_for_everyone()
 
     if newest is not None:
         step = restore(newest)
-        config = resuming(config, None)
     if accelerator.is_main_process:
         write_whole(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     accelerator.wait_for_everyone()
@@ -142,22 +143,33 @@ def main(config: AutoencodingConfig) -> None:
     )
 
     def inspect() -> None:
-        if not accelerator.is_main_process:
-            return
+        """Where it is broken off, a resumed run begins with it."""
+        nonlocal inspected
+        inspected, interval = False, meter.state(accelerator)
+        sound = is_sound()
+        with interruption.at_once(lambda: sound and save(interval=interval), can_save=accelerator.is_main_process):
+            psnr = look() if accelerator.is_main_process else {}
+        inspected = True
+        if psnr:
+            log.write(step, **psnr)
+
+    def look() -> dict[str, float]:
         averaged = ema.model.autoencoder
         chosen = {name: pick(images, config.log.num_validation) for name, images in held_out.items()}
         psnr = {f"psnr_{name}": mean_psnr(averaged, images, batches.batch_size) for name, images in chosen.items()}
-        log.write(step, **psnr)
         path = run / "samples" / f"{step:08d}.png"
         with warns_only(path):
             draw_reconstructions(averaged, chosen, path)
             log.picture(step, path)
+        return psnr
 
     # The loop.
-    interruption, reason = Interruption(accelerator, config.train.max_hours), None
+    if not inspected and step < num_steps:
+        inspect()
+    reason = None
     progress = tqdm(initial=step, total=num_steps, desc=run.name, unit="step", disable=not accelerator.is_main_process)
     stream = meter.timed(batches(step, order()))
-    while step < num_steps and (reason is None or any(guard.in_a_row for guard in guards.values())):
+    while step < num_steps:
         factor = learning_rate(config.optim, step, num_steps) / config.optim.lr
         for optimizer in (*optimizers.values(), critic_optimizer):
             set_learning_rates(optimizer, factor)
@@ -195,23 +207,25 @@ def main(config: AutoencodingConfig) -> None:
             log.write(step + 1, skipped=guards["autoencoder"].skipped, source_indices=batches.indices(step, order()))
         step += 1
         progress.update()
-        reason = interruption.reason()
+        reason = interruption.reason(step, num_steps)
 
-        if _due(step, config.log.every) or step in (start, num_steps):
+        if is_due(step, config.log.every) or step in (start, num_steps):
             if means := meter.summary(accelerator):
                 skipped = {f"skipped_{name}": guard.skipped for name, guard in guards.items() if guard.skipped}
                 log.write(step, **means, **skipped, lr=factor * config.optim.lr, log_scale=model.log_scale.item())
                 progress.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{means['images_per_second']:.0f}")
             meter.reset()
+        if reason is not None and not any(guard.in_a_row for guard in guards.values()):
+            inspected = not is_due(step, config.log.sample_every)
+            break
         paused = time.perf_counter()
-        if _due(step, config.log.sample_every) and step < num_steps:
+        if is_due(step, config.log.sample_every) and step < num_steps and reason is None:
             inspect()
-        if _due(step, config.log.checkpoint_every) and step < num_steps:
+        if is_due(step, config.log.checkpoint_every) and step < num_steps:
             save()
         meter.pause(time.perf_counter() - paused)
-        can = bool(list_checkpoints(run / "checkpoints"))
-        if any(guard.must_roll_back(can=can) for guard in guards.values()):
-            step = restore(to_resume(run))
+        if any(guard.must_roll_back(can=saved >= 0) for guard in guards.values()):
+            step = restore(from_main(accelerator, lambda: to_resume(run)))
             stream = meter.timed(batches(step, order()))
             progress.reset(total=num_steps)
             progress.update(step)
@@ -219,14 +233,14 @@ def main(config: AutoencodingConfig) -> None:
     # The end: what was learned, in diffusers' format.
     progress.close()
     save(last=True)
-    accelerator.print(f"checkpoint:  {run}/checkpoints/{step:08d}")
     if reason is not None:
-        accelerator.end_training()
-        accelerator.print(f"{reason}: stopped after {step} of {num_steps} steps; go on with --resume {run}")
-        raise SystemExit(EXIT_CODE)
+        raise Stopped(reason)
+    accelerator.print(f"checkpoint:  {run}/checkpoints/{step:08d}")
     inspect()
     accelerator.end_training()
-    if accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        return
+    with interruption.at_once(lambda: None, can_save=True):
         finish(
             run / "autoencoder",
             ema.model.autoencoder,
@@ -243,11 +257,7 @@ def main(config: AutoencodingConfig) -> None:
             measure=not config.decoder_only,
             half=config.half,
         )
-        print(f"autoencoder: {run}/autoencoder")
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    print(f"autoencoder: {run}/autoencoder")
 
 
 if __name__ == "__main__":

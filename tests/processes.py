@@ -57,7 +57,7 @@ def run(*arguments, cwd, processes=1, check=True, **settings):
 
 
 LIBRARIES = ["torch", "torchvision", "accelerate", "diffusers.models.autoencoders.autoencoder_kl", "timm"]
-LIBRARIES += ["torch_fidelity", "matplotlib.pyplot", "torch.utils.tensorboard", "jsonargparse"]
+LIBRARIES += ["torch_fidelity", "matplotlib.figure", "torch.utils.tensorboard", "jsonargparse"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(LIBRARIES)
 
@@ -125,6 +125,12 @@ def script(name):
 
 def log(folder, name):
     return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
+
+
+def unmeasured(folder, name):
+    """The log without what a clock or the machine says."""
+    measured = {"images_per_second", "waiting_for_data", "memory_gb"}
+    return [{key: value for key, value in event.items() if key not in measured} for event in log(folder, name)]
 
 
 def weights(folder, name, step=4, file="ema.safetensors"):

@@ -22,7 +22,6 @@ from experiment import children
 from experiment.ablation import identity, stages
 from experiment.ablation.config import AblationConfig, ClusterConfig, MatchConfig, ScoringConfig, read_ablation
 from experiment.ablation.executors import EXECUTORS, jobs_of
-from experiment.ablation.lock import Lock
 from experiment.ablation.match import at_width, resized
 from experiment.ablation.measure import Speed
 from experiment.ablation.plan import make_plan, refuse_changed, table
@@ -32,6 +31,7 @@ from experiment.ablation.variants import expand, merged
 from experiment.build import ModelSpec
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
+from experiment.lock import Lock
 from experiment.machine import open_accelerator
 from metrics.cost import Cost, cost
 
@@ -454,6 +454,16 @@ def test_submitit_does_the_same_in_a_process_of_its_own():
     assert [(outcome.status, outcome.why) for outcome in outcomes] == [("done", "before")]
 
 
+def test_a_training_that_a_launcher_says_has_failed_may_have_stopped(monkeypatch):
+    def launched(runner, command, output, lock, environment):
+        (output.parent / "stopped").write_text("SIGUSR1: stopped after 3 of 4 steps")
+        return 1
+
+    monkeypatch.setattr(Runner, "_process", launched)
+    ablation, plan = plan_of({"a": {}})
+    assert [outcome.status for outcome in Runner(ablation)(plan)] == ["stopped"]
+
+
 def test_two_runners_do_not_share_a_folder(tmp_path):
     message = rf"x is in use by process {os.getpid()} on .* since"
     with Lock(tmp_path / "x" / "lock"), pytest.raises(ValueError, match=message):
@@ -519,7 +529,7 @@ def test_a_stopped_and_a_killed_ablation_go_on_and_report_their_runs_numbers(tmp
 
     def started(until):
         runner = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-        while not (folder / until).exists():
+        while not (folder / until).exists() or not (folder / until).stat().st_size:
             assert runner.poll() is None
             time.sleep(0.02)
         return runner

@@ -44,9 +44,9 @@ def parent(folder, body, **options):
     return process
 
 
-def await_file(path, process, seconds=120):
+def await_file(path, process, *, size=0, seconds=120):
     deadline = time.time() + seconds
-    while not path.exists():
+    while not path.exists() or path.stat().st_size < size:
         assert process.poll() is None, process.stdout.read()
         assert time.time() < deadline
         time.sleep(0.05)
@@ -105,10 +105,11 @@ with children.on_stop(lambda number: children.kill(child)):
     assert not (tmp_path / "ended").exists()
 
 
-def test_what_accelerate_launched_is_told_in_place_of_its_launcher(tmp_path):
-    body = """
-one = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
-child = children.start([sys.executable, "-m", children.LAUNCHER, *one, "child.py"], stderr=subprocess.DEVNULL)
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_what_is_launched_is_told_in_place_of_its_launcher(tmp_path, launcher):
+    (tmp_path / launcher).write_text("import subprocess, sys; subprocess.run([sys.executable, 'child.py'])")
+    body = f"""
+child = children.start([sys.executable, {launcher!r}], stderr=subprocess.DEVNULL)
 with children.on_stop(lambda number: children.send(child, number)):
     child.wait()
 """
@@ -128,7 +129,7 @@ def started_demo(folder):
     command = [sys.executable, str(ROOT / "scripts/demo.py"), "--experiment", "long.yaml", "--folder", "demo"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, cwd=folder, env=environment_of(), **pipes)
-    await_file(folder / "demo/runs/quickstart/log.jsonl", process)
+    await_file(folder / "demo/runs/quickstart/log.jsonl", process, size=1)
     return process
 
 

@@ -7,23 +7,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from experiment import machine
 from experiment.guard import Guard, TrainingDivergedError, gradient_norm
-from experiment.interruption import SIGNALS, Interruption
+from experiment.interruption import SIGNALS, Interruption, Stopped
 from experiment.meter import Meter
 
 
 @pytest.fixture(scope="module")
 def accelerator():
     return Accelerator(cpu=True)
-
-
-@pytest.fixture
-def own_signals():
-    """Puts back what handled the signals before."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_steps_that_are_not_finite_are_counted_and_then_rolled_back():
@@ -97,17 +89,28 @@ def test_meter_goes_on_where_a_checkpoint_left_it(accelerator):
     }
 
 
+def test_each_process_goes_on_with_its_own_sums(accelerator, monkeypatch):
+    state = {"shares": {"loss": [1.0, 2.0]}, "norms": [1.0], "num_clipped": 0, "num_images": 4}
+
+    def restored(rank, num_processes, state):
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        monkeypatch.setattr(Accelerator, "num_processes", num_processes)
+        meter = Meter()
+        meter.restore(state, accelerator)
+        return meter.sums["loss"]
+
+    assert [restored(rank, 2, state) for rank in range(2)] == [1, 2]
+    assert [restored(rank, 3, state) for rank in range(3)] == [3, 0, 0]
+    del state["shares"]
+    assert restored(0, 1, {**state, "sums": {"loss": 3.0}}) == 3
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signals_become_a_reason(accelerator, own_signals, number):
-    interruption = Interruption(accelerator, None)
-    assert interruption.reason() is None
-    os.kill(os.getpid(), number)
-    assert interruption.reason() == signal.Signals(number).name
-
-
-def test_time_that_is_over_is_a_reason(accelerator, own_signals):
-    assert Interruption(accelerator, 10.0).reason() is None
-    assert Interruption(accelerator, 1e-12).reason() == "--train.max_hours 1e-12 are over"
+def test_signals_become_a_reason(accelerator, tmp_path, number):
+    with Interruption(tmp_path, accelerator, None) as interruption:
+        assert interruption.reason(1, 10) is None
+        os.kill(os.getpid(), number)
+        assert interruption.reason(2, 10) == signal.Signals(number).name
 
 
 def test_nothing_is_saved_while_steps_are_skipped_nor_with_ruined_weights(accelerator):
@@ -122,3 +125,52 @@ def test_nothing_is_saved_while_steps_are_skipped_nor_with_ruined_weights(accele
     assert guard.must_roll_back(can=True)
     with pytest.raises(TrainingDivergedError, match="after the last step weights are not finite"):
         guard.may_save(accelerator, model, last=True)
+
+
+def test_time_that_is_over_is_a_reason(accelerator, tmp_path):
+    assert Interruption(tmp_path, accelerator, 10.0).reason(1, 10) is None
+    assert Interruption(tmp_path, accelerator, 1e-12).reason(1, 10) == "--train.max_hours 1e-12 are over"
+
+
+def test_before_the_first_step_a_signal_stops_at_once(accelerator, tmp_path):
+    (tmp_path / "stopped").write_text("of the run before")
+    interruption = Interruption(tmp_path, accelerator, None).__enter__()
+    assert not (tmp_path / "stopped").exists()
+    with pytest.raises(Stopped) as stopped:
+        os.kill(os.getpid(), signal.SIGHUP)
+    with pytest.raises(SystemExit) as ended:
+        interruption.__exit__(Stopped, stopped.value, None)
+    assert ended.value.code == 75
+    why = "SIGHUP: stopped before the first step; run it again with --resume auto\n"
+    assert (tmp_path / "stopped").read_text() == why
+
+
+def test_a_closed_terminal_is_nothing_to_what_nohup_started(accelerator, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interruption(tmp_path, accelerator, None):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+def test_a_folder_is_one_trainings(accelerator, tmp_path):
+    with Interruption(tmp_path, accelerator, None):
+        (tmp_path / "stopped").write_text("its own")
+        with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {os.getpid()}"):
+            Interruption(tmp_path, accelerator, None).__enter__()
+        assert (tmp_path / "stopped").exists()
+
+
+def test_what_the_main_process_finds_goes_for_all(accelerator, monkeypatch):
+    """The other's own look is not asked for; an error of the main one is said by it alone."""
+
+    def broadcast(sent):
+        monkeypatch.setattr(machine, "broadcast_object_list", lambda found: sent)
+        return machine.from_main(accelerator, lambda: 1 / 0)
+
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+
+    assert broadcast([False, None]) is False
+    with pytest.raises(SystemExit) as ended:
+        broadcast([None, ValueError("said")])
+    assert ended.value.code == 2

@@ -40,5 +40,11 @@ def test_layers_know_no_backbone():
                 assert node.module.startswith("models.layers")
 
 
+def test_figures_do_not_depend_on_the_environments_backend():
+    """MPLBACKEND, as notebooks set it, decides what pyplot does."""
+    for path in [*ROOT.glob("*.py"), *(path for name in (*FLOORS, "scripts") for path in (ROOT / name).rglob("*.py"))]:
+        assert "pyplot" not in path.read_text(), path
+
+
 def test_train_reads_in_one_go():
     assert len((ROOT / "train.py").read_text().splitlines()) <= 250

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import signal
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ from experiment.autoencoding.objective import (
 )
 from experiment.autoencoding.optimizers import autoencoder_optimizers
 from experiment.cli import one_line_errors, parse, parse_run
-from experiment.interruption import SIGNALS
 from models.autoencoder import create_codec
 from models.discriminator import NORMS, PatchDiscriminator
 
@@ -245,10 +243,7 @@ def train(monkeypatch):
     def here(folder, *flags):
         folder.mkdir(exist_ok=True)
         monkeypatch.chdir(folder)
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         script(SCRIPT).main(parse_run(AutoencodingConfig, list(flags)))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
     return here
 

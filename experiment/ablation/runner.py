@@ -18,11 +18,11 @@ import yaml
 from experiment import children
 from experiment.ablation.config import AblationConfig
 from experiment.ablation.identity import ROOT
-from experiment.ablation.lock import Lock
 from experiment.ablation.plan import Planned, duration
 from experiment.ablation.stages import STAGES, done_stages, mark
 from experiment.files import write_whole
-from experiment.interruption import EXIT_CODE
+from experiment.interruption import EXIT_CODE, STOPPED
+from experiment.lock import Lock
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ class Runner:
                     return Outcome(name, "stopped", why)
                 began = time.monotonic()
                 say(f"{name}: {stage} ...  (tail -f {folder / stage}.txt)")
+                (folder / STOPPED).unlink(missing_ok=True)
                 status = self._process(command(planned, self.ablation), folder / f"{stage}.txt", lock, environment)
-                if status != 0 and (self.reason or status == EXIT_CODE):
+                if status != 0 and (self.reason or status == EXIT_CODE or (folder / STOPPED).is_file()):
                     return Outcome(name, "stopped", self._must_stop() or "it was asked to stop")
                 if status != 0:
                     return Outcome(name, "failed", f"{stage}: {last_line(folder / f'{stage}.txt') or status}")

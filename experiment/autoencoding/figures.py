@@ -42,11 +42,10 @@ def _tiles(images: UInt8[Tensor, "n 3 h w"]) -> list[UInt8[np.ndarray, "h w 3"]]
 def draw_spectra(frequencies: Sequence[float], powers: Mapping[str, Sequence[float]], path: Path) -> None:
     """Power by spatial frequency, of the images (the first of `powers`) and of reconstructions, and below it their
     ratio: under 1 detail is lost, over 1 it was made up."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(5.5, 5.5), sharex=True, height_ratios=(3, 2), layout="constrained"
-    )
+    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     (first, images), *others = powers.items()
     above.plot(frequencies, images, color="black", linewidth=1.5, label=first)
     for name, power in others:
@@ -62,4 +61,3 @@ def draw_spectra(frequencies: Sequence[float], powers: Mapping[str, Sequence[flo
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

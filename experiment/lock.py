@@ -1,4 +1,4 @@
-"""One runner a folder."""
+"""One program a folder."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ class Lock:
         self.file = path.open("a+")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
             raise ValueError(f"{path.parent} is in use by {holder} (or what it started): wait, or stop it") from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {path} could not be locked ({error}): start nothing else in this folder", flush=True)
         self.file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
