@@ -16,6 +16,8 @@ test: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python scripts/soak.py
+	$(BIN)/python scripts/soak.py --launcher accelerate --kills 5
+	$(BIN)/python scripts/soak.py --launcher torchrun --kills 5
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Kill real trainings at random moments, resume them, and compare with one that was never interrupted, bit by bit.
 
-    make soak                                  (20 kills; its figures stand in docs/reliability.md)
-    python scripts/soak.py --kills 3
+    make soak          (20 kills, and 5 of two processes under each launcher; its figures stand in docs/reliability.md)
+    python scripts/soak.py --kills 3 --launcher torchrun
 
 Every kill is SIGKILL to the whole process group, at a moment drawn at random between the first checkpoint and the end
 of the run: in a step, in a validation, or in the middle of a save (checkpoints are written after every step).
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from jsonargparse import auto_cli
@@ -31,6 +32,12 @@ from experiment import children
 
 ROOT = Path(__file__).parent.parent
 MEASURED = {"images_per_second", "waiting_for_data", "memory_gb"}
+ONE_MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCHERS = {
+    "python": [],
+    "accelerate": ["-m", children.LAUNCHER, "--cpu", *ONE_MACHINE, "--num_processes", "2"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
 CONFIG = {
     "model": "XSwin",
     "model_args": {"dim": 32, "depths": [1, 1], "num_heads": [2, 4], "num_global_blocks": 1},
@@ -51,7 +58,12 @@ CONFIG = {
 
 
 def soak(
-    kills: int = 20, num_steps: int = 40, precision: str = "auto", seed: int = 0, output: Path | None = None
+    kills: int = 20,
+    num_steps: int = 40,
+    precision: str = "auto",
+    launcher: Literal["python", "accelerate", "torchrun"] = "python",
+    seed: int = 0,
+    output: Path | None = None,
 ) -> None:
     """Kill and resume until `kills` processes have died, as many runs as that takes.
 
@@ -59,16 +71,18 @@ def soak(
         kills: processes to kill
         num_steps: of each training
         precision: of training: 'auto', 'fp32' or 'bf16'
+        launcher: 'python' starts one process; 'accelerate' and 'torchrun' two
         seed: of the moments
         output: JSON file for the figures
     """
     draw = random.Random(seed)
-    figures = {"kills": 0, "in_a_save": 0, "runs": 0, "resumed_steps": [], "precision": precision}
+    figures = {"kills": 0, "in_a_save": 0, "runs": 0, "resumed_steps": []}
+    figures |= {"precision": precision, "launcher": launcher}
     with tempfile.TemporaryDirectory() as name, children.on_stop(stop):
         folder = Path(name)
         config = {**CONFIG, "train": {**CONFIG["train"], "num_steps": num_steps, "precision": precision}}
         (folder / "soak.yaml").write_text(yaml.safe_dump(config))
-        straight = start(folder, "straight")
+        straight = start(folder, "straight", launcher)
         await_checkpoint(straight, folder / "runs" / "straight" / "checkpoints")
         began = time.time()
         finish(straight)
@@ -78,7 +92,7 @@ def soak(
             run = f"killed{figures['runs'] + 1}"
             while True:
                 checkpoints = folder / "runs" / run / "checkpoints"
-                process = start(folder, run)
+                process = start(folder, run, launcher)
                 if figures["kills"] < kills:
                     await_checkpoint(process, checkpoints)
                 if figures["kills"] == kills or not killed(process, draw.uniform(0, length)):
@@ -101,9 +115,10 @@ def soak(
         output.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def start(folder: Path, name: str) -> subprocess.Popen:
+def start(folder: Path, name: str, launcher: str) -> subprocess.Popen:
     """A training that ends with the soak."""
-    command = [sys.executable, str(ROOT / "train.py"), "--config", "soak.yaml", "--name", name, "--resume", "auto"]
+    flags = ["--config", "soak.yaml", "--name", name, "--resume", "auto"]
+    command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / "train.py"), *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     started[:] = [children.start(command, cwd=folder, env=environment, **quiet)]
