@@ -161,12 +161,12 @@ def test_the_demos_help_is_help(tmp_path):
 
 def test_a_stop_ends_the_program_that_is_run_too():
     def stop():
-        while not (found := psutil.Process().children()):
+        while not (found := set(psutil.Process().children()) - before):
             time.sleep(0.02)
         started.extend(found)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    started: list[psutil.Process] = []
+    before, started = set(psutil.Process().children()), []
     threading.Thread(target=stop).start()
     with pytest.raises(SystemExit, match="143"):
         children.run([sys.executable, "-c", "import time; time.sleep(60)"])
