@@ -63,6 +63,14 @@ class AppConfig:
 
 
 def main(config: AppConfig) -> None:
+    """Serve the page; what it writes goes with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which lets files be removed
+    with tempfile.TemporaryDirectory(prefix="pictures-") as files:
+        os.environ["GRADIO_TEMP_DIR"] = files  # which gradio reads when it is imported
+        serve(config)
+
+
+def serve(config: AppConfig) -> None:
     """Open the checkpoints, serve the page."""
     try:
         import gradio  # noqa: F401
@@ -74,21 +82,18 @@ def main(config: AppConfig) -> None:
 
     studio = Studio(config.checkpoints or find_runs(config.runs), config.precision, config.autoencoder)
     listening: Counter[str] = Counter()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which lets files be removed
     hosts = None if config.share or config.host not in LOOPBACK else LOOPBACK
-    with tempfile.TemporaryDirectory(prefix="pictures-") as files:
-        os.environ["GRADIO_TEMP_DIR"] = files  # which each part of the page reads when it is made
-        page = build_page(studio, listening)
-        page.queue(max_size=config.queue, default_concurrency_limit=1)  # one at a time has all the cores
-        page.launch(
-            server_name=config.host,
-            server_port=config.port or None,
-            share=config.share,
-            footer_links=[],
-            css=STYLE,
-            theme=theme(),
-            app_kwargs={"middleware": [Middleware(Door, listening, hosts, not config.share)]},
-        )
+    page = build_page(studio, listening)
+    page.queue(max_size=config.queue, default_concurrency_limit=1)  # one at a time has all the cores
+    page.launch(
+        server_name=config.host,
+        server_port=config.port or None,
+        share=config.share,
+        footer_links=[],
+        css=STYLE,
+        theme=theme(),
+        app_kwargs={"middleware": [Middleware(Door, listening, hosts, not config.share)]},
+    )
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
