@@ -15,7 +15,7 @@ class StrictLoader(yaml.SafeLoader):
         super().__init__(stream)
         self.unfolded: dict[yaml.Node, int] = {}
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int | None) -> yaml.Node | None:
         """Raises: yaml.MarkedYAMLError, with the line."""
         alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
