@@ -18,7 +18,7 @@ class StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int | None) -> yaml.Node | None:
         """Raises: yaml.MarkedYAMLError, with the line."""
         alias = self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)  # pyright: ignore[reportArgumentType]  # its stubs forget None
         assert node is not None
         if not alias:
             values = node.value if isinstance(node, yaml.CollectionNode) else []
