@@ -152,6 +152,8 @@ def main(config: EvaluateConfig) -> None:
     # are opened before anything is computed.
     data = data_of(checkpoint.config.data, config.data) if checkpoint else config.data
     held_out = None if config.reference else open_split(data, "test")
+    if checkpoint and held_out is not None and "test" in checkpoint.identity:
+        checkpoint.check_identity(test=held_out.describe())
     size = (data.image_size, data.image_size)
     file = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
     codec = create_codec(config.autoencoder or (checkpoint.config.autoencoder if checkpoint else "pixel"))

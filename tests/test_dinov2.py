@@ -19,6 +19,8 @@ def test_images_are_resized_as_pil_does_and_not_again():
     found = Resized(Seen(), 224)(images)[0]
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     expected = np.stack([np.asarray(each.resize((224, 224), Image.Resampling.BICUBIC)) for each in pictures])
-    assert (found.permute(0, 2, 3, 1).int() - torch.from_numpy(expected).int()).abs().max() <= 1
+    difference = (found.permute(0, 2, 3, 1).int() - torch.from_numpy(expected).int()).abs()
+    assert difference.max() <= 2  # of 255, where both passes round
+    assert difference.float().mean() < 0.1
     again = interpolate_bilinear_2d_like_tensorflow1x(found.float(), size=(224, 224), align_corners=False)
     assert torch.equal(again, found.float())

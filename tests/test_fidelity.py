@@ -386,7 +386,7 @@ def test_no_network_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.M
         f"--extractor {name}",
         "no route to host",
         "--weights_path FILE",
-        "--extractor FILE.pt",
+        "FILE.pt2",
         "make demo",
     ):
         assert words in message

@@ -191,6 +191,19 @@ def test_labels_that_are_none_are_refused(tmp_path, labels):
         read_samples(str(tmp_path / "x.npz"), 8, None)
 
 
+def test_another_split_than_the_checkpoints_is_refused(tmp_path, monkeypatch, folder, thumbnail):
+    """Of other images, those that it was trained on may be among the held-out ones."""
+    monkeypatch.chdir(tmp_path)
+    images = from_dataset(shapes("train"), "images")
+    for number, picture in enumerate(images.images(torch.arange(20)).permute(0, 2, 3, 1).numpy()):
+        path = tmp_path / "other" / images.classes[images.labels[number]] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another test"):
+        evaluate("--samples", folder / "runs" / "tiny", "--extractor", thumbnail, "--data.path", "other")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "runs" / "tiny" / "checkpoints" / "00000004", tmp_path / "ruined")
