@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from experiment.cli import one_line_errors, parse_run
-from experiment.config import ExperimentConfig, resuming
+from experiment.config import ExperimentConfig
 
 
 def main(config: ExperimentConfig) -> None:
@@ -77,8 +77,7 @@ def main(config: ExperimentConfig) -> None:
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out_images.describe()}
     if checkpoint is not None:
         open_checkpoint(checkpoint).check_identity(**identity)
-    if accelerator.is_main_process:
-        print(intake(images, held_out_images))
+    accelerator.print(intake(images, held_out_images))
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
     sampling = sampling_of(config.sampling, spec.num_classes)
     sampling = check_sampling(sampling, process, spec.num_classes, spec.in_channels)
@@ -118,8 +117,8 @@ def main(config: ExperimentConfig) -> None:
     # A fresh run, or the newest whole checkpoint of an old one.
     guard, meter, best, step, saved = Guard(), Meter(), Best(), 0, -1
 
-    def restore(checkpoint: Path) -> int:
-        nonlocal best, saved
+    def restore(checkpoint: Path) -> None:
+        nonlocal best, step, saved
         progress = resume(checkpoint, accelerator.unwrap_model(model), ema, optimizer)
         guard.restore(progress["guard"])
         meter.restore(progress["meter"], accelerator)
@@ -127,12 +126,10 @@ def main(config: ExperimentConfig) -> None:
         best = Best(**progress["best"])
         if best.step is not None and accelerator.is_main_process:
             mark_best(run / "checkpoints", best.step)
-        saved = progress["step"]
-        return saved
+        step = saved = progress["step"]
 
     if checkpoint is not None:
-        step = restore(checkpoint)
-        config = resuming(config, None)
+        restore(checkpoint)
     if accelerator.is_main_process:
         write_whole(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     accelerator.wait_for_everyone()
@@ -227,7 +224,7 @@ def main(config: ExperimentConfig) -> None:
             save()
         meter.pause(time.perf_counter() - paused)
         if guard.must_roll_back(can=bool(list_checkpoints(run / "checkpoints"))):
-            step = restore(to_resume(run))
+            restore(to_resume(run))
             progress.reset(total=num_steps)
             progress.update(step)
 

@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.autoencoding.config import AutoencodingConfig
 from experiment.cli import one_line_errors, parse_run
-from experiment.config import resuming
 
 
 def main(config: AutoencodingConfig) -> None:
@@ -129,7 +128,6 @@ def main(config: AutoencodingConfig) -> None:
 
     if newest is not None:
         step = restore(newest)
-        config = resuming(config, None)
     if accelerator.is_main_process:
         write_whole(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     accelerator.wait_for_everyone()
