@@ -116,8 +116,8 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     # A fresh run, or the newest whole checkpoint of an old one.
     guard, meter, best, step, saved, inspected = Guard(), Meter(), Best(), 0, -1, True
 
-    def restore(checkpoint: Path) -> int:
-        nonlocal best, saved, inspected
+    def restore(checkpoint: Path) -> None:
+        nonlocal best, step, saved, inspected
         progress = resume(checkpoint, accelerator.unwrap_model(model), ema, optimizer)
         guard.restore(progress["guard"])
         meter.restore(progress["meter"], accelerator)
@@ -125,11 +125,11 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
         best = Best(**progress["best"])
         if best.step is not None and accelerator.is_main_process:
             mark_best(run / "checkpoints", best.step)
-        saved, inspected = progress["step"], progress.get("inspected", True)
-        return saved
+        step = saved = progress["step"]
+        inspected = progress.get("inspected", True)
 
     if checkpoint is not None:
-        step = restore(checkpoint)
+        restore(checkpoint)
     if accelerator.is_main_process:
         write_whole(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     accelerator.wait_for_everyone()
@@ -230,7 +230,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
             save()
         meter.pause(time.perf_counter() - paused)
         if guard.must_roll_back(can=saved >= 0):
-            step = restore(from_main(accelerator, lambda: to_resume(run)))
+            restore(from_main(accelerator, lambda: to_resume(run)))
             progress.reset(total=num_steps)
             progress.update(step)
 

@@ -41,7 +41,7 @@ class LatentCache:
     def __init__(self, folder: Path, expected: Mapping[str, object]) -> None:
         manifest = _read_manifest(folder)
         differences = [
-            f"{key} is {short(manifest.get(key))}, the run has {_short(value)}"
+            f"{key} is {short(manifest.get(key))}, the run has {short(value)}"
             for key, value in expected.items()
             if manifest.get(key) != value
         ]
@@ -200,5 +200,6 @@ def _checksum(shard: Mapping[str, Tensor]) -> str:
 
 
 def short(value: object) -> str:
+    """For messages: of long ones the beginning and a hash."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"

@@ -11,7 +11,7 @@ import yaml
 
 from experiment.checkpoint import WEIGHTS, read_metadata
 from experiment.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
-from experiment.config import R, flatten, from_dict
+from experiment.config import R, flatten, from_dict, resuming
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
@@ -40,7 +40,7 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     """
     metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
     if "config" not in metadata:  # an autoencoder's, before it kept it
-        return config
+        return resuming(config, None)
     values, written = json.loads(metadata["config"]), yaml.safe_load((run / "config.yaml").read_text())
     lost = [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in flatten(written)]
     if lost:
@@ -56,4 +56,5 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     for flag in ("name", "init_from"):
         if getattr(config, flag) != getattr(stored, flag):
             say(f"--{flag} {getattr(config, flag)}: without effect on {run}, which is resumed")
-    return replace(config, name=stored.name, init_from=stored.init_from)  # pyright: ignore[reportArgumentType]
+    config = replace(config, name=stored.name, init_from=stored.init_from)  # pyright: ignore[reportArgumentType]
+    return resuming(config, None)
