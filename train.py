@@ -22,7 +22,6 @@ def main(config: ExperimentConfig) -> None:
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
-    from data import intake
     from experiment.autoguidance import load_guide_model
     from experiment.batches import Batches, seed_for
     from experiment.build import (
@@ -44,7 +43,7 @@ def main(config: ExperimentConfig) -> None:
     from experiment.ema import EMA
     from experiment.evaluation import open_scorer
     from experiment.files import write_whole
-    from experiment.forecast import forecast
+    from experiment.forecast import announce
     from experiment.guard import Guard, gradient_norm
     from experiment.inspection import Inspection, check_best
     from experiment.interruption import EXIT_CODE, Interruption
@@ -77,15 +76,12 @@ def main(config: ExperimentConfig) -> None:
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out_images.describe()}
     if checkpoint is not None:
         open_checkpoint(checkpoint).check_identity(**identity)
-    if accelerator.is_main_process:
-        print(intake(images, held_out_images))
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
     sampling = sampling_of(config.sampling, spec.num_classes)
     sampling = check_sampling(sampling, process, spec.num_classes, spec.in_channels)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
-    if accelerator.is_main_process and accelerator.device.type == "cpu":
-        print(forecast(model, spec, process, accelerator, len(images)))
+    announce(images, held_out_images, model, spec, process, accelerator)
     if config.init_from and checkpoint is None:
         accelerator.print(warm_start(model, config.init_from))
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
