@@ -41,7 +41,7 @@ class LatentCache:
     def __init__(self, folder: Path, expected: Mapping[str, object]) -> None:
         manifest = _read_manifest(folder)
         differences = [
-            f"{key} is {short(manifest.get(key))}, the run has {_short(value)}"
+            f"{key} is {short(manifest.get(key))}, the run has {short(value)}"
             for key, value in expected.items()
             if manifest.get(key) != value
         ]
