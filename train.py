@@ -35,7 +35,6 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     import yaml
     from tqdm import tqdm
 
-    from data import intake
     from experiment.autoguidance import load_guide_model
     from experiment.batches import Batches, seed_for
     from experiment.build import (
@@ -57,7 +56,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     from experiment.ema import EMA
     from experiment.evaluation import open_scorer
     from experiment.files import write_whole
-    from experiment.forecast import forecast
+    from experiment.forecast import announce
     from experiment.guard import Guard, gradient_norm
     from experiment.inspection import Inspection, check_best
     from experiment.interruption import Stopped
@@ -77,14 +76,12 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out_images.describe()}
     if checkpoint is not None:
         open_checkpoint(checkpoint).check_identity(**identity)
-    accelerator.print(intake(images, held_out_images))
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
     sampling = sampling_of(config.sampling, spec.num_classes)
     sampling = check_sampling(sampling, process, spec.num_classes, spec.in_channels)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
-    if accelerator.is_main_process and accelerator.device.type == "cpu":
-        print(forecast(model, spec, process, accelerator, len(images)))
+    announce(images, held_out_images, model, spec, process, accelerator)
     if config.init_from and checkpoint is None:
         accelerator.print(warm_start(model, config.init_from))
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)

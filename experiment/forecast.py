@@ -1,4 +1,4 @@
-"""How long an epoch will take, said before it begins."""
+"""What a training will go over and how long that takes, said before it begins."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from data import intake
 from diffusion import Process
 from experiment.build import ModelSpec
 
 LONG = 600  # seconds of an epoch
+
+
+def announce(images, held_out, model: nn.Module, spec: ModelSpec, process: Process, accelerator: Accelerator) -> None:
+    """The main process says what the data were understood to be and, on a CPU, how long an epoch takes."""
+    if accelerator.is_main_process:
+        print(intake(images, held_out))
+        if accelerator.device.type == "cpu":
+            print(forecast(model, spec, process, accelerator, len(images)))
 
 
 def forecast(

@@ -54,7 +54,7 @@ class Log:
         import numpy as np
         from PIL import Image
 
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             pixels = np.asarray(image.convert("RGB"))[None]
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
@@ -146,7 +146,7 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
     font, left = ImageFont.load_default(size=11), 80
     frames = []
     for path in sorted((run / "samples").glob("[0-9]*.png")):
-        with warns_only(path), Image.open(path) as grid:
+        with warns_only(path), Image.open(path, formats=("PNG",)) as grid:
             frame = Image.new("RGB", (grid.width + left, grid.height), "white")
             frame.paste(grid, (left, 0))
             ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {int(path.stem)}", fill="black", font=font)

@@ -15,11 +15,12 @@ def test_pictures_that_cannot_be_drawn_are_spoken_of(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(run / "samples" / "00000001 copy.png")
     cut = (run / "samples" / "00000002.png").read_bytes()
     (run / "samples" / "00000003.png").write_bytes(cut[: len(cut) // 2])
+    Image.new("RGB", (8, 8)).save(run / "samples" / "00000004.png", "EPS")
     draw_progress(run)
     with Image.open(run / "progress.png") as picture:
         assert picture.height == 134  # of the one that can be read
     told = capsys.readouterr().out.splitlines()
-    assert [line.split(".png")[0][-13:] for line in told] == ["00000001 copy", "ples/00000003"]
+    assert [line.split(".png")[0][-13:] for line in told] == ["00000001 copy", "ples/00000003", "ples/00000004"]
 
     (run / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
     draw_curve(run)
