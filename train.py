@@ -80,8 +80,8 @@ def main(config: ExperimentConfig) -> None:
     if accelerator.is_main_process:
         print(intake(images, held_out_images))
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
-    sampling = sampling_of(config.sampling, spec.num_classes)
-    sampling = check_sampling(sampling, process, spec.num_classes, spec.in_channels)
+    num_guided = config.guided_classes(spec.num_classes)
+    sampling = check_sampling(sampling_of(config.sampling, num_guided), process, num_guided, spec.in_channels)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     if accelerator.is_main_process and accelerator.device.type == "cpu":
