@@ -36,8 +36,9 @@ class EvaluateConfig:
         num_samples: images to draw, or to take; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced', 'reference' (the held-out images' own) or 'random'
         trials: repeat with the seeds after `seed` too, and report mean and standard deviation
-        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m' or 'unipc'
-            (see train.py --help); this and the three below may be lists, such as 1,1.5,2: each combination is a row
+        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m',
+            'exponential_ab3' or 'unipc' (see train.py --help); this and the three below may be lists, such as 1,1.5,2:
+            each combination is a row
         num_steps: steps a sample, of one model call each ('heun': two)
         guidance_scale: classifier-free guidance; 1 turns it off
         spacing: of the steps: 'uniform', 'trailing', 'quadratic', 'karras', 'log_snr', or a file of noise levels

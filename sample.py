@@ -34,8 +34,8 @@ class SampleConfig:
         classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same
         num_per_class: images of each
         seed: image i is a function of the seed, i and its label alone
-        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m' or 'unipc'
-            (see train.py --help); by default as in the checkpoint, like the flags below
+        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m',
+            'exponential_ab3' or 'unipc' (see train.py --help); by default as in the checkpoint, like the flags below
         num_steps: steps a sample, of one model call each ('heun': two)
         spacing: of the steps: 'uniform', 'trailing', 'quadratic', 'karras', 'log_snr', or a file of noise levels
         guidance_scale: classifier-free guidance; 1 turns it off

@@ -256,7 +256,8 @@ class SamplingConfig:
     Args:
         sampler: null is the process's own: 'ddpm' (gaussian: ancestral), 'euler' (flow), 'heun' (edm: second order,
             two calls a step) or 'iterated' (a cascade's 'dae' and 'resnet', which have no other); others: 'ddim',
-            'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m' (DPM-Solver++ of order 2 and 3),
+            'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m' (DPM-Solver++, as published),
+            'exponential_ab3' (of order 3: for many steps),
             'dpmpp_2m_sde' (with noise), 'unipc' (predictor and corrector)
         num_steps: steps a sample: calls of the model, each of both halves under guidance
         spacing: of the steps: null is the process's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);

@@ -25,10 +25,11 @@ def interrupted():
 
 
 def test_batches_become_an_npz_and_a_folder(tmp_path):
-    save_npz(iter(IMAGES.split(2)), torch.arange(5), tmp_path / "deep" / "x.npz")
+    save_npz(iter(IMAGES.split(2)), torch.arange(5), ["a"] * 5, tmp_path / "deep" / "x.npz")
     with np.load(tmp_path / "deep" / "x.npz") as file:
         assert np.array_equal(file["arr_0"], IMAGES.permute(0, 2, 3, 1).numpy())
         assert file["arr_1"].tolist() == [0, 1, 2, 3, 4]
+        assert file["classes"].tolist() == ["a"] * 5
     save_folder(iter(IMAGES.split(2)), ["a", "a", "b/c", "b/c", "a"], tmp_path / "images")
     with Image.open(tmp_path / "images" / "b" / "c" / "000003.png") as image:
         assert np.array_equal(np.asarray(image), IMAGES[3].permute(1, 2, 0).numpy())
@@ -36,7 +37,7 @@ def test_batches_become_an_npz_and_a_folder(tmp_path):
 
 def test_what_is_interrupted_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="no space"):
-        save_npz(interrupted(), torch.arange(5), tmp_path / "x.npz")
+        save_npz(interrupted(), torch.arange(5), [], tmp_path / "x.npz")
     with pytest.raises(OSError, match="no space"):
         save_folder(interrupted(), ["a"] * 5, tmp_path / "images")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffusion.guidance import Guidance, guide
 from diffusion.process import Denoiser, Prediction, Process
 from diffusion.samplers.chain import Chain, Moments
-from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc
+from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Transition
 
@@ -28,6 +28,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_3m": dpmpp_3m,
+    "exponential_ab3": exponential_ab3,
     "unipc": unipc,
 }
 
