@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
 
 MOST_VALUES = 100_000
@@ -15,7 +17,7 @@ class StrictLoader(yaml.SafeLoader):
         super().__init__(stream)
         self.unfolded: dict[yaml.Node, int] = {}
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Raises: yaml.MarkedYAMLError, with the line."""
         alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
