@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataConfig
+from experiment.config import SEEDS, DataConfig, within
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class EvaluateConfig:
         num_samples: images to draw, or to take; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced', 'reference' (the held-out images' own) or 'random'
         trials: repeat with the seeds after `seed` too, and report mean and standard deviation
-        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m' or 'unipc'
-            (see train.py --help); this and the three below may be lists, such as 1,1.5,2: each combination is a row
+        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m',
+            'exponential_ab3' or 'unipc' (see train.py --help); this and the three below may be lists, such as 1,1.5,2:
+            each combination is a row
         num_steps: steps a sample, of one model call each ('heun': two)
         guidance_scale: classifier-free guidance; 1 turns it off
         spacing: of the steps: 'uniform', 'trailing', 'quadratic', 'karras', 'log_snr', or a file of noise levels
@@ -72,24 +73,24 @@ class EvaluateConfig:
     extractor: str | None = None
     weights_path: str | None = None
     metrics: list[str] | None = None
-    num_samples: int | None = None
+    num_samples: int | None = within("[1, inf)", None)
     labels: Literal["balanced", "reference", "random"] | None = None
-    trials: int = 1
+    trials: int = within("[1, inf)", 1)
     sampler: str | None = None
     num_steps: int | str | None = None
     guidance_scale: float | str | None = None
     spacing: str | None = None
-    eta: float | None = None
+    eta: float | None = within("[0, 1]", None)
     sampling: dict[str, Any] = field(default_factory=dict)
     baselines: bool = False
     per_class: bool = False
     memorisation: bool = False
-    likelihood: int = 0
+    likelihood: int = within("[0, inf)", 0)
     self_check: bool = False
     output: str | None = None
     latex: bool = False
-    seed: int | None = None
-    batch_size: int | None = None
+    seed: int | None = within(SEEDS, None)
+    batch_size: int | None = within("[1, inf)", None)
     precision: str = "auto"
     autoencoder: str | None = None
     perceptual: str = "lpips"
@@ -156,7 +157,7 @@ def main(config: EvaluateConfig) -> None:
         checkpoint.check_identity(test=held_out.describe())
     size = (data.image_size, data.image_size)
     file = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
-    codec = create_codec(config.autoencoder or (checkpoint.config.autoencoder if checkpoint else "pixel"))
+    codec = create_codec(config.autoencoder or (checkpoint.autoencoder if checkpoint else "pixel"))
     codec = codec.to(accelerator.device)
     if checkpoint is not None and owner == config.samples:
         asked_sampling = config.sampling | {"eta": config.eta}
@@ -166,7 +167,7 @@ def main(config: EvaluateConfig) -> None:
         groups = from_checkpoint(
             checkpoint,
             sweep(
-                sampling_of(checkpoint.config.sampling, len(checkpoint.classes), **asked_sampling),
+                sampling_of(checkpoint.config.sampling, checkpoint.num_guided, **asked_sampling),
                 sampler=choices("--sampler", config.sampler, str),
                 spacing=choices("--spacing", config.spacing, str),
                 num_steps=choices("--num_steps", config.num_steps, int),
@@ -305,8 +306,6 @@ def check(config: EvaluateConfig) -> None:
             "or zip of images, or an npz"
         )
     fixed = config.checkpoint is not None or not is_run(config.samples)
-    if config.trials < 1:
-        raise ValueError(f"--trials {config.trials} must be at least 1")
     for flag in ("sampler", "num_steps", "guidance_scale", "spacing", "eta", "sampling"):
         if fixed and getattr(config, flag) not in (None, {}):
             raise ValueError(f"--{flag}: {config.samples} is a fixed set of images, there is nothing to draw")

@@ -11,12 +11,13 @@ python sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 from __future__ import annotations
 
 import sys
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataConfig
+from experiment.config import SEEDS, DataConfig, within
 
 if TYPE_CHECKING:
     from experiment.generation import Generator
@@ -28,13 +29,13 @@ class SampleConfig:
 
     Args:
         checkpoint: a run's folder, a checkpoint, its ema.safetensors, or hf://owner/name
-        output: FILE.png for a grid, FILE.npz for arrays, else a folder with a subfolder a class; by default
+        output: FILE.png or FILE.pdf for a grid, FILE.npz for arrays, else a folder with a subfolder a class; by default
             samples.png in the run's folder
         classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same
         num_per_class: images of each
         seed: image i is a function of the seed, i and its label alone
-        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m' or 'unipc'
-            (see train.py --help); by default as in the checkpoint, like the flags below
+        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m',
+            'exponential_ab3' or 'unipc' (see train.py --help); by default as in the checkpoint, like the flags below
         num_steps: steps a sample, of one model call each ('heun': two)
         spacing: of the steps: 'uniform', 'trailing', 'quadratic', 'karras', 'log_snr', or a file of noise levels
         guidance_scale: classifier-free guidance; 1 turns it off
@@ -55,21 +56,21 @@ class SampleConfig:
 
     checkpoint: str
     output: str | None = None
-    classes: list[str | int] | str | int = field(default_factory=list)
-    num_per_class: int = 4
-    seed: int = 0
+    classes: list[str] = field(default_factory=list)
+    num_per_class: int = within("[1, inf)", 4)
+    seed: int = within(SEEDS, 0)
     sampler: str | None = None
-    num_steps: int | None = None
+    num_steps: int | None = within("[1, inf)", None)
     spacing: str | None = None
-    guidance_scale: float | None = None
-    eta: float | None = None
+    guidance_scale: float | None = within("[0, inf)", None)
+    eta: float | None = within("[0, 1]", None)
     sampling: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 64
-    panel: int = 0
+    batch_size: int = within("[1, inf)", 64)
+    panel: int = within("[0, inf)", 0)
     stages: bool = False
-    reconstruct: float | None = None
-    interpolate: int | None = None
-    to_seed: int | None = None
+    reconstruct: float | None = within("[0, inf)", None)
+    interpolate: int | None = within("[2, inf)", None)
+    to_seed: int | None = within(SEEDS, None)
     precision: str = "auto"
     autoencoder: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -82,24 +83,23 @@ def main(config: SampleConfig) -> None:
     from experiment.autoguidance import load_guide_model
     from experiment.build import check_sampling, data_of, sampling_of
     from experiment.checkpoint import open_checkpoint
-    from experiment.generation import DenoisingPanel, Generator, StagesPanel, generate, resolve_classes
+    from experiment.generation import DenoisingPanel, Generator, StagesPanel, resolve_classes, stream
     from experiment.interpolation import interpolate
     from experiment.machine import open_accelerator
     from experiment.tracking import save_folder, save_grid, save_npz
     from models.autoencoder import create_codec
 
+    is_picture = config.reconstruct is not None or config.interpolate is not None
+    check_output(Path(config.output) if config.output else None, is_picture=is_picture)
     checkpoint = open_checkpoint(config.checkpoint)
-    asked = config.classes if isinstance(config.classes, list) else [config.classes]
-    classes = resolve_classes(asked, checkpoint.classes)
-    if config.num_per_class < 1:
-        raise ValueError(f"--num_per_class {config.num_per_class} must be at least 1")
+    classes = resolve_classes(config.classes, checkpoint.classes)
     given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "eta")}
-    num_classes, process = len(checkpoint.classes), checkpoint.build_process()
-    sampling = sampling_of(checkpoint.config.sampling, num_classes, **config.sampling | given)
-    sampling = check_sampling(sampling, process, num_classes)
+    num_guided, process = checkpoint.num_guided, checkpoint.build_process()
+    sampling = sampling_of(checkpoint.config.sampling, num_guided, **config.sampling | given)
+    sampling = check_sampling(sampling, process, num_guided)
 
     accelerator = open_accelerator(config.precision)
-    codec = create_codec(config.autoencoder or checkpoint.config.autoencoder).to(accelerator.device)
+    codec = create_codec(config.autoencoder or checkpoint.autoencoder).to(accelerator.device)
     labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
     panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
     stages = StagesPanel(process) if config.stages else None
@@ -129,20 +129,22 @@ def main(config: SampleConfig) -> None:
         save_grid(images, path, columns=len(images))
         print(f"{len(images)} images on the way: {path}")
         return
-    images = generate(generator, batch_size=config.batch_size)
+    batches = stream(generator, batch_size=config.batch_size)
     if not accelerator.is_main_process:
+        deque(batches, maxlen=0)  # what it draws is gathered by the main process
         return
 
     output = Path(config.output) if config.output else checkpoint.run / "samples.png"
     names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
-    if output.suffix == ".png":
+    if output.suffix.lower() in PICTURES:
         columns = 12 if len(classes) == 1 else config.num_per_class * max(1, 12 // config.num_per_class)
-        save_grid(images, output, columns=columns, captions=names if checkpoint.classes else None)
-    elif output.suffix == ".npz":
-        save_npz(images, labels, checkpoint.classes, output)
+        captions = names if checkpoint.classes else None
+        save_grid(torch.cat(list(batches)), output, columns=columns, captions=captions)
+    elif output.suffix.lower() == ".npz":
+        save_npz(batches, labels, checkpoint.classes, output)
     else:
-        save_folder(images, names, output)
-    print(f"{len(images)} images: {output}")
+        save_folder(batches, names, output)
+    print(f"{len(labels)} images: {output}")
     if panel is not None:
         path = beside(output, "panel")
         save_grid(panel.images(codec), path, columns=panel.columns, column_names=panel.names)
@@ -153,9 +155,29 @@ def main(config: SampleConfig) -> None:
         print(f"stages: {path}")
 
 
+PICTURES = (".png", ".pdf")
+
+
+def check_output(output: Path | None, *, is_picture: bool) -> None:
+    """Before anything is drawn.
+
+    Raises:
+        ValueError: for an ending that says another kind of file than is written.
+    """
+    ending = output.suffix.lower() if output and not output.is_dir() else ""
+    if is_picture and output and ending not in PICTURES:
+        raise ValueError(f"--output {output}: it is one picture, give FILE.png or FILE.pdf")
+    if ending[1:2].isalpha() and ending not in (*PICTURES, ".npz"):
+        raise ValueError(
+            f"--output {output}: give FILE.png or FILE.pdf for a grid, FILE.npz for arrays, or a folder, whose name "
+            "has no ending"
+        )
+
+
 def beside(output: Path, name: str) -> Path:
-    """Where a second picture goes: into the folder of images, or beside the file."""
-    return output.with_name(f"{output.stem}-{name}.png") if output.suffix else output / f"{name}.png"
+    """Where a second picture goes: beside the file or the folder, where nothing takes it for a sample."""
+    ending = output.suffix if output.suffix.lower() in (*PICTURES, ".npz") else ""
+    return output.with_name(f"{output.name.removesuffix(ending)}-{name}{ending.replace('.npz', '') or '.png'}")
 
 
 def draw_reconstructions(
@@ -170,8 +192,6 @@ def draw_reconstructions(
 
     assert config.reconstruct is not None
     path = Path(config.output) if config.output else path
-    if path.suffix != ".png":
-        raise ValueError(f"--output {path}: reconstructions are one picture, give a FILE.png")
     held_out = open_split(data, "test")
     chosen = spread_over_classes(held_out.labels, classes, config.num_per_class)
     images = torch.stack([held_out[index][0] for index in chosen.tolist()])

@@ -77,8 +77,8 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     if checkpoint is not None:
         open_checkpoint(checkpoint).check_identity(**identity)
     spec = model_spec(config, codec, process, num_classes=len(images.classes))
-    sampling = sampling_of(config.sampling, spec.num_classes)
-    sampling = check_sampling(sampling, process, spec.num_classes, spec.in_channels)
+    num_guided = config.guided_classes(spec.num_classes)
+    sampling = check_sampling(sampling_of(config.sampling, num_guided), process, num_guided, spec.in_channels)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     announce(images, held_out_images, model, spec, process, accelerator)

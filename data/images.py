@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -71,6 +72,8 @@ class ImageDataset(Dataset):
         names, classes = list(layout.classes), sorted({*layout.classes.values()} - {""})
         if not names:
             raise DataError(f"--data.path {path}: no images in it; give a folder with one for each class{self._less()}")
+        composed = {unicodedata.normalize("NFC", name): name for name in classes}  # macOS takes names apart
+        exclude_classes = [composed.get(unicodedata.normalize("NFC", name), name) for name in exclude_classes]
         unknown = sorted(set(exclude_classes) - set(classes))
         if unknown:
             raise DataError(f"--data.exclude_classes {unknown[0]}: no such class; there are {abridged(classes)}")

@@ -17,7 +17,15 @@ from data import open_dataset
 from data.latents import LatentCache, build_cache, cache_name
 from diffusion import PROCESSES, Guidance, Process
 from diffusion.samplers import samplers_of
-from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
+from experiment.config import (
+    DataConfig,
+    DiffusionConfig,
+    ExperimentConfig,
+    OptimConfig,
+    SamplingConfig,
+    TrainConfig,
+    check_settings,
+)
 from experiment.machine import from_main
 from experiment.muon import Muon, split_for_muon
 from models import BACKBONES, create_model
@@ -192,7 +200,7 @@ def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerat
 
 
 def sampling_of(config: SamplingConfig, num_classes: int, **given: object) -> SamplingConfig:
-    """The configuration, unguided where there are no classes, with whatever was given in place of its own.
+    """The configuration, unguided where no classes can be (`guided_classes`), with what was given in its place.
 
     Raises:
         ValueError: for a name that it does not have.
@@ -210,8 +218,10 @@ def check_sampling(
     """The configuration, with the process's own sampler and spacing where it names none, if the model can follow it.
 
     Raises:
-        ValueError: for an unknown name, more steps than the process has, or guidance without classes.
+        ValueError: for an unknown name, a number out of its range or of another sampler, more steps than the process
+            has, or guidance without classes.
     """
+    check_settings(config, "--sampling.")
     config = replace(
         config,
         sampler=config.sampler or process.default_sampler,
@@ -221,9 +231,15 @@ def check_sampling(
         known = ", ".join(samplers_of(process))
         raise ValueError(f"--sampling.sampler {config.sampler}: unknown, choose from {known}")
     if num_classes == 0 and config.guidance_scale != 1.0 and config.guidance_checkpoint is None:
-        raise ValueError(f"--guidance_scale {config.guidance_scale}: the model is unconditional; leave it at 1")
+        raise ValueError(
+            f"--guidance_scale {config.guidance_scale}: the model is unconditional, or was trained with "
+            "--train.label_dropout 0, and has no null label to be guided away from; leave it at 1"
+        )
     if num_channels is not None and (config.legacy_cfg_channels or 1) > num_channels:
         raise ValueError(f"--sampling.legacy_cfg_channels {config.legacy_cfg_channels}: there are {num_channels}")
+    for name, sampler in {"eta": "ddim", "churn": "heun"}.items():
+        if getattr(config, name) and config.sampler != sampler:
+            raise ValueError(f"--{name} {getattr(config, name)}: {sampler} alone uses it, not {config.sampler}; give 0")
     build_guidance(config)
     process.reverse_steps(config.num_steps, config.spacing)
     return config
@@ -287,6 +303,4 @@ DECAYS: dict[str, Callable[[float, float, OptimConfig], float]] = {  # of the ph
 
 def num_training_steps(config: TrainConfig, num_images: int) -> int:
     """Optimizer steps of the run: as asked, or enough for the epochs, the last one whole."""
-    if config.num_steps is not None:
-        return config.num_steps
-    return -(-config.num_epochs * num_images // config.batch_size)
+    return config.num_steps or -(-(config.num_epochs or 100) * num_images // config.batch_size)

@@ -59,6 +59,18 @@ class Checkpoint:
         """Height and width of its images."""
         return self.config.data.image_size, self.config.data.image_size
 
+    @property
+    def autoencoder(self) -> str:
+        """Of its configuration; a folder that is not there from here is looked for from where the run lies."""
+        name = self.config.autoencoder
+        places = [] if Path(name).is_dir() else [parent / name for parent in self.run.resolve().parents]
+        return next((str(place) for place in places if (place / "config.json").is_file()), name)
+
+    @property
+    def num_guided(self) -> int:
+        """Of its classes those that can be guided away from the null label."""
+        return self.config.guided_classes(len(self.classes))
+
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The averaged backbone in eval mode."""
         model = self.spec.build()

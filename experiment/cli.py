@@ -2,31 +2,94 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, set_loader, set_parsing_settings
 
 from experiment import children
-from experiment.config import R, resuming
+from experiment.config import R, check_settings, resuming
 from experiment.strict_yaml import StrictLoader
 
 set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML
 
 T = TypeVar("T")
+NAMES = {"classes", "exclude_classes"}  # of settings that are lists of names
 load_yaml = get_loader("yaml")
+
+# A program is seldom typed alone: bash finds its name among the words behind `python` or a launcher.
+BEHIND_LAUNCHERS = r"""
+_behind_launcher() {
+  local at word
+  for ((at = 1; at < COMP_CWORD; at++)); do
+    word=${COMP_WORDS[at]##*/}
+    if declare -F "_shtab_${word//[^a-zA-Z0-9]/_}" > /dev/null; then
+      COMP_WORDS=("${COMP_WORDS[@]:at}") COMP_CWORD=$((COMP_CWORD - at))
+      "_shtab_${word//[^a-zA-Z0-9]/_}"
+      return
+    fi
+  done
+}
+complete -o default -o filenames -F _behind_launcher python python3 accelerate torchrun
+"""
+
+
+class Parser(ArgumentParser):
+    """Says in a line what does not fit, with the nearest flag, where jsonargparse prints the usage of all."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises: SystemExit."""
+        words = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(message.split()))
+        words = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", words)
+        if unknown := re.search(r"unrecognized arguments: --([\w.]+)|ption '([\w.]+)'", words):
+            flags = [flag.removeprefix("--") for flag in self._option_string_actions]
+            asked = (unknown[1] or unknown[2]).rpartition(".")
+            nearest = difflib.get_close_matches("".join(asked), flags, 1) or [
+                flag for flag in flags if difflib.get_close_matches(asked[2], [flag.rpartition(".")[2]])
+            ]
+            words += f"; did you mean {' or '.join(f'--{flag}' for flag in nearest[:2])}?" if nearest else ""
+        print(f"{self.prog}: error: {words[:1000]}\n{self.prog} --help lists all settings", file=sys.stderr)
+        raise SystemExit(2) from None
+
+    def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:
+        """Of bash, also behind `python`."""
+        script = super().get_completion_script(completion_type, **kwargs)
+        return script + BEHIND_LAUNCHERS if completion_type == "shtab-bash" else script
+
+
+def keep_names(values: Any, text: str) -> Any:
+    """What YAML made of a text, with lists of names as they are written: 007, no, null and 1e3 can be names.
+
+    Raises:
+        yaml.YAMLError: for what is no YAML.
+    """
+
+    def kept(value: Any, written: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        both = {key: (each, written.get(str(key))) for key, each in value.items()}
+        return {
+            key: pair[1] if str(key).rpartition(".")[2] in NAMES and isinstance(pair[1], list) else kept(*pair)
+            for key, pair in both.items()
+        }
+
+    return kept(values, yaml.load(text, yaml.BaseLoader)) if isinstance(values, dict) else values
 
 
 def load_strict_yaml(text: str) -> Any:
-    """As jsonargparse reads it, once it is known to be no bomb and to say each thing once."""
+    """As jsonargparse reads it, once it is known to be no bomb and to say each thing once, and with names kept."""
     yaml.load(text, StrictLoader)
-    return load_yaml(text)
+    return keep_names(load_yaml(text), text)
 
 
 set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
@@ -38,8 +101,53 @@ def parse(config_class: type[T], arguments: list[str] | None = None) -> T:
     Raises:
         SystemExit: with a message that names the flag, when an argument does not fit.
     """
-    number = version("latent-diffusion-backbones")
-    return cast(T, auto_cli(config_class, args=arguments, as_positional=False, return_instance=True, version=number))
+    config = auto_cli(
+        config_class,
+        args=quote_names(config_class, sys.argv[1:] if arguments is None else arguments),
+        as_positional=False,
+        return_instance=True,
+        parser_class=Parser,
+        version=version("latent-diffusion-backbones"),
+        allow_abbrev=False,
+        usage="%(prog)s [settings]",
+    )
+    check_settings(config)
+    return cast(T, expand_home(config))
+
+
+def quote_names(config_class: type, arguments: list[str]) -> list[str]:
+    """The arguments, with each list of names as JSON: YAML takes 007, no, null and 1e3 for something else."""
+    lists = [f"--{flag}" for flag in lists_of_names(config_class)]
+    quoted, before = [], ""
+    for argument in arguments:
+        flag, given, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        before = "" if given or not argument.startswith("--") else argument
+        if flag in lists and value:
+            try:
+                names = yaml.load(value, yaml.BaseLoader)
+            except yaml.YAMLError:
+                names = value
+            argument = f"{flag}=" * bool(given) + json.dumps(names if isinstance(names, list) else [value])
+        quoted.append(argument)
+    return quoted
+
+
+def lists_of_names(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Flags, without their dashes."""
+    for name, kind in get_type_hints(config_class).items():
+        if is_dataclass(kind):
+            yield from lists_of_names(cast(type, kind), f"{prefix}{name}.")
+        elif name in NAMES and get_args(kind) == (str,):
+            yield f"{prefix}{name}"
+
+
+def expand_home(config: Any) -> Any:
+    """`~/` where no shell has expanded it: behind `=`, and in YAML."""
+    if isinstance(config, str | Path):
+        return type(config)(Path(config).expanduser()) if str(config).startswith("~/") else config
+    if not is_dataclass(config) or isinstance(config, type):
+        return config
+    return replace(config, **{each.name: expand_home(getattr(config, each.name)) for each in fields(config)})
 
 
 def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
@@ -54,7 +162,9 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
         found = parser.instantiate(parser.parse_object(values))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
-    return config_class(**vars(found))
+    config = config_class(**vars(found))
+    check_settings(config, prefix="")
+    return config
 
 
 def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:

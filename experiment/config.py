@@ -7,10 +7,57 @@ so that `--help` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from experiment.files import inside
+
+SEEDS = "[0, 4294967295]"  # NumPy's
+
+
+def within(interval: str, default: Any = MISSING) -> Any:
+    """A setting whose number, or each of whose numbers, lies in an interval: `(0, 1]` is without 0 and with 1."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"interval": interval})
+    return field(default=default, metadata={"interval": interval})
+
+
+def check_settings(config: Any, prefix: str = "--") -> None:
+    """Every number of a configuration lies in its interval, and no setting does nothing in silence.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for each in fields(config):
+        value, flag, interval = getattr(config, each.name), f"{prefix}{each.name}", each.metadata.get("interval")
+        parts = value if isinstance(value, list) else [value]
+        for part in parts:
+            if is_dataclass(part):
+                check_settings(part, f"{flag}.")
+        if interval and not all(_contains(interval, number) for number in _numbers(value)):
+            raise ValueError(f"{flag} {value}: must lie in {interval}")
+    if isinstance(config, TrainConfig) and None not in (config.num_epochs, config.num_steps):
+        raise ValueError(
+            f"{prefix}num_epochs {config.num_epochs} beside {prefix}num_steps {config.num_steps}: one of them says how "
+            f"long; leave the other out, or null where a file has it"
+        )
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """In lists of lists too."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif value is not None:
+        yield value
+
+
+def _contains(interval: str, number: int | float) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)
 
 
 @dataclass(frozen=True)
@@ -36,16 +83,16 @@ class DataConfig:
     """
 
     path: str = "shapes"
-    image_size: int = 64
-    test_fraction: float = 0.2
-    split_seed: int = 0
+    image_size: int = within("[1, 16384]", 64)
+    test_fraction: float = within("(0, 1)", 0.2)
+    split_seed: int = within(SEEDS, 0)
     group_near_duplicates: bool = False
     exclude_classes: list[str] = field(default_factory=list)
     use_labels: bool = True
-    min_size: int = 0
+    min_size: int = within("[0, inf)", 0)
     on_error: Literal["stop", "skip"] = "stop"
     flip: bool = True
-    num_images: int = 5000
+    num_images: int = within("[10, inf)", 5000)
     difficulty: Literal["easy", "medium", "hard"] = "easy"
     cache: str = "cache"
 
@@ -94,29 +141,29 @@ class DiffusionConfig:
 
     kind: str = "gaussian"
     schedule: str | None = None
-    num_timesteps: int | None = None
+    num_timesteps: int | None = within("[2, inf)", None)
     prediction: str | None = None
     variance: str | None = None
     weighting: str | None = None
     zero_terminal_snr: bool | None = None
     times: str | None = None
-    model_times: list[float] | None = None
+    model_times: list[float] | None = within("(-inf, inf)", None)
     path: str | None = None
-    shift: float | None = None
-    sigma_data: float | None = None
-    P_mean: float | None = None
-    P_std: float | None = None
-    sigma_min: float | None = None
-    sigma_max: float | None = None
+    shift: float | None = within("(0, inf)", None)
+    sigma_data: float | None = within("(0, inf)", None)
+    P_mean: float | None = within("(-inf, inf)", None)
+    P_std: float | None = within("(0, inf)", None)
+    sigma_min: float | None = within("(0, inf)", None)
+    sigma_max: float | None = within("(0, inf)", None)
     uncertainty: bool | None = None
     coarse: str | None = None
     upsampler: str | None = None
     refiner: str | None = None
-    factor: int | None = None
-    sigma: float | None = None
-    phases: list[float] | None = None
-    forcing: list[list[float]] | None = None
-    augmentation: list[float] | None = None
+    factor: int | None = within("[2, inf)", None)
+    sigma: float | None = within("(0, inf)", None)
+    phases: list[float] | None = within("[0, inf)", None)
+    forcing: list[list[float]] | None = within("[0, 1]", None)
+    augmentation: list[float] | None = within("[0, 1]", None)
 
 
 @dataclass(frozen=True)
@@ -135,7 +182,7 @@ class AuxiliaryConfig:
     """
 
     kind: str
-    weight: float
+    weight: float = within("(0, inf)")
     network: str = "vgg19"
     heads: str | None = None
 
@@ -159,15 +206,15 @@ class OptimConfig:
         grad_clip: largest norm of the gradient; 0 turns clipping off
     """
 
-    lr: float = 1e-4
-    muon_lr: float | None = None
-    warmup_steps: int = 0
+    lr: float = within("(0, inf)", 1e-4)
+    muon_lr: float | None = within("(0, inf)", None)
+    warmup_steps: int = within("[0, inf)", 0)
     decay: Literal["constant", "cosine", "step"] = "constant"
-    decay_epochs: float = 15.0
-    decay_factor: float = 0.5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    grad_clip: float = 0.0
+    decay_epochs: float = within("(0, inf)", 15.0)
+    decay_factor: float = within("(0, 1]", 0.5)
+    betas: tuple[float, float] = within("[0, 1)", (0.9, 0.999))
+    weight_decay: float = within("[0, inf)", 0.0)
+    grad_clip: float = within("[0, inf)", 0.0)
 
 
 @dataclass(frozen=True)
@@ -175,8 +222,8 @@ class TrainConfig:
     """Length, batch and numbers of the training.
 
     Args:
-        num_epochs: passes over the training split
-        num_steps: optimizer steps; takes the place of num_epochs
+        num_epochs: passes over the training split; 100 where num_steps does not say how long either
+        num_steps: optimizer steps, in place of num_epochs
         max_hours: save and stop after this time, with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
         batch_size: images an optimizer step, over all processes and micro-batches
         grad_accumulation: micro-batches a step
@@ -189,17 +236,17 @@ class TrainConfig:
         seed: of weights, order, noise, timesteps and dropout
     """
 
-    num_epochs: int = 100
-    num_steps: int | None = None
-    max_hours: float | None = None
-    batch_size: int = 128
-    grad_accumulation: int = 1
-    label_dropout: float = 0.1
-    ema_decay: float = 0.9999
-    ema_profiles: list[float] = field(default_factory=list)
+    num_epochs: int | None = within("[1, inf)", None)
+    num_steps: int | None = within("[1, inf)", None)
+    max_hours: float | None = within("(0, inf)", None)
+    batch_size: int = within("[1, inf)", 128)
+    grad_accumulation: int = within("[1, inf)", 1)
+    label_dropout: float = within("[0, 1]", 0.1)
+    ema_decay: float = within("[0, 1)", 0.9999)
+    ema_profiles: list[float] = within("(0, 0.28)", [])
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
-    seed: int = 0
+    seed: int = within(SEEDS, 0)
 
 
 @dataclass(frozen=True)
@@ -209,7 +256,8 @@ class SamplingConfig:
     Args:
         sampler: null is the process's own: 'ddpm' (gaussian: ancestral), 'euler' (flow), 'heun' (edm: second order,
             two calls a step) or 'iterated' (a cascade's 'dae' and 'resnet', which have no other); others: 'ddim',
-            'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m' (DPM-Solver++ of order 2 and 3),
+            'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m' (DPM-Solver++, as published),
+            'exponential_ab3' (of order 3: for many steps),
             'dpmpp_2m_sde' (with noise), 'unipc' (predictor and corrector)
         num_steps: steps a sample: calls of the model, each of both halves under guidance
         spacing: of the steps: null is the process's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
@@ -232,20 +280,20 @@ class SamplingConfig:
     """
 
     sampler: str | None = None
-    num_steps: int = 150
+    num_steps: int = within("[1, inf)", 150)
     spacing: str | None = None
-    eta: float = 0.0
-    churn: float = 0.0
-    guidance_scale: float = 1.5
+    eta: float = within("[0, 1]", 0.0)
+    churn: float = within("[0, inf)", 0.0)
+    guidance_scale: float = within("[0, inf)", 1.5)
     guidance_checkpoint: str | None = None
-    guidance_interval: list[float] | None = None
+    guidance_interval: list[float] | None = within("[0, inf]", None)
     guidance_schedule: str = "constant"
-    guidance_rescale: float = 0.0
-    guidance_parallel: float = 1.0
-    guidance_radius: float | None = None
-    guidance_momentum: float = 0.0
-    legacy_cfg_channels: int | None = None
-    clip: float | None = None
+    guidance_rescale: float = within("[0, 1]", 0.0)
+    guidance_parallel: float = within("(-inf, inf)", 1.0)
+    guidance_radius: float | None = within("(0, inf)", None)
+    guidance_momentum: float = within("(-1, 1)", 0.0)
+    legacy_cfg_channels: int | None = within("[1, inf)", None)
+    clip: float | None = within("(0, inf]", None)
 
 
 @dataclass(frozen=True)
@@ -271,10 +319,10 @@ class EvaluationConfig:
     metrics: list[str] = field(
         default_factory=lambda: ["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage"]
     )
-    num_samples: int | None = None
+    num_samples: int | None = within("[1, inf)", None)
     labels: Literal["balanced", "reference", "random"] = "balanced"
-    seed: int = 0
-    batch_size: int = 64
+    seed: int = within(SEEDS, 0)
+    batch_size: int = within("[1, inf)", 64)
 
 
 @dataclass(frozen=True)
@@ -295,14 +343,14 @@ class LogConfig:
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
 
-    every: int = 20
-    validate_every: int = 1000
-    num_validation: int = 1024
-    sample_every: int = 2000
-    evaluate_every: int = 0
-    checkpoint_every: int = 2000
-    keep_checkpoints: int = 2
-    keep_every: int = 0
+    every: int = within("[0, inf)", 20)
+    validate_every: int = within("[0, inf)", 1000)
+    num_validation: int = within("[1, inf)", 1024)
+    sample_every: int = within("[0, inf)", 2000)
+    evaluate_every: int = within("[0, inf)", 0)
+    checkpoint_every: int = within("[0, inf)", 2000)
+    keep_checkpoints: int = within("[1, inf)", 2)
+    keep_every: int = within("[0, inf)", 0)
     best: str | None = None
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
@@ -318,7 +366,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """Of the run."""
-        return Path(self.resume or Path("runs") / str(self.name))
+        return Path(self.resume) if self.resume else inside(Path("runs"), str(self.name), "--name")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, fit for YAML and JSON."""
@@ -378,15 +426,15 @@ class ExperimentConfig(RunConfig):
             else start
         init_from: a run or checkpoint (or hf://owner/name) whose averaged weights a fresh run starts from: those of the
             same name and shape
-        data: see --data.help
-        diffusion: see below
+        data: images and how they are read
+        diffusion: the diffusion process and its objective
         auxiliary: further terms of the loss, a list such as '[{kind: perceptual, weight: 0.1}, {kind: feature_matching,
             weight: 0.05}]'; each is logged by its kind
-        optim: see below
-        train: see below
-        sampling: see below
-        evaluation: see below
-        log: see below
+        optim: optimizer and learning rate
+        train: length, batch and numbers of the training
+        sampling: how samples are drawn
+        evaluation: how samples are scored
+        log: what is written on the way, and how often
     """
 
     model: str = "XSwin"
@@ -408,7 +456,7 @@ class ExperimentConfig(RunConfig):
     @property
     def folder(self) -> Path:
         """Of the run."""
-        return Path(self.resume or Path("runs") / (self.name or self.model.replace("/", "-")))
+        return super().folder if self.resume or self.name else Path("runs") / self.model.replace("/", "-")
 
     def identity(self) -> dict[str, Any]:
         """With the diffusion's settings in full: what is null is their default."""
@@ -416,3 +464,7 @@ class ExperimentConfig(RunConfig):
 
         diffusion = {"kind": self.diffusion.kind, **process_settings(self.diffusion)}
         return super().identity() | {f"diffusion.{name}": value for name, value in diffusion.items()}
+
+    def guided_classes(self, num_classes: int) -> int:
+        """Of so many classes those that can be guided away from the null label: none where it was never trained."""
+        return num_classes if self.train.label_dropout > 0 else 0

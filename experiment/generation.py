@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -93,17 +94,22 @@ class Generator:
         return self.codec.decode(x_0)
 
 
-def generate(generator: Generator, *, batch_size: int, desc: str = "sampling") -> UInt8[Tensor, "n 3 h w"]:
+def generate(generator: Generator, *, batch_size: int) -> UInt8[Tensor, "n 3 h w"]:
     """All images of a generator, in order, on every process; the work is shared by all of them."""
-    mine = share(len(generator.labels), generator.accelerator)
-    show = generator.accelerator.is_main_process
-    images: list[tuple[int, Tensor]] = []
-    with tqdm(total=len(mine), desc=desc, unit="img", disable=not show, leave=False) as bar:
-        for batch in generator.batches(mine, batch_size):
-            images += zip(batch.indices.tolist(), batch.images, strict=True)
-            bar.update(len(batch.images))
-    everyone = dict(gather_object(images))
-    return torch.stack([everyone[index] for index in range(len(generator.labels))])
+    return torch.cat(list(stream(generator, batch_size=batch_size)))
+
+
+def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
+    """The same, a batch of each process at a time: for more images than memory holds."""
+    accelerator, num_images = generator.accelerator, len(generator.labels)
+    hidden = not accelerator.is_main_process
+    with tqdm(total=num_images, desc="sampling", unit="img", disable=hidden, leave=False) as bar:
+        for part in torch.arange(num_images).split(batch_size * accelerator.num_processes):
+            mine = part[accelerator.process_index :: accelerator.num_processes]
+            drawn = list(zip(mine.tolist(), generator.draw(mine).cpu(), strict=True)) if len(mine) else []
+            everyone = dict(gather_object(drawn))
+            yield torch.stack([everyone[index] for index in part.tolist()])
+            bar.update(len(part))
 
 
 def share(num_images: int, accelerator: Accelerator) -> Int64[Tensor, " m"]:
@@ -159,7 +165,7 @@ class StagesPanel:
         return torch.stack(enlarged, dim=1).flatten(0, 1)
 
 
-def resolve_classes(asked: list[str | int], classes: list[str]) -> list[int]:
+def resolve_classes(asked: list[str], classes: list[str]) -> list[int]:
     """Labels of class names or numbers; all of them when none are asked for, 0 for an unconditional model.
 
     Raises:
@@ -167,13 +173,13 @@ def resolve_classes(asked: list[str | int], classes: list[str]) -> list[int]:
     """
     if not asked:
         return list(range(max(1, len(classes))))
-    labels = []
-    for name in map(str, asked):
+    labels, composed = [], [unicodedata.normalize("NFC", name) for name in classes]
+    for name in asked:
         if not classes:
             raise ValueError(f"--classes {name}: the model has no classes; leave it out")
-        if name in classes:
-            labels.append(classes.index(name))
-        elif name.isdigit() and int(name) < len(classes):
+        if (same := unicodedata.normalize("NFC", name)) in composed:  # macOS takes names apart
+            labels.append(composed.index(same))
+        elif name in map(str, range(len(classes))):
             labels.append(int(name))
         else:
             close = difflib.get_close_matches(name, classes, n=3, cutoff=0.4)

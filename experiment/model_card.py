@@ -112,7 +112,7 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
 
 def _training(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
-    length = f"{config.train.num_steps} steps" if config.train.num_steps else f"{config.train.num_epochs} epochs"
+    length = f"{config.train.num_steps} steps" if config.train.num_steps else f"{config.train.num_epochs or 100} epochs"
     return (
         "## Training\n\n```sh\npython train.py --config config.yaml\n```\n\n"
         f"{length} of batches of {config.train.batch_size}, AdamW at {config.optim.lr:g} ({config.optim.decay}), "

@@ -213,7 +213,7 @@ def from_checkpoint(
         ValueError: for a configuration that the process does not allow, before anything is drawn.
     """
     process, num_classes = checkpoint.build_process(), len(checkpoint.classes)
-    settings = [check_sampling(sampling, process, num_classes) for sampling in settings]
+    settings = [check_sampling(sampling, process, checkpoint.num_guided) for sampling in settings]
     model, diffusion = checkpoint.load_model(accelerator.device), checkpoint.config.diffusion
     provenance = {
         "checkpoint": checkpoint.path.as_posix(),

@@ -109,15 +109,15 @@ class Studio:
         checkpoint = self.checkpoint(request.run)
         if not 1 <= request.num_images <= MOST_IMAGES or not 1 <= request.num_steps <= MOST_STEPS:
             raise ValueError(f"1 to {MOST_IMAGES} pictures of 1 to {MOST_STEPS} steps, not {request}")
-        process, num_classes = checkpoint.build_process(), len(checkpoint.classes)
+        process, num_guided = checkpoint.build_process(), checkpoint.num_guided
         sampling = sampling_of(
             checkpoint.config.sampling,
-            num_classes,
+            num_guided,
             sampler=request.sampler,
             num_steps=request.num_steps,
-            guidance_scale=request.guidance_scale if num_classes else None,
+            guidance_scale=request.guidance_scale if num_guided else None,
         )
-        sampling = check_sampling(sampling, process, num_classes)
+        sampling = check_sampling(sampling, process, num_guided)
         device = self.accelerator.device
         return Generator(
             self.model(request.run),
@@ -141,7 +141,7 @@ class Studio:
 
     def codec(self, checkpoint: Checkpoint):
         """One for all checkpoints that share it."""
-        name = self.autoencoder or checkpoint.config.autoencoder
+        name = self.autoencoder or checkpoint.autoencoder
         if name not in self.codecs:
             self.codecs[name] = create_codec(name).to(self.accelerator.device)
         return self.codecs[name]
@@ -197,8 +197,8 @@ def spelled(label: int, classes: list[str]) -> str:
     """How to name a class on a command line so that YAML reads it right."""
     for word in (classes[label], str(label)):
         try:
-            read = yaml.safe_load(f"[{word}]")
-            if len(read) == 1 and isinstance(read[0], str | int) and resolve_classes(read, classes) == [label]:
+            read = yaml.load(f"[{word}]", yaml.BaseLoader)
+            if len(read) == 1 and isinstance(read[0], str) and resolve_classes(read, classes) == [label]:
                 return word
         except (yaml.YAMLError, ValueError):
             continue

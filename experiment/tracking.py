@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from experiment.config import flatten
-from experiment.files import write_whole
+from experiment.files import inside, whole, write_whole
 
 PROJECT = "latent-diffusion-backbones"  # of W&B; a run there has the name of the run here
 TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}}
@@ -111,7 +111,7 @@ def save_grid(
     column_names: list[str] | None = None,
     captions: list[str] | None = None,
 ) -> None:
-    """A PNG grid, row by row, with a name above each column or a caption under each image."""
+    """A grid as PNG or PDF, row by row, with a name above each column or a caption under each image."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = images.shape[-2:]
@@ -134,7 +134,7 @@ def save_grid(
         if captions:
             draw.text((left, top + height), _fit(captions[number], width, font), fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path, optimize=True)
+    canvas.save(path, optimize=True, quality=95, subsampling=0)  # a PDF holds a JPEG
 
 
 @warns_only("progress.png")
@@ -165,33 +165,41 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
     canvas.save(run / "progress.png", optimize=True)
 
 
-def save_folder(images: UInt8[Tensor, "n 3 h w"], class_names: list[str], folder: Path) -> None:
-    """`class/000123.png`, numbered by the image's index.
+def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[str], folder: Path) -> None:
+    """`class/000123.png`, numbered by the image's index; whole or not there.
 
     Raises:
         FileExistsError: when the folder holds files already, so that two draws are never mixed.
+        ValueError: for the name of a class that leads out of the folder.
     """
     from PIL import Image
 
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"--output {folder} is not empty; give another folder or delete it")
-    for number, (image, name) in enumerate(zip(images, class_names, strict=True)):
-        path = folder / name / f"{number:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    with whole(folder) as partial:
+        paths = [inside(partial, f"./{name}/{number:06d}.png", "--output") for number, name in enumerate(class_names)]
+        for path, image in zip(paths, (image for images in batches for image in images), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
-def save_npz(images: UInt8[Tensor, "n 3 h w"], labels: Tensor, classes: list[str], path: Path) -> None:
+def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classes: list[str], path: Path) -> None:
     """`arr_0` [n h w 3] and `arr_1` [n], as ADM's evaluation reads them (Dhariwal and Nichol 2021), and the names of
-    the `classes` that the labels number."""
+    the `classes` that the labels number; whole or not there. What comes is written at once: memory holds a batch."""
     import numpy as np
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
-    arrays: dict[str, Any] = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
-    arrays |= {"classes": np.array(classes)} if classes else {}
-    np.savez(partial, **arrays)
-    partial.replace(path)
+    with whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for number, images in enumerate(batches):
+                pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+                if number == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *pixels.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(pixels.data)
+        for name, array in {"arr_1": labels.numpy(), "classes": np.array(classes)}.items():
+            if array.size:
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, array)
 
 
 def _fit(text: str, width: int, font) -> str:

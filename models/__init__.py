@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 
 from torch import nn
 
@@ -61,6 +62,8 @@ def create_model(
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(type(number) is int and number < smallest for number in numbers):
             raise ValueError(f"--model_args.{argument} {value}: must be at least {smallest}")
+        if any(type(number) is float and not 0 <= number < math.inf for number in numbers):
+            raise ValueError(f"--model_args.{argument} {value}: must lie in [0, inf)")
     return backbone(
         **{
             "input_size": input_size,

@@ -67,11 +67,13 @@ def _load(source: str, classes: Collection[str], config: Path, place: str | Path
             f"--autoencoder {source}: {config.name} describes {name}, which is not supported; give one of "
             f"{', '.join(classes)}"
         )
+    files = [file.name for file in Path(place).glob("diffusion_pytorch_model*")]  # none where it is a hub's
+    variant = "fp16" if files and all(".fp16." in file for file in files) else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # diffusers passes huggingface_hub arguments it deprecated
             return getattr(diffusers, name).from_pretrained(
-                place, torch_dtype=torch.float32, low_cpu_mem_usage=False, **where
+                place, torch_dtype=torch.float32, low_cpu_mem_usage=False, variant=variant, **where
             )
     except Exception as error:  # diffusers raises a different type for each way a weight file can be broken
         reason = str(error).strip().splitlines()[0]

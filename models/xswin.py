@@ -184,6 +184,8 @@ class XSwin(nn.Module):
         self.num_classes, self.patch_size = num_classes, patch_size
 
         injection = Injection(dim, **INJECTIONS[conditioning])
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path={drop_path} must lie in [0, 1)")
         rates = torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist()
 
         def make_blocks(depth: int, width: int, heads: int, rates: list[float], first: int = 0) -> list[SwinBlock]:

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.ablation.config import AblationConfig, ClusterConfig, read_ablation
 from experiment.cli import one_line_errors, parse
+from experiment.config import within
+from experiment.files import inside
 
 STARTED = time.time()
 
@@ -38,7 +40,7 @@ class AblateConfig:
         executor: 'local' (`workers` runs at a time on the CPU, or one on each visible GPU), 'slurm' (a job a training,
             through submitit) or 'submitit' (the same as processes here)
         workers: runs at a time on a CPU, each with its share of the cores: small batches gain by it
-        cluster: see below
+        cluster: what a SLURM job is given
         max_hours: start nothing after this time; a training that runs saves and stops. The same command goes on
         launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
         any_code: take results of other versions of the code for done
@@ -50,9 +52,9 @@ class AblateConfig:
     set: dict[str, Any] = field(default_factory=dict)
     only: Literal["plan", "report"] | None = None
     executor: Literal["local", "slurm", "submitit"] = "local"
-    workers: int = 1
+    workers: int = within("[1, inf)", 1)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    max_hours: float | None = None
+    max_hours: float | None = within("(0, inf)", None)
     launcher: str | None = None
     any_code: bool = False
     redo: bool = False
@@ -64,9 +66,7 @@ def main(config: AblateConfig) -> int:
     path = Path(config.ablation)
     if not path.is_file():
         raise ValueError(f"--ablation {path}: no such file")
-    if config.workers < 1:
-        raise ValueError(f"--workers {config.workers} must be at least 1")
-    folder = Path("runs") / (config.name or path.stem)
+    folder = inside(Path("runs"), config.name or path.stem, "--name")
     if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
         raise ValueError(f"--name {folder.name}: {folder} holds a training; give the ablation another name")
     ablation = read_ablation(path, config.set)

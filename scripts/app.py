@@ -24,6 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
+from experiment.config import within
 
 MOST_RUNS = 3  # side by side
 SECONDS_KEPT = 1800  # of pictures in files, and of what a visitor has seen
@@ -55,9 +56,9 @@ class AppConfig:
     checkpoints: list[str] = field(default_factory=list)
     runs: Path = Path("runs")
     host: str = "127.0.0.1"
-    port: int = 7860
+    port: int = within("[0, 65535]", 7860)
     share: bool = False
-    queue: int = 32
+    queue: int = within("[1, inf)", 32)
     precision: str = "auto"
     autoencoder: str | None = None
 

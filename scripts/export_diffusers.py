@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import SamplingConfig
+from experiment.config import SamplingConfig, within
 
 PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 
@@ -51,10 +51,10 @@ class ExportConfig:
     checkpoint: str
     output: Path
     sampler: str | None = None
-    num_steps: int | None = None
+    num_steps: int | None = within("[1, inf)", None)
     spacing: str | None = None
-    guidance_scale: float | None = None
-    clip: float | None = None
+    guidance_scale: float | None = within("[0, inf)", None)
+    clip: float | None = within("(0, inf]", None)
     native: bool = False
     autoencoder: str | None = None
 
@@ -69,10 +69,10 @@ def main(config: ExportConfig) -> None:
     if config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
     checkpoint = open_checkpoint(config.checkpoint)
-    process, num_classes = checkpoint.build_process(), len(checkpoint.classes)
+    process, num_guided = checkpoint.build_process(), checkpoint.num_guided
     given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "clip")}
-    sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_classes, **given), process, num_classes)
-    codec = create_codec(config.autoencoder or checkpoint.config.autoencoder)
+    sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_guided, **given), process, num_guided)
+    codec = create_codec(config.autoencoder or checkpoint.autoencoder)
     if sampling.clip is None:
         sampling = replace(sampling, clip=codec.limit)
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, process, sampling)

@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
+from experiment.config import within
 
 Item = tuple[str, str, Any]  # split ('' where there is none), class name, PIL image
 
@@ -43,7 +44,7 @@ class PrepareConfig:
 
     dataset: str
     output: Path
-    image_size: int | None = None
+    image_size: int | None = within("[1, 16384]", None)
     image_column: str = "image"
     label_column: str = "label"
     root: Path = Path("cache/originals")

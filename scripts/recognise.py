@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataConfig
+from experiment.config import SEEDS, DataConfig, within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +42,8 @@ class RecogniseConfig:
     classifier: Path | None = None
     perceptual: Path | None = None
     output: Path | None = None
-    epochs: int = 4
-    seed: int = 0
+    epochs: int = within("[1, inf)", 4)
+    seed: int = within(SEEDS, 0)
 
 
 def main(config: RecogniseConfig) -> None:

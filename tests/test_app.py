@@ -223,7 +223,13 @@ def test_without_runs_it_says_what_to_do(tmp_path, folder):
 
 
 def test_classes_are_spelled_so_that_the_command_line_reads_them():
-    assert [spelled(label, ["cat", "8", "true", "a b", "x, y"]) for label in range(5)] == ["cat", "8", "2", "a b", "4"]
+    assert [spelled(label, ["cat", "8", "true", "a b", "x, y"]) for label in range(5)] == [
+        "cat",
+        "8",
+        "true",
+        "a b",
+        "4",
+    ]
 
 
 @needs_chromium

@@ -163,6 +163,15 @@ def test_a_cache_of_one_decoder_serves_another_and_no_other_encoder(folders, tmp
 # --- what is refused
 
 
+def test_a_folder_of_half_precision_alone_is_read_in_float32(tmp_path):
+    model = create("sd").half()
+    model.save_pretrained(tmp_path, variant="fp16")
+    codec = create_codec(str(tmp_path))
+    found = codec.autoencoder.state_dict()
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in model.state_dict().items())
+
+
 def test_another_class_is_refused_by_name(tmp_path):
     VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path)
     words = "config.json describes VQModel, which is not supported; give one of AutoencoderKL, AutoencoderTiny"

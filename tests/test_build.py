@@ -131,7 +131,26 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(OptimConfig(lr=0.1), 10**6, 10) == 0.1
 
 
+def test_without_a_trained_null_label_nothing_is_guided():
+    config = ExperimentConfig(train=TrainConfig(label_dropout=0.0))
+    process = build_process(config.diffusion)
+    assert (config.guided_classes(7), ExperimentConfig().guided_classes(7)) == (0, 7)
+    assert sampling_of(config.sampling, config.guided_classes(7)).guidance_scale == 1.0
+    asked = sampling_of(config.sampling, config.guided_classes(7), guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"--guidance_scale 2.0: .* --train.label_dropout 0, and has no null label"):
+        check_sampling(asked, process, config.guided_classes(7))
+
+
+@pytest.mark.parametrize(("name", "sampler", "other"), [("eta", "ddim", "ddpm"), ("churn", "heun", "euler")])
+def test_a_setting_of_another_sampler_is_refused(name, sampler, other):
+    process = build_process(DiffusionConfig())
+    assert check_sampling(SamplingConfig(sampler=sampler, **{name: 0.5}), process, 10)
+    with pytest.raises(ValueError, match=rf"--{name} 0.5: {sampler} alone uses it, not {other}; give 0"):
+        check_sampling(SamplingConfig(sampler=other, **{name: 0.5}), process, 10)
+
+
 def test_epochs_become_steps():
+    assert num_training_steps(TrainConfig(batch_size=10), 25) == 250
     assert num_training_steps(TrainConfig(num_epochs=1500, batch_size=128), 6941) == 81340
     assert num_training_steps(TrainConfig(num_steps=5), 6941) == 5
 

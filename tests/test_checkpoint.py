@@ -77,6 +77,20 @@ def test_weights_file_alone_brings_the_model_back(saved, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in ema.model.state_dict().items())
 
 
+def test_a_relative_autoencoder_is_found_from_elsewhere(saved, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(saved[0])
+    of_own = replace(checkpoint, config=replace(checkpoint.config, autoencoder="runs/own/autoencoder"))
+    folder = checkpoint.run.parent / "runs" / "own" / "autoencoder"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Path(of_own.autoencoder) == folder.resolve()
+    assert replace(of_own, config=checkpoint.config).autoencoder == checkpoint.config.autoencoder
+    monkeypatch.chdir(checkpoint.run.parent)
+    assert of_own.autoencoder == "runs/own/autoencoder"
+
+
 def test_run_folder_means_its_newest_checkpoint(saved, tmp_path):
     folder, trained = saved
     save(folder.parent, 10, *trained)

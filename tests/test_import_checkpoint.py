@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
 from processes import script
@@ -55,6 +56,38 @@ def test_averaged_weights_come_first_with_the_trained_statistics(tmp_path):
     assert torch.equal(model.head.weight, weights["head.pointwise.weight"])
     statistics = "smooth_conv_in.layers.2.running_var"
     assert torch.equal(model.stem_in.norms[0].running_var, weights[statistics] / 2)
+
+
+@pytest.mark.parametrize("average", ["ema", "model_ema", "ema_state_dict", "params_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod.module.", "model.", "net."])
+def test_averages_come_first_whatever_they_are_called_and_wrapped_in(average, prefix, tmp_path):
+    wanted = {f"blocks.{number}.weight": torch.full((2,), float(number)) for number in range(2)}
+    saved = {f"{prefix}{name}": tensor for name, tensor in wanted.items()}
+    raw = {name: tensor - 1 for name, tensor in saved.items()}
+    moments = {"state": {0: {"exp_avg": torch.ones(2)}}}
+    for trained in ("model", "state_dict", "net"):
+        torch.save({"optimizer": moments, trained: raw, average: saved, "step": 3}, tmp_path / "x.pt")
+        found, _ = SCRIPT.read_weights(tmp_path / "x.pt")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_a_trainer_puts_around_weights_is_left_out(tmp_path):
+    """A Lightning file with averages under a prefix; an AveragedModel's count; compiled blocks; REPA's projectors;
+    NumPy's numbers among the arguments."""
+    weight, other = torch.ones(2), torch.zeros(2)
+    for saved in (
+        {"state_dict": {"model.a.w": other, "ema_model.a.w": weight}},
+        {"ema": {"module": {"a.w": weight}, "decay": 0.9}, "model": {"a.w": other}},
+        {"ema": {"n_averaged": torch.tensor(3), "module.a.w": weight}, "opt": {"a.w": other}},
+        {"a._orig_mod.w": weight},
+        {"model": {"a.w": weight, "projectors.0.weight": other}, "args": argparse.Namespace(lr=np.float64(0.1))},
+        {"ema": {"a.w": weight}, "args": {"lr": np.float32(1e-4), "steps": np.int64(3), "flag": np.bool_(True)}},
+    ):
+        torch.save(saved, tmp_path / "x.pt")
+        found, _ = SCRIPT.read_weights(tmp_path / "x.pt")
+        assert found.keys() == {"a.w"}, saved
+        assert torch.equal(found["a.w"], weight)
 
 
 def test_sit_is_a_flow_told_its_own_times(tmp_path):

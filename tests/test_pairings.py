@@ -110,7 +110,7 @@ def test_a_table_is_visited_as_it_is_and_interpolated(tmp_path):
         spaced_times(process, 3, "even")
 
 
-ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "dpmpp_3m": 3}
+ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "exponential_ab3": 3}
 
 
 @pytest.mark.parametrize("process", ["cosine v", "linear flow", "trigonometric flow", "EDM"])

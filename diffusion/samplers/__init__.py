@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.guidance import Guidance, guide
 from diffusion.process import Denoiser, Prediction, Process
 from diffusion.samplers.chain import Chain, Moments
-from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc
+from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Transition
 
@@ -27,6 +28,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_3m": dpmpp_3m,
+    "exponential_ab3": exponential_ab3,
     "unipc": unipc,
 }
 
@@ -80,7 +82,8 @@ def sample(
 
     Random steps take their noise from `step_noise`, one slice a step in order, else from `generator`. With a
     generator for each sample, a sample depends on its own noise, label and stream alone, whatever batch it is
-    in. `num_classes`, the null label that guidance needs, is by default the model's attribute of that name.
+    in. `num_classes`, the null label that guidance needs, is by default the model's attribute of that name. A model
+    that is training is evaluated, and left as it was.
 
     Args:
         sampler: name in `SAMPLERS`; by default the process's own.
@@ -129,15 +132,29 @@ def sample(
         generator=generator,
         callback=callback,
     )
-    return process.generate(
-        chain,
-        model,
-        noise,
-        y,
-        guide_model=guide_model,
-        draw_noise=lambda like: randn_like(like, generator),
-        on_stage=on_stage or (lambda name, x_0: None),
-    )
+    with evaluating(model, guide_model):
+        return process.generate(
+            chain,
+            model,
+            noise,
+            y,
+            guide_model=guide_model,
+            draw_noise=lambda like: randn_like(like, generator),
+            on_stage=on_stage or (lambda name, x_0: None),
+        )
+
+
+@contextmanager
+def evaluating(*models: object) -> Iterator[None]:
+    """Those that are modules in eval mode, without dropout; afterwards each part is in its own mode again."""
+    parts = [part for model in models if isinstance(model, nn.Module) for part in model.modules() if part.training]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True
 
 
 def walk(

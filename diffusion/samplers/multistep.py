@@ -44,8 +44,20 @@ def dpmpp_2m_sde(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
 
 
 def dpmpp_3m(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
-    """DPM-Solver++(3M): a parabola through the last three predictions of `x_0` (Lu et al. 2022b, section 4 and
-    appendix B). Deterministic. The first two steps and the step to the data are of lower order."""
+    """DPM-Solver++(3M) as published (Lu et al. 2022b, appendix B, and its code): a parabola through the last three
+    predictions of `x_0`, with half its bend, where a divided difference stands for a derivative. That leaves order 2,
+    and in 20 to 40 steps a smaller error than `exponential_ab3`. Deterministic."""
+    return along_parabolas(chain, x_t, share_of_bend=0.5)
+
+
+def exponential_ab3(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+    """The exponential Adams-Bashforth method of order 3 (Hochbruck and Ostermann 2010, section 2.5), which takes the
+    whole parabola. Deterministic."""
+    return along_parabolas(chain, x_t, share_of_bend=1.0)
+
+
+def along_parabolas(chain: Chain, x_t: Float[Tensor, "b c h w"], share_of_bend: float) -> Moments:
+    """Through the last three predictions. The first two steps and the step to the data are of lower order."""
     earlier: list[Earlier] = []  # newest first
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
@@ -56,7 +68,7 @@ def dpmpp_3m(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
             if older:
                 ((x_0_2, h_2),) = older
                 slope, bend = parabola(x_0, (-h_1 / at.rise, x_0_1), (-(h_1 + h_2) / at.rise, x_0_2))
-        x_t = integrated(x_t, at, x_0, slope, bend)
+        x_t = integrated(x_t, at, x_0, slope, share_of_bend * bend)
         earlier = [(x_0, at.rise), *earlier[:1]]
         yield x_t, x_0
 

@@ -41,12 +41,14 @@ def euler(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
 def euler_maruyama(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
     """Euler and Maruyama's method for the reverse-time SDE (Song et al. 2021b, eq. 6): Euler's step on the probability
     flow, and a Langevin step of the variance that the forward process has added on the way. The step to the data is not
-    random."""
+    random. Over a long step that variance, which grows without bound, would take away more noise than there is: a
+    Langevin step replaces it all at twice sigma_t sigma_s, and goes no further."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_t = at.alpha_next * x_0 + at.sigma_next * noise
         if at.sigma_next > 0:
-            variance = at.log_variance_max.exp()  # of q(x_t | x_s); the score is -noise / sigma
+            variance = at.log_variance_max.exp().clamp(max=2 * at.sigma * at.sigma_next)  # of q(x_t | x_s)
+            # The score is -noise / sigma.
             x_t = x_t - 0.5 * variance / at.sigma * noise + variance.sqrt() * chain.draw_noise()
         yield x_t, x_0
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
-from experiment.cli import parse_mapping
+from experiment.cli import keep_names, parse_mapping
+from experiment.config import SEEDS, within
 from experiment.strict_yaml import StrictLoader
 
 
@@ -24,7 +25,7 @@ class MatchConfig:
 
     to: str
     by: Literal["flops", "params", "time"] = "flops"
-    tolerance: float = 0.03
+    tolerance: float = within("(0, inf)", 0.03)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ScoringConfig:
         per_class: Fréchet distances within each class that has 50 images or more
     """
 
-    trials: int = 1
+    trials: int = within("[1, inf)", 1)
     baselines: bool = True
     per_class: bool = True
 
@@ -53,8 +54,8 @@ class PicturesConfig:
     """
 
     classes: list[str] = field(default_factory=list)
-    num_per_class: int = 8
-    seed: int = 0
+    num_per_class: int = within("[0, inf)", 8)
+    seed: int = within(SEEDS, 0)
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class AblationConfig:
         baseline: name of the variant that the others are tested against, of several by a grid the first; by default the
             first
         match: equal cost, if asked for
-        scoring: see above
-        pictures: see above
+        scoring: the one scoring of all variants
+        pictures: samples of each variant
         columns: of table.tex: parameters, GFLOPs, img/s, GB, or metrics such as fid; by default all that have values
     """
 
@@ -102,10 +103,10 @@ class ClusterConfig:
         partition: of the cluster
     """
 
-    gpus: int = 1
-    hours: float = 12.0
-    cpus_per_gpu: int = 8
-    memory_gb: int = 64
+    gpus: int = within("[0, inf)", 1)
+    hours: float = within("(0, inf)", 12.0)
+    cpus_per_gpu: int = within("[1, inf)", 8)
+    memory_gb: int = within("[1, inf)", 64)
     partition: str | None = None
 
 
@@ -116,7 +117,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: for what is no YAML mapping, or names something twice.
     """
     try:
-        values = yaml.load(path.read_text(), StrictLoader)
+        text = path.read_text()
+        values = keep_names(yaml.load(text, StrictLoader), text)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):

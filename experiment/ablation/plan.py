@@ -72,7 +72,8 @@ class Planned:
         if self.speed is None:
             return None
         speed, config, log = self.speed, self.run.config, self.run.config.log
-        guided = 2 if sampling_of(config.sampling, self.spec.num_classes).guidance_scale != 1 else 1
+        sampling = sampling_of(config.sampling, config.guided_classes(self.spec.num_classes))
+        guided = 2 if sampling.guidance_scale != 1 else 1
         sampler = config.sampling.sampler or build_process(config.diffusion).default_sampler
         drawing = guided * num_calls(sampler, config.sampling.num_steps) / speed.calls + 1 / speed.decoding
         steps = self.num_steps - self.step
@@ -180,7 +181,8 @@ def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...
     images, held_out = _open_splits(config.data)
     spec = model_spec(config, _codec(config.autoencoder), process, len(images.classes))
     spec.build_on_meta()
-    check_sampling(sampling_of(config.sampling, spec.num_classes), process, spec.num_classes)
+    num_guided = config.guided_classes(spec.num_classes)
+    check_sampling(sampling_of(config.sampling, num_guided), process, num_guided)
     check_metrics(config.evaluation.metrics)
     resolve_classes(list(ablation.pictures.classes), images.classes)
     if ablation.scoring.trials < 1:

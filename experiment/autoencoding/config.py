@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from experiment.config import DataConfig, OptimConfig, RunConfig
+from experiment.config import SEEDS, DataConfig, OptimConfig, RunConfig, within
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class ArchitectureConfig:
         attention: self-attention between the two middle blocks of encoder and decoder
     """
 
-    channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    latent_channels: int = 4
-    layers_per_block: int = 2
-    norm_groups: int = 32
+    channels: list[int] = within("[1, inf)", [128, 256, 512, 512])
+    latent_channels: int = within("[1, inf)", 4)
+    layers_per_block: int = within("[1, inf)", 2)
+    norm_groups: int = within("[1, inf)", 32)
     attention: bool = True
 
 
@@ -44,9 +44,9 @@ class LossConfig:
 
     error: Literal["l1", "l2"] = "l1"
     learned_variance: bool = True
-    kl_weight: float = 1e-6
+    kl_weight: float = within("[0, inf)", 1e-6)
     perceptual: str | None = "lpips"
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = within("[0, inf)", 1.0)
     heads: str | None = None
 
 
@@ -67,15 +67,15 @@ class DiscriminatorConfig:
         grad_clip: largest norm of its gradient; 0 turns clipping off
     """
 
-    weight: float = 0.5
-    start: int = 5000
+    weight: float = within("[0, inf)", 0.5)
+    start: int = within("[0, inf)", 5000)
     loss: Literal["hinge", "bce"] = "hinge"
-    max_adaptive: float = 1e4
+    max_adaptive: float = within("(0, inf]", 1e4)
     norm: Literal["group", "spectral"] = "group"
-    channels: int = 64
-    num_layers: int = 3
-    lr: float = 1e-4
-    grad_clip: float = 1.0
+    channels: int = within("[1, inf)", 64)
+    num_layers: int = within("[1, inf)", 3)
+    lr: float = within("(0, inf)", 1e-4)
+    grad_clip: float = within("[0, inf)", 1.0)
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class AutoencoderOptimConfig(OptimConfig):
             AdamW (an update has a root mean square of 0.2 lr); null: AdamW on all
     """
 
-    grad_clip: float = 1.0
-    muon_lr: float | None = None
+    grad_clip: float = within("[0, inf)", 1.0)
+    muon_lr: float | None = within("(0, inf)", None)
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class AutoencoderTrainConfig:
         seed: of weights, order, mirroring and posterior noise
     """
 
-    num_steps: int = 50_000
-    max_hours: float | None = None
-    batch_size: int = 16
-    ema_decay: float = 0.999
+    num_steps: int = within("[1, inf)", 50_000)
+    max_hours: float | None = within("(0, inf)", None)
+    batch_size: int = within("[1, inf)", 16)
+    ema_decay: float = within("[0, 1)", 0.999)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    num_workers: int = 0
-    seed: int = 0
+    num_workers: int = within("[0, inf)", 0)
+    seed: int = within(SEEDS, 0)
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,11 @@ class AutoencoderLogConfig:
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
 
-    every: int = 20
-    sample_every: int = 1000
-    num_validation: int = 512
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
+    every: int = within("[0, inf)", 20)
+    sample_every: int = within("[0, inf)", 1000)
+    num_validation: int = within("[1, inf)", 512)
+    checkpoint_every: int = within("[0, inf)", 1000)
+    keep_checkpoints: int = within("[1, inf)", 2)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 
@@ -157,13 +157,13 @@ class AutoencodingConfig(RunConfig):
             were trained on them stay valid; with init_from
         half: write weights in float16, half the size
         shapes_share: share of procedural shapes, of all difficulties, in each batch of images
-        data: see --data.help; labels are not used
-        architecture: see below
-        loss: see below
-        discriminator: see below
-        optim: see below
-        train: see below
-        log: see below
+        data: images and how they are read; labels are not used
+        architecture: shape of the autoencoder
+        loss: what the autoencoder minimises
+        discriminator: the network that tells reconstructions from images
+        optim: optimizer and learning rate
+        train: length, batch and numbers of the training
+        log: what is written on the way, and how often
     """
 
     name: str = "autoencoder"
@@ -171,7 +171,7 @@ class AutoencodingConfig(RunConfig):
     init_from: str | None = None
     decoder_only: bool = False
     half: bool = False
-    shapes_share: float = 0.0
+    shapes_share: float = within("[0, 1]", 0.0)
     data: DataConfig = field(default_factory=DataConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -1,0 +1,123 @@
+"""What sampling writes: whole, in its folder, a batch at a time, and in modes that it leaves as they were."""
+
+import re
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from exact import generator, labels, randn
+from PIL import Image
+from processes import ROOT, script
+from torch import nn
+
+from diffusion import GaussianDiffusion, sample
+from experiment.generation import resolve_classes
+from experiment.tracking import save_folder, save_grid, save_npz
+
+SAMPLE = script("sample.py")
+IMAGES = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=generator())
+
+
+def interrupted():
+    yield IMAGES[:2]
+    raise OSError("no space left")
+
+
+def test_batches_become_an_npz_and_a_folder(tmp_path):
+    save_npz(iter(IMAGES.split(2)), torch.arange(5), ["a"] * 5, tmp_path / "deep" / "x.npz")
+    with np.load(tmp_path / "deep" / "x.npz") as file:
+        assert np.array_equal(file["arr_0"], IMAGES.permute(0, 2, 3, 1).numpy())
+        assert file["arr_1"].tolist() == [0, 1, 2, 3, 4]
+        assert file["classes"].tolist() == ["a"] * 5
+    save_folder(iter(IMAGES.split(2)), ["a", "a", "b/c", "b/c", "a"], tmp_path / "images")
+    with Image.open(tmp_path / "images" / "b" / "c" / "000003.png") as image:
+        assert np.array_equal(np.asarray(image), IMAGES[3].permute(1, 2, 0).numpy())
+
+
+def test_what_is_interrupted_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="no space"):
+        save_npz(interrupted(), torch.arange(5), [], tmp_path / "x.npz")
+    with pytest.raises(OSError, match="no space"):
+        save_folder(interrupted(), ["a"] * 5, tmp_path / "images")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../../X", "..", "a/../../../X", "x\0y"])
+def test_a_class_writes_into_the_folder_alone(name, tmp_path):
+    with pytest.raises(ValueError, match=r"--output: the name .* leads out of"):
+        save_folder(iter(IMAGES.split(5)), ["a", "a", "a", "a", name], tmp_path / "in" / "images")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    save_folder(iter(IMAGES.split(5)), ["/abs"] * 5, tmp_path / "images")
+    assert (tmp_path / "images" / "abs" / "000000.png").is_file()
+
+
+def test_a_grid_is_a_pdf_where_it_is_called_so(tmp_path):
+    save_grid(IMAGES, tmp_path / "fig.pdf", columns=3)
+    assert (tmp_path / "fig.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.PNGG", "deep/x.npy", "x.zip", "x.json"])
+def test_an_ending_of_another_kind_is_refused(name, tmp_path):
+    words = re.escape(f"--output {tmp_path / name}: give FILE.png or FILE.pdf for a grid")
+    with pytest.raises(ValueError, match=words):
+        SAMPLE.check_output(tmp_path / name, is_picture=False)
+    (tmp_path / name).mkdir(parents=True)
+    SAMPLE.check_output(tmp_path / name, is_picture=False)
+    for path in ("x.png", "x.PDF", "x.npz", "folder", "v1.5"):
+        SAMPLE.check_output(tmp_path / path, is_picture=False)
+    for path in ("x.npz", "folder"):
+        with pytest.raises(ValueError, match="it is one picture"):
+            SAMPLE.check_output(tmp_path / path, is_picture=True)
+
+
+def test_second_pictures_lie_where_nothing_takes_them_for_samples(tmp_path):
+    paths = {"x.png": "x-panel.png", "x.pdf": "x-panel.pdf", "x.npz": "x-panel.png", "v1.5": "v1.5-panel.png"}
+    for output, expected in paths.items():
+        assert SAMPLE.beside(tmp_path / output, "panel") == tmp_path / expected
+
+
+def test_classes_are_found_by_names_however_they_are_written():
+    composed, apart = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
+    assert resolve_classes([composed], ["x", apart]) == resolve_classes([apart], ["x", composed]) == [1]
+    assert resolve_classes(["007", "7", "no"], ["7", "no", "007"]) == [2, 0, 1]
+    with pytest.raises(ValueError, match="--classes 01: no such class"):
+        resolve_classes(["01"], ["a", "b"])
+
+
+# Modes.
+
+
+class Dropping(nn.Module):
+    num_classes = 2
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm2d(1)
+
+    def forward(self, x_t, t, y):
+        return self.drop(self.norm(x_t))
+
+
+def test_a_model_in_training_draws_what_it_draws_in_eval_and_trains_on():
+    process, model = GaussianDiffusion(variance="fixed_small"), Dropping()
+    model.norm.eval()  # on purpose, as frozen statistics are
+    modes = [part.training for part in model.modules()]
+    settings = {"sampler": "ddim", "num_steps": 3, "guidance_scale": 2.0}
+    drawn = sample(process, model, randn(2, 1, 4, 4), labels(2), **settings)
+    assert [part.training for part in model.modules()] == modes
+    assert torch.equal(drawn, sample(process, model.eval(), randn(2, 1, 4, 4), labels(2), **settings))
+    with pytest.raises(ValueError, match="--sampler x"):
+        sample(process, model.train(), randn(2, 1, 4, 4), labels(2), sampler="x")
+    with pytest.raises(RuntimeError):
+        sample(process, model, randn(2, 3, 4, 4), labels(2))  # one channel is what it takes
+    assert all(part.training for part in model.modules())
+
+
+def test_the_python_of_the_readme_runs():
+    code = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 1
+    found: dict = {}
+    exec(code[0].replace("num_steps=50", "num_steps=2"), found)
+    assert found["x_0"].shape == (4, 4, 8, 8)
+    assert found["model"].training
