@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 
 def open_dataset(
     path: str,
@@ -31,13 +33,19 @@ def intake(train, held_out) -> str:
     of = f"{len(train)} training and {len(held_out)} held-out images"
     classes = f"{len(train.classes)} classes ({_abridged(train.classes)})" if train.classes else "no classes"
     about = train.describe()
-    words = [f"{about['source']} ({train.note}): {of} of {classes}"]
-    for why in {**train.left_out, **held_out.left_out}:
-        names = sorted({*train.left_out.get(why, ()), *held_out.left_out.get(why, ())})
-        words += [f"left out {len(names)} {why} ({_abridged(names)})"] if names else []
+    words = [f"{about['source']} ({train.note}): {of} of {classes}", *left_out(train, held_out)]
     if enlarged := train.num_enlarged():
         words.append(f"{enlarged} of the training images are smaller than {about['image_size'][0]} and enlarged")
     return "; ".join(words)
+
+
+def left_out(*splits) -> list[str]:
+    """What of the images is in none of these, for each reason."""
+    reasons = {
+        why: sorted({*chain.from_iterable(split.left_out.get(why, ()) for split in splits)})
+        for why in chain.from_iterable(split.left_out for split in splits)
+    }
+    return [f"left out {len(names)} {why} ({_abridged(names)})" for why, names in reasons.items() if names]
 
 
 def _abridged(names: list[str], at_most: int = 5) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 
@@ -19,8 +19,3 @@ def stratified(labels: Int64[Tensor, " n"], count: int, seed: int) -> Int64[Tens
     by_class = shuffled[torch.randperm(len(classes), generator=draw)[of_class].argsort(stable=True)]
     start = torch.randint(max(1, num), (1,), generator=draw)
     return by_class[(torch.arange(count) * num + start) // max(1, count)].sort().values
-
-
-def random_half(num_images: int, seed: int) -> Bool[Tensor, " num_images"]:
-    """Which of the images are in the first of two random halves."""
-    return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)) < num_images // 2

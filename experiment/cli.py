@@ -186,7 +186,17 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
     stored = Path(config.resume) / "config.yaml"
     if not stored.is_file():
         raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist")
-    return parse(config_class, ["--config", str(stored), *arguments])
+    return parse(config_class, ["--config", str(stored), *_overruled(stored), *arguments])
+
+
+def _overruled(stored: Path) -> list[str]:
+    """Runs of before one of them said how long wrote down epochs (100) that their number of steps overruled."""
+    try:
+        length = yaml.safe_load(stored.read_text())["train"]
+    except (yaml.YAMLError, LookupError, TypeError):  # which reading it will tell
+        return []
+    both = length.get("num_steps") and length.get("num_epochs")
+    return ["--train.num_epochs", "null"] if both else []
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from jaxtyping import UInt8
 from torch import Tensor
 
+from data import left_out
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from experiment.generation import share
@@ -48,6 +49,8 @@ def dataset_reference(
     """Features of a split, or of what a codec makes of it, computed once for each (images, split, size, extractor,
     codec) and kept in the cache folder."""
     dataset = open_split(data, split)
+    for words in left_out(dataset):
+        accelerator.print(f"{split} images: {words}")
     key = {
         **dataset.describe(),
         "extractor": extractor.name,

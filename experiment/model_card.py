@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from experiment.checkpoint import WEIGHTS, Checkpoint
+from experiment.checkpoint import WEIGHTS, Checkpoint, read_metadata, read_tensors, save_tensors
 from experiment.table import code, markdown, plain
 
 PLACES = {"path", "cache", "resume", "init_from", "guidance_checkpoint", "weights_path", "checkpoint"}  # of settings
@@ -46,12 +44,12 @@ def write_published(files: dict[str, Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in files.items():
         if name == WEIGHTS:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-            public = {key: json.dumps(without_paths(json.loads(metadata[key]))) for key in ("config", "spec")}
-            changed = any(json.loads(metadata[key]) != json.loads(value) for key, value in public.items())
-            if changed:
-                save_file(load_file(path), folder / name, metadata={**metadata, **public})
+            metadata = read_metadata(path)
+            private = {key: json.loads(metadata[key]) for key in ("config", "spec", "identity") if key in metadata}
+            public = {key: without_paths(value) for key, value in private.items()}
+            if public != private:
+                written = {key: json.dumps(value) for key, value in public.items()}
+                save_tensors(read_tensors(path), folder / name, {**metadata, **written})
                 continue
         elif path.suffix in (".json", ".yaml"):
             values = without_paths(yaml.safe_load(path.read_text()))

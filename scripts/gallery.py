@@ -57,9 +57,10 @@ def read_run(folder: Path) -> Run:
     config = flat(yaml.safe_load((folder / "config.yaml").read_text()) or {})
     log, scores = folder / "log.jsonl", folder / "scores.json"
     lines = log.read_text().splitlines() if log.is_file() else []
-    record = json.loads(scores.read_text()).get("scores", {}) if scores.is_file() else {}
+    record = json.loads(scores.read_text()) if scores.is_file() else {}
+    known = {"scored at step": {"value": record.get("samples", {}).get("step")}, **record.get("scores", {})}
     values = {
-        name: one["value"] for name, one in record.items() if isinstance(one, dict) and one.get("value") is not None
+        name: one["value"] for name, one in known.items() if isinstance(one, dict) and one.get("value") is not None
     }
     grids = sorted((folder / "samples").glob("[0-9]*.png"))
     grid = folder / "samples.png" if (folder / "samples.png").is_file() else grids[-1] if grids else None

@@ -28,7 +28,7 @@ def runs(folder, tmp_path_factory):
     config["optim"]["lr"] *= 2
     (runs / "twice<b>" / "config.yaml").write_text(yaml.safe_dump({**config, "name": "twice"}))
     scores = {"fid": {"value": 12.5, "std": None}, "is": {"value": None, "reason": "too few"}}
-    (runs / "twice<b>" / "scores.json").write_text(json.dumps({"scores": scores}))
+    (runs / "twice<b>" / "scores.json").write_text(json.dumps({"scores": scores, "samples": {"step": 2}}))
     with (runs / "twice<b>" / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     (runs / "young").mkdir()
@@ -65,6 +65,7 @@ def test_runs_scores_and_differences_are_in_the_table(runs):
     assert list(table) == ["tiny", "twice<b>", "young"]
     assert (table["tiny"]["optim.lr"], table["twice<b>"]["optim.lr"]) == ("0.001", "0.002")
     assert (table["tiny"]["fid"], table["twice<b>"]["fid"]) == ("-", "12.5")
+    assert (table["twice<b>"]["steps"], table["twice<b>"]["scored at step"]) == ("4", "2")
     assert (table["tiny"]["steps"], table["young"]["steps"]) == ("4", "-")
     losses = [json.loads(line).get("loss") for line in (runs / "tiny" / "log.jsonl").read_text().splitlines()]
     assert table["tiny"]["loss"] == f"{[loss for loss in losses if loss is not None][-1]:.4g}"

@@ -14,9 +14,8 @@ import yaml
 from hub_stub import TOKEN, Hub
 from huggingface_hub import constants
 from processes import script
-from safetensors.torch import save_file
 
-from experiment.checkpoint import metadata_of, open_checkpoint, warm_start
+from experiment.checkpoint import metadata_of, open_checkpoint, save_tensors, warm_start
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
 from experiment.hub import HubError, local
 from experiment.model_card import card_files, model_card, without_paths
@@ -186,7 +185,8 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine(folder, tmp_pa
         auxiliary=[AuxiliaryConfig("perceptual", 1.0, network=f"{home}/vgg.pt2")],
     )
     weights = tiny.load_model().state_dict()
-    save_file(weights, run / "ema.safetensors", metadata=metadata_of(config, tiny.spec, tiny.classes, 4))
+    identity = {**tiny.identity, "train": {**tiny.identity["train"], "source": f"{home}/cats.zip"}}
+    save_tensors(weights, run / "ema.safetensors", metadata_of(config, tiny.spec, tiny.classes, 4, identity))
     (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     record = {"scores": {}, "num_samples": 1, "num_reference": 1, "extractor": "c", "extractor_sha256": "0"}
     record |= {"samples": {"checkpoint": "secret/run", "step": 4}, "reference": {"source": r"C:\\secret\\cats.zip"}}
