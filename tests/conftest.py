@@ -1,6 +1,7 @@
 """Shapes in public signatures are checked while testing: jaxtyping reads them, beartype verifies them."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # no bf16: the same numbers on every machine
@@ -8,13 +9,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core: threads of two
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):  # and so for what it starts
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-
 import pytest
 import yaml
 from jaxtyping import install_import_hook
 from processes import TINY, run
 
 install_import_hook(["models", "diffusion", "data", "metrics", "experiment"], "beartype.beartype")
+
+for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # nohup and a shell's & pass on their deafness
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

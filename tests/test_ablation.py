@@ -492,7 +492,9 @@ def test_the_commands_are_ones_that_their_scripts_accept():
     from evaluate import EvaluateConfig
     from sample import SampleConfig
 
-    ablation, (planned,) = plan_of({"a": {"sampling.eta": 0.5, "sampling.guidance_interval": [0.2, 5.0]}})
+    ablation, (planned,) = plan_of(
+        {"a": {"sampling": {"sampler": "ddim", "eta": 0.5, "guidance_interval": [0.2, 5.0]}}}
+    )
     scoring = parse(EvaluateConfig, stages.score(planned, ablation)[1:])
     assert (scoring.eta, scoring.sampling["guidance_interval"]) == (0.5, [0.2, 5.0])
     assert (scoring.baselines, scoring.per_class, scoring.metrics) == (True, True, ["fid", "precision"])

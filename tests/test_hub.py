@@ -122,7 +122,7 @@ def test_a_name_on_the_hub_works_where_a_path_does(pushed, hub, here):
 
 
 def test_sample_draws_from_the_hub(pushed, here):
-    settings = {"classes": "circle", "num_per_class": 1}
+    settings = {"classes": ["circle"], "num_per_class": 1}
     SAMPLE.main(SAMPLE.SampleConfig(checkpoint=f"hf://{REPO}", **settings))
     assert Path("runs/me--tiny-shapes/samples.png").is_file()
 

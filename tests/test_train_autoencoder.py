@@ -276,8 +276,8 @@ def test_discriminator_joins_at_its_step(whole):
 
 
 def test_resumed_run_equals_the_uninterrupted_one(whole, tmp_path):
-    run(SCRIPT, *FLAGS, "--train.max_hours", "0", cwd=tmp_path, check=False)  # stops after one step
-    stopped = run(SCRIPT, "--resume", "runs/autoencoder", "--train.max_hours", "0", cwd=tmp_path, check=False)
+    run(SCRIPT, *FLAGS, "--train.max_hours", "1e-9", cwd=tmp_path, check=False)  # stops after one step
+    stopped = run(SCRIPT, "--resume", "runs/autoencoder", "--train.max_hours", "1e-9", cwd=tmp_path, check=False)
     assert stopped.returncode == 75
     assert "stopped after 2 of 6 steps; go on with --resume runs/autoencoder" in stopped.stdout
     run(SCRIPT, "--resume", "runs/autoencoder", "--train.max_hours", "null", cwd=tmp_path)
@@ -288,7 +288,7 @@ def test_muon_and_spectral_norms_resume_too(train, tmp_path):
     flags = [*FLAGS, "--optim.muon_lr", "1e-2", "--discriminator.norm", "spectral"]
     train(tmp_path / "one", *flags)
     with pytest.raises(SystemExit, match="75"):
-        train(tmp_path / "other", *flags, "--train.max_hours", "0")
+        train(tmp_path / "other", *flags, "--train.max_hours", "1e-9")
     train(tmp_path / "other", "--resume", "runs/autoencoder", "--train.max_hours", "null")
     same_weights(tmp_path / "one", tmp_path / "other")
 
