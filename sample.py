@@ -14,13 +14,10 @@ import sys
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import SEEDS, DataConfig, within
-
-if TYPE_CHECKING:
-    from experiment.generation import Generator
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,12 @@ def main(config: SampleConfig) -> None:
     import torch
 
     from experiment.autoguidance import load_guide_model
-    from experiment.build import check_sampling, data_of, sampling_of
+    from experiment.build import check_sampling, data_of, open_split, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.generation import DenoisingPanel, Generator, StagesPanel, resolve_classes, stream
     from experiment.interpolation import interpolate
     from experiment.machine import open_accelerator
+    from experiment.reconstruction import draw_reconstructions
     from experiment.tracking import save_folder, save_grid, save_npz
     from models.autoencoder import create_codec
 
@@ -117,8 +115,10 @@ def main(config: SampleConfig) -> None:
         on_stage=stages,
     )
     if config.reconstruct is not None:
-        data = data_of(checkpoint.config.data, config.data)
-        draw_reconstructions(config, generator, data, classes, checkpoint.run / "reconstruct.png")
+        held_out = open_split(data_of(checkpoint.config.data, config.data), "test")
+        checkpoint.check_identity(test=held_out.describe())
+        path = Path(config.output) if config.output else checkpoint.run / "reconstruct.png"
+        draw_reconstructions(generator, held_out, classes, config.num_per_class, config.reconstruct, path)
         return
     if config.to_seed is not None and config.interpolate is None:
         raise ValueError(f"--to_seed {config.to_seed}: say how many pictures on the way, with --interpolate")
@@ -178,28 +178,6 @@ def beside(output: Path, name: str) -> Path:
     """Where a second picture goes: beside the file or the folder, where nothing takes it for a sample."""
     ending = output.suffix if output.suffix.lower() in (*PICTURES, ".npz") else ""
     return output.with_name(f"{output.name.removesuffix(ending)}-{name}{ending.replace('.npz', '') or '.png'}")
-
-
-def draw_reconstructions(
-    config: SampleConfig, generator: Generator, data: DataConfig, classes: list[int], path: Path
-) -> None:
-    """Held-out images of these classes, noised and denoised, four pictures each."""
-    import torch
-
-    from experiment.build import open_split
-    from experiment.reconstruction import reconstruct, spread_over_classes
-    from experiment.tracking import save_grid
-
-    assert config.reconstruct is not None
-    path = Path(config.output) if config.output else path
-    held_out = open_split(data, "test")
-    chosen = spread_over_classes(held_out.labels, classes, config.num_per_class)
-    images = torch.stack([held_out[index][0] for index in chosen.tolist()])
-    pictures, time = reconstruct(generator, images, held_out.labels[chosen], config.reconstruct)
-    if generator.accelerator.is_main_process:
-        names = ["original", f"t={time:.4g}", "one step", "chain"] * 3
-        save_grid(pictures.flatten(0, 1), path, columns=len(names), column_names=names)
-        print(f"{len(chosen)} held-out images, noised and denoised: {path}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffusion.bound import discretized_log_likelihood, normal_kl
 from diffusion.float64 import exact
 from diffusion.predictions import PREDICTIONS, AtLevel, Level
-from diffusion.process import Prediction, Process, mean_per_sample
+from diffusion.process import Denoiser, Prediction, Process, mean_per_sample
 from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
 from diffusion.times import TIMES, LossSecondMoments, Times, check_model_times
 from diffusion.transition import Transition

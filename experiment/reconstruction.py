@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -11,6 +13,24 @@ from torch import Tensor
 from diffusion.samplers import randn_like
 from experiment.batches import generator_for
 from experiment.generation import Generator
+from experiment.tracking import save_grid
+
+
+def draw_reconstructions(
+    generator: Generator, held_out: Any, classes: list[int], num_per_class: int, t: int | float, path: Path
+) -> None:
+    """Held-out images of these classes, noised to `t` and denoised, four pictures each, as one picture.
+
+    Raises:
+        ValueError: see `reconstruct`.
+    """
+    chosen = spread_over_classes(held_out.labels, classes, num_per_class)
+    images = torch.stack([held_out[index][0] for index in chosen.tolist()])
+    pictures, time = reconstruct(generator, images, held_out.labels[chosen], t)
+    if generator.accelerator.is_main_process:
+        names = ["original", f"t={time:.4g}", "one step", "chain"] * 3
+        save_grid(pictures.flatten(0, 1), path, columns=len(names), column_names=names)
+        print(f"{len(chosen)} held-out images, noised and denoised: {path}")
 
 
 def reconstruct(

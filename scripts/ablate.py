@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,11 +22,6 @@ from experiment.config import within
 from experiment.files import inside
 
 STARTED = time.time()
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from experiment.ablation.plan import Planned
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     """What is left to do, then the report."""
     from experiment.ablation.executors import EXECUTORS, jobs_of, places
-    from experiment.ablation.plan import make_plan, refuse_changed, table
+    from experiment.ablation.plan import make_plan, prepare, refuse_changed, table
     from experiment.ablation.runner import Runner
     from experiment.ablation.tables import check_columns
     from experiment.ablation.variants import expand
@@ -126,21 +121,6 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
             report(folder, ablation)
     statuses = {outcome.status for outcome in outcomes}
     return 1 if "failed" in statuses else EXIT_CODE if "stopped" in statuses else 0
-
-
-def prepare(plan: list[Planned], accelerator: Accelerator) -> None:
-    """The latent caches and the references, once for all, so that runs side by side find them."""
-    from experiment.build import open_cache, open_split
-    from experiment.evaluation import open_scorer
-    from models.autoencoder import create_codec
-
-    configs = [planned.run.config for planned in plan]
-    for data, name in {repr((c.data, c.autoencoder)): (c.data, c.autoencoder) for c in configs}.values():
-        codec = create_codec(name).to(accelerator.device)
-        for split, flips in (("train", data.flip), ("test", False)):
-            open_cache(data, codec, open_split(data, split), accelerator, flips=flips)
-    for data, scoring in {repr((c.data, c.evaluation)): (c.data, c.evaluation) for c in configs}.values():
-        open_scorer(data, accelerator, scoring)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
+
 from experiment.cli import one_line_errors, parse
 from experiment.config import SEEDS, DataConfig, within
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,15 @@ def main(config: RecogniseConfig) -> None:
         raise ValueError("nothing to do: give --samples NPZ, or --classifier FILE or --output JSON to keep")
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
-    samples, asked = read_samples(config.samples, classes) if config.samples else (None, torch.zeros(1))
+    drawn = read_samples(config.samples, classes) if config.samples else (np.zeros(0, np.uint8), np.zeros(1, int))
+    samples, asked = map(torch.from_numpy, drawn)
     if len(classes) < 2 or asked.max() >= len(classes):
         raise ValueError(
             f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
             f"run up to {asked.max()}; give the images that the model was trained on"
         )
 
-    def read(dataset) -> Tensor:
+    def read(dataset):
         return torch.cat([batch.images for batch in image_batches(dataset, 256)])
 
     classifier = train_classifier(read(real), real.labels, len(classes), seed=config.seed, epochs=config.epochs)
@@ -80,7 +80,7 @@ def main(config: RecogniseConfig) -> None:
         "num_held_out": len(held_out),
     }
     print(f"The classifier is right about {figures['held_out_accuracy']:.2%} of {len(held_out)} held-out images.")
-    if samples is not None:
+    if config.samples:
         right = classifier.predict(samples) == asked
         figures |= {
             "class_agreement": right.float().mean().item(),
@@ -98,18 +98,15 @@ def main(config: RecogniseConfig) -> None:
         config.output.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def read_samples(path: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
+def read_samples(path: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Images [n 3 h w] and the labels asked for, as numbers of these classes: by the names that the file has.
 
     Raises:
         ValueError: when the file is not of sample.py, or of a class that is not among these.
     """
-    import numpy as np
-    import torch
-
     try:
         with np.load(path, allow_pickle=False) as file:
-            images, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).contiguous(), file["arr_1"].tolist()
+            images, labels = file["arr_0"].transpose(0, 3, 1, 2), file["arr_1"].tolist()
             names = [str(file["classes"][label]) for label in labels] if "classes" in file else None
     except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
         raise ValueError(f"--samples {path}: not an npz that sample.py wrote ({error})") from error
@@ -117,7 +114,7 @@ def read_samples(path: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
         if unknown := sorted({*names} - {*classes}):
             raise ValueError(f"--samples {path}: --data.path has no class {unknown[0]}; give the images trained on")
         labels = [classes.index(name) for name in names]
-    return images, torch.tensor(labels)
+    return np.ascontiguousarray(images), np.array(labels)
 
 
 if __name__ == "__main__":

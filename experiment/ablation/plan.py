@@ -23,10 +23,12 @@ from experiment.build import (
     check_sampling,
     model_spec,
     num_training_steps,
+    open_cache,
     open_split,
     sampling_of,
 )
 from experiment.checkpoint_folder import newest_whole
+from experiment.evaluation import open_scorer
 from experiment.files import write_whole
 from experiment.generation import resolve_classes
 from experiment.table import markdown
@@ -188,6 +190,17 @@ def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...
     if ablation.scoring.trials < 1:
         raise ValueError(f"scoring.trials {ablation.scoring.trials} must be at least 1")
     return spec, tuple(images.classes), len(images), len(held_out)
+
+
+def prepare(plan: list[Planned], accelerator: Accelerator) -> None:
+    """The latent caches and the references, once for all, so that runs side by side find them."""
+    configs = [planned.run.config for planned in plan]
+    for data, name in {repr((c.data, c.autoencoder)): (c.data, c.autoencoder) for c in configs}.values():
+        codec = create_codec(name).to(accelerator.device)
+        for split, flips in (("train", data.flip), ("test", False)):
+            open_cache(data, codec, open_split(data, split), accelerator, flips=flips)
+    for data, scoring in {repr((c.data, c.evaluation)): (c.data, c.evaluation) for c in configs}.values():
+        open_scorer(data, accelerator, scoring)
 
 
 def match(ablation: AblationConfig, runs: list[Run], specs: dict[Path, Any], measured: Measured) -> list[Run]:
