@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import shutil
+import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +34,30 @@ def write_whole(path: Path, text: str) -> None:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path beside, to write a file or a folder to, which takes its place at the end and is gone where that is not
-    reached."""
-    partial = path.with_name(f".{path.name}.partial")
+    reached. Each writer has its own; what a killed one left behind is removed, and never gone on with."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    beside, host = f".{path.name}.", re.sub(r"[^\w-]", "-", socket.gethostname())
+    for left_over in path.parent.glob(f"{glob.escape(beside)}*.partial"):
+        writer = re.fullmatch(rf"{host}\.(\d+)\.\w+\.partial", left_over.name.removeprefix(beside))
+        if writer and not _runs(int(writer[1])):
+            _remove(left_over)
+    partial = path.with_name(f"{beside}{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
         partial.replace(path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

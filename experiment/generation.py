@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -106,8 +107,15 @@ def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "
     with tqdm(total=num_images, desc="sampling", unit="img", disable=hidden, leave=False) as bar:
         for part in torch.arange(num_images).split(batch_size * accelerator.num_processes):
             mine = part[accelerator.process_index :: accelerator.num_processes]
-            drawn = list(zip(mine.tolist(), generator.draw(mine).cpu(), strict=True)) if len(mine) else []
-            everyone = dict(gather_object(drawn))
+            drawn: list[Any] = []
+            try:
+                drawn = list(zip(mine.tolist(), generator.draw(mine).cpu(), strict=True)) if len(mine) else []
+            except ValueError as error:  # goes with the images, so that no process waits for one that is gone
+                drawn = [error]
+            gathered = gather_object(drawn)
+            for error in (each for each in gathered if isinstance(each, ValueError)):
+                raise error
+            everyone = dict(gathered)
             yield torch.stack([everyone[index] for index in part.tolist()])
             bar.update(len(part))
 

@@ -1,7 +1,12 @@
 """What sampling writes: whole, in its folder, a batch at a time, and in modes that it leaves as they were."""
 
+import os
 import re
+import subprocess
+import sys
 import unicodedata
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,8 +17,11 @@ from processes import ROOT, script
 from torch import nn
 
 from diffusion import GaussianDiffusion, sample
-from experiment.generation import resolve_classes
+from experiment import generation
+from experiment.files import whole, write_whole
+from experiment.generation import Generator, resolve_classes
 from experiment.tracking import save_folder, save_grid, save_npz
+from models.autoencoder import AutoencoderError
 
 SAMPLE = script("sample.py")
 IMAGES = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=generator())
@@ -121,3 +129,48 @@ def test_the_python_of_the_readme_runs():
     exec(code[0].replace("num_steps=50", "num_steps=2"), found)
     assert found["x_0"].shape == (4, 4, 8, 8)
     assert found["model"].training
+
+
+def test_what_a_killed_draw_left_is_in_no_later_one(tmp_path):
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with subprocess.Popen([sys.executable, "-c", kill]) as killed:
+        killed.wait()
+    with whole(tmp_path / "images") as partial:
+        left_over = partial.with_name(partial.name.replace(f".{os.getpid()}.", f".{killed.pid}."))
+        (left_over / "a").mkdir(parents=True)
+        (left_over / "a" / "000004.png").touch()
+        partial.mkdir()
+    save_folder(iter([IMAGES[:2]]), ["b"] * 2, tmp_path / "images")
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    assert found == ["images/b/000000.png", "images/b/000001.png"]
+
+
+def test_two_writers_of_one_file_each_write_their_own(tmp_path):
+    with whole(tmp_path / "x") as first, whole(tmp_path / "x") as second:
+        first.write_text("first")
+        second.write_text("second")
+        write_whole(tmp_path / "x", "third")
+        assert (first.read_text(), second.read_text()) == ("first", "second")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "first"
+
+
+def test_a_process_that_cannot_draw_says_so_to_all(monkeypatch):
+    """Else the others would wait for it, and it would go on: a ruined image of one ends no training."""
+    error = AutoencoderError("not finite")
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=2, process_index=0)
+    drawing = Mock(spec=Generator, accelerator=accelerator, labels=labels(4), draw=lambda mine: IMAGES[mine])
+    sent = []
+    monkeypatch.setattr(generation, "gather_object", lambda own: sent.extend(own) or [*own, error])
+    with pytest.raises(AutoencoderError, match="not finite"):
+        list(generation.stream(drawing, batch_size=2))
+    assert [index for index, _ in sent] == [0, 2]
+
+    def ruined(mine):
+        raise error
+
+    drawing.draw = ruined
+    monkeypatch.setattr(generation, "gather_object", lambda own: sent.extend(own) or own)
+    with pytest.raises(AutoencoderError, match="not finite"):
+        list(generation.stream(drawing, batch_size=2))
+    assert sent[-1] is error
