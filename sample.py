@@ -20,6 +20,7 @@ from experiment.cli import one_line_errors, parse
 from experiment.config import SEEDS, DataConfig, within
 
 if TYPE_CHECKING:
+    from experiment.checkpoint import Checkpoint
     from experiment.generation import Generator
 
 
@@ -81,13 +82,12 @@ def main(config: SampleConfig) -> None:
     import torch
 
     from experiment.autoguidance import load_guide_model
-    from experiment.build import check_sampling, data_of, sampling_of
+    from experiment.build import check_sampling, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.generation import DenoisingPanel, Generator, StagesPanel, resolve_classes, stream
     from experiment.interpolation import interpolate
     from experiment.machine import open_accelerator
     from experiment.tracking import save_folder, save_grid, save_npz
-    from models.autoencoder import create_codec
 
     is_picture = config.reconstruct is not None or config.interpolate is not None
     check_output(Path(config.output) if config.output else None, is_picture=is_picture)
@@ -99,7 +99,7 @@ def main(config: SampleConfig) -> None:
     sampling = check_sampling(sampling, process, num_guided)
 
     accelerator = open_accelerator(config.precision)
-    codec = create_codec(config.autoencoder or checkpoint.autoencoder).to(accelerator.device)
+    codec = checkpoint.open_codec(config.autoencoder, accelerator.print).to(accelerator.device)
     labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
     panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
     stages = StagesPanel(process) if config.stages else None
@@ -117,8 +117,7 @@ def main(config: SampleConfig) -> None:
         on_stage=stages,
     )
     if config.reconstruct is not None:
-        data = data_of(checkpoint.config.data, config.data)
-        draw_reconstructions(config, generator, data, classes, checkpoint.run / "reconstruct.png")
+        draw_reconstructions(config, generator, checkpoint, classes)
         return
     if config.to_seed is not None and config.interpolate is None:
         raise ValueError(f"--to_seed {config.to_seed}: say how many pictures on the way, with --interpolate")
@@ -181,21 +180,31 @@ def beside(output: Path, name: str) -> Path:
 
 
 def draw_reconstructions(
-    config: SampleConfig, generator: Generator, data: DataConfig, classes: list[int], path: Path
+    config: SampleConfig, generator: Generator, checkpoint: Checkpoint, classes: list[int]
 ) -> None:
-    """Held-out images of these classes, noised and denoised, four pictures each."""
+    """Held-out images of these classes, noised and denoised, four pictures each.
+
+    Raises:
+        ValueError: for images that are not the checkpoint's held-out ones, or have other classes.
+    """
     import torch
 
-    from experiment.build import open_split
+    from experiment.build import data_of, open_split
     from experiment.reconstruction import reconstruct, spread_over_classes
+    from experiment.sources import by_name
     from experiment.tracking import save_grid
 
     assert config.reconstruct is not None
-    path = Path(config.output) if config.output else path
-    held_out = open_split(data, "test")
-    chosen = spread_over_classes(held_out.labels, classes, config.num_per_class)
+    path = Path(config.output) if config.output else checkpoint.run / "reconstruct.png"
+    held_out = open_split(data_of(checkpoint.config.data, config.data), "test")
+    if "test" in checkpoint.identity:
+        checkpoint.check_identity(test=held_out.describe())
+    labels = torch.zeros_like(held_out.labels)
+    if checkpoint.classes:
+        labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--reconstruct")
+    chosen = spread_over_classes(labels, classes, config.num_per_class)
     images = torch.stack([held_out[index][0] for index in chosen.tolist()])
-    pictures, time = reconstruct(generator, images, held_out.labels[chosen], config.reconstruct)
+    pictures, time = reconstruct(generator, images, labels[chosen], config.reconstruct)
     if generator.accelerator.is_main_process:
         names = ["original", f"t={time:.4g}", "one step", "chain"] * 3
         save_grid(pictures.flatten(0, 1), path, columns=len(names), column_names=names)
