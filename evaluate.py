@@ -52,8 +52,8 @@ class EvaluateConfig:
             the probability flow and an unbiased estimate of its divergence (Song et al. 2021); 0: none. Each costs
             about 800 calls of the model
         self_check: check metrics and extractor on inputs with known answers, and do nothing else
-        output: JSON file, pictures beside it; by default scores.json in the run's folder, of an autoencoder
-            autoencoder.json in its own folder, or in the working folder
+        output: JSON file, pictures beside it; by default scores.json in the run's folder, of a fixed set
+            NAME-scores.json beside it, of an autoencoder autoencoder.json in its own folder, or in the working folder
         latex: also write the table for LaTeX (booktabs), as .tex beside the JSON; its rows bear the runs' names
         seed: of the drawn samples, and of subsets
         batch_size: images at a time, on each process
@@ -135,10 +135,10 @@ def main(config: EvaluateConfig) -> None:
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
     with blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
         checkpoint = open_checkpoint(owner) if owner else None
-    asked = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}
+    given = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}
     evaluation = replace(
         checkpoint.config.evaluation if checkpoint else EvaluationConfig(),
-        **{name: value for name, value in asked.items() if value is not None},
+        **{name: value for name, value in given.items() if value is not None},
     )
     check_metrics(evaluation.metrics)
     if config.samples is None and not config.self_check:
@@ -157,7 +157,8 @@ def main(config: EvaluateConfig) -> None:
         checkpoint.check_identity(test=held_out.describe())
     size = (data.image_size, data.image_size)
     file = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
-    codec = create_codec(config.autoencoder or (checkpoint.autoencoder if checkpoint else "pixel"))
+    asked = config.autoencoder
+    codec = checkpoint.open_codec(asked, accelerator.print) if checkpoint else create_codec(asked or "pixel")
     codec = codec.to(accelerator.device)
     if checkpoint is not None and owner == config.samples:
         asked_sampling = config.sampling | {"eta": config.eta}
@@ -182,6 +183,8 @@ def main(config: EvaluateConfig) -> None:
         )
     else:
         groups = [[read_samples(str(config.samples), data.image_size, evaluation.num_samples, evaluation.seed)]]
+        for words in groups[0][0].provenance.get("left_out", ()):
+            accelerator.print(f"--samples {config.samples}: {words}")
     first, num_drawn = groups[0][0], len(groups)
     if config.baselines:  # of as many images of the same classes: a Fréchet distance depends on both
         floor, _ = like(first, open_split(data, "train"), "training images", "--baselines", evaluation.seed)
@@ -231,8 +234,9 @@ def main(config: EvaluateConfig) -> None:
     # The files: a record with all that it takes to derive it again, pictures of what was scored.
     if not accelerator.is_main_process:
         return None
-    folder = checkpoint.run if checkpoint and owner == config.samples else Path(str(config.samples)).parent
-    output = Path(config.output) if config.output else folder / "scores.json"
+    samples = Path(str(config.samples)).resolve()
+    usual = checkpoint.run / "scores.json" if checkpoint and owner == config.samples else None
+    output = Path(config.output or usual or samples.with_name(f"{samples.stem}-scores.json"))
     write_json({**provenance(rows, reference, extractor, evaluation, describe(accelerator)), **extra}, output)
     written = [output, output.with_suffix(".png")]
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
@@ -305,7 +309,12 @@ def check(config: EvaluateConfig) -> None:
             f"--samples {config.samples} does not exist; give a run's folder, a checkpoint, hf://owner/name, a folder "
             "or zip of images, or an npz"
         )
-    fixed = config.checkpoint is not None or not is_run(config.samples)
+    if config.checkpoint is not None and is_run(config.samples):
+        raise ValueError(
+            f"--checkpoint {config.checkpoint}: it is for a fixed set of images, and {config.samples} is a run, held "
+            "against its own held-out images; leave --checkpoint out"
+        )
+    fixed = not is_run(config.samples)
     for flag in ("sampler", "num_steps", "guidance_scale", "spacing", "eta", "sampling"):
         if fixed and getattr(config, flag) not in (None, {}):
             raise ValueError(f"--{flag}: {config.samples} is a fixed set of images, there is nothing to draw")

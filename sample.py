@@ -85,7 +85,6 @@ def main(config: SampleConfig) -> None:
     from experiment.machine import open_accelerator
     from experiment.reconstruction import draw_reconstructions
     from experiment.tracking import save_folder, save_grid, save_npz
-    from models.autoencoder import create_codec
 
     is_picture = config.reconstruct is not None or config.interpolate is not None
     check_output(Path(config.output) if config.output else None, is_picture=is_picture)
@@ -97,7 +96,7 @@ def main(config: SampleConfig) -> None:
     sampling = check_sampling(sampling, process, num_guided)
 
     accelerator = open_accelerator(config.precision)
-    codec = create_codec(config.autoencoder or checkpoint.autoencoder).to(accelerator.device)
+    codec = checkpoint.open_codec(config.autoencoder, accelerator.print).to(accelerator.device)
     labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
     panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
     stages = StagesPanel(process) if config.stages else None
@@ -116,9 +115,8 @@ def main(config: SampleConfig) -> None:
     )
     if config.reconstruct is not None:
         held_out = open_split(data_of(checkpoint.config.data, config.data), "test")
-        checkpoint.check_identity(test=held_out.describe())
         path = Path(config.output) if config.output else checkpoint.run / "reconstruct.png"
-        draw_reconstructions(generator, held_out, classes, config.num_per_class, config.reconstruct, path)
+        draw_reconstructions(generator, checkpoint, held_out, classes, config.num_per_class, config.reconstruct, path)
         return
     if config.to_seed is not None and config.interpolate is None:
         raise ValueError(f"--to_seed {config.to_seed}: say how many pictures on the way, with --interpolate")

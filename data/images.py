@@ -6,7 +6,7 @@ import hashlib
 import math
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -135,6 +135,11 @@ class ImageDataset(Dataset):
         """How many images are smaller than what is made of them, by their headers."""
         sides = (self._side(name) for name in tqdm(self.names, desc="measuring images", leave=False))
         return sum(side < max(self.image_size or (0,)) for side in sides)
+
+    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Name, width and height of each image as it lies there, by its header."""
+        for name in tqdm(self.names, desc="measuring images", leave=False):
+            yield name, self._of_image(name, lambda image: image.size)
 
     def _read(self, name: str) -> Tensor:
         return self._of_image(name, lambda image: pil_to_tensor(fit(to_rgb(image), self.image_size)))

@@ -24,14 +24,20 @@ def open_image(data: bytes) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Three 8-bit channels, upright as EXIF has it; transparency lies on white.
 
-    Grey of more than 8 bits is scaled by the least white that holds it: 1 (of floats), 255 or 65535.
+    Grey of more than 8 bits is scaled by the least white that holds it: 1 (of floats), 255 or 65535; where a TIFF has
+    0 for white, it is turned round, as Pillow does with 8 bits.
 
     Raises:
         ValueError: for grey that is not finite, negative or larger.
     """
-    format, image = image.format, ImageOps.exif_transpose(image)
+    format, white_is_zero = image.format, getattr(image, "tag_v2", {}).get(262) == 0
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        grey, clear = np.asarray(image), image.info.get("transparency")  # of PNG: the grey that is not there
         image = _to_8_bits(image, format)
+        image = ImageOps.invert(image) if white_is_zero else image
+        if isinstance(clear, int):
+            image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)

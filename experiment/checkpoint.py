@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from experiment.config import ExperimentConfig, from_dict
 from experiment.ema import EMA
 from experiment.hub import local
 from experiment.sharding import gather, load_whole, part_like
-from models.autoencoder import weights_sha256
+from models.autoencoder import Codec, create_codec, weights_sha256
 
 WEIGHTS = "ema.safetensors"
 PROFILES = "profiles.safetensors"
@@ -80,6 +80,25 @@ class Checkpoint:
     def build_process(self):
         """The diffusion process that the backbone was trained under."""
         return build_process(self.config.diffusion)
+
+    def open_codec(self, asked: str | None, say: Callable[[str], None] = print) -> Codec:
+        """Its autoencoder: by its content the one that it was trained with, or, in its place, what is asked for; that
+        of other latents is told of, another decoder is the other's own business.
+
+        Raises:
+            CheckpointError: where what lies there is another by now.
+        """
+        codec, known = create_codec(asked or self.autoencoder), self.identity.get("codec", {})
+        if asked is None:
+            self.check_codec(codec)
+        elif known and any(known.get(name) != value for name, value in codec.identity.items()):
+            say(f"--autoencoder {asked}: its latents are others than those that {self.path} was trained on")
+        return codec
+
+    def check_codec(self, codec: Codec) -> None:
+        """See `check_identity`; older checkpoints, which know of none, take any."""
+        if "codec" in self.identity:
+            self.check_identity(codec=codec.provenance)
 
     def check_identity(self, **found: Mapping[str, Any]) -> None:
         """That an autoencoder (`codec=codec.provenance`) and splits (`test=dataset.describe()`) are by their content

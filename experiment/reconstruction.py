@@ -12,21 +12,34 @@ from torch import Tensor
 
 from diffusion.samplers import randn_like
 from experiment.batches import generator_for
+from experiment.checkpoint import Checkpoint
 from experiment.generation import Generator
+from experiment.sources import by_name
 from experiment.tracking import save_grid
 
 
 def draw_reconstructions(
-    generator: Generator, held_out: Any, classes: list[int], num_per_class: int, t: int | float, path: Path
+    generator: Generator,
+    checkpoint: Checkpoint,
+    held_out: Any,
+    classes: list[int],
+    num_per_class: int,
+    t: int | float,
+    path: Path,
 ) -> None:
     """Held-out images of these classes, noised to `t` and denoised, four pictures each, as one picture.
 
     Raises:
-        ValueError: see `reconstruct`.
+        ValueError: for images that are not the checkpoint's held-out ones, or have other classes; see `reconstruct`.
     """
-    chosen = spread_over_classes(held_out.labels, classes, num_per_class)
+    if "test" in checkpoint.identity:
+        checkpoint.check_identity(test=held_out.describe())
+    labels = torch.zeros_like(held_out.labels)
+    if checkpoint.classes:
+        labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--reconstruct")
+    chosen = spread_over_classes(labels, classes, num_per_class)
     images = torch.stack([held_out[index][0] for index in chosen.tolist()])
-    pictures, time = reconstruct(generator, images, held_out.labels[chosen], t)
+    pictures, time = reconstruct(generator, images, labels[chosen], t)
     if generator.accelerator.is_main_process:
         names = ["original", f"t={time:.4g}", "one step", "chain"] * 3
         save_grid(pictures.flatten(0, 1), path, columns=len(names), column_names=names)

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from data import open_dataset
+from data import left_out
+from data.images import ImageDataset
 from data.subsets import stratified
 from diffusion.samplers import num_calls, randn_like
 from experiment.autoguidance import load_guide_model
@@ -170,8 +171,14 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
     """
     if Path(path).suffix != ".npz":
         with blaming("--samples", "--data.path"):
-            dataset = open_dataset(path, split="all", image_size=image_size)
-        return from_dataset(dataset, Path(path).name, num, seed, kind="images")
+            dataset = ImageDataset(path, image_size=image_size)  # a folder, even where it is called shapes
+            for name, (width, height) in dataset.sizes():
+                if (width, height) != (image_size, image_size):
+                    raise ValueError(
+                        f"--samples {path}: {name} has {width}x{height} pixels, not the reference's {image_size}; "
+                        "give samples as they were drawn (a grid of them is a picture, no sample)"
+                    )
+        return from_dataset(dataset, Path(path).name, num, seed, kind="images", left_out=left_out(dataset))
     try:
         with np.load(path, allow_pickle=False) as file:
             array = file["arr_0"]

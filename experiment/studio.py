@@ -21,7 +21,6 @@ from experiment.generation import Generator, generate, resolve_classes
 from experiment.interpolation import interpolate
 from experiment.machine import open_accelerator
 from metrics.manifold import nearest
-from models.autoencoder import create_codec
 
 MOST_IMAGES, MOST_STEPS, MOST_MOMENTS = 8, 250, 12
 MODELS_KEPT = 3
@@ -143,7 +142,9 @@ class Studio:
         """One for all checkpoints that share it."""
         name = self.autoencoder or checkpoint.autoencoder
         if name not in self.codecs:
-            self.codecs[name] = create_codec(name).to(self.accelerator.device)
+            self.codecs[name] = checkpoint.open_codec(self.autoencoder).to(self.accelerator.device)
+        if self.autoencoder is None:
+            checkpoint.check_codec(self.codecs[name])
         return self.codecs[name]
 
     def command(self, request: Request, output: str = "picture.png") -> str:

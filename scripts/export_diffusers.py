@@ -64,7 +64,7 @@ def main(config: ExportConfig) -> None:
     from experiment.build import check_sampling, sampling_of
     from experiment.checkpoint import open_checkpoint
     from experiment.files import write_whole
-    from models.autoencoder import LatentCodec, create_codec
+    from models.autoencoder import LatentCodec
 
     if config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
@@ -72,7 +72,7 @@ def main(config: ExportConfig) -> None:
     process, num_guided = checkpoint.build_process(), checkpoint.num_guided
     given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "clip")}
     sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_guided, **given), process, num_guided)
-    codec = create_codec(config.autoencoder or checkpoint.autoencoder)
+    codec = checkpoint.open_codec(config.autoencoder)
     if sampling.clip is None:
         sampling = replace(sampling, clip=codec.limit)
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, process, sampling)

@@ -84,6 +84,7 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
     output.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     classes: Counter[str] = Counter()
+    names: dict[str, str] = {}  # of the classes, by their folders
     with tempfile.TemporaryDirectory(dir=output.parent) as aside:
         partial = Path(aside) / "data.zip"
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
@@ -91,7 +92,11 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
                 buffer = io.BytesIO()
                 size = None if image_size is None else (image_size, image_size)
                 fit(to_rgb(image), size).save(buffer, format="PNG")
-                folder = "/".join(part for part in (split, re.sub(r"[/\\]|^\.", "_", name)) if part)
+                below = re.sub(r"[/\\]|^\.", "_", name)
+                if not below or names.setdefault(below, name) != name:
+                    same = f"would lie in one folder with '{names[below]}'" if below else "has no name"
+                    raise ValueError(f"--dataset {source}: the class '{name}' {same}; rename it at its source")
+                folder = f"{split}/{below}" if split else below
                 archive.writestr(f"{folder}/{counts[folder]:06d}.png", buffer.getvalue())
                 counts[folder] += 1
                 classes[name] += 1
@@ -143,17 +148,21 @@ def hub_items(config: PrepareConfig) -> Iterator[Item]:
         raise ValueError("--dataset hf:...: needs the optional extra: pip install -e '.[hub]'") from error
     loaded: Any = load_dataset(config.dataset.removeprefix("hf:"), cache_dir=str(config.root))
     splits = {"train": "train", "test": "test", "validation": "test"} if len(loaded) > 1 else {next(iter(loaded)): ""}
-    for name, split in splits.items():
-        if name not in loaded or (name == "validation" and "test" in loaded):
-            continue
+    names = {name for name in splits if name in loaded}
+    if {"test", "validation"} <= names:  # the labels of a test set may be withheld
+        has_labels = config.label_column in loaded["test"].features and loaded["test"][0][config.label_column] != -1
+        names -= {"validation" if has_labels else "test"}
+    for name in [name for name in splits if name in names]:
+        split = splits[name]
         for column in (config.image_column, config.label_column):
             if column not in loaded[name].features:
                 raise ValueError(f"{config.dataset} has no column '{column}', but {list(loaded[name].features)}")
         label_names = getattr(loaded[name].features[config.label_column], "names", None)
         for row in loaded[name].cast_column(config.image_column, Image(decode=False)):  # decoded here: see FORMATS
             label, stored = row[config.label_column], row[config.image_column]
-            if stored is None:
-                raise ValueError(f"{config.dataset}: the {name} split has a row without {config.image_column}")
+            if stored is None or label is None or label == -1:  # -1, of a class that is withheld, counts from behind
+                lacking = config.image_column if stored is None else config.label_column
+                raise ValueError(f"{config.dataset}: the {name} split has a row without {lacking}")
             image = open_image(stored["bytes"] or Path(stored["path"]).read_bytes())
             yield split, label_names[label] if label_names else str(label), image
 

@@ -1,6 +1,7 @@
 """Every kind of image file becomes the right pixels, or is named as damaged."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -54,6 +55,25 @@ def saved(values, kind="TIFF"):
 def test_grey_of_more_than_8_bits_keeps_its_brightness(value, kind, expected):
     grey = np.array([[0, value]], dtype=value.dtype)
     assert to_rgb(open_image(saved(grey, kind))).getpixel((1, 0)) == (expected,) * 3
+
+
+@pytest.mark.parametrize("grey", [np.uint8(50), np.uint16(50 * 257), np.float32(50 / 255)])
+def test_a_tiff_whose_white_is_0_is_no_negative(grey):
+    """As scanners write it."""
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, grey]], dtype=grey.dtype)).save(file, "TIFF")
+    photometric = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+    assert file.getvalue().count(photometric) == 1
+    negative = file.getvalue().replace(photometric, struct.pack("<HHIHH", 262, 3, 1, 0, 0))
+    image = to_rgb(open_image(negative))
+    assert [image.getpixel((x, 0))[0] for x in (0, 1)] == [255, 205]
+
+
+def test_transparent_grey_of_16_bits_lies_on_white():
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 25700]], dtype=np.uint16)).save(file, "PNG", transparency=0)
+    image = to_rgb(open_image(file.getvalue()))
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (100,) * 3]
 
 
 @pytest.mark.parametrize("value", [np.float32("nan"), np.float32("inf"), np.float32(-1), np.int32(70000)])

@@ -91,6 +91,34 @@ def test_images_of_the_hub_are_decoded_by_us(script, tmp_path, monkeypatch):
         next(found)
 
 
+def test_withheld_labels_are_no_last_class(script, tmp_path, monkeypatch):
+    """The hub has -1 for them, which in Python is the last of the names."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    stored = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    rows = {label: HubSplit([{"image": stored, "label": label}]) for label in (0, 1, -1)}
+    config = script.PrepareConfig("hf:me/pets", tmp_path / "pets.zip")
+
+    def found(**splits):
+        hub = SimpleNamespace(load_dataset=lambda name, cache_dir: splits, Image=dict)
+        monkeypatch.setitem(sys.modules, "datasets", hub)
+        return [(split, name) for split, name, _ in script.hub_items(config)]
+
+    trained = ("train", "cat")
+    assert found(train=rows[0], validation=rows[1], test=rows[-1]) == [trained, ("test", "dog")]
+    assert found(train=rows[0], validation=rows[0], test=rows[1]) == [trained, ("test", "dog")]
+    with pytest.raises(ValueError, match="the test split has a row without label"):
+        found(train=rows[0], test=rows[-1])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(("a/b", "a_b"), "'a_b' would lie in one folder with 'a/b'"), (("",), "''")]
+)
+def test_classes_are_not_merged(script, tmp_path, names, message):
+    with pytest.raises(ValueError, match=message):
+        script.write_zip((("", name, Image.new("RGB", (8, 8))) for name in names), tmp_path / "x.zip", None, source="x")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_class_names_stay_inside_the_zip(script, tmp_path):
     named = [("", name, Image.new("RGB", (8, 8))) for name in ("../../up", ".hidden", "a/b", "c\\d")]
     script.write_zip(iter(named), tmp_path / "names.zip", None, source="names")

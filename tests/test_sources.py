@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,6 +146,26 @@ def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thum
     assert (tmp_path / "scores.tex").read_text().splitlines()[4].startswith(kind + " & ")
 
 
+def test_what_is_no_set_of_samples_gets_no_score(tmp_path, monkeypatch, folder, drawn, thumbnail, capsys):
+    """A run's grids are pictures of samples; a folder may be called as the procedural images are; what lies loose in it
+    is said to be left out; and scores of a fixed set do not take the place of the run's in whose folder it lies."""
+    monkeypatch.chdir(tmp_path)
+    run, flags = folder / "runs" / "tiny", ("--extractor", thumbnail, "--metrics", "[fid]")
+    with pytest.raises(ValueError, match=r"--checkpoint .*tiny/: it is for a fixed set of images, and .*tiny is a run"):
+        evaluate("--samples", run, "--checkpoint", f"{run}/", *flags)
+    with pytest.raises(ValueError, match=r"--samples .*samples: 00000004.png has .* pixels, not the reference's 32"):
+        evaluate("--samples", run / "samples", "--checkpoint", run, *flags)
+    shutil.copytree(drawn / "drawn" / "star", tmp_path / "shapes" / "star")
+    shutil.copy(next((tmp_path / "shapes" / "star").iterdir()), tmp_path / "shapes" / "loose.png")
+    shutil.copytree(drawn / "drawn" / "circle", tmp_path / "shapes" / "circle")
+    (tmp_path / "scores.json").write_text("the run's own")
+    evaluate("--samples", "shapes", "--checkpoint", run, *flags)
+    record = json.loads((tmp_path / "shapes-scores.json").read_text())
+    assert record["num_samples"] == len([*(tmp_path / "shapes").glob("*/*.png")])
+    assert "--samples shapes: left out 1 in no class folder (loose.png)" in capsys.readouterr().out
+    assert (tmp_path / "scores.json").read_text() == "the run's own"
+
+
 def test_a_spread_is_named_for_what_it_is(thumbnail):
     x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     samples, reference = Features.of(x, x), Features.of(x + 1)
@@ -202,6 +223,55 @@ def test_another_split_than_the_checkpoints_is_refused(tmp_path, monkeypatch, fo
     with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another test"):
         evaluate("--samples", folder / "runs" / "tiny", "--extractor", thumbnail, "--data.path", "other")
     assert not (tmp_path / "cache").exists()
+
+
+def test_another_split_than_the_checkpoints_is_not_reconstructed(tmp_path, monkeypatch, folder):
+    """Nor are other classes denoised under the labels of its own: labels are numbers, a name has others elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    run, program = folder / "runs" / "tiny", script("sample.py")
+    flags = ["--reconstruct", "300", "--precision", "fp32", "--output", "x.png"]
+    images = from_dataset(shapes("train"), "images", 20)
+    for number, picture in enumerate(images.images(torch.arange(20)).permute(0, 2, 3, 1).numpy()):
+        path = tmp_path / "other" / images.classes[images.labels[number]] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+
+    def sample(checkpoint, *more):
+        program.main(parse(program.SampleConfig, ["--checkpoint", str(checkpoint), *flags, *more]))
+
+    with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another test"):
+        sample(run, "--data.path", "other")
+    found = open_checkpoint(run)  # one from before checkpoints knew their split
+    older = metadata_of(found.config, found.spec, found.classes, found.step)
+    save_file(load_file(found.path), tmp_path / "older.safetensors", metadata=older)
+    seen = []
+    monkeypatch.setattr(
+        "experiment.reconstruction.reconstruct",
+        lambda generator, images, labels, t: (seen.append(labels), (torch.stack([images] * 4, dim=1), t))[1],
+    )
+    sample(tmp_path / "older.safetensors", "--data.path", "other", "--classes", "[star]")
+    assert {found.classes[label] for label in seen[0].tolist()} == {"star"}
+    (tmp_path / "other" / "star").rename(tmp_path / "other" / "zebra")
+    with pytest.raises(ValueError, match=r"--reconstruct: the class zebra .* has no namesake"):
+        sample(tmp_path / "older.safetensors", "--data.path", "other")
+
+
+def test_an_autoencoder_that_has_changed_is_refused(folder, capsys):
+    """A folder may hold other weights by now; one that is asked for may have another decoder, and is told of where its
+    latents are others."""
+    checkpoint = open_checkpoint(folder / "runs" / "tiny")
+    assert checkpoint.open_codec(None).source == checkpoint.open_codec("embedded").source
+
+    def trained_with(**other):
+        return replace(checkpoint, identity={"codec": checkpoint.identity["codec"] | other})
+
+    for name in ("sha256", "decoder_sha256"):
+        with pytest.raises(ValueError, match=f"--autoencoder: .* was trained with another codec, whose {name} was"):
+            trained_with(**{name: "d"}).open_codec(None)
+    trained_with(decoder_sha256="d").open_codec("embedded")
+    assert capsys.readouterr().out == ""
+    trained_with(sha256="d").open_codec("embedded")
+    assert "--autoencoder embedded: its latents are others" in capsys.readouterr().out
 
 
 def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):
