@@ -158,7 +158,7 @@ def save_checkpoint(
         save_file(moments, state / "optimizer.safetensors")
         (state / "progress.json").write_text(json.dumps({"step": step, **progress}))
         if profiles:
-            save_tensors(profiles, state / PROFILES, metadata)
+            save_tensors(profiles, state / PROFILES, {**metadata, "began": json.dumps(ema.began or {})})
             _keep_snapshot(state / PROFILES, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
 
     write_checkpoint(target, fill)
