@@ -55,6 +55,15 @@ class Checkpoint:
         return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
     @property
+    def mark(self) -> str:
+        """For names of what is made from it: nothing of a run's newest checkpoint, else which weights of the run."""
+        saved, own = list_checkpoints(self.run / "checkpoints"), self.path.parent
+        if saved and self.path.name != WEIGHTS:
+            return f"-{self.path.stem}"
+        is_newest = not saved or own.resolve() == saved[-1].resolve() or own.parent.name != "checkpoints"
+        return "" if is_newest else f"-{own.name}"
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of its images."""
         return self.config.data.image_size, self.config.data.image_size
