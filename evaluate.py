@@ -52,8 +52,9 @@ class EvaluateConfig:
             the probability flow and an unbiased estimate of its divergence (Song et al. 2021); 0: none. Each costs
             about 800 calls of the model
         self_check: check metrics and extractor on inputs with known answers, and do nothing else
-        output: JSON file, pictures beside it; by default scores.json in the run's folder, of a fixed set
-            NAME-scores.json beside it, of an autoencoder autoencoder.json in its own folder, or in the working folder
+        output: JSON file, pictures beside it; by default scores.json in the run's folder (of other weights than its
+            newest scores-WHICH.json), of a fixed set NAME-scores.json beside it, of an autoencoder autoencoder.json in
+            its own folder, or in the working folder
         latex: also write the table for LaTeX (booktabs), as .tex beside the JSON; its rows bear the runs' names
         seed: of the drawn samples, and of subsets
         batch_size: images at a time, on each process
@@ -235,7 +236,7 @@ def main(config: EvaluateConfig) -> None:
     if not accelerator.is_main_process:
         return None
     samples = Path(str(config.samples)).resolve()
-    usual = checkpoint.run / "scores.json" if checkpoint and owner == config.samples else None
+    usual = checkpoint.run / f"scores{checkpoint.mark}.json" if checkpoint and owner == config.samples else None
     output = Path(config.output or usual or samples.with_name(f"{samples.stem}-scores.json"))
     write_json({**provenance(rows, reference, extractor, evaluation, describe(accelerator)), **extra}, output)
     written = [output, output.with_suffix(".png")]

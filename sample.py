@@ -27,7 +27,7 @@ class SampleConfig:
     Args:
         checkpoint: a run's folder, a checkpoint, its ema.safetensors, or hf://owner/name
         output: FILE.png or FILE.pdf for a grid, FILE.npz for arrays, else a folder with a subfolder a class; by default
-            samples.png in the run's folder
+            samples.png in the run's folder, of other weights than its newest samples-WHICH.png
         classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same
         num_per_class: images of each
         seed: image i is a function of the seed, i and its label alone
@@ -115,7 +115,7 @@ def main(config: SampleConfig) -> None:
     )
     if config.reconstruct is not None:
         held_out = open_split(data_of(checkpoint.config.data, config.data), "test")
-        path = Path(config.output) if config.output else checkpoint.run / "reconstruct.png"
+        path = Path(config.output) if config.output else checkpoint.run / f"reconstruct{checkpoint.mark}.png"
         draw_reconstructions(generator, checkpoint, held_out, classes, config.num_per_class, config.reconstruct, path)
         return
     if config.to_seed is not None and config.interpolate is None:
@@ -123,7 +123,7 @@ def main(config: SampleConfig) -> None:
     if config.interpolate is not None:
         ends = (classes[0], classes[-1]), (config.seed, config.seed if config.to_seed is None else config.to_seed)
         images = interpolate(generator, *ends, config.interpolate)
-        path = Path(config.output) if config.output else checkpoint.run / "interpolation.png"
+        path = Path(config.output) if config.output else checkpoint.run / f"interpolation{checkpoint.mark}.png"
         save_grid(images, path, columns=len(images))
         print(f"{len(images)} images on the way: {path}")
         return
@@ -132,7 +132,7 @@ def main(config: SampleConfig) -> None:
         deque(batches, maxlen=0)  # what it draws is gathered by the main process
         return
 
-    output = Path(config.output) if config.output else checkpoint.run / "samples.png"
+    output = Path(config.output) if config.output else checkpoint.run / f"samples{checkpoint.mark}.png"
     names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
     if output.suffix.lower() in PICTURES:
         columns = 12 if len(classes) == 1 else config.num_per_class * max(1, 12 // config.num_per_class)

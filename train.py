@@ -119,6 +119,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
         guard.restore(progress["guard"])
         meter.restore(progress["meter"], accelerator)
         times.restore(progress["times"])
+        ema.restore(progress.get("ema", {}))
         best = Best(**progress["best"])
         if best.step is not None and accelerator.is_main_process:
             mark_best(run / "checkpoints", best.step)
@@ -147,7 +148,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
         if saved == step or (interval is None and not guard.may_save(accelerator, model, last=last)):
             return
         state = {"guard": guard.state(), "meter": interval or meter.state(accelerator), "times": times.state()}
-        state |= {"best": asdict(best), "inspected": inspected and reason is None}
+        state |= {"best": asdict(best), "inspected": inspected and reason is None, "ema": ema.began}
         save_checkpoint(
             run / "checkpoints",
             step=step,

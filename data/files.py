@@ -82,8 +82,8 @@ class Zip:
                 entries = archive.infolist()
         except Exception as error:  # a damaged directory raises whatever its numbers lead to
             raise DataError(f"--data.path {path}: neither a folder nor a whole zip file ({error})") from error
-        by_name = {entry.filename.replace("\\", "/").lstrip("/"): entry for entry in entries}  # as Windows writes them
-        self.entries = {name: entry for name, entry in by_name.items() if not name.endswith("/")}
+        by_name = {entry.filename.replace("\\", "/"): entry for entry in entries}  # as Windows writes them
+        self.entries = {_plain(name): entry for name, entry in by_name.items() if not name.endswith("/")}
         self.names = list(self.entries)
 
     def read(self, name: str) -> bytes:
@@ -121,6 +121,11 @@ def open_files(path: Path) -> Folder | Zip:
     raise DataError(
         f"--data.path {path}: is neither a folder nor a file; give a folder or zip with a class a folder, or 'shapes'"
     )
+
+
+def _plain(name: str) -> str:
+    """Without what says nothing: `./cat//0.png`, as some archivers write it, is no hidden file."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _add(digest, name: str, num_bytes: int, checksum: int) -> None:

@@ -73,6 +73,9 @@ class ImageDataset(Dataset):
         if not names:
             raise DataError(f"--data.path {path}: no images in it; give a folder with one for each class{self._less()}")
         composed = {unicodedata.normalize("NFC", name): name for name in classes}  # macOS takes names apart
+        if len(composed) < len(classes):
+            twice = next(name for name in classes if composed[unicodedata.normalize("NFC", name)] != name)
+            raise DataError(f"--data.path {path}: two classes are called {twice}, in two Unicode forms: rename one")
         exclude_classes = [composed.get(unicodedata.normalize("NFC", name), name) for name in exclude_classes]
         unknown = sorted(set(exclude_classes) - set(classes))
         if unknown:

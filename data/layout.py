@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ LEVELS = {
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+
+LIKE_A_SPLIT = re.compile(r"^(train|test|val|dev|eval|hold|held)|(train|test|val|dev|eval|out)$")
 
 
 class DataError(ValueError):
@@ -58,6 +61,8 @@ def understand(names: Iterable[str], read: Callable[[str], bytes], exclude_class
     loose = [name for name in images if not name.startswith(root)]
     rest = {name: name.removeprefix(root) for name in images if name.startswith(root)}
     levels = _levels(rest.values())
+    if not levels:
+        _refuse_other_levels(rest.values())
     held_out = "test" if "test" in levels else "val"
     splits, places = None, [f"in {root}"] if root else []
     if levels:
@@ -131,6 +136,23 @@ def _levels(paths: Iterable[str]) -> dict[str, str]:
     return levels
 
 
+def _refuse_other_levels(paths: Iterable[str]) -> None:
+    """A level whose folders are called as a split's often are, and hold the same classes: read as classes it would mix
+    held-out images into training and double each class."""
+    below: defaultdict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        head, _, rest = path.partition("/")
+        if "/" in rest:
+            below[head].add(rest.partition("/")[0])
+    for head in below:
+        other = next((each for each in below if each != head and below[each] & below[head]), None)
+        if other and LIKE_A_SPLIT.search(head.casefold()):
+            raise DataError(
+                f"{head}/ and {other}/ hold the same classes, such as {min(below[head] & below[other])}/: a split? "
+                "call its folders train/ and test/ (or val/); else rename them"
+            )
+
+
 def _refuse_nested(classes: set[str]) -> None:
     for label in sorted(classes):
         above = next((str(path) for path in PurePosixPath(label).parents if str(path) in classes), None)
@@ -156,14 +178,19 @@ def _labels(tables: list[str], read: Callable[[str], bytes], images: dict[str, s
         if not rows or not {"file", "label"} <= {*rows[0]}:
             has = ", ".join(map(str, rows[0])) if rows else "nothing"
             raise DataError(f"{table} must have columns file and label, and has {has}; rename them or move it away")
+        if "split" in rows[0]:
+            raise DataError(
+                f"{table} has a column split, which is not read; move the images into train/ and test/, or leave it out"
+            )
         beside = posixpath.dirname(table)
         places = [beside, *{posixpath.dirname(name) for name in images if name.startswith(beside)}]
         for row in rows:
             paths = [posixpath.join(place, str(row["file"]).replace("\\", "/")) for place in places]
             name = next((path for path in paths if path in images), None)
-            if name is None or not row["label"]:
+            label = (row["label"] or "").strip()
+            if name is None or not label:
                 what = "is not there" if name is None else "has no label"
                 raise DataError(f"{table}: {row['file']} {what}; mend the table or move it away")
-            if found.setdefault(name, row["label"]) != row["label"]:
-                raise DataError(f"{table}: {row['file']} has two labels, {found[name]} and {row['label']}; keep one")
+            if found.setdefault(name, label) != label:
+                raise DataError(f"{table}: {row['file']} has two labels, {found[name]} and {label}; keep one")
     return {name: found[name] for name in images if name in found}

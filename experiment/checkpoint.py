@@ -55,6 +55,15 @@ class Checkpoint:
         return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
     @property
+    def mark(self) -> str:
+        """For names of what is made from it: nothing of a run's newest checkpoint, else which weights of the run."""
+        saved, own = list_checkpoints(self.run / "checkpoints"), self.path.parent
+        if saved and self.path.name != WEIGHTS:
+            return f"-{self.path.stem}"
+        is_newest = not saved or own.resolve() == saved[-1].resolve() or own.parent.name != "checkpoints"
+        return "" if is_newest else f"-{own.name}"
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of its images."""
         return self.config.data.image_size, self.config.data.image_size
@@ -158,7 +167,7 @@ def save_checkpoint(
         save_file(moments, state / "optimizer.safetensors")
         (state / "progress.json").write_text(json.dumps({"step": step, **progress}))
         if profiles:
-            save_tensors(profiles, state / PROFILES, metadata)
+            save_tensors(profiles, state / PROFILES, {**metadata, "began": json.dumps(ema.began or {})})
             _keep_snapshot(state / PROFILES, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
 
     write_checkpoint(target, fill)

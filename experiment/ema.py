@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
@@ -18,15 +19,18 @@ class Average(ABC):
     """`average <- decay(step) * average + (1 - decay(step)) * value`.
 
     Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Parameters that a step left
-    alone, as it gave gradients to others only, stay as they are in the average too: each stage of a model that is
-    trained in stages has an average of its own training. Where training shards the model, each process averages the
-    parts that it has.
+    alone, as it gave gradients to others only, stay as they are in the average too, and their steps count from the
+    first that trained them, else they would keep much of their initialisation: each stage of a model that is trained in
+    stages has an average of its own training. Where training shards the model, each process averages the parts that it
+    has.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = deepcopy(model).float().eval().requires_grad_(False)
         self._parts: dict[str, Tensor] = {}  # of a sharded model; else the model holds the averages
         self._is_whole = True
+        # Of parameters that the first step left alone: the first one that did not, as soon as it is known.
+        self.began: dict[str, int | None] | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -58,18 +62,27 @@ class Average(ABC):
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 0)."""
         self.let_go()
-        averages, values = [], []
         current = model.state_dict(keep_vars=True)
         left_alone = _without_gradient(current)
+        if self.began is None:
+            self.began = dict.fromkeys(sorted(left_alone))
+        self.began |= {name: step for name, first in self.began.items() if first is None and name not in left_alone}
+        pairs: defaultdict[int, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for name, average in self.tensors.items():
             if name in left_alone:
                 continue
             if average.is_floating_point():
+                averages, values = pairs[first_step(name, self.began)]
                 averages.append(own_part(average))
                 values.append(own_part(current[name]).to(average.dtype))
             else:
                 average.copy_(current[name])
-        torch._foreach_lerp_(averages, values, 1 - self.decay(step))
+        for first, (averages, values) in pairs.items():
+            torch._foreach_lerp_(averages, values, 1 - self.decay(step - first))
+
+    def restore(self, began: dict[str, int | None] | None) -> None:
+        """What was saved of `began`."""
+        self.began = began and dict(began)
 
     def let_go(self) -> None:
         """Free the whole of a sharded model; its parts stay."""
@@ -77,6 +90,13 @@ class Average(ABC):
             for tensor in self._model.state_dict(keep_vars=True).values():
                 tensor.data = tensor.new_empty(0)
             self._is_whole = False
+
+
+def first_step(name: str, began: Mapping[str, int | None]) -> int:
+    """The one that began to train a parameter, or a buffer's layer."""
+    layer = name.rpartition(".")[0]
+    beside = next((each for each in began if each.rpartition(".")[0] == layer), name)
+    return began.get(name, began.get(beside)) or 0
 
 
 def _without_gradient(tensors: Mapping[str, Tensor]) -> set[str]:
@@ -121,6 +141,12 @@ class EMA(Average):
         for average in self.profiles.values():
             average.update(model, step)
         super().update(model, step)
+
+    def restore(self, began: dict[str, int | None] | None) -> None:
+        """What was saved of `began`."""
+        for average in self.profiles.values():
+            average.restore(began)
+        super().restore(began)
 
     def shard_like(self, model: nn.Module) -> None:
         """Keep the parts that this process has of `model`, if that is sharded."""

@@ -9,7 +9,9 @@ Snapshots are written with every checkpoint, `log.checkpoint_every`; sixteen or 
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import cache
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -29,7 +31,7 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
     from tqdm import tqdm
 
     from experiment.checkpoint import SNAPSHOTS, open_checkpoint, read_metadata, read_tensors, save_tensors
-    from experiment.ema import gamma_of, reconstruction_weights
+    from experiment.ema import first_step, gamma_of, reconstruction_weights
 
     files = {int(path.stem): path for path in sorted((run / SNAPSHOTS).glob("[0-9]*.safetensors"))}
     if not files:
@@ -39,12 +41,17 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
         raise ValueError(f"--step {step}: no snapshot of it; there are {', '.join(map(str, files))}")
     files = {number: path for number, path in files.items() if number <= last}
     metadata, names = read_metadata(files[last]), list(read_tensors(files[last]))
-    sigmas = sorted({name.split("/", 1)[0] for name in names})
-    snapshots = [(number, sigma) for number in files for sigma in sigmas]
-    weights = reconstruction_weights(
-        [(number, gamma_of(float(sigma))) for number, sigma in snapshots], (last, gamma_of(sigma_rel))
-    )
-    shares = dict(zip(snapshots, weights, strict=True))
+    began = json.loads(metadata.pop("began", "{}"))
+    lengths = {sigma: gamma_of(float(sigma)) for sigma in sorted({name.split("/", 1)[0] for name in names})}
+
+    @cache
+    def shares(first: int) -> dict[tuple[int, str], float]:
+        """Of each snapshot, in averages of what was trained from this step on."""
+        kept = [(number, sigma) for number in files if number > first for sigma in lengths]
+        profiles = [(number - first, lengths[sigma]) for number, sigma in kept]
+        weights = reconstruction_weights(profiles, (last - first, gamma_of(sigma_rel)))
+        return dict(zip(kept, weights, strict=True))
+
     total = {}
     for number, path in tqdm(files.items(), desc="snapshots"):
         for full_name, tensor in read_tensors(path).items():
@@ -52,13 +59,13 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
             if not tensor.is_floating_point():
                 total[name] = tensor
                 continue
-            part = shares[number, sigma] * tensor.double()
+            part = shares(first_step(name, began)).get((number, sigma), 0.0) * tensor.double()
             total[name] = part if name not in total else total[name] + part
     path = output or run / f"ema-{sigma_rel:g}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
     save_tensors(rounded, path, {**metadata, "step": str(last)})
     open_checkpoint(path)
-    print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(snapshots)} snapshots: {path}")
+    print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(files) * len(lengths)} snapshots: {path}")
 
 
 if __name__ == "__main__":

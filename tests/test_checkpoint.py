@@ -378,3 +378,20 @@ def test_the_best_is_the_lowest_or_the_highest_as_the_metric_has_it():
             check_best(replace(config, best=best), score)
     with pytest.raises(ValueError, match=r"--log\.best recall: it is never measured; set --log.evaluate_every"):
         check_best(LogConfig(best="recall"), score)
+
+
+def test_what_is_made_of_older_or_other_weights_bears_their_name(saved):
+    """Scores and samples of a snapshot's average took the place of the run's own, and were published as its."""
+    folder, _ = saved
+    runs = folder.parent.parent
+    for name in ("00000098", "00000099"):
+        shutil.copytree(folder, runs / "marked" / "checkpoints" / name)
+    run = runs / "marked"
+    shutil.copy(folder / "ema.safetensors", run / "ema-0.08.safetensors")
+    older = run / "checkpoints" / "00000098"
+    found = [
+        open_checkpoint(path).mark for path in (run, older, older / "ema.safetensors", run / "ema-0.08.safetensors")
+    ]
+    assert found == ["", "-00000098", "-00000098", "-ema-0.08"]
+    (run / "checkpoints" / "best").symlink_to("00000099")
+    assert open_checkpoint(run / "checkpoints" / "best").mark == open_checkpoint(folder).mark == ""

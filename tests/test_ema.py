@@ -1,8 +1,11 @@
 """Averages against closed forms, and any length of average from snapshots of two."""
 
+import json
+
 import pytest
 import torch
 from processes import script
+from safetensors.torch import load_file
 from torch import nn
 
 from experiment.build import ModelSpec
@@ -65,6 +68,51 @@ def test_snapshots_of_two_lengths_give_any_other():
         found = sum(weight * value for weight, value in zip(weights, values, strict=True))
         assert found == pytest.approx(average.model.weight.item(), rel=5e-3)
         assert abs(values[-1] - found) > abs(found - average.model.weight.item())
+
+
+class InStages(nn.Module):
+    """A first stage, and one that is trained later, with a layer's statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Scalar(), nn.BatchNorm1d(1)
+
+
+def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation(tmp_path):
+    """Nor after a resumption, nor in an average made of snapshots. By the steps of the whole training 39% of it stayed
+    in the last tenth, and all of it where the decay had reached its end."""
+    torch.manual_seed(0)
+    spec = ModelSpec("DiT", {"dim": 16, "depth": 1, "num_heads": 2}, (4, 4), 4, 8, 0)
+    config, told = ExperimentConfig(), {"spec": spec, "classes": [], "identity": {}, "progress": {}}
+    model, num_steps = InStages(), 1000
+    ema, optimizer = EMA(model, 0.9999, [0.05, 0.1]), torch.optim.AdamW(model.parameters())
+    alone = EMA(Scalar(), 0.9999, [0.15])
+    late = [*model.second.parameters(), model.second.running_var]
+    for step in range(num_steps):
+        is_late = step >= 900
+        model.first.weight.grad = None if is_late else torch.ones(1)
+        for parameter in model.second.parameters():
+            parameter.grad = torch.ones(1) if is_late else None
+        if is_late:
+            for tensor in late:
+                tensor.data.copy_(trajectory(step))
+            other = Scalar()
+            other.weight.data.copy_(trajectory(step))
+            alone.update(other, step - 900)
+        ema.update(model, step)
+        if step == 949:  # as train.py does
+            began = json.loads(json.dumps(ema.began))
+            assert began == {"second.bias": 900, "second.weight": 900}
+            ema.began = None
+            ema.restore(began)
+        if (step + 1) % 20 == 0 and step > 600:
+            folder = tmp_path / "checkpoints"
+            save_checkpoint(folder, step=step + 1, model=model, ema=ema, optimizer=optimizer, config=config, **told)
+    for name in ("weight", "running_var"):
+        assert ema.tensors[f"second.{name}"].item() == pytest.approx(alone.tensors["weight"].item(), rel=1e-6)
+    script("scripts/reconstruct_ema.py").main(tmp_path, 0.15)
+    made = load_file(tmp_path / "ema-0.15.safetensors")
+    assert made["second.weight"].item() == pytest.approx(alone.profiles[0.15].tensors["weight"].item(), rel=1e-2)
 
 
 def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys):

@@ -8,6 +8,7 @@ import zlib
 import pytest
 from PIL import Image
 
+from data.files import open_files
 from data.images import DataError, ImageDataset
 
 
@@ -124,3 +125,20 @@ def test_names_that_lead_out_of_a_zip_are_no_images(tree):
     archive = ImageDataset(zip_of(tree, lambda name: name.replace("dog/0", "../../dog/0").replace("cat/0", "/cat/0")))
     assert archive.names == ["cat/0.png", "cat/1.png", "dog/1.png"]
     assert archive.classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("path", ["./cat/0.png", "/cat/0.png", "cat//0.png", "cat\\0.png", ".\\cat\\0.png"])
+def test_a_zips_ways_to_write_a_path_are_one(tmp_path, path):
+    """`./` at its beginning is no hidden folder: a class went without a word."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr(path, b"")
+        archive.writestr("./cat/", b"")
+    assert open_files(tmp_path / "x.zip").names == ["cat/0.png"]
+
+
+def test_one_name_in_two_unicode_forms_is_no_two_classes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("caf\u00e9", "cafe\u0301"):
+            archive.writestr(f"{name}/0.png", b"")
+    with pytest.raises(DataError, match=r"two classes are called .*, in two Unicode forms: rename one"):
+        ImageDataset(tmp_path / "x.zip")

@@ -60,6 +60,8 @@ def test_one_loose_picture_leaves_the_classes_alone():
         (["train/0.png", "bus/1.png"], ["bus", "train"], ""),  # vehicles
         (["train/0.png", "test/1.png"], ["", ""], "split as train/ and test/"),
         (["birds/owl/0.png", "cat/1.png"], ["birds/owl", "cat"], ""),
+        (["photo/cat/0.png", "sketch/cat/1.png"], ["photo/cat", "sketch/cat"], ""),  # domains
+        (["trains/steam/0.png", "cars/vans/1.png"], ["cars/vans", "trains/steam"], ""),
         (["train/images/cat/0.png", "test/images/cat/1.png"], ["cat", "cat"], "split as train/ and test/"),
     ],
 )
@@ -75,6 +77,9 @@ def test_other_trees(names, classes, note):
         (["train/a/0.png", "val/a/1.png", "valid/a/2.png"], r"beside each other lie train/, val/, valid/"),
         (["Train/a/0.png", "train/a/1.png", "test/a/2.png"], r"beside each other lie Train/, test/, train/"),
         (["train/a/0.png", "test/a/1.png", "extra/a/2.png"], r"lie extra/, test/, train/: a split is one train/"),
+        (["train/a/0.png", "dev/a/1.png"], r"(dev|train)/ and (dev|train)/ hold the same classes, such as a/: a split"),
+        (["trainset/a/0.png", "testset/a/1.png", "testset/b/1.png"], r"hold the same classes, such as a/: a split"),
+        (["images_train/a/0.png", "images_test/a/1.png"], r"hold the same classes, such as a/: a split"),
         (["val/a/0.png", "test/a/1.png"], r"beside each other lie test/, val/"),
         (["cat/train/0.png", "cat/test/1.png", "dog/train/2.png"], r"cat/test/ has the split below the class"),
         (["cat/0.png", "cat/thumbs/1.png", "dog/1.png"], r"in cat/ and in cat/thumbs/ below it.*'\[cat/thumbs\]'"),
@@ -101,6 +106,11 @@ def test_labels_are_read_where_no_folders_name_them(folders):
     assert layout.tables == [f"{beside}labels.csv"]
 
 
+def test_a_label_with_blanks_around_it_is_no_other_class():
+    layout = of("a.png", "b.png", "labels.csv", table=b"file,label\na.png, cat\nb.png,cat \n")
+    assert {*layout.classes.values()} == {"cat"}
+
+
 def test_labels_of_each_split_are_its_own():
     layout = understand(
         ["train/a.png", "train/labels.csv", "test/a.png", "test/labels.csv"],
@@ -123,6 +133,7 @@ def test_class_folders_go_before_labels():
         (b"file,label\na.png,cat\nz.png,cat", r"labels.csv: z.png is not there"),
         (b"file,label\na.png,", r"labels.csv: a.png has no label"),
         (b"file,label\na.png,cat\na.png,dog", r"labels.csv: a.png has two labels, cat and dog"),
+        (b"file,label,split\na.png,cat,train\nb.png,cat,test", r"labels.csv has a column split, which is not read"),
         (b"file,label\n\xff,cat", r"labels.csv cannot be read"),
         (b'file,label\n"a.png,cat', r"labels.csv cannot be read"),
     ],
