@@ -12,8 +12,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
@@ -62,7 +60,7 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
 
 
 if __name__ == "__main__":
-    from experiment.cli import one_line_errors
+    from experiment.cli import one_line_errors, run_program
 
     with one_line_errors():
-        auto_cli(main, as_positional=False)
+        run_program(main)
