@@ -91,7 +91,7 @@ class Batches:
         for micro in range(self.num_micro_batches):
             start = (micro * self.num_ranks + self.rank) * size
             part = slice(start, start + size)
-            stored = self.cache.read(index[part], mirrored[part]).to(self.device, non_blocking=True)
+            stored = self.cache.read(index[part], mirrored[part]).to(self.device)
             x_0 = self.codec.draw(stored, posterior_noise[part])
             own = {name: values[part] for name, values in more.items()}
             yield Batch(x_0, y[part], t[part], weight[part], noise[part], own)

@@ -16,7 +16,8 @@ from typing import Any
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LAUNCHER = "accelerate.commands.launch"
-LAUNCHERS = {LAUNCHER, "accelerate", "torch.distributed.run", "torchrun"}
+LAUNCHERS = {LAUNCHER, "accelerate.commands.accelerate_cli", "accelerate", "accelerate-launch"}
+LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch", "torchrun"}
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -130,7 +131,7 @@ def deaf_to(number: int) -> Iterator[None]:
 
 
 def _launches(process: Any) -> bool:
-    return any(word.rpartition("/")[2] in LAUNCHERS for word in process.cmdline()[:4])
+    return any(word.rpartition("/")[2] in LAUNCHERS for word in process.cmdline()[:6])
 
 
 def _end_with(parent: int) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import version
@@ -113,6 +113,15 @@ def parse(config_class: type[T], arguments: list[str] | None = None) -> T:
     )
     check_settings(config)
     return cast(T, expand_home(config))
+
+
+def run_program(program: Callable[..., Any] | list[Callable[..., Any]], *, as_positional: bool = False) -> None:
+    """A function, or one of several by its name; its arguments are flags, and what does not fit is told as by `parse`.
+
+    Raises:
+        SystemExit: with a message that names the flag, when an argument does not fit.
+    """
+    auto_cli(program, as_positional=as_positional, parser_class=Parser, allow_abbrev=False)
 
 
 def quote_names(config_class: type, arguments: list[str]) -> list[str]:

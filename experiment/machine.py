@@ -16,7 +16,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
-from experiment.precision import MIXED, choose_precision, has_bf16, precision_of, slowdown_of_bf16
+from experiment.precision import MIXED, choose_precision, has_bf16, precision_of, warning_of
 from experiment.sharding import keep_float32
 from experiment.threads import deal_out_cores, start_waiting
 
@@ -54,12 +54,8 @@ def open_accelerator(
         say = tqdm.write if accelerator.is_main_process else lambda line: None
         line += f", {start_waiting(say)}"
     accelerator.print(line)
-    if mixed == "bf16" and not has_bf16(device)[0]:
-        times = slowdown_of_bf16(device)
-        accelerator.print(
-            f"warning: {flag} bf16: it is emulated here, and a matrix product takes {times:.0f} times as long as in "
-            f"float32; {flag} auto takes what this machine has instructions for"
-        )
+    if warning := warning_of(precision, device, flag):
+        accelerator.print(warning)
     return accelerator
 
 

@@ -53,6 +53,17 @@ def _cpu_has_bf16() -> tuple[bool, str]:
     return native, "this CPU has bf16 instructions" if native else "this CPU has no bf16 instructions"
 
 
+def warning_of(precision: str, device: torch.device, flag: str) -> str | None:
+    """A line about bf16 where the device emulates it, with what that costs here, measured."""
+    if precision != "bf16" or has_bf16(device)[0]:
+        return None
+    times = slowdown_of_bf16(device)
+    return (
+        f"warning: {flag} bf16: it is emulated here, and a matrix product takes {times:.0f} times as long as in "
+        f"float32; {flag} auto takes what this machine has instructions for"
+    )
+
+
 def slowdown_of_bf16(device: torch.device, side: int = 192, seconds: float = 0.025) -> float:
     """Time of a matrix product in bf16 over that in float32, measured: below 1 where it pays, hundreds where it is
     emulated. One thread, and the fastest of each, as others may be at work."""

@@ -146,6 +146,8 @@ def start_waiting(say: Callable[[str], object]) -> str:
         return f"{threads} that wait as {' '.join(given)} says"
     if sys.platform != "linux" or "libgomp" not in Path("/proc/self/maps").read_text():
         return threads
+    if torch.get_num_threads() > len(allowed_cores()):  # which GNU's OpenMP sees by itself
+        return f"{threads} that sleep while they wait (more of them than cores)"
     waiting = Waiting()
     time.sleep(FIRST_LOOK)
     waiting.look()

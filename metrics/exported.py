@@ -67,10 +67,15 @@ class ExportedNetwork(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExportedNetwork:
         device = fn(torch.zeros(())).device
         if device != self.device:
+            for dtype in {tensor.dtype for tensor in (*self.program.state_dict.values(), *self._constants())}:
+                fn(torch.zeros((), dtype=dtype))  # what the device lacks is told before half of it has moved
             self.program = move_to_device_pass(self.program, device)
             self.network = self.program.module().requires_grad_(False)
             self.device = device
         return self
+
+    def _constants(self) -> Iterator[Tensor]:
+        return (each for each in self.program.constants.values() if isinstance(each, Tensor))
 
 
 def load_exported(path: str | Path) -> ExportedNetwork:

@@ -75,7 +75,10 @@ class Extractor:
         self.kind, self.name, self.module = network.kind, network.name, network.module
         self.sha256, self.published_weights = network.sha256, network.published
         self.device = torch.device(device)
-        self.module.to(self.device)
+        try:
+            self.module.to(self.device)
+        except (RuntimeError, TypeError) as error:
+            self._move_to_cpu(error)
         self._mixed_6: deque[Tensor] = deque(maxlen=1)
         if self.kind == INCEPTION:
             branch: Any = self.module.get_submodule("Mixed_6d.branch1x1")
@@ -143,12 +146,15 @@ class Extractor:
         try:
             return self.module(images.to(self.device))
         except (RuntimeError, TypeError) as error:
-            if self.device.type == "cpu" or not _lacking(error):
-                raise
-            first, self.device = self.device, torch.device("cpu")
-        outputs = self.module.to(self.device)(images)
+            self._move_to_cpu(error)
+        return self.module(images)
+
+    def _move_to_cpu(self, error: Exception) -> None:
+        if self.device.type == "cpu" or not _lacking(error):
+            raise error
+        first, self.device = self.device, torch.device("cpu")
+        self.module.to(self.device)
         tqdm.write(f"--extractor {self.name}: {first} lacks what it needs; it runs on the CPU", file=sys.stderr)
-        return outputs
 
 
 def _lacking(error: Exception) -> bool:

@@ -23,12 +23,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment import children
-from experiment.cli import one_line_errors
+from experiment.cli import one_line_errors, run_program
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
 Row = dict[str, Any]
@@ -411,9 +409,11 @@ def autocast(precision: str) -> Any:
 
 
 def chosen(precision: str) -> str:
-    """What train.precision of that name is on this machine."""
-    from experiment.precision import choose_precision
+    """What train.precision of that name is on this machine; says what it costs where it is emulated."""
+    from experiment.precision import choose_precision, warning_of
 
+    if warning := warning_of(precision, the_device(), "--precision"):
+        print(warning, flush=True)
     return choose_precision(precision, the_device())
 
 
@@ -492,4 +492,4 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
 
 if __name__ == "__main__":
     with one_line_errors():
-        auto_cli([training, sampling, epoch, scaling, extraction, frechet], as_positional=False)
+        run_program([training, sampling, epoch, scaling, extraction, frechet])

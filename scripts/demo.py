@@ -20,11 +20,11 @@ import sys
 import time
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment import children
+from experiment.cli import one_line_errors, run_program
+from experiment.lock import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = Path.cwd()
@@ -41,9 +41,12 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
         folder: where runs/ and cache/ are; runs/quickstart in it is deleted first
     """
     began, experiment = time.time(), experiment.resolve()
+    if not experiment.is_file():
+        raise ValueError(f"--experiment {experiment}: no such file")
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    shutil.rmtree(RUN, ignore_errors=True)
+    with Lock(RUN / "training.lock"):  # not below a training that goes on there
+        shutil.rmtree(RUN, ignore_errors=True)
 
     say("1/4", f"training {shown(experiment)}")
     launch(str(ROOT / "train.py"), "--config", str(experiment), "--name", RUN.name)
@@ -142,5 +145,5 @@ def shown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    with children.on_stop(launch.stop):
-        auto_cli(main, as_positional=False)
+    with children.on_stop(launch.stop), one_line_errors():
+        run_program(main)

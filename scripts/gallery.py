@@ -158,9 +158,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    from experiment.cli import one_line_errors
+    from experiment.cli import one_line_errors, run_program
 
     with one_line_errors():
-        auto_cli(main)
+        run_program(main, as_positional=True)

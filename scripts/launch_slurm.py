@@ -18,12 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment import children
-from experiment.cli import one_line_errors, parse_run
+from experiment.cli import one_line_errors, parse_run, run_program
 from experiment.config import ExperimentConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,4 +123,4 @@ def main(
 
 if __name__ == "__main__":
     with one_line_errors():
-        auto_cli(main, as_positional=False)
+        run_program(main)

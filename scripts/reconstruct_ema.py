@@ -14,8 +14,6 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
@@ -69,7 +67,7 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
 
 
 if __name__ == "__main__":
-    from experiment.cli import one_line_errors
+    from experiment.cli import one_line_errors, run_program
 
     with one_line_errors():
-        auto_cli(main, as_positional=False)
+        run_program(main)

@@ -15,11 +15,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors
+from experiment.cli import one_line_errors, run_program
 
 SWIN = {"dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2, "num_global_blocks": 2}
 SWIN |= {"conditioning": "none", "conv_norm": "group", "drop_path": 0.0}
@@ -150,4 +148,4 @@ def scores(found: Any, masks: Any, num_classes: int) -> tuple[float, float]:
 
 if __name__ == "__main__":
     with one_line_errors():
-        auto_cli(main, as_positional=False)
+        run_program(main)

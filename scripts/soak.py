@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment import children
+from experiment.cli import one_line_errors, run_program
 
 ROOT = Path(__file__).parent.parent
 MEASURED = {"images_per_second", "waiting_for_data", "memory_gb"}
@@ -60,7 +60,7 @@ CONFIG = {
 def soak(
     kills: int = 20,
     num_steps: int = 40,
-    precision: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     launcher: Literal["python", "accelerate", "torchrun"] = "python",
     seed: int = 0,
     output: Path | None = None,
@@ -75,6 +75,8 @@ def soak(
         seed: of the moments
         output: JSON file for the figures
     """
+    if kills < 1:
+        raise ValueError(f"--kills {kills}: kill one process at least")
     draw = random.Random(seed)
     figures = {"kills": 0, "in_a_save": 0, "runs": 0, "resumed_steps": []}
     figures |= {"precision": precision, "launcher": launcher}
@@ -187,4 +189,5 @@ def tensors_of(path: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    auto_cli(soak, as_positional=False)
+    with one_line_errors():
+        run_program(soak)

@@ -6,13 +6,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from importlib.metadata import entry_points
 
 import psutil
 import pytest
 import yaml
-from processes import ROOT, TINY, environment_of, run
+from processes import ROOT, TINY, environment_of, run, script
 
 from experiment import children
+from experiment.lock import Lock
 
 PARENT = """
 import signal, subprocess, sys, time
@@ -60,6 +63,12 @@ def left(processes, seconds=20):
     return psutil.wait_procs(processes, timeout=seconds)[1]
 
 
+def launches(script):
+    """Whether a command that torch or accelerate installs starts programs."""
+    of_accelerate = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+    return script.module in ("torch.distributed.run", *of_accelerate)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_a_killed_parents_child_is_asked_to_end(tmp_path):
     process = parent(tmp_path, "children.start([sys.executable, 'child.py']).wait()")
@@ -103,6 +112,14 @@ with children.on_stop(lambda number: children.kill(child)):
     assert process.communicate(timeout=20)[0] == f"{-signal.SIGKILL}\n"
     assert not left(found)
     assert not (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize("name", [each.name for each in entry_points(group="console_scripts") if launches(each)])
+def test_every_command_that_launches_is_known_for_one(name):
+    command = ["python", "-X", "faulthandler", "-u", f"/usr/bin/{name}"]
+    assert children._launches(types.SimpleNamespace(cmdline=lambda: command))
+    module = next(each.module for each in entry_points(group="console_scripts") if each.name == name)
+    assert children._launches(types.SimpleNamespace(cmdline=lambda: ["python", "-X", "dev", "-u", "-m", module]))
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
@@ -150,6 +167,19 @@ def test_a_stopped_demo_saves_and_says_how_to_go_on(tmp_path, number, stop, stat
     assert (checkpoint / "ema.safetensors").is_file()
     resume = f"{sys.executable} {ROOT / 'train.py'} --resume runs/quickstart"
     assert output.splitlines()[-1] == f"stopped; go on with: cd {tmp_path / 'demo'} && {resume}"
+
+
+@pytest.mark.parametrize("mistake", ["a typo", "a training goes on there"])
+def test_a_demo_that_cannot_begin_deletes_nothing(tmp_path, monkeypatch, mistake):
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "runs/quickstart/checkpoints/00000500/ema.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    path, words = ("tniy.yaml", "no such file") if mistake == "a typo" else ("tiny.yaml", "in use by process")
+    with Lock(tmp_path / "runs/quickstart/training.lock"), pytest.raises(ValueError, match=words):
+        script("scripts/demo.py").main(tmp_path / path, tmp_path)
+    assert weights.is_file()
 
 
 def test_the_demos_help_is_help(tmp_path):

@@ -164,6 +164,38 @@ def test_a_run_of_the_cpu_goes_on_elsewhere_as_it_would_there(folder, tmp_path):
     assert max(found) == 6
 
 
+WIDE = """
+import torch
+from metrics.features import Extractor
+from metrics.images import image_batches
+from metrics.programs import save_program
+
+class Wide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("one", torch.ones((), dtype=torch.float64))
+
+    def forward(self, images):
+        means = (images.double().mean(dim=(2, 3)) * self.one).float()
+        return means, means.softmax(dim=1)
+
+images = torch.arange(3 * 3 * 8 * 8).reshape(3, 3, 8, 8).to(torch.uint8)
+for name in ("wide.pt", "wide.pt2"):
+    save_program(Wide(), images[:2], name)
+    extractor = Extractor(name, device="pretend")
+    found = extractor(image_batches(images, 2), 3, metrics=["kid"], progress=False).features
+    torch.testing.assert_close(found, images.float().mean(dim=(2, 3)))
+    print(extractor.device)
+"""
+
+
+def test_an_extractor_that_holds_float64_runs_on_the_cpu_and_says_so(tmp_path):
+    (tmp_path / "wide.py").write_text(WIDE)
+    done = pretended(tmp_path / "wide.py", cwd=tmp_path, device="mps")
+    assert done.stdout.splitlines()[:2] == ["cpu", "cpu"]
+    assert done.stderr.count("lacks what it needs; it runs on the CPU") == 2
+
+
 VARIANTS = {
     "flow": {"model": "DiT-S/2", "diffusion": {"kind": "flow", "times": "logit_normal"}},
     "EDM": {"model": "UViT-tokens-S/2", "diffusion": {"kind": "edm"}},

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import re
+import runpy
 import subprocess
 from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
@@ -43,6 +44,24 @@ def configurations():
             parts = [kind, *get_args(kind)]
             found += [part for part in parts if is_dataclass(part) and part not in found]
     return found
+
+
+SCRIPTS = [path for path in sorted((ROOT / "scripts").glob("*.py")) if "run_program(" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_tells_a_mistake_in_two_lines(path, monkeypatch, capsys):
+    arguments = ["training", "--modles", "1"] if path.stem == "benchmark" else ["--otuput", "1"]
+    monkeypatch.setattr("sys.argv", [path.name, *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(path), run_name="__main__")
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith(path.name)
+    assert len(told) == 2
+
+
+def test_no_script_reads_its_flags_in_another_way():
+    assert not [path.name for path in (ROOT / "scripts").glob("*.py") if "auto_cli" in path.read_text()]
 
 
 def test_every_number_has_its_range():

@@ -100,6 +100,13 @@ def test_what_the_user_has_set_stands(name):
     assert python(body, cores={0, 1}, **{name: value}) == [f"2 threads that wait as {name}={value} says"]
 
 
+@on_linux
+def test_more_threads_than_cores_are_not_said_to_spin():
+    body = "from experiment.threads import start_waiting; print(start_waiting(print))"
+    said = python(body, cores={0}, OMP_NUM_THREADS="2")
+    assert said == ["2 threads that sleep while they wait (more of them than cores)"]
+
+
 DEAL = "from experiment.threads import deal_out_cores; deal_out_cores(1); print(torch.get_num_threads())"
 
 
