@@ -77,7 +77,7 @@ def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=
 
 def drawn(run, output, **settings):
     """By sample.py: classes 1 and 2, two of each."""
-    flags = {"checkpoint": str(run), "output": str(output), "classes": [1, 2], "num_per_class": 2, **settings}
+    flags = {"checkpoint": str(run), "output": str(output), "classes": ["1", "2"], "num_per_class": 2, **settings}
     SAMPLE.main(SAMPLE.SampleConfig(**flags))
     with np.load(output) as file:
         return file["arr_0"].astype(int)
