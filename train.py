@@ -51,7 +51,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
         set_learning_rate,
         share_batch_norms,
     )
-    from experiment.checkpoint import open_checkpoint, resume, save_checkpoint, warm_start
+    from experiment.checkpoint import drop_snapshots, open_checkpoint, resume, save_checkpoint, warm_start
     from experiment.checkpoint_folder import Best, mark_best, to_resume
     from experiment.ema import EMA
     from experiment.evaluation import open_scorer
@@ -123,6 +123,8 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
         best = Best(**progress["best"])
         if best.step is not None and accelerator.is_main_process:
             mark_best(run / "checkpoints", best.step)
+        if accelerator.is_main_process:
+            drop_snapshots(run, after=progress["step"])
         step = saved = progress["step"]
         inspected = progress.get("inspected", True)
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,16 +117,26 @@ class Checkpoint:
             CheckpointError: naming the flag, and what differs.
         """
         for part, values in found.items():
-            flag = "--autoencoder" if part == "codec" else "--data.path"
             older = {"autoencoder": self.config.autoencoder} if part == "codec" else {"classes": self.classes}
             expected = self.identity.get(part, older)
-            for name, known in expected.items():
-                lies = name in ("source", "autoencoder") and expected is not older
-                if not lies and values.get(name) != known:
-                    raise CheckpointError(
-                        f"{flag}: {self.path} was trained with another {part}, whose {name} was {short(known)}, here "
-                        f"{short(values.get(name))}; give the one that it was trained with"
-                    )
+            same_identity(self.path, part, expected, values, but=() if expected is older else ("source", "autoencoder"))
+
+
+def same_identity(
+    path: Path, part: str, known: Mapping[str, Any], found: Mapping[str, Any], but: Sequence[str] = ("source",)
+) -> None:
+    """That what is here of a `part` is what a checkpoint knows of it, `but` where it lies.
+
+    Raises:
+        CheckpointError: naming the flag, and what differs.
+    """
+    flag = "--autoencoder" if part == "codec" else "--data.path"
+    for name, value in known.items():
+        if name not in but and found.get(name) != value:
+            raise CheckpointError(
+                f"{flag}: {path} was trained with another {part}, whose {name} was {short(value)}, here "
+                f"{short(found.get(name))}; give the one that it was trained with"
+            )
 
 
 def save_checkpoint(
@@ -192,6 +202,19 @@ def metadata_of(
         "commit": current_commit(),
         "identity": json.dumps(identity or {}),
     }
+
+
+def list_snapshots(run: Path) -> dict[int, Path]:
+    """The power-function averages of a run by their steps, in order."""
+    found = {int(path.stem): path for path in (run / SNAPSHOTS).glob("[0-9]*.safetensors") if path.stem.isdecimal()}
+    return dict(sorted(found.items()))
+
+
+def drop_snapshots(run: Path, *, after: int) -> None:
+    """Those of steps that a resumed run takes again: with other settings they would be of another training."""
+    for step, path in list_snapshots(run).items():
+        if step > after:
+            path.unlink()
 
 
 def _keep_snapshot(profiles: Path, snapshot: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from experiment.checkpoint import WEIGHTS, read_metadata
+from experiment.checkpoint import SNAPSHOTS, WEIGHTS, list_snapshots, read_metadata
 from experiment.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
 from experiment.config import R, flatten, from_dict, resuming
 
@@ -29,6 +30,10 @@ def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | Non
         return go_on(config, checkpoint, say), checkpoint
     if list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
+    if list_snapshots(run):  # of a training whose checkpoints are gone; an average of both would be of neither
+        before = run / f"{SNAPSHOTS}.before-{time.strftime('%Y%m%d-%H%M%S')}"
+        (run / SNAPSHOTS).rename(before)
+        say(f"{run / SNAPSHOTS} is of an earlier training, and is now {before}")
     return config, None
 
 

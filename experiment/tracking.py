@@ -133,8 +133,9 @@ def save_grid(
         canvas.paste(tile, (left, top))
         if captions:
             draw.text((left, top + height), _fit(captions[number], width, font), fill="black", font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path, optimize=True, quality=95, subsampling=0)  # a PDF holds a JPEG
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    with whole(path) as partial:
+        canvas.save(partial, format=kind, optimize=True, quality=95, subsampling=0)  # a PDF holds a JPEG
 
 
 @warns_only("progress.png")

@@ -63,7 +63,7 @@ def main(config: ExportConfig) -> None:
     """Refuse what diffusers cannot follow, then write."""
     from experiment.build import check_sampling, sampling_of
     from experiment.checkpoint import open_checkpoint
-    from experiment.files import write_whole
+    from experiment.files import whole
     from models.autoencoder import LatentCodec
 
     if config.output.exists() and any(config.output.iterdir()):
@@ -80,8 +80,10 @@ def main(config: ExportConfig) -> None:
     if vae is not None:
         vae.register_to_config(_name_or_path=None)  # a folder of this machine
     write = write_native if config.native else write_pipeline
-    how = write(config.output, checkpoint, process, sampling, scheduler, spacing, vae)
-    write_whole(config.output / "README.md", readme(checkpoint, sampling, native=config.native))
+    with whole(config.output) as folder:
+        folder.mkdir()
+        how = write(folder, checkpoint, process, sampling, scheduler, spacing, vae)
+        (folder / "README.md").write_text(readme(checkpoint, sampling, native=config.native))
     print(f"{config.output}: {how}")
 
 

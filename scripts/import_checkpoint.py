@@ -79,7 +79,7 @@ def main(config: ImportConfig) -> None:
 
     from experiment.build import ModelSpec, build_process
     from experiment.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
-    from experiment.files import write_whole
+    from experiment.files import whole
     from models.reference import load_reference
     from models.reference_config import infer_config, reference_arguments
 
@@ -112,15 +112,16 @@ def main(config: ImportConfig) -> None:
         diffusion=diffusion,
         sampling=SAMPLING.get(config.source, SamplingConfig()),
     )
-    config.output.mkdir(parents=True, exist_ok=True)
     metadata = metadata_of(experiment, spec, classes, step)
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    save_tensors(tensors, config.output / WEIGHTS, metadata)
     with config.weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {"source": config.source, "file": config.weights.name, "sha256": digest, "published": published}
-    write_whole(config.output / "imported.json", json.dumps(origin, indent=2) + "\n")
-    open_checkpoint(config.output)
+    with whole(config.output) as folder:
+        folder.mkdir()
+        save_tensors(tensors, folder / WEIGHTS, metadata)
+        (folder / "imported.json").write_text(json.dumps(origin, indent=2) + "\n")
+        open_checkpoint(folder)
     print(
         f"{name}{f' {args}' if args else ''}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
         f"{height}x{width}x{spec.in_channels} latents, {spec.num_classes} classes: {config.output}"

@@ -80,6 +80,7 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
     from tqdm import tqdm
 
     from data.pixels import fit, to_rgb
+    from experiment.files import write_whole
 
     output.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
@@ -110,8 +111,9 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
             "classes": dict(sorted(classes.items())),
             "folders": dict(sorted(counts.items())),
         }
+        output.with_suffix(".json").unlink(missing_ok=True)  # of what was there before: none rather than another's
         partial.replace(output)
-    output.with_suffix(".json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_whole(output.with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 

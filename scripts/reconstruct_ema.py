@@ -28,10 +28,11 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
     """
     from tqdm import tqdm
 
-    from experiment.checkpoint import SNAPSHOTS, open_checkpoint, read_metadata, read_tensors, save_tensors
+    from experiment.checkpoint import list_snapshots, open_checkpoint, read_metadata, read_tensors, save_tensors
     from experiment.ema import first_step, gamma_of, reconstruction_weights
+    from experiment.files import whole
 
-    files = {int(path.stem): path for path in sorted((run / SNAPSHOTS).glob("[0-9]*.safetensors"))}
+    files = list_snapshots(run)
     if not files:
         raise ValueError(f"--run {run}: no snapshots in it; train with --train.ema_profiles '[0.05, 0.1]'")
     last = max(files) if step is None else step
@@ -61,7 +62,8 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
             total[name] = part if name not in total else total[name] + part
     path = output or run / f"ema-{sigma_rel:g}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
-    save_tensors(rounded, path, {**metadata, "step": str(last)})
+    with whole(path) as partial:
+        save_tensors(rounded, partial, {**metadata, "step": str(last)})
     open_checkpoint(path)
     print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(files) * len(lengths)} snapshots: {path}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -64,6 +64,10 @@ def train(config: AutoencodingConfig, newest: Path | None, interruption: Interru
     device = accelerator.device
     batches = open_batches(config, accelerator.process_index, accelerator.num_processes)
     held_out = open_held_out(config)
+    splits: dict[str, Any] = {"train": batches.sources[0], "test": held_out["images"]}
+    identity = {split: images.describe() for split, images in splits.items()}
+    if newest is not None:
+        checkpoint.check_identity(newest, identity)
     if accelerator.is_main_process:
         print(intake(batches.sources[0], held_out["images"]))
     autoencoder = build_autoencoder(config)
@@ -123,6 +127,7 @@ def train(config: AutoencodingConfig, newest: Path | None, interruption: Interru
                 optimizers={**optimizers, "discriminator": critic_optimizer},
                 progress={"guards": {name: guard.state() for name, guard in guards.items()}, **state},
                 config=config,
+                identity=identity,
                 rotates=not any(guard.in_a_row for guard in guards.values()),
             )
         saved = step

@@ -1,18 +1,23 @@
 """Averages against closed forms, and any length of average from snapshots of two."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from processes import script
+import yaml
+from processes import TINY, script
 from safetensors.torch import load_file
 from torch import nn
 
 from experiment.build import ModelSpec
-from experiment.checkpoint import open_checkpoint, save_checkpoint
+from experiment.checkpoint import list_snapshots, open_checkpoint, save_checkpoint
 from experiment.checkpoint_folder import CheckpointError
+from experiment.cli import parse_run
 from experiment.config import ExperimentConfig, LogConfig
 from experiment.ema import EMA, PowerAverage, gamma_of, reconstruction_weights
+from experiment.resumption import start_or_go_on
 
 
 class Scalar(nn.Module):
@@ -115,7 +120,7 @@ def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation(tmp_pa
     assert made["second.weight"].item() == pytest.approx(alone.profiles[0.15].tensors["weight"].item(), rel=1e-2)
 
 
-def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys):
+def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkeypatch):
     spec = ModelSpec("DiT", {"dim": 16, "depth": 1, "num_heads": 2}, (4, 4), 4, 8, 0)
     torch.manual_seed(0)
     model = spec.build()
@@ -136,6 +141,17 @@ def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys):
     assert made.step == 2
     assert longer < made.load_model().patch.weight.mean() < shorter
 
+    def disk_full(*_):
+        raise OSError("No space left on device")
+
+    before = (tmp_path / "ema-0.08.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", disk_full)
+        with pytest.raises(OSError, match="No space"):
+            reconstruct(tmp_path, 0.08)
+    assert (tmp_path / "ema-0.08.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
     first = tmp_path / "snapshots" / "00000001.safetensors"
     first.write_bytes(first.read_bytes()[:-1] + bytes([first.read_bytes()[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="its weights have another checksum"):
@@ -147,3 +163,26 @@ def test_weights_of_snapshots_sum_to_one_however_few(num, sigmas):
     snapshots = [(100 * (number + 1), gamma_of(sigma)) for number in range(num) for sigma in sigmas]
     weights = reconstruction_weights(snapshots, (100 * num, gamma_of(0.25)))
     assert sum(weights) == pytest.approx(1, abs=1e-9)
+
+
+def test_snapshots_are_of_one_course_of_training(tmp_path, monkeypatch, capsys):
+    """A run that goes on from an earlier checkpoint takes its steps anew; a fresh one has nothing of another."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    checkpoints, snapshots = (tmp_path / "runs" / "tiny" / name for name in ("checkpoints", "snapshots"))
+
+    def train(*flags):
+        script("train.py").main(parse_run(ExperimentConfig, [*flags, "--log.validate_every", "0"]))
+
+    fresh = ["--config", "tiny.yaml", "--train.ema_profiles", "[0.05, 0.1]", "--log.trackers", "[]"]
+    train(*fresh, "--train.num_steps", "2", "--log.checkpoint_every", "1", "--sampling.num_steps", "1")
+    assert [*list_snapshots(snapshots.parent)] == [1, 2]
+    shutil.rmtree(checkpoints / "00000002")
+    train("--resume", "runs/tiny", "--train.num_steps", "3", "--log.checkpoint_every", "3")
+    assert [*list_snapshots(snapshots.parent)] == [1, 3]
+
+    shutil.rmtree(checkpoints)
+    start_or_go_on(parse_run(ExperimentConfig, fresh), print)
+    assert list_snapshots(snapshots.parent) == {}
+    assert f"{Path('runs/tiny/snapshots')} is of an earlier training, and is now" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs" / "tiny").glob("snapshots.before-*/*.safetensors"))) == 2

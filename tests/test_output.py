@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -63,6 +64,21 @@ def test_a_class_writes_into_the_folder_alone(name, tmp_path):
 def test_a_grid_is_a_pdf_where_it_is_called_so(tmp_path):
     save_grid(IMAGES, tmp_path / "fig.pdf", columns=3)
     assert (tmp_path / "fig.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_half_a_grid_takes_no_ones_place(tmp_path, monkeypatch):
+    save_grid(IMAGES, tmp_path / "grid.png", columns=3)
+    before = (tmp_path / "grid.png").read_bytes()
+
+    def halfway(picture, fp, *_, **__):
+        Path(fp).write_bytes(before[:20])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", halfway)
+    with pytest.raises(OSError, match="No space"):
+        save_grid(IMAGES.flip(0), tmp_path / "grid.png", columns=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+    assert (tmp_path / "grid.png").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.PNGG", "deep/x.npy", "x.zip", "x.json"])

@@ -53,6 +53,18 @@ def test_nothing_is_left_of_a_failure(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_zip_lies_beside_the_manifest_of_another(script, tmp_path, monkeypatch):
+    script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
+
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiment.files.write_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        script.write_zip(items(), tmp_path / "pets.zip", 8, source="pets")
+    assert [path.name for path in tmp_path.iterdir()] == ["pets.zip"]
+
+
 def test_errors_of_fetching_and_of_writing_are_told_apart(script, tmp_path, monkeypatch):
     def lost():
         yield from items()

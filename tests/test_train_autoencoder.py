@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from PIL import Image
 from processes import ROOT, log, run, script, weights
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -29,6 +30,7 @@ from experiment.autoencoding.objective import (
     kl_divergence,
 )
 from experiment.autoencoding.optimizers import autoencoder_optimizers
+from experiment.checkpoint_folder import CheckpointError
 from experiment.cli import one_line_errors, parse, parse_run
 from models.autoencoder import create_codec
 from models.discriminator import NORMS, PatchDiscriminator
@@ -291,6 +293,26 @@ def test_muon_and_spectral_norms_resume_too(train, tmp_path):
         train(tmp_path / "other", *flags, "--train.max_hours", "1e-9")
     train(tmp_path / "other", "--resume", "runs/autoencoder", "--train.max_hours", "null")
     same_weights(tmp_path / "one", tmp_path / "other")
+
+
+def test_images_that_came_or_went_are_no_longer_what_was_held_out(train, tmp_path):
+    """Another split would train on what was held out before, and measure on it."""
+    for number in range(12):
+        path = tmp_path / "images" / "a" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(path)
+    flags = [*FLAGS, "--data.path", "images", "--train.max_hours", "1e-9"]
+    with pytest.raises(SystemExit, match="75"):
+        train(tmp_path, *flags)
+    (tmp_path / "images").rename(tmp_path / "moved")
+    moved = ["--resume", "runs/autoencoder", "--data.path", "moved"]
+    with pytest.raises(SystemExit, match="75"):
+        train(tmp_path, *moved)
+    before = (tmp_path / "runs" / "autoencoder" / "log.jsonl").read_bytes()
+    Image.new("RGB", (16, 16), (0, 99, 0)).save(tmp_path / "moved" / "a" / "new.png")
+    with pytest.raises(CheckpointError, match=r"--data.path: \S+ was trained with another train, whose source_hash"):
+        train(tmp_path, *moved)
+    assert (tmp_path / "runs" / "autoencoder" / "log.jsonl").read_bytes() == before
 
 
 def test_two_processes_train_like_one(whole, tmp_path):

@@ -12,7 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from experiment.autoencoding.config import AutoencodingConfig
-from experiment.checkpoint import WEIGHTS, load_optimizer, load_weights, optimizer_tensors, read_tensors, save_tensors
+from experiment.checkpoint import (
+    WEIGHTS,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    read_metadata,
+    read_tensors,
+    same_identity,
+    save_tensors,
+)
 from experiment.checkpoint_folder import checkpoint_path, rotate, write_checkpoint
 from experiment.ema import EMA
 from experiment.sharding import gather
@@ -26,11 +35,12 @@ def save(
     networks: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
     config: AutoencodingConfig,
+    identity: Mapping[str, Mapping[str, Any]],
     progress: Mapping[str, Any],
     rotates: bool = True,
 ) -> None:
     """Write `folder/<step>` whole or not at all, then, if it `rotates`, drop what the configuration does not keep;
-    `progress` is JSON.
+    `identity` is for `check_identity`, `progress` what resuming needs beside tensors: JSON.
 
     Raises:
         OSError: when it cannot be written; older checkpoints stay.
@@ -39,7 +49,8 @@ def save(
     def fill(checkpoint: Path) -> None:
         state = checkpoint / "state"
         state.mkdir()
-        save_tensors(gather(ema.tensors, keep=True), checkpoint / WEIGHTS, {"config": json.dumps(config.to_dict())})
+        metadata = {"config": json.dumps(config.to_dict()), "identity": json.dumps(identity)}
+        save_tensors(gather(ema.tensors, keep=True), checkpoint / WEIGHTS, metadata)
         for name, network in networks.items():
             save_file(gather(network.state_dict(), keep=True), state / f"{name}.safetensors")
         for name, optimizer in optimizers.items():
@@ -49,6 +60,17 @@ def save(
     write_checkpoint(checkpoint_path(folder, step), fill)
     if rotates:
         rotate(folder, keep=config.log.keep_checkpoints)
+
+
+def check_identity(checkpoint: Path, identity: Mapping[str, Mapping[str, Any]]) -> None:
+    """That the splits are by their content those that it was trained with; older checkpoints name none.
+
+    Raises:
+        CheckpointError: naming the flag, and what differs.
+    """
+    known = json.loads(read_metadata(checkpoint / WEIGHTS).get("identity", "{}"))
+    for part, values in identity.items():
+        same_identity(checkpoint / WEIGHTS, part, known.get(part, {}), values)
 
 
 def load(
