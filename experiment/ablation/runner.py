@@ -107,7 +107,7 @@ class Runner:
     def _process(self, command: list[str], output: Path, lock: Lock, environment: dict[str, str]) -> int:
         script, *flags = command
         if script == "train.py" and self.deadline is not None:
-            flags += ["--train.max_hours", f"{max(0.0, self.deadline - time.time()) / 3600:.6f}"]
+            flags += ["--train.max_hours", f"{max(0.01, self.deadline - time.time()) / 3600:.6f}"]
         launch = [sys.executable]
         if self.launcher is not None:
             launch += ["-m", children.LAUNCHER, "--config_file", self.launcher]
