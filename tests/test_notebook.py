@@ -40,7 +40,7 @@ def test_quickstart_trains_samples_and_scores(folder, tmp_path, monkeypatch):
     asyncio.run(client.async_execute())
 
     run = tmp_path / "runs" / "notebook"
-    scores = json.loads((run / "scores.json").read_text())
+    scores = json.loads((run / "samples-scores.json").read_text())
     assert scores["scores"]["frechet_distance[classifier]"]["value"] > 0
     for name in ("loss.png", "samples.png", "python.png", "samples.npz", "classifier.pt"):
         assert (run / name).is_file(), name
