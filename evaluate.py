@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import SEEDS, DataConfig, within
+from experiment.config import DataConfig
+from experiment.settings import SEEDS, within
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,10 @@ from data import open_dataset
 from data.latents import LatentCache, build_cache, cache_name
 from diffusion import PROCESSES, Guidance, Process
 from diffusion.samplers import samplers_of
-from experiment.config import (
-    DataConfig,
-    DiffusionConfig,
-    ExperimentConfig,
-    OptimConfig,
-    SamplingConfig,
-    TrainConfig,
-    check_settings,
-)
+from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from experiment.machine import from_main
 from experiment.muon import Muon, split_for_muon
+from experiment.settings import check_settings
 from models import BACKBONES, create_model
 from models.autoencoder import Codec
 

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from data.latents import short
 from experiment.build import ModelSpec, build_process
 from experiment.checkpoint_folder import CheckpointError, checkpoint_path, list_checkpoints, rotate, write_checkpoint
-from experiment.config import ExperimentConfig, from_dict
+from experiment.config import ExperimentConfig
 from experiment.ema import EMA
 from experiment.hub import local
+from experiment.settings import from_dict
 from experiment.sharding import gather, load_whole, part_like
 from models.autoencoder import Codec, create_codec, weights_sha256
 

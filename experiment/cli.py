@@ -18,7 +18,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, set_loader, set_parsing_settings
 
 from experiment import children
-from experiment.config import R, check_settings, resuming
+from experiment.config import R, resuming
+from experiment.settings import check_settings
 from experiment.strict_yaml import StrictLoader
 
 set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML

@@ -7,57 +7,12 @@ so that `--help` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 from experiment.files import inside
-
-SEEDS = "[0, 4294967295]"  # NumPy's
-
-
-def within(interval: str, default: Any = MISSING) -> Any:
-    """A setting whose number, or each of whose numbers, lies in an interval: `(0, 1]` is without 0 and with 1."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"interval": interval})
-    return field(default=default, metadata={"interval": interval})
-
-
-def check_settings(config: Any, prefix: str = "--") -> None:
-    """Every number of a configuration lies in its interval, and no setting does nothing in silence.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    for each in fields(config):
-        value, flag, interval = getattr(config, each.name), f"{prefix}{each.name}", each.metadata.get("interval")
-        parts = value if isinstance(value, list) else [value]
-        for part in parts:
-            if is_dataclass(part):
-                check_settings(part, f"{flag}.")
-        if interval and not all(_contains(interval, number) for number in _numbers(value)):
-            raise ValueError(f"{flag} {value}: must lie in {interval}")
-    if isinstance(config, TrainConfig) and None not in (config.num_epochs, config.num_steps):
-        raise ValueError(
-            f"{prefix}num_epochs {config.num_epochs} beside {prefix}num_steps {config.num_steps}: one of them says how "
-            f"long; leave the other out, or null where a file has it"
-        )
-
-
-def _numbers(value: Any) -> Iterator[int | float]:
-    """In lists of lists too."""
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _numbers(part)
-    elif value is not None:
-        yield value
-
-
-def _contains(interval: str, number: int | float) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    above = number >= low if interval[0] == "[" else number > low
-    return above and (number <= high if interval[-1] == "]" else number < high)
+from experiment.settings import SEEDS, flatten, within
 
 
 @dataclass(frozen=True)
@@ -248,6 +203,14 @@ class TrainConfig:
     compile: bool = False
     seed: int = within(SEEDS, 0)
 
+    def check(self, prefix: str) -> None:
+        """Raises: ValueError, where both numbers say how long."""
+        if None not in (self.num_epochs, self.num_steps):
+            raise ValueError(
+                f"{prefix}num_epochs {self.num_epochs} beside {prefix}num_steps {self.num_steps}: one of them says how "
+                f"long; leave the other out, or null where a file has it"
+            )
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -380,28 +343,6 @@ class RunConfig:
         passing = {"data.path", "data.cache", "data.on_error"}
         fixed = {flag: flags[flag] for flag in flags if flag.partition(".")[0] in self.fixed and flag not in passing}
         return fixed | {"optim.muon_lr": "null" if flags["optim.muon_lr"] is None else "set"}
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1}`: the spelling of flags."""
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def from_dict(kind: Any, values: Any) -> Any:
-    """A configuration again, from `to_dict`: no value is read anew. Settings that it lacks are their defaults.
-
-    Raises:
-        TypeError, AttributeError: for settings that there are not.
-    """
-    if is_dataclass(kind):
-        kinds = get_type_hints(kind)
-        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in values.items()})
-    if get_origin(kind) is list:
-        return [from_dict(get_args(kind)[0], value) for value in values]
-    return tuple(values) if get_origin(kind) is tuple else values
 
 
 R = TypeVar("R", bound=RunConfig)

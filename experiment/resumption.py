@@ -12,7 +12,8 @@ import yaml
 
 from experiment.checkpoint import SNAPSHOTS, WEIGHTS, list_snapshots, read_metadata
 from experiment.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
-from experiment.config import R, flatten, from_dict, resuming
+from experiment.config import R, resuming
+from experiment.settings import flatten, from_dict
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:

@@ -13,8 +13,8 @@ from accelerate.tracking import WandBTracker
 from jaxtyping import UInt8
 from torch import Tensor
 
-from experiment.config import flatten
 from experiment.files import inside, whole, write_whole
+from experiment.settings import flatten
 
 PROJECT = "latent-diffusion-backbones"  # of W&B; a run there has the name of the run here
 TRACKER_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}}

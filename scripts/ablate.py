@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.ablation.config import AblationConfig, ClusterConfig, read_ablation
 from experiment.cli import one_line_errors, parse
-from experiment.config import within
 from experiment.files import inside
+from experiment.settings import within
 
 STARTED = time.time()
 

@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import within
+from experiment.settings import within
 
 MOST_RUNS = 3  # side by side
 SECONDS_KEPT = 1800  # of pictures in files, and of what a visitor has seen

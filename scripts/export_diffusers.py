@@ -26,7 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import SamplingConfig, within
+from experiment.config import SamplingConfig
+from experiment.settings import within
 
 PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 

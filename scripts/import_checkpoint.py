@@ -23,7 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig, within
+from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
+from experiment.settings import within
 
 LATENT_FACTOR = 8  # image over latent side of the published autoencoder
 

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import within
+from experiment.settings import within
 
 Item = tuple[str, str, Any]  # split ('' where there is none), class name, PIL image
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import SEEDS, DataConfig, within
+from experiment.config import DataConfig
+from experiment.settings import SEEDS, within
 
 
 @dataclass(frozen=True)

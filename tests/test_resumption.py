@@ -14,16 +14,9 @@ from experiment.autoencoding.config import AutoencodingConfig
 from experiment.checkpoint import WEIGHTS, save_tensors
 from experiment.checkpoint_folder import CheckpointError
 from experiment.cli import parse, parse_run
-from experiment.config import (
-    AuxiliaryConfig,
-    DataConfig,
-    ExperimentConfig,
-    OptimConfig,
-    SamplingConfig,
-    from_dict,
-    resuming,
-)
+from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig, resuming
 from experiment.resumption import go_on
+from experiment.settings import from_dict
 
 CLASSES = {"diffusion": ExperimentConfig, "autoencoder": AutoencodingConfig}
 

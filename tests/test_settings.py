@@ -14,7 +14,8 @@ from processes import ROOT, script
 from experiment.ablation.config import AblationConfig, read_ablation
 from experiment.autoencoding.config import AutoencodingConfig
 from experiment.cli import parse, parse_mapping
-from experiment.config import ExperimentConfig, check_settings
+from experiment.config import ExperimentConfig
+from experiment.settings import check_settings
 
 PROGRAMS = [
     path.relative_to(ROOT).as_posix()

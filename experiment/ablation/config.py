@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from experiment.cli import keep_names, parse_mapping
-from experiment.config import SEEDS, within
+from experiment.settings import SEEDS, within
 from experiment.strict_yaml import StrictLoader
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from experiment.config import SEEDS, DataConfig, OptimConfig, RunConfig, within
+from experiment.config import DataConfig, OptimConfig, RunConfig
+from experiment.settings import SEEDS, within
 
 
 @dataclass(frozen=True)
