@@ -28,6 +28,7 @@ from experiment.settings import within
 
 MOST_RUNS = 3  # side by side
 SECONDS_KEPT = 1800  # of pictures in files, and of what a visitor has seen
+SECONDS_TO_LISTEN = 10  # after asking; a browser on a busy machine takes a second to open the stream of answers
 STYLE = """
 .gradio-container { max-width: 1180px !important; width: 100% !important; margin: auto; }
 .pictures img { width: 100% !important; height: auto !important; object-fit: contain !important; }
@@ -127,6 +128,7 @@ class Door:
         streams = scope["method"] == "GET" and (place.endswith("/queue/data") or "/call/" in place)
         (session,) = parse_qs(scope["query_string"].decode()).get("session_hash", [place.rpartition("/")[2]])[:1]
         self.listening[session] += streams
+        scope["asked"] = time.monotonic()
         try:
             await self.app(scope, receive, send)
         finally:
@@ -221,15 +223,14 @@ def build_page(studio, listening: Counter[str]) -> Any:
     return page
 
 
-def is_read(listening: Counter[str], patience: float = 0.5) -> bool:
-    """Whether somebody still reads the answer that is being made; one who has just asked may not read yet."""
+def is_read(listening: Counter[str]) -> bool:
+    """Whether somebody reads the answer that is being made. One who has only just asked is waited for."""
     from gradio.context import LocalContext
 
     request: Any = LocalContext.request.get(None)
     session = getattr(request, "session_hash", None)
-    until = time.monotonic() + patience
     while session is not None and not listening[session]:
-        if time.monotonic() > until:
+        if time.monotonic() > request.request.scope["asked"] + SECONDS_TO_LISTEN:
             return False
         time.sleep(0.05)
     return True
