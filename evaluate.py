@@ -104,18 +104,15 @@ def main(config: EvaluateConfig) -> None:
     """Reference, sources, scores, files."""
     import torch
 
-    from experiment.autoencoding.measure import measure_autoencoders
-    from experiment.build import data_of, open_split, sampling_of
-    from experiment.checkpoint import open_checkpoint
-    from experiment.config import EvaluationConfig
-    from experiment.evaluation import dataset_reference, evaluate, memorisation, npz_reference, summarise
-    from experiment.files import write_whole
-    from experiment.likelihood import held_out_likelihood
-    from experiment.machine import describe, open_accelerator
-    from experiment.report import draw_pairs, draw_sweep, latex, notes, provenance, table, write_json
-    from experiment.sources import (
+    from autoencoders.codec import create_codec
+    from autoencoding.measure import measure_autoencoders
+    from checkpoints.checkpoint import open_checkpoint
+    from data.subsets import by_name
+    from evaluation.likelihood import held_out_likelihood
+    from evaluation.record import draw_pairs, draw_sweep, latex, notes, provenance, table, write_json
+    from evaluation.scoring import dataset_reference, evaluate, memorisation, npz_reference, summarise
+    from evaluation.sources import (
         blaming,
-        by_name,
         from_checkpoint,
         from_dataset,
         from_images,
@@ -124,12 +121,16 @@ def main(config: EvaluateConfig) -> None:
         reconstructions,
         sweep,
     )
-    from experiment.tracking import save_grid
+    from experiment.config import EvaluationConfig
+    from experiment.datasets import data_of, open_split
+    from machine.accelerator import describe, open_accelerator
+    from machine.whole_files import write_whole
     from metrics.features import OF_MOMENTS, Extractor
     from metrics.fidelity import check_metrics, class_distances
     from metrics.reference import read_adm, write_adm
     from metrics.self_check import self_check
-    from models.autoencoder import create_codec
+    from sampling.image_files import save_grid
+    from sampling.options import sampling_of
 
     # What is asked for; a run's own configuration says the rest.
     check(config)

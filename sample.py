@@ -78,14 +78,15 @@ def main(config: SampleConfig) -> None:
     """Load, draw, write."""
     import torch
 
-    from experiment.autoguidance import load_guide_model
-    from experiment.build import check_sampling, data_of, open_split, sampling_of
-    from experiment.checkpoint import open_checkpoint
-    from experiment.generation import DenoisingPanel, Generator, StagesPanel, resolve_classes, stream
-    from experiment.interpolation import interpolate
-    from experiment.machine import open_accelerator
-    from experiment.reconstruction import draw_reconstructions
-    from experiment.tracking import save_folder, save_grid, save_npz
+    from checkpoints.checkpoint import open_checkpoint
+    from experiment.datasets import data_of, open_split
+    from machine.accelerator import open_accelerator
+    from sampling.autoguidance import load_guide_model
+    from sampling.generation import DenoisingPanel, Generator, StagesPanel, resolve_classes, stream
+    from sampling.image_files import save_folder, save_grid, save_npz
+    from sampling.interpolation import interpolate
+    from sampling.options import check_sampling, sampling_of
+    from sampling.reconstruction import draw_reconstructions
 
     is_picture = config.reconstruct is not None or config.interpolate is not None
     check_output(Path(config.output) if config.output else None, is_picture=is_picture)

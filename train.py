@@ -16,13 +16,13 @@ from experiment.cli import one_line_errors, parse_run
 from experiment.config import ExperimentConfig
 
 if TYPE_CHECKING:
-    from experiment.interruption import Interruption
+    from training.interruption import Interruption
 
 
 def main(config: ExperimentConfig) -> None:
     """Open the devices and the run's folder, and train."""
-    from experiment.build import build_process
-    from experiment.interruption import open_run
+    from experiment.processes import build_process
+    from training.interruption import open_run
 
     in_phases = len(build_process(config.diffusion).phases) > 1
     with open_run(config, in_phases=in_phases, grad_accumulation=config.train.grad_accumulation) as run:
@@ -35,38 +35,32 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     import yaml
     from tqdm import tqdm
 
-    from experiment.autoguidance import load_guide_model
-    from experiment.batches import Batches, seed_for
-    from experiment.build import (
-        build_optimizer,
-        build_process,
-        check_sampling,
-        compile_blocks,
-        learning_rate,
-        model_spec,
-        num_training_steps,
-        open_cache,
-        open_split,
-        sampling_of,
-        set_learning_rate,
-        share_batch_norms,
-    )
-    from experiment.checkpoint import drop_snapshots, open_checkpoint, resume, save_checkpoint, warm_start
-    from experiment.checkpoint_folder import Best, mark_best, to_resume
-    from experiment.ema import EMA
-    from experiment.evaluation import open_scorer
-    from experiment.files import write_whole
-    from experiment.forecast import announce
-    from experiment.guard import Guard, gradient_norm
-    from experiment.inspection import Inspection, check_best
-    from experiment.interruption import Stopped
-    from experiment.machine import from_main
-    from experiment.meter import Meter
-    from experiment.objective import Objective, build_auxiliary
-    from experiment.phases import phase_at
-    from experiment.sharding import is_sharded
-    from experiment.tracking import Log, draw_curve, is_due
-    from models.autoencoder import create_codec
+    from autoencoders.codec import create_codec
+    from checkpoints.averages import EMA
+    from checkpoints.checkpoint import drop_snapshots, open_checkpoint, resume, save_checkpoint, warm_start
+    from evaluation.scoring import open_scorer
+    from experiment.backbones import model_spec
+    from experiment.datasets import open_cache, open_split
+    from experiment.processes import build_process
+    from machine.accelerator import from_main
+    from machine.checkpoint_folder import Best, mark_best, to_resume
+    from machine.randomness import seed_for
+    from machine.sharding import is_sharded
+    from machine.whole_files import write_whole
+    from sampling.autoguidance import load_guide_model
+    from sampling.options import check_sampling, sampling_of
+    from training.batches import Batches
+    from training.curves import draw_curve
+    from training.forecast import announce
+    from training.guard import Guard, gradient_norm
+    from training.inspection import Inspection, check_best
+    from training.interruption import Stopped
+    from training.log import Log, is_due
+    from training.meter import Meter
+    from training.objective import Objective, build_auxiliary
+    from training.optimizer import build_optimizer, learning_rate, num_training_steps, set_learning_rate
+    from training.phases import phase_at
+    from training.preparation import compile_blocks, share_batch_norms
 
     # Data and model.
     run, accelerator, process = interruption.run, interruption.accelerator, build_process(config.diffusion)

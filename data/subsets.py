@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -19,3 +21,21 @@ def stratified(labels: Int64[Tensor, " n"], count: int, seed: int) -> Int64[Tens
     by_class = shuffled[torch.randperm(len(classes), generator=draw)[of_class].argsort(stable=True)]
     start = torch.randint(max(1, num), (1,), generator=draw)
     return by_class[(torch.arange(count) * num + start) // max(1, count)].sort().values
+
+
+def by_name(labels: Int64[Tensor, " n"], of: Sequence[str], into: Sequence[str], flag: str) -> Int64[Tensor, " n"]:
+    """Labels of some class names, as the numbers that another list of names has for them.
+
+    Raises:
+        ValueError: for a name that it has not.
+    """
+    if not of:
+        raise ValueError(f"{flag}: the images have no classes by name")
+    lacking = [of[label] for label in labels.unique().tolist() if of[label] not in into]
+    if lacking:
+        raise ValueError(
+            f"{flag}: the class {lacking[0]} ({len(lacking)} such) has no namesake among {', '.join(into[:5])}, "
+            "and labels go by name"
+        )
+    numbers = {name: number for number, name in enumerate(into)}
+    return torch.tensor([numbers.get(name, -1) for name in of], dtype=torch.int64)[labels]

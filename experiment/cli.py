@@ -17,10 +17,10 @@ from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, set_loader, set_parsing_settings
 
-from experiment import children
 from experiment.config import R, resuming
 from experiment.settings import check_settings
 from experiment.strict_yaml import StrictLoader
+from machine import children
 
 set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML
 
@@ -185,7 +185,7 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config = parse(config_class, arguments)
     if config.resume == "auto":
-        from experiment.checkpoint_folder import newest_whole
+        from machine.checkpoint_folder import newest_whole
 
         fresh = resuming(config, None)
         if newest_whole(fresh.folder / "checkpoints") is None:

@@ -1,7 +1,7 @@
 """The one configuration: frozen dataclasses, read from YAML and flags by jsonargparse.
 
 Attributes, YAML keys and flags share one spelling. Values that follow from others (latent size, channels,
-number of classes) are derived in `experiment.build` and never written down. Nothing heavy is imported here,
+number of classes) are derived in `experiment.datasets` and never written down. Nothing heavy is imported here,
 so that `--help` answers at once.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from experiment.files import inside
 from experiment.settings import SEEDS, flatten, within
+from machine.whole_files import inside
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ class ExperimentConfig(RunConfig):
 
     def identity(self) -> dict[str, Any]:
         """With the diffusion's settings in full: what is null is their default."""
-        from experiment.build import process_settings
+        from experiment.processes import process_settings
 
         diffusion = {"kind": self.diffusion.kind, **process_settings(self.diffusion)}
         return super().identity() | {f"diffusion.{name}": value for name, value in diffusion.items()}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from metrics.extractors import INCEPTION, NAMES, ExtractorError, load_extractor
 from metrics.frechet import Moments, RunningMoments, moments_of
-from metrics.images import ImageBatch
+from metrics.image_batches import ImageBatch
 
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage")
 OF_MOMENTS = {"fid", "sfid"}  # need no image's own features: memory does not grow with the number of images

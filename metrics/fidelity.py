@@ -25,7 +25,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from metrics.extractors import INCEPTION
 from metrics.features import METRICS, Extractor, Features
 from metrics.frechet import frechet_distance, moments_of
-from metrics.images import Images, image_batches
+from metrics.image_batches import Images, image_batches
 from metrics.manifold import density_and_coverage
 
 

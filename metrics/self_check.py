@@ -10,7 +10,7 @@ import torch
 from metrics.extractors import INCEPTION
 from metrics.features import Extractor, Features
 from metrics.fidelity import compare
-from metrics.images import image_batches
+from metrics.image_batches import image_batches
 
 
 class SelfCheckError(ValueError):

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.ablation.config import AblationConfig, ClusterConfig, read_ablation
+from ablation.study import AblationConfig, ClusterConfig, read_ablation
 from experiment.cli import one_line_errors, parse
-from experiment.files import inside
 from experiment.settings import within
+from machine.whole_files import inside
 
 STARTED = time.time()
 
@@ -74,8 +74,8 @@ def main(config: AblateConfig) -> int:
 
 def report(folder: Path, ablation: AblationConfig) -> int:
     """Of what is done."""
-    from experiment.ablation.report import write_report
-    from experiment.ablation.tables import check_columns
+    from ablation.report import write_report
+    from ablation.tables import check_columns
 
     check_columns(ablation.columns)
     print(write_report(folder, ablation.columns))
@@ -84,14 +84,14 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     """What is left to do, then the report."""
-    from experiment.ablation.executors import EXECUTORS, jobs_of, places
-    from experiment.ablation.plan import make_plan, prepare, refuse_changed, table
-    from experiment.ablation.runner import Runner
-    from experiment.ablation.tables import check_columns
-    from experiment.ablation.variants import expand
-    from experiment.interruption import EXIT_CODE
-    from experiment.lock import Lock
-    from experiment.machine import open_accelerator
+    from ablation.executors import EXECUTORS, jobs_of, places
+    from ablation.plan import make_plan, prepare, refuse_changed, table
+    from ablation.runner import Runner
+    from ablation.tables import check_columns
+    from ablation.variants import expand
+    from machine.accelerator import open_accelerator
+    from machine.lock import Lock
+    from training.interruption import EXIT_CODE
 
     # What is to be done.
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours

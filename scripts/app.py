@@ -80,7 +80,7 @@ def serve(config: AppConfig) -> None:
         raise ValueError("the page needs gradio: pip install -e '.[demo]'") from None
     from starlette.middleware import Middleware
 
-    from experiment.studio import Studio, find_runs
+    from sharing.studio import Studio, find_runs
 
     studio = Studio(config.checkpoints or find_runs(config.runs), config.precision, config.autoencoder)
     listening: Counter[str] = Counter()
@@ -157,7 +157,7 @@ def build_page(studio, listening: Counter[str]) -> Any:
     import gradio as gr
 
     from diffusion import SAMPLERS
-    from experiment.studio import MOST_IMAGES, MOST_STEPS
+    from sharing.studio import MOST_IMAGES, MOST_STEPS
 
     runs = list(studio.checkpoints)
     first = studio.checkpoints[runs[0]]
@@ -310,7 +310,7 @@ def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps, 
     Raises:
         ValueError: in the visitor's words.
     """
-    from experiment.studio import Request
+    from sharing.studio import Request
 
     runs = [runs] if isinstance(runs, str) else runs
     if not 1 <= len(runs or []) <= MOST_RUNS:
@@ -359,7 +359,7 @@ def grid(images, columns: int, captions: list[str] | None) -> Any:
     """Of the pixels that `save_grid` writes."""
     from PIL import Image
 
-    from experiment.tracking import save_grid
+    from sampling.image_files import save_grid
 
     with tempfile.TemporaryDirectory() as folder:
         save_grid(images, Path(folder, "grid.png"), columns=columns, captions=captions)

@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment import children
 from experiment.cli import one_line_errors, run_program
+from machine import children
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
 Row = dict[str, Any]
@@ -131,7 +131,7 @@ def sampling(
         row = {"model": name, "implementation": "this one", "precision": precision + " compiled" * compile}
         programs.append((row, ours))
         if compare is not None:
-            from published import Published
+            from published.checkout import Published
 
             published = Published(compare)
             their_model = published.create(name, latent_size=latent_size, num_classes=num_classes).eval()
@@ -171,12 +171,12 @@ def epoch(
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    from autoencoders.codec import create_codec
     from data.latents import LatentCache, build_cache
     from diffusion import GaussianDiffusion
-    from experiment.batches import Batches
-    from experiment.build import open_split
     from experiment.config import DataConfig
-    from models.autoencoder import create_codec
+    from experiment.datasets import open_split
+    from training.batches import Batches
 
     process, precision = GaussianDiffusion(), chosen(precision)
     codec, device = create_codec("embedded").to(the_device()), the_device()
@@ -288,7 +288,7 @@ def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, roun
     import torch
 
     from metrics.features import Extractor
-    from metrics.images import image_batches
+    from metrics.image_batches import image_batches
 
     network = Extractor(extractor, device=str(the_device()))
     generator = torch.Generator().manual_seed(0)
@@ -335,10 +335,10 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
 
 def our_step(model: Any, x_0: Any, y: Any, precision: str, compile: bool) -> Callable[..., None]:
     """An optimizer step as `train.py` makes it, on these latents or on those it is given."""
+    from checkpoints.averages import EMA
     from diffusion import GaussianDiffusion
-    from experiment.build import build_optimizer
     from experiment.config import OptimConfig
-    from experiment.ema import EMA
+    from training.optimizer import build_optimizer
 
     process, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
     compiled(model, compile)
@@ -357,7 +357,8 @@ def our_step(model: Any, x_0: Any, y: Any, precision: str, compile: bool) -> Cal
 def their_step(checkout: Path, name: str, x_0: Any, y: Any, num_classes: int, precision: str) -> Callable[..., None]:
     """An optimizer step as the published script makes it; in bf16 under autocast with the fused optimizer."""
     import torch
-    from published import Published, update_average
+
+    from published.checkout import Published, update_average
 
     published, device = Published(checkout), the_device()
     model = published.create(name, latent_size=8, num_classes=num_classes).to(device)
@@ -387,7 +388,7 @@ def backbone(name: str, latent_size: int, num_classes: int, **model_args: Any) -
 def compiled(model: Any, compile: bool) -> Any:
     """The model, its blocks compiled if asked for."""
     if compile:
-        from experiment.build import compile_blocks
+        from training.preparation import compile_blocks
 
         compile_blocks(model)
     return model
@@ -410,7 +411,7 @@ def autocast(precision: str) -> Any:
 
 def chosen(precision: str) -> str:
     """What train.precision of that name is on this machine; says what it costs where it is emulated."""
-    from experiment.precision import choose_precision, warning_of
+    from machine.precision import choose_precision, warning_of
 
     if warning := warning_of(precision, the_device(), "--precision"):
         print(warning, flush=True)
@@ -456,7 +457,7 @@ def alternate(
     """
     import torch
 
-    from experiment.meter import memory_gb
+    from training.meter import memory_gb
 
     times: list[list[float]] = [[] for _ in programs]
     for number in range(rounds + 1):

@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment import children
 from experiment.cli import one_line_errors, run_program
-from experiment.lock import Lock
+from machine import children
+from machine.lock import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = Path.cwd()

@@ -62,10 +62,10 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> None:
     """Refuse what diffusers cannot follow, then write."""
-    from experiment.build import check_sampling, sampling_of
-    from experiment.checkpoint import open_checkpoint
-    from experiment.files import whole
-    from models.autoencoder import LatentCodec
+    from autoencoders.codec import LatentCodec
+    from checkpoints.checkpoint import open_checkpoint
+    from machine.whole_files import whole
+    from sampling.options import check_sampling, sampling_of
 
     if config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
@@ -131,7 +131,7 @@ def write_pipeline(folder: Path, checkpoint, process, sampling: SamplingConfig, 
 
 def write_native(folder: Path, checkpoint, process, sampling: SamplingConfig, scheduler, spacing: str, vae) -> str:
     """diffusers' own DiT in diffusers' own pipeline, which asks schedulers for their own times and no variance."""
-    from models.diffusers_dit import to_diffusers, without_shift
+    from published.diffusers_dit import to_diffusers, without_shift
 
     if checkpoint.config.diffusion.kind != "gaussian" or sampling.sampler == "ddpm" or spacing != "trailing":
         raise ValueError(

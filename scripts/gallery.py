@@ -40,7 +40,7 @@ def main(folder: Path, output: Path | None = None) -> None:
         folder: with a run a folder
         output: the page; by default gallery.html in the folder
     """
-    from experiment.files import write_whole
+    from machine.whole_files import write_whole
 
     runs = [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
     if not runs:

@@ -78,11 +78,12 @@ class ImportConfig:
 def main(config: ImportConfig) -> None:
     """Read, rename, write, open again."""
 
-    from experiment.build import ModelSpec, build_process
-    from experiment.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
-    from experiment.files import whole
-    from models.reference import load_reference
-    from models.reference_config import infer_config, reference_arguments
+    from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
+    from experiment.processes import build_process
+    from machine.whole_files import whole
+    from models.spec import ModelSpec
+    from published.arguments import infer_config, reference_arguments
+    from published.weights import load_reference
 
     if config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment import children
 from experiment.cli import one_line_errors, parse_run, run_program
 from experiment.config import ExperimentConfig
+from machine import children
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +43,7 @@ class Training:
         Raises:
             RuntimeError: when it fails.
         """
-        from experiment.interruption import EXIT_CODE, STOPPED
+        from training.interruption import EXIT_CODE, STOPPED
 
         (self.run / STOPPED).unlink(missing_ok=True)
         launch = [sys.executable]

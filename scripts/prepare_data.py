@@ -80,7 +80,7 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
     from tqdm import tqdm
 
     from data.pixels import fit, to_rgb
-    from experiment.files import write_whole
+    from machine.whole_files import write_whole
 
     output.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()

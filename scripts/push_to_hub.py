@@ -46,9 +46,9 @@ def main(config: PushConfig) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HTTPError
 
-    from experiment.checkpoint import WEIGHTS, open_checkpoint, read_tensors
-    from experiment.hub import HubError, reason
-    from experiment.model_card import card_files, model_card, write_published
+    from checkpoints.checkpoint import WEIGHTS, open_checkpoint, read_tensors
+    from checkpoints.hub import HubError, reason
+    from sharing.model_card import card_files, model_card, write_published
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
         raise ValueError(f"--repo {config.repo}: give owner/name")

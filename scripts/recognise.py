@@ -50,9 +50,9 @@ def main(config: RecogniseConfig) -> None:
     """Train, hold against held-out images, read the samples."""
     import torch
 
-    from experiment.build import open_split
+    from experiment.datasets import open_split
     from metrics.classifier import train_classifier
-    from metrics.images import image_batches
+    from metrics.image_batches import image_batches
 
     if not (config.samples or config.classifier or config.perceptual or config.output):
         raise ValueError("nothing to do: give --samples NPZ, or --classifier FILE or --output JSON to keep")

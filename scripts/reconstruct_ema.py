@@ -28,9 +28,9 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
     """
     from tqdm import tqdm
 
-    from experiment.checkpoint import list_snapshots, open_checkpoint, read_metadata, read_tensors, save_tensors
-    from experiment.ema import first_step, gamma_of, reconstruction_weights
-    from experiment.files import whole
+    from checkpoints.averages import first_step, gamma_of, reconstruction_weights
+    from checkpoints.checkpoint import list_snapshots, open_checkpoint, read_metadata, read_tensors, save_tensors
+    from machine.whole_files import whole
 
     files = list_snapshots(run)
     if not files:

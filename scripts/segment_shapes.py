@@ -57,9 +57,9 @@ def main(
     import torch
 
     from data.shapes import ShapesDataset
-    from experiment.table import markdown
-    from experiment.tracking import save_grid
+    from evaluation.table import markdown
     from models import create_model
+    from sampling.image_files import save_grid
 
     unknown = [name for name in models if name not in MODELS]
     if unknown:
@@ -117,8 +117,8 @@ def fit(model: Any, shapes: Any, device: Any, *, num_steps: int, batch_size: int
     import torch
     from tqdm import tqdm
 
-    from experiment.build import learning_rate
     from experiment.config import OptimConfig
+    from training.optimizer import learning_rate
 
     config = OptimConfig(lr=lr, warmup_steps=20, decay="cosine")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)

@@ -27,8 +27,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment import children
 from experiment.cli import one_line_errors, run_program
+from machine import children
 
 ROOT = Path(__file__).parent.parent
 MEASURED = {"images_per_second", "waiting_for_data", "memory_gb"}

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.autoencoding.config import AutoencodingConfig
+from autoencoding.autoencoder_config import AutoencodingConfig
 from experiment.cli import one_line_errors, parse_run
 
 if TYPE_CHECKING:
-    from experiment.interruption import Interruption
+    from training.interruption import Interruption
 
 
 def main(config: AutoencodingConfig) -> None:
     """Open the devices and the run's folder, and train."""
-    from experiment.interruption import open_run
+    from training.interruption import open_run
 
     with open_run(config) as run:
         train(*run)
@@ -36,28 +36,29 @@ def train(config: AutoencodingConfig, newest: Path | None, interruption: Interru
     import yaml
     from tqdm import tqdm
 
-    from data import intake
-    from experiment.autoencoding import checkpoint
-    from experiment.autoencoding.batches import open_batches, open_held_out
-    from experiment.autoencoding.inspection import draw_reconstructions, mean_psnr, pick
-    from experiment.autoencoding.model import Autoencoding, build_autoencoder, finish
-    from experiment.autoencoding.objective import build_objective
-    from experiment.autoencoding.optimizers import (
+    from autoencoding import saving
+    from autoencoding.discriminator import PatchDiscriminator
+    from autoencoding.image_stream import open_batches, open_held_out
+    from autoencoding.losses import build_objective
+    from autoencoding.model import Autoencoding, build_autoencoder, finish
+    from autoencoding.optimizers import (
         autoencoder_optimizers,
         discriminator_optimizer,
         set_learning_rates,
     )
-    from experiment.build import learning_rate
-    from experiment.checkpoint import current_commit
-    from experiment.checkpoint_folder import to_resume
-    from experiment.ema import EMA
-    from experiment.files import write_whole
-    from experiment.guard import Guard, gradient_norm
-    from experiment.interruption import Stopped
-    from experiment.machine import from_main
-    from experiment.meter import Meter
-    from experiment.tracking import Log, is_due, warns_only
-    from models.discriminator import PatchDiscriminator
+    from autoencoding.previews import draw_reconstructions, mean_psnr, pick
+    from checkpoints.averages import EMA
+    from checkpoints.checkpoint import current_commit
+    from data import intake
+    from machine.accelerator import from_main
+    from machine.checkpoint_folder import to_resume
+    from machine.whole_files import write_whole
+    from training.curves import warns_only
+    from training.guard import Guard, gradient_norm
+    from training.interruption import Stopped
+    from training.log import Log, is_due
+    from training.meter import Meter
+    from training.optimizer import learning_rate
 
     # Images, networks, optimizers.
     run, num_steps, accelerator = interruption.run, config.train.num_steps, interruption.accelerator
@@ -67,7 +68,7 @@ def train(config: AutoencodingConfig, newest: Path | None, interruption: Interru
     splits: dict[str, Any] = {"train": batches.sources[0], "test": held_out["images"]}
     identity = {split: images.describe() for split, images in splits.items()}
     if newest is not None:
-        checkpoint.check_identity(newest, identity)
+        saving.check_identity(newest, identity)
     if accelerator.is_main_process:
         print(intake(batches.sources[0], held_out["images"]))
     autoencoder = build_autoencoder(config)
@@ -102,7 +103,7 @@ def train(config: AutoencodingConfig, newest: Path | None, interruption: Interru
 
     def restore(folder: Path) -> int:
         nonlocal saved, inspected
-        progress = checkpoint.load(folder, ema, networks, {**optimizers, "discriminator": critic_optimizer})
+        progress = saving.load(folder, ema, networks, {**optimizers, "discriminator": critic_optimizer})
         for name, guard in guards.items():
             guard.restore(progress["guards"][name])
         meter.restore(progress["meter"], accelerator)
@@ -119,7 +120,7 @@ def train(config: AutoencodingConfig, newest: Path | None, interruption: Interru
             return
         state = {"meter": interval or meter.state(accelerator), "inspected": inspected}
         if accelerator.is_main_process:
-            checkpoint.save(
+            saving.save(
                 run / "checkpoints",
                 step=step,
                 ema=ema,

@@ -18,22 +18,22 @@ import torch
 import yaml
 from processes import ROOT, TINY, run, script
 
-from experiment import children
-from experiment.ablation import identity, stages
-from experiment.ablation.config import AblationConfig, ClusterConfig, MatchConfig, ScoringConfig, read_ablation
-from experiment.ablation.executors import EXECUTORS, jobs_of
-from experiment.ablation.match import at_width, resized
-from experiment.ablation.measure import Speed
-from experiment.ablation.plan import make_plan, refuse_changed, table
-from experiment.ablation.runner import Runner, last_line
-from experiment.ablation.stages import done_stages, mark
-from experiment.ablation.variants import expand, merged
-from experiment.build import ModelSpec
+from ablation import identity, stages
+from ablation.costs import Speed
+from ablation.executors import EXECUTORS, jobs_of
+from ablation.match import at_width, resized
+from ablation.plan import make_plan, refuse_changed, table
+from ablation.runner import Runner, last_line
+from ablation.stages import done_stages, mark
+from ablation.study import AblationConfig, ClusterConfig, MatchConfig, ScoringConfig, read_ablation
+from ablation.variants import expand, merged
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
-from experiment.lock import Lock
-from experiment.machine import open_accelerator
+from machine import children
+from machine.accelerator import open_accelerator
+from machine.lock import Lock
 from metrics.cost import Cost, cost
+from models.spec import ModelSpec
 
 SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 BASE = {**TINY, "evaluation": {"extractor": "colors.pt", "num_samples": 12, "metrics": ["fid", "precision"]}}
@@ -65,7 +65,7 @@ def test_every_shipped_ablation_builds(path, monkeypatch):
     ablation = replace(ablation, match=None, pictures=replace(ablation.pictures, classes=["star"] * labelled))
     runs = expand(ablation, path.stem)
     assert len(runs) >= 3
-    monkeypatch.setattr("experiment.ablation.measure.count", lambda spec: Cost(1, 1.0))  # seconds each
+    monkeypatch.setattr("ablation.costs.count", lambda spec: Cost(1, 1.0))  # seconds each
     plan = make_plan(ablation, runs, Path("runs/x"), open_accelerator("fp32"), timed=False, any_code=False)
     assert len({json.dumps(planned.keys) for planned in plan}) == len(plan)  # no two variants are the same
 
@@ -253,10 +253,10 @@ def test_code_counts_by_its_syntax(tmp_path):
 
 def test_the_code_of_a_training_is_what_it_imports():
     files = identity.code_of("train").keys()
-    assert files >= {"train.py", "experiment/objective.py", "experiment/phases.py", "models/layers/window.py"}
-    assert files.isdisjoint({"models/diffusers_dit.py", "experiment/doctor.py", "experiment/tracking.py"})
-    assert identity.code_of("score").keys() > {*files, "metrics/reference.py", "experiment/evaluation.py"}
-    assert "experiment/ablation/results.py" not in identity.code_of("score")
+    assert files >= {"train.py", "training/objective.py", "training/phases.py", "models/layers/window.py"}
+    assert files.isdisjoint({"published/diffusers_dit.py", "scripts/doctor.py", "training/log.py"})
+    assert identity.code_of("score").keys() > {*files, "metrics/reference.py", "evaluation/scoring.py"}
+    assert "ablation/results.py" not in identity.code_of("score")
 
 
 @pytest.fixture
@@ -280,13 +280,13 @@ def test_a_changed_file_of_the_code_makes_its_stages_due(scripted, changed_code)
         scoring = {**asdict(ablation.scoring), "baselines": True}
         return replace(planned, keys=identity.keys_of(planned.run.config, scoring, asdict(ablation.pictures)))
 
-    changed_code("models/diffusers_dit.py")
+    changed_code("published/diffusers_dit.py")
     assert now().state == "done"
     changed_code("metrics/reference.py")
     assert (now().done & {"train", "draw", "score"}, now().state) == ({"train", "draw"}, "trained")
-    changed_code("experiment/objective.py")
-    assert now().state == "of other experiment/objective.py"
-    with pytest.raises(ValueError, match=r"seed0: experiment/objective\.py: --redo true keeps that beside them"):
+    changed_code("training/objective.py")
+    assert now().state == "of other training/objective.py"
+    with pytest.raises(ValueError, match=r"seed0: training/objective\.py: --redo true keeps that beside them"):
         refuse_changed([now()])
 
 

@@ -16,12 +16,12 @@ from PIL import Image
 from processes import run
 from scipy import stats
 
-from experiment.ablation.figures import color, legend_columns, marker
-from experiment.ablation.pictures import Pictures, save_beside
-from experiment.ablation.report import write_report
-from experiment.ablation.results import paired_p, read_results
-from experiment.ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
-from experiment.table import markdown
+from ablation.figures import color, legend_columns, marker
+from ablation.pictures import Pictures, save_beside
+from ablation.report import write_report
+from ablation.results import paired_p, read_results
+from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
+from evaluation.table import markdown
 
 CLASSES = ["stop_sign", "butterfly", "sunflower", "soccer_ball"]
 VARIANTS = {"DiT": 0.0, "UViT": -6.0, "USwin": -7.0, "XSwin with a long name": -9.0}  # and what it gains

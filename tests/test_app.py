@@ -19,7 +19,7 @@ from PIL import Image
 from processes import ROOT, environment_of, script
 
 from experiment.cli import parse
-from experiment.studio import Studio, find_runs, spelled
+from sharing.studio import Studio, find_runs, spelled
 
 gradio_client = pytest.importorskip("gradio_client", reason="the page is an extra: pip install -e '.[demo]'")
 pytestmark = [

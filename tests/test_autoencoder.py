@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
+from autoencoders.codec import EMBEDDED, AutoencoderError, LatentCodec, PixelCodec, create_codec
 from data import open_dataset
-from models.autoencoder import EMBEDDED, AutoencoderError, LatentCodec, PixelCodec, create_codec
 
 
 @pytest.fixture(scope="module")

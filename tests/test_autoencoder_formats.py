@@ -7,19 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from autoencoders import FORMATS, MEAN, STD, create, write
 from diffusers import VQModel
 from hub_stub import Hub
 from huggingface_hub import constants
 from processes import script
+from small_autoencoders import FORMATS, MEAN, STD, create, write
 
+from autoencoders.codec import AutoencoderError, PixelCodec, create_codec
+from autoencoders.pretrained import hub_id
 from data.images import DataError
 from data.latents import LatentCache
-from experiment.build import open_cache, open_split
 from experiment.config import DataConfig
-from models.autoencoder import AutoencoderError, PixelCodec, create_codec
-from models.diffusers_dit import without_shift
-from models.pretrained import hub_id
+from experiment.datasets import open_cache, open_split
+from published.diffusers_dit import without_shift
 
 IMAGES = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 TINY = ("taesd", "taef1")

@@ -9,12 +9,12 @@ from torch import nn
 from torchvision.models import VGG16_Weights, VGG19_Weights, vgg19
 from torchvision.models.vgg import cfgs, make_layers
 
+from autoencoders.codec import LatentCodec, PixelCodec
 from experiment.config import AuxiliaryConfig
-from experiment.objective import AUXILIARY, build_auxiliary, perceptual_network
+from metrics.perceptual import LPIPSFeatures, VGG19Features, perceptual_network
 from metrics.torchscript import save_torchscript
 from models import create_model
-from models.autoencoder import LatentCodec, PixelCodec
-from models.perceptual import LPIPSFeatures, VGG19Features
+from training.objective import AUXILIARY, build_auxiliary
 
 CPU = torch.device("cpu")
 UNET = {"channels": [8, 8, 16], "down": ["R", "A"], "middle_channels": [16], "middle": ["R"], "up": ["A", "R"]}

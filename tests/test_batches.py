@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from autoencoders.codec import PixelCodec
 from data import open_dataset
 from data.latents import LatentCache, build_cache
 from diffusion import GaussianDiffusion
-from experiment.batches import Batches, generator_for
-from models.autoencoder import PixelCodec
+from machine.randomness import generator_for
+from training.batches import Batches
 
 
 @pytest.fixture(scope="module")

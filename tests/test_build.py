@@ -7,25 +7,20 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from test_backbones import SMALL
 
+from autoencoders.codec import PixelCodec, create_codec
 from diffusion import PROCESSES, SAMPLERS, SPACINGS
 from diffusion.flow import PATHS
 from diffusion.gaussian import PREDICTIONS, WEIGHTINGS
 from diffusion.guidance import SCALE_SCHEDULES
 from diffusion.schedules import SCHEDULES
 from diffusion.times import TIMES
-from experiment.build import (
-    build_optimizer,
-    build_process,
-    check_sampling,
-    learning_rate,
-    model_spec,
-    num_training_steps,
-    sampling_of,
-)
+from experiment.backbones import model_spec
 from experiment.cli import parse
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
+from experiment.processes import build_process
 from models import BACKBONES
-from models.autoencoder import PixelCodec, create_codec
+from sampling.options import check_sampling, sampling_of
+from training.optimizer import build_optimizer, learning_rate, num_training_steps
 
 YAML = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 LAUNCHERS = [path for path in YAML if path.parent.name == "accelerate"]

@@ -11,18 +11,19 @@ from exact import generator, labels, randn
 from processes import TINY, log, run, weights
 from torch import nn
 
+from autoencoders.codec import PixelCodec
+from checkpoints.averages import EMA
 from diffusion import GaussianDiffusion, sample
 from diffusion.cascade import Cascade
 from diffusion.denoising import Denoising
 from diffusion.refinement import SuperResolution
-from experiment.build import build_optimizer, learning_rate, model_spec
+from experiment.backbones import model_spec
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig
-from experiment.ema import EMA
-from experiment.generation import StagesPanel
-from experiment.phases import phase_at
 from models import create_model
-from models.autoencoder import PixelCodec
 from models.cascade import COARSE, REFINERS, UPSAMPLERS
+from sampling.generation import StagesPanel
+from training.optimizer import build_optimizer, learning_rate
+from training.phases import phase_at
 
 SMALL = {
     "diffusion": {"width": 8, "latent": 16, "num_blocks": 2, "time_dim": 16},

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from experiment.build import ModelSpec, build_optimizer
-from experiment.checkpoint import (
+from checkpoints.averages import EMA
+from checkpoints.checkpoint import (
     open_checkpoint,
     read_metadata,
     read_tensors,
@@ -20,10 +20,11 @@ from experiment.checkpoint import (
     save_tensors,
     warm_start,
 )
-from experiment.checkpoint_folder import Best, CheckpointError, list_checkpoints, mark_best, newest_whole, to_resume
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, OptimConfig
-from experiment.ema import EMA
-from experiment.inspection import check_best
+from machine.checkpoint_folder import Best, CheckpointError, list_checkpoints, mark_best, newest_whole, to_resume
+from models.spec import ModelSpec
+from training.inspection import check_best
+from training.optimizer import build_optimizer
 
 SPEC = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3)
 
@@ -178,7 +179,7 @@ def test_warm_start_takes_what_fits_and_lists_what_does_not(saved):
 )
 def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch, error, remedy):
     folder, trained = saved
-    monkeypatch.setattr("experiment.checkpoint.save_file", Mock(side_effect=error))
+    monkeypatch.setattr("checkpoints.checkpoint.save_file", Mock(side_effect=error))
     with pytest.raises(OSError, match=rf"could not be written .*{remedy} and --resume"):
         save(folder.parent, 2, *trained)
     assert [path.name for path in folder.parent.iterdir()] == ["00000001"]

@@ -14,13 +14,13 @@ import pytest
 import yaml
 from processes import ROOT, TINY, environment_of, run, script
 
-from experiment import children
-from experiment.lock import Lock
+from machine import children
+from machine.lock import Lock
 
 PARENT = """
 import signal, subprocess, sys, time
 sys.path.insert(0, {root!r})
-from experiment import children
+from machine import children
 {body}
 """
 CHILD = """

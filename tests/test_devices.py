@@ -40,7 +40,7 @@ def score_values(record):
 
 WAITS_OF_GUARD = TINY["train"]["num_steps"] + 4  # at two looks and two saves, whether weights are finite
 NOW_AND_THEN = {"meter", "validation", "ema", "sharding"}  # lines of the log, checkpoints
-ONCE = {"experiment/build.py", "models/autoencoder.py", "experiment/generation.py"}  # encoding, samples that are there
+ONCE = {"experiment/build.py", "autoencoders/codec.py", "sampling/generation.py"}  # encoding, samples that are there
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_training_is_that_of_the_cpu_and_waits_once_a_step(trained, folder):
         assert ours.keys() == theirs.keys()
         for name in {"loss", "gradient_norm", "validation_loss"} & ours.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
-    assert waits.pop("experiment/guard.py") == WAITS_OF_GUARD
+    assert waits.pop("training/guard.py") == WAITS_OF_GUARD
     assert set(waits) <= ONCE | {f"experiment/{name}.py" for name in NOW_AND_THEN}
 
 
@@ -111,7 +111,7 @@ def test_it_refuses_what_gpus_refuse_and_apples_do(tmp_path):
 BITS = """
 import json, torch
 from diffusion import EDM, FlowMatching, GaussianDiffusion
-from diffusion.likelihood import bits_per_dimension
+from diffusion.probability_flow import bits_per_dimension
 
 def bits(process, device):
     x_0, y = torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4).to(device), torch.zeros(2, dtype=torch.int64, device=device)
@@ -144,7 +144,7 @@ def test_on_a_device_without_float64_all_is_as_on_the_cpu(folder, tmp_path):
     done = pretended(*training, "+", *programs, "+", tmp_path / "bits.py", cwd=tmp_path / "mps", device="mps")
     pretended(*programs, cwd=tmp_path / "cpu", device="cpu")
 
-    assert json.loads(done.stdout.splitlines()[-1])["experiment/guard.py"] == WAITS_OF_GUARD
+    assert json.loads(done.stdout.splitlines()[-1])["training/guard.py"] == WAITS_OF_GUARD
     assert losses(tmp_path / "mps", "tiny") == pytest.approx(losses(folder, "tiny"), rel=1e-5)
     ours, theirs = (json.loads((tmp_path / name / "runs/tiny/scores.json").read_text()) for name in ("mps", "cpu"))
     assert score_values(ours) == pytest.approx(score_values(theirs), rel=1e-3)
@@ -167,7 +167,7 @@ def test_a_run_of_the_cpu_goes_on_elsewhere_as_it_would_there(folder, tmp_path):
 WIDE = """
 import torch
 from metrics.features import Extractor
-from metrics.images import image_batches
+from metrics.image_batches import image_batches
 from metrics.programs import save_program
 
 class Wide(torch.nn.Module):

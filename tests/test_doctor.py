@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import torch
-from processes import ROOT, run
+from processes import ROOT, run, script
 
-from experiment.doctor import EXTRAS, machine, packages, weights
+DOCTOR = script("scripts/doctor.py")
 
 
 def test_the_doctor_says_what_works_and_what_to_do_about_the_rest(monkeypatch, tmp_path):
     environment = {"TORCH_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-W", "error", "-m", "experiment.doctor"]
+    command = [sys.executable, "-W", "error", "scripts/doctor.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert {"Machine", "Packages", "Weights"} <= set(lines)
@@ -27,26 +27,28 @@ def test_the_doctor_says_what_works_and_what_to_do_about_the_rest(monkeypatch, t
 
 
 def test_a_gpu_that_is_not_of_cuda_is_named(monkeypatch):
-    monkeypatch.setattr("experiment.machine.default_device", lambda: torch.device("mps"))
-    findings = [str(finding) for finding in itertools.islice(machine(), torch.cuda.device_count() + 2)]
+    monkeypatch.setattr("machine.accelerator.default_device", lambda: torch.device("mps"))
+    findings = [str(finding) for finding in itertools.islice(DOCTOR.machine(), torch.cuda.device_count() + 2)]
     assert findings[-1] == "ok  GPU: mps"
 
 
 def test_what_is_missing_has_a_remedy_and_what_is_there_none(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("experiment.doctor.hub_answers", lambda: False)
-    for finding in [*packages(), *weights()]:
+    monkeypatch.setattr("doctor.hub_answers", lambda: False)
+    for finding in [*DOCTOR.packages(), *DOCTOR.weights()]:
         assert finding.works == (not finding.remedy), finding
-    monkeypatch.setitem(EXTRAS, "no_such_package", ("nothing", "pip install nothing"))
-    assert any(str(finding) == "--  no no_such_package, for nothing: pip install nothing" for finding in packages())
+    monkeypatch.setitem(DOCTOR.EXTRAS, "no_such_package", ("nothing", "pip install nothing"))
+    assert any(
+        str(finding) == "--  no no_such_package, for nothing: pip install nothing" for finding in DOCTOR.packages()
+    )
 
 
 def test_files_put_into_the_cache_are_found(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("experiment.doctor.hub_answers", lambda: False)
+    monkeypatch.setattr("doctor.hub_answers", lambda: False)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth").touch()
-    assert any(str(finding) == "ok  VGG19, for --auxiliary perceptual" for finding in weights())
+    assert any(str(finding) == "ok  VGG19, for --auxiliary perceptual" for finding in DOCTOR.weights())
 
 
 def test_commands_tell_their_version_and_complete_their_flags(tmp_path):

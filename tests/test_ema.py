@@ -11,13 +11,13 @@ from processes import TINY, script
 from safetensors.torch import load_file
 from torch import nn
 
-from experiment.build import ModelSpec
-from experiment.checkpoint import list_snapshots, open_checkpoint, save_checkpoint
-from experiment.checkpoint_folder import CheckpointError
+from checkpoints.averages import EMA, PowerAverage, gamma_of, reconstruction_weights
+from checkpoints.checkpoint import list_snapshots, open_checkpoint, save_checkpoint
 from experiment.cli import parse_run
 from experiment.config import ExperimentConfig, LogConfig
-from experiment.ema import EMA, PowerAverage, gamma_of, reconstruction_weights
-from experiment.resumption import start_or_go_on
+from machine.checkpoint_folder import CheckpointError
+from models.spec import ModelSpec
+from training.resumption import start_or_go_on
 
 
 class Scalar(nn.Module):

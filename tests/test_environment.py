@@ -10,11 +10,11 @@ from accelerate.utils import DynamoBackend
 from processes import ROOT
 from wandb.errors import UsageError
 
-from experiment import interruption
 from experiment.config import ExperimentConfig, LogConfig
-from experiment.interruption import open_run
-from experiment.machine import open_accelerator
-from experiment.tracking import Log
+from machine.accelerator import open_accelerator
+from training import interruption
+from training.interruption import open_run
+from training.log import Log
 
 STATES = [PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state]
 

@@ -14,14 +14,15 @@ from diffusers.utils import dynamic_modules_utils
 from processes import ROOT, script
 from safetensors.torch import save_file
 
-from experiment.batches import generator_for
-from experiment.build import ModelSpec, build_process
-from experiment.checkpoint import WEIGHTS, metadata_of, open_checkpoint
+from autoencoders.codec import create_codec
+from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
+from experiment.processes import build_process
+from machine.randomness import generator_for
 from metrics.exported import save_program
 from models import create_model
-from models.autoencoder import create_codec
-from models.diffusers_dit import to_diffusers, with_our_frequencies, without_shift
+from models.spec import ModelSpec
+from published.diffusers_dit import to_diffusers, with_our_frequencies, without_shift
 
 EXPORT, SAMPLE = script("scripts/export_diffusers.py"), script("sample.py")
 TINY_DIT = {"dim": 32, "depth": 2, "num_heads": 2}

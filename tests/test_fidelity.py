@@ -21,7 +21,7 @@ from metrics.extractors import ExtractorError
 from metrics.features import METRICS, Extractor, Features
 from metrics.fidelity import Scores, class_distances, compare, score
 from metrics.frechet import Moments
-from metrics.images import image_batches
+from metrics.image_batches import image_batches
 from metrics.programs import load_program
 from metrics.self_check import self_check
 from metrics.torchscript import save_torchscript

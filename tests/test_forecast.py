@@ -4,8 +4,8 @@ import torch
 from accelerate import Accelerator
 
 from diffusion import GaussianDiffusion
-from experiment.build import ModelSpec
-from experiment.forecast import forecast
+from models.spec import ModelSpec
+from training.forecast import forecast
 
 
 def test_an_epoch_is_forecast_and_the_model_stays_as_it_is():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from experiment import machine
-from experiment.guard import Guard, TrainingDivergedError, gradient_norm
-from experiment.interruption import SIGNALS, Interruption, Stopped
-from experiment.meter import Meter
+from machine import accelerator as machine
+from training.guard import Guard, TrainingDivergedError, gradient_norm
+from training.interruption import SIGNALS, Interruption, Stopped
+from training.meter import Meter
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from diffusion import EDM, FlowMatching, GaussianDiffusion, Guidance, sample
 from diffusion.guidance import SCALE_SCHEDULES, drop_labels, guide, linear, projected, rescaled
-from models.reference import load_reference
+from published.weights import load_reference
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"
 NUM_CLASSES = 10

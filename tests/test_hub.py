@@ -15,10 +15,10 @@ from hub_stub import TOKEN, Hub
 from huggingface_hub import constants
 from processes import script
 
-from experiment.checkpoint import metadata_of, open_checkpoint, save_tensors, warm_start
+from checkpoints.checkpoint import metadata_of, open_checkpoint, save_tensors, warm_start
+from checkpoints.hub import HubError, local
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
-from experiment.hub import HubError, local
-from experiment.model_card import card_files, model_card, without_paths
+from sharing.model_card import card_files, model_card, without_paths
 
 PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")
 REPO = "me/tiny-shapes"

@@ -9,10 +9,10 @@ import torch
 from processes import script
 from test_reference_parity import SOURCES, load_fixture, relative_error
 
+from checkpoints.checkpoint import open_checkpoint
 from diffusion import FlowMatching, sample
-from experiment.checkpoint import open_checkpoint
-from models.reference import load_reference
-from models.reference_config import infer_config, reference_arguments
+from published.arguments import infer_config, reference_arguments
+from published.weights import load_reference
 
 SCRIPT = script("scripts/import_checkpoint.py")
 SAMPLE = script("sample.py")

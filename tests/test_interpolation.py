@@ -6,12 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from autoencoders.codec import PixelCodec
 from diffusion import GaussianDiffusion
 from experiment.config import SamplingConfig
-from experiment.generation import Generator
-from experiment.interpolation import interpolate, slerp
 from models import create_model
-from models.autoencoder import PixelCodec
+from sampling.generation import Generator
+from sampling.interpolation import interpolate, slerp
 
 
 @pytest.fixture(scope="module")

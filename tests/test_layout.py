@@ -1,14 +1,27 @@
 """Imports go down only: see docs/design.md."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {"models": set(), "diffusion": set(), "data": set(), "metrics": set()}
-FLOORS["experiment"] = set(FLOORS)
-PACKAGES = {*FLOORS, "scripts", "train", "sample", "evaluate", "tests"}
+ALONE = ("machine", "models", "diffusion", "data", "metrics")  # the ground floor: they never import one another
+ABOVE = (  # each may import those before it
+    "autoencoders",
+    "published",
+    "experiment",
+    "checkpoints",
+    "sampling",
+    "evaluation",
+    "training",
+    "autoencoding",
+    "ablation",
+    "sharing",
+)
+ROOMS = (*ALONE, *ABOVE)
+PACKAGES = {*ROOMS, "scripts", "train", "sample", "evaluate", "tests"}
 
 
 def imported_packages(path):
@@ -19,12 +32,17 @@ def imported_packages(path):
             yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize("package", FLOORS)
-def test_packages_import_only_what_lies_below(package):
-    allowed = FLOORS[package] | {package}
-    for path in (ROOT / package).rglob("*.py"):
-        forbidden = set(imported_packages(path)) & PACKAGES - allowed
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_lies_below(room):
+    below = () if room in ALONE else (*ALONE, *ABOVE[: ABOVE.index(room)])
+    for path in (ROOT / room).rglob("*.py"):
+        forbidden = set(imported_packages(path)) & PACKAGES - {*below, room}
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+def test_no_two_modules_share_a_name():
+    names = Counter(path.stem for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.stem != "__init__")
+    assert {name for name, count in names.items() if count > 1} <= {"cascade"}
 
 
 def test_nothing_imports_entry_points_or_scripts():
@@ -42,7 +60,7 @@ def test_layers_know_no_backbone():
 
 def test_figures_do_not_depend_on_the_environments_backend():
     """MPLBACKEND, as notebooks set it, decides what pyplot does."""
-    for path in [*ROOT.glob("*.py"), *(path for name in (*FLOORS, "scripts") for path in (ROOT / name).rglob("*.py"))]:
+    for path in [*ROOT.glob("*.py"), *(path for name in (*ROOMS, "scripts") for path in (ROOT / name).rglob("*.py"))]:
         assert "pyplot" not in path.read_text(), path
 
 

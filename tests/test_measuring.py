@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from autoencoders import create, write
 from PIL import Image
 from processes import run, script
+from small_autoencoders import create, write
 
+from autoencoders.codec import EMBEDDED, create_codec
+from autoencoding import measure as measuring
+from autoencoding.measure import Distance, default_output, measure, open_distance, posterior
 from data import open_dataset
-from experiment.autoencoding import measure as measuring
-from experiment.autoencoding.measure import Distance, default_output, measure, open_distance, posterior
-from experiment.sources import from_images
+from evaluation.sources import from_images
 from metrics.fidelity import score
-from metrics.pixels import psnr, spectrum, ssim
+from metrics.pixelwise import psnr, spectrum, ssim
 from metrics.torchscript import save_torchscript
-from models.autoencoder import EMBEDDED, create_codec
 
 EVALUATE = script("evaluate.py")
 CPU, NUM, SIZE = torch.device("cpu"), 24, 32

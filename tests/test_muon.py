@@ -6,9 +6,9 @@ from processes import ROOT, run
 from test_backbones import FAMILIES, small
 from torch import nn
 
-from experiment.build import build_optimizer, set_learning_rate
 from experiment.config import OptimConfig
-from experiment.muon import Muon, orthogonalise, split_for_muon
+from training.muon import Muon, orthogonalise, split_for_muon
+from training.optimizer import build_optimizer, set_learning_rate
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
@@ -21,7 +21,7 @@ def test_directions_are_learned_alike(shape):
 
 
 def test_steps_are_those_of_torch(monkeypatch):
-    monkeypatch.setattr("experiment.muon.has_bf16", lambda device: (True, ""))
+    monkeypatch.setattr("training.muon.has_bf16", lambda device: (True, ""))
     draw = torch.Generator().manual_seed(0)
     ours, theirs = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
     optimizers = (
@@ -38,11 +38,11 @@ def test_steps_are_those_of_torch(monkeypatch):
 
 def test_it_computes_in_float32_where_bf16_is_emulated(monkeypatch):
     dtypes = []
-    monkeypatch.setattr("experiment.muon.orthogonalise", lambda matrix, dtype: dtypes.append(dtype) or matrix)
+    monkeypatch.setattr("training.muon.orthogonalise", lambda matrix, dtype: dtypes.append(dtype) or matrix)
     weight = nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     for native in (True, False):
-        monkeypatch.setattr("experiment.muon.has_bf16", lambda device, native=native: (native, ""))
+        monkeypatch.setattr("training.muon.has_bf16", lambda device, native=native: (native, ""))
         Muon([weight], lr=0.1).step()
     assert dtypes == [torch.bfloat16, torch.float32]
 
@@ -93,7 +93,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
-from experiment.muon import Muon
+from training.muon import Muon
 
 torch.manual_seed(0)
 layer, draw = nn.Linear(6, 5), torch.Generator().manual_seed(1)

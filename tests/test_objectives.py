@@ -12,7 +12,7 @@ from exact import PROCESSES, backbone, gaussian_data, generator, labels, randn
 from diffusion import EDM, FlowMatching, GaussianDiffusion, sample
 from diffusion.bound import normal_kl
 from diffusion.gaussian import WEIGHTINGS
-from diffusion.likelihood import bits_per_dimension
+from diffusion.probability_flow import bits_per_dimension
 from diffusion.process import Auxiliary
 from diffusion.sde import coefficients, score
 from diffusion.times import LossSecondMoments

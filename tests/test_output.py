@@ -17,12 +17,12 @@ from PIL import Image
 from processes import ROOT, script
 from torch import nn
 
+from autoencoders.codec import AutoencoderError
 from diffusion import GaussianDiffusion, sample
-from experiment import generation
-from experiment.files import whole, write_whole
-from experiment.generation import Generator, resolve_classes
-from experiment.tracking import save_folder, save_grid, save_npz
-from models.autoencoder import AutoencoderError
+from machine.whole_files import whole, write_whole
+from sampling import generation
+from sampling.generation import Generator, resolve_classes
+from sampling.image_files import save_folder, save_grid, save_npz
 
 SAMPLE = script("sample.py")
 IMAGES = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=generator())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from metrics.pixels import C1, C2, psnr, spatial_frequencies, spectrum, ssim
+from metrics.pixelwise import C1, C2, psnr, spatial_frequencies, spectrum, ssim
 
 
 def noise(num=2, height=24, width=24, seed=0):

@@ -11,7 +11,7 @@ from PIL import Image
 from processes import run, weights
 
 from data import open_dataset
-from experiment.objective import perceptual_network
+from metrics.perceptual import perceptual_network
 
 pytestmark = pytest.mark.xdist_group("pixels")  # they share a run
 

@@ -9,8 +9,8 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from processes import ROOT, script
 
-from experiment.machine import describe, open_accelerator
-from experiment.precision import choose_precision, has_bf16, slowdown_of_bf16
+from machine.accelerator import describe, open_accelerator
+from machine.precision import choose_precision, has_bf16, slowdown_of_bf16
 
 CPU = torch.device("cpu")
 STATES = [PartialState._shared_state, AcceleratorState._shared_state]

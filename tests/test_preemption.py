@@ -15,8 +15,8 @@ from processes import ROOT, TINY, environment_of, log, script, unmeasured
 
 from experiment.cli import parse_run
 from experiment.config import ExperimentConfig
-from experiment.inspection import Inspection
-from experiment.lock import Lock
+from machine.lock import Lock
+from training.inspection import Inspection
 
 TRAIN = script("train.py")
 SETTINGS = {**TINY, "autoencoder": "pixel", "name": "long", "data": {**TINY["data"], "image_size": 16}}  # seconds less

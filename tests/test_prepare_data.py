@@ -59,7 +59,7 @@ def test_no_zip_lies_beside_the_manifest_of_another(script, tmp_path, monkeypatc
     def killed(path, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiment.files.write_whole", killed)
+    monkeypatch.setattr("machine.whole_files.write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         script.write_zip(items(), tmp_path / "pets.zip", 8, source="pets")
     assert [path.name for path in tmp_path.iterdir()] == ["pets.zip"]

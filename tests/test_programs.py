@@ -13,14 +13,14 @@ import torch
 from processes import script
 from torch import nn
 
-from experiment.autoencoding.config import LossConfig
+from autoencoding.autoencoder_config import LossConfig
 from experiment.config import AuxiliaryConfig, EvaluationConfig
-from experiment.objective import perceptual_network
 from metrics.classifier import SmallClassifier
 from metrics.exported import load_exported
 from metrics.extractors import ExtractorError
 from metrics.features import Extractor
 from metrics.fidelity import score
+from metrics.perceptual import perceptual_network
 from metrics.programs import load_program, save_program
 
 D = torch.export.Dim.DYNAMIC

@@ -5,11 +5,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from autoencoders.codec import PixelCodec
 from diffusion import GaussianDiffusion
 from experiment.config import SamplingConfig
-from experiment.generation import Generator
-from experiment.reconstruction import reconstruct, spread_over_classes
-from models.autoencoder import PixelCodec
+from sampling.generation import Generator
+from sampling.reconstruction import reconstruct, spread_over_classes
 
 
 class OfWhiteNoise(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from models.reference import load_reference
+from published.weights import load_reference
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SOURCES = {

@@ -10,13 +10,13 @@ import yaml
 from PIL import Image
 from processes import run
 
-from experiment.autoencoding.config import AutoencodingConfig
-from experiment.checkpoint import WEIGHTS, save_tensors
-from experiment.checkpoint_folder import CheckpointError
+from autoencoding.autoencoder_config import AutoencodingConfig
+from checkpoints.checkpoint import WEIGHTS, save_tensors
 from experiment.cli import parse, parse_run
 from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig, resuming
-from experiment.resumption import go_on
 from experiment.settings import from_dict
+from machine.checkpoint_folder import CheckpointError
+from training.resumption import go_on
 
 CLASSES = {"diffusion": ExperimentConfig, "autoencoder": AutoencodingConfig}
 

@@ -11,8 +11,8 @@ from typing import get_args, get_type_hints
 import pytest
 from processes import ROOT, script
 
-from experiment.ablation.config import AblationConfig, read_ablation
-from experiment.autoencoding.config import AutoencodingConfig
+from ablation.study import AblationConfig, read_ablation
+from autoencoding.autoencoder_config import AutoencodingConfig
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
 from experiment.settings import check_settings

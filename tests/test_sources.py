@@ -15,20 +15,21 @@ from processes import script
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from autoencoders.codec import create_codec
+from checkpoints.checkpoint import metadata_of, open_checkpoint
 from data.shapes import ShapesDataset
-from experiment.build import data_of
-from experiment.checkpoint import metadata_of, open_checkpoint
+from data.subsets import by_name
+from evaluation.record import notes
+from evaluation.scoring import extract, memorisation, summarise
+from evaluation.sources import Source, from_dataset, like, read_samples, reconstructions
 from experiment.cli import parse
 from experiment.config import DataConfig, EvaluationConfig
-from experiment.evaluation import extract, memorisation, summarise
-from experiment.generation import resolve_classes
-from experiment.inspection import unless_ruined
-from experiment.report import notes
-from experiment.sources import Source, by_name, from_dataset, like, read_samples, reconstructions
+from experiment.datasets import data_of
 from metrics.features import Extractor, Features
 from metrics.fidelity import compare
 from metrics.torchscript import save_torchscript
-from models.autoencoder import create_codec
+from sampling.generation import resolve_classes
+from training.inspection import unless_ruined
 
 CPU = torch.device("cpu")
 DATA = DataConfig(num_images=60, image_size=32, difficulty="hard")
@@ -246,7 +247,7 @@ def test_another_split_than_the_checkpoints_is_not_reconstructed(tmp_path, monke
     save_file(load_file(found.path), tmp_path / "older.safetensors", metadata=older)
     seen = []
     monkeypatch.setattr(
-        "experiment.reconstruction.reconstruct",
+        "sampling.reconstruction.reconstruct",
         lambda generator, images, labels, t: (seen.append(labels), (torch.stack([images] * 4, dim=1), t))[1],
     )
     sample(tmp_path / "older.safetensors", "--data.path", "other", "--classes", "[star]")

@@ -7,7 +7,7 @@ import sys
 import pytest
 from processes import ROOT
 
-import experiment.threads
+import machine.threads
 
 PROGRAM = """
 import os, sys
@@ -35,7 +35,7 @@ on_linux = pytest.mark.skipif(
 
 WAITING = """
 import subprocess, time
-from experiment.threads import Waiting
+from machine.threads import Waiting
 torch.set_num_threads(2)
 waiting = Waiting()
 a = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
@@ -71,10 +71,10 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.busy = self.own = self.now = 0.0
-        monkeypatch.setattr(experiment.threads.Waiting, "_times", lambda _: (self.busy, self.own, self.now))
-        monkeypatch.setattr(experiment.threads, "allowed_cores", lambda: [0, 1])
+        monkeypatch.setattr(machine.threads.Waiting, "_times", lambda _: (self.busy, self.own, self.now))
+        monkeypatch.setattr(machine.threads, "allowed_cores", lambda: [0, 1])
         monkeypatch.setattr("torch.get_num_threads", lambda: 2)
-        self.waiting = experiment.threads.Waiting()
+        self.waiting = machine.threads.Waiting()
 
     def second(self, own, others):
         self.now, self.own, self.busy = self.now + 1, self.own + own, self.busy + own + others
@@ -96,18 +96,18 @@ def test_what_others_do_decides_and_a_quiet_moment_does_not(monkeypatch):
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
 def test_what_the_user_has_set_stands(name):
     value = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}[name]
-    body = "from experiment.threads import start_waiting; print(start_waiting(print))"
+    body = "from machine.threads import start_waiting; print(start_waiting(print))"
     assert python(body, cores={0, 1}, **{name: value}) == [f"2 threads that wait as {name}={value} says"]
 
 
 @on_linux
 def test_more_threads_than_cores_are_not_said_to_spin():
-    body = "from experiment.threads import start_waiting; print(start_waiting(print))"
+    body = "from machine.threads import start_waiting; print(start_waiting(print))"
     said = python(body, cores={0}, OMP_NUM_THREADS="2")
     assert said == ["2 threads that sleep while they wait (more of them than cores)"]
 
 
-DEAL = "from experiment.threads import deal_out_cores; deal_out_cores(1); print(torch.get_num_threads())"
+DEAL = "from machine.threads import deal_out_cores; deal_out_cores(1); print(torch.get_num_threads())"
 
 
 @on_linux
@@ -122,6 +122,6 @@ def test_cores_are_dealt_out_in_place_of_a_launchers_one_thread_but_not_of_a_per
 def test_threads_that_a_person_asked_for_are_told_without_a_launcher(monkeypatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    assert not experiment.threads._asked_for_threads()
+    assert not machine.threads._asked_for_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert experiment.threads._asked_for_threads()
+    assert machine.threads._asked_for_threads()

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from metrics.extractors import ExtractorError
 from metrics.features import Extractor
 from metrics.fidelity import score
-from metrics.images import image_batches
+from metrics.image_batches import image_batches
 from metrics.timm_models import TimmFeatures
 
 SMALL = ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "test_byobnet"]

@@ -6,7 +6,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from experiment.tracking import Log, draw_curve, draw_progress, save_grid
+from sampling.image_files import save_grid
+from training.curves import draw_curve, draw_progress
+from training.log import Log
 
 
 def test_pictures_that_cannot_be_drawn_are_spoken_of(tmp_path, capsys):

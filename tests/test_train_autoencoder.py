@@ -13,27 +13,27 @@ from processes import ROOT, log, run, script, weights
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from experiment.autoencoding.batches import ImageBatches
-from experiment.autoencoding.config import (
+from autoencoders.codec import create_codec
+from autoencoding.autoencoder_config import (
     ArchitectureConfig,
     AutoencoderOptimConfig,
     AutoencodingConfig,
     DiscriminatorConfig,
     LossConfig,
 )
-from experiment.autoencoding.model import Autoencoding, create_autoencoder
-from experiment.autoencoding.objective import (
+from autoencoding.discriminator import NORMS, PatchDiscriminator
+from autoencoding.image_stream import ImageBatches
+from autoencoding.losses import (
     ADVERSARIAL,
     AutoencoderObjective,
     adaptive_weight,
     build_objective,
     kl_divergence,
 )
-from experiment.autoencoding.optimizers import autoencoder_optimizers
-from experiment.checkpoint_folder import CheckpointError
+from autoencoding.model import Autoencoding, create_autoencoder
+from autoencoding.optimizers import autoencoder_optimizers
 from experiment.cli import one_line_errors, parse, parse_run
-from models.autoencoder import create_codec
-from models.discriminator import NORMS, PatchDiscriminator
+from machine.checkpoint_folder import CheckpointError
 
 SCRIPT = "scripts/train_autoencoder.py"
 TINY = {"channels": [8, 16], "latent_channels": 4, "layers_per_block": 1, "norm_groups": 4}

@@ -1,0 +1,240 @@
+"""Figures of a report: each as SVG for the page, and as PDF and PNG for a paper."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from ablation.results import Results, VariantResult, title_of
+
+COLORS = ["#4477AA", "#EE6677", "#228833", "#AA3377", "#CC8800", "#33A6C2", "#888888", "#6655CC", "#996633", "#DD44AA"]
+MARKERS = "osD^vPX<>*"
+INK = "#010203"  # stands for the page's own text colour
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "pdf.fonttype": 42,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+MAX_POINTS = 400
+WIDTH, LINE = 4.6, 0.18  # inches: of a figure, and of a line of its legend
+Panel = Callable[[Results, Any], bool]
+
+
+def draw_panels(results: Results) -> dict[str, str]:
+    """SVG by name, of the panels that there is data for; PDF and PNG are written to `figures/`."""
+    found = {}
+    for name, panel in PANELS.items():
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+            axes = figure.subplots()
+            if not panel(results, axes):
+                continue
+            if names := axes.get_legend_handles_labels()[1]:
+                columns = legend_columns(names)
+                figure.set_figheight(figure.get_figheight() + LINE * max(0, -(-len(names) // columns) - 2))
+                figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.grid(alpha=0.15, color=INK, linewidth=0.6)
+            found[name] = save(figure, results.folder / "figures" / name)
+    return found
+
+
+def save(figure: Figure, path: Path) -> str:
+    """PDF and PNG beside each other; returns the SVG, in the text colour of whatever page it stands on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    figure.savefig(path.with_suffix(".png"), dpi=200)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    name = path.name
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)  # several stand on one page
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+
+
+def legend_columns(names: list[str]) -> int:
+    """As many as the longest name leaves room for, at most four."""
+    return max(1, min(4, len(names), int(WIDTH / (0.066 * max(map(len, names)) + 0.5))))
+
+
+def loss(results: Results, axes: Any) -> bool:
+    """Training loss: every interval of the log, pale, and its running mean."""
+    shown = []
+    for number, variant in enumerate(results.variants):
+        for run in variant.runs:
+            steps, values = run.series("loss")
+            if not steps:
+                continue
+            smooth = running_mean(np.array(values))
+            thin = slice(None, None, max(1, len(steps) // MAX_POINTS))
+            first = run is variant.runs[0]
+            axes.plot(steps[thin], values[thin], color=color(number), alpha=0.18, linewidth=0.7)
+            label = variant.name if first else None
+            axes.plot(steps[thin], smooth[thin], color=color(number), linewidth=1.5, label=label)
+            shown.append(smooth[len(smooth) // 50 :])
+    if not shown:
+        return False
+    together = np.concatenate(shown)
+    low, high = together.min(), np.quantile(together, 0.99)
+    margin = 0.08 * max(high - low, 1e-9)
+    axes.set(xlabel="step", ylabel="training loss", ylim=(low - margin, high + 2 * margin))
+    return True
+
+
+def validation(results: Results, axes: Any) -> bool:
+    """Loss on held-out images, of the averaged weights."""
+    found = _lines(results, axes, "validation_loss", lambda variant, step: step)
+    axes.set(xlabel="step", ylabel="loss on held-out images")
+    return found
+
+
+def score_by_step(results: Results, axes: Any) -> bool:
+    """The first metric that was scored during training."""
+    metric = logged_metric(results)
+    if metric is None:
+        return False
+    axes.set(xlabel="step", ylabel=title_of(metric))
+    return _lines(results, axes, metric, lambda variant, step: step)
+
+
+def score_by_compute(results: Results, axes: Any) -> bool:
+    """The same against arithmetic; where none was scored during training, the final scores."""
+    metric = logged_metric(results)
+    axes.set(xlabel="arithmetic of training")
+    axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
+    if metric is not None:
+        axes.set_ylabel(title_of(metric))
+        return _lines(results, axes, metric, arithmetic)
+    return _final_scores(results, axes, results.metrics[0], lambda v: arithmetic(v, v.runs[0].plan["num_steps"]))
+
+
+def score_by_parameters(results: Results, axes: Any) -> bool:
+    """The final score; KID where there is one, as it has no bias that depends on the number of samples."""
+    if len({variant.parameters for variant in results.variants}) == 1:
+        return False
+    metric = next((m for m in results.metrics if m.startswith(("kid", "kernel_distance"))), results.metrics[0])
+    axes.set(xlabel="parameters")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    return _final_scores(results, axes, metric, lambda variant: variant.parameters)
+
+
+def per_class(results: Results, axes: Any) -> bool:
+    """Fréchet distance within each class, less the baseline's."""
+    base = class_distances(results.baseline)
+    others = [variant for variant in results.variants if variant is not results.baseline]
+    classes = [name for name in base if any(name in class_distances(variant) for variant in others)]
+    if not classes:
+        return False
+    classes = sorted(classes, key=lambda name: base[name])[-16:]
+    axes.figure.set_size_inches(4.6, max(3.3, 1.4 + 0.24 * len(classes)))
+    for variant in others:
+        number = results.variants.index(variant)
+        found = class_distances(variant)
+        points = [(found[name] - base[name], row) for row, name in enumerate(classes) if name in found]
+        axes.plot(
+            *zip(*points, strict=True),
+            linestyle="",
+            marker=marker(number),
+            markersize=5,
+            color=color(number),
+            label=variant.name,
+        )
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel=f"Fréchet distance less that of {results.baseline.name} (left: better)")
+    axes.set_yticks(range(len(classes)), [name.replace("_", " ") for name in classes])
+    return True
+
+
+def class_distances(variant: VariantResult) -> dict[str, float]:
+    """Means over seeds, of the classes that had enough images."""
+    found: dict[str, list[float]] = {}
+    for run in variant.runs:
+        for name, score in run.record.get("per_class", {}).items():
+            if score["value"] is not None:
+                found.setdefault(name, []).append(score["value"])
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def logged_metric(results: Results) -> str | None:
+    """The first metric of the table that some log holds at two steps or more."""
+    return next((m for m in results.metrics if any(len(run.series(m)[0]) > 1 for run in results.runs)), None)
+
+
+def arithmetic(variant: VariantResult, step: int) -> float:
+    """Operations of a training up to a step: a backward pass costs about two forward ones."""
+    return 3e9 * variant.gflops * variant.runs[0].plan["batch_size"] * step
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Centred, over a thirtieth of the points; narrower at both ends."""
+    width = max(1, len(values) // 30) | 1
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def color(number: int) -> str:
+    """Of a variant, by its place; told apart by people who do not see all colours."""
+    return COLORS[number % len(COLORS)]
+
+
+def marker(number: int) -> str:
+    """Of a variant: another one when colours begin again."""
+    return MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
+
+
+def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[VariantResult], float]) -> bool:
+    axes.set(ylabel=title_of(metric))
+    for number, variant in enumerate(results.variants):
+        if values := variant.values(metric):
+            std = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            look: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
+            axes.errorbar(x(variant), np.mean(values), std, label=variant.name, **look)
+    return True
+
+
+def _lines(results: Results, axes: Any, name: str, x: Callable[[VariantResult, int], float]) -> bool:
+    found = False
+    for number, variant in enumerate(results.variants):
+        for run in variant.runs:
+            steps, values = run.series(name)
+            if steps:
+                label = variant.name if run is variant.runs[0] else None
+                look: Any = {"marker": marker(number) if len(steps) < 30 else "", "color": color(number)}
+                where = [x(variant, step) for step in steps]
+                axes.plot(where, values, markersize=3.5, linewidth=1.4, label=label, **look)
+                found = True
+    return found
+
+
+PANELS: dict[str, Panel] = {
+    "loss": loss,
+    "validation": validation,
+    "score-by-step": score_by_step,
+    "score-by-compute": score_by_compute,
+    "score-by-parameters": score_by_parameters,
+    "per-class": per_class,
+}
+CAPTIONS = {
+    "loss": "Training loss: every interval of the log, pale, and its running mean.",
+    "validation": "Loss on held-out images of the averaged weights: the same images, times and noise for all.",
+    "score-by-step": "Score of the averaged weights during training.",
+    "score-by-compute": "Score against the arithmetic of training (three forward passes a step and image).",
+    "score-by-parameters": "Final score against the number of parameters.",
+    "per-class": "Fréchet distance within each class that has 50 images, less the baseline's.",
+}

@@ -1,0 +1,145 @@
+"""What a result is a result of: a hash of the configuration, and one of the code that made it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from experiment.config import ExperimentConfig
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {"train": "train.py", "score": "evaluate.py", "draw": "sample.py"}
+ELSEWHERE = ("ablation/", "autoencoding/")  # what evaluate.py does besides, and this package
+ONLOOKERS = (  # of a training: they change no weight
+    "experiment/cli.py",
+    "evaluation/",
+    *(f"training/{name}.py" for name in ("curves", "inspection", "interruption", "log", "meter")),
+)
+
+
+def keys_of(config: ExperimentConfig, scoring: object, pictures: object) -> dict[str, str]:
+    """A key for each stage, `configuration-code`: runs that differ in how they sample or score share the training's."""
+    differences = _differences(_of_results(config.to_dict()), _of_results(ExperimentConfig().to_dict()))
+    sampled = {name: differences.pop(name, {}) for name in ("sampling", "evaluation")}
+    return {
+        "train": _key("train", differences),
+        "score": _key("score", {**differences, **sampled, "scoring": scoring}),
+        "draw": _key("draw", {**differences, "sampling": sampled["sampling"], "pictures": pictures}),
+    }
+
+
+def of_any_code(keys: dict[str, str], found: dict[str, str]) -> dict[str, str]:
+    """The keys, with those of results that are there in the place of those that differ by the code alone."""
+
+    def adopt(name: str, key: str) -> str:
+        known = found.get(name) or (found.get("began") if name == "train" else None) or ""
+        return known if known.partition("-")[0] == key.partition("-")[0] else key
+
+    return {name: adopt(name, key) for name, key in keys.items()}
+
+
+@cache
+def code_of(stage: str, root: Path = ROOT) -> dict[str, str]:
+    """Hashes of the files that a stage's results follow from: of all that its program imports, wherever it does, and of
+    the training's. By their syntax: comments, docstrings and layout do not count."""
+    files = imported(PROGRAMS["train"], root, ONLOOKERS)
+    files |= imported(PROGRAMS[stage], root, ONLOOKERS if stage == "train" else ELSEWHERE)
+    return {name: _read((root / name).read_text())[1] for name in sorted(files)}
+
+
+def imported(program: str, root: Path, without: tuple[str, ...]) -> set[str]:
+    """The program and the project's files that it imports, those that they import, and so on; not through `without`."""
+    found: set[str] = set()
+    waiting = [program]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name.startswith(without) or not (root / name).is_file():
+            continue
+        found.add(name)
+        for module in _read((root / name).read_text())[0]:
+            parts = module.split(".")
+            places = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]  # packages are run on the way
+            waiting += [*(f"{place}/__init__.py" for place in places), f"{places[-1]}.py"]
+    return found
+
+
+def _modules(node: ast.AST) -> Iterator[str]:
+    """What is imported below; of `from a import b` both, as b may be a module. Not what is there for types alone."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    if isinstance(node, ast.ImportFrom) and node.module:
+        yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    for child in ast.iter_child_nodes(node):
+        yield from _modules(child)
+
+
+def code_hash(stage: str) -> str:
+    """Of all files of a stage's code."""
+    return _hash(json.dumps(code_of(stage)))[:32]
+
+
+def changed_files(stage: str, before: dict[str, str]) -> list[str]:
+    """Files of a stage's code that are not as they were, or were not there, or are there no more."""
+    now = code_of(stage)
+    return sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted names of what differs between two configurations and may change a result."""
+    return sorted(_changed(_of_results(before), _of_results(now)))
+
+
+def _of_results(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what changes no result."""
+    idle = {"name", "resume"}
+    values = {name: value for name, value in values.items() if name not in idle}
+    for group, name in (("train", "max_hours"), ("data", "cache")):
+        values[group] = {key: value for key, value in values.get(group, {}).items() if key != name}
+    return {**values, "log": values.get("log", {}).get("best")}
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any], above: str = "") -> Iterator[str]:
+    for name in before.keys() | now.keys():
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changed(old, new, f"{above}{name}.")
+        elif old != new:
+            yield f"{above}{name}"
+
+
+def _key(stage: str, values: dict[str, Any]) -> str:
+    return f"{_hash(json.dumps(values, sort_keys=True, default=str))[:32]}-{code_hash(stage)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _differences(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What is not as usual, so that a setting that is new to the configuration changes no key."""
+    found = {}
+    for name, value in values.items():
+        known = usual.get(name)
+        if isinstance(value, dict) and isinstance(known, dict) and known:
+            value = _differences(value, known)
+        if value != known and value != {}:
+            found[name] = value
+    return found
+
+
+@cache
+def _read(source: str) -> tuple[list[str], str]:
+    """What a file imports, and the hash of its syntax without docstrings."""
+    tree = ast.parse(source)
+    modules = list(_modules(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return modules, _hash(ast.dump(tree))[:12]

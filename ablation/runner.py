@@ -1,0 +1,163 @@
+"""A run's stages, one after the other, each a process of its own, so that a failure stays where it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from ablation.identity import ROOT
+from ablation.plan import Planned, duration
+from ablation.stages import STAGES, done_stages, mark
+from ablation.study import AblationConfig
+from machine import children
+from machine.lock import Lock
+from machine.whole_files import write_whole
+from training.interruption import EXIT_CODE, STOPPED
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: 'done', 'stopped' (to be gone on with) or 'failed', and why."""
+
+    run: str
+    status: str
+    why: str = ""
+
+
+@dataclass
+class Runner:
+    """Does what is left of runs.
+
+    Args:
+        ablation: what they are of
+        deadline: seconds since the epoch, after which nothing is started and trainings stop
+        launcher: a configuration of `accelerate launch` for several processes a run; without, one process
+        workers: runs side by side where there is no GPU
+    """
+
+    ablation: AblationConfig
+    deadline: float | None = None
+    launcher: str | None = None
+    workers: int = 1
+    children: set[subprocess.Popen] = field(default_factory=set)
+    reason: str | None = None
+
+    def __call__(self, job: list[Planned], environment: dict[str, str] | None = None) -> list[Outcome]:
+        """The runs of one training: the first of them trains. `environment` is added to the processes'."""
+        outcomes: list[Outcome] = []
+        for planned in job:
+            if outcomes and done_stages(job[0].run.folder).get("train") != job[0].keys["train"]:
+                outcomes.append(Outcome(planned.run.name, outcomes[0].status, f"it needs {job[0].run.name}"))
+                continue
+            try:
+                outcomes.append(self._run(planned, environment or {}))
+            except (ValueError, OSError) as error:
+                outcomes.append(Outcome(planned.run.name, "failed", " ".join(str(error).split())))
+        return outcomes
+
+    def stop(self, reason: str) -> None:
+        """Let trainings save and end; start nothing more. A second time, end them at once."""
+        end = children.kill if self.reason else partial(children.send, number=signal.SIGTERM)
+        self.reason = reason
+        for child in list(self.children):
+            end(child)
+
+    def _run(self, planned: Planned, environment: dict[str, str]) -> Outcome:
+        folder, name = planned.run.folder, planned.run.name
+        if planned.done.issuperset(planned.keys):
+            return Outcome(name, "done", "before")
+        with Lock(folder / "lock") as lock:
+            if planned.trains:
+                _set_aside(planned)
+                mark(folder, began=planned.keys["train"])
+            write_whole(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
+            for stage, command in STAGES.items():
+                if stage == "train" and not planned.trains:
+                    mark(folder, train=planned.keys["train"])
+                if stage not in planned.keys or stage in planned.done:
+                    continue
+                if why := self._must_stop():
+                    return Outcome(name, "stopped", why)
+                began = time.monotonic()
+                say(f"{name}: {stage} ...  (tail -f {folder / stage}.txt)")
+                (folder / STOPPED).unlink(missing_ok=True)
+                status = self._process(command(planned, self.ablation), folder / f"{stage}.txt", lock, environment)
+                if status != 0 and (self.reason or status == EXIT_CODE or (folder / STOPPED).is_file()):
+                    return Outcome(name, "stopped", self._must_stop() or "it was asked to stop")
+                if status != 0:
+                    return Outcome(name, "failed", f"{stage}: {last_line(folder / f'{stage}.txt') or status}")
+                mark(folder, **{stage: planned.keys[stage]})
+                say(f"{name}: {stage} done in {duration(time.monotonic() - began)}")
+        return Outcome(name, "done")
+
+    def _must_stop(self) -> str | None:
+        over = self.deadline is not None and time.time() > self.deadline
+        return self.reason or ("the time is over" if over else None)
+
+    def _process(self, command: list[str], output: Path, lock: Lock, environment: dict[str, str]) -> int:
+        script, *flags = command
+        if script == "train.py" and self.deadline is not None:
+            flags += ["--train.max_hours", f"{max(0.01, self.deadline - time.time()) / 3600:.6f}"]
+        launch = [sys.executable]
+        if self.launcher is not None:
+            launch += ["-m", children.LAUNCHER, "--config_file", self.launcher]
+        with output.open("a") as file:
+            child = children.start(
+                [*launch, str(ROOT / script), *flags],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                pass_fds=(lock.file.fileno(),),
+            )
+            self.children.add(child)
+            if self.reason:  # since it was last asked for
+                children.send(child, signal.SIGTERM)
+            try:
+                return child.wait()
+            finally:
+                self.children.discard(child)
+
+
+def say(text: str) -> None:
+    """A line with its time; lines of several threads stay whole."""
+    with _PRINTING:
+        print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+_PRINTING = threading.Lock()
+
+
+def _set_aside(planned: Planned) -> None:
+    """What is in the folder from another configuration, or other code, is kept beside it.
+
+    Raises:
+        ValueError: for a training that no ablation began.
+    """
+    folder = planned.run.folder
+    began = done_stages(folder).get("began")
+    if began is None and (folder / "checkpoints").exists():
+        raise ValueError(f"{folder} holds a training that no ablation began; move it away")
+    if began in (None, planned.keys["train"]):
+        return
+    kept = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    kept.mkdir()
+    for path in folder.iterdir():
+        if path.name != "lock":
+            shutil.move(path, kept / path.name)
+    say(f"{planned.run.name}: its configuration or the code has changed since; what was there is now {kept}")
+
+
+def last_line(path: Path) -> str:
+    """Of a command's output: where it failed, its error; progress bars are left out."""
+    lines = [line.rpartition("\r")[-1].strip() for line in path.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line and "it/s]" not in line), "")

@@ -1,0 +1,267 @@
+"""Codecs: what stands between images and the space a backbone denoises.
+
+A codec splits encoding in two, so that the costly, deterministic half can be cached and the cheap, random
+half drawn anew every epoch:
+
+    stored = codec.prepare(images)      # once: posterior moments, latents, or the pixels themselves
+    x_0 = codec.draw(stored, noise)     # every time: about zero mean and unit variance
+    images = codec.decode(x_0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from autoencoders.pretrained import EMBEDDED as EMBEDDED
+from autoencoders.pretrained import AutoencoderError as AutoencoderError
+from autoencoders.pretrained import load_autoencoder
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one of diffusers' autoencoders is used.
+
+    `encoding` names the modules that latents depend on; `factors` takes its configuration, and gives by how much it
+    reduces images and enlarges latents. `store` takes what its `encode` returns, `draw` what is stored and noise.
+    """
+
+    encoding: frozenset[str]
+    factors: Callable[[Any], tuple[int, int]]
+    store: Callable[[Any], Tensor]
+    draw: Callable[[Tensor, Tensor], Tensor]
+
+
+def _moments(encoded: Any) -> Float[Tensor, "b moments h w"]:
+    """Posterior mean and log-variance, one after the other along the channels."""
+    return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1)
+
+
+def _posterior_sample(
+    moments: Float[Tensor, "b moments h w"], noise: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b c h w"]:
+    """Reparameterised (Kingma and Welling 2014, eq. 10)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * log_variance) * noise
+
+
+KINDS = {
+    "AutoencoderKL": Kind(
+        encoding=frozenset({"encoder", "quant_conv"}),
+        factors=lambda config: (2 ** (len(config.block_out_channels) - 1),) * 2,
+        store=_moments,
+        draw=_posterior_sample,
+    ),
+    "AutoencoderTiny": Kind(  # deterministic; diffusers' takes and gives images in [-1, 1] like the other
+        encoding=frozenset({"encoder"}),
+        factors=lambda config: (
+            2 ** (len(config.num_encoder_blocks) - 1),
+            config.upsampling_scaling_factor ** (len(config.num_decoder_blocks) - 1),
+        ),
+        store=lambda encoded: encoded.latents,
+        draw=lambda latents, noise: latents,
+    ),
+}
+
+
+class LatentCodec(nn.Module):
+    """A frozen autoencoder in diffusers' format (Rombach et al. 2022, section 3.1): `x_0 = (z - shift) * scale`.
+
+    `z` is drawn from the posterior of an `AutoencoderKL` (such as those of Stable Diffusion 1 to 3, SDXL and FLUX), or
+    is what an `AutoencoderTiny` encodes to. `scale` and `shift` are the autoencoder's own `scaling_factor` and
+    `shift_factor` (0.18215 and none for `stabilityai/sd-vae-ft-ema`); `latents_mean` and `latents_std`, where it has
+    them, shift and divide each channel. The module is in eval mode for good and has no trainable parameter.
+    """
+
+    density_offset = 0.0  # bits per dimension from the density of `x_0` to what is coded: latents are not
+    limit = None  # of the absolute values of `x_0`
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, source: str = "embedded") -> None:
+        super().__init__()
+        self.source = source
+        self.autoencoder: Any = load_autoencoder(source, KINDS).requires_grad_(False)
+        self.kind = KINDS[type(self.autoencoder).__name__]
+        config = self.autoencoder.config
+        self.channels = int(config.latent_channels)
+        self.factor, enlarged = self.kind.factors(config)
+        if self.factor != enlarged or not config.in_channels == config.out_channels == 3:
+            raise AutoencoderError(
+                f"--autoencoder {source}: it makes {config.out_channels} channels of {config.in_channels} and "
+                f"{enlarged} pixels of {self.factor}; images come back as RGB of the same size, take one that does so"
+            )
+        self.normalisation = _normalisation(source, config)
+        for name, values in self.normalisation.items():
+            per_channel = torch.tensor(values).expand(self.channels)
+            self.register_buffer(name, per_channel[:, None, None].clone(), persistent=False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> LatentCodec:
+        """Stay in eval mode: a frozen autoencoder has no other."""
+        return self
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a latent cache must agree on: all that latents depend on, the weights by content.
+
+        Neither the decoder nor where the weights came from is in it: latents stay what they are.
+        """
+        return {
+            "codec": type(self.autoencoder).__name__,
+            "sha256": self._sha256(encoding=True),
+            "input_range": "[-1, 1]",
+            **self.normalisation,
+        }
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """For records: the identity, where the autoencoder came from, and its decoder, by content."""
+        return {**self.identity, "autoencoder": self.source, "decoder_sha256": self._sha256(encoding=False)}
+
+    def _sha256(self, *, encoding: bool) -> str:
+        weights = self.autoencoder.state_dict()
+        part = {name: weights[name] for name in weights if (name.partition(".")[0] in self.kind.encoding) == encoding}
+        return weights_sha256(part)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latent of an image of this size.
+
+        Raises:
+            AutoencoderError: when the autoencoder's reduction does not divide the image, or is larger.
+        """
+        if min(height, width) < self.factor:
+            raise AutoencoderError(
+                f"--data.image_size {height}x{width} is smaller than the {self.factor}x{self.factor} pixels that the "
+                f"autoencoder '{self.source}' makes one of; take larger images or --autoencoder pixel"
+            )
+        if height % self.factor or width % self.factor:
+            raise AutoencoderError(
+                f"--data.image_size {height}x{width}: the autoencoder '{self.source}' reduces by {self.factor}, "
+                f"which must divide both sides; take a multiple of {self.factor} or --autoencoder pixel"
+            )
+        return self.channels, height // self.factor, width // self.factor
+
+    @torch.inference_mode()
+    def prepare(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b moments h w"]:
+        """Of an AutoencoderKL the posterior's mean and log-variance along the channels, else the latents."""
+        self.latent_shape(*images.shape[-2:])
+        return self.kind.store(self.autoencoder.encode(images.float() / 127.5 - 1))
+
+    def draw(self, stored: Float[Tensor, "b moments h w"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """A sample of the posterior, where there is one, normalised."""
+        return (self.kind.draw(stored.float(), noise) - self.shift) * self.scale
+
+    def encode(
+        self, images: UInt8[Tensor, "b 3 H W"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """`draw(prepare(images))`; without a generator, the posterior's mean."""
+        stored = self.prepare(images)
+        shape, device = stored[:, : self.channels].shape, stored.device
+        noise = torch.zeros(shape, device=device)
+        if generator is not None:  # not in place: the order of normal_ follows the memory format
+            noise = torch.randn(shape, generator=generator, device=device)
+        return self.draw(stored, noise)
+
+    @torch.inference_mode()
+    def decode(self, x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 H W"]:
+        """Images of a latent, rounded to the nearest of 256 levels."""
+        images = self.autoencoder.decode(x_0.float() / self.scale + self.shift).sample
+        return _to_uint8(images)
+
+
+class PixelCodec(nn.Module):
+    """Pixel space as one more codec: `x_0` is the image in [-1, 1], nothing is drawn."""
+
+    source = "pixel"
+    channels = 3
+    factor = 1
+    density_offset = math.log2(127.5)
+    limit = 1.0
+    identity: ClassVar[dict[str, Any]] = {
+        "codec": "pixel",
+        "sha256": "",
+        "input_range": "[-1, 1]",
+        "scale": 1.0,
+        "shift": 0.0,
+    }
+    provenance: ClassVar[dict[str, Any]] = {**identity, "autoencoder": "pixel", "decoder_sha256": ""}
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Three channels at the image's own size."""
+        return self.channels, height, width
+
+    def prepare(self, images: UInt8[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
+        """The image itself."""
+        return images
+
+    def draw(self, stored: UInt8[Tensor, "b 3 h w"], noise: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """[0, 255] to [-1, 1]; `noise` is not used."""
+        return stored.float() / 127.5 - 1
+
+    def encode(
+        self, images: UInt8[Tensor, "b 3 h w"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """[0, 255] to [-1, 1]; a generator draws from the whole width of each level (Theis et al. 2016, section 3.1),
+        so that the result has a density."""
+        levels = images.float()
+        if generator is not None:
+            levels = levels + torch.rand(images.shape, generator=generator, device=images.device) - 0.5
+        return levels / 127.5 - 1
+
+    def decode(self, x_0: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
+        """[-1, 1] to [0, 255], rounded to the nearest level."""
+        return _to_uint8(x_0)
+
+
+Codec = LatentCodec | PixelCodec
+
+
+def create_codec(autoencoder: str) -> Codec:
+    """The codec by name: `pixel`, `embedded`, a folder in diffusers' format, or a hub id, `owner/name` or
+    `owner/name/folder`.
+
+    Raises:
+        AutoencoderError: when the weights cannot be had or are of a kind not in `KINDS`; says what can be used instead.
+    """
+    return PixelCodec() if autoencoder == "pixel" else LatentCodec(autoencoder)
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """By name and content in float32, whatever file or precision they were kept in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    if not images.isfinite().all():  # as bytes they would be black
+        raise AutoencoderError(
+            "images came out as numbers that are not finite: the weights of the model or of --autoencoder are ruined "
+            "(take an earlier checkpoint), or the sampler ran away (take more --num_steps, or another --sampler)"
+        )
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _normalisation(source: str, config: Any) -> dict[str, float | list[float]]:
+    """Scale and shift, a number for all channels or one for each, as diffusers' pipelines apply them."""
+    scale, shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        return {"scale": scale, "shift": shift}
+    if shift or mean is None or std is None or {len(mean), len(std)} != {int(config.latent_channels)}:
+        raise AutoencoderError(
+            f"--autoencoder {source}: config.json has to give latents_mean and latents_std together, a number for each "
+            f"of {config.latent_channels} channels, and no shift_factor; mend it, or set both to null"
+        )
+    return {"scale": [scale / float(each) for each in std], "shift": [float(each) for each in mean]}

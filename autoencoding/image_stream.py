@@ -1,0 +1,118 @@
+"""Batches of images for an autoencoder, read as they are wanted: the set may be larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from autoencoding.autoencoder_config import AutoencodingConfig
+from data import open_dataset
+from data.shapes import DIFFICULTIES
+from experiment.datasets import open_split
+from machine.randomness import generator_for
+from training.batches import positions
+
+NUM_SHAPES = 6000  # of each difficulty
+
+
+@dataclass(frozen=True)
+class ImageBatches:
+    """Steps of `sizes[i]` images of source `i`, each source in epochs that are permutations, laid end to end.
+
+    What a step holds is a function of (seed, step, position in the global batch), of which each process has its share.
+
+    Raises:
+        ValueError: when processes do not divide the batch.
+    """
+
+    sources: Sequence[Dataset]
+    sizes: Sequence[int]
+    seed: int
+    rank: int = 0
+    num_ranks: int = 1
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.num_ranks:
+            raise ValueError(f"--train.batch_size {self.batch_size} must be a multiple of {self.num_ranks} processes")
+
+    @property
+    def batch_size(self) -> int:
+        """Over all sources and processes."""
+        return sum(self.sizes)
+
+    def __call__(self, step: int, order: int = 0) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
+        """This process's share of the batches from a step on, without end; `order` numbers the permutations."""
+        steps = (self.indices(each, order)[self.rank :: self.num_ranks] for each in count(step))
+        mirrored = (self._mirrored(each)[self.rank :: self.num_ranks] for each in count(step))
+        loader = DataLoader(ConcatDataset(self.sources), batch_sampler=_Endless(steps), num_workers=self.num_workers)
+        for (images, _), flip in zip(loader, mirrored, strict=False):
+            yield torch.where(flip[:, None, None, None], images.flip(-1), images)
+
+    def indices(self, step: int, order: int = 0) -> list[int]:
+        """The images of a step's global batch, counted through all sources."""
+        found, first = [], 0
+        for number, (source, size) in enumerate(zip(self.sources, self.sizes, strict=True)):
+            length = len(source)  # pyright: ignore[reportArgumentType]
+            found += (first + positions(length, step * size, size, self.seed, f"source {number}", order)).tolist()
+            first += length
+        return found
+
+    def noise(self, step: int, shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "b c h w"]:
+        """This process's share of the step's posterior noise, of `shape` an image."""
+        draw = generator_for(self.seed, "posterior", step, device=device)
+        return torch.randn(self.batch_size, *shape, generator=draw, device=device)[self.rank :: self.num_ranks]
+
+    def _mirrored(self, step: int) -> Tensor:
+        return torch.rand(self.batch_size, generator=generator_for(self.seed, "mirrored", step)) < 0.5
+
+
+class _Endless:
+    """Lists of indices as a batch sampler."""
+
+    def __init__(self, steps: Iterator[list[int]]) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.steps
+
+
+def open_batches(config: AutoencodingConfig, rank: int, num_ranks: int) -> ImageBatches:
+    """The training images, joined by procedural shapes where a share of them is asked for.
+
+    Raises:
+        ValueError: for a share that leaves nothing of either.
+    """
+    batch_size = config.train.batch_size
+    num_shapes = round(config.shapes_share * batch_size)
+    if not 0 <= num_shapes < batch_size:
+        raise ValueError(f"--shapes_share {config.shapes_share}: leaves no images in a batch of {batch_size}")
+    sources: list[Dataset] = [open_split(config.data, "train")]
+    sizes = [batch_size - num_shapes]
+    if num_shapes:
+        sources.append(ConcatDataset(list(open_shapes(config, "train").values())))
+        sizes.append(num_shapes)
+    return ImageBatches(sources, sizes, config.train.seed, rank, num_ranks, config.train.num_workers)
+
+
+def open_held_out(config: AutoencodingConfig) -> dict[str, Dataset]:
+    """Images to measure on, by name: the test split, and shapes of each difficulty where they were trained on."""
+    own: dict[str, Dataset] = {"images": open_split(config.data, "test")}
+    return own | (open_shapes(config, "test") if config.shapes_share else {})
+
+
+def open_shapes(config: AutoencodingConfig, split: str) -> dict[str, Dataset]:
+    """Procedural shapes by difficulty."""
+    size = config.data.image_size
+    return {
+        f"shapes_{difficulty}": open_dataset(
+            "shapes", split=split, image_size=size, num_images=NUM_SHAPES, difficulty=difficulty
+        )
+        for difficulty in DIFFICULTIES
+    }

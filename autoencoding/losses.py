@@ -1,0 +1,153 @@
+"""What an autoencoder minimises: the variational bound with a perceptual distance, and a discriminator's opinion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from autoencoding.autoencoder_config import DiscriminatorConfig, LossConfig
+from autoencoding.model import Autoencoding, Coded
+from metrics.perceptual import perceptual_network
+
+Critic = Callable[[Tensor], Tensor]  # images to logits, positive for real ones
+
+
+class Adversarial(NamedTuple):
+    """A game: what the discriminator minimises, of logits of real and of reconstructed patches, and what the
+    autoencoder does, of logits of reconstructed ones."""
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    autoencoder: Callable[[Tensor], Tensor]
+
+
+ADVERSARIAL = {
+    "hinge": Adversarial(lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)) / 2, lambda fake: -fake),
+    "bce": Adversarial(lambda real, fake: (F.softplus(-real) + F.softplus(fake)) / 2, lambda fake: F.softplus(-fake)),
+}
+ERRORS: dict[str, Callable[[Tensor], Tensor]] = {"l1": torch.abs, "l2": torch.square}
+
+
+@dataclass(frozen=True)
+class AutoencoderObjective:
+    """The terms, each the mean over an image's values; and their gradient."""
+
+    config: LossConfig
+    discriminator: DiscriminatorConfig
+    network: nn.Module | None  # in whose features images are compared
+
+    def likelihood(
+        self, reconstruction: Float[Tensor, "b 3 h w"], images: Float[Tensor, "b 3 h w"], s: Tensor
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """`(error + perceptual) / exp(s) + s`: up to a constant, the negative log-likelihood of the pixels under a
+        Laplace distribution of scale exp(s), or twice that under a normal one of variance exp(s), if it were not for
+        the perceptual part."""
+        error = _mean(ERRORS[self.config.error](reconstruction - images))
+        perceptual = torch.zeros_like(error)
+        if self.network is not None:
+            with torch.no_grad():
+                true = self.network(images)
+            perceptual = _mean((self.network(reconstruction) - true).float().square())
+        nll = (error + self.config.perceptual_weight * perceptual) * torch.exp(-s) + s
+        return {"error": error, "perceptual": perceptual, "nll": nll}
+
+    def backward(
+        self,
+        accelerator: Accelerator,
+        coded: Coded,
+        images: Float[Tensor, "b 3 h w"],
+        autoencoding: Autoencoding,
+        critic: Critic | None,
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """Leave the gradient of all terms in the autoencoder's parameters; returns the terms.
+
+        The gradient is put together at the reconstruction, where those of the likelihood and of the discriminator
+        meet: each network is gone through once, although their ratio at the decoder's last layer weighs the sum.
+        """
+        s = autoencoding.log_scale
+        reconstruction = coded.reconstruction.float()
+        pixels = reconstruction.detach().requires_grad_()
+        with accelerator.autocast():
+            terms = self.likelihood(pixels, images, s.detach())
+        (gradient,) = torch.autograd.grad(terms["nll"].mean(), pixels)
+        terms["kl"] = kl_divergence(coded.mean.float(), coded.log_variance.float())
+        loss = terms["nll"] + self.config.kl_weight * terms["kl"]
+
+        if critic is not None:
+            with accelerator.autocast():
+                logits = critic(pixels).float()
+            terms["adversarial"] = _mean(ADVERSARIAL[self.discriminator.loss].autoencoder(logits))
+            (opinion,) = torch.autograd.grad(terms["adversarial"].mean(), pixels)
+            ours, theirs = (
+                accelerator.reduce(_at_last_layer(reconstruction, autoencoding, each), "mean")
+                for each in (gradient, opinion)
+            )
+            adaptive = adaptive_weight(ours, theirs, self.discriminator.max_adaptive)  # pyright: ignore
+            # An opinion that is not finite does not count; the discriminator's own guard sees to it.
+            adaptive, opinion = (torch.nan_to_num(each, 0.0, 0.0, 0.0) for each in (adaptive, opinion))
+            weight = self.discriminator.weight * adaptive
+            gradient = gradient + weight * opinion
+            loss = loss + weight * torch.nan_to_num(terms["adversarial"], 0.0, 0.0, 0.0)
+            terms["adaptive_weight"] = adaptive.expand(len(loss))
+
+        by_pixels = (reconstruction * gradient).sum()
+        scaled = terms["error"] + self.config.perceptual_weight * terms["perceptual"]
+        by_scale = (scaled.detach() * torch.exp(-s) + s).mean()
+        accelerator.backward(by_pixels + by_scale + self.config.kl_weight * terms["kl"].mean())
+        return {"loss": loss, **terms}
+
+    def tell_apart(
+        self, critic: Critic, images: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"]
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """What the discriminator minimises, and how many patches of either kind it takes for what they are."""
+        real, fake = critic(torch.cat([images, reconstruction])).float().chunk(2)
+        return {
+            "discriminator": _mean(ADVERSARIAL[self.discriminator.loss].discriminator(real, fake)),
+            "real_found": _mean((real > 0).float()),
+            "fake_found": _mean((fake < 0).float()),
+        }
+
+
+def build_objective(
+    config: LossConfig, discriminator: DiscriminatorConfig, device: torch.device
+) -> AutoencoderObjective:
+    """The objective of a configuration.
+
+    Raises:
+        ValueError: when the perceptual network cannot be had, saying what can be used in its place.
+    """
+    if config.perceptual is None and config.heads is not None:
+        raise ValueError(f"--loss.heads {config.heads}: it belongs to --loss.perceptual lpips, which is null")
+    network = None
+    if config.perceptual is not None:
+        try:
+            network = perceptual_network(config.perceptual, config.heads).to(device)
+        except ValueError as error:
+            raise ValueError(f"--loss.perceptual: {error}, or null for none") from error
+    return AutoencoderObjective(config, discriminator, network)
+
+
+def kl_divergence(mean: Float[Tensor, "b c h w"], log_variance: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """From the posterior to a standard normal (Kingma and Welling 2014, appendix B), the mean over the latent's
+    values, in nats."""
+    return _mean((mean.square() + log_variance.exp() - 1 - log_variance) / 2)
+
+
+def adaptive_weight(likelihood: Tensor, adversarial: Tensor, at_most: float) -> Float[Tensor, ""]:
+    """How much more the first gradient weighs than the second (Esser et al. 2021, eq. 7)."""
+    return (likelihood.norm() / (adversarial.norm() + 1e-6)).clamp(max=at_most)
+
+
+def _at_last_layer(reconstruction: Tensor, autoencoding: Autoencoding, gradient: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(reconstruction, autoencoding.last_layer, gradient, retain_graph=True)
+    return found
+
+
+def _mean(values: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    return values.flatten(1).mean(dim=1)

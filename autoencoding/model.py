@@ -1,0 +1,170 @@
+"""An AutoencoderKL while it is trained, and what is written of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from autoencoders.codec import LatentCodec
+from autoencoding.autoencoder_config import ArchitectureConfig, AutoencodingConfig
+
+
+class Coded(NamedTuple):
+    """What became of a batch of images: the posterior, and what was made of a draw from it."""
+
+    reconstruction: Float[Tensor, "b 3 H W"]
+    mean: Float[Tensor, "b c h w"]
+    log_variance: Float[Tensor, "b c h w"]
+
+
+class Autoencoding(nn.Module):
+    """An AutoencoderKL with the scale of its pixels' errors, all that is trained but the discriminator.
+
+    `log_scale` is a parameter where it is learned, else 0. With `decoder_only`, what encodes stays as it is.
+    """
+
+    log_scale: Tensor
+
+    def __init__(self, autoencoder: Any, *, learned_variance: bool, decoder_only: bool = False) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        scale = torch.zeros(())
+        if learned_variance:
+            self.log_scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("log_scale", scale)
+        if decoder_only:
+            for part in encoding_parts(autoencoder):
+                part.requires_grad_(False)
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Of a square image's latent.
+
+        Raises:
+            ValueError: when the reduction does not divide the image.
+        """
+        config = self.autoencoder.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if image_size % factor:
+            raise ValueError(
+                f"--data.image_size {image_size}: this autoencoder reduces by {factor}, which must divide it; take a "
+                "multiple, or fewer --architecture.channels"
+            )
+        return config.latent_channels, image_size // factor, image_size // factor
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights that pixels come out of."""
+        return self.autoencoder.decoder.conv_out.weight
+
+    def forward(self, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"]) -> Coded:
+        """`images` in [-1, 1]."""
+        posterior = self.autoencoder.encode(images).latent_dist
+        z = posterior.mean + posterior.std * noise
+        return Coded(self.autoencoder.decode(z).sample, posterior.mean, posterior.logvar)
+
+
+def encoding_parts(autoencoder: Any) -> list[nn.Module]:
+    """What latents depend on."""
+    return [part for part in (autoencoder.encoder, autoencoder.quant_conv) if part is not None]
+
+
+def build_autoencoder(config: AutoencodingConfig) -> Any:
+    """A fresh AutoencoderKL, or the one to start from.
+
+    Raises:
+        ValueError: in words, for a shape that does not fit together, or an encoder that float16 would change.
+    """
+    if config.init_from is not None:
+        autoencoder = LatentCodec(config.init_from).autoencoder
+        if type(autoencoder).__name__ != "AutoencoderKL":
+            raise ValueError(f"--init_from {config.init_from}: not an AutoencoderKL, it has no posterior to train")
+        if config.decoder_only and config.half:
+            _check_half(autoencoder)
+        return autoencoder.requires_grad_(True).train()
+    if config.decoder_only:
+        raise ValueError("--decoder_only: there is no encoder to leave as it is; give --init_from")
+    return create_autoencoder(config.architecture, config.data.image_size)
+
+
+def create_autoencoder(config: ArchitectureConfig, image_size: int) -> Any:
+    """An AutoencoderKL with fresh weights.
+
+    Raises:
+        ValueError: for a shape that does not fit together, naming the flag.
+    """
+    from diffusers import AutoencoderKL
+
+    odd = [width for width in config.channels if width % config.norm_groups]
+    if odd:
+        raise ValueError(
+            f"--architecture.norm_groups {config.norm_groups} must divide --architecture.channels {odd[0]}"
+        )
+    levels = len(config.channels)
+    autoencoder: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        block_out_channels=tuple(config.channels),  # pyright: ignore[reportArgumentType]
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+        sample_size=image_size,
+        mid_block_add_attention=config.attention,
+    )
+    # A posterior that starts narrow: otherwise the first hundreds of steps go into escaping its noise.
+    nn.init.constant_(autoencoder.quant_conv.bias[config.latent_channels :], -5.0)
+    return autoencoder.train()
+
+
+def _check_half(autoencoder: Any) -> None:
+    """Whether an encoder that must stay as it is can be written in float16."""
+    weights = [tensor for part in encoding_parts(autoencoder) for tensor in part.state_dict().values()]
+    if any(not torch.equal(tensor.half().float(), tensor) for tensor in weights):
+        raise ValueError("--half: rounding the encoder would change its latents, which --decoder_only promises not to")
+
+
+@torch.inference_mode()
+def measure_latents(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int = 64) -> tuple[float, float]:
+    """Scale and shift that give posterior draws of these images unit variance and zero mean."""
+    draw = torch.Generator().manual_seed(0)
+    latents = []
+    for batch in images.split(batch_size):
+        posterior = autoencoder.encode(batch.to(autoencoder.device).float() / 127.5 - 1).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=draw).to(autoencoder.device)
+        latents.append(posterior.mean + posterior.std * noise)
+    found = torch.cat(latents)
+    return 1 / found.std().item(), found.mean().item()
+
+
+def finish(
+    folder: Path,
+    autoencoder: Any,
+    images: UInt8[Tensor, "n 3 h w"],
+    metrics: dict[str, Any],
+    *,
+    measure: bool,
+    half: bool,
+) -> None:
+    """Write diffusers' folder format, and `metrics.json` beside it; whole, or as it was.
+
+    With `measure` the scale and shift of latents are those of `images`, else the autoencoder's own stay.
+    """
+    if measure:
+        scale, shift = measure_latents(autoencoder, images)
+        autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
+    autoencoder.register_to_config(_name_or_path="")  # diffusers would publish the folder that it began from
+    partial, aside = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "aside"))
+    for left_over in (partial, aside):
+        shutil.rmtree(left_over, ignore_errors=True)
+    (autoencoder.half() if half else autoencoder).save_pretrained(partial)
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if folder.exists():
+        folder.rename(aside)
+    partial.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,205 @@
+"""Averages of a model's weights: parameters and buffers, in float32."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from machine.sharding import is_sharded, own_part, part_like, whole
+
+
+class Average(ABC):
+    """`average <- decay(step) * average + (1 - decay(step)) * value`.
+
+    Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Parameters that a step left
+    alone, as it gave gradients to others only, stay as they are in the average too, and their steps count from the
+    first that trained them, else they would keep much of their initialisation: each stage of a model that is trained in
+    stages has an average of its own training. Where training shards the model, each process averages the parts that it
+    has.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = deepcopy(model).float().eval().requires_grad_(False)
+        self._parts: dict[str, Tensor] = {}  # of a sharded model; else the model holds the averages
+        self._is_whole = True
+        # Of parameters that the first step left alone: the first one that did not, as soon as it is known.
+        self.began: dict[str, int | None] | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by name."""
+        return self._parts or self._model.state_dict()
+
+    @property
+    def model(self) -> nn.Module:
+        """The averaged model in eval mode, ready to use. Where it is sharded, the parts are put together until the next
+        update, and every process has to ask."""
+        if not self._is_whole:
+            for name, tensor in self._model.state_dict(keep_vars=True).items():
+                tensor.data = whole(self._parts[name])
+            self._is_whole = True
+        return self._model
+
+    def shard_like(self, model: nn.Module) -> None:
+        """Keep the parts that this process has of `model`, if that is sharded."""
+        if is_sharded(model):
+            values = model.state_dict()
+            self._parts = {name: part_like(average, values[name]).clone() for name, average in self.tensors.items()}
+            self.let_go()
+
+    @abstractmethod
+    def decay(self, step: int) -> float:
+        """Of optimizer step `step`, from 0."""
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step` (from 0)."""
+        self.let_go()
+        current = model.state_dict(keep_vars=True)
+        left_alone = _without_gradient(current)
+        if self.began is None:
+            self.began = dict.fromkeys(sorted(left_alone))
+        self.began |= {name: step for name, first in self.began.items() if first is None and name not in left_alone}
+        pairs: defaultdict[int, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for name, average in self.tensors.items():
+            if name in left_alone:
+                continue
+            if average.is_floating_point():
+                averages, values = pairs[first_step(name, self.began)]
+                averages.append(own_part(average))
+                values.append(own_part(current[name]).to(average.dtype))
+            else:
+                average.copy_(current[name])
+        for first, (averages, values) in pairs.items():
+            torch._foreach_lerp_(averages, values, 1 - self.decay(step - first))
+
+    def restore(self, began: dict[str, int | None] | None) -> None:
+        """What was saved of `began`."""
+        self.began = began and dict(began)
+
+    def let_go(self) -> None:
+        """Free the whole of a sharded model; its parts stay."""
+        if self._parts:
+            for tensor in self._model.state_dict(keep_vars=True).values():
+                tensor.data = tensor.new_empty(0)
+            self._is_whole = False
+
+
+def first_step(name: str, began: Mapping[str, int | None]) -> int:
+    """The one that began to train a parameter, or a buffer's layer."""
+    layer = name.rpartition(".")[0]
+    beside = next((each for each in began if each.rpartition(".")[0] == layer), name)
+    return began.get(name, began.get(beside)) or 0
+
+
+def _without_gradient(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Parameters that have no gradient where others have one."""
+    parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    without = {name for name, parameter in parameters.items() if parameter.grad is None}
+    return without if len(without) < len(parameters) else set()
+
+
+class PowerAverage(Average):
+    """The power-function average of EDM2 (Karras et al. 2024, eq. 3): weights of step t count as t^gamma, so that the
+    average's length grows with training; `sigma_rel` is its standard deviation over the length of training."""
+
+    def __init__(self, model: nn.Module, sigma_rel: float) -> None:
+        super().__init__(model)
+        self.gamma = gamma_of(sigma_rel)
+
+    def decay(self, step: int) -> float:
+        """`(1 - 1/t)^(gamma + 1)`, t = step + 1."""
+        return (1 - 1 / (step + 1)) ** (self.gamma + 1)
+
+
+class EMA(Average):
+    """The exponential average that is sampled and scored, with `decay = min(max_decay, (1 + step) / (10 + step))`: the
+    rising decay lets short runs forget their initialisation. Beside it any number of power-function averages, from
+    whose snapshots `scripts/reconstruct_ema.py` makes an average of any other length after training.
+    """
+
+    def __init__(self, model: nn.Module, max_decay: float, profiles: Sequence[float] = ()) -> None:
+        if not 0 <= max_decay < 1:
+            raise ValueError(f"--train.ema_decay {max_decay} must lie in [0, 1)")
+        super().__init__(model)
+        self.max_decay = max_decay
+        self.profiles = {sigma: PowerAverage(model, sigma) for sigma in profiles}
+
+    def decay(self, step: int) -> float:
+        """Rises to `max_decay`."""
+        return min(self.max_decay, (1 + step) / (10 + step))
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step` (from 0)."""
+        for average in self.profiles.values():
+            average.update(model, step)
+        super().update(model, step)
+
+    def restore(self, began: dict[str, int | None] | None) -> None:
+        """What was saved of `began`."""
+        for average in self.profiles.values():
+            average.restore(began)
+        super().restore(began)
+
+    def shard_like(self, model: nn.Module) -> None:
+        """Keep the parts that this process has of `model`, if that is sharded."""
+        for average in self.profiles.values():
+            average.shard_like(model)
+        super().shard_like(model)
+
+    @torch.no_grad()
+    def drift(self, model: nn.Module) -> float:
+        """How far the average lags behind the weights: norm of the difference over norm of the weights."""
+        averages, current = self.tensors, model.state_dict()
+        names = [name for name, _ in self._model.named_parameters()]
+        gap = get_total_norm([averages[name] - current[name] for name in names])
+        return (whole(gap) / whole(get_total_norm([current[name] for name in names]))).item()
+
+    def profile_tensors(self) -> dict[str, Tensor]:
+        """Weights of all power-function averages, as `sigma/name`."""
+        return {
+            f"{sigma}/{name}": tensor
+            for sigma, average in self.profiles.items()
+            for name, tensor in average.tensors.items()
+        }
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of a power-function average of this relative standard deviation: the positive root of
+    `(gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3)` (Karras et al. 2024, appendix C).
+
+    Raises:
+        ValueError: for a length that no exponent gives.
+    """
+    if not 0 < sigma_rel < 0.28:
+        raise ValueError(f"--train.ema_profiles {sigma_rel}: lengths lie between 0 and 0.28; EDM2 keeps 0.05, 0.1")
+    t = sigma_rel**-2
+    roots = np.roots([1, 7, 16 - t, 12 - t])
+    return float(roots.real[np.abs(roots.imag) < 1e-9].max())
+
+
+Snapshot = tuple[int | float, float]  # (steps trained, gamma)
+
+
+def reconstruction_weights(snapshots: Sequence[Snapshot], target: Snapshot) -> list[float]:
+    """How much of each snapshot makes up a target average: least squares between their profiles over training (Karras
+    et al. 2024, section 3.2), divided by their sum as in EDM2's code, so that an average of equal weights is these."""
+    gram = [[_overlap(a, b) for b in snapshots] for a in snapshots]
+    right = [_overlap(a, target) for a in snapshots]
+    weights = np.linalg.lstsq(np.array(gram), np.array(right), rcond=None)[0]
+    return (weights / weights.sum()).tolist()
+
+
+def _overlap(a: Snapshot, b: Snapshot) -> float:
+    """Inner product of two profiles `(gamma + 1) tau^gamma / t^(gamma + 1)`, tau from 0 to t."""
+    (t_a, gamma_a), (t_b, gamma_b) = a, b
+    shorter = min(t_a, t_b)
+    scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / shorter
+    return scale * (shorter / t_a) ** (gamma_a + 1) * (shorter / t_b) ** (gamma_b + 1)

@@ -1,0 +1,64 @@
+"""Log-likelihood of held-out images under a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from autoencoders.codec import Codec
+from checkpoints.checkpoint import Checkpoint
+from data.images import ImageDataset
+from data.shapes import ShapesDataset
+from data.subsets import by_name, stratified
+from diffusion.probability_flow import bits_per_dimension
+from machine.randomness import generator_for
+from metrics.fidelity import Score
+from sampling.generation import share
+
+
+def held_out_likelihood(
+    checkpoint: Checkpoint,
+    codec: Codec,
+    held_out: ImageDataset | ShapesDataset,
+    num_images: int,
+    accelerator: Accelerator,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Score:
+    """Bits per dimension of held-out images, of each class its share, given their labels: the mean, and its standard
+    error.
+
+    In pixel space of the 8-bit image; in latent space of the latent's density, which may be negative and compares
+    models on the same autoencoder alone. Image `i`'s draws are a function of (seed, i).
+
+    Raises:
+        ValueError: for a number of images that there are not.
+    """
+    if not 2 <= num_images <= len(held_out):
+        raise ValueError(
+            f"--likelihood {num_images} must lie in 2..{len(held_out)}, the held-out images; 0 leaves it out"
+        )
+    device = accelerator.device
+    process, model = checkpoint.build_process(), checkpoint.load_model(device)
+    chosen = stratified(held_out.labels, num_images, seed)
+    labels = held_out.labels
+    if checkpoint.classes:
+        labels = by_name(labels, held_out.classes, checkpoint.classes, "--likelihood")
+    found: list[tuple[int, float]] = []
+    show = accelerator.is_main_process
+    with tqdm(total=num_images, desc="likelihood", unit="img", disable=not show, leave=False) as bar:
+        for part in share(num_images, accelerator).split(batch_size):
+            x_0, signs = [], []
+            for index, one in zip(part.tolist(), chosen[part].tolist(), strict=True):
+                draw = generator_for(seed, "likelihood", index, device=device)
+                x_0.append(codec.encode(held_out[one][0][None].to(device), draw))
+                signs.append(torch.randint(0, 2, x_0[-1].shape, generator=draw, device=device) * 2.0 - 1)
+            y = labels[chosen[part]].to(device)
+            bits = bits_per_dimension(process, model, torch.cat(x_0), y, probe=torch.cat(signs))
+            found += zip(part.tolist(), (bits + codec.density_offset).tolist(), strict=True)
+            bar.update(len(part) * accelerator.num_processes)
+    bits = torch.tensor([value for _, value in sorted(gather_object(found))], dtype=torch.float64)
+    return Score(bits.mean().item(), (bits.std() / len(bits) ** 0.5).item(), spread=f"standard error of {num_images}")

@@ -1,0 +1,153 @@
+"""What evaluation leaves to read and to paste: a JSON record, a Markdown table, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.checkpoint import current_commit
+from evaluation.scoring import Memorisation, Reference, Row
+from evaluation.sources import Source
+from evaluation.table import markdown, number, tex
+from experiment.config import EvaluationConfig
+from machine.whole_files import write_whole
+from metrics.features import Extractor
+from metrics.fidelity import Score, metric_name
+from sampling.image_files import save_grid
+
+ENOUGH_FOR_INCEPTION_SCORE = 5000  # images a split, as of the 50,000 in ten that the literature prints
+LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity")
+
+
+def provenance(
+    rows: Sequence[Row], reference: Reference, extractor: Extractor, evaluation: EvaluationConfig, machine: str
+) -> dict[str, Any]:
+    """The first row's scores, all rows, and what it takes to derive them again."""
+    first = rows[0].trials[0]
+    return {
+        "scores": rows[0].to_dict()["scores"],
+        "num_samples": first.num_samples,
+        "num_reference": reference.features.num,
+        "num_trials": len(rows[0].trials),
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "settings": first.settings,
+        "samples": rows[0].settings,
+        "reference": reference.provenance,
+        "evaluation": asdict(evaluation),
+        "rows": [row.to_dict() for row in rows],
+        "machine": machine,
+        "commit": current_commit(),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Strict JSON, whole or not at all."""
+    write_whole(path, json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def table(
+    rows: Sequence[Row],
+    columns: Sequence[str] = (),
+    *,
+    of: str = "samples",
+    form: Callable[[Sequence[Sequence[str]]], str] = markdown,
+) -> str:
+    """Markdown, aligned for the terminal, or another form: a row a source, a column a setting in `columns` or a
+    metric."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
+    cells = [[of, *columns, *metrics]]
+    for row in rows:
+        settings = [str(row.settings.get(column, "")) for column in columns]
+        cells.append([row.name, *settings, *(_cell(row.scores.get(metric)) for metric in metrics)])
+    return form(cells)
+
+
+def latex(cells: Sequence[Sequence[str]]) -> str:
+    """A booktabs table, ready for `\\input`; its first row is the head."""
+    head, *lines = (" & ".join(map(tex, line)) + r" \\" for line in cells)
+    columns = "l" + "r" * (len(cells[0]) - 1)
+    start = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*start, *lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
+    """What is to be known of the numbers in a table: what each ± is, and which of them a few images do not give."""
+    first = rows[0].trials[0]
+    spreads: dict[str, list[str]] = {}
+    for row in rows:
+        for name, score in row.scores.items():
+            if score.spread and name not in (found := spreads.setdefault(score.spread, [])):
+                found.append(name)
+    lines = [f"± of {', '.join(names)}: {spread}" for spread, names in spreads.items()]
+    name, splits = metric_name("is", extractor.kind, extractor.name), first.settings["is_splits"]
+    if name in first.scores and (num := first.num_samples // splits) < ENOUGH_FOR_INCEPTION_SCORE:
+        lines.append(f"{name}: low by the bias of {splits} splits of {num} images; compare equal counts alone")
+    return lines
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    return "none" if score.value is None else number(score.value, score.std)
+
+
+def draw_pairs(samples: Source, train: Source, found: Memorisation, path: Path, num: int = 12) -> None:
+    """The samples that lie closest to a training image, and below each that image."""
+    closest = found.closest(num)
+    pairs = torch.cat([samples.images(closest), train.images(found.nearest[closest])])
+    captions = [f"{distance:.3g}" for distance in found.distances[closest].tolist()]
+    save_grid(pairs, path, columns=len(closest), captions=[*captions, *["training"] * len(closest)])
+
+
+def draw_sweep(rows: Sequence[Row], path: Path) -> None:
+    """The first metric, and precision against recall, along the guidance scale or, where that is one, the calls of the
+    model; a line for each combination of what else varies, error bars where there were trials."""
+    from matplotlib.figure import Figure
+
+    distance = next(iter(rows[0].scores))
+    varying = [name for name in SWEPT if len({row.settings[name] for row in rows}) > 1]
+    along = "guidance_scale" if "guidance_scale" in varying or "num_steps" not in varying else "model_calls"
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        others = [name for name in varying if name not in (along, "num_steps" if along == "model_calls" else "")]
+        lines.setdefault(", ".join(SWEPT[name].format(row.settings[name]) for name in others), []).append(row)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, line in lines.items():
+        places = [row.settings[along] for row in line]
+        left.errorbar(places, *_values(line, distance), marker="o", capsize=3, label=name)
+        recall, recall_error = _values(line, "recall")
+        precision, precision_error = _values(line, "precision")
+        right.errorbar(recall, precision, precision_error, recall_error, marker="o", capsize=3, label=name)
+        for x, y, place in zip(recall, precision, places, strict=True):
+            right.annotate(f"{place:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    left.set(xlabel=along.replace("_", " "), ylabel=distance)
+    if along == "model_calls":
+        left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="recall", ylabel="precision", title=f"numbers: {along.replace('_', ' ')}")
+    right.title.set_fontsize(9)
+    if len(lines) > 1:
+        left.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+SWEPT = {"sampler": "{}", "spacing": "{}", "num_steps": "{} steps", "guidance_scale": "guidance {}"}
+
+
+def _values(rows: Sequence[Row], metric: str) -> tuple[list[float], list[float]]:
+    """Values and spreads; a score that there is none of leaves a gap."""
+    scores = [row.scores.get(metric) for row in rows]
+    values = [score.value if score and score.value is not None else float("nan") for score in scores]
+    return values, [(score.std or 0.0) if score else 0.0 for score in scores]

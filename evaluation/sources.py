@@ -1,0 +1,230 @@
+"""Where images to be scored come from: a checkpoint, a dataset, a file, or the autoencoder.
+
+A source gives images by index, so that processes share them, and any of them can be looked at again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from autoencoders.codec import Codec
+from checkpoints.checkpoint import Checkpoint
+from data import left_out
+from data.images import ImageDataset
+from data.subsets import by_name, stratified
+from diffusion.samplers import num_calls, randn_like
+from experiment.config import EvaluationConfig, SamplingConfig
+from machine.precision import precision_of
+from machine.randomness import generator_for
+from metrics.image_batches import ImageBatch, Images, image_batches
+from sampling.autoguidance import load_guide_model
+from sampling.generation import Generator, sample_labels
+from sampling.options import check_sampling
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images by index, and where they come from; `labels` are of each image, `classes` their names (of none: [])."""
+
+    name: str
+    num_images: int
+    batches: Callable[[Tensor, int], Iterator[ImageBatch]]  # (indices, batch size)
+    provenance: dict[str, Any]
+    labels: Int64[Tensor, " n"] | None = None
+    classes: Sequence[str] = ()
+
+    def images(self, indices: Tensor) -> UInt8[Tensor, "n 3 h w"]:
+        """Some of them, to look at."""
+        return torch.cat([batch.images for batch in self.batches(indices, 64)])
+
+
+def from_generator(generator: Generator, name: str, classes: Sequence[str] = (), **provenance: object) -> Source:
+    """Samples drawn as they are scored."""
+    sampler = generator.sampling.sampler or generator.process.default_sampler
+    settings = {
+        "kind": "samples",
+        "seed": generator.seed,
+        "weights": "ema",
+        "autoencoder": generator.codec.provenance,
+        "precision": precision_of(generator.accelerator),
+        "model_calls": num_calls(sampler, generator.sampling.num_steps),
+        **asdict(generator.sampling),
+    }
+    labels = generator.labels if classes else None
+    return Source(name, len(generator.labels), generator.batches, {**settings, **provenance}, labels, classes)
+
+
+def from_images(
+    images: Images,
+    name: str,
+    index: Int64[Tensor, " n"] | None = None,
+    *,
+    labels: Int64[Tensor, " m"] | None = None,
+    classes: Sequence[str] = (),
+    **provenance: object,
+) -> Source:
+    """A dataset or tensor, or those of its images at `index`; `labels` are of all its images."""
+    chosen = torch.arange(len(images)) if index is None else index  # pyright: ignore[reportArgumentType]
+    own = labels[chosen] if labels is not None and classes else None
+
+    def batches(indices: Tensor, batch_size: int) -> Iterator[ImageBatch]:
+        found = image_batches(images, batch_size, indices=chosen[indices])
+        for part, batch in zip(indices.split(batch_size), found, strict=True):
+            yield replace(batch, indices=part, labels=None if own is None else own[part])
+
+    return Source(name, len(chosen), batches, {**provenance, "num_images": len(chosen)}, own, classes)
+
+
+def from_dataset(dataset: Any, name: str, num: int | None = None, seed: int = 0, **provenance: object) -> Source:
+    """A dataset of `data`; of more than `num` images so many, of each class its share, drawn by the seed."""
+    index = stratified(dataset.labels, min(num or len(dataset), len(dataset)), seed)
+    return from_images(dataset, name, index, labels=dataset.labels, **{**dataset.describe(), **provenance})
+
+
+def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> tuple[Source, Int64[Tensor, " n"]]:
+    """As many of a dataset's images as there are samples, of the samples' own classes, by name: what they are fairly
+    held against; and where they stand in it. Where either has no classes, of each of the dataset's its share. An image
+    comes twice where its class has fewer than are asked for.
+
+    Raises:
+        ValueError: for a class that the dataset lacks.
+    """
+    if samples.labels is None or not dataset.classes:
+        index = stratified(dataset.labels, samples.num_images, seed)
+    else:
+        wanted = by_name(samples.labels, samples.classes, dataset.classes, flag)
+        draw, index = torch.Generator().manual_seed(seed), torch.empty_like(wanted)
+        for label in wanted.unique().tolist():
+            own, places = ((each == label).nonzero().flatten() for each in (dataset.labels, wanted))
+            if len(own) == 0:
+                raise ValueError(f"{flag}: the {name} have no image of the class {dataset.classes[label]}")
+            shuffled = own[torch.randperm(len(own), generator=draw)]
+            index[places] = shuffled[torch.arange(len(places)) % len(own)]
+    about = {**dataset.describe(), "label_policy": "the samples'", "num_different": len(index.unique())}
+    return from_images(dataset, name, index, labels=dataset.labels, **about), index
+
+
+def reconstructions(source: Source, codec: Codec, device: torch.device, seed: int | None = None) -> Source:
+    """What the autoencoder makes of a source: no model on its latents comes closer to it. Of the posterior's mean, or
+    with a seed of a draw, as of the latents that a model learns; image `i`'s is a function of (seed, i)."""
+
+    def encode(batch: ImageBatch) -> Tensor:
+        images = batch.images.to(device)
+        if seed is None:
+            return codec.encode(images)
+        generators = [generator_for(seed, "posterior", index) for index in batch.indices.tolist()]
+        shape = (len(images), *codec.latent_shape(*images.shape[-2:]))
+        return codec.draw(codec.prepare(images), randn_like(torch.empty(shape, device=device), generators))
+
+    def batches(indices: Tensor, batch_size: int) -> Iterator[ImageBatch]:
+        for batch in source.batches(indices, batch_size):
+            yield replace(batch, images=codec.decode(encode(batch)).cpu())
+
+    provenance = {**source.provenance, "kind": "reconstructions", "autoencoder": codec.provenance}
+    return replace(source, name="reconstructions", batches=batches, provenance=provenance)
+
+
+@contextmanager
+def blaming(flag: str, instead_of: str) -> Iterator[None]:
+    """Errors name the flag that was given, not the one by which others ask for the same."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(instead_of, flag)) from error
+
+
+def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> Source:
+    """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's format); labels that have no names, as those of
+    ADM's own files in `arr_1`, are not used.
+
+    Raises:
+        ValueError: when the file is neither, or its images have another size than the reference's.
+    """
+    if Path(path).suffix != ".npz":
+        with blaming("--samples", "--data.path"):
+            dataset = ImageDataset(path, image_size=image_size)  # a folder, even where it is called shapes
+            for name, (width, height) in dataset.sizes():
+                if (width, height) != (image_size, image_size):
+                    raise ValueError(
+                        f"--samples {path}: {name} has {width}x{height} pixels, not the reference's {image_size}; "
+                        "give samples as they were drawn (a grid of them is a picture, no sample)"
+                    )
+        return from_dataset(dataset, Path(path).name, num, seed, kind="images", left_out=left_out(dataset))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array = file["arr_0"]
+            labels, names = (file[key] if key in file else np.zeros(0) for key in ("arr_1", "classes"))
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
+        raise ValueError(f"--samples {path}: not an npz with images in arr_0 ({error})") from error
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (image_size, image_size, 3):
+        raise ValueError(
+            f"--samples {path}: arr_0 is {array.dtype} {list(array.shape)}, the reference needs uint8 "
+            f"[n, {image_size}, {image_size}, 3]"
+        )
+    images = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+    classes = [str(name) for name in names]
+    fits = labels.dtype.kind in "iu" and labels.shape == array.shape[:1]
+    if classes and not (fits and set(labels.tolist()) <= set(range(len(classes)))):
+        raise ValueError(f"--samples {path}: arr_1 holds no label of each image among its {len(classes)} classes")
+    strata = torch.from_numpy(labels.astype(np.int64)) if classes else torch.zeros(len(images), dtype=torch.int64)
+    index = stratified(strata, min(num or len(images), len(images)), seed)
+    return from_images(images, Path(path).name, index, labels=strata, classes=classes, kind="npz", path=path)
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint,
+    settings: list[SamplingConfig],
+    evaluation: EvaluationConfig,
+    codec: Codec,
+    accelerator: Accelerator,
+    *,
+    num_trials: int,
+    num_reference: int,
+    reference_labels: Tensor | None,
+) -> list[list[Source]]:
+    """Samples of a checkpoint's averaged weights: for each sampling configuration a list of trials. The reference's
+    labels are the checkpoint's own numbers.
+
+    Trial `k` has the seed `evaluation.seed + k`. All share one model.
+
+    Raises:
+        ValueError: for a configuration that the process does not allow, before anything is drawn.
+    """
+    process, num_classes = checkpoint.build_process(), len(checkpoint.classes)
+    settings = [check_sampling(sampling, process, checkpoint.num_guided) for sampling in settings]
+    model, diffusion = checkpoint.load_model(accelerator.device), checkpoint.config.diffusion
+    provenance = {
+        "checkpoint": checkpoint.path.as_posix(),
+        "model": checkpoint.spec.name,
+        "step": checkpoint.step,
+        "trained_at_commit": checkpoint.commit,
+        "labels": evaluation.labels,
+    }
+
+    def trial(sampling: SamplingConfig, number: int) -> Source:
+        labels = sample_labels(evaluation, num_reference, num_classes, reference_labels, number)
+        seed = evaluation.seed + number
+        where = (checkpoint.image_size, seed, accelerator)
+        guide_model = load_guide_model(sampling, diffusion, checkpoint.spec, accelerator.device)
+        generator = Generator(model, process, codec, labels, sampling, *where, guide_model=guide_model)
+        name = checkpoint.config.name or checkpoint.spec.name
+        return from_generator(generator, name, checkpoint.classes, **provenance)
+
+    return [[trial(sampling, number) for number in range(num_trials)] for sampling in settings]
+
+
+def sweep(base: SamplingConfig, **choices: list[Any]) -> list[SamplingConfig]:
+    """Every combination of the choices; an empty list leaves the base's own."""
+    given = {name: values for name, values in choices.items() if values}
+    return [replace(base, **dict(zip(given, combination, strict=True))) for combination in product(*given.values())]

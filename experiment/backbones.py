@@ -1,0 +1,38 @@
+"""Configuration to backbone."""
+
+from __future__ import annotations
+
+from inspect import signature
+
+from torch import nn
+
+from autoencoders.codec import Codec
+from diffusion import Process
+from experiment.config import ExperimentConfig
+from models import BACKBONES
+from models.spec import ModelSpec
+
+
+def model_spec(config: ExperimentConfig, codec: Codec, process: Process, num_classes: int) -> ModelSpec:
+    """The backbone that fits codec, process and data.
+
+    Raises:
+        ValueError: for one that does not have the parts which the process trains.
+    """
+    fitting = [name for name, (backbone, _) in BACKBONES.items() if process.model_args.keys() <= parameters(backbone)]
+    if config.model in BACKBONES and config.model not in fitting:
+        raise ValueError(f"--model {config.model}: kind {config.diffusion.kind} takes --model {', '.join(fitting)}")
+    channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
+    return ModelSpec(
+        name=config.model,
+        args={**process.model_args, **config.model_args},
+        input_size=(height, width),
+        in_channels=channels,
+        out_channels=process.output_channels(channels),
+        num_classes=num_classes,
+    )
+
+
+def parameters(backbone: type[nn.Module]) -> set[str]:
+    """Names of its constructor's arguments."""
+    return set(signature(backbone).parameters)

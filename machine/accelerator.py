@@ -1,0 +1,94 @@
+"""What this machine offers to a run, found and said once: device, numbers, threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
+from tqdm import tqdm
+
+from machine.precision import MIXED, choose_precision, has_bf16, precision_of, warning_of
+from machine.sharding import keep_float32
+from machine.threads import deal_out_cores, start_waiting
+
+T = TypeVar("T")
+
+
+def open_accelerator(
+    precision: str, *, flag: str = "--precision", in_phases: bool = False, grad_accumulation: int = 1, **options: Any
+) -> Accelerator:
+    """Accelerate as launched, in the precision asked for (`choose_precision`), with all of the machine's cores. The
+    first line of a run says what was found.
+
+    The launcher's own configuration decides where to compute, and nothing else: not what is compiled or accumulated.
+    `flag` is what the command calls its precision; `in_phases` trains parts of the model at a time, which processes
+    have to know of each other.
+
+    Raises:
+        ValueError: for an unknown precision.
+    """
+    device = default_device()
+    mixed = MIXED[choose_precision(precision, device)]
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=in_phases)
+    accumulation = GradientAccumulationPlugin(num_steps=grad_accumulation)
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        dynamo_backend="no",
+        gradient_accumulation_plugin=accumulation,
+        kwargs_handlers=[ddp],
+        **options,
+    )
+    keep_float32(accelerator)
+    line = describe(accelerator)
+    if device.type == "cpu":
+        deal_out_cores(num_local_processes(accelerator))
+        say = tqdm.write if accelerator.is_main_process else lambda line: None
+        line += f", {start_waiting(say)}"
+    accelerator.print(line)
+    if warning := warning_of(precision, device, flag):
+        accelerator.print(warning)
+    return accelerator
+
+
+def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
+    """What the main process finds, for all; its errors too. Where each looks for itself, one may find what another has
+    just written, and they wait for each other for ever."""
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = find()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    value, error = broadcast_object_list(found) if accelerator.num_processes > 1 else found
+    if error is not None:
+        raise error if accelerator.is_main_process else SystemExit(2)  # said once
+    return value
+
+
+def num_local_processes(accelerator: Accelerator) -> int:
+    """Of the run's processes, those on this machine; launchers say it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+
+
+def default_device() -> torch.device:
+    """What Accelerate will take: a GPU of whatever make, or the CPU."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    found = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
+
+
+def describe(accelerator: Accelerator) -> str:
+    """Device and numbers that a run computes in, and why those; for records."""
+    device, name = accelerator.device, precision_of(accelerator)
+    native, why = has_bf16(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{where}: {name} ({why if (name == 'bf16') == native else 'as asked for'})"

@@ -1,0 +1,170 @@
+"""Frozen networks in whose features images are compared: modules of images in [-1, 1]."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metrics.programs import load_program
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LPIPS_HEADS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_FILE = "lpips_vgg_v0.1.pth"  # of the heads, in torch's hub folder
+
+
+class Normalised(nn.Module):
+    """Images in [-1, 1] as ImageNet's networks want them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        return ((images + 1) / 2 - self.mean) / self.std
+
+
+class VGG19Features(nn.Module):
+    """VGG19 (Simonyan and Zisserman 2015) up to its fourth convolution, `conv_4`, before the ReLU; torchvision's
+    ImageNet weights.
+
+    Raises:
+        ValueError: when the weights cannot be had, saying what can be done.
+    """
+
+    def __init__(self) -> None:
+        from torchvision.models import VGG19_Weights, vgg19
+
+        super().__init__()
+        with torch.device("meta"):
+            layers = nn.Sequential(*list(vgg19().features.children())[:8])
+        get = VGG19_Weights.IMAGENET1K_V1.get_state_dict
+        self.normalise = Normalised()
+        self.layers = _trained("vgg19", layers, lambda: get(progress=True, check_hash=True))
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 128 h_out w_out"]:
+        return self.layers(self.normalise(images))
+
+
+class LPIPSFeatures(nn.Module):
+    """Features whose mean squared difference is LPIPS, version 0.1, of VGG16 (Zhang et al. 2018, eq. 1).
+
+    That distance adds up, over five layers, the squared differences of features that have norm 1 over the channels,
+    weighted by channel, averaged over positions. The root of a weight may as well scale its feature: then it is a
+    squared distance between vectors.
+
+    Args:
+        heads: file of the channels' weights, as the `lpips` package has it (`weights/v0.1/vgg.pth`); by default
+            downloaded.
+
+    Raises:
+        ValueError: when VGG16 or the weights cannot be had, saying what can be done.
+    """
+
+    ENDS = (4, 9, 16, 23, 30)  # of VGG16's layers: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+
+    def __init__(self, heads: str | None = None) -> None:
+        from torchvision.models import VGG16_Weights, vgg16
+
+        super().__init__()
+        weights = _read_heads(heads)
+        with torch.device("meta"):
+            layers = nn.Sequential(*list(vgg16().features.children())[: self.ENDS[-1]])
+        get = VGG16_Weights.IMAGENET1K_V1.get_state_dict
+        layers = _trained("lpips", layers, lambda: get(progress=True, check_hash=True))
+        self.normalise = Normalised()
+        self.slices = nn.ModuleList(
+            layers[start:end] for start, end in zip((0, *self.ENDS[:-1]), self.ENDS, strict=True)
+        )
+        for number, weight in enumerate(weights):
+            self.register_buffer(f"scale_{number}", weight.sqrt())  # [1 c 1 1]
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        x, features = self.normalise(images), []
+        for number, layers in enumerate(self.slices):
+            x = layers(x)
+            positions = x.shape[-2] * x.shape[-1]
+            unit = F.normalize(x.float(), dim=1, eps=1e-10)
+            features.append((self.get_buffer(f"scale_{number}") * unit / positions**0.5).flatten(1))
+        joined = torch.cat(features, dim=1)
+        return joined * joined.shape[1] ** 0.5  # a mean of squares is then what their sum was
+
+
+class ProgramFeatures(nn.Module):
+    """A loaded program (`.pt2` or TorchScript) of images from 0 to 255, as feature extractors are: its output, or the
+    first of several."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Tensor:
+        output = self.program((images + 1) * 127.5)
+        return output[0] if isinstance(output, tuple | list) else output
+
+
+def _trained(name: str, layers: nn.Sequential, weights: Callable[[], dict[str, Tensor]]) -> nn.Sequential:
+    """The first layers of torchvision's network, whose ReLUs would write over activations that the gradient needs."""
+    try:
+        state = weights()
+    except (URLError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"network {name}: its weights could not be downloaded ({error}); put torchvision's file into "
+            f"{torch.hub.get_dir()}/checkpoints, or give network a program that you trust, a .pt2 or TorchScript file"
+        ) from error
+    layers.load_state_dict({key: state[f"features.{key}"] for key in layers.state_dict()}, assign=True)
+    return nn.Sequential(*(nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in layers))
+
+
+def _read_heads(path: str | None) -> list[Tensor]:
+    """What each channel of each layer counts, at least 0."""
+    try:
+        if path is None:
+            state = torch.hub.load_state_dict_from_url(
+                LPIPS_HEADS, map_location="cpu", file_name=LPIPS_FILE, weights_only=True
+            )
+        else:
+            state = torch.load(Path(path), map_location="cpu", weights_only=True)
+        weights = [state[f"lin{number}.model.1.weight"] for number in range(len(LPIPSFeatures.ENDS))]
+    except (URLError, OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        what = (
+            f"heads {path}: not the file of LPIPS's heads for VGG16" if path else "network lpips: its heads could not"
+        )
+        how = "" if path else f" be downloaded; put them into {torch.hub.get_dir()}/checkpoints/{LPIPS_FILE}"
+        raise ValueError(
+            f"{what}{how} ({error}); give heads the lpips package's weights/v0.1/vgg.pth, or another network"
+        ) from error
+    return [weight.float().clamp(min=0) for weight in weights]
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"vgg19": VGG19Features, "lpips": LPIPSFeatures}
+
+
+def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
+    """A frozen network of images in [-1, 1], by its name in `NETWORKS` or from a program's file; `heads` is a file that
+    some of them are told.
+
+    Raises:
+        ValueError: when it cannot be had, saying what can be used in its place.
+    """
+    if name not in NETWORKS and not Path(name).is_file():
+        raise ValueError(
+            f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or give a program that you trust, "
+            "a .pt2 or TorchScript file"
+        )
+    settings = {} if heads is None else {"heads": heads}
+    if heads is not None and not (name in NETWORKS and "heads" in signature(NETWORKS[name]).parameters):
+        raise ValueError(f"--auxiliary heads {heads}: network {name} has none; leave it out, or use network lpips")
+    network = NETWORKS[name](**settings) if name in NETWORKS else ProgramFeatures(load_program(name))
+    return network.requires_grad_(False).eval()

@@ -1,0 +1,45 @@
+"""The worse model of autoguidance (Karras et al. 2024): a checkpoint of the same process and data."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from checkpoints.checkpoint import open_checkpoint
+from experiment.config import DiffusionConfig, SamplingConfig
+from experiment.processes import process_settings
+from models.spec import ModelSpec
+
+OF_TRAINING = {
+    "weighting",
+    "times",
+    "shift",
+    "P_mean",
+    "P_std",
+    "phases",
+    "forcing",
+}  # these do not change what an output means
+
+
+def load_guide_model(
+    sampling: SamplingConfig, diffusion: DiffusionConfig, spec: ModelSpec, device: torch.device
+) -> nn.Module | None:
+    """The averaged model of `guidance_checkpoint`, if there is one: it may differ in backbone and training alone.
+
+    Raises:
+        ValueError: when there is no such checkpoint, or its outputs do not mean what the guided model's do.
+    """
+    if sampling.guidance_checkpoint is None:
+        return None
+    other = open_checkpoint(sampling.guidance_checkpoint)
+    names = ("input_size", "in_channels", "out_channels", "num_classes")
+    ours = {"kind": diffusion.kind, **process_settings(diffusion)} | {name: getattr(spec, name) for name in names}
+    theirs = {"kind": other.config.diffusion.kind, **process_settings(other.config.diffusion)}
+    theirs |= {name: getattr(other.spec, name) for name in names}
+    for name in ours:
+        if name not in OF_TRAINING and theirs.get(name) != ours[name]:
+            raise ValueError(
+                f"--guidance_checkpoint {sampling.guidance_checkpoint}: its {name} is {theirs.get(name)}, the guided "
+                f"model's {ours[name]}; only backbone and training may differ"
+            )
+    return other.load_model(device)

@@ -1,0 +1,226 @@
+"""Distributed generation: labels in, images out; each image a function of (seed, its index, its label) alone."""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from autoencoders.codec import Codec
+from data.subsets import stratified
+from diffusion import Process, sample
+from diffusion.samplers import randn_like
+from experiment.config import EvaluationConfig, SamplingConfig
+from machine.randomness import generator_for
+from metrics.image_batches import ImageBatch
+from sampling.options import build_guidance
+
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Images by index: image `i` is a function of (seed, i, its label) alone.
+
+    Its noise comes from a generator of its own, seeded by (seed, i), drawn on the CPU: neither batch size, nor number
+    of processes, nor device changes it. Classifier-free guidance needs a conditional model.
+    """
+
+    model: nn.Module
+    process: Process
+    codec: Codec
+    labels: Int64[Tensor, " n"]
+    sampling: SamplingConfig
+    image_size: tuple[int, int]
+    seed: int
+    accelerator: Accelerator
+    callback: Callback | None = None
+    guide_model: nn.Module | None = None  # of autoguidance
+    on_stage: Callable[[str, Tensor], None] | None = None
+
+    def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
+        """The images of these indices, in order."""
+        for part in indices.split(batch_size):
+            yield ImageBatch(part, self.draw(part).cpu(), self.labels[part])
+
+    def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
+        """One batch."""
+        device = self.accelerator.device
+        generators = [generator_for(self.seed, "sample", index) for index in indices.tolist()]
+        shape = self.codec.latent_shape(*self.image_size)
+        noise = randn_like(torch.empty(len(indices), *shape, device=device), generators)
+        return self.denoise(noise, self.labels[indices].to(device), generators)
+
+    def denoise(
+        self,
+        noise: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        generators: list[torch.Generator],
+        start: int | float | None = None,
+    ) -> UInt8[Tensor, "b 3 H W"]:
+        """From noise, or from `x_t` at the time `start`, to images; a generator each for the random steps."""
+        device, sampling = self.accelerator.device, self.sampling
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            x_0 = sample(
+                self.process,
+                self.model,
+                noise,
+                y,
+                sampler=sampling.sampler,
+                num_steps=sampling.num_steps,
+                spacing=sampling.spacing,
+                eta=sampling.eta,
+                churn=sampling.churn,
+                guidance_scale=sampling.guidance_scale,
+                guidance=build_guidance(sampling),
+                guide_model=self.guide_model,
+                legacy_cfg_channels=sampling.legacy_cfg_channels,
+                clip=self.codec.limit if sampling.clip is None else sampling.clip,
+                start=start,
+                generator=generators,
+                callback=self.callback,
+                on_stage=self.on_stage,
+            )
+        return self.codec.decode(x_0)
+
+
+def generate(generator: Generator, *, batch_size: int) -> UInt8[Tensor, "n 3 h w"]:
+    """All images of a generator, in order, on every process; the work is shared by all of them."""
+    return torch.cat(list(stream(generator, batch_size=batch_size)))
+
+
+def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
+    """The same, a batch of each process at a time: for more images than memory holds."""
+    accelerator, num_images = generator.accelerator, len(generator.labels)
+    hidden = not accelerator.is_main_process
+    with tqdm(total=num_images, desc="sampling", unit="img", disable=hidden, leave=False) as bar:
+        for part in torch.arange(num_images).split(batch_size * accelerator.num_processes):
+            mine = part[accelerator.process_index :: accelerator.num_processes]
+            drawn: list[Any] = []
+            try:
+                drawn = list(zip(mine.tolist(), generator.draw(mine).cpu(), strict=True)) if len(mine) else []
+            except ValueError as error:  # goes with the images, so that no process waits for one that is gone
+                drawn = [error]
+            gathered = gather_object(drawn)
+            for error in (each for each in gathered if isinstance(each, ValueError)):
+                raise error
+            everyone = dict(gathered)
+            yield torch.stack([everyone[index] for index in part.tolist()])
+            bar.update(len(part))
+
+
+def share(num_images: int, accelerator: Accelerator) -> Int64[Tensor, " m"]:
+    """The indices that fall to this process, dealt out in turn."""
+    return torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
+
+
+class DenoisingPanel:
+    """Keeps some moments of the first batch's denoising: as a `callback`, then as a picture."""
+
+    def __init__(self, num_moments: int, num_steps: int, num_images: int = 6) -> None:
+        if not 1 <= num_moments <= num_steps:
+            raise ValueError(f"--panel {num_moments} must lie in 1..{num_steps}, the sampling steps")
+        self.steps = torch.linspace(0, num_steps - 1, num_moments).round().long().tolist()
+        self.names = [f"step {step + 1}" for step in self.steps]
+        self.num_images, self.columns = num_images, num_moments
+        self.moments: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, step: int, x_t: Tensor, x_0: Tensor) -> None:
+        if len(self.moments) < self.columns and step == self.steps[len(self.moments)]:
+            self.moments.append((x_t[: self.num_images], x_0[: self.num_images]))
+
+    def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
+        """For each image a row of `x_t` and below it one of predicted `x_0`, decoded."""
+        rows = []
+        for image in range(len(self.moments[0][0])):
+            for kind in (0, 1):
+                rows += [moment[kind][image] for moment in self.moments]
+        return codec.decode(torch.stack(rows)).cpu()
+
+
+class StagesPanel:
+    """Keeps what each stage of the first batch put out: as `on_stage`, then as a picture.
+
+    Raises:
+        ValueError: where there is one stage alone.
+    """
+
+    def __init__(self, process: Process, num_images: int = 36) -> None:
+        if not process.stages:
+            raise ValueError("--stages true: this model draws in one stage; it is for cascades, see --panel")
+        self.names, self.num_images = list(process.stages), num_images
+        self.outputs: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, x_0: Tensor) -> None:
+        self.outputs.setdefault(name, x_0[: self.num_images])
+
+    def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
+        """For each sample its stages' outputs, decoded, in squares of the largest one's size."""
+        decoded = [codec.decode(self.outputs[name]).cpu() for name in self.names]  # not all devices enlarge bytes
+        size = max(tuple(images.shape[-2:]) for images in decoded)
+        enlarged = [torch.nn.functional.interpolate(images, size=size, mode="nearest") for images in decoded]
+        return torch.stack(enlarged, dim=1).flatten(0, 1)
+
+
+def resolve_classes(asked: list[str], classes: list[str]) -> list[int]:
+    """Labels of class names or numbers; all of them when none are asked for, 0 for an unconditional model.
+
+    Raises:
+        ValueError: naming the class that does not exist, and its neighbours.
+    """
+    if not asked:
+        return list(range(max(1, len(classes))))
+    labels, composed = [], [unicodedata.normalize("NFC", name) for name in classes]
+    for name in asked:
+        if not classes:
+            raise ValueError(f"--classes {name}: the model has no classes; leave it out")
+        if (same := unicodedata.normalize("NFC", name)) in composed:  # macOS takes names apart
+            labels.append(composed.index(same))
+        elif name in map(str, range(len(classes))):
+            labels.append(int(name))
+        else:
+            close = difflib.get_close_matches(name, classes, n=3, cutoff=0.4)
+            known = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(classes[:10])}, ..."
+            raise ValueError(f"--classes {name}: no such class among the {len(classes)}; {known}")
+    return labels
+
+
+def sample_labels(
+    evaluation: EvaluationConfig,
+    num_reference: int,
+    num_classes: int,
+    reference: Int64[Tensor, " m"] | None,
+    trial: int = 0,
+) -> Int64[Tensor, " n"]:
+    """Labels of samples to be scored, as the policy asks for: `balanced`, all classes in turn; `reference`, of each
+    class its share of the reference; `random`, each class as likely. As many as asked, else as the reference has.
+
+    Raises:
+        ValueError: for the reference's own labels where it has none, or no number of samples.
+    """
+    num_images = evaluation.num_samples or num_reference
+    if num_images < 1:
+        raise ValueError("--num_samples: the reference does not say how many images it is of; give a number")
+    if num_classes == 0 or evaluation.labels == "balanced":
+        return balanced_labels(num_images, num_classes)
+    if evaluation.labels == "reference":
+        if reference is None:
+            raise ValueError("--labels reference: the reference has no labels; choose from balanced, random")
+        return reference[stratified(reference, num_images, evaluation.seed)]
+    return torch.randint(num_classes, (num_images,), generator=generator_for(evaluation.seed + trial, "labels"))
+
+
+def balanced_labels(num_images: int, num_classes: int) -> Int64[Tensor, " n"]:
+    """Labels in turn, so that classes differ in count by one at most; all 0 for an unconditional model."""
+    return torch.arange(num_images) % max(1, num_classes)

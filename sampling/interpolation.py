@@ -1,0 +1,70 @@
+"""On the way from one class to another, or from one seed to another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int64, Shaped, UInt8
+from torch import Tensor, nn
+
+from diffusion.samplers import randn_like
+from machine.randomness import generator_for
+from sampling.generation import Generator
+
+
+class Blend(nn.Module):
+    """Predictions for one class and for another, mixed: sample `y` has the share `shares[y]` of the other's; the label
+    one above the last is null."""
+
+    def __init__(self, model: nn.Module, labels: tuple[int, int], shares: Float[Tensor, " n"]) -> None:
+        super().__init__()
+        self.model, self.labels, self.num_classes = model, labels, len(shares)
+        self.shares = torch.cat([shares, shares.new_zeros(1)])
+
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
+    ) -> Float[Tensor, "b c_out h w"]:
+        null = torch.as_tensor(getattr(self.model, "num_classes", 0), device=y.device)
+        first, second = (torch.where(y == self.num_classes, null, label) for label in self.labels)
+        share = self.shares[y][:, None, None, None]
+        return torch.lerp(self.model(x_t, t, first), self.model(x_t, t, second), share)
+
+
+def interpolate(
+    generator: Generator, labels: tuple[int, int], seeds: tuple[int, int], num_images: int
+) -> UInt8[Tensor, "n 3 H W"]:
+    """`num_images` in equal steps, both ends included: of the class's prediction, and of the noise along the arc
+    between the seeds' (which keeps its variance). The random steps of all are those of the first seed.
+
+    Raises:
+        ValueError: for fewer than two images, or classes of a model that draws in stages.
+    """
+    if generator.process.stages and labels[0] != labels[1]:
+        raise ValueError("--interpolate: a cascade has no one prediction to mix; give --class one class, and --to_seed")
+    if num_images < 2:
+        raise ValueError(f"--interpolate {num_images} must be at least 2, both ends included")
+    device = generator.accelerator.device
+    shares = torch.linspace(0, 1, num_images, device=device)
+    shape = generator.codec.latent_shape(*generator.image_size)
+    ends = [randn_like(torch.empty(1, *shape), [generator_for(seed, "sample", 0)]).to(device) for seed in seeds]
+    streams = [generator_for(seeds[0], "sample", 0) for _ in range(num_images)]
+    for stream in streams:
+        torch.randn(shape, generator=stream)  # the first picture is then the one that its seed alone draws
+    noise = slerp(ends[0], ends[1], shares[:, None, None, None])
+    if labels[0] == labels[1]:
+        return generator.denoise(noise, torch.full((num_images,), labels[0], device=device), streams).cpu()
+    blend = replace(generator, model=Blend(generator.model, labels, shares))
+    return blend.denoise(noise, torch.arange(num_images, device=device), streams).cpu()
+
+
+def slerp(
+    first: Float[Tensor, "1 c h w"], second: Float[Tensor, "1 c h w"], share: Float[Tensor, "n 1 1 1"]
+) -> Float[Tensor, "n c h w"]:
+    """Along the arc between two vectors (Shoemake 1985)."""
+    exact = [each.flatten().cpu().double() for each in (first, second)]  # not every device has float64
+    cosine = nn.functional.cosine_similarity(*exact, dim=0)
+    angle = cosine.clamp(-1, 1).acos().float()
+    if angle.sin() < 1e-4:
+        return torch.lerp(first.expand(len(share), -1, -1, -1), second.expand(len(share), -1, -1, -1), share)
+    return (((1 - share) * angle).sin() * first + (share * angle).sin() * second) / angle.sin()

@@ -1,0 +1,116 @@
+"""What works on this machine, and what to install for the rest: `python scripts/doctor.py`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from metrics.downloads import hub_answers
+
+PAPER_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
+EXTRAS = {  # module -> what it is for, how it is had
+    "tensorboard": ("--log.trackers '[tensorboard]'", "pip install tensorboard"),
+    "wandb": ("--log.trackers '[wandb]'", "pip install -e '.[wandb]'"),
+    "gradio": ("scripts/app.py", "pip install -e '.[demo]'"),
+    "submitit": ("scripts/launch_slurm.py and ablations on SLURM", "pip install -e '.[slurm]'"),
+    "datasets": ("scripts/prepare_data.py from any image dataset of the hub", "pip install -e '.[hub]'"),
+}
+
+
+class Finding(NamedTuple):
+    """One line of the report; what is not there comes with its remedy."""
+
+    works: bool
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{'ok' if self.works else '--':<4}{self.what}{f': {self.remedy}' if self.remedy else ''}"
+
+
+def machine() -> Iterator[Finding]:
+    """Devices, cores, disk, precision."""
+    import torch
+
+    from machine.accelerator import default_device
+    from machine.precision import choose_precision, has_bf16, slowdown_of_bf16
+    from machine.threads import allowed_cores
+
+    number = version("latent-diffusion-backbones")
+    packages = f"Python {platform.python_version()}, torch {torch.__version__}"
+    yield Finding(True, f"version {number}, {packages}, {platform.system()} {platform.machine()}")
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield Finding(True, f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB")
+    device = default_device()
+    if device.type not in ("cpu", "cuda"):
+        yield Finding(True, f"GPU: {device.type}")
+    elif not torch.cuda.is_available():
+        yield Finding(False, "no CUDA GPU", "everything runs on the CPU; configs/quickstart.yaml is made for it")
+    cores = f"{len(allowed_cores())} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
+    yield Finding(True, f"{cores}, {os.getloadavg()[0]:.1f} of them busy in the last minute")
+    auto = choose_precision("auto", device)
+    why = f"{has_bf16(device)[1]}; a matrix product in bf16 takes {slowdown_of_bf16(device):.2g} times as long"
+    yield Finding(True, f"--precision auto is {auto} here: {why}")
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    yield Finding(free > 5, f"{free:.0f} GB free in this folder", "" if free > 5 else "caches and runs need a few")
+
+
+def packages() -> Iterator[Finding]:
+    """What is optional."""
+    for module, (purpose, remedy) in EXTRAS.items():
+        try:
+            yield Finding(True, f"{module} {version(module)}: {purpose}")
+        except PackageNotFoundError:
+            yield Finding(False, f"no {module}, for {purpose}", remedy)
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    works = compiler is not None and find_spec("torch._inductor") is not None
+    yield Finding(works, "a C++ compiler, for --train.compile", "" if works else "install g++")
+
+
+def weights() -> Iterator[Finding]:
+    """Autoencoders and feature extractors, and whether the hub serves what is missing."""
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torchvision.models import VGG19_Weights
+
+    from autoencoders.codec import EMBEDDED
+
+    hub = hub_answers()
+    yield Finding(hub, "the Hugging Face hub" + ("" if hub else " does not answer"), "" if hub else "use local files")
+    yield Finding(EMBEDDED.is_dir(), "the embedded autoencoder (--autoencoder embedded)")
+    found = isinstance(try_to_load_from_cache(PAPER_AUTOENCODER, "config.json"), str)
+    remedy = "downloaded on first use" if hub else "give --autoencoder a folder in diffusers' format, or embedded"
+    yield Finding(found or hub, f"{PAPER_AUTOENCODER}, of the paper's configurations", "" if found else remedy)
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    for name, url, otherwise in (
+        ("Inception, for FID", URL_INCEPTION_V3, "--weights_path FILE, or --extractor FILE.pt2 or timm:NAME"),
+        ("VGG19, for --auxiliary perceptual", VGG19_Weights.IMAGENET1K_V1.url, "network: FILE.pt2"),
+    ):
+        there = (cache / Path(url).name).is_file()
+        remedy = f"put {Path(url).name} into {cache}" + (
+            ", or it is downloaded on first use" if hub else f", or {otherwise}"
+        )
+        yield Finding(there, name, "" if there else remedy)
+
+
+def main() -> None:
+    """All of it."""
+    for title, findings in {"Machine": machine(), "Packages": packages(), "Weights": weights()}.items():
+        print(title)
+        for finding in findings:
+            print(f"  {finding}")
+
+
+if __name__ == "__main__":
+    main()

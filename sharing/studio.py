@@ -1,0 +1,262 @@
+"""Pictures from several checkpoints, step by step, and the command that draws each again: what scripts/app.py shows."""
+
+from __future__ import annotations
+
+import queue
+import shlex
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+from jaxtyping import UInt8
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint, open_checkpoint
+from experiment.datasets import open_split
+from machine.accelerator import open_accelerator
+from metrics.manifold import nearest
+from sampling.autoguidance import load_guide_model
+from sampling.generation import Generator, generate, resolve_classes
+from sampling.interpolation import interpolate
+from sampling.options import check_sampling, sampling_of
+
+MOST_IMAGES, MOST_STEPS, MOST_MOMENTS = 8, 250, 12
+MODELS_KEPT = 3
+LAYOUT = 16  # pixels a side that nearest training images are looked for by
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw: `num_images` of a class, or on the way to another class or seed."""
+
+    run: str
+    of_class: str
+    seed: int
+    num_images: int
+    sampler: str
+    num_steps: int
+    guidance_scale: float
+    to_class: str | None = None
+    to_seed: int | None = None
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether there is a way to go."""
+        return self.to_class is not None or self.to_seed is not None
+
+
+class Studio:
+    """Checkpoints by the path that was given, opened at the start: no other file is ever read for a visitor.
+
+    Raises:
+        ValueError: when one of them is none.
+    """
+
+    def __init__(self, paths: list[str], precision: str = "auto", autoencoder: str | None = None) -> None:
+        self.checkpoints: dict[str, Checkpoint] = {path: open_checkpoint(path) for path in paths}
+        self.precision, self.autoencoder = precision, autoencoder
+        self.accelerator = open_accelerator(precision)
+        self.codecs, self.models, self.layouts = {}, {}, {}
+
+    def classes(self, run: str) -> list[str]:
+        """Names of a run's classes."""
+        return self.checkpoint(run).classes
+
+    def checkpoint(self, run: str) -> Checkpoint:
+        """Of those that were opened.
+
+        Raises:
+            ValueError: for any other.
+        """
+        if run not in self.checkpoints:
+            raise ValueError(f"checkpoint {run}: not one of {', '.join(self.checkpoints)}")
+        return self.checkpoints[run]
+
+    def label(self, run: str, name: str) -> int:
+        """Of a class by its name.
+
+        Raises:
+            ValueError: naming near matches.
+        """
+        return resolve_classes([name] if self.classes(run) else [], self.classes(run))[0]
+
+    def draw(self, request: Request) -> Iterator[tuple[int, UInt8[Tensor, "n 3 h w"]]]:
+        """(steps done, pictures): some moments of predicted `x_0` on the way, and at last the pictures themselves.
+
+        Raises:
+            ValueError: for what cannot be drawn, before anything is.
+        """
+        generator = self.generator(request)
+        labels = int(generator.labels[0]), self.label(request.run, request.to_class or request.of_class)
+        seeds = request.seed, request.seed if request.to_seed is None else request.to_seed
+
+        def work(callback: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+            watched = replace(generator, callback=callback)
+            if request.interpolates:
+                return interpolate(watched, labels, seeds, request.num_images)
+            return generate(watched, batch_size=64)
+
+        num_steps = generator.sampling.num_steps
+        kept = torch.linspace(0, num_steps - 1, min(num_steps, MOST_MOMENTS)).round().long().tolist()[:-1]
+        for step, found in _watch(work, set(kept), num_steps):
+            yield step, found if step == num_steps else generator.codec.decode(found).cpu()
+
+    def generator(self, request: Request) -> Generator:
+        """As sample.py makes it."""
+        checkpoint = self.checkpoint(request.run)
+        if not 1 <= request.num_images <= MOST_IMAGES or not 1 <= request.num_steps <= MOST_STEPS:
+            raise ValueError(f"1 to {MOST_IMAGES} pictures of 1 to {MOST_STEPS} steps, not {request}")
+        process, num_guided = checkpoint.build_process(), checkpoint.num_guided
+        sampling = sampling_of(
+            checkpoint.config.sampling,
+            num_guided,
+            sampler=request.sampler,
+            num_steps=request.num_steps,
+            guidance_scale=request.guidance_scale if num_guided else None,
+        )
+        sampling = check_sampling(sampling, process, num_guided)
+        device = self.accelerator.device
+        return Generator(
+            self.model(request.run),
+            process,
+            self.codec(checkpoint),
+            torch.full((request.num_images,), self.label(request.run, request.of_class)),
+            sampling,
+            checkpoint.image_size,
+            request.seed,
+            self.accelerator,
+            guide_model=load_guide_model(sampling, checkpoint.config.diffusion, checkpoint.spec, device),
+        )
+
+    def model(self, run: str):
+        """Loaded on first use; the one used longest ago gives way."""
+        model = self.models.pop(run, None) or self.checkpoint(run).load_model(self.accelerator.device)
+        self.models[run] = model
+        if len(self.models) > MODELS_KEPT:
+            del self.models[next(iter(self.models))]
+        return model
+
+    def codec(self, checkpoint: Checkpoint):
+        """One for all checkpoints that share it."""
+        name = self.autoencoder or checkpoint.autoencoder
+        if name not in self.codecs:
+            self.codecs[name] = checkpoint.open_codec(self.autoencoder).to(self.accelerator.device)
+        if self.autoencoder is None:
+            checkpoint.check_codec(self.codecs[name])
+        return self.codecs[name]
+
+    def command(self, request: Request, output: str = "picture.png") -> str:
+        """The line of shell that writes the same file."""
+        checkpoint = self.checkpoint(request.run)
+        flags: dict[str, object] = {"checkpoint": request.run}
+        if checkpoint.classes:
+            ends = [request.of_class, *([request.to_class] if request.to_class else [])]
+            words = [spelled(self.label(request.run, name), checkpoint.classes) for name in ends]
+            flags["classes"] = words[0] if len(words) == 1 else f"[{', '.join(words)}]"
+        flags |= {"interpolate" if request.interpolates else "num_per_class": request.num_images, "seed": request.seed}
+        flags |= {} if request.to_seed is None else {"to_seed": request.to_seed}
+        flags |= {"sampler": request.sampler, "num_steps": request.num_steps}
+        flags |= {"guidance_scale": f"{request.guidance_scale:g}"} if checkpoint.classes else {}
+        flags |= {} if self.precision == "auto" else {"precision": self.precision}
+        flags |= {} if self.autoencoder is None else {"autoencoder": self.autoencoder}
+        flags |= {"output": output}
+        return "python sample.py " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+
+    def nearest(self, run: str, pictures: UInt8[Tensor, "n 3 h w"]) -> tuple[UInt8[Tensor, "n 3 h w"], list[float]]:
+        """For each picture the training image whose colours and layout (at 16x16 pixels) are closest, and how close:
+        the root of the mean squared difference of their levels.
+
+        Raises:
+            ValueError: when the training images are not where the configuration says.
+        """
+        for _ in self.read_layouts(run):
+            pass
+        images, layouts = self.layouts[run]
+        distances, found = nearest(_layout(pictures), layouts)
+        return torch.stack([images[index][0] for index in found.tolist()]), (
+            distances / layouts.shape[1] ** 0.5
+        ).tolist()
+
+    def read_layouts(self, run: str) -> Iterator[int]:
+        """Read the training images that `nearest` looks among, once; now and then says how many are read.
+
+        Raises:
+            ValueError: when they are not where the configuration says.
+        """
+        if run not in self.layouts:
+            images, layouts = open_split(self.checkpoint(run).config.data, "train"), []
+            for index in range(len(images)):
+                layouts.append(_layout(images[index][0][None]))
+                if index % 200 == 0:
+                    yield index
+            self.layouts[run] = images, torch.cat(layouts)
+
+
+def spelled(label: int, classes: list[str]) -> str:
+    """How to name a class on a command line so that YAML reads it right."""
+    for word in (classes[label], str(label)):
+        try:
+            read = yaml.load(f"[{word}]", yaml.BaseLoader)
+            if len(read) == 1 and isinstance(read[0], str) and resolve_classes(read, classes) == [label]:
+                return word
+        except (yaml.YAMLError, ValueError):
+            continue
+    raise ValueError(f"class {classes[label]}: neither its name nor its number means it on a command line")
+
+
+def find_runs(folder: Path) -> list[str]:
+    """Runs with a checkpoint in a folder, the newest first.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    runs = [path.parent for path in folder.glob("*/checkpoints") if any(path.glob("[0-9]*/ema.safetensors"))]
+    runs += [path.parent for path in folder.glob("*/ema.safetensors")]
+    if not runs:
+        raise ValueError(
+            f"--runs {folder}: no run with a checkpoint in it; `make demo` trains one, or give --checkpoints"
+        )
+    return [run.as_posix() for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)]
+
+
+class _Stopped(Exception):
+    """Nobody looks any more."""
+
+
+def _watch(
+    work: Callable[[Callable[[int, Tensor, Tensor], None]], Tensor], kept: set[int], num_steps: int
+) -> Iterator[tuple[int, Tensor]]:
+    """What the work's callback is shown at the kept steps, and then what it returns, as they come."""
+    shown: queue.Queue[tuple[int, Tensor] | BaseException] = queue.Queue()
+    stopped = threading.Event()
+
+    def callback(step: int, x_t: Tensor, x_0: Tensor) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        if step in kept:
+            shown.put((step + 1, x_0))
+
+    def run() -> None:
+        try:
+            shown.put((num_steps, work(callback)))
+        except BaseException as error:
+            shown.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while True:
+            found = shown.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+            if found[0] == num_steps:
+                return
+    finally:
+        stopped.set()
+
+
+def _layout(images: UInt8[Tensor, "n 3 h w"]) -> Tensor:
+    return torch.nn.functional.adaptive_avg_pool2d(images.float(), LAYOUT).flatten(1)

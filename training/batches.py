@@ -1,0 +1,104 @@
+"""Training batches: everything random in a step is a function of (seed, step, position in the global batch).
+
+Each process draws the randomness of the whole global batch and keeps its own share, so the number of
+processes and micro-batches changes neither the order of the samples nor their noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from autoencoders.codec import Codec
+from data.latents import LatentCache
+from diffusion.guidance import drop_labels
+from diffusion.times import Times
+from machine.randomness import generator_for
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a micro-batch."""
+
+    x_0: Float[Tensor, "b c h w"]
+    y: Int64[Tensor, " b"]
+    t: Tensor  # [b]
+    weight: Float[Tensor, " b"]  # of the loss, as the draw of `t` asks for
+    noise: Float[Tensor, "b c h w"]
+    more: dict[str, Tensor] = field(default_factory=dict)  # what else the process drew, each [b ...]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training stream over a cache: epochs are permutations, laid end to end.
+
+    `batch_size` counts the images of an optimizer step over all processes and micro-batches.
+
+    Raises:
+        ValueError: when processes and micro-batches do not divide the batch.
+    """
+
+    cache: LatentCache
+    codec: Codec
+    times: Times
+    seed: int
+    batch_size: int
+    num_micro_batches: int = 1
+    label_dropout: float = 0.0
+    rank: int = 0
+    num_ranks: int = 1
+    device: torch.device | str = "cpu"
+    draw_more: Callable[..., dict[str, Tensor]] | None = None  # the process's
+
+    def __post_init__(self) -> None:
+        parts = self.num_micro_batches * self.num_ranks
+        if self.batch_size < parts or self.batch_size % parts:
+            raise ValueError(
+                f"--train.batch_size {self.batch_size} must be a multiple of the {self.num_ranks} processes times "
+                f"--train.grad_accumulation {self.num_micro_batches}"
+            )
+
+    def micro_batches(self, step: int, order: int = 0) -> Iterator[Batch]:
+        """This process's micro-batches of an optimizer step; `order` numbers the permutations to go by."""
+        index = self._order(step, order)
+        y = self.cache.labels[index].to(self.device)
+        draw = generator_for(self.seed, "step", step, device=self.device)
+        shape = (self.batch_size, *self.codec.latent_shape(*self.cache.image_size))
+        mirrored = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=self.device)
+        posterior_noise = torch.randn(shape, generator=draw, device=self.device)
+        noise = torch.randn(shape, generator=draw, device=self.device)
+        t, weight = self.times.draw(self.batch_size, draw, self.device)
+        uniform = torch.rand(self.batch_size, generator=draw, device=self.device)
+        y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
+        more = self.draw_more(shape, draw, self.device) if self.draw_more else {}
+
+        size = self.batch_size // (self.num_micro_batches * self.num_ranks)
+        for micro in range(self.num_micro_batches):
+            start = (micro * self.num_ranks + self.rank) * size
+            part = slice(start, start + size)
+            stored = self.cache.read(index[part], mirrored[part]).to(self.device)
+            x_0 = self.codec.draw(stored, posterior_noise[part])
+            own = {name: values[part] for name, values in more.items()}
+            yield Batch(x_0, y[part], t[part], weight[part], noise[part], own)
+
+    def source_indices(self, step: int, order: int = 0) -> list[int]:
+        """Which images of the source the global batch of a step holds."""
+        return self.cache.source_indices[self._order(step, order)].tolist()
+
+    def _order(self, step: int, order: int = 0) -> Int64[Tensor, " b"]:
+        return positions(len(self.cache.labels), step * self.batch_size, self.batch_size, self.seed, "epoch", order)
+
+
+def positions(num_images: int, start: int, num: int, seed: int, purpose: str, order: int = 0) -> Int64[Tensor, " n"]:
+    """Which images stand at places `start .. start + num` of an endless stream of permuted epochs."""
+    place = torch.arange(start, start + num)
+    epoch, offset = place // num_images, place % num_images
+    index = torch.empty_like(place)
+    for number in epoch.unique().tolist():
+        permutation = torch.randperm(num_images, generator=generator_for(seed, purpose, number, order))
+        index[epoch == number] = permutation[offset[epoch == number]]
+    return index

@@ -1,0 +1,101 @@
+"""What stands between a bad batch and the weights: steps that are not finite are skipped, then rolled back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from machine.sharding import own_part, whole
+
+
+class TrainingDivergedError(ValueError):
+    """Training that does not come back to finite losses, in the user's words."""
+
+
+@dataclass
+class Guard:
+    """Counts steps whose gradient is not finite (a loss that is not, leaves none that is).
+
+    Such a step changes nothing. After `patience` in a row the run goes back to its last checkpoint with another order
+    of the data; after `max_rollbacks` of these it stops. Before it is known whether the weights are ruined nothing is
+    saved: `may_save`.
+    """
+
+    settings: str = "optim"  # the flags' group that may mend it
+    patience: int = 10
+    max_rollbacks: int = 3
+    skipped: int = 0
+    in_a_row: int = 0
+    rollbacks: int = 0
+
+    def passes(self, norm: float) -> bool:
+        """Whether a step with this gradient norm may be taken."""
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        return False
+
+    def may_save(self, accelerator: Accelerator, model: nn.Module, *, last: bool = False) -> bool:
+        """Whether the weights are worth a checkpoint, the same on every process: not while steps are skipped, if it is
+        not the `last` one, and not with a value that is not finite, which is to be rolled back.
+
+        Raises:
+            TrainingDivergedError: for values that are not finite after the last step.
+        """
+        if self.in_a_row and not last:
+            return False
+        values = [own_part(value) for value in model.state_dict().values() if value.is_floating_point()]
+        ruined = ~torch.stack([value.isfinite().all() for value in values]).all()
+        if accelerator.reduce(ruined.float(), "sum").item() == 0:  # pyright: ignore
+            return True
+        if last:
+            raise TrainingDivergedError(
+                f"after the last step weights are not finite: they were not saved, older checkpoints are there; lower "
+                f"--{self.settings}.lr or set --{self.settings}.grad_clip 1, and --resume"
+            )
+        self.in_a_row = self.patience
+        return False
+
+    def must_roll_back(self, *, can: bool) -> bool:
+        """Whether too many steps in a row were skipped; `can`: there is a checkpoint to go back to.
+
+        Raises:
+            TrainingDivergedError: when rolling back did not help before.
+        """
+        if self.in_a_row < self.patience:
+            return False
+        if not can or self.rollbacks == self.max_rollbacks:
+            raise TrainingDivergedError(
+                f"{self.patience} steps in a row had a gradient that is not finite, after {self.rollbacks} returns to "
+                f"the last checkpoint with another order of the data; lower --{self.settings}.lr, set "
+                f"--{self.settings}.grad_clip 1, or look at the images whose source_indices log.jsonl lists"
+            )
+        self.rollbacks += 1
+        self.in_a_row = 0
+        return True
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go on as a checkpoint says; returns that came after it stay counted."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.rollbacks = max(self.rollbacks, state["rollbacks"])
+
+
+def gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> float:
+    """Norm of the whole gradient, which is scaled down to `max_norm` where that is not 0."""
+    if max_norm:
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    else:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    assert norm is not None  # accelerate returns none for DeepSpeed alone
+    return whole(norm).item()

@@ -1,0 +1,132 @@
+"""What a training looks at on the way: the loss on held-out images, scores, grids of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from autoencoders.codec import AutoencoderError, Codec
+from checkpoints.averages import EMA
+from data.latents import LatentCache
+from diffusion import Process
+from diffusion.process import Auxiliary
+from evaluation.scoring import Reference, evaluate
+from evaluation.sources import from_generator
+from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
+from metrics.extractors import naming
+from metrics.features import Extractor
+from metrics.fidelity import is_lower_better, metric_name
+from sampling.generation import Generator, balanced_labels, generate, sample_labels
+from sampling.image_files import save_grid
+from training.curves import draw_progress, warns_only
+from training.log import Log, is_due
+from training.validation import validation_loss
+
+
+def unless_ruined(look: Callable) -> Callable:
+    """A look at images; where they are not finite it says so in place of ending the training, on all processes."""
+
+    @wraps(look)
+    def tried(self: Any, step: int) -> Any:
+        try:
+            return look(self, step)
+        except AutoencoderError as error:
+            self.accelerator.print(f"step {step}: nothing to {look.__name__}: {error}")
+            return {}
+
+    return tried
+
+
+def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
+    """Whether the lowest value of `log.best` is the best one.
+
+    Raises:
+        ValueError: for what this training does not measure, saying what it does, or which interval to set.
+    """
+    names = ["validation_loss", *(metric_name(each, *naming(evaluation.extractor)) for each in evaluation.metrics)]
+    if log.best is None:
+        return True
+    if log.best not in names:
+        raise ValueError(f"--log.best {log.best}: not measured in this training; there are {', '.join(names)}")
+    needed = "validate_every" if log.best == names[0] else "evaluate_every"
+    if not getattr(log, needed) > 0:
+        raise ValueError(f"--log.best {log.best}: it is never measured; set --log.{needed} to a number of steps")
+    return is_lower_better(log.best)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Of the averaged weights, the same images, noise and labels at every call; all processes take part."""
+
+    run: Path
+    config: ExperimentConfig
+    ema: EMA
+    process: Process
+    codec: Codec
+    held_out: LatentCache
+    sampling: SamplingConfig
+    guide_model: nn.Module | None
+    scorer: tuple[Reference, Extractor] | None
+    log: Log
+    accelerator: Accelerator
+    auxiliary: Sequence[Auxiliary] = ()
+
+    def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
+        """What to look at after a step; the last grid is drawn when all is saved."""
+        log = self.config.log
+        looks = {self.draw: log.sample_every, self.validate: log.validate_every, self.score: log.evaluate_every}
+        return [
+            look for look, every in looks.items() if is_due(step, every) and (step < num_steps or look != self.draw)
+        ]
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Loss terms on held-out images."""
+        losses = validation_loss(
+            self.ema.model,
+            self.process,
+            self.codec,
+            self.held_out,
+            self.accelerator,
+            self.config.log.num_validation,
+            self.config.train,
+            [each for each in self.auxiliary if each.is_fixed],
+        )
+        return {f"validation_{name}": value for name, value in losses.items()}
+
+    @unless_ruined
+    def score(self, step: int) -> dict[str, float]:
+        """Scores of samples, as `evaluation` says."""
+        assert self.scorer is not None
+        evaluation = self.config.evaluation
+        labels = sample_labels(evaluation, len(self.held_out), self.held_out.num_classes, self.held_out.labels)
+        source = from_generator(self._generator(labels, evaluation.seed), self.config.model)
+        scores, _ = evaluate(source, *self.scorer, self.accelerator, evaluation)
+        return {name: one.value for name, one in scores.scores.items() if one.value is not None}
+
+    @unless_ruined
+    def draw(self, step: int) -> dict[str, float]:
+        """A grid: four samples of each of the first ten classes, or forty of a model without."""
+        classes = self.held_out.classes[:10]
+        columns = len(classes) or 10
+        labels = balanced_labels(4 * columns, len(classes))
+        images = generate(self._generator(labels, self.config.train.seed), batch_size=len(labels))
+        if self.accelerator.is_main_process:
+            path = self.run / "samples" / f"{step:08d}.png"
+            with warns_only(path):
+                save_grid(images, path, columns=columns, column_names=classes)
+                self.log.picture(step, path)
+            draw_progress(self.run)
+        return {}
+
+    def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:
+        where = (self.held_out.image_size, seed, self.accelerator)
+        return Generator(
+            self.ema.model, self.process, self.codec, labels, self.sampling, *where, guide_model=self.guide_model
+        )

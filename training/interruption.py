@@ -1,0 +1,140 @@
+"""Stopping before the end, so that a run can be gone on with, when a scheduler or a person asks for it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
+
+from experiment.config import R, resuming
+from machine.accelerator import from_main, open_accelerator
+from machine.lock import Lock
+from machine.whole_files import write_whole
+from training.resumption import start_or_go_on
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped before the end, saved; run it again with --resume auto
+STOPPED = "stopped"  # a file that says so in a run's folder: launchers make 1 of every status
+SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+
+
+class Stopped(BaseException):
+    """Why a run ends before its end; not an error that anything on the way might take for its own."""
+
+
+@contextmanager
+def open_run(config: R, **options: Any) -> Iterator[tuple[R, Path | None, Interruption]]:
+    """A training's devices, its folder for as long as it lasts, and the checkpoint that it goes on from. Every process
+    has the main one's configuration.
+
+    Raises:
+        FileExistsError, CheckpointError: see `start_or_go_on`.
+        ValueError: where another training has the folder, or for a precision or tracker that there is not.
+    """
+    settings: Any = config
+    trackers, available = settings.log.trackers, [str(each) for each in get_available_trackers()]
+    for tracker in trackers:
+        if tracker not in available:
+            raise ValueError(f"--log.trackers {tracker}: not installed; there are {', '.join(available)}")
+    options |= {"log_with": trackers or None, "project_dir": config.folder}
+    accelerator = open_accelerator(settings.train.precision, flag="--train.precision", **options)
+    config = from_main(accelerator, lambda: config)
+    with Interruption(config.folder, accelerator, settings.train.max_hours) as interruption:
+        config, checkpoint = from_main(accelerator, lambda: start_or_go_on(config, accelerator.print))
+        set_seed(settings.train.seed)
+        yield resuming(config, None), checkpoint, interruption
+
+
+class Interruption:
+    """Within, a run's folder is this run's alone, and signals or a time that is over stop it: status 75, and `stopped`.
+
+    Before the first step and in `at_once` a signal is heeded on the spot; else a step is finished and all processes
+    stop at the same one (`reason`). A second Ctrl-C ends the run as it is.
+
+    Raises:
+        ValueError: where another training has the folder.
+    """
+
+    def __init__(self, run: Path, accelerator: Accelerator, max_hours: float | None) -> None:
+        self.run, self.accelerator = run, accelerator
+        self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self.max_hours = max_hours
+        self.received: int | None = None
+        self.leaves, self.alone, self.where = True, False, "before the first step; run it again with --resume auto"
+
+    def __enter__(self) -> Interruption:
+        from_main(self.accelerator, self._open)
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in self.before.items():
+            if number != signal.SIGHUP or handler is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        main = self.accelerator.is_main_process
+        left_behind = isinstance(error, Exception) and bool(self.received) and not main
+        if stops := isinstance(error, Stopped) or left_behind:
+            if main:
+                write_whole(self.run / STOPPED, f"{error}: stopped {self.where}\n")
+            if not self.alone:
+                self.accelerator.end_training()
+            with suppress(OSError):  # a terminal that is gone
+                self.accelerator.print(f"{error}: stopped {self.where}")
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if main:
+            self.lock.__exit__()
+        if stops:
+            raise SystemExit(EXIT_CODE) from None
+
+    def reason(self, step: int, num_steps: int) -> str | None:
+        """Why to stop now, the same on every process; None to go on. Call it after each step."""
+        self.leaves = False
+        self.where = f"after {step} of {num_steps} steps; go on with --resume {self.run}"
+        over = self.deadline is not None and time.monotonic() > self.deadline
+        code = self.received or (-1 if over else 0)
+        if self.accelerator.num_processes > 1:  # a signal may reach one process alone, and clocks differ
+            codes = self.accelerator.gather(torch.tensor([code], device=self.accelerator.device))
+            code = int(codes[codes.abs().argmax()])  # pyright: ignore
+        if code == 0:
+            return None
+        if code < 0:
+            return f"--train.max_hours {self.max_hours} are over"
+        return signal.Signals(code).name
+
+    @contextmanager
+    def at_once(self, save: Callable[[], object], *, can_save: bool) -> Iterator[None]:
+        """For what takes long and can be done again: a signal breaks it off and saves, where this process can do that
+        without the others, which may be anywhere then."""
+        self.leaves = can_save
+        try:
+            if self.received and can_save:
+                self._leave(self.received)
+            yield
+        except Stopped:
+            save()
+            raise
+        finally:
+            self.leaves = False
+
+    def _open(self) -> None:
+        self.lock = Lock(self.run / "training.lock")
+        (self.run / STOPPED).unlink(missing_ok=True)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.leaves:
+            self._leave(number)
+
+    def _leave(self, number: int) -> NoReturn:
+        self.leaves, self.alone = False, self.accelerator.num_processes > 1
+        raise Stopped(signal.Signals(number).name)

@@ -1,0 +1,66 @@
+"""Going on with a run: what its weights mean stays, anything else may change."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from checkpoints.checkpoint import SNAPSHOTS, WEIGHTS, list_snapshots, read_metadata
+from experiment.config import R, resuming
+from experiment.settings import flatten, from_dict
+from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
+
+
+def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
+    """The configuration of a fresh run, or of a resumed one and the checkpoint that it goes on from.
+
+    Raises:
+        FileExistsError: for a fresh run where there is something already.
+        CheckpointError: see `go_on`.
+    """
+    run = config.folder
+    if (run / "plan.json").is_file():
+        raise FileExistsError(f"{run} holds an ablation; give another --name")
+    if config.resume:
+        checkpoint = to_resume(run)
+        return go_on(config, checkpoint, say), checkpoint
+    if list_checkpoints(run / "checkpoints"):
+        raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
+    if list_snapshots(run):  # of a training whose checkpoints are gone; an average of both would be of neither
+        before = run / f"{SNAPSHOTS}.before-{time.strftime('%Y%m%d-%H%M%S')}"
+        (run / SNAPSHOTS).rename(before)
+        say(f"{run / SNAPSHOTS} is of an earlier training, and is now {before}")
+    return config, None
+
+
+def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
+    """The configuration of a run that goes on from this checkpoint: as asked for, under the name that the run has.
+
+    Raises:
+        CheckpointError: naming the flag that would change what the weights mean, or what `config.yaml` has lost.
+    """
+    metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
+    if "config" not in metadata:  # an autoencoder's, before it kept it
+        return resuming(config, None)
+    values, written = json.loads(metadata["config"]), yaml.safe_load((run / "config.yaml").read_text())
+    lost = [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in flatten(written)]
+    if lost:
+        raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {', '.join(lost)}")
+    stored = from_dict(type(config), values)
+    was, asked = stored.identity(), config.identity()
+    for flag in {**was, **asked}:
+        if was.get(flag) != asked.get(flag):
+            raise CheckpointError(
+                f"--{flag} {asked.get(flag)}: {run} was trained with {was.get(flag)}, and its checkpoints mean nothing "
+                f"else; leave it out, or start a run of another --name (--init_from {run})"
+            )
+    for flag in ("name", "init_from"):
+        if getattr(config, flag) != getattr(stored, flag):
+            say(f"--{flag} {getattr(config, flag)}: without effect on {run}, which is resumed")
+    config = replace(config, name=stored.name, init_from=stored.init_from)  # pyright: ignore[reportArgumentType]
+    return resuming(config, None)
