@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tomllib
 from pathlib import Path
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # no bf16: the same numbers on every machine
@@ -13,9 +14,10 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 import pytest
 import yaml
 from jaxtyping import install_import_hook
-from processes import TINY, run
+from processes import ROOT, TINY, run
 
-install_import_hook(["models", "diffusion", "data", "metrics", "experiment"], "beartype.beartype")
+ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+install_import_hook([name for name in ROOMS if "." not in name], "beartype.beartype")
 
 for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # nohup and a shell's & pass on their deafness
     if signal.getsignal(number) == signal.SIG_IGN:
