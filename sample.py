@@ -93,18 +93,18 @@ def main(config: SampleConfig) -> None:
     checkpoint = open_checkpoint(config.checkpoint)
     classes = resolve_classes(config.classes, checkpoint.classes)
     given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "eta")}
-    num_guided, process = checkpoint.num_guided, checkpoint.build_process()
+    num_guided, diffusion = checkpoint.num_guided, checkpoint.build_diffusion()
     sampling = sampling_of(checkpoint.config.sampling, num_guided, **config.sampling | given)
-    sampling = check_sampling(sampling, process, num_guided)
+    sampling = check_sampling(sampling, diffusion, num_guided)
 
     accelerator = open_accelerator(config.precision)
     codec = checkpoint.open_codec(config.autoencoder, accelerator.print).to(accelerator.device)
     labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
     panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
-    stages = StagesPanel(process) if config.stages else None
+    stages = StagesPanel(diffusion) if config.stages else None
     generator = Generator(
         checkpoint.load_model(accelerator.device),
-        process,
+        diffusion,
         codec,
         labels,
         sampling,

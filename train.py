@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 def main(config: ExperimentConfig) -> None:
     """Open the devices and the run's folder, and train."""
-    from experiment.processes import build_process
+    from experiment.diffusions import build_diffusion
     from training.interruption import open_run
 
-    in_phases = len(build_process(config.diffusion).phases) > 1
+    in_phases = len(build_diffusion(config.diffusion).phases) > 1
     with open_run(config, in_phases=in_phases, grad_accumulation=config.train.grad_accumulation) as run:
         train(*run)
 
@@ -41,7 +41,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     from evaluation.scoring import open_scorer
     from experiment.backbones import model_spec
     from experiment.datasets import open_cache, open_split
-    from experiment.processes import build_process
+    from experiment.diffusions import build_diffusion
     from machine.accelerator import from_main
     from machine.checkpoint_folder import Best, mark_best, to_resume
     from machine.randomness import seed_for
@@ -63,19 +63,19 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     from training.preparation import compile_blocks, share_batch_norms
 
     # Data and model.
-    run, accelerator, process = interruption.run, interruption.accelerator, build_process(config.diffusion)
+    run, accelerator, diffusion = interruption.run, interruption.accelerator, build_diffusion(config.diffusion)
     lower_is_best = check_best(config.log, config.evaluation)
     codec = create_codec(config.autoencoder).to(accelerator.device)
     images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out_images.describe()}
     if checkpoint is not None:
         open_checkpoint(checkpoint).check_identity(**identity)
-    spec = model_spec(config, codec, process, num_classes=len(images.classes))
+    spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     num_guided = config.guided_classes(spec.num_classes)
-    sampling = check_sampling(sampling_of(config.sampling, num_guided), process, num_guided, spec.in_channels)
+    sampling = check_sampling(sampling_of(config.sampling, num_guided), diffusion, num_guided, spec.in_channels)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
-    announce(images, held_out_images, model, spec, process, accelerator)
+    announce(images, held_out_images, model, spec, diffusion, accelerator)
     if config.init_from and checkpoint is None:
         accelerator.print(warm_start(model, config.init_from))
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
@@ -88,8 +88,8 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
         compile_blocks(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.shard_like(model)
-    num_steps, times = num_training_steps(config.train, len(cache)), process.times()
-    objective = Objective(process, times, accelerator, auxiliary)
+    num_steps, times = num_training_steps(config.train, len(cache)), diffusion.times()
+    objective = Objective(diffusion, times, accelerator, auxiliary)
     batches = Batches(
         cache.to(accelerator.device),
         codec,
@@ -101,7 +101,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
         device=accelerator.device,
-        draw_more=process.draw_more,
+        draw_more=diffusion.draw_more,
     )
 
     # A fresh run, or the newest whole checkpoint of an old one.
@@ -130,7 +130,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     log = Log(run, accelerator, config.to_dict())
     log.truncate(step)
     inspection = Inspection(
-        run, config, ema, process, codec, held_out, sampling, guide_model, scorer, log, accelerator, auxiliary
+        run, config, ema, diffusion, codec, held_out, sampling, guide_model, scorer, log, accelerator, auxiliary
     )
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
@@ -191,14 +191,14 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     while step < num_steps:
         # Stochastic depth draws from torch's own generator: make it a function of the step too.
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
-        phase = phase_at(process.phases, step, num_steps)
+        phase = phase_at(diffusion.phases, step, num_steps)
         lr = learning_rate(config.optim, phase.step, phase.num_steps, len(cache) / config.train.batch_size)
         set_learning_rate(optimizer, lr)
         for batch in meter.timed(batches.micro_batches(step, order=guard.rollbacks)):
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = objective(model, batch, phase)
                 accelerator.backward(terms["loss"].mean())
-            meter.add(terms, process.noise_rank(batch.t))
+            meter.add(terms, diffusion.noise_rank(batch.t))
         norm = gradient_norm(accelerator, model, config.optim.grad_clip)
         if guard.passes(norm):
             optimizer.step()

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from ablation.variants import Run
 from autoencoders.codec import Codec
-from diffusion import Process
-from experiment.processes import build_process
+from diffusion import Diffusion
+from experiment.diffusions import build_diffusion
 from machine.precision import precision_of
 from machine.whole_files import write_whole
 from metrics.cost import Cost, cost, throughput
@@ -56,19 +56,19 @@ class Measured:
         return self.counted[key]
 
     def speed(self, spec: ModelSpec, run: Run, codec: Codec) -> Speed:
-        """Of a backbone under a run's process, precision and batch size, and of its autoencoder."""
+        """Of a backbone under a run's diffusion, precision and batch size, and of its autoencoder."""
         device = self.accelerator.device
         batch_size = min(run.config.train.batch_size, TIMED_BATCH.get(device.type, 16))
         key = {"speed": asdict(spec), "diffusion": asdict(run.config.diffusion), "device": device.type}
         key |= {"precision": precision_of(self.accelerator), "batch": batch_size}
-        process = build_process(run.config.diffusion)
-        training, calls = self.get(key, lambda: _time(spec, process, self.accelerator, batch_size))
+        diffusion = build_diffusion(run.config.diffusion)
+        training, calls = self.get(key, lambda: _time(spec, diffusion, self.accelerator, batch_size))
         shape = (spec.in_channels, *spec.input_size)
         key = {"decoding": run.config.autoencoder, "shape": shape, "device": device.type}
         return Speed(training, calls, self.get(key, lambda: _time_decoder(codec, shape, device)))
 
 
-def _time(spec: ModelSpec, process: Process, accelerator: Accelerator, batch_size: int) -> tuple[float, float]:
+def _time(spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, batch_size: int) -> tuple[float, float]:
     """A few steps on random latents: enough to tell an hour from three."""
     device = accelerator.device
     model = spec.build().to(device).train()
@@ -76,11 +76,11 @@ def _time(spec: ModelSpec, process: Process, accelerator: Accelerator, batch_siz
     draw = torch.Generator().manual_seed(0)
     x_0 = torch.randn(batch_size, spec.in_channels, *spec.input_size, generator=draw).to(device)
     y = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    t = process.sample_timesteps(batch_size, generator=draw).to(device)
+    t = diffusion.sample_timesteps(batch_size, generator=draw).to(device)
 
     def train() -> None:
         with accelerator.autocast():
-            loss = process.training_loss(model, x_0, y, t=t, noise=x_0)["loss"].mean()
+            loss = diffusion.training_loss(model, x_0, y, t=t, noise=x_0)["loss"].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

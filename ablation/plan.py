@@ -22,7 +22,7 @@ from evaluation.scoring import open_scorer
 from evaluation.table import markdown
 from experiment.backbones import model_spec
 from experiment.datasets import open_cache, open_split
-from experiment.processes import build_process
+from experiment.diffusions import build_diffusion
 from machine.checkpoint_folder import newest_whole
 from machine.whole_files import write_whole
 from metrics.cost import Cost
@@ -72,7 +72,7 @@ class Planned:
         speed, config, log = self.speed, self.run.config, self.run.config.log
         sampling = sampling_of(config.sampling, config.guided_classes(self.spec.num_classes))
         guided = 2 if sampling.guidance_scale != 1 else 1
-        sampler = config.sampling.sampler or build_process(config.diffusion).default_sampler
+        sampler = config.sampling.sampler or build_diffusion(config.diffusion).default_sampler
         drawing = guided * num_calls(sampler, config.sampling.num_steps) / speed.calls + 1 / speed.decoding
         steps = self.num_steps - self.step
 
@@ -175,12 +175,12 @@ def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...
         ValueError: for whatever could not be built.
     """
     config = run.config
-    process = build_process(config.diffusion)
+    diffusion = build_diffusion(config.diffusion)
     images, held_out = _open_splits(config.data)
-    spec = model_spec(config, _codec(config.autoencoder), process, len(images.classes))
+    spec = model_spec(config, _codec(config.autoencoder), diffusion, len(images.classes))
     spec.build_on_meta()
     num_guided = config.guided_classes(spec.num_classes)
-    check_sampling(sampling_of(config.sampling, num_guided), process, num_guided)
+    check_sampling(sampling_of(config.sampling, num_guided), diffusion, num_guided)
     check_metrics(config.evaluation.metrics)
     resolve_classes(list(ablation.pictures.classes), images.classes)
     if ablation.scoring.trials < 1:

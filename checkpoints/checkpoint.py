@@ -27,7 +27,7 @@ from checkpoints.averages import EMA
 from checkpoints.hub import local
 from data.latents import short
 from experiment.config import ExperimentConfig
-from experiment.processes import build_process
+from experiment.diffusions import build_diffusion
 from experiment.settings import from_dict
 from machine.checkpoint_folder import CheckpointError, checkpoint_path, list_checkpoints, rotate, write_checkpoint
 from machine.sharding import gather, load_whole, part_like
@@ -88,9 +88,9 @@ class Checkpoint:
         load_weights(model.state_dict(), read_tensors(self.path), self.path)
         return model.eval().requires_grad_(False).to(device)
 
-    def build_process(self):
-        """The diffusion process that the backbone was trained under."""
-        return build_process(self.config.diffusion)
+    def build_diffusion(self):
+        """The diffusion that the backbone was trained under."""
+        return build_diffusion(self.config.diffusion)
 
     def open_codec(self, asked: str | None, say: Callable[[str], None] = print) -> Codec:
         """Its autoencoder: by its content the one that it was trained with, or, in its place, what is asked for; that

@@ -1,15 +1,15 @@
-"""Diffusion processes, samplers and guidance; a model is any callable `(x_t, t, y)`."""
+"""Diffusion diffusions, samplers and guidance; a model is any callable `(x_t, t, y)`."""
 
 from diffusion.cascade import Cascade
+from diffusion.diffusion import Diffusion, Prediction
 from diffusion.edm import EDM
 from diffusion.flow import FlowMatching
 from diffusion.gaussian import GaussianDiffusion
 from diffusion.guidance import Guidance
-from diffusion.process import Prediction, Process
 from diffusion.samplers import SAMPLERS, sample
 from diffusion.spacings import SPACINGS
 
-PROCESSES: dict[str, type[Process]] = {
+DIFFUSIONS: dict[str, type[Diffusion]] = {
     "gaussian": GaussianDiffusion,
     "flow": FlowMatching,
     "edm": EDM,
@@ -17,15 +17,15 @@ PROCESSES: dict[str, type[Process]] = {
 }
 
 __all__ = [
+    "DIFFUSIONS",
     "EDM",
-    "PROCESSES",
     "SAMPLERS",
     "SPACINGS",
     "Cascade",
+    "Diffusion",
     "FlowMatching",
     "GaussianDiffusion",
     "Guidance",
     "Prediction",
-    "Process",
     "sample",
 ]

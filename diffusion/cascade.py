@@ -19,18 +19,18 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from diffusion.denoising import Denoising
-from diffusion.gaussian import GaussianDiffusion
-from diffusion.predictions import AtLevel, Level
-from diffusion.process import (
+from diffusion.diffusion import (
     NOTHING,
     Auxiliary,
     ChainSampler,
     Denoiser,
-    Process,
+    Diffusion,
     Step,
     mean_per_sample,
     with_auxiliary,
 )
+from diffusion.gaussian import GaussianDiffusion
+from diffusion.predictions import AtLevel, Level
 from diffusion.refinement import Refinement, Regression, SuperResolution
 from diffusion.schedules import check_name
 
@@ -45,7 +45,7 @@ class Trained(NamedTuple):
 PHASES = (Trained(True, False), Trained(False, True), Trained(True, True))
 
 
-class Cascade(Process):
+class Cascade(Diffusion):
     """Three shallow stages in place of one deep model.
 
     Phases: the coarse stage by its own objective; upsampler and refiner by the squared errors of the images that they
@@ -101,7 +101,7 @@ class Cascade(Process):
                 "second phase and for the third, such as [[0.9, 0.1], [0.1, 0]]"
             )
         images = GaussianDiffusion(schedule, num_timesteps, prediction, "fixed_small")
-        self.coarse: Process = COARSE[coarse](images, sigma)
+        self.coarse: Diffusion = COARSE[coarse](images, sigma)
         self.refinement: Refinement = REFINEMENTS.get(refiner, _regression)(images, augmentation)
         self.factor, self.phases, self.forcing = factor, phases, forcing
         self.model_args: Mapping[str, Any] = {
@@ -120,7 +120,7 @@ class Cascade(Process):
 
     # Training.
 
-    def during(self, phase: int, progress: float) -> Process:
+    def during(self, phase: int, progress: float) -> Diffusion:
         """The objective of a phase."""
         now = copy(self)
         now.trained = PHASES[phase]
@@ -260,7 +260,7 @@ def _regression(images: GaussianDiffusion, augmentation: Sequence[int | float]) 
 
 
 # Objectives by the name of the stage, each of (a diffusion of the images, noise of a denoising autoencoder).
-COARSE: dict[str, Callable[[GaussianDiffusion, float], Process]] = {
+COARSE: dict[str, Callable[[GaussianDiffusion, float], Diffusion]] = {
     "diffusion": lambda images, sigma: images,
     "dae": lambda images, sigma: Denoising(1.0, sigma),
     "resnet": lambda images, sigma: Denoising(0.0, 1.0),

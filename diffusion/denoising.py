@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from diffusion.diffusion import Diffusion, Step
 from diffusion.predictions import AtLevel, Level
-from diffusion.process import Process, Step
 from diffusion.samplers.chain import Chain, Moments
 from diffusion.transition import Transition
 
@@ -27,7 +27,7 @@ def iterated(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
         yield x_t, x_0
 
 
-class Denoising(Process):
+class Denoising(Diffusion):
     """A denoising autoencoder (Vincent et al. 2008), trained by the squared error of `x_0`.
 
     With `alpha = 0` the model is given noise alone. It then learns the mean image, whatever the noise: what is to be

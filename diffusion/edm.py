@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
+from diffusion.diffusion import Denoiser, Diffusion, Prediction, mean_per_sample
 from diffusion.predictions import AtLevel, Level
-from diffusion.process import Denoiser, Prediction, Process, mean_per_sample
 from diffusion.transition import Transition
 
 
-class EDM(Process):
+class EDM(Diffusion):
     """Preconditioned denoising with log-normal noise levels.
 
     The weight `(sigma^2 + sigma_data^2) / (sigma sigma_data)^2` of the error of `x_0` makes that of F count alike at

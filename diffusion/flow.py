@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from diffusion.diffusion import Denoiser, Diffusion
 from diffusion.predictions import AtLevel, Level, Target
-from diffusion.process import Denoiser, Process
 from diffusion.schedules import check_name
 from diffusion.times import TIMES, check_model_times
 
@@ -53,7 +53,7 @@ PATHS = {
 }
 
 
-class FlowMatching(Process):
+class FlowMatching(Diffusion):
     """A straight or circular path between data and noise, in continuous time.
 
     Args:

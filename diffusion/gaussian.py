@@ -15,9 +15,9 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from diffusion.bound import discretized_log_likelihood, normal_kl
+from diffusion.diffusion import Denoiser, Diffusion, Prediction, mean_per_sample
 from diffusion.float64 import exact
 from diffusion.predictions import PREDICTIONS, AtLevel, Level
-from diffusion.process import Denoiser, Prediction, Process, mean_per_sample
 from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
 from diffusion.times import TIMES, LossSecondMoments, Times, check_model_times
 from diffusion.transition import Transition
@@ -44,8 +44,8 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class GaussianDiffusion(Process):
-    """The process of DDPM and its descendants; its tables are computed in float64 and used in float32.
+class GaussianDiffusion(Diffusion):
+    """The diffusion of DDPM and its descendants; its tables are computed in float64 and used in float32.
 
     Args:
         schedule: of the noise, by its name in `SCHEDULES`.

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from diffusion.process import Denoiser, Process
+from diffusion.diffusion import Denoiser, Diffusion
 
 Mix = Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
 """Of (good output, worse output, scale, x_t, t): the guided output."""
@@ -144,10 +144,10 @@ class Guidance:
             return 1.0
         return 1 + (scale - 1) * SCALE_SCHEDULES[self.schedule](progress)
 
-    def mix(self, process: Process) -> Mix:
+    def mix(self, diffusion: Diffusion) -> Mix:
         """The rule for one chain of samples; momentum remembers."""
         plain = (self.parallel, self.radius, self.momentum) == (1.0, None, 0.0)
-        rule = linear if plain else projected(process, self.parallel, self.radius, self.momentum)
+        rule = linear if plain else projected(diffusion, self.parallel, self.radius, self.momentum)
         return rescaled(rule, self.rescale) if self.rescale else rule
 
 
@@ -163,21 +163,21 @@ def rescaled(rule: Mix, share: float) -> Mix:
     return mix
 
 
-def projected(process: Process, parallel: float, radius: float | None, momentum: float) -> Mix:
+def projected(diffusion: Diffusion, parallel: float, radius: float | None, momentum: float) -> Mix:
     """Adaptive projection (Sadat et al. 2024, algorithm 1): the push, in `x_0`, is remembered, limited, projected."""
     before: Tensor | float = 0.0
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal before
-        at = process.levels(t)
-        x_0, worse_x_0 = process.read(good, x_t, at)[0], process.read(worse, x_t, at)[0]
+        at = diffusion.levels(t)
+        x_0, worse_x_0 = diffusion.read(good, x_t, at)[0], diffusion.read(worse, x_t, at)[0]
         push = before = x_0 - worse_x_0 + momentum * before
         if radius is not None:
             push = push * (radius / norm(push)).clamp(max=1)
         direction = x_0 / norm(x_0)
         along = (push * direction).sum(dim=(1, 2, 3), keepdim=True) * direction
         x_0 = x_0 + (scale - 1) * (push - (1 - parallel) * along)
-        return process.target(x_0, (x_t - at.alpha * x_0) / at.sigma, t)
+        return diffusion.target(x_0, (x_t - at.alpha * x_0) / at.sigma, t)
 
     return mix
 

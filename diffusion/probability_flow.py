@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from diffusion.process import Denoiser, Process, Step
+from diffusion.diffusion import Denoiser, Diffusion, Step
 
 
 def bits_per_dimension(
-    process: Process,
+    diffusion: Diffusion,
     model: Denoiser,
     x_0: Float[Tensor, "b c h w"],
     y: Int64[Tensor, " b"],
@@ -34,12 +34,12 @@ def bits_per_dimension(
     spacing.
 
     Raises:
-        ValueError: for an unknown spacing, or more steps than the process has.
+        ValueError: for an unknown spacing, or more steps than the diffusion has.
     """
     if probe is None:
         probe = torch.randint(0, 2, x_0.shape, generator=generator, device=x_0.device).to(x_0.dtype) * 2 - 1
-    steps = process.reverse_steps(num_steps, spacing)[::-1]
-    wrapped = process.precondition(model)
+    steps = diffusion.reverse_steps(num_steps, spacing)[::-1]
+    wrapped = diffusion.precondition(model)
 
     def flow(x: Tensor, step: Step) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Predicted `x_0` and noise of `x_t` over the norm, and the divergences [b] of both."""
@@ -48,7 +48,7 @@ def bits_per_dimension(
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x_t = x * norm(step)
-            x_0, noise, _ = process.predict(wrapped(x_t, times, y), x_t, times, at)
+            x_0, noise, _ = diffusion.predict(wrapped(x_t, times, y), x_t, times, at)
             both = [torch.autograd.grad(each, x, probe, retain_graph=True)[0] for each in (x_0, noise)]
         return x_0.detach(), noise.detach(), [(probe * product).sum(dim=(1, 2, 3)) for product in both]
 
@@ -66,6 +66,6 @@ def bits_per_dimension(
         expansion += dalpha * (divergence[0] + divergence_there[0]) / 2
         expansion += dsigma * (divergence[1] + divergence_there[1]) / 2
 
-    std = process.prior_std / norm(steps[-1])
+    std = diffusion.prior_std / norm(steps[-1])
     log_prior = -0.5 * ((x / std) ** 2 + (2 * math.pi * std**2).log()).sum(dim=(1, 2, 3))
     return -((log_prior + expansion) / (x_0[0].numel() * math.log(2))).float()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from diffusion.process import ChainSampler, Denoiser, Process, mean_per_sample
+from diffusion.diffusion import ChainSampler, Denoiser, Diffusion, mean_per_sample
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor]
 """(x_t, t, level, y): what a refiner that denoises is given beside the upsampled image."""
@@ -89,30 +89,30 @@ class Regression(Refinement):
 
 class SuperResolution(Refinement):
     """Diffusion given the upsampled coarse image, with noise-conditioning augmentation: that image is noised, as the
-    process itself does it, and the refiner told how much, so that it learns to make up for what is wrong with coarse
+    diffusion itself does it, and the refiner told how much, so that it learns to make up for what is wrong with coarse
     images at sampling time (Ho et al. 2021, section 4).
 
     Args:
-        process: of the images.
+        diffusion: of the images.
         augmentation: the largest time of that noise in training, where each up to it is as likely, and the one at
-            sampling, as shares of the process's times; zeros leave it out.
+            sampling, as shares of the diffusion's times; zeros leave it out.
 
     Raises:
         ValueError: for shares that are none.
     """
 
-    def __init__(self, process: Process, augmentation: Sequence[int | float]) -> None:
+    def __init__(self, diffusion: Diffusion, augmentation: Sequence[int | float]) -> None:
         if len(augmentation) != 2 or not 0 <= augmentation[1] <= augmentation[0] <= 1:
             raise ValueError(
                 f"--diffusion.augmentation {list(augmentation)}: give the most noise in training and that at sampling, "
                 "not more than it, as shares of the diffusion's times, such as [0.5, 0.1]"
             )
-        self.process = process
+        self.diffusion = diffusion
         self.in_training, self.at_sampling = augmentation
 
     def level(self, share: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
-        """A time of the process."""
-        return (share * self.process.max_time).long()
+        """A time of the diffusion."""
+        return (share * self.diffusion.max_time).long()
 
     def draw(
         self, shape: Sequence[int], factor: int, generator: torch.Generator | None, device: torch.device | str
@@ -120,7 +120,7 @@ class SuperResolution(Refinement):
         """Times and noise of the diffusion, level and noise of the augmentation."""
         b, c, h, w = shape
         return {
-            "t": self.process.sample_timesteps(b, generator, device),
+            "t": self.diffusion.sample_timesteps(b, generator, device),
             "noise": torch.randn(b, c, h, w, generator=generator, device=device),
             "level": self.level(self.in_training * torch.rand(b, generator=generator, device=device)),
             "level_noise": torch.randn(b, c, h // factor, w // factor, generator=generator, device=device),
@@ -130,20 +130,20 @@ class SuperResolution(Refinement):
         """The coarse image, noised."""
         if not self.in_training:
             return low
-        return self.process.q_sample(low, draws["level"], draws["level_noise"])
+        return self.diffusion.q_sample(low, draws["level"], draws["level_noise"])
 
     def given(self, x_0: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], draws: Mapping[str, Tensor]) -> Given | None:
         """The image, noised, at what time, and the level of the augmentation."""
-        return self.process.q_sample(x_0, draws["t"], draws["noise"]), draws["t"], draws["level"], y
+        return self.diffusion.q_sample(x_0, draws["t"], draws["noise"]), draws["t"], draws["level"], y
 
     def read(
         self, output: Float[Tensor, "b c h w"], x_0: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]
     ) -> Refined:
-        """The process's own loss."""
+        """The diffusion's own loss."""
         t, noise = draws["t"], draws["noise"]
-        x_t = self.process.q_sample(x_0, t, noise)
-        loss = self.process.terms(output, x_0, x_t, t, noise)["loss"]
-        return Refined(loss, self.process.predict(output, x_t, t).x_0, self.process.signal_share(t))
+        x_t = self.diffusion.q_sample(x_0, t, noise)
+        loss = self.diffusion.terms(output, x_0, x_t, t, noise)["loss"]
+        return Refined(loss, self.diffusion.predict(output, x_t, t).x_0, self.diffusion.signal_share(t))
 
     def generate(
         self,
@@ -156,11 +156,11 @@ class SuperResolution(Refinement):
     ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
         """The coarse image noised a little, then a chain of its own."""
         level = self.level(torch.full((len(low),), float(self.at_sampling), device=low.device))
-        up = upsampler(self.process.q_sample(low, level, draw_noise(low)) if self.in_training else low)
+        up = upsampler(self.diffusion.q_sample(low, level, draw_noise(low)) if self.in_training else low)
 
         def denoise(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
             halves = len(x_t) // len(up)  # under guidance two, with and without label
             return refiner(up.repeat(halves, 1, 1, 1), (x_t, t, level.repeat(halves), y))
 
         model: Denoiser = denoise
-        return up, chain(self.process, model, draw_noise(up), y, guide_model=None, callback=None)
+        return up, chain(self.diffusion, model, draw_noise(up), y, guide_model=None, callback=None)

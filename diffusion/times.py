@@ -109,7 +109,7 @@ class LossSecondMoments(Times):
 
 
 def check_model_times(model_times: Sequence[float]) -> tuple[float, float]:
-    """What a backbone is given at the first and at the last time of a process: two different numbers.
+    """What a backbone is given at the first and at the last time of a diffusion: two different numbers.
 
     Raises:
         ValueError: for anything else.

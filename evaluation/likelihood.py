@@ -42,7 +42,7 @@ def held_out_likelihood(
             f"--likelihood {num_images} must lie in 2..{len(held_out)}, the held-out images; 0 leaves it out"
         )
     device = accelerator.device
-    process, model = checkpoint.build_process(), checkpoint.load_model(device)
+    diffusion, model = checkpoint.build_diffusion(), checkpoint.load_model(device)
     chosen = stratified(held_out.labels, num_images, seed)
     labels = held_out.labels
     if checkpoint.classes:
@@ -57,7 +57,7 @@ def held_out_likelihood(
                 x_0.append(codec.encode(held_out[one][0][None].to(device), draw))
                 signs.append(torch.randint(0, 2, x_0[-1].shape, generator=draw, device=device) * 2.0 - 1)
             y = labels[chosen[part]].to(device)
-            bits = bits_per_dimension(process, model, torch.cat(x_0), y, probe=torch.cat(signs))
+            bits = bits_per_dimension(diffusion, model, torch.cat(x_0), y, probe=torch.cat(signs))
             found += zip(part.tolist(), (bits + codec.density_offset).tolist(), strict=True)
             bar.update(len(part) * accelerator.num_processes)
     bits = torch.tensor([value for _, value in sorted(gather_object(found))], dtype=torch.float64)

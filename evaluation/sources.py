@@ -51,7 +51,7 @@ class Source:
 
 def from_generator(generator: Generator, name: str, classes: Sequence[str] = (), **provenance: object) -> Source:
     """Samples drawn as they are scored."""
-    sampler = generator.sampling.sampler or generator.process.default_sampler
+    sampler = generator.sampling.sampler or generator.diffusion.default_sampler
     settings = {
         "kind": "samples",
         "seed": generator.seed,
@@ -199,11 +199,11 @@ def from_checkpoint(
     Trial `k` has the seed `evaluation.seed + k`. All share one model.
 
     Raises:
-        ValueError: for a configuration that the process does not allow, before anything is drawn.
+        ValueError: for a configuration that the diffusion does not allow, before anything is drawn.
     """
-    process, num_classes = checkpoint.build_process(), len(checkpoint.classes)
-    settings = [check_sampling(sampling, process, checkpoint.num_guided) for sampling in settings]
-    model, diffusion = checkpoint.load_model(accelerator.device), checkpoint.config.diffusion
+    diffusion, num_classes = checkpoint.build_diffusion(), len(checkpoint.classes)
+    settings = [check_sampling(sampling, diffusion, checkpoint.num_guided) for sampling in settings]
+    model = checkpoint.load_model(accelerator.device)
     provenance = {
         "checkpoint": checkpoint.path.as_posix(),
         "model": checkpoint.spec.name,
@@ -216,8 +216,8 @@ def from_checkpoint(
         labels = sample_labels(evaluation, num_reference, num_classes, reference_labels, number)
         seed = evaluation.seed + number
         where = (checkpoint.image_size, seed, accelerator)
-        guide_model = load_guide_model(sampling, diffusion, checkpoint.spec, accelerator.device)
-        generator = Generator(model, process, codec, labels, sampling, *where, guide_model=guide_model)
+        guide_model = load_guide_model(sampling, checkpoint.config.diffusion, checkpoint.spec, accelerator.device)
+        generator = Generator(model, diffusion, codec, labels, sampling, *where, guide_model=guide_model)
         name = checkpoint.config.name or checkpoint.spec.name
         return from_generator(generator, name, checkpoint.classes, **provenance)
 

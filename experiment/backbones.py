@@ -7,28 +7,28 @@ from inspect import signature
 from torch import nn
 
 from autoencoders.codec import Codec
-from diffusion import Process
+from diffusion import Diffusion
 from experiment.config import ExperimentConfig
 from models import BACKBONES
 from models.spec import ModelSpec
 
 
-def model_spec(config: ExperimentConfig, codec: Codec, process: Process, num_classes: int) -> ModelSpec:
-    """The backbone that fits codec, process and data.
+def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num_classes: int) -> ModelSpec:
+    """The backbone that fits codec, diffusion and data.
 
     Raises:
-        ValueError: for one that does not have the parts which the process trains.
+        ValueError: for one that does not have the parts which the diffusion trains.
     """
-    fitting = [name for name, (backbone, _) in BACKBONES.items() if process.model_args.keys() <= parameters(backbone)]
+    fitting = [name for name, (backbone, _) in BACKBONES.items() if diffusion.model_args.keys() <= parameters(backbone)]
     if config.model in BACKBONES and config.model not in fitting:
         raise ValueError(f"--model {config.model}: kind {config.diffusion.kind} takes --model {', '.join(fitting)}")
     channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
     return ModelSpec(
         name=config.model,
-        args={**process.model_args, **config.model_args},
+        args={**diffusion.model_args, **config.model_args},
         input_size=(height, width),
         in_channels=channels,
-        out_channels=process.output_channels(channels),
+        out_channels=diffusion.output_channels(channels),
         num_classes=num_classes,
     )
 

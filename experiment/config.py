@@ -54,7 +54,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The diffusion process and its objective. What is null is the kind's own default; what belongs to another kind is
+    """The diffusion and its objective. What is null is the kind's own default; what belongs to another kind is
     refused.
 
     Args:
@@ -217,13 +217,13 @@ class SamplingConfig:
     """How samples are drawn, by sample.py, evaluate.py and the grids during training.
 
     Args:
-        sampler: null is the process's own: 'ddpm' (gaussian: ancestral), 'euler' (flow), 'heun' (edm: second order,
+        sampler: null is the diffusion's own: 'ddpm' (gaussian: ancestral), 'euler' (flow), 'heun' (edm: second order,
             two calls a step) or 'iterated' (a cascade's 'dae' and 'resnet', which have no other); others: 'ddim',
             'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m' (DPM-Solver++, as published),
             'exponential_ab3' (of order 3: for many steps),
             'dpmpp_2m_sde' (with noise), 'unipc' (predictor and corrector)
         num_steps: steps a sample: calls of the model, each of both halves under guidance
-        spacing: of the steps: null is the process's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
+        spacing: of the steps: null is the diffusion's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
             'trailing', 'quadratic', 'log_snr'; or a text file of noise levels sigma / alpha
         eta: randomness of 'ddim': 0 none, 1 that of 'ddpm'
         churn: randomness of 'heun': noise added over the whole chain (Karras et al. 2022); 0 none
@@ -368,7 +368,7 @@ class ExperimentConfig(RunConfig):
         init_from: a run or checkpoint (or hf://owner/name) whose averaged weights a fresh run starts from: those of the
             same name and shape
         data: images and how they are read
-        diffusion: the diffusion process and its objective
+        diffusion: the diffusion and its objective
         auxiliary: further terms of the loss, a list such as '[{kind: perceptual, weight: 0.1}, {kind: feature_matching,
             weight: 0.05}]'; each is logged by its kind
         optim: optimizer and learning rate
@@ -401,9 +401,9 @@ class ExperimentConfig(RunConfig):
 
     def identity(self) -> dict[str, Any]:
         """With the diffusion's settings in full: what is null is their default."""
-        from experiment.processes import process_settings
+        from experiment.diffusions import diffusion_settings
 
-        diffusion = {"kind": self.diffusion.kind, **process_settings(self.diffusion)}
+        diffusion = {"kind": self.diffusion.kind, **diffusion_settings(self.diffusion)}
         return super().identity() | {f"diffusion.{name}": value for name, value in diffusion.items()}
 
     def guided_classes(self, num_classes: int) -> int:

@@ -248,7 +248,7 @@ class DiffusionRefiner(nn.Module):
         self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
-        assert given is not None  # its process gives it
+        assert given is not None  # the diffusion gives it
         x_t, t, level, y = given
         cond = self.cond(t, y) + self.level(level)
         x = self.stem(torch.cat([x_t, image], dim=1))
@@ -283,7 +283,7 @@ class Stages(NamedTuple):
 class Cascade(nn.Module):
     """A coarse stage at a fraction of the image's side, an upsampler, a refiner.
 
-    As any backbone, `model(x_t, t, y)` takes an image through all three. The process of cascades trains the stages by
+    As any backbone, `model(x_t, t, y)` takes an image through all three. The diffusion of cascades trains the stages by
     objectives of their own, in one call that tells how they are connected, and samples them one by one.
 
     Args:

@@ -1,4 +1,4 @@
-"""The worse model of autoguidance (Karras et al. 2024): a checkpoint of the same process and data."""
+"""The worse model of autoguidance (Karras et al. 2024): a checkpoint of the same diffusion and data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from checkpoints.checkpoint import open_checkpoint
 from experiment.config import DiffusionConfig, SamplingConfig
-from experiment.processes import process_settings
+from experiment.diffusions import diffusion_settings
 from models.spec import ModelSpec
 
 OF_TRAINING = {
@@ -33,8 +33,8 @@ def load_guide_model(
         return None
     other = open_checkpoint(sampling.guidance_checkpoint)
     names = ("input_size", "in_channels", "out_channels", "num_classes")
-    ours = {"kind": diffusion.kind, **process_settings(diffusion)} | {name: getattr(spec, name) for name in names}
-    theirs = {"kind": other.config.diffusion.kind, **process_settings(other.config.diffusion)}
+    ours = {"kind": diffusion.kind, **diffusion_settings(diffusion)} | {name: getattr(spec, name) for name in names}
+    theirs = {"kind": other.config.diffusion.kind, **diffusion_settings(other.config.diffusion)}
     theirs |= {name: getattr(other.spec, name) for name in names}
     for name in ours:
         if name not in OF_TRAINING and theirs.get(name) != ours[name]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from autoencoders.codec import Codec
 from data.subsets import stratified
-from diffusion import Process, sample
+from diffusion import Diffusion, sample
 from diffusion.samplers import randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.randomness import generator_for
@@ -37,7 +37,7 @@ class Generator:
     """
 
     model: nn.Module
-    process: Process
+    diffusion: Diffusion
     codec: Codec
     labels: Int64[Tensor, " n"]
     sampling: SamplingConfig
@@ -73,7 +73,7 @@ class Generator:
         bf16 = self.accelerator.mixed_precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             x_0 = sample(
-                self.process,
+                self.diffusion,
                 self.model,
                 noise,
                 y,
@@ -156,10 +156,10 @@ class StagesPanel:
         ValueError: where there is one stage alone.
     """
 
-    def __init__(self, process: Process, num_images: int = 36) -> None:
-        if not process.stages:
+    def __init__(self, diffusion: Diffusion, num_images: int = 36) -> None:
+        if not diffusion.stages:
             raise ValueError("--stages true: this model draws in one stage; it is for cascades, see --panel")
-        self.names, self.num_images = list(process.stages), num_images
+        self.names, self.num_images = list(diffusion.stages), num_images
         self.outputs: dict[str, Tensor] = {}
 
     def __call__(self, name: str, x_0: Tensor) -> None:

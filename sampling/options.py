@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields, replace
 
-from diffusion import Guidance, Process
+from diffusion import Diffusion, Guidance
 from diffusion.samplers import samplers_of
 from experiment.config import SamplingConfig
 from experiment.settings import check_settings
@@ -25,22 +25,22 @@ def sampling_of(config: SamplingConfig, num_classes: int, **given: object) -> Sa
 
 
 def check_sampling(
-    config: SamplingConfig, process: Process, num_classes: int, num_channels: int | None = None
+    config: SamplingConfig, diffusion: Diffusion, num_classes: int, num_channels: int | None = None
 ) -> SamplingConfig:
-    """The configuration, with the process's own sampler and spacing where it names none, if the model can follow it.
+    """The configuration, with the diffusion's own sampler and spacing where it names none, if the model can follow it.
 
     Raises:
-        ValueError: for an unknown name, a number out of its range or of another sampler, more steps than the process
+        ValueError: for an unknown name, a number out of its range or of another sampler, more steps than the diffusion
             has, or guidance without classes.
     """
     check_settings(config, "--sampling.")
     config = replace(
         config,
-        sampler=config.sampler or process.default_sampler,
-        spacing=config.spacing or process.default_spacing,
+        sampler=config.sampler or diffusion.default_sampler,
+        spacing=config.spacing or diffusion.default_spacing,
     )
-    if config.sampler not in samplers_of(process):
-        known = ", ".join(samplers_of(process))
+    if config.sampler not in samplers_of(diffusion):
+        known = ", ".join(samplers_of(diffusion))
         raise ValueError(f"--sampling.sampler {config.sampler}: unknown, choose from {known}")
     if num_classes == 0 and config.guidance_scale != 1.0 and config.guidance_checkpoint is None:
         raise ValueError(
@@ -53,7 +53,7 @@ def check_sampling(
         if getattr(config, name) and config.sampler != sampler:
             raise ValueError(f"--{name} {getattr(config, name)}: {sampler} alone uses it, not {config.sampler}; give 0")
     build_guidance(config)
-    process.reverse_steps(config.num_steps, config.spacing)
+    diffusion.reverse_steps(config.num_steps, config.spacing)
     return config
 
 

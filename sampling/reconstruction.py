@@ -57,8 +57,8 @@ def reconstruct(
     Raises:
         ValueError: for a time that the chain does not reach.
     """
-    process, codec, sampling = generator.process, generator.codec, generator.sampling
-    times = [time for time, _ in process.reverse_steps(sampling.num_steps, sampling.spacing)]
+    diffusion, codec, sampling = generator.diffusion, generator.codec, generator.sampling
+    times = [time for time, _ in diffusion.reverse_steps(sampling.num_steps, sampling.spacing)]
     if not times[-1] <= t <= times[0]:
         raise ValueError(
             f"--reconstruct {t:g} must lie in {times[-1]:g}..{times[0]:g}, the times that the sampler visits"
@@ -66,7 +66,7 @@ def reconstruct(
     start = next(time for time in times if time <= t)
     streams = [generator_for(generator.seed, "reconstruct", index) for index in range(len(images))]
     y, x_0 = labels.to(generator.accelerator.device), codec.encode(images.to(generator.accelerator.device))
-    x_t = process.q_sample(x_0, torch.full_like(y, start, dtype=torch.tensor(start).dtype), randn_like(x_0, streams))
+    x_t = diffusion.q_sample(x_0, torch.full_like(y, start, dtype=torch.tensor(start).dtype), randn_like(x_0, streams))
 
     predicted: list[Tensor] = []  # at each step of the chain
     kept = replace(generator, callback=lambda step, x_t, x_0: predicted.append(x_0))

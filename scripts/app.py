@@ -395,7 +395,7 @@ def _slug(run: str) -> str:
 
 
 def _sampler(checkpoint) -> str:
-    return checkpoint.config.sampling.sampler or checkpoint.build_process().default_sampler
+    return checkpoint.config.sampling.sampler or checkpoint.build_diffusion().default_sampler
 
 
 def _steps(checkpoint) -> int:

@@ -117,7 +117,7 @@ def sampling(
 
     from diffusion import GaussianDiffusion, sample
 
-    process, precision = GaussianDiffusion(), chosen(precision)
+    diffusion, precision = GaussianDiffusion(), chosen(precision)
     noise, y = latents(batch_size, latent_size, num_classes)
     settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
     programs: list[tuple[Row, Callable[[], None]]] = []
@@ -126,7 +126,7 @@ def sampling(
 
         def ours(model: torch.nn.Module = model) -> None:
             with autocast(precision):
-                sample(process, model, noise, y, **settings)
+                sample(diffusion, model, noise, y, **settings)
 
         row = {"model": name, "implementation": "this one", "precision": precision + " compiled" * compile}
         programs.append((row, ours))
@@ -178,7 +178,7 @@ def epoch(
     from experiment.datasets import open_split
     from training.batches import Batches
 
-    process, precision = GaussianDiffusion(), chosen(precision)
+    diffusion, precision = GaussianDiffusion(), chosen(precision)
     codec, device = create_codec("embedded").to(the_device()), the_device()
     shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
     kind = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
@@ -193,7 +193,7 @@ def epoch(
         prepare = lambda batch: codec.prepare(batch.to(device)).cpu()  # noqa: E731
         build_cache(cache_folder, shapes, prepare, codec.provenance, flips=True, batch_size=64, progress=False)
         cache = LatentCache(cache_folder, codec.identity).to(device)
-        batches = Batches(cache, codec, process.times(), seed=0, batch_size=batch_size, device=device)
+        batches = Batches(cache, codec, diffusion.times(), seed=0, batch_size=batch_size, device=device)
         for name in models:
             step, steps = our_step(backbone(name, 8, 10), None, None, precision, compile), iter(range(10**9))
 
@@ -340,12 +340,12 @@ def our_step(model: Any, x_0: Any, y: Any, precision: str, compile: bool) -> Cal
     from experiment.config import OptimConfig
     from training.optimizer import build_optimizer
 
-    process, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
+    diffusion, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
     compiled(model, compile)
 
     def step(x_0: Any = x_0, y: Any = y) -> None:
         with autocast(precision):
-            loss = process.training_loss(model, x_0, y)["loss"].mean()
+            loss = diffusion.training_loss(model, x_0, y)["loss"].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

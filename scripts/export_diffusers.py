@@ -70,25 +70,25 @@ def main(config: ExportConfig) -> None:
     if config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
     checkpoint = open_checkpoint(config.checkpoint)
-    process, num_guided = checkpoint.build_process(), checkpoint.num_guided
+    diffusion, num_guided = checkpoint.build_diffusion(), checkpoint.num_guided
     given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "clip")}
-    sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_guided, **given), process, num_guided)
+    sampling = check_sampling(sampling_of(checkpoint.config.sampling, num_guided, **given), diffusion, num_guided)
     codec = checkpoint.open_codec(config.autoencoder)
     if sampling.clip is None:
         sampling = replace(sampling, clip=codec.limit)
-    scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, process, sampling)
+    scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, diffusion, sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
     if vae is not None:
         vae.register_to_config(_name_or_path=None)  # a folder of this machine
     write = write_native if config.native else write_pipeline
     with whole(config.output) as folder:
         folder.mkdir()
-        how = write(folder, checkpoint, process, sampling, scheduler, spacing, vae)
+        how = write(folder, checkpoint, diffusion, sampling, scheduler, spacing, vae)
         (folder / "README.md").write_text(readme(checkpoint, sampling, native=config.native))
     print(f"{config.output}: {how}")
 
 
-def write_pipeline(folder: Path, checkpoint, process, sampling: SamplingConfig, scheduler, spacing: str, vae) -> str:
+def write_pipeline(folder: Path, checkpoint, diffusion, sampling: SamplingConfig, scheduler, spacing: str, vae) -> str:
     """The backbone as a program, beside code that loads and samples from it."""
     from metrics.exported import save_program
 
@@ -97,7 +97,7 @@ def write_pipeline(folder: Path, checkpoint, process, sampling: SamplingConfig, 
     denoiser = folder / "denoiser"
     denoiser.mkdir(parents=True)
     save_program(program, denoiser / "denoiser.pt2")
-    offset, rate = told_times(checkpoint.config.diffusion.kind, process)
+    offset, rate = told_times(checkpoint.config.diffusion.kind, diffusion)
     settings = {
         "_class_name": "ExportedDenoiser",
         "num_classes": spec.num_classes,
@@ -129,7 +129,7 @@ def write_pipeline(folder: Path, checkpoint, process, sampling: SamplingConfig, 
     return f"{spec.name} as a program that differs from the model by {error:.1e} of its largest output"
 
 
-def write_native(folder: Path, checkpoint, process, sampling: SamplingConfig, scheduler, spacing: str, vae) -> str:
+def write_native(folder: Path, checkpoint, diffusion, sampling: SamplingConfig, scheduler, spacing: str, vae) -> str:
     """diffusers' own DiT in diffusers' own pipeline, which asks schedulers for their own times and no variance."""
     from published.diffusers_dit import to_diffusers, without_shift
 
@@ -140,7 +140,7 @@ def write_native(folder: Path, checkpoint, process, sampling: SamplingConfig, sc
         )
     if vae is None:
         raise ValueError("--native: DiTPipeline needs an autoencoder, and this model denoises pixels; leave it out")
-    if process.model_times is not None:
+    if diffusion.model_times is not None:
         raise ValueError("--native: DiTPipeline tells a model its times from 0 to 999; leave it out")
     transformer, vae = to_diffusers(checkpoint.load_model()), without_shift(vae)
     transformer.save_pretrained(folder / "transformer")
@@ -190,7 +190,7 @@ def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
     return program, error
 
 
-def scheduler_of(kind: str, process, sampling: SamplingConfig) -> tuple[Any, str]:
+def scheduler_of(kind: str, diffusion, sampling: SamplingConfig) -> tuple[Any, str]:
     """diffusers' scheduler that walks the same chain, and the pipeline's word for its spacing.
 
     Raises:
@@ -213,27 +213,27 @@ def scheduler_of(kind: str, process, sampling: SamplingConfig) -> tuple[Any, str
     build, spacing = SCHEDULERS[key]
     limit = sampling.clip or math.inf
     if build is ancestral:
-        return ancestral(process, limit), spacing
+        return ancestral(diffusion, limit), spacing
     if math.isfinite(limit):
         raise ValueError(
             f"--clip {limit:g}: in diffusers only the scheduler of ddpm cuts predictions to what pixels can be; "
             "--sampler ddpm, or --clip .inf where samples come out well without"
         )
-    return build(process), spacing
+    return build(diffusion), spacing
 
 
 PREDICTIONS: dict[str, Any] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 
-def ancestral(process, limit: float = math.inf) -> Any:
+def ancestral(diffusion, limit: float = math.inf) -> Any:
     """DDPM, of the model's own variance, predictions of the data cut to a limit."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
-        process.num_timesteps,
-        trained_betas=process.betas.tolist(),
-        prediction_type=PREDICTIONS[process.prediction],
-        variance_type=process.variance,
+        diffusion.num_timesteps,
+        trained_betas=diffusion.betas.tolist(),
+        prediction_type=PREDICTIONS[diffusion.prediction],
+        variance_type=diffusion.variance,
         clip_sample=math.isfinite(limit),
         clip_sample_range=limit if math.isfinite(limit) else 1.0,
     )
@@ -242,17 +242,17 @@ def ancestral(process, limit: float = math.inf) -> Any:
 def solver(order: int) -> Callable[[Any], Any]:
     """DPM-Solver++, of which order 1 is DDIM."""
 
-    def build(process) -> Any:
+    def build(diffusion) -> Any:
         from diffusers import DPMSolverMultistepScheduler
 
-        if process.alphas_cumprod[-1] == 0:
+        if diffusion.alphas_cumprod[-1] == 0:
             raise ValueError(
                 "--diffusion.zero_terminal_snr true: diffusers' DPM-Solver starts at 1 / 0; --sampler ddpm"
             )
         return DPMSolverMultistepScheduler(
-            process.num_timesteps,
-            trained_betas=process.betas.tolist(),
-            prediction_type=PREDICTIONS[process.prediction],
+            diffusion.num_timesteps,
+            trained_betas=diffusion.betas.tolist(),
+            prediction_type=PREDICTIONS[diffusion.prediction],
             solver_order=order,
             solver_type="midpoint",
             final_sigmas_type="zero",
@@ -262,21 +262,21 @@ def solver(order: int) -> Callable[[Any], Any]:
     return build
 
 
-def straight(process) -> Any:
+def straight(diffusion) -> Any:
     """Euler's method for a linear flow."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if process.path_name != "linear":
-        raise ValueError(f"--diffusion.path {process.path_name}: diffusers' flows are linear")
-    return FlowMatchEulerDiscreteScheduler(1000, shift=float(process.shift))
+    if diffusion.path_name != "linear":
+        raise ValueError(f"--diffusion.path {diffusion.path_name}: diffusers' flows are linear")
+    return FlowMatchEulerDiscreteScheduler(1000, shift=float(diffusion.shift))
 
 
-def karras(process) -> Any:
+def karras(diffusion) -> Any:
     """Euler's method for EDM."""
     from diffusers import EDMEulerScheduler
 
-    low, high = process.noise_range
-    return EDMEulerScheduler(low, high, process.sigma_data)
+    low, high = diffusion.noise_range
+    return EDMEulerScheduler(low, high, diffusion.sigma_data)
 
 
 SCHEDULERS: dict[tuple[str, str | None, str | None], tuple[Callable[[Any], Any], str]] = {
@@ -291,18 +291,18 @@ SCHEDULERS: dict[tuple[str, str | None, str | None], tuple[Callable[[Any], Any],
 }
 
 
-def told_times(kind: str, process) -> tuple[float, float]:
+def told_times(kind: str, diffusion) -> tuple[float, float]:
     """The scheduler's timestep to what the backbone is given: offset and rate."""
     import math
 
     if kind == "flow":  # 1000 t
-        first, last = process.model_times
+        first, last = diffusion.model_times
         return first, (last - first) / 1000
     if kind == "edm":  # log(sigma) / 4
-        low, high = (math.log(sigma) for sigma in process.noise_range)
+        low, high = (math.log(sigma) for sigma in diffusion.noise_range)
         return -999 * low / (high - low), 4 * 999 / (high - low)
-    first, last = process.model_times or (0.0, float(process.max_time))
-    return first, (last - first) / process.max_time
+    first, last = diffusion.model_times or (0.0, float(diffusion.max_time))
+    return first, (last - first) / diffusion.max_time
 
 
 def readme(checkpoint, sampling: SamplingConfig, *, native: bool) -> str:

@@ -79,7 +79,7 @@ def main(config: ImportConfig) -> None:
     """Read, rename, write, open again."""
 
     from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
-    from experiment.processes import build_process
+    from experiment.diffusions import build_diffusion
     from machine.whole_files import whole
     from models.spec import ModelSpec
     from published.arguments import infer_config, reference_arguments
@@ -103,7 +103,7 @@ def main(config: ImportConfig) -> None:
     diffusion = DIFFUSION[kind]
     if diffusion.variance is None and diffusion.kind == "gaussian" and spec.out_channels == spec.in_channels:
         diffusion = replace(diffusion, variance="fixed_large")
-    build_process(diffusion)
+    build_diffusion(diffusion)
     factor = 1 if config.autoencoder == "pixel" else LATENT_FACTOR
     experiment = ExperimentConfig(
         model=spec.name,

@@ -109,7 +109,7 @@ class Studio:
         checkpoint = self.checkpoint(request.run)
         if not 1 <= request.num_images <= MOST_IMAGES or not 1 <= request.num_steps <= MOST_STEPS:
             raise ValueError(f"1 to {MOST_IMAGES} pictures of 1 to {MOST_STEPS} steps, not {request}")
-        process, num_guided = checkpoint.build_process(), checkpoint.num_guided
+        diffusion, num_guided = checkpoint.build_diffusion(), checkpoint.num_guided
         sampling = sampling_of(
             checkpoint.config.sampling,
             num_guided,
@@ -117,11 +117,11 @@ class Studio:
             num_steps=request.num_steps,
             guidance_scale=request.guidance_scale if num_guided else None,
         )
-        sampling = check_sampling(sampling, process, num_guided)
+        sampling = check_sampling(sampling, diffusion, num_guided)
         device = self.accelerator.device
         return Generator(
             self.model(request.run),
-            process,
+            diffusion,
             self.codec(checkpoint),
             torch.full((request.num_images,), self.label(request.run, request.of_class)),
             sampling,

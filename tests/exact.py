@@ -17,25 +17,25 @@ def labels(num: int) -> torch.Tensor:
     return torch.zeros(num, dtype=torch.int64)
 
 
-def own_input(process, x, t):
-    """What a process gave the backbone, taken back to its own `x_t` and `t`."""
-    if isinstance(process, FlowMatching):
+def own_input(diffusion, x, t):
+    """What a diffusion gave the backbone, taken back to its own `x_t` and `t`."""
+    if isinstance(diffusion, FlowMatching):
         return x, t / 999
-    if isinstance(process, EDM):
-        low, high = (torch.tensor(sigma, dtype=torch.float64).log() for sigma in process.noise_range)
+    if isinstance(diffusion, EDM):
+        low, high = (torch.tensor(sigma, dtype=torch.float64).log() for sigma in diffusion.noise_range)
         sigma = (low + t.double() / 999 * (high - low)).exp().to(x.dtype)
-        return x * (sigma**2 + process.sigma_data**2).sqrt()[:, None, None, None], sigma
+        return x * (sigma**2 + diffusion.sigma_data**2).sqrt()[:, None, None, None], sigma
     return x, t
 
 
-def backbone(process, posterior_mean):
+def backbone(diffusion, posterior_mean):
     """The model whose `x_0` is `posterior_mean(x_t, alpha, sigma, y)`."""
 
     def model(x, t, y):
-        x_t, t = own_input(process, x, t)
-        at = process.levels(t)
+        x_t, t = own_input(diffusion, x, t)
+        at = diffusion.levels(t)
         x_0 = posterior_mean(x_t, at.alpha, at.sigma, y)
-        return process.target(x_0, (x_t - at.alpha * x_0) / at.sigma, t)
+        return diffusion.target(x_0, (x_t - at.alpha * x_0) / at.sigma, t)
 
     return model
 
@@ -45,7 +45,7 @@ def gaussian_data(mean: float, std: float):
     return lambda x_t, alpha, sigma, y: mean + std**2 * alpha / ((alpha * std) ** 2 + sigma**2) * (x_t - alpha * mean)
 
 
-PROCESSES = {
+DIFFUSIONS = {
     "linear epsilon": lambda: GaussianDiffusion(variance="fixed_small"),
     "cosine v": lambda: GaussianDiffusion("cosine", prediction="v", variance="fixed_large"),
     "sigmoid x_0": lambda: GaussianDiffusion("sigmoid", prediction="x_0", variance="fixed_small"),

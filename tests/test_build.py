@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from test_backbones import SMALL
 
 from autoencoders.codec import PixelCodec, create_codec
-from diffusion import PROCESSES, SAMPLERS, SPACINGS
+from diffusion import DIFFUSIONS, SAMPLERS, SPACINGS
 from diffusion.flow import PATHS
 from diffusion.gaussian import PREDICTIONS, WEIGHTINGS
 from diffusion.guidance import SCALE_SCHEDULES
@@ -17,7 +17,7 @@ from diffusion.times import TIMES
 from experiment.backbones import model_spec
 from experiment.cli import parse
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
-from experiment.processes import build_process
+from experiment.diffusions import build_diffusion
 from models import BACKBONES
 from sampling.options import check_sampling, sampling_of
 from training.optimizer import build_optimizer, learning_rate, num_training_steps
@@ -37,12 +37,12 @@ def test_accelerate_reads_every_launcher(path):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_configuration_builds(path):
     config = parse(ExperimentConfig, ["--config", str(path)])
-    process = build_process(config.diffusion)
+    diffusion = build_diffusion(config.diffusion)
     codec, num_classes = local_codec(config), 101 * config.data.use_labels
-    check_sampling(config.sampling, process, num_classes)
-    spec = model_spec(config, codec, process, num_classes)
+    check_sampling(config.sampling, diffusion, num_classes)
+    spec = model_spec(config, codec, diffusion, num_classes)
     model = spec.build_on_meta()
-    assert model.out_channels == process.output_channels(codec.channels)
+    assert model.out_channels == diffusion.output_channels(codec.channels)
     assert path.name in path.read_text() or "make demo" in path.read_text()
 
 
@@ -60,17 +60,17 @@ def test_every_shipped_configuration_trains_two_steps(path):
         config = replace(config, model_args={**config.model_args, **small})
     if config.autoencoder == "pixel":
         config = replace(config, data=replace(config.data, image_size=16))
-    process, codec = build_process(config.diffusion), local_codec(config)
+    diffusion, codec = build_diffusion(config.diffusion), local_codec(config)
     torch.manual_seed(0)
-    spec = model_spec(config, codec, process, 10 * config.data.use_labels)
+    spec = model_spec(config, codec, diffusion, 10 * config.data.use_labels)
     model = spec.build()
     optimizer = build_optimizer(model, config.optim)
     x_0, y = torch.randn(2, spec.in_channels, *spec.input_size), torch.tensor([0, spec.num_classes])
     t, noise, losses = torch.tensor([400, 800]), torch.randn(x_0.shape), []
-    t = t.clamp(max=process.max_time) if config.diffusion.kind == "cascade" else t  # whose chain is short
-    more = process.draw_more(x_0.shape)
+    t = t.clamp(max=diffusion.max_time) if config.diffusion.kind == "cascade" else t  # whose chain is short
+    more = diffusion.draw_more(x_0.shape)
     for _ in range(3):
-        loss = process.training_loss(model, x_0, y, t=t, noise=noise, more=more)["loss"].mean()
+        loss = diffusion.training_loss(model, x_0, y, t=t, noise=noise, more=more)["loss"].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -80,16 +80,16 @@ def test_every_shipped_configuration_trains_two_steps(path):
 
 def test_model_follows_codec_process_and_data():
     config = parse(ExperimentConfig, ["--data.image_size", "32", "--diffusion.variance", "fixed_small"])
-    spec = model_spec(config, PixelCodec(), build_process(config.diffusion), 7)
+    spec = model_spec(config, PixelCodec(), build_diffusion(config.diffusion), 7)
     assert (spec.input_size, spec.in_channels, spec.out_channels, spec.num_classes) == ((32, 32), 3, 3, 7)
 
 
-@pytest.mark.parametrize("kind", PROCESSES)
+@pytest.mark.parametrize("kind", DIFFUSIONS)
 def test_every_kind_builds_with_its_own_defaults_and_sampler(kind):
-    process = build_process(DiffusionConfig(kind=kind))
-    assert type(process) is PROCESSES[kind]
-    sampling = check_sampling(SamplingConfig(), process, 10)
-    assert (sampling.sampler, sampling.spacing) == (process.default_sampler, process.default_spacing)
+    diffusion = build_diffusion(DiffusionConfig(kind=kind))
+    assert type(diffusion) is DIFFUSIONS[kind]
+    sampling = check_sampling(SamplingConfig(), diffusion, 10)
+    assert (sampling.sampler, sampling.spacing) == (diffusion.default_sampler, diffusion.default_spacing)
 
 
 def test_a_setting_of_another_kind_is_refused_in_words():
@@ -102,17 +102,17 @@ def test_a_setting_of_another_kind_is_refused_in_words():
         (DiffusionConfig(kind="ddpm"), "--diffusion.kind ddpm: unknown, choose from gaussian, flow, edm"),
     ]:
         with pytest.raises(ValueError, match=words):
-            build_process(config)
+            build_diffusion(config)
 
 
 def test_every_setting_of_every_process_is_a_flag():
     flags = {each.name for each in fields(DiffusionConfig)} - {"kind"}
-    assert flags == {name for process in PROCESSES.values() for name in signature(process).parameters}
+    assert flags == {name for diffusion in DIFFUSIONS.values() for name in signature(diffusion).parameters}
 
 
 def test_help_names_every_process_sampler_spacing_and_schedule():
     words = f"{DiffusionConfig.__doc__} {SamplingConfig.__doc__}"
-    for table in (PROCESSES, SAMPLERS, SPACINGS, SCALE_SCHEDULES, SCHEDULES, WEIGHTINGS, TIMES, PATHS, PREDICTIONS):
+    for table in (DIFFUSIONS, SAMPLERS, SPACINGS, SCALE_SCHEDULES, SCHEDULES, WEIGHTINGS, TIMES, PATHS, PREDICTIONS):
         assert all(f"'{name}'" in words for name in table)
 
 
@@ -128,20 +128,20 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_without_a_trained_null_label_nothing_is_guided():
     config = ExperimentConfig(train=TrainConfig(label_dropout=0.0))
-    process = build_process(config.diffusion)
+    diffusion = build_diffusion(config.diffusion)
     assert (config.guided_classes(7), ExperimentConfig().guided_classes(7)) == (0, 7)
     assert sampling_of(config.sampling, config.guided_classes(7)).guidance_scale == 1.0
     asked = sampling_of(config.sampling, config.guided_classes(7), guidance_scale=2.0)
     with pytest.raises(ValueError, match=r"--guidance_scale 2.0: .* --train.label_dropout 0, and has no null label"):
-        check_sampling(asked, process, config.guided_classes(7))
+        check_sampling(asked, diffusion, config.guided_classes(7))
 
 
 @pytest.mark.parametrize(("name", "sampler", "other"), [("eta", "ddim", "ddpm"), ("churn", "heun", "euler")])
 def test_a_setting_of_another_sampler_is_refused(name, sampler, other):
-    process = build_process(DiffusionConfig())
-    assert check_sampling(SamplingConfig(sampler=sampler, **{name: 0.5}), process, 10)
+    diffusion = build_diffusion(DiffusionConfig())
+    assert check_sampling(SamplingConfig(sampler=sampler, **{name: 0.5}), diffusion, 10)
     with pytest.raises(ValueError, match=rf"--{name} 0.5: {sampler} alone uses it, not {other}; give 0"):
-        check_sampling(SamplingConfig(sampler=other, **{name: 0.5}), process, 10)
+        check_sampling(SamplingConfig(sampler=other, **{name: 0.5}), diffusion, 10)
 
 
 def test_epochs_become_steps():
@@ -151,13 +151,13 @@ def test_epochs_become_steps():
 
 
 def test_unknown_sampler_and_too_many_steps_are_told():
-    process = build_process(ExperimentConfig().diffusion)
+    diffusion = build_diffusion(ExperimentConfig().diffusion)
     with pytest.raises(ValueError, match=r"--sampling.sampler dppm: unknown, choose from ddpm, ddim, euler"):
-        check_sampling(SamplingConfig(sampler="dppm"), process, 1)
+        check_sampling(SamplingConfig(sampler="dppm"), diffusion, 1)
     with pytest.raises(ValueError, match=r"--num_steps 2000 must lie in 1..1000"):
-        check_sampling(SamplingConfig(num_steps=2000), process, 1)
+        check_sampling(SamplingConfig(num_steps=2000), diffusion, 1)
     with pytest.raises(ValueError, match=r"--guidance_scale 3.0: the model is unconditional"):
-        check_sampling(SamplingConfig(guidance_scale=3.0), process, 0)
+        check_sampling(SamplingConfig(guidance_scale=3.0), diffusion, 0)
     assert sampling_of(SamplingConfig(guidance_scale=3.0), 0, num_steps=7, eta=None) == SamplingConfig(
         guidance_scale=1.0, num_steps=7
     )

@@ -43,7 +43,7 @@ CHOICES = [
 
 
 def cascade(coarse="diffusion", upsampler="pixelshuffle", refiner="vit", num_classes=3, **settings):
-    process = Cascade(coarse, upsampler, refiner, num_timesteps=50, **settings)
+    diffusion = Cascade(coarse, upsampler, refiner, num_timesteps=50, **settings)
     torch.manual_seed(0)
     sizes = {
         "coarse_args": SMALL[coarse],
@@ -51,7 +51,7 @@ def cascade(coarse="diffusion", upsampler="pixelshuffle", refiner="vit", num_cla
         "refiner_args": SMALL.get(f"refiner {refiner}", SMALL.get(refiner, {})),
     }
     shape = {"input_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": num_classes}
-    return process, create_model("Cascade", **shape, **process.model_args, **sizes)
+    return diffusion, create_model("Cascade", **shape, **diffusion.model_args, **sizes)
 
 
 def wake(model):
@@ -65,8 +65,8 @@ def wake(model):
 X_0, Y = randn(4, 3, 16, 16, seed=5), torch.tensor([0, 1, 2, 3])
 
 
-def loss_of(process, model, phase, progress=0.5):
-    return process.during(phase, progress).training_loss(model, X_0, Y, generator=generator(1))
+def loss_of(diffusion, model, phase, progress=0.5):
+    return diffusion.during(phase, progress).training_loss(model, X_0, Y, generator=generator(1))
 
 
 def names_with_gradients(model):
@@ -75,7 +75,7 @@ def names_with_gradients(model):
 
 @pytest.mark.parametrize(("coarse", "upsampler", "refiner"), CHOICES, ids=[" ".join(choice) for choice in CHOICES])
 def test_every_choice_trains_two_steps_in_each_phase_and_samples(coarse, upsampler, refiner):
-    process, model = cascade(coarse, upsampler, refiner)
+    diffusion, model = cascade(coarse, upsampler, refiner)
     learned = {name for name, part in model.named_children() if any(True for _ in part.parameters())}
     expected = [{"coarse"}, learned - {"coarse"}, learned]
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
@@ -84,7 +84,7 @@ def test_every_choice_trains_two_steps_in_each_phase_and_samples(coarse, upsampl
             continue
         losses = []
         for _ in range(3):
-            terms = loss_of(process, model, phase)
+            terms = loss_of(diffusion, model, phase)
             assert all(values.shape == (4,) and values.isfinite().all() for values in terms.values())
             terms["loss"].mean().backward()
             assert names_with_gradients(model) == expected[phase]
@@ -92,9 +92,11 @@ def test_every_choice_trains_two_steps_in_each_phase_and_samples(coarse, upsampl
             optimizer.step()
             optimizer.zero_grad()
         assert losses[2] < losses[0]
-        assert {"coarse": "mse" in terms, "others": "refined" in terms} == process.during(phase, 0.0).trained._asdict()
+        assert {"coarse": "mse" in terms, "others": "refined" in terms} == diffusion.during(
+            phase, 0.0
+        ).trained._asdict()
     shown = {}
-    drawn = sample(process, model.eval(), randn(2, 3, 16, 16), labels(2), num_steps=3, on_stage=shown.__setitem__)
+    drawn = sample(diffusion, model.eval(), randn(2, 3, 16, 16), labels(2), num_steps=3, on_stage=shown.__setitem__)
     assert {name: image.shape[-1] for name, image in shown.items()} == {"coarse": 8, "upsampler": 16, "refiner": 16}
     assert torch.equal(shown["refiner"], drawn)
     assert drawn.isfinite().all()
@@ -102,13 +104,13 @@ def test_every_choice_trains_two_steps_in_each_phase_and_samples(coarse, upsampl
 
 
 def test_a_frozen_stage_and_its_average_stay_bitwise():
-    process, model = cascade()
+    diffusion, model = cascade()
     ema, optimizer = EMA(model, 0.9), build_optimizer(model, OptimConfig(lr=1e-2, weight_decay=0.1))
 
     def step(phase, number):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         averages = {name: value.clone() for name, value in ema.tensors.items()}
-        loss_of(process, model, phase)["loss"].mean().backward()
+        loss_of(diffusion, model, phase)["loss"].mean().backward()
         optimizer.step()
         ema.update(model, number)
         optimizer.zero_grad()
@@ -123,11 +125,11 @@ def test_a_frozen_stage_and_its_average_stay_bitwise():
 
 
 def test_the_gradient_of_the_refined_image_reaches_the_coarse_stage_unless_the_teacher_forces():
-    process, model = cascade(forcing=((0.0, 0.0), (1.0, 0.0)))
+    diffusion, model = cascade(forcing=((0.0, 0.0), (1.0, 0.0)))
     wake(model)
     for progress, reaches in ((0.0, False), (1.0, True)):
         model.zero_grad()
-        terms = loss_of(process, model, 2, progress)
+        terms = loss_of(diffusion, model, 2, progress)
         assert terms["forced"].tolist() == [1.0 - progress] * 4
         terms["refined"].mean().backward()
         gradients = [parameter.grad for parameter in model.coarse.parameters()]
@@ -135,12 +137,12 @@ def test_the_gradient_of_the_refined_image_reaches_the_coarse_stage_unless_the_t
 
 
 def test_unforced_the_upsampler_sees_the_one_step_prediction():
-    process, model = cascade(forcing=((0.0, 0.0), (0.0, 0.0)), prediction="epsilon")
+    diffusion, model = cascade(forcing=((0.0, 0.0), (0.0, 0.0)), prediction="epsilon")
     wake(model)
     seen = []
     model.upsampler.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     t, noise = torch.tensor([3, 20, 30, 49]), randn(*X_0.shape, seed=9)
-    process.during(1, 0.0).training_loss(model, X_0, Y, t=t, noise=noise)
+    diffusion.during(1, 0.0).training_loss(model, X_0, Y, t=t, noise=noise)
     small, small_noise = (nn.functional.avg_pool2d(each, 2) for each in (X_0, 2 * noise))
     chain = GaussianDiffusion(num_timesteps=50, variance="fixed_small")
     alpha, sigma = chain.levels(t)
@@ -150,19 +152,19 @@ def test_unforced_the_upsampler_sees_the_one_step_prediction():
 
 
 def test_phases_and_forcing_are_functions_of_the_step():
-    process = Cascade()
-    phases = [phase_at(process.phases, step, 1000) for step in range(1000)]
+    diffusion = Cascade()
+    phases = [phase_at(diffusion.phases, step, 1000) for step in range(1000)]
     assert [phase.number for phase in phases] == [0] * 350 + [1] * 350 + [2] * 300
     assert [phase.step for phase in phases] == [*range(350), *range(350), *range(300)]
     assert {phase.end for phase in phases} == {350, 700, 1000}
-    ends = [process.during(phases[step].number, phases[step].progress) for step in (350, 699, 700, 999)]
+    ends = [diffusion.during(phases[step].number, phases[step].progress) for step in (350, 699, 700, 999)]
     assert [end.forcing_probability for end in ends] == pytest.approx([0.9, 0.1, 0.1, 0.0])
-    middle = [process.during(1, progress).forcing_probability for progress in (0.25, 0.5, 0.75)]
+    middle = [diffusion.during(1, progress).forcing_probability for progress in (0.25, 0.5, 0.75)]
     assert middle == pytest.approx([0.7, 0.5, 0.3])
-    assert process.forcing_probability == 1.0  # what validation asks for
+    assert diffusion.forcing_probability == 1.0  # what validation asks for
     forced = [loss_of(*cascade(), 1, 0.5)["forced"].tolist() for _ in range(2)]
     assert forced[0] == forced[1]
-    draws = process.draw_more((20_000, 1, 2, 2), generator(3))["forcing"]
+    draws = diffusion.draw_more((20_000, 1, 2, 2), generator(3))["forcing"]
     assert (draws < 0.3).float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert [phase_at((1, 0, 1), step, 4).number for step in range(4)] == [0, 0, 2, 2]
     assert [phase_at((1.0,), step, 3).end for step in range(3)] == [3, 3, 3]
@@ -179,19 +181,19 @@ def test_the_learning_rate_halves_every_fifteen_epochs_of_each_phase():
 
 
 def test_small_noise_is_unit_normal_and_small_images_are_means():
-    process = Cascade(factor=4)
-    noise = process.shrink_noise(randn(64, 1, 64, 64))
+    diffusion = Cascade(factor=4)
+    noise = diffusion.shrink_noise(randn(64, 1, 64, 64))
     assert noise.std().item() == pytest.approx(1, abs=0.02)
-    assert process.shrink(torch.full((1, 1, 8, 8), 0.3)).tolist() == [[[[pytest.approx(0.3)] * 2] * 2]]
+    assert diffusion.shrink(torch.full((1, 1, 8, 8), 0.3)).tolist() == [[[[pytest.approx(0.3)] * 2] * 2]]
 
 
 def test_denoising_again_and_again_is_its_markov_chain():
     """On N(0, s^2) the exact denoiser shrinks by c, so the variance goes v -> c^2 v + sigma^2 in each round."""
-    process, s = Denoising(1.0, 0.5), 0.7
+    diffusion, s = Denoising(1.0, 0.5), 0.7
     c = s**2 / (s**2 + 0.5**2)
     seen = []
     drawn = sample(
-        process,
+        diffusion,
         lambda x, t, y: c * x,
         randn(4, 1, 64, 64),
         labels(4),
@@ -206,16 +208,16 @@ def test_denoising_again_and_again_is_its_markov_chain():
     assert seen == pytest.approx(expected, rel=0.03)
     assert drawn.var().item() == pytest.approx(seen[-1])
     with pytest.raises(ValueError, match="--sampler ddim: unknown, choose from iterated"):
-        sample(process, lambda x, t, y: x, randn(1, 1, 2, 2), labels(1), sampler="ddim")
+        sample(diffusion, lambda x, t, y: x, randn(1, 1, 2, 2), labels(1), sampler="ddim")
 
 
 def test_a_coarse_stage_from_noise_is_given_noise_alone():
-    process = Denoising(0.0, 1.0)
+    diffusion = Denoising(0.0, 1.0)
     noise = randn(*X_0.shape)
     given = []
-    process.training_loss(lambda x, t, y: given.append(x) or x, X_0, Y, noise=noise)
+    diffusion.training_loss(lambda x, t, y: given.append(x) or x, X_0, Y, noise=noise)
     assert torch.equal(given[0], noise)
-    drawn = sample(process, lambda x, t, y: 2 * x, noise, Y, num_steps=1)
+    drawn = sample(diffusion, lambda x, t, y: 2 * x, noise, Y, num_steps=1)
     assert torch.equal(drawn, 2 * noise)
 
 
@@ -237,8 +239,8 @@ def test_super_resolution_is_told_how_much_noise_the_coarse_image_holds():
         told.append((level.tolist(), len(up)))
         return images.target(up, (x_t - images.levels(t).alpha * up) / images.levels(t).sigma, t)
 
-    def chain(process, model, noise, y, *, scale=1.0, **rest):
-        return sample(process, model, noise, y, num_steps=5, guidance_scale=scale, num_classes=3)
+    def chain(diffusion, model, noise, y, *, scale=1.0, **rest):
+        return sample(diffusion, model, noise, y, num_steps=5, guidance_scale=scale, num_classes=3)
 
     upsample = partial(nn.functional.interpolate, scale_factor=2.0)
     for scale in (1.0, 2.0):
@@ -249,13 +251,13 @@ def test_super_resolution_is_told_how_much_noise_the_coarse_image_holds():
 
 @pytest.mark.parametrize("refiner", ["vit", "diffusion"])
 def test_a_sample_depends_on_its_own_stream_alone(refiner):
-    process, model = cascade(refiner=refiner)
+    diffusion, model = cascade(refiner=refiner)
     wake(model).eval()
     noise = randn(3, 3, 16, 16)
 
     def draw(part):
         streams = [generator(number) for number in range(3)][part]
-        return sample(process, model, noise[part], Y[:3][part], num_steps=3, guidance_scale=2.0, generator=streams)
+        return sample(diffusion, model, noise[part], Y[:3][part], num_steps=3, guidance_scale=2.0, generator=streams)
 
     together = draw(slice(3))
     alone, size = draw(slice(1, 2)), together.abs().max()

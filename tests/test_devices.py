@@ -118,13 +118,13 @@ import json, torch
 from diffusion import EDM, FlowMatching, GaussianDiffusion
 from diffusion.probability_flow import bits_per_dimension
 
-def bits(process, device):
+def bits(diffusion, device):
     x_0, y = torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4).to(device), torch.zeros(2, dtype=torch.int64, device=device)
     model = lambda x_t, t, y: x_t * (0.5 + t[:, None, None, None] / 2000)
-    return bits_per_dimension(process, model, x_0, y, num_steps=4, probe=x_0.sign()).tolist()
+    return bits_per_dimension(diffusion, model, x_0, y, num_steps=4, probe=x_0.sign()).tolist()
 
-processes = (GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM())
-print(json.dumps([[bits(each, device) for each in processes] for device in ("cpu", "pretend")]))
+diffusions = (GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM())
+print(json.dumps([[bits(each, device) for each in diffusions] for device in ("cpu", "pretend")]))
 """
 
 

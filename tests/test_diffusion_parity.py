@@ -1,4 +1,4 @@
-"""The Gaussian process and its samplers against numbers of the published implementation."""
+"""Gaussian diffusion and its samplers against numbers of the published implementation."""
 
 from pathlib import Path
 
@@ -42,10 +42,10 @@ def toy_model(a: torch.Tensor):
 
 @schedules
 def test_tables_match(schedule):
-    process, expected = GaussianDiffusion(schedule), numbers(schedule, "full")
-    assert_each_close(process.betas, expected["betas"], 1e-10)
-    assert_each_close(process.alphas_cumprod, expected["alphas_cumprod"], 1e-10)
-    transition = process.transition(torch.arange(1000))
+    diffusion, expected = GaussianDiffusion(schedule), numbers(schedule, "full")
+    assert_each_close(diffusion.betas, expected["betas"], 1e-10)
+    assert_each_close(diffusion.alphas_cumprod, expected["alphas_cumprod"], 1e-10)
+    transition = diffusion.transition(torch.arange(1000))
     assert_each_close(transition.posterior_std.flatten().square(), expected["posterior_variance"], 1e-6)
     log_variance = transition.log_variance_min.flatten()
     assert_each_close(log_variance, expected["posterior_log_variance_clipped"], 1e-6)
@@ -55,9 +55,9 @@ def test_tables_match(schedule):
 @schedules
 @pytest.mark.parametrize("num_steps", [10, 150])
 def test_respacing_matches(schedule, num_steps):
-    process, expected = GaussianDiffusion(schedule), numbers(schedule, f"respaced{num_steps}")
-    assert process.timesteps(num_steps).tolist() == expected["timestep_map"].tolist()
-    times, transitions = zip(*process.reverse_steps(num_steps), strict=True)
+    diffusion, expected = GaussianDiffusion(schedule), numbers(schedule, f"respaced{num_steps}")
+    assert diffusion.timesteps(num_steps).tolist() == expected["timestep_map"].tolist()
+    times, transitions = zip(*diffusion.reverse_steps(num_steps), strict=True)
     assert list(times[::-1]) == expected["timestep_map"].tolist()
     betas = torch.stack([transition.log_variance_max.exp() for transition in transitions[::-1]])
     assert_each_close(betas, expected["betas"], 1e-5)
@@ -65,12 +65,12 @@ def test_respacing_matches(schedule, num_steps):
 
 @schedules
 def test_losses_match(schedule):
-    process, expected = GaussianDiffusion(schedule), numbers(schedule, "train")
+    diffusion, expected = GaussianDiffusion(schedule), numbers(schedule, "train")
     x_0, t, noise = expected["x0"], expected["t"], expected["noise"]
-    assert_close(process.q_sample(x_0, t, noise), expected["x_t"])
+    assert_close(diffusion.q_sample(x_0, t, noise), expected["x_t"])
     model = toy_model(expected["A"])
     assert_close(model(expected["x_t"], t, None), expected["model_out"])
-    terms = process.training_loss(model, x_0, torch.zeros(len(x_0), dtype=torch.int64), t=t, noise=noise)
+    terms = diffusion.training_loss(model, x_0, torch.zeros(len(x_0), dtype=torch.int64), t=t, noise=noise)
     assert set(terms) == {"loss", "mse", "vb"}
     for name, values in terms.items():
         assert_each_close(values, expected[name])

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
-from experiment.processes import build_process
+from experiment.diffusions import build_diffusion
 from machine.randomness import generator_for
 from metrics.exported import save_program
 from models import create_model
@@ -63,9 +63,9 @@ def randomise(model, seed=0):
 def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=32, **diffusion):
     """A run that nobody trained."""
     config = DiffusionConfig(**diffusion)
-    codec, process = create_codec(autoencoder), build_process(config)
+    codec, diffusion = create_codec(autoencoder), build_diffusion(config)
     channels, *side = codec.latent_shape(size, size)
-    spec = ModelSpec(model, args, tuple(side), channels, process.output_channels(channels), 10)
+    spec = ModelSpec(model, args, tuple(side), channels, diffusion.output_channels(channels), 10)
     sampling = SamplingConfig(num_steps=4, guidance_scale=2.0)
     experiment = ExperimentConfig(
         model, args, autoencoder, diffusion=config, sampling=sampling, data=DataConfig(image_size=size)
@@ -197,7 +197,7 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
         assert not (tmp_path / "out").exists()
     guided = SamplingConfig(sampler="ddim", spacing="uniform", guidance_interval=[0.1, 2.0])
     with pytest.raises(ValueError, match=r"--sampling.guidance_interval \[0.1, 2.0\]: diffusers"):
-        EXPORT.scheduler_of("gaussian", open_checkpoint(run).build_process(), guided)
+        EXPORT.scheduler_of("gaussian", open_checkpoint(run).build_diffusion(), guided)
 
 
 def test_the_folder_says_how_to_load_it(tmp_path):

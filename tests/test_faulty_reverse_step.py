@@ -13,9 +13,9 @@ from diffusion import GaussianDiffusion, sample
 
 def final_std(std, drift, noise):
     """Of the chain's end; `drift` and `noise` are the shares of `beta x / 2` and of `beta` that the step has."""
-    process, variance = GaussianDiffusion(), 1.0
-    marginals = process.alphas_cumprod * std**2 + 1 - process.alphas_cumprod
-    for beta, marginal in zip(reversed(process.betas.tolist()), reversed(marginals.tolist()), strict=True):
+    diffusion, variance = GaussianDiffusion(), 1.0
+    marginals = diffusion.alphas_cumprod * std**2 + 1 - diffusion.alphas_cumprod
+    for beta, marginal in zip(reversed(diffusion.betas.tolist()), reversed(marginals.tolist()), strict=True):
         variance = variance * (1 + drift * beta / 2 - beta / marginal) ** 2 + noise * beta
     return variance**0.5
 
@@ -38,7 +38,7 @@ def test_data_of_unit_variance_hide_the_fault():
 def test_the_same_chain_by_this_projects_sampler():
     """Euler-Maruyama on the exact denoiser, sampled."""
 
-    process = GaussianDiffusion(variance="fixed_small")
+    diffusion = GaussianDiffusion(variance="fixed_small")
     settings = {"sampler": "euler_maruyama", "num_steps": 250, "generator": generator(1)}
-    x_0 = sample(process, backbone(process, gaussian_data(0.0, 0.5)), randn(4, 1, 64, 64), labels(4), **settings)
+    x_0 = sample(diffusion, backbone(diffusion, gaussian_data(0.0, 0.5)), randn(4, 1, 64, 64), labels(4), **settings)
     assert x_0.std().item() == pytest.approx(0.5, abs=0.02)

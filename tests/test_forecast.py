@@ -9,13 +9,13 @@ from training.forecast import forecast
 
 
 def test_an_epoch_is_forecast_and_the_model_stays_as_it_is():
-    process = GaussianDiffusion()
+    diffusion = GaussianDiffusion()
     spec = ModelSpec(
         "XSwin", {"dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_global_blocks": 1}, (8, 8), 4, 8, 3
     )
     model = spec.build()
     before, random = {name: each.clone() for name, each in model.state_dict().items()}, torch.get_rng_state()
-    few, many = (forecast(model, spec, process, Accelerator(cpu=True), num) for num in (1, 10**9))
+    few, many = (forecast(model, spec, diffusion, Accelerator(cpu=True), num) for num in (1, 10**9))
     assert few.startswith("an epoch takes about 0 seconds on this CPU")
     assert many.endswith("hours on this CPU; made for CPUs are --config configs/quickstart.yaml and --model XSwin-S")
     assert torch.equal(torch.get_rng_state(), random)

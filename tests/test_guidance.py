@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact import PROCESSES, labels, randn
+from exact import DIFFUSIONS, labels, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -103,12 +103,12 @@ class Conditional(torch.nn.Module):
 
 def test_sampling_is_guided_by_the_models_own_null_label():
     """Predicted `x_0` is -1 or 1 by label and 0 without: guidance by 3 makes it -3 or 3."""
-    process = GaussianDiffusion(prediction="x_0", variance="fixed_small")
+    diffusion = GaussianDiffusion(prediction="x_0", variance="fixed_small")
     noise, y = torch.randn(2, 1, 2, 2), torch.tensor([0, 1])
-    x_0 = sample(process, Conditional(), noise, y, num_steps=4, guidance_scale=3.0)
+    x_0 = sample(diffusion, Conditional(), noise, y, num_steps=4, guidance_scale=3.0)
     torch.testing.assert_close(x_0, torch.tensor([-3.0, 3.0])[:, None, None, None].expand_as(noise))
     by_hand = sample(
-        process,
+        diffusion,
         Conditional().forward,
         noise,
         y,
@@ -161,13 +161,13 @@ class Counting(torch.nn.Module):
         return torch.where((y == 2)[:, None, None, None], 0.1 * x, 0.2 * x)
 
 
-@pytest.mark.parametrize("process", [GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM()])
-def test_outside_the_interval_only_one_half_runs(process):
+@pytest.mark.parametrize("diffusion", [GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM()])
+def test_outside_the_interval_only_one_half_runs(diffusion):
     model, low, high = Counting(), 0.3, 3.0
-    steps = process.reverse_steps(20, "log_snr")
+    steps = diffusion.reverse_steps(20, "log_snr")
     guidance = Guidance(interval=(low, high))
     settings = {"sampler": "euler", "num_steps": 20, "spacing": "log_snr", "guidance_scale": 3.0}
-    sample(process, model, randn(5, 1, 2, 2), labels(5), guidance=guidance, **settings)
+    sample(diffusion, model, randn(5, 1, 2, 2), labels(5), guidance=guidance, **settings)
     expected = [10 if low <= at.sigma / at.alpha <= high else 5 for _, at in steps]
     assert [size for size, _ in model.calls] == expected
     assert {5, 10} == set(expected)
@@ -190,19 +190,19 @@ def test_rescaling_is_that_of_the_paper():
         torch.testing.assert_close(rescaled_output, 0.7 * expected + 0.3 * guided)
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-def test_projection_that_leaves_nothing_out_is_plain_guidance(process):
-    process = PROCESSES[process]()
-    t = torch.tensor([500, 20]) if isinstance(process, GaussianDiffusion) else torch.tensor([0.7, 0.2])
+@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+def test_projection_that_leaves_nothing_out_is_plain_guidance(diffusion):
+    diffusion = DIFFUSIONS[diffusion]()
+    t = torch.tensor([500, 20]) if isinstance(diffusion, GaussianDiffusion) else torch.tensor([0.7, 0.2])
     x_t, good, worse = (randn(2, 3, 4, 4, seed=seed) for seed in range(3))
-    mixed = projected(process, 1.0, None, 0.0)(good, worse, 2.5, x_t, t)
+    mixed = projected(diffusion, 1.0, None, 0.0)(good, worse, 2.5, x_t, t)
     torch.testing.assert_close(mixed, linear(good, worse, 2.5, x_t, t), rtol=1e-3, atol=1e-3)
 
 
 def test_adaptive_projection_is_the_algorithm_of_the_paper():
     """Sadat et al. 2024, algorithm 1, on predictions of `x_0`, over two steps."""
-    process = GaussianDiffusion(prediction="x_0", variance="fixed_small")
-    mix = projected(process, 0.2, 2.0, -0.5)
+    diffusion = GaussianDiffusion(prediction="x_0", variance="fixed_small")
+    mix = projected(diffusion, 0.2, 2.0, -0.5)
     x_t, t, average = randn(2, 3, 4, 4), torch.tensor([500, 500]), 0.0
     for seed in (1, 3):
         good, worse = randn(2, 3, 4, 4, seed=seed), randn(2, 3, 4, 4, seed=seed + 1)
@@ -221,9 +221,9 @@ def test_autoguidance_pushes_away_from_the_worse_model_with_the_same_label():
         seen.append(y.tolist())
         return torch.full_like(x, 0.5)
 
-    process = GaussianDiffusion(prediction="x_0", variance="fixed_small")
+    diffusion = GaussianDiffusion(prediction="x_0", variance="fixed_small")
     settings = {"sampler": "ddim", "num_steps": 3, "guidance_scale": 2.0, "guide_model": worse}
-    x_0 = sample(process, lambda x, t, y: torch.ones_like(x), randn(2, 1, 2, 2), torch.tensor([0, 1]), **settings)
+    x_0 = sample(diffusion, lambda x, t, y: torch.ones_like(x), randn(2, 1, 2, 2), torch.tensor([0, 1]), **settings)
     torch.testing.assert_close(x_0, torch.full_like(x_0, 1.5))
     assert seen == [[0, 1]] * 3
 

@@ -98,9 +98,9 @@ def test_sit_is_a_flow_told_its_own_times(tmp_path):
     for step in range(5):  # Euler, as they do it: dx = v dt; half of the output is thrown away
         x = x + theirs(x, torch.full((len(x),), step / 5), y)[:, :4].detach() / 5
     checkpoint = import_weights(tmp_path, weights, "sit")
-    process = checkpoint.build_process()
-    assert isinstance(process, FlowMatching)
-    ours = sample(process, checkpoint.load_model(), tensors["in/x"], y, sampler="euler", num_steps=5)
+    diffusion = checkpoint.build_diffusion()
+    assert isinstance(diffusion, FlowMatching)
+    ours = sample(diffusion, checkpoint.load_model(), tensors["in/x"], y, sampler="euler", num_steps=5)
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
 
 
@@ -110,12 +110,12 @@ def test_huge_uvits_have_no_last_convolution_and_times_from_1_to_1000(tmp_path):
     whole = load_reference("uvit", {**weights, "final_layer.weight": delta, "final_layer.bias": torch.zeros(4)}, config)
     huge = {name: tensor for name, tensor in weights.items() if not name.startswith("final_layer")}
     checkpoint = import_weights(tmp_path, huge, "uvit", suffix="pth")
-    process = checkpoint.build_process()
+    diffusion = checkpoint.build_diffusion()
     x, t, y = tensors["in/x"], tensors["in/t"].long(), tensors["in/y"]
-    told = process.precondition(checkpoint.load_model())(x, t, y)
+    told = diffusion.precondition(checkpoint.load_model())(x, t, y)
     torch.testing.assert_close(told, whole(x, t + 1, y))
     root = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-    torch.testing.assert_close(process.alphas_cumprod, torch.cumprod(1 - root**2, dim=0))
+    torch.testing.assert_close(diffusion.alphas_cumprod, torch.cumprod(1 - root**2, dim=0))
 
 
 def published_dit(side, patch_size, dim, depth):

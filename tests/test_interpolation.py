@@ -16,7 +16,7 @@ from sampling.interpolation import interpolate, slerp
 
 @pytest.fixture(scope="module")
 def generator():
-    process = GaussianDiffusion(variance="fixed_small")
+    diffusion = GaussianDiffusion(variance="fixed_small")
     model = create_model(
         "DiT", input_size=8, in_channels=3, out_channels=3, num_classes=4, dim=16, depth=1, num_heads=2
     )
@@ -25,7 +25,7 @@ def generator():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=stream)
     sampling = SamplingConfig(sampler="ddpm", num_steps=4, guidance_scale=2.0)
     accelerator, labels = Accelerator(cpu=True), torch.tensor([1])
-    return Generator(model.eval(), process, PixelCodec(), labels, sampling, (8, 8), 5, accelerator)
+    return Generator(model.eval(), diffusion, PixelCodec(), labels, sampling, (8, 8), 5, accelerator)
 
 
 def drawn(generator, **changes):

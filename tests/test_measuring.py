@@ -144,8 +144,8 @@ def test_processes_share_the_images(monkeypatch, images):
     alone = measure(codec, source, NONE, Accelerator(cpu=True), 10)
     monkeypatch.setattr(measuring, "gather_object", lambda own: parts.extend(own) or parts)
     for index in (1, 0):  # the last one has both parts
-        process = Mock(spec=Accelerator, device=CPU, process_index=index, num_processes=2, is_main_process=False)
-        together = measure(codec, source, NONE, process, 7)
+        diffusion = Mock(spec=Accelerator, device=CPU, process_index=index, num_processes=2, is_main_process=False)
+        together = measure(codec, source, NONE, diffusion, 7)
     assert len(parts) == 2
     for name in ("psnr", "ssim"):
         assert together.scores[name].value == pytest.approx(alone.scores[name].value, rel=1e-6)

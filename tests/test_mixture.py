@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact import PROCESSES, backbone, gaussian_data, generator, randn
+from exact import DIFFUSIONS, backbone, gaussian_data, generator, randn
 
 from diffusion import EDM, FlowMatching, GaussianDiffusion, Guidance, sample
 
@@ -44,10 +44,10 @@ def draw_exactly(num, seed):
     return MEANS[component] + STD * randn(num, 2, seed=seed + 1)
 
 
-def draw(process, num, label=NULL, seed=0, **settings):
+def draw(diffusion, num, label=NULL, seed=0, **settings):
     x_0 = sample(
-        process,
-        backbone(process, posterior_mean),
+        diffusion,
+        backbone(diffusion, posterior_mean),
         randn(num, 2, 1, 1, seed=seed),
         torch.full((num,), label),
         num_classes=NULL,
@@ -62,11 +62,11 @@ def energy_distance(x, y):
     return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
 
 
-@pytest.mark.parametrize("process", ["cosine v", "linear flow", "EDM"])
+@pytest.mark.parametrize("diffusion", ["cosine v", "linear flow", "EDM"])
 @pytest.mark.parametrize(("sampler", "num_steps"), [("euler_maruyama", 100), ("unipc", 50)])
-def test_samples_of_a_mixture_cannot_be_told_from_exact_ones(process, sampler, num_steps):
-    spacing = "uniform" if isinstance(PROCESSES[process](), FlowMatching) else "log_snr"
-    drawn = draw(PROCESSES[process](), 1000, sampler=sampler, num_steps=num_steps, spacing=spacing)
+def test_samples_of_a_mixture_cannot_be_told_from_exact_ones(diffusion, sampler, num_steps):
+    spacing = "uniform" if isinstance(DIFFUSIONS[diffusion](), FlowMatching) else "log_snr"
+    drawn = draw(DIFFUSIONS[diffusion](), 1000, sampler=sampler, num_steps=num_steps, spacing=spacing)
     exact = [draw_exactly(1000, seed) for seed in range(10, 30, 2)]
     by_chance = [energy_distance(a, b) for a, b in pairwise(exact)]
     assert energy_distance(drawn, exact[0]) < 2 * max(by_chance)
@@ -74,13 +74,13 @@ def test_samples_of_a_mixture_cannot_be_told_from_exact_ones(process, sampler, n
 
 
 @pytest.mark.parametrize("num_steps", [2, 5, 10])
-@pytest.mark.parametrize("process", ["cosine v", "EDM"])
-def test_euler_maruyama_is_bounded_in_few_steps(process, num_steps):
+@pytest.mark.parametrize("diffusion", ["cosine v", "EDM"])
+def test_euler_maruyama_is_bounded_in_few_steps(diffusion, num_steps):
     """Unbounded, the standard deviation of 0.4 became 89, 10 and 0.57 on EDM, and 1.1 in two steps of a cosine."""
-    process = PROCESSES[process]()
-    model, y = backbone(process, gaussian_data(0.7, 0.4)), torch.zeros(4, dtype=torch.int64)
+    diffusion = DIFFUSIONS[diffusion]()
+    model, y = backbone(diffusion, gaussian_data(0.7, 0.4)), torch.zeros(4, dtype=torch.int64)
     settings = {"sampler": "euler_maruyama", "num_steps": num_steps, "generator": generator(1)}
-    x_0 = sample(process, model, randn(4, 1, 32, 32), y, **settings)
+    x_0 = sample(diffusion, model, randn(4, 1, 32, 32), y, **settings)
     assert x_0.mean().item() == pytest.approx(0.7, abs=0.05)
     assert 0.1 < x_0.std().item() < 0.9
 
@@ -96,35 +96,35 @@ def test_the_published_3m_errs_less_in_few_steps(num_steps):
     assert error("dpmpp_3m") < 0.9 * error("exponential_ab3")
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("diffusion", DIFFUSIONS)
 @pytest.mark.parametrize("scale", [0.5, 2.5])
-def test_guided_gaussians_have_the_tilted_density(process, scale):
+def test_guided_gaussians_have_the_tilted_density(diffusion, scale):
     """For p(x | y) = N(m, s^2) and p(x) = N(m_0, s^2), the density p(x | y)^w p(x)^(1 - w) is
     N(m_0 + w (m - m_0), s^2), and guidance by w leads there."""
-    process = PROCESSES[process]()
+    diffusion = DIFFUSIONS[diffusion]()
     mean, null_mean, std = 0.6, -0.2, 0.4
 
     def of_label(x_t, alpha, sigma, y):
         m = torch.where(y == 0, mean, null_mean)[:, None, None, None]
         return m + std**2 * alpha / ((alpha * std) ** 2 + sigma**2) * (x_t - alpha * m)
 
-    y, model = torch.zeros(4, dtype=torch.int64), backbone(process, of_label)
+    y, model = torch.zeros(4, dtype=torch.int64), backbone(diffusion, of_label)
     settings = {"sampler": "unipc", "num_steps": 100, "spacing": "log_snr", "num_classes": 1}
-    x_0 = sample(process, model, randn(4, 1, 48, 48), y, guidance_scale=scale, **settings)
+    x_0 = sample(diffusion, model, randn(4, 1, 48, 48), y, guidance_scale=scale, **settings)
     assert x_0.mean().item() == pytest.approx(null_mean + scale * (mean - null_mean), abs=0.02)
     assert x_0.std().item() == pytest.approx(std, abs=0.02)
 
 
 def test_guidance_in_an_interval_keeps_more_of_the_class_than_guidance_everywhere():
     """Kynkäänniemi et al. 2024: at strong noise guidance drops modes. The class has three."""
-    process, settings = EDM(), {"label": 1, "sampler": "heun", "num_steps": 30, "guidance_scale": 5.0}
+    diffusion, settings = EDM(), {"label": 1, "sampler": "heun", "num_steps": 30, "guidance_scale": 5.0}
 
     def rarest(x):
         nearest = torch.cdist(x, MEANS).argmin(dim=1)
         return torch.bincount(nearest, minlength=5)[2:].min().item() / len(x)
 
-    everywhere = draw(process, 1000, **settings)
-    inside = draw(process, 1000, guidance=Guidance(interval=(0.0, 0.6)), **settings)
+    everywhere = draw(diffusion, 1000, **settings)
+    inside = draw(diffusion, 1000, guidance=Guidance(interval=(0.0, 0.6)), **settings)
     assert rarest(inside) > rarest(everywhere) + 0.05
 
 
@@ -150,10 +150,10 @@ if __name__ == "__main__":
     }
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(7.5, 10), layout="constrained")
     for line, (row, given) in zip(axes, rows.items(), strict=True):
-        for ax, (column, (process, settings)) in zip(line, columns.items(), strict=True):
+        for ax, (column, (diffusion, settings)) in zip(line, columns.items(), strict=True):
             exact = density(grid, torch.full((len(grid),), given["label"])).reshape(200, 200)
             ax.contourf(side, side, exact, levels=12, cmap="Blues")
-            x, y = draw(process, 1500, **given, **settings).T
+            x, y = draw(diffusion, 1500, **given, **settings).T
             ax.scatter(x, y, s=1.5, color="black", alpha=0.5, linewidths=0)
             ax.set(xticks=[], yticks=[], xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), aspect="equal")
             if row == "all classes":

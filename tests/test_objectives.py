@@ -1,4 +1,4 @@
-"""What a process asks of a model: losses in closed form, times, weights, the ends of the time range."""
+"""What a diffusion asks of a model: losses in closed form, times, weights, the ends of the time range."""
 
 import itertools
 import json
@@ -7,26 +7,26 @@ import math
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
-from exact import PROCESSES, backbone, gaussian_data, generator, labels, randn
+from exact import DIFFUSIONS, backbone, gaussian_data, generator, labels, randn
 
 from diffusion import EDM, FlowMatching, GaussianDiffusion, sample
 from diffusion.bound import normal_kl
+from diffusion.diffusion import Auxiliary
 from diffusion.gaussian import WEIGHTINGS
 from diffusion.probability_flow import bits_per_dimension
-from diffusion.process import Auxiliary
 from diffusion.sde import coefficients, score
 from diffusion.times import LossSecondMoments
 
 MEAN, STD = 0.7, 0.4
 SQUARE = MEAN**2 + STD**2  # E[x_0^2]
-processes = pytest.mark.parametrize("process", PROCESSES)
+diffusions = pytest.mark.parametrize("diffusion", DIFFUSIONS)
 
 
-def middle_and_ends(process):
+def middle_and_ends(diffusion):
     """Times in the middle and at both ends of the range."""
-    if isinstance(process, GaussianDiffusion):
+    if isinstance(diffusion, GaussianDiffusion):
         return torch.tensor([400, 0, 999])
-    return torch.tensor([0.4, 0.002, 80.0] if isinstance(process, EDM) else [0.4, 0.0, 1.0])
+    return torch.tensor([0.4, 0.002, 80.0] if isinstance(diffusion, EDM) else [0.4, 0.0, 1.0])
 
 
 def silent(x, t, y):
@@ -45,44 +45,44 @@ SILENT_LOSSES = {  # E[target^2] at alpha, sigma
 }
 
 
-@processes
-def test_a_model_that_says_nothing_pays_the_closed_form(process):
-    expected, process = SILENT_LOSSES[process], PROCESSES[process]()
-    t = middle_and_ends(process)
+@diffusions
+def test_a_model_that_says_nothing_pays_the_closed_form(diffusion):
+    expected, diffusion = SILENT_LOSSES[diffusion], DIFFUSIONS[diffusion]()
+    t = middle_and_ends(diffusion)
     x_0, noise = MEAN + STD * randn(3, 1, 250, 250), randn(3, 1, 250, 250, seed=1)
-    loss = process.training_loss(silent, x_0, labels(3), t=t, noise=noise)["loss"]
-    closed = [float(expected(alpha, sigma)) for alpha, sigma in zip(*process.path(t), strict=True)]
+    loss = diffusion.training_loss(silent, x_0, labels(3), t=t, noise=noise)["loss"]
+    closed = [float(expected(alpha, sigma)) for alpha, sigma in zip(*diffusion.path(t), strict=True)]
     assert loss.tolist() == pytest.approx(closed, rel=0.02)
 
 
-@processes
-def test_a_perfect_output_is_read_back(process):
-    process = PROCESSES[process]()
-    t, x_0, noise = middle_and_ends(process)[:1], randn(1, 3, 2, 2), randn(1, 3, 2, 2, seed=1)
-    x_t = process.q_sample(x_0, t, noise)
-    seen = process.predict(process.target(x_0, noise, t), x_t, t)
+@diffusions
+def test_a_perfect_output_is_read_back(diffusion):
+    diffusion = DIFFUSIONS[diffusion]()
+    t, x_0, noise = middle_and_ends(diffusion)[:1], randn(1, 3, 2, 2), randn(1, 3, 2, 2, seed=1)
+    x_t = diffusion.q_sample(x_0, t, noise)
+    seen = diffusion.predict(diffusion.target(x_0, noise, t), x_t, t)
     torch.testing.assert_close(seen.x_0, x_0, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.noise, noise, rtol=1e-4, atol=1e-5)
 
 
-@processes
-def test_no_model_does_better_than_the_posterior_mean(process):
-    process = PROCESSES[process]()
-    t, x_0, noise = middle_and_ends(process)[:1], MEAN + STD * randn(1, 1, 250, 250), randn(1, 1, 250, 250, seed=1)
-    model = backbone(process, gaussian_data(MEAN, STD))
+@diffusions
+def test_no_model_does_better_than_the_posterior_mean(diffusion):
+    diffusion = DIFFUSIONS[diffusion]()
+    t, x_0, noise = middle_and_ends(diffusion)[:1], MEAN + STD * randn(1, 1, 250, 250), randn(1, 1, 250, 250, seed=1)
+    model = backbone(diffusion, gaussian_data(MEAN, STD))
 
     def loss(model):
-        return process.training_loss(model, x_0, labels(1), t=t, noise=noise)["loss"].item()
+        return diffusion.training_loss(model, x_0, labels(1), t=t, noise=noise)["loss"].item()
 
     assert loss(model) < min(loss(lambda x, t, y: factor * model(x, t, y)) for factor in (0.9, 1.1))  # noqa: B023
 
 
-@processes
-def test_gradients_are_finite_at_both_ends_of_time_in_bfloat16(process):
-    process = PROCESSES[process]()
+@diffusions
+def test_gradients_are_finite_at_both_ends_of_time_in_bfloat16(diffusion):
+    diffusion = DIFFUSIONS[diffusion]()
     weight = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
-    x_0, t = randn(3, 1, 8, 8).bfloat16(), middle_and_ends(process)
-    terms = process.training_loss(lambda x, t, y: weight * x.bfloat16(), x_0, labels(3), t=t, generator=generator())
+    x_0, t = randn(3, 1, 8, 8).bfloat16(), middle_and_ends(diffusion)
+    terms = diffusion.training_loss(lambda x, t, y: weight * x.bfloat16(), x_0, labels(3), t=t, generator=generator())
     assert all(values.dtype == torch.float32 and values.isfinite().all() for values in terms.values())
     for loss in terms["loss"]:
         (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
@@ -93,13 +93,13 @@ def test_gradients_are_finite_at_both_ends_of_time_in_bfloat16(process):
 
 
 def test_uncertainty_costs_nothing_at_first_and_pays_most_at_the_error_itself():
-    plain, process = EDM(), EDM(uncertainty=True)
-    assert process.output_channels(4) == 5
+    plain, diffusion = EDM(), EDM(uncertainty=True)
+    assert diffusion.output_channels(4) == 5
     x_0, t, noise = randn(3, 2, 8, 8), middle_and_ends(plain), randn(3, 2, 8, 8, seed=1)
 
     def terms(u):
         model = lambda x, t, y: torch.cat([torch.zeros_like(x), u.expand(3, 1, 8, 8)], dim=1)  # noqa: E731
-        return process.training_loss(model, x_0, labels(3), t=t, noise=noise)
+        return diffusion.training_loss(model, x_0, labels(3), t=t, noise=noise)
 
     mse = plain.training_loss(silent, x_0, labels(3), t=t, noise=noise)["mse"]
     torch.testing.assert_close(terms(torch.zeros(3, 1, 1, 1))["loss"], mse)
@@ -124,16 +124,16 @@ def test_uncertainty_leaves_samples_as_they_are():
 # Auxiliary terms.
 
 
-@processes
-def test_an_auxiliary_term_counts_as_the_signals_share(process):
-    process = PROCESSES[process]()
-    t, x_0, noise = middle_and_ends(process), randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
+@diffusions
+def test_an_auxiliary_term_counts_as_the_signals_share(diffusion):
+    diffusion = DIFFUSIONS[diffusion]()
+    t, x_0, noise = middle_and_ends(diffusion), randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
     term = Auxiliary("error", 0.1, lambda predicted, x_0, y: (predicted - x_0).square().mean(dim=(1, 2, 3)))
-    plain = process.training_loss(silent, x_0, labels(3), t=t, noise=noise)
-    terms = process.training_loss(silent, x_0, labels(3), t=t, noise=noise, auxiliary=[term])
-    at, x_t = process.path(t.double()), process.q_sample(x_0, t, noise)
+    plain = diffusion.training_loss(silent, x_0, labels(3), t=t, noise=noise)
+    terms = diffusion.training_loss(silent, x_0, labels(3), t=t, noise=noise, auxiliary=[term])
+    at, x_t = diffusion.path(t.double()), diffusion.q_sample(x_0, t, noise)
     share = at.alpha**2 / (at.alpha**2 + at.sigma**2)
-    error = (process.predict(torch.zeros_like(x_0), x_t, t).x_0 - x_0).square().mean(dim=(1, 2, 3))
+    error = (diffusion.predict(torch.zeros_like(x_0), x_t, t).x_0 - x_0).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(terms["error"], (share * error).float(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(terms["loss"], plain["loss"] + 0.1 * terms["error"])
     assert terms["mse"].equal(plain["mse"])
@@ -173,22 +173,22 @@ def test_times_by_importance_remember_the_last_losses_and_go_on_from_a_checkpoin
 
 def test_zero_terminal_snr_is_the_published_rescaling():
     plain = GaussianDiffusion(prediction="v").betas
-    process = GaussianDiffusion(prediction="v", zero_terminal_snr=True)
-    torch.testing.assert_close(process.betas, rescale_zero_terminal_snr(plain))
-    assert process.alphas_cumprod[-1] == 0
-    assert process.alphas_cumprod[0].item() == pytest.approx(1 - plain[0].item())
+    diffusion = GaussianDiffusion(prediction="v", zero_terminal_snr=True)
+    torch.testing.assert_close(diffusion.betas, rescale_zero_terminal_snr(plain))
+    assert diffusion.alphas_cumprod[-1] == 0
+    assert diffusion.alphas_cumprod[0].item() == pytest.approx(1 - plain[0].item())
     with pytest.raises(ValueError, match=r"--diffusion.zero_terminal_snr true.*--diffusion.prediction v or x_0"):
         GaussianDiffusion(zero_terminal_snr=True)
 
 
 def test_sigmoid_schedule_is_the_formula():
-    process = GaussianDiffusion("sigmoid", num_timesteps=100, prediction="v")
+    diffusion = GaussianDiffusion("sigmoid", num_timesteps=100, prediction="v")
 
     def logistic(s):
         return 1 / (1 + math.exp(-3 + 6 * s))
 
     f = [(logistic(i / 100) - logistic(1)) / (logistic(0) - logistic(1)) for i in range(1, 100)]
-    torch.testing.assert_close(process.alphas_cumprod[:99], torch.tensor(f, dtype=torch.float64))
+    torch.testing.assert_close(diffusion.alphas_cumprod[:99], torch.tensor(f, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x_0", "v"])
@@ -199,35 +199,35 @@ def test_weights_are_those_of_the_papers(prediction):
     snr = GaussianDiffusion().alphas_cumprod[t] / (1 - GaussianDiffusion().alphas_cumprod[t])
     worth = {"epsilon": 1, "x_0": snr, "v": snr / (1 + snr)}[prediction]
     for weighting, of_epsilon in {"min_snr": snr.clamp(max=5) / snr, "p2": 1 / (1 + snr)}.items():
-        process = GaussianDiffusion(prediction=prediction, variance="fixed_small", weighting=weighting)
-        torch.testing.assert_close(process.loss_weight(t), (of_epsilon * worth).float())
+        diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small", weighting=weighting)
+        torch.testing.assert_close(diffusion.loss_weight(t), (of_epsilon * worth).float())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x_0", "v"])
 def test_the_bound_s_weight_makes_the_loss_the_divergence(prediction):
     """T times the divergence between the true and the model's reverse step (Ho et al. 2020, eq. 5), for t above 0."""
-    process = GaussianDiffusion(prediction=prediction, variance="fixed_small", weighting="vlb")
+    diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small", weighting="vlb")
     t, x_0, noise = torch.tensor([1, 200, 900]), randn(3, 1, 6, 6), randn(3, 1, 6, 6, seed=1)
-    x_t, at = process.q_sample(x_0, t, noise), process.transition(t)
-    seen = process.predict(0.3 * x_t, x_t, t)
+    x_t, at = diffusion.q_sample(x_0, t, noise), diffusion.transition(t)
+    seen = diffusion.predict(0.3 * x_t, x_t, t)
     variance = at.log_variance_min
     kl = normal_kl(at.posterior_mean(x_0, x_t), variance, at.posterior_mean(seen.x_0, x_t), variance)
-    loss = process.training_loss(lambda x, t, y: 0.3 * x, x_0, labels(3), t=t, noise=noise)["loss"]
+    loss = diffusion.training_loss(lambda x, t, y: 0.3 * x, x_0, labels(3), t=t, noise=noise)["loss"]
     torch.testing.assert_close(loss, 1000 * kl.mean(dim=(1, 2, 3)), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weights_leave_the_terms_as_they_are(weighting):
-    process, plain = GaussianDiffusion(weighting=weighting), GaussianDiffusion()
+    diffusion, plain = GaussianDiffusion(weighting=weighting), GaussianDiffusion()
     x_0, t = randn(3, 1, 4, 4), torch.tensor([0, 500, 999])
 
-    def terms(process):
-        return process.training_loss(lambda x, t, y: torch.cat([x, x], 1), x_0, labels(3), t=t, generator=generator())
+    def terms(diffusion):
+        return diffusion.training_loss(lambda x, t, y: torch.cat([x, x], 1), x_0, labels(3), t=t, generator=generator())
 
-    ours, theirs = terms(process), terms(plain)
+    ours, theirs = terms(diffusion), terms(plain)
     assert torch.equal(ours["mse"], theirs["mse"])
     assert torch.equal(ours["vb"], theirs["vb"])
-    torch.testing.assert_close(ours["loss"], process.loss_weight(t) * ours["mse"] + ours["vb"])
+    torch.testing.assert_close(ours["loss"], diffusion.loss_weight(t) * ours["mse"] + ours["vb"])
 
 
 def test_logit_normal_times_prefer_the_middle():
@@ -262,11 +262,11 @@ def test_noise_levels_of_edm_are_log_normal():
 
 def test_the_sde_of_a_chain_preserves_variance_and_adds_beta():
     """Between t - 1 and t, whose beta is that of the step."""
-    process = GaussianDiffusion()
+    diffusion = GaussianDiffusion()
     t = torch.tensor([100, 500, 900])
-    seen = coefficients(process, t - 0.5)
+    seen = coefficients(diffusion, t - 0.5)
     torch.testing.assert_close(seen.g_squared, -2 * seen.f)  # alpha^2 + sigma^2 = 1
-    torch.testing.assert_close(seen.g_squared, process.betas[t], rtol=0.02, atol=0)
+    torch.testing.assert_close(seen.g_squared, diffusion.betas[t], rtol=0.02, atol=0)
 
 
 def test_the_sde_of_edm_explodes_variance_and_that_of_a_flow_is_known():
@@ -278,22 +278,22 @@ def test_the_sde_of_edm_explodes_variance_and_that_of_a_flow_is_known():
     torch.testing.assert_close(flow.g_squared, 2 * t / (1 - t))
 
 
-@processes
-def test_the_score_is_that_of_the_marginal(process):
-    process = PROCESSES[process]()
-    t = middle_and_ends(process)[:1]
-    x_t, (alpha, sigma) = randn(1, 1, 4, 4), process.path(t)
+@diffusions
+def test_the_score_is_that_of_the_marginal(diffusion):
+    diffusion = DIFFUSIONS[diffusion]()
+    t = middle_and_ends(diffusion)[:1]
+    x_t, (alpha, sigma) = randn(1, 1, 4, 4), diffusion.path(t)
     exact = -(x_t - alpha * MEAN) / ((alpha * STD) ** 2 + sigma**2)
-    found = score(process, backbone(process, gaussian_data(MEAN, STD)), x_t, t, labels(1))
+    found = score(diffusion, backbone(diffusion, gaussian_data(MEAN, STD)), x_t, t, labels(1))
     torch.testing.assert_close(found, exact.float(), rtol=1e-3, atol=1e-4)
 
 
-@processes
-def test_likelihood_of_gaussian_data_is_the_density(process):
-    process, x_0 = PROCESSES[process](), MEAN + STD * randn(3, 1, 8, 8)
-    model = backbone(process, gaussian_data(MEAN, STD))
+@diffusions
+def test_likelihood_of_gaussian_data_is_the_density(diffusion):
+    diffusion, x_0 = DIFFUSIONS[diffusion](), MEAN + STD * randn(3, 1, 8, 8)
+    model = backbone(diffusion, gaussian_data(MEAN, STD))
     density = 0.5 * ((x_0 - MEAN) / STD) ** 2 + math.log(STD) + 0.5 * math.log(2 * math.pi)
-    bits = bits_per_dimension(process, model, x_0, labels(3), num_steps=100, generator=generator())
+    bits = bits_per_dimension(diffusion, model, x_0, labels(3), num_steps=100, generator=generator())
     torch.testing.assert_close(bits, density.mean(dim=(1, 2, 3)) / math.log(2), rtol=0, atol=0.002)
 
 
@@ -301,7 +301,7 @@ def test_hutchinson_s_estimate_is_unbiased():
     """With correlated dimensions a single probe is off; the mean over all signs is right."""
     mix = torch.linalg.qr(randn(4, 4))[0] @ torch.diag(torch.tensor([0.2, 0.5, 1.0, 1.5]))
     covariance = mix @ mix.T
-    process, x_0 = FlowMatching(), (randn(1, 4) @ mix.T)[:, :, None, None]
+    diffusion, x_0 = FlowMatching(), (randn(1, 4) @ mix.T)[:, :, None, None]
 
     def posterior_mean(x_t, alpha, sigma, y):
         kernel = alpha.flatten()[0] * covariance
@@ -310,7 +310,7 @@ def test_hutchinson_s_estimate_is_unbiased():
 
     exact = -torch.distributions.MultivariateNormal(torch.zeros(4), covariance).log_prob(x_0.flatten(1)) / 4
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)))[:, :, None, None]
-    model, x_0 = backbone(process, posterior_mean), x_0.expand(16, 4, 1, 1)
-    bits = bits_per_dimension(process, model, x_0, labels(16), num_steps=200, probe=signs)
+    model, x_0 = backbone(diffusion, posterior_mean), x_0.expand(16, 4, 1, 1)
+    bits = bits_per_dimension(diffusion, model, x_0, labels(16), num_steps=200, probe=signs)
     assert bits.std() > 0.01
     assert bits.mean().item() == pytest.approx(exact.item() / math.log(2), abs=0.005)

@@ -124,17 +124,17 @@ class Dropping(nn.Module):
 
 
 def test_a_model_in_training_draws_what_it_draws_in_eval_and_trains_on():
-    process, model = GaussianDiffusion(variance="fixed_small"), Dropping()
+    diffusion, model = GaussianDiffusion(variance="fixed_small"), Dropping()
     model.norm.eval()  # on purpose, as frozen statistics are
     modes = [part.training for part in model.modules()]
     settings = {"sampler": "ddim", "num_steps": 3, "guidance_scale": 2.0}
-    drawn = sample(process, model, randn(2, 1, 4, 4), labels(2), **settings)
+    drawn = sample(diffusion, model, randn(2, 1, 4, 4), labels(2), **settings)
     assert [part.training for part in model.modules()] == modes
-    assert torch.equal(drawn, sample(process, model.eval(), randn(2, 1, 4, 4), labels(2), **settings))
+    assert torch.equal(drawn, sample(diffusion, model.eval(), randn(2, 1, 4, 4), labels(2), **settings))
     with pytest.raises(ValueError, match="--sampler x"):
-        sample(process, model.train(), randn(2, 1, 4, 4), labels(2), sampler="x")
+        sample(diffusion, model.train(), randn(2, 1, 4, 4), labels(2), sampler="x")
     with pytest.raises(RuntimeError):
-        sample(process, model, randn(2, 3, 4, 4), labels(2))  # one channel is what it takes
+        sample(diffusion, model, randn(2, 3, 4, 4), labels(2))  # one channel is what it takes
     assert all(part.training for part in model.modules())
 
 

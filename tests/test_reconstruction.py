@@ -17,13 +17,13 @@ class OfWhiteNoise(nn.Module):
 
     num_classes = 0
 
-    def __init__(self, process):
+    def __init__(self, diffusion):
         super().__init__()
-        self.process, self.times = process, []
+        self.diffusion, self.times = diffusion, []
 
     def forward(self, x_t, t, y):
         self.times.append(int(t[0]))
-        return self.process.transition(t).sigma * x_t
+        return self.diffusion.transition(t).sigma * x_t
 
 
 def unguided(num_steps, sampler="ddpm"):
@@ -31,9 +31,9 @@ def unguided(num_steps, sampler="ddpm"):
 
 
 def generator(sampling, seed=0):
-    process = GaussianDiffusion(variance="fixed_small")
+    diffusion = GaussianDiffusion(variance="fixed_small")
     labels, accelerator = torch.zeros(4, dtype=torch.long), Accelerator(cpu=True)
-    return Generator(OfWhiteNoise(process), process, PixelCodec(), labels, sampling, (8, 8), seed, accelerator)
+    return Generator(OfWhiteNoise(diffusion), diffusion, PixelCodec(), labels, sampling, (8, 8), seed, accelerator)
 
 
 IMAGES = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -47,7 +47,7 @@ def test_original_noised_one_step_and_chain(sampler):
     pictures = pictures.float() / 127.5 - 1
     assert torch.equal(pictures[:, 0], IMAGES.float() / 127.5 - 1)
     assert time == 293  # of a chain of 100 steps on 1000
-    at = drawn.process.transition(torch.full((4,), time))
+    at = drawn.diffusion.transition(torch.full((4,), time))
     x_t, one_step = pictures[:, 1], pictures[:, 2]
     inside = x_t.abs() < 0.99  # where 8 bits did not clip it
     assert torch.allclose(one_step[inside], (at.alpha * x_t)[inside], atol=0.01)  # E[x_0 | x_t] of such data

@@ -54,7 +54,7 @@ def test_unconditional_images_train_and_sample(folder):
 
 @pytest.mark.parametrize("kind", ["flow", "edm"])
 def test_other_objectives_train_sample_and_guide_each_other(folder, kind):
-    """With no sampler named, the process's own; guided away from an earlier checkpoint of the same run, or refused."""
+    """With the diffusion's own sampler; guided away from an earlier checkpoint of the same run, or refused."""
     flags = ("--diffusion.kind", kind, "--name", kind, "--sampling.sampler", "null")
     run("train.py", "--config", "tiny.yaml", *flags, cwd=folder)
     assert all(math.isfinite(event["loss"]) for event in log(folder, kind) if "loss" in event)

@@ -1,4 +1,4 @@
-"""Process and samplers against closed forms, against diffusers' schedulers, and against bad input."""
+"""Diffusion and samplers against closed forms, against diffusers' schedulers, and against bad input."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from exact import backbone, gaussian_data, generator, labels, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion import PROCESSES, SAMPLERS, GaussianDiffusion, Process, sample
+from diffusion import DIFFUSIONS, SAMPLERS, Diffusion, GaussianDiffusion, sample
 from diffusion.gaussian import PREDICTIONS, VARIANCES
 from diffusion.samplers import randn_like
 from diffusion.schedules import SCHEDULES
@@ -31,12 +31,12 @@ def pointwise_model(x, t, y):
     return torch.tanh(x) * (0.5 + t / 2000)[:, None, None, None] + 0.1 * y[:, None, None, None]
 
 
-# The process.
+# The diffusion.
 
 
 def test_processes_meet_the_protocol():
-    for process in PROCESSES.values():
-        assert isinstance(process(), Process)
+    for diffusion in DIFFUSIONS.values():
+        assert isinstance(diffusion(), Diffusion)
 
 
 def test_an_unscaled_schedule_is_the_linear_one_at_1000_steps_and_falls_short_of_noise_at_25():
@@ -47,19 +47,19 @@ def test_an_unscaled_schedule_is_the_linear_one_at_1000_steps_and_falls_short_of
 
 
 def test_cosine_schedule_is_the_formula():
-    process = GaussianDiffusion("cosine", num_timesteps=100)
+    diffusion = GaussianDiffusion("cosine", num_timesteps=100)
     f = [math.cos((i / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(101)]
-    ours = process.alphas_cumprod[:99]  # the last beta is clipped
+    ours = diffusion.alphas_cumprod[:99]  # the last beta is clipped
     torch.testing.assert_close(ours, torch.tensor(f, dtype=torch.float64)[1:100] / f[0])
-    assert process.betas[-1] == 0.999
+    assert diffusion.betas[-1] == 0.999
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_tables_are_float64_and_noise_only_grows(schedule):
-    process = GaussianDiffusion(schedule)
-    assert process.betas.dtype == process.alphas_cumprod.dtype == torch.float64
-    assert (process.alphas_cumprod.diff() < 0).all()
-    assert process.alphas_cumprod[-1] < (1e-4 if schedule in FROM_NOISE else 5e-3)
+    diffusion = GaussianDiffusion(schedule)
+    assert diffusion.betas.dtype == diffusion.alphas_cumprod.dtype == torch.float64
+    assert (diffusion.alphas_cumprod.diff() < 0).all()
+    assert diffusion.alphas_cumprod[-1] < (1e-4 if schedule in FROM_NOISE else 5e-3)
 
 
 @settings(deadline=None)
@@ -75,11 +75,11 @@ def test_timesteps_ascend_from_first_to_last(data):
 
 
 def test_all_timesteps_are_the_full_chain():
-    process = GaussianDiffusion()
-    assert process.timesteps(1000).tolist() == list(range(1000))
-    t, transition = process.reverse_steps(1000)[-501]
+    diffusion = GaussianDiffusion()
+    assert diffusion.timesteps(1000).tolist() == list(range(1000))
+    t, transition = diffusion.reverse_steps(1000)[-501]
     assert t == 500
-    for chain, gathered in zip(transition, process.transition(torch.tensor([500])), strict=True):
+    for chain, gathered in zip(transition, diffusion.transition(torch.tensor([500])), strict=True):
         assert chain.float() == gathered.item()  # the chain's own numbers are float64
 
 
@@ -95,34 +95,34 @@ def test_training_times_are_uniform():
 @predictions
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_a_perfect_output_is_read_back(prediction, variance):
-    process = GaussianDiffusion(prediction=prediction, variance=variance)
+    diffusion = GaussianDiffusion(prediction=prediction, variance=variance)
     x_0, noise, t = randn(4, 3, 2, 2), randn(4, 3, 2, 2, seed=1), torch.tensor([0, 10, 400, 800])
-    x_t = process.q_sample(x_0, t, noise)
-    output = PREDICTIONS[prediction].target(x_0, noise, process.transition(t))
-    if process.learns_variance:
+    x_t = diffusion.q_sample(x_0, t, noise)
+    output = PREDICTIONS[prediction].target(x_0, noise, diffusion.transition(t))
+    if diffusion.learns_variance:
         output = torch.cat([output, torch.zeros_like(output)], dim=1)
-    assert output.shape[1] == process.output_channels(3)
-    seen = process.predict(output, x_t, t)
+    assert output.shape[1] == diffusion.output_channels(3)
+    seen = diffusion.predict(output, x_t, t)
     torch.testing.assert_close(seen.x_0, x_0, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(seen.noise, noise, rtol=1e-3, atol=1e-4)
-    assert (seen.log_variance is not None) == process.learns_variance
+    assert (seen.log_variance is not None) == diffusion.learns_variance
 
 
 def test_learned_variance_runs_between_its_bounds():
-    process, t = GaussianDiffusion(), torch.tensor([0, 1, 500, 999])
-    at, x_t = process.transition(t), randn(4, 1, 2, 2)
+    diffusion, t = GaussianDiffusion(), torch.tensor([0, 1, 500, 999])
+    at, x_t = diffusion.transition(t), randn(4, 1, 2, 2)
     for share, bound in ((-1.0, at.log_variance_min), (1.0, at.log_variance_max)):
         output = torch.cat([x_t, torch.full_like(x_t, share)], dim=1)
-        torch.testing.assert_close(process.predict(output, x_t, t).log_variance, bound.expand_as(x_t))
+        torch.testing.assert_close(diffusion.predict(output, x_t, t).log_variance, bound.expand_as(x_t))
 
 
 # The objective.
 
 
 def test_a_model_that_says_nothing_is_charged_for_the_noise():
-    process = GaussianDiffusion(variance="fixed_small")
+    diffusion = GaussianDiffusion(variance="fixed_small")
     noise = randn(3, 2, 4, 4)
-    terms = process.training_loss(zero_model, randn(3, 2, 4, 4, seed=1), labels(3), noise=noise)
+    terms = diffusion.training_loss(zero_model, randn(3, 2, 4, 4, seed=1), labels(3), noise=noise)
     assert set(terms) == {"loss", "mse"}
     torch.testing.assert_close(terms["mse"], noise.square().mean(dim=(1, 2, 3)))
     assert torch.equal(terms["loss"], terms["mse"])
@@ -130,12 +130,12 @@ def test_a_model_that_says_nothing_is_charged_for_the_noise():
 
 @predictions
 def test_the_exact_denoiser_pays_the_conditional_variance(prediction):
-    process = GaussianDiffusion(prediction=prediction, variance="fixed_large")
+    diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_large")
     x_0, t = MEAN + STD * randn(2, 1, 300, 300), torch.tensor([100, 600])
-    mse = process.training_loss(
-        backbone(process, gaussian_data(MEAN, STD)), x_0, labels(2), t=t, noise=randn(2, 1, 300, 300, seed=1)
+    mse = diffusion.training_loss(
+        backbone(diffusion, gaussian_data(MEAN, STD)), x_0, labels(2), t=t, noise=randn(2, 1, 300, 300, seed=1)
     )["mse"]
-    at = process.transition(t)
+    at = diffusion.transition(t)
     alpha, sigma = at.alpha.flatten(), at.sigma.flatten()
     var_x_0 = (STD * sigma) ** 2 / ((STD * alpha) ** 2 + sigma**2)  # of x_0 given x_t
     expected = {"epsilon": (alpha / sigma) ** 2 * var_x_0, "x_0": var_x_0, "v": var_x_0 / sigma**2}
@@ -144,10 +144,10 @@ def test_the_exact_denoiser_pays_the_conditional_variance(prediction):
 
 @pytest.mark.parametrize("num_timesteps", [1000, 100])
 def test_the_bound_trains_the_variance_alone(num_timesteps):
-    process = GaussianDiffusion(num_timesteps=num_timesteps)
+    diffusion = GaussianDiffusion(num_timesteps=num_timesteps)
     output = (0.1 * randn(4, 4, 3, 3)).requires_grad_()
     t = torch.tensor([0, 1, num_timesteps // 2, num_timesteps - 1])
-    terms = process.training_loss(lambda x, t, y: output, randn(4, 2, 3, 3, seed=1), labels(4), t=t)
+    terms = diffusion.training_loss(lambda x, t, y: output, randn(4, 2, 3, 3, seed=1), labels(4), t=t)
     (of_bound,) = torch.autograd.grad(terms["vb"].sum(), output, retain_graph=True)
     (of_mse,) = torch.autograd.grad(terms["mse"].sum(), output)
     assert of_bound[:, :2].abs().max() == 0
@@ -157,8 +157,8 @@ def test_the_bound_trains_the_variance_alone(num_timesteps):
 
 
 def test_half_precision_outputs_give_float32_losses():
-    process = GaussianDiffusion()
-    terms = process.training_loss(
+    diffusion = GaussianDiffusion()
+    terms = diffusion.training_loss(
         lambda x, t, y: torch.cat([x, x], dim=1).bfloat16(),
         randn(2, 2, 4, 4),
         labels(2),
@@ -168,8 +168,10 @@ def test_half_precision_outputs_give_float32_losses():
 
 
 def test_the_same_generator_draws_the_same_loss():
-    process, x_0 = GaussianDiffusion(variance="fixed_small"), randn(8, 1, 2, 2)
-    first, again = (process.training_loss(zero_model, x_0, labels(8), generator=generator(3))["loss"] for _ in range(2))
+    diffusion, x_0 = GaussianDiffusion(variance="fixed_small"), randn(8, 1, 2, 2)
+    first, again = (
+        diffusion.training_loss(zero_model, x_0, labels(8), generator=generator(3))["loss"] for _ in range(2)
+    )
     assert torch.equal(first, again)
 
 
@@ -182,10 +184,10 @@ def test_the_same_generator_draws_the_same_loss():
 @pytest.mark.parametrize("schedule", [name for name in FROM_NOISE if name != "linear_unscaled"])  # linear at T=1000
 @predictions
 def test_gaussian_data_come_out_with_mean_and_std(sampler, eta, schedule, prediction):
-    process = GaussianDiffusion(schedule, prediction=prediction, variance="fixed_large")
+    diffusion = GaussianDiffusion(schedule, prediction=prediction, variance="fixed_large")
     x_0 = sample(
-        process,
-        backbone(process, gaussian_data(MEAN, STD)),
+        diffusion,
+        backbone(diffusion, gaussian_data(MEAN, STD)),
         randn(4, 1, 64, 64),
         labels(4),
         sampler=sampler,
@@ -200,9 +202,9 @@ def test_gaussian_data_come_out_with_mean_and_std(sampler, eta, schedule, predic
 @pytest.mark.parametrize("num_steps", [5, 20, 200])
 def test_with_the_exact_variance_ancestral_sampling_needs_few_steps(num_steps):
     """Between Gaussians each reverse step is Gaussian: only the last, which adds no noise, falls short."""
-    process = GaussianDiffusion()
-    steps = dict(process.reverse_steps(num_steps))
-    mean_of_noise = backbone(process, gaussian_data(MEAN, STD))
+    diffusion = GaussianDiffusion()
+    steps = dict(diffusion.reverse_steps(num_steps))
+    mean_of_noise = backbone(diffusion, gaussian_data(MEAN, STD))
 
     def model(x_t, t, y):
         at = steps[int(t[0])]
@@ -212,7 +214,7 @@ def test_with_the_exact_variance_ancestral_sampling_needs_few_steps(num_steps):
         share = 2 * (variance.log() - at.log_variance_min) / span - 1 if at.posterior_std > 0 else 0.0 * span
         return torch.cat([mean_of_noise(x_t, t, y), share.expand_as(x_t)], dim=1)
 
-    x_0 = sample(process, model, randn(4, 1, 128, 128), labels(4), num_steps=num_steps, generator=generator(1))
+    x_0 = sample(diffusion, model, randn(4, 1, 128, 128), labels(4), num_steps=num_steps, generator=generator(1))
     assert x_0.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert x_0.std().item() == pytest.approx(STD, rel=0.01)
 
@@ -220,9 +222,9 @@ def test_with_the_exact_variance_ancestral_sampling_needs_few_steps(num_steps):
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
 def test_deterministic_samplers_have_their_order(sampler, order):
     """Error against the exact solution of the probability-flow equation, just before the step to the data."""
-    process = GaussianDiffusion("cosine", num_timesteps=1000, variance="fixed_small")
+    diffusion = GaussianDiffusion("cosine", num_timesteps=1000, variance="fixed_small")
     noise = randn(1, 1, 32, 32)
-    first, last = (process.transition(torch.tensor([t])) for t in (999, 0))
+    first, last = (diffusion.transition(torch.tensor([t])) for t in (999, 0))
 
     def spread(at):
         return ((at.alpha * STD) ** 2 + at.sigma**2).sqrt()
@@ -232,7 +234,7 @@ def test_deterministic_samplers_have_their_order(sampler, order):
     def error(num_steps):
         seen = []
         settings = {"sampler": sampler, "num_steps": num_steps, "callback": lambda step, x_t, x_0: seen.append(x_t)}
-        sample(process, backbone(process, gaussian_data(MEAN, STD)), noise, labels(1), **settings)
+        sample(diffusion, backbone(diffusion, gaussian_data(MEAN, STD)), noise, labels(1), **settings)
         return (seen[-2] - exact).square().mean().sqrt().item()
 
     slope = math.log2(error(28) / error(112)) / 2
@@ -255,14 +257,14 @@ def diffusers_chain(scheduler, model, x, seed, **step_args):
     return seen
 
 
-def our_chain(process, model, x, seed, **sample_args):
+def our_chain(diffusion, model, x, seed, **sample_args):
     seen = []
     sample(
-        process,
+        diffusion,
         model,
         x,
         labels(len(x)),
-        num_steps=process.num_timesteps,
+        num_steps=diffusion.num_timesteps,
         generator=generator(seed),
         callback=lambda step, x_t, x_0: seen.append(x_t),
         **sample_args,
@@ -278,10 +280,10 @@ def assert_same_chain(ours, theirs):
 @pytest.mark.parametrize("variance", VARIANCES)
 @predictions
 def test_ddpm_agrees_with_diffusers(prediction, variance):
-    process = GaussianDiffusion(num_timesteps=50, prediction=prediction, variance=variance)
+    diffusion = GaussianDiffusion(num_timesteps=50, prediction=prediction, variance=variance)
     scheduler = DDPMScheduler(
         50,
-        trained_betas=process.betas.numpy(),
+        trained_betas=diffusion.betas.numpy(),
         prediction_type=DIFFUSERS[prediction],
         variance_type=variance,
         clip_sample=False,
@@ -290,25 +292,25 @@ def test_ddpm_agrees_with_diffusers(prediction, variance):
 
     def model(x, t, y):
         output = 0.5 * pointwise_model(x, t, y)
-        return torch.cat([output, -output], dim=1) if process.learns_variance else output
+        return torch.cat([output, -output], dim=1) if diffusion.learns_variance else output
 
     x = randn(2, 3, 4, 4)
-    assert_same_chain(our_chain(process, model, x, 5), diffusers_chain(scheduler, model, x, 5))
+    assert_same_chain(our_chain(diffusion, model, x, 5), diffusers_chain(scheduler, model, x, 5))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @predictions
 def test_ddim_agrees_with_diffusers(prediction, eta):
-    process = GaussianDiffusion(num_timesteps=50, prediction=prediction, variance="fixed_small")
+    diffusion = GaussianDiffusion(num_timesteps=50, prediction=prediction, variance="fixed_small")
     scheduler = DDIMScheduler(
         50,
-        trained_betas=process.betas.numpy(),
+        trained_betas=diffusion.betas.numpy(),
         prediction_type=DIFFUSERS[prediction],
         clip_sample=False,
     )
     scheduler.set_timesteps(50)
     x = randn(2, 3, 4, 4)
-    ours = our_chain(process, pointwise_model, x, 5, sampler="ddim", eta=eta)
+    ours = our_chain(diffusion, pointwise_model, x, 5, sampler="ddim", eta=eta)
     assert_same_chain(ours, diffusers_chain(scheduler, pointwise_model, x, 5, eta=eta))
 
 
@@ -316,19 +318,19 @@ def test_ddim_agrees_with_diffusers(prediction, eta):
 @pytest.mark.parametrize("num_steps", [8, 20])
 @predictions
 def test_dpmpp_2m_agrees_with_diffusers(prediction, num_steps):
-    process = GaussianDiffusion(prediction=prediction, variance="fixed_small")
+    diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
     scheduler = DPMSolverMultistepScheduler(
         1000,
-        trained_betas=process.betas.numpy(),
+        trained_betas=diffusion.betas.numpy(),
         prediction_type=DIFFUSERS[prediction],
         algorithm_type="dpmsolver++",
         solver_type="midpoint",
         final_sigmas_type="zero",
     )
-    scheduler.set_timesteps(timesteps=process.timesteps(num_steps).flip(0).tolist())
+    scheduler.set_timesteps(timesteps=diffusion.timesteps(num_steps).flip(0).tolist())
     x, ours = randn(2, 3, 4, 4), []
     sample(
-        process,
+        diffusion,
         pointwise_model,
         x,
         labels(2),
@@ -344,14 +346,14 @@ def test_dpmpp_2m_agrees_with_diffusers(prediction, num_steps):
 
 @pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.7)])
 def test_a_sample_depends_on_its_own_generator_alone(sampler, eta):
-    process = GaussianDiffusion(variance="fixed_small")
+    diffusion = GaussianDiffusion(variance="fixed_small")
 
     def draw(indices):
         generators = [generator(index) for index in indices]
         noise = randn_like(torch.empty(len(indices), 2, 4, 4), generators)
         y = torch.tensor(indices)
         return sample(
-            process,
+            diffusion,
             pointwise_model,
             noise,
             y,
@@ -369,19 +371,19 @@ def test_a_sample_depends_on_its_own_generator_alone(sampler, eta):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_deterministic_samplers_draw_nothing(sampler):
-    process, x = GaussianDiffusion(variance="fixed_small"), randn(2, 1, 4, 4)
+    diffusion, x = GaussianDiffusion(variance="fixed_small"), randn(2, 1, 4, 4)
     draw = generator(7)
     before = draw.get_state()
-    sample(process, pointwise_model, x, labels(2), sampler=sampler, num_steps=5, generator=draw)
+    sample(diffusion, pointwise_model, x, labels(2), sampler=sampler, num_steps=5, generator=draw)
     assert torch.equal(before, draw.get_state())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_step_goes_straight_to_the_prediction(sampler):
     seen = []
-    process = GaussianDiffusion(prediction="x_0")
+    diffusion = GaussianDiffusion(prediction="x_0")
     x_0 = sample(
-        process,
+        diffusion,
         lambda x, t, y: torch.cat([torch.full_like(x, t[0] / 1000), x], dim=1),
         randn(2, 1, 2, 2),
         labels(2),
@@ -395,8 +397,8 @@ def test_one_step_goes_straight_to_the_prediction(sampler):
 
 def test_sampling_keeps_no_gradient_but_its_result_can_be_trained_on():
     weight = torch.ones(1, requires_grad=True)
-    process = GaussianDiffusion(variance="fixed_small")
-    x_0 = sample(process, lambda x, t, y: weight * x, randn(1, 1, 2, 2), labels(1), num_steps=2)
+    diffusion = GaussianDiffusion(variance="fixed_small")
+    x_0 = sample(diffusion, lambda x, t, y: weight * x, randn(1, 1, 2, 2), labels(1), num_steps=2)
     assert not x_0.requires_grad
     (weight * x_0).sum().backward()
     assert weight.grad is not None
@@ -417,9 +419,9 @@ def test_sampling_keeps_no_gradient_but_its_result_can_be_trained_on():
     ],
 )
 def test_bad_input_is_refused_in_words(arguments, words):
-    process = GaussianDiffusion(variance="fixed_small")
+    diffusion = GaussianDiffusion(variance="fixed_small")
     with pytest.raises(ValueError, match=words):
-        sample(process, zero_model, randn(2, 1, 2, 2), labels(2), **arguments)
+        sample(diffusion, zero_model, randn(2, 1, 2, 2), labels(2), **arguments)
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def model(x, t, y):
     return 0.8 * torch.tanh(x) + 0.1
 
 
-def chain(process, x, **settings):
+def chain(diffusion, x, **settings):
     seen = []
     own = settings.pop("model", model)
     sample(
-        process,
+        diffusion,
         own,
         x,
         labels(len(x)),
@@ -64,44 +64,44 @@ def assert_same(ours, theirs):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
-def dpm_solver(process, num_steps, **settings):
+def dpm_solver(diffusion, num_steps, **settings):
     scheduler = DPMSolverMultistepScheduler(
         1000,
-        trained_betas=process.betas.numpy(),
-        prediction_type=PREDICTIONS[process.prediction],
+        trained_betas=diffusion.betas.numpy(),
+        prediction_type=PREDICTIONS[diffusion.prediction],
         solver_type="midpoint",
         final_sigmas_type="zero",
         lower_order_final=False,
         **settings,
     )
-    scheduler.set_timesteps(timesteps=process.timesteps(num_steps).flip(0).tolist())
+    scheduler.set_timesteps(timesteps=diffusion.timesteps(num_steps).flip(0).tolist())
     return scheduler
 
 
 @pytest.mark.parametrize("num_steps", [8, 20])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_dpmpp_2m_sde(prediction, num_steps):
-    process = GaussianDiffusion(prediction=prediction, variance="fixed_small")
-    scheduler, x = dpm_solver(process, num_steps, algorithm_type="sde-dpmsolver++"), randn(2, 3, 4, 4)
-    assert_same(chain(process, x, sampler="dpmpp_2m_sde", num_steps=num_steps), their_chain(scheduler, x))
+    diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
+    scheduler, x = dpm_solver(diffusion, num_steps, algorithm_type="sde-dpmsolver++"), randn(2, 3, 4, 4)
+    assert_same(chain(diffusion, x, sampler="dpmpp_2m_sde", num_steps=num_steps), their_chain(scheduler, x))
 
 
 @pytest.mark.parametrize("num_steps", [8, 20])
 @pytest.mark.parametrize("prediction", ["x_0", "v"])
 def test_dpmpp_3m(prediction, num_steps):
     """Not of epsilon, where `x_0` at pure noise is divided by an alpha of 0.006: their float32 shows in the bend."""
-    process = GaussianDiffusion(prediction=prediction, variance="fixed_small")
-    scheduler = dpm_solver(process, num_steps, solver_order=3, algorithm_type="dpmsolver++")
+    diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
+    scheduler = dpm_solver(diffusion, num_steps, solver_order=3, algorithm_type="dpmsolver++")
     x = randn(2, 3, 4, 4)
-    assert_same(chain(process, x, sampler="dpmpp_3m", num_steps=num_steps), their_chain(scheduler, x))
+    assert_same(chain(diffusion, x, sampler="dpmpp_3m", num_steps=num_steps), their_chain(scheduler, x))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_unipc(prediction):
-    process = GaussianDiffusion(prediction=prediction, variance="fixed_small")
+    diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
     scheduler = UniPCMultistepScheduler(
         1000,
-        trained_betas=process.betas.numpy(),
+        trained_betas=diffusion.betas.numpy(),
         prediction_type=PREDICTIONS[prediction],
         solver_order=2,
         solver_type="bh2",
@@ -110,24 +110,24 @@ def test_unipc(prediction):
     )
     scheduler.set_timesteps(10)  # its own spacing: a step's neighbours in the trained chain
     times = [int(t) for t in scheduler.timesteps]
-    process.timesteps = lambda num_steps: torch.tensor(times[::-1])
+    diffusion.timesteps = lambda num_steps: torch.tensor(times[::-1])
     x = randn(2, 3, 4, 4)
-    assert_same(chain(process, x, sampler="unipc", num_steps=10), their_chain(scheduler, x))
+    assert_same(chain(diffusion, x, sampler="unipc", num_steps=10), their_chain(scheduler, x))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_euler(prediction):
     """EulerDiscrete walks on `x_t / alpha`, along sigma / alpha."""
-    process = GaussianDiffusion(prediction=prediction, variance="fixed_small")
+    diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
     scheduler = EulerDiscreteScheduler(
-        1000, trained_betas=process.betas.numpy(), prediction_type=PREDICTIONS[prediction]
+        1000, trained_betas=diffusion.betas.numpy(), prediction_type=PREDICTIONS[prediction]
     )
-    scheduler.set_timesteps(timesteps=process.timesteps(15).flip(0).tolist())
+    scheduler.set_timesteps(timesteps=diffusion.timesteps(15).flip(0).tolist())
     x = randn(2, 3, 4, 4)
-    steps = process.reverse_steps(15)
+    steps = diffusion.reverse_steps(15)
     ours = [
         x_t / at.alpha_next
-        for x_t, (_, at) in zip(chain(process, x, sampler="euler", num_steps=15), steps, strict=True)
+        for x_t, (_, at) in zip(chain(diffusion, x, sampler="euler", num_steps=15), steps, strict=True)
     ]
     assert_same(ours, their_chain(scheduler, x / steps[0][1].alpha.float(), scaled=True))
 
@@ -140,7 +140,7 @@ def test_heun(tmp_path):
     scheduler.set_timesteps(10)
     levels = scheduler.sigmas.unique()[1:].double()
     (tmp_path / "levels.txt").write_text(" ".join(map(str, levels.tolist())))
-    process = EDM(sigma_data=1.0, sigma_min=levels[0].item(), sigma_max=levels[-1].item())
+    diffusion = EDM(sigma_data=1.0, sigma_min=levels[0].item(), sigma_max=levels[-1].item())
 
     def as_edm(x, t, y):
         """The same noise, as EDM's F would have put it: both see the input at unit variance."""
@@ -149,23 +149,23 @@ def test_heun(tmp_path):
         return (sigma * (x_t - sigma * model(x, t, y)) - model(x, t, y)) / (sigma**2 + 1).sqrt()
 
     x = randn(2, 3, 4, 4)
-    ours = chain(process, x, sampler="heun", num_steps=10, spacing=str(tmp_path / "levels.txt"), model=as_edm)
+    ours = chain(diffusion, x, sampler="heun", num_steps=10, spacing=str(tmp_path / "levels.txt"), model=as_edm)
     theirs = their_chain(scheduler, x * levels[-1].float(), scaled=True)
     assert_same(ours, theirs[1::2] + theirs[-1:])
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_matching_euler(shift):
-    process, x = FlowMatching(shift=shift), randn(2, 3, 4, 4)
+    diffusion, x = FlowMatching(shift=shift), randn(2, 3, 4, 4)
     scheduler = FlowMatchEulerDiscreteScheduler(1000, shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 12, 12))
-    assert_same(chain(process, x, num_steps=12), their_chain(scheduler, x))
+    assert_same(chain(diffusion, x, num_steps=12), their_chain(scheduler, x))
 
 
 @pytest.mark.parametrize("kind", ["euler", "dpmpp_2m"])
 def test_edm(kind):
     """Preconditioning, Karras' levels and the step; only `c_noise` is scaled otherwise here."""
-    process, x = EDM(sigma_data=0.5), randn(2, 3, 4, 4)
+    diffusion, x = EDM(sigma_data=0.5), randn(2, 3, 4, 4)
     if kind == "euler":
         scheduler = EDMEulerScheduler(sigma_data=0.5)
     else:
@@ -174,4 +174,4 @@ def test_edm(kind):
         )
     scheduler.set_timesteps(14)
     theirs = their_chain(scheduler, x * 80.0, scaled=True)
-    assert_same(chain(process, x, sampler=kind, num_steps=14), theirs)
+    assert_same(chain(diffusion, x, sampler=kind, num_steps=14), theirs)

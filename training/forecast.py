@@ -9,22 +9,29 @@ from accelerate import Accelerator
 from torch import nn
 
 from data import intake
-from diffusion import Process
+from diffusion import Diffusion
 from models.spec import ModelSpec
 
 LONG = 600  # seconds of an epoch
 
 
-def announce(images, held_out, model: nn.Module, spec: ModelSpec, process: Process, accelerator: Accelerator) -> None:
+def announce(
+    images, held_out, model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator
+) -> None:
     """The main process says what the data were understood to be and, on a CPU, how long an epoch takes."""
     if accelerator.is_main_process:
         print(intake(images, held_out))
         if accelerator.device.type == "cpu":
-            print(forecast(model, spec, process, accelerator, len(images)))
+            print(forecast(model, spec, diffusion, accelerator, len(images)))
 
 
 def forecast(
-    model: nn.Module, spec: ModelSpec, process: Process, accelerator: Accelerator, num_images: int, batch_size: int = 8
+    model: nn.Module,
+    spec: ModelSpec,
+    diffusion: Diffusion,
+    accelerator: Accelerator,
+    num_images: int,
+    batch_size: int = 8,
 ) -> str:
     """An epoch's time on a CPU, in words: a batch's loss is computed and timed, and its gradients taken for twice as
     much. Model and random state stay as they are.
@@ -35,7 +42,7 @@ def forecast(
         model.eval()
         for _ in range(2):  # the first one warms up
             begun = time.perf_counter()
-            process.training_loss(model, x_0, y)
+            diffusion.training_loss(model, x_0, y)
             times.append(time.perf_counter() - begun)
         model.train()
     seconds = 3 * times[-1] / batch_size * num_images / accelerator.num_processes

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from autoencoders.codec import AutoencoderError, Codec
 from checkpoints.averages import EMA
 from data.latents import LatentCache
-from diffusion import Process
-from diffusion.process import Auxiliary
+from diffusion import Diffusion
+from diffusion.diffusion import Auxiliary
 from evaluation.scoring import Reference, evaluate
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
@@ -68,7 +68,7 @@ class Inspection:
     run: Path
     config: ExperimentConfig
     ema: EMA
-    process: Process
+    diffusion: Diffusion
     codec: Codec
     held_out: LatentCache
     sampling: SamplingConfig
@@ -90,7 +90,7 @@ class Inspection:
         """Loss terms on held-out images."""
         losses = validation_loss(
             self.ema.model,
-            self.process,
+            self.diffusion,
             self.codec,
             self.held_out,
             self.accelerator,
@@ -128,5 +128,5 @@ class Inspection:
     def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:
         where = (self.held_out.image_size, seed, self.accelerator)
         return Generator(
-            self.ema.model, self.process, self.codec, labels, self.sampling, *where, guide_model=self.guide_model
+            self.ema.model, self.diffusion, self.codec, labels, self.sampling, *where, guide_model=self.guide_model
         )

@@ -1,4 +1,4 @@
-"""What a training step minimises: the process's loss, auxiliary terms, and the weights that their times ask for."""
+"""What a training step minimises: the diffusion's loss, auxiliary terms, and the weights that their times ask for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from autoencoders.codec import Codec, PixelCodec
-from diffusion.process import Auxiliary, Process
+from diffusion.diffusion import Auxiliary, Diffusion
 from diffusion.times import Times
 from experiment.config import AuxiliaryConfig
 from metrics.perceptual import perceptual_network
@@ -23,14 +23,14 @@ from training.phases import Phase
 class Objective:
     """Per-sample terms of a batch; `times` that learn from the losses are shown those of all processes."""
 
-    process: Process
+    diffusion: Diffusion
     times: Times
     accelerator: Accelerator
     auxiliary: Sequence[Auxiliary] = ()
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Float[Tensor, " b"]]:
         """`loss`, which is to be minimised in this phase of the training, and what it is made of."""
-        terms = self.process.during(phase.number, phase.progress).training_loss(
+        terms = self.diffusion.during(phase.number, phase.progress).training_loss(
             model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=self.auxiliary, more=batch.more
         )
         if self.times.learns:

@@ -13,8 +13,8 @@ from torch import nn
 from autoencoders.codec import Codec
 from data.latents import LatentCache
 from data.subsets import stratified
-from diffusion import Process
-from diffusion.process import Auxiliary
+from diffusion import Diffusion
+from diffusion.diffusion import Auxiliary
 from experiment.config import TrainConfig
 from machine.randomness import generator_for
 
@@ -22,7 +22,7 @@ from machine.randomness import generator_for
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,
-    process: Process,
+    diffusion: Diffusion,
     codec: Codec,
     cache: LatentCache,
     accelerator: Accelerator,
@@ -37,8 +37,8 @@ def validation_loss(
     draw = generator_for(config.seed, "validation")
     shape = (num_images, *codec.latent_shape(*cache.image_size))
     posterior_noise, noise = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
-    t = process.sample_timesteps(num_images, generator=draw)
-    more = process.draw_more(shape, generator=draw)
+    t = diffusion.sample_timesteps(num_images, generator=draw)
+    more = diffusion.draw_more(shape, generator=draw)
 
     bf16 = accelerator.mixed_precision == "bf16"
     sums: dict[str, torch.Tensor] = {}
@@ -48,7 +48,7 @@ def validation_loss(
         x_0 = codec.draw(stored, posterior_noise[part].to(device))
         y = cache.labels[index[part]].to(device)
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            terms = process.training_loss(
+            terms = diffusion.training_loss(
                 model,
                 x_0,
                 y,

@@ -16,7 +16,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     Args:
         denoiser: `denoiser(x_t, t, y)`.
-        scheduler: of diffusers, of the process that the denoiser was trained under.
+        scheduler: of diffusers, of the diffusion that the denoiser was trained under.
         vae: None for a denoiser of pixels.
         classes: their names; none for an unconditional model.
         num_steps: of a sample, by default.

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from diffusion.diffusion import Denoiser, Diffusion, Prediction
 from diffusion.guidance import Guidance, guide
-from diffusion.process import Denoiser, Prediction, Process
 from diffusion.samplers.chain import Chain, Moments
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import ddim, ddpm, euler, euler_maruyama, heun
@@ -33,9 +33,9 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def samplers_of(process: Process) -> Mapping[str, Sampler]:
-    """The samplers that a process can be sampled by: its own, where it has some, else all."""
-    return process.samplers or SAMPLERS
+def samplers_of(diffusion: Diffusion) -> Mapping[str, Sampler]:
+    """The samplers that a diffusion can be sampled by: its own, where it has some, else all."""
+    return diffusion.samplers or SAMPLERS
 
 
 TWO_CALLS_A_STEP = {"heun"}  # but one in the step to the data
@@ -55,7 +55,7 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 @torch.no_grad()
 def sample(
-    process: Process,
+    diffusion: Diffusion,
     model: Denoiser,
     noise: Float[Tensor, "b c h w"],
     y: Int64[Tensor, " b"],
@@ -78,7 +78,7 @@ def sample(
     on_stage: Callable[[str, Tensor], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """From unit normal `noise` to data, `x_0`, in `num_steps` steps of a call of the model each (`heun`: two), or as a
-    process of several stages has it.
+    diffusion of several stages has it.
 
     Random steps take their noise from `step_noise`, one slice a step in order, else from `generator`. With a
     generator for each sample, a sample depends on its own noise, label and stream alone, whatever batch it is
@@ -86,8 +86,8 @@ def sample(
     that is training is evaluated, and left as it was.
 
     Args:
-        sampler: name in `SAMPLERS`; by default the process's own.
-        spacing: of the steps' times: name in `SPACINGS`, or a text file of noise levels; by default the process's own.
+        sampler: name in `SAMPLERS`; by default the diffusion's own.
+        spacing: of the steps' times: name in `SPACINGS`, or a text file of noise levels; by default its own.
         eta: of DDIM, from 0 (deterministic) to 1 (as random as DDPM); the others do not use it.
         churn: of Heun's sampler: noise added on the way; the others do not use it.
         guidance_scale: strength of guidance, none at 1; see `guide`.
@@ -97,15 +97,15 @@ def sample(
         guide_model: the worse model of autoguidance, in place of the unlabelled half of classifier-free guidance.
         start: a time of the chain to begin at; `noise` is then the `x_t` there.
         callback: called after each step with (step, `x_t`, predicted `x_0`).
-        on_stage: called after each stage of a process that has several, with (its name, what it put out).
+        on_stage: called after each stage of a diffusion that has several, with (its name, what it put out).
 
     Raises:
         ValueError: for an unknown sampler, a number out of its range, or guidance of an unconditional model,
             naming the flag.
     """
-    name = sampler or process.default_sampler
-    if name not in samplers_of(process):
-        raise ValueError(f"--sampler {sampler}: unknown, choose from {', '.join(samplers_of(process))}")
+    name = sampler or diffusion.default_sampler
+    if name not in samplers_of(diffusion):
+        raise ValueError(f"--sampler {sampler}: unknown, choose from {', '.join(samplers_of(diffusion))}")
     if not 0 <= eta <= 1:
         raise ValueError(f"--eta {eta} must lie in [0, 1]")
     if not churn >= 0:
@@ -133,7 +133,7 @@ def sample(
         callback=callback,
     )
     with evaluating(model, guide_model):
-        return process.generate(
+        return diffusion.generate(
             chain,
             model,
             noise,
@@ -158,7 +158,7 @@ def evaluating(*models: object) -> Iterator[None]:
 
 
 def walk(
-    process: Process,
+    diffusion: Diffusion,
     model: Denoiser,
     noise: Float[Tensor, "b c h w"],
     y: Int64[Tensor, " b"],
@@ -180,17 +180,17 @@ def walk(
     callback: Callback | None,
 ) -> Float[Tensor, "b c h w"]:
     """Down one chain; see `sample`."""
-    mix = guidance.mix(process)
+    mix = guidance.mix(diffusion)
 
     @cache
     def guided(scale: float) -> Denoiser:
         return guide(
-            process.precondition(model),
+            diffusion.precondition(model),
             num_classes,
             scale,
             latent_channels=noise.shape[1],
             legacy_cfg_channels=legacy_cfg_channels,
-            guide_model=None if guide_model is None else process.precondition(guide_model),
+            guide_model=None if guide_model is None else diffusion.precondition(guide_model),
             mix=mix,
         )
 
@@ -198,9 +198,9 @@ def walk(
 
     def denoise(x_t: Tensor, t: int | float, at: Transition) -> Prediction:
         times = torch.full((len(x_t),), t, device=x_t.device)
-        progress = 1 - process.noise_rank(torch.tensor(t, dtype=torch.float64)).item()
+        progress = 1 - diffusion.noise_rank(torch.tensor(t, dtype=torch.float64)).item()
         scale = guidance.scale_at(guidance_scale, progress, (at.sigma / at.alpha).item())
-        prediction = process.predict(guided(scale)(x_t, times, y), x_t, times, at)
+        prediction = diffusion.predict(guided(scale)(x_t, times, y), x_t, times, at)
         return prediction if clip is None else prediction.clipped(clip, x_t, at)
 
     slices = None if step_noise is None else iter(step_noise)
@@ -208,12 +208,12 @@ def walk(
     def draw_noise() -> Tensor:
         return randn_like(noise, generator) if slices is None else next(slices)
 
-    steps = process.reverse_steps(num_steps, spacing)
-    x_t = process.prior_std * noise
+    steps = diffusion.reverse_steps(num_steps, spacing)
+    x_t = diffusion.prior_std * noise
     if start is not None:
         steps, x_t = [step for step in steps if step[0] <= start], noise
-    chain = Chain(process, steps, denoise, draw_noise, eta, churn)
-    moments = samplers_of(process)[sampler](chain, x_t)
+    chain = Chain(diffusion, steps, denoise, draw_noise, eta, churn)
+    moments = samplers_of(diffusion)[sampler](chain, x_t)
     for step, (x_t, x_0) in enumerate(moments):
         if callback is not None:
             callback(step, x_t, x_0)

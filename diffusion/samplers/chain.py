@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process import Prediction, Process, Step
+from diffusion.diffusion import Diffusion, Prediction, Step
 from diffusion.transition import Transition
 
 Moments = Iterator[tuple[Tensor, Tensor]]
@@ -28,7 +28,7 @@ class Chain:
         churn: of EDM's sampler, over the whole chain.
     """
 
-    process: Process
+    diffusion: Diffusion
     steps: Sequence[Step]
     denoise: Callable[[Tensor, int | float, Transition], Prediction]
     draw_noise: Callable[[], Tensor]
@@ -37,13 +37,13 @@ class Chain:
 
     def churned(self, x_t: Tensor, t: int | float, at: Transition) -> tuple[Tensor, int | float, Transition]:
         """Noise added, and the step that leads from there (Karras et al. 2022, algorithm 2, lines 4 to 6, S_noise = 1):
-        sigma / alpha rises by the share `churn / num_steps`, at most sqrt(2) - 1, as far as the process goes."""
+        sigma / alpha rises by the share `churn / num_steps`, at most sqrt(2) - 1, as far as the diffusion goes."""
         ratio = (at.sigma / at.alpha).item()
         raised = ratio * (1 + min(self.churn / len(self.steps), math.sqrt(2) - 1))
-        raised = min(raised, self.process.noise_range[1])
+        raised = min(raised, self.diffusion.noise_range[1])
         if raised <= ratio:
             return x_t, t, at
-        time = self.process.time_at(torch.tensor([raised], dtype=torch.float64))[0]
-        alpha, sigma = (number[0] for number in self.process.path(time[None]))  # scalars leave x_t in its precision
+        time = self.diffusion.time_at(torch.tensor([raised], dtype=torch.float64))[0]
+        alpha, sigma = (number[0] for number in self.diffusion.path(time[None]))  # scalars leave x_t in its precision
         x_t = alpha / at.alpha * x_t + alpha * math.sqrt(raised**2 - ratio**2) * self.draw_noise()
         return x_t, time.item(), Transition.between(alpha, sigma, at.alpha_next, at.sigma_next)

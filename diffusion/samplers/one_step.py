@@ -9,12 +9,12 @@ from diffusion.samplers.chain import Chain, Moments
 
 
 def ddpm(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
-    """Ancestral sampling with the process's own variances (Ho et al. 2020, algorithm 2)."""
+    """Ancestral sampling with the diffusion's own variances (Ho et al. 2020, algorithm 2)."""
     for t, at in chain.steps:
         prediction = chain.denoise(x_t, t, at)
         x_t = at.posterior_mean(prediction.x_0, x_t)
         if at.sigma_next > 0:  # the step to the data is not random
-            x_t = x_t + chain.process.reverse_std(prediction, at) * chain.draw_noise()
+            x_t = x_t + chain.diffusion.reverse_std(prediction, at) * chain.draw_noise()
         yield x_t, prediction.x_0
 
 

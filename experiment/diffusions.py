@@ -1,4 +1,4 @@
-"""Configuration to diffusion process."""
+"""Configuration to diffusion."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from dataclasses import asdict
 from inspect import signature
 from typing import Any
 
-from diffusion import PROCESSES, Process
+from diffusion import DIFFUSIONS, Diffusion
 from experiment.config import DiffusionConfig
 
 
-def build_process(config: DiffusionConfig) -> Process:
-    """The diffusion process of a configuration.
+def build_diffusion(config: DiffusionConfig) -> Diffusion:
+    """The diffusion of a configuration.
 
     Raises:
         ValueError: for an unknown kind, a setting of another kind, or one that does not fit.
     """
-    settings = process_settings(config)
-    return PROCESSES[config.kind](**settings)
+    settings = diffusion_settings(config)
+    return DIFFUSIONS[config.kind](**settings)
 
 
-def process_settings(config: DiffusionConfig) -> dict[str, Any]:
-    """All that a process of this kind can be told: what was given, and its defaults.
+def diffusion_settings(config: DiffusionConfig) -> dict[str, Any]:
+    """All that a diffusion of this kind can be told: what was given, and its defaults.
 
     Raises:
         ValueError: for an unknown kind, or a setting of another kind.
     """
-    if config.kind not in PROCESSES:
-        raise ValueError(f"--diffusion.kind {config.kind}: unknown, choose from {', '.join(PROCESSES)}")
-    settings = {kind: signature(process).parameters for kind, process in PROCESSES.items()}
+    if config.kind not in DIFFUSIONS:
+        raise ValueError(f"--diffusion.kind {config.kind}: unknown, choose from {', '.join(DIFFUSIONS)}")
+    settings = {kind: signature(diffusion).parameters for kind, diffusion in DIFFUSIONS.items()}
     own = {name: parameter.default for name, parameter in settings[config.kind].items()}
     given = {name: value for name, value in asdict(config).items() if name != "kind" and value is not None}
     for name in given.keys() - own.keys():

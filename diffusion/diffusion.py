@@ -1,4 +1,4 @@
-"""What a trainer and a sampler may ask of any diffusion process, and what all of them share."""
+"""What a trainer and a sampler may ask of any diffusion, and what all of them share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Step = tuple[int | float, Transition]
 """A time at which a sampler calls the model, and the step from it to the next lower one."""
 
 ChainSampler = Callable[..., Tensor]
-"""Walks a process's chain as a sampler was told to: `(process, model, noise, y, *, guide_model, callback) -> x_0`."""
+"""Walks a chain as a sampler was told to: `(diffusion, model, noise, y, *, guide_model, callback) -> x_0`."""
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -51,10 +51,10 @@ class Auxiliary(NamedTuple):
     is_fixed: bool = True  # or it changes with training, so that its values at two steps do not compare
 
 
-class Process(ABC):
+class Diffusion(ABC):
     """A path from data to noise, `x_t = alpha(t) x_0 + sigma(t) noise`, and the objective that goes with it.
 
-    Times are the process's own and grow with the noise: 0..T-1 of a Gaussian chain, [0, 1] of a flow, sigma of EDM.
+    Times are the diffusion's own and grow with the noise: 0..T-1 of a Gaussian chain, [0, 1] of a flow, sigma of EDM.
     `precondition` maps them to what a backbone is given, which is 0..999 for all.
     """
 
@@ -90,7 +90,7 @@ class Process(ABC):
         """What draws the times of training steps: by default `sample_timesteps`, each time as it comes."""
         return Times(self.sample_timesteps)
 
-    def during(self, phase: int, progress: float) -> Process:
+    def during(self, phase: int, progress: float) -> Diffusion:
         """The objective of a part of the training, from 0, at a share of its steps, 0 to 1: by default always this."""
         return self
 
@@ -106,7 +106,7 @@ class Process(ABC):
         """Evenly spread times for a sampler, ascending.
 
         Raises:
-            ValueError: where the process has not so many.
+            ValueError: where the diffusion has not so many.
         """
 
     @abstractmethod
@@ -132,7 +132,7 @@ class Process(ABC):
         return Prediction(*self.read(output.to(x_t.dtype), x_t, self.levels(t) if transition is None else transition))
 
     def precondition(self, model: Denoiser) -> Denoiser:
-        """The model as a function of the process's own `x_t` and `t`."""
+        """The model as a function of the diffusion's own `x_t` and `t`."""
         return model
 
     def output_channels(self, in_channels: int) -> int:
@@ -164,7 +164,7 @@ class Process(ABC):
         The numbers are float64 scalars on the CPU, which a device takes with its kernels' arguments.
 
         Raises:
-            ValueError: for an unknown spacing, or more steps than the process has.
+            ValueError: for an unknown spacing, or more steps than the diffusion has.
         """
         times = spaced_times(self, num_steps, spacing or self.default_spacing)
         chain = Transition.chain(*self.path(times))
@@ -225,7 +225,7 @@ class Process(ABC):
         draw_noise: Callable[[Tensor], Tensor],
         on_stage: Callable[[str, Tensor], None],
     ) -> Float[Tensor, "b c h w"]:
-        """Data from unit normal `noise`: by default down the process's one chain. `draw_noise` gives more of it, like
+        """Data from unit normal `noise`: by default down the diffusion's one chain. `draw_noise` gives more of it, like
         what it is given, and `on_stage` is to be told what each of several stages puts out."""
         return chain(self, model, noise, y, guide_model=guide_model)
 
