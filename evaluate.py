@@ -65,6 +65,8 @@ class EvaluateConfig:
         perceptual: of an autoencoder alone: network to compare images by: 'lpips', 'vgg19', or a .pt2 or TorchScript
             file (images from 0 to 255 to features; a program: run only what you trust)
         heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
+        imports: the modules or .py files that the checkpoint was trained with, where they have moved, or of more
+            samplers and metrics (docs/extending.md)
         data: of the reference, where no checkpoint says or the file has moved (--data.path)
     """
 
@@ -97,6 +99,7 @@ class EvaluateConfig:
     autoencoder: str | None = None
     perceptual: str = "lpips"
     heads: str | None = None
+    imports: list[str] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -285,7 +288,7 @@ def is_run(path: str) -> bool:
 
 
 OF_AUTOENCODERS = {"autoencoder", "perceptual", "heads", "extractor", "weights_path", "metrics", "num_samples", "seed"}
-OF_AUTOENCODERS |= {"batch_size", "output", "data"}
+OF_AUTOENCODERS |= {"batch_size", "output", "imports", "data"}
 
 
 def check(config: EvaluateConfig) -> None:

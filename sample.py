@@ -49,6 +49,8 @@ class SampleConfig:
         to_seed: where to go from `seed`
         precision: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration (a folder, say, where there is no hub)
+        imports: the modules or .py files that the checkpoint was trained with, where they have moved, or of more
+            samplers and metrics (docs/extending.md)
         data: of the held-out images, where they have moved (--data.path)
     """
 
@@ -71,6 +73,7 @@ class SampleConfig:
     to_seed: int | None = within(SEEDS, None)
     precision: str = "auto"
     autoencoder: str | None = None
+    imports: list[str] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
 
 

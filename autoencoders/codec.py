@@ -224,15 +224,17 @@ class PixelCodec(nn.Module):
 
 Codec = LatentCodec | PixelCodec
 
+CODECS: dict[str, Callable[[], Codec]] = {"pixel": PixelCodec}  # by name; any other is an autoencoder's
+
 
 def create_codec(autoencoder: str) -> Codec:
-    """The codec by name: `pixel`, `embedded`, a folder in diffusers' format, or a hub id, `owner/name` or
+    """The codec by name: one of `CODECS`, `embedded`, a folder in diffusers' format, or a hub id, `owner/name` or
     `owner/name/folder`.
 
     Raises:
         AutoencoderError: when the weights cannot be had or are of a kind not in `KINDS`; says what can be used instead.
     """
-    return PixelCodec() if autoencoder == "pixel" else LatentCodec(autoencoder)
+    return CODECS[autoencoder]() if autoencoder in CODECS else LatentCodec(autoencoder)
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:

@@ -28,6 +28,7 @@ from checkpoints.hub import local
 from data.latents import short
 from experiment.config import ExperimentConfig
 from experiment.diffusions import build_diffusion
+from experiment.imports import load_imports
 from experiment.settings import from_dict
 from machine.checkpoint_folder import CheckpointError, checkpoint_path, list_checkpoints, rotate, write_checkpoint
 from machine.sharding import gather, load_whole, part_like
@@ -288,10 +289,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             commit=metadata["commit"],
             identity={name: dict(part) for name, part in json.loads(metadata.get("identity", "{}")).items()},
         )
+        imports = [str(name) for name in found.config.imports]
         if found.classes != classes or len(classes) != found.spec.num_classes:
             raise ValueError(f"{found.spec.num_classes} classes, named {short(classes)}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"--checkpoint {weights}: its metadata are malformed ({error})") from error
+    load_imports(imports, stored_in=weights)
     return found
 
 

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from itertools import chain
+from typing import Any
+
+from data.images import ImageDataset
+from data.shapes import ShapesDataset
+
+DATASETS: dict[str, Callable[..., Any]] = {"shapes": ShapesDataset}  # by name; any other path is of image files
 
 
-def open_dataset(
-    path: str,
-    *,
-    split: str,
-    image_size: int,
-    num_images: int = 5000,
-    difficulty: str = "easy",
-    use_labels: bool = True,
-    **of_files,
-):
-    """The images at a path, or the procedural ones at 'shapes'; see `ImageDataset` and `ShapesDataset`."""
-    if path == "shapes":
-        from data.shapes import ShapesDataset
-
-        return ShapesDataset(
-            num_images, split=split, image_size=image_size, difficulty=difficulty, use_labels=use_labels
-        )
-
-    from data.images import ImageDataset
-
-    return ImageDataset(path, split=split, image_size=image_size, use_labels=use_labels, **of_files)
+def open_dataset(path: str, **settings: Any):
+    """A split of the images at a path, or of a dataset in `DATASETS`, which is told those settings that it takes."""
+    if path not in DATASETS:
+        files = {name: value for name, value in settings.items() if name not in ("num_images", "difficulty")}
+        return ImageDataset(path, **files)
+    taken = signature(DATASETS[path]).parameters
+    return DATASETS[path](**{name: value for name, value in settings.items() if name in taken})
 
 
 def intake(train, held_out) -> str:

@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, set_loader, set_parsing_settings
 
 from experiment.config import R, resuming
+from experiment.imports import load_imports
 from experiment.settings import check_settings
 from experiment.strict_yaml import StrictLoader
 from machine import children
@@ -25,7 +26,7 @@ from machine import children
 set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML
 
 T = TypeVar("T")
-NAMES = {"classes", "exclude_classes"}  # of settings that are lists of names
+NAMES = {"classes", "exclude_classes", "imports"}  # of settings that are lists of names
 load_yaml = get_loader("yaml")
 
 # A program is seldom typed alone: bash finds its name among the words behind `python` or a launcher.
@@ -96,8 +97,9 @@ def load_strict_yaml(text: str) -> Any:
 set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
 
 
-def parse(config_class: type[T], arguments: list[str] | None = None) -> T:
-    """Flags and `--config FILE.yaml` into a frozen dataclass; unknown keys are refused.
+def parse(config_class: type[T], arguments: list[str] | None = None, *, stored_in: Path | None = None) -> T:
+    """Flags and `--config FILE.yaml` into a frozen dataclass; unknown keys are refused, `imports` loaded, which are the
+    user's own or `stored_in` a run.
 
     Raises:
         SystemExit: with a message that names the flag, when an argument does not fit.
@@ -112,6 +114,7 @@ def parse(config_class: type[T], arguments: list[str] | None = None) -> T:
         allow_abbrev=False,
         usage="%(prog)s [settings]",
     )
+    load_imports(getattr(config, "imports", ()), stored_in=stored_in)
     check_settings(config)
     return cast(T, expand_home(config))
 
@@ -173,6 +176,7 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     config = config_class(**vars(found))
+    load_imports(getattr(config, "imports", ()))
     check_settings(config, prefix="")
     return config
 
@@ -196,7 +200,10 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
     stored = Path(config.resume) / "config.yaml"
     if not stored.is_file():
         raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist")
-    return parse(config_class, ["--config", str(stored), *_overruled(stored), *arguments])
+    own = getattr(config, "imports", ())  # else those that the run names
+    return parse(
+        config_class, ["--config", str(stored), *_overruled(stored), *arguments], stored_in=None if own else stored
+    )
 
 
 def _overruled(stored: Path) -> list[str]:

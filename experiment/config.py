@@ -361,6 +361,7 @@ class ExperimentConfig(RunConfig):
         model: backbone: XSwin, USwin, DiT-S/2, UViT-S/2, ... (an unknown name lists them all)
         model_args: constructor arguments of the backbone that differ from its row in the table
         autoencoder: 'embedded', 'pixel', a folder in diffusers' format, or a hub id
+        imports: Python modules, by name or as .py files, that add backbones, samplers, ... (docs/extending.md)
         name: of the run's folder, runs/<name>; by default the model's name
         resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which model,
             autoencoder, diffusion and data stay; 'auto': so with the folder of this name, if there is one to resume,
@@ -381,6 +382,7 @@ class ExperimentConfig(RunConfig):
     model: str = "XSwin"
     model_args: dict[str, Any] = field(default_factory=dict)
     autoencoder: str = "embedded"
+    imports: list[str] = field(default_factory=list)
     name: str | None = None
     resume: str | None = None
     init_from: str | None = None

@@ -40,6 +40,7 @@ class AblateConfig:
         launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
         any_code: take results of other versions of the code for done
         redo: keep trainings of another configuration or code as seed<n>.before-<time>, and train anew
+        imports: modules or .py files that add what the variants name, beside `imports` of the YAML (docs/extending.md)
         name: of the folder, runs/<name>; by default the YAML's
     """
 
@@ -53,6 +54,7 @@ class AblateConfig:
     launcher: str | None = None
     any_code: bool = False
     redo: bool = False
+    imports: list[str] = field(default_factory=list)
     name: str | None = None
 
 
@@ -64,7 +66,7 @@ def main(config: AblateConfig) -> int:
     folder = inside(Path("runs"), config.name or path.stem, "--name")
     if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
         raise ValueError(f"--name {folder.name}: {folder} holds a training; give the ablation another name")
-    ablation = read_ablation(path, config.set)
+    ablation = read_ablation(path, {**config.set, **({"imports": config.imports} if config.imports else {})})
     try:
         return report(folder, ablation) if config.only == "report" else run(config, ablation, folder)
     except KeyboardInterrupt:  # before or after the runs, which have their own way to stop

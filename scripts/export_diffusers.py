@@ -19,7 +19,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class ExportConfig:
         clip: largest absolute value of predicted data; by default 1 for pixels, as sample.py has it; .inf: no limit
         native: a DiT as DiTPipeline, whose weights any diffusers tool can read; see the README in the folder
         autoencoder: in place of the one in the checkpoint's configuration
+        imports: the modules or .py files that the checkpoint was trained with, where they have moved
     """
 
     checkpoint: str
@@ -58,6 +59,7 @@ class ExportConfig:
     clip: float | None = within("(0, inf]", None)
     native: bool = False
     autoencoder: str | None = None
+    imports: list[str] = field(default_factory=list)
 
 
 def main(config: ExportConfig) -> None:

@@ -1,0 +1,52 @@
+"""Open tables: a file outside this repository adds a backbone, a sampler, ... under a name of its own.
+
+    from experiment.registry import register
+
+    @register("backbone", "Mine-S", depth=4)
+    class Mine(nn.Module): ...
+
+`--imports my_file.py` loads such files before names are looked up; docs/extending.md shows one of each kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+TABLES = {  # of each kind: its table's module and name; the module is imported when something is added
+    "backbone": ("models", "BACKBONES"),
+    "sampler": ("diffusion.samplers", "SAMPLERS"),
+    "diffusion": ("diffusion", "DIFFUSIONS"),
+    "dataset": ("data", "DATASETS"),
+    "codec": ("autoencoders.codec", "CODECS"),
+    "auxiliary": ("training.objective", "AUXILIARY"),
+}
+
+
+def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
+    """A decorator that adds a class or function to the table of its kind; `name` then works as a flag's value.
+
+    A backbone takes `arguments` of its constructor along, so that one class has rows of several sizes.
+
+    Raises:
+        ValueError: for an unknown kind, a name that is taken, or arguments of anything but a backbone.
+    """
+    if kind not in TABLES:
+        raise ValueError(f"register({kind!r}, {name!r}): no such kind, choose from {', '.join(TABLES)}")
+    if arguments and kind != "backbone":
+        raise ValueError(f"register({kind!r}, {name!r}): arguments are for backbones, leave out {', '.join(arguments)}")
+    module, table = TABLES[kind]
+
+    def add(thing: T) -> T:
+        rows: dict[str, Any] = getattr(import_module(module), table)
+        if name in rows:
+            taken = rows[name][0] if kind == "backbone" else rows[name]
+            owner = f"{getattr(taken, '__module__', '')}.{getattr(taken, '__qualname__', taken)}"
+            raise ValueError(f"register({kind!r}, {name!r}): the name is taken, by {owner}; choose another")
+        rows[name] = (thing, arguments) if kind == "backbone" else thing
+        return thing
+
+    return add

@@ -1,0 +1,146 @@
+"""Files from outside this repository: what they add, and whose word it takes to run them."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from experiment import imports
+from experiment.cli import parse
+from experiment.config import ExperimentConfig
+from experiment.imports import files_of, load_imports
+from experiment.registry import TABLES, register
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path, monkeypatch):
+    """Where the user's word is kept, and a session in which nothing was loaded yet."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(imports, "_loaded", set())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "state"
+
+
+def write(path, mark="ran"):
+    """A module that leaves a mark when it is run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"from pathlib import Path\nPath('{mark}').touch()  # {path}\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_what_is_registered_is_in_the_table_of_its_kind_and_a_taken_name_is_refused(kind, monkeypatch):
+    module, name = TABLES[kind]
+    __import__(module)
+    monkeypatch.setattr(sys.modules[module], name, dict(getattr(sys.modules[module], name)))
+    thing = register(kind, "mine")(dataclass(type("Mine", (), {})))
+    row = getattr(sys.modules[module], name)["mine"]
+    assert row == ((thing, {}) if kind == "backbone" else thing)
+    with pytest.raises(ValueError, match=rf"register\('{kind}', 'mine'\): the name is taken, by .*Mine; choose"):
+        register(kind, "mine")(thing)
+
+
+def test_registering_says_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"no such kind, choose from backbone"):
+        register("model", "mine")
+    with pytest.raises(ValueError, match=r"arguments are for backbones, leave out depth"):
+        register("sampler", "mine", depth=2)
+
+
+def test_imports_are_loaded_once_configurations_are_read(tmp_path):
+    write(tmp_path / "mine.py")
+    assert parse(ExperimentConfig, ["--imports", "mine.py"]).imports == ["mine.py"]
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.py", "", r"--imports none.py: no such file; give --imports the path of none.py"),
+        ("no_such_module", "", r"--imports no_such_module: no such module; give a .py file, or .* PYTHONPATH"),
+        ("bad.py", "x = \n", r"--imports bad.py: SyntaxError: .*; TRACEBACK=1"),
+        ("bad.py", "\nimport no_such_library\n", r"ModuleNotFoundError: .*no_such_library' \(bad.py, line 2\)"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told(name, text, message, tmp_path):
+    if text:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_imports([name])
+
+
+def test_what_a_checkpoint_names_runs_on_the_users_word_alone(tmp_path, monkeypatch):
+    """Neither a file that came with the run, nor one that was changed since, nor a module of Python's own path."""
+    write(tmp_path / "runs" / "theirs" / "mine.py", mark="theirs-ran")
+    write(tmp_path / "library" / "in_the_way.py", mark="library-ran")
+    monkeypatch.syspath_prepend(tmp_path / "library")
+    for name in ("runs/theirs/mine.py", "in_the_way", "antigravity"):
+        with pytest.raises(
+            ValueError, match=rf"{name}: theirs names it, and its code was not given here before; if you"
+        ):
+            load_imports([name], stored_in="theirs")
+    assert not {"theirs-ran", "library-ran"} & {path.name for path in tmp_path.iterdir()}
+    assert not {"in_the_way", "antigravity"} & sys.modules.keys()
+
+    mine = write(tmp_path / "mine.py", mark="mine")
+    load_imports(["mine.py", "in_the_way"])
+    monkeypatch.setattr(imports, "_loaded", set())  # another program, later
+    load_imports(["mine.py", "in_the_way"], stored_in="theirs")
+    write(mine, mark="changed")
+    monkeypatch.setattr(imports, "_loaded", set())
+    with pytest.raises(ValueError, match=r"was not given here before"):
+        load_imports(["mine.py"], stored_in="theirs")
+    assert not (tmp_path / "changed").exists()
+
+
+def test_bytecode_beside_a_file_is_not_run(tmp_path):
+    """Python would take it for the file's own where size and time are the same."""
+    import importlib.util
+    import py_compile
+
+    mine, other = write(tmp_path / "mine.py", mark="good"), write(tmp_path / "other.py", mark="evil")
+    cached = importlib.util.cache_from_source(str(mine))
+    py_compile.compile(str(other), cfile=cached, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    load_imports(["mine.py"])
+    assert (tmp_path / "good").exists()
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_file_that_has_moved_is_given_anew(tmp_path):
+    write(tmp_path / "elsewhere" / "mine.py")
+    with pytest.raises(ValueError, match=r"theirs names it, and it is not here; give --imports the path of mine.py"):
+        load_imports(["mine.py"], stored_in="theirs")
+    load_imports(["elsewhere/mine.py"])
+    load_imports(["mine.py"], stored_in="theirs")
+
+
+def test_where_nothing_can_be_kept_the_flag_does(tmp_path, state):
+    state.write_text("a file")
+    load_imports([write(tmp_path / "mine.py").name])
+    assert (tmp_path / "ran").exists()
+
+
+def test_files_of_imports_are_those_of_the_whole_package(tmp_path, monkeypatch):
+    write(tmp_path / "package_of_mine" / "__init__.py")
+    write(tmp_path / "package_of_mine" / "parts" / "head.py")
+    write(tmp_path / "module_of_mine.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = files_of(["package_of_mine.parts", "module_of_mine", "elsewhere/mine.py"])
+    assert set(found) == {
+        "package_of_mine/__init__.py",
+        "package_of_mine/parts/head.py",
+        "module_of_mine.py",
+        "mine.py",
+    }
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Without the setting."""
+
+    names: list[str] = field(default_factory=list)
+
+
+def test_configurations_without_imports_load_none():
+    assert parse(Plain, ["--names", json.dumps(["a.py"])]) == Plain(["a.py"])
