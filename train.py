@@ -23,9 +23,10 @@ def main(config: ExperimentConfig) -> None:
     """Open the devices and the run's folder, and train."""
     from experiment.diffusions import build_diffusion
     from training.interruption import open_run
+    from training.objective import objective_of
 
-    in_phases = len(build_diffusion(config.diffusion).phases) > 1
-    with open_run(config, in_phases=in_phases, grad_accumulation=config.train.grad_accumulation) as run:
+    in_parts = objective_of(build_diffusion(config.diffusion)).trains_in_parts
+    with open_run(config, in_parts=in_parts, grad_accumulation=config.train.grad_accumulation) as run:
         train(*run)
 
 
@@ -57,7 +58,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     from training.interruption import Stopped
     from training.log import Log, is_due
     from training.meter import Meter
-    from training.objective import Objective, build_auxiliary
+    from training.objective import build_auxiliary, objective_of
     from training.optimizer import build_optimizer, learning_rate, num_training_steps, set_learning_rate
     from training.phases import phase_at
     from training.preparation import compile_blocks, share_batch_norms
@@ -89,7 +90,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.shard_like(model)
     num_steps, times = num_training_steps(config.train, len(cache)), diffusion.times()
-    objective = Objective(diffusion, times, accelerator, auxiliary)
+    objective = objective_of(diffusion)(diffusion, times, accelerator, auxiliary)
     batches = Batches(
         cache.to(accelerator.device),
         codec,
@@ -101,7 +102,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
         device=accelerator.device,
-        draw_more=diffusion.draw_more,
+        draw_more=objective.draw_more,
     )
 
     # A fresh run, or the newest whole checkpoint of an old one.
@@ -130,7 +131,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     log = Log(run, accelerator, config.to_dict())
     log.truncate(step)
     inspection = Inspection(
-        run, config, ema, diffusion, codec, held_out, sampling, guide_model, scorer, log, accelerator, auxiliary
+        run, config, ema, objective, codec, held_out, sampling, guide_model, scorer, log, accelerator
     )
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
@@ -191,7 +192,7 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     while step < num_steps:
         # Stochastic depth draws from torch's own generator: make it a function of the step too.
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
-        phase = phase_at(diffusion.phases, step, num_steps)
+        phase = phase_at(objective.phases, step, num_steps)
         lr = learning_rate(config.optim, phase.step, phase.num_steps, len(cache) / config.train.batch_size)
         set_learning_rate(optimizer, lr)
         for batch in meter.timed(batches.micro_batches(step, order=guard.rollbacks)):

@@ -1,6 +1,5 @@
 """Diffusion diffusions, samplers and guidance; a model is any callable `(x_t, t, y)`."""
 
-from diffusion.cascade import Cascade
 from diffusion.diffusion import Diffusion, Prediction
 from diffusion.edm import EDM
 from diffusion.flow import FlowMatching
@@ -13,7 +12,6 @@ DIFFUSIONS: dict[str, type[Diffusion]] = {
     "gaussian": GaussianDiffusion,
     "flow": FlowMatching,
     "edm": EDM,
-    "cascade": Cascade,
 }
 
 __all__ = [
@@ -21,7 +19,6 @@ __all__ = [
     "EDM",
     "SAMPLERS",
     "SPACINGS",
-    "Cascade",
     "Diffusion",
     "FlowMatching",
     "GaussianDiffusion",

@@ -23,9 +23,6 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 Step = tuple[int | float, Transition]
 """A time at which a sampler calls the model, and the step from it to the next lower one."""
 
-ChainSampler = Callable[..., Tensor]
-"""Walks a chain as a sampler was told to: `(diffusion, model, noise, y, *, guide_model, callback) -> x_0`."""
-
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -61,9 +58,6 @@ class Diffusion(ABC):
     default_sampler: str
     default_spacing: str = "uniform"
     samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = NOTHING  # its own, where no other fits
-    phases: Sequence[int | float] = (1.0,)  # relative lengths of the parts of a training, see `during`
-    stages: Sequence[str] = ()  # of a sample, where it is drawn in several
-    model_args: Mapping[str, Any] = NOTHING  # what a backbone for it has to be built with, beside channels
     prior_std: float = 1.0  # of `x_t` at the last time
     noise_range: tuple[float, float]  # of sigma / alpha, both finite and above 0
     max_time: int | float  # the last, where the noise is
@@ -89,17 +83,6 @@ class Diffusion(ABC):
     def times(self) -> Times:
         """What draws the times of training steps: by default `sample_timesteps`, each time as it comes."""
         return Times(self.sample_timesteps)
-
-    def during(self, phase: int, progress: float) -> Diffusion:
-        """The objective of a part of the training, from 0, at a share of its steps, 0 to 1: by default always this."""
-        return self
-
-    def draw_more(
-        self, shape: Sequence[int], generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> dict[str, Tensor]:
-        """What the objective draws for a batch of this shape beside times and noise, each of as many rows: by default
-        nothing. The generator lies on `device`."""
-        return {}
 
     @abstractmethod
     def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
@@ -180,13 +163,12 @@ class Diffusion(ABC):
         noise: Float[Tensor, "b c h w"] | None = None,
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
-        more: Mapping[str, Tensor] = NOTHING,
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Per-sample `loss`, which is to be minimised, and the terms that it is made of, all in float32.
 
-        `t`, `noise` and `more`, which is `draw_more`'s, are drawn when not given, by a generator on `x_0`'s device. An
-        `auxiliary` term counts as the signal's share `alpha^2 / (alpha^2 + sigma^2)` says (alpha-bar of a Gaussian
-        chain), so that it acts where `x_0` can be predicted.
+        `t` and `noise` are drawn when not given, by a generator on `x_0`'s device. An `auxiliary` term counts as the
+        signal's share `alpha^2 / (alpha^2 + sigma^2)` says (alpha-bar of a Gaussian chain), so that it acts where `x_0`
+        can be predicted.
         """
         t, noise = self.draw(x_0, t, noise, generator)
         x_0 = x_0.float()
@@ -213,21 +195,6 @@ class Diffusion(ABC):
         """The objective: `loss`, and `mse`, the squared error of the model's output."""
         mse = mean_per_sample((self.target(x_0, noise, t) - output).square())
         return {"loss": self.loss_weight(t) * mse, "mse": mse}
-
-    def generate(
-        self,
-        chain: ChainSampler,
-        model: Denoiser,
-        noise: Float[Tensor, "b c h w"],
-        y: Int64[Tensor, " b"],
-        *,
-        guide_model: Denoiser | None,
-        draw_noise: Callable[[Tensor], Tensor],
-        on_stage: Callable[[str, Tensor], None],
-    ) -> Float[Tensor, "b c h w"]:
-        """Data from unit normal `noise`: by default down the diffusion's one chain. `draw_noise` gives more of it, like
-        what it is given, and `on_stage` is to be told what each of several stages puts out."""
-        return chain(self, model, noise, y, guide_model=guide_model)
 
     def draw(
         self, x_0: Tensor, t: Tensor | None, noise: Tensor | None, generator: torch.Generator | None

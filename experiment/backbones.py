@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from inspect import signature
+from typing import Any
 
 from torch import nn
 
@@ -19,13 +21,14 @@ def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num
     Raises:
         ValueError: for one that does not have the parts which the diffusion trains.
     """
-    fitting = [name for name, (backbone, _) in BACKBONES.items() if diffusion.model_args.keys() <= parameters(backbone)]
+    parts: Mapping[str, Any] = getattr(diffusion, "model_args", {})  # of a backbone that is trained part by part
+    fitting = [name for name, (backbone, _) in BACKBONES.items() if parts.keys() <= parameters(backbone)]
     if config.model in BACKBONES and config.model not in fitting:
         raise ValueError(f"--model {config.model}: kind {config.diffusion.kind} takes --model {', '.join(fitting)}")
     channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
     return ModelSpec(
         name=config.model,
-        args={**diffusion.model_args, **config.model_args},
+        args={**parts, **config.model_args},
         input_size=(height, width),
         in_channels=channels,
         out_channels=diffusion.output_channels(channels),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
 from diffusion import DIFFUSIONS, Diffusion
 from experiment.config import DiffusionConfig
+
+for study in ("cascade",):  # of this repository; they register themselves, as modules of users do
+    import_module(f"studies.{study}")
 
 
 def build_diffusion(config: DiffusionConfig) -> Diffusion:

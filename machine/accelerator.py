@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 def open_accelerator(
-    precision: str, *, flag: str = "--precision", in_phases: bool = False, grad_accumulation: int = 1, **options: Any
+    precision: str, *, flag: str = "--precision", in_parts: bool = False, grad_accumulation: int = 1, **options: Any
 ) -> Accelerator:
     """Accelerate as launched, in the precision asked for (`choose_precision`), with all of the machine's cores. The
     first line of a run says what was found.
 
     The launcher's own configuration decides where to compute, and nothing else: not what is compiled or accumulated.
-    `flag` is what the command calls its precision; `in_phases` trains parts of the model at a time, which processes
+    `flag` is what the command calls its precision; `in_parts` trains parts of the model at a time, which processes
     have to know of each other.
 
     Raises:
@@ -38,7 +38,7 @@ def open_accelerator(
     """
     device = default_device()
     mixed = MIXED[choose_precision(precision, device)]
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=in_phases)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=in_parts)
     accumulation = GradientAccumulationPlugin(num_steps=grad_accumulation)
     accelerator = Accelerator(
         mixed_precision=mixed,

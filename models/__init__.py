@@ -8,14 +8,13 @@ import math
 
 from torch import nn
 
-from models import cascade, dit, unet, uvit, xswin
+from models import dit, unet, uvit, xswin
 
 BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {
     **xswin.MODELS,
     **dit.MODELS,
     **uvit.MODELS,
     **unet.MODELS,
-    **cascade.MODELS,
 }
 BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "UViT-tokens")}
 MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout"}

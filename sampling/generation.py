@@ -19,7 +19,7 @@ from tqdm import tqdm
 from autoencoders.codec import Codec
 from data.subsets import stratified
 from diffusion import Diffusion, sample
-from diffusion.samplers import randn_like
+from diffusion.samplers import Staged, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch
@@ -157,7 +157,7 @@ class StagesPanel:
     """
 
     def __init__(self, diffusion: Diffusion, num_images: int = 36) -> None:
-        if not diffusion.stages:
+        if not isinstance(diffusion, Staged):
             raise ValueError("--stages true: this model draws in one stage; it is for cascades, see --panel")
         self.names, self.num_images = list(diffusion.stages), num_images
         self.outputs: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
-from diffusion.samplers import randn_like
+from diffusion.samplers import Staged, randn_like
 from machine.randomness import generator_for
 from sampling.generation import Generator
 
@@ -40,7 +40,7 @@ def interpolate(
     Raises:
         ValueError: for fewer than two images, or classes of a model that draws in stages.
     """
-    if generator.diffusion.stages and labels[0] != labels[1]:
+    if isinstance(generator.diffusion, Staged) and labels[0] != labels[1]:
         raise ValueError("--interpolate: a cascade has no one prediction to mix; give --class one class, and --to_seed")
     if num_images < 2:
         raise ValueError(f"--interpolate {num_images} must be at least 2, both ends included")

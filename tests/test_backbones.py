@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.layers import Mlp
 
+import studies.cascade  # noqa: F401, registers a backbone
 from models import BACKBONES, create_model, list_models
 from models.layers.modulation import Modulator
 from models.layers.window import WindowAttention, WindowCrossAttention, Windows

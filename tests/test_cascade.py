@@ -14,14 +14,14 @@ from torch import nn
 from autoencoders.codec import PixelCodec
 from checkpoints.averages import EMA
 from diffusion import GaussianDiffusion, sample
-from diffusion.cascade import Cascade
-from diffusion.denoising import Denoising
-from diffusion.refinement import SuperResolution
 from experiment.backbones import model_spec
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig
 from models import create_model
-from models.cascade import COARSE, REFINERS, UPSAMPLERS
 from sampling.generation import StagesPanel
+from studies.cascade.cascade import Cascade
+from studies.cascade.denoising import Denoising
+from studies.cascade.refinement import SuperResolution
+from studies.cascade.three_stages import COARSE, REFINERS, UPSAMPLERS
 from training.optimizer import build_optimizer, learning_rate
 from training.phases import phase_at
 
@@ -66,7 +66,7 @@ X_0, Y = randn(4, 3, 16, 16, seed=5), torch.tensor([0, 1, 2, 3])
 
 
 def loss_of(diffusion, model, phase, progress=0.5):
-    return diffusion.during(phase, progress).training_loss(model, X_0, Y, generator=generator(1))
+    return diffusion.training_loss(model, X_0, Y, generator=generator(1), **diffusion.during(phase, progress))
 
 
 def names_with_gradients(model):
@@ -92,9 +92,8 @@ def test_every_choice_trains_two_steps_in_each_phase_and_samples(coarse, upsampl
             optimizer.step()
             optimizer.zero_grad()
         assert losses[2] < losses[0]
-        assert {"coarse": "mse" in terms, "others": "refined" in terms} == diffusion.during(
-            phase, 0.0
-        ).trained._asdict()
+        trained = diffusion.during(phase, 0.0)["trained"]
+        assert trained == ("mse" in terms, "refined" in terms)
     shown = {}
     drawn = sample(diffusion, model.eval(), randn(2, 3, 16, 16), labels(2), num_steps=3, on_stage=shown.__setitem__)
     assert {name: image.shape[-1] for name, image in shown.items()} == {"coarse": 8, "upsampler": 16, "refiner": 16}
@@ -142,7 +141,7 @@ def test_unforced_the_upsampler_sees_the_one_step_prediction():
     seen = []
     model.upsampler.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     t, noise = torch.tensor([3, 20, 30, 49]), randn(*X_0.shape, seed=9)
-    diffusion.during(1, 0.0).training_loss(model, X_0, Y, t=t, noise=noise)
+    diffusion.training_loss(model, X_0, Y, t=t, noise=noise, **diffusion.during(1, 0.0))
     small, small_noise = (nn.functional.avg_pool2d(each, 2) for each in (X_0, 2 * noise))
     chain = GaussianDiffusion(num_timesteps=50, variance="fixed_small")
     alpha, sigma = chain.levels(t)
@@ -158,10 +157,11 @@ def test_phases_and_forcing_are_functions_of_the_step():
     assert [phase.step for phase in phases] == [*range(350), *range(350), *range(300)]
     assert {phase.end for phase in phases} == {350, 700, 1000}
     ends = [diffusion.during(phases[step].number, phases[step].progress) for step in (350, 699, 700, 999)]
-    assert [end.forcing_probability for end in ends] == pytest.approx([0.9, 0.1, 0.1, 0.0])
-    middle = [diffusion.during(1, progress).forcing_probability for progress in (0.25, 0.5, 0.75)]
+    assert [end["forcing"] for end in ends] == pytest.approx([0.9, 0.1, 0.1, 0.0])
+    middle = [diffusion.during(1, progress)["forcing"] for progress in (0.25, 0.5, 0.75)]
     assert middle == pytest.approx([0.7, 0.5, 0.3])
-    assert diffusion.forcing_probability == 1.0  # what validation asks for
+    validated = diffusion.training_loss(cascade()[1], X_0, Y)
+    assert validated["forced"].tolist() == [1.0] * 4  # outside of the phases
     forced = [loss_of(*cascade(), 1, 0.5)["forced"].tolist() for _ in range(2)]
     assert forced[0] == forced[1]
     draws = diffusion.draw_more((20_000, 1, 2, 2), generator(3))["forcing"]

@@ -29,7 +29,7 @@ class Batch:
     t: Tensor  # [b]
     weight: Float[Tensor, " b"]  # of the loss, as the draw of `t` asks for
     noise: Float[Tensor, "b c h w"]
-    more: dict[str, Tensor] = field(default_factory=dict)  # what else the diffusion drew, each [b ...]
+    more: dict[str, Tensor] = field(default_factory=dict)  # what else the objective draws, each [b ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Batches:
     rank: int = 0
     num_ranks: int = 1
     device: torch.device | str = "cpu"
-    draw_more: Callable[..., dict[str, Tensor]] | None = None  # the diffusion's
+    draw_more: Callable[..., dict[str, Tensor]] | None = None  # the objective's
 
     def __post_init__(self) -> None:
         parts = self.num_micro_batches * self.num_ranks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from autoencoders.codec import AutoencoderError, Codec
 from checkpoints.averages import EMA
 from data.latents import LatentCache
-from diffusion import Diffusion
-from diffusion.diffusion import Auxiliary
 from evaluation.scoring import Reference, evaluate
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
@@ -27,6 +25,7 @@ from sampling.generation import Generator, balanced_labels, generate, sample_lab
 from sampling.image_files import save_grid
 from training.curves import draw_progress, warns_only
 from training.log import Log, is_due
+from training.objective import Objective
 from training.validation import validation_loss
 
 
@@ -68,7 +67,7 @@ class Inspection:
     run: Path
     config: ExperimentConfig
     ema: EMA
-    diffusion: Diffusion
+    objective: Objective
     codec: Codec
     held_out: LatentCache
     sampling: SamplingConfig
@@ -76,7 +75,6 @@ class Inspection:
     scorer: tuple[Reference, Extractor] | None
     log: Log
     accelerator: Accelerator
-    auxiliary: Sequence[Auxiliary] = ()
 
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
         """What to look at after a step; the last grid is drawn when all is saved."""
@@ -90,13 +88,12 @@ class Inspection:
         """Loss terms on held-out images."""
         losses = validation_loss(
             self.ema.model,
-            self.diffusion,
+            self.objective,
             self.codec,
             self.held_out,
             self.accelerator,
             self.config.log.num_validation,
             self.config.train,
-            [each for each in self.auxiliary if each.is_fixed],
         )
         return {f"validation_{name}": value for name, value in losses.items()}
 
@@ -128,5 +125,11 @@ class Inspection:
     def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:
         where = (self.held_out.image_size, seed, self.accelerator)
         return Generator(
-            self.ema.model, self.diffusion, self.codec, labels, self.sampling, *where, guide_model=self.guide_model
+            self.ema.model,
+            self.objective.diffusion,
+            self.codec,
+            labels,
+            self.sampling,
+            *where,
+            guide_model=self.guide_model,
         )

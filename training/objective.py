@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -19,24 +18,56 @@ from training.batches import Batch
 from training.phases import Phase
 
 
-@dataclass(frozen=True)
 class Objective:
-    """Per-sample terms of a batch; `times` that learn from the losses are shown those of all processes."""
+    """What a training step minimises, as the diffusion has it. Others are subclasses, which a diffusion names as its
+    `objective`.
 
-    diffusion: Diffusion
-    times: Times
-    accelerator: Accelerator
-    auxiliary: Sequence[Auxiliary] = ()
+    Args:
+        diffusion: that is trained.
+        times: at which; those that learn from the losses are shown those of all processes.
+        accelerator: that gathers them.
+        auxiliary: further terms of the loss.
+    """
 
-    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Float[Tensor, " b"]]:
-        """`loss`, which is to be minimised in this phase of the training, and what it is made of."""
-        terms = self.diffusion.during(phase.number, phase.progress).training_loss(
-            model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=self.auxiliary, more=batch.more
-        )
-        if self.times.learns:
+    phases: Sequence[int | float] = (1.0,)  # relative lengths of the parts of a training
+    trains_in_parts = False  # whether some of the model's parameters get no gradient in some phase
+
+    def __init__(
+        self, diffusion: Diffusion, times: Times, accelerator: Accelerator, auxiliary: Sequence[Auxiliary] = ()
+    ) -> None:
+        self.diffusion, self.times, self.accelerator, self.auxiliary = diffusion, times, accelerator, auxiliary
+
+    def draw_more(
+        self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """What is drawn for a batch of this shape beside times and noise, each of as many rows; the generator lies on
+        `device`."""
+        return {}
+
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
+        """Per sample `loss`, which is to be minimised at this point of the training, and what it is made of; without a
+        phase, what a validation reports."""
+        terms = self.terms(model, batch, phase)
+        if phase is not None and self.times.learns:
             t, losses = self.accelerator.gather((batch.t, terms["loss"].detach()))
             self.times.observe(t, losses)
         return {name: batch.weight * values for name, values in terms.items()}
+
+    def terms(self, model: nn.Module, batch: Batch, phase: Phase | None) -> dict[str, Float[Tensor, " b"]]:
+        """The same, unweighted."""
+        auxiliary = self.auxiliary_terms(phase)
+        return self.diffusion.training_loss(
+            model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary
+        )
+
+    def auxiliary_terms(self, phase: Phase | None) -> list[Auxiliary]:
+        """All in training; of a validation those that compare from step to step."""
+        return [term for term in self.auxiliary if phase is not None or term.is_fixed]
+
+
+def objective_of(diffusion: Diffusion) -> type[Objective]:
+    """The one that a diffusion names, or the plain one."""
+    return getattr(diffusion, "objective", Objective)
 
 
 class Perceptual:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -36,6 +37,32 @@ SAMPLERS: dict[str, Sampler] = {
 def samplers_of(diffusion: Diffusion) -> Mapping[str, Sampler]:
     """The samplers that a diffusion can be sampled by: its own, where it has some, else all."""
     return diffusion.samplers or SAMPLERS
+
+
+Walk = Callable[..., Tensor]
+"""Down one chain as `sample` was told to: `(diffusion, model, noise, y, *, guide_model, callback) -> x_0`."""
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A diffusion whose samples are made in several stages, of which a chain is one."""
+
+    stages: Sequence[str]
+
+    def generate(
+        self,
+        chain: Walk,
+        model: Any,
+        noise: Float[Tensor, "b c h w"],
+        y: Int64[Tensor, " b"],
+        *,
+        guide_model: Any | None,
+        draw_noise: Callable[[Tensor], Tensor],
+        on_stage: Callable[[str, Tensor], None],
+    ) -> Float[Tensor, "b c h w"]:
+        """Data from unit normal `noise`. `draw_noise` gives more of it, like what it is given, and `on_stage` is to be
+        told what each stage puts out."""
+        ...
 
 
 TWO_CALLS_A_STEP = {"heun"}  # but one in the step to the data
@@ -133,6 +160,8 @@ def sample(
         callback=callback,
     )
     with evaluating(model, guide_model):
+        if not isinstance(diffusion, Staged):
+            return chain(diffusion, model, noise, y, guide_model=guide_model)
         return diffusion.generate(
             chain,
             model,

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from diffusion.diffusion import ChainSampler, Denoiser, Diffusion, mean_per_sample
+from diffusion.diffusion import Denoiser, Diffusion, mean_per_sample
+from diffusion.samplers import Walk
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor]
 """(x_t, t, level, y): what a refiner that denoises is given beside the upsampled image."""
@@ -50,7 +51,7 @@ class Refinement(ABC):
     @abstractmethod
     def generate(
         self,
-        chain: ChainSampler,
+        chain: Walk,
         upsampler: Callable[[Tensor], Tensor],
         refiner: Callable[[Tensor, Given | None], Tensor],
         low: Float[Tensor, "b c h w"],
@@ -75,7 +76,7 @@ class Regression(Refinement):
 
     def generate(
         self,
-        chain: ChainSampler,
+        chain: Walk,
         upsampler: Callable[[Tensor], Tensor],
         refiner: Callable[[Tensor, Given | None], Tensor],
         low: Float[Tensor, "b c h w"],
@@ -147,7 +148,7 @@ class SuperResolution(Refinement):
 
     def generate(
         self,
-        chain: ChainSampler,
+        chain: Walk,
         upsampler: Callable[[Tensor], Tensor],
         refiner: Callable[[Tensor, Given | None], Tensor],
         low: Float[Tensor, "b c h w"],

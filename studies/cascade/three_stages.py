@@ -367,6 +367,3 @@ def _build(
             f"{', '.join(accepted) or 'none'}"
         )
     return table[name](*fixed, **(given or {}))
-
-
-MODELS = {"Cascade": (Cascade, {})}

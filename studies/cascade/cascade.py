@@ -10,7 +10,6 @@ around the model sees all of it. To sample, its `coarse`, `upsampler` and `refin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -18,21 +17,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
-from diffusion.denoising import Denoising
-from diffusion.diffusion import (
-    NOTHING,
-    Auxiliary,
-    ChainSampler,
-    Denoiser,
-    Diffusion,
-    Step,
-    mean_per_sample,
-    with_auxiliary,
-)
+from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, Step, mean_per_sample, with_auxiliary
 from diffusion.gaussian import GaussianDiffusion
 from diffusion.predictions import AtLevel, Level
-from diffusion.refinement import Refinement, Regression, SuperResolution
+from diffusion.samplers import Walk
 from diffusion.schedules import check_name
+from studies.cascade.denoising import Denoising
+from studies.cascade.refinement import Refinement, Regression, SuperResolution
 
 
 class Trained(NamedTuple):
@@ -110,7 +101,6 @@ class Cascade(Diffusion):
             "refiner": refiner,
             "factor": factor,
         }
-        self.trained, self.forcing_probability = PHASES[-1], 1.0
         self.default_sampler, self.default_spacing = self.coarse.default_sampler, self.coarse.default_spacing
         self.samplers, self.max_time, self.noise_range = (
             self.coarse.samplers,
@@ -120,13 +110,17 @@ class Cascade(Diffusion):
 
     # Training.
 
-    def during(self, phase: int, progress: float) -> Diffusion:
-        """The objective of a phase."""
-        now = copy(self)
-        now.trained = PHASES[phase]
+    @property
+    def objective(self) -> type[Any]:
+        """What goes through the phases."""
+        from studies.cascade.forcing import CascadeObjective
+
+        return CascadeObjective
+
+    def during(self, phase: int, progress: float) -> dict[str, Any]:
+        """What a phase asks of `training_loss` at a share of its steps, 0 to 1."""
         first, last = (1.0, 1.0) if phase == 0 else self.forcing[phase - 1]
-        now.forcing_probability = first + (last - first) * progress
-        return now
+        return {"trained": PHASES[phase], "forcing": first + (last - first) * progress}
 
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: torch.device | str = "cpu"
@@ -145,30 +139,32 @@ class Cascade(Diffusion):
         noise: Float[Tensor, "b c h w"] | None = None,
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
-        more: Mapping[str, Tensor] = NOTHING,
+        draws: Mapping[str, Tensor] | None = None,
+        trained: Trained = PHASES[-1],
+        forcing: float = 1.0,
     ) -> dict[str, Float32[Tensor, " b"]]:
         """`loss` and, as the phase has them: `mse` of the coarse stage, `upsampled`, `refined`, auxiliary terms of the
         refined image, and `forced`, the share of teacher forcing."""
         t, noise = self.draw(x_0, t, noise, generator)
-        draws = more or self.draw_more(x_0.shape, generator, x_0.device)
+        draws = draws or self.draw_more(x_0.shape, generator, x_0.device)
         x_0 = x_0.float()
         low_0, low_noise = self.shrink(x_0), self.shrink_noise(noise)
         x_t = self.coarse.q_sample(low_0, t, low_noise)
-        forced = draws["forcing"] < self.forcing_probability
+        forced = draws["forcing"] < forcing
 
         def connect(coarse: Tensor) -> Tensor | None:
-            if not self.trained.others:
+            if not trained.others:
                 return None
             predicted = self.coarse.predict(coarse.float(), x_t, t).x_0
             return self.refinement.augment(torch.where(forced[:, None, None, None], low_0, predicted), draws)
 
         given = self.refinement.given(x_0, y, draws)
-        coarse, up, output = model(x_t, t, y, connect=connect, given=given, frozen=not self.trained.coarse)
+        coarse, up, output = model(x_t, t, y, connect=connect, given=given, frozen=not trained.coarse)
 
         terms: dict[str, Tensor] = {"loss": torch.zeros_like(forced, dtype=torch.float32)}
-        if self.trained.coarse:
+        if trained.coarse:
             terms = self.coarse.terms(coarse.float(), low_0, x_t, t, low_noise)
-        if self.trained.others:
+        if trained.others:
             refined = self.refinement.read(output.float(), x_0, draws)
             terms |= {"upsampled": mean_per_sample((up.float() - x_0).square()), "refined": refined.loss}
             terms["loss"] = terms["loss"] + terms["upsampled"] + terms["refined"]
@@ -188,7 +184,7 @@ class Cascade(Diffusion):
 
     def generate(
         self,
-        chain: ChainSampler,
+        chain: Walk,
         model: Any,
         noise: Float[Tensor, "b c h w"],
         y: Int64[Tensor, " b"],
