@@ -197,11 +197,11 @@ LIBRARY.impl("_copy_from", _fill, "PrivateUse1")
 def pretend() -> None:
     """Make the project's programs of this process take the device."""
     import machine.accelerator
-    import training.batches
+    import machine.randomness
 
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch.inference_mode = lambda mode=True: torch.no_grad()  # subclasses of tensors have none
-    open_accelerator, generator_for = machine.accelerator.open_accelerator, training.batches.generator_for
+    open_accelerator, generator_for = machine.accelerator.open_accelerator, machine.randomness.generator_for
 
     def open_there(*args, **kwargs):
         accelerator = open_accelerator(*args, **kwargs)
@@ -214,7 +214,7 @@ def pretend() -> None:
             seeds.add(generator.initial_seed())
         return generator
 
-    machine.accelerator.open_accelerator, training.batches.generator_for = open_there, generate_there
+    machine.accelerator.open_accelerator, machine.randomness.generator_for = open_there, generate_there
 
 
 def run_programs(words: list[str]) -> None:
