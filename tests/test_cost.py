@@ -37,11 +37,12 @@ def test_cost_leaves_the_model_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_attention_is_counted() -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_is_counted(device: str) -> None:
     """The DiT paper gives 6.06 "Gflops" (multiply-adds) for DiT-S/2 on 32x32x4 latents."""
     from models import create_model
 
-    with torch.device("meta"):
+    with torch.device(device):
         model = create_model("DiT-S/2", input_size=32, in_channels=4, out_channels=8, num_classes=1000)
     assert cost(model, latent_shape=(4, 32, 32), num_classes=1000).gmacs == pytest.approx(6.06, rel=0.01)
 
