@@ -125,7 +125,7 @@ def write_pipeline(folder: Path, checkpoint, diffusion, sampling: SamplingConfig
         "num_steps": sampling.num_steps,
         "spacing": spacing,
         "guidance_scale": sampling.guidance_scale,
-        "guided_channels": sampling.legacy_cfg_channels,
+        "guided_channels": sampling.legacy_cfg_channels if checkpoint.num_guided else 0,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return f"{spec.name} as a program that differs from the model by {error:.1e} of its largest output"
@@ -139,6 +139,11 @@ def write_native(folder: Path, checkpoint, diffusion, sampling: SamplingConfig, 
         raise ValueError(
             f"--native: DiTPipeline cannot walk {checkpoint.config.diffusion.kind}, {sampling.sampler}, "
             f"{sampling.spacing}; add --sampler ddim --spacing trailing, or leave --native out"
+        )
+    if sampling.legacy_cfg_channels is not None:
+        raise ValueError(
+            f"--native: DiTPipeline guides all channels, not {sampling.legacy_cfg_channels} as "
+            "--sampling.legacy_cfg_channels says; leave it out"
         )
     if vae is None:
         raise ValueError("--native: DiTPipeline needs an autoencoder, and this model denoises pixels; leave it out")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint
-from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
+from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig, TrainConfig
 from experiment.diffusions import build_diffusion
 from machine.randomness import generator_for
 from metrics.exported import save_program
@@ -60,16 +60,15 @@ def randomise(model, seed=0):
     return model.eval().requires_grad_(False)
 
 
-def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=32, **diffusion):
+def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=32, label_dropout=0.1, **diffusion):
     """A run that nobody trained."""
     config = DiffusionConfig(**diffusion)
     codec, diffusion = create_codec(autoencoder), build_diffusion(config)
     channels, *side = codec.latent_shape(size, size)
     spec = ModelSpec(model, args, tuple(side), channels, diffusion.output_channels(channels), 10)
     sampling = SamplingConfig(num_steps=4, guidance_scale=2.0)
-    experiment = ExperimentConfig(
-        model, args, autoencoder, diffusion=config, sampling=sampling, data=DataConfig(image_size=size)
-    )
+    rest = {"train": TrainConfig(label_dropout=label_dropout), "data": DataConfig(image_size=size)}
+    experiment = ExperimentConfig(model, args, autoencoder, diffusion=config, sampling=sampling, **rest)
     weights = randomise(spec.build()).state_dict()
     folder.mkdir()
     save_file(weights, folder / WEIGHTS, metadata=metadata_of(experiment, spec, CLASSES, 5))
@@ -198,6 +197,21 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
     guided = SamplingConfig(sampler="ddim", spacing="uniform", guidance_interval=[0.1, 2.0])
     with pytest.raises(ValueError, match=r"--sampling.guidance_interval \[0.1, 2.0\]: diffusers"):
         EXPORT.scheduler_of("gaussian", open_checkpoint(run).build_diffusion(), guided)
+
+
+def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path):
+    """A null label that was never trained leaves with the weights all the same; DiTPipeline guides all channels."""
+    run = checkpoint(tmp_path / "run", autoencoder="pixel", size=16, label_dropout=0.0)
+    EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out"))
+    pipeline = DiffusionPipeline.from_pretrained(
+        tmp_path / "out", custom_pipeline=str(tmp_path / "out" / "pipeline.py"), trust_remote_code=True
+    )
+    with pytest.raises(ValueError, match="guidance_scale=2: the model has no trained null label"):
+        pipeline(["class 1"], guidance_scale=2)
+    legacy = SamplingConfig(sampler="ddim", spacing="trailing", legacy_cfg_channels=3)
+    found = open_checkpoint(run)
+    with pytest.raises(ValueError, match="--native: DiTPipeline guides all channels, not 3"):
+        EXPORT.write_native(tmp_path, found, found.build_process(), legacy, None, "trailing", None)
 
 
 def test_the_folder_says_how_to_load_it(tmp_path):

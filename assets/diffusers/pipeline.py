@@ -22,7 +22,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_steps: of a sample, by default.
         spacing: of the steps, by name in `SPACINGS`.
         guidance_scale: of classifier-free guidance, by default; 1 turns it off.
-        guided_channels: how many are guided, where not all.
+        guided_channels: how many are guided, where not all; 0: none can be, as no null label was trained.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012  # diffusers' name and form
@@ -60,12 +60,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """One picture a class given: names or numbers; 0 for an unconditional model.
 
         Raises:
-            ValueError: for a class that there is none of.
+            ValueError: for a class that there is none of, or guidance without a null label.
         """
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if scale != 1 and self.config.guided_channels == 0:
+            raise ValueError(f"guidance_scale={scale}: the model has no trained null label to be guided away from")
         shape = (self.denoiser.config.channels, self.denoiser.config.height, self.denoiser.config.width)
         device = self.denoiser.device
         y = torch.tensor([self.label(name) for name in classes], device=device)
-        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         generators = [generator_for(seed, index) for index in range(len(classes))]
 
         x_t = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
