@@ -159,8 +159,9 @@ def main(config: EvaluateConfig) -> None:
     # are opened before anything is computed.
     data = data_of(checkpoint.config.data, config.data) if checkpoint else config.data
     held_out = None if config.reference else open_split(data, "test")
-    if checkpoint and held_out is not None and "test" in checkpoint.identity:
-        checkpoint.check_identity(test=held_out.describe())
+    looked_at = held_out or (open_split(data, "test") if config.memorisation else None)
+    if checkpoint and looked_at is not None and "test" in checkpoint.identity:
+        checkpoint.check_identity(test=looked_at.describe())
     size = (data.image_size, data.image_size)
     file = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
     asked = config.autoencoder

@@ -105,6 +105,7 @@ def main(config: SampleConfig) -> None:
     labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
     panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
     stages = StagesPanel(diffusion) if config.stages else None
+    meant = (checkpoint.config.diffusion, checkpoint.spec, accelerator.device, checkpoint.classes, checkpoint.identity)
     generator = Generator(
         checkpoint.load_model(accelerator.device),
         diffusion,
@@ -115,7 +116,7 @@ def main(config: SampleConfig) -> None:
         config.seed,
         accelerator,
         callback=panel,
-        guide_model=load_guide_model(sampling, checkpoint.config.diffusion, checkpoint.spec, accelerator.device),
+        guide_model=load_guide_model(sampling, *meant),
         on_stage=stages,
     )
     if config.reconstruct is not None:

@@ -74,7 +74,8 @@ def train(config: ExperimentConfig, checkpoint: Path | None, interruption: Inter
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     num_guided = config.guided_classes(spec.num_classes)
     sampling = check_sampling(sampling_of(config.sampling, num_guided), diffusion, num_guided, spec.in_channels)
-    guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator.device)
+    meant = (config.diffusion, spec, accelerator.device, images.classes, identity)
+    guide_model = load_guide_model(sampling, *meant)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     announce(images, held_out_images, model, spec, diffusion, accelerator)
     if config.init_from and checkpoint is None:

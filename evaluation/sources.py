@@ -203,7 +203,8 @@ def from_checkpoint(
     """
     diffusion, num_classes = checkpoint.build_diffusion(), len(checkpoint.classes)
     settings = [check_sampling(sampling, diffusion, checkpoint.num_guided) for sampling in settings]
-    model = checkpoint.load_model(accelerator.device)
+    model, meant = checkpoint.load_model(accelerator.device), (checkpoint.classes, checkpoint.identity)
+    meant = (checkpoint.config.diffusion, checkpoint.spec, accelerator.device, *meant)
     provenance = {
         "checkpoint": checkpoint.path.as_posix(),
         "model": checkpoint.spec.name,
@@ -216,7 +217,7 @@ def from_checkpoint(
         labels = sample_labels(evaluation, num_reference, num_classes, reference_labels, number)
         seed = evaluation.seed + number
         where = (checkpoint.image_size, seed, accelerator)
-        guide_model = load_guide_model(sampling, checkpoint.config.diffusion, checkpoint.spec, accelerator.device)
+        guide_model = load_guide_model(sampling, *meant)
         generator = Generator(model, diffusion, codec, labels, sampling, *where, guide_model=guide_model)
         name = checkpoint.config.name or checkpoint.spec.name
         return from_generator(generator, name, checkpoint.classes, **provenance)

@@ -118,7 +118,8 @@ class Studio:
             guidance_scale=request.guidance_scale if num_guided else None,
         )
         sampling = check_sampling(sampling, diffusion, num_guided)
-        device = self.accelerator.device
+        meant = (checkpoint.config.diffusion, checkpoint.spec, self.accelerator.device)
+        meant += (checkpoint.classes, checkpoint.identity)
         return Generator(
             self.model(request.run),
             diffusion,
@@ -128,7 +129,7 @@ class Studio:
             checkpoint.image_size,
             request.seed,
             self.accelerator,
-            guide_model=load_guide_model(sampling, checkpoint.config.diffusion, checkpoint.spec, device),
+            guide_model=load_guide_model(sampling, *meant),
         )
 
     def model(self, run: str):
@@ -184,10 +185,11 @@ class Studio:
         """Read the training images that `nearest` looks among, once; now and then says how many are read.
 
         Raises:
-            ValueError: when they are not where the configuration says.
+            ValueError: when they are not where the configuration says, or others lie there by now.
         """
         if run not in self.layouts:
             images, layouts = open_split(self.checkpoint(run).config.data, "train"), []
+            self.checkpoint(run).check_identity(train=images.describe())
             for index in range(len(images)):
                 layouts.append(_layout(images[index][0][None]))
                 if index % 200 == 0:

@@ -9,10 +9,16 @@ from exact import DIFFUSIONS, labels, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from autoencoders.codec import PixelCodec
+from checkpoints.checkpoint import metadata_of
 from diffusion import EDM, FlowMatching, GaussianDiffusion, Guidance, sample
 from diffusion.guidance import SCALE_SCHEDULES, drop_labels, guide, linear, projected, rescaled
+from experiment.config import ExperimentConfig, SamplingConfig
+from models.spec import ModelSpec
 from published.weights import load_reference
+from sampling.autoguidance import load_guide_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"
 NUM_CLASSES = 10
@@ -226,6 +232,25 @@ def test_autoguidance_pushes_away_from_the_worse_model_with_the_same_label():
     x_0 = sample(diffusion, lambda x, t, y: torch.ones_like(x), randn(2, 1, 2, 2), torch.tensor([0, 1]), **settings)
     torch.testing.assert_close(x_0, torch.full_like(x_0, 1.5))
     assert seen == [[0, 1]] * 3
+
+
+def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
+    """As many classes of other names, as many channels of another autoencoder: its outputs mean something else."""
+    spec = ModelSpec("DiT", {"dim": 8, "depth": 1, "num_heads": 1}, (4, 4), 3, 6, 2)
+    config, identity = ExperimentConfig("DiT", spec.args, "pixel"), {"codec": PixelCodec.provenance}
+    metadata = metadata_of(config, spec, ["cat", "dog"], 5, identity)
+    save_file(spec.build().state_dict(), tmp_path / "guide.safetensors", metadata=metadata)
+
+    def load(classes, identity):
+        sampling = SamplingConfig(guidance_checkpoint=str(tmp_path / "guide.safetensors"))
+        return load_guide_model(sampling, config.diffusion, spec, torch.device("cpu"), classes, identity)
+
+    for known in (identity, {}):  # of older checkpoints nothing is known
+        assert load(["cat", "dog"], known) is not None
+    with pytest.raises(ValueError, match=r'its classes is \["cat", "dog"\], the guided model\'s \["dog", "cat"\]'):
+        load(["dog", "cat"], identity)
+    with pytest.raises(ValueError, match=r"its latents is .* only backbone and training may differ"):
+        load(["cat", "dog"], {"codec": {**PixelCodec.provenance, "scale": 2.0}})
 
 
 @pytest.mark.parametrize(

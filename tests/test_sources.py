@@ -29,6 +29,7 @@ from metrics.features import Extractor, Features
 from metrics.fidelity import compare
 from metrics.torchscript import save_torchscript
 from sampling.generation import resolve_classes
+from sharing.studio import Studio
 from training.inspection import unless_ruined
 
 CPU = torch.device("cpu")
@@ -223,7 +224,20 @@ def test_another_split_than_the_checkpoints_is_refused(tmp_path, monkeypatch, fo
         Image.fromarray(picture).save(path)
     with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another test"):
         evaluate("--samples", folder / "runs" / "tiny", "--extractor", thumbnail, "--data.path", "other")
+    np.savez("reference.npz", arr_0=images.images(torch.arange(20)).permute(0, 2, 3, 1).numpy())
+    flags = ("--reference", "reference.npz", "--memorisation", "true", "--num_samples", 4)
+    with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another test"):
+        evaluate("--samples", folder / "runs" / "tiny", "--extractor", thumbnail, "--data.path", "other", *flags)
     assert not (tmp_path / "cache").exists()
+
+
+def test_nearest_images_are_of_those_that_it_was_trained_on(folder):
+    studio = Studio([str(folder / "runs" / "tiny")], "fp32")
+    ((run, checkpoint),) = studio.checkpoints.items()
+    assert next(studio.read_layouts(run)) == 0
+    studio.checkpoints[run] = replace(checkpoint, identity={"train": {"split": "of other images"}})
+    with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another train"):
+        next(studio.read_layouts(run))
 
 
 def test_another_split_than_the_checkpoints_is_not_reconstructed(tmp_path, monkeypatch, folder):
