@@ -10,6 +10,7 @@ around the model sees all of it. To sample, its `coarse`, `upsampler` and `refin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -193,10 +194,13 @@ class Cascade(Diffusion):
         draw_noise: Callable[[Tensor], Tensor],
         on_stage: Callable[[str, Tensor], None],
     ) -> Float[Tensor, "b c h w"]:
-        """A coarse image down its chain, which guidance and the sampler's settings apply to, upsampled, refined."""
+        """A coarse image down its chain, which guidance and the sampler's settings apply to, upsampled, refined. A
+        refiner that denoises is guided away from the null label, but not beside a guide, which is the coarse stage's.
+        """
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
         low = chain(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
-        up, refined = self.refinement.generate(chain, model.upsampler, model.refiner, low, y, draw_noise)
+        rest = chain if guide is None else partial(chain, guidance_scale=1.0)
+        up, refined = self.refinement.generate(rest, model.upsampler, model.refiner, low, y, draw_noise)
         for name, image in zip(self.stages, (low, up, refined), strict=True):
             on_stage(name, image.to(noise.dtype))
         return refined.to(noise.dtype)
