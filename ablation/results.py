@@ -53,6 +53,13 @@ class RunResult:
         return Path(self.plan["folder"])
 
     @property
+    def scored_as(self) -> str:
+        """What scores have to share with others to be held against one floor and one ceiling."""
+        samples = self.record["samples"]
+        parts = [self.record[name] for name in ("num_samples", "reference", "extractor_sha256")]
+        return json.dumps([*parts, samples["labels"], samples.get("autoencoder")], sort_keys=True)
+
+    @property
     def trials(self) -> list[dict[str, float | None]]:
         """The scores of each, by metric; distances of halves are left out."""
         trials = self.record["rows"][0]["trials"]
@@ -156,9 +163,15 @@ class Results:
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
-        """The scores of training images and of reconstructions, where a run has them."""
-        rows = {row["name"]: row["scores"] for run in self.runs for row in run.record["rows"][1:]}
-        return {name: rows[name] for name in ("training images", "reconstructions") if name in rows}
+        """The scores of training images (the floor) and of reconstructions (the ceiling), where a run has them, by what
+        they are, and of which variant where not all are scored alike."""
+        alike = len({run.scored_as for run in self.runs}) == 1
+        rows = {row["name"]: (row["scores"], run.variant) for run in self.runs for row in run.record["rows"][1:]}
+        return {
+            f"{name} ({what}{'' if alike else f' of {rows[name][1]}'})": rows[name][0]
+            for name, what in (("training images", "floor"), ("reconstructions", "ceiling"))
+            if name in rows
+        }
 
 
 def read_results(folder: Path) -> Results:

@@ -15,7 +15,6 @@ from metrics.fidelity import ELSEWHERE
 
 SIGNIFICANT = 0.05
 COSTS = ["parameters", "GFLOPs", "img/s", "GB"]
-REFERENCES = {"training images": "training images (floor)", "reconstructions": "reconstructions (ceiling)"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def reference_cells(results: Results) -> list[list[Cell]]:
     reconstructions, the ceiling of what is generated through this autoencoder."""
     rows = []
     for name, scores in results.references.items():
-        row = [Cell(REFERENCES[name]), *[Cell("")] * len(COSTS)]
+        row = [Cell(name), *[Cell("")] * len(COSTS)]
         for metric in results.metrics:
             value = scores.get(metric, {}).get("value")
             row.append(Cell("-") if value is None else Cell(number(value, scores[metric].get("std")), value))

@@ -104,6 +104,15 @@ def ablation(tmp_path_factory):
     return folder
 
 
+def test_a_ceiling_is_of_its_own_autoencoder(ablation):
+    """The first run has floor and ceiling for all, if all are decoded and scored alike."""
+    results = read_results(ablation)
+    assert list(results.references) == ["training images (floor)", "reconstructions (ceiling)"]
+    last = results.variants[-1].runs[-1].record
+    last["samples"]["autoencoder"] = {"sha256": "another"}
+    assert list(results.references) == ["training images (floor of DiT)", "reconstructions (ceiling of DiT)"]
+
+
 def values_of(ablation, variant, metric):
     """From the runs' own JSON, by seed: the values of the trials."""
     found = {}
