@@ -39,6 +39,7 @@ CHOICES = [
     *((name, "pixelshuffle", "vit") for name in COARSE),
     *(("diffusion", name, "conv") for name in UPSAMPLERS),
     *(("diffusion", "interpolation", name) for name in REFINERS if name != "conv"),
+    ("dae", "interpolation", "diffusion"),
 ]
 
 

@@ -199,7 +199,9 @@ class Cascade(Diffusion):
         """
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
         low = chain(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
-        rest = chain if guide is None else partial(chain, guidance_scale=1.0)
+        changed: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
+        changed |= {"sampler": GaussianDiffusion.default_sampler} if self.samplers else {}  # the coarse stage's own
+        rest = partial(chain, **changed)
         up, refined = self.refinement.generate(rest, model.upsampler, model.refiner, low, y, draw_noise)
         for name, image in zip(self.stages, (low, up, refined), strict=True):
             on_stage(name, image.to(noise.dtype))
