@@ -168,14 +168,13 @@ def main(config: EvaluateConfig) -> None:
     codec = checkpoint.open_codec(asked, accelerator.print) if checkpoint else create_codec(asked or "pixel")
     codec = codec.to(accelerator.device)
     if checkpoint is not None and owner == config.samples:
-        asked_sampling = config.sampling | {"eta": config.eta}
         images, reference_labels = held_out or file[1], None
         if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
             reference_labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
         groups = from_checkpoint(
             checkpoint,
             sweep(
-                sampling_of(checkpoint.config.sampling, checkpoint.num_guided, **asked_sampling),
+                sampling_of(checkpoint.config.sampling, checkpoint.num_guided, config.sampling, eta=config.eta),
                 sampler=choices("--sampler", config.sampler, str),
                 spacing=choices("--spacing", config.spacing, str),
                 num_steps=choices("--num_steps", config.num_steps, int),
@@ -264,6 +263,7 @@ def main(config: EvaluateConfig) -> None:
         write_whole(written[-1], table(rows, columns, form=latex))
     on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
     print(f"{rows[0].num_samples} samples against {reference.features.num} images, on {on}")
+    print(f"reference: {reference.provenance.get('split', 'a file')}, {reference.provenance['source']}")
     print(table(rows, columns))
     print(*notes(rows, extractor), sep="\n")
     if nearest is not None:

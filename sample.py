@@ -97,7 +97,7 @@ def main(config: SampleConfig) -> None:
     classes = resolve_classes(config.classes, checkpoint.classes)
     given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "eta")}
     num_guided, diffusion = checkpoint.num_guided, checkpoint.build_diffusion()
-    sampling = sampling_of(checkpoint.config.sampling, num_guided, **config.sampling | given)
+    sampling = sampling_of(checkpoint.config.sampling, num_guided, config.sampling, **given)
     sampling = check_sampling(sampling, diffusion, num_guided)
 
     accelerator = open_accelerator(config.precision)

@@ -14,7 +14,7 @@ import yaml
 
 from ablation.identity import changed_files, changed_settings, code_hash, code_of
 from ablation.study import AblationConfig, ScoringConfig
-from experiment.config import ExperimentConfig, SamplingConfig
+from experiment.config import ExperimentConfig
 from machine.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def score(planned: Planned, ablation: AblationConfig) -> list[str]:
     config, folder = planned.run.config, planned.run.folder
     flags = {"samples": planned.trained_in, "output": folder / "scores.json", "precision": config.train.precision}
     flags |= {name: value for name, value in asdict(config.evaluation).items() if value is not None}
-    flags |= _sampling(config.sampling) | scoring_flags(
+    flags |= _sampling(planned) | scoring_flags(
         config, ablation.scoring, planned.spec.num_classes, baselines=planned.first
     )
     return ["evaluate.py", *_as_flags(flags)]
@@ -87,7 +87,7 @@ def draw(planned: Planned, ablation: AblationConfig) -> list[str]:
     config, pictures = planned.run.config, ablation.pictures
     flags = {"checkpoint": planned.trained_in, "output": planned.run.folder / "pictures.npz", "seed": pictures.seed}
     flags |= {"num_per_class": pictures.num_per_class, "precision": config.train.precision}
-    flags |= _sampling(config.sampling)
+    flags |= _sampling(planned)
     flags |= {"classes": pictured(pictures.classes, planned.classes)} if planned.classes else {}
     return ["sample.py", *_as_flags(flags)]
 
@@ -97,8 +97,11 @@ def pictured(asked: list[str], classes: Sequence[str]) -> list[str]:
     return list(asked or classes[:8])
 
 
-def _sampling(config: SamplingConfig) -> dict[str, Any]:
-    given = {name: value for name, value in asdict(config).items() if value is not None}
+def _sampling(planned: Planned) -> dict[str, Any]:
+    config = planned.run.config
+    given = {name: value for name, value in asdict(config.sampling).items() if value is not None}
+    if not (config.guided_classes(planned.spec.num_classes) or config.sampling.guidance_checkpoint):
+        del given["guidance_scale"]  # as of any training without a null label: its default guides nothing
     apart = {name: given.pop(name) for name in APART if name in given}
     return {"sampling": given, **apart}
 

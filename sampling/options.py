@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from types import MappingProxyType
+from typing import Any
 
 from diffusion import Diffusion, Guidance
 from diffusion.samplers import samplers_of
@@ -11,17 +14,26 @@ from experiment.config import SamplingConfig
 from experiment.settings import check_settings
 
 
-def sampling_of(config: SamplingConfig, num_classes: int, **given: object) -> SamplingConfig:
-    """The configuration, unguided where no classes can be (`guided_classes`), with what was given in its place.
+def sampling_of(
+    config: SamplingConfig, num_classes: int, asked: Mapping[str, Any] = MappingProxyType({}), **flags: object
+) -> SamplingConfig:
+    """The configuration, unguided where no classes can be (`guided_classes`), with what was asked in its place: by
+    `--sampling.NAME`, where null is an answer, or by a flag of its own, where it is none.
 
     Raises:
-        ValueError: for a name that it does not have.
+        ValueError: for a name that it does not have, or that was asked for twice.
     """
     own = config if num_classes or config.guidance_checkpoint else replace(config, guidance_scale=1.0)
-    known = [each.name for each in fields(config)]
-    for name in given.keys() - set(known):
+    flags = {name: value for name, value in flags.items() if value is not None}
+    known = {each.name: each.default for each in fields(config)}
+    for name in (asked.keys() | flags.keys()) - known.keys():
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(known)}")
-    return replace(own, **{name: value for name, value in given.items() if value is not None})
+    for name in flags.keys() & asked.keys():
+        raise ValueError(f"--{name} {flags[name]} beside --sampling.{name} {asked[name]}: leave one out")
+    for name, value in asked.items():
+        if value is None and known[name] is not None:
+            raise ValueError(f"--sampling.{name} null: give a value, or leave it out")
+    return replace(own, **asked, **flags)
 
 
 def check_sampling(

@@ -492,15 +492,15 @@ def test_the_commands_are_ones_that_their_scripts_accept():
     from evaluate import EvaluateConfig
     from sample import SampleConfig
 
-    ablation, (planned,) = plan_of(
-        {"a": {"sampling": {"sampler": "ddim", "eta": 0.5, "guidance_interval": [0.2, 5.0]}}}
-    )
+    asked = {"sampling": {"sampler": "ddim", "eta": 0.5, "guidance_interval": [0.2, 5.0]}}
+    ablation, (planned, unguided) = plan_of({"a": asked, "b": {"train.label_dropout": 0.0}})
     scoring = parse(EvaluateConfig, stages.score(planned, ablation)[1:])
     assert (scoring.eta, scoring.sampling["guidance_interval"]) == (0.5, [0.2, 5.0])
     assert (scoring.baselines, scoring.per_class, scoring.metrics) == (True, True, ["fid", "precision"])
     drawing = parse(SampleConfig, stages.draw(planned, ablation)[1:])
     assert drawing.classes == list(planned.classes[:8])
     assert drawing.output == "runs/t/a/seed0/pictures.npz"
+    assert parse(SampleConfig, stages.draw(unguided, ablation)[1:]).sampling.keys().isdisjoint({"guidance_scale"})
 
 
 # The whole of it.

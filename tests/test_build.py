@@ -126,6 +126,20 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(OptimConfig(lr=0.1), 10**6, 10) == 0.1
 
 
+def test_sampling_settings_asked_for_by_their_long_names_count():
+    """Flags of their own that nobody gave are none; a null that somebody gave is one."""
+    own = SamplingConfig(num_steps=9, guidance_interval=[0.1, 2.0])
+    found = sampling_of(own, 7, {"num_steps": 5, "eta": 0.5, "guidance_interval": None}, num_steps=None, eta=None)
+    assert found == SamplingConfig(num_steps=5, eta=0.5)
+    for asked, given, words in [
+        ({"num_steps": 5}, {"num_steps": 7}, r"--num_steps 7 beside --sampling\.num_steps 5: leave one out"),
+        ({"num_steps": None}, {}, r"--sampling\.num_steps null: give a value"),
+        ({"steps": 5}, {}, r"--sampling\.steps: unknown, choose from sampler, num_steps"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            sampling_of(own, 7, asked, **given)
+
+
 def test_without_a_trained_null_label_nothing_is_guided():
     config = ExperimentConfig(train=TrainConfig(label_dropout=0.0))
     diffusion = build_diffusion(config.diffusion)

@@ -144,6 +144,7 @@ def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thum
     said = capsys.readouterr().out
     sha256 = hashlib.sha256(thumbnail.read_bytes()).hexdigest()
     assert f"12 samples against 12 images, on thumbnail (sha256 {sha256[:12]})" in said
+    assert "\nreference: test of 12 from 60, shapes\n" in said
     assert "± of frechet_distance[thumbnail], halves: half the difference of two random halves" in said
     assert (tmp_path / "scores.tex").read_text().splitlines()[4].startswith(kind + " & ")
 
