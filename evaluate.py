@@ -142,10 +142,9 @@ def main(config: EvaluateConfig) -> None:
     with blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
         checkpoint = open_checkpoint(owner) if owner else None
     given = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}
-    evaluation = replace(
-        checkpoint.config.evaluation if checkpoint else EvaluationConfig(),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {"weights_path": config.weights_path} if config.extractor else {}  # another's are not its
+    evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **given)
     check_metrics(evaluation.metrics)
     if config.samples is None and not config.self_check:
         names, network = choices("--autoencoder", config.autoencoder, str), (config.perceptual, config.heads)

@@ -300,15 +300,8 @@ def as_record(ablation: AblationConfig, plan: list[Planned]) -> dict[str, Any]:
 
 
 def _can_share(one: Planned, other: Planned) -> bool:
-    """One training serves both: they are equal up to sampling and scoring, and no setting has to be taken back to null,
-    which flags cannot."""
-
-    def settings(planned: Planned) -> dict[str, Any]:
-        return asdict(planned.run.config.sampling) | asdict(planned.run.config.evaluation)
-
-    mine, theirs = settings(one), settings(other)
-    same = one.keys["train"] == other.keys["train"] and other.trains
-    return same and all(theirs[name] is None for name, value in mine.items() if value is None)
+    """One training serves both: they are equal up to sampling and scoring."""
+    return one.keys["train"] == other.keys["train"] and other.trains
 
 
 def _named(run: Run, action: Any) -> Any:

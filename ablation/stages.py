@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +17,11 @@ from ablation.identity import changed_files, changed_settings, code_hash, code_o
 from ablation.study import AblationConfig, ScoringConfig
 from experiment.config import ExperimentConfig
 from machine.whole_files import write_whole
+from sampling.options import sampling_of
 
 if TYPE_CHECKING:
     from ablation.plan import Planned
 
-APART = ("eta", "spacing")  # settings of sampling that are flags of their own
 FRECHET_ONLY = {"fid", "sfid"}  # for these alone, features are not kept
 
 
@@ -68,9 +69,8 @@ def score(planned: Planned, ablation: AblationConfig) -> list[str]:
     config, folder = planned.run.config, planned.run.folder
     flags = {"samples": planned.trained_in, "output": folder / "scores.json", "precision": config.train.precision}
     flags |= {name: value for name, value in asdict(config.evaluation).items() if value is not None}
-    flags |= _sampling(planned) | scoring_flags(
-        config, ablation.scoring, planned.spec.num_classes, baselines=planned.first
-    )
+    flags |= {"num_samples": planned.num_samples, "sampling": _sampling(planned)}
+    flags |= scoring_flags(config, ablation.scoring, planned.spec.num_classes, baselines=planned.first)
     return ["evaluate.py", *_as_flags(flags)]
 
 
@@ -87,7 +87,7 @@ def draw(planned: Planned, ablation: AblationConfig) -> list[str]:
     config, pictures = planned.run.config, ablation.pictures
     flags = {"checkpoint": planned.trained_in, "output": planned.run.folder / "pictures.npz", "seed": pictures.seed}
     flags |= {"num_per_class": pictures.num_per_class, "precision": config.train.precision}
-    flags |= _sampling(planned)
+    flags |= {"sampling": _sampling(planned)}
     flags |= {"classes": pictured(pictures.classes, planned.classes)} if planned.classes else {}
     return ["sample.py", *_as_flags(flags)]
 
@@ -97,13 +97,10 @@ def pictured(asked: list[str], classes: Sequence[str]) -> list[str]:
     return list(asked or classes[:8])
 
 
-def _sampling(planned: Planned) -> dict[str, Any]:
-    config = planned.run.config
-    given = {name: value for name, value in asdict(config.sampling).items() if value is not None}
-    if not (config.guided_classes(planned.spec.num_classes) or config.sampling.guidance_checkpoint):
-        del given["guidance_scale"]  # as of any training without a null label: its default guides nothing
-    apart = {name: given.pop(name) for name in APART if name in given}
-    return {"sampling": given, **apart}
+def _sampling(planned: Planned) -> str:
+    """All of it, what is null too: the training's own may be another by now."""
+    own = sampling_of(planned.run.config.sampling, planned.run.config.guided_classes(planned.spec.num_classes))
+    return yaml.safe_dump(asdict(own), default_flow_style=True, width=math.inf).strip()
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

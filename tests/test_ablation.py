@@ -1,6 +1,7 @@
 """Ablations: their YAML, equal cost, what counts as done, the runner, and a real one from beginning to end."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -492,15 +493,15 @@ def test_the_commands_are_ones_that_their_scripts_accept():
     from evaluate import EvaluateConfig
     from sample import SampleConfig
 
-    asked = {"sampling": {"sampler": "ddim", "eta": 0.5, "guidance_interval": [0.2, 5.0]}}
+    asked = {"sampling": {"sampler": "ddim", "eta": 0.5, "guidance_interval": [0.2, 5.0], "clip": math.inf}}
     ablation, (planned, unguided) = plan_of({"a": asked, "b": {"train.label_dropout": 0.0}})
     scoring = parse(EvaluateConfig, stages.score(planned, ablation)[1:])
-    assert (scoring.eta, scoring.sampling["guidance_interval"]) == (0.5, [0.2, 5.0])
+    assert (scoring.sampling, scoring.num_samples) == (asdict(planned.run.config.sampling), 12)  # null too
     assert (scoring.baselines, scoring.per_class, scoring.metrics) == (True, True, ["fid", "precision"])
     drawing = parse(SampleConfig, stages.draw(planned, ablation)[1:])
     assert drawing.classes == list(planned.classes[:8])
     assert drawing.output == "runs/t/a/seed0/pictures.npz"
-    assert parse(SampleConfig, stages.draw(unguided, ablation)[1:]).sampling.keys().isdisjoint({"guidance_scale"})
+    assert parse(SampleConfig, stages.draw(unguided, ablation)[1:]).sampling["guidance_scale"] == 1.0
 
 
 # The whole of it.

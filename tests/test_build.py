@@ -175,6 +175,10 @@ def test_unknown_sampler_and_too_many_steps_are_told():
     assert sampling_of(SamplingConfig(guidance_scale=3.0), 0, num_steps=7, eta=None) == SamplingConfig(
         guidance_scale=1.0, num_steps=7
     )
+    own = SamplingConfig(sampler="ddim", clip=1.0)  # a run's, which null takes back
+    assert sampling_of(own, 10, {"sampler": None, "clip": None}) == SamplingConfig()
+    with pytest.raises(ValueError, match=r"--sampling.num_steps null: give a value"):
+        sampling_of(own, 10, {"num_steps": None})
 
 
 @pytest.mark.parametrize("argument", ["--modell", "--data.pth", "--optim.lr=fast", "--data.difficulty=brutal"])
