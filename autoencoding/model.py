@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from autoencoders.codec import LatentCodec
 from autoencoding.autoencoder_config import ArchitectureConfig, AutoencodingConfig
+from machine.sharding import whole
 
 
 class Coded(NamedTuple):
@@ -151,7 +154,8 @@ def finish(
     measure: bool,
     half: bool,
 ) -> None:
-    """Write diffusers' folder format, and `metrics.json` beside it; whole, or as it was.
+    """Write diffusers' folder format, and `metrics.json` beside it; whole, or as it was. Another autoencoder that is
+    there already is kept beside it: nothing else decodes what was trained on its latents.
 
     With `measure` the scale and shift of latents are those of `images`, else the autoencoder's own stay.
     """
@@ -159,12 +163,15 @@ def finish(
         scale, shift = measure_latents(autoencoder, images)
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
     autoencoder.register_to_config(_name_or_path="")  # diffusers would publish the folder that it began from
-    partial, aside = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "aside"))
-    for left_over in (partial, aside):
-        shutil.rmtree(left_over, ignore_errors=True)
-    (autoencoder.half() if half else autoencoder).save_pretrained(partial)
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    if folder.exists():
-        folder.rename(aside)
-    partial.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    kept = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    with whole(folder) as partial:
+        (autoencoder.half() if half else autoencoder).save_pretrained(partial)
+        (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        if folder.exists():
+            folder.rename(kept)
+    if kept.exists():
+        names = [path.name for path in folder.iterdir() if path.name != "metrics.json"]
+        if filecmp.cmpfiles(folder, kept, names, shallow=False)[0] == names:
+            shutil.rmtree(kept, ignore_errors=True)
+        else:
+            print(f"{folder} was another autoencoder, which trainings on its latents need: it is now {kept}")

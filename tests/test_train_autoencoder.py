@@ -30,7 +30,7 @@ from autoencoding.losses import (
     build_objective,
     kl_divergence,
 )
-from autoencoding.model import Autoencoding, create_autoencoder
+from autoencoding.model import Autoencoding, create_autoencoder, finish
 from autoencoding.optimizers import autoencoder_optimizers
 from experiment.cli import one_line_errors, parse, parse_run
 from machine.checkpoint_folder import CheckpointError
@@ -182,6 +182,19 @@ def test_any_shape_builds(factor, channels):
     assert model.latent_shape(64) == (channels, 64 // factor, 64 // factor)
     with pytest.raises(ValueError, match=r"--data.image_size 66: this autoencoder reduces by"):
         model.latent_shape(66)
+
+
+def test_another_autoencoder_in_the_place_of_one_keeps_it(tmp_path):
+    autoencoder, written = tiny().autoencoder.eval(), {"measure": False, "half": False}
+    for steps in (2, 2):  # the second as after a kill before the end was said
+        finish(tmp_path / "autoencoder", autoencoder, images(), {"steps": steps}, **written)
+    assert [path.name for path in tmp_path.iterdir()] == ["autoencoder"]
+    before = (tmp_path / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes()
+    autoencoder.decoder.conv_out.bias.data += 1
+    finish(tmp_path / "autoencoder", autoencoder, images(), {"steps": 4}, **written)
+    (kept,) = tmp_path.glob("autoencoder.before-*")
+    assert (kept / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert (tmp_path / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes() != before
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest():
