@@ -19,15 +19,16 @@ PICTURES = {"samples.png": "Samples", "loss.png": "Loss", "progress.png": "The s
 
 def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
     """What goes with the weights, by the name it has on the hub: no scores or samples of other weights."""
-    run = checkpoint.run
+    run, mark = checkpoint.run, checkpoint.mark
+    own = {"scores.json": f"scores{mark}.json", "samples.png": f"samples{mark}.png"}
     names = ["config.yaml", "scores.json", "imported.json", *PICTURES]
-    files = {name: run / name for name in names if (run / name).is_file()}
+    files = {name: run / own.get(name, name) for name in names if (run / own.get(name, name)).is_file()}
     for name in {"scores.json", "samples.png"} & files.keys():
         if not _is_of(checkpoint, files[name]):
             del files[name]
-    grids = sorted((run / "samples").glob("[0-9]*.png"))
-    if "samples.png" not in files and grids:
-        files["samples.png"] = grids[-1]
+    grid = run / "samples" / f"{checkpoint.step:08d}.png"
+    if "samples.png" not in files and checkpoint.path.name == WEIGHTS and grid.is_file():
+        files["samples.png"] = grid
     return files
 
 

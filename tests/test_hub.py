@@ -215,7 +215,15 @@ def test_a_card_shows_no_scores_or_samples_of_other_weights(folder, tmp_path):
     os.utime(run / "samples.png", (0, 0))
     (run / "scores.json").write_text(json.dumps({"samples": {"step": 2}}))
     assert "scores.json" not in card_files(checkpoint)
-    assert card_files(checkpoint)["samples.png"].parent.name == "samples"  # the training's newest grid
+    assert card_files(checkpoint)["samples.png"].parent.name == "samples"  # the training's grid of this step
+    older = open_checkpoint(run / "checkpoints" / "00000002")
+    assert not {"samples.png", "scores.json"} & card_files(older).keys()
+    (run / "scores-00000002.json").write_text(json.dumps({"samples": {"step": 2}}))
+    assert card_files(older)["scores.json"].name == "scores-00000002.json"
+    average = replace(checkpoint, path=run / "ema-0.08.safetensors")  # of the newest step, and of other weights
+    (run / "scores.json").write_text(json.dumps({"samples": {"step": 4}}))
+    assert not {"samples.png", "scores.json"} & card_files(average).keys()
+    (run / "scores.json").write_text(json.dumps({"samples": {"step": 2}}))
     (run / "scores.json").write_text(json.dumps({"samples": {}}))
     assert "scores.json" in card_files(checkpoint)
     os.utime(run / "scores.json", (0, 0))
