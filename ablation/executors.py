@@ -29,7 +29,7 @@ def jobs_of(plan: list[Planned]) -> Jobs:
     jobs: dict[Path, list[Planned]] = {}
     for planned in plan:
         jobs.setdefault(planned.trained_in, []).append(planned)
-    return list(jobs.values())
+    return [sorted(job, key=lambda planned: not planned.trains) for job in jobs.values()]
 
 
 def local(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path) -> list[Outcome]:
@@ -122,7 +122,7 @@ class Work:
         self.runner.stop("preempted")
         for child in list(self.runner.children):
             children.await_end(child)
-        fresh = Runner(self.runner.ablation, self.runner.deadline, self.runner.launcher)
+        fresh = Runner(self.runner.ablation, self.runner.deadline, self.runner.launcher, code=self.runner.code)
         return submitit.helpers.DelayedSubmission(Work(fresh, self.job, self.here))
 
 

@@ -80,9 +80,9 @@ def _modules(node: ast.AST) -> Iterator[str]:
         yield from _modules(child)
 
 
-def code_hash(stage: str) -> str:
-    """Of all files of a stage's code."""
-    return _hash(json.dumps(code_of(stage)))[:32]
+def code_hash(stage: str, *, afresh: bool = False) -> str:
+    """Of all files of a stage's code: as they were when first asked for, or `afresh` as they are."""
+    return _hash(json.dumps(code_of.__wrapped__(stage) if afresh else code_of(stage)))[:32]
 
 
 def changed_files(stage: str, before: dict[str, str]) -> list[str]:

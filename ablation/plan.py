@@ -11,19 +11,20 @@ from typing import Any
 from accelerate import Accelerator
 
 from ablation.costs import Measured, Speed
-from ablation.identity import keys_of, of_any_code
+from ablation.identity import changed_settings, keys_of, of_any_code
 from ablation.match import resized
 from ablation.stages import changes, done_stages, pictured
 from ablation.study import AblationConfig
 from ablation.variants import Run
 from autoencoders.codec import create_codec
+from checkpoints.checkpoint import open_checkpoint
 from diffusion.samplers import num_calls
 from evaluation.scoring import open_scorer
 from evaluation.table import markdown
 from experiment.backbones import model_spec
 from experiment.datasets import open_cache, open_split
 from experiment.diffusions import build_diffusion
-from machine.checkpoint_folder import newest_whole
+from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_whole
 from machine.whole_files import write_whole
 from metrics.cost import Cost
 from metrics.fidelity import check_metrics
@@ -50,6 +51,7 @@ class Planned:
     trained_in: Path
     first: bool  # of the ablation: the one that baselines are scored with
     num_pictures: int
+    identity: dict[str, dict[str, Any]]  # what autoencoder and splits are by their content; see `check_identity`
     speed: Speed | None = None
     start: float = 0.0  # seconds that a program takes until it does something
 
@@ -60,8 +62,11 @@ class Planned:
 
     @property
     def done(self) -> set[str]:
-        """Stages whose results are there, and of this configuration and code."""
-        return {name for name, key in done_stages(self.run.folder).items() if self.keys.get(name) == key}
+        """Stages whose results are there, and of this configuration, code and content. Where a run trains, another's
+        training is none of its own."""
+        found = done_stages(self.run.folder)
+        done = {name for name, key in found.items() if self.keys.get(name) == key} if not self.changes else set()
+        return done - {"train"} if self.trains and "began" not in found else done
 
     @property
     def seconds(self) -> float | None:
@@ -98,9 +103,26 @@ class Planned:
 
     @property
     def changes(self) -> list[str]:
-        """Files and settings that the training in the folder differs by from the plan's."""
-        run = self.run
-        return changes(run.folder, "began", self.keys["train"], run.config) if self.trains else []
+        """Files and settings that the training in the folder differs by from the plan's, or what lies at a path that it
+        was trained with."""
+        run, trains = self.run, self.trains
+        if trains and (others := changes(run.folder, "began", self.keys["train"], run.config)):
+            return others
+        saved = list_checkpoints(self.trained_in / "checkpoints")
+        if not saved or done_stages(self.trained_in).get("began") != self.keys["train"]:
+            return []
+        try:
+            checkpoint = open_checkpoint(saved[-1])
+        except CheckpointError:  # which going on with it will tell
+            return []
+        settings = changed_settings(checkpoint.config.to_dict(), run.config.to_dict())  # it may have gone on by hand
+        if others := [name for name in settings if name.partition(".")[0] not in ("sampling", "evaluation")]:
+            return others
+        try:
+            checkpoint.check_identity(**self.identity)
+        except CheckpointError as error:
+            return [f"content of {str(error).partition(':')[0]}"]
+        return []
 
     @property
     def state(self) -> str:
@@ -142,7 +164,7 @@ def make_plan(
     for run in runs:
         if run is not given[run.folder]:  # match has changed it
             specs[run.folder] = _named(run, lambda run=run: check(run, ablation))
-        spec, classes, num_images, num_reference = specs[run.folder]
+        spec, classes, num_images, num_reference, contents = specs[run.folder]
         scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and not found}
         keys = keys_of(run.config, scoring, asdict(ablation.pictures))
         keys = {name: key for name, key in keys.items() if name != "draw" or ablation.pictures.num_per_class}
@@ -159,17 +181,18 @@ def make_plan(
             run.folder,
             first=not found,
             num_pictures=ablation.pictures.num_per_class * max(1, len(pictured(ablation.pictures.classes, classes))),
+            identity=contents,
+            speed=measured.speed(spec, run, _codec(run.config.autoencoder)) if timed else None,
             start=start,
         )
-        owner = next((other for other in found if _can_share(planned, other)), planned)
-        speed = measured.speed(spec, run, _codec(run.config.autoencoder)) if timed else None
-        found.append(replace(planned, trained_in=owner.run.folder, speed=speed))
+        found.append(planned)
+    found = [replace(planned, trained_in=_owner(planned, found)) for planned in found]
     write_whole(folder / "plan.json", json.dumps(as_record(ablation, found), indent=2) + "\n")
     return found
 
 
-def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...], int, int]:
-    """What a run is of: backbone, classes, numbers of training and held-out images.
+def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...], int, int, dict[str, dict[str, Any]]]:
+    """What a run is of: backbone, classes, numbers of training and held-out images, and what these are.
 
     Raises:
         ValueError: for whatever could not be built.
@@ -177,7 +200,8 @@ def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...
     config = run.config
     diffusion = build_diffusion(config.diffusion)
     images, held_out = _open_splits(config.data)
-    spec = model_spec(config, _codec(config.autoencoder), diffusion, len(images.classes))
+    codec = _codec(config.autoencoder)
+    spec = model_spec(config, codec, diffusion, len(images.classes))
     spec.build_on_meta()
     num_guided = config.guided_classes(spec.num_classes)
     check_sampling(sampling_of(config.sampling, num_guided), diffusion, num_guided)
@@ -185,7 +209,8 @@ def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...
     resolve_classes(list(ablation.pictures.classes), images.classes)
     if ablation.scoring.trials < 1:
         raise ValueError(f"scoring.trials {ablation.scoring.trials} must be at least 1")
-    return spec, tuple(images.classes), len(images), len(held_out)
+    contents = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
+    return spec, tuple(images.classes), len(images), len(held_out), contents
 
 
 def prepare(plan: list[Planned], accelerator: Accelerator) -> None:
@@ -299,9 +324,12 @@ def as_record(ablation: AblationConfig, plan: list[Planned]) -> dict[str, Any]:
     }
 
 
-def _can_share(one: Planned, other: Planned) -> bool:
-    """One training serves both: they are equal up to sampling and scoring."""
-    return one.keys["train"] == other.keys["train"] and other.trains
+def _owner(planned: Planned, plan: list[Planned]) -> Path:
+    """The folder of the training that serves all that are equal up to sampling and scoring: where it began, or the
+    first's."""
+    key = planned.keys["train"]
+    folders = [other.run.folder for other in plan if other.keys["train"] == key]
+    return next((folder for folder in folders if done_stages(folder).get("began") == key), folders[0])
 
 
 def _named(run: Run, action: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from ablation.identity import ROOT
+from ablation.identity import PROGRAMS, ROOT, code_hash
 from ablation.plan import Planned, duration
 from ablation.stages import STAGES, done_stages, mark
 from ablation.study import AblationConfig
@@ -43,18 +43,25 @@ class Runner:
         deadline: seconds since the epoch, after which nothing is started and trainings stop
         launcher: a configuration of `accelerate launch` for several processes a run; without, one process
         workers: runs side by side where there is no GPU
+        code: of the stages, when they were planned
     """
 
     ablation: AblationConfig
     deadline: float | None = None
     launcher: str | None = None
     workers: int = 1
+    code: dict[str, str] = field(default_factory=lambda: {stage: code_hash(stage) for stage in PROGRAMS})
     children: set[subprocess.Popen] = field(default_factory=set)
     reason: str | None = None
 
     def __call__(self, job: list[Planned], environment: dict[str, str] | None = None) -> list[Outcome]:
         """The runs of one training: the first of them trains. `environment` is added to the processes'."""
         outcomes: list[Outcome] = []
+        try:
+            for planned in [planned for planned in job if planned.changes][::-1]:  # what was made of a training first
+                _set_aside(planned)
+        except (ValueError, OSError) as error:
+            return [Outcome(planned.run.name, "failed", " ".join(str(error).split())) for planned in job]
         for planned in job:
             if outcomes and done_stages(job[0].run.folder).get("train") != job[0].keys["train"]:
                 outcomes.append(Outcome(planned.run.name, outcomes[0].status, f"it needs {job[0].run.name}"))
@@ -77,9 +84,8 @@ class Runner:
         if planned.done.issuperset(planned.keys):
             return Outcome(name, "done", "before")
         with Lock(folder / "lock") as lock:
-            if planned.trains:
-                _set_aside(planned)
-                mark(folder, began=planned.keys["train"])
+            if planned.trains and "began" not in done_stages(folder) and (folder / "checkpoints").exists():
+                raise ValueError(f"{folder} holds a training that no ablation began; move it away")
             write_whole(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
             for stage, command in STAGES.items():
                 if stage == "train" and not planned.trains:
@@ -88,6 +94,10 @@ class Runner:
                     continue
                 if why := self._must_stop():
                     return Outcome(name, "stopped", why)
+                if code_hash(stage, afresh=True) != self.code[stage]:
+                    raise ValueError(f"{stage}: the code has changed since it was planned; the same command plans anew")
+                if stage == "train":
+                    mark(folder, began=planned.keys["train"])
                 began = time.monotonic()
                 say(f"{name}: {stage} ...  (tail -f {folder / stage}.txt)")
                 (folder / STOPPED).unlink(missing_ok=True)
@@ -138,23 +148,15 @@ _PRINTING = threading.Lock()
 
 
 def _set_aside(planned: Planned) -> None:
-    """What is in the folder from another configuration, or other code, is kept beside it.
-
-    Raises:
-        ValueError: for a training that no ablation began.
-    """
-    folder = planned.run.folder
-    began = done_stages(folder).get("began")
-    if began is None and (folder / "checkpoints").exists():
-        raise ValueError(f"{folder} holds a training that no ablation began; move it away")
-    if began in (None, planned.keys["train"]):
-        return
+    """What is in the folder from another configuration, other code or other images is kept beside it."""
+    folder, why = planned.run.folder, ", ".join(planned.changes)
     kept = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-    kept.mkdir()
-    for path in folder.iterdir():
-        if path.name != "lock":
+    with Lock(folder / "lock"), Lock(folder / "training.lock"):  # one may be gone on with by hand
+        kept.mkdir()
+        found = [path for path in folder.iterdir() if not path.name.endswith("lock")]
+        for path in sorted(found, key=lambda path: path.name == "stages.json"):  # last: it says what is there
             shutil.move(path, kept / path.name)
-    say(f"{planned.run.name}: its configuration or the code has changed since; what was there is now {kept}")
+    say(f"{planned.run.name}: of other {why}; what was there is now {kept}")
 
 
 def last_line(path: Path) -> str:

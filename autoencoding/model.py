@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoencoders.codec import LatentCodec
 from autoencoding.autoencoder_config import ArchitectureConfig, AutoencodingConfig
-from machine.sharding import whole
+from machine.whole_files import whole
 
 
 class Coded(NamedTuple):

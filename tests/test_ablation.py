@@ -28,6 +28,7 @@ from ablation.runner import Runner, last_line
 from ablation.stages import done_stages, mark
 from ablation.study import AblationConfig, ClusterConfig, MatchConfig, ScoringConfig, read_ablation
 from ablation.variants import expand, merged
+from checkpoints.checkpoint import WEIGHTS, metadata_of, save_tensors
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
 from machine import children
@@ -423,6 +424,57 @@ def test_another_configuration_of_one_name_trains_anew_and_keeps_the_old(scripte
     (kept,) = Path("runs/t/a").glob("seed0.before-*")
     assert (kept / "checkpoints").is_dir()
     assert not Path("runs/t/a/seed0/checkpoints").exists()
+
+
+def trained(planned, *, step=4, **changes):
+    """What a training leaves of it, as far as a plan looks."""
+    weights = planned.run.folder / "checkpoints" / f"{step:08d}" / WEIGHTS
+    weights.parent.mkdir(parents=True)
+    config = parse_mapping(ExperimentConfig, merged(planned.run.config.to_dict(), changes))
+    metadata = metadata_of(config, planned.spec, list(planned.classes), step, planned.identity)
+    save_tensors({"x": torch.zeros(1)}, weights, metadata)
+
+
+def test_a_training_of_what_lies_there_no_more_is_none_of_the_plans(scripted):
+    variants = {"a": {}, "b": {"sampling.num_steps": 2}}
+    ablation, plan = plan_of(variants)
+    execute(ablation, plan)
+    trained(plan[0])
+    assert [planned.state for planned in plan] == ["done", "done"]
+    identity = {**plan[0].identity, "train": {**plan[0].identity["train"], "source_hash": "of other images"}}
+    plan = [replace(planned, identity=identity) for planned in plan]
+    assert [planned.state for planned in plan] == ["of other content of --data.path"] * 2
+    with pytest.raises(ValueError, match=r"a/seed0: content of --data\.path; runs/t/b/seed0: content of"):
+        refuse_changed(plan)
+    execute(ablation, plan)
+    assert calls() == ["train a", "score a", "draw a", "score b", "draw b"] * 2
+    assert len([*Path("runs/t").glob("*/seed0.before-*/stages.json")]) == 2
+
+
+def test_a_training_that_went_on_by_hand_is_none_of_the_plans(scripted):
+    ablation, (planned,) = plan_of({"a": {}})
+    execute(ablation, [planned])
+    trained(planned, step=8, **{"train.num_steps": 8, "sampling.num_steps": 2, "log.every": 7})
+    assert planned.state == "of other train.num_steps"
+
+
+def test_another_order_of_the_variants_leaves_their_training_where_it_is(scripted):
+    execute(*plan_of({"a": {}, "b": {"sampling.num_steps": 2}}))
+    ablation, plan = plan_of({"b": {"sampling.num_steps": 2}, "a": {}}, scoring=ScoringConfig(baselines=False))
+    assert execute(ablation, plan) == {"a": ("done", ""), "b": ("done", "before")}
+    assert calls()[5:] == ["score a"]  # without the baselines now
+    variants = {"b": {"sampling.num_steps": 2}}  # without the one that has trained
+    ablation, plan = plan_of(variants, scoring=ScoringConfig(baselines=False))
+    assert execute(ablation, plan)["b"] == ("done", "")
+    assert calls()[6:] == ["train b"]
+
+
+def test_code_that_changes_after_the_plan_makes_no_result_of_it(scripted):
+    ablation, plan = plan_of({"a": {}})
+    (outcome,) = Runner(ablation, code=dict.fromkeys(stages.STAGES, "older"))(plan)
+    assert (outcome.status, outcome.why.partition(":")[0]) == ("failed", "train")
+    assert calls() == []
+    assert not done_stages(plan[0].run.folder)
 
 
 def test_no_foreign_training_is_touched(scripted):
