@@ -66,6 +66,13 @@ def notes_of(results: Results) -> list[str]:
         if num_seeds > 1
         else "One training seed: the spread is that of generation alone, and no difference is tested."
     )
+    of_images = ("source_hash", "split", "image_size")
+    held = {str([run.record["extractor_sha256"], *map(run.record["reference"].get, of_images)]) for run in results.runs}
+    if len(held) > 1:
+        notes.append(
+            f"The runs were scored against {len(held)} different references, or with extractors of different weights: "
+            "only scores of the same can be compared."
+        )
     if first["extractor"] != "inception":
         notes.append(
             f"Features of {first['extractor']}: distances compare these runs with each other, and are not FID."

@@ -18,7 +18,7 @@ from scipy import stats
 
 from ablation.figures import color, legend_columns, marker
 from ablation.pictures import Pictures, save_beside
-from ablation.report import write_report
+from ablation.report import notes_of, write_report
 from ablation.results import paired_p, read_results
 from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
 from evaluation.table import markdown
@@ -273,6 +273,13 @@ def test_the_page_needs_nothing_but_itself(ablation):
     assert "url(http" not in html
     assert html.count("<svg") == 6
     assert '<div class="scroll" tabindex="0">' in html  # a keyboard reaches what lies beyond its edge
+
+
+def test_scores_against_different_references_are_told_apart(ablation):
+    results = read_results(ablation)
+    assert not any("different references" in note for note in notes_of(results))
+    results.runs[1].record["reference"]["source_hash"] = "of other images"
+    assert any("against 2 different references" in note for note in notes_of(results))
 
 
 def test_a_report_without_finished_runs_is_refused_in_one_line(tmp_path):
