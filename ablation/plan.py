@@ -62,11 +62,12 @@ class Planned:
 
     @property
     def done(self) -> set[str]:
-        """Stages whose results are there, and of this configuration, code and content. Where a run trains, another's
-        training is none of its own."""
+        """Stages whose results are there, and of this configuration, code and content. Where a run trains, what it had
+        of another's training is none of its own."""
         found = done_stages(self.run.folder)
-        done = {name for name, key in found.items() if self.keys.get(name) == key} if not self.changes else set()
-        return done - {"train"} if self.trains and "began" not in found else done
+        if self.changes or (self.trains and "began" not in found):
+            return set()
+        return {name for name, key in found.items() if self.keys.get(name) == key}
 
     @property
     def seconds(self) -> float | None:

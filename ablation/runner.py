@@ -97,6 +97,8 @@ class Runner:
                 if code_hash(stage, afresh=True) != self.code[stage]:
                     raise ValueError(f"{stage}: the code has changed since it was planned; the same command plans anew")
                 if stage == "train":
+                    if "began" not in done_stages(folder):  # what is there is of another's training
+                        (folder / "stages.json").unlink(missing_ok=True)
                     mark(folder, began=planned.keys["train"])
                 began = time.monotonic()
                 say(f"{name}: {stage} ...  (tail -f {folder / stage}.txt)")
