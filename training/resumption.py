@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from checkpoints.checkpoint import SNAPSHOTS, WEIGHTS, list_snapshots, read_metadata
+from checkpoints.checkpoint import SNAPSHOTS, WEIGHTS, read_metadata
 from experiment.config import R, resuming
 from experiment.settings import flatten, from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
@@ -31,11 +31,14 @@ def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | Non
         return go_on(config, checkpoint, say), checkpoint
     if list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
-    if list_snapshots(run):  # of a training whose checkpoints are gone; an average of both would be of neither
-        before = run / f"{SNAPSHOTS}.before-{time.strftime('%Y%m%d-%H%M%S')}"
-        (run / SNAPSHOTS).rename(before)
-        say(f"{run / SNAPSHOTS} is of an earlier training, and is now {before}")
+    for path in [path for pattern in MADE for path in run.glob(pattern) if ".before-" not in path.name]:
+        before = path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+        path.rename(before)
+        say(f"{path} is of an earlier training, and is now {before}")
     return config, None
+
+
+MADE = (SNAPSHOTS, "log.jsonl", "samples*", "scores*", "ema-*.safetensors")  # of a training whose checkpoints are gone
 
 
 def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
