@@ -76,12 +76,19 @@ def fetched(items: Iterator[Item], config: PrepareConfig) -> Iterator[Item]:
 
 
 def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, source: str) -> dict[str, Any]:
-    """Write the images (stored, as PNG) and the manifest; nothing is left where it fails."""
+    """Write the images (stored, as PNG) and the manifest; nothing is left where it fails.
+
+    Raises:
+        ValueError: for two classes of one folder, or where the manifest would replace something else.
+    """
     from tqdm import tqdm
 
     from data.pixels import fit, to_rgb
     from machine.whole_files import write_whole
 
+    beside = output.with_suffix(".json")
+    if beside == output or (beside.exists() and b'"sha256"' not in beside.read_bytes()):
+        raise ValueError(f"--output {output}: its manifest would replace {beside}, which is none; give another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     classes: Counter[str] = Counter()
@@ -111,9 +118,9 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
             "classes": dict(sorted(classes.items())),
             "folders": dict(sorted(counts.items())),
         }
-        output.with_suffix(".json").unlink(missing_ok=True)  # of what was there before: none rather than another's
+        beside.unlink(missing_ok=True)  # of what was there before: none rather than another's
         partial.replace(output)
-    write_whole(output.with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
+    write_whole(beside, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 

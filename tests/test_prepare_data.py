@@ -65,6 +65,14 @@ def test_no_zip_lies_beside_the_manifest_of_another(script, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["pets.zip"]
 
 
+@pytest.mark.parametrize("name", ["pets.zip", "pets.json"])
+def test_a_manifest_replaces_nothing_but_a_manifest(script, tmp_path, name):
+    (tmp_path / "pets.json").write_text('{"annotations": []}')
+    with pytest.raises(ValueError, match=r"its manifest would replace .*pets.json, which is none; give another name"):
+        script.write_zip(items(), tmp_path / name, 16, source="pets")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"annotations": []}']
+
+
 def test_errors_of_fetching_and_of_writing_are_told_apart(script, tmp_path, monkeypatch):
     def lost():
         yield from items()
