@@ -382,16 +382,25 @@ def _find_weights(path: str | Path) -> Path:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Its state by `<number of the parameter>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+    state, numbers = optimizer.state_dict()["state"], numbers_of(optimizer)
+    return {f"{numbers[index]}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def numbers_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    """By which files know its parameters, in the order of its groups: the groups' own, or 0, 1, ..."""
+    groups = optimizer.param_groups
+    numbers = [number for group in groups for number in group.get("numbers", ())]
+    return numbers or list(range(sum(len(group["params"]) for group in groups)))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index_of = {number: index for index, number in enumerate(numbers_of(optimizer))}
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        like = parameters[int(index)]
-        state.setdefault(int(index), {})[key] = part_like(tensor, like) if tensor.shape == like.shape else tensor
+        number, key = name.split(".", 1)
+        index = index_of[int(number)]
+        like = parameters[index]
+        state.setdefault(index, {})[key] = part_like(tensor, like) if tensor.shape == like.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

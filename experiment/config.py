@@ -128,7 +128,7 @@ class AuxiliaryConfig:
 
     Args:
         kind: 'perceptual' (distance in a frozen network's features; in pixel space) or 'feature_matching' (in the
-            features of the backbone's own encoder; U-Nets)
+            backbone's own features: of a U-Net's encoder, of others a quarter and half of the way through)
         weight: of the term
         network: of 'perceptual': 'vgg19' (its fourth convolution; torchvision's weights), 'lpips' (Zhang et al. 2018,
             on VGG16; the term is that distance), or a .pt2 (torch.export) or TorchScript file: images from 0 to 255 to
@@ -157,7 +157,7 @@ class OptimConfig:
         decay_epochs: of 'step'
         decay_factor: of 'step'
         betas: decay rates of the moments
-        weight_decay: decoupled weight decay
+        weight_decay: decoupled weight decay, of weights that multiply features: not of norms, biases, embeddings
         grad_clip: largest norm of the gradient; 0 turns clipping off
     """
 

@@ -9,8 +9,9 @@ import math
 from torch import nn
 
 from models import dit, unet, uvit, xswin
+from models.backbone import SIZES, Backbone, complete
 
-BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {
+BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {  # by name: class, and arguments that differ from its own
     **xswin.MODELS,
     **dit.MODELS,
     **uvit.MODELS,
@@ -27,7 +28,7 @@ def list_models() -> list[str]:
 
 def model_arguments(name: str, **overrides: object) -> dict[str, object]:
     """What a backbone of this name is built with: overrides, its row in the table, its constructor's defaults."""
-    backbone, row = BACKBONES[name]
+    backbone, row = complete(BACKBONES[name][0]), BACKBONES[name][1]
     accepted = inspect.signature(backbone).parameters.values()
     defaults = {each.name: each.default for each in accepted if each.default is not inspect.Parameter.empty}
     return {**defaults, **row, **overrides}
@@ -41,8 +42,10 @@ def create_model(
     out_channels: int,
     num_classes: int,
     **overrides: object,
-) -> nn.Module:
+) -> Backbone:
     """A backbone `model(x_t, t, y) -> [b out_channels h w]`; `overrides` change arguments of its row in the table.
+
+    One from outside that is a plain `nn.Module` is given what it lacks of the contract (see `models.backbone`).
 
     Raises:
         ValueError: for an unknown name or argument, listing the known ones, and for arguments that do not fit.
@@ -51,7 +54,7 @@ def create_model(
         close = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"--model {name}: unknown; {hint}there are {', '.join(BACKBONES)}")
-    backbone, row = BACKBONES[name]
+    backbone, row = complete(BACKBONES[name][0]), BACKBONES[name][1]
     accepted = inspect.signature(backbone).parameters
     unknown = sorted(overrides.keys() - accepted.keys())
     if unknown:
@@ -63,13 +66,9 @@ def create_model(
             raise ValueError(f"--model_args.{argument} {value}: must be at least {smallest}")
         if any(type(number) is float and not 0 <= number < math.inf for number in numbers):
             raise ValueError(f"--model_args.{argument} {value}: must lie in [0, inf)")
-    return backbone(
-        **{
-            "input_size": input_size,
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "num_classes": num_classes,
-            **row,
-            **overrides,
-        }
-    )
+    height_width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    sizes = dict(zip(SIZES, (height_width, in_channels, out_channels, num_classes), strict=True))
+    model = backbone(**{**sizes, **row, **overrides})
+    for size in SIZES - vars(model).keys():
+        setattr(model, size, sizes[size])
+    return model

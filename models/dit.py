@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64, Shaped
 from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.layers.attention import SelfAttention, xavier_, zero_
 from models.layers.embedding import Conditioning, TimeEmbedding
 from models.layers.modulation import modulate
@@ -45,7 +46,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """A plain transformer over patches.
 
     Args:
@@ -64,8 +65,6 @@ class DiT(nn.Module):
     Raises:
         ValueError: in words, for arguments that do not fit together.
     """
-
-    _no_split_modules = ("DiTBlock",)  # what FSDP shards, and recomputes, as one; the name that Accelerate looks for
 
     def __init__(
         self,
@@ -95,6 +94,9 @@ class DiT(nn.Module):
         self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(num_skips))
         self.final = FinalLayer(dim, out_channels * patch_size**2)
         self._initialise()
+
+    def block_types(self) -> tuple[type[nn.Module], ...]:
+        return (DiTBlock,)
 
     def _initialise(self) -> None:
         time = [module for module in self.modules() if isinstance(module, TimeEmbedding)]

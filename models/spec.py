@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from models import create_model
+from models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ModelSpec:
     out_channels: int
     num_classes: int
 
-    def build(self) -> nn.Module:
+    def build(self) -> Backbone:
         """The backbone with fresh weights.
 
         Raises:
@@ -30,12 +30,12 @@ class ModelSpec:
         self.build_on_meta()
         return self._create()
 
-    def build_on_meta(self) -> nn.Module:
+    def build_on_meta(self) -> Backbone:
         """The backbone without memory for its weights: validates the arguments, counts parameters."""
         with torch.device("meta"):
             return self._create()
 
-    def _create(self) -> nn.Module:
+    def _create(self) -> Backbone:
         return create_model(
             self.name,
             input_size=self.input_size,

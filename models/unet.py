@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.layers.attention import zero_
 from models.layers.embedding import Conditioning
 from models.layers.image_attention import ATTENTIONS, ImageAttention
@@ -46,7 +47,7 @@ class Level(nn.Module):
         return x
 
 
-class UNet(nn.Module):
+class UNet(Backbone):
     """Levels down, a middle, levels up, each of which is given its mirror's input (Ronneberger et al. 2015, Ho et al.
     2020).
 
@@ -138,6 +139,9 @@ class UNet(nn.Module):
 
         self.norm = group_norm(stem_width)
         self.head = zero_(nn.Conv2d(stem_width, out_channels, 3, padding=1))
+
+    def block_types(self) -> tuple[type[nn.Module], ...]:
+        return ResidualBlock, ImageAttention
 
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]

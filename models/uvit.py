@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64, Shaped
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.layers.attention import SelfAttention
 from models.layers.embedding import sinusoids
 from models.layers.patch import check_input_size, patchify, unpatchify
@@ -27,7 +28,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class UViTTokens(nn.Module):
+class UViTTokens(Backbone):
     """A transformer over label, time and patch tokens, with long skips and a last convolution.
 
     Args:
@@ -44,8 +45,6 @@ class UViTTokens(nn.Module):
     Raises:
         ValueError: in words, for arguments that do not fit together.
     """
-
-    _no_split_modules = ("Block",)  # what FSDP shards, and recomputes, as one; the name that Accelerate looks for
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class UViTTokens(nn.Module):
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
         self.patch_size, self.dim = patch_size, dim
         self.grid = self.input_size[0] // patch_size, self.input_size[1] // patch_size
-        self.num_extras = 2 if num_classes else 1
+        self.num_tokens = 2 if num_classes else 1  # of label and time
 
         def make_block() -> Block:
             return Block(dim, num_heads, mlp_ratio=mlp_ratio)
@@ -75,7 +74,7 @@ class UViTTokens(nn.Module):
         half = depth // 2
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.patch = nn.Linear(in_channels * patch_size**2, dim)
-        self.positions = nn.Parameter(torch.zeros(self.num_extras + self.grid[0] * self.grid[1], dim))
+        self.positions = nn.Parameter(torch.zeros(self.num_tokens + self.grid[0] * self.grid[1], dim))
         self.encoder = nn.ModuleList(make_block() for _ in range(half))
         self.middle = make_block()
         self.decoder = nn.ModuleList(make_block() for _ in range(half))
@@ -84,6 +83,13 @@ class UViTTokens(nn.Module):
         self.head = nn.Linear(dim, out_channels * patch_size**2)
         self.smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self._initialise()
+
+    def block_types(self) -> tuple[type[nn.Module], ...]:
+        return (Block,)
+
+    def as_tokens(self, state: Float[Tensor, "b _ d"]) -> Float[Tensor, "b n d"]:
+        """Those of patches."""
+        return state[:, self.num_tokens :]
 
     def _initialise(self) -> None:
         nn.init.trunc_normal_(self.positions, std=0.02)
@@ -111,7 +117,7 @@ class UViTTokens(nn.Module):
         for join, block in zip(self.joins, self.decoder, strict=True):
             x = block(join(torch.cat([x, skips.pop()], dim=-1)))
 
-        x = self.head(self.norm(x))[:, self.num_extras :]
+        x = self.head(self.norm(x))[:, self.num_tokens :]
         return self.smooth(unpatchify(x, self.grid, self.patch_size))
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64, Shaped
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.layers.attention import SelfAttention, zero_
 from models.layers.embedding import Conditioning
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, NoConditioning
@@ -115,7 +116,7 @@ class DecoderStage(nn.Module):
         return x
 
 
-class XSwin(nn.Module):
+class XSwin(Backbone):
     """Hierarchical U-Net vision transformer with residual cross attention.
 
     Images pass a convolutional stem, are cut into patches, encoded by stages of Swin V2 blocks with patch merging in
@@ -244,10 +245,12 @@ class XSwin(nn.Module):
         self.head = nn.Conv2d(self.stem_out.out_channels, out_channels, 1)
         self._initialise()
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """What FSDP shards, and recomputes, as one; the name that Accelerate looks for."""
-        return ["SwinBlock"] + ["GlobalBlock"] * bool(len(self.middle))
+    def block_types(self) -> tuple[type[nn.Module], ...]:
+        return SwinBlock, GlobalBlock
+
+    def as_tokens(self, state: Float[Tensor, "b ... d"]) -> Float[Tensor, "b n d"]:
+        """Of a grid of tokens, row by row."""
+        return state.flatten(1, -2)
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -5,6 +5,7 @@ import torch
 import yaml
 from exact import randn
 from processes import TINY, log, run
+from test_backbones import SIZES, Plain
 from torch import nn
 from torchvision.models import VGG16_Weights, VGG19_Weights, vgg19
 from torchvision.models.vgg import cfgs, make_layers
@@ -14,6 +15,7 @@ from experiment.config import AuxiliaryConfig
 from metrics.perceptual import LPIPSFeatures, VGG19Features, perceptual_network
 from metrics.torchscript import save_torchscript
 from models import create_model
+from models.backbone import complete
 from training.objective import AUXILIARY, build_auxiliary
 
 CPU = torch.device("cpu")
@@ -139,7 +141,10 @@ MISTAKES = {
     "no weight": ([{"kind": "feature_matching", "weight": 0.0}], "weight 0.0 must be above 0"),
     "no file": ([{"kind": "perceptual", "weight": 1.0, "network": "x.pt"}], "network x.pt: no such file; .*vgg19"),
     "latents": ([{"kind": "perceptual", "weight": 1.0}], "looks at images, not at latents; use --autoencoder pixel"),
-    "no encoder": ([{"kind": "feature_matching", "weight": 1.0}], "XSwin has none; use --model UNet"),
+    "no encoder": (
+        [{"kind": "feature_matching", "weight": 1.0}],
+        "Plain names no blocks whose features to compare",
+    ),
     "twice": ([{"kind": "feature_matching", "weight": 1.0}] * 2, "--auxiliary feature_matching: given twice"),
 }
 
@@ -147,7 +152,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_what_does_not_fit_is_refused_in_words(mistake, unet):
     given, words = MISTAKES[mistake]
-    model = create_model("XSwin", input_size=16, in_channels=3, out_channels=3, num_classes=2, dim=24)
+    model = complete(Plain)(**SIZES)
     codec = LatentCodec() if mistake == "latents" else PixelCodec()
     configs = [AuxiliaryConfig(**each) for each in given]
     with pytest.raises(ValueError, match=words):

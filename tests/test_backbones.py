@@ -1,13 +1,16 @@
 """Every backbone of the registry, small: the promises that trainer and sampler build on."""
 
 import inspect
+import math
 
 import pytest
 import torch
 from timm.layers import Mlp
+from torch import nn
 
 import studies.cascade  # noqa: F401, registers a backbone
 from models import BACKBONES, create_model, list_models
+from models.backbone import Backbone, complete
 from models.layers.modulation import Modulator
 from models.layers.window import WindowAttention, WindowCrossAttention, Windows
 
@@ -32,6 +35,18 @@ SMALL = {
 FAMILIES = ["XSwin", "USwin", "DiT-S/2", "DiT-S/4", "UViT-S/2", "UViT-tokens-S/2", "UNet-Mini", "UNet-CIFAR10"]
 FAMILIES += ["Cascade"]
 families = pytest.mark.parametrize("name", FAMILIES)
+SIZES = {"input_size": (8, 8), "in_channels": 4, "out_channels": 8, "num_classes": 5}
+
+
+class Plain(nn.Module):
+    """A backbone of somebody who has not heard of the contract."""
+
+    def __init__(self, *, input_size, in_channels, out_channels, num_classes, width=8):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(in_channels, width, 3, padding=1), nn.Conv2d(width, out_channels, 1)
+
+    def forward(self, x_t, t, y):
+        return self.last(self.first(x_t) + t[:, None, None, None])
 
 
 def small(name, input_size=8, num_classes=5, **overrides):
@@ -62,6 +77,19 @@ def test_every_name_builds_on_the_meta_device(name):
         model = create_model(name, input_size=32, in_channels=4, out_channels=8, num_classes=1000)
     assert (model.in_channels, model.out_channels, model.num_classes) == (4, 8, 1000)
     assert model.input_size == (32, 32)
+    assert isinstance(model, Backbone)
+    assert set(model._no_split_modules) == {kind.__name__ for kind in model.block_types()} & {
+        type(module).__name__ for module in model.modules()
+    }
+    blocks = model.repeated_blocks()
+    assert len(blocks) > 1
+    assert not any(inner in blocks for block in blocks for inner in [*block.modules()][1:])
+    decayed, rest = (group["params"] for group in model.param_groups())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(names) == sorted(map(id, [*decayed, *rest]))
+    assert rest[-1] is not decayed[-1]
+    assert all(parameter.ndim > 1 and names[id(parameter)].endswith("weight") for parameter in decayed)
+    assert not any("label" in names[id(parameter)] or "norm" in names[id(parameter)] for parameter in decayed)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +143,87 @@ def test_unconditional_models_ignore_labels(name):
     x, t, y = inputs()
     with torch.no_grad():
         assert torch.equal(model(x, t, y), model(x, t, torch.zeros_like(y)))
+
+
+@families
+def test_features_are_sequences_of_hidden_states_at_shares_of_the_depth(name):
+    model, seen = wake(small(name)).eval(), []
+    for block in model.repeated_blocks():
+        block.register_forward_hook(lambda block, inputs, state: seen.append(state))
+    shallow, deep, last = model.features(*inputs(), (1e-6, 0.5, 1.0))
+    assert len(seen) == len(model.repeated_blocks())
+    model.features(*inputs(), (0.5,))
+    assert len(seen) < 2 * len(model.repeated_blocks())  # no further than asked
+    assert [state.shape[::2] for state in (shallow, deep, last)] == [
+        (3, model.as_tokens(seen[index]).shape[2])
+        for index in (0, math.ceil(len(model.repeated_blocks()) / 2) - 1, len(model.repeated_blocks()) - 1)
+    ]
+    assert all(math.isqrt(state.shape[1]) ** 2 == state.shape[1] for state in (shallow, deep, last))  # of an 8x8 image
+    torch.testing.assert_close(last, model.as_tokens(seen[len(model.repeated_blocks()) - 1]))
+    deep.sum().backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    assert not any(len(block._forward_hooks) > 1 for block in model.repeated_blocks())
+    with pytest.raises(ValueError, match=r"features at depths \[0.0\]: give shares in"):
+        model.features(*inputs(), [0.0])
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    """A backbone from outside."""
+    monkeypatch.setitem(BACKBONES, "Plain", (Plain, {"width": 4}))
+    return create_model("Plain", **SIZES)
+
+
+def test_a_plain_module_is_given_what_it_lacks_of_the_contract(outside):
+    assert {name: getattr(outside, name) for name in SIZES} == SIZES
+    assert isinstance(outside, Plain)
+    assert isinstance(outside, Backbone)
+    assert (outside.block_types(), outside.extras(), outside._no_split_modules) == ((), (), [])
+    assert outside.first.out_channels == 4
+    assert outside(*inputs()).shape == (3, 8, 8, 8)
+    assert [len(group["params"]) for group in outside.param_groups()] == [2, 2]
+    assert set(outside.state_dict()) == set(Plain(**SIZES).state_dict())
+    with pytest.raises(ValueError, match=r"there are 0 blocks"):
+        outside.features(*inputs(), [1.0])
+
+
+class Extra(Plain):
+    """With a second time."""
+
+    def forward(self, x_t, t, y, *, t_next=None):
+        return super().forward(x_t, t, y)
+
+
+class NoClasses(nn.Module):
+    """Without a place for classes."""
+
+    def __init__(self, *, input_size, in_channels, out_channels):
+        super().__init__()
+
+
+class NoLabels(Plain):
+    """Without labels."""
+
+    def forward(self, x_t, t):
+        return super().forward(x_t, t, None)
+
+
+def test_further_inputs_are_the_keywords_of_forward():
+    assert complete(Extra)(**SIZES).extras() == ("t_next",)
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (len, r"--model: len is no nn.Module class"),
+        (NoClasses, r"--model: the constructor of NoClasses must take .*num_classes; it lacks num_classes"),
+        (NoLabels, r"--model: NoLabels must have forward\(self, x_t, t, y\) \(too many positional"),
+    ],
+)
+def test_what_cannot_be_a_backbone_is_told_before_anything_is_allocated(thing, message, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "Mine", (thing, {}))
+    with pytest.raises(ValueError, match=message):
+        create_model("Mine", **SIZES)
 
 
 VARIANTS = [

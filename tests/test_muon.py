@@ -3,10 +3,12 @@
 import pytest
 import torch
 from processes import ROOT, run
-from test_backbones import FAMILIES, small
+from test_backbones import FAMILIES, SIZES, Plain, small
 from torch import nn
 
+from checkpoints.checkpoint import load_optimizer, optimizer_tensors
 from experiment.config import OptimConfig
+from models.backbone import complete
 from training.muon import Muon, orthogonalise, split_for_muon
 from training.optimizer import build_optimizer, set_learning_rate
 
@@ -78,12 +80,38 @@ def test_blocks_matrices_are_muons_and_each_parameter_has_one_optimizer(name):
     assert {id(p) for p in (*matrices, *rest)} == {id(p) for p in model.parameters()}
     assert len(matrices) + len(rest) == len(list(model.parameters()))
     assert all(matrix.ndim == 2 for matrix in matrices)
-    assert bool(matrices) == hasattr(model, "_no_split_modules")
+    assert matrices
+
+
+@pytest.mark.parametrize("muon_lr", [None, 0.01])
+def test_weights_that_multiply_decay_alone_and_files_number_parameters_as_without_decay(muon_lr):
+    model = small("UViT-tokens-S/2")
+    parameters = list(model.parameters()) if muon_lr is None else [p for part in split_for_muon(model) for p in part]
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = build_optimizer(model, OptimConfig(muon_lr=muon_lr, lr=1e-9, weight_decay=1e6))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moved = {names[id(now)] for now, old in zip(parameters, before, strict=True) if not torch.equal(now, old)}
+    assert moved == {name for name in names.values() if name.endswith("weight") and "norm" not in name} - {
+        "label.weight"
+    }
+
+    tensors = optimizer_tensors(optimizer)
+    for number, parameter in enumerate(parameters):
+        kept = [tensor for name, tensor in tensors.items() if name.startswith(f"{number}.") and tensor.ndim]
+        assert kept
+        assert all(tensor.shape == parameter.shape for tensor in kept)
+    fresh = build_optimizer(model, OptimConfig(muon_lr=muon_lr, lr=1e-9, weight_decay=1e6))
+    load_optimizer(fresh, tensors)
+    for name, tensor in optimizer_tensors(fresh).items():
+        assert torch.equal(tensor, tensors[name])
 
 
 def test_a_model_without_blocks_is_told():
     with pytest.raises(ValueError, match=r"--optim.muon_lr: Muon takes matrices, and this model has none"):
-        build_optimizer(nn.Conv2d(3, 3, 3), OptimConfig(muon_lr=0.01))
+        build_optimizer(complete(Plain)(**SIZES), OptimConfig(muon_lr=0.01))
 
 
 SHARDED = """

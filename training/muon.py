@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from machine.precision import has_bf16
 from machine.sharding import part_like, whole
+from models.backbone import Backbone
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at 0, so that five steps do
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for matrices, AdamW for the rest.
+    """Muon for matrices, AdamW for the rest, which may come in groups.
 
     Steps have one root mean square whatever a matrix's sides, that of AdamW (Liu et al. 2025, "Muon is Scalable for LLM
     Training", eq. 4), so that learning rates made for AdamW fit. Each group's rate is `lr` times its `lr_scale`.
@@ -33,7 +34,7 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self,
         matrices: Sequence[nn.Parameter],
-        rest: Sequence[nn.Parameter] = (),
+        rest: Sequence[nn.Parameter] | Sequence[dict[str, Any]] = (),
         *,
         lr: float,
         lr_scale: float = 1.0,
@@ -43,7 +44,9 @@ class Muon(torch.optim.AdamW):
         if not matrices or any(matrix.ndim < 2 for matrix in matrices):
             raise ValueError("--optim.muon_lr: Muon takes matrices, and this model has none for it; leave it out")
         groups: list[dict[str, Any]] = [{"params": matrices, "momentum": momentum, "lr_scale": lr_scale}]
-        super().__init__(groups + [{"params": rest}] * bool(rest), lr=lr, fused=True, **of_adamw)
+        grouped = [group for group in rest if isinstance(group, dict)]
+        groups += grouped or [{"params": rest}] * bool(rest)
+        super().__init__(groups, lr=lr, fused=True, **of_adamw)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -88,11 +91,9 @@ def orthogonalise(matrix: Float[Tensor, "m n"], dtype: torch.dtype = torch.float
     return (x if matrix.shape[0] <= matrix.shape[1] else x.T).to(matrix.dtype)
 
 
-def split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_for_muon(model: Backbone) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The matrices inside a backbone's repeated blocks, and all other parameters: embeddings, stems, norms, heads."""
-    names = getattr(model, "_no_split_modules", ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for block in model.repeated_blocks() for layer in block.modules() if isinstance(layer, nn.Linear)]
     inside = {layer.weight for layer in layers}
     matrices = [parameter for parameter in model.parameters() if parameter in inside]
     return matrices, [parameter for parameter in model.parameters() if parameter not in inside]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from diffusion.diffusion import Auxiliary, Diffusion
 from diffusion.times import Times
 from experiment.config import AuxiliaryConfig
 from metrics.perceptual import perceptual_network
+from models.backbone import Backbone
 from training.batches import Batch
 from training.phases import Phase
 
@@ -95,18 +96,18 @@ class FeatureMatching:
     without noise; the true side is detached. The mean over the features.
 
     Raises:
-        ValueError: where the backbone has no encoder to ask.
+        ValueError: where the backbone has no blocks whose features there are.
     """
 
     is_fixed = False
 
-    def __init__(self, config: AuxiliaryConfig, model: nn.Module, codec: Codec, device: torch.device) -> None:
-        if not hasattr(model, "encode"):
+    def __init__(self, config: AuxiliaryConfig, model: Backbone, codec: Codec, device: torch.device) -> None:
+        if type(model).encode is Backbone.encode and not model.repeated_blocks():
             raise ValueError(
-                f"--auxiliary feature_matching: it wants the features of a U-Net's encoder, and {type(model).__name__} "
-                "has none; use --model UNet-..."
+                f"--auxiliary feature_matching: {type(model).__name__} names no blocks whose features to compare; "
+                "give it block_types (models/backbone.py), or use another --model"
             )
-        self.encode: Callable[..., list[Tensor]] = model.encode  # pyright: ignore[reportAttributeAccessIssue]
+        self.encode = model.encode
 
     def __call__(self, predicted: Tensor, x_0: Tensor, y: Tensor) -> Float[Tensor, " b"]:
         t = torch.zeros(len(y), device=y.device)
@@ -120,7 +121,7 @@ AUXILIARY = {"perceptual": Perceptual, "feature_matching": FeatureMatching}
 
 
 def build_auxiliary(
-    configs: Sequence[AuxiliaryConfig], model: nn.Module, codec: Codec, device: torch.device
+    configs: Sequence[AuxiliaryConfig], model: Backbone, codec: Codec, device: torch.device
 ) -> list[Auxiliary]:
     """The auxiliary terms of a configuration; `model` is the backbone as it was built, which they may look into.
 

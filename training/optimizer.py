@@ -7,22 +7,36 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from experiment.config import OptimConfig, TrainConfig
+from models.backbone import Backbone
 from training.muon import Muon, split_for_muon
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimizer:
     """Fused AdamW, with Muon for the blocks' matrices where asked for; rates are set each step by `set_learning_rate`.
+
+    Weights decay, where asked for, in the parameters that the backbone says (`param_groups`).
 
     Raises:
         ValueError: for Muon on a backbone without such matrices.
     """
     of_adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    matrices, rest = ([], list(model.parameters())) if config.muon_lr is None else split_for_muon(model)
+    groups: list[dict[str, Any]] = [{"params": rest}]
+    if config.weight_decay > 0:
+        left = {id(parameter) for parameter in rest}
+        groups = [{**each, "params": [p for p in each["params"] if id(p) in left]} for each in model.param_groups()]
+        groups = [group for group in groups if group["params"]]
     if config.muon_lr is None:
-        return torch.optim.AdamW(model.parameters(), fused=True, **of_adamw)
-    return Muon(*split_for_muon(model), lr_scale=config.muon_lr / config.lr, **of_adamw)
+        optimizer = torch.optim.AdamW(groups, fused=True, **of_adamw)
+    else:
+        optimizer = Muon(matrices, groups, lr_scale=config.muon_lr / config.lr, **of_adamw)
+    if config.weight_decay > 0:  # files number parameters as without groups
+        numbers = {id(parameter): number for number, parameter in enumerate([*matrices, *rest])}
+        for group in optimizer.param_groups:
+            group["numbers"] = [numbers[id(parameter)] for parameter in group["params"]]
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64, Shaped
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.layers.attention import check_heads, zero_
 from models.layers.embedding import Conditioning, TimeEmbedding
 from models.layers.patch import check_input_size, patchify, unpatchify
@@ -280,7 +281,7 @@ class Stages(NamedTuple):
     refined: Tensor | None
 
 
-class Cascade(nn.Module):
+class Cascade(Backbone):
     """A coarse stage at a fraction of the image's side, an upsampler, a refiner.
 
     As any backbone, `model(x_t, t, y)` takes an image through all three. The diffusion of cascades trains the stages by
@@ -302,8 +303,6 @@ class Cascade(nn.Module):
     Raises:
         ValueError: for an unknown stage or argument, listing those that there are, or sizes that do not fit.
     """
-
-    _no_split_modules = ("ResidualBlock", "PlainBlock", "Block")  # as Accelerate calls what FSDP shards as one
 
     def __init__(
         self,
@@ -329,6 +328,9 @@ class Cascade(nn.Module):
         self.coarse = _build("coarse", COARSE, coarse, coarse_args, in_channels, out_channels, num_classes)
         self.upsampler = _build("upsampler", UPSAMPLERS, upsampler, upsampler_args, out_channels, factor)
         self.refiner = _build("refiner", REFINERS, refiner, refiner_args, out_channels, self.input_size, num_classes)
+
+    def block_types(self) -> tuple[type[nn.Module], ...]:
+        return ResidualBlock, PlainBlock, Block
 
     def forward(
         self,
