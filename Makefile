@@ -15,9 +15,9 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 soak: .venv/installed
-	$(BIN)/python scripts/soak.py
-	$(BIN)/python scripts/soak.py --launcher accelerate --kills 5
-	$(BIN)/python scripts/soak.py --launcher torchrun --kills 5
+	$(BIN)/python tests/soak.py
+	$(BIN)/python tests/soak.py --launcher accelerate --kills 5
+	$(BIN)/python tests/soak.py --launcher torchrun --kills 5
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -20,9 +20,9 @@ from ablation.plan import Planned, duration
 from ablation.stages import STAGES, done_stages, mark
 from ablation.study import AblationConfig
 from machine import children
+from machine.children import EXIT_CODE, STOPPED
 from machine.lock import Lock
 from machine.whole_files import write_whole
-from training.interruption import EXIT_CODE, STOPPED
 
 
 @dataclass(frozen=True)

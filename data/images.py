@@ -11,11 +11,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from data.duplicates import near_duplicates
@@ -145,7 +145,9 @@ class ImageDataset(Dataset):
             yield name, self._of_image(name, lambda image: image.size)
 
     def _read(self, name: str) -> Tensor:
-        return self._of_image(name, lambda image: pil_to_tensor(fit(to_rgb(image), self.image_size)))
+        return self._of_image(
+            name, lambda image: torch.from_numpy(np.array(fit(to_rgb(image), self.image_size))).permute(2, 0, 1)
+        )
 
     def _side(self, name: str) -> int:
         return self._of_image(name, lambda image: min(image.size))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
@@ -163,14 +164,21 @@ def expand_home(config: Any) -> Any:
     return replace(config, **{each.name: expand_home(getattr(config, each.name)) for each in fields(config)})
 
 
+@cache
+def parser_of(config_class: type) -> ArgumentParser:
+    """Of a class's fields; building it takes longer than a hundred uses."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class)
+    return parser
+
+
 def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
     """The same from nested mappings, as YAML gives them.
 
     Raises:
         ValueError: that names the key, when one is unknown or its value does not fit.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(config_class)
+    parser = parser_of(config_class)
     try:
         found = parser.instantiate(parser.parse_object(values))
     except ArgumentError as error:

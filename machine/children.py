@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped before the end, saved; run it again with --resume auto
+STOPPED = "stopped"  # a file that says so in a run's folder: launchers make 1 of every status
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LAUNCHER = "accelerate.commands.launch"
 LAUNCHERS = {LAUNCHER, "accelerate.commands.accelerate_cli", "accelerate", "accelerate-launch"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int64, Shaped
-from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.layers.attention import SelfAttention, xavier_, zero_
 from models.layers.embedding import Conditioning, TimeEmbedding
+from models.layers.mlp import Mlp
 from models.layers.modulation import modulate
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.position import sincos_2d
@@ -23,7 +23,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attention = SelfAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELUTanh)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), nn.GELU("tanh"))
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Float[Tensor, "b n d"], cond: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:

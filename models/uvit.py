@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int64, Shaped
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.layers.attention import SelfAttention
 from models.layers.embedding import sinusoids
+from models.layers.mlp import Mlp
 from models.layers.patch import check_input_size, patchify, unpatchify
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int64, Shaped
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.layers.attention import SelfAttention, zero_
 from models.layers.embedding import Conditioning
+from models.layers.mlp import DropPath, Mlp
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, NoConditioning
 from models.layers.patch import PatchExpanding, PatchMerging
 from models.layers.position import sincos_2d

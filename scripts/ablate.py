@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ablation.study import AblationConfig, ClusterConfig, read_ablation
 from experiment.cli import one_line_errors, parse
 from experiment.settings import within
+from machine.children import EXIT_CODE
 from machine.whole_files import inside
 
 STARTED = time.time()
@@ -93,7 +94,6 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     from ablation.variants import expand
     from machine.accelerator import open_accelerator
     from machine.lock import Lock
-    from training.interruption import EXIT_CODE
 
     # What is to be done.
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours

@@ -25,11 +25,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from evaluation.table import markdown
 from experiment.cli import one_line_errors, run_program
 from machine import children
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
 Row = dict[str, Any]
+Program = tuple[Row, Callable[[], Any]]  # what is measured, and a call of it
 
 
 def training(
@@ -61,26 +63,25 @@ def training(
     """
     from metrics.cost import cost
 
-    precision, device = chosen(precision), the_device()
-    peak = matrix_peak(precision)
+    precision, peak = chosen(precision), matrix_peak(precision)
     x_0, y = latents(batch_size, latent_size, num_classes)
-    programs: list[tuple[Row, Callable[[], None]]] = []
+    programs: list[Program] = []
     for name in models:
         model = backbone(name, latent_size, num_classes, **(model_args or {}))
         of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=num_classes)
-        row = {"model": name, "implementation": "this one", "precision": precision + " compiled" * compile}
-        row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
-        programs.append((row, our_step(model, x_0, y, precision, compile)))
+        row = {**ours(name, precision, compile), "parameters": of_image.parameters, "gflops": of_image.gflops}
+        programs.append((row, our_step(model, precision, compile, lambda: (x_0, y))))
         if compare is not None:
-            for precision_of_theirs in dict.fromkeys(("fp32", precision)):
-                row = {"model": name, "implementation": "published", "precision": precision_of_theirs}
-                programs.append((row, their_step(compare, name, x_0, y, num_classes, precision_of_theirs)))
-    rows = measured([row for row, _ in programs], [program for _, program in programs], rounds, batch_size)
+            for theirs in dict.fromkeys(("fp32", precision)):
+                row = {"model": name, "implementation": "published", "precision": theirs}
+                programs.append((row, their_step(compare, name, num_classes, theirs, lambda: (x_0, y))))
+    rows = in_turns(programs, rounds, batch_size)
     for row in rows:
         if "gflops" in row:  # backward costs about twice the forward
             row["MFU"] = round(3 * row["gflops"] * 1e9 * row["img/s"] / peak, 3)
     what = f"optimizer step, batch {batch_size}, latents {latent_size}x{latent_size}"
-    report(what, rows, output, note=f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {device} matrices of side 2048.")
+    note = f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {the_device()} matrices of side 2048."
+    report(what, rows, output, note=note)
 
 
 def sampling(
@@ -113,36 +114,28 @@ def sampling(
         compare: checkout of the published implementation
         output: JSON file
     """
-    import torch
+    from functools import partial
 
     from diffusion import GaussianDiffusion, sample
 
-    diffusion, precision = GaussianDiffusion(), chosen(precision)
+    precision = chosen(precision)
     noise, y = latents(batch_size, latent_size, num_classes)
     settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
-    programs: list[tuple[Row, Callable[[], None]]] = []
+    programs: list[Program] = []
     for name in models:
         model = compiled(backbone(name, latent_size, num_classes).eval(), compile)
-
-        def ours(model: torch.nn.Module = model) -> None:
-            with autocast(precision):
-                sample(diffusion, model, noise, y, **settings)
-
-        row = {"model": name, "implementation": "this one", "precision": precision + " compiled" * compile}
-        programs.append((row, ours))
+        draw = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
+        programs.append((ours(name, precision, compile), autocasting(precision, draw)))
         if compare is not None:
             from published.checkout import Published
 
             published = Published(compare)
-            their_model = published.create(name, latent_size=latent_size, num_classes=num_classes).eval()
-
-            def theirs(model: torch.nn.Module = their_model, published: Published = published) -> None:
-                with autocast(precision), torch.no_grad():
-                    how = {"num_classes": num_classes, "num_steps": num_steps, "scale": guidance_scale}
-                    published.sample(model, noise, y, **how)
-
-            programs.append(({"model": name, "implementation": "published", "precision": precision}, theirs))
-    rows = measured([row for row, _ in programs], [program for _, program in programs], rounds, batch_size)
+            model = published.create(name, latent_size=latent_size, num_classes=num_classes).eval()
+            theirs = {"num_classes": num_classes, "num_steps": num_steps, "scale": guidance_scale}
+            draw = partial(published.sample, model, noise, y, **theirs)
+            row = {"model": name, "implementation": "published", "precision": precision}
+            programs.append((row, autocasting(precision, draw)))
+    rows = in_turns(programs, rounds, batch_size)
     report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows, output)
 
 
@@ -178,8 +171,8 @@ def epoch(
     from experiment.datasets import open_split
     from training.batches import Batches
 
-    diffusion, precision = GaussianDiffusion(), chosen(precision)
-    codec, device = create_codec("embedded").to(the_device()), the_device()
+    precision, device = chosen(precision), the_device()
+    codec = create_codec("embedded").to(device)
     shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
     kind = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
     kind |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -187,30 +180,31 @@ def epoch(
     autoencoder.to(device)
     images = torch.stack([shapes[index][0] for index in range(batch_size)]).to(device).float() / 127.5 - 1
     _, y = latents(batch_size, 8, 10)
-    programs: list[tuple[Row, Callable[[], None]]] = []
+
+    @torch.no_grad()
+    def encoded() -> tuple[Any, Any]:
+        return autoencoder.encode(images).latent_dist.sample().mul_(0.18215), y
+
     with tempfile.TemporaryDirectory() as folder:
         cache_folder = Path(folder) / "cache"
         prepare = lambda batch: codec.prepare(batch.to(device)).cpu()  # noqa: E731
         build_cache(cache_folder, shapes, prepare, codec.provenance, flips=True, batch_size=64, progress=False)
         cache = LatentCache(cache_folder, codec.identity).to(device)
-        batches = Batches(cache, codec, diffusion.times(), seed=0, batch_size=batch_size, device=device)
+        times = GaussianDiffusion().times()
+        batches = Batches(cache, codec, times, seed=0, batch_size=batch_size, device=device)
+        steps = iter(range(10**9))
+
+        def cached() -> tuple[Any, Any]:
+            (batch,) = batches.micro_batches(next(steps))
+            return batch.x_0, batch.y
+
+        programs: list[Program] = []
         for name in models:
-            step, steps = our_step(backbone(name, 8, 10), None, None, precision, compile), iter(range(10**9))
-
-            def ours(step: Callable = step, steps: Any = steps) -> None:
-                (batch,) = batches.micro_batches(next(steps))
-                step(batch.x_0, batch.y)
-
-            programs.append(({"model": name, "implementation": "this one, cache warm", "precision": precision}, ours))
-            their = their_step(compare, name, None, None, 10, "fp32")
-
-            def theirs(step: Callable = their) -> None:
-                with torch.no_grad():
-                    x_0 = autoencoder.encode(images).latent_dist.sample().mul_(0.18215)
-                step(x_0, y)
-
-            programs.append(({"model": name, "implementation": "published loop", "precision": "fp32"}, theirs))
-        rows = measured([row for row, _ in programs], [program for _, program in programs], rounds, batch_size)
+            row = {"model": name, "implementation": "this one, cache warm", "precision": precision}
+            programs.append((row, our_step(backbone(name, 8, 10), precision, compile, cached)))
+            row = {"model": name, "implementation": "published loop", "precision": "fp32"}
+            programs.append((row, their_step(compare, name, 10, "fp32", encoded)))
+        rows = in_turns(programs, rounds, batch_size)
     report(f"training from 64x64 images, batch {batch_size}", rows, output)
 
 
@@ -246,9 +240,9 @@ def scaling(
                 command += [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
                 children.run(command, stdout=subprocess.DEVNULL)
                 (row,) = json.loads(Path(file.name).read_text())["rows"]
-            row |= {"latent": side, "batch": batch_size, "us/pixel": round(1e6 / row["img/s"] / side**2, 2)}
-            row["kB/pixel"] = round(row["step GB"] * 1e6 / (batch_size * side**2), 1)
-            rows.append({key: row[key] for key in ("model", "latent", "batch", "img/s", "us/pixel", "kB/pixel")})
+            pixels = {"us/pixel": round(1e6 / row["img/s"] / side**2, 2)}
+            pixels |= {"kB/pixel": round(row["step GB"] * 1e6 / (batch_size * side**2), 1)}
+            rows.append({"model": name, "latent": side, "batch": batch_size, "img/s": row["img/s"], **pixels})
             print(rows[-1], file=sys.stderr)
     if plot is not None:
         draw_scaling(rows, plot)
@@ -299,10 +293,10 @@ def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, roun
         for batch in images.split(batch_size):
             network.module(batch.to(the_device()))[0].cpu()
 
-    def ours() -> None:
+    def extract() -> None:
         network(image_batches(images, batch_size), num_images, progress=False)
 
-    rows = measured([{"what": "bare loop"}, {"what": "Extractor"}], [bare, ours], rounds, num_images)
+    rows = in_turns([({"what": "bare loop"}, bare), ({"what": "Extractor"}, extract)], rounds, num_images)
     report(f"{network.name}, {num_images} images of 64x64, batches of {batch_size}", rows)
 
 
@@ -319,22 +313,21 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
 
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randn(num_images, dim, generator=generator) for _ in range(2)]
-    began = time.perf_counter()
-    moments = []
-    for features in sets:
-        running = RunningMoments()
+    clock = [time.perf_counter()]
+    moments = [RunningMoments(), RunningMoments()]
+    for running, features in zip(moments, sets, strict=True):
         for batch in features.split(4096):
             running.update(batch)
-        moments.append(running.moments())
-    middle = time.perf_counter()
-    frechet_distance(*moments)
-    end = time.perf_counter()
-    rows = [{"what": "moments of both", "s": middle - began}, {"what": "distance", "s": end - middle}]
-    report(f"two sets of {num_images} x {dim}", [{**row, "s": round(row["s"], 1)} for row in rows])
+    clock.append(time.perf_counter())
+    frechet_distance(*(running.moments() for running in moments))
+    clock.append(time.perf_counter())
+    seconds = [round(end - begin, 1) for begin, end in zip(clock, clock[1:], strict=False)]
+    rows = [{"what": what, "s": s} for what, s in zip(("moments of both", "distance"), seconds, strict=True)]
+    report(f"two sets of {num_images} x {dim}", rows)
 
 
-def our_step(model: Any, x_0: Any, y: Any, precision: str, compile: bool) -> Callable[..., None]:
-    """An optimizer step as `train.py` makes it, on these latents or on those it is given."""
+def our_step(model: Any, precision: str, compile: bool, batch: Callable[[], tuple[Any, Any]]) -> Callable[[], None]:
+    """An optimizer step as `train.py` makes it, on what `batch` gives: latents and labels."""
     from checkpoints.averages import EMA
     from diffusion import GaussianDiffusion
     from experiment.config import OptimConfig
@@ -342,11 +335,10 @@ def our_step(model: Any, x_0: Any, y: Any, precision: str, compile: bool) -> Cal
 
     diffusion, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
     compiled(model, compile)
+    loss_of = autocasting(precision, lambda: diffusion.training_loss(model, *batch())["loss"].mean())
 
-    def step(x_0: Any = x_0, y: Any = y) -> None:
-        with autocast(precision):
-            loss = diffusion.training_loss(model, x_0, y)["loss"].mean()
-        loss.backward()
+    def step() -> None:
+        loss_of().backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update(model, 0)
@@ -354,27 +346,33 @@ def our_step(model: Any, x_0: Any, y: Any, precision: str, compile: bool) -> Cal
     return step
 
 
-def their_step(checkout: Path, name: str, x_0: Any, y: Any, num_classes: int, precision: str) -> Callable[..., None]:
+def their_step(
+    checkout: Path, name: str, num_classes: int, precision: str, batch: Callable[[], tuple[Any, Any]]
+) -> Callable[[], None]:
     """An optimizer step as the published script makes it; in bf16 under autocast with the fused optimizer."""
     import torch
 
     from published.checkout import Published, update_average
 
-    published, device = Published(checkout), the_device()
-    model = published.create(name, latent_size=8, num_classes=num_classes).to(device)
-    average, loss_of = deepcopy(model).requires_grad_(False).eval(), published.loss()
+    published = Published(checkout)
+    model = published.create(name, latent_size=8, num_classes=num_classes).to(the_device())
+    average, loss = deepcopy(model).requires_grad_(False).eval(), published.loss()
     fused = True if precision == "bf16" else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused)
+    loss_of = autocasting(precision, lambda: loss(model, *batch()))
 
-    def step(x_0: Any = x_0, y: Any = y) -> None:
-        with autocast(precision):
-            loss = loss_of(model, x_0, y)
+    def step() -> None:
         optimizer.zero_grad()
-        loss.backward()
+        loss_of().backward()
         optimizer.step()
         update_average(average, model)
 
     return step
+
+
+def ours(name: str, precision: str, compile: bool) -> Row:
+    """The head of a row of this implementation."""
+    return {"model": name, "implementation": "this one", "precision": precision + " compiled" * compile}
 
 
 def backbone(name: str, latent_size: int, num_classes: int, **model_args: Any) -> Any:
@@ -402,11 +400,11 @@ def latents(batch_size: int, latent_size: int, num_classes: int) -> tuple[Any, A
     return x_0, torch.arange(batch_size, device=the_device()) % num_classes
 
 
-def autocast(precision: str) -> Any:
-    """As train.py's precision of that name."""
+def autocasting(precision: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    """The function under train.py's precision of that name."""
     import torch
 
-    return torch.autocast(the_device().type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(the_device().type, torch.bfloat16, enabled=precision == "bf16")(function)
 
 
 def chosen(precision: str) -> str:
@@ -425,55 +423,44 @@ def the_device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def matrix_peak(precision: str, side: int = 2048, rounds: int = 7) -> float:
+def matrix_peak(precision: str, side: int = 2048) -> float:
     """FLOP/s of a large square product in this precision."""
     import torch
 
+    from metrics.cost import throughput
+
     a = torch.randn(side, side, device=the_device(), dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    (times,) = alternate(rounds, [lambda: (a @ a).sum().item()])
-    return 2 * side**3 / min(times)
+    return 2 * side**3 * throughput(lambda: a @ a, batch_size=1, num_repeats=7, device=the_device())
 
 
-def measured(rows: Sequence[Row], programs: Sequence[Callable[[], None]], rounds: int, num_images: int) -> list[Row]:
-    """Rows with images a second: the median, and the slowest and fastest round; on GPUs with the memory of a step."""
-    memory: list[float] = []
-    times = alternate(rounds, programs, memory)
-    found = []
-    for row, taken, used in zip(rows, times, memory, strict=True):
-        speeds = sorted(num_images / seconds for seconds in taken)
-        spread = f"{speeds[0]:.1f} to {speeds[-1]:.1f}"
-        found.append(
-            {**row, "img/s": float(f"{statistics.median(speeds):.4g}"), "spread": spread, "step GB": round(used, 3)}
-        )
-    return found
-
-
-def alternate(
-    rounds: int, programs: Sequence[Callable[[], Any]], memory: list[float] | None = None
-) -> list[list[float]]:
-    """Seconds of each program in each round; they take turns, after one round that does not count.
-
-    `memory` takes in what each program's first call adds to the most memory that was held, in GB.
-    """
+def in_turns(programs: Sequence[Program], rounds: int, num_images: int) -> list[Row]:
+    """Rows with images a second: the median, and the slowest and fastest round. Programs take turns, after a round
+    that does not count; `step GB` is what a program's first call adds to the most memory that was held."""
     import torch
 
     from training.meter import memory_gb
 
-    times: list[list[float]] = [[] for _ in programs]
+    device = the_device()
+    seconds: list[list[float]] = [[] for _ in programs]
+    memory: list[float] = []
     for number in range(rounds + 1):
-        for program, taken in zip(programs, times, strict=True):
-            if the_device().type == "cuda":
+        for (_, program), taken in zip(programs, seconds, strict=True):
+            if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            held = memory_gb(the_device())
-            began = time.perf_counter()
+            held, began = memory_gb(device), time.perf_counter()
             program()
-            if the_device().type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
-            if number > 0:
+            if number == 0:
+                memory.append(round(memory_gb(device) - held, 3))
+            else:
                 taken.append(time.perf_counter() - began)
-            elif memory is not None:
-                memory.append(memory_gb(the_device()) - held)
-    return times
+    rows = []
+    for (row, _), taken, used in zip(programs, seconds, memory, strict=True):
+        speed, slowest, fastest = (num_images / pick(taken) for pick in (statistics.median, max, min))
+        spread = f"{slowest:.1f} to {fastest:.1f}"
+        rows.append({**row, "img/s": float(f"{speed:.4g}"), "spread": spread, "step GB": used})
+    return rows
 
 
 def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str = "") -> None:
@@ -483,10 +470,8 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     title = f"{what}; {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(str(row.get(column, '')) for column in columns)} |")
-    print(f"\n{note}")
+    cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    print(f"\n{title}\n\n{markdown(cells)}\n\n{note}")
     if output is not None:
         output.write_text(json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiment.cli import one_line_errors, parse_run, run_program
 from experiment.config import ExperimentConfig
 from machine import children
+from machine.children import EXIT_CODE, STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,8 +44,6 @@ class Training:
         Raises:
             RuntimeError: when it fails.
         """
-        from training.interruption import EXIT_CODE, STOPPED
-
         (self.run / STOPPED).unlink(missing_ok=True)
         launch = [sys.executable]
         if self.gpus > 1:

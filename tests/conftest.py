@@ -1,5 +1,6 @@
 """Shapes in public signatures are checked while testing: jaxtyping reads them, beartype verifies them."""
 
+import importlib
 import os
 import signal
 import tomllib
@@ -14,10 +15,18 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 import pytest
 import yaml
 from jaxtyping import install_import_hook
-from processes import ROOT, TINY, run
+from processes import LIBRARIES, ROOT, TINY, run
 
 ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-install_import_hook([name for name in ROOMS if "." not in name], "beartype.beartype")
+install_import_hook([name for name in ROOMS if "." not in name], "signatures.checked")
+
+
+def pytest_collection(session):
+    """Imports the libraries: what the hook finds imported by a module of ours for the first time is compiled anew."""
+    if worker or not session.config.getoption("numprocesses"):  # not in the one that deals out tests
+        for name in LIBRARIES:
+            importlib.import_module(name)
+
 
 for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # nohup and a shell's & pass on their deafness
     if signal.getsignal(number) == signal.SIG_IGN:

@@ -59,7 +59,7 @@ def address(folder, temporary):
     server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(url, timeout=5).close()
                 break
@@ -69,7 +69,7 @@ def address(folder, temporary):
         yield url
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=120)
         log.close()
         assert not list(temporary.iterdir())
 
@@ -145,7 +145,7 @@ def test_what_a_visitor_gets_wrong_is_said_on_the_page(client, settings, words):
 def test_no_file_but_its_pictures_can_be_fetched(address, folder):
     for path in ("/etc/passwd", str(folder / "tiny.yaml"), "../tiny.yaml", str(ROOT / "README.md")):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=20)
+            urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=120)
         assert refused.value.code in (403, 404)
 
 
@@ -160,20 +160,20 @@ def test_no_file_but_its_pictures_can_be_fetched(address, folder):
 )
 def test_the_page_takes_no_files_and_serves_no_other_site(address, path, headers, data):
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(urllib.request.Request(address + path, data, headers), timeout=20)
+        urllib.request.urlopen(urllib.request.Request(address + path, data, headers), timeout=120)
     assert refused.value.code == 403
 
 
 def test_what_nobody_reads_is_not_drawn(address, client):
     long = {"data": [["runs/tiny"], *{**DRAW, "number": 8, "steps": 250}.values()]}
-    for _ in range(8):
+    for _ in range(16):
         request = urllib.request.Request(
             f"{address}/gradio_api/call/draw", json.dumps(long).encode(), {"Content-Type": "application/json"}
         )
-        urllib.request.urlopen(request, timeout=20).close()
+        urllib.request.urlopen(request, timeout=120).close()
     began = time.monotonic()
     assert draw(client)[2]
-    assert time.monotonic() - began < 40  # the ten seconds in which they may listen; minutes where they are drawn
+    assert time.monotonic() - began < 120  # ten seconds in which they may listen; many minutes where they are drawn
 
 
 def test_a_reader_who_comes_late_to_his_answer_gets_it(address):
@@ -181,10 +181,10 @@ def test_a_reader_who_comes_late_to_his_answer_gets_it(address):
     request = urllib.request.Request(
         f"{address}/gradio_api/call/draw", json.dumps(asked).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         event = json.load(answer)["event_id"]
     time.sleep(3)
-    with urllib.request.urlopen(f"{address}/gradio_api/call/draw/{event}", timeout=60) as answer:
+    with urllib.request.urlopen(f"{address}/gradio_api/call/draw/{event}", timeout=120) as answer:
         assert "sample.py" in answer.read().decode().partition("event: complete")[2]
 
 

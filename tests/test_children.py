@@ -47,7 +47,7 @@ def parent(folder, body, **options):
     return process
 
 
-def await_file(path, process, *, size=0, seconds=120):
+def await_file(path, process, *, size=0, seconds=600):
     deadline = time.time() + seconds
     while not path.exists() or path.stat().st_size < size:
         assert process.poll() is None, process.stdout.read()
@@ -59,7 +59,7 @@ def family(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def left(processes, seconds=20):
+def left(processes, seconds=120):
     return psutil.wait_procs(processes, timeout=seconds)[1]
 
 
@@ -92,7 +92,7 @@ with children.on_stop(stop):
 """
     process = parent(tmp_path, body)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[0] == "ended in time\n75\n"
+    assert process.communicate(timeout=120)[0] == "ended in time\n75\n"
 
 
 def test_what_is_ignored_stays_ignored_and_grandchildren_can_be_killed(tmp_path):
@@ -109,7 +109,7 @@ with children.on_stop(lambda number: children.kill(child)):
     process.send_signal(signal.SIGHUP)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[0] == f"{-signal.SIGKILL}\n"
+    assert process.communicate(timeout=120)[0] == f"{-signal.SIGKILL}\n"
     assert not left(found)
     assert not (tmp_path / "ended").exists()
 
@@ -133,7 +133,7 @@ with children.on_stop(lambda number: children.send(child, number)):
     process = parent(tmp_path, body)
     found = family(process)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert not left(found)
     assert (tmp_path / "ended").read_text() == "SIGTERM"
 
@@ -199,7 +199,7 @@ def test_a_stop_ends_the_program_that_is_run_too():
     before, started = set(psutil.Process().children()), []
     threading.Thread(target=stop).start()
     with pytest.raises(SystemExit, match="143"):
-        children.run([sys.executable, "-c", "import time; time.sleep(60)"])
+        children.run([sys.executable, "-c", "import time; time.sleep(600)"])
     assert not any(child.is_running() for child in started)
     with pytest.raises(SystemExit, match="3"):
         children.run([sys.executable, "-c", "raise SystemExit(3)"])

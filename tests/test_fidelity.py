@@ -417,10 +417,11 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
     samples, reference = random_images(2, seed=3), random_images(3, seed=4)
+    extractor = Extractor("inception", weights_path=inception_weights)
     scores = score(
         samples,
         reference,
-        weights_path=inception_weights,
+        extractor=extractor,
         neighbourhood=1,
         is_splits=1,
         kid_subsets=3,
@@ -429,7 +430,6 @@ def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
     assert list(scores.scores) == list(METRICS)
     known = {name for name, one in scores.scores.items() if one.value is not None}
     assert known == {"fid", "sfid", "is", "kid", "precision", "recall"}  # the others want six reference images
-    extractor = Extractor("inception", weights_path=inception_weights)
     spatial = extractor(image_batches(samples, 2), 2, metrics=["sfid"], progress=False).spatial
     assert spatial is not None
     assert spatial.mean.shape == (7 * 17 * 17,)

@@ -25,8 +25,8 @@ ROOMS = (*ALONE, *ABOVE)
 PACKAGES = {*ROOMS, "scripts", "train", "sample", "evaluate", "tests"}
 
 
-def imported_packages(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported_packages(code):
+    for node in ast.walk(ast.parse(code.read_text()) if isinstance(code, Path) else code):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -57,6 +57,15 @@ def test_layers_know_no_backbone():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("models"):
                 assert node.module.startswith("models.layers")
+
+
+def test_programs_import_what_takes_seconds_only_where_they_use_it():
+    slow = {"diffusers", "matplotlib", "tensorboard", "timm", "torchvision", "wandb"}
+    rooms = set(ROOMS) - {"ablation", "metrics", "sharing"}  # whose own modules wait until they are used
+    for path in [*ROOT.glob("*.py"), *(path for room in rooms for path in (ROOT / room).rglob("*.py"))]:
+        at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = slow & set(imported_packages(ast.Module(at_once, [])))
+        assert not found, f"{path.relative_to(ROOT)} imports {found}"
 
 
 def test_figures_do_not_depend_on_the_environments_backend():

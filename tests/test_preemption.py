@@ -47,7 +47,7 @@ def stopped_after(said):
 
 
 def await_step(folder, process, step):
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not (folder / "runs/long/log.jsonl").exists() or len(log(folder, "long")) < step:
         assert process.poll() is None
         assert time.time() < deadline
@@ -65,7 +65,7 @@ def test_a_signal_breaks_off_what_is_looked_at_which_is_made_up_for(tmp_path, mo
 
     def signalled(self, step):
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+        time.sleep(600)
 
     train("straight")
     monkeypatch.setattr(Inspection, "validate", signalled)
@@ -101,8 +101,8 @@ def test_a_signalled_launchers_training_saves_and_says_that_it_stopped(tmp_path,
     process = begun(tmp_path, *launcher, *TRAINING, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    assert process.wait(timeout=60) not in (0, 75)  # so that nobody goes by it
-    assert not psutil.wait_procs(family, timeout=60)[1]
+    assert process.wait(timeout=300) not in (0, 75)  # so that nobody goes by it
+    assert not psutil.wait_procs(family, timeout=300)[1]
     run = tmp_path / "runs/long"
     stopped = (run / "stopped").read_text()
     assert stopped.endswith(f"of 100000 steps; go on with --resume {run.relative_to(tmp_path)}\n")
@@ -124,7 +124,7 @@ def test_a_job_that_slurm_signals_is_requeued_and_goes_on(tmp_path):
         time.sleep(0.1)
     await_step(tmp_path, process, stopped_after(said.read_text()) + 1)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert "it ended with status 75" in output
     first, second = (line for line in said.read_text().splitlines() if "stopped after" in line)
     assert first.startswith("SIGUSR")
@@ -138,7 +138,7 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
     process = begun(tmp_path, "-c", ON_TERMINAL, *TRAINING, **options)
     os.close(terminal)
     os.close(main)
-    process.wait(timeout=60)  # with whatever status: there is no shell left
+    process.wait(timeout=300)  # with whatever status: there is no shell left
     stopped = (tmp_path / "runs/long/stopped").read_text()
     assert stopped.startswith("SIGHUP: ")
     assert (tmp_path / f"runs/long/checkpoints/{stopped_after(stopped):08d}/ema.safetensors").is_file()
@@ -164,7 +164,8 @@ def test_the_documented_loop_goes_on_after_75_alone(tmp_path, status):
 def test_the_documented_job_waits_for_the_save_and_is_requeued(tmp_path):
     """The launcher ends by the signal, and leaves a training with the lock."""
     (tmp_path / "runs/xswin").mkdir(parents=True)
-    training = "sleep 0.8; echo SIGTERM > runs/xswin/stopped"
+    training = "touch began; until [ -e signalled ]; do sleep 0.05; done; sleep 0.3; echo SIGTERM > runs/xswin/stopped"
     launcher = f"accelerate() {{ exec flock runs/xswin/training.lock sh -c '{training}'; }}"
-    done = shell(tmp_path, launcher, "scontrol() { echo $1; }", "(sleep 0.4; kill -USR1 $$) &", recipe("#!/bin/bash"))
+    scheduler = "(until [ -e began ]; do sleep 0.05; done; kill -USR1 $$; touch signalled) &"
+    done = shell(tmp_path, launcher, "scontrol() { echo $1; }", scheduler, recipe("#!/bin/bash"))
     assert done.stdout == "requeue\n"

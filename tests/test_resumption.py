@@ -21,16 +21,21 @@ from training.resumption import go_on
 CLASSES = {"diffusion": ExperimentConfig, "autoencoder": AutoencodingConfig}
 
 
+@pytest.fixture(scope="module")
+def values():
+    """Configurations of either kind; parsing one takes a second."""
+    return {kind: parse(config_class, ["--name", "first"]).to_dict() for kind, config_class in CLASSES.items()}
+
+
 @pytest.fixture
-def stored(tmp_path):
+def stored(tmp_path, values):
     """Of either kind a run: its configuration, and of its checkpoint what is read before the weights."""
     found = {}
-    for kind, config_class in CLASSES.items():
-        values = parse(config_class, ["--name", "first"]).to_dict()
+    for kind, settings in values.items():
         found[kind] = tmp_path / kind / "checkpoints" / "00000001"
         found[kind].mkdir(parents=True)
-        (tmp_path / kind / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-        save_tensors({"weight": torch.zeros(1)}, found[kind] / WEIGHTS, {"config": json.dumps(values)})
+        (tmp_path / kind / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        save_tensors({"weight": torch.zeros(1)}, found[kind] / WEIGHTS, {"config": json.dumps(settings)})
     return found
 
 

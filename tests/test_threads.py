@@ -43,7 +43,7 @@ alone = a @ a
 others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
 
 def until(sleeps):
-    for _ in range(60):
+    for _ in range(600):
         time.sleep(0.1)
         waiting.look()
         if waiting.sleeps == sleeps:

@@ -21,6 +21,7 @@ def warns_only(what: object) -> Iterator[None]:
 def draw_curve(run: Path) -> None:
     """`loss.png` beside the log: training and validation loss over the steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(6, 3.5))
@@ -30,6 +31,8 @@ def draw_curve(run: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if len(points) < 20 else "")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter())  # plain numbers: typesetting powers of ten takes as long as the rest
     axes.set_title(run.name, parse_math=False)
     if axes.lines:
         axes.legend(frameon=False)

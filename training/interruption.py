@@ -17,12 +17,11 @@ from accelerate.utils import set_seed
 
 from experiment.config import R, resuming
 from machine.accelerator import from_main, open_accelerator
+from machine.children import EXIT_CODE, STOPPED
 from machine.lock import Lock
 from machine.whole_files import write_whole
 from training.resumption import start_or_go_on
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped before the end, saved; run it again with --resume auto
-STOPPED = "stopped"  # a file that says so in a run's folder: launchers make 1 of every status
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
 

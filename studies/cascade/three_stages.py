@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, Shaped
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from models.backbone import Backbone
@@ -185,6 +184,8 @@ class ViTRefiner(nn.Module):
         num_heads: int = 4,
         patch_size: int = 4,
     ) -> None:
+        from timm.models.vision_transformer import Block  # seconds to import
+
         super().__init__()
         check_heads(width, num_heads)
         rows, columns = check_input_size(size, patch_size)

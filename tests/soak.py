@@ -1,7 +1,7 @@
 """Kill real trainings at random moments, resume them, and compare with one that was never interrupted, bit by bit.
 
     make soak          (20 kills, and 5 of two processes under each launcher; its figures stand in docs/reliability.md)
-    python scripts/soak.py --kills 3 --launcher torchrun
+    python tests/soak.py --kills 3 --launcher torchrun
 
 Every kill is SIGKILL to the whole process group, at a moment drawn at random between the first checkpoint and the end
 of the run: in a step, in a validation, or in the middle of a save (checkpoints are written after every step).
