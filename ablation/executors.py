@@ -6,20 +6,20 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from ablation.identity import ROOT
 from ablation.plan import Planned
 from ablation.runner import Outcome, Runner, say
 from ablation.study import ClusterConfig
 from machine import children
+from machine.cluster import open_executor, requeue
 
 Jobs = list[list[Planned]]
 
@@ -117,34 +117,23 @@ class Work:
 
     def checkpoint(self) -> Any:
         """What submitit calls when SLURM announces the end."""
-        import submitit
-
         self.runner.stop("preempted")
         for child in list(self.runner.children):
             children.await_end(child)
         fresh = Runner(self.runner.ablation, self.runner.deadline, self.runner.launcher, code=self.runner.code)
-        return submitit.helpers.DelayedSubmission(Work(fresh, self.job, self.here))
+        return requeue(Work(fresh, self.job, self.here))
 
 
-def submit(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: str) -> list[Outcome]:
+def submit(
+    jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
+) -> list[Outcome]:
     """A job each through submitit; waits for all of them. A stop is passed on to jobs that are processes here; those of
     a scheduler go on.
 
     Raises:
         ValueError: where submitit is missing.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise ValueError("submitit is not installed: pip install -e '.[slurm]'") from error
-    executor = submitit.AutoExecutor(folder=logs, cluster=scheduler)
-    executor.update_parameters(
-        timeout_min=int(60 * cluster.hours), cpus_per_task=cluster.cpus_per_gpu * max(1, cluster.gpus), name="ablation"
-    )
-    if scheduler == "slurm":
-        slurm = {"slurm_signal_delay_s": 120, **({"slurm_partition": cluster.partition} if cluster.partition else {})}
-        executor.update_parameters(gpus_per_node=cluster.gpus, mem_gb=cluster.memory_gb, **slurm)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    executor = open_executor(scheduler, logs, name="ablation", **asdict(cluster))
     here = scheduler == "local"
     submitted: list[tuple[list[Planned], Any]] = []
     stopped: list[str] = []

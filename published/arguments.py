@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from models import BACKBONES, model_arguments
+
 # Heads cannot be seen in the weights; width says them for every published size.
 HEADS = {384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16}
 
@@ -36,6 +38,19 @@ def reference_arguments(source: str, config: Mapping[str, object]) -> dict[str, 
         ValueError: for an unknown source, or arguments that ours cannot follow.
     """
     return _of_source(source)[1](config)
+
+
+def row_of(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The row of the table of backbones that builds the same, if there is one, and what is left to say."""
+
+    def whole(row: str, **others: Any) -> dict[str, Any]:
+        arguments = {**model_arguments(row), **others}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
+
+    wanted = whole(name, **arguments)
+    same = (row for row, (family, _) in BACKBONES.items() if family is BACKBONES[name][0] and whole(row) == wanted)
+    row = next(same, None)
+    return (name, arguments) if row is None else (row, {})
 
 
 def _of_source(source: str) -> tuple[Callable, Callable]:

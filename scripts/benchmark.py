@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +322,7 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
     clock.append(time.perf_counter())
     frechet_distance(*(running.moments() for running in moments))
     clock.append(time.perf_counter())
-    seconds = [round(end - begin, 1) for begin, end in zip(clock, clock[1:], strict=False)]
+    seconds = [round(end - begin, 1) for begin, end in pairwise(clock)]
     rows = [{"what": what, "s": s} for what, s in zip(("moments of both", "distance"), seconds, strict=True)]
     report(f"two sets of {num_images} x {dim}", rows)
 

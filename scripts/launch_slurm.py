@@ -9,7 +9,6 @@ to the queue and resumes with `--resume auto`.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from contextlib import nullcontext
@@ -24,8 +23,7 @@ from experiment.cli import one_line_errors, parse_run, run_program
 from experiment.config import ExperimentConfig
 from machine import children
 from machine.children import EXIT_CODE, STOPPED
-
-ROOT = Path(__file__).resolve().parent.parent
+from machine.cluster import ROOT, open_executor, requeue
 
 
 @dataclass
@@ -62,11 +60,9 @@ class Training:
 
     def checkpoint(self) -> Any:
         """What submitit calls when SLURM announces the end: let the training save, then go back to the queue."""
-        import submitit
-
         children.send(self.process, signal.SIGUSR1)
         children.await_end(self.process)
-        return submitit.helpers.DelayedSubmission(Training(self.arguments, self.run, self.gpus, self.here))
+        return requeue(Training(self.arguments, self.run, self.gpus, self.here))
 
 
 def main(
@@ -95,23 +91,13 @@ def main(
         logs: folder for the job's output
         wait: stay until the job has ended
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise ValueError("submitit is not installed: pip install -e '.[slurm]'") from error
     if not experiment.is_file():
         raise ValueError(f"--experiment {experiment}: no such file")
     arguments = ["--config", str(experiment), *overrides]
     run = parse_run(ExperimentConfig, arguments).folder
-    executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
-    executor.update_parameters(
-        timeout_min=int(60 * hours), cpus_per_task=cpus_per_gpu * max(1, gpus), name=experiment.stem
-    )
-    if cluster == "slurm":
-        slurm = {"slurm_signal_delay_s": 120, **({"slurm_partition": partition} if partition else {})}
-        executor.update_parameters(gpus_per_node=gpus, mem_gb=memory_gb, **slurm)
+    room = {"gpus": gpus, "hours": hours, "cpus_per_gpu": cpus_per_gpu, "memory_gb": memory_gb, "partition": partition}
+    executor = open_executor(cluster, logs, name=experiment.stem, **room)
     here = cluster == "local"
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with children.deaf_to(signal.SIGINT):  # the terminal's, which is for this process to pass on
         job = executor.submit(Training(arguments, run, gpus, here))
     print(f"job {job.job_id}; its output: {job.paths.stdout}", flush=True)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiment.cli import one_line_errors, parse
 from experiment.settings import within
 
+TORCHVISION = {"caltech101": "Caltech101", "cifar10": "CIFAR10", "mnist": "MNIST"}
 Item = tuple[str, str, Any]  # split ('' where there is none), class name, PIL image
 
 
@@ -56,7 +57,7 @@ def main(config: PrepareConfig) -> None:
     if config.dataset.startswith("hf:"):
         items = hub_items(config)
     elif config.dataset in TORCHVISION:
-        items = TORCHVISION[config.dataset](config.root)
+        items = torchvision_items(config.dataset, config.root)
     else:
         raise ValueError(f"--dataset {config.dataset}: unknown, choose from {', '.join(TORCHVISION)} or hf:OWNER/NAME")
     manifest = write_zip(fetched(items, config), config.output, config.image_size, source=config.dataset)
@@ -124,27 +125,17 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
     return manifest
 
 
-def caltech101_items(root: Path) -> Iterator[Item]:
-    """Caltech101 without its background class (Fei-Fei et al. 2004)."""
-    from torchvision.datasets import Caltech101
+def torchvision_items(name: str, root: Path) -> Iterator[Item]:
+    """Caltech101 without its background class (Fei-Fei et al. 2004); CIFAR-10 (Krizhevsky 2009) and MNIST (LeCun et al.
+    1998) with their own test sets."""
+    from torchvision import datasets
 
-    dataset = Caltech101(str(root), download=True)
-    for image, label in dataset:
-        yield "", dataset.categories[label], image
-
-
-def cifar10_items(root: Path) -> Iterator[Item]:
-    """CIFAR-10 with its own test set (Krizhevsky 2009)."""
-    from torchvision.datasets import CIFAR10
-
-    yield from _train_and_test(CIFAR10, root)
-
-
-def mnist_items(root: Path) -> Iterator[Item]:
-    """MNIST with its own test set (LeCun et al. 1998)."""
-    from torchvision.datasets import MNIST
-
-    yield from _train_and_test(MNIST, root)
+    dataset_class = getattr(datasets, TORCHVISION[name])
+    for split in ("",) if name == "caltech101" else ("train", "test"):
+        dataset = dataset_class(str(root), download=True, **({"train": split == "train"} if split else {}))
+        names = dataset.classes if split else dataset.categories
+        for image, label in dataset:
+            yield split, names[label], image
 
 
 def hub_items(config: PrepareConfig) -> Iterator[Item]:
@@ -175,15 +166,6 @@ def hub_items(config: PrepareConfig) -> Iterator[Item]:
             image = open_image(stored["bytes"] or Path(stored["path"]).read_bytes())
             yield split, label_names[label] if label_names else str(label), image
 
-
-def _train_and_test(dataset_class: Callable[..., Any], root: Path) -> Iterator[Item]:
-    for split in ("train", "test"):
-        dataset = dataset_class(str(root), train=split == "train", download=True)
-        for image, label in dataset:
-            yield split, dataset.classes[label], image
-
-
-TORCHVISION = {"caltech101": caltech101_items, "cifar10": cifar10_items, "mnist": mnist_items}
 
 if __name__ == "__main__":
     with one_line_errors():

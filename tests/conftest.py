@@ -24,7 +24,7 @@ install_import_hook([name for name in ROOMS if "." not in name], "signatures.che
 def pytest_collection(session):
     """Imports the libraries: what the hook finds imported by a module of ours for the first time is compiled anew."""
     if worker or not session.config.getoption("numprocesses"):  # not in the one that deals out tests
-        for name in LIBRARIES:
+        for name in ("signatures", *LIBRARIES):
             importlib.import_module(name)
 
 

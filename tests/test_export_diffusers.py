@@ -22,7 +22,10 @@ from machine.randomness import generator_for
 from metrics.exported import save_program
 from models import create_model
 from models.spec import ModelSpec
+from published import diffusers_pipeline
 from published.diffusers_dit import to_diffusers, with_our_frequencies, without_shift
+from published.diffusers_pipeline import export_denoiser, native_names, readme
+from published.diffusers_schedulers import scheduler_of
 
 EXPORT, SAMPLE = script("scripts/export_diffusers.py"), script("sample.py")
 TINY_DIT = {"dim": 32, "depth": 2, "num_heads": 2}
@@ -118,7 +121,7 @@ def test_pictures_are_those_of_sample(kind, sampler, spacing, autoencoder, setti
 def test_every_kind_of_backbone_leaves_as_a_program_for_any_batch(name, tmp_path):
     spec = ModelSpec(name, BACKBONES[name], (8, 8), 4, 8, 10)
     model = randomise(spec.build())
-    program, error = EXPORT.export_denoiser(model, spec)
+    program, error = export_denoiser(model, spec)
     assert error < 1e-5
     save_program(program, tmp_path / "denoiser.pt2")
     with zipfile.ZipFile(tmp_path / "denoiser.pt2") as archive:
@@ -135,7 +138,7 @@ def test_a_program_that_differs_is_not_written(monkeypatch):
     program = types.SimpleNamespace(module=lambda: other)
     monkeypatch.setattr(torch.export, "export", lambda *inputs, **options: program)
     with pytest.raises(ValueError, match="the exported program differs from the model by"):
-        EXPORT.export_denoiser(model, spec)
+        export_denoiser(model, spec)
 
 
 def test_a_dit_leaves_as_diffusers_own_with_ten_classes(tmp_path):
@@ -154,7 +157,7 @@ def test_a_dit_leaves_as_diffusers_own_with_ten_classes(tmp_path):
     assert np.abs((found * 255).round().astype(int) - expected).max() <= 1
 
     # It takes commas for ends of names.
-    names = EXPORT.native_names(["crane, bird", "crane, machine", "a", "a ", "b"])
+    names = native_names(["crane, bird", "crane, machine", "a", "a ", "b"])
     assert names == ["crane; bird", "crane; machine", "a (2)", "a (3)", "b"]
     named = DiTPipeline(pipeline.transformer, pipeline.vae, pipeline.scheduler, id2label=dict(enumerate(names)))
     assert named.get_label_ids(names) == list(range(5))
@@ -196,7 +199,7 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
         assert not (tmp_path / "out").exists()
     guided = SamplingConfig(sampler="ddim", spacing="uniform", guidance_interval=[0.1, 2.0])
     with pytest.raises(ValueError, match=r"--sampling.guidance_interval \[0.1, 2.0\]: diffusers"):
-        EXPORT.scheduler_of("gaussian", open_checkpoint(run).build_diffusion(), guided)
+        scheduler_of("gaussian", open_checkpoint(run).build_diffusion(), guided)
 
 
 def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path):
@@ -215,9 +218,11 @@ def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path):
 
 
 def test_the_folder_says_how_to_load_it(tmp_path):
-    assert json.loads((EXPORT.PARTS.parent / "autoencoder" / "config.json").read_text())["shift_factor"]  # is tested
+    assert json.loads((diffusers_pipeline.PARTS.parent / "autoencoder" / "config.json").read_text())[
+        "shift_factor"
+    ]  # is tested
     run = open_checkpoint(checkpoint(tmp_path / "run"))
     for native in (False, True):
-        text = EXPORT.readme(run, SamplingConfig(sampler="ddim", spacing="trailing"), native=native)
+        text = readme(run, SamplingConfig(sampler="ddim", spacing="trailing"), native=native)
         assert '["class 0"]' in text
         assert "from_pretrained" in text

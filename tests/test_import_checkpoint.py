@@ -11,7 +11,8 @@ from test_reference_parity import SOURCES, load_fixture, relative_error
 
 from checkpoints.checkpoint import open_checkpoint
 from diffusion import FlowMatching, sample
-from published.arguments import infer_config, reference_arguments
+from published.arguments import infer_config, reference_arguments, row_of
+from published.training_files import read_weights
 from published.weights import load_reference
 
 SCRIPT = script("scripts/import_checkpoint.py")
@@ -67,7 +68,7 @@ def test_averages_come_first_whatever_they_are_called_and_wrapped_in(average, pr
     moments = {"state": {0: {"exp_avg": torch.ones(2)}}}
     for trained in ("model", "state_dict", "net"):
         torch.save({"optimizer": moments, trained: raw, average: saved, "step": 3}, tmp_path / "x.pt")
-        found, _ = SCRIPT.read_weights(tmp_path / "x.pt")
+        found, _ = read_weights(tmp_path / "x.pt")
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -85,7 +86,7 @@ def test_what_a_trainer_puts_around_weights_is_left_out(tmp_path):
         {"ema": {"a.w": weight}, "args": {"lr": np.float32(1e-4), "steps": np.int64(3), "flag": np.bool_(True)}},
     ):
         torch.save(saved, tmp_path / "x.pt")
-        found, _ = SCRIPT.read_weights(tmp_path / "x.pt")
+        found, _ = read_weights(tmp_path / "x.pt")
         assert found.keys() == {"a.w"}, saved
         assert torch.equal(found["a.w"], weight)
 
@@ -156,7 +157,7 @@ def test_published_sizes_at_256_and_512_are_recognised(source, weights, row, sid
     arguments = reference_arguments(source, infer_config(source, weights))
     assert (arguments.pop("input_size"), arguments.pop("num_classes")) == (side, 1000)
     assert (arguments.pop("in_channels"), arguments.pop("out_channels")) == (4, 8 if source == "dit" else 4)
-    assert SCRIPT.row_of(arguments.pop("name"), arguments) == (row, {})
+    assert row_of(arguments.pop("name"), arguments) == (row, {})
 
 
 def test_classes_have_names_of_their_own(tmp_path):
@@ -195,7 +196,7 @@ def test_what_is_wrong_with_a_file_is_told_in_words(tmp_path, capsys):
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut")
     for name, words in {"cut.pt": "cut short, or not a file of torch", "none.pt": "no such file"}.items():
         with pytest.raises(ValueError, match=words):
-            SCRIPT.read_weights(tmp_path / name)
+            read_weights(tmp_path / name)
 
 
 def test_imported_weights_are_sampled_from_by_the_usual_command(tmp_path):

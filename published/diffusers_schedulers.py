@@ -1,0 +1,102 @@
+"""diffusers' schedulers that walk the chains of our samplers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+
+FOLLOWED = {
+    "sampler",
+    "num_steps",
+    "spacing",
+    "guidance_scale",
+    "legacy_cfg_channels",
+    "clip",
+}  # of sampling's settings
+PREDICTIONS: dict[str, Any] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
+SPACINGS = {  # the pipeline's word for the spacing of each diffusion, sampler and spacing
+    **{
+        ("gaussian", sampler, name): name
+        for sampler in ("ddpm", "ddim", "dpmpp_2m")
+        for name in ("uniform", "trailing")
+    },
+    ("flow", "euler", "uniform"): "flow",
+    ("edm", "euler", "karras"): "karras",
+}
+
+
+def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
+    """diffusers' scheduler that walks the same chain, and the pipeline's word for its spacing.
+
+    Raises:
+        ValueError: naming the setting that none of them follows.
+    """
+    defaults = asdict(type(sampling)())
+    for name, value in asdict(sampling).items():
+        if name not in FOLLOWED and value != defaults[name]:
+            raise ValueError(
+                f"--sampling.{name} {value}: diffusers' schedulers do not have it; train or sample without"
+            )
+    key = kind, sampling.sampler, sampling.spacing
+    if key not in SPACINGS:
+        known = "; ".join(", ".join(chain) for chain in SPACINGS if chain[0] == kind)
+        raise ValueError(
+            f"--sampler {sampling.sampler} with --spacing {sampling.spacing}: no scheduler of diffusers walks that "
+            f"chain under {kind}; there are {known}"
+        )
+    limit = sampling.clip or math.inf
+    if math.isfinite(limit) and sampling.sampler != "ddpm":
+        raise ValueError(
+            f"--clip {limit:g}: in diffusers only the scheduler of ddpm cuts predictions to what pixels can be; "
+            "--sampler ddpm, or --clip .inf where samples come out well without"
+        )
+    return _build(kind, diffusion, sampling.sampler, limit), SPACINGS[key]
+
+
+def _build(kind: str, diffusion: Any, sampler: str | None, limit: float) -> Any:
+    if kind == "flow":
+        if diffusion.path_name != "linear":
+            raise ValueError(f"--diffusion.path {diffusion.path_name}: diffusers' flows are linear")
+        return FlowMatchEulerDiscreteScheduler(1000, shift=float(diffusion.shift))
+    if kind == "edm":
+        low, high = diffusion.noise_range
+        return EDMEulerScheduler(low, high, diffusion.sigma_data)
+    chain: dict[str, Any] = {
+        "trained_betas": diffusion.betas.tolist(),
+        "prediction_type": PREDICTIONS[diffusion.prediction],
+    }
+    if sampler == "ddpm":
+        cut: dict[str, Any] = {"clip_sample": math.isfinite(limit)}
+        if cut["clip_sample"]:
+            cut["clip_sample_range"] = limit
+        return DDPMScheduler(diffusion.num_timesteps, **chain, **cut, variance_type=diffusion.variance)
+    if diffusion.alphas_cumprod[-1] == 0:
+        raise ValueError("--diffusion.zero_terminal_snr true: diffusers' DPM-Solver starts at 1 / 0; --sampler ddpm")
+    return DPMSolverMultistepScheduler(
+        diffusion.num_timesteps,
+        **chain,
+        solver_order=1 if sampler == "ddim" else 2,  # DDIM is DPM-Solver++ of order 1
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        lower_order_final=False,
+    )
+
+
+def told_times(kind: str, diffusion) -> tuple[float, float]:
+    """The scheduler's timestep to what the backbone is given: offset and rate."""
+    if kind == "flow":  # 1000 t
+        first, last = diffusion.model_times
+        return first, (last - first) / 1000
+    if kind == "edm":  # log(sigma) / 4
+        low, high = (math.log(sigma) for sigma in diffusion.noise_range)
+        return -999 * low / (high - low), 4 * 999 / (high - low)
+    first, last = diffusion.model_times or (0.0, float(diffusion.max_time))
+    return first, (last - first) / diffusion.max_time

@@ -1,0 +1,94 @@
+"""The weights in what others' training scripts save: a state dict, or the averaged one of a training checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+AVERAGE = re.compile(r"ema|averag|shadow", re.IGNORECASE)
+OTHERS = re.compile(r"opt|sched|scaler|disc", re.IGNORECASE)  # tensors that are no backbone's
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+OUTER = {"model", "net", "network", "denoiser", "ema_model", "model_ema", "ema"}
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], int]:
+    """The averaged weights of a published file, and the step, where it says it.
+
+    Raises:
+        ValueError: when there is no such file, it holds objects that are not plain data, or no tensors.
+    """
+    if not path.is_file():
+        raise ValueError(f"--weights {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace, *numpy_scalars()]):  # of scripts' arguments
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--weights {path}: not plain weights, and nothing else is unpickled ({reason})") from None
+    except (RuntimeError, EOFError, SafetensorError) as error:
+        raise ValueError(f"--weights {path}: cut short, or not a file of torch ({error})") from None
+    step = int(found.get("train_steps", 0)) if isinstance(found, dict) else 0
+    averaged, trained = parts_of(found)
+    # The XSwin authors' average leaves the batch norms' statistics as they began; the trained model has them.
+    statistics = {name: value for name, value in trained.items() if name.rsplit(".", 1)[-1] in STATISTICS}
+    weights = averaged | statistics if averaged else trained
+    if not weights:
+        raise ValueError(f"--weights {path}: no tensors in it, neither at the top nor in a part, such as ema or model")
+    return weights, step
+
+
+def parts_of(found: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Averaged weights and trained ones of a training checkpoint or a bare state dict, each empty where there are none.
+    What is called an average (ema, model_ema, params_ema, ema_state_dict) is one, be it a part or a common prefix."""
+    if not isinstance(found, dict):
+        return {}, {}
+    parts: dict[str, dict[str, Any]] = {"": strip(found)}
+    for name, part in found.items():
+        if isinstance(part, dict) and not OTHERS.search(str(name)):
+            parts[str(name)] = strip(part) or next((own for inner in part.values() if (own := strip(inner))), {})
+    averaged: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
+    for name, tensors in parts.items():
+        of_average = {key: value for key, value in tensors.items() if AVERAGE.search(name) or AVERAGE.match(key)}
+        averaged = averaged or without_outer(of_average)
+        trained = trained or without_outer({key: value for key, value in tensors.items() if key not in of_average})
+    return averaged, trained
+
+
+def strip(weights: object) -> dict[str, Any]:
+    """The tensors, in float32, without the wrappers that DistributedDataParallel, FSDP and torch.compile put into names
+    in any order and number."""
+    tensors = {}
+    for name, tensor in weights.items() if isinstance(weights, dict) else ():
+        if isinstance(tensor, torch.Tensor) and tensor.dim() + ("num_batches" in str(name)):
+            bare = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+            tensors[bare] = tensor.float() if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def without_outer(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Without a prefix that all names share, as of a trainer's attribute, and without REPA's projectors, which are the
+    training's alone."""
+    outer = {name.partition(".")[0] for name in tensors}
+    if len(outer) == 1 and outer <= OUTER:
+        return without_outer({name.partition(".")[2]: tensor for name, tensor in tensors.items()})
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("projectors.")}
+
+
+def numpy_scalars() -> list[Any]:
+    """What a pickled NumPy number is made of: no code of anyone's."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(kind)) for kind in "?bhilefdBHIL"}
+    return [(scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype, *kinds]
