@@ -62,5 +62,5 @@ def data_uri(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> str:
     opaque = np.full((*images.shape[:3], 1), 255, np.uint8)
     pixels = tile(np.concatenate([images, opaque], axis=-1), columns)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    Image.fromarray(pixels).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

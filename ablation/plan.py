@@ -259,21 +259,13 @@ def table(plan: list[Planned]) -> str:
     """A row a run, to be read before the hours are spent."""
     rows = [["run", "parameters", "GFLOPs", "img/s", "steps", "left", "state"]]
     for planned in plan:
-        speed = f"{planned.speed.training:.1f}" if planned.speed else "-"
-        rows.append(
-            [
-                planned.run.name,
-                f"{planned.cost.parameters / 1e6:.2f}M",
-                f"{planned.cost.gflops:.3f}",
-                speed,
-                str(planned.num_steps),
-                duration(planned.seconds),
-                planned.state,
-            ]
-        )
-    total = [planned.seconds for planned in plan]
-    known = None if None in total else sum(seconds for seconds in total if seconds is not None)
-    return f"{markdown(rows)}\nabout {duration(known)} to go, without features"
+        cost = [f"{planned.cost.parameters / 1e6:.2f}M", f"{planned.cost.gflops:.3f}"]
+        cost.append(f"{planned.speed.training:.1f}" if planned.speed else "-")
+        left = [str(planned.num_steps), duration(planned.seconds), planned.state]
+        rows.append([planned.run.name, *cost, *left])
+    seconds = [planned.seconds for planned in plan]
+    total = None if None in seconds else sum(filter(None, seconds))
+    return f"{markdown(rows)}\nabout {duration(total)} to go, without features"
 
 
 def refuse_changed(plan: list[Planned]) -> None:

@@ -147,17 +147,7 @@ def _sit(config: Mapping) -> dict[str, Any]:
 
 
 def _uvit_adaln(config: Mapping) -> dict[str, Any]:
-    return {
-        "name": "UViT",
-        "input_size": config["input_size"],
-        "in_channels": config["in_channels"],
-        "out_channels": 2 * config["in_channels"],
-        "num_classes": config["num_classes"],
-        "dim": config["hidden_size"],
-        "depth": config["depth"],
-        "num_heads": config["num_heads"],
-        "patch_size": config["patch_size"],
-    }
+    return {**_dit({**config, "learn_sigma": True}), "name": "UViT"}
 
 
 def _uvit(config: Mapping) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def to_diffusers(model: nn.Module) -> Any:
     """A `DiTTransformer2DModel` with the model's weights; its null label is 1000, whatever the number of classes.
 
     diffusers spaces the frequencies of its time embedding by 10000^(1/127), DiT and ours by 10000^(1/128): outputs
-    agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0 (`with_our_frequencies`).
+    agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0.
 
     Raises:
         ValueError: for another backbone, long skips, no classes or more than 1000, or a latent that is not square.
@@ -50,13 +50,6 @@ def to_diffusers(model: nn.Module) -> Any:
     weights = _weights(model)
     theirs.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()})
     return theirs.eval()
-
-
-def with_our_frequencies(theirs: Any) -> Any:
-    """The same module, its time embedding spaced as DiT's."""
-    for block in theirs.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    return theirs
 
 
 def without_shift(autoencoder: Any) -> Any:

@@ -140,17 +140,11 @@ def _convert_xswin(weights: dict[str, Tensor], config: Mapping) -> dict[str, Ten
         weights = _renumber(weights, rf"{stem}\.\w+\.(\d+)", lambda number: number // 4)
     for name in [name for name in weights if name.endswith("attention.qkv.bias") and "middle" not in name]:
         q_bias, _, v_bias = weights.pop(name).chunk(3)
-        weights[name.replace("qkv.bias", "q_bias")], weights[name.replace("qkv.bias", "v_bias")] = (
-            q_bias,
-            v_bias,
-        )
+        weights |= {name.replace("qkv.bias", "q_bias"): q_bias, name.replace("qkv.bias", "v_bias"): v_bias}
     for name in [name for name in weights if ".in_proj." in name]:
         tensor = weights.pop(name)
-        dim = len(tensor) // 3
-        weights[name.replace("in_proj", "q")], weights[name.replace("in_proj", "kv")] = (
-            tensor[:dim],
-            tensor[dim:],
-        )
+        q, kv = tensor.tensor_split([len(tensor) // 3])
+        weights |= {name.replace("in_proj", "q"): q, name.replace("in_proj", "kv"): kv}
     return weights
 
 

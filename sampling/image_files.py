@@ -44,7 +44,7 @@ def save_grid(
             draw.text((left, top + height), _fit(captions[number], width, font), fill="black", font=font)
     kind = Image.registered_extensions().get(path.suffix.lower())
     with whole(path) as partial:
-        canvas.save(partial, format=kind, optimize=True, quality=95, subsampling=0)  # a PDF holds a JPEG
+        canvas.save(partial, format=kind, quality=95, subsampling=0)  # a PDF holds a JPEG
 
 
 def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[str], folder: Path) -> None:

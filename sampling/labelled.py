@@ -48,7 +48,7 @@ def save_labelled(rows: list[tuple[str, list[Pixels]]], columns: list[str], path
             image = Image.fromarray(block).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(image, (left + column * step_x, y))
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path, optimize=True)
+    canvas.save(path)
 
 
 def title(name: str) -> str:

@@ -41,6 +41,13 @@ def root() -> Path:
     return Path(__file__).parent.parent
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A fresh working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """A working folder with a finished tiny run in it, made by each of pytest's workers for itself."""

@@ -97,6 +97,7 @@ def become(command, cwd, environment, *outputs):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
     for name in [name for name in sys.modules if name.partition(".")[0] in ("processes", "conftest")]:
         del sys.modules[name]
     sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
@@ -108,9 +109,9 @@ def become(command, cwd, environment, *outputs):
 
 
 def environment_of(**settings):
-    """One thread, no accelerator."""
+    """One thread, no accelerator; what is compiled is kept for the next, also where the environment forbids it."""
     own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **own, **settings}
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **own, **settings}
 
 
 def script(name):

@@ -65,4 +65,4 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
     for frame in shown:
         canvas.paste(frame, (0, top))
         top += frame.height
-    canvas.save(run / "progress.png", optimize=True)
+    canvas.save(run / "progress.png")

@@ -1,0 +1,329 @@
+"""Runs of an ablation: what counts as done, who does the rest, how it stops."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from ablations import execute, plan_of
+from processes import ROOT
+
+from ablation import identity, stages
+from ablation.executors import EXECUTORS, jobs_of
+from ablation.plan import make_plan, refuse_changed
+from ablation.runner import Runner, last_line
+from ablation.stages import done_stages, mark
+from ablation.study import ClusterConfig, ScoringConfig
+from ablation.variants import merged
+from checkpoints.checkpoint import WEIGHTS, metadata_of, save_tensors
+from experiment.cli import parse, parse_mapping
+from experiment.config import ExperimentConfig
+from machine.accelerator import open_accelerator
+from machine.lock import Lock
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def test_a_key_is_of_what_matters():
+    _, plan = plan_of(
+        {
+            "a": {},
+            "logged": {"log.every": 7, "data.cache": "elsewhere", "train.max_hours": 1.0},
+            "sampled": {"sampling.num_steps": 2},
+            "scored": {"evaluation.seed": 5},
+            "trained": {"optim.lr": 5e-4},
+        }
+    )
+    a, logged, sampled, scored, trained = (planned.keys for planned in plan)
+    assert logged["train"] == a["train"]
+    assert sampled["train"] == a["train"]
+    assert {sampled["score"], sampled["draw"]}.isdisjoint({a["score"], a["draw"]})
+    assert (scored["train"], scored["draw"]) == (a["train"], a["draw"])
+    assert scored["score"] != a["score"]
+    assert all(trained[stage] != a[stage] for stage in a)
+
+
+def test_code_counts_by_its_syntax(tmp_path):
+    def of(text):
+        (tmp_path / "train.py").write_text(text)
+        identity.code_of.cache_clear()
+        return identity.code_of("train", tmp_path)
+
+    base = of('"""What."""\n\n\ndef f(x):\n    """Why."""\n    return x + 1\n')
+    assert of("# said differently\ndef f( x ):\n    return (x + 1)\n") == base
+    assert of("def f(x):\n    return x + 2\n") != base
+    identity.code_of.cache_clear()
+
+
+def test_the_code_of_a_training_is_what_it_imports():
+    files = identity.code_of("train").keys()
+    assert files >= {"train.py", "training/objective.py", "training/phases.py", "models/layers/window.py"}
+    assert files.isdisjoint({"published/diffusers_dit.py", "scripts/doctor.py", "training/log.py"})
+    assert identity.code_of("score").keys() > {*files, "metrics/reference.py", "evaluation/scoring.py"}
+    assert "ablation/results.py" not in identity.code_of("score")
+
+
+@pytest.fixture
+def changed_code(monkeypatch):
+    """Another version of one file of a stage's code."""
+
+    def change(name):
+        now = {stage: identity.code_of(stage) for stage in identity.PROGRAMS}
+        for module in (identity, stages):
+            other = {stage: {**code, name: "other"} if name in code else code for stage, code in now.items()}
+            monkeypatch.setattr(module, "code_of", other.__getitem__)
+
+    return change
+
+
+def test_a_changed_file_of_the_code_makes_its_stages_due(scripted, changed_code):
+    ablation, (planned,) = plan_of({"a": {}})
+    execute(ablation, [planned])
+
+    def now():
+        scoring = {**asdict(ablation.scoring), "baselines": True}
+        return replace(planned, keys=identity.keys_of(planned.run.config, scoring, asdict(ablation.pictures)))
+
+    changed_code("published/diffusers_dit.py")
+    assert now().state == "done"
+    changed_code("metrics/reference.py")
+    assert (now().done & {"train", "draw", "score"}, now().state) == ({"train", "draw"}, "trained")
+    changed_code("training/objective.py")
+    assert now().state == "of other training/objective.py"
+    with pytest.raises(ValueError, match=r"seed0: training/objective\.py: --redo true keeps that beside them"):
+        refuse_changed([now()])
+
+
+def test_results_of_other_code_count_where_that_is_asked_for():
+    ablation, (planned,) = plan_of({"a": {}})
+    older = {name: f"{key.partition('-')[0]}-older" for name, key in planned.keys.items()}
+    mark(planned.run.folder, began=older["train"], **older)
+    assert not planned.done
+    again = partial(make_plan, ablation, [planned.run], Path("runs/t"), open_accelerator("fp32"), timed=False)
+    (accepted,) = again(any_code=True)
+    assert accepted.done == {"train", "score", "draw"}
+    assert accepted.state == "done"
+
+
+# The runner, with scripts in the place of the three commands.
+
+SCRIPT = """
+import json, os, pathlib, signal, sys, time
+name, folder = sys.argv[1:3]
+with open("calls.txt", "a") as file: file.write(f"{name} {pathlib.Path(folder).parent.name}\\n")
+if name == "train" and "bad" in folder: sys.exit("train.py: error: no such luck")
+if name == "train" and "slow" in folder:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    pathlib.Path("waiting").touch()
+    time.sleep(600)
+if name == "train" and "pair" in folder:
+    pathlib.Path(pathlib.Path(folder).parent.name).write_text(str(sorted(os.sched_getaffinity(0))))
+    until = time.monotonic() + 300
+    while len(list(pathlib.Path().glob("pair*"))) < 2 and time.monotonic() < until: time.sleep(0.02)
+    if time.monotonic() > until: sys.exit("nobody came")
+"""
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def command(stage, planned, ablation):
+        return [str(tmp_path / "script.py"), stage, str(planned.run.folder)]
+
+    for stage in stages.STAGES:
+        monkeypatch.setitem(stages.STAGES, stage, partial(command, stage))
+
+
+def calls():
+    return Path("calls.txt").read_text().splitlines() if Path("calls.txt").exists() else []
+
+
+def test_a_failed_variant_leaves_the_others_alone_and_is_tried_again(scripted):
+    found = execute(*plan_of({"a": {}, "bad": {"optim.lr": 5e-4}, "c": {"optim.lr": 6e-4}}))
+    assert found["a"] == found["c"] == ("done", "")
+    assert found["bad"] == ("failed", "train: train.py: error: no such luck")
+    assert calls() == ["train a", "score a", "draw a", "train bad", "train c", "score c", "draw c"]
+    found = execute(*plan_of({"a": {}, "bad": {"optim.lr": 5e-4}, "c": {"optim.lr": 6e-4}}))
+    assert calls()[7:] == ["train bad"]
+    assert found["a"] == ("done", "before")
+
+
+@pytest.fixture
+def cores():
+    """All of the machine's, in place of the one that a worker of pytest keeps to."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    yield sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, own)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_workers_run_side_by_side_and_share_the_cores(scripted, cores):
+    found = execute(*plan_of({"pair1": {}, "pair2": {"optim.lr": 6e-4}}), workers=2)
+    assert found == {"pair1": ("done", ""), "pair2": ("done", "")}
+    half = len(cores) // 2
+    found = {Path(name).read_text() for name in ("pair1", "pair2")}
+    assert found == {str(cores[:half]), str(cores[half : 2 * half])}
+    with pytest.raises(ValueError, match="--workers 999: there are"):
+        execute(*plan_of({"c": {"optim.lr": 7e-4}}), workers=999)
+
+
+def test_variants_that_share_a_training_are_scored_from_it(scripted):
+    ablation, plan = plan_of({"a": {}, "b": {"sampling.num_steps": 2}})
+    assert {status for status, _ in execute(ablation, plan).values()} == {"done"}
+    assert calls() == ["train a", "score a", "draw a", "score b", "draw b"]
+    _, again = plan_of({"a": {}, "b": {"sampling.num_steps": 2}})
+    assert [planned.state for planned in again] == ["done", "done"]
+
+
+def test_another_configuration_of_one_name_trains_anew_and_keeps_the_old(scripted):
+    execute(*plan_of({"a": {}}))
+    (Path("runs/t/a/seed0") / "checkpoints").mkdir()
+    ablation, plan = plan_of({"a": {"optim.lr": 5e-4}})
+    assert plan[0].state == "of other optim.lr"
+    with pytest.raises(ValueError, match=r"trained before with other runs/t/a/seed0: optim\.lr: --redo true keeps"):
+        refuse_changed(plan)
+    execute(ablation, plan)
+    assert calls() == ["train a", "score a", "draw a"] * 2
+    (kept,) = Path("runs/t/a").glob("seed0.before-*")
+    assert (kept / "checkpoints").is_dir()
+    assert not Path("runs/t/a/seed0/checkpoints").exists()
+
+
+def trained(planned, *, step=4, **changes):
+    """What a training leaves of it, as far as a plan looks."""
+    weights = planned.run.folder / "checkpoints" / f"{step:08d}" / WEIGHTS
+    weights.parent.mkdir(parents=True)
+    config = parse_mapping(ExperimentConfig, merged(planned.run.config.to_dict(), changes))
+    metadata = metadata_of(config, planned.spec, list(planned.classes), step, planned.identity)
+    save_tensors({"x": torch.zeros(1)}, weights, metadata)
+
+
+def test_a_training_of_what_lies_there_no_more_is_none_of_the_plans(scripted):
+    variants = {"a": {}, "b": {"sampling.num_steps": 2}}
+    ablation, plan = plan_of(variants)
+    execute(ablation, plan)
+    trained(plan[0])
+    assert [planned.state for planned in plan] == ["done", "done"]
+    identity = {**plan[0].identity, "train": {**plan[0].identity["train"], "source_hash": "of other images"}}
+    plan = [replace(planned, identity=identity) for planned in plan]
+    assert [planned.state for planned in plan] == ["of other content of --data.path"] * 2
+    with pytest.raises(ValueError, match=r"a/seed0: content of --data\.path; runs/t/b/seed0: content of"):
+        refuse_changed(plan)
+    execute(ablation, plan)
+    assert calls() == ["train a", "score a", "draw a", "score b", "draw b"] * 2
+    assert len([*Path("runs/t").glob("*/seed0.before-*/stages.json")]) == 2
+
+
+def test_a_training_that_went_on_by_hand_is_none_of_the_plans(scripted):
+    ablation, (planned,) = plan_of({"a": {}})
+    execute(ablation, [planned])
+    trained(planned, step=8, **{"train.num_steps": 8, "sampling.num_steps": 2, "log.every": 7})
+    assert planned.state == "of other train.num_steps"
+
+
+def test_another_order_of_the_variants_leaves_their_training_where_it_is(scripted):
+    execute(*plan_of({"a": {}, "b": {"sampling.num_steps": 2}}))
+    ablation, plan = plan_of({"b": {"sampling.num_steps": 2}, "a": {}}, scoring=ScoringConfig(baselines=False))
+    assert execute(ablation, plan) == {"a": ("done", ""), "b": ("done", "before")}
+    assert calls()[5:] == ["score a"]  # without the baselines now
+    variants = {"b": {"sampling.num_steps": 2}}  # without the one that has trained
+    ablation, plan = plan_of(variants, scoring=ScoringConfig(baselines=False))
+    assert execute(ablation, plan)["b"] == ("done", "")
+    assert calls()[6:] == ["train b", "score b", "draw b"]
+
+
+def test_code_that_changes_after_the_plan_makes_no_result_of_it(scripted):
+    ablation, plan = plan_of({"a": {}})
+    (outcome,) = Runner(ablation, code=dict.fromkeys(stages.STAGES, "older"))(plan)
+    assert (outcome.status, outcome.why.partition(":")[0]) == ("failed", "train")
+    assert calls() == []
+    assert not done_stages(plan[0].run.folder)
+
+
+def test_no_foreign_training_is_touched(scripted):
+    Path("runs/t/a/seed0/checkpoints").mkdir(parents=True)
+    assert execute(*plan_of({"a": {}}))["a"][1].endswith("holds a training that no ablation began; move it away")
+    assert calls() == []
+
+
+def test_a_stop_lets_the_training_save_and_the_rest_wait(scripted):
+    def stop():
+        while not Path("waiting").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    found = execute(*plan_of({"slow": {}, "c": {"optim.lr": 6e-4}}))
+    assert found == {"slow": ("stopped", "SIGTERM"), "c": ("stopped", "SIGTERM")}
+    assert "train" not in done_stages(Path("runs/t/slow/seed0"))
+
+
+def test_nothing_starts_when_the_time_is_over(scripted):
+    assert execute(*plan_of({"a": {}}), deadline=time.time() - 1)["a"] == ("stopped", "the time is over")
+    assert calls() == []
+
+
+def test_submitit_does_the_same_in_a_process_of_its_own():
+    ablation, plan = plan_of({"a": {}})
+    mark(plan[0].run.folder, began=plan[0].keys["train"], **plan[0].keys)
+    outcomes = EXECUTORS["submitit"](jobs_of(plan), Runner(ablation), ClusterConfig(gpus=0), Path("jobs"))
+    assert [(outcome.status, outcome.why) for outcome in outcomes] == [("done", "before")]
+
+
+def test_a_training_that_a_launcher_says_has_failed_may_have_stopped(monkeypatch):
+    def launched(runner, command, output, lock, environment):
+        (output.parent / "stopped").write_text("SIGUSR1: stopped after 3 of 4 steps")
+        return 1
+
+    monkeypatch.setattr(Runner, "_process", launched)
+    ablation, plan = plan_of({"a": {}})
+    assert [outcome.status for outcome in Runner(ablation)(plan)] == ["stopped"]
+
+
+def test_two_runners_do_not_share_a_folder(tmp_path):
+    message = rf"x is in use by process {os.getpid()} on .* since"
+    with Lock(tmp_path / "x" / "lock"), pytest.raises(ValueError, match=message):
+        Lock(tmp_path / "x" / "lock")
+    with Lock(tmp_path / "x" / "lock"):
+        pass
+
+
+def test_a_training_that_outlives_its_runner_keeps_its_folder(tmp_path):
+    lock = Lock(tmp_path / "lock")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.file.fileno(),))
+    lock.file.close()
+    with pytest.raises(ValueError, match="in use by process"):
+        Lock(tmp_path / "lock")
+    child.communicate(b"\n")
+    Lock(tmp_path / "lock").file.close()
+
+
+def test_the_last_line_of_an_output_is_its_error(tmp_path):
+    (tmp_path / "a.txt").write_text("x:   0%|   | 0/4\rx:  50%|##  | 2/4 [00:01, 2.0it/s]\ntrain.py: error: no\n\n")
+    assert last_line(tmp_path / "a.txt") == "train.py: error: no"
+
+
+def test_the_commands_are_ones_that_their_scripts_accept():
+    sys.path.insert(0, str(ROOT))
+    from evaluate import EvaluateConfig
+    from sample import SampleConfig
+
+    asked = {"sampling": {"sampler": "ddim", "eta": 0.5, "guidance_interval": [0.2, 5.0], "clip": math.inf}}
+    ablation, (planned, unguided) = plan_of({"a": asked, "b": {"train.label_dropout": 0.0}})
+    scoring = parse(EvaluateConfig, stages.score(planned, ablation)[1:])
+    assert (scoring.sampling, scoring.num_samples) == (asdict(planned.run.config.sampling), 12)  # null too
+    assert (scoring.baselines, scoring.per_class, scoring.metrics) == (True, True, ["fid", "precision"])
+    drawing = parse(SampleConfig, stages.draw(planned, ablation)[1:])
+    assert drawing.classes == list(planned.classes[:8])
+    assert drawing.output == "runs/t/a/seed0/pictures.npz"
+    assert parse(SampleConfig, stages.draw(unguided, ablation)[1:]).sampling["guidance_scale"] == 1.0
