@@ -331,6 +331,8 @@ class Cascade(Backbone):
         self.refiner = _build("refiner", REFINERS, refiner, refiner_args, out_channels, self.input_size, num_classes)
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
+        from timm.models.vision_transformer import Block  # seconds to import
+
         return ResidualBlock, PlainBlock, Block
 
     def forward(
