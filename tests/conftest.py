@@ -21,6 +21,14 @@ ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools
 install_import_hook([name for name in ROOMS if "." not in name], "signatures.checked")
 
 
+LONG = ("test_ablation", "test_train", "test_preemption", "test_devices", "test_evaluate", "test_notebook", "test_app")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of whole programs come first: what runs last is short, and no worker waits for another."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_collection(session):
     """Imports the libraries: what the hook finds imported by a module of ours for the first time is compiled anew."""
     if worker or not session.config.getoption("numprocesses"):  # not in the one that deals out tests

@@ -163,7 +163,7 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
 
 def test_killed_trainings_end_as_if_nothing_had_happened(folder):
     """A short soak: docs/reliability.md has the figures of a long one."""
-    done = run("tests/soak.py", "--kills", 1, "--num_steps", 6, cwd=folder)
+    done = run("tests/soak.py", "--kills", 1, "--num_steps", 6, "--pixels", "true", cwd=folder)
     assert "1 kills" in done.stdout
     assert "equal bitwise" in done.stdout
 
