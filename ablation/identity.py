@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.config import ExperimentConfig
+from experiment.imports import imported_files
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": "train.py", "score": "evaluate.py", "draw": "sample.py"}
@@ -45,11 +46,12 @@ def of_any_code(keys: dict[str, str], found: dict[str, str]) -> dict[str, str]:
 
 @cache
 def code_of(stage: str, root: Path = ROOT) -> dict[str, str]:
-    """Hashes of the files that a stage's results follow from: of all that its program imports, wherever it does, and of
-    the training's. By their syntax: comments, docstrings and layout do not count."""
+    """Hashes of the files that a stage's results follow from: of all that its program imports, wherever it does, of
+    the training's, and of `--imports`. By their syntax: comments, docstrings and layout do not count."""
     files = imported(PROGRAMS["train"], root, ONLOOKERS)
     files |= imported(PROGRAMS[stage], root, ONLOOKERS if stage == "train" else ELSEWHERE)
-    return {name: _read((root / name).read_text())[1] for name in sorted(files)}
+    paths = {name: root / name for name in files} | {f"--imports {name}": f for name, f in imported_files().items()}
+    return {name: _read(path.read_text())[1] for name, path in sorted(paths.items())}
 
 
 def imported(program: str, root: Path, without: tuple[str, ...]) -> set[str]:
@@ -98,7 +100,7 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _of_results(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration without what changes no result."""
-    idle = {"name", "resume"}
+    idle = {"name", "resume", "imports"}  # whose files are code
     values = {name: value for name, value in values.items() if name not in idle}
     for group, name in (("train", "max_hours"), ("data", "cache")):
         values[group] = {key: value for key, value in values.get(group, {}).items() if key != name}

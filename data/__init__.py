@@ -7,13 +7,14 @@ from inspect import signature
 from itertools import chain
 from typing import Any
 
+from data.image_set import ImageSet
 from data.images import ImageDataset
 from data.shapes import ShapesDataset
 
-DATASETS: dict[str, Callable[..., Any]] = {"shapes": ShapesDataset}  # by name; any other path is of image files
+DATASETS: dict[str, Callable[..., ImageSet]] = {"shapes": ShapesDataset}  # by name; any other path is of image files
 
 
-def open_dataset(path: str, **settings: Any):
+def open_dataset(path: str, **settings: Any) -> ImageSet:
     """A split of the images at a path, or of a dataset in `DATASETS`, which is told those settings that it takes."""
     if path not in DATASETS:
         files = {name: value for name, value in settings.items() if name not in ("num_images", "difficulty")}

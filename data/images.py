@@ -13,13 +13,14 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.duplicates import near_duplicates
 from data.files import open_files
+from data.image_set import ImageSet
 from data.layout import DataError, understand
 from data.pixels import fit, open_image, to_rgb
 
@@ -28,7 +29,7 @@ T = TypeVar("T")
 _NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash: both splits ask for them
 
 
-class ImageDataset(Dataset):
+class ImageDataset(ImageSet):
     """`dataset[i] -> (uint8 [3 h w], label)` over a tree of images, or a zip of one, understood by `data.layout`.
 
     Where the tree has no split of its own, `test_fraction` of each class is held out: which images, is a function of
@@ -43,6 +44,8 @@ class ImageDataset(Dataset):
     Raises:
         DataError: in words, for a path, split or image that does not do.
     """
+
+    crop = "center, upright"
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class ImageDataset(Dataset):
         if split not in SPLITS:
             raise DataError(f"split {split}: unknown, choose from {', '.join(SPLITS)}")
         self.source = open_files(Path(path))
-        self.split, self.crop = split, "center, upright"
+        self.source_name, self.split = self.source.path.name, split
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
         try:
@@ -81,7 +84,8 @@ class ImageDataset(Dataset):
         if unknown:
             raise DataError(f"--data.exclude_classes {unknown[0]}: no such class; there are {abridged(classes)}")
         self.classes = [name for name in classes if name not in exclude_classes]
-        self.left_out["of excluded classes"] = [name for name in names if layout.classes[name] in exclude_classes]
+        excluded = [name for name in names if layout.classes[name] in exclude_classes]
+        self.left_out = {**self.left_out, "of excluded classes": excluded}
 
         used = {name: label for name, label in layout.classes.items() if label not in exclude_classes}
         note, held_out = layout.note, set()
@@ -115,27 +119,12 @@ class ImageDataset(Dataset):
             self.classes, self.labels = [], torch.zeros_like(self.labels)
         self.source_hash = self.source.content_hash([*names, *layout.tables])
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image [3 h w] in uint8, and its class (0 where there are none)."""
-        return self._read(self.names[index]), int(self.labels[index])
-
-    def describe(self) -> dict[str, object]:
-        """What a cache of these images must agree on."""
-        return {
-            "source": self.source.path.name,
-            "source_hash": self.source_hash,
-            "split": f"{self.split}-{hashlib.sha256(self.source_indices.numpy().tobytes()).hexdigest()[:16]}",
-            "image_size": list(self.image_size or ()),
-            "crop": self.crop,
-            "classes": self.classes,
-            "num_images": len(self),
-        }
+    def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
+        """Of its file."""
+        return self._read(self.names[index])
 
     def num_enlarged(self) -> int:
-        """How many images are smaller than what is made of them, by their headers."""
+        """By their headers."""
         sides = (self._side(name) for name in tqdm(self.names, desc="measuring images", leave=False))
         return sum(side < max(self.image_size or (0,)) for side in sides)
 
@@ -178,7 +167,7 @@ class ImageDataset(Dataset):
 
     def _keep(self, otherwise: str, names: list[str], fits: Callable[[str], bool]) -> list[str]:
         kept = [name for name in tqdm(names, desc="checking images", leave=False) if fits(name)]
-        self.left_out[otherwise] = sorted({*names} - {*kept})
+        self.left_out = {**self.left_out, otherwise: sorted({*names} - {*kept})}
         return kept
 
     def _less(self) -> str:

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data.images import DataError
+from data.image_set import ImageSet
+from data.layout import DataError
 
 FORMAT = 2
 IMAGES_PER_SHARD = 2048
@@ -74,7 +75,7 @@ class LatentCache:
 
 def build_cache(
     folder: Path,
-    dataset,
+    dataset: ImageSet,
     prepare: Callable[[UInt8[Tensor, "b 3 h w"]], Tensor],
     provenance: Mapping[str, object],
     *,
@@ -137,7 +138,7 @@ def _compact(stored: Tensor) -> Tensor:
     return stored.half() if stored.is_floating_point() else stored
 
 
-def _check_room(folder: Path, dataset, prepare: Callable, flips: bool) -> None:
+def _check_room(folder: Path, dataset: ImageSet, prepare: Callable, flips: bool) -> None:
     sample = _compact(prepare(dataset[0][0][None]))
     present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     needed = sample.numel() * sample.element_size() * len(dataset) * (1 + flips) - present

@@ -9,11 +9,14 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from data.image_set import ImageSet
 
 Field = np.ndarray  # [h w], a signed distance in units of the shape's radius
 MOST_IMAGES = 10**8
@@ -39,12 +42,14 @@ DIFFICULTIES = {
 }
 
 
-class ShapesDataset(Dataset):
+class ShapesDataset(ImageSet):
     """`num_images` pictures of the training split, or the fifth as many that follow them, of the test split.
 
     Raises:
         ValueError: for an unknown difficulty or split, or no images.
     """
+
+    source_name = "shapes"
 
     def __init__(
         self,
@@ -64,22 +69,18 @@ class ShapesDataset(Dataset):
         ranges = {"train": (0, num_images), "test": (num_images, num_test), "all": (0, num_images + num_test)}
         if split not in ranges:
             raise ValueError(f"split {split}: unknown, choose from {', '.join(ranges)}")
-        self.first, self.num_images = ranges[split]
-        self.split, self.image_size, self.difficulty, self.seed = split, image_size, difficulty, seed
-        self.note, self.left_out = f"difficulty {difficulty}", {}
+        self.first, num_images = ranges[split]
+        self.split, self.side, self.difficulty, self.seed = split, image_size, difficulty, seed
+        self.image_size = (image_size, image_size)
+        self.note = f"difficulty {difficulty}"
         self.classes = list(SHAPES) if use_labels else []
-        self.source_indices = torch.arange(self.first, self.first + self.num_images)
+        self.source_indices = torch.arange(self.first, self.first + num_images)
         self.labels = self.source_indices % max(1, len(self.classes))
+        self.source_hash = f"shapes-v2-{difficulty}-seed{seed}-{asdict(DIFFICULTIES[difficulty])}"
 
-    def __len__(self) -> int:
-        return self.num_images
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image [3 h w] in uint8, and its class (0 where there are none)."""
-        if not 0 <= index < self.num_images:
-            raise IndexError(index)
-        image = draw_shape(*self._recipe(index))
-        return torch.from_numpy(image), int(self.labels[index])
+    def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
+        """Drawn anew each time."""
+        return torch.from_numpy(draw_shape(*self._recipe(index)))
 
     def mask(self, index: int) -> Tensor:
         """Which pixels [h w] lie in the shape: those whose centres do, exactly."""
@@ -88,28 +89,11 @@ class ShapesDataset(Dataset):
     def _recipe(self, index: int) -> tuple[str, int, Difficulty, np.random.Generator]:
         number = self.first + index
         shape = list(SHAPES)[number % len(SHAPES)]
-        return shape, self.image_size, DIFFICULTIES[self.difficulty], np.random.default_rng([self.seed, number])
+        return shape, self.side, DIFFICULTIES[self.difficulty], np.random.default_rng([self.seed, number])
 
-    @property
-    def source_hash(self) -> str:
-        """Identity of the pictures: their generator's parameters."""
-        return f"shapes-v2-{self.difficulty}-seed{self.seed}-{asdict(DIFFICULTIES[self.difficulty])}"
-
-    def describe(self) -> dict[str, object]:
-        """What a cache of these images must agree on."""
-        return {
-            "source": "shapes",
-            "source_hash": self.source_hash,
-            "split": f"{self.split} of {self.num_images} from {self.first}",
-            "image_size": [self.image_size, self.image_size],
-            "crop": "none",
-            "classes": self.classes,
-            "num_images": self.num_images,
-        }
-
-    def num_enlarged(self) -> int:
-        """None: each is drawn at its size."""
-        return 0
+    def describe(self) -> dict[str, Any]:
+        """With the split in words, as caches have known it."""
+        return {**super().describe(), "split": f"{self.split} of {len(self)} from {self.first}"}
 
 
 def draw_shape(name: str, size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:

@@ -9,8 +9,7 @@ from tqdm import tqdm
 
 from autoencoders.codec import Codec
 from checkpoints.checkpoint import Checkpoint
-from data.images import ImageDataset
-from data.shapes import ShapesDataset
+from data.image_set import ImageSet
 from data.subsets import by_name, stratified
 from diffusion.probability_flow import bits_per_dimension
 from machine.randomness import generator_for
@@ -21,7 +20,7 @@ from sampling.generation import share
 def held_out_likelihood(
     checkpoint: Checkpoint,
     codec: Codec,
-    held_out: ImageDataset | ShapesDataset,
+    held_out: ImageSet,
     num_images: int,
     accelerator: Accelerator,
     *,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_loaded: set[str] = set()  # modules, and files by their names without folders
+_loaded: dict[str, str] = {}  # as they were given, by name without folders
 
 
 def load_imports(names: Sequence[str], *, stored_in: Path | str | None = None) -> None:
@@ -46,13 +46,13 @@ def load_imports(names: Sequence[str], *, stored_in: Path | str | None = None) -
                 f"repeat the command with --imports {name}"
             )
         _load(name, source, word)
-        _loaded.add(file.name if file else name)
+        _loaded[file.name if file else name] = name
 
 
-def files_of(names: Sequence[str]) -> dict[str, Path]:
-    """The Python files of imports: of a package all of them, each by a name that does not depend on the machine."""
+def imported_files() -> dict[str, Path]:
+    """The Python files of what was loaded: of a package all of them, each by a name without its place on the disk."""
     files: dict[str, Path] = {}
-    for name in names:
+    for name in _loaded.values():
         if name.endswith(".py"):
             files[Path(name).name] = Path(name).expanduser()
             continue

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from ablation.identity import code_of
 from experiment import imports
 from experiment.cli import parse
 from experiment.config import ExperimentConfig
-from experiment.imports import files_of, load_imports
+from experiment.imports import load_imports
 from experiment.registry import TABLES, register
 
 
@@ -17,7 +18,7 @@ from experiment.registry import TABLES, register
 def state(tmp_path, monkeypatch):
     """Where the user's word is kept, and a session in which nothing was loaded yet."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(imports, "_loaded", set())
+    monkeypatch.setattr(imports, "_loaded", {})
     monkeypatch.chdir(tmp_path)
     return tmp_path / "state"
 
@@ -85,10 +86,10 @@ def test_what_a_checkpoint_names_runs_on_the_users_word_alone(tmp_path, monkeypa
 
     mine = write(tmp_path / "mine.py", mark="mine")
     load_imports(["mine.py", "in_the_way"])
-    monkeypatch.setattr(imports, "_loaded", set())  # another program, later
+    monkeypatch.setattr(imports, "_loaded", {})  # another program, later
     load_imports(["mine.py", "in_the_way"], stored_in="theirs")
     write(mine, mark="changed")
-    monkeypatch.setattr(imports, "_loaded", set())
+    monkeypatch.setattr(imports, "_loaded", {})
     with pytest.raises(ValueError, match=r"was not given here before"):
         load_imports(["mine.py"], stored_in="theirs")
     assert not (tmp_path / "changed").exists()
@@ -121,18 +122,22 @@ def test_where_nothing_can_be_kept_the_flag_does(tmp_path, state):
     assert (tmp_path / "ran").exists()
 
 
-def test_files_of_imports_are_those_of_the_whole_package(tmp_path, monkeypatch):
+def test_an_ablations_code_is_that_of_its_imports_too(tmp_path, monkeypatch):
+    """Of a package all files, by what they do; where they lie is all the same."""
     write(tmp_path / "package_of_mine" / "__init__.py")
-    write(tmp_path / "package_of_mine" / "parts" / "head.py")
+    head = write(tmp_path / "package_of_mine" / "parts" / "head.py")
     write(tmp_path / "module_of_mine.py")
     monkeypatch.syspath_prepend(tmp_path)
-    found = files_of(["package_of_mine.parts", "module_of_mine", "elsewhere/mine.py"])
-    assert set(found) == {
-        "package_of_mine/__init__.py",
-        "package_of_mine/parts/head.py",
-        "module_of_mine.py",
-        "mine.py",
-    }
+    (tmp_path / "train.py").touch()
+    load_imports(["package_of_mine.parts", "module_of_mine", write(tmp_path / "elsewhere" / "mine.py").as_posix()])
+    before = code_of.__wrapped__("train", tmp_path)
+    files = ("mine.py", "module_of_mine.py", "package_of_mine/__init__.py", "package_of_mine/parts/head.py")
+    assert set(before) == {"train.py", *(f"--imports {name}" for name in files)}
+    head.write_text(f"# A comment.\n{head.read_text()}")
+    assert code_of.__wrapped__("train", tmp_path) == before
+    head.write_text("x = 1\n")
+    changed = code_of.__wrapped__("train", tmp_path)
+    assert {name for name in before if before[name] != changed[name]} == {"--imports package_of_mine/parts/head.py"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from autoencoders.codec import Codec, PixelCodec
+from autoencoders.codec import Codec
 from diffusion.diffusion import Auxiliary, Diffusion
 from diffusion.times import Times
 from experiment.config import AuxiliaryConfig
@@ -81,7 +81,7 @@ class Perceptual:
     is_fixed = True
 
     def __init__(self, config: AuxiliaryConfig, model: nn.Module, codec: Codec, device: torch.device) -> None:
-        if not isinstance(codec, PixelCodec):
+        if codec.source != "pixel":
             raise ValueError("--auxiliary perceptual: it looks at images, not at latents; use --autoencoder pixel")
         self.network = perceptual_network(config.network, config.heads).to(device)
 
