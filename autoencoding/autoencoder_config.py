@@ -84,14 +84,7 @@ class AutoencoderOptimConfig(OptimConfig):
     """Optimizer of the autoencoder.
 
     Args:
-        lr: peak learning rate of AdamW
-        warmup_steps: steps of linear warm-up
-        decay: of the learning rate after warm-up: 'constant', 'cosine' (to zero) or 'step'
         decay_epochs: of 'step': steps between two drops
-        decay_factor: of 'step': what is left of the learning rate
-        betas: of AdamW
-        weight_decay: of AdamW
-        grad_clip: largest norm of the gradient; 0 turns clipping off
         muon_lr: peak learning rate of Muon (Jordan et al. 2024) on matrices and convolutions, which leaves the rest to
             AdamW (an update has a root mean square of 0.2 lr); null: AdamW on all
     """

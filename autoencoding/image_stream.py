@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -31,7 +32,7 @@ class ImageBatches:
         ValueError: when processes do not divide the batch.
     """
 
-    sources: Sequence[Dataset]
+    sources: Sequence[Any]  # of datasets of `data`, or several of them one after the other
     sizes: Sequence[int]
     seed: int
     rank: int = 0
@@ -49,20 +50,21 @@ class ImageBatches:
 
     def __call__(self, step: int, order: int = 0) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
         """This process's share of the batches from a step on, without end; `order` numbers the permutations."""
-        steps = (self.indices(each, order)[self.rank :: self.num_ranks] for each in count(step))
-        mirrored = (self._mirrored(each)[self.rank :: self.num_ranks] for each in count(step))
-        loader = DataLoader(ConcatDataset(self.sources), batch_sampler=_Endless(steps), num_workers=self.num_workers)
+        share = slice(self.rank, None, self.num_ranks)
+        steps = (self.indices(number, order)[share] for number in count(step))
+        mirrored = (self._mirrored(number)[share] for number in count(step))
+        loader = DataLoader(ConcatDataset(self.sources), batch_sampler=steps, num_workers=self.num_workers)
         for (images, _), flip in zip(loader, mirrored, strict=False):
             yield torch.where(flip[:, None, None, None], images.flip(-1), images)
 
     def indices(self, step: int, order: int = 0) -> list[int]:
         """The images of a step's global batch, counted through all sources."""
-        found, first = [], 0
+        indices, first = [], 0
         for number, (source, size) in enumerate(zip(self.sources, self.sizes, strict=True)):
-            length = len(source)  # pyright: ignore[reportArgumentType]
-            found += (first + positions(length, step * size, size, self.seed, f"source {number}", order)).tolist()
+            length = len(source)
+            indices += (first + positions(length, step * size, size, self.seed, f"source {number}", order)).tolist()
             first += length
-        return found
+        return indices
 
     def noise(self, step: int, shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "b c h w"]:
         """This process's share of the step's posterior noise, of `shape` an image."""
@@ -71,16 +73,6 @@ class ImageBatches:
 
     def _mirrored(self, step: int) -> Tensor:
         return torch.rand(self.batch_size, generator=generator_for(self.seed, "mirrored", step)) < 0.5
-
-
-class _Endless:
-    """Lists of indices as a batch sampler."""
-
-    def __init__(self, steps: Iterator[list[int]]) -> None:
-        self.steps = steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.steps
 
 
 def open_batches(config: AutoencodingConfig, rank: int, num_ranks: int) -> ImageBatches:
@@ -93,7 +85,7 @@ def open_batches(config: AutoencodingConfig, rank: int, num_ranks: int) -> Image
     num_shapes = round(config.shapes_share * batch_size)
     if not 0 <= num_shapes < batch_size:
         raise ValueError(f"--shapes_share {config.shapes_share}: leaves no images in a batch of {batch_size}")
-    sources: list[Dataset] = [open_split(config.data, "train")]
+    sources: list[Any] = [open_split(config.data, "train")]
     sizes = [batch_size - num_shapes]
     if num_shapes:
         sources.append(ConcatDataset(list(open_shapes(config, "train").values())))
@@ -101,10 +93,10 @@ def open_batches(config: AutoencodingConfig, rank: int, num_ranks: int) -> Image
     return ImageBatches(sources, sizes, config.train.seed, rank, num_ranks, config.train.num_workers)
 
 
-def open_held_out(config: AutoencodingConfig) -> dict[str, Dataset]:
+def open_held_out(config: AutoencodingConfig) -> dict[str, Any]:
     """Images to measure on, by name: the test split, and shapes of each difficulty where they were trained on."""
-    own: dict[str, Dataset] = {"images": open_split(config.data, "test")}
-    return own | (open_shapes(config, "test") if config.shapes_share else {})
+    shapes = open_shapes(config, "test") if config.shapes_share else {}
+    return {"images": open_split(config.data, "test"), **shapes}
 
 
 def open_shapes(config: AutoencodingConfig, split: str) -> dict[str, Dataset]:

@@ -85,12 +85,12 @@ class AutoencoderObjective:
             terms["adversarial"] = _mean(ADVERSARIAL[self.discriminator.loss].autoencoder(logits))
             (opinion,) = torch.autograd.grad(terms["adversarial"].mean(), pixels)
             ours, theirs = (
-                accelerator.reduce(_at_last_layer(reconstruction, autoencoding, each), "mean")
-                for each in (gradient, opinion)
+                accelerator.reduce(_at_last_layer(reconstruction, autoencoding, of_pixels), "mean")
+                for of_pixels in (gradient, opinion)
             )
             adaptive = adaptive_weight(ours, theirs, self.discriminator.max_adaptive)  # pyright: ignore
             # An opinion that is not finite does not count; the discriminator's own guard sees to it.
-            adaptive, opinion = (torch.nan_to_num(each, 0.0, 0.0, 0.0) for each in (adaptive, opinion))
+            adaptive, opinion = (torch.nan_to_num(tensor, 0.0, 0.0, 0.0) for tensor in (adaptive, opinion))
             weight = self.discriminator.weight * adaptive
             gradient = gradient + weight * opinion
             loss = loss + weight * torch.nan_to_num(terms["adversarial"], 0.0, 0.0, 0.0)
@@ -145,8 +145,7 @@ def adaptive_weight(likelihood: Tensor, adversarial: Tensor, at_most: float) -> 
 
 
 def _at_last_layer(reconstruction: Tensor, autoencoding: Autoencoding, gradient: Tensor) -> Tensor:
-    (found,) = torch.autograd.grad(reconstruction, autoencoding.last_layer, gradient, retain_graph=True)
-    return found
+    return torch.autograd.grad(reconstruction, autoencoding.last_layer, gradient, retain_graph=True)[0]
 
 
 def _mean(values: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:

@@ -45,7 +45,7 @@ class Distance:
 
     def __call__(self, images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
         assert self.network is not None
-        x, y = (self.network(each.float() / 127.5 - 1).float().flatten(1) for each in (images, others))
+        x, y = (self.network(batch.float() / 127.5 - 1).float().flatten(1) for batch in (images, others))
         return (x - y).square().mean(dim=1)
 
     @property
@@ -201,9 +201,9 @@ def measure_autoencoders(
     rows, measured = [], {}
     for codec in codecs:
         source = reconstructions(images, codec.to(accelerator.device), accelerator.device)
-        found = measured[codec.source] = measure(codec, images, distance, accelerator, evaluation.batch_size)
+        measured[codec.source] = measure(codec, images, distance, accelerator, evaluation.batch_size)
         scores, _ = evaluate(source, reference, extractor, accelerator, evaluation)
-        scores = replace(scores, scores={**found.scores, **scores.scores})
+        scores = replace(scores, scores={**measured[codec.source].scores, **scores.scores})
         speed = speeds(codec, first) if accelerator.is_main_process else {}
         about = {**source.provenance, **speed, "device": str(accelerator.device)}
         rows.append(summarise(replace(source, name=codec.source, provenance=about), [scores]))
@@ -254,8 +254,8 @@ def open_codec(name: str, image_size: int) -> LatentCodec:
 def default_output(codecs: Sequence[LatentCodec]) -> Path:
     """In the folder of the autoencoder, if it is one and not the embedded one, else in the working folder."""
     folder = Path(codecs[0].source)
-    own = len(codecs) == 1 and folder.is_dir() and folder.resolve() != EMBEDDED.resolve()
-    return (folder if own else Path()) / "autoencoder.json"
+    is_users = len(codecs) == 1 and folder.is_dir() and folder.resolve() != EMBEDDED.resolve()
+    return (folder if is_users else Path()) / "autoencoder.json"
 
 
 def in_words(latents: dict[str, Any]) -> str:

@@ -141,8 +141,8 @@ def measure_latents(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_si
         posterior = autoencoder.encode(batch.to(autoencoder.device).float() / 127.5 - 1).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=draw).to(autoencoder.device)
         latents.append(posterior.mean + posterior.std * noise)
-    found = torch.cat(latents)
-    return 1 / found.std().item(), found.mean().item()
+    drawn = torch.cat(latents)
+    return 1 / drawn.std().item(), drawn.mean().item()
 
 
 def finish(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +11,13 @@ from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from autoencoding.autoencoder_config import AutoencodingConfig
+from checkpoints.averages import EMA
 from data.subsets import stratified
 from metrics.image_batches import image_batches
 from metrics.pixelwise import psnr
-from sampling.image_files import save_grid
+from training.log import is_due
+from training.run import Run
 
 COLUMNS = 12
 
@@ -40,10 +43,28 @@ def mean_psnr(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: in
     return psnr(images, reconstruct(autoencoder, images, batch_size)).clamp(max=100).mean().item()
 
 
-def draw_reconstructions(autoencoder: Any, held_out: Mapping[str, UInt8[Tensor, "_ 3 h w"]], path: Path) -> None:
-    """A row of each kind of held-out images, and below it their reconstructions."""
-    rows = []
-    for images in held_out.values():
-        chosen = images[stratified(torch.zeros(len(images)).long(), min(COLUMNS, len(images)), seed=0)]
-        rows += [chosen, reconstruct(autoencoder, chosen, COLUMNS)]
-    save_grid(torch.cat(rows), path, columns=len(rows[0]))
+@dataclass(frozen=True)
+class Previews:
+    """Held-out images by kind, and what the averaged autoencoder makes of them; the main process looks alone."""
+
+    run: Run[AutoencodingConfig]
+    ema: EMA
+    held_out: Mapping[str, Any]
+    batch_size: int
+
+    def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
+        """What to look at after a step; the last look comes when all is saved."""
+        return [self.draw] if is_due(step, self.run.config.log.sample_every) and step < num_steps else []
+
+    def draw(self, step: int) -> dict[str, float]:
+        """A row of each kind and below it their reconstructions; the PSNR of more of them."""
+        if not self.run.is_main:
+            return {}
+        autoencoder, rows, values = self.ema.model.autoencoder, [], {}
+        for name, dataset in self.held_out.items():
+            images = pick(dataset, self.run.config.log.num_validation)
+            values[f"psnr_{name}"] = mean_psnr(autoencoder, images, self.batch_size)
+            shown = images[stratified(torch.zeros(len(images)).long(), min(COLUMNS, len(images)), seed=0)]
+            rows += [shown, reconstruct(autoencoder, shown, COLUMNS)]
+        self.run.show(torch.cat(rows), columns=len(rows[0]))
+        return values

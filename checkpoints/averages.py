@@ -80,9 +80,13 @@ class Average(ABC):
         for first, (averages, values) in pairs.items():
             torch._foreach_lerp_(averages, values, 1 - self.decay(step - first))
 
-    def restore(self, began: dict[str, int | None] | None) -> None:
-        """What was saved of `began`."""
-        self.began = began and dict(began)
+    def state(self) -> dict[str, int | None] | None:
+        """What a checkpoint keeps beside the tensors: `began`."""
+        return self.began
+
+    def restore(self, state: dict[str, int | None] | None) -> None:
+        """Put back what `state` gave."""
+        self.began = state and dict(state)
 
     def let_go(self) -> None:
         """Free the whole of a sharded model; its parts stay."""
@@ -94,9 +98,10 @@ class Average(ABC):
 
 def first_step(name: str, began: Mapping[str, int | None]) -> int:
     """The one that began to train a parameter, or a buffer's layer."""
+    if name in began:
+        return began[name] or 0
     layer = name.rpartition(".")[0]
-    beside = next((each for each in began if each.rpartition(".")[0] == layer), name)
-    return began.get(name, began.get(beside)) or 0
+    return next((first for parameter, first in began.items() if parameter.rpartition(".")[0] == layer), None) or 0
 
 
 def _without_gradient(tensors: Mapping[str, Tensor]) -> set[str]:
@@ -142,11 +147,11 @@ class EMA(Average):
             average.update(model, step)
         super().update(model, step)
 
-    def restore(self, began: dict[str, int | None] | None) -> None:
-        """What was saved of `began`."""
+    def restore(self, state: dict[str, int | None] | None) -> None:
+        """Put back what `state` gave."""
+        super().restore(state)
         for average in self.profiles.values():
-            average.restore(began)
-        super().restore(began)
+            average.restore(state)
 
     def shard_like(self, model: nn.Module) -> None:
         """Keep the parts that this process has of `model`, if that is sharded."""

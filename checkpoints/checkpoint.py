@@ -1,18 +1,16 @@
-"""Checkpoints: `runs/<name>/checkpoints/<step>/{ema.safetensors, state/}`.
+"""Checkpoints as they are read: `runs/<name>/checkpoints/<step>/ema.safetensors`, or that file alone.
 
-`ema.safetensors` is enough on its own to sample and to score: its metadata carries the configuration, the
-backbone's derived arguments, the class names, what autoencoder and splits it was trained with, the step, the commit,
-and checksums of itself and of the weights, which every reader checks. `state/` is what resuming needs. Nothing read
-back is ever unpickled. `machine.checkpoint_folder` writes them whole.
+It is enough to sample and to score: its metadata carries the configuration, the backbone's derived arguments, the class
+names, what autoencoder and splits it was trained with, the step, the commit, and checksums of itself and of the
+weights, which every reader checks. What resuming needs lies beside it: `checkpoints.training_state`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoencoders.codec import Codec, create_codec, weights_sha256
-from checkpoints.averages import EMA
 from checkpoints.hub import local
 from data.latents import short
-from experiment.config import ExperimentConfig
+from experiment.config import ExperimentConfig, RunConfig
 from experiment.diffusions import build_diffusion
 from experiment.imports import load_imports
 from experiment.settings import from_dict
-from machine.checkpoint_folder import CheckpointError, checkpoint_path, list_checkpoints, rotate, write_checkpoint
-from machine.sharding import gather, load_whole, part_like
+from machine.checkpoint_folder import CheckpointError, list_checkpoints
+from machine.sharding import load_whole
 from models.spec import ModelSpec
 
 WEIGHTS = "ema.safetensors"
-PROFILES = "profiles.safetensors"
-SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
+KNOWN = {"config", "identity", "classes"}  # metadata that say what a checkpoint was trained with
 
 
 @dataclass(frozen=True)
@@ -60,11 +56,11 @@ class Checkpoint:
     @property
     def mark(self) -> str:
         """For names of what is made from it: nothing of a run's newest checkpoint, else which weights of the run."""
-        saved, own = list_checkpoints(self.run / "checkpoints"), self.path.parent
+        saved, folder = list_checkpoints(self.run / "checkpoints"), self.path.parent
         if saved and self.path.name != WEIGHTS:
             return f"-{self.path.stem}"
-        is_newest = not saved or own.resolve() == saved[-1].resolve() or own.parent.name != "checkpoints"
-        return "" if is_newest else f"-{own.name}"
+        is_newest = not saved or folder.resolve() == saved[-1].resolve() or folder.parent.name != "checkpoints"
+        return "" if is_newest else f"-{folder.name}"
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -112,140 +108,42 @@ class Checkpoint:
         if "codec" in self.identity:
             self.check_identity(codec=codec.provenance)
 
-    def check_identity(self, **found: Mapping[str, Any]) -> None:
-        """That an autoencoder (`codec=codec.provenance`) and splits (`test=dataset.describe()`) are by their content
-        those that it was trained with; where they lie does not matter.
-
-        Raises:
-            CheckpointError: naming the flag, and what differs.
-        """
-        for part, values in found.items():
-            older = {"autoencoder": self.config.autoencoder} if part == "codec" else {"classes": self.classes}
-            expected = self.identity.get(part, older)
-            same_identity(self.path, part, expected, values, but=() if expected is older else ("source", "autoencoder"))
+    def check_identity(self, **here: Mapping[str, Any]) -> None:
+        """See `check_identity` below."""
+        check_identity(self.path, here)
 
 
-def same_identity(
-    path: Path, part: str, known: Mapping[str, Any], found: Mapping[str, Any], but: Sequence[str] = ("source",)
-) -> None:
-    """That what is here of a `part` is what a checkpoint knows of it, `but` where it lies.
+def check_identity(weights: Path, here: Mapping[str, Mapping[str, Any]]) -> None:
+    """That an autoencoder (`{"codec": codec.provenance}`) and splits (`{"test": dataset.describe()}`) are by their
+    content those that a checkpoint was trained with; where they lie does not matter. Of older checkpoints only the
+    autoencoder's name and the classes are known, if those.
 
     Raises:
         CheckpointError: naming the flag, and what differs.
     """
-    flag = "--autoencoder" if part == "codec" else "--data.path"
-    for name, value in known.items():
-        if name not in but and found.get(name) != value:
-            raise CheckpointError(
-                f"{flag}: {path} was trained with another {part}, whose {name} was {short(value)}, here "
-                f"{short(found.get(name))}; give the one that it was trained with"
-            )
-
-
-def save_checkpoint(
-    folder: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    config: ExperimentConfig,
-    spec: ModelSpec,
-    classes: list[str],
-    identity: Mapping[str, Mapping[str, Any]],
-    progress: dict[str, Any],
-    write: bool = True,
-    rotates: bool = True,
-) -> Path:
-    """Write `folder/<step>` whole or not at all, then, if it `rotates`, drop what the configuration does not keep.
-
-    `identity` is for `check_identity`, `progress` what resuming needs beside tensors: JSON. Of several processes all
-    have to call, as each may have a part of the tensors, and one has to `write`.
-
-    Raises:
-        OSError: when it cannot be written; the partial folder is removed, older checkpoints stay.
-    """
-    averages, profiles = gather(ema.tensors, keep=write), gather(ema.profile_tensors(), keep=write)
-    weights, moments = gather(model.state_dict(), keep=write), gather(optimizer_tensors(optimizer), keep=write)
-    target = checkpoint_path(folder, step)
-    if not write:
-        return target
-    metadata = metadata_of(config, spec, classes, step, identity)
-
-    def fill(checkpoint: Path) -> None:
-        state = checkpoint / "state"
-        state.mkdir()
-        save_tensors(averages, checkpoint / WEIGHTS, metadata)
-        save_file(weights, state / "model.safetensors")
-        save_file(moments, state / "optimizer.safetensors")
-        (state / "progress.json").write_text(json.dumps({"step": step, **progress}))
-        if profiles:
-            save_tensors(profiles, state / PROFILES, {**metadata, "began": json.dumps(ema.began or {})})
-            _keep_snapshot(state / PROFILES, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
-
-    write_checkpoint(target, fill)
-    if rotates:
-        rotate(folder, keep=config.log.keep_checkpoints, keep_every=config.log.keep_every)
-    return target
+    metadata = {name: json.loads(text) for name, text in read_metadata(weights).items() if name in KNOWN}
+    config, identity = metadata.get("config", {}), metadata.get("identity", {})
+    older = {"codec": {"autoencoder": config.get("autoencoder")}}
+    older |= {part: {"classes": metadata["classes"]} for part in ("train", "test") if "classes" in metadata}
+    for part, values in here.items():
+        places = ("source", "autoencoder") if part in identity else ()
+        for name, value in identity.get(part, older.get(part, {})).items():
+            if name not in places and values.get(name) != value:
+                flag = "--autoencoder" if part == "codec" else "--data.path"
+                raise CheckpointError(
+                    f"{flag}: {weights} was trained with another {part}, whose {name} was {short(value)}, here "
+                    f"{short(values.get(name))}; give the one that it was trained with"
+                )
 
 
 def metadata_of(
-    config: ExperimentConfig,
-    spec: ModelSpec,
-    classes: list[str],
-    step: int,
-    identity: Mapping[str, Mapping[str, Any]] | None = None,
+    config: RunConfig, step: int, identity: Mapping[str, Mapping[str, Any]] | None = None, **more: Any
 ) -> dict[str, str]:
-    """What makes a safetensors file of averaged weights a checkpoint."""
-    return {
-        "config": json.dumps(config.to_dict()),
-        "spec": json.dumps(asdict(spec)),
-        "classes": json.dumps(classes),
-        "step": str(step),
-        "commit": current_commit(),
-        "identity": json.dumps(identity or {}),
-    }
-
-
-def list_snapshots(run: Path) -> dict[int, Path]:
-    """The power-function averages of a run by their steps, in order."""
-    found = {int(path.stem): path for path in (run / SNAPSHOTS).glob("[0-9]*.safetensors") if path.stem.isdecimal()}
-    return dict(sorted(found.items()))
-
-
-def drop_snapshots(run: Path, *, after: int) -> None:
-    """Those of steps that a resumed run takes again: with other settings they would be of another training."""
-    for step, path in list_snapshots(run).items():
-        if step > after:
-            path.unlink()
-
-
-def _keep_snapshot(profiles: Path, snapshot: Path) -> None:
-    """A second name for the profiles' file, which rotation leaves alone: before the checkpoint is whole, so that there
-    is none without its snapshot."""
-    snapshot.parent.mkdir(exist_ok=True)
-    partial = snapshot.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        partial.hardlink_to(profiles)
-    except OSError:  # a file system without such links
-        shutil.copy(profiles, partial)
-    partial.replace(snapshot)
-
-
-def resume(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load a checkpoint into the objects; returns what was saved as `progress`, and `step`, the steps done.
-
-    Raises:
-        CheckpointError: when it does not fit, or a file has another checksum.
-    """
-    ema.let_go()
-    load_weights(ema.tensors, read_tensors(checkpoint / WEIGHTS), checkpoint)
-    load_weights(model.state_dict(), read_tensors(checkpoint / "state" / "model.safetensors"), checkpoint)
-    if ema.profiles:
-        load_weights(ema.profile_tensors(), read_tensors(checkpoint / "state" / PROFILES), checkpoint)
-    load_optimizer(optimizer, read_tensors(checkpoint / "state" / "optimizer.safetensors"))
-    return json.loads((checkpoint / "state" / "progress.json").read_text())
+    """What makes a safetensors file of averaged weights a checkpoint. Of a backbone `more` is its `spec` and the names
+    of its `classes`; `identity` is for `check_identity`."""
+    values = {"config": config.to_dict(), "step": step, "identity": identity or {}, **more}
+    encoded = {name: json.dumps(value, default=asdict) for name, value in values.items()}
+    return {**encoded, "commit": current_commit()}
 
 
 def warm_start(model: nn.Module, path: str) -> str:
@@ -255,16 +153,18 @@ def warm_start(model: nn.Module, path: str) -> str:
         CheckpointError: when there is no checkpoint, or nothing of it fits.
     """
     weights = read_tensors(_find_weights(path))
-    own = model.state_dict()
-    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    fitting = {name: tensor for name, tensor in weights.items() if shapes.get(name) == tensor.shape}
     if not fitting:
         raise CheckpointError(f"--init_from {path}: no weight of it has the name and shape of one of this model")
     model.load_state_dict(fitting, strict=False)
-    reshaped = sorted(name for name in weights.keys() & own.keys() if name not in fitting)
-    unknown, missing = sorted(weights.keys() - own.keys()), sorted(own.keys() - weights.keys())
-    left = {"of another shape": reshaped, "not in this model": unknown, "not in the checkpoint": missing}
-    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in left.items() if names)
-    return f"--init_from {path}: took {len(fitting)} of {len(weights)} tensors{f' ({told})' if told else ''}"
+    left_out = {
+        "of another shape": weights.keys() & shapes.keys() - fitting.keys(),
+        "not in this model": weights.keys() - shapes.keys(),
+        "not in the checkpoint": shapes.keys() - weights.keys(),
+    }
+    reasons = "; ".join(f"{reason}: {', '.join(sorted(names))}" for reason, names in left_out.items() if names)
+    return f"--init_from {path}: took {len(fitting)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -280,7 +180,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"--checkpoint {weights}: not written by train.py, it lacks {sorted(missing)}")
     try:
         spec, classes = json.loads(metadata["spec"]), json.loads(metadata["classes"])
-        found = Checkpoint(
+        checkpoint = Checkpoint(
             path=weights,
             config=from_dict(ExperimentConfig, json.loads(metadata["config"])),
             spec=ModelSpec(**{**spec, "input_size": tuple(spec["input_size"])}),
@@ -289,13 +189,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             commit=metadata["commit"],
             identity={name: dict(part) for name, part in json.loads(metadata.get("identity", "{}")).items()},
         )
-        imports = [str(name) for name in found.config.imports]
-        if found.classes != classes or len(classes) != found.spec.num_classes:
-            raise ValueError(f"{found.spec.num_classes} classes, named {short(classes)}")
+        imports = [str(name) for name in checkpoint.config.imports]
+        if checkpoint.classes != classes or len(classes) != checkpoint.spec.num_classes:
+            raise ValueError(f"{checkpoint.spec.num_classes} classes, named {short(classes)}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"--checkpoint {weights}: its metadata are malformed ({error})") from error
     load_imports(imports, stored_in=weights)
-    return found
+    return checkpoint
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -348,10 +248,8 @@ def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: P
     Raises:
         CheckpointError: listing what does not fit.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if own != given:
-        wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (tensors, weights))
+    if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise CheckpointError(
             f"{path} is of another model: {len(wrong)} tensors are missing, unknown or of another shape, "
             f"such as {', '.join(wrong[:3])}"
@@ -378,29 +276,3 @@ def _find_weights(path: str | Path) -> Path:
     raise CheckpointError(
         f"--checkpoint {path} {reason}; give a run's folder, a checkpoint, {WEIGHTS} or hf://owner/name"
     )
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Its state by `<number of the parameter>.<name>`."""
-    state, numbers = optimizer.state_dict()["state"], numbers_of(optimizer)
-    return {f"{numbers[index]}.{key}": value for index, entry in state.items() for key, value in entry.items()}
-
-
-def numbers_of(optimizer: torch.optim.Optimizer) -> list[int]:
-    """By which files know its parameters, in the order of its groups: the groups' own, or 0, 1, ..."""
-    groups = optimizer.param_groups
-    numbers = [number for group in groups for number in group.get("numbers", ())]
-    return numbers or list(range(sum(len(group["params"]) for group in groups)))
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index_of = {number: index for index, number in enumerate(numbers_of(optimizer))}
-    state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        number, key = name.split(".", 1)
-        index = index_of[int(number)]
-        like = parameters[index]
-        state.setdefault(index, {})[key] = part_like(tensor, like) if tensor.shape == like.shape else tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from experiment.settings import SEEDS, flatten, within
 from machine.whole_files import inside
@@ -324,6 +324,9 @@ class RunConfig:
     name: str | None
     resume: str | None
     init_from: str | None
+    if TYPE_CHECKING:  # of each training its own
+        train: Any
+        log: Any
     fixed = tuple[str, ...]()  # settings and groups of them that say what the weights mean
 
     @property

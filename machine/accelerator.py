@@ -50,7 +50,7 @@ def open_accelerator(
     keep_float32(accelerator)
     line = describe(accelerator)
     if device.type == "cpu":
-        deal_out_cores(num_local_processes(accelerator))
+        deal_out_cores(int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes))  # those on this machine
         say = tqdm.write if accelerator.is_main_process else lambda line: None
         line += f", {start_waiting(say)}"
     accelerator.print(line)
@@ -62,28 +62,23 @@ def open_accelerator(
 def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
     """What the main process finds, for all; its errors too. Where each looks for itself, one may find what another has
     just written, and they wait for each other for ever."""
-    found: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # a value, or an error
     if accelerator.is_main_process:
         try:
-            found[0] = find()
+            outcome[0] = find()
         except (ValueError, OSError) as error:
-            found[1] = error
-    value, error = broadcast_object_list(found) if accelerator.num_processes > 1 else found
+            outcome[1] = error
+    value, error = broadcast_object_list(outcome) if accelerator.num_processes > 1 else outcome
     if error is not None:
         raise error if accelerator.is_main_process else SystemExit(2)  # said once
     return value
 
 
-def num_local_processes(accelerator: Accelerator) -> int:
-    """Of the run's processes, those on this machine; launchers say it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
-
-
 def default_device() -> torch.device:
     """What Accelerate will take: a GPU of whatever make, or the CPU."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    found = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.device("cpu")
+    accelerator = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
 
 
 def describe(accelerator: Accelerator) -> str:

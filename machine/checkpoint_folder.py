@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CHECKSUMS = "checksums.json"
 BEST = "best"
@@ -118,13 +119,25 @@ class Best:
             return True
         return False
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"value": self.value, "step": self.step}
 
-def mark_best(folder: Path, step: int) -> None:
-    """Let `folder/best` point to this step's checkpoint."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on as a checkpoint says."""
+        self.value, self.step = state["value"], state["step"]
+
+
+def mark_best(folder: Path, step: int | None) -> bool:
+    """Let `folder/best` point to this step's checkpoint; where there is none such it points nowhere, and goes."""
+    if step is None or not checkpoint_path(folder, step).is_dir():
+        (folder / BEST).unlink(missing_ok=True)
+        return False
     partial = folder / ".best.partial"
     partial.unlink(missing_ok=True)
     partial.symlink_to(checkpoint_path(folder, step).name, target_is_directory=True)
     partial.replace(folder / BEST)
+    return True
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -58,9 +58,9 @@ def send(process: subprocess.Popen, number: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         child = psutil.Process(process.pid)
         launched = child.children() if _launches(child) else []
-        for each in launched or [child]:
+        for receiver in launched or [child]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                each.send_signal(number)
+                receiver.send_signal(number)
 
 
 def end_with_launcher() -> None:
@@ -78,9 +78,9 @@ def kill(process: subprocess.Popen) -> None:
 
     with contextlib.suppress(psutil.NoSuchProcess):
         child = psutil.Process(process.pid)
-        for each in [child, *child.children(recursive=True)]:
+        for member in [child, *child.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+                member.kill()
 
 
 def await_end(process: subprocess.Popen) -> None:

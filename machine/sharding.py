@@ -48,9 +48,9 @@ def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_whole(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def load_whole(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Copy whole tensors into those of the same names, or parts of them."""
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         tensor.copy_(part_like(weights[name], tensor))
 
 

@@ -76,9 +76,9 @@ class Waiting:
 
     def look(self) -> bool:
         """Choose by what others did since the last look; whether that changed anything."""
-        (busy, own, wall), before = self._times(), self._read
-        self._read = busy, own, wall
-        self.busy_with_others = max(0.0, (busy - before[0]) - (own - before[1])) / max(1e-3, wall - before[2])
+        before, self._read = self._read, self._times()
+        busy, ours, wall = (now - then for now, then in zip(self._read, before, strict=True))
+        self.busy_with_others = max(0.0, busy - ours) / max(1e-3, wall)
         missing = self.num_threads + self.busy_with_others - len(self.cores)
         self._quiet = self._quiet + 1 if missing < FREE else 0
         sleep = missing > TAKEN or (self.sleeps and self._quiet < LOOKS_TO_TRUST)
@@ -91,12 +91,12 @@ class Waiting:
         """Look every other second for as long as the process lives; say once what was changed on the way."""
 
         def watch() -> None:
-            told = False
+            was_said = False
             while True:
                 time.sleep(PERIOD)
-                if self.look() and not told:
+                if self.look() and not was_said:
                     say(f"{self}; as others come and go")
-                    told = True
+                    was_said = True
 
         threading.Thread(target=watch, name="waiting", daemon=True).start()
 
@@ -128,10 +128,9 @@ class Waiting:
 
     def _times(self) -> tuple[float, float, float]:
         """Seconds that our cores were busy, that this process was, and of the clock."""
-        each = psutil.cpu_times(percpu=True)
-        busy = sum(sum(getattr(each[core], name, 0.0) for name in BUSY) for core in self.cores if core < len(each))
-        own = self.process.cpu_times()
-        return busy, own.user + own.system, time.monotonic()
+        times, ours = psutil.cpu_times(percpu=True), self.process.cpu_times()
+        busy = sum(getattr(times[core], name, 0.0) for core in self.cores if core < len(times) for name in BUSY)
+        return busy, ours.user + ours.system, time.monotonic()
 
 
 def start_waiting(say: Callable[[str], object]) -> str:
@@ -142,8 +141,8 @@ def start_waiting(say: Callable[[str], object]) -> str:
     if torch.get_num_threads() == 1:
         return "1 thread"
     threads = f"{torch.get_num_threads()} threads"
-    if given := [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]:
-        return f"{threads} that wait as {' '.join(given)} says"
+    if settings := [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]:
+        return f"{threads} that wait as {' '.join(settings)} says"
     if sys.platform != "linux" or "libgomp" not in Path("/proc/self/maps").read_text():
         return threads
     if torch.get_num_threads() > len(allowed_cores()):  # which GNU's OpenMP sees by itself

@@ -109,7 +109,7 @@ def main(config: ImportConfig) -> None:
         diffusion=diffusion,
         sampling=SAMPLING.get(config.source, SamplingConfig()),
     )
-    metadata = metadata_of(experiment, spec, classes, step)
+    metadata = metadata_of(experiment, step, spec=spec, classes=classes)
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     with config.weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

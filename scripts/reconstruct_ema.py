@@ -29,7 +29,8 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
     from tqdm import tqdm
 
     from checkpoints.averages import first_step, gamma_of, reconstruction_weights
-    from checkpoints.checkpoint import list_snapshots, open_checkpoint, read_metadata, read_tensors, save_tensors
+    from checkpoints.checkpoint import open_checkpoint, read_metadata, read_tensors, save_tensors
+    from checkpoints.training_state import list_snapshots
     from machine.whole_files import whole
 
     files = list_snapshots(run)

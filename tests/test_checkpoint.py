@@ -12,17 +12,26 @@ from safetensors.torch import save_file
 
 from checkpoints.averages import EMA
 from checkpoints.checkpoint import (
+    metadata_of,
     open_checkpoint,
     read_metadata,
     read_tensors,
-    resume,
-    save_checkpoint,
     save_tensors,
     warm_start,
 )
+from checkpoints.training_state import TrainingState, resume, save_checkpoint
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, OptimConfig
-from machine.checkpoint_folder import Best, CheckpointError, list_checkpoints, mark_best, newest_whole, to_resume
+from machine.checkpoint_folder import (
+    Best,
+    CheckpointError,
+    list_checkpoints,
+    mark_best,
+    newest_whole,
+    rotate,
+    to_resume,
+)
 from models.spec import ModelSpec
+from training.guard import Guard
 from training.inspection import check_best
 from training.optimizer import build_optimizer
 
@@ -46,19 +55,15 @@ def train_a_step(model, ema, optimizer):
 IDENTITY = {"codec": {"sha256": "c"}, "train": {"source": "a.zip", "split": "train-1"}, "test": {"split": "test-1"}}
 
 
-def save(folder, step, model, ema, optimizer, **log):
-    return save_checkpoint(
-        folder,
-        step=step,
-        model=model,
-        ema=ema,
-        optimizer=optimizer,
-        config=ExperimentConfig(log=LogConfig(**log)),
-        spec=SPEC,
-        classes=["a", "b", "c"],
-        identity=IDENTITY,
-        progress={"guard": {"skipped": 3}},
-    )
+def state(model, ema, optimizer, **others):
+    return TrainingState({"model": model}, {"optimizer": optimizer}, ema, others)
+
+
+def save(folder, step, *trained, keep=2, keep_every=0):
+    metadata = metadata_of(ExperimentConfig(), step, IDENTITY, spec=SPEC, classes=["a", "b", "c"])
+    saved = save_checkpoint(folder, step, state(*trained, **{"guard.model": Guard(skipped=3)}), metadata)
+    rotate(folder, keep=keep, keep_every=keep_every)
+    return saved
 
 
 @pytest.fixture
@@ -101,8 +106,9 @@ def test_run_folder_means_its_newest_checkpoint(saved, tmp_path):
 
 def test_resuming_restores_everything(saved):
     folder, trained = saved
-    fresh = objects()
-    assert resume(to_resume(folder.parent.parent), *fresh) == {"step": 1, "guard": {"skipped": 3}}
+    fresh, guard = objects(), Guard()
+    progress = resume(to_resume(folder.parent.parent), state(*fresh, **{"guard.model": guard}))
+    assert (progress["step"], guard.skipped) == (1, 3)
     for ours, theirs in zip(fresh, trained, strict=True):
         ours, theirs = (x.model if isinstance(x, EMA) else x for x in (ours, theirs))
         if isinstance(ours, torch.nn.Module):
@@ -125,7 +131,7 @@ def test_every_so_many_and_the_best_stay(saved):
     folder, trained = saved
     mark_best(folder.parent, 1)
     for step in range(2, 9):
-        save(folder.parent, step, *trained, keep_checkpoints=1, keep_every=3)
+        save(folder.parent, step, *trained, keep=1, keep_every=3)
     assert [int(path.name) for path in list_checkpoints(folder.parent)] == [1, 3, 6, 8]
     assert open_checkpoint(folder.parent / "best").step == 1
     mark_best(folder.parent, 6)
@@ -179,7 +185,7 @@ def test_warm_start_takes_what_fits_and_lists_what_does_not(saved):
 )
 def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch, error, remedy):
     folder, trained = saved
-    monkeypatch.setattr("checkpoints.checkpoint.save_file", Mock(side_effect=error))
+    monkeypatch.setattr("checkpoints.training_state.save_file", Mock(side_effect=error))
     with pytest.raises(OSError, match=rf"could not be written .*{remedy} and --resume"):
         save(folder.parent, 2, *trained)
     assert [path.name for path in folder.parent.iterdir()] == ["00000001"]
@@ -212,7 +218,7 @@ def test_what_cannot_be_removed_loses_nothing(saved, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "unlink", Mock(side_effect=OSError(errno.EBUSY, "busy")))
         save(folder.parent, 1, *trained)
-        save(folder.parent, 2, *trained, keep_checkpoints=1)
+        save(folder.parent, 2, *trained, keep=1)
     assert [path.name for path in list_checkpoints(folder.parent)] == ["00000002"]
     assert (folder.parent / "00000002" / "ema.safetensors").stat().st_ino != before
     save(folder.parent, 3, *trained)
@@ -222,17 +228,17 @@ def test_what_cannot_be_removed_loses_nothing(saved, monkeypatch):
 def test_rotation_counts_whole_checkpoints_alone(saved):
     folder, trained = saved
     for step in (2, 3):
-        save(folder.parent, step, *trained, keep_checkpoints=9)
+        save(folder.parent, step, *trained, keep=9)
         spoiled = folder.parent / f"{step:08d}" / "state" / "progress.json"
         spoiled.write_text(spoiled.read_text()[:-1])
     (folder.parent / "00000002.bak").mkdir()
-    save(folder.parent, 4, *trained, keep_checkpoints=2)
+    save(folder.parent, 4, *trained, keep=2)
     assert [int(path.name) for path in list_checkpoints(folder.parent)] == [1, 2, 3, 4]
-    save(folder.parent, 5, *trained, keep_checkpoints=2)
+    save(folder.parent, 5, *trained, keep=2)
     assert [int(path.name) for path in list_checkpoints(folder.parent)] == [4, 5]
     assert (folder.parent / "00000002.bak").is_dir()
     with pytest.raises(ValueError, match=r"--log.keep_checkpoints -1 must be at least 1"):
-        save(folder.parent, 6, *trained, keep_checkpoints=-1)
+        save(folder.parent, 6, *trained, keep=-1)
     assert to_resume(folder.parent.parent).name == "00000006"
 
 
@@ -259,7 +265,7 @@ def flipped(path, where):
         lambda path: open_checkpoint(path).load_model(),
         lambda path: open_checkpoint(shutil.copy(path, path.parent / "lone.safetensors")).load_model(),
         lambda path: warm_start(objects()[0], str(path)),
-        lambda path: resume(path.parent, *objects()),
+        lambda path: resume(path.parent, state(*objects())),
         read_tensors,
     ],
 )
@@ -339,7 +345,7 @@ def test_checkpoint_of_another_model_is_told(saved):
     folder, _ = saved
     other = objects(ModelSpec("DiT", {"dim": 32, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3))
     with pytest.raises(CheckpointError, match=r"is of another model: \d+ tensors"):
-        resume(folder, *other)
+        resume(folder, state(*other))
 
 
 def test_nothing_to_resume(tmp_path):

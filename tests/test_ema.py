@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from checkpoints.averages import EMA, PowerAverage, gamma_of, reconstruction_weights
-from checkpoints.checkpoint import list_snapshots, open_checkpoint, save_checkpoint
+from checkpoints.checkpoint import metadata_of, open_checkpoint
+from checkpoints.training_state import TrainingState, list_snapshots, save_checkpoint
 from experiment.cli import parse_run
-from experiment.config import ExperimentConfig, LogConfig
+from experiment.config import ExperimentConfig
 from machine.checkpoint_folder import CheckpointError
 from models.spec import ModelSpec
 from training.resumption import start_or_go_on
@@ -88,9 +89,9 @@ def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation(tmp_pa
     in the last tenth, and all of it where the decay had reached its end."""
     torch.manual_seed(0)
     spec = ModelSpec("DiT", {"dim": 16, "depth": 1, "num_heads": 2}, (4, 4), 4, 8, 0)
-    config, told = ExperimentConfig(), {"spec": spec, "classes": [], "identity": {}, "progress": {}}
     model, num_steps = InStages(), 1000
-    ema, optimizer = EMA(model, 0.9999, [0.05, 0.1]), torch.optim.AdamW(model.parameters())
+    ema = EMA(model, 0.9999, [0.05, 0.1])
+    training = TrainingState({"model": model}, {}, ema)
     alone = EMA(Scalar(), 0.9999, [0.15])
     late = [*model.second.parameters(), model.second.running_var]
     for step in range(num_steps):
@@ -106,13 +107,13 @@ def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation(tmp_pa
             alone.update(other, step - 900)
         ema.update(model, step)
         if step == 949:  # as train.py does
-            began = json.loads(json.dumps(ema.began))
+            began = json.loads(json.dumps(ema.state()))
             assert began == {"second.bias": 900, "second.weight": 900}
-            ema.began = None
+            ema.restore(None)
             ema.restore(began)
         if (step + 1) % 20 == 0 and step > 600:
-            folder = tmp_path / "checkpoints"
-            save_checkpoint(folder, step=step + 1, model=model, ema=ema, optimizer=optimizer, config=config, **told)
+            metadata = metadata_of(ExperimentConfig(), step + 1, spec=spec, classes=[])
+            save_checkpoint(tmp_path / "checkpoints", step + 1, training, metadata)
     for name in ("weight", "running_var"):
         assert ema.tensors[f"second.{name}"].item() == pytest.approx(alone.tensors["weight"].item(), rel=1e-6)
     script("scripts/reconstruct_ema.py").main(tmp_path, 0.15)
@@ -124,14 +125,13 @@ def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkey
     spec = ModelSpec("DiT", {"dim": 16, "depth": 1, "num_heads": 2}, (4, 4), 4, 8, 0)
     torch.manual_seed(0)
     model = spec.build()
-    ema, optimizer = EMA(model, 0.9, [0.05, 0.1]), torch.optim.AdamW(model.parameters())
-    config = ExperimentConfig(log=LogConfig(keep_checkpoints=1))
-    told = {"config": config, "spec": spec, "classes": [], "identity": {}, "progress": {}}
+    ema = EMA(model, 0.9, [0.05, 0.1])
     for step in (1, 2):
         with torch.no_grad():
             model.patch.weight.fill_(step)
         ema.update(model, step - 1)
-        save_checkpoint(tmp_path / "checkpoints", step=step, model=model, ema=ema, optimizer=optimizer, **told)
+        metadata = metadata_of(ExperimentConfig(), step, spec=spec, classes=[])
+        save_checkpoint(tmp_path / "checkpoints", step, TrainingState({"model": model}, {}, ema), metadata)
 
     reconstruct = script("scripts/reconstruct_ema.py").main
     reconstruct(tmp_path, 0.08)

@@ -12,8 +12,7 @@ from wandb.errors import UsageError
 
 from experiment.config import ExperimentConfig, LogConfig
 from machine.accelerator import open_accelerator
-from training import interruption
-from training.interruption import open_run
+from training import run
 from training.log import Log
 
 STATES = [PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state]
@@ -40,10 +39,10 @@ def test_what_is_compiled_and_accumulated_is_the_configurations(monkeypatch):
 
 
 def test_a_tracker_that_is_not_there_is_missed(tmp_path, monkeypatch):
-    monkeypatch.setattr(interruption, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(run, "get_available_trackers", lambda: ["tensorboard"])
     config = ExperimentConfig(resume=str(tmp_path), log=LogConfig(trackers=["wandb"]))
     with pytest.raises(ValueError, match=r"--log.trackers wandb: not installed; there are tensorboard"):
-        open_run(config).__enter__()
+        run.open_run(config).__enter__()
 
 
 def test_wandb_has_a_project_and_says_what_it_wants(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=
     experiment = ExperimentConfig(model, args, autoencoder, diffusion=config, sampling=sampling, **rest)
     weights = randomise(spec.build()).state_dict()
     folder.mkdir()
-    save_file(weights, folder / WEIGHTS, metadata=metadata_of(experiment, spec, CLASSES, 5))
+    save_file(weights, folder / WEIGHTS, metadata=metadata_of(experiment, 5, spec=spec, classes=CLASSES))
     return folder
 
 

@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from machine import accelerator as machine
+from machine.stopping import SIGNALS, stops_at_once
 from training.guard import Guard, TrainingDivergedError, gradient_norm
-from training.interruption import SIGNALS, Interruption, Stopped
+from training.interruption import Interruption, Stopped
 from training.meter import Meter
 
 
@@ -57,14 +58,14 @@ def test_gradient_norm_and_its_clip(accelerator, max_norm):
 
 
 def test_meter_means_by_term_and_quarter_without_skipped_steps(accelerator):
-    meter = Meter()
+    meter = Meter(accelerator)
     meter.add({"loss": torch.tensor([1.0, 3.0]), "mse": torch.tensor([0.5, 0.5])}, torch.tensor([0, 0.999]))
     meter.step(2.0, 1.0, 2)
     meter.add({"loss": torch.tensor([float("nan")] * 2), "mse": torch.zeros(2)}, torch.tensor([0, 0]))
     meter.skip()
     meter.add({"loss": torch.tensor([5.0, 7.0]), "mse": torch.tensor([0.5, 1.5])}, torch.tensor([0.01, 0.6]))
     meter.step(0.5, 1.0, 2)
-    means = meter.summary(accelerator)
+    means = meter.summary()
     assert means["loss"] == pytest.approx(4)
     assert means["mse"] == pytest.approx(0.75)
     assert [means.get(f"loss_quarter_{n}") for n in (1, 2, 3, 4)] == [3, None, 7, 3]
@@ -73,17 +74,17 @@ def test_meter_means_by_term_and_quarter_without_skipped_steps(accelerator):
 
 
 def test_meter_goes_on_where_a_checkpoint_left_it(accelerator):
-    straight, cut = Meter(), Meter()
+    straight, cut = Meter(accelerator), Meter(accelerator)
     for number in range(4):
         for meter in (straight, cut):
             meter.add({"loss": torch.tensor([0.1 * number, 1 / 3])}, torch.tensor([0, 0.5]))
             meter.step(number / 3, 0.0, 2)
         if number == 1:
-            state = cut.state(accelerator)
-            cut = Meter()
-            cut.restore(state, accelerator)
+            state = cut.state()
+            cut = Meter(accelerator)
+            cut.restore(state)
     measured = {"images_per_second", "waiting_for_data", "memory_gb"}
-    one, other = (meter.summary(accelerator) for meter in (straight, cut))
+    one, other = (meter.summary() for meter in (straight, cut))
     assert {name: one[name] for name in one if name not in measured} == {
         name: other[name] for name in other if name not in measured
     }
@@ -95,8 +96,8 @@ def test_each_process_goes_on_with_its_own_sums(accelerator, monkeypatch):
     def restored(rank, num_processes, state):
         monkeypatch.setattr(Accelerator, "process_index", rank)
         monkeypatch.setattr(Accelerator, "num_processes", num_processes)
-        meter = Meter()
-        meter.restore(state, accelerator)
+        meter = Meter(accelerator)
+        meter.restore(state)
         return meter.sums["loss"]
 
     assert [restored(rank, 2, state) for rank in range(2)] == [1, 2]
@@ -143,6 +144,15 @@ def test_before_the_first_step_a_signal_stops_at_once(accelerator, tmp_path):
     assert ended.value.code == 75
     why = "SIGHUP: stopped before the first step; run it again with --resume auto\n"
     assert (tmp_path / "stopped").read_text() == why
+
+
+def test_a_signal_while_libraries_are_imported_stops_too(tmp_path):
+    if (child := os.fork()) == 0:
+        with stops_at_once(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert (tmp_path / "stopped").read_text().startswith("SIGTERM: stopped before the first step; run it again")
 
 
 def test_a_closed_terminal_is_nothing_to_what_nohup_started(accelerator, tmp_path):

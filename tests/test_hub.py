@@ -186,7 +186,9 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine(folder, tmp_pa
     )
     weights = tiny.load_model().state_dict()
     identity = {**tiny.identity, "train": {**tiny.identity["train"], "source": f"{home}/cats.zip"}}
-    save_tensors(weights, run / "ema.safetensors", metadata_of(config, tiny.spec, tiny.classes, 4, identity))
+    save_tensors(
+        weights, run / "ema.safetensors", metadata_of(config, 4, identity, spec=tiny.spec, classes=tiny.classes)
+    )
     (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     record = {"scores": {}, "num_samples": 1, "num_reference": 1, "extractor": "c", "extractor_sha256": "0"}
     record |= {"samples": {"checkpoint": "secret/run", "step": 4}, "reference": {"source": r"C:\\secret\\cats.zip"}}

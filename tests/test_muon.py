@@ -6,7 +6,7 @@ from processes import ROOT, run
 from test_backbones import FAMILIES, SIZES, Plain, small
 from torch import nn
 
-from checkpoints.checkpoint import load_optimizer, optimizer_tensors
+from checkpoints.training_state import load_optimizer, optimizer_tensors
 from experiment.config import OptimConfig
 from models.backbone import complete
 from training.muon import Muon, orthogonalise, split_for_muon

@@ -258,7 +258,7 @@ def test_another_split_than_the_checkpoints_is_not_reconstructed(tmp_path, monke
     with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another test"):
         sample(run, "--data.path", "other")
     found = open_checkpoint(run)  # one from before checkpoints knew their split
-    older = metadata_of(found.config, found.spec, found.classes, found.step)
+    older = metadata_of(found.config, found.step, spec=found.spec, classes=found.classes)
     save_file(load_file(found.path), tmp_path / "older.safetensors", metadata=older)
     seen = []
     monkeypatch.setattr(
@@ -296,7 +296,7 @@ def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):
     path = tmp_path / "ruined" / "ema.safetensors"
     weights = {name: tensor * float("nan") for name, tensor in load_file(path).items()}
     config = open_checkpoint(path)
-    save_file(weights, path, metadata=metadata_of(config.config, config.spec, config.classes, config.step))
+    save_file(weights, path, metadata=metadata_of(config.config, config.step, spec=config.spec, classes=config.classes))
     with pytest.raises(ValueError, match="not finite"):
         evaluate("--samples", path, "--extractor", thumbnail, "--num_samples", 4)
     assert not (tmp_path / "ruined" / "scores.json").exists()

@@ -26,13 +26,17 @@ def draw_curve(run: Path) -> None:
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(6, 3.5))
     axes = figure.add_axes((0.16, 0.14, 0.81, 0.77))  # a layout that is computed takes as long again
+    least = 1.0
     for name, label in (("loss", "training"), ("validation_loss", "held-out images, averaged weights")):
         points = [(event["step"], event[name]) for event in events if name in event]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if len(points) < 20 else "")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter(LogFormatter())  # plain numbers: typesetting powers of ten takes as long as the rest
+            least = min(least, *(loss for _, loss in points))
+    axes.set(xlabel="step", ylabel="loss")
+    if least > 0:  # an autoencoder's may be negative
+        axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(LogFormatter())  # plain numbers: typesetting powers of ten takes as long as the rest
     axes.set_title(run.name, parse_math=False)
     if axes.lines:
         axes.legend(frameon=False)

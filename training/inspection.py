@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -22,10 +20,10 @@ from metrics.extractors import naming
 from metrics.features import Extractor
 from metrics.fidelity import is_lower_better, metric_name
 from sampling.generation import Generator, balanced_labels, generate, sample_labels
-from sampling.image_files import save_grid
-from training.curves import draw_progress, warns_only
-from training.log import Log, is_due
+from training.curves import draw_progress
+from training.log import is_due
 from training.objective import Objective
+from training.run import Run
 from training.validation import validation_loss
 
 
@@ -37,7 +35,7 @@ def unless_ruined(look: Callable) -> Callable:
         try:
             return look(self, step)
         except AutoencoderError as error:
-            self.accelerator.print(f"step {step}: nothing to {look.__name__}: {error}")
+            self.run.accelerator.print(f"step {step}: nothing to {look.__name__}: {error}")
             return {}
 
     return tried
@@ -49,7 +47,7 @@ def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
     Raises:
         ValueError: for what this training does not measure, saying what it does, or which interval to set.
     """
-    names = ["validation_loss", *(metric_name(each, *naming(evaluation.extractor)) for each in evaluation.metrics)]
+    names = ["validation_loss", *(metric_name(metric, *naming(evaluation.extractor)) for metric in evaluation.metrics)]
     if log.best is None:
         return True
     if log.best not in names:
@@ -64,8 +62,7 @@ def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
 class Inspection:
     """Of the averaged weights, the same images, noise and labels at every call; all processes take part."""
 
-    run: Path
-    config: ExperimentConfig
+    run: Run[ExperimentConfig]
     ema: EMA
     objective: Objective
     codec: Codec
@@ -73,12 +70,10 @@ class Inspection:
     sampling: SamplingConfig
     guide_model: nn.Module | None
     scorer: tuple[Reference, Extractor] | None
-    log: Log
-    accelerator: Accelerator
 
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
         """What to look at after a step; the last grid is drawn when all is saved."""
-        log = self.config.log
+        log = self.run.config.log
         looks = {self.draw: log.sample_every, self.validate: log.validate_every, self.score: log.evaluate_every}
         return [
             look for look, every in looks.items() if is_due(step, every) and (step < num_steps or look != self.draw)
@@ -91,9 +86,9 @@ class Inspection:
             self.objective,
             self.codec,
             self.held_out,
-            self.accelerator,
-            self.config.log.num_validation,
-            self.config.train,
+            self.run.accelerator,
+            self.run.config.log.num_validation,
+            self.run.config.train,
         )
         return {f"validation_{name}": value for name, value in losses.items()}
 
@@ -101,11 +96,11 @@ class Inspection:
     def score(self, step: int) -> dict[str, float]:
         """Scores of samples, as `evaluation` says."""
         assert self.scorer is not None
-        evaluation = self.config.evaluation
+        evaluation = self.run.config.evaluation
         labels = sample_labels(evaluation, len(self.held_out), self.held_out.num_classes, self.held_out.labels)
-        source = from_generator(self._generator(labels, evaluation.seed), self.config.model)
-        scores, _ = evaluate(source, *self.scorer, self.accelerator, evaluation)
-        return {name: one.value for name, one in scores.scores.items() if one.value is not None}
+        source = from_generator(self._generator(labels, evaluation.seed), self.run.config.model)
+        scores, _ = evaluate(source, *self.scorer, self.run.accelerator, evaluation)
+        return {name: score.value for name, score in scores.scores.items() if score.value is not None}
 
     @unless_ruined
     def draw(self, step: int) -> dict[str, float]:
@@ -113,23 +108,21 @@ class Inspection:
         classes = self.held_out.classes[:10]
         columns = len(classes) or 10
         labels = balanced_labels(4 * columns, len(classes))
-        images = generate(self._generator(labels, self.config.train.seed), batch_size=len(labels))
-        if self.accelerator.is_main_process:
-            path = self.run / "samples" / f"{step:08d}.png"
-            with warns_only(path):
-                save_grid(images, path, columns=columns, column_names=classes)
-                self.log.picture(step, path)
-            draw_progress(self.run)
+        images = generate(self._generator(labels, self.run.config.train.seed), batch_size=len(labels))
+        if self.run.is_main:
+            self.run.show(images, columns=columns, column_names=classes)
+            draw_progress(self.run.folder)
         return {}
 
     def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:
-        where = (self.held_out.image_size, seed, self.accelerator)
         return Generator(
             self.ema.model,
             self.objective.diffusion,
             self.codec,
             labels,
             self.sampling,
-            *where,
+            self.held_out.image_size,
+            seed,
+            self.run.accelerator,
             guide_model=self.guide_model,
         )

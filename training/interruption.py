@@ -8,48 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
 
-from experiment.config import R, resuming
-from machine.accelerator import from_main, open_accelerator
+from machine.accelerator import from_main
 from machine.children import EXIT_CODE, STOPPED
 from machine.lock import Lock
+from machine.stopping import BEFORE, handled
 from machine.whole_files import write_whole
-from training.resumption import start_or_go_on
-
-SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
 
 class Stopped(BaseException):
     """Why a run ends before its end; not an error that anything on the way might take for its own."""
-
-
-@contextmanager
-def open_run(config: R, **options: Any) -> Iterator[tuple[R, Path | None, Interruption]]:
-    """A training's devices, its folder for as long as it lasts, and the checkpoint that it goes on from. Every process
-    has the main one's configuration.
-
-    Raises:
-        FileExistsError, CheckpointError: see `start_or_go_on`.
-        ValueError: where another training has the folder, or for a precision or tracker that there is not.
-    """
-    settings: Any = config
-    trackers, available = settings.log.trackers, [str(each) for each in get_available_trackers()]
-    for tracker in trackers:
-        if tracker not in available:
-            raise ValueError(f"--log.trackers {tracker}: not installed; there are {', '.join(available)}")
-    options |= {"log_with": trackers or None, "project_dir": config.folder}
-    accelerator = open_accelerator(settings.train.precision, flag="--train.precision", **options)
-    config = from_main(accelerator, lambda: config)
-    with Interruption(config.folder, accelerator, settings.train.max_hours) as interruption:
-        config, checkpoint = from_main(accelerator, lambda: start_or_go_on(config, accelerator.print))
-        set_seed(settings.train.seed)
-        yield resuming(config, None), checkpoint, interruption
 
 
 class Interruption:
@@ -67,14 +39,12 @@ class Interruption:
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self.max_hours = max_hours
         self.received: int | None = None
-        self.leaves, self.alone, self.where = True, False, "before the first step; run it again with --resume auto"
+        self.leaves, self.alone, self.where = True, False, BEFORE
 
     def __enter__(self) -> Interruption:
         from_main(self.accelerator, self._open)
-        self.before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number, handler in self.before.items():
-            if number != signal.SIGHUP or handler is not signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, self._receive)
+        self.handling = handled(self._receive)
+        self.handling.__enter__()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -87,8 +57,7 @@ class Interruption:
                 self.accelerator.end_training()
             with suppress(OSError):  # a terminal that is gone
                 self.accelerator.print(f"{error}: stopped {self.where}")
-        for number, handler in self.before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        self.handling.__exit__(None, None, None)
         if main:
             self.lock.__exit__()
         if stops:
@@ -110,7 +79,7 @@ class Interruption:
         return signal.Signals(code).name
 
     @contextmanager
-    def at_once(self, save: Callable[[], object], *, can_save: bool) -> Iterator[None]:
+    def at_once(self, *, can_save: bool, save: Callable[[], object] = lambda: None) -> Iterator[None]:
         """For what takes long and can be done again: a signal breaks it off and saves, where this process can do that
         without the others, which may be anywhere then."""
         self.leaves = can_save

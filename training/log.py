@@ -30,14 +30,14 @@ class Log:
     def __init__(self, folder: Path, accelerator: Accelerator, config: dict) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
         wandb = WandBTracker(PROJECT, name=folder.name)
-        accelerator.log_with = [wandb if str(each) == "wandb" else each for each in accelerator.log_with]
+        accelerator.log_with = [wandb if str(tracker) == "wandb" else tracker for tracker in accelerator.log_with]
         try:
             accelerator.init_trackers("tracking", config=_plain(config))
         except Exception as error:  # each service has its own kinds
             remedy = "wandb login, set WANDB_MODE=offline, or leave it out"
             raise ValueError(f"--log.trackers {config['log']['trackers']}: {error}; {remedy}") from error
 
-    def write(self, step: int, **values: float | list[int]) -> None:
+    def write(self, step: int, **values: int | float | list[int]) -> None:
         """Add an event at an optimizer step; lists are for the file alone."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:

@@ -19,7 +19,8 @@ T = TypeVar("T")
 class Meter:
     """Takes in per-sample loss terms; gives their means, the loss by quarter of the noise level, speed and more."""
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
         self.reset()
 
     def reset(self) -> None:
@@ -67,11 +68,11 @@ class Meter:
         """Time that is not training's: validation, samples, checkpoints."""
         self.paused += seconds
 
-    def summary(self, accelerator: Accelerator) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """Means since the last reset, the same on every process; empty where no step was taken."""
         if not self.norms:
             return {}
-        sums: dict[str, Tensor] = accelerator.reduce(self.sums, "sum")  # pyright: ignore
+        sums: dict[str, Tensor] = self.accelerator.reduce(self.sums, "sum")  # pyright: ignore
         count, none = sums.pop("count"), torch.zeros(NUM_BUCKETS)
         losses, counts = (sums.pop(name, none) for name in ("bucket_sums", "bucket_counts"))
         means = {name: (total / count).item() for name, total in sums.items()}
@@ -85,23 +86,23 @@ class Meter:
             "clipped": self.num_clipped / len(self.norms),
             "images_per_second": self.num_images / max(elapsed, 1e-9),
             "waiting_for_data": self.waited / max(elapsed, 1e-9),
-            "memory_gb": memory_gb(accelerator.device),
+            "memory_gb": memory_gb(self.accelerator.device),
         }
 
-    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """The interval so far, of each process, for a checkpoint in the middle of it."""
-        shares: dict[str, Any] = {name: accelerator.gather(total[None]) for name, total in self.sums.items()}
+        shares: dict[str, Any] = {name: self.accelerator.gather(total[None]) for name, total in self.sums.items()}
         counts = {"norms": self.norms, "num_clipped": self.num_clipped, "num_images": self.num_images}
         return {"shares": {name: share.tolist() for name, share in shares.items()}, **counts}
 
-    def restore(self, state: dict[str, Any], accelerator: Accelerator) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on in the middle of an interval, each process with its own sums, which round as they would have; where
         there were more or fewer processes, the first one has them all."""
         self.reset()
-        rank, num = accelerator.process_index, accelerator.num_processes
+        rank, num = self.accelerator.process_index, self.accelerator.num_processes
         earlier = {name: [total] for name, total in state.get("sums", {}).items()}  # as checkpoints once had them
-        for name, each in state.get("shares", earlier).items():
-            share = torch.tensor(each, device=accelerator.device)
+        for name, shares in state.get("shares", earlier).items():
+            share = torch.tensor(shares, device=self.accelerator.device)
             self.sums[name] = share[rank] if len(share) == num else share.sum(dim=0) * float(rank == 0)
         self.norms, self.num_clipped, self.num_images = state["norms"], state["num_clipped"], state["num_images"]
 

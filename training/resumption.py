@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from checkpoints.checkpoint import SNAPSHOTS, WEIGHTS, read_metadata
+from checkpoints.checkpoint import WEIGHTS, read_metadata
+from checkpoints.training_state import SNAPSHOTS
 from experiment.config import R, resuming
 from experiment.settings import flatten, from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume

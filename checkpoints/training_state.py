@@ -1,0 +1,181 @@
+"""What a training changes, in the checkpoints that it goes on from: one format, whatever is trained.
+
+Beside `ema.safetensors` (see `checkpoints.checkpoint`) a checkpoint has a folder `state/`: each network and optimizer
+as `<name>.safetensors`, power-function averages as `profiles.safetensors`, and all that is no tensor in
+`progress.json`. Nothing read back is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from checkpoints.averages import EMA
+from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_tensors
+from machine.checkpoint_folder import checkpoint_path, write_checkpoint
+from machine.sharding import gather, part_like
+
+PROFILES = "profiles"
+SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object whose state is no tensor."""
+
+    def state(self) -> Any:
+        """In JSON's types; where processes have parts of it, all have to ask."""
+
+    def restore(self, state: Any) -> None:
+        """Put back what `state` gave."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a training changes, by the names that it has in a checkpoint."""
+
+    networks: Mapping[str, nn.Module]
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    ema: EMA
+    others: dict[str, Stateful] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.others["ema"] = self.ema
+
+    def progress(self) -> dict[str, Any]:
+        """What is no tensor."""
+        return {name: part.state() for name, part in self.others.items()}
+
+    def modules(self) -> dict[str, dict[str, Tensor]]:
+        """By file, the tensors that are copied into when a training goes on."""
+        networks = {f"state/{name}.safetensors": network.state_dict() for name, network in self.networks.items()}
+        profiles = {f"state/{PROFILES}.safetensors": self.ema.profile_tensors()} if self.ema.profiles else {}
+        return {WEIGHTS: self.ema.tensors, **networks, **profiles}
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    training: TrainingState,
+    metadata: Mapping[str, str],
+    progress: Mapping[str, Any] | None = None,
+    *,
+    write: bool = True,
+) -> Path:
+    """Write `folder/<step>` whole or not at all; `progress` is the training's own unless given.
+
+    Of several processes all have to call, as each may have a part of the tensors, and one has to `write`.
+
+    Raises:
+        OSError: when it cannot be written; the partial folder is removed, older checkpoints stay.
+    """
+    progress = training.progress() if progress is None else progress
+    modules = {file: gather(tensors, keep=write) for file, tensors in training.modules().items()}
+    moments = {name: gather(optimizer_tensors(one), keep=write) for name, one in training.optimizers.items()}
+    target = checkpoint_path(folder, step)
+    if not write:
+        return target
+
+    def fill(checkpoint: Path) -> None:
+        state = checkpoint / "state"
+        state.mkdir()
+        profiles = state / f"{PROFILES}.safetensors"
+        for file, tensors in modules.items():
+            if checkpoint / file == profiles:
+                save_tensors(tensors, profiles, {**metadata, "began": json.dumps(training.ema.began or {})})
+                _keep_snapshot(profiles, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
+            elif file == WEIGHTS:
+                save_tensors(tensors, checkpoint / file, metadata)
+            else:
+                save_file(tensors, checkpoint / file)
+        for name, tensors in moments.items():
+            save_file(tensors, state / f"{name}.safetensors")
+        (state / "progress.json").write_text(json.dumps({"step": step, **progress}))
+
+    write_checkpoint(target, fill)
+    return target
+
+
+def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
+    """Put a checkpoint back into a training; returns its progress: `step` steps were done.
+
+    Raises:
+        CheckpointError: when it does not fit, or a file has another checksum.
+    """
+    training.ema.let_go()
+    for file, tensors in training.modules().items():
+        load_weights(tensors, read_tensors(checkpoint / file), checkpoint)
+    for name, optimizer in training.optimizers.items():
+        load_optimizer(optimizer, read_tensors(checkpoint / "state" / f"{name}.safetensors"))
+    progress = read_progress(checkpoint)
+    for name, part in training.others.items():
+        if name in progress:
+            part.restore(progress[name])
+    return progress
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds that is no tensor; of older ones in today's terms."""
+    progress = json.loads((checkpoint / "state" / "progress.json").read_text())
+    guards = progress.pop("guards", {"model": progress.pop("guard")} if "guard" in progress else {})
+    return {"inspected": True, "ema": {}, **{f"guard.{name}": state for name, state in guards.items()}, **progress}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Its state by `<number of the parameter>.<name>`."""
+    state, numbers = optimizer.state_dict()["state"], numbers_of(optimizer)
+    return {f"{numbers[index]}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def numbers_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    """By which files know its parameters, in the order of its groups: the groups' own, or 0, 1, ..."""
+    groups = optimizer.param_groups
+    numbers = [number for group in groups for number in group.get("numbers", ())]
+    return numbers or list(range(sum(len(group["params"]) for group in groups)))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index_of = {number: index for index, number in enumerate(numbers_of(optimizer))}
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split(".", 1)
+        index = index_of[int(number)]
+        like = parameters[index]
+        state.setdefault(index, {})[key] = part_like(tensor, like) if tensor.shape == like.shape else tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def list_snapshots(run: Path) -> dict[int, Path]:
+    """The power-function averages of a run by their steps, in order."""
+    paths = [path for path in (run / SNAPSHOTS).glob("[0-9]*.safetensors") if path.stem.isdecimal()]
+    return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
+
+
+def drop_snapshots(run: Path, *, after: int) -> None:
+    """Those of steps that a resumed run takes again: with other settings they would be of another training."""
+    for step, path in list_snapshots(run).items():
+        if step > after:
+            path.unlink()
+
+
+def _keep_snapshot(profiles: Path, snapshot: Path) -> None:
+    """A second name for the profiles' file, which rotation leaves alone: before the checkpoint is whole, so that there
+    is none without its snapshot."""
+    snapshot.parent.mkdir(exist_ok=True)
+    partial = snapshot.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.hardlink_to(profiles)
+    except OSError:  # a file system without such links
+        shutil.copy(profiles, partial)
+    partial.replace(snapshot)

@@ -1,0 +1,259 @@
+"""A training from its empty folder, or its newest checkpoint, to its last step, whatever is trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, Protocol, runtime_checkable
+
+import yaml
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of
+from checkpoints.training_state import TrainingState, drop_snapshots, resume, save_checkpoint
+from experiment.config import R, resuming
+from machine.accelerator import from_main, open_accelerator
+from machine.checkpoint_folder import Best, mark_best, rotate, to_resume
+from machine.sharding import is_sharded
+from machine.whole_files import write_whole
+from sampling.image_files import save_grid
+from training.curves import draw_curve, warns_only
+from training.guard import Guard
+from training.interruption import Interruption, Stopped
+from training.log import Log, is_due
+from training.meter import Meter
+from training.resumption import start_or_go_on
+
+Look = Callable[[int], Mapping[str, float]]  # at what there is after a step: what it measured
+
+
+@runtime_checkable
+class Looks(Protocol):
+    """What a training looks at on the way."""
+
+    def due(self, step: int, num_steps: int) -> Sequence[Look]:
+        """After this step, before it is saved."""
+        ...
+
+
+@contextmanager
+def open_run(config: R, **options: Any) -> Iterator[Run[R]]:
+    """A training's devices, its folder for as long as it lasts, and the checkpoint that it goes on from. Every process
+    has the main one's configuration.
+
+    Raises:
+        FileExistsError, CheckpointError: see `start_or_go_on`.
+        ValueError: where another training has the folder, or for a precision or tracker that there is not.
+    """
+    trackers, available = config.log.trackers, [str(tracker) for tracker in get_available_trackers()]
+    for tracker in trackers:
+        if tracker not in available:
+            raise ValueError(f"--log.trackers {tracker}: not installed; there are {', '.join(available)}")
+    options |= {"log_with": trackers or None, "project_dir": config.folder}
+    accelerator = open_accelerator(config.train.precision, flag="--train.precision", **options)
+    config = from_main(accelerator, lambda: config)
+    with Interruption(config.folder, accelerator, config.train.max_hours) as interruption:
+        config, checkpoint = from_main(accelerator, lambda: start_or_go_on(config, accelerator.print))
+        set_seed(config.train.seed)
+        yield Run(resuming(config, None), checkpoint, interruption)
+
+
+class Run(Generic[R]):
+    """A training's folder, devices, log and checkpoints, the number of its steps, and what watches over them.
+
+    `begin` takes in what is trained. `steps` then numbers the optimizer steps; between two of them it looks, saves,
+    goes back to the last checkpoint, or stops. All processes call alike.
+    """
+
+    def __init__(self, config: R, checkpoint: Path | None, interruption: Interruption) -> None:
+        self.config, self.checkpoint, self.interruption = config, checkpoint, interruption
+        self.folder, self.accelerator = interruption.run, interruption.accelerator
+        self.is_main, self.checkpoints = self.accelerator.is_main_process, self.folder / "checkpoints"
+        self.meter, self.best = Meter(self.accelerator), Best()
+        self.step = 0  # optimizer steps that were taken
+        self.identity: dict[str, Mapping[str, Any]] = {}
+        self._saved: int | None = None
+        self._inspected = True  # else what is due at this step was broken off, and a resumed run begins with it
+        self._why: str | None = None  # to stop before the end
+
+    def check_identity(self, **parts: Mapping[str, Any]) -> None:
+        """That the autoencoder and splits are those of the run so far; see `checkpoints.checkpoint.check_identity`.
+
+        Raises:
+            CheckpointError: naming the flag, and what differs.
+        """
+        self.identity = parts
+        if self.checkpoint is not None:
+            check_identity(self.checkpoint / WEIGHTS, parts)
+
+    def begin(
+        self,
+        training: TrainingState,
+        guards: Mapping[str, Guard],
+        looks: Looks,
+        num_steps: int,
+        *,
+        best: str | None = None,
+        lower_is_best: bool = True,
+        keep_every: int = 0,
+        **metadata: Any,
+    ) -> None:
+        """Start with all that is trained as it is, or go on as the checkpoint says, and open the log.
+
+        Args:
+            training: what a checkpoint holds.
+            guards: by the name of the network that each watches.
+            looks: what to look at on the way.
+            num_steps: steps in all.
+            best: the measurement whose best checkpoint stays; `lower_is_best`: the lowest one is.
+            keep_every: every checkpoint whose step is a multiple of it stays too.
+            metadata: what checkpoints say of themselves, beside the configuration.
+        """
+        self.training, self.guards, self.looks, self.num_steps = training, guards, looks, num_steps
+        self.watched, self.lower_is_best, self.keep_every, self.metadata = best, lower_is_best, keep_every, metadata
+        training.others.update(meter=self.meter, best=self.best)
+        training.others.update({f"guard.{name}": guard for name, guard in guards.items()})
+        self.is_sharded = any(is_sharded(network) for network in training.networks.values())
+        if self.checkpoint is not None:
+            self._restore(self.checkpoint)
+        if self.is_main:
+            write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+        self.accelerator.wait_for_everyone()
+        self.log = Log(self.folder, self.accelerator, self.config.to_dict())
+        self.log.truncate(self.step)
+
+    @property
+    def rollbacks(self) -> int:
+        """How often training went back to a checkpoint: each time with another order of the data."""
+        return sum(guard.rollbacks for guard in self.guards.values())
+
+    def steps(self) -> Iterator[int]:
+        """The number of each optimizer step to take, from 0; after a rollback some again.
+
+        Raises:
+            Stopped: when all is saved, where a signal or the time asks for it.
+            TrainingDivergedError: when rollbacks do not help.
+        """
+        if not self._inspected and (due := self.looks.due(self.step, self.num_steps)):
+            self.look(*due)
+            self._save_again()
+        self.bar = tqdm(
+            initial=self.step, total=self.num_steps, desc=self.folder.name, unit="step", disable=not self.is_main
+        )
+        while self.step < self.num_steps:
+            yield self.step
+            self.step += 1
+            self.bar.update()
+            self._why = self.interruption.reason(self.step, self.num_steps)
+            if self._why is not None and not self._is_skipping:  # else it must be known first what becomes of it
+                break
+            began = time.perf_counter()
+            if self._why is None:
+                self.look(*self.looks.due(self.step, self.num_steps))
+            if is_due(self.step, self.config.log.checkpoint_every) and self.step < self.num_steps:
+                self.save()
+            self.meter.pause(time.perf_counter() - began)
+            if any(guard.must_roll_back(can=self._saved is not None) for guard in self.guards.values()):
+                self._roll_back()
+        self.bar.close()
+        self.save(last=True)
+        if self._why is not None:
+            raise Stopped(self._why)
+
+    def write_means(self, **values: float) -> None:
+        """To the log, at the step under way: means since the last time, and these values. Nothing where all steps were
+        skipped."""
+        if means := self.meter.summary():
+            self.log.write(self.step + 1, **means, **values)
+            self.bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{means['images_per_second']:.0f}")
+            self.meter.reset()
+
+    def skip(self, guard: Guard, source_indices: list[int]) -> None:
+        """The step under way was not taken, for these images."""
+        self.meter.skip()
+        self.log.write(self.step + 1, skipped=guard.skipped, source_indices=source_indices)
+
+    def look(self, *looks: Look) -> None:
+        """Write what they measure to the log, and save the best. A signal breaks them off: then all is saved as it is,
+        and a resumed run begins with them."""
+        self._inspected = not looks
+        if not looks:
+            return
+        is_sound, progress, measured = self._is_sound(), self._progress(), {}
+        can_save = self.is_main and not self.is_sharded  # without the others, who may be anywhere
+        with self.interruption.at_once(can_save=can_save, save=lambda: is_sound and self.save(progress=progress)):
+            for look in looks:
+                measured |= look(self.step)
+        self._inspected = True
+        if measured:
+            self.log.write(self.step, **measured)
+        value = measured.get(self.watched or "")
+        if value is not None and is_sound and self.best.improves(value, self.step, lower=self.lower_is_best):
+            self.save()
+            if self.is_main:
+                mark_best(self.checkpoints, self.step)
+
+    def show(self, images: Any, **layout: Any) -> None:
+        """A grid, as samples/<step>.png and in the trackers. What goes wrong there is said, and training goes on."""
+        path = self.folder / "samples" / f"{self.step:08d}.png"
+        with warns_only(path):
+            save_grid(images, path, **layout)
+            self.log.picture(self.step, path)
+
+    def save(self, *, last: bool = False, progress: Mapping[str, Any] | None = None) -> None:
+        """A checkpoint of this step, unless there is one or it is not worth it. By all processes; by the main one alone
+        where it has the `progress` of all, and whole tensors."""
+        if self._saved == self.step or (progress is None and not self._is_sound(last=last)):
+            return
+        save_checkpoint(
+            self.checkpoints,
+            self.step,
+            self.training,
+            metadata_of(self.config, self.step, self.identity, **self.metadata),
+            progress or self._progress(),
+            write=self.is_main,
+        )
+        self._saved = self.step
+        if self.is_main:
+            if not self._is_skipping:
+                rotate(self.checkpoints, keep=self.config.log.keep_checkpoints, keep_every=self.keep_every)
+            draw_curve(self.folder)
+        if progress is None:
+            self.accelerator.wait_for_everyone()
+
+    def _save_again(self) -> None:
+        self._saved = None
+        self.save()
+
+    @property
+    def _is_skipping(self) -> bool:
+        return any(guard.in_a_row for guard in self.guards.values())
+
+    def _is_sound(self, *, last: bool = False) -> bool:
+        networks = self.training.networks
+        return all(guard.may_save(self.accelerator, networks[name], last=last) for name, guard in self.guards.items())
+
+    def _progress(self) -> dict[str, Any]:
+        return {"inspected": self._inspected and self._why is None, **self.training.progress()}
+
+    def _roll_back(self) -> None:
+        self._restore(from_main(self.accelerator, lambda: to_resume(self.folder)))
+        self._save_again()  # a kill does not forget that it went back
+        self.bar.reset(total=self.num_steps)
+        self.bar.update(self.step)
+
+    def _restore(self, checkpoint: Path) -> None:
+        progress = resume(checkpoint, self.training)
+        self.step = self._saved = progress["step"]
+        self._inspected = progress["inspected"]
+
+        def tidy() -> bool:
+            drop_snapshots(self.folder, after=self.step)
+            return mark_best(self.checkpoints, self.best.step)
+
+        if not from_main(self.accelerator, tidy):  # the best one is gone
+            self.best.value = self.best.step = None
