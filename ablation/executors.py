@@ -86,8 +86,8 @@ def places(workers: int) -> list[Place]:
 
 def visible_gpus() -> list[str]:
     """As CUDA_VISIBLE_DEVICES would name them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
     return names[: torch.cuda.device_count()]
 
 
@@ -157,7 +157,7 @@ def submit(
                 lines = str(error).strip().splitlines()
                 why = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else repr(error))
                 ended = ("stopped", stopped[0]) if stopped else ("failed", why)
-                outcomes += [Outcome(each.run.name, *ended) for each in job]
+                outcomes += [Outcome(planned.run.name, *ended) for planned in job]
     return outcomes
 
 

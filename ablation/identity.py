@@ -34,11 +34,11 @@ def keys_of(config: ExperimentConfig, scoring: object, pictures: object) -> dict
     }
 
 
-def of_any_code(keys: dict[str, str], found: dict[str, str]) -> dict[str, str]:
+def of_any_code(keys: dict[str, str], stored: dict[str, str]) -> dict[str, str]:
     """The keys, with those of results that are there in the place of those that differ by the code alone."""
 
     def adopt(name: str, key: str) -> str:
-        known = found.get(name) or (found.get("began") if name == "train" else None) or ""
+        known = stored.get(name) or (stored.get("began") if name == "train" else None) or ""
         return known if known.partition("-")[0] == key.partition("-")[0] else key
 
     return {name: adopt(name, key) for name, key in keys.items()}
@@ -56,18 +56,18 @@ def code_of(stage: str, root: Path = ROOT) -> dict[str, str]:
 
 def imported(program: str, root: Path, without: tuple[str, ...]) -> set[str]:
     """The program and the project's files that it imports, those that they import, and so on; not through `without`."""
-    found: set[str] = set()
+    files: set[str] = set()
     waiting = [program]
     while waiting:
         name = waiting.pop()
-        if name in found or name.startswith(without) or not (root / name).is_file():
+        if name in files or name.startswith(without) or not (root / name).is_file():
             continue
-        found.add(name)
+        files.add(name)
         for module in _read((root / name).read_text())[0]:
             parts = module.split(".")
             places = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]  # packages are run on the way
             waiting += [*(f"{place}/__init__.py" for place in places), f"{places[-1]}.py"]
-    return found
+    return files
 
 
 def _modules(node: ast.AST) -> Iterator[str]:
@@ -126,14 +126,14 @@ def _hash(text: str) -> str:
 
 def _differences(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     """What is not as usual, so that a setting that is new to the configuration changes no key."""
-    found = {}
+    differences = {}
     for name, value in values.items():
         known = usual.get(name)
         if isinstance(value, dict) and isinstance(known, dict) and known:
             value = _differences(value, known)
         if value != known and value != {}:
-            found[name] = value
-    return found
+            differences[name] = value
+    return differences
 
 
 @cache

@@ -38,7 +38,7 @@ def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float
     reach = 2 + math.ceil(guess * tolerance)
 
     nearest = (math.inf, 0)
-    found: list[tuple[float, float, ModelSpec]] = []
+    fitting: list[tuple[float, float, ModelSpec]] = []
     for width in range(2 * round((guess - reach) / 2), round(guess + reach) + 1, 2):
         choice = at_width(spec, width)
         try:
@@ -47,13 +47,13 @@ def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float
             continue
         nearest = min(nearest, (off, width))
         if choice and off <= tolerance:
-            found.append((choice.unlike, off, choice.spec))
-    if not found:
+            fitting.append((choice.unlike, off, choice.spec))
+    if not fitting:
         raise ValueError(
             f"match: no width of {spec.name} comes within {tolerance:g} of the cost; the nearest, dim={nearest[1]}, is "
             f"{nearest[0]:.3f} off; raise match.tolerance"
         )
-    return min(found, key=lambda each: each[:2])[2]
+    return min(fitting, key=lambda choice: choice[:2])[2]
 
 
 def at_width(spec: ModelSpec, width: int) -> Resized | None:
@@ -65,17 +65,17 @@ def at_width(spec: ModelSpec, width: int) -> Resized | None:
     legal = [width // n for n in range(1, width // 2) if width % n == 0 and size / 2 <= width / n <= 2 * size]
     if not legal:
         return None
-    best = min(legal, key=lambda each: _unlike(each, size))
+    best = min(legal, key=lambda head_width: _unlike(head_width, size))
     number = width // best
-    args = {"dim": width, "num_heads": [number * each // first for each in heads] if many else number}
+    args = {"dim": width, "num_heads": [number * count // first for count in heads] if many else number}
     return Resized(replace(spec, args={**spec.args, **args}), width, _unlike(best, size))
 
 
 def _width(spec: ModelSpec) -> int:
-    own: Any = model_arguments(spec.name, **spec.args)
-    if "dim" not in own or "num_heads" not in own:
+    arguments: Any = model_arguments(spec.name, **spec.args)
+    if "dim" not in arguments or "num_heads" not in arguments:
         raise ValueError(f"match: {spec.name} has no width (dim) to change; leave it out of an ablation with match")
-    return own["dim"]
+    return arguments["dim"]
 
 
 def _unlike(size: int, original: float) -> float:

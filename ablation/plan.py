@@ -64,10 +64,10 @@ class Planned:
     def done(self) -> set[str]:
         """Stages whose results are there, and of this configuration, code and content. Where a run trains, what it had
         of another's training is none of its own."""
-        found = done_stages(self.run.folder)
-        if self.changes or (self.trains and "began" not in found):
+        stored = done_stages(self.run.folder)
+        if self.changes or (self.trains and "began" not in stored):
             return set()
-        return {name for name, key in found.items() if self.keys.get(name) == key}
+        return {name for name, key in stored.items() if self.keys.get(name) == key}
 
     @property
     def seconds(self) -> float | None:
@@ -157,16 +157,16 @@ def make_plan(
     """
     measured = Measured(folder / "measured.json", accelerator)
     specs = {run.folder: _named(run, lambda run=run: check(run, ablation)) for run in runs}
-    given = {run.folder: run for run in runs}
+    unmatched = {run.folder: run for run in runs}
     if ablation.match is not None:
         runs = match(ablation, runs, specs, measured)
 
-    found: list[Planned] = []
+    plan: list[Planned] = []
     for run in runs:
-        if run is not given[run.folder]:  # match has changed it
+        if run is not unmatched[run.folder]:  # match has changed it
             specs[run.folder] = _named(run, lambda run=run: check(run, ablation))
         spec, classes, num_images, num_reference, contents = specs[run.folder]
-        scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and not found}
+        scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and not plan}
         keys = keys_of(run.config, scoring, asdict(ablation.pictures))
         keys = {name: key for name, key in keys.items() if name != "draw" or ablation.pictures.num_per_class}
         planned = Planned(
@@ -180,16 +180,16 @@ def make_plan(
             ablation.scoring.trials,
             of_any_code(keys, done_stages(run.folder)) if any_code else keys,
             run.folder,
-            first=not found,
+            first=not plan,
             num_pictures=ablation.pictures.num_per_class * max(1, len(pictured(ablation.pictures.classes, classes))),
             identity=contents,
             speed=measured.speed(spec, run, _codec(run.config.autoencoder)) if timed else None,
             start=start,
         )
-        found.append(planned)
-    found = [replace(planned, trained_in=_owner(planned, found)) for planned in found]
-    write_whole(folder / "plan.json", json.dumps(as_record(ablation, found), indent=2) + "\n")
-    return found
+        plan.append(planned)
+    plan = [replace(planned, trained_in=_owner(planned, plan)) for planned in plan]
+    write_whole(folder / "plan.json", json.dumps(as_record(ablation, plan), indent=2) + "\n")
+    return plan
 
 
 def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...], int, int, dict[str, dict[str, Any]]]:
@@ -275,9 +275,9 @@ def refuse_changed(plan: list[Planned]) -> None:
         ValueError: that names them, and what they differ by.
     """
     if changed := [planned for planned in plan if planned.changes]:
-        found = "; ".join(f"{each.run.folder}: {', '.join(each.changes)}" for each in changed)
+        folders = "; ".join(f"{planned.run.folder}: {', '.join(planned.changes)}" for planned in changed)
         raise ValueError(
-            f"trained before with other {found}: --redo true keeps that beside them and trains anew, --any_code true "
+            f"trained before with other {folders}: --redo true keeps that beside them and trains anew, --any_code true "
             "takes what differs by code alone for done, --name begins another study"
         )
 
@@ -293,7 +293,7 @@ def duration(seconds: float | None) -> str:
 
 def as_record(ablation: AblationConfig, plan: list[Planned]) -> dict[str, Any]:
     """What the report needs to know of the plan."""
-    baseline = next((each.run.variant for each in plan if each.run.is_of(ablation.baseline)), None)
+    baseline = next((planned.run.variant for planned in plan if planned.run.is_of(ablation.baseline)), None)
     return {
         "ablation": {**asdict(ablation), "baseline": baseline},
         "runs": [

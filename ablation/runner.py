@@ -155,8 +155,8 @@ def _set_aside(planned: Planned) -> None:
     kept = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
     with Lock(folder / "lock"), Lock(folder / "training.lock"):  # one may be gone on with by hand
         kept.mkdir()
-        found = [path for path in folder.iterdir() if not path.name.endswith("lock")]
-        for path in sorted(found, key=lambda path: path.name == "stages.json"):  # last: it says what is there
+        paths = [path for path in folder.iterdir() if not path.name.endswith("lock")]
+        for path in sorted(paths, key=lambda path: path.name == "stages.json"):  # last: it says what is there
             shutil.move(path, kept / path.name)
     say(f"{planned.run.name}: of other {why}; what was there is now {kept}")
 

@@ -41,11 +41,11 @@ def mark(folder: Path, **keys: str) -> None:
 
 def changes(folder: Path, name: str, key: str, config: ExperimentConfig) -> list[str]:
     """Files or settings that what the folder holds of a stage (or `began`) differs by from the plan's."""
-    found = done_stages(folder).get(name)
-    if found in (None, key):
+    stored = done_stages(folder).get(name)
+    if stored in (None, key):
         return []
     before = folder / "variant.yaml"
-    if found.partition("-")[0] != key.partition("-")[0]:
+    if stored.partition("-")[0] != key.partition("-")[0]:
         values = yaml.safe_load(before.read_text()) if before.is_file() else {}
         return changed_settings(values, config.to_dict()) or ["settings of the ablation"]
     return changed_files(STAGE_OF.get(name, name), _code(folder).get(name, {}))
@@ -99,8 +99,8 @@ def pictured(asked: list[str], classes: Sequence[str]) -> list[str]:
 
 def _sampling(planned: Planned) -> str:
     """All of it, what is null too: the training's own may be another by now."""
-    own = sampling_of(planned.run.config.sampling, planned.run.config.guided_classes(planned.spec.num_classes))
-    return yaml.safe_dump(asdict(own), default_flow_style=True, width=math.inf).strip()
+    sampling = sampling_of(planned.run.config.sampling, planned.run.config.guided_classes(planned.spec.num_classes))
+    return yaml.safe_dump(asdict(sampling), default_flow_style=True, width=math.inf).strip()
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

@@ -56,9 +56,9 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
             if not title:
                 raise ValueError("variants and grid are empty: there is nothing to compare")
             for seed in seeds:
-                own = {"name": f"{name}/{_slug(title)}/seed{seed}", "train.seed": seed}
+                identity = {"name": f"{name}/{_slug(title)}/seed{seed}", "train.seed": seed}
                 try:
-                    config = parse_mapping(ExperimentConfig, merged(base, {**settings, **point, **own}))
+                    config = parse_mapping(ExperimentConfig, merged(base, {**settings, **point, **identity}))
                 except ValueError as error:
                     raise ValueError(f"variant {title}: {error}") from error
                 run = Run(title, seed, config, {"variant": variant, **point})
@@ -84,13 +84,13 @@ def _read_base(base: str | dict[str, Any]) -> dict[str, Any]:
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Nested mappings with others on top; keys of the latter may be dotted."""
-    found = dict(values)
+    result = dict(values)
     for key, value in overrides.items():
         first, _, rest = str(key).partition(".")
         value = {rest: value} if rest else value
-        below = found.get(first)
-        found[first] = merged(below if isinstance(below, dict) else {}, value) if isinstance(value, dict) else value
-    return found
+        below = result.get(first)
+        result[first] = merged(below if isinstance(below, dict) else {}, value) if isinstance(value, dict) else value
+    return result
 
 
 def _word(key: str, value: Any) -> str:

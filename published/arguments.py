@@ -16,8 +16,8 @@ from models import BACKBONES, model_arguments
 HEADS = {384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16}
 
 
-def infer_config(source: str, weights: Mapping[str, Tensor], **given: object) -> dict[str, object]:
-    """What the published constructor was called with, under its own names; `given` arguments come first.
+def infer_config(source: str, weights: Mapping[str, Tensor], **overrides: object) -> dict[str, object]:
+    """What the published constructor was called with, under its own names; `overrides` come first.
 
     Raises:
         ValueError: when the weights are not of this source, or do not say what has to be given.
@@ -25,7 +25,7 @@ def infer_config(source: str, weights: Mapping[str, Tensor], **given: object) ->
     read, _ = _of_source(source)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
-        return read(shapes, {name: value for name, value in given.items() if value is not None})
+        return read(shapes, {name: value for name, value in overrides.items() if value is not None})
     except KeyError as error:
         first = ", ".join(list(shapes)[:3])
         raise ValueError(f"--source {source}: the weights have no {error}; they begin with {first}") from None
@@ -59,7 +59,7 @@ def _of_source(source: str) -> tuple[Callable, Callable]:
     return SOURCES[source]
 
 
-def _read_dit(shapes: dict[str, tuple[int, ...]], given: dict) -> dict[str, object]:
+def _read_dit(shapes: dict[str, tuple[int, ...]], overrides: dict) -> dict[str, object]:
     dim, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
     return {
         "input_size": patch_size * math.isqrt(shapes["pos_embed"][1]),
@@ -67,14 +67,14 @@ def _read_dit(shapes: dict[str, tuple[int, ...]], given: dict) -> dict[str, obje
         "in_channels": channels,
         "hidden_size": dim,
         "depth": _count(shapes, r"blocks\.(\d+)\."),
-        "num_heads": _heads(dim, given),
+        "num_heads": _heads(dim, overrides),
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / dim,
         "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
         "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch_size**2,
     }
 
 
-def _read_uvit(shapes: dict[str, tuple[int, ...]], given: dict) -> dict[str, object]:
+def _read_uvit(shapes: dict[str, tuple[int, ...]], overrides: dict) -> dict[str, object]:
     dim, channels, patch_size, _ = shapes["patch_embed.proj.weight"]
     num_labels = shapes.get("label_emb.weight", (-1,))[0]  # the null label among them
     num_extras = 1 if num_labels < 0 else 2
@@ -84,19 +84,19 @@ def _read_uvit(shapes: dict[str, tuple[int, ...]], given: dict) -> dict[str, obj
         "in_chans": channels,
         "embed_dim": dim,
         "depth": 2 * _count(shapes, r"in_blocks\.(\d+)\.") + 1,
-        "num_heads": _heads(dim, given),
+        "num_heads": _heads(dim, overrides),
         "mlp_ratio": shapes["mid_block.mlp.fc1.weight"][0] / dim,
         "num_classes": num_labels,
     }
 
 
-def _read_xswin(shapes: dict[str, tuple[int, ...]], given: dict) -> dict[str, object]:
+def _read_xswin(shapes: dict[str, tuple[int, ...]], overrides: dict) -> dict[str, object]:
     dim, _, *patch_size = shapes["patching.patching.0.weight"]
     stages = [f"encoder.{number}.sequential" for number in range(0, _count(shapes, r"encoder\.(\d+)\."), 2)]
     window = shapes[f"{stages[0]}.0.attn.relative_coords_table"][1:3]
     final_downsample = f"encoder.{2 * len(stages) - 1}.reduction.weight" in shapes
     reduction = 2 ** (len(stages) - 1 + final_downsample)
-    side = given.get("input_size") or patch_size[0] * reduction * math.isqrt(shapes["pos_embed"][1])
+    side = overrides.get("input_size") or patch_size[0] * reduction * math.isqrt(shapes["pos_embed"][1])
     return {
         "patch_size": patch_size,
         "embed_dim": dim,
@@ -116,12 +116,12 @@ def _read_xswin(shapes: dict[str, tuple[int, ...]], given: dict) -> dict[str, ob
 
 def _count(shapes: dict[str, tuple[int, ...]], pattern: str) -> int:
     """One more than the largest number that the pattern finds at the start of a name."""
-    found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
-    return max(found, default=-1) + 1
+    numbers = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
+    return max(numbers, default=-1) + 1
 
 
-def _heads(dim: int, given: dict) -> int:
-    heads = given.get("num_heads") or HEADS.get(dim)
+def _heads(dim: int, overrides: dict) -> int:
+    heads = overrides.get("num_heads") or HEADS.get(dim)
     if heads is None:
         raise ValueError(f"--num_heads: the weights do not say it, and width {dim} is no published size; give it")
     return heads

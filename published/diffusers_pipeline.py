@@ -134,8 +134,8 @@ def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
         expected = model(*example(batch_size + 2))  # first, as what a model keeps must not be kept from tracing
         batch = torch.export.Dim("batch")
         program = torch.export.export(model, example(batch_size), dynamic_shapes=({0: batch},) * 3)
-        found = program.module()(*example(batch_size + 2))
-    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+        output = program.module()(*example(batch_size + 2))
+    error = ((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
     if not error < 1e-4:
         raise ValueError(f"the exported program differs from the model by {error:.1e} of its largest output")
     return program, error

@@ -30,17 +30,17 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
         raise ValueError(f"--weights {path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            found = load_file(path)
+            saved = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace, *numpy_scalars()]):  # of scripts' arguments
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--weights {path}: not plain weights, and nothing else is unpickled ({reason})") from None
     except (RuntimeError, EOFError, SafetensorError) as error:
         raise ValueError(f"--weights {path}: cut short, or not a file of torch ({error})") from None
-    step = int(found.get("train_steps", 0)) if isinstance(found, dict) else 0
-    averaged, trained = parts_of(found)
+    step = int(saved.get("train_steps", 0)) if isinstance(saved, dict) else 0
+    averaged, trained = parts_of(saved)
     # The XSwin authors' average leaves the batch norms' statistics as they began; the trained model has them.
     statistics = {name: value for name, value in trained.items() if name.rsplit(".", 1)[-1] in STATISTICS}
     weights = averaged | statistics if averaged else trained
@@ -49,15 +49,17 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
     return weights, step
 
 
-def parts_of(found: object) -> tuple[dict[str, Any], dict[str, Any]]:
+def parts_of(saved: object) -> tuple[dict[str, Any], dict[str, Any]]:
     """Averaged weights and trained ones of a training checkpoint or a bare state dict, each empty where there are none.
     What is called an average (ema, model_ema, params_ema, ema_state_dict) is one, be it a part or a common prefix."""
-    if not isinstance(found, dict):
+    if not isinstance(saved, dict):
         return {}, {}
-    parts: dict[str, dict[str, Any]] = {"": strip(found)}
-    for name, part in found.items():
+    parts: dict[str, dict[str, Any]] = {"": strip(saved)}
+    for name, part in saved.items():
         if isinstance(part, dict) and not OTHERS.search(str(name)):
-            parts[str(name)] = strip(part) or next((own for inner in part.values() if (own := strip(inner))), {})
+            parts[str(name)] = strip(part) or next(
+                (tensors for inner in part.values() if (tensors := strip(inner))), {}
+            )
     averaged: dict[str, Any] = {}
     trained: dict[str, Any] = {}
     for name, tensors in parts.items():

@@ -95,11 +95,11 @@ def load_reference(source: str, state_dict: Mapping[str, Tensor], config: Mappin
     """
     model = create_model(**reference_arguments(source, config))
     weights = CONVERSIONS[source](dict(state_dict), config)
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if own != given:
-        missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-        reshaped = sorted(name for name in own.keys() & given.keys() if own[name] != given[name])
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != shapes:
+        missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+        reshaped = sorted(name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name])
         raise ValueError(f"weights do not fit: missing {missing}, unknown {unknown}, of another shape {reshaped}")
     model.load_state_dict(weights)
     return model.eval()

@@ -89,9 +89,9 @@ def weights() -> Iterator[Finding]:
     hub = hub_answers()
     yield Finding(hub, "the Hugging Face hub" + ("" if hub else " does not answer"), "" if hub else "use local files")
     yield Finding(EMBEDDED.is_dir(), "the embedded autoencoder (--autoencoder embedded)")
-    found = isinstance(try_to_load_from_cache(PAPER_AUTOENCODER, "config.json"), str)
+    cached = isinstance(try_to_load_from_cache(PAPER_AUTOENCODER, "config.json"), str)
     remedy = "downloaded on first use" if hub else "give --autoencoder a folder in diffusers' format, or embedded"
-    yield Finding(found or hub, f"{PAPER_AUTOENCODER}, of the paper's configurations", "" if found else remedy)
+    yield Finding(cached or hub, f"{PAPER_AUTOENCODER}, of the paper's configurations", "" if cached else remedy)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for name, url, otherwise in (
         ("Inception, for FID", URL_INCEPTION_V3, "--weights_path FILE, or --extractor FILE.pt2 or timm:NAME"),

@@ -80,11 +80,11 @@ def main(
         began = time.perf_counter()
         fit(model, train, device, num_steps=num_steps, batch_size=batch_size, lr=lr, seed=seed)
         speed = num_steps * batch_size / (time.perf_counter() - began)
-        found = torch.cat([predict(model, part).argmax(dim=1) for part in images.split(100)])
+        predicted = torch.cat([predict(model, part).argmax(dim=1) for part in images.split(100)])
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        of_shape, of_classes = scores(found, masks, num_classes)
+        of_shape, of_classes = scores(predicted, masks, num_classes)
         rows.append([name, f"{parameters / 1e6:.2f}M", f"{speed:.0f}", f"{of_shape:.3f}", f"{of_classes:.3f}"])
-        pictures.append(found)
+        pictures.append(predicted)
 
     palette = torch.tensor(COLORS, dtype=torch.uint8)
     shown = [images[:10].cpu().mul(127.5).add(127.5).byte()]
@@ -136,14 +136,14 @@ def fit(model: Any, shapes: Any, device: Any, *, num_steps: int, batch_size: int
         optimizer.zero_grad()
 
 
-def scores(found: Any, masks: Any, num_classes: int) -> tuple[float, float]:
+def scores(predicted: Any, masks: Any, num_classes: int) -> tuple[float, float]:
     """Intersection over union of the shape, whatever it was taken for, and the mean of those of the shape's classes."""
 
     def iou(one: Any, other: Any) -> float:
         return ((one & other).sum() / (one | other).sum().clamp(min=1)).item()
 
-    classes = [iou(found == number, masks == number) for number in range(1, num_classes)]
-    return iou(found > 0, masks > 0), sum(classes) / len(classes)
+    classes = [iou(predicted == number, masks == number) for number in range(1, num_classes)]
+    return iou(predicted > 0, masks > 0), sum(classes) / len(classes)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ PICTURES = {"samples.png": "Samples", "loss.png": "Loss", "progress.png": "The s
 def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
     """What goes with the weights, by the name it has on the hub: no scores or samples of other weights."""
     run, mark = checkpoint.run, checkpoint.mark
-    own = {"scores.json": f"scores{mark}.json", "samples.png": f"samples{mark}.png"}
+    marked = {"scores.json": f"scores{mark}.json", "samples.png": f"samples{mark}.png"}
     names = ["config.yaml", "scores.json", "imported.json", *PICTURES]
-    files = {name: run / own.get(name, name) for name in names if (run / own.get(name, name)).is_file()}
+    files = {name: run / marked.get(name, name) for name in names if (run / marked.get(name, name)).is_file()}
     for name in {"scores.json", "samples.png"} & files.keys():
         if not _is_of(checkpoint, files[name]):
             del files[name]

@@ -101,8 +101,8 @@ class Studio:
 
         num_steps = generator.sampling.num_steps
         kept = torch.linspace(0, num_steps - 1, min(num_steps, MOST_MOMENTS)).round().long().tolist()[:-1]
-        for step, found in _watch(work, set(kept), num_steps):
-            yield step, found if step == num_steps else generator.codec.decode(found).cpu()
+        for step, x_0 in _watch(work, set(kept), num_steps):
+            yield step, x_0 if step == num_steps else generator.codec.decode(x_0).cpu()
 
     def generator(self, request: Request) -> Generator:
         """As sample.py makes it."""
@@ -176,8 +176,8 @@ class Studio:
         for _ in self.read_layouts(run):
             pass
         images, layouts = self.layouts[run]
-        distances, found = nearest(_layout(pictures), layouts)
-        return torch.stack([images[index][0] for index in found.tolist()]), (
+        distances, indices = nearest(_layout(pictures), layouts)
+        return torch.stack([images[index][0] for index in indices.tolist()]), (
             distances / layouts.shape[1] ** 0.5
         ).tolist()
 
@@ -250,11 +250,11 @@ def _watch(
     threading.Thread(target=run, daemon=True).start()
     try:
         while True:
-            found = shown.get()
-            if isinstance(found, BaseException):
-                raise found
-            yield found
-            if found[0] == num_steps:
+            item = shown.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            if item[0] == num_steps:
                 return
     finally:
         stopped.set()
