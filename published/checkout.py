@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PLAIN = {"DiT": ("dit", "DiT_S_2"), "UViT": ("uvit", "UViT_S_2")}  # modules and constructors
+
 
 class Published:
     """Models and diffusion of a checkout of the XSwin authors' repository.
@@ -26,20 +28,39 @@ class Published:
     def __init__(self, checkout: Path) -> None:
         self.models = _load_package("published_models", checkout / "models")
         self.diffusion = _load_package("published_diffusion", checkout / "diffusion")
-        self.constructors: dict[str, Callable[..., nn.Module]] = {
-            "XSwin": lambda **sizes: self._swin(cross_attention=True, **sizes),
-            "USwin": lambda **sizes: self._swin(cross_attention=False, **sizes),
-            "DiT": lambda **sizes: self._plain("dit", "DiT_S_2", **sizes),
-            "UViT": lambda **sizes: self._plain("uvit", "UViT_S_2", **sizes),
-        }
 
     def create(self, name: str, *, latent_size: int, num_classes: int) -> nn.Module:
-        """The paper's model of that name, in training mode."""
-        return self.constructors[name](latent_size=latent_size, num_classes=num_classes).train()
+        """The paper's model of that name, in training mode.
 
-    def loss(self, num_steps: str = "") -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+        Raises:
+            ValueError: for a model that the paper does not have.
+        """
+        if name in PLAIN:
+            module, size = PLAIN[name]
+            constructor = getattr(importlib.import_module(f"published_models.{module}"), size)
+            return constructor(input_size=latent_size, num_classes=num_classes).train()
+        if name not in ("XSwin", "USwin"):
+            raise ValueError(f"--models {name}: the published implementation has XSwin, USwin, DiT and UViT")
+        return self.models.XNetSwinTransformerDiffusion(
+            [1, 1],
+            192,
+            [3, 3],
+            [6, 12],
+            [2, 2],
+            num_classes=num_classes,
+            global_stages=3,
+            input_size=[latent_size, latent_size],
+            final_downsample=False,
+            residual_cross_attention=name == "XSwin",
+            input_channels=4,
+            output_channels=8,
+            class_dropout_prob=0.1,
+            smooth_conv=True,
+        ).train()
+
+    def loss(self) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
         """Of (model, x_0, y), as their training script computes it."""
-        diffusion = self.diffusion.create_diffusion(timestep_respacing=num_steps)
+        diffusion = self.diffusion.create_diffusion(timestep_respacing="")
 
         def loss(model: nn.Module, x_0: Tensor, y: Tensor) -> Tensor:
             t = torch.randint(0, diffusion.num_timesteps, (len(x_0),), device=x_0.device)
@@ -60,28 +81,6 @@ class Published:
             model_kwargs={"y": labels, "cfg_scale": scale},
             device=noise.device,
         ).chunk(2)[0]
-
-    def _swin(self, *, latent_size: int, num_classes: int, cross_attention: bool) -> nn.Module:
-        return self.models.XNetSwinTransformerDiffusion(
-            [1, 1],
-            192,
-            [3, 3],
-            [6, 12],
-            [2, 2],
-            num_classes=num_classes,
-            global_stages=3,
-            input_size=[latent_size, latent_size],
-            final_downsample=False,
-            residual_cross_attention=cross_attention,
-            input_channels=4,
-            output_channels=8,
-            class_dropout_prob=0.1,
-            smooth_conv=True,
-        )
-
-    def _plain(self, module: str, size: str, *, latent_size: int, num_classes: int) -> nn.Module:
-        importlib.import_module(f"published_models.{module}")
-        return getattr(sys.modules[f"published_models.{module}"], size)(input_size=latent_size, num_classes=num_classes)
 
 
 @torch.no_grad()
