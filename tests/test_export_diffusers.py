@@ -221,7 +221,7 @@ def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path):
     legacy = SamplingConfig(sampler="ddim", spacing="trailing", legacy_cfg_channels=3)
     found = open_checkpoint(run)
     with pytest.raises(ValueError, match="--native: DiTPipeline guides all channels, not 3"):
-        EXPORT.write_native(tmp_path, found, found.build_diffusion(), legacy, None, "trailing", None)
+        diffusers_pipeline.write_native(tmp_path, found, found.build_diffusion(), legacy, None, "trailing", None)
 
 
 def test_the_folder_says_how_to_load_it(tmp_path):
