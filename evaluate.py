@@ -10,12 +10,18 @@ python evaluate.py --autoencoder embedded,stabilityai/sd-vae-ft-ema --data.path 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataConfig
-from experiment.settings import SEEDS, within
+from experiment.config import DataConfig, SamplingConfig
+from settings import SEEDS, set_values, unset, within
+
+
+@partial(unset, several=True)
+class SweptSampling(SamplingConfig):
+    """What is said of sampling in place of the checkpoint, of some settings several values."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,8 @@ class EvaluateConfig:
         num_samples: images to draw, or to take; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced', 'reference' (the held-out images' own) or 'random'
         trials: repeat with the seeds after `seed` too, and report mean and standard deviation
-        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m',
-            'exponential_ab3' or 'unipc' (see train.py --help); this and the three below may be lists, such as 1,1.5,2:
-            each combination is a row
-        num_steps: steps a sample, of one model call each ('heun': two)
-        guidance_scale: classifier-free guidance; 1 turns it off
-        spacing: of the steps: 'uniform', 'trailing', 'quadratic', 'karras', 'log_snr', or a file of noise levels
-        eta: randomness of 'ddim', 0 to 1
-        sampling: any other setting of `sampling` in train.py --help, such as --sampling.guidance_interval '[0.2, 5]'
+        sampling: in place of the checkpoint's own settings; --guidance_scale is short for --sampling.guidance_scale,
+            and so are all others. Numbers and names may be several, such as 1,1.5,2: each combination is a row
         baselines: also score real training images (the floor) and reconstructions of the held-out images by the
             autoencoder (the ceiling of anything generated through it)
         per_class: also the Fréchet distance within each class that has 50 images or more
@@ -80,12 +80,7 @@ class EvaluateConfig:
     num_samples: int | None = within("[1, inf)", None)
     labels: Literal["balanced", "reference", "random"] | None = None
     trials: int = within("[1, inf)", 1)
-    sampler: str | None = None
-    num_steps: int | str | None = None
-    guidance_scale: float | str | None = None
-    spacing: str | None = None
-    eta: float | None = within("[0, 1]", None)
-    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling: SweptSampling = field(default_factory=SweptSampling, metadata={"short": True})
     baselines: bool = False
     per_class: bool = False
     memorisation: bool = False
@@ -133,7 +128,6 @@ def main(config: EvaluateConfig) -> None:
     from metrics.reference import read_adm, write_adm
     from metrics.self_check import self_check
     from sampling.image_files import save_grid
-    from sampling.options import sampling_of
 
     # What is asked for; a run's own configuration says the rest.
     check(config)
@@ -147,7 +141,7 @@ def main(config: EvaluateConfig) -> None:
     evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **given)
     check_metrics(evaluation.metrics)
     if config.samples is None and not config.self_check:
-        names, network = choices("--autoencoder", config.autoencoder, str), (config.perceptual, config.heads)
+        names, network = str(config.autoencoder).split(","), (config.perceptual, config.heads)
         measured = measure_autoencoders(names, config.data, evaluation, network, accelerator, config.output)
         return accelerator.print(measured)
     extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=accelerator.device)
@@ -172,13 +166,7 @@ def main(config: EvaluateConfig) -> None:
             reference_labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
         groups = from_checkpoint(
             checkpoint,
-            sweep(
-                sampling_of(checkpoint.config.sampling, checkpoint.num_guided, config.sampling, eta=config.eta),
-                sampler=choices("--sampler", config.sampler, str),
-                spacing=choices("--spacing", config.spacing, str),
-                num_steps=choices("--num_steps", config.num_steps, int),
-                guidance_scale=choices("--guidance_scale", config.guidance_scale, float),
-            ),
+            sweep(config.sampling),
             evaluation,
             codec,
             accelerator,
@@ -256,14 +244,15 @@ def main(config: EvaluateConfig) -> None:
         write_adm(Path(config.write_reference), reference.features, images, extractor)
         written.append(Path(config.write_reference))
 
-    columns = ("sampler", "spacing", "num_steps", "guidance_scale") if num_drawn > 1 else ()
+    swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
+    columns = dict.fromkeys(["sampler", "spacing", "num_steps", "guidance_scale", *swept]) if num_drawn > 1 else ()
     if config.latex:
         written.append(output.with_suffix(".tex"))
-        write_whole(written[-1], table(rows, columns, form=latex))
+        write_whole(written[-1], table(rows, [*columns], form=latex))
     on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
     print(f"{rows[0].num_samples} samples against {reference.features.num} images, on {on}")
     print(f"reference: {reference.provenance.get('split', 'a file')}, {reference.provenance['source']}")
-    print(table(rows, columns))
+    print(table(rows, [*columns]))
     print(*notes(rows, extractor), sep="\n")
     if nearest is not None:
         print(
@@ -321,9 +310,8 @@ def check(config: EvaluateConfig) -> None:
             "against its own held-out images; leave --checkpoint out"
         )
     fixed = not is_run(config.samples)
-    for flag in ("sampler", "num_steps", "guidance_scale", "spacing", "eta", "sampling"):
-        if fixed and getattr(config, flag) not in (None, {}):
-            raise ValueError(f"--{flag}: {config.samples} is a fixed set of images, there is nothing to draw")
+    for name in set_values(config.sampling) if fixed else ():
+        raise ValueError(f"--sampling.{name}: {config.samples} is a fixed set of images, there is nothing to draw")
     if fixed and config.trials > 1:
         raise ValueError(f"--trials {config.trials}: {config.samples} is a fixed set of images, trials would be equal")
     if config.likelihood and fixed:
@@ -331,18 +319,6 @@ def check(config: EvaluateConfig) -> None:
     for flag in ("baselines", "write_reference", "likelihood", "per_class"):
         if config.reference and getattr(config, flag):
             raise ValueError(f"--{flag}: it needs the held-out images; leave --reference out")
-
-
-def choices(flag: str, given: object, kind: type) -> list:
-    """`1,1.5,2` as numbers; nothing as an empty list.
-
-    Raises:
-        ValueError: for what is no number.
-    """
-    try:
-        return [] if given is None else [kind(word) for word in str(given).split(",")]
-    except ValueError:
-        raise ValueError(f"{flag} {given}: give a number, or several with commas in between") from None
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ import sys
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataConfig
-from experiment.settings import SEEDS, within
+from experiment.config import DataConfig, SamplingFlags
+from settings import SEEDS, set_values, within
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,8 @@ class SampleConfig:
         classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same
         num_per_class: images of each
         seed: image i is a function of the seed, i and its label alone
-        sampler: 'ddpm', 'ddim', 'euler', 'euler_maruyama', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m',
-            'exponential_ab3' or 'unipc' (see train.py --help); by default as in the checkpoint, like the flags below
-        num_steps: steps a sample, of one model call each ('heun': two)
-        spacing: of the steps: 'uniform', 'trailing', 'quadratic', 'karras', 'log_snr', or a file of noise levels
-        guidance_scale: classifier-free guidance; 1 turns it off
-        eta: randomness of 'ddim', 0 to 1
-        sampling: any other setting of `sampling` in train.py --help, such as --sampling.guidance_interval '[0.2, 5]'
+        sampling: in place of the checkpoint's own settings; --guidance_scale is short for --sampling.guidance_scale,
+            and so are all others
         batch_size: images at a time, on each process
         panel: also draw so many moments of the denoising, as a second picture: x_t above, predicted x_0 below
         stages: also draw what each stage of a cascade put out, side by side, as another picture
@@ -59,12 +53,7 @@ class SampleConfig:
     classes: list[str] = field(default_factory=list)
     num_per_class: int = within("[1, inf)", 4)
     seed: int = within(SEEDS, 0)
-    sampler: str | None = None
-    num_steps: int | None = within("[1, inf)", None)
-    spacing: str | None = None
-    guidance_scale: float | None = within("[0, inf)", None)
-    eta: float | None = within("[0, 1]", None)
-    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling: SamplingFlags = field(default_factory=SamplingFlags, metadata={"short": True})
     batch_size: int = within("[1, inf)", 64)
     panel: int = within("[0, inf)", 0)
     stages: bool = False
@@ -85,20 +74,18 @@ def main(config: SampleConfig) -> None:
     from experiment.datasets import data_of, open_split
     from machine.accelerator import open_accelerator
     from sampling.autoguidance import load_guide_model
+    from sampling.checks import resolve_sampling
     from sampling.generation import DenoisingPanel, Generator, StagesPanel, resolve_classes, stream
     from sampling.image_files import save_folder, save_grid, save_npz
     from sampling.interpolation import interpolate
-    from sampling.options import check_sampling, sampling_of
     from sampling.reconstruction import draw_reconstructions
 
     is_picture = config.reconstruct is not None or config.interpolate is not None
     check_output(Path(config.output) if config.output else None, is_picture=is_picture)
     checkpoint = open_checkpoint(config.checkpoint)
     classes = resolve_classes(config.classes, checkpoint.classes)
-    given = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "eta")}
-    num_guided, diffusion = checkpoint.num_guided, checkpoint.build_diffusion()
-    sampling = sampling_of(checkpoint.config.sampling, num_guided, config.sampling, **given)
-    sampling = check_sampling(sampling, diffusion, num_guided)
+    diffusion, overrides = checkpoint.build_diffusion(), set_values(config.sampling)
+    sampling = resolve_sampling(checkpoint.config.sampling, diffusion, checkpoint.num_guided, **overrides)
 
     accelerator = open_accelerator(config.precision)
     codec = checkpoint.open_codec(config.autoencoder, accelerator.print).to(accelerator.device)

@@ -43,7 +43,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from experiment.diffusions import build_diffusion
     from machine.randomness import seed_for
     from sampling.autoguidance import load_guide_model
-    from sampling.options import check_sampling, sampling_of
+    from sampling.checks import resolve_sampling
     from training.batches import Batches
     from training.forecast import announce
     from training.guard import Guard, gradient_norm
@@ -63,7 +63,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     run.check_identity(codec=codec.provenance, train=images.describe(), test=held_out_images.describe())
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     num_guided = config.guided_classes(spec.num_classes)
-    sampling = check_sampling(sampling_of(config.sampling, num_guided), diffusion, num_guided, spec.in_channels)
+    sampling = resolve_sampling(config.sampling, diffusion, num_guided, spec.in_channels)
     meant = (config.diffusion, spec, accelerator.device, images.classes, run.identity)
     guide_model = load_guide_model(sampling, *meant)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)

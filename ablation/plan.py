@@ -29,8 +29,8 @@ from machine.whole_files import write_whole
 from metrics.cost import Cost
 from metrics.fidelity import check_metrics
 from models.spec import ModelSpec
+from sampling.checks import resolve_sampling
 from sampling.generation import resolve_classes
-from sampling.options import check_sampling, sampling_of
 from training.optimizer import num_training_steps
 
 
@@ -76,10 +76,10 @@ class Planned:
         if self.speed is None:
             return None
         speed, config, log = self.speed, self.run.config, self.run.config.log
-        sampling = sampling_of(config.sampling, config.guided_classes(self.spec.num_classes))
+        diffusion, num_guided = build_diffusion(config.diffusion), config.guided_classes(self.spec.num_classes)
+        sampling = resolve_sampling(config.sampling, diffusion, num_guided)
         guided = 2 if sampling.guidance_scale != 1 else 1
-        sampler = config.sampling.sampler or build_diffusion(config.diffusion).default_sampler
-        drawing = guided * num_calls(sampler, config.sampling.num_steps) / speed.calls + 1 / speed.decoding
+        drawing = guided * num_calls(diffusion, sampling.sampler, sampling.num_steps) / speed.calls + 1 / speed.decoding
         steps = self.num_steps - self.step
 
         def times(every: int) -> int:
@@ -205,7 +205,7 @@ def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...
     spec = model_spec(config, codec, diffusion, len(images.classes))
     spec.build_on_meta()
     num_guided = config.guided_classes(spec.num_classes)
-    check_sampling(sampling_of(config.sampling, num_guided), diffusion, num_guided)
+    resolve_sampling(config.sampling, diffusion, num_guided)
     check_metrics(config.evaluation.metrics)
     resolve_classes(list(ablation.pictures.classes), images.classes)
     if ablation.scoring.trials < 1:

@@ -16,8 +16,9 @@ import yaml
 from ablation.identity import changed_files, changed_settings, code_hash, code_of
 from ablation.study import AblationConfig, ScoringConfig
 from experiment.config import ExperimentConfig
+from experiment.diffusions import build_diffusion
 from machine.whole_files import write_whole
-from sampling.options import sampling_of
+from sampling.checks import resolve_sampling
 
 if TYPE_CHECKING:
     from ablation.plan import Planned
@@ -99,7 +100,9 @@ def pictured(asked: list[str], classes: Sequence[str]) -> list[str]:
 
 def _sampling(planned: Planned) -> str:
     """All of it, what is null too: the training's own may be another by now."""
-    sampling = sampling_of(planned.run.config.sampling, planned.run.config.guided_classes(planned.spec.num_classes))
+    config = planned.run.config
+    num_guided = config.guided_classes(planned.spec.num_classes)
+    sampling = resolve_sampling(config.sampling, build_diffusion(config.diffusion), num_guided)
     return yaml.safe_dump(asdict(sampling), default_flow_style=True, width=math.inf).strip()
 
 

@@ -1,18 +1,20 @@
-"""Diffusion diffusions, samplers and guidance; a model is any callable `(x_t, t, y)`."""
+"""Diffusions, samplers and guidance; a model is any callable `(x_t, t, y, **extras)`.
 
-from diffusion.diffusion import Diffusion, Prediction
-from diffusion.edm import EDM
-from diffusion.flow import FlowMatching
-from diffusion.gaussian import GaussianDiffusion
-from diffusion.guidance import Guidance
-from diffusion.samplers import SAMPLERS, sample
-from diffusion.spacings import SPACINGS
+What follows is imported on first use: `diffusion.options`, which command lines are built from, needs no torch.
+"""
 
-DIFFUSIONS: dict[str, type[Diffusion]] = {
-    "gaussian": GaussianDiffusion,
-    "flow": FlowMatching,
-    "edm": EDM,
-}
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusion.diffusion import Diffusion, Prediction
+    from diffusion.edm import EDM
+    from diffusion.flow import FlowMatching
+    from diffusion.gaussian import GaussianDiffusion
+    from diffusion.options import SamplingOptions
+    from diffusion.presets import DIFFUSIONS
+    from diffusion.samplers import SAMPLERS, sample
+    from diffusion.spacings import SPACINGS
 
 __all__ = [
     "DIFFUSIONS",
@@ -22,7 +24,17 @@ __all__ = [
     "Diffusion",
     "FlowMatching",
     "GaussianDiffusion",
-    "Guidance",
     "Prediction",
+    "SamplingOptions",
     "sample",
 ]
+HOMES = ("presets", "diffusion", "samplers", "spacings", "options")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in HOMES:
+            module = import_module(f"diffusion.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,8 +17,8 @@ from diffusion.spacings import spaced_times
 from diffusion.times import Times
 from diffusion.transition import Transition
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A backbone, guided or not: a pure function of `(x_t [b c h w], t [b], y [b])`."""
+Denoiser = Callable[..., Tensor]
+"""A backbone, guided or not: a pure function of `(x_t [b c h w], t [b], y [b], **extras)`."""
 
 Step = tuple[int | float, Transition]
 """A time at which a sampler calls the model, and the step from it to the next lower one."""

@@ -7,6 +7,7 @@ The backbone F sees its input scaled to unit variance and learns a target of uni
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Shaped
@@ -97,10 +98,10 @@ class EDM(Diffusion):
     def precondition(self, model: Denoiser) -> Denoiser:
         """`c_in` and `c_noise`."""
 
-        def preconditioned(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        def preconditioned(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
             _, sigma = self.levels(t)
             c_in = (sigma**2 + self.sigma_data**2).rsqrt()
-            return model(c_in * x_t, 999 * self.noise_rank(t).float(), y)
+            return model(c_in * x_t, 999 * self.noise_rank(t).float(), y, **extras)
 
         return preconditioned
 

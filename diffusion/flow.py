@@ -120,7 +120,7 @@ class FlowMatching(Diffusion):
     def precondition(self, model: Denoiser) -> Denoiser:
         """The backbone is given `model_times`, by default 999 t."""
         first, last = self.model_times
-        return lambda x_t, t, y: model(x_t, first + (last - first) * t, y)
+        return lambda x_t, t, y, **extras: model(x_t, first + (last - first) * t, y, **extras)
 
     def target(
         self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]

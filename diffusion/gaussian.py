@@ -128,7 +128,7 @@ class GaussianDiffusion(Diffusion):
             return model
         first, last = self.model_times
         rate = (last - first) / self.max_time
-        return lambda x_t, t, y: model(x_t, first + rate * t, y)
+        return lambda x_t, t, y, **extras: model(x_t, first + rate * t, y, **extras)
 
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

@@ -7,14 +7,15 @@ less trained model (autoguidance, Karras et al. 2024).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from diffusion.diffusion import Denoiser, Diffusion
+from diffusion.options import SamplingOptions
 
 Mix = Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
 """Of (good output, worse output, scale, x_t, t): the guided output."""
@@ -68,22 +69,25 @@ def guide(
         return model
     if num_classes == 0 and guide_model is None:
         raise ValueError(
-            f"--guidance_scale {scale}: the model is unconditional, it has no labels to be guided by; use 1"
+            f"--sampling.guidance_scale {scale}: the model is unconditional, it has no labels to be guided by; use 1"
         )
     guided_channels = latent_channels if legacy_cfg_channels is None else legacy_cfg_channels
     if not 1 <= guided_channels <= latent_channels:
-        raise ValueError(f"--legacy_cfg_channels {guided_channels} must lie in 1..{latent_channels}")
+        raise ValueError(f"--sampling.legacy_cfg_channels {guided_channels} must lie in 1..{latent_channels}")
 
-    def both(x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def both(x_t: Tensor, t: Tensor, y: Tensor, extras: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         if guide_model is not None:
-            return model(x_t, t, y).float(), guide_model(x_t, t, y).float()
+            return model(x_t, t, y, **extras).float(), guide_model(x_t, t, y, **extras).float()
         null_label = torch.full_like(y, num_classes)
-        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label])).float()
-        conditional, null = output.chunk(2)
-        return conditional, null
+        twice = {
+            name: torch.cat([value, value]) if isinstance(value, Tensor) else value for name, value in extras.items()
+        }
+        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label]), **twice).float()
+        conditional, unconditional = output.chunk(2)
+        return conditional, unconditional
 
-    def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        good, worse = both(x_t, t, y)
+    def guided(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
+        good, worse = both(x_t, t, y, extras)
         part = slice(guided_channels)
         return torch.cat([mix(good[:, part], worse[:, part], scale, x_t[:, part], t), good[:, guided_channels:]], dim=1)
 
@@ -99,60 +103,42 @@ SCALE_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """How guidance of a given scale is applied; by default evenly and as it is.
-
-    Args:
-        interval: of noise levels sigma / alpha outside which nothing is guided (Kynkäänniemi et al. 2024).
-        schedule: of the scale over the way, by name in `SCALE_SCHEDULES`.
-        rescale: share, 0 to 1, by which the guided output's standard deviation is brought back to the unguided one's
-            (Lin et al. 2023, eq. 15 and 16).
-        parallel: share of the push along the prediction of `x_0` that is kept; that part saturates images. 1 keeps
-            it, 0 leaves it out (adaptive projected guidance, Sadat et al. 2024).
-        radius: largest norm of a sample's push in `x_0`, before the scale (the same).
-        momentum: of the push over the steps; the same recommend it negative, such as -0.5.
+def check_guidance(options: SamplingOptions) -> None:
+    """What of guidance is no number in a range.
 
     Raises:
-        ValueError: for a number out of its range, naming the flag.
+        ValueError: for a schedule that there is not, or an interval without two ends, naming the flag.
     """
+    if options.guidance_schedule not in SCALE_SCHEDULES:
+        known = ", ".join(SCALE_SCHEDULES)
+        raise ValueError(f"--sampling.guidance_schedule {options.guidance_schedule}: unknown, choose from {known}")
+    interval = options.guidance_interval
+    if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
+        raise ValueError(
+            f"--sampling.guidance_interval {interval}: give the least and the largest noise level sigma / alpha, such "
+            "as [0.2, 5]"
+        )
 
-    interval: tuple[float, float] = (0.0, math.inf)
-    schedule: str = "constant"
-    rescale: float = 0.0
-    parallel: float = 1.0
-    radius: float | None = None
-    momentum: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.interval[0] < self.interval[1]:
-            raise ValueError(
-                f"--guidance_interval {list(self.interval)}: give the least and the largest noise level sigma / alpha"
-            )
-        if self.schedule not in SCALE_SCHEDULES:
-            raise ValueError(f"--guidance_schedule {self.schedule}: unknown, choose from {', '.join(SCALE_SCHEDULES)}")
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"--guidance_rescale {self.rescale} must lie in [0, 1]")
-        if self.radius is not None and not self.radius > 0:
-            raise ValueError(f"--guidance_radius {self.radius} must be above 0; null sets no limit")
-        if not -1 < self.momentum < 1:
-            raise ValueError(f"--guidance_momentum {self.momentum} must lie in (-1, 1)")
+def scale_at(options: SamplingOptions, progress: float, ratio: float) -> float:
+    """The scale at this share of the way and noise level sigma / alpha; 1, which guides nothing, outside the interval
+    (Kynkäänniemi et al. 2024)."""
+    low, high = options.guidance_interval or (0.0, math.inf)
+    if not low <= ratio <= high:
+        return 1.0
+    return 1 + (options.guidance_scale - 1) * SCALE_SCHEDULES[options.guidance_schedule](progress)
 
-    def scale_at(self, scale: float, progress: float, ratio: float) -> float:
-        """The scale at this share of the way and noise level sigma / alpha; 1 outside the interval."""
-        if not self.interval[0] <= ratio <= self.interval[1]:
-            return 1.0
-        return 1 + (scale - 1) * SCALE_SCHEDULES[self.schedule](progress)
 
-    def mix(self, diffusion: Diffusion) -> Mix:
-        """The rule for one chain of samples; momentum remembers."""
-        plain = (self.parallel, self.radius, self.momentum) == (1.0, None, 0.0)
-        rule = linear if plain else projected(diffusion, self.parallel, self.radius, self.momentum)
-        return rescaled(rule, self.rescale) if self.rescale else rule
+def mix_of(options: SamplingOptions, diffusion: Diffusion) -> Mix:
+    """The rule for one chain of samples; momentum remembers."""
+    projection = options.guidance_parallel, options.guidance_radius, options.guidance_momentum
+    rule = linear if projection == (1.0, None, 0.0) else projected(diffusion, *projection)
+    return rescaled(rule, options.guidance_rescale) if options.guidance_rescale else rule
 
 
 def rescaled(rule: Mix, share: float) -> Mix:
-    """The rule, its output's standard deviation brought back towards the good one's."""
+    """The rule, its output's standard deviation brought back to the good one's by a share, 0 to 1 (Lin et al. 2023, eq.
+    15 and 16)."""
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         mixed = rule(good, worse, scale, x_t, t)
@@ -164,7 +150,8 @@ def rescaled(rule: Mix, share: float) -> Mix:
 
 
 def projected(diffusion: Diffusion, parallel: float, radius: float | None, momentum: float) -> Mix:
-    """Adaptive projection (Sadat et al. 2024, algorithm 1): the push, in `x_0`, is remembered, limited, projected."""
+    """Adaptive projection (Sadat et al. 2024, algorithm 1): the push, in `x_0`, is remembered, limited in its norm to
+    `radius`, and of its part along the prediction, which saturates images, the share `parallel` is kept."""
     before: Tensor | float = 0.0
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:

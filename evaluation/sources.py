@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -29,8 +29,9 @@ from machine.precision import precision_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, Images, image_batches
 from sampling.autoguidance import load_guide_model
+from sampling.checks import resolve_sampling
 from sampling.generation import Generator, sample_labels
-from sampling.options import check_sampling
+from settings import set_values
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,15 @@ class Source:
 
 def from_generator(generator: Generator, name: str, classes: Sequence[str] = (), **provenance: object) -> Source:
     """Samples drawn as they are scored."""
-    sampler = generator.sampling.sampler or generator.diffusion.default_sampler
+    sampling = generator.sampling
     settings = {
         "kind": "samples",
         "seed": generator.seed,
         "weights": "ema",
         "autoencoder": generator.codec.provenance,
         "precision": precision_of(generator.accelerator),
-        "model_calls": num_calls(sampler, generator.sampling.num_steps),
-        **asdict(generator.sampling),
+        "model_calls": num_calls(generator.diffusion, sampling.sampler, sampling.num_steps),
+        **asdict(sampling),
     }
     labels = generator.labels if classes else None
     return Source(name, len(generator.labels), generator.batches, {**settings, **provenance}, labels, classes)
@@ -184,7 +185,7 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
 
 def from_checkpoint(
     checkpoint: Checkpoint,
-    settings: list[SamplingConfig],
+    sampling: list[dict[str, Any]],
     evaluation: EvaluationConfig,
     codec: Codec,
     accelerator: Accelerator,
@@ -193,8 +194,8 @@ def from_checkpoint(
     num_reference: int,
     reference_labels: Tensor | None,
 ) -> list[list[Source]]:
-    """Samples of a checkpoint's averaged weights: for each sampling configuration a list of trials. The reference's
-    labels are the checkpoint's own numbers.
+    """Samples of a checkpoint's averaged weights: a list of trials for each of these settings, which take the place of
+    its own. The reference's labels are the checkpoint's own numbers.
 
     Trial `k` has the seed `evaluation.seed + k`. All share one model.
 
@@ -202,7 +203,9 @@ def from_checkpoint(
         ValueError: for a configuration that the diffusion does not allow, before anything is drawn.
     """
     diffusion, num_classes = checkpoint.build_diffusion(), len(checkpoint.classes)
-    settings = [check_sampling(sampling, diffusion, checkpoint.num_guided) for sampling in settings]
+    settings = [
+        resolve_sampling(checkpoint.config.sampling, diffusion, checkpoint.num_guided, **each) for each in sampling
+    ]
     model, meant = checkpoint.load_model(accelerator.device), (checkpoint.classes, checkpoint.identity)
     meant = (checkpoint.config.diffusion, checkpoint.spec, accelerator.device, *meant)
     provenance = {
@@ -225,7 +228,22 @@ def from_checkpoint(
     return [[trial(sampling, number) for number in range(num_trials)] for sampling in settings]
 
 
-def sweep(base: SamplingConfig, **choices: list[Any]) -> list[SamplingConfig]:
-    """Every combination of the choices; an empty list leaves the base's own."""
-    given = {name: values for name, values in choices.items() if values}
-    return [replace(base, **dict(zip(given, combination, strict=True))) for combination in product(*given.values())]
+def sweep(flags: SamplingConfig) -> list[dict[str, Any]]:
+    """Every combination of the values that `--guidance_scale 1,1.5,2` and the like give.
+
+    Raises:
+        ValueError: for what is no number.
+    """
+    kinds = get_type_hints(SamplingConfig)
+    values = {name: _choices(f"--sampling.{name}", value, kinds[name]) for name, value in set_values(flags).items()}
+    return [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
+
+
+def _choices(flag: str, value: Any, kind: Any) -> list[Any]:
+    if not isinstance(value, str):
+        return [value]
+    number = next((each for each in (int, float) if each in (kind, *get_args(kind))), str)
+    try:
+        return [number(word) for word in value.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {value}: give a number, or several with commas in between") from None

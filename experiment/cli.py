@@ -20,9 +20,10 @@ from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, se
 
 from experiment.config import R, resuming
 from experiment.imports import load_imports
-from experiment.settings import check_settings
+from experiment.settings import renamed
 from experiment.strict_yaml import StrictLoader
 from machine import children
+from settings import check_settings
 
 set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML
 
@@ -92,7 +93,7 @@ def keep_names(values: Any, text: str) -> Any:
 def load_strict_yaml(text: str) -> Any:
     """As jsonargparse reads it, once it is known to be no bomb and to say each thing once, and with names kept."""
     yaml.load(text, StrictLoader)
-    return keep_names(load_yaml(text), text)
+    return renamed(keep_names(load_yaml(text), text))
 
 
 set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
@@ -105,9 +106,10 @@ def parse(config_class: type[T], arguments: list[str] | None = None, *, stored_i
     Raises:
         SystemExit: with a message that names the flag, when an argument does not fit.
     """
+    arguments = written_out(config_class, sys.argv[1:] if arguments is None else arguments)
     config = auto_cli(
         config_class,
-        args=quote_names(config_class, sys.argv[1:] if arguments is None else arguments),
+        args=quote_names(config_class, arguments),
         as_positional=False,
         return_instance=True,
         parser_class=Parser,
@@ -127,6 +129,15 @@ def run_program(program: Callable[..., Any] | list[Callable[..., Any]], *, as_po
         SystemExit: with a message that names the flag, when an argument does not fit.
     """
     auto_cli(program, as_positional=as_positional, parser_class=Parser, allow_abbrev=False)
+
+
+def written_out(config_class: type, arguments: list[str]) -> list[str]:
+    """The arguments, with `--guidance_scale` as `--sampling.guidance_scale` where the group `sampling` is `short`."""
+    kinds, settings = get_type_hints(config_class), {each.name: each for each in fields(config_class)}
+    groups = [name for name, each in settings.items() if each.metadata.get("short")]
+    names = {each.name: f"{group}.{each.name}" for group in groups for each in fields(kinds[group])}
+    names |= {name: name for name in settings}
+    return [re.sub(r"(?<=^--)\w+", lambda name: names.get(name[0], name[0]), argument) for argument in arguments]
 
 
 def quote_names(config_class: type, arguments: list[str]) -> list[str]:
@@ -180,7 +191,7 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
     """
     parser = parser_of(config_class)
     try:
-        found = parser.instantiate(parser.parse_object(values))
+        found = parser.instantiate(parser.parse_object(renamed(values)))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     config = config_class(**vars(found))

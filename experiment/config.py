@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from experiment.settings import SEEDS, flatten, within
+from diffusion.options import SamplingOptions
+from experiment.settings import flatten
 from machine.whole_files import inside
+from settings import SEEDS, unset, within
 
 
 @dataclass(frozen=True)
@@ -213,50 +215,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(SamplingOptions):
     """How samples are drawn, by sample.py, evaluate.py and the grids during training.
 
     Args:
-        sampler: null is the diffusion's own: 'ddpm' (gaussian: ancestral), 'euler' (flow), 'heun' (edm: second order,
-            two calls a step) or 'iterated' (a cascade's 'dae' and 'resnet', which have no other); others: 'ddim',
-            'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m' (DPM-Solver++, as published),
-            'exponential_ab3' (of order 3: for many steps),
-            'dpmpp_2m_sde' (with noise), 'unipc' (predictor and corrector)
-        num_steps: steps a sample: calls of the model, each of both halves under guidance
-        spacing: of the steps: null is the diffusion's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
-            'trailing', 'quadratic', 'log_snr'; or a text file of noise levels sigma / alpha
-        eta: randomness of 'ddim': 0 none, 1 that of 'ddpm'
-        churn: randomness of 'heun': noise added over the whole chain (Karras et al. 2022); 0 none
-        guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
         guidance_checkpoint: a run or checkpoint, smaller or less trained, to be guided away from in place of the
             unlabelled prediction (autoguidance, Karras et al. 2024)
-        guidance_interval: least and largest noise level sigma / alpha at which to guide; null: everywhere
-        guidance_schedule: of the scale on the way: 'constant', or rising from none: 'linear' or 'cosine'
-        guidance_rescale: 0 to 1: how far to bring the output's standard deviation back (Lin et al. 2023: 0.7)
-        guidance_parallel: share of the push along the predicted image that is kept; 0 is adaptive projected guidance
-            (Sadat et al. 2024), which keeps colours from saturating at large scales
-        guidance_radius: largest norm of the push; null: none
-        guidance_momentum: of the push over the steps, such as -0.5 beside guidance_parallel 0
-        legacy_cfg_channels: guide the first channels only, as published samplers did (3); null: all
-        clip: largest absolute value of the data, to which each step's prediction of them is cut; null: what the
-            autoencoder says: 1 in pixel space, no limit for latents; .inf: no limit
     """
 
-    sampler: str | None = None
-    num_steps: int = within("[1, inf)", 150)
-    spacing: str | None = None
-    eta: float = within("[0, 1]", 0.0)
-    churn: float = within("[0, inf)", 0.0)
-    guidance_scale: float = within("[0, inf)", 1.5)
     guidance_checkpoint: str | None = None
-    guidance_interval: list[float] | None = within("[0, inf]", None)
-    guidance_schedule: str = "constant"
-    guidance_rescale: float = within("[0, 1]", 0.0)
-    guidance_parallel: float = within("(-inf, inf)", 1.0)
-    guidance_radius: float | None = within("(0, inf)", None)
-    guidance_momentum: float = within("(-1, 1)", 0.0)
-    legacy_cfg_channels: int | None = within("[1, inf)", None)
-    clip: float | None = within("(0, inf]", None)
+
+
+@unset
+class SamplingFlags(SamplingConfig):
+    """What a command says of sampling in place of the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -394,7 +366,7 @@ class ExperimentConfig(RunConfig):
     auxiliary: list[AuxiliaryConfig] = field(default_factory=list)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(guidance_scale=1.5))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     fixed = ("model", "model_args", "data")

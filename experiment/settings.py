@@ -1,52 +1,14 @@
-"""What every configuration shares: ranges of numbers, and the way from and to plain mappings."""
+"""The way from and to plain mappings, and from configurations of before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
-SEEDS = "[0, 4294967295]"  # NumPy's
+from settings import SEEDS, check_settings, within
 
-
-def within(interval: str, default: Any = MISSING) -> Any:
-    """A setting whose number, or each of whose numbers, lies in an interval: `(0, 1]` is without 0 and with 1."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"interval": interval})
-    return field(default=default, metadata={"interval": interval})
-
-
-def check_settings(config: Any, prefix: str = "--") -> None:
-    """Every number of a configuration lies in its interval, and what its own `check` asks for holds.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    for each in fields(config):
-        value, flag, interval = getattr(config, each.name), f"{prefix}{each.name}", each.metadata.get("interval")
-        parts = value if isinstance(value, list) else [value]
-        for part in parts:
-            if is_dataclass(part):
-                check_settings(part, f"{flag}.")
-        if interval and not all(_contains(interval, number) for number in _numbers(value)):
-            raise ValueError(f"{flag} {value}: must lie in {interval}")
-    if hasattr(config, "check"):
-        config.check(prefix)
-
-
-def _numbers(value: Any) -> Iterator[int | float]:
-    """In lists of lists too."""
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _numbers(part)
-    elif value is not None:
-        yield value
-
-
-def _contains(interval: str, number: int | float) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    above = number >= low if interval[0] == "[" else number > low
-    return above and (number <= high if interval[-1] == "]" else number < high)
+__all__ = ["SEEDS", "check_settings", "flatten", "from_dict", "renamed", "within"]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -65,7 +27,18 @@ def from_dict(kind: Any, values: Any) -> Any:
     """
     if is_dataclass(kind):
         kinds = get_type_hints(kind)
-        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in values.items()})
+        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in renamed(values).items()})
     if get_origin(kind) is list:
         return [from_dict(get_args(kind)[0], value) for value in values]
     return tuple(values) if get_origin(kind) is tuple else values
+
+
+def renamed(values: Any) -> Any:
+    """A whole configuration, as files of before have it, in the settings of today: samplers own their arguments, where
+    `sampling` had `eta` (of ddim) and `churn` (of heun), 0 for all others."""
+    sampling = values.get("sampling") if isinstance(values, Mapping) else None
+    if not isinstance(sampling, Mapping) or sampling.keys().isdisjoint(("eta", "churn")):
+        return values
+    arguments = {name: sampling[name] for name in ("eta", "churn") if sampling.get(name)}
+    others = {name: value for name, value in sampling.items() if name not in ("eta", "churn")}
+    return {**values, "sampling": {**others, **({"sampler_args": arguments} if arguments else {})}}

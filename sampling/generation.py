@@ -23,7 +23,6 @@ from diffusion.samplers import Staged, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch
-from sampling.options import build_guidance
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -69,7 +68,7 @@ class Generator:
         start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 H W"]:
         """From noise, or from `x_t` at the time `start`, to images; a generator each for the random steps."""
-        device, sampling = self.accelerator.device, self.sampling
+        device, clip = self.accelerator.device, self.sampling.clip
         bf16 = self.accelerator.mixed_precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             x_0 = sample(
@@ -77,16 +76,9 @@ class Generator:
                 self.model,
                 noise,
                 y,
-                sampler=sampling.sampler,
-                num_steps=sampling.num_steps,
-                spacing=sampling.spacing,
-                eta=sampling.eta,
-                churn=sampling.churn,
-                guidance_scale=sampling.guidance_scale,
-                guidance=build_guidance(sampling),
+                self.sampling,
                 guide_model=self.guide_model,
-                legacy_cfg_channels=sampling.legacy_cfg_channels,
-                clip=self.codec.limit if sampling.clip is None else sampling.clip,
+                clip=self.codec.limit if clip is None else clip,
                 start=start,
                 generator=generators,
                 callback=self.callback,

@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
-from experiment.settings import within
+from experiment.config import SamplingFlags
+from settings import set_values
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,9 @@ class ExportConfig:
     Args:
         checkpoint: a run's folder, a checkpoint, its ema.safetensors, or hf://owner/name
         output: the folder to write
-        sampler: 'ddpm', 'ddim', 'dpmpp_2m' (gaussian) or 'euler' (flow, edm); by default as in the checkpoint, like the
-            flags below
-        num_steps: steps a sample, by default; a pipeline's caller may take others
-        spacing: of the steps: 'uniform' or 'trailing' (gaussian), 'uniform' (flow), 'karras' (edm)
-        guidance_scale: of the pipeline, by default
-        clip: largest absolute value of predicted data; by default 1 for pixels, as sample.py has it; .inf: no limit
+        sampling: in place of the checkpoint's own settings, also in short (--sampler): of samplers 'ddpm', 'ddim' and
+            'dpmpp_2m' (gaussian) or 'euler' (flow, edm), of spacings 'uniform' and 'trailing' (gaussian), 'uniform'
+            (flow) or 'karras' (edm); num_steps and guidance_scale are the pipeline's defaults
         native: a DiT as DiTPipeline, whose weights any diffusers tool can read; see the README in the folder
         autoencoder: in place of the one in the checkpoint's configuration
         imports: the modules or .py files that the checkpoint was trained with, where they have moved
@@ -44,11 +42,7 @@ class ExportConfig:
 
     checkpoint: str
     output: Path
-    sampler: str | None = None
-    num_steps: int | None = within("[1, inf)", None)
-    spacing: str | None = None
-    guidance_scale: float | None = within("[0, inf)", None)
-    clip: float | None = within("(0, inf]", None)
+    sampling: SamplingFlags = field(default_factory=SamplingFlags, metadata={"short": True})
     native: bool = False
     autoencoder: str | None = None
     imports: list[str] = field(default_factory=list)
@@ -59,15 +53,14 @@ def main(config: ExportConfig) -> None:
     from checkpoints.checkpoint import open_checkpoint
     from machine.whole_files import whole
     from published.diffusers_pipeline import write_folder
-    from sampling.options import check_sampling, sampling_of
+    from sampling.checks import resolve_sampling
 
     if config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
     checkpoint = open_checkpoint(config.checkpoint)
-    num_guided = checkpoint.num_guided
-    asked = {name: getattr(config, name) for name in ("sampler", "num_steps", "spacing", "guidance_scale", "clip")}
-    sampling = sampling_of(checkpoint.config.sampling, num_guided, **asked)
-    sampling = check_sampling(sampling, checkpoint.build_diffusion(), num_guided)
+    diffusion, num_guided = checkpoint.build_diffusion(), checkpoint.num_guided
+    overrides = set_values(config.sampling)
+    sampling = resolve_sampling(checkpoint.config.sampling, diffusion, num_guided, **overrides)
     codec = checkpoint.open_codec(config.autoencoder)
     if sampling.clip is None:
         sampling = replace(sampling, clip=codec.limit)

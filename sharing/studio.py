@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -19,9 +20,9 @@ from experiment.datasets import open_split
 from machine.accelerator import open_accelerator
 from metrics.manifold import nearest
 from sampling.autoguidance import load_guide_model
+from sampling.checks import resolve_sampling
 from sampling.generation import Generator, generate, resolve_classes
 from sampling.interpolation import interpolate
-from sampling.options import check_sampling, sampling_of
 
 MOST_IMAGES, MOST_STEPS, MOST_MOMENTS = 8, 250, 12
 MODELS_KEPT = 3
@@ -110,14 +111,9 @@ class Studio:
         if not 1 <= request.num_images <= MOST_IMAGES or not 1 <= request.num_steps <= MOST_STEPS:
             raise ValueError(f"1 to {MOST_IMAGES} pictures of 1 to {MOST_STEPS} steps, not {request}")
         diffusion, num_guided = checkpoint.build_diffusion(), checkpoint.num_guided
-        sampling = sampling_of(
-            checkpoint.config.sampling,
-            num_guided,
-            sampler=request.sampler,
-            num_steps=request.num_steps,
-            guidance_scale=request.guidance_scale if num_guided else None,
-        )
-        sampling = check_sampling(sampling, diffusion, num_guided)
+        overrides: dict[str, Any] = {"sampler": request.sampler, "num_steps": request.num_steps}
+        overrides |= {"guidance_scale": request.guidance_scale} if num_guided else {}
+        sampling = resolve_sampling(checkpoint.config.sampling, diffusion, num_guided, **overrides)
         meant = (checkpoint.config.diffusion, checkpoint.spec, self.accelerator.device)
         meant += (checkpoint.classes, checkpoint.identity)
         return Generator(

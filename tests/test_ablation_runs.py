@@ -318,12 +318,13 @@ def test_the_commands_are_ones_that_their_scripts_accept():
     from evaluate import EvaluateConfig
     from sample import SampleConfig
 
-    asked = {"sampling": {"sampler": "ddim", "eta": 0.5, "guidance_interval": [0.2, 5.0], "clip": math.inf}}
-    ablation, (planned, unguided) = plan_of({"a": asked, "b": {"train.label_dropout": 0.0}})
+    asked = {"sampler": "ddim", "sampler_args": {"eta": 0.5}, "guidance_interval": [0.2, 5.0], "clip": math.inf}
+    ablation, (planned, unguided) = plan_of({"a": {"sampling": asked}, "b": {"train.label_dropout": 0.0}})
     scoring = parse(EvaluateConfig, stages.score(planned, ablation)[1:])
-    assert (scoring.sampling, scoring.num_samples) == (asdict(planned.run.config.sampling), 12)  # null too
+    expected = {**asdict(planned.run.config.sampling), "spacing": "uniform"}
+    assert (asdict(scoring.sampling), scoring.num_samples) == (expected, 12)  # null too
     assert (scoring.baselines, scoring.per_class, scoring.metrics) == (True, True, ["fid", "precision"])
     drawing = parse(SampleConfig, stages.draw(planned, ablation)[1:])
     assert drawing.classes == list(planned.classes[:8])
     assert drawing.output == "runs/t/a/seed0/pictures.npz"
-    assert parse(SampleConfig, stages.draw(unguided, ablation)[1:]).sampling["guidance_scale"] == 1.0
+    assert parse(SampleConfig, stages.draw(unguided, ablation)[1:]).sampling.guidance_scale == 1.0

@@ -4,22 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from processes import script
 from test_backbones import SMALL
 
 from autoencoders.codec import PixelCodec, create_codec
-from diffusion import DIFFUSIONS, SAMPLERS, SPACINGS
+from diffusion import DIFFUSIONS, SAMPLERS, SPACINGS, SamplingOptions
 from diffusion.flow import PATHS
 from diffusion.gaussian import PREDICTIONS, WEIGHTINGS
 from diffusion.guidance import SCALE_SCHEDULES
 from diffusion.schedules import SCHEDULES
 from diffusion.times import TIMES
 from experiment.backbones import model_spec
-from experiment.cli import parse
+from experiment.cli import parse, parse_mapping
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from experiment.diffusions import build_diffusion
+from experiment.settings import from_dict
 from models import BACKBONES
-from sampling.options import check_sampling, sampling_of
+from sampling.checks import resolve_sampling
+from settings import set_values
 from training.optimizer import build_optimizer, learning_rate, num_training_steps
 
 YAML = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -39,7 +43,7 @@ def test_every_shipped_configuration_builds(path):
     config = parse(ExperimentConfig, ["--config", str(path)])
     diffusion = build_diffusion(config.diffusion)
     codec, num_classes = local_codec(config), 101 * config.data.use_labels
-    check_sampling(config.sampling, diffusion, num_classes)
+    resolve_sampling(config.sampling, diffusion, num_classes)
     spec = model_spec(config, codec, diffusion, num_classes)
     model = spec.build_on_meta()
     assert model.out_channels == diffusion.output_channels(codec.channels)
@@ -88,7 +92,7 @@ def test_model_follows_codec_process_and_data():
 def test_every_kind_builds_with_its_own_defaults_and_sampler(kind):
     diffusion = build_diffusion(DiffusionConfig(kind=kind))
     assert type(diffusion) is DIFFUSIONS[kind]
-    sampling = check_sampling(SamplingConfig(), diffusion, 10)
+    sampling = resolve_sampling(SamplingConfig(), diffusion, 10)
     assert (sampling.sampler, sampling.spacing) == (diffusion.default_sampler, diffusion.default_spacing)
 
 
@@ -111,7 +115,7 @@ def test_every_setting_of_every_process_is_a_flag():
 
 
 def test_help_names_every_process_sampler_spacing_and_schedule():
-    words = f"{DiffusionConfig.__doc__} {SamplingConfig.__doc__}"
+    words = f"{DiffusionConfig.__doc__} {SamplingOptions.__doc__}"
     for table in (DIFFUSIONS, SAMPLERS, SPACINGS, SCALE_SCHEDULES, SCHEDULES, WEIGHTINGS, TIMES, PATHS, PREDICTIONS):
         assert all(f"'{name}'" in words for name in table)
 
@@ -126,36 +130,50 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(OptimConfig(lr=0.1), 10**6, 10) == 0.1
 
 
-def test_sampling_settings_asked_for_by_their_long_names_count():
-    """Flags of their own that nobody gave are none; a null that somebody gave is one."""
+def test_sampling_settings_of_a_command_take_the_place_of_a_runs(capsys):
+    """Flags that nobody gave are none; a null that somebody gave is one."""
     own = SamplingConfig(num_steps=9, guidance_interval=[0.1, 2.0])
-    found = sampling_of(own, 7, {"num_steps": 5, "eta": 0.5, "guidance_interval": None}, num_steps=None, eta=None)
-    assert found == SamplingConfig(num_steps=5, eta=0.5)
-    for asked, given, words in [
-        ({"num_steps": 5}, {"num_steps": 7}, r"--num_steps 7 beside --sampling\.num_steps 5: leave one out"),
-        ({"num_steps": None}, {}, r"--sampling\.num_steps null: give a value"),
-        ({"steps": 5}, {}, r"--sampling\.steps: unknown, choose from sampler, num_steps"),
+    diffusion, flags = build_diffusion(DiffusionConfig()), ["--num_steps", "5", "--sampling.guidance_interval", "null"]
+    sample = script("sample.py").SampleConfig
+    overrides = set_values(parse(sample, ["--checkpoint", "x", *flags]).sampling)
+    expected = SamplingConfig("ddpm", num_steps=5, spacing="uniform")
+    assert resolve_sampling(own, diffusion, 7, **overrides) == expected
+    for flags, words in [
+        (["--sampling.num_steps", "null"], "Expected a int"),
+        (["--sampling.steps", "5"], "unrecognized arguments: --sampling.steps"),
     ]:
-        with pytest.raises(ValueError, match=words):
-            sampling_of(own, 7, asked, **given)
+        with pytest.raises(SystemExit):
+            parse(sample, ["--checkpoint", "x", *flags])
+        assert words in capsys.readouterr().err
 
 
 def test_without_a_trained_null_label_nothing_is_guided():
     config = ExperimentConfig(train=TrainConfig(label_dropout=0.0))
     diffusion = build_diffusion(config.diffusion)
     assert (config.guided_classes(7), ExperimentConfig().guided_classes(7)) == (0, 7)
-    assert sampling_of(config.sampling, config.guided_classes(7)).guidance_scale == 1.0
-    asked = sampling_of(config.sampling, config.guided_classes(7), guidance_scale=2.0)
-    with pytest.raises(ValueError, match=r"--guidance_scale 2.0: .* --train.label_dropout 0, and has no null label"):
-        check_sampling(asked, diffusion, config.guided_classes(7))
+    assert resolve_sampling(config.sampling, diffusion, config.guided_classes(7)).guidance_scale == 1.0
+    with pytest.raises(ValueError, match=r"guidance_scale 2.0: .* --train.label_dropout 0, and has no null label"):
+        resolve_sampling(config.sampling, diffusion, config.guided_classes(7), guidance_scale=2.0)
 
 
-@pytest.mark.parametrize(("name", "sampler", "other"), [("eta", "ddim", "ddpm"), ("churn", "heun", "euler")])
-def test_a_setting_of_another_sampler_is_refused(name, sampler, other):
-    diffusion = build_diffusion(DiffusionConfig())
-    assert check_sampling(SamplingConfig(sampler=sampler, **{name: 0.5}), diffusion, 10)
-    with pytest.raises(ValueError, match=rf"--{name} 0.5: {sampler} alone uses it, not {other}; give 0"):
-        check_sampling(SamplingConfig(sampler=other, **{name: 0.5}), diffusion, 10)
+def test_an_argument_of_another_sampler_is_refused_and_goes_with_its_sampler():
+    diffusion, config = build_diffusion(DiffusionConfig()), SamplingConfig(sampler="ddim", sampler_args={"eta": 0.5})
+    assert resolve_sampling(config, diffusion, 10).sampler_args == {"eta": 0.5}
+    assert resolve_sampling(config, diffusion, 10, sampler="heun").sampler_args == {}
+    with pytest.raises(ValueError, match=r"--sampling.sampler_args.churn: ddim takes eta"):
+        resolve_sampling(config, diffusion, 10, sampler_args={"churn": 20})
+
+
+@pytest.mark.parametrize(("old", "arguments"), [({"eta": 0.5, "churn": 0.0}, {"eta": 0.5}), ({"eta": 0.0}, {})])
+def test_settings_of_before_are_read(old, arguments, tmp_path):
+    """From a checkpoint, a file and an ablation."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"sampling": {"sampler": "ddim", **old}}))
+    for config in (
+        from_dict(ExperimentConfig, {"sampling": {"sampler": "ddim", **old}}),
+        parse(ExperimentConfig, ["--config", str(tmp_path / "config.yaml")]),
+        parse_mapping(ExperimentConfig, {"sampling": {"sampler": "ddim", **old}}),
+    ):
+        assert (config.sampling.sampler, config.sampling.sampler_args) == ("ddim", arguments)
 
 
 def test_epochs_become_steps():
@@ -167,18 +185,15 @@ def test_epochs_become_steps():
 def test_unknown_sampler_and_too_many_steps_are_told():
     diffusion = build_diffusion(ExperimentConfig().diffusion)
     with pytest.raises(ValueError, match=r"--sampling.sampler dppm: unknown, choose from ddpm, ddim, euler"):
-        check_sampling(SamplingConfig(sampler="dppm"), diffusion, 1)
+        resolve_sampling(SamplingConfig(sampler="dppm"), diffusion, 1)
     with pytest.raises(ValueError, match=r"--num_steps 2000 must lie in 1..1000"):
-        check_sampling(SamplingConfig(num_steps=2000), diffusion, 1)
-    with pytest.raises(ValueError, match=r"--guidance_scale 3.0: the model is unconditional"):
-        check_sampling(SamplingConfig(guidance_scale=3.0), diffusion, 0)
-    assert sampling_of(SamplingConfig(guidance_scale=3.0), 0, num_steps=7, eta=None) == SamplingConfig(
-        guidance_scale=1.0, num_steps=7
-    )
+        resolve_sampling(SamplingConfig(num_steps=2000), diffusion, 1)
+    with pytest.raises(ValueError, match=r"--sampling.guidance_scale 3.0: the model is unconditional"):
+        resolve_sampling(SamplingConfig(), diffusion, 0, guidance_scale=3.0)
+    resolved = resolve_sampling(SamplingConfig(guidance_scale=3.0), diffusion, 0, num_steps=7)
+    assert resolved == SamplingConfig("ddpm", num_steps=7, spacing="uniform", guidance_scale=1.0)
     own = SamplingConfig(sampler="ddim", clip=1.0)  # a run's, which null takes back
-    assert sampling_of(own, 10, {"sampler": None, "clip": None}) == SamplingConfig()
-    with pytest.raises(ValueError, match=r"--sampling.num_steps null: give a value"):
-        sampling_of(own, 10, {"num_steps": None})
+    assert resolve_sampling(own, diffusion, 10, sampler=None, clip=None) == SamplingConfig("ddpm", spacing="uniform")
 
 
 @pytest.mark.parametrize("argument", ["--modell", "--data.pth", "--optim.lr=fast", "--data.difficulty=brutal"])

@@ -208,7 +208,7 @@ def test_denoising_again_and_again_is_its_markov_chain():
         variance = c**2 * variance + 0.5**2
     assert seen == pytest.approx(expected, rel=0.03)
     assert drawn.var().item() == pytest.approx(seen[-1])
-    with pytest.raises(ValueError, match="--sampler ddim: unknown, choose from iterated"):
+    with pytest.raises(ValueError, match=r"--sampling.sampler ddim: unknown, choose from iterated"):
         sample(diffusion, lambda x, t, y: x, randn(1, 1, 2, 2), labels(1), sampler="ddim")
 
 

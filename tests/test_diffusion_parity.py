@@ -91,7 +91,7 @@ def test_every_step_of_the_chains_matches(schedule, chain, sampler, eta):
         torch.zeros(2, dtype=torch.int64),
         sampler=sampler,
         num_steps=10,
-        eta=eta,
+        sampler_args={"eta": eta} if sampler == "ddim" else {},
         step_noise=expected["noise"],
         callback=lambda step, x_t, x_0: seen.append((step, x_t, x_0)),
     )

@@ -164,7 +164,7 @@ def test_an_npz_is_scored_and_the_self_check_passes(folder, extractor):
         (("evaluate.py", "--samples", "runs/none", "--extractor", "colors.pt"), "runs/none does not exist"),
         (
             ("evaluate.py", "--samples", "runs/tiny", "--extractor", "colors.pt", "--guidance_scale", "1,two"),
-            "--guidance_scale 1,two: give a number",
+            "--sampling.guidance_scale 1,two: give a number",
         ),
         (
             ("evaluate.py", "--samples", "runs/tiny", "--extractor", "colors.pt", "--metrics", "[fidd]"),

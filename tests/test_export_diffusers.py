@@ -16,7 +16,14 @@ from safetensors.torch import save_file
 
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint
-from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig, TrainConfig
+from experiment.config import (
+    DataConfig,
+    DiffusionConfig,
+    ExperimentConfig,
+    SamplingConfig,
+    SamplingFlags,
+    TrainConfig,
+)
 from experiment.diffusions import build_diffusion
 from machine.randomness import generator_for
 from metrics.exported import save_program
@@ -85,10 +92,10 @@ def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=
     return folder
 
 
-def drawn(run, output, **settings):
+def drawn(run, output, seed=0, **sampling):
     """By sample.py: classes 1 and 2, two of each."""
-    flags = {"checkpoint": str(run), "output": str(output), "classes": ["1", "2"], "num_per_class": 2, **settings}
-    SAMPLE.main(SAMPLE.SampleConfig(**flags))
+    flags = {"checkpoint": str(run), "output": str(output), "classes": ["1", "2"], "num_per_class": 2, "seed": seed}
+    SAMPLE.main(SAMPLE.SampleConfig(**flags, sampling=SamplingFlags(**sampling)))
     with np.load(output) as file:
         return file["arr_0"].astype(int)
 
@@ -108,8 +115,9 @@ def test_pictures_are_those_of_sample(kind, sampler, spacing, autoencoder, setti
     run = checkpoint(tmp_path / "run", autoencoder=autoencoder, kind=kind, size=16, **settings)
     flags = {"sampler": sampler, "spacing": spacing}
     clip = math.inf if autoencoder == "pixel" and sampler != "ddpm" else None
-    EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out", clip=clip, **flags))
-    expected = drawn(run, tmp_path / "drawn.npz", seed=3, sampling={"clip": clip}, **flags)
+    sampling = SamplingFlags(clip=clip, **flags)
+    EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out", sampling=sampling))
+    expected = drawn(run, tmp_path / "drawn.npz", seed=3, clip=clip, **flags)
     pipeline = DiffusionPipeline.from_pretrained(
         tmp_path / "out", custom_pipeline=str(tmp_path / "out" / "pipeline.py"), trust_remote_code=True
     )
@@ -151,7 +159,8 @@ def test_a_program_that_differs_is_not_written(monkeypatch):
 def test_a_dit_leaves_as_diffusers_own_with_ten_classes(tmp_path):
     run = checkpoint(tmp_path / "run")
     flags = {"sampler": "ddim", "spacing": "trailing"}
-    EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out", native=True, **flags))
+    asked = {"checkpoint": str(run), "output": tmp_path / "out", "native": True}
+    EXPORT.main(EXPORT.ExportConfig(**asked, sampling=SamplingFlags(**flags)))
     expected = drawn(run, tmp_path / "drawn.npz", **flags)
     for path in (tmp_path / "out").rglob("*"):
         assert not (path.is_file() and any(str(here).encode() in path.read_bytes() for here in (ROOT, tmp_path))), path
@@ -193,9 +202,13 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
     run = checkpoint(tmp_path / "run")
     swin = checkpoint(tmp_path / "swin", "XSwin", BACKBONES["XSwin"])
     pixels = checkpoint(tmp_path / "pixels", autoencoder="pixel", size=16)
-    trailing = {"sampler": "ddim", "spacing": "trailing"}
+    trailing = {"sampling": SamplingFlags(sampler="ddim", spacing="trailing")}
     for source, settings, words in [
-        (run, {"sampler": "heun"}, "--sampler heun with --spacing uniform: no scheduler .* there are gaussian, ddpm"),
+        (
+            run,
+            {"sampling": SamplingFlags(sampler="heun")},
+            "--sampler heun with --spacing uniform: no scheduler .* there are gaussian, ddpm",
+        ),
         (run, {"native": True}, "--native: DiTPipeline cannot walk gaussian, ddpm, uniform; add --sampler ddim"),
         (pixels, trailing, r"--clip 1: in diffusers only the scheduler of ddpm .* or --clip \.inf"),
         (swin, {"native": True, **trailing}, "--native: diffusers has no XSwin"),

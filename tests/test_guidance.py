@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from autoencoders.codec import PixelCodec
 from checkpoints.checkpoint import metadata_of
-from diffusion import EDM, FlowMatching, GaussianDiffusion, Guidance, sample
-from diffusion.guidance import SCALE_SCHEDULES, drop_labels, guide, linear, projected, rescaled
+from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOptions, sample
+from diffusion.guidance import SCALE_SCHEDULES, drop_labels, guide, linear, projected, rescaled, scale_at
+from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig
 from models.spec import ModelSpec
 from published.weights import load_reference
@@ -93,10 +94,10 @@ def test_guiding_all_channels_by_the_legacy_option_is_guiding_all():
 
 
 def test_what_cannot_be_guided_is_refused_in_words():
-    with pytest.raises(ValueError, match=r"--guidance_scale 1\.5: the model is unconditional"):
+    with pytest.raises(ValueError, match=r"--sampling.guidance_scale 1\.5: the model is unconditional"):
         guide(label_model, 0, 1.5, latent_channels=4)
     for channels in (0, 5):
-        with pytest.raises(ValueError, match=rf"--legacy_cfg_channels {channels} must lie in 1\.\.4"):
+        with pytest.raises(ValueError, match=rf"legacy_cfg_channels {channels} must lie in 1\.\.4"):
             guide(label_model, NUM_CLASSES, 1.5, latent_channels=4, legacy_cfg_channels=channels)
 
 
@@ -171,9 +172,8 @@ class Counting(torch.nn.Module):
 def test_outside_the_interval_only_one_half_runs(diffusion):
     model, low, high = Counting(), 0.3, 3.0
     steps = diffusion.reverse_steps(20, "log_snr")
-    guidance = Guidance(interval=(low, high))
     settings = {"sampler": "euler", "num_steps": 20, "spacing": "log_snr", "guidance_scale": 3.0}
-    sample(diffusion, model, randn(5, 1, 2, 2), labels(5), guidance=guidance, **settings)
+    sample(diffusion, model, randn(5, 1, 2, 2), labels(5), guidance_interval=[low, high], **settings)
     expected = [10 if low <= at.sigma / at.alpha <= high else 5 for _, at in steps]
     assert [size for size, _ in model.calls] == expected
     assert {5, 10} == set(expected)
@@ -183,7 +183,8 @@ def test_outside_the_interval_only_one_half_runs(diffusion):
 def test_schedules_of_the_scale_have_a_mean_of_one(schedule):
     factors = [SCALE_SCHEDULES[schedule](step / 1000) for step in range(1001)]
     assert sum(factors) / 1001 == pytest.approx(1)
-    assert Guidance(schedule=schedule).scale_at(3.0, 1.0, 1.0) == pytest.approx(3 if schedule == "constant" else 5)
+    options = SamplingOptions(guidance_scale=3.0, guidance_schedule=schedule)
+    assert scale_at(options, 1.0, 1.0) == pytest.approx(3 if schedule == "constant" else 5)
 
 
 def test_rescaling_is_that_of_the_paper():
@@ -256,13 +257,41 @@ def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"interval": (2.0, 1.0)}, r"--guidance_interval \[2.0, 1.0\]: give the least and the largest"),
-        ({"schedule": "square"}, "--guidance_schedule square: unknown, choose from constant, linear, cosine"),
-        ({"rescale": 1.5}, r"--guidance_rescale 1.5 must lie in \[0, 1\]"),
-        ({"radius": 0.0}, r"--guidance_radius 0.0 must be above 0"),
-        ({"momentum": 1.0}, r"--guidance_momentum 1.0 must lie in"),
+        ({"interval": [2.0, 1.0]}, r"guidance_interval \[2.0, 1.0\]: give the least and the largest"),
+        ({"interval": [2.0]}, r"guidance_interval \[2.0\]: give the least and the largest"),
+        ({"schedule": "square"}, "guidance_schedule square: unknown, choose from constant, linear, cosine"),
+        ({"rescale": 1.5}, r"guidance_rescale 1.5: must lie in \[0, 1\]"),
+        ({"radius": 0.0}, r"guidance_radius 0.0: must lie in \(0, inf\)"),
+        ({"momentum": 1.0}, r"guidance_momentum 1.0: must lie in"),
     ],
 )
 def test_refinements_out_of_range_are_refused_in_words(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        Guidance(**arguments)
+    options = SamplingOptions(**{f"guidance_{name}": value for name, value in arguments.items()})
+    with pytest.raises(ValueError, match=f"--sampling.{words}"):
+        check_options(options, GaussianDiffusion())
+
+
+@pytest.mark.parametrize("worse", [False, True])
+@pytest.mark.parametrize("diffusion", [GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM()])
+def test_what_a_model_is_called_with_beside_time_and_label_reaches_both_halves(diffusion, worse, monkeypatch):
+    """Of a whole batch and of a sampler's own: tensors a row a sample, in the order of the samples."""
+    seen = []
+
+    class Told(torch.nn.Module):
+        num_classes = 2
+
+        def forward(self, x, t, y, *, size, until):
+            seen.append((size.flatten().tolist(), until))
+            return x * size[:, None, None]
+
+    def told(chain, x_t):
+        for t, at in chain.steps:
+            x_0 = chain.denoise(x_t, t, at, until="the end").x_0
+            yield x_0, x_0
+
+    monkeypatch.setitem(SAMPLERS, "told", told)
+    settings = {"sampler": "told", "num_steps": 1, "guidance_scale": 2.0, "guide_model": Told() if worse else None}
+    size = torch.tensor([[1.0], [2.0], [3.0]])
+    sample(diffusion, Told(), randn(3, 1, 2, 2), labels(3), extras={"size": size}, **settings)
+    rows = [1.0, 2.0, 3.0]
+    assert seen == ([(rows, "the end")] * 2 if worse else [(rows * 2, "the end")])

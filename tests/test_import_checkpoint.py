@@ -11,6 +11,7 @@ from test_reference_parity import SOURCES, load_fixture, relative_error
 
 from checkpoints.checkpoint import open_checkpoint
 from diffusion import FlowMatching, sample
+from experiment.config import SamplingFlags
 from published.arguments import infer_config, reference_arguments, row_of
 from published.training_files import read_weights
 from published.weights import load_reference
@@ -201,5 +202,6 @@ def test_what_is_wrong_with_a_file_is_told_in_words(tmp_path, capsys):
 
 def test_imported_weights_are_sampled_from_by_the_usual_command(tmp_path):
     checkpoint = import_weights(tmp_path, load_fixture("dit")[1], "dit")
-    SAMPLE.main(SAMPLE.SampleConfig(checkpoint=str(checkpoint.run), num_per_class=1, num_steps=2))
+    sampling = SamplingFlags(num_steps=2)
+    SAMPLE.main(SAMPLE.SampleConfig(checkpoint=str(checkpoint.run), num_per_class=1, sampling=sampling))
     assert (tmp_path / "imported" / "samples.png").is_file()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from exact import DIFFUSIONS, backbone, gaussian_data, generator, randn
 
-from diffusion import EDM, FlowMatching, GaussianDiffusion, Guidance, sample
+from diffusion import EDM, FlowMatching, GaussianDiffusion, sample
 
 MEANS = torch.tensor([[-1.2, 0.6], [-0.5, -1.0], [0.2, 1.1], [1.1, 0.4], [0.9, -0.8]])
 WEIGHTS = torch.tensor([0.3, 0.15, 0.2, 0.2, 0.15])
@@ -124,7 +124,7 @@ def test_guidance_in_an_interval_keeps_more_of_the_class_than_guidance_everywher
         return torch.bincount(nearest, minlength=5)[2:].min().item() / len(x)
 
     everywhere = draw(diffusion, 1000, **settings)
-    inside = draw(diffusion, 1000, guidance=Guidance(interval=(0.0, 0.6)), **settings)
+    inside = draw(diffusion, 1000, guidance_interval=[0.0, 0.6], **settings)
     assert rarest(inside) > rarest(everywhere) + 0.05
 
 
@@ -145,7 +145,7 @@ if __name__ == "__main__":
         "guided by 3\nat sigma / alpha < 0.6": {
             "label": 1,
             "guidance_scale": 3.0,
-            "guidance": Guidance(interval=(0.0, 0.6)),
+            "guidance_interval": [0.0, 0.6],
         },
     }
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(7.5, 10), layout="constrained")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from exact import DIFFUSIONS, backbone, gaussian_data, generator, labels, randn
 
-from diffusion import EDM, SAMPLERS, SPACINGS, FlowMatching, GaussianDiffusion, Guidance, sample
+from diffusion import EDM, SAMPLERS, SPACINGS, FlowMatching, GaussianDiffusion, sample
 from diffusion.spacings import spaced_times
 from models import create_model
 
@@ -36,8 +36,9 @@ def test_a_backbone_in_float32_stays_in_it(diffusion, sampler):
     diffusion = DIFFUSIONS[diffusion]()
     sizes = {"input_size": 4, "in_channels": 4, "out_channels": diffusion.output_channels(4), "num_classes": 3}
     model = create_model("DiT", **sizes, dim=16, depth=2, num_heads=2).eval()
-    guidance = Guidance(interval=(0.1, 10.0), rescale=0.5, parallel=0.0, radius=3.0, momentum=-0.5)
-    settings = {"num_steps": 5, "churn": 10.0 * (sampler == "heun"), "guidance_scale": 2.0, "guidance": guidance}
+    settings = {"num_steps": 5, "sampler_args": {"churn": 10.0} if sampler == "heun" else {}, "guidance_scale": 2.0}
+    settings |= {"guidance_interval": [0.1, 10.0], "guidance_rescale": 0.5, "guidance_parallel": 0.0}
+    settings |= {"guidance_radius": 3.0, "guidance_momentum": -0.5}
     x_0 = sample(diffusion, model, randn(2, 4, 4, 4).float(), labels(2), sampler=sampler, **settings)
     assert x_0.dtype == torch.float32
     assert x_0.isfinite().all()
@@ -152,7 +153,7 @@ def test_deterministic_samplers_have_their_order(diffusion, sampler):
 def test_churn_leaves_the_distribution_as_it_is(diffusion, churn):
     diffusion, noise = DIFFUSIONS[diffusion](), randn(4, 1, 64, 64)
     settings = {"sampler": "heun", "num_steps": 200}
-    churned = draw(diffusion, noise, churn=churn, **settings)
+    churned = draw(diffusion, noise, sampler_args={"churn": churn}, **settings)
     assert churned.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert churned.std().item() == pytest.approx(STD, abs=0.02)
     plain = draw(diffusion, noise, **settings)

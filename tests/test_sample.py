@@ -49,7 +49,7 @@ def test_unconditional_images_train_and_sample(folder):
         assert file["arr_0"].shape == (3, 16, 16, 3)
     guided = run("sample.py", "--checkpoint", "runs/plain", "--guidance_scale", 2.0, cwd=folder, check=False)
     assert guided.returncode == 2
-    assert "--guidance_scale 2.0" in guided.stderr.strip().splitlines()[-1]
+    assert "--sampling.guidance_scale 2.0" in guided.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("kind", ["flow", "edm"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from diffusion import DIFFUSIONS, SAMPLERS, Diffusion, GaussianDiffusion, sample
 from diffusion.gaussian import PREDICTIONS, VARIANCES
-from diffusion.samplers import randn_like
+from diffusion.samplers import num_calls, randn_like
 from diffusion.schedules import SCHEDULES
 
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -192,7 +192,7 @@ def test_gaussian_data_come_out_with_mean_and_std(sampler, eta, schedule, predic
         labels(4),
         sampler=sampler,
         num_steps=250,
-        eta=eta,
+        sampler_args={"eta": eta} if sampler == "ddim" else {},
         generator=generator(1),
     )
     assert x_0.mean().item() == pytest.approx(MEAN, abs=0.02)
@@ -310,7 +310,7 @@ def test_ddim_agrees_with_diffusers(prediction, eta):
     )
     scheduler.set_timesteps(50)
     x = randn(2, 3, 4, 4)
-    ours = our_chain(diffusion, pointwise_model, x, 5, sampler="ddim", eta=eta)
+    ours = our_chain(diffusion, pointwise_model, x, 5, sampler="ddim", sampler_args={"eta": eta})
     assert_same_chain(ours, diffusers_chain(scheduler, pointwise_model, x, 5, eta=eta))
 
 
@@ -359,7 +359,7 @@ def test_a_sample_depends_on_its_own_generator_alone(sampler, eta):
             y,
             sampler=sampler,
             num_steps=8,
-            eta=eta,
+            sampler_args={"eta": eta} if eta else {},
             generator=generators,
         )
 
@@ -395,6 +395,19 @@ def test_one_step_goes_straight_to_the_prediction(sampler):
     assert torch.equal(seen[0], x_0)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_calls_of_the_model_are_counted(sampler):
+    calls = []
+
+    def model(x, t, y):
+        calls.append(t)
+        return torch.zeros_like(x)
+
+    diffusion = GaussianDiffusion(variance="fixed_small")
+    sample(diffusion, model, randn(1, 1, 2, 2), labels(1), sampler=sampler, num_steps=5, generator=generator())
+    assert num_calls(diffusion, sampler, 5) == len(calls) == (9 if sampler == "heun" else 5)
+
+
 def test_sampling_keeps_no_gradient_but_its_result_can_be_trained_on():
     weight = torch.ones(1, requires_grad=True)
     diffusion = GaussianDiffusion(variance="fixed_small")
@@ -407,13 +420,20 @@ def test_sampling_keeps_no_gradient_but_its_result_can_be_trained_on():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"sampler": "dpm"}, "--sampler dpm: unknown, choose from ddpm, ddim, euler"),
-        ({"num_steps": 0}, r"--num_steps 0 must lie in 1\.\.1000"),
+        ({"sampler": "dpm"}, "--sampling.sampler dpm: unknown, choose from ddpm, ddim, euler"),
+        ({"num_steps": 0}, r"--sampling.num_steps 0: must lie in \[1, inf\)"),
         ({"num_steps": 1001}, r"--num_steps 1001 must lie in 1\.\.1000"),
-        ({"eta": -0.1}, r"--eta -0\.1 must lie in"),
-        ({"eta": 1.5}, r"--eta 1\.5 must lie in"),
-        ({"clip": 0.0}, r"--clip 0\.0 must be above 0"),
-        ({"guidance_scale": 2.0}, "--guidance_scale 2.0: the model is unconditional"),
+        (
+            {"sampler": "ddim", "sampler_args": {"eta": -0.1}},
+            r"--sampling.sampler_args.eta -0\.1: must lie in \[0, 1\]",
+        ),
+        ({"sampler": "ddim", "sampler_args": {"eta": 1.5}}, r"--sampling.sampler_args.eta 1\.5: must lie in"),
+        ({"sampler": "ddim", "sampler_args": {"eta": "much"}}, "--sampling.sampler_args.eta much: ddim takes a float"),
+        ({"sampler": "ddim", "sampler_args": {"churn": 1.0}}, "--sampling.sampler_args.churn: ddim takes eta"),
+        ({"sampler_args": {"eta": 1.0}}, "--sampling.sampler_args.eta: ddpm takes no arguments"),
+        ({"sampler": "heun", "sampler_args": {"churn": -1}}, "--sampling.sampler_args.churn -1: must lie in"),
+        ({"clip": 0.0}, r"--sampling.clip 0\.0: must lie in"),
+        ({"guidance_scale": 2.0}, "--sampling.guidance_scale 2.0: the model is unconditional"),
         ({"num_steps": 4, "step_noise": torch.zeros(3, 2, 1, 2, 2)}, "a slice a step"),
         ({"generator": [generator()]}, "1 generators for 2 samples"),
     ],

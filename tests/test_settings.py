@@ -5,6 +5,7 @@ import contextlib
 import re
 import runpy
 import subprocess
+import sys
 from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
@@ -13,9 +14,10 @@ from processes import ROOT, script
 
 from ablation.study import AblationConfig, read_ablation
 from autoencoding.autoencoder_config import AutoencodingConfig
+from evaluation.sources import sweep
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
-from experiment.settings import check_settings
+from settings import check_settings, set_values
 
 PROGRAMS = [
     path.relative_to(ROOT).as_posix()
@@ -89,7 +91,7 @@ def test_every_number_has_its_range():
         ("train.label_dropout", "2.0", "[0, 1]"),
         ("train.num_steps", "0", "[1, inf)"),
         ("train.seed", "-1", "[0, 4294967295]"),
-        ("sampling.eta", "5.0", "[0, 1]"),
+        ("sampling.guidance_rescale", "5.0", "[0, 1]"),
         ("log.num_validation", "0", "[1, inf)"),
         ("log.keep_checkpoints", "-1", "[1, inf)"),
     ],
@@ -110,6 +112,36 @@ def test_ranges_hold_in_every_configuration():
     with pytest.raises(ValueError, match=re.escape("--seed -1: must lie in [0, 4294967295]")):
         parse(script("sample.py").SampleConfig, ["--checkpoint", "x", "--seed", "-1"])
     check_settings(ExperimentConfig())
+
+
+def test_settings_of_sampling_have_a_short_spelling_and_may_be_several(capsys):
+    flags = ["--guidance_scale", "1,1.5", "--sampler=ddim,heun", "--sampler_args.eta", "0.5", "--clip", "1"]
+    rows = sweep(parse(script("evaluate.py").EvaluateConfig, ["--samples", "x", *flags]).sampling)
+    rows = [(row["sampler"], row["guidance_scale"], row["sampler_args"], row["clip"]) for row in rows]
+    assert rows == [(name, scale, {"eta": 0.5}, 1.0) for name in ("ddim", "heun") for scale in (1.0, 1.5)]
+    sample = script("sample.py").SampleConfig
+    flags = ["--checkpoint", "x", "--num_steps", "7", "--sampling.guidance_interval", "[0, 2]"]
+    assert set_values(parse(sample, flags).sampling) == {"num_steps": 7, "guidance_interval": [0.0, 2.0]}
+    for mistake, words in {"--num_steps=many": "Expected a int", "--eta=1": "--eta=1"}.items():
+        with pytest.raises(SystemExit):
+            parse(sample, ["--checkpoint", "x", mistake])
+        assert words in capsys.readouterr().err
+    with pytest.raises(ValueError, match=re.escape("--sampling.clip 0.0: must lie in (0, inf]")):
+        parse(sample, ["--checkpoint", "x", "--clip", "0"])
+
+
+def test_help_needs_nothing_that_takes_long_to_import():
+    asked = """
+import contextlib, io, runpy, sys
+for program in sys.argv[1:]:
+    sys.argv = [program, "--help"]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_path(program, run_name="__main__")
+    print(program, *{"torch", "diffusers", "matplotlib"} & sys.modules.keys())
+"""
+    command = [sys.executable, "-c", asked, *PROGRAMS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == PROGRAMS
 
 
 def test_of_epochs_and_steps_one_says_how_long(tmp_path):

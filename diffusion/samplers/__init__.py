@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,14 +13,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from diffusion.diffusion import Denoiser, Diffusion, Prediction
-from diffusion.guidance import Guidance, guide
+from diffusion.diffusion import NOTHING, Denoiser, Diffusion, Prediction
+from diffusion.guidance import check_guidance, guide, mix_of, scale_at
+from diffusion.options import SamplingOptions
 from diffusion.samplers.chain import Chain, Moments
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Transition
+from settings import check_arguments, check_settings
 
-Sampler = Callable[[Chain, Tensor], Moments]
+Sampler = Callable[..., Moments]
+"""Of (chain, x_t), and keyword arguments of its own, whose ranges stand in its signature (`settings`)."""
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,
@@ -65,12 +70,31 @@ class Staged(Protocol):
         ...
 
 
-TWO_CALLS_A_STEP = {"heun"}  # but one in the step to the data
+def num_calls(diffusion: Diffusion, sampler: str | None, num_steps: int) -> int:
+    """How often a sampler calls the model: counted along a chain of one number."""
+    times, number = [], torch.zeros(1, 1, 1, 1)
+
+    def denoise(x_t: Tensor, t: int | float, at: Transition) -> Prediction:
+        times.append(t)
+        return Prediction(x_t, x_t, x_t)
+
+    chain = Chain(diffusion, diffusion.reverse_steps(num_steps), denoise, lambda: number)
+    deque(samplers_of(diffusion)[sampler or diffusion.default_sampler](chain, number), maxlen=0)
+    return len(times)
 
 
-def num_calls(sampler: str, num_steps: int) -> int:
-    """Of the model, in a chain of this sampler."""
-    return 2 * num_steps - 1 if sampler in TWO_CALLS_A_STEP else num_steps
+def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
+    """What can be seen of options before the first step.
+
+    Raises:
+        ValueError: for an unknown sampler or argument of it, or a number out of its range, naming the flag.
+    """
+    check_settings(options, "--sampling.")
+    check_guidance(options)
+    samplers, name = samplers_of(diffusion), options.sampler or diffusion.default_sampler
+    if name not in samplers:
+        raise ValueError(f"--sampling.sampler {name}: unknown, choose from {', '.join(samplers)}")
+    check_arguments(samplers[name], options.sampler_args, "--sampling.sampler_args")
 
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -86,74 +110,48 @@ def sample(
     model: Denoiser,
     noise: Float[Tensor, "b c h w"],
     y: Int64[Tensor, " b"],
+    options: SamplingOptions | None = None,
     *,
-    sampler: str | None = None,
-    num_steps: int = 150,
-    spacing: str | None = None,
-    eta: float = 0.0,
-    churn: float = 0.0,
-    guidance_scale: float = 1.0,
-    guidance: Guidance | None = None,
     guide_model: Denoiser | None = None,
-    legacy_cfg_channels: int | None = None,
-    clip: float | None = None,
     num_classes: int | None = None,
+    extras: Mapping[str, Any] = NOTHING,
     start: int | float | None = None,
     step_noise: Float[Tensor, "num_steps b c h w"] | None = None,
     generator: Generators | None = None,
     callback: Callback | None = None,
     on_stage: Callable[[str, Tensor], None] | None = None,
+    **settings: Any,
 ) -> Float[Tensor, "b c h w"]:
-    """From unit normal `noise` to data, `x_0`, in `num_steps` steps of a call of the model each (`heun`: two), or as a
-    diffusion of several stages has it.
+    """From unit normal `noise` to data, `x_0`, as `options` say, or keywords by the names of `SamplingOptions`:
+    `sample(..., sampler="ddim", num_steps=50)`.
 
     Random steps take their noise from `step_noise`, one slice a step in order, else from `generator`. With a
     generator for each sample, a sample depends on its own noise, label and stream alone, whatever batch it is
-    in. `num_classes`, the null label that guidance needs, is by default the model's attribute of that name. A model
-    that is training is evaluated, and left as it was.
+    in. A model that is training is evaluated, and left as it was.
 
     Args:
-        sampler: name in `SAMPLERS`; by default the diffusion's own.
-        spacing: of the steps' times: name in `SPACINGS`, or a text file of noise levels; by default its own.
-        eta: of DDIM, from 0 (deterministic) to 1 (as random as DDPM); the others do not use it.
-        churn: of Heun's sampler: noise added on the way; the others do not use it.
-        guidance_scale: strength of guidance, none at 1; see `guide`.
-        guidance: how it is applied, by default evenly and as it is.
-        clip: largest absolute value of the data, to which each step's prediction of `x_0` is cut (Ho et al. 2020); None
-            leaves it as it is.
         guide_model: the worse model of autoguidance, in place of the unlabelled half of classifier-free guidance.
+        num_classes: the null label that guidance needs; by default the model's attribute of that name.
+        extras: what the model is called with beside (x_t, t, y); tensors have a row a sample.
         start: a time of the chain to begin at; `noise` is then the `x_t` there.
         callback: called after each step with (step, `x_t`, predicted `x_0`).
         on_stage: called after each stage of a diffusion that has several, with (its name, what it put out).
 
     Raises:
-        ValueError: for an unknown sampler, a number out of its range, or guidance of an unconditional model,
-            naming the flag.
+        ValueError: for options that do not fit (see `check_options`), or guidance of an unconditional model, naming the
+            flag.
     """
-    name = sampler or diffusion.default_sampler
-    if name not in samplers_of(diffusion):
-        raise ValueError(f"--sampler {sampler}: unknown, choose from {', '.join(samplers_of(diffusion))}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"--eta {eta} must lie in [0, 1]")
-    if not churn >= 0:
-        raise ValueError(f"--churn {churn} must not be negative")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"--clip {clip} must be above 0")
-    if step_noise is not None and step_noise.shape != (num_steps, *noise.shape):
-        raise ValueError(f"step_noise {list(step_noise.shape)} must be {[num_steps, *noise.shape]}: a slice a step")
+    options = replace(options or SamplingOptions(), **settings)
+    check_options(options, diffusion)
+    if step_noise is not None and step_noise.shape != (options.num_steps, *noise.shape):
+        expected = [options.num_steps, *noise.shape]
+        raise ValueError(f"step_noise {list(step_noise.shape)} must be {expected}: a slice a step")
 
     chain = partial(
         walk,
-        sampler=name,
-        num_steps=num_steps,
-        spacing=spacing,
-        eta=eta,
-        churn=churn,
-        guidance_scale=guidance_scale,
-        guidance=guidance or Guidance(),
-        legacy_cfg_channels=legacy_cfg_channels,
-        clip=clip,
+        options=options,
         num_classes=getattr(model, "num_classes", 0) if num_classes is None else num_classes,
+        extras=extras,
         start=start,
         step_noise=step_noise,
         generator=generator,
@@ -192,24 +190,17 @@ def walk(
     noise: Float[Tensor, "b c h w"],
     y: Int64[Tensor, " b"],
     *,
-    sampler: str,
-    num_steps: int,
-    spacing: str | None,
-    eta: float,
-    churn: float,
-    guidance_scale: float,
-    guidance: Guidance,
+    options: SamplingOptions,
     guide_model: Denoiser | None,
-    legacy_cfg_channels: int | None,
-    clip: float | None,
     num_classes: int,
+    extras: Mapping[str, Any],
     start: int | float | None,
     step_noise: Tensor | None,
     generator: Generators | None,
     callback: Callback | None,
 ) -> Float[Tensor, "b c h w"]:
     """Down one chain; see `sample`."""
-    mix = guidance.mix(diffusion)
+    mix = mix_of(options, diffusion)
 
     @cache
     def guided(scale: float) -> Denoiser:
@@ -218,31 +209,31 @@ def walk(
             num_classes,
             scale,
             latent_channels=noise.shape[1],
-            legacy_cfg_channels=legacy_cfg_channels,
+            legacy_cfg_channels=options.legacy_cfg_channels,
             guide_model=None if guide_model is None else diffusion.precondition(guide_model),
             mix=mix,
         )
 
-    guided(guidance_scale)  # refuses what cannot be guided before the first step
+    guided(options.guidance_scale)  # refuses what cannot be guided before the first step
 
-    def denoise(x_t: Tensor, t: int | float, at: Transition) -> Prediction:
+    def denoise(x_t: Tensor, t: int | float, at: Transition, **more: Any) -> Prediction:
         times = torch.full((len(x_t),), t, device=x_t.device)
         progress = 1 - diffusion.noise_rank(torch.tensor(t, dtype=torch.float64)).item()
-        scale = guidance.scale_at(guidance_scale, progress, (at.sigma / at.alpha).item())
-        prediction = diffusion.predict(guided(scale)(x_t, times, y), x_t, times, at)
-        return prediction if clip is None else prediction.clipped(clip, x_t, at)
+        scale = scale_at(options, progress, (at.sigma / at.alpha).item())
+        prediction = diffusion.predict(guided(scale)(x_t, times, y, **extras, **more), x_t, times, at)
+        return prediction if options.clip is None else prediction.clipped(options.clip, x_t, at)
 
     slices = None if step_noise is None else iter(step_noise)
 
     def draw_noise() -> Tensor:
         return randn_like(noise, generator) if slices is None else next(slices)
 
-    steps = diffusion.reverse_steps(num_steps, spacing)
+    steps = diffusion.reverse_steps(options.num_steps, options.spacing)
     x_t = diffusion.prior_std * noise
     if start is not None:
         steps, x_t = [step for step in steps if step[0] <= start], noise
-    chain = Chain(diffusion, steps, denoise, draw_noise, eta, churn)
-    moments = samplers_of(diffusion)[sampler](chain, x_t)
+    sampler = samplers_of(diffusion)[options.sampler or diffusion.default_sampler]
+    moments = sampler(Chain(diffusion, steps, denoise, draw_noise), x_t, **options.sampler_args)
     for step, (x_t, x_0) in enumerate(moments):
         if callback is not None:
             callback(step, x_t, x_0)
@@ -258,7 +249,7 @@ def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:
     if isinstance(generator, Sequence):
         if len(generator) != len(like):
             raise ValueError(f"{len(generator)} generators for {len(like)} samples: pass one, or one for each")
-        drawn = [torch.randn(like.shape[1:], generator=own, device=own.device) for own in generator]
-        return torch.stack(drawn).to(like.device)
+        rows = [torch.randn(like.shape[1:], generator=stream, device=stream.device) for stream in generator]
+        return torch.stack(rows).to(like.device)
     source = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=source).to(like.device)

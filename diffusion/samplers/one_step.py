@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Annotated
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffusion.samplers.chain import Chain, Moments
+from diffusion.transition import Transition
 
 
 def ddpm(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
@@ -18,11 +23,11 @@ def ddpm(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
         yield x_t, prediction.x_0
 
 
-def ddim(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
-    """The implicit sampler (Song et al. 2021, eq. 12), random in proportion to `eta` (eq. 16)."""
+def ddim(chain: Chain, x_t: Float[Tensor, "b c h w"], *, eta: Annotated[float, "[0, 1]"] = 0.0) -> Moments:
+    """The implicit sampler (Song et al. 2021, eq. 12), as random as ancestral sampling at `eta` 1 (eq. 16)."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
-        std = chain.eta * at.posterior_std
+        std = eta * at.posterior_std
         x_t = at.alpha_next * x_0 + (at.sigma_next**2 - std**2).clamp(min=0).sqrt() * noise
         if std > 0:
             x_t = x_t + std * chain.draw_noise()
@@ -40,7 +45,7 @@ def euler(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
 
 def euler_maruyama(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
     """Euler and Maruyama's method for the reverse-time SDE (Song et al. 2021b, eq. 6): Euler's step on the probability
-    flow, and a Langevin step of the variance that the forward process has added on the way. The step to the data is not
+    flow, and a Langevin step of the variance that the noising has added on the way. The step to the data is not
     random. Over a long step that variance, which grows without bound, would take away more noise than there is: a
     Langevin step replaces it all at twice sigma_t sigma_s, and goes no further."""
     for t, at in chain.steps:
@@ -53,13 +58,14 @@ def euler_maruyama(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
         yield x_t, x_0
 
 
-def heun(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
-    """Heun's method for `dx = x_0 dalpha + noise dsigma`, with `churn` (Karras et al. 2022, algorithm 2): Euler's step,
-    then again with the mean of both ends' predictions. Two calls of the model a step; one in the step to the data."""
+def heun(chain: Chain, x_t: Float[Tensor, "b c h w"], *, churn: Annotated[float, "[0, inf)"] = 0.0) -> Moments:
+    """Heun's method for `dx = x_0 dalpha + noise dsigma`, with `churn`, noise added over the whole chain (Karras et al.
+    2022, algorithm 2): Euler's step, then again with the mean of both ends' predictions. Two calls of the model a step;
+    one in the step to the data."""
     afterwards = [*chain.steps[1:], None]
     for (t, at), after in zip(chain.steps, afterwards, strict=True):
-        if chain.churn:
-            x_t, t, at = chain.churned(x_t, t, at)
+        if churn:
+            x_t, t, at = churned(chain, x_t, t, at, churn / len(chain.steps))
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_s = at.alpha_next * x_0 + at.sigma_next * noise
         if after is not None:
@@ -68,3 +74,18 @@ def heun(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
             x_s = x_t + dalpha * (x_0 + x_0_after) / 2 + dsigma * (noise + noise_after) / 2
         x_t = x_s
         yield x_t, x_0
+
+
+def churned(
+    chain: Chain, x_t: Float[Tensor, "b c h w"], t: int | float, at: Transition, share: float
+) -> tuple[Float[Tensor, "b c h w"], int | float, Transition]:
+    """Noise added, and the step that leads from there (Karras et al. 2022, algorithm 2, lines 4 to 6, S_noise = 1):
+    sigma / alpha rises by this share, at most sqrt(2) - 1, as far as the diffusion goes."""
+    ratio = (at.sigma / at.alpha).item()
+    raised = min(ratio * (1 + min(share, math.sqrt(2) - 1)), chain.diffusion.noise_range[1])
+    if raised <= ratio:
+        return x_t, t, at
+    time = chain.diffusion.time_at(torch.tensor([raised], dtype=torch.float64))[0]
+    alpha, sigma = (number[0] for number in chain.diffusion.path(time[None]))  # scalars leave x_t in its precision
+    x_t = alpha / at.alpha * x_t + alpha * math.sqrt(raised**2 - ratio**2) * chain.draw_noise()
+    return x_t, time.item(), Transition.between(alpha, sigma, at.alpha_next, at.sigma_next)

@@ -1,0 +1,53 @@
+"""How samples are drawn, as one object from a command line to `sample`. No torch here: see `settings`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from settings import within
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Which sampler takes which steps, and what guides them.
+
+    Args:
+        sampler: null is the diffusion's own: 'ddpm' (gaussian: ancestral), 'euler' (flow), 'heun' (edm: second order,
+            two calls a step) or 'iterated' (a cascade's 'dae' and 'resnet', which have no other); others: 'ddim',
+            'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m' (DPM-Solver++, as published),
+            'exponential_ab3' (of order 3: for many steps), 'dpmpp_2m_sde' (with noise), 'unipc' (predictor and
+            corrector)
+        sampler_args: the sampler's own arguments, such as --sampling.sampler_args.eta 0.5: 'ddim' takes eta, its
+            randomness, 0 (none) to 1 (that of 'ddpm'); 'heun' takes churn, noise added over the whole chain (Karras et
+            al. 2022)
+        num_steps: steps a sample: calls of the model, each of both halves under guidance
+        spacing: of the steps: null is the diffusion's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
+            'trailing', 'quadratic', 'log_snr'; or a text file of noise levels sigma / alpha
+        guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
+        guidance_interval: least and largest noise level sigma / alpha at which to guide (Kynkäänniemi et al. 2024);
+            null: everywhere
+        guidance_schedule: of the scale on the way: 'constant', or rising from none: 'linear' or 'cosine'
+        guidance_rescale: 0 to 1: how far to bring the output's standard deviation back (Lin et al. 2023: 0.7)
+        guidance_parallel: share of the push along the predicted image that is kept; 0 is adaptive projected guidance
+            (Sadat et al. 2024), which keeps colours from saturating at large scales
+        guidance_radius: largest norm of the push; null: none
+        guidance_momentum: of the push over the steps, such as -0.5 beside guidance_parallel 0
+        legacy_cfg_channels: guide the first channels only, as published samplers did (3); null: all
+        clip: largest absolute value of the data, to which each step's prediction of them is cut (Ho et al. 2020); null:
+            what the autoencoder says: 1 in pixel space, no limit for latents; .inf: no limit
+    """
+
+    sampler: str | None = None
+    sampler_args: dict[str, Any] = field(default_factory=dict)
+    num_steps: int = within("[1, inf)", 150)
+    spacing: str | None = None
+    guidance_scale: float = within("[0, inf)", 1.0)
+    guidance_interval: list[float] | None = within("[0, inf]", None)
+    guidance_schedule: str = "constant"
+    guidance_rescale: float = within("[0, 1]", 0.0)
+    guidance_parallel: float = within("(-inf, inf)", 1.0)
+    guidance_radius: float | None = within("(0, inf)", None)
+    guidance_momentum: float = within("(-1, 1)", 0.0)
+    legacy_cfg_channels: int | None = within("[1, inf)", None)
+    clip: float | None = within("(0, inf]", None)

@@ -1,0 +1,94 @@
+"""What every room declares its settings with: ranges of numbers, beside the default or in a signature. No torch here,
+so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from inspect import signature
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+SEEDS = "[0, 4294967295]"  # NumPy's
+UNSET = "as trained"
+
+T = TypeVar("T")
+
+
+def within(interval: str, default: Any = MISSING) -> Any:
+    """A setting whose number, or each of whose numbers, lies in an interval: `(0, 1]` is without 0 and with 1."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"interval": interval})
+    return field(default=default, metadata={"interval": interval})
+
+
+def check_settings(config: Any, prefix: str = "--") -> None:
+    """Every number of a configuration lies in its interval, and what its own `check` asks for holds.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for each in fields(config):
+        value, flag = getattr(config, each.name), f"{prefix}{each.name}"
+        for part in value if isinstance(value, list) else [value]:
+            if is_dataclass(part):
+                check_settings(part, f"{flag}.")
+        if "interval" in each.metadata and value != UNSET:
+            _check_interval(flag, value, each.metadata["interval"])
+    if hasattr(config, "check"):
+        config.check(prefix)
+
+
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], flag: str) -> None:
+    """A function takes these keyword arguments; of one annotated `Annotated[float, "[0, 1]"]` the number lies there.
+
+    Raises:
+        ValueError: naming the flag, and what the function takes.
+    """
+    names = [each.name for each in signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    kinds = get_type_hints(function, include_extras=True)
+    for name, value in arguments.items():
+        if name not in names:
+            raise ValueError(f"{flag}.{name}: {function.__name__} takes {', '.join(names) or 'no arguments'}")
+        kind, *intervals = get_args(kinds[name]) if get_origin(kinds[name]) is Annotated else [kinds[name]]
+        expected = (int, float) if kind is float else kind
+        if isinstance(expected, type | tuple) and not isinstance(value, expected):
+            raise ValueError(f"{flag}.{name} {value}: {function.__name__} takes a {kind.__name__} there")
+        for interval in intervals:
+            _check_interval(f"{flag}.{name}", value, interval)
+
+
+def unset(config: type[T], *, several: bool = False) -> type[T]:
+    """A configuration's settings, none of which is set: what a command line puts in place of another's, null included.
+    With `several`, a number may also be many with commas in between, as text."""
+    settings = []
+    for each in fields(config):  # pyright: ignore[reportArgumentType]
+        kind, metadata = get_type_hints(config)[each.name], each.metadata
+        if several and {int, float} & {kind, *get_args(kind)}:
+            kind, metadata = kind | str, {}
+        settings.append((each.name, kind | Literal[UNSET], field(default=UNSET, metadata=metadata)))
+    return make_dataclass(config.__name__, settings, bases=(config,), frozen=True)
+
+
+def set_values(config: Any) -> dict[str, Any]:
+    """Of a configuration by `unset` the settings that are set, by name."""
+    return {each.name: value for each in fields(config) if (value := getattr(config, each.name)) != UNSET}
+
+
+def _check_interval(flag: str, value: Any, interval: str) -> None:
+    if not all(_contains(interval, number) for number in _numbers(value)):
+        raise ValueError(f"{flag} {value}: must lie in {interval}")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """In lists of lists too."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif value is not None:
+        yield value
+
+
+def _contains(interval: str, number: int | float) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)
