@@ -24,7 +24,13 @@ class Backbone(nn.Module):
     """A network that denoises: `model(x_t, t, y, **extras) -> [b out_channels h w]`.
 
     `x_t` is [b in_channels h w], `t` [b] the time as the diffusion tells it, `y` [b] labels, of which `num_classes` is
-    the null label. Without classes labels are ignored.
+    the null label. `out_channels` are twice as many where the variance is learned.
+
+    Args:
+        input_size: side of the latent or image, or height and width
+        in_channels: of the latent or image
+        out_channels: to put out
+        num_classes: 0 makes the model unconditional: labels are ignored
     """
 
     input_size: tuple[int, int]

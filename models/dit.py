@@ -50,10 +50,6 @@ class DiT(Backbone):
     """A plain transformer over patches.
 
     Args:
-        input_size: side of the latent, or height and width; `patch_size` must divide it.
-        in_channels: channels of the latent.
-        out_channels: channels to put out (twice as many where the variance is learned).
-        num_classes: classes; label `num_classes` is the null label; 0 makes the model unconditional.
         dim: width.
         depth: blocks.
         num_heads: heads of each.

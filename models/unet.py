@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers.attention import zero_
+from models.layers.attention import check_choice, zero_
 from models.layers.embedding import Conditioning
 from models.layers.image_attention import ATTENTIONS, ImageAttention
 from models.layers.patch import check_input_size
@@ -57,10 +57,6 @@ class UNet(Backbone):
     Blocks are spelled, a word a level and a letter a block: `R` a residual block, `A` one with attention after it.
 
     Args:
-        input_size: side of the image, or height and width; any.
-        in_channels: channels of the image.
-        out_channels: channels to put out (twice as many where the variance is learned).
-        num_classes: classes; label `num_classes` is the null label; 0 makes the model unconditional.
         channels: width of the stem, then of each level, from the finest; multiples of 8.
         down: blocks of each level on the way down, from the finest; a level ends with a convolution of stride two.
         middle_channels: width of each group of blocks in the middle, below the coarsest level.
@@ -100,8 +96,8 @@ class UNet(Backbone):
         _check_spelling("down", down, len(channels) - 1)
         _check_spelling("middle", middle, len(middle_channels))
         _check_spelling("up", up, len(channels) - 1)
-        _check_choice("attention_axis", attention_axis, ATTENTIONS)
-        _check_choice("upsampling", upsampling, UPSAMPLERS)
+        check_choice("attention_axis", attention_axis, ATTENTIONS)
+        check_choice("upsampling", upsampling, UPSAMPLERS)
         if stem_size % 2 == 0:
             raise ValueError(f"stem_size={stem_size} must be odd")
         if not 0 <= dropout < 1:
@@ -182,11 +178,6 @@ def _check_spelling(name: str, words: Sequence[str], num_levels: int) -> None:
     for word in words:
         if not word or set(word) - LETTERS.keys():
             raise ValueError(f"{name}={word}: a letter a block, R for a residual block, A for one with attention")
-
-
-def _check_choice(name: str, value: str, known: dict[str, type[nn.Module]]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
 
 
 # Three studies in pixel space. The first four rows are of anime faces at 64x64, after their published table: 10.2M

@@ -32,10 +32,6 @@ class UViTTokens(Backbone):
     """A transformer over label, time and patch tokens, with long skips and a last convolution.
 
     Args:
-        input_size: side of the latent, or height and width; `patch_size` must divide it.
-        in_channels: channels of the latent.
-        out_channels: channels to put out.
-        num_classes: classes; label `num_classes` is the null label; 0 makes the model unconditional.
         dim: width.
         depth: blocks, an odd number: as many before the middle one as after it.
         num_heads: heads of each.

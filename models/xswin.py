@@ -10,11 +10,11 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers.attention import SelfAttention, zero_
+from models.layers.attention import SelfAttention, check_choice, zero_
 from models.layers.embedding import Conditioning
 from models.layers.mlp import DropPath, Mlp
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, NoConditioning
-from models.layers.patch import PatchExpanding, PatchMerging
+from models.layers.patch import PatchExpanding, PatchMerging, check_input_size
 from models.layers.position import sincos_2d
 from models.layers.skip import SKIPS
 from models.layers.stem import CONV_NORMS, STEMS, modulate_image
@@ -124,10 +124,6 @@ class XSwin(Backbone):
     stem that also sees the first one's output.
 
     Args:
-        input_size: side of the latent, or height and width.
-        in_channels: channels of the latent.
-        out_channels: channels to put out (twice as many where the variance is learned).
-        num_classes: classes; label `num_classes` is the null label; 0 makes the model unconditional.
         dim: width of the first stage, and of the conditioning; each stage doubles it.
         depths: Swin blocks of each stage, encoder and decoder alike.
         num_heads: heads of each stage.
@@ -170,19 +166,16 @@ class XSwin(Backbone):
         drop_path: float = 0.1,
     ) -> None:
         super().__init__()
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"patch_size={patch_size} must divide the {height}x{width} input")
+        self.input_size = height, width = check_input_size(input_size, patch_size)
         if len(depths) != len(num_heads) or not depths:
             raise ValueError(f"depths={list(depths)} and num_heads={list(num_heads)} must be of one length")
-        _check_choice("skip", skip, SKIPS)
-        _check_choice("stem", stem, STEMS)
-        _check_choice("conv_norm", conv_norm, CONV_NORMS)
-        _check_choice("conditioning", conditioning, INJECTIONS)
+        check_choice("skip", skip, SKIPS)
+        check_choice("stem", stem, STEMS)
+        check_choice("conv_norm", conv_norm, CONV_NORMS)
+        check_choice("conditioning", conditioning, INJECTIONS)
         if conditioning == "none" and num_classes:
             raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
-        self.input_size, self.in_channels, self.out_channels = (height, width), in_channels, out_channels
-        self.num_classes, self.patch_size = num_classes, patch_size
+        self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
         injection = Injection(dim, **INJECTIONS[conditioning])
         if not 0 <= drop_path < 1:
@@ -296,11 +289,6 @@ class XSwin(Backbone):
         x = self.unpatch_norm(self.unpatch(x))
         x = self.stem_out(torch.cat([x, stem], dim=1), cond)
         return self.head(modulate_image(self.head_modulator, x, cond))
-
-
-def _check_choice(name: str, value: str, known: dict) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
 
 
 MODELS = {

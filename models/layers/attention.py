@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeVar
 
 import torch
@@ -83,6 +84,12 @@ def check_heads(dim: int, num_heads: int) -> None:
     """Fail in words when `num_heads` does not divide `dim`."""
     if dim % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide the width {dim}")
+
+
+def check_choice(name: str, value: str, known: Collection[str]) -> None:
+    """Fail in words when a value is none of those that there are."""
+    if value not in known:
+        raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
 
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
