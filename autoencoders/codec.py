@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from autoencoders.pretrained import EMBEDDED as EMBEDDED
@@ -72,7 +72,55 @@ KINDS = {
 }
 
 
-class LatentCodec(nn.Module):
+class Codec(nn.Module):
+    """What every codec is: frozen, in eval mode, and without trainable parameters.
+
+    Args:
+        source: as `--autoencoder` names it
+        channels: of `x_0`
+        factor: by how much it reduces the sides of an image
+        identity: what latent caches must agree on: all that `x_0` depends on, weights by content
+        provenance: for records: the identity, and where it came from
+        density_offset: bits per dimension from the density of `x_0` to what is coded
+        limit: of the absolute values of `x_0`
+    """
+
+    source: str
+    channels: int
+    factor: int
+    identity: Any
+    provenance: Any
+    density_offset: float = 0.0
+    limit: float | None = None
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, height and width of `x_0` of an image of this size."""
+        return self.channels, height // self.factor, width // self.factor
+
+    def prepare(self, images: UInt8[Tensor, "b 3 H W"]) -> Shaped[Tensor, "b ..."]:
+        """What is stored of images: by default they themselves."""
+        return images
+
+    def draw(self, stored: Shaped[Tensor, "b ..."], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """`x_0` of what is stored; `noise` is of its shape."""
+        raise NotImplementedError
+
+    def encode(
+        self, images: UInt8[Tensor, "b 3 H W"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """`draw(prepare(images))`, without a generator with no noise."""
+        shape, device = (len(images), *self.latent_shape(*images.shape[-2:])), images.device
+        noise = torch.zeros(shape, device=device)
+        if generator is not None:  # not in place: the order of normal_ follows the memory format
+            noise = torch.randn(shape, generator=generator, device=device)
+        return self.draw(self.prepare(images), noise)
+
+    def decode(self, x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 H W"]:
+        """Images of an `x_0`."""
+        raise NotImplementedError
+
+
+class LatentCodec(Codec):
     """A frozen autoencoder in diffusers' format (Rombach et al. 2022, section 3.1): `x_0 = (z - shift) * scale`.
 
     `z` is drawn from the posterior of an `AutoencoderKL` (such as those of Stable Diffusion 1 to 3, SDXL and FLUX), or
@@ -81,8 +129,6 @@ class LatentCodec(nn.Module):
     them, shift and divide each channel. The module is in eval mode for good and has no trainable parameter.
     """
 
-    density_offset = 0.0  # bits per dimension from the density of `x_0` to what is coded: latents are not
-    limit = None  # of the absolute values of `x_0`
     scale: Tensor
     shift: Tensor
 
@@ -148,7 +194,7 @@ class LatentCodec(nn.Module):
                 f"--data.image_size {height}x{width}: the autoencoder '{self.source}' reduces by {self.factor}, "
                 f"which must divide both sides; take a multiple of {self.factor} or --autoencoder pixel"
             )
-        return self.channels, height // self.factor, width // self.factor
+        return super().latent_shape(height, width)
 
     @torch.inference_mode()
     def prepare(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b moments h w"]:
@@ -160,17 +206,6 @@ class LatentCodec(nn.Module):
         """A sample of the posterior, where there is one, normalised."""
         return (self.kind.draw(stored.float(), noise) - self.shift) * self.scale
 
-    def encode(
-        self, images: UInt8[Tensor, "b 3 H W"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b c h w"]:
-        """`draw(prepare(images))`; without a generator, the posterior's mean."""
-        stored = self.prepare(images)
-        shape, device = stored[:, : self.channels].shape, stored.device
-        noise = torch.zeros(shape, device=device)
-        if generator is not None:  # not in place: the order of normal_ follows the memory format
-            noise = torch.randn(shape, generator=generator, device=device)
-        return self.draw(stored, noise)
-
     @torch.inference_mode()
     def decode(self, x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 H W"]:
         """Images of a latent, rounded to the nearest of 256 levels."""
@@ -178,7 +213,7 @@ class LatentCodec(nn.Module):
         return _to_uint8(images)
 
 
-class PixelCodec(nn.Module):
+class PixelCodec(Codec):
     """Pixel space as one more codec: `x_0` is the image in [-1, 1], nothing is drawn."""
 
     source = "pixel"
@@ -194,14 +229,6 @@ class PixelCodec(nn.Module):
         "shift": 0.0,
     }
     provenance: ClassVar[dict[str, Any]] = {**identity, "autoencoder": "pixel", "decoder_sha256": ""}
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Three channels at the image's own size."""
-        return self.channels, height, width
-
-    def prepare(self, images: UInt8[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
-        """The image itself."""
-        return images
 
     def draw(self, stored: UInt8[Tensor, "b 3 h w"], noise: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """[0, 255] to [-1, 1]; `noise` is not used."""
@@ -221,8 +248,6 @@ class PixelCodec(nn.Module):
         """[-1, 1] to [0, 255], rounded to the nearest level."""
         return _to_uint8(x_0)
 
-
-Codec = LatentCodec | PixelCodec
 
 CODECS: dict[str, Callable[[], Codec]] = {"pixel": PixelCodec}  # by name; any other is an autoencoder's
 

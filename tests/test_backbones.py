@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from timm.layers import Mlp
 from torch import nn
 
 import studies.cascade  # noqa: F401, registers a backbone
 from models import BACKBONES, create_model, list_models
 from models.backbone import Backbone, complete
+from models.layers.mlp import Mlp
 from models.layers.modulation import Modulator
 from models.layers.window import WindowAttention, WindowCrossAttention, Windows
 
