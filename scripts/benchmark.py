@@ -64,7 +64,8 @@ def training(
     """
     from metrics.cost import cost
 
-    precision, peak = chosen(precision), matrix_peak(precision)
+    published, precision = checkout(compare), chosen(precision)
+    peak = matrix_peak(precision)
     x_0, y = latents(batch_size, latent_size, num_classes)
     programs: list[Program] = []
     for name in models:
@@ -72,10 +73,9 @@ def training(
         of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=num_classes)
         row = {**ours(name, precision, compile), "parameters": of_image.parameters, "gflops": of_image.gflops}
         programs.append((row, our_step(model, precision, compile, lambda: (x_0, y))))
-        if compare is not None:
-            for theirs in dict.fromkeys(("fp32", precision)):
-                row = {"model": name, "implementation": "published", "precision": theirs}
-                programs.append((row, their_step(compare, name, num_classes, theirs, lambda: (x_0, y))))
+        for theirs in dict.fromkeys(("fp32", precision)) if published else ():
+            row = {"model": name, "implementation": "published", "precision": theirs}
+            programs.append((row, their_step(published, name, num_classes, theirs, lambda: (x_0, y))))
     rows = in_turns(programs, rounds, batch_size)
     for row in rows:
         if "gflops" in row:  # backward costs about twice the forward
@@ -119,7 +119,7 @@ def sampling(
 
     from diffusion import GaussianDiffusion, sample
 
-    precision = chosen(precision)
+    published, precision = checkout(compare), chosen(precision)
     noise, y = latents(batch_size, latent_size, num_classes)
     settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
     programs: list[Program] = []
@@ -127,10 +127,7 @@ def sampling(
         model = compiled(backbone(name, latent_size, num_classes).eval(), compile)
         draw = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
         programs.append((ours(name, precision, compile), autocasting(precision, draw)))
-        if compare is not None:
-            from published.checkout import Published
-
-            published = Published(compare)
+        if published is not None:
             model = published.create(name, latent_size=latent_size, num_classes=num_classes).eval()
             theirs = {"num_classes": num_classes, "num_steps": num_steps, "scale": guidance_scale}
             draw = partial(published.sample, model, noise, y, **theirs)
@@ -172,7 +169,7 @@ def epoch(
     from experiment.datasets import open_split
     from training.batches import Batches
 
-    precision, device = chosen(precision), the_device()
+    published, precision, device = checkout(compare), chosen(precision), the_device()
     codec = create_codec("embedded").to(device)
     shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
     kind = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
@@ -204,7 +201,7 @@ def epoch(
             row = {"model": name, "implementation": "this one, cache warm", "precision": precision}
             programs.append((row, our_step(backbone(name, 8, 10), precision, compile, cached)))
             row = {"model": name, "implementation": "published loop", "precision": "fp32"}
-            programs.append((row, their_step(compare, name, 10, "fp32", encoded)))
+            programs.append((row, their_step(published, name, 10, "fp32", encoded)))
         rows = in_turns(programs, rounds, batch_size)
     report(f"training from 64x64 images, batch {batch_size}", rows, output)
 
@@ -348,14 +345,13 @@ def our_step(model: Any, precision: str, compile: bool, batch: Callable[[], tupl
 
 
 def their_step(
-    checkout: Path, name: str, num_classes: int, precision: str, batch: Callable[[], tuple[Any, Any]]
+    published: Any, name: str, num_classes: int, precision: str, batch: Callable[[], tuple[Any, Any]]
 ) -> Callable[[], None]:
     """An optimizer step as the published script makes it; in bf16 under autocast with the fused optimizer."""
     import torch
 
-    from published.checkout import Published, update_average
+    from published.checkout import update_average
 
-    published = Published(checkout)
     model = published.create(name, latent_size=8, num_classes=num_classes).to(the_device())
     average, loss = deepcopy(model).requires_grad_(False).eval(), published.loss()
     fused = True if precision == "bf16" else None
@@ -369,6 +365,13 @@ def their_step(
         update_average(average, model)
 
     return step
+
+
+def checkout(folder: Path | None) -> Any:
+    """The published implementation in a folder, or None."""
+    from published.checkout import Published
+
+    return None if folder is None else Published(folder)
 
 
 def ours(name: str, precision: str, compile: bool) -> Row:
@@ -431,7 +434,7 @@ def matrix_peak(precision: str, side: int = 2048) -> float:
     from metrics.cost import throughput
 
     a = torch.randn(side, side, device=the_device(), dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return 2 * side**3 * throughput(lambda: a @ a, batch_size=1, num_repeats=7, device=the_device())
+    return 2 * side**3 * throughput(lambda: a @ a, batch_size=1, num_repeats=3, device=the_device())
 
 
 def in_turns(programs: Sequence[Program], rounds: int, num_images: int) -> list[Row]:

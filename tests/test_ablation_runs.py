@@ -204,7 +204,7 @@ def trained(planned, *, step=4, **changes):
     weights = planned.run.folder / "checkpoints" / f"{step:08d}" / WEIGHTS
     weights.parent.mkdir(parents=True)
     config = parse_mapping(ExperimentConfig, merged(planned.run.config.to_dict(), changes))
-    metadata = metadata_of(config, planned.spec, list(planned.classes), step, planned.identity)
+    metadata = metadata_of(config, step, planned.identity, spec=planned.spec, classes=list(planned.classes))
     save_tensors({"x": torch.zeros(1)}, weights, metadata)
 
 

@@ -1,8 +1,10 @@
 """scripts/benchmark.py as a user runs it."""
 
 import json
+from pathlib import Path
 
-from processes import run
+import pytest
+from processes import run, script
 
 
 def test_a_table_and_json_with_every_row(tmp_path):
@@ -17,7 +19,9 @@ def test_a_table_and_json_with_every_row(tmp_path):
     assert 0 < row["MFU"] < 1
 
 
-def test_a_folder_that_is_no_checkout_is_told(tmp_path):
-    done = run("scripts/benchmark.py", "training", "--compare", "nowhere", cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert "--compare nowhere: no models/ package there" in done.stderr.strip().splitlines()[-1]
+def test_a_folder_that_is_no_checkout_is_told_before_anything_is_measured(monkeypatch):
+    benchmark = script("scripts/benchmark.py")
+    monkeypatch.delattr(benchmark, "in_turns")
+    for measure in (benchmark.training, benchmark.sampling, benchmark.epoch):
+        with pytest.raises(FileNotFoundError, match="--compare nowhere: no models/ package there"):
+            measure(compare=Path("nowhere"))
