@@ -239,7 +239,7 @@ def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
     """As many classes of other names, as many channels of another autoencoder: its outputs mean something else."""
     spec = ModelSpec("DiT", {"dim": 8, "depth": 1, "num_heads": 1}, (4, 4), 3, 6, 2)
     config, identity = ExperimentConfig("DiT", spec.args, "pixel"), {"codec": PixelCodec.provenance}
-    metadata = metadata_of(config, spec, ["cat", "dog"], 5, identity)
+    metadata = metadata_of(config, 5, identity, spec=spec, classes=["cat", "dog"])
     save_file(spec.build().state_dict(), tmp_path / "guide.safetensors", metadata=metadata)
 
     def load(classes, identity):
