@@ -99,7 +99,7 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
-    """Reference, sources, scores, files."""
+    """Open the reference and the sources, score them, write the files."""
     import torch
 
     from autoencoders.codec import create_codec

@@ -67,7 +67,7 @@ class SampleConfig:
 
 
 def main(config: SampleConfig) -> None:
-    """Load, draw, write."""
+    """Load a checkpoint, draw, write what was asked for."""
     import torch
 
     from checkpoints.checkpoint import open_checkpoint

@@ -96,7 +96,7 @@ def _time(spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, batch
 
 
 def _time_decoder(codec: Codec, shape: tuple[int, ...], device: torch.device) -> float:
-    """A few images."""
+    """Images that the codec decodes in a second."""
     codec, x_0 = codec.to(device), torch.zeros(4, *shape, device=device)
     return throughput(lambda: codec.decode(x_0), batch_size=len(x_0), num_repeats=3, device=device)
 

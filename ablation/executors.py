@@ -111,7 +111,7 @@ class Work:
     here: bool = False
 
     def __call__(self) -> list[Outcome]:
-        """In the scheduler's process."""
+        """Run the jobs in the scheduler's own process."""
         with _stopping(self.runner) if self.here else nullcontext():
             return self.runner(self.job)
 

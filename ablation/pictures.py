@@ -21,7 +21,7 @@ BESIDE = 4  # samples a class and model, beside the other models'
 
 @dataclass(frozen=True)
 class Pictures:
-    """Of one variant: `images[class][number]`."""
+    """Pictures that one variant has drawn: `images[class][number]`."""
 
     variant: str
     classes: list[str]

@@ -127,7 +127,7 @@ class Planned:
 
     @property
     def state(self) -> str:
-        """In words."""
+        """What is done of it, or why not, in words."""
         if self.done.issuperset(self.keys):
             return "done"
         if others := self.changes:

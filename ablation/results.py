@@ -31,7 +31,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class RunResult:
-    """A scored run."""
+    """A run that has been scored: what was planned of it, its scores and its log."""
 
     plan: dict[str, Any]
     record: dict[str, Any]  # scores.json
@@ -39,12 +39,12 @@ class RunResult:
 
     @property
     def variant(self) -> str:
-        """Its name."""
+        """Name of the variant that was trained."""
         return self.plan["variant"]
 
     @property
     def seed(self) -> int:
-        """Of its training."""
+        """Seed that it was trained with."""
         return self.plan["seed"]
 
     @property
@@ -80,7 +80,7 @@ class VariantResult:
 
     @property
     def parameters(self) -> int:
-        """Counted."""
+        """Number of the backbone's parameters, counted."""
         return self.runs[0].plan["parameters"]
 
     @property
@@ -117,7 +117,7 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class Results:
-    """An ablation's finished runs."""
+    """What an ablation's finished runs have measured."""
 
     folder: Path
     plan: dict[str, Any]
@@ -126,12 +126,12 @@ class Results:
 
     @property
     def title(self) -> str:
-        """Of the report."""
+        """The heading of the ablation's report."""
         return self.plan["ablation"]["title"] or self.folder.name
 
     @property
     def runs(self) -> list[RunResult]:
-        """Of all variants."""
+        """The finished runs of all variants."""
         return [run for variant in self.variants for run in variant.runs]
 
     @property

@@ -28,7 +28,7 @@ class Cell:
 
 
 def head(results: Results) -> list[str]:
-    """Of the columns."""
+    """Names that stand above the columns."""
     return ["model", *COSTS, *map(title_of, results.metrics)]
 
 

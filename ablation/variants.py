@@ -34,7 +34,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """To be read."""
+        """Variant and seed, to be read."""
         return f"{self.variant}, seed {self.seed}"
 
 
@@ -98,5 +98,5 @@ def _word(key: str, value: Any) -> str:
 
 
 def _slug(title: str) -> str:
-    """Fit for a folder."""
+    """The title as a folder may be called."""
     return re.sub(r"[^\w.=+-]+", "-", title).strip("-.")

@@ -100,7 +100,7 @@ def open_held_out(config: AutoencodingConfig) -> dict[str, Any]:
 
 
 def open_shapes(config: AutoencodingConfig, split: str) -> dict[str, Dataset]:
-    """Procedural shapes by difficulty."""
+    """A data set of procedural shapes for each difficulty, by name."""
     size = config.data.image_size
     return {
         f"shapes_{difficulty}": open_dataset(

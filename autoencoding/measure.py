@@ -50,7 +50,7 @@ class Distance:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """For records."""
+        """Which network images are compared by, for a record."""
         sha256 = None if self.network is None else weights_sha256(self.network.state_dict())
         return {"name": self.name, "sha256": sha256, "reason": self.reason}
 

@@ -67,14 +67,14 @@ class Autoencoding(nn.Module):
         return self.autoencoder.decoder.conv_out.weight
 
     def forward(self, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"]) -> Coded:
-        """`images` in [-1, 1]."""
+        """What comes back of `images`, which lie in [-1, 1]."""
         posterior = self.autoencoder.encode(images).latent_dist
         z = posterior.mean + posterior.std * noise
         return Coded(self.autoencoder.decode(z).sample, posterior.mean, posterior.logvar)
 
 
 def encoding_parts(autoencoder: Any) -> list[nn.Module]:
-    """What latents depend on."""
+    """The modules that latents depend on: a fine-tuned decoder leaves them as they are."""
     return [part for part in (autoencoder.encoder, autoencoder.quant_conv) if part is not None]
 
 

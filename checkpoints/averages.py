@@ -34,7 +34,7 @@ class Average(ABC):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The averages by name."""
+        """Averages of parameters and buffers, by name."""
         return self._parts or self._model.state_dict()
 
     @property
@@ -138,7 +138,7 @@ class EMA(Average):
         self.profiles = {sigma: PowerAverage(model, sigma) for sigma in profiles}
 
     def decay(self, step: int) -> float:
-        """Rises to `max_decay`."""
+        """Rises from near 0 at the first steps to `max_decay`."""
         return min(self.max_decay, (1 + step) / (10 + step))
 
     def update(self, model: nn.Module, step: int) -> None:

@@ -109,7 +109,7 @@ class Checkpoint:
             self.check_identity(codec=codec.provenance)
 
     def check_identity(self, **here: Mapping[str, Any]) -> None:
-        """See `check_identity` below."""
+        """That parts of a run are those that it was trained with; see `check_identity` below."""
         check_identity(self.path, here)
 
 

@@ -51,7 +51,7 @@ class TrainingState:
         self.others["ema"] = self.ema
 
     def progress(self) -> dict[str, Any]:
-        """What is no tensor."""
+        """What resuming needs beside tensors, as JSON."""
         return {name: part.state() for name, part in self.others.items()}
 
     def modules(self) -> dict[str, dict[str, Tensor]]:

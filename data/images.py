@@ -120,11 +120,11 @@ class ImageDataset(ImageSet):
         self.source_hash = self.source.content_hash([*names, *layout.tables])
 
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """Of its file."""
+        """The image at an index, decoded from its file."""
         return self._read(self.names[index])
 
     def num_enlarged(self) -> int:
-        """By their headers."""
+        """Images that are smaller than `image_size`, by what their headers say."""
         sides = (self._side(name) for name in tqdm(self.names, desc="measuring images", leave=False))
         return sum(side < max(self.image_size or (0,)) for side in sides)
 

@@ -79,7 +79,7 @@ class ShapesDataset(ImageSet):
         self.source_hash = f"shapes-v2-{difficulty}-seed{seed}-{asdict(DIFFICULTIES[difficulty])}"
 
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """Drawn anew each time."""
+        """The image at an index, drawn anew each time."""
         return torch.from_numpy(draw_shape(*self._recipe(index)))
 
     def mask(self, index: int) -> Tensor:
@@ -202,7 +202,7 @@ def _arrow(u: Field, v: Field) -> Field:
 
 
 def _stripes(u: Field, v: Field) -> Field:
-    """Three horizontal bars."""
+    """Three horizontal bars, one above the other."""
     bars = np.abs((v + 0.9) % 0.72 - 0.18) - 0.18
     return np.maximum.reduce([bars, np.abs(u) - 0.9, np.abs(v) - 0.9])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
-    """KL divergence between normals."""
+    """KL divergence between two normal distributions, element by element."""
     ratio = torch.exp(log_variance - other_log_variance)
     distance = (mean - other_mean).square() * torch.exp(-other_log_variance)
     return 0.5 * (other_log_variance - log_variance + ratio + distance - 1)

@@ -69,7 +69,7 @@ class EDM(Diffusion):
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Float[Tensor, " num"]:
-        """Log-normal noise levels sigma."""
+        """Noise levels sigma whose logarithm is normal."""
         return (self.P_mean + self.P_std * torch.randn(num, generator=generator, device=device)).exp()
 
     def timesteps(self, num_steps: int) -> Float[Tensor, " num_steps"]:
@@ -83,11 +83,11 @@ class EDM(Diffusion):
         return torch.linspace(*self.noise_range, num_steps, dtype=torch.float64)
 
     def path(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """1 and sigma."""
+        """Alpha is 1, and sigma is the time."""
         return Level(torch.ones_like(t), t)
 
     def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """The ratio itself."""
+        """The ratio itself, since alpha is 1."""
         return ratio
 
     def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -96,7 +96,7 @@ class EDM(Diffusion):
         return (t.log() - low) / (high - low)
 
     def precondition(self, model: Denoiser) -> Denoiser:
-        """`c_in` and `c_noise`."""
+        """The input scaled by `c_in`, and `c_noise` in place of sigma."""
 
         def preconditioned(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
             _, sigma = self.levels(t)

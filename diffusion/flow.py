@@ -106,15 +106,15 @@ class FlowMatching(Diffusion):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def path(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """`alpha` and `sigma`."""
+        """`alpha` and `sigma` of the chosen path."""
         return self._path.level(t)
 
     def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """The inverse of `path`."""
+        """The inverse of `path`, as a function of sigma / alpha."""
         return self._path.time_at(ratio)
 
     def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """The time itself."""
+        """The time itself, which runs from 0 to 1."""
         return t
 
     def precondition(self, model: Denoiser) -> Denoiser:
@@ -125,7 +125,7 @@ class FlowMatching(Diffusion):
     def target(
         self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """The velocity."""
+        """The velocity `dx_t / dt` along the path."""
         return self._path.velocity.target(x_0, noise, self.levels(t))
 
     def read(

@@ -169,14 +169,14 @@ class GaussianDiffusion(Diffusion):
         return Level(angle.cos(), angle.sin())
 
     def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """The inverse of `path`."""
+        """The inverse of `path`, as a function of sigma / alpha."""
         angle = ratio.double().atan()
         above = torch.searchsorted(self._angle, angle).clamp(1, self.num_timesteps - 1)
         low, high = self._angle[above - 1], self._angle[above]
         return above - 1 + ((angle - low) / (high - low)).clamp(0, 1)
 
     def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """`t / T`."""
+        """The share `t / T` of the chain's length."""
         return t / self.num_timesteps
 
     def transition(self, t: Int64[Tensor, " b"]) -> Transition:
@@ -218,7 +218,7 @@ class GaussianDiffusion(Diffusion):
     def read(
         self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """`x_0` and noise."""
+        """`x_0` and noise, by what the backbone predicts."""
         return PREDICTIONS[self.prediction].x_0(raw, x_t, at), PREDICTIONS[self.prediction].noise(raw, x_t, at)
 
     def predict(

@@ -22,7 +22,7 @@ class Timeline(Protocol):
     noise_range: tuple[float, float]
 
     def timesteps(self, num_steps: int) -> Tensor:
-        """Evenly spread times."""
+        """Times that are spread evenly, ascending."""
         ...
 
     def time_at(self, ratio: Tensor) -> Tensor:

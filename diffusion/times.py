@@ -16,7 +16,7 @@ Device = torch.device | str
 
 
 def uniform(num: int, generator: torch.Generator | None, device: Device) -> Float[Tensor, " num"]:
-    """Each time as likely."""
+    """Draws that take each time as likely as any other."""
     return torch.rand(num, generator=generator, device=device)
 
 
@@ -55,7 +55,7 @@ class Times:
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from what `state` gave."""
 
 
 class LossSecondMoments(Times):
@@ -73,7 +73,7 @@ class LossSecondMoments(Times):
 
     @property
     def probabilities(self) -> Float[Tensor, " T"]:
-        """Of each time."""
+        """How likely each time is to be drawn."""
         num, history = self.losses.shape
         even = torch.full((num,), 1 / num, dtype=torch.float64)
         if (self.counts < history).any():
@@ -103,7 +103,7 @@ class LossSecondMoments(Times):
         return {"losses": self.losses.tolist(), "counts": self.counts.tolist()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from what `state` gave."""
         self.losses = torch.tensor(state["losses"], dtype=torch.float64)
         self.counts = torch.tensor(state["counts"])
 

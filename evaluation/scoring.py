@@ -212,11 +212,11 @@ class Row:
 
     @property
     def num_samples(self) -> int:
-        """Of each trial."""
+        """Number of images in each trial."""
         return self.trials[0].num_samples
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """Plain containers, as JSON takes them."""
         return {
             "name": self.name,
             "scores": {name: asdict(score) for name, score in self.scores.items()},

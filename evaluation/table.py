@@ -41,7 +41,7 @@ def code(text: str) -> str:
 
 
 def tex(text: str) -> str:
-    """Text for LaTeX."""
+    """Text with LaTeX's special characters escaped."""
     return "".join(TEX.get(each, each) for each in " ".join(text.split()))
 
 

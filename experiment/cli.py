@@ -52,7 +52,7 @@ class Parser(ArgumentParser):
     """Says in a line what does not fit, with the nearest flag, where jsonargparse prints the usage of all."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises: SystemExit."""
+        """Print the message in two lines and exit with status 2."""
         words = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(message.split()))
         words = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", words)
         if unknown := re.search(r"unrecognized arguments: --([\w.]+)|ption '([\w.]+)'", words):
@@ -158,7 +158,7 @@ def quote_names(config_class: type, arguments: list[str]) -> list[str]:
 
 
 def lists_of_names(config_class: type, prefix: str = "") -> Iterator[str]:
-    """Flags, without their dashes."""
+    """Flags of settings that are lists of names, without their dashes."""
     for name, kind in get_type_hints(config_class).items():
         if is_dataclass(kind):
             yield from lists_of_names(cast(type, kind), f"{prefix}{name}.")

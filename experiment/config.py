@@ -303,7 +303,7 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """Where the run is written, below `runs`."""
         return Path(self.resume) if self.resume else inside(Path("runs"), str(self.name), "--name")
 
     def to_dict(self) -> dict[str, Any]:
@@ -373,7 +373,7 @@ class ExperimentConfig(RunConfig):
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """Where the run is written, below `runs`."""
         return super().folder if self.resume or self.name else Path("runs") / self.model.replace("/", "-")
 
     def identity(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Best:
         return False
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps of it."""
         return {"value": self.value, "step": self.step}
 
     def restore(self, state: dict[str, Any]) -> None:

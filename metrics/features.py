@@ -38,7 +38,7 @@ class Features:
 
     @staticmethod
     def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> Features:
-        """From features at hand."""
+        """Moments and features of those at hand."""
         second = in_second_half(len(features))
         halves = (moments_of(features[~second]), moments_of(features[second])) if len(features) > 1 else None
         return Features(moments_of(features), None, halves, features, logits, labels)

@@ -66,7 +66,7 @@ class Scores:
     )
 
     def to_dict(self) -> dict[str, object]:
-        """Plain containers."""
+        """Plain containers, as JSON takes them."""
         return asdict(self)
 
     def to_json(self) -> str:

@@ -31,7 +31,7 @@ class RunningMoments:
         self.scatter = torch.zeros(())
 
     def update(self, features: Float[Tensor, "n d"]) -> None:
-        """Take in a batch."""
+        """Take in the features of a batch."""
         if len(features):
             x = features.cpu().double()
             mean = x.mean(dim=0)

@@ -14,7 +14,7 @@ from models.layers.patch import check_input_size, patchify, unpatchify
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP."""
+    """A pre-norm block of attention and an MLP."""
 
     def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class UViTTokens(Backbone):
         return (Block,)
 
     def as_tokens(self, state: Float[Tensor, "b _ d"]) -> Float[Tensor, "b n d"]:
-        """Those of patches."""
+        """The tokens of patches, without those of time and label."""
         return state[:, self.num_tokens :]
 
     def _initialise(self) -> None:

@@ -53,7 +53,7 @@ class Generator:
             yield ImageBatch(part, self.draw(part).cpu(), self.labels[part])
 
     def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
-        """One batch."""
+        """The images of these indices, as one batch."""
         device = self.accelerator.device
         generators = [generator_for(self.seed, "sample", index) for index in indices.tolist()]
         shape = self.codec.latent_shape(*self.image_size)

@@ -76,7 +76,7 @@ def main(config: AblateConfig) -> int:
 
 
 def report(folder: Path, ablation: AblationConfig) -> int:
-    """Of what is done."""
+    """Write the report of the runs that are done."""
     from ablation.report import write_report
     from ablation.tables import check_columns
 

@@ -348,7 +348,7 @@ def whole(name: str, given: object) -> int:
 
 
 def picture(studio, request, images) -> Any:
-    """What sample.py writes."""
+    """The picture that sample.py writes for a request."""
     classes = studio.classes(request.run)
     named = classes and not request.interpolates
     captions = [classes[studio.label(request.run, request.of_class)]] * len(images) if named else None

@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def machine() -> Iterator[Finding]:
-    """Devices, cores, disk, precision."""
+    """What the machine has: devices, cores, disk and precision."""
     import torch
 
     from machine.accelerator import default_device
@@ -66,7 +66,7 @@ def machine() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """What is optional."""
+    """Which of the optional packages are installed."""
     for module, (purpose, remedy) in EXTRAS.items():
         try:
             yield Finding(True, f"{module} {version(module)}: {purpose}")
@@ -105,7 +105,7 @@ def weights() -> Iterator[Finding]:
 
 
 def main() -> None:
-    """All of it."""
+    """Look at machine, packages and weights, and print what is found."""
     for title, findings in {"Machine": machine(), "Packages": packages(), "Weights": weights()}.items():
         print(title)
         for finding in findings:

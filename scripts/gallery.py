@@ -24,7 +24,7 @@ LEFT_OUT = ("name", "resume", "log.", "data.cache")  # of what differs: it chang
 
 
 class Run(NamedTuple):
-    """What a run left."""
+    """What a training has left in its folder."""
 
     name: str
     config: dict[str, Any]

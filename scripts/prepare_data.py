@@ -52,7 +52,7 @@ class PrepareConfig:
 
 
 def main(config: PrepareConfig) -> None:
-    """Fetch, write aside, rename."""
+    """Fetch the data, write them aside, rename them when whole."""
     socket.setdefaulttimeout(20)
     if config.dataset.startswith("hf:"):
         items = hub_items(config)

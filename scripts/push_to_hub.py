@@ -42,7 +42,7 @@ class PushConfig:
 
 
 def main(config: PushConfig) -> None:
-    """Card, files, one commit."""
+    """Write the model card and push all files as one commit."""
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HTTPError
 

@@ -106,7 +106,7 @@ class Studio:
             yield step, x_0 if step == num_steps else generator.codec.decode(x_0).cpu()
 
     def generator(self, request: Request) -> Generator:
-        """As sample.py makes it."""
+        """The generator of a request, as sample.py makes it."""
         checkpoint = self.checkpoint(request.run)
         if not 1 <= request.num_images <= MOST_IMAGES or not 1 <= request.num_steps <= MOST_STEPS:
             raise ValueError(f"1 to {MOST_IMAGES} pictures of 1 to {MOST_STEPS} steps, not {request}")
@@ -221,7 +221,7 @@ def find_runs(folder: Path) -> list[str]:
 
 
 class _Stopped(Exception):
-    """Nobody looks any more."""
+    """Raised in the sampler where nobody looks any more."""
 
 
 def _watch(

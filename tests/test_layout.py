@@ -77,3 +77,18 @@ def test_figures_do_not_depend_on_the_environments_backend():
 
 def test_train_reads_in_one_go():
     assert len((ROOT / "train.py").read_text().splitlines()) <= 250
+
+
+def test_docstrings_say_something():
+    """A name that says it all needs none; five words or more can say something else."""
+    short = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in [
+            *ROOT.glob("*.py"),
+            *(path for name in (*ROOMS, "scripts") for path in (ROOT / name).rglob("*.py")),
+        ]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and 0 < len((ast.get_docstring(node) or "").split()) < 5
+    ]
+    assert short == []

@@ -81,7 +81,7 @@ class Guard:
         return True
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps of it."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
 
     def restore(self, state: dict[str, int]) -> None:

@@ -70,6 +70,6 @@ class Log:
 
 
 def _plain(config: dict) -> dict:
-    """As trackers take it."""
+    """Settings as trackers take them: numbers and text."""
     plain = (int, float, str, bool)
     return {flag: value if isinstance(value, plain) else str(value) for flag, value in flatten(config).items()}

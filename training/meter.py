@@ -24,7 +24,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new interval."""
+        """Begin a new interval of the measurement."""
         self.sums: dict[str, Tensor] = {}
         self.pending: dict[str, Tensor] = {}
         self.norms: list[float] = []

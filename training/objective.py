@@ -55,7 +55,7 @@ class Objective:
         return {name: batch.weight * values for name, values in terms.items()}
 
     def terms(self, model: nn.Module, batch: Batch, phase: Phase | None) -> dict[str, Float[Tensor, " b"]]:
-        """The same, unweighted."""
+        """What `__call__` returns, before `batch.weight` makes up for times that were drawn more often."""
         auxiliary = self.auxiliary_terms(phase)
         return self.diffusion.training_loss(
             model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary

@@ -28,7 +28,7 @@ from studies.cascade.refinement import Refinement, Regression, SuperResolution
 
 
 class Trained(NamedTuple):
-    """What a phase trains."""
+    """The parts that a phase of the training trains."""
 
     coarse: bool
     others: bool  # upsampler and refiner
@@ -212,23 +212,18 @@ class Cascade(Diffusion):
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Shaped[Tensor, " num"]:
-        """Of the coarse stage."""
         return self.coarse.sample_timesteps(num, generator, device)
 
     def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
-        """Of the coarse stage."""
         return self.coarse.timesteps(num_steps)
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
-        """Of the coarse stage."""
         return self.coarse.reverse_steps(num_steps, spacing)
 
     def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Of the coarse stage."""
         return self.coarse.noise_rank(t)
 
     def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Of the coarse stage."""
         return self.coarse.time_at(ratio)
 
     # What asks for a path from the image itself is refused.
@@ -247,13 +242,13 @@ class Cascade(Diffusion):
     def target(
         self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """See `path`."""
+        """Refused for the same reason as `path`."""
         raise ValueError(self.path(t))
 
     def read(
         self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """See `path`."""
+        """Refused for the same reason as `path`."""
         raise ValueError(self.path(torch.zeros(1)))
 
 

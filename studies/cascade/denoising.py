@@ -62,7 +62,7 @@ class Denoising(Diffusion):
         return Level(self.alpha * ones, self.sigma * ones)
 
     def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """0."""
+        """Always 0: there is one noise level."""
         return torch.zeros_like(ratio)
 
     def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -72,7 +72,7 @@ class Denoising(Diffusion):
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Int64[Tensor, " num"]:
-        """0."""
+        """Always 0: there is one noise level."""
         return torch.zeros(num, dtype=torch.int64, device=device)
 
     def timesteps(self, num_steps: int) -> Int64[Tensor, " num_steps"]:
@@ -95,7 +95,7 @@ class Denoising(Diffusion):
     def target(
         self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """`x_0`."""
+        """The data themselves, `x_0`, which the stage predicts."""
         return x_0
 
     def read(

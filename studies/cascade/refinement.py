@@ -65,13 +65,13 @@ class Regression(Refinement):
     """The refiner puts out the image; its error is squared."""
 
     def given(self, x_0: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], draws: Mapping[str, Tensor]) -> Given | None:
-        """Nothing."""
+        """A regression is given nothing beside the enlarged image."""
         return None
 
     def read(
         self, output: Float[Tensor, "b c h w"], x_0: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]
     ) -> Refined:
-        """The squared error."""
+        """The output is the image; its loss is the squared error."""
         return Refined(mean_per_sample((output - x_0).square()), output, torch.ones(len(x_0), device=x_0.device))
 
     def generate(
@@ -83,7 +83,7 @@ class Regression(Refinement):
         y: Int64[Tensor, " b"],
         draw_noise: Callable[[Tensor], Tensor],
     ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
-        """Once each."""
+        """Call the upsampler and the refiner once each."""
         up = upsampler(low)
         return up, refiner(up, None)
 
@@ -128,7 +128,7 @@ class SuperResolution(Refinement):
         }
 
     def augment(self, low: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]) -> Float[Tensor, "b c h w"]:
-        """The coarse image, noised."""
+        """The coarse image with noise of a random level."""
         if not self.in_training:
             return low
         return self.diffusion.q_sample(low, draws["level"], draws["level_noise"])
@@ -140,7 +140,7 @@ class SuperResolution(Refinement):
     def read(
         self, output: Float[Tensor, "b c h w"], x_0: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]
     ) -> Refined:
-        """The diffusion's own loss."""
+        """The output as the super-resolution diffusion reads it, and its loss."""
         t, noise = draws["t"], draws["noise"]
         x_t = self.diffusion.q_sample(x_0, t, noise)
         loss = self.diffusion.terms(output, x_0, x_t, t, noise)["loss"]

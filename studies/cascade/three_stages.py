@@ -111,7 +111,7 @@ class PlainBlock(nn.Sequential):
 
 
 class Interpolation(nn.Module):
-    """Bilinear, nothing learned."""
+    """Bilinear interpolation, in which nothing is learned."""
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
