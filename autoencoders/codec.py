@@ -116,7 +116,7 @@ class Codec(nn.Module):
         return self.draw(self.prepare(images), noise)
 
     def decode(self, x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 H W"]:
-        """Images of an `x_0`."""
+        """The images that an `x_0` stands for."""
         raise NotImplementedError
 
 
