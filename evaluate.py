@@ -9,6 +9,7 @@ python evaluate.py --autoencoder embedded,stabilityai/sd-vae-ft-ema --data.path 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig, SamplingConfig
+from metrics.scores import HELP
 from settings import SEEDS, set_values, unset, within
 
 
@@ -39,7 +41,7 @@ class EvaluateConfig:
             program, a TorchScript one may read and write files: run only what you trust
         weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
             .bin
-        metrics: of fid, sfid, is, kid, precision, recall, density, coverage
+        metrics: {metrics}
         num_samples: images to draw, or to take; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced', 'reference' (the held-out images' own) or 'random'
         trials: repeat with the seeds after `seed` too, and report mean and standard deviation
@@ -98,6 +100,9 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
 
+EvaluateConfig.__doc__ = str(EvaluateConfig.__doc__).format(metrics=HELP)
+
+
 def main(config: EvaluateConfig) -> None:
     """Open the reference and the sources, score them, write the files."""
     import torch
@@ -107,7 +112,7 @@ def main(config: EvaluateConfig) -> None:
     from checkpoints.checkpoint import open_checkpoint
     from data.subsets import by_name
     from evaluation.likelihood import held_out_likelihood
-    from evaluation.record import draw_pairs, draw_sweep, latex, notes, provenance, table, write_json
+    from evaluation.record import draw_pairs, draw_sweep, notes, provenance, table, write_json
     from evaluation.scoring import dataset_reference, evaluate, memorisation, npz_reference, summarise
     from evaluation.sources import (
         blaming,
@@ -119,13 +124,15 @@ def main(config: EvaluateConfig) -> None:
         reconstructions,
         sweep,
     )
+    from evaluation.table import latex
     from experiment.config import EvaluationConfig
     from experiment.datasets import data_of, open_split
     from machine.accelerator import describe, open_accelerator
     from machine.whole_files import write_whole
-    from metrics.features import OF_MOMENTS, Extractor
-    from metrics.fidelity import check_metrics, class_distances
+    from metrics.features import Extractor
+    from metrics.fidelity import class_distances
     from metrics.reference import read_adm, write_adm
+    from metrics.scores import PER_IMAGE, check_metrics, needs_of
     from metrics.self_check import self_check
     from sampling.image_files import save_grid
 
@@ -135,10 +142,10 @@ def main(config: EvaluateConfig) -> None:
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
     with blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
         checkpoint = open_checkpoint(owner) if owner else None
-    given = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= {"weights_path": config.weights_path} if config.extractor else {}  # another's are not its
-    evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **given)
+    flags = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    flags |= {"weights_path": config.weights_path} if config.extractor else {}  # another's are not its
+    evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **flags)
     check_metrics(evaluation.metrics)
     if config.samples is None and not config.self_check:
         names, network = str(config.autoencoder).split(","), (config.perceptual, config.heads)
@@ -156,12 +163,12 @@ def main(config: EvaluateConfig) -> None:
     if checkpoint and looked_at is not None and "test" in checkpoint.identity:
         checkpoint.check_identity(test=looked_at.describe())
     size = (data.image_size, data.image_size)
-    file = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
+    moments, images = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
     asked = config.autoencoder
     codec = checkpoint.open_codec(asked, accelerator.print) if checkpoint else create_codec(asked or "pixel")
     codec = codec.to(accelerator.device)
     if checkpoint is not None and owner == config.samples:
-        images, reference_labels = held_out or file[1], None
+        real, reference_labels = images if held_out is None else held_out, None
         if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
             reference_labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
         groups = from_checkpoint(
@@ -171,7 +178,7 @@ def main(config: EvaluateConfig) -> None:
             codec,
             accelerator,
             num_trials=config.trials,
-            num_reference=0 if images is None else len(images),
+            num_reference=0 if real is None else len(real),
             reference_labels=reference_labels,
         )
     else:
@@ -183,12 +190,12 @@ def main(config: EvaluateConfig) -> None:
         floor, _ = like(first, open_split(data, "train"), "training images", "--baselines", evaluation.seed)
         ceiling = reconstructions(floor, codec, accelerator.device, evaluation.seed)
         groups += [[floor], *([] if codec.source == "pixel" else [[ceiling]])]
-    if (config.memorisation or config.per_class) and OF_MOMENTS.issuperset(evaluation.metrics):
+    if (config.memorisation or config.per_class) and not needs_of(evaluation.metrics) & PER_IMAGE:
         flag = "--memorisation" if config.memorisation else "--per_class"
         raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
-    planted = unseen = labels = None
+    copies = unseen = labels = None
     if config.memorisation:
-        planted = like(first, open_split(data, "train"), "training images", "--memorisation", evaluation.seed)
+        copies = like(first, open_split(data, "train"), "training images", "--memorisation", evaluation.seed)
         unseen, _ = like(first, open_split(data, "test"), "held-out images", "--memorisation", evaluation.seed)
     if config.per_class:
         assert held_out is not None  # check saw to it
@@ -196,7 +203,7 @@ def main(config: EvaluateConfig) -> None:
             raise ValueError("--per_class: it needs samples and held-out images of classes that have names")
         labels = by_name(first.labels, first.classes, held_out.classes, "--per_class")
 
-    # The scores. What needs the samples' own features looks at the first row's first trial.
+    # The scores.
     extra: dict[str, Any] = {}
     if config.likelihood:
         assert checkpoint is not None  # check saw to it
@@ -204,24 +211,27 @@ def main(config: EvaluateConfig) -> None:
         bits = held_out_likelihood(checkpoint, codec, held_out, config.likelihood, accelerator, seed=evaluation.seed)
         extra["bits_per_dimension"] = {**asdict(bits), "num_images": config.likelihood}
     if config.reference:
-        reference = npz_reference(config.reference, file, extractor, accelerator, evaluation)
+        reference = npz_reference(config.reference, moments, images, extractor, accelerator, evaluation)
     else:
         reference = dataset_reference(data, "test", extractor, accelerator, evaluation)
-    rows, features = [], []
+    rows, features = [], None  # features of the first row's first trial
     for trials in groups:
-        scored = [evaluate(source, reference, extractor, accelerator, evaluation) for source in trials]
-        rows.append(summarise(trials[0], [scores for scores, _ in scored]))
-        features += [found for _, found in scored[:1]]
+        scores = []
+        for source in trials:
+            score, found = evaluate(source, reference, extractor, accelerator, evaluation)
+            scores, features = [*scores, score], features or found
+        rows.append(summarise(trials[0], scores))
+    assert features is not None
     nearest = None
-    if planted and unseen:
-        nearest = memorisation(features[0], planted, unseen, data, codec, extractor, accelerator, evaluation)
+    if copies and unseen:
+        nearest = memorisation(features, *copies, unseen, data, codec, extractor, accelerator, evaluation)
         extra["memorisation"] = {
             "closer_to_training_than_held_out": nearest.closer,
             "planted_copies_closer": nearest.copies,
             "planted_copies_found": nearest.found,
         }
     if held_out is not None and labels is not None:
-        distances = class_distances(replace(features[0], labels=labels), reference.features)
+        distances = class_distances(replace(features, labels=labels), reference.features)
         extra["per_class"] = {held_out.classes[label]: asdict(score) for label, score in distances.items()}
 
     # The files: a record with all that it takes to derive it again, pictures of what was scored.
@@ -248,9 +258,9 @@ def main(config: EvaluateConfig) -> None:
     columns = dict.fromkeys(["sampler", "spacing", "num_steps", "guidance_scale", *swept]) if num_drawn > 1 else ()
     if config.latex:
         written.append(output.with_suffix(".tex"))
-        write_whole(written[-1], table(rows, [*columns], form=latex))
+        write_whole(written[-1], table(rows, [*columns], form=lambda cells: latex(cells[:1], cells[1:])))
     on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
-    print(f"{rows[0].num_samples} samples against {reference.features.num} images, on {on}")
+    print(f"{rows[0].trials[0].num_samples} samples against {reference.features.num} images, on {on}")
     print(f"reference: {reference.provenance.get('split', 'a file')}, {reference.provenance['source']}")
     print(table(rows, [*columns]))
     print(*notes(rows, extractor), sep="\n")
@@ -276,8 +286,8 @@ def is_run(path: str) -> bool:
     return holds or folder.suffix == ".safetensors" or not folder.exists()
 
 
-OF_AUTOENCODERS = {"autoencoder", "perceptual", "heads", "extractor", "weights_path", "metrics", "num_samples", "seed"}
-OF_AUTOENCODERS |= {"batch_size", "output", "imports", "data"}
+OF_AUTOENCODERS = ("autoencoder", "perceptual", "heads", "extractor", "weights_path", "metrics", "num_samples", "seed")
+OF_AUTOENCODERS += ("batch_size", "output", "imports", "data")
 
 
 def check(config: EvaluateConfig) -> None:
@@ -286,39 +296,38 @@ def check(config: EvaluateConfig) -> None:
     Raises:
         ValueError: naming the flag.
     """
+    usual, samples = EvaluateConfig(), config.samples
+    given = [flag for flag in asdict(usual) if getattr(config, flag) != getattr(usual, flag)]
+
+    def refuse(flags: Iterable[str], why: str) -> None:
+        for flag in (flag for flag in given if flag in flags):
+            raise ValueError(f"--{flag} {getattr(config, flag)}: {why}")
+
     if config.self_check:
         return
-    usual = EvaluateConfig()
-    given = [flag for flag in asdict(usual) if getattr(config, flag) != getattr(usual, flag)]
-    if config.samples is None and config.autoencoder is None:
+    if samples is None and config.autoencoder is None:
         raise ValueError("--samples: give a run, a folder, a zip or an npz; or --autoencoder, or --self_check true")
-    for flag in given:
-        if config.samples is None and flag not in OF_AUTOENCODERS:
-            raise ValueError(f"--{flag}: it is about samples; give --samples, or leave it out to measure --autoencoder")
-        if config.samples is not None and flag in ("perceptual", "heads"):
-            raise ValueError(f"--{flag}: it measures an autoencoder; leave it out, or leave --samples out")
-    if config.samples is None:
+    if samples is None:
+        about_samples = {*given}.difference(OF_AUTOENCODERS)
+        refuse(about_samples, "it is about samples; give --samples, or leave it out to measure --autoencoder")
         return
-    if not Path(config.samples).exists() and not config.samples.startswith("hf://"):
+    refuse(("perceptual", "heads"), "it measures an autoencoder; leave it out, or leave --samples out")
+    if not Path(samples).exists() and not samples.startswith("hf://"):
         raise ValueError(
-            f"--samples {config.samples} does not exist; give a run's folder, a checkpoint, hf://owner/name, a folder "
-            "or zip of images, or an npz"
+            f"--samples {samples} does not exist; give a run's folder, a checkpoint, hf://owner/name, a folder or zip "
+            "of images, or an npz"
         )
-    if config.checkpoint is not None and is_run(config.samples):
-        raise ValueError(
-            f"--checkpoint {config.checkpoint}: it is for a fixed set of images, and {config.samples} is a run, held "
-            "against its own held-out images; leave --checkpoint out"
-        )
-    fixed = not is_run(config.samples)
-    for name in set_values(config.sampling) if fixed else ():
-        raise ValueError(f"--sampling.{name}: {config.samples} is a fixed set of images, there is nothing to draw")
-    if fixed and config.trials > 1:
-        raise ValueError(f"--trials {config.trials}: {config.samples} is a fixed set of images, trials would be equal")
-    if config.likelihood and fixed:
-        raise ValueError(f"--likelihood {config.likelihood}: it needs a model, and {config.samples} is a set of images")
-    for flag in ("baselines", "write_reference", "likelihood", "per_class"):
-        if config.reference and getattr(config, flag):
-            raise ValueError(f"--{flag}: it needs the held-out images; leave --reference out")
+    if not is_run(samples):
+        fixed = f"{samples} is a fixed set of images, there is nothing to draw"
+        for name in set_values(config.sampling):
+            raise ValueError(f"--sampling.{name}: {fixed}")
+        refuse(("trials", "likelihood"), fixed)
+    elif config.checkpoint is not None:
+        held_against = f"it is for a fixed set of images, and {samples} is a run, held against its own held-out images"
+        refuse(["checkpoint"], f"{held_against}; leave --checkpoint out")
+    if config.reference:
+        needing = ("baselines", "write_reference", "likelihood", "per_class")
+        refuse(needing, "it needs the held-out images; leave --reference out")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib as mpl
@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from ablation.results import Results, VariantResult, title_of
+from ablation.results import Results, RunResult, VariantResult, spread
+from metrics.scores import row_of, title_of
 
 COLORS = ["#4477AA", "#EE6677", "#228833", "#AA3377", "#CC8800", "#33A6C2", "#888888", "#6655CC", "#996633", "#DD44AA"]
 MARKERS = "osD^vPX<>*"
@@ -34,35 +35,43 @@ Panel = Callable[[Results, Any], bool]
 
 def draw_panels(results: Results) -> dict[str, str]:
     """SVG by name, of the panels that there is data for; PDF and PNG are written to `figures/`."""
-    found = {}
-    for name, panel in PANELS.items():
-        with mpl.rc_context(STYLE):
-            figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
-            axes = figure.subplots()
-            if not panel(results, axes):
-                continue
-            if names := axes.get_legend_handles_labels()[1]:
-                columns = legend_columns(names)
-                figure.set_figheight(figure.get_figheight() + LINE * max(0, -(-len(names) // columns) - 2))
-                figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.grid(alpha=0.15, color=INK, linewidth=0.6)
-            found[name] = save(figure, results.folder / "figures" / name)
-    return found
+    panels = {}
+    for name, (panel, _) in PANELS.items():
+        if (figure := draw(lambda axes, panel=panel: panel(results, axes))) is not None:
+            path = results.folder / "figures" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with mpl.rc_context(STYLE):
+                figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+                figure.savefig(path.with_suffix(".png"), dpi=200)
+            panels[name] = svg_of(figure, name)
+    return panels
 
 
-def save(figure: Figure, path: Path) -> str:
-    """PDF and PNG beside each other; returns the SVG, in the text colour of whatever page it stands on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    figure.savefig(path.with_suffix(".png"), dpi=200)
+def draw(plot: Callable[[Any], bool]) -> Figure | None:
+    """What `plot` puts on its axes, with a legend below; None where it finds nothing to draw."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+        axes = figure.subplots()
+        if not plot(axes):
+            return None
+        if names := axes.get_legend_handles_labels()[1]:
+            columns = legend_columns(names)
+            figure.set_figheight(figure.get_figheight() + LINE * max(0, -(-len(names) // columns) - 2))
+            figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(alpha=0.15, color=INK, linewidth=0.6)
+    return figure
+
+
+def svg_of(figure: Figure, name: str) -> str:
+    """For a page, in its text colour, whichever that is; `name` tells its parts from other figures' on the page."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    with mpl.rc_context(STYLE):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    name = path.name
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)  # several stand on one page
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
@@ -74,20 +83,18 @@ def legend_columns(names: list[str]) -> int:
 
 
 def loss(results: Results, axes: Any) -> bool:
-    """Training loss: every interval of the log, pale, and its running mean."""
+    """Every interval of the log, pale, and its running mean."""
     shown = []
-    for number, variant in enumerate(results.variants):
-        for run in variant.runs:
-            steps, values = run.series("loss")
-            if not steps:
-                continue
-            smooth = running_mean(np.array(values))
-            thin = slice(None, None, max(1, len(steps) // MAX_POINTS))
-            first = run is variant.runs[0]
-            axes.plot(steps[thin], values[thin], color=color(number), alpha=0.18, linewidth=0.7)
-            label = variant.name if first else None
-            axes.plot(steps[thin], smooth[thin], color=color(number), linewidth=1.5, label=label)
-            shown.append(smooth[len(smooth) // 50 :])
+    for number, variant, run in runs_of(results):
+        steps, values = run.series("loss")
+        if not steps:
+            continue
+        smooth = running_mean(np.array(values))
+        thin = slice(None, None, max(1, len(steps) // MAX_POINTS))
+        axes.plot(steps[thin], values[thin], color=color(number), alpha=0.18, linewidth=0.7)
+        label = variant.name if run is variant.runs[0] else None
+        axes.plot(steps[thin], smooth[thin], color=color(number), linewidth=1.5, label=label)
+        shown.append(smooth[len(smooth) // 50 :])
     if not shown:
         return False
     together = np.concatenate(shown)
@@ -99,26 +106,22 @@ def loss(results: Results, axes: Any) -> bool:
 
 def validation(results: Results, axes: Any) -> bool:
     """Loss on held-out images, of the averaged weights."""
-    found = _lines(results, axes, "validation_loss", lambda variant, step: step)
     axes.set(xlabel="step", ylabel="loss on held-out images")
-    return found
+    return _lines(results, axes, "validation_loss", lambda variant, step: step)
 
 
 def score_by_step(results: Results, axes: Any) -> bool:
     """The first metric that was scored during training."""
     metric = logged_metric(results)
-    if metric is None:
-        return False
-    axes.set(xlabel="step", ylabel=title_of(metric))
-    return _lines(results, axes, metric, lambda variant, step: step)
+    axes.set(xlabel="step", ylabel=title_of(metric or ""))
+    return metric is not None and _lines(results, axes, metric, lambda variant, step: step)
 
 
 def score_by_compute(results: Results, axes: Any) -> bool:
     """The same against arithmetic; where none was scored during training, the final scores."""
-    metric = logged_metric(results)
     axes.set(xlabel="arithmetic of training")
     axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
-    if metric is not None:
+    if metric := logged_metric(results):
         axes.set_ylabel(title_of(metric))
         return _lines(results, axes, metric, arithmetic)
     return _final_scores(results, axes, results.metrics[0], lambda v: arithmetic(v, v.runs[0].plan["num_steps"]))
@@ -128,33 +131,27 @@ def score_by_parameters(results: Results, axes: Any) -> bool:
     """The final score; KID where there is one, as it has no bias that depends on the number of samples."""
     if len({variant.parameters for variant in results.variants}) == 1:
         return False
-    metric = next((m for m in results.metrics if m.startswith(("kid", "kernel_distance"))), results.metrics[0])
+    metric = next((metric for metric in results.metrics if row_of(metric)[0] == "kid"), results.metrics[0])
     axes.set(xlabel="parameters")
     axes.xaxis.set_major_formatter(EngFormatter())
     return _final_scores(results, axes, metric, lambda variant: variant.parameters)
 
 
 def per_class(results: Results, axes: Any) -> bool:
-    """Fréchet distance within each class, less the baseline's."""
-    base = class_distances(results.baseline)
-    others = [variant for variant in results.variants if variant is not results.baseline]
-    classes = [name for name in base if any(name in class_distances(variant) for variant in others)]
+    """Fréchet distance within each class, less the baseline's; of the 16 classes that are hardest for it."""
+    distances = {variant.name: class_distances(variant) for variant in results.variants}
+    baseline = distances[results.baseline.name]
+    others = {number: one.name for number, one in enumerate(results.variants) if one is not results.baseline}
+    classes = [name for name in baseline if any(name in distances[other] for other in others.values())]
     if not classes:
         return False
-    classes = sorted(classes, key=lambda name: base[name])[-16:]
-    axes.figure.set_size_inches(4.6, max(3.3, 1.4 + 0.24 * len(classes)))
-    for variant in others:
-        number = results.variants.index(variant)
-        found = class_distances(variant)
-        points = [(found[name] - base[name], row) for row, name in enumerate(classes) if name in found]
-        axes.plot(
-            *zip(*points, strict=True),
-            linestyle="",
-            marker=marker(number),
-            markersize=5,
-            color=color(number),
-            label=variant.name,
-        )
+    classes = sorted(classes, key=lambda name: baseline[name])[-16:]
+    axes.figure.set_size_inches(WIDTH, max(3.3, 1.4 + 0.24 * len(classes)))
+    for number, other in others.items():
+        of_other = distances[other]
+        points = [(of_other[name] - baseline[name], row) for row, name in enumerate(classes) if name in of_other]
+        look: Any = {"linestyle": "", "marker": marker(number), "markersize": 5, "color": color(number)}
+        axes.plot(*zip(*points, strict=True), label=other, **look)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set(xlabel=f"Fréchet distance less that of {results.baseline.name} (left: better)")
     axes.set_yticks(range(len(classes)), [name.replace("_", " ") for name in classes])
@@ -163,12 +160,12 @@ def per_class(results: Results, axes: Any) -> bool:
 
 def class_distances(variant: VariantResult) -> dict[str, float]:
     """Means over seeds, of the classes that had enough images."""
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = defaultdict(list)
     for run in variant.runs:
         for name, score in run.record.get("per_class", {}).items():
             if score["value"] is not None:
-                found.setdefault(name, []).append(score["value"])
-    return {name: float(np.mean(values)) for name, values in found.items()}
+                values[name].append(score["value"])
+    return {name: float(np.mean(of_class)) for name, of_class in values.items()}
 
 
 def logged_metric(results: Results) -> str | None:
@@ -198,43 +195,43 @@ def marker(number: int) -> str:
     return MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
 
 
+def runs_of(results: Results) -> Iterator[tuple[int, VariantResult, RunResult]]:
+    """All runs, each with its variant and that one's place."""
+    for number, variant in enumerate(results.variants):
+        yield from ((number, variant, run) for run in variant.runs)
+
+
 def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[VariantResult], float]) -> bool:
     axes.set(ylabel=title_of(metric))
     for number, variant in enumerate(results.variants):
         if values := variant.values(metric):
-            std = np.std(values, ddof=1) if len(values) > 1 else 0.0
             look: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
-            axes.errorbar(x(variant), np.mean(values), std, label=variant.name, **look)
+            axes.errorbar(x(variant), np.mean(values), spread(values) or 0.0, label=variant.name, **look)
     return True
 
 
 def _lines(results: Results, axes: Any, name: str, x: Callable[[VariantResult, int], float]) -> bool:
-    found = False
-    for number, variant in enumerate(results.variants):
-        for run in variant.runs:
-            steps, values = run.series(name)
-            if steps:
-                label = variant.name if run is variant.runs[0] else None
-                look: Any = {"marker": marker(number) if len(steps) < 30 else "", "color": color(number)}
-                where = [x(variant, step) for step in steps]
-                axes.plot(where, values, markersize=3.5, linewidth=1.4, label=label, **look)
-                found = True
-    return found
+    for number, variant, run in runs_of(results):
+        steps, values = run.series(name)
+        if steps:
+            label = variant.name if run is variant.runs[0] else None
+            look: Any = {"marker": marker(number) if len(steps) < 30 else "", "color": color(number)}
+            where = [x(variant, step) for step in steps]
+            axes.plot(where, values, markersize=3.5, linewidth=1.4, label=label, **look)
+    return bool(axes.lines)
 
 
-PANELS: dict[str, Panel] = {
-    "loss": loss,
-    "validation": validation,
-    "score-by-step": score_by_step,
-    "score-by-compute": score_by_compute,
-    "score-by-parameters": score_by_parameters,
-    "per-class": per_class,
-}
-CAPTIONS = {
-    "loss": "Training loss: every interval of the log, pale, and its running mean.",
-    "validation": "Loss on held-out images of the averaged weights: the same images, times and noise for all.",
-    "score-by-step": "Score of the averaged weights during training.",
-    "score-by-compute": "Score against the arithmetic of training (three forward passes a step and image).",
-    "score-by-parameters": "Final score against the number of parameters.",
-    "per-class": "Fréchet distance within each class that has 50 images, less the baseline's.",
+PANELS: dict[str, tuple[Panel, str]] = {  # and their captions
+    "loss": (loss, "Training loss: every interval of the log, pale, and its running mean."),
+    "validation": (
+        validation,
+        "Loss on held-out images of the averaged weights: the same images, times and noise for all.",
+    ),
+    "score-by-step": (score_by_step, "Score of the averaged weights during training."),
+    "score-by-compute": (
+        score_by_compute,
+        "Score against the arithmetic of training (three forward passes a step and image).",
+    ),
+    "score-by-parameters": (score_by_parameters, "Final score against the number of parameters."),
+    "per-class": (per_class, "Fréchet distance within each class that has 50 images, less the baseline's."),
 }

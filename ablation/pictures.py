@@ -30,15 +30,16 @@ class Pictures:
 
 def read_pictures(results: Results) -> list[Pictures]:
     """Of the first seed of each variant that has been drawn."""
-    found = []
+    pictures = []
     for variant in results.variants:
-        path = variant.runs[0].folder / "pictures.npz"
+        path = Path(variant.runs[0].plan["folder"]) / "pictures.npz"
         if path.is_file():
             with np.load(path) as file:
                 images = file["arr_0"]
             classes = pictured(results.plan["ablation"]["pictures"]["classes"], variant.runs[0].plan["classes"]) or [""]
-            found.append(Pictures(variant.name, classes, rearrange(images, "(k n) h w c -> k n h w c", k=len(classes))))
-    return found
+            by_class = rearrange(images, "(k n) h w c -> k n h w c", k=len(classes))
+            pictures.append(Pictures(variant.name, classes, by_class))
+    return pictures
 
 
 def beside(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndarray, "n h w 3"]]]]:
@@ -49,7 +50,7 @@ def beside(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndarray, "
 def save_beside(pictures: list[Pictures], path: Path) -> None:
     """A PNG for a paper: classes as rows, models as columns; models as rows where a name is wider than its column."""
     models = [one.variant for one in pictures]
-    blocks = [(name, [tile(images, 2) for images in each]) for name, each in beside(pictures)]
+    blocks = [(name, [tile(images, 2) for images in of_models]) for name, of_models in beside(pictures)]
     if max(map(width_of, models)) > 2 * blocks[0][1][0].shape[1]:
         classes = [title(name) for name, _ in blocks]
         blocks = [(model, [of_class[number] for _, of_class in blocks]) for number, model in enumerate(models)]

@@ -20,14 +20,14 @@ from autoencoders.codec import create_codec
 from checkpoints.checkpoint import open_checkpoint
 from diffusion.samplers import num_calls
 from evaluation.scoring import open_scorer
-from evaluation.table import markdown
+from evaluation.table import terminal
 from experiment.backbones import model_spec
 from experiment.datasets import open_cache, open_split
 from experiment.diffusions import build_diffusion
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_whole
 from machine.whole_files import write_whole
 from metrics.cost import Cost
-from metrics.fidelity import check_metrics
+from metrics.scores import check_metrics
 from models.spec import ModelSpec
 from sampling.checks import resolve_sampling
 from sampling.generation import resolve_classes
@@ -265,7 +265,7 @@ def table(plan: list[Planned]) -> str:
         rows.append([planned.run.name, *cost, *left])
     seconds = [planned.seconds for planned in plan]
     total = None if None in seconds else sum(filter(None, seconds))
-    return f"{markdown(rows)}\nabout {duration(total)} to go, without features"
+    return f"{terminal(rows)}\nabout {duration(total)} to go, without features"
 
 
 def refuse_changed(plan: list[Planned]) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation.figures import CAPTIONS, draw_panels
-from ablation.page import page
-from ablation.pictures import Pictures, read_pictures, save_beside
+from ablation.figures import PANELS, draw_panels
+from ablation.pictures import Pictures, beside, data_uri, read_pictures, save_beside
 from ablation.results import Results, read_results
-from ablation.tables import SIGNIFICANT, as_csv, as_markdown, as_tex, crossed
-from evaluation.table import markdown, plain
+from ablation.tables import as_markdown, as_tex, cells, crossed, head, reference_cells, trials_csv
+from evaluation.page import page
+from evaluation.table import SIGNIFICANT, markdown, plain
 from machine.whole_files import write_whole
 from sampling.labelled import save_labelled
 
@@ -26,10 +26,10 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     panels, pictures = draw_panels(results), read_pictures(results)
     notes, facts = notes_of(results), facts_of(results)
     figures = save_pictures(pictures, folder / "figures")
-    write_whole(folder / "report.html", page(results, panels, pictures, notes, facts))
+    write_whole(folder / "report.html", as_page(results, panels, pictures, notes, facts))
     write_whole(folder / "report.md", as_text(results, [*panels], figures, notes, facts))
     write_whole(folder / "table.tex", as_tex(results, columns))
-    write_whole(folder / "results.csv", as_csv(results))
+    write_whole(folder / "results.csv", trials_csv(results))
     return (
         f"report of {len(results.runs)} runs ({len(results.missing)} to go): {folder}/report.html, report.md, "
         "table.tex, results.csv, figures/"
@@ -105,15 +105,39 @@ def _planned(name: str, results: Results) -> str:
     return ", ".join(dict.fromkeys(str(run.plan[name]) for run in results.runs))
 
 
+def as_page(
+    results: Results, panels: dict[str, str], pictures: list[Pictures], notes: list[str], facts: dict[str, Any]
+) -> str:
+    """One file that a browser reads without a network: table, curves, pictures, and where the numbers come from."""
+    return page(
+        "report.html",
+        title=results.title,
+        description=results.plan["ablation"]["description"],
+        missing=unfinished(results),
+        head=head(results),
+        groups={"references": reference_cells(results), "models": cells(results)},
+        notes=notes,
+        crossed=crossed(results),
+        panels=[(svg, PANELS[name][1]) for name, svg in panels.items()],
+        pictures=pictures,
+        beside=beside(pictures) if pictures else [],
+        data_uri=data_uri,
+        facts_of_results=facts,
+    )
+
+
+def unfinished(results: Results) -> str:
+    """What is left out, in words."""
+    return f"Not finished, and not in this report: {'; '.join(results.missing)}." if results.missing else ""
+
+
 def as_text(results: Results, panels: list[str], figures: list[str], notes: list[str], facts: dict[str, Any]) -> str:
     """Markdown, with the figures beside it."""
-    parts = [f"# {plain(results.title)}", results.plan["ablation"]["description"]]
-    if results.missing:
-        parts.append(plain(f"Not finished, and not in this report: {'; '.join(results.missing)}."))
+    parts = [f"# {plain(results.title)}", results.plan["ablation"]["description"], plain(unfinished(results))]
     parts += [as_markdown(results), *map(plain, notes)]
     for metric, rows in crossed(results):
-        parts += [f"## {metric}", markdown([[plain(cell) for cell in row] for row in rows])]
-    parts += [f"![{name}](figures/{name}.png)\n\n*{CAPTIONS[name]}*" for name in panels]
+        parts += [f"## {plain(metric)}", markdown(rows)]
+    parts += [f"![{name}](figures/{name}.png)\n\n*{PANELS[name][1]}*" for name in panels]
     parts += [f"![samples](figures/{name})" for name in figures]
     parts.append("\n".join(f"- {name}: {plain(str(value))}" for name, value in facts.items()))
     return "\n\n".join(filter(None, parts)) + "\n"

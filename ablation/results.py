@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,42 +15,16 @@ import numpy as np
 
 from ablation.stages import done_stages
 from evaluation.table import number
-from metrics.fidelity import is_lower_better
-
-TITLES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "is": "IS",
-    "kid": "KID",
-    "frechet_distance": "Fréchet",
-    "spatial_frechet_distance": "spatial Fréchet",
-    "classifier_score": "classifier score",
-    "kernel_distance": "kernel distance",
-}
+from metrics.scores import digits_of, is_lower_better
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that has been scored: what was planned of it, its scores and its log."""
+    """A scored run: its row of `plan.json`, `scores.json`, and the lines of `log.jsonl`."""
 
     plan: dict[str, Any]
-    record: dict[str, Any]  # scores.json
-    events: list[dict[str, Any]]  # log.jsonl
-
-    @property
-    def variant(self) -> str:
-        """Name of the variant that was trained."""
-        return self.plan["variant"]
-
-    @property
-    def seed(self) -> int:
-        """Seed that it was trained with."""
-        return self.plan["seed"]
-
-    @property
-    def folder(self) -> Path:
-        """Of its scores and pictures."""
-        return Path(self.plan["folder"])
+    record: dict[str, Any]
+    events: list[dict[str, Any]]
 
     @property
     def scored_as(self) -> str:
@@ -59,11 +33,15 @@ class RunResult:
         parts = [self.record[name] for name in ("num_samples", "reference", "extractor_sha256")]
         return json.dumps([*parts, samples["labels"], samples.get("autoencoder")], sort_keys=True)
 
-    @property
+    @cached_property
     def trials(self) -> list[dict[str, float | None]]:
         """The scores of each, by metric; distances of halves are left out."""
         trials = self.record["rows"][0]["trials"]
         return [{name: one["value"] for name, one in trial.items() if ", " not in name} for trial in trials]
+
+    def values(self, metric: str) -> list[float]:
+        """Of the trials that have a value."""
+        return [value for trial in self.trials if (value := trial.get(metric)) is not None]
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of something in the log."""
@@ -73,7 +51,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """All runs of a variant."""
+    """All runs of a variant, one a training seed."""
 
     name: str
     runs: list[RunResult]
@@ -85,7 +63,7 @@ class VariantResult:
 
     @property
     def gflops(self) -> float:
-        """Of a forward pass on an image, counted."""
+        """1e9 operations of a forward pass on one image."""
         return self.runs[0].plan["gflops"]
 
     @property
@@ -98,21 +76,17 @@ class VariantResult:
         """Of training, the most of the log."""
         return self._logged("memory_gb", max)
 
-    def _logged(self, name: str, summary: Any) -> float | None:
+    def _logged(self, name: str, summary: Callable[[list[float]], float]) -> float | None:
         values = [value for run in self.runs for value in run.series(name)[1]]
         return summary(values) if values else None
 
     def values(self, metric: str) -> list[float]:
         """Of every trial of every seed."""
-        found = [trial.get(metric) for run in self.runs for trial in run.trials]
-        return [value for value in found if value is not None]
+        return [value for run in self.runs for value in run.values(metric)]
 
     def by_seed(self, metric: str) -> dict[int, float]:
         """The mean over trials, for each seed."""
-        found = {
-            run.seed: [v for v in (trial.get(metric) for trial in run.trials) if v is not None] for run in self.runs
-        }
-        return {seed: fmean(values) for seed, values in found.items() if values}
+        return {run.plan["seed"]: fmean(values) for run in self.runs if (values := run.values(metric))}
 
 
 @dataclass(frozen=True)
@@ -148,10 +122,12 @@ class Results:
 
     def is_best(self, variant: VariantResult, metric: str) -> bool:
         """Whether this variant's mean is better than every other's, as they are shown: a tie has no best."""
-        means = {each.name: fmean(each.values(metric)) for each in self.variants if each.values(metric)}
-        best = (min if is_lower_better(metric) else max)(means.values())
-        tied = [name for name, mean in means.items() if number(mean) == number(best)]
-        return tied == [variant.name] and len(means) > 1
+        means = {each.name: fmean(values) for each in self.variants if (values := each.values(metric))}
+        if (lower := is_lower_better(metric)) is None or len(means) < 2:
+            return False
+        shown = {name: number(mean, digits=digits_of(metric)) for name, mean in means.items()}
+        best = (min if lower else max)(means, key=lambda name: means[name])
+        return [name for name in shown if shown[name] == shown[best]] == [variant.name]
 
     def p_value(self, variant: VariantResult, metric: str) -> float | None:
         """Of the difference to the baseline, paired over the seeds that both have; None for fewer than two."""
@@ -166,7 +142,7 @@ class Results:
         """The scores of training images (the floor) and of reconstructions (the ceiling), where a run has them, by what
         they are, and of which variant where not all are scored alike."""
         alike = len({run.scored_as for run in self.runs}) == 1
-        rows = {row["name"]: (row["scores"], run.variant) for run in self.runs for row in run.record["rows"][1:]}
+        rows = {row["name"]: (row["scores"], run.plan["variant"]) for run in self.runs for row in run.record["rows"][1:]}
         return {
             f"{name} ({what}{'' if alike else f' of {rows[name][1]}'})": rows[name][0]
             for name, what in (("training images", "floor"), ("reconstructions", "ceiling"))
@@ -184,7 +160,7 @@ def read_results(folder: Path) -> Results:
     if not path.is_file():
         raise ValueError(f"{folder} holds no ablation: there is no {path}")
     plan = json.loads(path.read_text())
-    found: dict[str, list[RunResult]] = {}
+    variants: dict[str, list[RunResult]] = {}
     missing = []
     for one in plan["runs"]:
         scores = Path(one["folder"]) / "scores.json"
@@ -193,16 +169,10 @@ def read_results(folder: Path) -> Results:
             continue
         log = (Path(one["trained_in"]) / "log.jsonl").read_text().splitlines()
         run = RunResult(one, json.loads(scores.read_text()), [json.loads(line) for line in log])
-        found.setdefault(one["variant"], []).append(run)
-    if not found:
+        variants.setdefault(one["variant"], []).append(run)
+    if not variants:
         raise ValueError(f"{folder}: no run is finished, there is nothing to report yet ({len(missing)} to go)")
-    return Results(folder, plan, [VariantResult(name, runs) for name, runs in found.items()], missing)
-
-
-def title_of(metric: str) -> str:
-    """For the head of a column."""
-    name = metric.partition("[")[0]
-    return f"{TITLES.get(name, name)} {'↓' if is_lower_better(metric) else '↑'}"
+    return Results(folder, plan, [VariantResult(name, runs) for name, runs in variants.items()], missing)
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -213,18 +183,16 @@ def spread(values: Sequence[float]) -> float | None:
 def paired_p(differences: Sequence[float]) -> float | None:
     """Two-sided p of Student's t-test that the mean difference is zero; None where all differences are equal.
 
-    With t = sqrt(n - 1) tan(theta) the density of Student's t becomes cos(theta)^(n - 2), whose tail is summed here.
+    With t = sqrt(n - 1) tan(theta) the density of Student's t becomes cos(theta)^(n - 2), whose tail is integrated:
+    scipy, which has the test, would be a large dependency for one number.
     """
-    n = len(differences)
-    deviation = stdev(differences)
+    n, deviation = len(differences), stdev(differences)
     if deviation == 0:
         return None
     t = abs(fmean(differences)) / (deviation / math.sqrt(n))
-    start = math.atan(t / math.sqrt(n - 1))
 
-    def integral(a: float) -> float:
-        num = 20_000
-        theta = a + (np.arange(num) + 0.5) * (math.pi / 2 - a) / num
-        return float((np.cos(theta) ** (n - 2)).sum() * (math.pi / 2 - a) / num)
+    def tail(start: float) -> float:
+        theta = np.linspace(start, math.pi / 2, 20_001)
+        return float(np.trapezoid(np.cos(theta) ** (n - 2), theta))
 
-    return integral(start) / integral(0.0)
+    return tail(math.atan(t / math.sqrt(n - 1))) / tail(0.0)

@@ -1,30 +1,15 @@
-"""Table 1 in four formats, from one list of cells."""
+"""The tables of a report, from one list of cells."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
-from ablation.results import Results, spread, title_of
-from evaluation.table import markdown, number, plain, tex
-from metrics.features import METRICS
-from metrics.fidelity import ELSEWHERE
+from ablation.results import Results, spread
+from evaluation.table import Cell, as_csv, latex, markdown, number
+from metrics.scores import METRICS, digits_of, row_of, title_of
 
-SIGNIFICANT = 0.05
 COSTS = ["parameters", "GFLOPs", "img/s", "GB"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is shown, what it is sorted by, and whether it is the best of its column or differs from the baseline."""
-
-    text: str
-    value: float | None = None
-    best: bool = False
-    p: float | None = None
 
 
 def head(results: Results) -> list[str]:
@@ -45,19 +30,12 @@ def cells(results: Results) -> list[list[Cell]]:
             Cell("-" if memory is None else f"{memory:.2f}", memory),
         ]
         for metric in results.metrics:
-            values = variant.values(metric)
-            if not values:
+            if not (values := variant.values(metric)):
                 row.append(Cell("-"))
                 continue
-            mean = fmean(values)
-            row.append(
-                Cell(
-                    number(mean, spread(values)),
-                    mean,
-                    results.is_best(variant, metric),
-                    results.p_value(variant, metric),
-                )
-            )
+            text = number(fmean(values), spread(values), digits_of(metric))
+            best, p = results.is_best(variant, metric), results.p_value(variant, metric)
+            row.append(Cell(text, fmean(values), best, p))
         rows.append(row)
     return rows
 
@@ -69,8 +47,10 @@ def reference_cells(results: Results) -> list[list[Cell]]:
     for name, scores in results.references.items():
         row = [Cell(name), *[Cell("")] * len(COSTS)]
         for metric in results.metrics:
-            value = scores.get(metric, {}).get("value")
-            row.append(Cell("-") if value is None else Cell(number(value, scores[metric].get("std")), value))
+            score = scores.get(metric, {})
+            value = score.get("value")
+            text = "-" if value is None else number(value, score.get("std"), digits_of(metric))
+            row.append(Cell(text, value))
         rows.append(row)
     return rows
 
@@ -82,7 +62,7 @@ def crossed(results: Results) -> list[tuple[str, list[list[str]]]]:
         key: list(dict.fromkeys(str(point.get(key)) for point in points.values()))
         for key in dict.fromkeys(key for point in points.values() for key in point)
     }
-    factors = [key for key, found in values.items() if len(found) > 1]
+    factors = [key for key, choices in values.items() if len(choices) > 1]
     if len(factors) != 2:
         return []
     down, across = factors
@@ -100,8 +80,7 @@ def crossed(results: Results) -> list[tuple[str, list[list[str]]]]:
 
 def as_markdown(results: Results) -> str:
     """With `*` where a difference to the baseline is significant."""
-    rows = [[_marked(cell, "**", "**") for cell in row] for row in [*reference_cells(results), *cells(results)]]
-    return markdown([head(results), *rows])
+    return markdown([head(results), *reference_cells(results), *cells(results)])
 
 
 def check_columns(columns: list[str]) -> None:
@@ -117,50 +96,27 @@ def check_columns(columns: list[str]) -> None:
 
 
 def as_tex(results: Results, columns: Sequence[str] = ()) -> str:
-    """A booktabs table, ready for `\\input`: of the columns that are asked for, by their heads or by the names of
-    `evaluation.metrics`; by default of all in which some model has a value."""
-    names = [*COSTS, *(metric.partition("[")[0] for metric in results.metrics)]
-    tables = [[[Cell(name) for name in head(results)]], reference_cells(results), cells(results)]
-    asked = {name for column in columns for name in (column, ELSEWHERE.get(column))}
+    """For a paper: the columns that are asked for, by their heads or by the names of `evaluation.metrics`; by default
+    all in which some model has a value."""
+    names, models = [*COSTS, *(row_of(metric)[0] for metric in results.metrics)], cells(results)
     chosen = [0] + [
         place
         for place, name in enumerate(names, start=1)
-        if (name in asked if columns else any(row[place].value is not None for row in tables[-1]))
+        if (name in columns if columns else any(row[place].value is not None for row in models))
     ]
-    lines = [r"\begin{tabular}{l" + "r" * (len(chosen) - 1) + "}", r"\toprule"]
-    for number_, rows in enumerate(filter(None, tables)):
-        lines += [r"\midrule"] * (number_ > 0)
-        lines += [" & ".join(_tex_cell(row[place]) for place in chosen) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    parts = [[head(results)], reference_cells(results), models]
+    return latex(*([[row[place] for place in chosen] for row in rows] for rows in parts))
 
 
-def as_csv(results: Results) -> str:
+def trials_csv(results: Results) -> str:
     """Every trial of every run, in full precision."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     costs = ["parameters", "gflops", "images_per_second", "memory_gb"]
-    writer.writerow(["variant", "seed", "trial", *costs, *results.metrics])
+    rows: list[list[object]] = [["variant", "seed", "trial", *costs, *results.metrics]]
     for variant in results.variants:
         cost = [getattr(variant, name) for name in costs]
         for run in variant.runs:
             for number_, trial in enumerate(run.trials):
-                writer.writerow([variant.name, run.seed, number_, *cost, *(trial.get(m) for m in results.metrics)])
-    return file.getvalue()
-
-
-def _marked(cell: Cell, before: str, after: str) -> str:
-    text = f"{before}{cell.text}{after}" if cell.best else plain(cell.text)
-    return text + ("*" if is_significant(cell) else "")
-
-
-def is_significant(cell: Cell) -> bool:
-    """Whether it differs from the baseline."""
-    return cell.p is not None and cell.p < SIGNIFICANT
-
-
-def _tex_cell(cell: Cell) -> str:
-    if cell.value is None:
-        return tex(cell.text)
-    text = cell.text.replace("±", r"\pm").replace("M", r"\text{M}")
-    text = rf"\mathbf{{{text}}}" if cell.best else text
-    return f"${text}{'^{*}' if is_significant(cell) else ''}$"
+                rows.append(
+                    [variant.name, run.plan["seed"], number_, *cost, *(trial.get(name) for name in results.metrics)]
+                )
+    return as_csv(rows)

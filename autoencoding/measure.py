@@ -27,9 +27,9 @@ from experiment.datasets import open_split
 from machine.accelerator import describe
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
-from metrics.fidelity import Score
 from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, exact, psnr, spatial_frequencies, spectrum, ssim
+from metrics.scores import Score
 from sampling.generation import share
 
 ACTIVE = 0.01  # a unit whose posterior mean varies less over images is dead (Burda et al. 2016, section 5.2)

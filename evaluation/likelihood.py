@@ -13,7 +13,7 @@ from data.image_set import ImageSet
 from data.subsets import by_name, stratified
 from diffusion.probability_flow import bits_per_dimension
 from machine.randomness import generator_for
-from metrics.fidelity import Score
+from metrics.scores import Score
 from sampling.generation import share
 
 
@@ -46,7 +46,7 @@ def held_out_likelihood(
     labels = held_out.labels
     if checkpoint.classes:
         labels = by_name(labels, held_out.classes, checkpoint.classes, "--likelihood")
-    found: list[tuple[int, float]] = []
+    bits_of: list[tuple[int, float]] = []  # index and bits of this process's images
     show = accelerator.is_main_process
     with tqdm(total=num_images, desc="likelihood", unit="img", disable=not show, leave=False) as bar:
         for part in share(num_images, accelerator).split(batch_size):
@@ -57,7 +57,7 @@ def held_out_likelihood(
                 signs.append(torch.randint(0, 2, x_0[-1].shape, generator=draw, device=device) * 2.0 - 1)
             y = labels[chosen[part]].to(device)
             bits = bits_per_dimension(diffusion, model, torch.cat(x_0), y, probe=torch.cat(signs))
-            found += zip(part.tolist(), (bits + codec.density_offset).tolist(), strict=True)
+            bits_of += zip(part.tolist(), (bits + codec.density_offset).tolist(), strict=True)
             bar.update(len(part) * accelerator.num_processes)
-    bits = torch.tensor([value for _, value in sorted(gather_object(found))], dtype=torch.float64)
+    bits = torch.tensor([value for _, value in sorted(gather_object(bits_of))], dtype=torch.float64)
     return Score(bits.mean().item(), (bits.std() / len(bits) ** 0.5).item(), spread=f"standard error of {num_images}")

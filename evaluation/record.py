@@ -14,11 +14,11 @@ import torch
 from checkpoints.checkpoint import current_commit
 from evaluation.scoring import Memorisation, Reference, Row
 from evaluation.sources import Source
-from evaluation.table import markdown, number, tex
+from evaluation.table import number, terminal
 from experiment.config import EvaluationConfig
 from machine.whole_files import write_whole
 from metrics.features import Extractor
-from metrics.fidelity import Score, metric_name
+from metrics.scores import Score, digits_of, metric_name
 from sampling.image_files import save_grid
 
 ENOUGH_FOR_INCEPTION_SCORE = 5000  # images a split, as of the 50,000 in ten that the literature prints
@@ -58,52 +58,43 @@ def table(
     columns: Sequence[str] = (),
     *,
     of: str = "samples",
-    form: Callable[[Sequence[Sequence[str]]], str] = markdown,
+    form: Callable[[Sequence[Sequence[str]]], str] = terminal,
 ) -> str:
-    """Markdown, aligned for the terminal, or another form: a row a source, a column a setting in `columns` or a
-    metric."""
+    """For the terminal or in another form: a row a source, a column a setting in `columns` or a metric."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
     cells = [[of, *columns, *metrics]]
     for row in rows:
         settings = [str(row.settings.get(column, "")) for column in columns]
-        cells.append([row.name, *settings, *(_cell(row.scores.get(metric)) for metric in metrics)])
+        cells.append([row.name, *settings, *(_cell(metric, row.scores.get(metric)) for metric in metrics)])
     return form(cells)
-
-
-def latex(cells: Sequence[Sequence[str]]) -> str:
-    """A booktabs table, ready for `\\input`; its first row is the head."""
-    head, *lines = (" & ".join(map(tex, line)) + r" \\" for line in cells)
-    columns = "l" + "r" * (len(cells[0]) - 1)
-    start = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
-    return "\n".join([*start, *lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
     """What is to be known of the numbers in a table: what each ± is, and which of them a few images do not give."""
     first = rows[0].trials[0]
-    spreads: dict[str, list[str]] = {}
+    spreads: dict[str, dict[str, None]] = {}  # the scores of each spread, in the order of the table
     for row in rows:
         for name, score in row.scores.items():
-            if score.spread and name not in (found := spreads.setdefault(score.spread, [])):
-                found.append(name)
+            if score.spread:
+                spreads.setdefault(score.spread, {})[name] = None
     lines = [f"± of {', '.join(names)}: {spread}" for spread, names in spreads.items()]
-    name, splits = metric_name("is", extractor.kind, extractor.name), first.settings["is_splits"]
-    if name in first.scores and (num := first.num_samples // splits) < ENOUGH_FOR_INCEPTION_SCORE:
+    name, splits = metric_name("is", extractor.kind, extractor.name), first.settings.get("is", {}).get("splits")
+    if splits and (num := first.num_samples // splits) < ENOUGH_FOR_INCEPTION_SCORE:
         lines.append(f"{name}: low by the bias of {splits} splits of {num} images; compare equal counts alone")
     return lines
 
 
-def _cell(score: Score | None) -> str:
+def _cell(metric: str, score: Score | None) -> str:
     if score is None:
         return "-"
-    return "none" if score.value is None else number(score.value, score.std)
+    return "none" if score.value is None else number(score.value, score.std, digits_of(metric))
 
 
-def draw_pairs(samples: Source, train: Source, found: Memorisation, path: Path, num: int = 12) -> None:
+def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path: Path, num: int = 12) -> None:
     """The samples that lie closest to a training image, and below each that image."""
-    closest = found.closest(num)
-    pairs = torch.cat([samples.images(closest), train.images(found.nearest[closest])])
-    captions = [f"{distance:.3g}" for distance in found.distances[closest].tolist()]
+    closest = memorisation.distances.argsort()[:num]
+    pairs = torch.cat([samples.images(closest), train.images(memorisation.nearest[closest])])
+    captions = [f"{distance:.3g}" for distance in memorisation.distances[closest].tolist()]
     save_grid(pairs, path, columns=len(closest), captions=[*captions, *["training"] * len(closest)])
 
 

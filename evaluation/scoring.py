@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from jaxtyping import UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from autoencoders.codec import Codec
@@ -23,10 +23,11 @@ from experiment.config import DataConfig, EvaluationConfig
 from experiment.datasets import open_split
 from machine.accelerator import from_main
 from metrics.features import Extractor, Features
-from metrics.fidelity import Score, Scores, check_metrics, compare, metric_name
+from metrics.fidelity import Scores, compare
 from metrics.frechet import frechet_distance
 from metrics.manifold import nearest, share_of_pairs_closer
 from metrics.reference import load_features, reference_path, save_features
+from metrics.scores import Score, check_metrics, metric_name, needs_of
 from sampling.generation import share
 
 
@@ -55,7 +56,7 @@ def dataset_reference(
         **dataset.describe(),
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
-        "metrics": sorted(evaluation.metrics),
+        "needs": sorted(needs_of(evaluation.metrics)),
         **({"codec": codec.provenance} if codec else {}),
     }
     path = reference_path(Path(data.cache) / "references", key)
@@ -84,23 +85,20 @@ def open_scorer(
 
 def npz_reference(
     path: str,
-    found: tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None],
+    moments: Features | None,
+    images: UInt8[Tensor, "n 3 h w"] | None,
     extractor: Extractor,
     accelerator: Accelerator,
     evaluation: EvaluationConfig,
 ) -> Reference:
-    """What `read_adm` found: moments, images or both; where there are images, those give what moments cannot."""
-    moments, images = found
-    features = None
+    """Of what `read_adm` reads, moments, images or both; where there are images, those give what moments cannot."""
+    name, features = Path(path).name, moments
     if images is not None:
-        source = from_images(images, Path(path).name)
-        features = extract(source, extractor, accelerator, evaluation)
-    if features is None or moments is None:
-        either = features or moments
-        assert either is not None  # read_adm saw to it
-        return Reference(either, {"source": Path(path).name, "moments": "of the file" if moments else "of its images"})
-    whole = replace(features, moments=moments.moments, spatial=moments.spatial or features.spatial)
-    return Reference(whole, {"source": Path(path).name, "moments": "of the file"})
+        features = extract(from_images(images, name), extractor, accelerator, evaluation)
+        if moments is not None:
+            features = replace(features, moments=moments.moments, spatial=moments.spatial or features.spatial)
+    assert features is not None  # read_adm saw to it
+    return Reference(features, {"source": name, "moments": "of the file" if moments else "of its images"})
 
 
 def extract(source: Source, extractor: Extractor, accelerator: Accelerator, evaluation: EvaluationConfig) -> Features:
@@ -154,17 +152,14 @@ class Memorisation:
     closer: float
     copies: float
     found: float
-    distances: Tensor
-    nearest: Tensor
-
-    def closest(self, num: int) -> Tensor:
-        """Indices of the samples that lie closest to a training image, the closest first."""
-        return self.distances.argsort()[:num]
+    distances: Float[Tensor, " n"]
+    nearest: Int64[Tensor, " n"]
 
 
 def memorisation(
     features: Features,
-    planted: tuple[Source, Tensor],
+    copies: Source,
+    originals: Int64[Tensor, " n"],
     held_out: Source,
     data: DataConfig,
     codec: Codec,
@@ -172,8 +167,8 @@ def memorisation(
     accelerator: Accelerator,
     evaluation: EvaluationConfig,
 ) -> Memorisation:
-    """Nearest neighbours among the training images of samples, whose features these are; `planted` training images and
-    where they stand, and held-out ones, are `like` them.
+    """Nearest neighbours among the training images of samples, whose features these are. `copies` of training images,
+    with the indices of their `originals`, and held-out images are `like` them.
 
     The training images are the decoded means of their posteriors; held-out images and planted copies are decoded draws,
     as samples are that a model made of such draws. The metrics have to keep the features of each image.
@@ -190,14 +185,14 @@ def memorisation(
         return extract(drawn, extractor, accelerator, evaluation)
 
     distances, index = nearest_to(features)
-    copied, own = nearest_to(through_codec(planted[0]))
-    others, _ = nearest_to(through_codec(held_out))
+    of_copies, nearest_to_copies = nearest_to(through_codec(copies))
+    of_held_out, _ = nearest_to(through_codec(held_out))
     return Memorisation(
-        share_of_pairs_closer(distances, others),
-        share_of_pairs_closer(copied, others),
-        (own == planted[1]).double().mean().item(),
-        distances,
-        index,
+        closer=share_of_pairs_closer(distances, of_held_out),
+        copies=share_of_pairs_closer(of_copies, of_held_out),
+        found=(nearest_to_copies == originals).double().mean().item(),
+        distances=distances,
+        nearest=index,
     )
 
 
@@ -209,11 +204,6 @@ class Row:
     scores: dict[str, Score]
     settings: dict[str, Any]
     trials: list[Scores]
-
-    @property
-    def num_samples(self) -> int:
-        """Number of images in each trial."""
-        return self.trials[0].num_samples
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as JSON takes them."""

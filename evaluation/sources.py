@@ -77,14 +77,14 @@ def from_images(
 ) -> Source:
     """A dataset or tensor, or those of its images at `index`; `labels` are of all its images."""
     chosen = torch.arange(len(images)) if index is None else index  # pyright: ignore[reportArgumentType]
-    own = labels[chosen] if labels is not None and classes else None
+    chosen_labels = labels[chosen] if labels is not None and classes else None
 
     def batches(indices: Tensor, batch_size: int) -> Iterator[ImageBatch]:
-        found = image_batches(images, batch_size, indices=chosen[indices])
-        for part, batch in zip(indices.split(batch_size), found, strict=True):
-            yield replace(batch, indices=part, labels=None if own is None else own[part])
+        read = image_batches(images, batch_size, indices=chosen[indices])
+        for part, batch in zip(indices.split(batch_size), read, strict=True):
+            yield replace(batch, indices=part, labels=None if chosen_labels is None else chosen_labels[part])
 
-    return Source(name, len(chosen), batches, {**provenance, "num_images": len(chosen)}, own, classes)
+    return Source(name, len(chosen), batches, {**provenance, "num_images": len(chosen)}, chosen_labels, classes)
 
 
 def from_dataset(dataset: Any, name: str, num: int | None = None, seed: int = 0, **provenance: object) -> Source:
@@ -104,14 +104,15 @@ def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> 
     if samples.labels is None or not dataset.classes:
         index = stratified(dataset.labels, samples.num_images, seed)
     else:
-        wanted = by_name(samples.labels, samples.classes, dataset.classes, flag)
-        draw, index = torch.Generator().manual_seed(seed), torch.empty_like(wanted)
-        for label in wanted.unique().tolist():
-            own, places = ((each == label).nonzero().flatten() for each in (dataset.labels, wanted))
-            if len(own) == 0:
+        labels = by_name(samples.labels, samples.classes, dataset.classes, flag)
+        draw, index = torch.Generator().manual_seed(seed), torch.empty_like(labels)
+        for label in labels.unique().tolist():
+            of_class = (dataset.labels == label).nonzero().flatten()
+            if len(of_class) == 0:
                 raise ValueError(f"{flag}: the {name} have no image of the class {dataset.classes[label]}")
-            shuffled = own[torch.randperm(len(own), generator=draw)]
-            index[places] = shuffled[torch.arange(len(places)) % len(own)]
+            shuffled = of_class[torch.randperm(len(of_class), generator=draw)]
+            places = (labels == label).nonzero().flatten()
+            index[places] = shuffled[torch.arange(len(places)) % len(of_class)]
     about = {**dataset.describe(), "label_policy": "the samples'", "num_different": len(index.unique())}
     return from_images(dataset, name, index, labels=dataset.labels, **about), index
 

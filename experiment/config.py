@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from diffusion.options import SamplingOptions
 from experiment.settings import flatten
 from machine.whole_files import inside
+from metrics.scores import DEFAULT, HELP
 from settings import SEEDS, unset, within
 
 
@@ -241,7 +242,7 @@ class EvaluationConfig:
             program, a TorchScript one may read and write files: run only what you trust
         weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
             .bin
-        metrics: of fid, sfid, is, kid, precision, recall, density, coverage
+        metrics: {metrics}
         num_samples: images to draw; by default as many as there are held-out images
         labels: of the drawn samples: 'balanced' (all classes in turn), 'reference' (the held-out images' own) or
             'random'
@@ -251,13 +252,14 @@ class EvaluationConfig:
 
     extractor: str = "inception"
     weights_path: str | None = None
-    metrics: list[str] = field(
-        default_factory=lambda: ["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage"]
-    )
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT))
     num_samples: int | None = within("[1, inf)", None)
     labels: Literal["balanced", "reference", "random"] = "balanced"
     seed: int = within(SEEDS, 0)
     batch_size: int = within("[1, inf)", 64)
+
+
+EvaluationConfig.__doc__ = str(EvaluationConfig.__doc__).format(metrics=HELP)
 
 
 @dataclass(frozen=True)

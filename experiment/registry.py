@@ -14,6 +14,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
 
+from metrics.scores import Metric
+
 T = TypeVar("T")
 
 TABLES = {  # of each kind: its table's module and name; the module is imported when something is added
@@ -23,30 +25,35 @@ TABLES = {  # of each kind: its table's module and name; the module is imported 
     "dataset": ("data", "DATASETS"),
     "codec": ("autoencoders.codec", "CODECS"),
     "auxiliary": ("training.objective", "AUXILIARY"),
+    "metric": ("metrics.scores", "METRICS"),
 }
 
 
 def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
     """A decorator that adds a class or function to the table of its kind; `name` then works as a flag's value.
 
-    A backbone takes `arguments` of its constructor along, so that one class has rows of several sizes.
+    A backbone takes `arguments` of its constructor along, so that one class has rows of several sizes; a metric takes
+    those of `metrics.scores.Metric`, such as `better="lower"`.
 
     Raises:
-        ValueError: for an unknown kind, a name that is taken, or arguments of anything but a backbone.
+        ValueError: for an unknown kind, a name that is taken, or arguments that the kind does not take.
     """
     if kind not in TABLES:
         raise ValueError(f"register({kind!r}, {name!r}): no such kind, choose from {', '.join(TABLES)}")
-    if arguments and kind != "backbone":
-        raise ValueError(f"register({kind!r}, {name!r}): arguments are for backbones, leave out {', '.join(arguments)}")
+    if arguments and kind not in ("backbone", "metric"):
+        raise ValueError(f"register({kind!r}, {name!r}): a {kind} takes no arguments, leave out {', '.join(arguments)}")
     module, table = TABLES[kind]
 
-    def add(thing: T) -> T:
+    def add(thing: Any) -> Any:
         rows: dict[str, Any] = getattr(import_module(module), table)
         if name in rows:
-            taken = rows[name][0] if kind == "backbone" else rows[name]
+            taken = rows[name][0] if kind == "backbone" else getattr(rows[name], "compute", rows[name])
             owner = f"{getattr(taken, '__module__', '')}.{getattr(taken, '__qualname__', taken)}"
             raise ValueError(f"register({kind!r}, {name!r}): the name is taken, by {owner}; choose another")
-        rows[name] = (thing, arguments) if kind == "backbone" else thing
+        if kind == "metric":
+            rows[name] = Metric(thing, **arguments)
+        else:
+            rows[name] = (thing, arguments) if kind == "backbone" else thing
         return thing
 
     return add

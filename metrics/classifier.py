@@ -131,8 +131,8 @@ def augment(
     top, left = torch.randint(0, 2 * max_shift + 1, (2, b), generator=generator)
     rows = rearrange(top, "b -> b 1 1") + rearrange(torch.arange(h), "h -> 1 h 1")
     columns = rearrange(left, "b -> b 1 1") + rearrange(torch.arange(w), "w -> 1 1 w")
-    each = rearrange(torch.arange(b), "b -> b 1 1")
-    shifted = rearrange(padded, "b c h w -> b h w c")[each, rows, columns]
+    images = rearrange(torch.arange(b), "b -> b 1 1")
+    shifted = rearrange(padded, "b c h w -> b h w c")[images, rows, columns]
     shifted = rearrange(shifted, "b h w c -> b c h w")
 
     blurred = F.avg_pool2d(F.pad(shifted, [1] * 4, mode="replicate"), kernel_size=3, stride=1)

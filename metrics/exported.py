@@ -55,9 +55,9 @@ class ExportedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         for axis, name in ((2, "height"), (3, "width")):
-            fixed, found = self.sizes[axis], images.shape[axis]
-            if fixed not in (None, found):
-                raise ValueError(f"it was exported for a {name} of {fixed}, and here it is {found}: export it by {HOW}")
+            fixed, size = self.sizes[axis], images.shape[axis]
+            if fixed not in (None, size):
+                raise ValueError(f"it was exported for a {name} of {fixed}, and here it is {size}: export it by {HOW}")
         return self.network(images)
 
     def train(self, mode: bool = True) -> ExportedNetwork:
@@ -75,7 +75,7 @@ class ExportedNetwork(nn.Module):
         return self
 
     def _constants(self) -> Iterator[Tensor]:
-        return (each for each in self.program.constants.values() if isinstance(each, Tensor))
+        return (value for value in self.program.constants.values() if isinstance(value, Tensor))
 
 
 def load_exported(path: str | Path) -> ExportedNetwork:

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from metrics.downloads import hub_answers, network_timeout
 from metrics.programs import load_program
+from metrics.scores import INCEPTION
 from metrics.timm_models import find_timm, is_downloaded, load_timm
 
-INCEPTION = "inception"
 PROGRAM = "program"
 TIMM = "timm:"
 REGISTERED = {INCEPTION: "inception-v3-compat"}  # our name -> torch-fidelity's; the others are the same
@@ -38,43 +38,23 @@ class ExtractorError(ValueError):
     """A feature extractor that cannot be had or used, in the user's words."""
 
 
-class ProgramExtractor(FeatureExtractorBase):
-    """A program (`metrics.programs`) as torch-fidelity sees an extractor.
+class ProgramExtractor(nn.Module):
+    """A program (`metrics.programs`): it takes uint8 RGB [n 3 h w], resizes by itself, and returns features [n d] and
+    class probabilities [n k]; of those this gives the logarithms, whose softmax they are."""
 
-    It takes uint8 RGB [n 3 h w], resizes by itself, and returns features [n d] and class probabilities
-    [n k]. torch-fidelity's inception score takes a softmax of what it gets, so it gets their logarithms.
-    """
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.module = load_program(path)
 
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: object) -> None:
-        super().__init__(name, features_list)
-        self.module = load_program(feature_extractor_weights_path)
-
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        features, probabilities = self.module(input)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, probabilities = self.module(images)
         if features.ndim != 2 or probabilities.ndim != 2:
             shapes = f"{list(features.shape)} and {list(probabilities.shape)}"
             raise ExtractorError(f"it returns {shapes}, not features [n d] and class probabilities [n k]")
         sums = probabilities.cpu().double().sum(dim=1)
         if probabilities.isfinite().all() and (probabilities.min() < 0 or (sums - 1).abs().max() > 1e-2):
             raise ExtractorError("its second output is not class probabilities (are they logits? add a softmax)")
-        outputs = {"features": features, "log_probabilities": probabilities.float().clamp(min=1e-30).log()}
-        return tuple(outputs[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "features", "log_probabilities"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "log_probabilities" if metric == "isc" else "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-
-if PROGRAM not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor(PROGRAM, ProgramExtractor)
+        return features, probabilities.float().clamp(min=1e-30).log()
 
 
 class Resized(nn.Module):
@@ -121,7 +101,10 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> Network
         raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}, nor timm:NAME")
     if weights_path is not None:
         raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
-    return Network(*named, _load_file(name), _file_sha256(path), published=False)
+    try:
+        return Network(*named, ProgramExtractor(name), _file_sha256(path), published=False)
+    except ValueError as error:
+        raise ExtractorError(f"--extractor {error}") from error
 
 
 def naming(extractor: str) -> tuple[str, str]:
@@ -136,14 +119,6 @@ UNREADABLE = (OSError, HTTPException, RuntimeError, ValueError, EOFError, Unpick
 
 NO_STATE = (TypeError, KeyError, AttributeError, SafetensorError)
 """What a file raises that is no state dict, or another model's."""
-
-
-def _load_file(path: str) -> FeatureExtractorBase:
-    layers = list(ProgramExtractor.get_provided_features_list())
-    try:
-        return _create(PROGRAM, layers, path)
-    except ValueError as error:
-        raise ExtractorError(f"--extractor {error}") from error
 
 
 def _load_timm(extractor: str, weights_path: str | Path | None) -> nn.Module:
@@ -187,8 +162,7 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
         raise ExtractorError(
             f"--extractor {name}: its weights cannot be downloaded ({_one_line(error)}); give {own}"
             "--extractor timm:NAME or FILE.pt2 (a program: one that you trust), such as the small classifier that "
-            "`make demo` trains: "
-            "its scores compare runs with each other, not with published ones"
+            "`make demo` trains: its scores compare runs with each other, not with published ones"
         ) from error
 
 
@@ -209,8 +183,7 @@ def _load_weights(name: str, registered: str, layers: list[str], path: Path) -> 
 
 
 def _create(registered: str, layers: list[str], path: str | None) -> FeatureExtractorBase:
-    """torch-fidelity's constructor, without its talk: on failure, ours is the one line that the user
-    reads."""
+    """torch-fidelity's constructor, without its talk: on failure, ours is the one line that the user reads."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=FutureWarning)  # CLIP's file
         return create_feature_extractor(

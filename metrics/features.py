@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics.extractors import INCEPTION, NAMES, ExtractorError, load_extractor
+from metrics.extractors import NAMES, ExtractorError, load_extractor
 from metrics.frechet import Moments, RunningMoments, moments_of
 from metrics.image_batches import ImageBatch
-
-METRICS = ("fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage")
-OF_MOMENTS = {"fid", "sfid"}  # need no image's own features: memory does not grow with the number of images
+from metrics.scores import DEFAULT, INCEPTION, PER_IMAGE, needs_of
 
 
 @dataclass(frozen=True)
 class Features:
     """What an extractor says of a set of images, on the CPU, in the order of their indices.
 
-    `features`, `logits` and `labels` are None where only moments were asked for, or the extractor has none.
+    What the metrics asked for do not need, or the extractor does not have, is None.
     """
 
     moments: Moments
@@ -35,6 +33,7 @@ class Features:
     features: Float[Tensor, "n d"] | None = None
     logits: Float[Tensor, "n k"] | None = None  # where the extractor is a classifier
     labels: Int64[Tensor, " n"] | None = None
+    images: UInt8[Tensor, "n 3 h w"] | None = None
 
     @staticmethod
     def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> Features:
@@ -90,7 +89,7 @@ class Extractor:
         batches: Iterable[ImageBatch],
         num_images: int,
         *,
-        metrics: Sequence[str] = METRICS,
+        metrics: Sequence[str] = DEFAULT,
         gather: Callable[[list], list] = list,
         progress: bool = True,
         desc: str = "features",
@@ -103,13 +102,15 @@ class Extractor:
             ValueError: for an empty set, or images that are not uint8 RGB.
             ExtractorError: for features that are not finite, or a file without the interface.
         """
-        part = _Part(in_second_half(sum(gather([num_images]))), keep=not OF_MOMENTS.issuperset(metrics))
+        needs = needs_of(metrics)
+        part = _Part(in_second_half(sum(gather([num_images]))), keep=bool(needs & PER_IMAGE))
         try:
             with tqdm(total=num_images, desc=desc, unit="img", leave=False, disable=not progress) as bar:
                 for batch in batches:
                     outputs = self._outputs(batch.images, desc)
-                    spatial = self._spatial() if "sfid" in metrics else None
-                    part.add(batch, outputs[0], outputs[1] if len(outputs) > 1 else None, spatial)
+                    spatial = self._spatial() if "spatial" in needs else None
+                    images = batch.images.cpu() if "images" in needs else None
+                    part.add(batch, outputs[0], outputs[1] if len(outputs) > 1 else None, spatial, images)
                     bar.update(len(batch.images))
         except ValueError as error:  # goes with the part, so that no process waits for one that is gone
             part.error = error
@@ -168,14 +169,21 @@ class _Part:
     def __init__(self, second: Tensor, *, keep: bool) -> None:
         self.second, self.keep = second, keep  # which of all images are in the second half
         self.halves, self.spatial = (RunningMoments(), RunningMoments()), RunningMoments()
-        self.kept: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self.kept: list[tuple[Tensor | None, ...]] = []  # indices, features, logits, labels, images
         self.error: ValueError | None = None
 
-    def add(self, batch: ImageBatch, features: Tensor, logits: Tensor | None, spatial: Tensor | None) -> None:
+    def add(
+        self,
+        batch: ImageBatch,
+        features: Tensor,
+        logits: Tensor | None,
+        spatial: Tensor | None,
+        images: Tensor | None,
+    ) -> None:
         if spatial is not None:
             self.spatial.update(spatial)
         if self.keep:
-            self.kept.append((batch.indices, features, logits, batch.labels))
+            self.kept.append((batch.indices, features, logits, batch.labels, images))
         else:
             for half, moments in enumerate(self.halves):
                 moments.update(features[self.second[batch.indices] == half])
@@ -188,11 +196,12 @@ class _Part:
         spatial = running.moments() if running.num else None
         kept = [batch for part in parts for batch in part.kept]
         if kept:  # in the order of their indices: no sum depends on batches or processes
-            indices, *columns = zip(*kept, strict=True)
-            order = torch.cat(indices).argsort()
-            features, logits, labels = (None if column[0] is None else torch.cat(column)[order] for column in columns)
+            indices, *columns = (None if column[0] is None else torch.cat(column) for column in zip(*kept, strict=True))
+            assert indices is not None
+            order = indices.argsort()
+            features, logits, labels, images = (None if column is None else column[order] for column in columns)
             assert features is not None  # every extractor has them
-            return replace(Features.of(features, logits, labels), spatial=spatial)
+            return replace(Features.of(features, logits, labels), spatial=spatial, images=images)
         first, second = (RunningMoments.merged(halves) for halves in zip(*(part.halves for part in parts), strict=True))
         whole = RunningMoments.merged([first, second])
         if whole.num == 0:

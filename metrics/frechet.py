@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metrics.scores import Score, too_few
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -81,3 +83,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     cross = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(distance.item(), 0.0)  # it rounds below zero where the two are equal
+
+
+def frechet_score(samples: Moments, reference: Moments) -> float | Score:
+    """The distance, where both sets have a covariance. With fewer images than features it is singular: compare only
+    scores of as many images."""
+    fewest = min(2 if one.num is None else one.num for one in (samples, reference))
+    return too_few(fewest, 2) if fewest < 2 else frechet_distance(samples, reference)

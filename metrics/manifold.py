@@ -1,4 +1,4 @@
-"""What neighbours say: density, coverage, and the nearest training image of each sample."""
+"""What neighbours say: precision, recall, density, coverage, and the nearest training image of each sample."""
 
 from __future__ import annotations
 
@@ -8,37 +8,63 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from metrics.scores import Score, too_few
+
 ROWS = 1024  # of a matrix of distances held at a time
 
 
-def density_and_coverage(
-    samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], neighbourhood: int = 5
-) -> tuple[float, float]:
-    """Density and coverage (Naeem et al. 2020, eqs. 3 and 4), over balls that reach to the k-th neighbour of each
-    reference image, k = `neighbourhood`.
+def count_neighbours(
+    samples: Float[Tensor, "n d"],
+    reference: Float[Tensor, "m d"],
+    *,
+    neighbourhood: int = 3,
+    density_neighbourhood: int = 5,
+) -> dict[str, Score]:
+    """Precision, recall, density and coverage, counted in balls around images that reach to their k-th neighbour.
 
-    Density: how many balls hold a sample, on average, over k: >= 0, about 1 where the sets are alike. Coverage:
-    share of the balls that hold any sample, in [0, 1]. Unlike precision and recall, neither is carried by a single
-    outlier's huge ball around a sample.
+    Precision: share of the samples in any ball around a reference image; recall: share of the reference in any ball
+    around a sample (Kynkäänniemi et al. 2019; k = `neighbourhood`). Both in [0, 1]. Density: how many balls around
+    reference images hold a sample, on average, over k: >= 0, about 1 where the sets are alike. Coverage: share of these
+    balls that hold any sample, in [0, 1] (Naeem et al. 2020, eqs. 3 and 4; k = `density_neighbourhood`). Unlike the
+    first two, neither is carried by a single outlier's huge ball around a sample.
+
+    torch-fidelity has the first two; counted together, the four need three matrices of distances, not six.
     """
-    radius = neighbour_distance(reference, neighbourhood)
-    inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool)
-    for distances in _rows(samples, reference):
-        held = distances < radius
-        inside += int(held.sum())
-        covered |= held.any(dim=0)
-    return inside / (neighbourhood * len(samples)), covered.double().mean().item()
+    num, num_reference = len(samples), len(reference)
+    scores: dict[str, Score] = {}
+    reach = [k for k in (neighbourhood, density_neighbourhood) if k < num_reference]
+    radii = dict(zip(reach, neighbour_distances(reference, reach), strict=True))
+    has_manifolds, has_balls = min(num, num_reference) > neighbourhood, density_neighbourhood in radii
+    sample_radius = neighbour_distances(samples, [neighbourhood])[0] if has_manifolds else samples.new_zeros(num)
+    inside, precise, balls = 0, 0, torch.zeros(2, num_reference, dtype=torch.bool)
+    for start, distances in zip(range(0, num, ROWS), _rows(samples, reference), strict=True):
+        if has_manifolds:
+            precise += int((distances <= radii[neighbourhood]).any(dim=1).sum())
+            balls[0] |= (distances <= sample_radius[start : start + ROWS, None]).any(dim=0)
+        if has_balls:
+            held = distances < radii[density_neighbourhood]
+            inside += int(held.sum())
+            balls[1] |= held.any(dim=0)
+    recalled, covered = balls.double().mean(dim=1).tolist()
+    if has_manifolds:
+        scores |= {"precision": Score(precise / num), "recall": Score(recalled)}
+    else:
+        scores |= dict.fromkeys(("precision", "recall"), too_few(min(num, num_reference), neighbourhood + 1))
+    if has_balls:
+        return scores | {"density": Score(inside / (density_neighbourhood * num)), "coverage": Score(covered)}
+    return scores | dict.fromkeys(("density", "coverage"), too_few(num_reference, density_neighbourhood + 1))
 
 
-def neighbour_distance(x: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
-    """From each point to its k-th nearest other one."""
-    return torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in _rows(x, x)])  # its own distance, 0, comes first
+def neighbour_distances(x: Float[Tensor, "n d"], ks: list[int]) -> list[Float[Tensor, " n"]]:
+    """From each point to its k-th nearest other one, for each k."""
+    rows = [torch.stack([rows.kthvalue(k + 1, dim=1).values for k in ks]) for rows in _rows(x, x)] if ks else []
+    return list(torch.cat(rows, dim=1)) if ks else []  # its own distance, 0, comes first
 
 
 def nearest(x: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " n"], Int64[Tensor, " n"]]:
     """Distance to, and index of, the nearest of `others`."""
-    found = [rows.min(dim=1) for rows in _rows(x, others)]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    least = [rows.min(dim=1) for rows in _rows(x, others)]
+    return torch.cat([part.values for part in least]), torch.cat([part.indices for part in least])
 
 
 def share_of_pairs_closer(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:

@@ -6,33 +6,20 @@ import pickle
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from urllib.error import URLError
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import normalize
 
 from metrics.programs import load_program
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = [2 * m - 1 for m in (0.485, 0.456, 0.406)], [2 * s for s in (0.229, 0.224, 0.225)]
 LPIPS_HEADS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
 LPIPS_FILE = "lpips_vgg_v0.1.pth"  # of the heads, in torch's hub folder
-
-
-class Normalised(nn.Module):
-    """Images in [-1, 1] as ImageNet's networks want them."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
-
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        return ((images + 1) / 2 - self.mean) / self.std
+UNREADABLE = (OSError, RuntimeError, KeyError, pickle.UnpicklingError)  # what reading, or a download, raises
 
 
 class VGG19Features(nn.Module):
@@ -47,14 +34,10 @@ class VGG19Features(nn.Module):
         from torchvision.models import VGG19_Weights, vgg19
 
         super().__init__()
-        with torch.device("meta"):
-            layers = nn.Sequential(*list(vgg19().features.children())[:8])
-        get = VGG19_Weights.IMAGENET1K_V1.get_state_dict
-        self.normalise = Normalised()
-        self.layers = _trained("vgg19", layers, lambda: get(progress=True, check_hash=True))
+        self.layers = _first_layers("vgg19", vgg19, VGG19_Weights.IMAGENET1K_V1, 8)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 128 h_out w_out"]:
-        return self.layers(self.normalise(images))
+        return self.layers(normalize(images, IMAGENET_MEAN, IMAGENET_STD))
 
 
 class LPIPSFeatures(nn.Module):
@@ -62,7 +45,7 @@ class LPIPSFeatures(nn.Module):
 
     That distance adds up, over five layers, the squared differences of features that have norm 1 over the channels,
     weighted by channel, averaged over positions. The root of a weight may as well scale its feature: then it is a
-    squared distance between vectors.
+    squared distance between vectors. torch-fidelity's LPIPS takes 8-bit images, and so has no gradient for a loss.
 
     Args:
         heads: file of the channels' weights, as the `lpips` package has it (`weights/v0.1/vgg.pth`); by default
@@ -78,20 +61,14 @@ class LPIPSFeatures(nn.Module):
         from torchvision.models import VGG16_Weights, vgg16
 
         super().__init__()
-        weights = _read_heads(heads)
-        with torch.device("meta"):
-            layers = nn.Sequential(*list(vgg16().features.children())[: self.ENDS[-1]])
-        get = VGG16_Weights.IMAGENET1K_V1.get_state_dict
-        layers = _trained("lpips", layers, lambda: get(progress=True, check_hash=True))
-        self.normalise = Normalised()
-        self.slices = nn.ModuleList(
-            layers[start:end] for start, end in zip((0, *self.ENDS[:-1]), self.ENDS, strict=True)
-        )
-        for number, weight in enumerate(weights):
+        for number, weight in enumerate(_read_heads(heads)):
             self.register_buffer(f"scale_{number}", weight.sqrt())  # [1 c 1 1]
+        layers = _first_layers("lpips", vgg16, VGG16_Weights.IMAGENET1K_V1, self.ENDS[-1])
+        starts = (0, *self.ENDS[:-1])
+        self.slices = nn.ModuleList(layers[start:end] for start, end in zip(starts, self.ENDS, strict=True))
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        x, features = self.normalise(images), []
+        x, features = normalize(images, IMAGENET_MEAN, IMAGENET_STD), []
         for number, layers in enumerate(self.slices):
             x = layers(x)
             positions = x.shape[-2] * x.shape[-1]
@@ -114,11 +91,13 @@ class ProgramFeatures(nn.Module):
         return output[0] if isinstance(output, tuple | list) else output
 
 
-def _trained(name: str, layers: nn.Sequential, weights: Callable[[], dict[str, Tensor]]) -> nn.Sequential:
-    """The first layers of torchvision's network, whose ReLUs would write over activations that the gradient needs."""
+def _first_layers(name: str, network: Callable[[], Any], weights: Any, num: int) -> nn.Sequential:
+    """Of torchvision's network, whose ReLUs would write over activations that the gradient needs."""
+    with torch.device("meta"):
+        layers = network().features[:num]
     try:
-        state = weights()
-    except (URLError, OSError, RuntimeError) as error:
+        state = weights.get_state_dict(progress=True, check_hash=True)
+    except UNREADABLE as error:
         raise ValueError(
             f"network {name}: its weights could not be downloaded ({error}); put torchvision's file into "
             f"{torch.hub.get_dir()}/checkpoints, or give network a program that you trust, a .pt2 or TorchScript file"
@@ -129,23 +108,19 @@ def _trained(name: str, layers: nn.Sequential, weights: Callable[[], dict[str, T
 
 def _read_heads(path: str | None) -> list[Tensor]:
     """What each channel of each layer counts, at least 0."""
+    folder, load = f"{torch.hub.get_dir()}/checkpoints", {"map_location": "cpu", "weights_only": True}
     try:
         if path is None:
-            state = torch.hub.load_state_dict_from_url(
-                LPIPS_HEADS, map_location="cpu", file_name=LPIPS_FILE, weights_only=True
-            )
+            state = torch.hub.load_state_dict_from_url(LPIPS_HEADS, file_name=LPIPS_FILE, **load)
         else:
-            state = torch.load(Path(path), map_location="cpu", weights_only=True)
-        weights = [state[f"lin{number}.model.1.weight"] for number in range(len(LPIPSFeatures.ENDS))]
-    except (URLError, OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        what = (
-            f"heads {path}: not the file of LPIPS's heads for VGG16" if path else "network lpips: its heads could not"
-        )
-        how = "" if path else f" be downloaded; put them into {torch.hub.get_dir()}/checkpoints/{LPIPS_FILE}"
+            state = torch.load(Path(path), **load)
+        return [state[f"lin{number}.model.1.weight"].float().clamp(min=0) for number in range(len(LPIPSFeatures.ENDS))]
+    except UNREADABLE as error:
+        what = f"network lpips: its heads could not be downloaded; put them into {folder}/{LPIPS_FILE}"
+        what = f"heads {path}: not the file of LPIPS's heads for VGG16" if path else what
         raise ValueError(
-            f"{what}{how} ({error}); give heads the lpips package's weights/v0.1/vgg.pth, or another network"
+            f"{what} ({error}); give heads the lpips package's weights/v0.1/vgg.pth, or another network"
         ) from error
-    return [weight.float().clamp(min=0) for weight in weights]
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"vgg19": VGG19Features, "lpips": LPIPSFeatures}

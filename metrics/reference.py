@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from metrics.extractors import INCEPTION
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
+from metrics.scores import INCEPTION
 
-FORMAT = 2
+FORMAT = 3
+PER_IMAGE = ("features", "logits", "labels", "images")
 
 
 class ReferenceError(ValueError):
@@ -40,15 +41,17 @@ def reference_path(folder: Path, key: Mapping[str, object]) -> Path:
 
 def save_features(features: Features, path: Path, key: Mapping[str, object]) -> None:
     """Write features and what they are of, whole or not at all."""
-    tensors = {name: getattr(features, name) for name in ("features", "logits", "labels")}
-    for name, moments in _named_moments(features).items():
-        tensors |= {f"{name}.mean": moments.mean, f"{name}.covariance": moments.covariance}
-    counts = {name: moments.num for name, moments in _named_moments(features).items()}
-    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    metadata = {"key": json.dumps(key, sort_keys=True), "counts": json.dumps(counts)}
-    metadata["sha256"] = _sha256(kept, metadata["counts"])
+    first, second = features.halves or (None, None)
+    named = {"whole": features.moments, "spatial": features.spatial, "first": first, "second": second}
+    moments = {name: one for name, one in named.items() if one is not None}
+    tensors = {name: tensor for name in PER_IMAGE if (tensor := getattr(features, name)) is not None}
+    tensors |= {f"{name}.mean": one.mean for name, one in moments.items()}
+    tensors |= {f"{name}.covariance": one.covariance for name, one in moments.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    counts = json.dumps({name: one.num for name, one in moments.items()})
+    metadata = {"key": json.dumps(key, sort_keys=True), "counts": counts, "sha256": _sha256(tensors, counts)}
     with _whole(path) as partial:
-        save_file(kept, partial, metadata=metadata)
+        save_file(tensors, partial, metadata=metadata)
 
 
 def load_features(path: Path, key: Mapping[str, object]) -> Features:
@@ -63,26 +66,18 @@ def load_features(path: Path, key: Mapping[str, object]) -> Features:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ReferenceError(f"reference {path} is damaged ({error}); delete it") from error
-    stored = json.loads(metadata.get("key", "{}"))
-    wanted = json.loads(json.dumps(key))
+    stored, wanted = json.loads(metadata.get("key", "{}")), json.loads(json.dumps(key))
     if metadata.get("sha256") != _sha256(tensors, metadata.get("counts", "")):
         raise ReferenceError(f"reference {path} is damaged (its checksum differs); delete it")
-    different = sorted(name for name in wanted | stored if stored.get(name) != wanted.get(name))
-    if different:
+    if different := sorted(name for name in wanted | stored if stored.get(name) != wanted.get(name)):
         raise ReferenceError(f"reference {path} is of another {', '.join(different)}; delete it")
-    counts = json.loads(metadata["counts"])
     moments = {
-        name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.covariance"], num) for name, num in counts.items()
+        name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.covariance"], num)
+        for name, num in json.loads(metadata["counts"]).items()
     }
     halves = (moments["first"], moments["second"]) if "first" in moments else None
-    rest = {name: tensors.get(name) for name in ("features", "logits", "labels")}
+    rest = {name: tensors.get(name) for name in PER_IMAGE}
     return Features(moments["whole"], moments.get("spatial"), halves, **rest)
-
-
-def _named_moments(features: Features) -> dict[str, Moments]:
-    first, second = features.halves or (None, None)
-    named = {"whole": features.moments, "spatial": features.spatial, "first": first, "second": second}
-    return {name: moments for name, moments in named.items() if moments is not None}
 
 
 def _sha256(tensors: Mapping[str, Tensor], counts: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluation.table import markdown
+from evaluation.table import terminal
 from experiment.cli import one_line_errors, run_program
 from machine import children
 
@@ -471,11 +471,13 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
     """A Markdown table, headed by what was measured on which machine; and JSON."""
     import torch
 
+    from evaluation.table import terminal
+
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     title = f"{what}; {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
-    print(f"\n{title}\n\n{markdown(cells)}\n\n{note}")
+    print(f"\n{title}\n\n{terminal(cells)}\n\n{note}")
     if output is not None:
         output.write_text(json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
 

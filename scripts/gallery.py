@@ -6,21 +6,21 @@ python scripts/gallery.py runs/                # writes runs/gallery.html
 from __future__ import annotations
 
 import base64
-import io
 import json
 import sys
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-TEMPLATE = Template((Path(__file__).parent / "gallery.html").read_text())
+from evaluation.table import Cell
+from experiment.settings import flatten
+
 LEFT_OUT = ("name", "resume", "log.", "data.cache")  # of what differs: it changes no result
+CAPTIONS = {"loss": "Training loss.", "validation_loss": "Loss on held-out images, of the averaged weights."}
 
 
 class Run(NamedTuple):
@@ -32,6 +32,10 @@ class Run(NamedTuple):
     scores: dict[str, float]
     grid: Path | None
 
+    def last(self, name: str) -> float | None:
+        """The newest value in the log."""
+        return next((event[name] for event in reversed(self.events) if name in event), None)
+
 
 def main(folder: Path, output: Path | None = None) -> None:
     """Write one HTML page of all runs.
@@ -40,6 +44,7 @@ def main(folder: Path, output: Path | None = None) -> None:
         folder: with a run a folder
         output: the page; by default gallery.html in the folder
     """
+    from evaluation.page import page
     from machine.whole_files import write_whole
 
     runs = [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
@@ -47,14 +52,42 @@ def main(folder: Path, output: Path | None = None) -> None:
         raise ValueError(
             f"{folder}: no run in it, a folder with config.yaml; train.py and `make demo` make them in runs/"
         )
+    differing, scores = differences(runs), list(dict.fromkeys(name for run in runs for name in run.scores))
+    logged = {"loss": "loss", "held-out loss": "validation_loss", "images/s": "images_per_second"}
+    cells = [
+        [
+            run.name,
+            run.last("step"),
+            *map(run.last, logged.values()),
+            *map(run.scores.get, scores),
+            *map(run.config.get, differing),
+        ]
+        for run in runs
+    ]
+    cards = [
+        {
+            "name": run.name,
+            "picture": run.grid and "data:image/png;base64," + base64.b64encode(run.grid.read_bytes()).decode(),
+            "differences": {name: json.dumps(run.config.get(name)) for name in differing},
+        }
+        for run in runs
+    ]
+    text = page(
+        "gallery.html",
+        title=f"{len(runs)} runs in {folder.resolve().name}",
+        head=["run", "steps", *logged, *scores, *differing],
+        rows=[[cell(value) for value in row] for row in cells],
+        panels=curves(runs),
+        runs=cards,
+    )
     path = output or folder / "gallery.html"
-    write_whole(path, page(runs, folder.resolve().name))
+    write_whole(path, text)
     print(f"{len(runs)} runs: {path}")
 
 
 def read_run(folder: Path) -> Run:
     """Configuration, log, scores and newest grid; a line of the log that was cut short is left out."""
-    config = flat(yaml.safe_load((folder / "config.yaml").read_text()) or {})
+    config = flatten(yaml.safe_load((folder / "config.yaml").read_text()) or {})
     log, scores = folder / "log.jsonl", folder / "scores.json"
     lines = log.read_text().splitlines() if log.is_file() else []
     record = json.loads(scores.read_text()) if scores.is_file() else {}
@@ -67,94 +100,36 @@ def read_run(folder: Path) -> Run:
     return Run(folder.name, config, [json.loads(line) for line in lines if line.endswith("}")], values, grid)
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by the names that flags have."""
-    settings = {}
-    for key, value in config.items():
-        nested = isinstance(value, dict) and value
-        settings |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return settings
-
-
 def differences(runs: Sequence[Run]) -> list[str]:
     """Settings in which runs differ."""
     names = sorted({name for run in runs for name in run.config if not name.startswith(LEFT_OUT)})
     return [name for name in names if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
 
 
-def page(runs: Sequence[Run], title: str) -> str:
-    """One file, with nothing to load."""
-    differing, metrics = differences(runs), list(dict.fromkeys(name for run in runs for name in run.scores))
-    heads = ["run", "steps", "loss", "held-out loss", "images/s", *metrics, *differing]
-    rows = [
-        [
-            run.name,
-            run.events[-1]["step"] if run.events else None,
-            last(run, "loss"),
-            last(run, "validation_loss"),
-            last(run, "images_per_second"),
-            *(run.scores.get(name) for name in metrics),
-            *(run.config.get(name) for name in differing),
-        ]
-        for run in runs
-    ]
-    head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in heads)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    cards = "".join(card(run, differing) for run in runs)
-    curve = curves(runs)
-    return TEMPLATE.substitute(
-        title=f"{len(runs)} runs in {escape(title)}",
-        table=f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        curves=f'<h2>Curves</h2><div class="cards">{curve}</div>' if curve else "",
-        cards=cards,
-    )
-
-
-def last(run: Run, name: str) -> float | None:
-    """The newest value in the log."""
-    return next((event[name] for event in reversed(run.events) if name in event), None)
-
-
-def cell(value: object) -> str:
+def cell(value: object) -> Cell:
     """Numbers sort as numbers; what there is none of comes last."""
     if value is None:
-        return "<td>-</td>"
+        return Cell("-")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"<td>{escape(value if isinstance(value, str) else json.dumps(value))}</td>"
-    return f'<td data-value="{value!r}">{f"{value:,}" if isinstance(value, int) else f"{value:.4g}"}</td>'
+        return Cell(value if isinstance(value, str) else json.dumps(value))
+    return Cell(f"{value:,}" if isinstance(value, int) else f"{value:.4g}", value)
 
 
-def card(run: Run, differing: Sequence[str]) -> str:
-    """A run's grid, and what sets it apart."""
-    picture = "<p>No samples yet.</p>"
-    if run.grid is not None:
-        data = base64.b64encode(run.grid.read_bytes()).decode()
-        picture = f'<img src="data:image/png;base64,{data}" alt="samples of {escape(run.name)}" loading="lazy">'
-    said = [f"<dt>{escape(name)}</dt><dd>{escape(json.dumps(run.config.get(name)))}</dd>" for name in differing]
-    return f"<section><h3>{escape(run.name)}</h3>{picture}<dl>{''.join(said)}</dl></section>"
+def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Training and held-out losses over the steps, as SVG, and their captions."""
+    from ablation.figures import color, draw, marker, svg_of
 
-
-def curves(runs: Sequence[Run]) -> str:
-    """Training and held-out losses over the steps, as SVG."""
-    from matplotlib.figure import Figure
-
-    panels = []
-    for name, title in (("loss", "training loss"), ("validation_loss", "held-out loss, averaged weights")):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for run in runs:
+    def plot(axes: Any, name: str) -> bool:
+        for number, run in enumerate(runs):
             points = [(event["step"], event[name]) for event in run.events if event.get(name) is not None]
             if points:
-                marker = "o" if len(points) < 20 else ""
-                axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1, marker=marker)
-        if axes.lines:
-            axes.set(xlabel="step", title=title, yscale="log")
-            axes.grid(alpha=0.3)
-            axes.legend(frameon=False, fontsize=8)
-            with io.StringIO() as file:
-                figure.savefig(file, format="svg", metadata={"Date": None})
-                panels.append(file.getvalue())
-    return "".join(f"<div>{svg[svg.index('<svg') :]}</div>" for svg in panels)
+                look: Any = {"color": color(number), "marker": marker(number) if len(points) < 20 else ""}
+                axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1, markersize=3.5, **look)
+        axes.set(xlabel="step", ylabel=name.replace("_", " "), yscale="log")
+        return bool(axes.lines)
+
+    figures = {name: draw(lambda axes, name=name: plot(axes, name)) for name in CAPTIONS}
+    return [(svg_of(figure, name), CAPTIONS[name]) for name, figure in figures.items() if figure]
 
 
 if __name__ == "__main__":

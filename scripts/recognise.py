@@ -59,11 +59,11 @@ def main(config: RecogniseConfig) -> None:
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
     drawn = read_samples(config.samples, classes) if config.samples else (np.zeros(0, np.uint8), np.zeros(1, int))
-    samples, asked = map(torch.from_numpy, drawn)
-    if len(classes) < 2 or asked.max() >= len(classes):
+    samples, labels = map(torch.from_numpy, drawn)
+    if len(classes) < 2 or labels.max() >= len(classes):
         raise ValueError(
             f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
-            f"run up to {asked.max()}; give the images that the model was trained on"
+            f"run up to {labels.max()}; give the images that the model was trained on"
         )
 
     def read(dataset):
@@ -82,14 +82,14 @@ def main(config: RecogniseConfig) -> None:
     }
     print(f"The classifier is right about {figures['held_out_accuracy']:.2%} of {len(held_out)} held-out images.")
     if config.samples:
-        right = classifier.predict(samples) == asked
+        right = classifier.predict(samples) == labels
         figures |= {
             "class_agreement": right.float().mean().item(),
             "num_samples": len(samples),
             "per_class": {
-                name: right[asked == label].float().mean().item()
+                name: right[labels == label].float().mean().item()
                 for label, name in enumerate(classes)
-                if (asked == label).any()
+                if (labels == label).any()
             },
         }
         agreement = figures["class_agreement"]

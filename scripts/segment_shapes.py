@@ -57,7 +57,7 @@ def main(
     import torch
 
     from data.shapes import ShapesDataset
-    from evaluation.table import markdown
+    from evaluation.table import terminal
     from models import create_model
     from sampling.image_files import save_grid
 
@@ -90,7 +90,7 @@ def main(
     shown = [images[:10].cpu().mul(127.5).add(127.5).byte()]
     shown += [palette[labels[:10].cpu()].permute(0, 3, 1, 2) for labels in (masks, *pictures)]
     save_grid(torch.cat(shown), output, columns=10, captions=[n for n in ("image", "mask", *models) for _ in range(10)])
-    print(markdown(rows))
+    print(terminal(rows))
     print(f"{len(masks)} held-out images; picture: {output}")
 
 

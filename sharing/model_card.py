@@ -133,7 +133,7 @@ def _scores(files: dict[str, Path]) -> str:
         return "## Scores\n\nNot scored yet.\n"
     record: dict[str, Any] = without_paths(json.loads(files["scores.json"].read_text()))
     rows = [
-        [plain(name), f"{score['value']:.4g}{'' if score['std'] is None else ' ± {:.2g}'.format(score['std'])}"]
+        [name, f"{score['value']:.4g}{'' if score['std'] is None else ' ± {:.2g}'.format(score['std'])}"]
         for name, score in record["scores"].items()
         if isinstance(score, dict) and score.get("value") is not None
     ]

@@ -21,7 +21,7 @@ from ablation.pictures import Pictures, save_beside
 from ablation.report import notes_of, write_report
 from ablation.results import paired_p, read_results
 from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
-from evaluation.table import markdown
+from evaluation.table import markdown, terminal
 
 CLASSES = ["stop_sign", "butterfly", "sunflower", "soccer_ball"]
 VARIANTS = {"DiT": 0.0, "UViT": -6.0, "USwin": -7.0, "XSwin with a long name": -9.0}  # and what it gains
@@ -230,7 +230,7 @@ def test_names_that_users_choose_are_text_in_every_table(ablation):
     row = next(line for line in as_markdown(named).splitlines() if line.startswith("| a"))
     assert row.startswith(r"| a\|b \\ 50% {x} \~ ^ \& \# $ \<script\> \`c\` \*d\* \_e\_ \[f\](g)" + ' "h" |')
     assert len(re.findall(r"(?<!\\)\|", row)) == len(head(results)) + 1
-    assert markdown([["a"], ["b\nc"]]).count("\n") == 2
+    assert markdown([["a"], ["b\nc"]]).count("\n") == terminal([["a"], ["b\nc"]]).count("\n") == 2
 
 
 def test_floor_and_ceiling_stand_above_every_model(ablation):

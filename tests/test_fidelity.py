@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import socket
 import urllib.error
@@ -13,16 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch_fidelity
+from scoring import score
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from metrics.classifier import train_classifier
-from metrics.extractors import ExtractorError
-from metrics.features import METRICS, Extractor, Features
-from metrics.fidelity import Scores, class_distances, compare, score
+from metrics.extractors import ExtractorError, ProgramExtractor
+from metrics.features import Extractor, Features
+from metrics.fidelity import Scores, class_distances, classifier_score, compare, kernel_distance
 from metrics.frechet import Moments
 from metrics.image_batches import image_batches
+from metrics.manifold import count_neighbours
 from metrics.programs import load_program
+from metrics.scores import METRICS
 from metrics.self_check import self_check
 from metrics.torchscript import save_torchscript
 
@@ -102,7 +106,7 @@ def value(scores: Scores, name: str) -> float:
 
 def test_equal_sets(colour: Extractor) -> None:
     images = random_images(60)
-    scores = score(images, images, extractor=colour, progress=False)
+    scores = score(images, images, extractor=colour)
     assert value(scores, "frechet_distance[mean_colour]") == pytest.approx(0, abs=1e-6)
     assert value(scores, "precision") == value(scores, "recall") == 1
     assert value(scores, "kernel_distance[mean_colour]") <= 0  # the unbiased estimate goes below
@@ -131,11 +135,11 @@ def test_precision_and_recall_are_not_swapped(colour: Extractor) -> None:
     """9 of 15 samples lie among the reference, whose other half no sample comes near."""
     reference = greys([*range(100, 120, 2), *range(200, 220, 2)])
     samples = greys([*range(101, 119, 2), *range(10, 22, 2)])
-    scores = score(samples, reference, extractor=colour, progress=False)
+    scores = score(samples, reference, extractor=colour)
     assert value(scores, "precision") == pytest.approx(9 / 15)
     assert value(scores, "recall") == pytest.approx(10 / 20)
 
-    swapped = score(reference, samples, extractor=colour, progress=False)
+    swapped = score(reference, samples, extractor=colour)
     assert value(swapped, "precision") == pytest.approx(10 / 20)
 
 
@@ -144,9 +148,11 @@ def test_classifier_score_takes_probabilities(colour: Extractor) -> None:
     pure = torch.zeros(30, 3, 8, 8, dtype=torch.uint8)
     pure[torch.arange(30), torch.arange(30) % 3] = 200
     for images, expected in (pure, 3.0), (greys([100] * 30), 1.0):
-        scores = score(images, pure, extractor=colour, metrics=["is"], is_splits=1, progress=False)
-        assert value(scores, "classifier_score[mean_colour]") == pytest.approx(expected, rel=1e-5)
-        assert scores.scores["classifier_score[mean_colour]"].std is None
+        assert value(score(images, pure, colour, ["is"]), "classifier_score[mean_colour]") >= 1
+        logits = colour(image_batches(images), len(images), metrics=["is"], progress=False).logits
+        whole = classifier_score(logits, splits=1)
+        assert whole.value == pytest.approx(expected, rel=1e-5)
+        assert whole.std is None
 
 
 def test_kernel_distance_of_whole_sets(colour: Extractor) -> None:
@@ -162,23 +168,44 @@ def test_kernel_distance_of_whole_sets(colour: Extractor) -> None:
         return (gram.sum() - gram.trace()) / (20 * 19)
 
     expected = within(x.features) + within(y.features) - 2 * kernel(x.features, y.features).mean()
-    scores = compare(x, y, colour, metrics=["kid"], kid_subset_size=1000)
+    scores = compare(x, y, colour, metrics=["kid"])
     assert value(scores, "kernel_distance[mean_colour]") == pytest.approx(float(expected), rel=1e-6)
     assert scores.scores["kernel_distance[mean_colour]"].std is None  # one subset: nothing varies
-    assert scores.settings["kid_subset_size"] == 20
-    assert scores.settings["kid_subsets"] == 1
 
 
 def test_kernel_subset_is_cut_to_the_smaller_set(colour: Extractor) -> None:
     samples, reference = random_images(25), random_images(40, seed=1)
-    scores = score(samples, reference, extractor=colour, kid_subset_size=1000, progress=False)
-    assert scores.settings["kid_subset_size"] == 25
-    assert scores.scores["kernel_distance[mean_colour]"].std is not None
+    found = score(samples, reference, extractor=colour).scores["kernel_distance[mean_colour]"]
+    assert found.spread == "standard deviation over 100 subsets of 25 images, no standard error"
+    assert found.std is not None
 
 
-def test_agrees_with_torch_fidelity(colour_file: Path) -> None:
+def test_agrees_with_torch_fidelity(colour_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own entry point, in float32 and from the same registered extractor."""
     samples, reference = random_images(60), random_images(90, seed=1, low=40)
+
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: object):
+            super().__init__(name, features_list)
+            self.module = ProgramExtractor(feature_extractor_weights_path)
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            outputs = dict(zip(("features", "logits"), self.module(images), strict=True))
+            return tuple(outputs[name] for name in self.features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return "features", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "logits" if metric == "isc" else "features"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+    monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "program", Registered)
     theirs = torch_fidelity.calculate_metrics(
         input1=TensorDataset(samples),
         input2=TensorDataset(reference),
@@ -190,7 +217,11 @@ def test_agrees_with_torch_fidelity(colour_file: Path) -> None:
         kid_subset_size=50,
         rng_seed=5,
     )
-    scores = score(samples, reference, extractor=colour_file, kid_subset_size=50, seed=5, progress=False)
+    extractor = Extractor(colour_file)
+    scores = score(samples, reference, extractor=extractor, seed=5)
+    x, y = (extractor(image_batches(each), len(each), progress=False).features for each in (samples, reference))
+    kernel = kernel_distance(x.double(), y.double(), subset_size=50, seed=5)
+    scores.scores["kernel_distance[mean_colour]"] = kernel
     keys = {
         "frechet_distance[mean_colour]": "frechet_inception_distance",
         "classifier_score[mean_colour]": "inception_score_mean",
@@ -214,7 +245,7 @@ def test_moments_alone_give_the_same_distance(colour: Extractor) -> None:
     for lean_half, half in zip(both[0].halves, kept.halves, strict=True):
         torch.testing.assert_close(lean_half.covariance, half.covariance)
     lean = compare(*both, colour)
-    full = score(samples, reference, extractor=colour, progress=False)
+    full = score(samples, reference, extractor=colour)
     name = "frechet_distance[mean_colour]"
     assert value(lean, name) == pytest.approx(value(full, name), rel=1e-9)
     assert lean.scores["precision"].reason == "the reference holds moments, not the features of each image"
@@ -245,7 +276,7 @@ def test_classes_have_distances_of_their_own(colour: Extractor) -> None:
 
 def test_self_check_knows_its_answers(colour: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert self_check(colour).count("ok  ") == 8
-    monkeypatch.setattr("metrics.fidelity.frechet_distance", lambda a, b: 12.0)
+    monkeypatch.setattr("metrics.self_check.frechet_distance", lambda a, b: 12.0)
     with pytest.raises(ValueError, match="Fréchet distance of two Gaussians gave 12, the known answer is 11"):
         self_check(colour)
 
@@ -255,42 +286,33 @@ def test_self_check_knows_its_answers(colour: Extractor, monkeypatch: pytest.Mon
 
 def test_provenance(colour_file: Path) -> None:
     samples, reference = random_images(30), random_images(40, seed=1)
-    scores = score(samples, reference, extractor=colour_file, seed=7, progress=False)
-    written = json.loads(scores.to_json())
-    assert written["extractor"] == "mean_colour"
-    assert written["extractor_sha256"] == hashlib.sha256(colour_file.read_bytes()).hexdigest()
-    assert (written["num_samples"], written["num_reference"], written["num_features"]) == (30, 40, 3)
-    assert written["settings"]["seed"] == 7
-    assert written["versions"]["torch_fidelity"]
-
-    rows = scores.table().splitlines()
-    assert len({len(row) for row in rows}) == 1  # aligned
-    assert len(rows) == 2 + 8
-    assert all("mean_colour" in row for row in rows[2:])  # precision and recall too
-    assert "fid" not in scores.table().lower()
+    scores = score(samples, reference, extractor=colour_file, seed=7)
+    assert Extractor(colour_file).sha256 == hashlib.sha256(colour_file.read_bytes()).hexdigest()
+    assert scores.num_samples == 30
+    assert scores.settings["kid"] == {"subsets": 100, "subset_size": 1000, "seed": 7}
+    assert scores.settings["is"] == {"splits": 10, "seed": 7}
+    assert scores.settings["recall"] == {"neighbourhood": 3, "density_neighbourhood": 5}
 
 
 def test_order_and_batches_do_not_matter(colour: Extractor) -> None:
     samples, reference = random_images(30), random_images(40, seed=1)
-    scores = score(samples, reference, extractor=colour, progress=False)
-    again = score(Labelled(samples), Labelled(reference), extractor=colour, batch_size=7, num_workers=1, progress=False)
+    scores = score(samples, reference, extractor=colour)
+    again = score(Labelled(samples), Labelled(reference), extractor=colour, batch_size=7)
     assert again == scores
 
 
 def test_too_few_images_are_null_with_the_reason(colour: Extractor) -> None:
-    scores = score(random_images(1), random_images(40, seed=1), extractor=colour, progress=False)
+    scores = score(random_images(1), random_images(40, seed=1), extractor=colour)
     of_many = {name: one for name, one in scores.scores.items() if name not in ("density", "coverage")}
     assert len(of_many) == 6
     for name, one in of_many.items():
         assert one.value is None
         assert one.reason is not None
         assert one.reason.startswith("mean_colour has no spatial" if "spatial" in name else "too few images: 1, ")
-    few = score(random_images(9), random_images(5, seed=1), extractor=colour, metrics=["density"], progress=False)
+    few = score(random_images(9), random_images(5, seed=1), extractor=colour, metrics=["density"])
     assert few.scores["density"].reason == "too few images: 5, and it needs 6"
-    assert "none: too few images" in scores.table()
-    assert json.loads(scores.to_json())["scores"]["precision"]["value"] is None
 
-    three = score(random_images(3), random_images(40, seed=1), extractor=colour, progress=False)
+    three = score(random_images(3), random_images(40, seed=1), extractor=colour)
     assert three.scores["precision"].value is None  # the third neighbour takes four images
     assert three.scores["frechet_distance[mean_colour]"].value is not None
 
@@ -300,25 +322,25 @@ def test_too_few_images_are_null_with_the_reason(colour: Extractor) -> None:
 
 def test_images_that_are_none(colour: Extractor) -> None:
     with pytest.raises(ValueError, match="samples: there are no images"):
-        score(random_images(0), random_images(4), extractor=colour, progress=False)
+        score(random_images(0), random_images(4), extractor=colour)
     with pytest.raises(ValueError, match=r"reference: images are float32 \[3, 8, 8\]; extractors take uint8 RGB"):
-        score(random_images(4), Labelled(torch.rand(4, 3, 8, 8)), extractor=colour, progress=False)
+        score(random_images(4), Labelled(torch.rand(4, 3, 8, 8)), extractor=colour)
 
 
 def test_unknown_metric(colour: Extractor) -> None:
     with pytest.raises(ValueError, match="--metrics fidd: choose from fid, sfid, is, kid, precision"):
-        score(random_images(4), random_images(4), extractor=colour, metrics=["fidd"], progress=False)
+        score(random_images(4), random_images(4), extractor=colour, metrics=["fidd"])
 
 
 def test_features_that_are_not_finite(colour: Extractor) -> None:
     with pytest.raises(ExtractorError, match=r"mean_colour: not finite on 2 of 3 images \(samples\)"):
-        score(greys([0, 10, 0]), random_images(4), extractor=colour, progress=False)
+        score(greys([0, 10, 0]), random_images(4), extractor=colour)
 
 
 def test_logits_are_refused(tmp_path: Path) -> None:
     path = save_torchscript(Logits(), PROBE, tmp_path / "logits.pt")
     with pytest.raises(ExtractorError, match="--extractor logits: its second output is not class probabilities"):
-        score(random_images(4), random_images(4), extractor=path, progress=False)
+        score(random_images(4), random_images(4), extractor=path)
 
 
 class Lacking:
@@ -343,7 +365,7 @@ def test_an_extractor_runs_on_the_cpu_where_its_device_lacks_what_it_needs(
     elsewhere = Extractor(colour_file)
     elsewhere.module, elsewhere.device = Lacking(elsewhere.module, error), torch.device("meta")  # pyright: ignore
     pair = random_images(6), random_images(6, seed=1)
-    ours, theirs = (score(*pair, extractor=each, batch_size=2, progress=False) for each in (elsewhere, colour))
+    ours, theirs = (score(*pair, extractor=each, batch_size=2) for each in (elsewhere, colour))
     assert ours.scores == theirs.scores
     said = "--extractor mean_colour: meta lacks what it needs; it runs on the CPU\n"
     assert capsys.readouterr().err.count(said) == 1
@@ -354,7 +376,7 @@ def test_another_failure_on_a_device_is_not_hidden_by_the_cpu(colour_file: Path)
     failing = Lacking(elsewhere.module, RuntimeError("two devices"))
     elsewhere.module, elsewhere.device = failing, torch.device("meta")  # pyright: ignore
     with pytest.raises(ExtractorError, match=r"it failed on uint8 \[n 3 h w\] images \(two devices\)"):
-        score(random_images(4), random_images(4), extractor=elsewhere, progress=False)
+        score(random_images(4), random_images(4), extractor=elsewhere)
 
 
 def test_files_that_are_no_extractor(tmp_path: Path, colour_file: Path) -> None:
@@ -365,7 +387,7 @@ def test_files_that_are_no_extractor(tmp_path: Path, colour_file: Path) -> None:
         Extractor(tmp_path / "cut.pt")
     one_output = save_torchscript(nn.Flatten(), PROBE, tmp_path / "flat.pt")
     with pytest.raises(ExtractorError, match="--extractor flat: "):
-        score(random_images(4), random_images(4), extractor=one_output, progress=False)
+        score(random_images(4), random_images(4), extractor=one_output)
     with pytest.raises(ExtractorError, match="brings its own weights"):
         Extractor(colour_file, weights_path=colour_file)
 
@@ -418,25 +440,19 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
     samples, reference = random_images(2, seed=3), random_images(3, seed=4)
     extractor = Extractor("inception", weights_path=inception_weights)
-    scores = score(
-        samples,
-        reference,
-        extractor=extractor,
-        neighbourhood=1,
-        is_splits=1,
-        kid_subsets=3,
-        progress=False,
-    )
+    x, y = (extractor(image_batches(each, 2), len(each), progress=False) for each in (samples, reference))
+    scores = compare(x, y, extractor)
     assert list(scores.scores) == list(METRICS)
     known = {name for name, one in scores.scores.items() if one.value is not None}
-    assert known == {"fid", "sfid", "is", "kid", "precision", "recall"}  # the others want six reference images
-    spatial = extractor(image_batches(samples, 2), 2, metrics=["sfid"], progress=False).spatial
-    assert spatial is not None
-    assert spatial.mean.shape == (7 * 17 * 17,)
+    assert known == {"fid", "sfid", "kid"}  # the others want more images
+    assert x.spatial is not None
+    assert x.spatial.mean.shape == x.spatial.covariance.shape[:1] == (7 * 17 * 17,)
+    neighbours = count_neighbours(x.features, y.features, neighbourhood=1)
+    assert neighbours["precision"].value is not None
     assert not extractor.published_weights
-    assert value(scores, "is") >= 1
-    assert (scores.extractor, scores.num_features) == ("inception", 2048)
-    assert len(scores.extractor_sha256) == 64
+    assert classifier_score(x.logits, splits=1).value >= 1
+    assert (extractor.name, x.features.shape[1]) == ("inception", 2048)
+    assert len(extractor.sha256) == 64
 
 
 def test_weights_of_something_else(tmp_path: Path, colour_file: Path) -> None:
@@ -493,10 +509,10 @@ def test_classifier_learns_and_serves_as_extractor(tmp_path: Path) -> None:
     for mine, loaded in zip(classifier(held_out), load_program(path)(held_out), strict=True):
         torch.testing.assert_close(mine, loaded)
 
-    scores = score(held_out, images, extractor=path, progress=False)
+    scores = score(held_out, images, extractor=path)
     assert 2.5 < value(scores, "classifier_score[stripes]") <= 3
     noise = random_images(90)
-    worse = score(noise, images, extractor=path, progress=False)
+    worse = score(noise, images, extractor=path)
     name = "frechet_distance[stripes]"
     assert value(scores, name) < value(worse, name)
 

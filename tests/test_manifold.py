@@ -4,16 +4,22 @@ import pytest
 import torch
 
 from metrics import manifold
-from metrics.manifold import density_and_coverage, nearest, neighbour_distance, share_of_pairs_closer
+from metrics.manifold import count_neighbours, nearest, neighbour_distances, share_of_pairs_closer
 
 
 def line(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)[:, None]
 
 
+def density_and_coverage(samples, reference, neighbourhood=5):
+    found = count_neighbours(samples, reference, density_neighbourhood=neighbourhood)
+    return found["density"].value, found["coverage"].value
+
+
 def test_neighbour_distance_leaves_the_point_itself_out():
-    assert neighbour_distance(line(0, 1, 3, 7), 1).tolist() == [1, 1, 2, 4]
-    assert neighbour_distance(line(0, 1, 3, 7), 2).tolist() == [3, 2, 3, 6]
+    first, second = neighbour_distances(line(0, 1, 3, 7), [1, 2])
+    assert first.tolist() == [1, 1, 2, 4]
+    assert second.tolist() == [3, 2, 3, 6]
 
 
 def test_density_and_coverage_counted_by_hand():
@@ -35,9 +41,9 @@ def test_density_passes_one_where_samples_crowd_and_coverage_sees_it():
 def test_rows_at_a_time_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 4, generator=generator), torch.randn(40, 4, generator=generator)
-    whole = density_and_coverage(x, y), nearest(x, y)[1].tolist()
+    whole = count_neighbours(x, y), nearest(x, y)[1].tolist()
     monkeypatch.setattr(manifold, "ROWS", 7)
-    assert (density_and_coverage(x, y), nearest(x, y)[1].tolist()) == whole
+    assert (count_neighbours(x, y), nearest(x, y)[1].tolist()) == whole
 
 
 def test_nearest():

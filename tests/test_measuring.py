@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from processes import run, script
+from scoring import score
 from small_autoencoders import create, write
 
 from autoencoders.codec import EMBEDDED, create_codec
@@ -16,7 +17,6 @@ from autoencoding import measure as measuring
 from autoencoding.measure import Distance, default_output, measure, open_distance, posterior
 from data import open_dataset
 from evaluation.sources import from_images
-from metrics.fidelity import score
 from metrics.pixelwise import psnr, spectrum, ssim
 from metrics.torchscript import save_torchscript
 
@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_pairs(measured, images, row, name):
     features, theirs = (MeanColors()(each)[0] for each in (images, back))
     distance = (features - theirs).square().mean().item()
     assert found["perceptual_distance[colors]"] == pytest.approx(distance, rel=1e-3)
-    direct = score(back, images, extractor=str(folder / "colors.pt"), progress=False).scores
+    direct = score(back, images, extractor=str(folder / "colors.pt")).scores
     for metric in ("frechet_distance[colors]", "kernel_distance[colors]", "precision", "density"):
         assert found[metric] == pytest.approx(direct[metric].value, rel=1e-4, abs=1e-7), metric
     spectra = record["spectrum"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import script
+from scoring import score
 from torch import nn
 
 from autoencoding.autoencoder_config import LossConfig
@@ -19,7 +20,7 @@ from metrics.classifier import SmallClassifier
 from metrics.exported import load_exported
 from metrics.extractors import ExtractorError
 from metrics.features import Extractor
-from metrics.fidelity import score
+from metrics.image_batches import image_batches
 from metrics.perceptual import perceptual_network
 from metrics.programs import load_program, save_program
 
@@ -93,7 +94,7 @@ def test_both_formats_give_the_same_features(files):
 def test_both_formats_give_the_same_scores(files):
     _, script_file, exported_file = files
     samples, reference = draw(20, 3, 16, 16), draw(25, 3, 20, 20, seed=1)
-    found = [score(samples, reference, extractor=file, progress=False).scores for file in (script_file, exported_file)]
+    found = [score(samples, reference, extractor=file).scores for file in (script_file, exported_file)]
     of_script, of_exported = ({name: one.value for name, one in scores.items() if one.value} for scores in found)
     assert {"frechet_distance[small]", "classifier_score[small]", "kernel_distance[small]"} <= of_script.keys()
     assert of_exported == pytest.approx(of_script, rel=1e-5)
@@ -152,8 +153,7 @@ def test_a_program_stays_in_the_precision_that_it_was_exported_in(tmp_path):
     images = draw(3, 3, 8, 8)
     for network in (load_program(path), load_program(path).to(torch.float64)):
         assert torch.equal(network(images)[0], module(images)[0])
-    features = Extractor(path)
-    assert score(images, images, extractor=features, metrics=["fid"], progress=False).num_features == 3
+    assert Extractor(path)(image_batches(images), 3, progress=False).features.shape == (3, 3)
 
 
 # --- programs that cannot serve
@@ -177,10 +177,10 @@ def test_a_program_for_other_inputs_is_refused(tmp_path, module, inputs, setting
 
 def test_images_of_another_size_than_a_program_was_exported_for(tmp_path):
     path = export(Colour(), IMAGES, path=tmp_path / "small.pt2", dynamic_shapes=({0: D},))
-    assert score(draw(3, 3, 16, 16), draw(4, 3, 16, 16), extractor=path, metrics=["fid"], progress=False)
+    assert score(draw(3, 3, 16, 16), draw(4, 3, 16, 16), extractor=path, metrics=["fid"])
     message = r"--extractor small: .*exported for a height of 16, and here it is 24: export it by .*2: D"
     with pytest.raises(ExtractorError, match=message):
-        score(draw(3, 3, 24, 16), draw(4, 3, 24, 16), extractor=path, progress=False)
+        score(draw(3, 3, 24, 16), draw(4, 3, 24, 16), extractor=path)
 
 
 def test_files_that_are_no_program_are_told_in_one_line(files, colour, tmp_path, capfd):

@@ -12,6 +12,7 @@ from experiment.cli import parse
 from experiment.config import ExperimentConfig
 from experiment.imports import load_imports
 from experiment.registry import TABLES, register
+from metrics.scores import Metric
 
 
 @pytest.fixture(autouse=True)
@@ -35,18 +36,21 @@ def test_what_is_registered_is_in_the_table_of_its_kind_and_a_taken_name_is_refu
     module, name = TABLES[kind]
     __import__(module)
     monkeypatch.setattr(sys.modules[module], name, dict(getattr(sys.modules[module], name)))
-    thing = register(kind, "mine")(dataclass(type("Mine", (), {})))
+    facts = {"better": "lower"} if kind == "metric" else {}
+    thing = register(kind, "mine", **facts)(dataclass(type("Mine", (), {})))
     row = getattr(sys.modules[module], name)["mine"]
-    assert row == ((thing, {}) if kind == "backbone" else thing)
+    assert row == {"backbone": (thing, {}), "metric": Metric(thing, better="lower")}.get(kind, thing)
     with pytest.raises(ValueError, match=rf"register\('{kind}', 'mine'\): the name is taken, by .*Mine; choose"):
-        register(kind, "mine")(thing)
+        register(kind, "mine", **facts)(thing)
 
 
 def test_registering_says_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"no such kind, choose from backbone"):
         register("model", "mine")
-    with pytest.raises(ValueError, match=r"arguments are for backbones, leave out depth"):
+    with pytest.raises(ValueError, match=r"takes no arguments, leave out depth"):
         register("sampler", "mine", depth=2)
+    with pytest.raises(ValueError, match=r"a metric's better is one of lower, higher, not less"):
+        register("metric", "mine", better="less")(len)
 
 
 def test_imports_are_loaded_once_configurations_are_read(tmp_path):

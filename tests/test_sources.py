@@ -15,6 +15,7 @@ from processes import script
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ablation.tables import check_columns
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import metadata_of, open_checkpoint
 from data.shapes import ShapesDataset
@@ -23,14 +24,15 @@ from evaluation.record import notes
 from evaluation.scoring import extract, memorisation, summarise
 from evaluation.sources import Source, from_dataset, like, read_samples, reconstructions
 from experiment.cli import parse
-from experiment.config import DataConfig, EvaluationConfig
+from experiment.config import DataConfig, EvaluationConfig, LogConfig
 from experiment.datasets import data_of
 from metrics.features import Extractor, Features
 from metrics.fidelity import compare
+from metrics.scores import METRICS, title_of
 from metrics.torchscript import save_torchscript
 from sampling.generation import resolve_classes
 from sharing.studio import Studio
-from training.inspection import unless_ruined
+from training.inspection import check_best, unless_ruined
 
 CPU = torch.device("cpu")
 DATA = DataConfig(num_images=60, image_size=32, difficulty="hard")
@@ -96,8 +98,8 @@ def test_planted_copies_are_found_and_unseen_images_are_not_taken_for_copies(tmp
     for name, dataset in (("copies", shapes("train")), ("unseen", shapes("test", 400))):
         source = reconstructions(from_dataset(dataset, name, 40, seed=5), codec, CPU, seed=7)
         features = extract(source, extractor, accelerator, evaluation)
-        planted, (unseen, _) = like(source, train, "", ""), like(source, test, "", "")
-        found[name] = memorisation(features, planted, unseen, DATA, codec, extractor, accelerator, evaluation)
+        copies, (unseen, _) = like(source, train, "", ""), like(source, test, "", "")
+        found[name] = memorisation(features, *copies, unseen, DATA, codec, extractor, accelerator, evaluation)
     assert found["copies"].closer > 0.95
     assert 0.3 < found["unseen"].closer < 0.7
     for each in found.values():
@@ -149,6 +151,48 @@ def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thum
     assert (tmp_path / "scores.tex").read_text().splitlines()[4].startswith(kind + " & ")
 
 
+MINE = """
+from experiment.registry import register
+
+@register("metric", "gap", better="lower", title="gap of means", digits=1)
+def gap(samples, reference):
+    return (samples.mean(0) - reference.mean(0)).norm()
+
+@register("metric", "light", needs="images", better="higher", bounds=(0.0, 1.0))
+def light(samples, reference):
+    return samples.double().mean() / 255
+"""
+
+
+def test_a_metric_from_outside_is_a_score_a_column_and_what_the_best_checkpoint_goes_by(
+    tmp_path, monkeypatch, drawn, thumbnail, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "mine.py").write_text(MINE)
+    data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard")
+    flags = ("--extractor", thumbnail, "--imports", "mine.py", "--metrics", "[gap,light]", "--output", "scores.json")
+    known = {**METRICS}
+    try:
+        for _ in range(2):  # the second time the reference comes from its file
+            evaluate("--samples", drawn / "drawn.npz", *flags, *data)
+        found = json.loads((tmp_path / "scores.json").read_text())["scores"]
+        assert found["gap"]["value"] == pytest.approx(0, abs=1e-3)  # the reference itself
+        with np.load(drawn / "drawn.npz") as file:
+            assert found["light"]["value"] == pytest.approx(file["arr_0"].mean() / 255)
+        assert "| samples   | gap | light  |" in capsys.readouterr().out
+        assert title_of("gap") == "gap of means ↓"
+        scoring = EvaluationConfig(extractor=str(thumbnail), metrics=["gap", "light"])
+        assert [check_best(LogConfig(best=name, evaluate_every=1), scoring) for name in ("gap", "light")] == [
+            True,
+            False,
+        ]
+        check_columns(["gap", "GFLOPs"])
+    finally:
+        for name in METRICS.keys() - known:
+            del METRICS[name]
+
+
 def test_what_is_no_set_of_samples_gets_no_score(tmp_path, monkeypatch, folder, drawn, thumbnail, capsys):
     """A run's grids are pictures of samples; a folder may be called as the procedural images are; what lies loose in it
     is said to be left out; and scores of a fixed set do not take the place of the run's in whose folder it lies."""
@@ -171,13 +215,13 @@ def test_what_is_no_set_of_samples_gets_no_score(tmp_path, monkeypatch, folder, 
 
 def test_a_spread_is_named_for_what_it_is(thumbnail):
     x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
-    samples, reference = Features.of(x, x), Features.of(x + 1)
-    evaluation, extractor = {"kid_subset_size": 40, "metrics": ["is", "kid"]}, Extractor(thumbnail)
-    scores = compare(samples, reference, extractor, **evaluation)
+    samples, reference = Features.of(x, x), Features.of(torch.cat([x + 1, x]))
+    extractor = Extractor(thumbnail)
+    scores = compare(samples, reference, extractor, metrics=["is", "kid"])
     row = summarise(Source("run", 60, iter, {}), [scores])
     assert notes([row], extractor) == [
         "± of classifier_score[thumbnail]: standard deviation over 10 splits",
-        "± of kernel_distance[thumbnail]: standard deviation over 100 subsets of 40 images, no standard error",
+        "± of kernel_distance[thumbnail]: standard deviation over 100 subsets of 60 images, no standard error",
         "classifier_score[thumbnail]: low by the bias of 10 splits of 6 images; compare equal counts alone",
     ]
     trials = notes([summarise(Source("run", 60, iter, {}), [scores, scores])], extractor)

@@ -9,13 +9,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scoring import score
 from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from metrics.extractors import ExtractorError
 from metrics.features import Extractor
-from metrics.fidelity import score
 from metrics.image_batches import image_batches
 from metrics.timm_models import TimmFeatures
 
@@ -89,20 +89,21 @@ def test_scores_bear_timms_name_and_the_hash_of_the_weights(weights):
     model = model_of("test_vit", num_classes=5)
     file, plain = weights(model, "a.safetensors"), weights(model, "a.pth")
     wrapped = weights(model, "a.bin", wrap=lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}})
-    samples, reference = smooth(9, 32, 32), smooth(12, 40, 40, seed=1)
-    scores = score(samples, reference, extractor="timm:test_vit", weights_path=file, is_splits=3, progress=False)
+    samples, reference = smooth(20, 32, 32), smooth(12, 40, 40, seed=1)
+    extractor = Extractor("timm:test_vit", weights_path=file)
+    scores = score(samples, reference, extractor)
     assert {"frechet_distance[test_vit]", "classifier_score[test_vit]", "kernel_distance[test_vit]"} <= set(
         scores.scores
     )
     assert 1 <= scores.scores["classifier_score[test_vit]"].value <= 5
-    assert scores.extractor == "test_vit"
+    assert extractor.name == "test_vit"
 
     digest = hashlib.sha256()
     for key, tensor in sorted(TimmFeatures(model).state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     hashes = {Extractor("timm:test_vit", weights_path=path).sha256 for path in (file, plain, wrapped)}
-    assert hashes == {scores.extractor_sha256} == {digest.hexdigest()}
+    assert hashes == {extractor.sha256} == {digest.hexdigest()}
     other = Extractor("timm:test_vit", weights_path=weights(model_of("test_vit", seed=1), "b.safetensors"))
     assert other.sha256 not in hashes
 
@@ -111,7 +112,7 @@ def test_scores_bear_timms_name_and_the_hash_of_the_weights(weights):
 def test_without_a_classifier_there_is_no_classifier_score(name, weights):
     file = weights(model_of(name, num_classes=0), f"{name}.safetensors")
     images = smooth(4, 32, 32)
-    scores = score(images, images, extractor=f"timm:{name}", weights_path=file, metrics=["fid", "is"], progress=False)
+    scores = score(images, images, extractor=f"timm:{name}", weights_path=file, metrics=["fid", "is"])
     assert scores.scores[f"frechet_distance[{name}]"].value == pytest.approx(0, abs=1e-6)
     assert scores.scores[f"classifier_score[{name}]"].reason == f"{name} has no class probabilities"
 

@@ -18,7 +18,7 @@ from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
 from metrics.extractors import naming
 from metrics.features import Extractor
-from metrics.fidelity import is_lower_better, metric_name
+from metrics.scores import is_lower_better, metric_name
 from sampling.generation import Generator, balanced_labels, generate, sample_labels
 from training.curves import draw_progress
 from training.log import is_due
@@ -55,7 +55,7 @@ def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
     needed = "validate_every" if log.best == names[0] else "evaluate_every"
     if not getattr(log, needed) > 0:
         raise ValueError(f"--log.best {log.best}: it is never measured; set --log.{needed} to a number of steps")
-    return is_lower_better(log.best)
+    return bool(is_lower_better(log.best))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""Metrics as rows of one table, `METRICS`: the help, the checks, the tables, bold print and `log.best` read them there.
+
+Nothing heavy is imported here; a row names its function, which is loaded when it is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from pkgutil import resolve_name
+from typing import Any
+
+INCEPTION = "inception"  # the extractor on which alone scores bear the literature's names
+PER_IMAGE = {"features", "logits", "images"}  # needs that memory grows with
+NEEDS = ("features", "logits", "images", "moments", "spatial")
+MISSING = {  # why a number cannot be had, where what it needs is not there
+    "features": "the reference holds moments, not the features of each image",
+    "images": "the reference holds no images",
+    "moments": "there are no moments of the features",
+    "spatial": "{extractor} has no spatial features; Inception has",
+    "logits": "{extractor} has no class probabilities",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number, its spread where it has one and what that is, or the reason why there is no number."""
+
+    value: float | None
+    std: float | None = None
+    reason: str | None = None
+    spread: str | None = None
+
+
+def too_few(num_images: int, needed: int) -> Score:
+    """No score, for want of images."""
+    return Score(None, reason=f"too few images: {num_images}, and it needs {needed}")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of samples against a reference.
+
+    Args:
+        compute: what `needs` names, of the samples and (with `reference`) of the reference, to a number, a `Score`, or
+            the scores of several metrics by name, which it is then called for once; or where it lies, as
+            "module:function". Its keyword arguments are recorded; one called `seed` is given the evaluation's
+        better: "lower" or "higher"
+        needs: "features" (float64 [n d], an extractor's), "logits" (the classes' [n k]; their softmax are
+            probabilities), "images" (uint8 [n 3 h w]; all are kept in memory), "moments" or "spatial"
+            (`metrics.frechet.Moments` of the features, or of Inception's spatial ones)
+        title: at the head of a column; by default its name
+        elsewhere: name and title on any extractor but Inception, where the literature's would mislead
+        bounds: no number outside of these is printed
+        digits: printed after the point; by default 4 below 10, else 2
+        reference: whether it looks at the reference
+        summary: what it is, in a phrase
+    """
+
+    compute: Callable[..., float | Score | dict[str, Score]] | str
+    better: str
+    needs: str = "features"
+    title: str = ""
+    elsewhere: tuple[str, str] | None = None
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    digits: int | None = None
+    reference: bool = True
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        for fact, choices in {"better": ("lower", "higher"), "needs": NEEDS}.items():
+            if (value := getattr(self, fact)) not in choices:
+                raise ValueError(f"a metric's {fact} is one of {', '.join(choices)}, not {value}")
+
+    def call(self, inputs: Iterable[object], seed: int) -> tuple[Any, dict[str, Any]]:
+        """What the function says of its inputs, and its keyword arguments."""
+        function = resolve_name(self.compute) if isinstance(self.compute, str) else self.compute
+        parameters = signature(function).parameters.values()
+        settings = {one.name: one.default for one in parameters if one.kind is Parameter.KEYWORD_ONLY}
+        settings |= {"seed": seed} if "seed" in settings else {}
+        return function(*inputs, **settings), settings
+
+    def checked(self, result: Any) -> Score:
+        """As a score; a number that is not finite or out of bounds is none."""
+        score = result if isinstance(result, Score) else Score(float(result))
+        low, high = self.bounds
+        if score.value is None or (math.isfinite(score.value) and low <= score.value <= high):
+            return score
+        return Score(None, reason=f"it came out as {score.value}")
+
+
+NEIGHBOURS: Any = {"compute": "metrics.manifold:count_neighbours", "better": "higher", "digits": 4}
+SHARE, POSITIVE = (0.0, 1.0), (0.0, math.inf)
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric(
+        compute="metrics.frechet:frechet_score",
+        needs="moments",
+        better="lower",
+        bounds=POSITIVE,
+        title="FID",
+        elsewhere=("frechet_distance", "Fréchet"),
+        summary="Fréchet distance of Gaussians fitted to the features",
+    ),
+    "sfid": Metric(
+        compute="metrics.frechet:frechet_score",
+        needs="spatial",
+        better="lower",
+        bounds=POSITIVE,
+        title="sFID",
+        elsewhere=("spatial_frechet_distance", "spatial Fréchet"),
+        summary="the same on Inception's spatial features",
+    ),
+    "is": Metric(
+        compute="metrics.fidelity:classifier_score",
+        needs="logits",
+        reference=False,
+        better="higher",
+        bounds=POSITIVE,
+        title="IS",
+        elsewhere=("classifier_score", "classifier score"),
+        summary="sure of each image, and of all classes as often",
+    ),
+    "kid": Metric(
+        compute="metrics.fidelity:kernel_distance",
+        better="lower",
+        title="KID",
+        elsewhere=("kernel_distance", "kernel distance"),
+        summary="unbiased squared MMD with a cubic kernel",
+    ),
+    "precision": Metric(**NEIGHBOURS, bounds=SHARE, summary="share of the samples in the reference's manifold"),
+    "recall": Metric(**NEIGHBOURS, bounds=SHARE, summary="share of the reference in the samples' manifold"),
+    "density": Metric(**NEIGHBOURS, bounds=POSITIVE, summary="how many balls around reference images hold a sample"),
+    "coverage": Metric(**NEIGHBOURS, bounds=SHARE, summary="share of these balls that hold any sample"),
+}
+DEFAULT = tuple(METRICS)  # without rows that are added from outside
+HELP = "of " + "; ".join(f"{name} ({row.better} is better): {row.summary}" for name, row in METRICS.items())
+
+
+def check_metrics(names: Iterable[str]) -> None:
+    """Refuse what is no metric.
+
+    Raises:
+        ValueError: naming it, and those that there are.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not list(names):
+        raise ValueError(f"--metrics {','.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}")
+
+
+def needs_of(names: Iterable[str]) -> set[str]:
+    """What these metrics need between them.
+
+    Raises:
+        ValueError: for what is no metric.
+    """
+    names = list(names)
+    check_metrics(names)
+    return {METRICS[name].needs for name in names}
+
+
+def metric_name(metric: str, kind: str, extractor: str) -> str:
+    """What a metric's score is called on an extractor of this kind and name: FID, IS and KID are Inception's, precision
+    and recall are anyone's."""
+    elsewhere = METRICS[metric].elsewhere
+    return metric if kind == INCEPTION or elsewhere is None else f"{elsewhere[0]}[{extractor}]"
+
+
+def row_of(score: str) -> tuple[str, Metric | None]:
+    """Name and row of the metric that a score belongs to, such as "fid", "frechet_distance[vgg16]" or "fid, halves";
+    None where it is another score, or of a metric that is not registered here."""
+    name = score.partition("[")[0].partition(",")[0]
+    for metric, row in METRICS.items():
+        if name == metric or (row.elsewhere and name == row.elsewhere[0]):
+            return metric, row
+    return name, None
+
+
+def is_lower_better(score: str) -> bool | None:
+    """Of a score, whatever extractor it is on, or of a loss; None where nobody knows."""
+    if score.startswith("validation_"):
+        return True
+    row = row_of(score)[1]
+    return None if row is None else row.better == "lower"
+
+
+def title_of(score: str) -> str:
+    """For the head of a column, with an arrow to where it is better."""
+    name, row = row_of(score)
+    if row is None:
+        return name
+    title = row.elsewhere[1] if row.elsewhere and name != score.partition(",")[0] else row.title or name
+    return f"{title} {'↓' if row.better == 'lower' else '↑'}"
+
+
+def digits_of(score: str) -> int | None:
+    """After the point, where its metric says."""
+    row = row_of(score)[1]
+    return row.digits if row else None

@@ -1,0 +1,17 @@
+"""Scores of two sets of images, for tests: what evaluate.py does, without its sources and files."""
+
+from metrics.features import Extractor
+from metrics.fidelity import compare
+from metrics.image_batches import image_batches
+from metrics.scores import DEFAULT
+
+
+def score(samples, reference, extractor="inception", metrics=DEFAULT, *, batch_size=64, weights_path=None, seed=0):
+    """`samples` and `reference` are tensors or datasets of uint8 images."""
+    if not isinstance(extractor, Extractor):
+        extractor = Extractor(extractor, weights_path=weights_path)
+    features = [
+        extractor(image_batches(images, batch_size), len(images), metrics=metrics, progress=False, desc=desc)
+        for images, desc in ((samples, "samples"), (reference, "reference"))
+    ]
+    return compare(*features, extractor, metrics=metrics, seed=seed)
