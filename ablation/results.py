@@ -142,7 +142,9 @@ class Results:
         """The scores of training images (the floor) and of reconstructions (the ceiling), where a run has them, by what
         they are, and of which variant where not all are scored alike."""
         alike = len({run.scored_as for run in self.runs}) == 1
-        rows = {row["name"]: (row["scores"], run.plan["variant"]) for run in self.runs for row in run.record["rows"][1:]}
+        rows = {
+            row["name"]: (row["scores"], run.plan["variant"]) for run in self.runs for row in run.record["rows"][1:]
+        }
         return {
             f"{name} ({what}{'' if alike else f' of {rows[name][1]}'})": rows[name][0]
             for name, what in (("training images", "floor"), ("reconstructions", "ceiling"))

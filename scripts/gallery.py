@@ -117,7 +117,7 @@ def cell(value: object) -> Cell:
 
 def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Training and held-out losses over the steps, as SVG, and their captions."""
-    from ablation.figures import color, draw, marker, svg_of
+    from evaluation.plots import color, draw, marker, svg_of
 
     def plot(axes: Any, name: str) -> bool:
         for number, run in enumerate(runs):

@@ -16,11 +16,11 @@ from PIL import Image
 from processes import run
 from scipy import stats
 
-from ablation.figures import color, legend_columns, marker
 from ablation.pictures import Pictures, save_beside
 from ablation.report import notes_of, write_report
 from ablation.results import paired_p, read_results
 from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
+from evaluation.plots import color, legend_columns, marker
 from evaluation.table import markdown, terminal
 
 CLASSES = ["stop_sign", "butterfly", "sunflower", "soccer_ball"]
