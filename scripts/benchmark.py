@@ -471,8 +471,6 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
     """A Markdown table, headed by what was measured on which machine; and JSON."""
     import torch
 
-    from evaluation.table import terminal
-
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     title = f"{what}; {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -50,13 +50,14 @@ def test_files_of_the_documentation_train_sample_and_score(tmp_path):
     assert (tmp_path / "drawn.npz").is_file()
     save_torchscript(Colour(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colour.pt")
     run(
-        *("evaluate.py", "--samples", "runs/tiny", "--metrics", "[fid]", "--num_samples", 8),
+        *("evaluate.py", "--samples", "runs/tiny", "--metrics", "[fid, gap]", "--num_samples", 8),
         *("--extractor", "colour.pt"),
         cwd=tmp_path,
         **state,
     )
     scores = json.loads((tmp_path / "runs" / "tiny" / "scores.json").read_text())
     assert scores["num_samples"] == 8
+    assert scores["scores"]["gap"]["value"] > 0
 
     elsewhere = run("sample.py", "--checkpoint", "runs/tiny", cwd=tmp_path, check=False, XDG_STATE_HOME=str(tmp_path))
     assert elsewhere.returncode == 2
