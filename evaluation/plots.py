@@ -7,10 +7,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 COLORS = ["#4477AA", "#EE6677", "#228833", "#AA3377", "#CC8800", "#33A6C2", "#888888", "#6655CC", "#996633", "#DD44AA"]
 MARKERS = "osD^vPX<>*"
 INK = "#010203"  # stands for the page's own text colour
@@ -26,8 +22,12 @@ STYLE: Any = {
 WIDTH, LINE = 4.6, 0.18  # inches: of a figure, and of a line of its legend
 
 
-def draw(plot: Callable[[Any], bool]) -> Figure | None:
-    """What `plot` puts on its axes, with a legend below; None where it finds nothing to draw."""
+def draw(plot: Callable[[Any], bool]) -> Any:
+    """What `plot` puts on its axes, with a legend below, as matplotlib's figure; None where it finds nothing to draw."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
         axes = figure.subplots()
@@ -42,8 +42,10 @@ def draw(plot: Callable[[Any], bool]) -> Figure | None:
     return figure
 
 
-def svg_of(figure: Figure, name: str) -> str:
+def svg_of(figure: Any, name: str) -> str:
     """For a page, in its text colour, whichever that is; `name` tells its parts from other figures' on the page."""
+    import matplotlib as mpl
+
     file = io.StringIO()
     with mpl.rc_context(STYLE):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
