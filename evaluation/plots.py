@@ -23,7 +23,7 @@ WIDTH, LINE = 4.6, 0.18  # inches: of a figure, and of a line of its legend
 
 
 def draw(plot: Callable[[Any], bool]) -> Any:
-    """What `plot` puts on its axes, with a legend below, as matplotlib's figure; None where it finds nothing to draw."""
+    """matplotlib's figure of what `plot` puts on its axes, a legend below; None where it finds nothing to draw."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
