@@ -38,7 +38,7 @@ class Cell(NamedTuple):
 
     @property
     def star(self) -> str:
-        """Of a significant difference."""
+        """What marks a significant difference, else nothing."""
         return "*" if self.p is not None and self.p < SIGNIFICANT else ""
 
 
