@@ -103,7 +103,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     run.begin(
         TrainingState({"model": backbone}, {"optimizer": optimizer}, ema, {"times": times}),
         {"model": guard},
-        inspection,
+        inspection.due,
         num_steps,
         best=config.log.best,
         lower_is_best=lower_is_best,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,27 +18,18 @@ def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) 
     ends = {autoencoder.encoder.conv_in.weight, autoencoder.decoder.conv_out.weight}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1 and parameter not in ends]
-    if config.muon_lr is None:
-        return {"adamw": _adamw(trained, config.lr, config.betas, config.weight_decay)}
-    rest = [parameter for parameter in trained if parameter.ndim <= 1 or parameter in ends]
-    return {
-        "muon": Muon(matrices, lr=config.muon_lr, weight_decay=0.0),
-        "adamw": _adamw(rest, config.lr, config.betas, config.weight_decay),
-    }
+    muon = {} if config.muon_lr is None else {"muon": Muon(matrices, lr=config.muon_lr, weight_decay=0.0)}
+    rest = [parameter for parameter in trained if not muon or parameter.ndim <= 1 or parameter in ends]
+    of_adamw: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
+    return {**muon, "adamw": torch.optim.AdamW(rest, config.lr, **of_adamw)}
 
 
 def discriminator_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """AdamW with the moments that adversarial training is used to."""
-    return _adamw(list(model.parameters()), lr, (0.5, 0.9), 0.0)
+    return torch.optim.AdamW(model.parameters(), lr, (0.5, 0.9), weight_decay=0.0, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Share of the peak learning rate, at which the optimizer was built."""
     for group in optimizer.param_groups:
         group["lr"] = factor * optimizer.defaults["lr"]
-
-
-def _adamw(
-    parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr, betas, weight_decay=weight_decay, fused=True)

@@ -94,17 +94,25 @@ def await_end(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def on_stop(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Within, SIGTERM, Ctrl-C and a closed terminal call this; what is ignored, as after nohup, stays so."""
-    before = {number: signal.getsignal(number) for number in STOPS}
-    heeded = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    for number in heeded:
+def on_stop(
+    handle: Callable[[signal.Signals], None],
+    numbers: Sequence[signal.Signals] = STOPS,
+    *,
+    stays_ignored: Sequence[signal.Signals] = STOPS,
+) -> Iterator[None]:
+    """Within, these signals (SIGTERM, Ctrl-C, a closed terminal) call this; what is ignored, as after nohup, may stay
+    so."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in stays_ignored:
+        if before[number] is signal.SIG_IGN:
+            del before[number]
+    for number in before:
         signal.signal(number, lambda number, frame: handle(signal.Signals(number)))
     try:
         yield
     finally:
-        for number, handler in heeded.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def stop_jobs(jobs: Sequence[str], *, here: bool, number: signal.Signals) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
-from machine.children import EXIT_CODE, STOPPED
+from machine.children import EXIT_CODE, STOPPED, on_stop
 from machine.lock import Lock
 from machine.whole_files import write_whole
 
@@ -23,8 +22,8 @@ def stops_at_once(run: Path) -> Iterator[None]:
     """Within, while there is nothing to save yet and libraries take their seconds, a signal ends the process in the
     way that it ends a training: status 75, and `stopped` in the run's folder, unless that is another training's."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        words = f"{signal.Signals(number).name}: stopped {BEFORE}"
+    def stop(number: signal.Signals) -> None:
+        words = f"{number.name}: stopped {BEFORE}"
         if os.environ.get("RANK", "0") == "0":
             with suppress(ValueError), Lock(run / "training.lock"):
                 write_whole(run / STOPPED, f"{words}\n")
@@ -32,19 +31,5 @@ def stops_at_once(run: Path) -> Iterator[None]:
                 print(words, file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)  # an error would be taken for one of the module that is being imported
 
-    with handled(stop):
+    with on_stop(stop, SIGNALS, stays_ignored=[signal.SIGHUP]):
         yield
-
-
-@contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within, this is called for the signals that stop a training; SIGHUP stays ignored where nohup has it so."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, usual in before.items():
-        if number != signal.SIGHUP or usual is not signal.SIG_IGN:
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, usual or signal.SIG_DFL)

@@ -87,7 +87,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
             ema,
         ),
         {"autoencoder": guard, "discriminator": critic_guard},
-        previews,
+        previews.due,
         num_steps,
     )
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -18,14 +18,6 @@ class Killed(Exception):
     """By nobody who lets anything be saved."""
 
 
-class Looks:
-    def __init__(self, values):
-        self.values = values
-
-    def due(self, step, num_steps):
-        return [lambda step: {"score": self.values[step]}] if step in self.values else []
-
-
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Six steps, or those up to one that is killed, with these gradient norms; gives the run."""
@@ -33,12 +25,15 @@ def train(tmp_path, monkeypatch):
     logged = LogConfig(every=1, checkpoint_every=2, keep_checkpoints=1, keep_every=2, trackers=[])
     config = ExperimentConfig(name="run", log=logged, train=TrainConfig(precision="fp32", max_hours=None))
 
-    def training(norm_of, *, looks=None, resume=None):
+    def training(norm_of, *, looks={}, resume=None):  # noqa: B006
+        def due(step, num_steps):
+            return [lambda step: {"score": looks[step]}] if step in looks else []
+
         with open_run(replace(config, resume=resume)) as run:
             layer = torch.nn.Linear(1, 1)
             optimizer, guard = torch.optim.AdamW(layer.parameters()), Guard(patience=2)
             state = TrainingState({"model": layer}, {"optimizer": optimizer}, EMA(layer, 0.9))
-            run.begin(state, {"model": guard}, Looks(looks or {}), 6, best="score", keep_every=2)
+            run.begin(state, {"model": guard}, due, 6, best="score", keep_every=2)
             for step in run.steps():
                 if guard.passes(norm_of(run, step)):
                     layer.weight.data += 1

@@ -7,16 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 
 from machine.accelerator import from_main
-from machine.children import EXIT_CODE, STOPPED
+from machine.children import EXIT_CODE, STOPPED, on_stop
 from machine.lock import Lock
-from machine.stopping import BEFORE, handled
+from machine.stopping import BEFORE, SIGNALS
 from machine.whole_files import write_whole
 
 
@@ -43,7 +42,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         from_main(self.accelerator, self._open)
-        self.handling = handled(self._receive)
+        self.handling = on_stop(self._receive, SIGNALS, stays_ignored=[signal.SIGHUP])
         self.handling.__enter__()
         return self
 
@@ -97,7 +96,7 @@ class Interruption:
         self.lock = Lock(self.run / "training.lock")
         (self.run / STOPPED).unlink(missing_ok=True)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: signal.Signals) -> None:
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.leaves:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, runtime_checkable
+from typing import Any, Generic
 
 import yaml
 from accelerate.tracking import get_available_trackers
@@ -29,15 +29,6 @@ from training.meter import Meter
 from training.resumption import start_or_go_on
 
 Look = Callable[[int], Mapping[str, float]]  # at what there is after a step: what it measured
-
-
-@runtime_checkable
-class Looks(Protocol):
-    """What a training looks at on the way."""
-
-    def due(self, step: int, num_steps: int) -> Sequence[Look]:
-        """After this step, before it is saved."""
-        ...
 
 
 @contextmanager
@@ -94,7 +85,7 @@ class Run(Generic[R]):
         self,
         training: TrainingState,
         guards: Mapping[str, Guard],
-        looks: Looks,
+        due: Callable[[int, int], Sequence[Look]],
         num_steps: int,
         *,
         best: str | None = None,
@@ -107,13 +98,13 @@ class Run(Generic[R]):
         Args:
             training: what a checkpoint holds.
             guards: by the name of the network that each watches.
-            looks: what to look at on the way.
+            due: what to look at after a step (of `num_steps`), before it is saved.
             num_steps: steps in all.
             best: the measurement whose best checkpoint stays; `lower_is_best`: the lowest one is.
             keep_every: every checkpoint whose step is a multiple of it stays too.
             metadata: what checkpoints say of themselves, beside the configuration.
         """
-        self.training, self.guards, self.looks, self.num_steps = training, guards, looks, num_steps
+        self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
         self.watched, self.lower_is_best, self.keep_every, self.metadata = best, lower_is_best, keep_every, metadata
         training.others.update(meter=self.meter, best=self.best)
         training.others.update({f"guard.{name}": guard for name, guard in guards.items()})
@@ -138,7 +129,7 @@ class Run(Generic[R]):
             Stopped: when all is saved, where a signal or the time asks for it.
             TrainingDivergedError: when rollbacks do not help.
         """
-        if not self._inspected and (due := self.looks.due(self.step, self.num_steps)):
+        if not self._inspected and (due := self.due(self.step, self.num_steps)):
             self.look(*due)
             self._save_again()
         self.bar = tqdm(
@@ -153,7 +144,7 @@ class Run(Generic[R]):
                 break
             began = time.perf_counter()
             if self._why is None:
-                self.look(*self.looks.due(self.step, self.num_steps))
+                self.look(*self.due(self.step, self.num_steps))
             if is_due(self.step, self.config.log.checkpoint_every) and self.step < self.num_steps:
                 self.save()
             self.meter.pause(time.perf_counter() - began)
