@@ -37,6 +37,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from checkpoints.averages import EMA
     from checkpoints.checkpoint import warm_start
     from checkpoints.training_state import TrainingState
+    from data import intake
     from evaluation.scoring import open_scorer
     from experiment.backbones import model_spec
     from experiment.datasets import open_cache, open_split
@@ -45,7 +46,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from sampling.autoguidance import load_guide_model
     from sampling.checks import resolve_sampling
     from training.batches import Batches
-    from training.forecast import announce
+    from training.forecast import forecast
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspection, check_best
     from training.log import is_due
@@ -67,7 +68,9 @@ def train(run: Run[ExperimentConfig]) -> None:
     meant = (config.diffusion, spec, accelerator.device, images.classes, run.identity)
     guide_model = load_guide_model(sampling, *meant)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
-    announce(images, held_out_images, model, spec, diffusion, accelerator)
+    accelerator.print(intake(images, held_out_images))
+    if run.is_main and accelerator.device.type == "cpu":
+        print(forecast(model, spec, diffusion, accelerator, len(images)))
     if config.init_from and run.checkpoint is None:
         accelerator.print(warm_start(model, config.init_from))
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)

@@ -76,7 +76,7 @@ def test_figures_do_not_depend_on_the_environments_backend():
 
 
 def test_train_reads_in_one_go():
-    assert len((ROOT / "train.py").read_text().splitlines()) <= 250
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 180
 
 
 def test_docstrings_say_something():

@@ -1,4 +1,4 @@
-"""What a training will go over and how long that takes, said before it begins."""
+"""How long an epoch takes, said before a training begins."""
 
 from __future__ import annotations
 
@@ -8,21 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from data import intake
 from diffusion import Diffusion
 from models.spec import ModelSpec
 
 LONG = 600  # seconds of an epoch
-
-
-def announce(
-    images, held_out, model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator
-) -> None:
-    """The main process says what the data were understood to be and, on a CPU, how long an epoch takes."""
-    if accelerator.is_main_process:
-        print(intake(images, held_out))
-        if accelerator.device.type == "cpu":
-            print(forecast(model, spec, diffusion, accelerator, len(images)))
 
 
 def forecast(
