@@ -131,7 +131,7 @@ def train(run: Run[ExperimentConfig]) -> None:
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = objective(model, batch, phase)
                 accelerator.backward(terms["loss"].mean())
-            run.meter.add(terms, diffusion.noise_rank(batch.t))
+            run.meter.add(terms, diffusion.path.noise_rank(batch.t))
         norm = gradient_norm(accelerator, model, config.optim.grad_clip)
         if guard.passes(norm):
             optimizer.step()

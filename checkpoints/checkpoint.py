@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from autoencoders.codec import Codec, create_codec, weights_sha256
 from checkpoints.hub import local
 from data.latents import short
+from experiment import backbones as backbones  # of studies too
 from experiment.config import ExperimentConfig, RunConfig
 from experiment.diffusions import build_diffusion
 from experiment.imports import load_imports

@@ -1,6 +1,6 @@
 """Diffusions, samplers and guidance; a model is any callable `(x_t, t, y, **extras)`.
 
-What follows is imported on first use: `diffusion.options`, which command lines are built from, needs no torch.
+What follows is imported on first use: `presets` and `options`, which command lines are built from, need no torch.
 """
 
 from importlib import import_module
@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusion.diffusion import Diffusion, Prediction
-    from diffusion.edm import EDM
-    from diffusion.flow import FlowMatching
-    from diffusion.gaussian import GaussianDiffusion
     from diffusion.options import SamplingOptions
-    from diffusion.presets import DIFFUSIONS
+    from diffusion.presets import DIFFUSIONS, EDM, FlowMatching, GaussianDiffusion
     from diffusion.samplers import SAMPLERS, sample
     from diffusion.spacings import SPACINGS
 

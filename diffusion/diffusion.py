@@ -1,20 +1,23 @@
-"""What a trainer and a sampler may ask of any diffusion, and what all of them share."""
+"""A diffusion: what a model learns of data and noise along a path between them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
-from diffusion.predictions import AtLevel, Level
+from diffusion.bound import discretized_log_likelihood, normal_kl
+from diffusion.paths import GaussianChain, Path
+from diffusion.predictions import PREDICTIONS, AtLevel
+from diffusion.schedules import check_name
 from diffusion.spacings import spaced_times
-from diffusion.times import Times
+from diffusion.times import LossSecondMoments, Times
 from diffusion.transition import Transition
 
 Denoiser = Callable[..., Tensor]
@@ -48,61 +51,156 @@ class Auxiliary(NamedTuple):
     is_fixed: bool = True  # or it changes with training, so that its values at two steps do not compare
 
 
-class Diffusion(ABC):
-    """A path from data to noise, `x_t = alpha(t) x_0 + sigma(t) noise`, and the objective that goes with it.
+FIXED_LOG_VARIANCES: dict[str, Callable[[Transition], Tensor]] = {  # Ho et al. 2020, section 3.2
+    "fixed_small": lambda at: at.log_variance_min,
+    "fixed_large": lambda at: at.log_variance_max,
+}
+VARIANCES = ("learned_range", *FIXED_LOG_VARIANCES)
 
-    Times are the diffusion's own and grow with the noise: 0..T-1 of a Gaussian chain, [0, 1] of a flow, sigma of EDM.
-    `precondition` maps them to what a backbone is given, which is 0..999 for all.
+
+def snr(path: Path, t: Tensor) -> Tensor:
+    at = path.levels(t)
+    return (at.alpha / at.sigma) ** 2
+
+
+def bound_weight(path: Path, t: Tensor) -> Tensor:
+    """The variational bound of a chain, in nats: T terms of a sum (Kingma et al. 2021, eq. 14). The one at t = 0 is a
+    likelihood, which has no such weight; it counts like t = 1."""
+    assert isinstance(path, GaussianChain)
+    at = path.transition(t.clamp(min=1))
+    return 0.5 * path.num_timesteps * at.x_0_weight**2 * torch.exp(-at.log_variance_min)
+
+
+WEIGHTINGS: dict[str, Callable[[Path, Tensor], Tensor]] = {
+    # What the squared error of x_0 counts at a time, [b 1 1 1].
+    "min_snr": lambda path, t: snr(path, t).clamp(max=5),  # Hang et al. 2023, gamma = 5
+    "p2": lambda path, t: snr(path, t) / (1 + snr(path, t)),  # Choi et al. 2022, k = gamma = 1
+    "vlb": bound_weight,
+}
+
+
+class Diffusion:
+    """A path `x_t = alpha(t) x_0 + sigma(t) noise`, what a model puts out for `x_t`, and what its error counts.
+
+    Args:
+        path: from data to noise; times are its own.
+        prediction: what the model puts out: a name in `PREDICTIONS`, or of the path's own `targets`.
+        loss: the target that the squared error is counted in, by the same names; by default the prediction.
+        times: draws training times: `(num, generator, device) -> [num]`.
+        learns_times: draw them by importance, as the square root of the loss's second moment there (Nichol and Dhariwal
+            2021, eq. 18), once losses have been seen; of a chain.
+        weighting: a name in `WEIGHTINGS`: what the squared error of `x_0` counts, whatever is predicted; in place of
+            `loss`.
+        variance: of the reverse step. `learned_range` has the model interpolate, in log space, between the posterior
+            variance and beta (Nichol and Dhariwal 2021, eq. 15), for which it has twice the channels; of a chain.
+            `fixed_small` and `fixed_large` are these two bounds themselves.
+        uncertainty: have the model say in one more channel, of which the mean over the image counts, the logarithm u of
+            the error it expects; the loss is then `mse / e^u + u`, least where u is log mse (Kendall et al. 2018;
+            Karras et al. 2024, eq. 21, where u is a small network's and knows sigma alone). The best prediction stays
+            the same.
+        default_sampler, default_spacing: where none is named.
+        samplers: where these alone can sample it.
     """
 
-    default_sampler: str
-    default_spacing: str = "uniform"
-    samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = NOTHING  # its own, where no other fits
-    prior_std: float = 1.0  # of `x_t` at the last time
-    noise_range: tuple[float, float]  # of sigma / alpha, both finite and above 0
-    max_time: int | float  # the last, where the noise is
+    def __init__(
+        self,
+        path: Path,
+        prediction: str,
+        loss: str | None = None,
+        *,
+        times: Callable[[int, torch.Generator | None, torch.device | str], Tensor],
+        learns_times: bool = False,
+        weighting: str = "uniform",
+        variance: str = "fixed_small",
+        uncertainty: bool = False,
+        default_sampler: str = "euler",
+        default_spacing: str = "uniform",
+        samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = NOTHING,
+    ) -> None:
+        targets = {**PREDICTIONS, **path.targets}
+        check_name("prediction", prediction, targets)
+        check_name("loss", loss or prediction, targets)
+        check_name("variance", variance, VARIANCES)
+        check_name("weighting", weighting, ("uniform", *WEIGHTINGS))
+        if weighting != "uniform" and loss not in (None, prediction):
+            raise ValueError(
+                f"--diffusion.loss {loss} beside --diffusion.weighting {weighting}: both say what an error counts; "
+                "leave one of them out"
+            )
+        self.path, self.prediction, self.loss, self.weighting = path, prediction, loss or prediction, weighting
+        self.variance, self.uncertainty = variance, uncertainty
+        self.learns_times, self._draw_times = learns_times, times
+        self.default_sampler, self.default_spacing, self.samplers = default_sampler, default_spacing, samplers
+        self._target, self._loss_target = targets[prediction], targets[self.loss]
+        self._informative = path.time_at(torch.tensor(path.noise_range, dtype=torch.float64)).tolist()
 
-    @abstractmethod
-    def path(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """`alpha` and `sigma` at times `t`; they may lie on the CPU."""
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the model puts out a second half of channels that sets the variance."""
+        return self.variance not in FIXED_LOG_VARIANCES
 
-    @abstractmethod
-    def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """The times at which sigma / alpha is `ratio`."""
+    def output_channels(self, in_channels: int) -> int:
+        """Channels that the backbone has to put out for data of `in_channels`."""
+        return in_channels * (1 + self.learns_variance) + self.uncertainty
 
-    @abstractmethod
-    def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Where a time lies on the way from the least noise, 0, to the most, 1."""
+    # Times.
 
-    @abstractmethod
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Shaped[Tensor, " num"]:
-        """Training times; the generator lies on `device`."""
+        """Training times, before anything is known of the losses; the generator lies on `device`."""
+        return self._draw_times(num, generator, device)
 
     def times(self) -> Times:
-        """What draws the times of training steps: by default `sample_timesteps`, each time as it comes."""
+        """What draws the times of training steps."""
+        if self.learns_times:
+            assert isinstance(self.path, GaussianChain)
+            return LossSecondMoments(self.path.num_timesteps)
         return Times(self.sample_timesteps)
 
-    @abstractmethod
-    def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
-        """Evenly spread times for a sampler, ascending.
+    def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
+        """The chain that a sampler walks down to the data.
+
+        The numbers are float64 scalars on the CPU, which a device takes with its kernels' arguments. Where the noise is
+        predicted, which says nothing of the data at pure noise, the chain starts at the path's largest finite ratio.
 
         Raises:
-            ValueError: where the diffusion has not so many.
+            ValueError: for an unknown spacing, or more steps than the path has.
         """
+        times = spaced_times(self.path, num_steps, spacing or self.default_spacing)
+        if self._target.data is None and not self.path(times[-1:]).alpha > 0:
+            times[-1] = self._informative[1]
+        chain = Transition.chain(*self.path(times))
+        return [(t, Transition(*row)) for t, row in zip(times.tolist(), zip(*chain, strict=True), strict=True)][::-1]
 
-    @abstractmethod
+    # Noise in, noise out.
+
+    def q_sample(
+        self, x_0: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], noise: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b c h w"]:
+        """`x_t`, a draw from `q(x_t | x_0)` by way of unit normal `noise`."""
+        alpha, sigma = self.path.levels(t)
+        return alpha * x_0 + sigma * noise
+
+    def precondition(self, model: Denoiser) -> Denoiser:
+        """The model as a function of the path's own `x_t` and `t`; extras pass through."""
+
+        def preconditioned(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
+            return model(*self.path.told(x_t, t), y, **extras)
+
+        return preconditioned
+
     def target(
         self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """What a perfect model puts out for `x_t` made of this `x_0` and `noise`."""
+        """What a perfect model puts out for `x_t` made of this `x_0` and `noise`, without its variance."""
+        return self._target.of(x_0, noise, self.path.levels(t))
 
-    @abstractmethod
     def read(
         self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         """`x_0` and noise, off a raw output for `x_t`: the inverse of `target`."""
+        return self._target.read(raw, x_t, at)
 
     def predict(
         self,
@@ -111,47 +209,31 @@ class Diffusion(ABC):
         t: Shaped[Tensor, " b"],
         transition: Transition | None = None,
     ) -> Prediction:
-        """What a raw model output says of `x_t`; a variance is that of the step `transition` from `t`."""
-        return Prediction(*self.read(output.to(x_t.dtype), x_t, self.levels(t) if transition is None else transition))
+        """What a raw model output says of `x_t`: `x_0`, `noise` and, where learned, the log-variance.
 
-    def precondition(self, model: Denoiser) -> Denoiser:
-        """The model as a function of the diffusion's own `x_t` and `t`."""
-        return model
+        The variance is that of the step from `t` to `t - 1`, or of another `transition` from `t`.
+        """
+        channels, output = x_t.shape[1], output.to(x_t.dtype)
+        raw = output[:, :channels]
+        if not self.learns_variance:
+            return Prediction(*self.read(raw, x_t, self.path.levels(t) if transition is None else transition))
+        at = self._transition(t) if transition is None else transition
+        # The model's -1 is the smallest variance, its 1 the largest (Nichol and Dhariwal 2021, eq. 15).
+        fraction = (output[:, channels : 2 * channels] + 1) / 2
+        log_variance = fraction * at.log_variance_max + (1 - fraction) * at.log_variance_min
+        return Prediction(*self.read(raw, x_t, at), log_variance)
 
-    def output_channels(self, in_channels: int) -> int:
-        """Channels that the backbone has to put out for data of `in_channels`."""
-        return in_channels
-
-    def loss_weight(self, t: Shaped[Tensor, " b"]) -> Float32[Tensor, " b"]:
-        """What the squared error of the output at `t` counts."""
-        return torch.ones(t.shape, device=t.device)
+    def reverse_log_variance(self, prediction: Prediction, transition: Transition) -> Tensor:
+        """Log-variance of the model's own reverse step, learned or fixed."""
+        if prediction.log_variance is not None:
+            return prediction.log_variance
+        return FIXED_LOG_VARIANCES[self.variance](transition)
 
     def reverse_std(self, prediction: Prediction, transition: Transition) -> Tensor:
-        """Standard deviation of the noise that an ancestral step adds: by default the true posterior's."""
-        return transition.posterior_std
+        """Standard deviation of the noise that an ancestral step adds."""
+        return torch.exp(0.5 * self.reverse_log_variance(prediction, transition))
 
-    def levels(self, t: Shaped[Tensor, " b"]) -> Level:
-        """`alpha` and `sigma` in float32 as `[b 1 1 1]` on `t`'s device."""
-        return Level(*(rearrange(number.float().to(t.device), "b -> b 1 1 1") for number in self.path(t)))
-
-    def q_sample(
-        self, x_0: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
-        """`x_t`, a draw from `q(x_t | x_0)` by way of unit normal `noise`."""
-        alpha, sigma = self.levels(t)
-        return alpha * x_0 + sigma * noise
-
-    def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
-        """The chain that a sampler walks down to the data.
-
-        The numbers are float64 scalars on the CPU, which a device takes with its kernels' arguments.
-
-        Raises:
-            ValueError: for an unknown spacing, or more steps than the diffusion has.
-        """
-        times = spaced_times(self, num_steps, spacing or self.default_spacing)
-        chain = Transition.chain(*self.path(times))
-        return [(t, Transition(*row)) for t, row in zip(times.tolist(), zip(*chain, strict=True), strict=True)][::-1]
+    # The objective.
 
     def training_loss(
         self,
@@ -163,38 +245,22 @@ class Diffusion(ABC):
         noise: Float[Tensor, "b c h w"] | None = None,
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
+        extras: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Per-sample `loss`, which is to be minimised, and the terms that it is made of, all in float32.
 
         `t` and `noise` are drawn when not given, by a generator on `x_0`'s device. An `auxiliary` term counts as the
         signal's share `alpha^2 / (alpha^2 + sigma^2)` says (alpha-bar of a Gaussian chain), so that it acts where `x_0`
-        can be predicted.
+        can be predicted. The model is called with `extras` beside (x_t, t, y).
         """
         t, noise = self.draw(x_0, t, noise, generator)
         x_0 = x_0.float()
         x_t = self.q_sample(x_0, t, noise)
-        output = self.precondition(model)(x_t, t, y).float()
+        output = self.precondition(model)(x_t, t, y, **extras).float()
         terms = self.terms(output, x_0, x_t, t, noise)
         if auxiliary:
             terms = with_auxiliary(terms, auxiliary, self.predict(output, x_t, t).x_0, x_0, y, self.signal_share(t))
         return terms
-
-    def signal_share(self, t: Shaped[Tensor, " b"]) -> Float32[Tensor, " b"]:
-        """`alpha^2 / (alpha^2 + sigma^2)`."""
-        alpha, sigma = self.levels(t)
-        return (alpha**2 / (alpha**2 + sigma**2)).flatten()
-
-    def terms(
-        self,
-        output: Float[Tensor, "b c_out h w"],
-        x_0: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        t: Shaped[Tensor, " b"],
-        noise: Float[Tensor, "b c h w"],
-    ) -> dict[str, Float32[Tensor, " b"]]:
-        """The objective: `loss`, and `mse`, the squared error of the model's output."""
-        mse = mean_per_sample((self.target(x_0, noise, t) - output).square())
-        return {"loss": self.loss_weight(t) * mse, "mse": mse}
 
     def draw(
         self, x_0: Tensor, t: Tensor | None, noise: Tensor | None, generator: torch.Generator | None
@@ -205,6 +271,65 @@ class Diffusion(ABC):
         if noise is None:
             noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         return t, noise.float()
+
+    def terms(
+        self,
+        output: Float[Tensor, "b c_out h w"],
+        x_0: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        t: Shaped[Tensor, " b"],
+        noise: Float[Tensor, "b c h w"],
+    ) -> dict[str, Float32[Tensor, " b"]]:
+        """`loss`, `mse`, the squared error of the model's output, and where they are learned `vb` and `uncertainty`.
+
+        `mse` is the simple loss (Ho et al. 2020, eq. 14), which `loss_weight` weighs. `vb` is the term of the
+        variational bound at `t`, in bits per dimension, with the mean frozen: it trains the variance alone. The hybrid
+        loss is `mse + T / 1000 * vb`: eq. 16 of Nichol and Dhariwal 2021 with their weight of 0.001, as `vb` is one of
+        T terms of a sum.
+        """
+        channels = x_0.shape[1]
+        mse = mean_per_sample((self.target(x_0, noise, t) - output[:, :channels]).square())
+        terms = {"loss": self.loss_weight(t) * mse, "mse": mse}
+        if self.learns_variance:
+            mean_frozen = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
+            vb = self._variational_bound(self.predict(mean_frozen, x_t, t), x_0, x_t, t)
+            terms |= {"loss": terms["loss"] + (self.path.max_time + 1) / 1000 * vb, "vb": vb}
+        if self.uncertainty:
+            u = mean_per_sample(output[:, -1:])
+            terms |= {"loss": terms["loss"] * torch.exp(-u) + u, "uncertainty": u}
+        return terms
+
+    def loss_weight(self, t: Shaped[Tensor, " b"]) -> Float32[Tensor, " b"]:
+        """What the squared error of the output at `t` counts, as the weighting or the loss's target says. Where that
+        grows without bound towards an end of a continuous path, it is that of the last time in `noise_range`."""
+        if self.weighting == "uniform" and self.loss == self.prediction:
+            return torch.ones(t.shape, device=t.device)
+        if t.is_floating_point():
+            t = t.clamp(*self._informative)
+        at = self.path.levels(t)
+        if self.weighting == "uniform":
+            return (self._loss_target.determinant(at) / self._target.determinant(at)).square().flatten()
+        x_0_error = (at.sigma / self._target.determinant(at)).square()  # over that of the output
+        return (WEIGHTINGS[self.weighting](self.path, t) * x_0_error).flatten()
+
+    def signal_share(self, t: Shaped[Tensor, " b"]) -> Float32[Tensor, " b"]:
+        """`alpha^2 / (alpha^2 + sigma^2)`."""
+        alpha, sigma = self.path.levels(t)
+        return (alpha**2 / (alpha**2 + sigma**2)).flatten()
+
+    def _transition(self, t: Int64[Tensor, " b"]) -> Transition:
+        assert isinstance(self.path, GaussianChain)  # the presets see to it
+        return self.path.transition(t)
+
+    def _variational_bound(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Float32[Tensor, " b"]:
+        """`L_t` in bits per dimension (Ho et al. 2020, eq. 5): a divergence, or at t = 0 a likelihood."""
+        at = self._transition(t)
+        mean = at.posterior_mean(prediction.x_0, x_t)
+        log_variance = self.reverse_log_variance(prediction, at)
+        true_mean = at.posterior_mean(x_0, x_t)
+        divergence = mean_per_sample(normal_kl(true_mean, at.log_variance_min, mean, log_variance))
+        likelihood = mean_per_sample(discretized_log_likelihood(x_0, mean, 0.5 * log_variance))
+        return torch.where(t == 0, -likelihood, divergence) / math.log(2)
 
 
 def with_auxiliary(

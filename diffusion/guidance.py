@@ -156,7 +156,7 @@ def projected(diffusion: Diffusion, parallel: float, radius: float | None, momen
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal before
-        at = diffusion.levels(t)
+        at = diffusion.path.levels(t)
         x_0, worse_x_0 = diffusion.read(good, x_t, at)[0], diffusion.read(worse, x_t, at)[0]
         push = before = x_0 - worse_x_0 + momentum * before
         if radius is not None:

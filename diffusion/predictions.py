@@ -1,4 +1,4 @@
-"""What a model may be trained to put out, and how `x_0` and noise are read off an output."""
+"""What a model may put out, and a loss be counted in: combinations of the data and the noise that `x_t` is made of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -32,31 +33,46 @@ class AtLevel(Protocol):
 
 
 class Target(NamedTuple):
-    """One parameterisation, its three readings and what a unit of its error is worth in `x_0`."""
+    """The combination `data x_0 + noise noise`, whose weights depend on the level; None leaves that part out.
 
-    target: Callable[[Tensor, Tensor, AtLevel], Tensor]  # of (x_0, noise, level)
-    x_0: Callable[[Tensor, Tensor, AtLevel], Tensor]  # of (output, x_t, level)
-    noise: Callable[[Tensor, Tensor, AtLevel], Tensor]
-    x_0_error: Callable[[AtLevel], Tensor]  # squared error of x_0 over that of the output
+    With `x_t`, another combination, it gives both parts back: two equations for two unknowns.
+    """
+
+    data: Callable[[AtLevel], Tensor] | None
+    noise: Callable[[AtLevel], Tensor] | None
+
+    def of(self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], at: AtLevel) -> Tensor:
+        """What a perfect model puts out."""
+        if self.data is None or self.noise is None:
+            return noise if self.data is None else x_0
+        return self.data(at) * x_0 + self.noise(at) * noise
+
+    def read(
+        self, output: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """`x_0` and noise off an output for `x_t`."""
+        if self.noise is None:
+            return output, (x_t - at.alpha * output) / at.sigma
+        if self.data is None:
+            return (x_t - at.sigma * output) / at.alpha, output
+        data, noise, determinant = self.data(at), self.noise(at), self.determinant(at)
+        return (noise * x_t - at.sigma * output) / determinant, (at.alpha * output - data * x_t) / determinant
+
+    def determinant(self, at: AtLevel) -> Tensor:
+        """Of the two equations: an error of `x_0`, `x_t` given, is `sigma / |determinant|` times that of the output. So
+        the ratio of two determinants converts errors of one target to those of another."""
+        from_noise = 0 if self.noise is None else at.alpha * self.noise(at)
+        from_data = 0 if self.data is None else at.sigma * self.data(at)
+        return torch.as_tensor(from_noise - from_data)
 
 
+def one(at: AtLevel) -> Tensor:
+    return torch.ones_like(at.alpha)
+
+
+# A path may have further ones: a flow its `velocity`, EDM its `F`.
 PREDICTIONS = {
-    "epsilon": Target(  # Ho et al. 2020, eq. 14 and 15
-        target=lambda x_0, noise, at: noise,
-        x_0=lambda output, x_t, at: (x_t - at.sigma * output) / at.alpha,
-        noise=lambda output, x_t, at: output,
-        x_0_error=lambda at: (at.sigma / at.alpha) ** 2,
-    ),
-    "x_0": Target(
-        target=lambda x_0, noise, at: x_0,
-        x_0=lambda output, x_t, at: output,
-        noise=lambda output, x_t, at: (x_t - at.alpha * output) / at.sigma,
-        x_0_error=lambda at: torch.ones_like(at.alpha),
-    ),
-    "v": Target(  # Salimans and Ho 2022, appendix D; alpha^2 + sigma^2 = 1
-        target=lambda x_0, noise, at: at.alpha * noise - at.sigma * x_0,
-        x_0=lambda output, x_t, at: at.alpha * x_t - at.sigma * output,
-        noise=lambda output, x_t, at: at.sigma * x_t + at.alpha * output,
-        x_0_error=lambda at: at.sigma**2,
-    ),
+    "epsilon": Target(data=None, noise=one),  # Ho et al. 2020, eq. 14 and 15
+    "x_0": Target(data=one, noise=None),
+    "v": Target(data=lambda at: -at.sigma, noise=lambda at: at.alpha),  # Salimans and Ho 2022, appendix D
 }

@@ -1,12 +1,173 @@
-"""Diffusions by name."""
+"""Kinds of diffusion by name: what their settings mean, and what these make of `Diffusion`.
 
-from diffusion.diffusion import Diffusion
-from diffusion.edm import EDM
-from diffusion.flow import FlowMatching
-from diffusion.gaussian import GaussianDiffusion
+A preset is any function that returns a `Diffusion`. Its parameters are the settings of its kind, for a command line
+too: their annotations hold the types and, as text, the interval that numbers lie in, and the docstring says what they
+are. Nothing heavy is imported before one is called, so that `--help` answers at once.
+"""
 
-DIFFUSIONS: dict[str, type[Diffusion]] = {
-    "gaussian": GaussianDiffusion,
-    "flow": FlowMatching,
-    "edm": EDM,
-}
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    import diffusion.diffusion
+
+
+def gaussian(
+    schedule: str = "linear",
+    num_timesteps: Annotated[int, "[2, inf)"] = 1000,
+    prediction: str = "epsilon",
+    variance: str = "learned_range",
+    weighting: str = "uniform",
+    times: str = "uniform",
+    zero_terminal_snr: bool = False,
+    model_times: Annotated[Sequence[float] | None, "(-inf, inf)"] = None,
+    loss: str | None = None,
+) -> "diffusion.diffusion.Diffusion":
+    """discrete time: Ho et al. 2020, Nichol and Dhariwal 2021
+
+    Args:
+        schedule: 'linear', 'scaled_linear', 'linear_unscaled' (betas from 1e-4 to 0.02 whatever T), 'cosine' or
+            'sigmoid'
+        num_timesteps: T
+        prediction: what the backbone predicts: 'epsilon', 'x_0' or 'v'
+        variance: of the reverse step: 'learned_range' (hybrid loss; twice the channels), 'fixed_small' or 'fixed_large'
+        weighting: of the squared error: 'uniform', 'min_snr', 'p2' or 'vlb'
+        times: at which the backbone is trained: 'uniform', 'logit_normal', or 'importance', as often as the loss there
+            is large (Nichol and Dhariwal 2021)
+        zero_terminal_snr: rescale the schedule to end in pure noise (Lin et al. 2023)
+        model_times: what the backbone is told at the data's end and at the noise's, for weights that were trained on
+            other numbers than 0 to T-1, such as [1, 1000]
+        loss: what the squared error is counted in, by a prediction's name; null: what is predicted
+
+    Raises:
+        ValueError: for an unknown name, listing those that there are, too few timesteps, or a prediction that says
+            nothing of the data at T-1.
+    """
+    import torch
+
+    from diffusion.diffusion import Diffusion
+    from diffusion.paths import GaussianChain
+    from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
+    from diffusion.times import TIMES
+
+    check_name("schedule", schedule, SCHEDULES)
+    check_name("times", times, (*TIMES, "importance"))
+    if num_timesteps < 2:
+        raise ValueError(f"--diffusion.num_timesteps {num_timesteps} must be at least 2")
+    betas = SCHEDULES[schedule](num_timesteps)
+    if betas.max() >= 1:
+        raise ValueError(
+            f"--diffusion.num_timesteps {num_timesteps} is too few for the {schedule} schedule: beta reaches "
+            f"{betas.max():.3g}; use more, or --diffusion.schedule cosine"
+        )
+    if zero_terminal_snr and prediction == "epsilon":
+        raise ValueError(
+            "--diffusion.zero_terminal_snr true: x_t at T-1 is then the noise itself, and predicting that says nothing "
+            "of the data; use --diffusion.prediction v or x_0"
+        )
+
+    def draw(num: int, generator: torch.Generator | None, device: torch.device | str) -> torch.Tensor:
+        if times in ("uniform", "importance"):
+            return torch.randint(num_timesteps, (num,), generator=generator, device=device)
+        return (TIMES[times](num, generator, device) * num_timesteps).long()
+
+    return Diffusion(
+        GaussianChain(with_zero_terminal_snr(betas) if zero_terminal_snr else betas, model_times),
+        prediction,
+        loss,
+        times=draw,
+        learns_times=times == "importance",
+        weighting=weighting,
+        variance=variance,
+        default_sampler="ddpm",
+    )
+
+
+def flow(
+    path: str = "linear",
+    times: str = "uniform",
+    shift: Annotated[float, "(0, inf)"] = 1.0,
+    model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
+    prediction: str = "velocity",
+    loss: str | None = None,
+) -> "diffusion.diffusion.Diffusion":
+    """flow matching: Lipman et al. 2023, Liu et al. 2023, Ma et al. 2024
+
+    Args:
+        path: 'linear' or 'trigonometric'
+        times: at which the backbone is trained: 'uniform' or 'logit_normal'
+        shift: of training and sampling times alike towards the noise, for larger images; 1 shifts nothing
+        model_times: what the backbone is told at the data's end and at the noise's, for weights that were trained on
+            other numbers, such as [1, 0]
+        prediction: what the backbone predicts: 'velocity', 'epsilon', 'x_0' or 'v'
+        loss: what the squared error is counted in, by a prediction's name; null: what is predicted
+
+    Raises:
+        ValueError: for an unknown name, listing those that there are, or a shift that is not positive.
+    """
+    from diffusion.diffusion import Diffusion
+    from diffusion.paths import CURVES, Flow
+    from diffusion.schedules import check_name
+    from diffusion.times import TIMES
+
+    check_name("path", path, CURVES)
+    check_name("times", times, TIMES)
+    way = Flow(path, shift, model_times)
+    return Diffusion(
+        way, prediction, loss, times=lambda num, generator, device: way.shifted(TIMES[times](num, generator, device))
+    )
+
+
+def edm(
+    sigma_data: Annotated[float, "(0, inf)"] = 1.0,
+    P_mean: Annotated[float, "(-inf, inf)"] = -0.5,
+    P_std: Annotated[float, "(0, inf)"] = 1.2,
+    sigma_min: Annotated[float, "(0, inf)"] = 0.002,
+    sigma_max: Annotated[float, "(0, inf)"] = 80.0,
+    uncertainty: bool = False,
+    prediction: str = "F",
+    loss: str | None = None,
+) -> "diffusion.diffusion.Diffusion":
+    """Karras et al. 2022
+
+    The weight `(sigma^2 + sigma_data^2) / (sigma sigma_data)^2` of the error of `x_0` makes that of F count alike at
+    all levels: it is what a loss counted in F means. Published: `P_mean` -1.2 for data of 0.5, which is -0.5 for 1.
+
+    Args:
+        sigma_data: standard deviation of the data
+        P_mean: mean of log sigma in training
+        P_std: its standard deviation
+        sigma_min: least noise of a sampler
+        sigma_max: noise that a sampler starts from
+        uncertainty: have the model learn how large its error is, and weigh it by that
+        prediction: what the backbone predicts: 'F', 'epsilon', 'x_0' or 'v'
+        loss: what the squared error is counted in, by a prediction's name; null: what is predicted
+
+    Raises:
+        ValueError: for numbers that are not positive, or levels that do not ascend.
+    """
+    import torch
+
+    from diffusion.diffusion import Diffusion
+    from diffusion.paths import VarianceExploding
+
+    if not 0 < P_std < math.inf:
+        raise ValueError(f"--diffusion.P_std {P_std} must be above 0")
+
+    def draw(num: int, generator: torch.Generator | None, device: torch.device | str) -> torch.Tensor:
+        return (P_mean + P_std * torch.randn(num, generator=generator, device=device)).exp()
+
+    return Diffusion(
+        VarianceExploding(sigma_data, sigma_min, sigma_max),
+        prediction,
+        loss,
+        times=draw,
+        uncertainty=uncertainty,
+        default_sampler="heun",
+        default_spacing="karras",
+    )
+
+
+DIFFUSIONS: dict[str, Callable[..., Any]] = {"gaussian": gaussian, "flow": flow, "edm": edm}
+GaussianDiffusion, FlowMatching, EDM = gaussian, flow, edm

@@ -66,6 +66,6 @@ def bits_per_dimension(
         expansion += dalpha * (divergence[0] + divergence_there[0]) / 2
         expansion += dsigma * (divergence[1] + divergence_there[1]) / 2
 
-    std = diffusion.prior_std / norm(steps[-1])
+    std = diffusion.path.prior_std / norm(steps[-1])
     log_prior = -0.5 * ((x / std) ** 2 + (2 * math.pi * std**2).log()).sum(dim=(1, 2, 3))
     return -((log_prior + expansion) / (x_0[0].numel() * math.log(2))).float()

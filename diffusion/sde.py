@@ -41,4 +41,4 @@ def score(
 ) -> Float[Tensor, "b c h w"]:
     """`grad log p_t(x_t)`: the predicted noise over `-sigma`."""
     noise = diffusion.predict(diffusion.precondition(model)(x_t, t, y), x_t, t).noise
-    return -noise / diffusion.levels(t).sigma
+    return -noise / diffusion.path.levels(t).sigma

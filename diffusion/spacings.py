@@ -1,89 +1,74 @@
-"""Which times a sampler visits: each spacing one function `(diffusion, num_steps) -> ascending times`."""
+"""Which times a sampler visits: each spacing one function `(path, num_steps) -> ascending times`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol, runtime_checkable
+from pathlib import Path as File
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from diffusion.paths import Path
+
 RHO = 7  # Karras et al. 2022, table 1
 
 
-@runtime_checkable
-class Timeline(Protocol):
-    """The part of a diffusion that a spacing looks at."""
-
-    max_time: int | float
-    noise_range: tuple[float, float]
-
-    def timesteps(self, num_steps: int) -> Tensor:
-        """Times that are spread evenly, ascending."""
-        ...
-
-    def time_at(self, ratio: Tensor) -> Tensor:
-        """The times of these sigma / alpha."""
-        ...
-
-
-def spaced_times(diffusion: Timeline, num_steps: int, spacing: str) -> Shaped[Tensor, " num_steps"]:
+def spaced_times(path: Path, num_steps: int, spacing: str) -> Shaped[Tensor, " num_steps"]:
     """The times of a chain by the name of its spacing, or by a file of noise levels.
 
     A single step is taken from the last time, where the noise is.
 
     Raises:
-        ValueError: when neither a spacing nor a file has this name, or the diffusion has fewer times than steps.
+        ValueError: when neither a spacing nor a file has this name, or the path has fewer times than steps.
     """
-    uniform_times = uniform(diffusion, num_steps)  # every spacing is refused what this one is
+    uniform_times = uniform(path, num_steps)  # every spacing is refused what this one is
     if num_steps == 1:
-        return torch.tensor([diffusion.max_time])
+        return torch.tensor([path.max_time])
     if spacing in SPACINGS:
-        return uniform_times if spacing == "uniform" else SPACINGS[spacing](diffusion, num_steps)
-    if Path(spacing).is_file():
-        return at_ratios(diffusion, interpolate(read_table(spacing), num_steps))
+        return uniform_times if spacing == "uniform" else SPACINGS[spacing](path, num_steps)
+    if File(spacing).is_file():
+        return at_ratios(path, interpolate(read_table(spacing), num_steps))
     raise ValueError(
         f"--spacing {spacing}: unknown, choose from {', '.join(SPACINGS)}, or give a text file of noise levels"
     )
 
 
-def uniform(diffusion: Timeline, num_steps: int) -> Shaped[Tensor, " num_steps"]:
-    """Evenly over the diffusion's own time, both ends of a discrete chain included."""
-    return diffusion.timesteps(num_steps)
+def uniform(path: Path, num_steps: int) -> Shaped[Tensor, " num_steps"]:
+    """Evenly over the path's own time, both ends of a discrete chain included."""
+    return path.timesteps(num_steps)
 
 
-def trailing(diffusion: Timeline, num_steps: int) -> Shaped[Tensor, " num_steps"]:
+def trailing(path: Path, num_steps: int) -> Shaped[Tensor, " num_steps"]:
     """Equal steps counted from the last time down to the data (Lin et al. 2023, table 2)."""
-    last = diffusion.max_time
+    last = path.max_time
     fraction = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
     if isinstance(last, int):  # 0 is a time of its own there, one above the data
         return (fraction * (last + 1)).round().long() - 1
     return fraction * last
 
 
-def quadratic(diffusion: Timeline, num_steps: int) -> Float[Tensor, " num_steps"]:
+def quadratic(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
     """Time grows with the square of the step's number (Song et al. 2021, appendix D.2): denser near the data."""
-    low = diffusion.time_at(torch.tensor(diffusion.noise_range[0], dtype=torch.float64))
+    low = path.time_at(torch.tensor(path.noise_range[0], dtype=torch.float64))
     root = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    return low + (diffusion.max_time - low) * root**2
+    return low + (path.max_time - low) * root**2
 
 
-def karras(diffusion: Timeline, num_steps: int) -> Float[Tensor, " num_steps"]:
+def karras(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
     """`(sigma / alpha)^(1 / rho)` evenly, rho = 7 (Karras et al. 2022, eq. 5)."""
-    low, high = (ratio ** (1 / RHO) for ratio in diffusion.noise_range)
-    return at_ratios(diffusion, torch.linspace(low, high, num_steps, dtype=torch.float64) ** RHO)
+    low, high = (ratio ** (1 / RHO) for ratio in path.noise_range)
+    return at_ratios(path, torch.linspace(low, high, num_steps, dtype=torch.float64) ** RHO)
 
 
-def log_snr(diffusion: Timeline, num_steps: int) -> Float[Tensor, " num_steps"]:
+def log_snr(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
     """`log(sigma / alpha)` evenly (Lu et al. 2022a, section 3.4)."""
-    low, high = (math.log(ratio) for ratio in diffusion.noise_range)
-    return at_ratios(diffusion, torch.linspace(low, high, num_steps, dtype=torch.float64).exp())
+    low, high = (math.log(ratio) for ratio in path.noise_range)
+    return at_ratios(path, torch.linspace(low, high, num_steps, dtype=torch.float64).exp())
 
 
-SPACINGS: dict[str, Callable[[Timeline, int], Tensor]] = {
+SPACINGS: dict[str, Callable[[Path, int], Tensor]] = {
     "uniform": uniform,
     "trailing": trailing,
     "quadratic": quadratic,
@@ -92,11 +77,11 @@ SPACINGS: dict[str, Callable[[Timeline, int], Tensor]] = {
 }
 
 
-def at_ratios(diffusion: Timeline, ratios: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The times of these sigma / alpha; the noisiest is the diffusion's last, where the ratio may be infinite."""
-    low, high = diffusion.noise_range
-    times = diffusion.time_at(ratios.clamp(low, high)).double()
-    times[-1] = diffusion.max_time
+def at_ratios(path: Path, ratios: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The times of these sigma / alpha; the noisiest is the path's last, where the ratio may be infinite."""
+    low, high = path.noise_range
+    times = path.time_at(ratios.clamp(low, high)).double()
+    times[-1] = path.max_time
     return times
 
 
@@ -107,7 +92,7 @@ def read_table(path: str) -> Float[Tensor, " n"]:
         ValueError: when it holds anything but two or more different positive numbers.
     """
     try:
-        numbers = sorted({float(word) for word in Path(path).read_text().replace(",", " ").split()} - {0.0})
+        numbers = sorted({float(word) for word in File(path).read_text().replace(",", " ").split()} - {0.0})
     except ValueError as error:
         raise ValueError(f"--spacing {path}: not a list of numbers ({error})") from None
     if len(numbers) < 2 or numbers[0] < 0 or not math.isfinite(sum(numbers)):

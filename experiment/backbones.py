@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
@@ -13,6 +14,8 @@ from diffusion import Diffusion
 from experiment.config import ExperimentConfig
 from models import BACKBONES
 from models.spec import ModelSpec
+
+import_module("studies.cascade.three_stages")  # registers its backbone, as a module of a user's would
 
 
 def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num_classes: int) -> ModelSpec:

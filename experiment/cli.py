@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -107,9 +107,11 @@ def parse(config_class: type[T], arguments: list[str] | None = None, *, stored_i
         SystemExit: with a message that names the flag, when an argument does not fit.
     """
     arguments = written_out(config_class, sys.argv[1:] if arguments is None else arguments)
+    quoted = quote_names(config_class, arguments)
+    load_imports(named_imports(quoted), stored_in=stored_in)  # what they register has settings, which are flags
     config = auto_cli(
         config_class,
-        args=quote_names(config_class, arguments),
+        args=quoted,
         as_positional=False,
         return_instance=True,
         parser_class=Parser,
@@ -117,9 +119,22 @@ def parse(config_class: type[T], arguments: list[str] | None = None, *, stored_i
         allow_abbrev=False,
         usage="%(prog)s [settings]",
     )
-    load_imports(getattr(config, "imports", ()), stored_in=stored_in)
     check_settings(config)
     return cast(T, expand_home(config))
+
+
+def named_imports(arguments: list[str]) -> list[str]:
+    """What the command line, its lists of names quoted, names as `imports`, by a flag or in a file of `--config`."""
+    names: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, has_value, value = argument.partition("=")
+        value = value if has_value else following
+        with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # which reading it will tell
+            if flag == "--config":
+                names = yaml.load(Path(value).expanduser().read_text(), yaml.BaseLoader).get("imports", names)
+            elif flag == "--imports":
+                names = json.loads(value)
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def run_program(program: Callable[..., Any] | list[Callable[..., Any]], *, as_positional: bool = False) -> None:
@@ -189,13 +204,15 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
     Raises:
         ValueError: that names the key, when one is unknown or its value does not fit.
     """
+    if imports := values.get("imports"):
+        load_imports(imports)
+        parser_of.cache_clear()
     parser = parser_of(config_class)
     try:
         found = parser.instantiate(parser.parse_object(renamed(values)))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     config = config_class(**vars(found))
-    load_imports(getattr(config, "imports", ()))
     check_settings(config, prefix="")
     return config
 

@@ -8,10 +8,13 @@ so that `--help` answers at once.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from diffusion.options import SamplingOptions
+from diffusion.presets import DIFFUSIONS
+from experiment.open_section import open_section
 from experiment.settings import flatten
 from machine.whole_files import inside
 from metrics.scores import DEFAULT, HELP
@@ -57,71 +60,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The diffusion and its objective. What is null is the kind's own default; what belongs to another kind is
-    refused.
+    """The diffusion and its objective. What is null is the kind's own default; what belongs to another kind is refused.
 
-    Args:
-        kind: 'gaussian' (discrete time: Ho et al. 2020, Nichol and Dhariwal 2021), 'flow' (flow matching: Lipman et al.
-            2023), 'edm' (Karras et al. 2022) or 'cascade' (small images, upsampled, refined; --model Cascade)
-        schedule: of a gaussian's or cascade's noise: 'linear' (default), 'scaled_linear', 'linear_unscaled'
-            (betas from 1e-4 to 0.02 whatever T), 'cosine' or 'sigmoid'
-        num_timesteps: of a gaussian or cascade: T (1000)
-        prediction: of a gaussian or cascade: what the backbone predicts: 'epsilon' (a gaussian's default), 'x_0' or 'v'
-            (a cascade's)
-        variance: of a gaussian: 'learned_range' (default; hybrid loss), 'fixed_small' or 'fixed_large'
-        weighting: of a gaussian's squared error: 'uniform' (default), 'min_snr', 'p2' or 'vlb'
-        zero_terminal_snr: of a gaussian: rescale the schedule to end in pure noise (false)
-        times: of a gaussian or flow, at which the backbone is trained: 'uniform' (default), 'logit_normal', or, of a
-            gaussian, 'importance': as often as the loss there is large (Nichol and Dhariwal 2021)
-        path: of a flow: 'linear' (default) or 'trigonometric'
-        model_times: of a gaussian or flow: what the backbone is told at the data's end and at the noise's, for weights
-            that were trained on other numbers than 0 to 999, such as [1, 0]
-        shift: of a flow's times towards the noise, for larger images (1: none)
-        sigma_data: of edm: standard deviation of the data (1)
-        P_mean: of edm: mean of log sigma in training (-0.5)
-        P_std: of edm: its standard deviation (1.2)
-        sigma_min: of edm: least noise of a sampler (0.002)
-        sigma_max: of edm: noise that a sampler starts from (80)
-        uncertainty: of edm: have the model learn how large its error is, and weigh it by that (false)
-        coarse: of a cascade: its first stage: 'diffusion' (default), 'dae' (a denoising autoencoder, sampled by
-            denoising again and again) or 'resnet' (from noise)
-        upsampler: of a cascade: 'pixelshuffle' (default), 'bilinear' (and a convolution), 'resnet' or 'interpolation'
-        refiner: of a cascade: 'vit' (default), 'conv', 'none', or 'diffusion' (super-resolution: Ho et al. 2021)
-        factor: of a cascade: side of the images over that of the first stage's (2)
-        sigma: of a cascade's 'dae': standard deviation of its noise (0.5)
-        phases: of a cascade: relative lengths of its training's three phases: the first stage, the other two, all
-            ([35, 35, 30])
-        forcing: of a cascade: probability that the upsampler is given the true small image, at the beginning and end of
-            the second phase and of the third ([[0.9, 0.1], [0.1, 0]])
-        augmentation: of a cascade's 'diffusion' refiner: noise of the image that it refines, the most in training and
-            that at sampling, as shares of the diffusion's times ([0.5, 0.1]); zeros: none
-    """
+    Its settings are those of all kinds that are registered, which `open_section` adds."""
 
     kind: str = "gaussian"
-    schedule: str | None = None
-    num_timesteps: int | None = within("[2, inf)", None)
-    prediction: str | None = None
-    variance: str | None = None
-    weighting: str | None = None
-    zero_terminal_snr: bool | None = None
-    times: str | None = None
-    model_times: list[float] | None = within("(-inf, inf)", None)
-    path: str | None = None
-    shift: float | None = within("(0, inf)", None)
-    sigma_data: float | None = within("(0, inf)", None)
-    P_mean: float | None = within("(-inf, inf)", None)
-    P_std: float | None = within("(0, inf)", None)
-    sigma_min: float | None = within("(0, inf)", None)
-    sigma_max: float | None = within("(0, inf)", None)
-    uncertainty: bool | None = None
-    coarse: str | None = None
-    upsampler: str | None = None
-    refiner: str | None = None
-    factor: int | None = within("[2, inf)", None)
-    sigma: float | None = within("(0, inf)", None)
-    phases: list[float] | None = within("[0, inf)", None)
-    forcing: list[list[float]] | None = within("[0, 1]", None)
-    augmentation: list[float] | None = within("[0, 1]", None)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, kind: str = "gaussian", **settings: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+
+import_module("studies.cascade")  # of this repository, but no part of the core: it registers itself
+open_section(DiffusionConfig, DIFFUSIONS)
 
 
 @dataclass(frozen=True)
@@ -377,6 +329,12 @@ class ExperimentConfig(RunConfig):
     def folder(self) -> Path:
         """Where the run is written, below `runs`."""
         return super().folder if self.resume or self.name else Path("runs") / self.model.replace("/", "-")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of the diffusion what it was told, without the settings of other kinds."""
+        values = super().to_dict()
+        values["diffusion"] = {name: value for name, value in values["diffusion"].items() if value is not None}
+        return values
 
     def identity(self) -> dict[str, Any]:
         """With the diffusion's settings in full: what is null is their default."""

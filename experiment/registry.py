@@ -14,6 +14,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
 
+from experiment.config import DiffusionConfig
+from experiment.open_section import open_section
 from metrics.scores import Metric
 
 T = TypeVar("T")
@@ -21,7 +23,7 @@ T = TypeVar("T")
 TABLES = {  # of each kind: its table's module and name; the module is imported when something is added
     "backbone": ("models", "BACKBONES"),
     "sampler": ("diffusion.samplers", "SAMPLERS"),
-    "diffusion": ("diffusion", "DIFFUSIONS"),
+    "diffusion": ("diffusion.presets", "DIFFUSIONS"),
     "dataset": ("data", "DATASETS"),
     "codec": ("autoencoders.codec", "CODECS"),
     "auxiliary": ("training.objective", "AUXILIARY"),
@@ -54,6 +56,8 @@ def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
             rows[name] = Metric(thing, **arguments)
         else:
             rows[name] = (thing, arguments) if kind == "backbone" else thing
+        if kind == "diffusion":
+            open_section(DiffusionConfig, rows)  # its parameters are flags from now on
         return thing
 
     return add

@@ -63,7 +63,7 @@ class Published:
         diffusion = self.diffusion.create_diffusion(timestep_respacing="")
 
         def loss(model: nn.Module, x_0: Tensor, y: Tensor) -> Tensor:
-            t = torch.randint(0, diffusion.num_timesteps, (len(x_0),), device=x_0.device)
+            t = torch.randint(0, diffusion.path.num_timesteps, (len(x_0),), device=x_0.device)
             return diffusion.training_losses(model, x_0, t, {"y": y})["loss"].mean()
 
         return loss

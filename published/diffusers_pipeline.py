@@ -92,7 +92,7 @@ def write_native(
         )
     if vae is None:
         raise ValueError("--native: DiTPipeline needs an autoencoder, and this model denoises pixels; leave it out")
-    if diffusion.model_times is not None:
+    if diffusion.path.model_times is not None:
         raise ValueError("--native: DiTPipeline tells a model its times from 0 to 999; leave it out")
     transformer, vae = to_diffusers(checkpoint.load_model()), without_shift(vae)
     transformer.save_pretrained(folder / "transformer")

@@ -63,25 +63,25 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
 
 def _build(kind: str, diffusion: Any, sampler: str | None, limit: float) -> Any:
     if kind == "flow":
-        if diffusion.path_name != "linear":
-            raise ValueError(f"--diffusion.path {diffusion.path_name}: diffusers' flows are linear")
-        return FlowMatchEulerDiscreteScheduler(1000, shift=float(diffusion.shift))
+        if diffusion.path.curve != "linear":
+            raise ValueError(f"--diffusion.path {diffusion.path.curve}: diffusers' flows are linear")
+        return FlowMatchEulerDiscreteScheduler(1000, shift=float(diffusion.path.shift))
     if kind == "edm":
-        low, high = diffusion.noise_range
-        return EDMEulerScheduler(low, high, diffusion.sigma_data)
+        low, high = diffusion.path.noise_range
+        return EDMEulerScheduler(low, high, diffusion.path.sigma_data)
     chain: dict[str, Any] = {
-        "trained_betas": diffusion.betas.tolist(),
+        "trained_betas": diffusion.path.betas.tolist(),
         "prediction_type": PREDICTIONS[diffusion.prediction],
     }
     if sampler == "ddpm":
         cut: dict[str, Any] = {"clip_sample": math.isfinite(limit)}
         if cut["clip_sample"]:
             cut["clip_sample_range"] = limit
-        return DDPMScheduler(diffusion.num_timesteps, **chain, **cut, variance_type=diffusion.variance)
-    if diffusion.alphas_cumprod[-1] == 0:
+        return DDPMScheduler(diffusion.path.num_timesteps, **chain, **cut, variance_type=diffusion.variance)
+    if diffusion.path.alphas_cumprod[-1] == 0:
         raise ValueError("--diffusion.zero_terminal_snr true: diffusers' DPM-Solver starts at 1 / 0; --sampler ddpm")
     return DPMSolverMultistepScheduler(
-        diffusion.num_timesteps,
+        diffusion.path.num_timesteps,
         **chain,
         solver_order=1 if sampler == "ddim" else 2,  # DDIM is DPM-Solver++ of order 1
         solver_type="midpoint",
@@ -93,10 +93,10 @@ def _build(kind: str, diffusion: Any, sampler: str | None, limit: float) -> Any:
 def told_times(kind: str, diffusion) -> tuple[float, float]:
     """The scheduler's timestep to what the backbone is given: offset and rate."""
     if kind == "flow":  # 1000 t
-        first, last = diffusion.model_times
+        first, last = diffusion.path.model_times
         return first, (last - first) / 1000
     if kind == "edm":  # log(sigma) / 4
-        low, high = (math.log(sigma) for sigma in diffusion.noise_range)
+        low, high = (math.log(sigma) for sigma in diffusion.path.noise_range)
         return -999 * low / (high - low), 4 * 999 / (high - low)
-    first, last = diffusion.model_times or (0.0, float(diffusion.max_time))
-    return first, (last - first) / diffusion.max_time
+    first, last = diffusion.path.model_times or (0.0, float(diffusion.path.max_time))
+    return first, (last - first) / diffusion.path.max_time

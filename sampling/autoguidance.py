@@ -15,6 +15,7 @@ from experiment.diffusions import diffusion_settings
 from models.spec import ModelSpec
 
 OF_TRAINING = {
+    "loss",
     "weighting",
     "times",
     "shift",

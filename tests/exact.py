@@ -3,6 +3,7 @@
 import torch
 
 from diffusion import EDM, FlowMatching, GaussianDiffusion
+from diffusion.paths import Flow, VarianceExploding
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -19,12 +20,12 @@ def labels(num: int) -> torch.Tensor:
 
 def own_input(diffusion, x, t):
     """What a diffusion gave the backbone, taken back to its own `x_t` and `t`."""
-    if isinstance(diffusion, FlowMatching):
+    if isinstance(diffusion.path, Flow):
         return x, t / 999
-    if isinstance(diffusion, EDM):
-        low, high = (torch.tensor(sigma, dtype=torch.float64).log() for sigma in diffusion.noise_range)
+    if isinstance(diffusion.path, VarianceExploding):
+        low, high = (torch.tensor(sigma, dtype=torch.float64).log() for sigma in diffusion.path.noise_range)
         sigma = (low + t.double() / 999 * (high - low)).exp().to(x.dtype)
-        return x * (sigma**2 + diffusion.sigma_data**2).sqrt()[:, None, None, None], sigma
+        return x * (sigma**2 + diffusion.path.sigma_data**2).sqrt()[:, None, None, None], sigma
     return x, t
 
 
@@ -33,7 +34,7 @@ def backbone(diffusion, posterior_mean):
 
     def model(x, t, y):
         x_t, t = own_input(diffusion, x, t)
-        at = diffusion.levels(t)
+        at = diffusion.path.levels(t)
         x_0 = posterior_mean(x_t, at.alpha, at.sigma, y)
         return diffusion.target(x_0, (x_t - at.alpha * x_0) / at.sigma, t)
 

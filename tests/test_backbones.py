@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import studies.cascade  # noqa: F401, registers a backbone
+import studies.cascade.three_stages  # noqa: F401, registers a backbone
 from models import BACKBONES, create_model, list_models
 from models.backbone import Backbone, complete
 from models.layers.mlp import Mlp

@@ -10,10 +10,11 @@ from processes import script
 from test_backbones import SMALL
 
 from autoencoders.codec import PixelCodec, create_codec
-from diffusion import DIFFUSIONS, SAMPLERS, SPACINGS, SamplingOptions
-from diffusion.flow import PATHS
-from diffusion.gaussian import PREDICTIONS, WEIGHTINGS
+from diffusion import DIFFUSIONS, SAMPLERS, SPACINGS, Diffusion, SamplingOptions
+from diffusion.diffusion import WEIGHTINGS
 from diffusion.guidance import SCALE_SCHEDULES
+from diffusion.paths import CURVES
+from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import SCHEDULES
 from diffusion.times import TIMES
 from experiment.backbones import model_spec
@@ -71,7 +72,7 @@ def test_every_shipped_configuration_trains_two_steps(path):
     optimizer = build_optimizer(model, config.optim)
     x_0, y = torch.randn(2, spec.in_channels, *spec.input_size), torch.tensor([0, spec.num_classes])
     t, noise, losses = torch.tensor([400, 800]), torch.randn(x_0.shape), []
-    t = t.clamp(max=diffusion.max_time) if config.diffusion.kind == "cascade" else t  # whose chain is short
+    t = t.clamp(max=diffusion.path.max_time) if config.diffusion.kind == "cascade" else t  # whose chain is short
     for _ in range(3):
         draws = torch.Generator().manual_seed(1)  # of a cascade, the same at each step
         loss = diffusion.training_loss(model, x_0, y, t=t, noise=noise, generator=draws)["loss"].mean()
@@ -91,7 +92,7 @@ def test_model_follows_codec_process_and_data():
 @pytest.mark.parametrize("kind", DIFFUSIONS)
 def test_every_kind_builds_with_its_own_defaults_and_sampler(kind):
     diffusion = build_diffusion(DiffusionConfig(kind=kind))
-    assert type(diffusion) is DIFFUSIONS[kind]
+    assert isinstance(diffusion, Diffusion)
     sampling = resolve_sampling(SamplingConfig(), diffusion, 10)
     assert (sampling.sampler, sampling.spacing) == (diffusion.default_sampler, diffusion.default_spacing)
 
@@ -111,12 +112,12 @@ def test_a_setting_of_another_kind_is_refused_in_words():
 
 def test_every_setting_of_every_process_is_a_flag():
     flags = {each.name for each in fields(DiffusionConfig)} - {"kind"}
-    assert flags == {name for diffusion in DIFFUSIONS.values() for name in signature(diffusion).parameters}
+    assert flags == {name for preset in DIFFUSIONS.values() for name in signature(preset).parameters}
 
 
 def test_help_names_every_process_sampler_spacing_and_schedule():
     words = f"{DiffusionConfig.__doc__} {SamplingOptions.__doc__}"
-    for table in (DIFFUSIONS, SAMPLERS, SPACINGS, SCALE_SCHEDULES, SCHEDULES, WEIGHTINGS, TIMES, PATHS, PREDICTIONS):
+    for table in (DIFFUSIONS, SAMPLERS, SPACINGS, SCALE_SCHEDULES, SCHEDULES, WEIGHTINGS, TIMES, CURVES, PREDICTIONS):
         assert all(f"'{name}'" in words for name in table)
 
 

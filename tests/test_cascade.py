@@ -18,7 +18,7 @@ from experiment.backbones import model_spec
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig
 from models import create_model
 from sampling.generation import StagesPanel
-from studies.cascade.cascade import Cascade
+from studies.cascade import cascade as Cascade
 from studies.cascade.denoising import Denoising
 from studies.cascade.refinement import SuperResolution
 from studies.cascade.three_stages import COARSE, REFINERS, UPSAMPLERS
@@ -145,7 +145,7 @@ def test_unforced_the_upsampler_sees_the_one_step_prediction():
     diffusion.training_loss(model, X_0, Y, t=t, noise=noise, **diffusion.during(1, 0.0))
     small, small_noise = (nn.functional.avg_pool2d(each, 2) for each in (X_0, 2 * noise))
     chain = GaussianDiffusion(num_timesteps=50, variance="fixed_small")
-    alpha, sigma = chain.levels(t)
+    alpha, sigma = chain.path.levels(t)
     x_t = alpha * small + sigma * small_noise
     expected = (x_t - sigma * model.coarse(x_t, t, Y)) / alpha
     torch.testing.assert_close(seen[0], expected)
@@ -242,7 +242,7 @@ def test_super_resolution_is_told_how_much_noise_the_coarse_image_holds():
     draws = stage.draw((1000, 1, 4, 4), 2, generator(1), "cpu")
     assert (draws["level"].min().item(), draws["level"].max().item()) == (0, 24)
     low = randn(1000, 1, 2, 2, seed=3)
-    alpha, sigma = images.levels(draws["level"])
+    alpha, sigma = images.path.levels(draws["level"])
     assert torch.equal(stage.augment(low, draws), alpha * low + sigma * draws["level_noise"])
     assert SuperResolution(images, [0, 0]).augment(low, draws) is low
 
@@ -251,7 +251,7 @@ def test_super_resolution_is_told_how_much_noise_the_coarse_image_holds():
     def refiner(up, given):
         x_t, t, level, _ = given
         told.append((level.tolist(), len(up)))
-        return images.target(up, (x_t - images.levels(t).alpha * up) / images.levels(t).sigma, t)
+        return images.target(up, (x_t - images.path.levels(t).alpha * up) / images.path.levels(t).sigma, t)
 
     def chain(diffusion, model, noise, y, *, scale=1.0, **rest):
         return sample(diffusion, model, noise, y, num_steps=5, guidance_scale=scale, num_classes=3)

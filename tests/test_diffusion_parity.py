@@ -43,9 +43,9 @@ def toy_model(a: torch.Tensor):
 @schedules
 def test_tables_match(schedule):
     diffusion, expected = GaussianDiffusion(schedule), numbers(schedule, "full")
-    assert_each_close(diffusion.betas, expected["betas"], 1e-10)
-    assert_each_close(diffusion.alphas_cumprod, expected["alphas_cumprod"], 1e-10)
-    transition = diffusion.transition(torch.arange(1000))
+    assert_each_close(diffusion.path.betas, expected["betas"], 1e-10)
+    assert_each_close(diffusion.path.alphas_cumprod, expected["alphas_cumprod"], 1e-10)
+    transition = diffusion.path.transition(torch.arange(1000))
     assert_each_close(transition.posterior_std.flatten().square(), expected["posterior_variance"], 1e-6)
     log_variance = transition.log_variance_min.flatten()
     assert_each_close(log_variance, expected["posterior_log_variance_clipped"], 1e-6)
@@ -56,7 +56,7 @@ def test_tables_match(schedule):
 @pytest.mark.parametrize("num_steps", [10, 150])
 def test_respacing_matches(schedule, num_steps):
     diffusion, expected = GaussianDiffusion(schedule), numbers(schedule, f"respaced{num_steps}")
-    assert diffusion.timesteps(num_steps).tolist() == expected["timestep_map"].tolist()
+    assert diffusion.path.timesteps(num_steps).tolist() == expected["timestep_map"].tolist()
     times, transitions = zip(*diffusion.reverse_steps(num_steps), strict=True)
     assert list(times[::-1]) == expected["timestep_map"].tolist()
     betas = torch.stack([transition.log_variance_max.exp() for transition in transitions[::-1]])

@@ -14,8 +14,8 @@ from diffusion import GaussianDiffusion, sample
 def final_std(std, drift, noise):
     """Of the chain's end; `drift` and `noise` are the shares of `beta x / 2` and of `beta` that the step has."""
     diffusion, variance = GaussianDiffusion(), 1.0
-    marginals = diffusion.alphas_cumprod * std**2 + 1 - diffusion.alphas_cumprod
-    for beta, marginal in zip(reversed(diffusion.betas.tolist()), reversed(marginals.tolist()), strict=True):
+    marginals = diffusion.path.alphas_cumprod * std**2 + 1 - diffusion.path.alphas_cumprod
+    for beta, marginal in zip(reversed(diffusion.path.betas.tolist()), reversed(marginals.tolist()), strict=True):
         variance = variance * (1 + drift * beta / 2 - beta / marginal) ** 2 + noise * beta
     return variance**0.5
 

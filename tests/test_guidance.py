@@ -15,6 +15,7 @@ from autoencoders.codec import PixelCodec
 from checkpoints.checkpoint import metadata_of
 from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOptions, sample
 from diffusion.guidance import SCALE_SCHEDULES, drop_labels, guide, linear, projected, rescaled, scale_at
+from diffusion.paths import GaussianChain
 from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig
 from models.spec import ModelSpec
@@ -200,7 +201,7 @@ def test_rescaling_is_that_of_the_paper():
 @pytest.mark.parametrize("diffusion", DIFFUSIONS)
 def test_projection_that_leaves_nothing_out_is_plain_guidance(diffusion):
     diffusion = DIFFUSIONS[diffusion]()
-    t = torch.tensor([500, 20]) if isinstance(diffusion, GaussianDiffusion) else torch.tensor([0.7, 0.2])
+    t = torch.tensor([500, 20]) if isinstance(diffusion.path, GaussianChain) else torch.tensor([0.7, 0.2])
     x_t, good, worse = (randn(2, 3, 4, 4, seed=seed) for seed in range(3))
     mixed = projected(diffusion, 1.0, None, 0.0)(good, worse, 2.5, x_t, t)
     torch.testing.assert_close(mixed, linear(good, worse, 2.5, x_t, t), rtol=1e-3, atol=1e-3)

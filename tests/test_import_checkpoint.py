@@ -10,7 +10,8 @@ from processes import script
 from test_reference_parity import SOURCES, load_fixture, relative_error
 
 from checkpoints.checkpoint import open_checkpoint
-from diffusion import FlowMatching, sample
+from diffusion import sample
+from diffusion.paths import Flow
 from experiment.config import SamplingFlags
 from published.arguments import infer_config, reference_arguments, row_of
 from published.training_files import read_weights
@@ -101,7 +102,7 @@ def test_sit_is_a_flow_told_its_own_times(tmp_path):
         x = x + theirs(x, torch.full((len(x),), step / 5), y)[:, :4].detach() / 5
     checkpoint = import_weights(tmp_path, weights, "sit")
     diffusion = checkpoint.build_diffusion()
-    assert isinstance(diffusion, FlowMatching)
+    assert isinstance(diffusion.path, Flow)
     ours = sample(diffusion, checkpoint.load_model(), tensors["in/x"], y, sampler="euler", num_steps=5)
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
 
@@ -117,7 +118,7 @@ def test_huge_uvits_have_no_last_convolution_and_times_from_1_to_1000(tmp_path):
     told = diffusion.precondition(checkpoint.load_model())(x, t, y)
     torch.testing.assert_close(told, whole(x, t + 1, y))
     root = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-    torch.testing.assert_close(diffusion.alphas_cumprod, torch.cumprod(1 - root**2, dim=0))
+    torch.testing.assert_close(diffusion.path.alphas_cumprod, torch.cumprod(1 - root**2, dim=0))
 
 
 def published_dit(side, patch_size, dim, depth):

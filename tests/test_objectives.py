@@ -11,11 +11,13 @@ from exact import DIFFUSIONS, backbone, gaussian_data, generator, labels, randn
 
 from diffusion import EDM, FlowMatching, GaussianDiffusion, sample
 from diffusion.bound import normal_kl
-from diffusion.diffusion import Auxiliary
-from diffusion.gaussian import WEIGHTINGS
+from diffusion.diffusion import WEIGHTINGS, Auxiliary
+from diffusion.paths import GaussianChain, VarianceExploding
 from diffusion.probability_flow import bits_per_dimension
 from diffusion.sde import coefficients, score
 from diffusion.times import LossSecondMoments
+from experiment.config import DiffusionConfig
+from experiment.diffusions import build_diffusion
 
 MEAN, STD = 0.7, 0.4
 SQUARE = MEAN**2 + STD**2  # E[x_0^2]
@@ -24,9 +26,9 @@ diffusions = pytest.mark.parametrize("diffusion", DIFFUSIONS)
 
 def middle_and_ends(diffusion):
     """Times in the middle and at both ends of the range."""
-    if isinstance(diffusion, GaussianDiffusion):
+    if isinstance(diffusion.path, GaussianChain):
         return torch.tensor([400, 0, 999])
-    return torch.tensor([0.4, 0.002, 80.0] if isinstance(diffusion, EDM) else [0.4, 0.0, 1.0])
+    return torch.tensor([0.4, 0.002, 80.0] if isinstance(diffusion.path, VarianceExploding) else [0.4, 0.0, 1.0])
 
 
 def silent(x, t, y):
@@ -172,11 +174,11 @@ def test_times_by_importance_remember_the_last_losses_and_go_on_from_a_checkpoin
 
 
 def test_zero_terminal_snr_is_the_published_rescaling():
-    plain = GaussianDiffusion(prediction="v").betas
+    plain = GaussianDiffusion(prediction="v").path.betas
     diffusion = GaussianDiffusion(prediction="v", zero_terminal_snr=True)
-    torch.testing.assert_close(diffusion.betas, rescale_zero_terminal_snr(plain))
-    assert diffusion.alphas_cumprod[-1] == 0
-    assert diffusion.alphas_cumprod[0].item() == pytest.approx(1 - plain[0].item())
+    torch.testing.assert_close(diffusion.path.betas, rescale_zero_terminal_snr(plain))
+    assert diffusion.path.alphas_cumprod[-1] == 0
+    assert diffusion.path.alphas_cumprod[0].item() == pytest.approx(1 - plain[0].item())
     with pytest.raises(ValueError, match=r"--diffusion.zero_terminal_snr true.*--diffusion.prediction v or x_0"):
         GaussianDiffusion(zero_terminal_snr=True)
 
@@ -188,7 +190,7 @@ def test_sigmoid_schedule_is_the_formula():
         return 1 / (1 + math.exp(-3 + 6 * s))
 
     f = [(logistic(i / 100) - logistic(1)) / (logistic(0) - logistic(1)) for i in range(1, 100)]
-    torch.testing.assert_close(diffusion.alphas_cumprod[:99], torch.tensor(f, dtype=torch.float64))
+    torch.testing.assert_close(diffusion.path.alphas_cumprod[:99], torch.tensor(f, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x_0", "v"])
@@ -196,7 +198,7 @@ def test_weights_are_those_of_the_papers(prediction):
     """Of the output's squared error: of epsilon, min(SNR, 5) / SNR (Hang et al. 2023, section 3.4) and 1 / (1 + SNR)
     (Choi et al. 2022, eq. 8); the others follow from what their errors are worth."""
     t = torch.tensor([5, 300, 990])
-    snr = GaussianDiffusion().alphas_cumprod[t] / (1 - GaussianDiffusion().alphas_cumprod[t])
+    snr = GaussianDiffusion().path.alphas_cumprod[t] / (1 - GaussianDiffusion().path.alphas_cumprod[t])
     worth = {"epsilon": 1, "x_0": snr, "v": snr / (1 + snr)}[prediction]
     for weighting, of_epsilon in {"min_snr": snr.clamp(max=5) / snr, "p2": 1 / (1 + snr)}.items():
         diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small", weighting=weighting)
@@ -208,7 +210,7 @@ def test_the_bound_s_weight_makes_the_loss_the_divergence(prediction):
     """T times the divergence between the true and the model's reverse step (Ho et al. 2020, eq. 5), for t above 0."""
     diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small", weighting="vlb")
     t, x_0, noise = torch.tensor([1, 200, 900]), randn(3, 1, 6, 6), randn(3, 1, 6, 6, seed=1)
-    x_t, at = diffusion.q_sample(x_0, t, noise), diffusion.transition(t)
+    x_t, at = diffusion.q_sample(x_0, t, noise), diffusion.path.transition(t)
     seen = diffusion.predict(0.3 * x_t, x_t, t)
     variance = at.log_variance_min
     kl = normal_kl(at.posterior_mean(x_0, x_t), variance, at.posterior_mean(seen.x_0, x_t), variance)
@@ -245,7 +247,7 @@ def test_a_shift_moves_training_and_sampling_times_alike():
     plain, shifted = FlowMatching(), FlowMatching(shift=3.0)
     for ours, theirs in [
         (shifted.sample_timesteps(50, generator()), plain.sample_timesteps(50, generator())),
-        (shifted.timesteps(10), plain.timesteps(10)),
+        (shifted.path.timesteps(10), plain.path.timesteps(10)),
     ]:
         ratio, plain_ratio = ours / (1 - ours), theirs / (1 - theirs)
         torch.testing.assert_close(ratio[:9], 3 * plain_ratio[:9], rtol=1e-4, atol=0)  # Esser et al. 2024, eq. 22
@@ -266,7 +268,7 @@ def test_the_sde_of_a_chain_preserves_variance_and_adds_beta():
     t = torch.tensor([100, 500, 900])
     seen = coefficients(diffusion, t - 0.5)
     torch.testing.assert_close(seen.g_squared, -2 * seen.f)  # alpha^2 + sigma^2 = 1
-    torch.testing.assert_close(seen.g_squared, diffusion.betas[t], rtol=0.02, atol=0)
+    torch.testing.assert_close(seen.g_squared, diffusion.path.betas[t], rtol=0.02, atol=0)
 
 
 def test_the_sde_of_edm_explodes_variance_and_that_of_a_flow_is_known():
@@ -314,3 +316,93 @@ def test_hutchinson_s_estimate_is_unbiased():
     bits = bits_per_dimension(diffusion, model, x_0, labels(16), num_steps=200, probe=signs)
     assert bits.std() > 0.01
     assert bits.mean().item() == pytest.approx(exact.item() / math.log(2), abs=0.005)
+
+
+PAIRS = [
+    (kind, prediction, loss)
+    for kind in ("gaussian", "flow", "edm")
+    for prediction in ("x_0", "epsilon", "v")
+    for loss in ("x_0", "epsilon", "v")
+]
+IN_CLOSED_FORM = {
+    "x_0": lambda x_0, noise, alpha, sigma: x_0,
+    "epsilon": lambda x_0, noise, alpha, sigma: noise,
+    "v": lambda x_0, noise, alpha, sigma: alpha * noise - sigma * x_0,
+}
+
+
+@pytest.mark.parametrize(("kind", "prediction", "loss"), PAIRS)
+def test_what_is_predicted_and_what_the_loss_is_counted_in_are_two_choices(kind, prediction, loss):
+    """The error of what the output says of the loss's target, by way of the `x_0` and noise that it means."""
+    settings = {"variance": "fixed_small"} if kind == "gaussian" else {}
+    diffusion = build_diffusion(DiffusionConfig(kind=kind, prediction=prediction, loss=loss, **settings))
+    t = {"gaussian": torch.tensor([5, 300, 900]), "edm": torch.tensor([0.05, 1.0, 20.0])}.get(
+        kind, torch.tensor([0.05, 0.5, 0.95])
+    )
+    x_0, noise, output = (randn(3, 2, 4, 4, seed=seed).double() for seed in range(3))
+    alpha, sigma = (number.double()[:, None, None, None] for number in diffusion.path(t.double()))
+    x_t = alpha * x_0 + sigma * noise
+    said = {  # two equations, for x_0 and noise
+        "x_0": (output, (x_t - alpha * output) / sigma),
+        "epsilon": ((x_t - sigma * output) / alpha, output),
+        "v": (
+            (alpha * x_t - sigma * output) / (alpha**2 + sigma**2),
+            (sigma * x_t + alpha * output) / (alpha**2 + sigma**2),
+        ),
+    }[prediction]
+    true, ours = (IN_CLOSED_FORM[loss](*pair, alpha, sigma) for pair in ((x_0, noise), said))
+    expected = (true - ours).square().mean(dim=(1, 2, 3))
+    seen = diffusion.training_loss(lambda x, t, y: output.float(), x_0.float(), labels(3), t=t, noise=noise.float())
+    torch.testing.assert_close(seen["loss"].double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "own"), [("flow", "velocity"), ("edm", "F")])
+@pytest.mark.parametrize("prediction", ["x_0", "epsilon", "v"])
+def test_a_loss_counted_in_a_paths_own_target_is_that_of_predicting_it(kind, own, prediction):
+    names = (own, prediction)
+    plain, other = (build_diffusion(DiffusionConfig(kind=kind, prediction=name, loss=own)) for name in names)
+    t = torch.tensor([0.05, 0.5, 0.95])
+    x_0, noise, guess = (randn(3, 2, 4, 4, seed=seed) for seed in range(3))
+    x_t, at = plain.q_sample(x_0, t, noise), plain.path.levels(t)
+    outputs = [each.target(guess, (x_t - at.alpha * guess) / at.sigma, t) for each in (plain, other)]
+    pairs = zip((plain, other), outputs, strict=True)
+    losses = [diffusion.terms(output, x_0, x_t, t, noise)["loss"] for diffusion, output in pairs]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
+
+
+def test_pairs_have_finite_weights_at_the_ends_and_say_what_contradicts():
+    flow = FlowMatching(prediction="x_0", loss="v")
+    assert flow.loss_weight(torch.tensor([0.0, 1.0])).isfinite().all()
+    with pytest.raises(ValueError, match=r"--diffusion.loss v beside --diffusion.weighting min_snr: both say"):
+        GaussianDiffusion(loss="v", weighting="min_snr")
+    with pytest.raises(ValueError, match=r"--diffusion.loss score: unknown, choose from epsilon, x_0, v, velocity"):
+        FlowMatching(loss="score")
+
+
+@pytest.mark.parametrize("prediction", ["x_0", "epsilon", "v", "velocity"])
+def test_a_flow_is_sampled_whatever_is_predicted(prediction):
+    """Pure noise included, where predicting it says nothing of the data."""
+    diffusion = FlowMatching(prediction=prediction)
+    drawn = sample(
+        diffusion,
+        backbone(diffusion, gaussian_data(MEAN, STD)),
+        randn(4, 1, 64, 64),
+        labels(4),
+        sampler="euler",
+        num_steps=100,
+    )
+    assert drawn.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert drawn.std().item() == pytest.approx(STD, rel=0.03)
+
+
+def test_extras_reach_the_model_untouched():
+    seen = []
+
+    def model(x, t, y, **extras):
+        seen.append(extras)
+        return x
+
+    augmented = torch.tensor([1, 2])
+    for diffusion in (GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM()):
+        diffusion.training_loss(model, randn(2, 1, 4, 4), labels(2), extras={"augmented": augmented})
+        assert seen[-1] == {"augmented": augmented}

@@ -23,7 +23,7 @@ class OfWhiteNoise(nn.Module):
 
     def forward(self, x_t, t, y):
         self.times.append(int(t[0]))
-        return self.diffusion.transition(t).sigma * x_t
+        return self.diffusion.path.transition(t).sigma * x_t
 
 
 def unguided(num_steps, sampler="ddpm"):
@@ -47,7 +47,7 @@ def test_original_noised_one_step_and_chain(sampler):
     pictures = pictures.float() / 127.5 - 1
     assert torch.equal(pictures[:, 0], IMAGES.float() / 127.5 - 1)
     assert time == 293  # of a chain of 100 steps on 1000
-    at = drawn.diffusion.transition(torch.full((4,), time))
+    at = drawn.diffusion.path.transition(torch.full((4,), time))
     x_t, one_step = pictures[:, 1], pictures[:, 2]
     inside = x_t.abs() < 0.99  # where 8 bits did not clip it
     assert torch.allclose(one_step[inside], (at.alpha * x_t)[inside], atol=0.01)  # E[x_0 | x_t] of such data

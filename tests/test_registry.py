@@ -2,16 +2,20 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
 
 from ablation.identity import code_of
+from diffusion.presets import DIFFUSIONS
 from experiment import imports
 from experiment.cli import parse
-from experiment.config import ExperimentConfig
+from experiment.config import DiffusionConfig, ExperimentConfig
+from experiment.diffusions import build_diffusion
 from experiment.imports import load_imports
+from experiment.open_section import open_section
 from experiment.registry import TABLES, register
+from experiment.settings import from_dict
 from metrics.scores import Metric
 
 
@@ -153,3 +157,55 @@ class Plain:
 
 def test_configurations_without_imports_load_none():
     assert parse(Plain, ["--names", json.dumps(["a.py"])]) == Plain(["a.py"])
+
+
+BENT = '''
+from typing import Annotated
+
+from diffusion import FlowMatching
+from experiment.registry import register
+
+
+@register("diffusion", "bent")
+def bent(bend: Annotated[float, "(0, 1]"] = 0.5, shift: float = 2.0):
+    """a flow that bends
+
+    Args:
+        bend: how far
+    """
+    return FlowMatching(shift=shift * bend)
+'''
+
+
+@pytest.fixture
+def bent(tmp_path):
+    (tmp_path / "bent.py").write_text(BENT)
+    yield ["--imports", "bent.py", "--diffusion.kind", "bent"]
+    DIFFUSIONS.pop("bent", None)
+    open_section(DiffusionConfig, DIFFUSIONS)
+
+
+def test_a_diffusion_from_outside_has_its_settings_for_flags(bent, tmp_path, capsys):
+    config = parse(ExperimentConfig, [*bent, "--diffusion.bend", "0.25"])
+    assert build_diffusion(config.diffusion).path.shift == 0.5
+    assert "    bend: of bent (0.5): how far" in DiffusionConfig.__doc__
+    assert "'bent' (a flow that bends)" in DiffusionConfig.__doc__
+    assert from_dict(ExperimentConfig, config.to_dict()) == config
+    (tmp_path / "run.yaml").write_text("imports: [bent.py]\ndiffusion: {kind: bent, bend: 0.75}\n")
+    assert parse(ExperimentConfig, ["--config", "run.yaml"]).diffusion.bend == 0.75
+    with pytest.raises(ValueError, match=r"--diffusion.bend 2.0: must lie in \(0, 1\]"):
+        parse(ExperimentConfig, [*bent, "--diffusion.bend", "2"])
+    with pytest.raises(ValueError, match=r"--diffusion.bend belongs to kind bent, not to flow; leave it out or null"):
+        build_diffusion(parse(ExperimentConfig, [*bent[:-1], "flow", "--diffusion.bend", "1"]).diffusion)
+    with pytest.raises(ValueError, match=r"--diffusion.path belongs to kind flow, not to bent"):
+        build_diffusion(DiffusionConfig(kind="bent", path="linear"))
+    with pytest.raises(SystemExit):
+        parse(ExperimentConfig, ["--diffusion.bent", "1"])
+    assert "did you mean --diffusion.bend?" in capsys.readouterr().err
+
+
+def test_configurations_of_before_say_null_for_the_settings_of_other_kinds():
+    nulls = dict.fromkeys([each.name for each in fields(DiffusionConfig)])
+    old = ExperimentConfig().to_dict() | {"diffusion": {**nulls, "kind": "flow", "shift": 3.0}}
+    assert from_dict(ExperimentConfig, old).diffusion == DiffusionConfig(kind="flow", shift=3.0)
+    assert from_dict(ExperimentConfig, old).to_dict()["diffusion"] == {"kind": "flow", "shift": 3.0}

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion import DIFFUSIONS, SAMPLERS, Diffusion, GaussianDiffusion, sample
-from diffusion.gaussian import PREDICTIONS, VARIANCES
+from diffusion.diffusion import VARIANCES
+from diffusion.predictions import PREDICTIONS
 from diffusion.samplers import num_calls, randn_like
 from diffusion.schedules import SCHEDULES
 
@@ -42,24 +43,24 @@ def test_processes_meet_the_protocol():
 def test_an_unscaled_schedule_is_the_linear_one_at_1000_steps_and_falls_short_of_noise_at_25():
     assert torch.equal(SCHEDULES["linear_unscaled"](1000), SCHEDULES["linear"](1000))
     short = GaussianDiffusion("linear_unscaled", 25)
-    assert (short.betas[0].item(), short.betas[-1].item()) == pytest.approx((1e-4, 0.02))
-    assert short.alphas_cumprod[-1].item() == pytest.approx(0.777, abs=1e-3)
+    assert (short.path.betas[0].item(), short.path.betas[-1].item()) == pytest.approx((1e-4, 0.02))
+    assert short.path.alphas_cumprod[-1].item() == pytest.approx(0.777, abs=1e-3)
 
 
 def test_cosine_schedule_is_the_formula():
     diffusion = GaussianDiffusion("cosine", num_timesteps=100)
     f = [math.cos((i / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(101)]
-    ours = diffusion.alphas_cumprod[:99]  # the last beta is clipped
+    ours = diffusion.path.alphas_cumprod[:99]  # the last beta is clipped
     torch.testing.assert_close(ours, torch.tensor(f, dtype=torch.float64)[1:100] / f[0])
-    assert diffusion.betas[-1] == 0.999
+    assert diffusion.path.betas[-1] == 0.999
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_tables_are_float64_and_noise_only_grows(schedule):
     diffusion = GaussianDiffusion(schedule)
-    assert diffusion.betas.dtype == diffusion.alphas_cumprod.dtype == torch.float64
-    assert (diffusion.alphas_cumprod.diff() < 0).all()
-    assert diffusion.alphas_cumprod[-1] < (1e-4 if schedule in FROM_NOISE else 5e-3)
+    assert diffusion.path.betas.dtype == diffusion.path.alphas_cumprod.dtype == torch.float64
+    assert (diffusion.path.alphas_cumprod.diff() < 0).all()
+    assert diffusion.path.alphas_cumprod[-1] < (1e-4 if schedule in FROM_NOISE else 5e-3)
 
 
 @settings(deadline=None)
@@ -67,7 +68,7 @@ def test_tables_are_float64_and_noise_only_grows(schedule):
 def test_timesteps_ascend_from_first_to_last(data):
     num_timesteps = data.draw(st.integers(2, 1200))
     num_steps = data.draw(st.integers(1, num_timesteps))
-    timesteps = GaussianDiffusion("cosine", num_timesteps).timesteps(num_steps).tolist()
+    timesteps = GaussianDiffusion("cosine", num_timesteps).path.timesteps(num_steps).tolist()
     assert len(timesteps) == num_steps
     assert all(now < then for now, then in itertools.pairwise(timesteps))
     assert timesteps[-1] == num_timesteps - 1
@@ -76,10 +77,10 @@ def test_timesteps_ascend_from_first_to_last(data):
 
 def test_all_timesteps_are_the_full_chain():
     diffusion = GaussianDiffusion()
-    assert diffusion.timesteps(1000).tolist() == list(range(1000))
+    assert diffusion.path.timesteps(1000).tolist() == list(range(1000))
     t, transition = diffusion.reverse_steps(1000)[-501]
     assert t == 500
-    for chain, gathered in zip(transition, diffusion.transition(torch.tensor([500])), strict=True):
+    for chain, gathered in zip(transition, diffusion.path.transition(torch.tensor([500])), strict=True):
         assert chain.float() == gathered.item()  # the chain's own numbers are float64
 
 
@@ -98,7 +99,7 @@ def test_a_perfect_output_is_read_back(prediction, variance):
     diffusion = GaussianDiffusion(prediction=prediction, variance=variance)
     x_0, noise, t = randn(4, 3, 2, 2), randn(4, 3, 2, 2, seed=1), torch.tensor([0, 10, 400, 800])
     x_t = diffusion.q_sample(x_0, t, noise)
-    output = PREDICTIONS[prediction].target(x_0, noise, diffusion.transition(t))
+    output = PREDICTIONS[prediction].of(x_0, noise, diffusion.path.transition(t))
     if diffusion.learns_variance:
         output = torch.cat([output, torch.zeros_like(output)], dim=1)
     assert output.shape[1] == diffusion.output_channels(3)
@@ -110,7 +111,7 @@ def test_a_perfect_output_is_read_back(prediction, variance):
 
 def test_learned_variance_runs_between_its_bounds():
     diffusion, t = GaussianDiffusion(), torch.tensor([0, 1, 500, 999])
-    at, x_t = diffusion.transition(t), randn(4, 1, 2, 2)
+    at, x_t = diffusion.path.transition(t), randn(4, 1, 2, 2)
     for share, bound in ((-1.0, at.log_variance_min), (1.0, at.log_variance_max)):
         output = torch.cat([x_t, torch.full_like(x_t, share)], dim=1)
         torch.testing.assert_close(diffusion.predict(output, x_t, t).log_variance, bound.expand_as(x_t))
@@ -135,7 +136,7 @@ def test_the_exact_denoiser_pays_the_conditional_variance(prediction):
     mse = diffusion.training_loss(
         backbone(diffusion, gaussian_data(MEAN, STD)), x_0, labels(2), t=t, noise=randn(2, 1, 300, 300, seed=1)
     )["mse"]
-    at = diffusion.transition(t)
+    at = diffusion.path.transition(t)
     alpha, sigma = at.alpha.flatten(), at.sigma.flatten()
     var_x_0 = (STD * sigma) ** 2 / ((STD * alpha) ** 2 + sigma**2)  # of x_0 given x_t
     expected = {"epsilon": (alpha / sigma) ** 2 * var_x_0, "x_0": var_x_0, "v": var_x_0 / sigma**2}
@@ -224,7 +225,7 @@ def test_deterministic_samplers_have_their_order(sampler, order):
     """Error against the exact solution of the probability-flow equation, just before the step to the data."""
     diffusion = GaussianDiffusion("cosine", num_timesteps=1000, variance="fixed_small")
     noise = randn(1, 1, 32, 32)
-    first, last = (diffusion.transition(torch.tensor([t])) for t in (999, 0))
+    first, last = (diffusion.path.transition(torch.tensor([t])) for t in (999, 0))
 
     def spread(at):
         return ((at.alpha * STD) ** 2 + at.sigma**2).sqrt()
@@ -264,7 +265,7 @@ def our_chain(diffusion, model, x, seed, **sample_args):
         model,
         x,
         labels(len(x)),
-        num_steps=diffusion.num_timesteps,
+        num_steps=diffusion.path.num_timesteps,
         generator=generator(seed),
         callback=lambda step, x_t, x_0: seen.append(x_t),
         **sample_args,
@@ -283,7 +284,7 @@ def test_ddpm_agrees_with_diffusers(prediction, variance):
     diffusion = GaussianDiffusion(num_timesteps=50, prediction=prediction, variance=variance)
     scheduler = DDPMScheduler(
         50,
-        trained_betas=diffusion.betas.numpy(),
+        trained_betas=diffusion.path.betas.numpy(),
         prediction_type=DIFFUSERS[prediction],
         variance_type=variance,
         clip_sample=False,
@@ -304,7 +305,7 @@ def test_ddim_agrees_with_diffusers(prediction, eta):
     diffusion = GaussianDiffusion(num_timesteps=50, prediction=prediction, variance="fixed_small")
     scheduler = DDIMScheduler(
         50,
-        trained_betas=diffusion.betas.numpy(),
+        trained_betas=diffusion.path.betas.numpy(),
         prediction_type=DIFFUSERS[prediction],
         clip_sample=False,
     )
@@ -321,13 +322,13 @@ def test_dpmpp_2m_agrees_with_diffusers(prediction, num_steps):
     diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
     scheduler = DPMSolverMultistepScheduler(
         1000,
-        trained_betas=diffusion.betas.numpy(),
+        trained_betas=diffusion.path.betas.numpy(),
         prediction_type=DIFFUSERS[prediction],
         algorithm_type="dpmsolver++",
         solver_type="midpoint",
         final_sigmas_type="zero",
     )
-    scheduler.set_timesteps(timesteps=diffusion.timesteps(num_steps).flip(0).tolist())
+    scheduler.set_timesteps(timesteps=diffusion.path.timesteps(num_steps).flip(0).tolist())
     x, ours = randn(2, 3, 4, 4), []
     sample(
         diffusion,

@@ -67,14 +67,14 @@ def assert_same(ours, theirs):
 def dpm_solver(diffusion, num_steps, **settings):
     scheduler = DPMSolverMultistepScheduler(
         1000,
-        trained_betas=diffusion.betas.numpy(),
+        trained_betas=diffusion.path.betas.numpy(),
         prediction_type=PREDICTIONS[diffusion.prediction],
         solver_type="midpoint",
         final_sigmas_type="zero",
         lower_order_final=False,
         **settings,
     )
-    scheduler.set_timesteps(timesteps=diffusion.timesteps(num_steps).flip(0).tolist())
+    scheduler.set_timesteps(timesteps=diffusion.path.timesteps(num_steps).flip(0).tolist())
     return scheduler
 
 
@@ -101,7 +101,7 @@ def test_unipc(prediction):
     diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
     scheduler = UniPCMultistepScheduler(
         1000,
-        trained_betas=diffusion.betas.numpy(),
+        trained_betas=diffusion.path.betas.numpy(),
         prediction_type=PREDICTIONS[prediction],
         solver_order=2,
         solver_type="bh2",
@@ -110,7 +110,7 @@ def test_unipc(prediction):
     )
     scheduler.set_timesteps(10)  # its own spacing: a step's neighbours in the trained chain
     times = [int(t) for t in scheduler.timesteps]
-    diffusion.timesteps = lambda num_steps: torch.tensor(times[::-1])
+    diffusion.path.timesteps = lambda num_steps: torch.tensor(times[::-1])
     x = randn(2, 3, 4, 4)
     assert_same(chain(diffusion, x, sampler="unipc", num_steps=10), their_chain(scheduler, x))
 
@@ -120,9 +120,9 @@ def test_euler(prediction):
     """EulerDiscrete walks on `x_t / alpha`, along sigma / alpha."""
     diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
     scheduler = EulerDiscreteScheduler(
-        1000, trained_betas=diffusion.betas.numpy(), prediction_type=PREDICTIONS[prediction]
+        1000, trained_betas=diffusion.path.betas.numpy(), prediction_type=PREDICTIONS[prediction]
     )
-    scheduler.set_timesteps(timesteps=diffusion.timesteps(15).flip(0).tolist())
+    scheduler.set_timesteps(timesteps=diffusion.path.timesteps(15).flip(0).tolist())
     x = randn(2, 3, 4, 4)
     steps = diffusion.reverse_steps(15)
     ours = [
@@ -136,7 +136,7 @@ def test_heun(tmp_path):
     """HeunDiscrete integrates `x_t / alpha` along sigma / alpha, which is EDM's own path; it has a step for each of
     the two calls."""
     gaussian = GaussianDiffusion(variance="fixed_small")
-    scheduler = HeunDiscreteScheduler(1000, trained_betas=gaussian.betas.numpy(), prediction_type="epsilon")
+    scheduler = HeunDiscreteScheduler(1000, trained_betas=gaussian.path.betas.numpy(), prediction_type="epsilon")
     scheduler.set_timesteps(10)
     levels = scheduler.sigmas.unique()[1:].double()
     (tmp_path / "levels.txt").write_text(" ".join(map(str, levels.tolist())))

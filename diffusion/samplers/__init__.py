@@ -218,7 +218,7 @@ def walk(
 
     def denoise(x_t: Tensor, t: int | float, at: Transition, **more: Any) -> Prediction:
         times = torch.full((len(x_t),), t, device=x_t.device)
-        progress = 1 - diffusion.noise_rank(torch.tensor(t, dtype=torch.float64)).item()
+        progress = 1 - diffusion.path.noise_rank(torch.tensor(t, dtype=torch.float64)).item()
         scale = scale_at(options, progress, (at.sigma / at.alpha).item())
         prediction = diffusion.predict(guided(scale)(x_t, times, y, **extras, **more), x_t, times, at)
         return prediction if options.clip is None else prediction.clipped(options.clip, x_t, at)
@@ -229,7 +229,7 @@ def walk(
         return randn_like(noise, generator) if slices is None else next(slices)
 
     steps = diffusion.reverse_steps(options.num_steps, options.spacing)
-    x_t = diffusion.prior_std * noise
+    x_t = diffusion.path.prior_std * noise
     if start is not None:
         steps, x_t = [step for step in steps if step[0] <= start], noise
     sampler = samplers_of(diffusion)[options.sampler or diffusion.default_sampler]

@@ -82,10 +82,10 @@ def churned(
     """Noise added, and the step that leads from there (Karras et al. 2022, algorithm 2, lines 4 to 6, S_noise = 1):
     sigma / alpha rises by this share, at most sqrt(2) - 1, as far as the diffusion goes."""
     ratio = (at.sigma / at.alpha).item()
-    raised = min(ratio * (1 + min(share, math.sqrt(2) - 1)), chain.diffusion.noise_range[1])
+    raised = min(ratio * (1 + min(share, math.sqrt(2) - 1)), chain.diffusion.path.noise_range[1])
     if raised <= ratio:
         return x_t, t, at
-    time = chain.diffusion.time_at(torch.tensor([raised], dtype=torch.float64))[0]
+    time = chain.diffusion.path.time_at(torch.tensor([raised], dtype=torch.float64))[0]
     alpha, sigma = (number[0] for number in chain.diffusion.path(time[None]))  # scalars leave x_t in its precision
     x_t = alpha / at.alpha * x_t + alpha * math.sqrt(raised**2 - ratio**2) * chain.draw_noise()
     return x_t, time.item(), Transition.between(alpha, sigma, at.alpha_next, at.sigma_next)

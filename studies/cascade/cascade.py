@@ -18,13 +18,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
-from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, Step, mean_per_sample, with_auxiliary
-from diffusion.gaussian import GaussianDiffusion
-from diffusion.predictions import AtLevel, Level
+from diffusion.diffusion import (
+    Auxiliary,
+    Denoiser,
+    Diffusion,
+    Prediction,
+    Step,
+    mean_per_sample,
+    with_auxiliary,
+)
 from diffusion.samplers import Walk
-from diffusion.schedules import check_name
-from studies.cascade.denoising import Denoising
-from studies.cascade.refinement import Refinement, Regression, SuperResolution
+from studies.cascade.refinement import Refinement
 
 
 class Trained(NamedTuple):
@@ -34,11 +38,15 @@ class Trained(NamedTuple):
     others: bool  # upsampler and refiner
 
 
+NO_CHAIN = (
+    "a cascade has no chain from noise to its images, but to small ones: it cannot be reconstructed from a time, nor "
+    "has it a likelihood; leave --reconstruct or --likelihood out, and see --stages"
+)
 PHASES = (Trained(True, False), Trained(False, True), Trained(True, True))
 
 
 class Cascade(Diffusion):
-    """Three shallow stages in place of one deep model.
+    """Three shallow stages in place of one deep model. The chain that a sampler walks is the coarse stage's.
 
     Phases: the coarse stage by its own objective; upsampler and refiner by the squared errors of the images that they
     make, the coarse stage frozen; then all of it, by the sum of these losses. In the last two the upsampler is given,
@@ -49,67 +57,38 @@ class Cascade(Diffusion):
     By itself, outside of a training's phases, the loss is that of all stages under full teacher forcing.
 
     Args:
-        coarse: objective of the coarse stage, a name in `COARSE`; the model's stage of that name goes with it.
-        upsampler: the model's stage of that name.
-        refiner: the model's stage of that name; `diffusion` is super-resolution by diffusion (see `SuperResolution`),
-            anything else a regression.
+        coarse: objective of the coarse stage.
+        refinement: of upsampler and refiner.
         factor: side of the image over that of the coarse one.
-        schedule, num_timesteps, prediction: of diffusions. A one-step `x_0` divides errors of `epsilon` by alpha: that
-            prediction is for chains that do not end in noise.
-        sigma: of the coarse stage `dae`: its noise.
         phases: relative lengths of the three.
         forcing: probability of teacher forcing at the beginning and at the end of the second and of the third phase,
             between which it falls linearly.
-        augmentation: of the refiner `diffusion`; see `SuperResolution`.
-
-    Raises:
-        ValueError: for an unknown coarse stage, listing those that there are, or numbers out of range.
+        model_args: what a backbone for it has to be built with.
     """
 
     stages = ("coarse", "upsampler", "refiner")
 
     def __init__(
         self,
-        coarse: str = "diffusion",
-        upsampler: str = "pixelshuffle",
-        refiner: str = "vit",
-        factor: int = 2,
-        schedule: str = "linear",
-        num_timesteps: int = 1000,
-        prediction: str = "v",
-        sigma: float = 0.5,
-        phases: Sequence[int | float] = (35, 35, 30),
-        forcing: Sequence[Sequence[int | float]] = ((0.9, 0.1), (0.1, 0.0)),
-        augmentation: Sequence[int | float] = (0.5, 0.1),
+        coarse: Diffusion,
+        refinement: Refinement,
+        factor: int,
+        phases: Sequence[int | float],
+        forcing: Sequence[Sequence[int | float]],
+        model_args: Mapping[str, Any],
     ) -> None:
-        check_name("coarse", coarse, COARSE)
-        if len(phases) != len(PHASES) or min(phases) < 0 or not sum(phases) > 0:
-            raise ValueError(
-                f"--diffusion.phases {list(phases)}: give the lengths of three phases, such as [35, 35, 30]"
-            )
-        if len(forcing) != 2 or any(len(ends) != 2 or not all(0 <= p <= 1 for p in ends) for ends in forcing):
-            raise ValueError(
-                f"--diffusion.forcing {[list(ends) for ends in forcing]}: give a first and a last probability for the "
-                "second phase and for the third, such as [[0.9, 0.1], [0.1, 0]]"
-            )
-        images = GaussianDiffusion(schedule, num_timesteps, prediction, "fixed_small")
-        self.coarse: Diffusion = COARSE[coarse](images, sigma)
-        self.refinement: Refinement = REFINEMENTS.get(refiner, _regression)(images, augmentation)
-        self.factor, self.phases, self.forcing = factor, phases, forcing
-        self.model_args: Mapping[str, Any] = {
-            "coarse": coarse,
-            "upsampler": upsampler,
-            "refiner": refiner,
-            "factor": factor,
-        }
-        self.default_sampler, self.default_spacing = self.coarse.default_sampler, self.coarse.default_spacing
-        self.samplers, self.max_time, self.noise_range = (
-            self.coarse.samplers,
-            self.coarse.max_time,
-            self.coarse.noise_range,
+        super().__init__(
+            coarse.path,
+            coarse.prediction,
+            times=coarse.sample_timesteps,
+            default_sampler=coarse.default_sampler,
+            samplers=coarse.samplers,
         )
+        self.coarse, self.refinement, self.factor = coarse, refinement, factor
+        self.phases, self.forcing, self.model_args = phases, forcing, model_args
 
-    # Training.
+    def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
+        return self.coarse.reverse_steps(num_steps, spacing)
 
     @property
     def objective(self) -> type[Any]:
@@ -200,68 +179,19 @@ class Cascade(Diffusion):
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
         low = chain(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
         changed: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
-        changed |= {"sampler": GaussianDiffusion.default_sampler} if self.samplers else {}  # the coarse stage's own
+        changed |= {"sampler": "ddpm"} if self.samplers else {}  # those are for the coarse stage alone
         rest = partial(chain, **changed)
         up, refined = self.refinement.generate(rest, model.upsampler, model.refiner, low, y, draw_noise)
         for name, image in zip(self.stages, (low, up, refined), strict=True):
             on_stage(name, image.to(noise.dtype))
         return refined.to(noise.dtype)
 
-    # The chain that a sampler walks is the coarse stage's.
+    # There is no path from the image itself.
 
-    def sample_timesteps(
-        self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> Shaped[Tensor, " num"]:
-        return self.coarse.sample_timesteps(num, generator, device)
-
-    def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
-        return self.coarse.timesteps(num_steps)
-
-    def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
-        return self.coarse.reverse_steps(num_steps, spacing)
-
-    def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        return self.coarse.noise_rank(t)
-
-    def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        return self.coarse.time_at(ratio)
-
-    # What asks for a path from the image itself is refused.
-
-    def path(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """There is none.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "a cascade has no chain from noise to its images, but to small ones: it cannot be reconstructed from a "
-            "time, nor has it a likelihood; leave --reconstruct or --likelihood out, and see --stages"
-        )
-
-    def target(
-        self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
+    def q_sample(
+        self, x_0: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], noise: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b c h w"]:
-        """Refused for the same reason as `path`."""
-        raise ValueError(self.path(t))
+        raise ValueError(NO_CHAIN)
 
-    def read(
-        self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """Refused for the same reason as `path`."""
-        raise ValueError(self.path(torch.zeros(1)))
-
-
-def _regression(images: GaussianDiffusion, augmentation: Sequence[int | float]) -> Refinement:
-    return Regression()
-
-
-# Objectives by the name of the stage, each of (a diffusion of the images, noise of a denoising autoencoder).
-COARSE: dict[str, Callable[[GaussianDiffusion, float], Diffusion]] = {
-    "diffusion": lambda images, sigma: images,
-    "dae": lambda images, sigma: Denoising(1.0, sigma),
-    "resnet": lambda images, sigma: Denoising(0.0, 1.0),
-}
-REFINEMENTS: dict[str, Callable[[GaussianDiffusion, Sequence[int | float]], Refinement]] = {
-    "diffusion": SuperResolution
-}
+    def predict(self, *args: object, **kwargs: object) -> Prediction:
+        raise ValueError(NO_CHAIN)

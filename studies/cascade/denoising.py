@@ -10,7 +10,8 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from diffusion.diffusion import Diffusion, Step
-from diffusion.predictions import AtLevel, Level
+from diffusion.paths import Path
+from diffusion.predictions import Level
 from diffusion.samplers.chain import Chain, Moments
 from diffusion.transition import Transition
 
@@ -27,6 +28,43 @@ def iterated(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
         yield x_t, x_0
 
 
+class SingleLevel(Path):
+    """The same alpha and sigma at the only time, 0."""
+
+    max_time = 0
+
+    def __init__(self, alpha: float, sigma: float) -> None:
+        if not sigma > 0:
+            raise ValueError(f"--diffusion.sigma {sigma} must be above 0")
+        self.alpha, self.sigma = alpha, sigma
+        self.noise_range = (sigma / alpha, sigma / alpha) if alpha else (torch.inf, torch.inf)
+
+    def __call__(self, t: Shaped[Tensor, "*n"]) -> Level:
+        ones = torch.ones(t.shape, dtype=torch.float64)
+        return Level(self.alpha * ones, self.sigma * ones)
+
+    def levels(self, t: Shaped[Tensor, " b"]) -> Level:
+        """Without a transfer from the CPU."""
+        ones = torch.ones(len(t), 1, 1, 1, device=t.device)
+        return Level(self.alpha * ones, self.sigma * ones)
+
+    def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        return torch.zeros_like(ratio)
+
+    def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        return torch.zeros(t.shape, device=t.device)
+
+    def timesteps(self, num_steps: int) -> Int64[Tensor, " num_steps"]:
+        if num_steps < 1:
+            raise ValueError(f"--num_steps {num_steps} must be at least 1")
+        return torch.zeros(num_steps, dtype=torch.int64)
+
+    def told(
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b c h w"], Shaped[Tensor, " b"]]:
+        return x_t, t
+
+
 class Denoising(Diffusion):
     """A denoising autoencoder (Vincent et al. 2008), trained by the squared error of `x_0`.
 
@@ -41,65 +79,19 @@ class Denoising(Diffusion):
         ValueError: without noise.
     """
 
-    default_sampler = "iterated"
-    samplers = {"iterated": iterated}  # noqa: RUF012
-    max_time = 0
-
     def __init__(self, alpha: float = 1.0, sigma: float = 0.5) -> None:
-        if not sigma > 0:
-            raise ValueError(f"--diffusion.sigma {sigma} must be above 0")
-        self.alpha, self.sigma = alpha, sigma
-        self.noise_range = (sigma / alpha, sigma / alpha) if alpha else (torch.inf, torch.inf)
-
-    def path(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """The one level, at all times, on the CPU."""
-        ones = torch.ones(t.shape, dtype=torch.float64)
-        return Level(self.alpha * ones, self.sigma * ones)
-
-    def levels(self, t: Shaped[Tensor, " b"]) -> Level:
-        """The same on `t`'s device, without a transfer."""
-        ones = torch.ones(len(t), 1, 1, 1, device=t.device)
-        return Level(self.alpha * ones, self.sigma * ones)
-
-    def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Always 0: there is one noise level."""
-        return torch.zeros_like(ratio)
-
-    def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """0: there is no other."""
-        return torch.zeros(t.shape, device=t.device)
-
-    def sample_timesteps(
-        self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> Int64[Tensor, " num"]:
-        """Always 0: there is one noise level."""
-        return torch.zeros(num, dtype=torch.int64, device=device)
-
-    def timesteps(self, num_steps: int) -> Int64[Tensor, " num_steps"]:
-        """0, again and again.
-
-        Raises:
-            ValueError: for no steps.
-        """
-        if num_steps < 1:
-            raise ValueError(f"--num_steps {num_steps} must be at least 1")
-        return self.sample_timesteps(num_steps)
+        super().__init__(
+            SingleLevel(alpha, sigma),
+            "x_0",
+            times=lambda num, generator, device: torch.zeros(num, dtype=torch.int64, device=device),
+            default_sampler="iterated",
+            samplers={"iterated": iterated},
+        )
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
         """From the level to itself, and at last to the data; there is nothing to space."""
-        here = self.path(self.timesteps(1)[0])
+        times = self.path.timesteps(num_steps)
+        here = self.path(times[0])
         data = Level(torch.ones_like(here.alpha), torch.zeros_like(here.sigma))
-        ends = [here] * (len(self.timesteps(num_steps)) - 1) + [data]
+        ends = [here] * (len(times) - 1) + [data]
         return [(0, Transition.between(*here, *end)) for end in ends]
-
-    def target(
-        self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
-    ) -> Float[Tensor, "b c h w"]:
-        """The data themselves, `x_0`, which the stage predicts."""
-        return x_0
-
-    def read(
-        self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """`x_0`, which is the output, and what is left of `x_t`."""
-        return raw, (x_t - at.alpha * raw) / at.sigma

@@ -113,7 +113,7 @@ class SuperResolution(Refinement):
 
     def level(self, share: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
         """A time of the diffusion."""
-        return (share * self.diffusion.max_time).long()
+        return (share * self.diffusion.path.max_time).long()
 
     def draw(
         self, shape: Sequence[int], factor: int, generator: torch.Generator | None, device: torch.device | str

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from models import BACKBONES
 from models.backbone import Backbone
 from models.layers.attention import check_heads, zero_
 from models.layers.embedding import Conditioning, TimeEmbedding
@@ -372,3 +373,6 @@ def _build(
             f"{', '.join(accepted) or 'none'}"
         )
     return table[name](*fixed, **(given or {}))
+
+
+BACKBONES["Cascade"] = (Cascade, {})

@@ -1,0 +1,72 @@
+"""Sections of the configuration that are open: their settings are the parameters of what is registered by then."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import field, make_dataclass
+from inspect import Parameter, signature
+from typing import Annotated, Any, get_args, get_origin
+
+import docstring_parser
+
+REMADE = ("__init__", "__repr__", "__eq__", "__hash__", "__match_args__", "__dataclass_fields__", "__annotations__")
+
+
+def settings_of(preset: Callable[..., Any]) -> dict[str, Parameter]:
+    """The parameters of a function or class, their annotations evaluated, those of Python's own `self` left out."""
+    names = vars(sys.modules[preset.__module__])
+
+    def hint(setting: Parameter) -> Any:
+        if setting.annotation is Parameter.empty:
+            return Any if setting.default in (None, Parameter.empty) else type(setting.default)
+        return eval(setting.annotation, names) if isinstance(setting.annotation, str) else setting.annotation
+
+    return {name: each.replace(annotation=hint(each)) for name, each in signature(preset).parameters.items()}
+
+
+def open_section(section: type, table: Mapping[str, Callable[..., Any]]) -> None:
+    """Give a frozen dataclass, beside its `kind`, the settings of every function in a table: what is None is left to
+    the kind's own default. In place, so that what names the class knows it as it is now; the help says of which kinds
+    a setting is and what it is by default there."""
+    owners: dict[str, dict[str, Parameter]] = {}
+    for kind, preset in table.items():
+        for name, setting in settings_of(preset).items():
+            owners.setdefault(name, {})[kind] = setting
+    settings: list[Any] = [("kind", str, field(default=next(iter(table))))]
+    for name, kinds in owners.items():
+        annotation = next(iter(kinds.values())).annotation
+        hint, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+        settings.append((name, hint | None, field(default=None, metadata={"interval": next(iter(metadata), None)})))
+    made = vars(make_dataclass(section.__name__, settings, frozen=True))
+    for name in REMADE:
+        setattr(section, name, made[name])
+    for name in owners:
+        setattr(section, name, None)
+    section.__doc__ = "\n".join([str(section.__doc__).partition("\n\n")[0], "", "Args:", *_help(table, owners)])
+
+
+def _help(table: Mapping[str, Callable[..., Any]], owners: Mapping[str, Mapping[str, Parameter]]) -> list[str]:
+    documented = {kind: docstring_parser.parse(preset.__doc__ or "") for kind, preset in table.items()}
+    kinds = [f"'{kind}' ({_line(text.short_description)})" for kind, text in documented.items()]
+    lines = [f"    kind: {', '.join(kinds)}"]
+    for name, settings in owners.items():
+        texts: dict[str, list[str]] = {}
+        for kind, setting in settings.items():
+            described = next((each.description for each in documented[kind].params if each.arg_name == name), "")
+            texts.setdefault(_line(described), []).append(f"{kind} ({_shown(setting.default)})")
+        parts = [f"of {' and '.join(kinds)}: {text}" for text, kinds in texts.items()]
+        lines.append(f"    {name}: {'; '.join(parts)}")
+    return lines
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _shown(default: Any) -> str:
+    """As YAML has it."""
+    if isinstance(default, tuple | list):
+        return f"[{', '.join(map(_shown, default))}]"
+    words = {None: "null", True: "true", False: "false"}
+    return words[default] if default is None or isinstance(default, bool) else str(default)
