@@ -238,6 +238,6 @@ class VarianceExploding(Path):
     def told(
         self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b c h w"], Shaped[Tensor, " b"]]:
-        """`c_in x_t` and `c_noise`."""
+        """The input scaled by `c_in`, and `c_noise` in place of sigma (Karras et al. 2022, table 1)."""
         c_in = (self.levels(t).sigma ** 2 + self.sigma_data**2).rsqrt()
         return c_in * x_t, 999 * self.noise_rank(t).float()

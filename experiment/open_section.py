@@ -65,7 +65,7 @@ def _line(text: str | None) -> str:
 
 
 def _shown(default: Any) -> str:
-    """As YAML has it."""
+    """A default as YAML writes it."""
     if isinstance(default, tuple | list):
         return f"[{', '.join(map(_shown, default))}]"
     words = {None: "null", True: "true", False: "false"}
