@@ -36,8 +36,9 @@ def open_section(section: type, table: Mapping[str, Callable[..., Any]]) -> None
     settings: list[Any] = [("kind", str, field(default=next(iter(table))))]
     for name, kinds in owners.items():
         annotation = next(iter(kinds.values())).annotation
-        hint, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
-        settings.append((name, hint | None, field(default=None, metadata={"interval": next(iter(metadata), None)})))
+        hint, *intervals = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+        metadata = {"interval": intervals[0]} if intervals else {}
+        settings.append((name, hint | None, field(default=None, metadata=metadata)))
     made = vars(make_dataclass(section.__name__, settings, frozen=True))
     for name in REMADE:
         setattr(section, name, made[name])
