@@ -76,7 +76,7 @@ def test_spaced_times_ascend_to_the_last(diffusion, spacing, num_steps, tmp_path
     if spacing == "table":
         (tmp_path / "levels.txt").write_text(LEVELS)
         spacing = str(tmp_path / "levels.txt")
-    times = spaced_times(diffusion, num_steps, spacing)
+    times = spaced_times(diffusion.path, num_steps, spacing)
     assert times.shape == (num_steps,)
     assert (times.diff() > 0).all()
     assert times[-1] == diffusion.path.max_time
@@ -86,30 +86,30 @@ def test_spaced_times_ascend_to_the_last(diffusion, spacing, num_steps, tmp_path
 
 
 def test_karras_levels_are_the_formula():
-    times = spaced_times(EDM(), 18, "karras").tolist()
+    times = spaced_times(EDM().path, 18, "karras").tolist()
     for i, sigma in enumerate(reversed(times)):
         assert sigma == pytest.approx((80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, rel=1e-6)
 
 
 def test_trailing_times_are_those_of_the_paper():
     """Lin et al. 2023, table 2: T = 1000, 10 steps."""
-    assert spaced_times(GaussianDiffusion(), 10, "trailing").tolist() == list(range(99, 1000, 100))
+    assert spaced_times(GaussianDiffusion().path, 10, "trailing").tolist() == list(range(99, 1000, 100))
 
 
 def test_a_table_is_visited_as_it_is_and_interpolated(tmp_path):
     path = tmp_path / "levels.txt"
     path.write_text("80, 1, 0.0125\n0")
     diffusion = EDM(sigma_min=0.0125, sigma_max=80.0)
-    assert spaced_times(diffusion, 3, str(path)).tolist() == pytest.approx([0.0125, 1, 80])
-    assert spaced_times(diffusion, 5, str(path)).tolist() == pytest.approx([0.0125, 0.0125**0.5, 1, 80**0.5, 80])
+    assert spaced_times(diffusion.path, 3, str(path)).tolist() == pytest.approx([0.0125, 1, 80])
+    assert spaced_times(diffusion.path, 5, str(path)).tolist() == pytest.approx([0.0125, 0.0125**0.5, 1, 80**0.5, 80])
     path.write_text("80, one")
     with pytest.raises(ValueError, match="not a list of numbers"):
-        spaced_times(diffusion, 3, str(path))
+        spaced_times(diffusion.path, 3, str(path))
     path.write_text("80")
     with pytest.raises(ValueError, match="two or more different"):
-        spaced_times(diffusion, 3, str(path))
+        spaced_times(diffusion.path, 3, str(path))
     with pytest.raises(ValueError, match=r"--spacing even: unknown, choose from uniform, trailing"):
-        spaced_times(diffusion, 3, "even")
+        spaced_times(diffusion.path, 3, "even")
 
 
 ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "exponential_ab3": 3}
