@@ -53,6 +53,20 @@ def _posterior_sample(
     return mean + torch.exp(0.5 * log_variance) * noise
 
 
+def _as_stored(latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Of autoencoders without a posterior."""
+    return latents
+
+
+_TINY = Kind(  # takes and gives images in [-1, 1] like the others
+    encoding=frozenset({"encoder"}),
+    factors=lambda config: (
+        2 ** (len(config.num_encoder_blocks) - 1),
+        config.upsampling_scaling_factor ** (len(config.num_decoder_blocks) - 1),
+    ),
+    store=lambda encoded: encoded.latents,
+    draw=_as_stored,
+)
 KINDS = {
     "AutoencoderKL": Kind(
         encoding=frozenset({"encoder", "quant_conv"}),
@@ -60,14 +74,16 @@ KINDS = {
         store=_moments,
         draw=_posterior_sample,
     ),
-    "AutoencoderTiny": Kind(  # deterministic; diffusers' takes and gives images in [-1, 1] like the other
+    "AutoencoderTiny": _TINY,
+    "PooledTinyAutoencoder": _TINY,
+    "AutoencoderDC": Kind(  # Chen et al. 2025: a factor of 32 and more
         encoding=frozenset({"encoder"}),
         factors=lambda config: (
-            2 ** (len(config.num_encoder_blocks) - 1),
-            config.upsampling_scaling_factor ** (len(config.num_decoder_blocks) - 1),
+            2 ** (len(config.encoder_block_out_channels) - 1),
+            2 ** (len(config.decoder_block_out_channels) - 1),
         ),
-        store=lambda encoded: encoded.latents,
-        draw=lambda latents, noise: latents,
+        store=lambda encoded: encoded.latent,
+        draw=_as_stored,
     ),
 }
 
@@ -124,9 +140,10 @@ class LatentCodec(Codec):
     """A frozen autoencoder in diffusers' format (Rombach et al. 2022, section 3.1): `x_0 = (z - shift) * scale`.
 
     `z` is drawn from the posterior of an `AutoencoderKL` (such as those of Stable Diffusion 1 to 3, SDXL and FLUX), or
-    is what an `AutoencoderTiny` encodes to. `scale` and `shift` are the autoencoder's own `scaling_factor` and
-    `shift_factor` (0.18215 and none for `stabilityai/sd-vae-ft-ema`); `latents_mean` and `latents_std`, where it has
-    them, shift and divide each channel. The module is in eval mode for good and has no trainable parameter.
+    is what an `AutoencoderTiny` (TAESD and its kin) or `AutoencoderDC` encodes to. `scale` and `shift` are the
+    autoencoder's own `scaling_factor` and `shift_factor` (0.18215 and none for `stabilityai/sd-vae-ft-ema`);
+    `latents_mean` and `latents_std`, where it has them, shift and divide each channel. The module is in eval mode for
+    good and has no trainable parameter.
     """
 
     scale: Tensor
@@ -140,9 +157,10 @@ class LatentCodec(Codec):
         config = self.autoencoder.config
         self.channels = int(config.latent_channels)
         self.factor, enlarged = self.kind.factors(config)
-        if self.factor != enlarged or not config.in_channels == config.out_channels == 3:
+        out_channels = config.get("out_channels", config.in_channels)
+        if self.factor != enlarged or not config.in_channels == out_channels == 3:
             raise AutoencoderError(
-                f"--autoencoder {source}: it makes {config.out_channels} channels of {config.in_channels} and "
+                f"--autoencoder {source}: it makes {out_channels} channels of {config.in_channels} and "
                 f"{enlarged} pixels of {self.factor}; images come back as RGB of the same size, take one that does so"
             )
         self.normalisation = _normalisation(source, config)
@@ -282,7 +300,7 @@ def _to_uint8(images: Tensor) -> Tensor:
 
 def _normalisation(source: str, config: Any) -> dict[str, float | list[float]]:
     """Scale and shift, a number for all channels or one for each, as diffusers' pipelines apply them."""
-    scale, shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
+    scale, shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:
         return {"scale": scale, "shift": shift}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,6 @@ def hub_id(source: str) -> tuple[str, str | None]:
 
 def _load(source: str, classes: Collection[str], config: Path, place: str | Path, **where: str | None) -> Any:
     """Of the class that the configuration names, from a folder or the hub."""
-    import diffusers
-
     try:
         name = json.loads(config.read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
@@ -70,11 +70,32 @@ def _load(source: str, classes: Collection[str], config: Path, place: str | Path
     files = [file.name for file in Path(place).glob("diffusion_pytorch_model*")]  # none where it is a hub's
     variant = "fp16" if files and all(".fp16." in file for file in files) else None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet("diffusers.configuration_utils"):  # which speaks of statistics of latents
             warnings.simplefilter("ignore", UserWarning)  # diffusers passes huggingface_hub arguments it deprecated
-            return getattr(diffusers, name).from_pretrained(
+            return class_of(name).from_pretrained(
                 place, torch_dtype=torch.float32, low_cpu_mem_usage=False, variant=variant, **where
             )
     except Exception as error:  # diffusers raises a different type for each way a weight file can be broken
         reason = str(error).strip().splitlines()[0]
         raise AutoencoderError(f"--autoencoder {source}: its weights do not load ({reason})") from error
+
+
+def class_of(name: str) -> Any:
+    """diffusers' class of that name, or the one of ours that it lacks."""
+    import diffusers
+
+    from autoencoders import tiny
+
+    return getattr(tiny if name in vars(tiny) else diffusers, name)
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Without a logger's warnings."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

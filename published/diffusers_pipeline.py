@@ -26,6 +26,8 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, 
     diffusion = checkpoint.build_diffusion()
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, diffusion, sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
+    if vae is not None and not type(vae).__module__.startswith("diffusers."):
+        raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have")
     if vae is not None:
         vae.register_to_config(_name_or_path=None)  # a folder of this machine
     write = write_native if native else write_pipeline

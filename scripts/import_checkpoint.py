@@ -1,8 +1,10 @@
-"""Published weights as a checkpoint that sample.py and evaluate.py take.
+"""Published weights as a checkpoint that sample.py and evaluate.py take, or as an autoencoder.
 
     python scripts/import_checkpoint.py --source dit --weights DiT-XL-2-256x256.pt --output runs/DiT-XL-2-256
     python scripts/import_checkpoint.py --source uvit --weights imagenet512_uvit_huge.pth --output runs/UViT-H-4-512
     python scripts/import_checkpoint.py --source xswin --weights 0100000.pt --classes names.txt --output runs/published
+    python scripts/import_checkpoint.py --source tiny --weights taef2_encoder.pth taef2_decoder.pth --data.path photos \
+        --output taef2                                                        # then train.py --autoencoder taef2
 
 Sizes, classes and whether the variance is learned are read off the weights; nothing in the file is executed.
 """
@@ -13,6 +15,7 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -43,24 +46,25 @@ SAMPLING = {
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Turn published weights into a checkpoint.
+    """Turn published weights into a checkpoint, or into an autoencoder.
 
     Args:
         source: 'dit' and 'sit' (Meta's .pt), 'uvit' (the .pth of Bao et al.), 'uvit-adaln', 'uswin' or 'xswin' (.pt of
-            the XSwin authors' repository)
+            the XSwin authors' repository); 'tiny' (the autoencoders TAESD, TAESDXL, TAESD3, TAEF1, TAEF2)
         weights: the file: a state dict, or a training checkpoint, of which the averaged weights are taken; .pt, .pth or
-            .safetensors
-        output: folder of the new checkpoint
+            .safetensors. Of 'tiny' two: the encoder's and the decoder's
+        output: folder of the new checkpoint or autoencoder
         autoencoder: whose latents the model denoises: a hub id, a folder in diffusers' format, or 'pixel'
         classes: text file with the name of a class a line; by default ImageNet's where there are 1000, else numbers
-        data: the images that it was trained on, for evaluate.py (--data.path)
+        data: the images that it was trained on, for evaluate.py (--data.path); of 'tiny' those whose latents are to
+            have mean 0 and variance 1
         image_size: side in pixels; by default 8 times the latent's
         num_heads: where the width is none of the published sizes
         input_size: side of the latent, where the weights do not say
     """
 
     source: str
-    weights: Path
+    weights: Path | list[Path]
     output: Path
     autoencoder: str = "stabilityai/sd-vae-ft-ema"
     classes: Path | None = None
@@ -82,6 +86,11 @@ def main(config: ImportConfig) -> None:
 
     if config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
+    if config.source == "tiny":
+        import_autoencoder(config)
+        return
+    if isinstance(config.weights, list):
+        raise ValueError(f"--weights {' '.join(map(str, config.weights))}: source {config.source} is one file")
     weights, step = read_weights(config.weights)
     published = infer_config(config.source, weights, num_heads=config.num_heads, input_size=config.input_size)
     arguments = reference_arguments(config.source, published)
@@ -125,6 +134,46 @@ def main(config: ImportConfig) -> None:
     )
 
 
+def import_autoencoder(config: ImportConfig, num_images: int = 1024) -> None:
+    """A tiny autoencoder as a folder in diffusers' format, with the statistics of its latents over the training images.
+
+    Raises:
+        ValueError: for anything but an encoder and its decoder.
+    """
+    import torch
+
+    from autoencoders.tiny import from_published, with_statistics
+    from data.subsets import stratified
+    from experiment.datasets import open_split
+    from machine.whole_files import whole
+    from published.training_files import read_weights
+
+    if not isinstance(config.weights, list) or len(config.weights) != 2:
+        raise ValueError("--weights: source tiny is two files, --weights ENCODER DECODER")
+    autoencoder = from_published(*(read_weights(path)[0] for path in config.weights))
+    images = open_split(config.data, "train")
+    some = stratified(images.labels, min(num_images, len(images)), seed=0).tolist()
+    pixels = torch.stack([images[index][0] for index in some])
+    with_statistics(autoencoder, pixels.float() / 127.5 - 1)
+    with whole(config.output) as folder:
+        autoencoder.save_pretrained(folder)
+    size = sum(parameter.numel() for parameter in autoencoder.parameters()) / 1e6
+    print(
+        f"{type(autoencoder).__name__}: {size:.1f}M parameters, {autoencoder.config['latent_channels']} channels, "
+        f"normalised by {len(some)} images of {config.data.path}: --autoencoder {config.output}"
+    )
+
+
+def as_list(arguments: list[str], flag: str = "--weights") -> list[str]:
+    """The flag's values, where several stand behind it, as one."""
+    if flag not in arguments:
+        return arguments
+    first = arguments.index(flag) + 1
+    values = list(takewhile(lambda word: not word.startswith("--"), arguments[first:]))
+    together = [json.dumps(values)] if len(values) > 1 else values
+    return [*arguments[:first], *together, *arguments[first + len(values) :]]
+
+
 def read_classes(path: Path | None, num_classes: int) -> list[str]:
     """A name for each class, no two alike.
 
@@ -145,4 +194,4 @@ def read_classes(path: Path | None, num_classes: int) -> list[str]:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse(ImportConfig))
+        main(parse(ImportConfig, as_list(sys.argv[1:])))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import VQModel
+from diffusers import AutoencoderDC, VQModel
 from hub_stub import Hub
 from huggingface_hub import constants
 from processes import script
@@ -60,6 +60,18 @@ def test_latents_are_the_autoencoders_own_scaled_as_its_pipeline_does(name, code
     assert (decoded.float() - theirs).abs().max() <= 1
     assert theirs.std() > 1  # it says something
     assert not any(parameter.requires_grad for parameter in codec.parameters())
+
+
+def test_a_deep_compression_autoencoder_is_scaled_by_its_one_number(tmp_path):
+    torch.manual_seed(0)
+    halves = {"block_out_channels": (8, 8, 16), "layers_per_block": (1, 1, 1), "qkv_multiscales": ((), (), ())}
+    settings = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in halves.items()}
+    AutoencoderDC(latent_channels=4, scaling_factor=0.5, **settings).save_pretrained(tmp_path)
+    codec = create_codec(str(tmp_path))
+    z = codec.autoencoder.encode(IMAGES.float() / 127.5 - 1).latent
+    torch.testing.assert_close(codec.encode(IMAGES), 0.5 * z)
+    assert codec.latent_shape(32, 32) == tuple(z.shape[1:]) == (4, 8, 8)
+    assert codec.decode(0.5 * z).shape == IMAGES.shape
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -1,0 +1,93 @@
+"""Published tiny autoencoders (TAESD and its kin, Bohan 2023), distilled from those of Stable Diffusion and FLUX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from diffusers import AutoencoderTiny
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from autoencoders.pretrained import AutoencoderError
+
+ENCODER_POOLED, DECODER_POOLED = range(11, 14), range(2, 5)  # layers at the smallest grid
+
+
+class PooledTinyAutoencoder(AutoencoderTiny):
+    """TAEF2: diffusers' `AutoencoderTiny` whose blocks at the smallest grid also see the image as a whole.
+
+    Args:
+        latent_channels: of the latents, at an eighth of the image's side.
+    """
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 32) -> None:
+        super().__init__(latent_channels=latent_channels)
+        for layers, pooled in ((self.encoder.layers, ENCODER_POOLED), (self.decoder.layers, DECODER_POOLED)):
+            for number in pooled:
+                layers[number] = PooledBlock(layers[number])
+
+
+class PooledBlock(nn.Module):
+    """A block whose input is first joined by what group normalisation, whose statistics are the whole image's, makes of
+    it."""
+
+    def __init__(self, block: nn.Module, width: int = 64, hidden: int = 256) -> None:
+        super().__init__()
+        self.pool = nn.Sequential(
+            nn.Conv2d(width, hidden, 1, bias=False),
+            nn.GroupNorm(4, hidden),
+            nn.ReLU(),
+            nn.Conv2d(hidden, width, 1, bias=False),
+        )
+        self.conv, self.skip, self.fuse = block.conv, block.skip, block.fuse
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        x = x + self.pool(x)
+        return self.fuse(self.conv(x) + self.skip(x))
+
+
+def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> AutoencoderTiny:
+    """The autoencoder of a published pair of files: TAESD, TAESDXL (4 channels), TAESD3, TAEF1 (16) or TAEF2 (32).
+
+    The files number their layers (`11.conv.0.weight`); the decoder's count begins with a layer without weights.
+
+    Raises:
+        AutoencoderError: for files that are no such pair: exchanged, of two versions, or of something else.
+    """
+    of_encoder = {f"encoder.layers.{name}": weight for name, weight in encoder.items()}
+    of_decoder = {
+        re.sub(r"^\d+", lambda number: f"decoder.layers.{int(number[0]) - 1}", name): weight
+        for name, weight in decoder.items()
+    }
+    to_latent, of_latent = encoder.get("14.weight"), decoder.get("1.weight")
+    if to_latent is None or of_latent is None or of_latent.dim() != 4:
+        exchanged = "14.weight" in decoder and "0.weight" in decoder and "1.weight" in encoder
+        hint = "they are exchanged, the encoder comes first" if exchanged else "give ENCODER DECODER as published"
+        raise AutoencoderError(f"--weights: not the encoder and the decoder of a tiny autoencoder; {hint}")
+    if len(to_latent) != of_latent.shape[1]:
+        raise AutoencoderError(
+            f"--weights: the encoder makes {len(to_latent)} channels and the decoder reads {of_latent.shape[1]}; "
+            "take both of one version"
+        )
+    pooled = any(".pool." in name for name in encoder)
+    autoencoder = (PooledTinyAutoencoder if pooled else AutoencoderTiny)(latent_channels=len(to_latent))
+    try:
+        autoencoder.load_state_dict({name: weight.float() for name, weight in {**of_encoder, **of_decoder}.items()})
+    except RuntimeError as error:
+        first = str(error).split("\n")[1].strip()
+        raise AutoencoderError(f"--weights: not the encoder and the decoder of a tiny autoencoder ({first})") from None
+    return autoencoder.eval()
+
+
+@torch.inference_mode()
+def with_statistics(autoencoder: AutoencoderTiny, images: Float[Tensor, "n 3 H W"]) -> AutoencoderTiny:
+    """With mean and standard deviation of each latent channel over `images` in [-1, 1] in its configuration, by which
+    the codec brings latents to mean 0 and variance 1."""
+    latents = torch.cat([autoencoder.encode(part).latents for part in images.split(64)])
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    return autoencoder
