@@ -91,7 +91,7 @@ def class_of(name: str) -> Any:
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Without a logger's warnings."""
+    """Keep a logger of Python's from warning meanwhile."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

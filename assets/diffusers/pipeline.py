@@ -114,9 +114,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Pixels, rounded to the nearest of 256 levels [b h w 3]."""
         if self.vae is not None:
             config = self.vae.config
-            shift = config.get("latents_mean") or [
-                config.get("shift_factor") or 0.0
-            ]  # for all channels, or each
+            shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]  # for all channels, or each
             scale = [config.scaling_factor / std for std in config.get("latents_std") or [1.0]]
             shift, scale = (torch.tensor(values, device=x_0.device)[:, None, None] for values in (shift, scale))
             x_0 = self.vae.decode(x_0.float() / scale + shift).sample
