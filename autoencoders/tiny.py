@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
@@ -35,7 +36,7 @@ class PooledBlock(nn.Module):
     """A block whose input is first joined by what group normalisation, whose statistics are the whole image's, makes of
     it."""
 
-    def __init__(self, block: nn.Module, width: int = 64, hidden: int = 256) -> None:
+    def __init__(self, block: Any, width: int = 64, hidden: int = 256) -> None:
         super().__init__()
         self.pool = nn.Sequential(
             nn.Conv2d(width, hidden, 1, bias=False),
@@ -43,9 +44,12 @@ class PooledBlock(nn.Module):
             nn.ReLU(),
             nn.Conv2d(hidden, width, 1, bias=False),
         )
-        self.conv, self.skip, self.fuse = block.conv, block.skip, block.fuse
+        self.conv: nn.Module = block.conv
+        self.skip: nn.Module = block.skip
+        self.fuse: nn.Module = block.fuse
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """What the block makes of `x + pool(x)`."""
         x = x + self.pool(x)
         return self.fuse(self.conv(x) + self.skip(x))
 
@@ -87,7 +91,7 @@ def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor])
 def with_statistics(autoencoder: AutoencoderTiny, images: Float[Tensor, "n 3 H W"]) -> AutoencoderTiny:
     """With mean and standard deviation of each latent channel over `images` in [-1, 1] in its configuration, by which
     the codec brings latents to mean 0 and variance 1."""
-    latents = torch.cat([autoencoder.encode(part).latents for part in images.split(64)])
+    latents = torch.cat([autoencoder.encode(part, return_dict=False)[0] for part in images.split(64)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3))
     autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return autoencoder
