@@ -301,7 +301,8 @@ def check(config: EvaluateConfig) -> None:
 
     def refuse(flags: Iterable[str], why: str) -> None:
         for flag in (flag for flag in given if flag in flags):
-            raise ValueError(f"--{flag} {getattr(config, flag)}: {why}")
+            value = getattr(config, flag)
+            raise ValueError(f"--{flag}{f' {value}' if isinstance(value, str | int | float) else ''}: {why}")
 
     if config.self_check:
         return

@@ -111,24 +111,26 @@ class Checkpoint:
 
     def check_identity(self, **here: Mapping[str, Any]) -> None:
         """That parts of a run are those that it was trained with; see `check_identity` below."""
-        check_identity(self.path, here)
+        check_identity(self.path, here, self.identity)
 
 
-def check_identity(weights: Path, here: Mapping[str, Mapping[str, Any]]) -> None:
+def check_identity(
+    weights: Path, here: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """That an autoencoder (`{"codec": codec.provenance}`) and splits (`{"test": dataset.describe()}`) are by their
     content those that a checkpoint was trained with; where they lie does not matter. Of older checkpoints only the
-    autoencoder's name and the classes are known, if those.
+    autoencoder's name and the classes are known, if those. `identity` is read off the weights where it is not at hand.
 
     Raises:
         CheckpointError: naming the flag, and what differs.
     """
     metadata = {name: json.loads(text) for name, text in read_metadata(weights).items() if name in KNOWN}
-    config, identity = metadata.get("config", {}), metadata.get("identity", {})
+    config, trained_with = metadata.get("config", {}), metadata.get("identity", {}) if identity is None else identity
     older = {"codec": {"autoencoder": config.get("autoencoder")}}
     older |= {part: {"classes": metadata["classes"]} for part in ("train", "test") if "classes" in metadata}
     for part, values in here.items():
-        places = ("source", "autoencoder") if part in identity else ()
-        for name, value in identity.get(part, older.get(part, {})).items():
+        places = ("source", "autoencoder") if part in trained_with else ()
+        for name, value in trained_with.get(part, older.get(part, {})).items():
             if name not in places and values.get(name) != value:
                 flag = "--autoencoder" if part == "codec" else "--data.path"
                 raise CheckpointError(

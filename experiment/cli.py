@@ -126,7 +126,7 @@ def parse(config_class: type[T], arguments: list[str] | None = None, *, stored_i
 def named_imports(arguments: list[str]) -> list[str]:
     """What the command line, its lists of names quoted, names as `imports`, by a flag or in a file of `--config`."""
     names: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, has_value, value = argument.partition("=")
         value = value if has_value else following
         with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # which reading it will tell

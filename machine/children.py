@@ -37,15 +37,19 @@ def run(command: Sequence[str], **options: Any) -> None:
     Raises:
         SystemExit: with its status, where that is not 0, or with that of the signal.
     """
-    child = start(command, **options)
     stopped: list[int] = []
+    started: list[subprocess.Popen] = []
 
     def stop(number: signal.Signals) -> None:
         stopped.append(128 + number)
-        kill(child)
+        for child in started:
+            kill(child)
 
     with on_stop(stop):
-        status = child.wait()
+        started.append(start(command, **options))
+        if stopped:  # before it could be told
+            kill(started[0])
+        status = started[0].wait()
     if stopped or status:
         raise SystemExit(stopped[0] if stopped else status)
 

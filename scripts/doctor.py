@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiment.cli import run_program
 from metrics.downloads import hub_answers
 
 PAPER_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
@@ -113,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

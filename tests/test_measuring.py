@@ -173,14 +173,17 @@ def test_weights_that_cannot_be_downloaded_are_a_reason_and_files_that_are_none_
 
 MISTAKES = {
     "nothing": ({}, "--samples: give a run, a folder, a zip or an npz; or --autoencoder"),
-    "trials": ({"autoencoder": "embedded", "trials": 3}, "--trials: it is about samples; give --samples"),
+    "trials": ({"autoencoder": "embedded", "trials": 3}, "--trials 3: it is about samples; give --samples"),
     "sampling": (
         {"autoencoder": "embedded", "sampling": EVALUATE.SweptSampling("ddim")},
         "--sampling: it is about samples",
     ),
-    "checkpoint": ({"autoencoder": "embedded", "checkpoint": "runs/x"}, "--checkpoint: it is about samples"),
-    "network": ({"samples": "runs/x", "perceptual": "vgg19"}, "--perceptual: it measures an autoencoder; leave it out"),
-    "heads": ({"samples": "runs/x", "heads": "vgg.pth"}, "--heads: it measures an autoencoder; leave it out"),
+    "checkpoint": ({"autoencoder": "embedded", "checkpoint": "runs/x"}, "--checkpoint runs/x: it is about samples"),
+    "network": (
+        {"samples": "runs/x", "perceptual": "vgg19"},
+        "--perceptual vgg19: it measures an autoencoder; leave it out",
+    ),
+    "heads": ({"samples": "runs/x", "heads": "vgg.pth"}, "--heads vgg.pth: it measures an autoencoder; leave it out"),
     "pixels": ({"autoencoder": "pixel"}, "--autoencoder pixel: pixels come back as they were"),
     "one of two": ({"autoencoder": "embedded,./none"}, "--autoencoder ./none: no such folder"),
     "metric": ({"autoencoder": "embedded", "metrics": ["psnr"]}, "--metrics psnr: choose from fid"),

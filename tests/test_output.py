@@ -131,7 +131,7 @@ def test_a_model_in_training_draws_what_it_draws_in_eval_and_trains_on():
     drawn = sample(diffusion, model, randn(2, 1, 4, 4), labels(2), **settings)
     assert [part.training for part in model.modules()] == modes
     assert torch.equal(drawn, sample(diffusion, model.eval(), randn(2, 1, 4, 4), labels(2), **settings))
-    with pytest.raises(ValueError, match="--sampler x"):
+    with pytest.raises(ValueError, match=r"--sampling\.sampler x: unknown"):
         sample(diffusion, model.train(), randn(2, 1, 4, 4), labels(2), sampler="x")
     with pytest.raises(RuntimeError):
         sample(diffusion, model, randn(2, 3, 4, 4), labels(2))  # one channel is what it takes

@@ -5,6 +5,7 @@ import json
 import shutil
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -348,7 +349,7 @@ def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):
 
 def test_ruined_images_end_no_training(capsys):
     class Look:
-        accelerator = Accelerator(cpu=True)
+        run = SimpleNamespace(accelerator=Accelerator(cpu=True))
 
         @unless_ruined
         def draw(self, step):

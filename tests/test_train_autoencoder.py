@@ -186,12 +186,13 @@ def test_any_shape_builds(factor, channels):
 
 def test_another_autoencoder_in_the_place_of_one_keeps_it(tmp_path):
     autoencoder, written = tiny().autoencoder.eval(), {"measure": False, "half": False}
+    pixels = ((images() + 1) * 127.5).to(torch.uint8)
     for steps in (2, 2):  # the second as after a kill before the end was said
-        finish(tmp_path / "autoencoder", autoencoder, images(), {"steps": steps}, **written)
+        finish(tmp_path / "autoencoder", autoencoder, pixels, {"steps": steps}, **written)
     assert [path.name for path in tmp_path.iterdir()] == ["autoencoder"]
     before = (tmp_path / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes()
     autoencoder.decoder.conv_out.bias.data += 1
-    finish(tmp_path / "autoencoder", autoencoder, images(), {"steps": 4}, **written)
+    finish(tmp_path / "autoencoder", autoencoder, pixels, {"steps": 4}, **written)
     (kept,) = tmp_path.glob("autoencoder.before-*")
     assert (kept / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert (tmp_path / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes() != before

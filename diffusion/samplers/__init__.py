@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -147,16 +147,21 @@ def sample(
         expected = [options.num_steps, *noise.shape]
         raise ValueError(f"step_noise {list(step_noise.shape)} must be {expected}: a slice a step")
 
-    chain = partial(
-        walk,
-        options=options,
-        num_classes=getattr(model, "num_classes", 0) if num_classes is None else num_classes,
-        extras=extras,
-        start=start,
-        step_noise=step_noise,
-        generator=generator,
-        callback=callback,
-    )
+    def chain(
+        *inputs: Any, guide_model: Denoiser | None, callback: Callback | None = callback, **changed: Any
+    ) -> Tensor:
+        return walk(
+            *inputs,
+            options=replace(options, **changed),
+            guide_model=guide_model,
+            num_classes=getattr(model, "num_classes", 0) if num_classes is None else num_classes,
+            extras=extras,
+            start=start,
+            step_noise=step_noise,
+            generator=generator,
+            callback=callback,
+        )
+
     with evaluating(model, guide_model):
         if not isinstance(diffusion, Staged):
             return chain(diffusion, model, noise, y, guide_model=guide_model)

@@ -179,7 +179,9 @@ class Cascade(Diffusion):
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
         low = chain(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
         changed: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
-        changed |= {"sampler": "ddpm"} if self.samplers else {}  # those are for the coarse stage alone
+        changed |= (
+            {"sampler": "ddpm", "sampler_args": {}} if self.samplers else {}
+        )  # those are for the coarse stage alone
         rest = partial(chain, **changed)
         up, refined = self.refinement.generate(rest, model.upsampler, model.refiner, low, y, draw_noise)
         for name, image in zip(self.stages, (low, up, refined), strict=True):
