@@ -7,8 +7,6 @@ python evaluate.py --samples runs/XSwin --reference VIRTUAL_imagenet64.npz
 python evaluate.py --autoencoder embedded,stabilityai/sd-vae-ft-ema --data.path caltech101.zip
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial

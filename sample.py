@@ -8,8 +8,6 @@ python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --in
 python sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 """
 
-from __future__ import annotations
-
 import sys
 from collections import deque
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What backbones cost: counted on the meta device, timed for a few steps, remembered in a file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

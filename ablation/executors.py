@@ -1,7 +1,5 @@
 """Who does the work: this machine's CPU or GPUs, or a cluster's scheduler."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable

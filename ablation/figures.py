@@ -1,7 +1,5 @@
 """Figures of a report: each as SVG for the page, and as PDF and PNG for a paper."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any

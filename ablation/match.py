@@ -1,7 +1,5 @@
 """Equal cost: the width at which a backbone costs what another one does."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

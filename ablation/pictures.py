@@ -1,7 +1,5 @@
 """Samples of all variants from the same noise: a grid a model, and classes as rows beside models as columns."""
 
-from __future__ import annotations
-
 import base64
 import io
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Before anything starts: every variant validated, brought to equal cost and timed; what is done and what is left."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache

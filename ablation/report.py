@@ -1,7 +1,5 @@
 """`report.html`, `report.md`, `table.tex`, `results.csv` and `figures/` of an ablation, from its runs' JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

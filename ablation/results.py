@@ -1,7 +1,5 @@
 """What the runs of an ablation left, read from their own JSON, and what it amounts to."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

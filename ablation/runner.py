@@ -1,7 +1,5 @@
 """A run's stages, one after the other, each a process of its own, so that a failure stays where it is."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """What an ablation's YAML may say. Nothing heavy is imported here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The tables of a report, from one list of cells."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import fmean
 

@@ -1,7 +1,5 @@
 """From names and grids to whole configurations of train.py."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from itertools import product

@@ -1,7 +1,5 @@
 """Weights of diffusers' autoencoders: the embedded ones, those of a folder, or those of the hub."""
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

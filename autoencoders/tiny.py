@@ -1,7 +1,5 @@
 """Published tiny autoencoders (TAESD and its kin, Bohan 2023), distilled from those of Stable Diffusion and FLUX."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

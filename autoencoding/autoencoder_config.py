@@ -1,7 +1,5 @@
 """The configuration of an autoencoder's training: frozen dataclasses, read from YAML and flags as train.py's are."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

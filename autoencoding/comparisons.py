@@ -1,7 +1,5 @@
 """Pictures of what an autoencoder loses."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

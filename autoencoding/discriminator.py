@@ -1,7 +1,5 @@
 """The patch discriminator of an autoencoder's training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from jaxtyping import Float

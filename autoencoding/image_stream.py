@@ -1,7 +1,5 @@
 """Batches of images for an autoencoder, read as they are wanted: the set may be larger than memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count

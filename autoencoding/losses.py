@@ -1,7 +1,5 @@
 """What an autoencoder minimises: the variational bound with a perceptual distance, and a discriminator's opinion."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What autoencoders lose of held-out images, and what their latents are like: `evaluate.py --autoencoder`."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """An AutoencoderKL while it is trained, and what is written of it."""
 
-from __future__ import annotations
-
 import filecmp
 import json
 import shutil

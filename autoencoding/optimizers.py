@@ -1,7 +1,5 @@
 """Optimizers of an autoencoder: AdamW, or Muon on its matrices with AdamW on the rest."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What an autoencoder's training looks at on the way: reconstructions of held-out images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

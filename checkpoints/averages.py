@@ -1,7 +1,5 @@
 """Averages of a model's weights: parameters and buffers, in float32."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ names, what autoencoder and splits it was trained with, the step, the commit, an
 weights, which every reader checks. What resuming needs lies beside it: `checkpoints.training_state`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

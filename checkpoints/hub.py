@@ -1,7 +1,5 @@
 """`hf://owner/name` wherever a path to a checkpoint works: its weights from the hub, kept in `runs/owner--name`."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ as `<name>.safetensors`, power-function averages as `profiles.safetensors`, and 
 `progress.json`. Nothing read back is ever unpickled.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Images: folders and zips, procedural shapes, and the cache of what a codec makes of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from inspect import signature
 from itertools import chain

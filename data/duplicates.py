@@ -1,7 +1,5 @@
 """Near-duplicates by a perceptual hash, so that a split need not tear them apart."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

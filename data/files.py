@@ -1,7 +1,5 @@
 """The files of a dataset: a folder's or a zip's, by their paths from its root."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

@@ -1,7 +1,5 @@
 """What every data set offers: images of a split, their classes, and a description that tells them from others."""
 
-from __future__ import annotations
-
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Images from a folder or a zip of one, read in place."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import unicodedata

@@ -1,7 +1,5 @@
 """What a tree of files is understood to be: which images, of which classes, in which split; and what is left out."""
 
-from __future__ import annotations
-
 import csv
 import io
 import posixpath

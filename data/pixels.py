@@ -1,7 +1,5 @@
 """Bytes to pixels: which files are read as images, and what becomes of each kind."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -4,8 +4,6 @@ Image `i` is a function of (seed, i) alone. Each shape is a signed distance func
 edge is anti-aliased by clamping the distance over one pixel.
 """
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

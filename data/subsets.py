@@ -1,7 +1,5 @@
 """Which images stand for all of them: seeded, and fair to every class."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

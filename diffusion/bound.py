@@ -1,7 +1,5 @@
 """The terms of the variational bound, in nats, element by element."""
 
-from __future__ import annotations
-
 import math
 
 import torch

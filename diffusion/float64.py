@@ -1,7 +1,5 @@
 """float64, and where it is to be had: Apple's devices have none, so what needs it is computed on the CPU there."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

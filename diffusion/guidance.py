@@ -4,8 +4,6 @@ The worse prediction is the model's own without a label (classifier-free, Ho and
 less trained model (autoguidance, Karras et al. 2024).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """How samples are drawn, as one object from a command line to `sample`. No torch here: see `settings`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

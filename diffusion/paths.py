@@ -1,7 +1,5 @@
 """Paths from data to noise, `x_t = alpha(t) x_0 + sigma(t) noise`, each in its own time, which grows with the noise."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

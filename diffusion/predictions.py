@@ -1,7 +1,5 @@
 """What a model may put out, and a loss be counted in: combinations of the data and the noise that `x_t` is made of."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 

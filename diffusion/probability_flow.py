@@ -1,7 +1,5 @@
 """Log-likelihood of data under a model, along the probability flow (Song et al. 2021b, section 4.3)."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Noise schedules of discrete-time diffusion: the variance `beta_t` added at each of T steps, in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 

@@ -4,8 +4,6 @@ A Gaussian chain is the variance-preserving SDE, EDM the variance-exploding one;
 are taken of `diffusion.path`, in the diffusion's own time: steps of a Gaussian chain, [0, 1] of a flow, sigma of EDM.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

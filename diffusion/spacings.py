@@ -1,7 +1,5 @@
 """Which times a sampler visits: each spacing one function `(path, num_steps) -> ascending times`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path as File

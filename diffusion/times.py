@@ -1,7 +1,5 @@
 """At which times a model is trained, and what it is told of a time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

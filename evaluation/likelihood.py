@@ -1,7 +1,5 @@
 """Log-likelihood of held-out images under a checkpoint."""
 
-from __future__ import annotations
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object

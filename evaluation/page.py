@@ -1,7 +1,5 @@
 """Pages that a browser reads from disk, without a network; what is filled in is text unless its template says else."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined

@@ -1,7 +1,5 @@
 """Figures in one look: for a page, in its own text colour, and for a paper."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable

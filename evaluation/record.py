@@ -1,7 +1,5 @@
 """What evaluation leaves to read and to paste: a JSON record, a Markdown table, figures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

@@ -4,8 +4,6 @@
 `EvaluationConfig` give the same numbers. Images go from the sampler to the extractor in memory; processes share them.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 A source gives images by index, so that processes share them, and any of them can be looked at again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace

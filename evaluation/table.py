@@ -4,8 +4,6 @@ A table is a list of rows, whose first is the head. Whatever its cells hold is t
 the format, ends a cell early or breaks a line.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -1,7 +1,5 @@
 """Configuration to backbone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib import import_module
 from inspect import signature

@@ -1,7 +1,5 @@
 """Command lines: the only importer of jsonargparse among the packages, and the one way errors reach a user."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

@@ -1,7 +1,5 @@
 """Configuration to images, and to their latents."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Configuration to diffusion."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

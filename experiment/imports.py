@@ -5,8 +5,6 @@ outside every run, in `$XDG_STATE_HOME/latent-diffusion-backbones/imports`: of a
 its content. What a checkpoint or a run's own configuration names is loaded only where that word was given before.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """Sections of the configuration that are open: their settings are the parameters of what is registered by then."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import field, make_dataclass

@@ -8,8 +8,6 @@
 `--imports my_file.py` loads such files before names are looked up; docs/extending.md shows one of each kind.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The way from and to plain mappings, and from configurations of before."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, cast, get_args, get_origin, get_type_hints

@@ -1,7 +1,5 @@
 """YAML that says each thing once, and whose aliases do not unfold without end."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml

@@ -1,7 +1,5 @@
 """What this machine offers to a run, found and said once: device, numbers, threads."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar

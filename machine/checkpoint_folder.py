@@ -4,8 +4,6 @@ What a checkpoint holds is its writer's affair. It is written under a temporary 
 (`checksums.json`) and renamed when whole. `best` points to the one that a chosen metric liked best.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

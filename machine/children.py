@@ -3,8 +3,6 @@
 A child has a process group of its own: Ctrl-C in a terminal reaches the parent alone, which passes on what it sees fit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

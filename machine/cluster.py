@@ -1,7 +1,5 @@
 """SLURM through submitit, or processes on this machine in its place."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Which numbers to compute in: bf16 where the machine's instructions do it, float32 elsewhere."""
 
-from __future__ import annotations
-
 import os
 import platform
 import time

@@ -3,8 +3,6 @@
 Plain tensors pass through, so that what saves, loads and averages is written once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

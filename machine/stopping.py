@@ -1,7 +1,5 @@
 """How a training says that it was stopped before its end, to schedulers, launchers and those that start it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -7,8 +7,6 @@ cores busy that our threads would take, ours sleep at once, which costs a tenth 
 (docs/performance.md). It changes no result, as another number of threads would.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Files that are whole or absent, whatever kills the process."""
 
-from __future__ import annotations
-
 import glob
 import os
 import re

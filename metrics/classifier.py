@@ -5,8 +5,6 @@ d]` and class probabilities `[n k]`. Scores on its features compare runs on the 
 nothing else: it sees 32x32 pixels and has learnt nothing but to tell these classes apart.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

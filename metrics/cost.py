@@ -1,7 +1,5 @@
 """What a model costs: parameters, arithmetic for one image, images a second."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

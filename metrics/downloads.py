@@ -1,7 +1,5 @@
 """What keeps a download from hanging where there is no network."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The networks that images are judged by, and their weights: torch-fidelity's and timm's by name, or a program."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

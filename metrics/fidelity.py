@@ -7,8 +7,6 @@ Nothing is cached: torch-fidelity keys its cache by the name that a caller gives
 meant.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Sets of uint8 images, read in batches by index."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What neighbours say: precision, recall, density, coverage, and the nearest training image of each sample."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

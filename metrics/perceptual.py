@@ -1,7 +1,5 @@
 """Frozen networks in whose features images are compared: modules of images in [-1, 1]."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from inspect import signature

@@ -1,7 +1,5 @@
 """Images pixel by pixel: how far two are apart, and how much detail one has."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange

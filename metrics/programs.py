@@ -3,8 +3,6 @@
 `.pt2` is a program of torch.export, any other name a TorchScript file. Both are programs: run only what you trust.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 

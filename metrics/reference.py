@@ -4,8 +4,6 @@ A reference is a function of (images and split, size, extractor): `key` holds th
 key's hash, and a file whose key differs, or whose numbers are not those that were written, is refused in words.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import uuid

@@ -3,8 +3,6 @@
 Nothing heavy is imported here; a row names its function, which is loaded when it is called.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Are the metrics and the extractor on this machine what they should be? Inputs with known answers tell."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Any of timm's image models as a feature extractor: what its classifier sees, and what that says."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches

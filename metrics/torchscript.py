@@ -5,8 +5,6 @@ feature extractors (StyleGAN's, CLIP's), and torch still reads and writes it. It
 silenced here, around these calls alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Backbones by name: `create_model("XSwin", input_size=8, in_channels=4, out_channels=8, num_classes=101)`."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import math

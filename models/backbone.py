@@ -4,8 +4,6 @@ A class that derives from `Backbone` sets the four sizes; every method has a def
 constructor and `forward` is given sizes and defaults when it is created by name.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """DiT: diffusion transformers with adaLN-zero conditioning (Peebles and Xie 2023)."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn

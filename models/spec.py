@@ -1,7 +1,5 @@
 """A backbone, so that it can be built again."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

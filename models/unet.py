@@ -1,7 +1,5 @@
 """Convolutional U-Nets with attention where it is asked for: the backbones of denoising in pixel space."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

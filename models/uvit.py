@@ -1,7 +1,5 @@
 """U-ViT as published: time and label are tokens among the patches (Bao et al. 2023)."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn

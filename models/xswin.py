@@ -1,7 +1,5 @@
 """XSwin and USwin: hierarchical U-Nets of Swin V2 blocks, with localized cross-attention or concatenated skips."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,8 +1,6 @@
 """Arguments of the published constructors: read off the shapes of their weights (a `.pt` file seldom says them), and
 what they are to our own constructors."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 Nothing of it is kept here: its packages are loaded under other names, and trained and sampled as its scripts do.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable

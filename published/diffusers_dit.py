@@ -1,7 +1,5 @@
 """A DiT of ours as diffusers' own, so that any of its tools can read the weights."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What diffusers' `from_pretrained` reads: a checkpoint as a folder of its format."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

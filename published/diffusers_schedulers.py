@@ -1,7 +1,5 @@
 """diffusers' schedulers that walk the chains of our samplers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from typing import Any

@@ -1,7 +1,5 @@
 """The weights in what others' training scripts save: a state dict, or the averaged one of a training checkpoint."""
 
-from __future__ import annotations
-
 import argparse
 import pickle
 import re

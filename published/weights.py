@@ -5,8 +5,6 @@ expressions, tried in order; a key that none matches is an error, one that maps 
 derives it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 

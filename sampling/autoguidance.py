@@ -1,7 +1,5 @@
 """The worse model of autoguidance (Karras et al. 2024): a checkpoint of the same diffusion and data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a sampler is told: completed by what the model is, and checked before the first step."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Distributed generation: labels in, images out; each image a function of (seed, its index, its label) alone."""
 
-from __future__ import annotations
-
 import difflib
 import unicodedata
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Images to files: labelled grids, folders, ADM's npz; each whole or not there."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path

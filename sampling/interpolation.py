@@ -1,7 +1,5 @@
 """On the way from one class to another, or from one seed to another."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Images in rows and columns that have names, for a paper."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

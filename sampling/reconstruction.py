@@ -1,7 +1,5 @@
 """What a model makes of noised held-out images: predicted in one step, and by the whole chain."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ python scripts/ablate.py configs/ablations/skip.yaml --max_hours 2          (the
 python scripts/ablate.py configs/ablations/table1.yaml --executor slurm --cluster.partition gpu
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import dataclass, field

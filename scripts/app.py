@@ -5,8 +5,6 @@ python scripts/app.py                                          # every run in ru
 python scripts/app.py --checkpoints '[runs/XSwin, hf://owner/name]'
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

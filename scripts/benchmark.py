@@ -9,8 +9,6 @@ python scripts/benchmark.py extraction --extractor mobilenet_v2.pt
 python scripts/benchmark.py frechet
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import statistics

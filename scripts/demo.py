@@ -7,8 +7,6 @@ It starts `train.py` without `accelerate launch`, which one process does not nee
 which saves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What works on this machine, and what to install for the rest: `python scripts/doctor.py`."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

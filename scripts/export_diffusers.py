@@ -12,8 +12,6 @@ The backbone leaves as a program of torch.export, `denoiser/denoiser.pt2`, which
 anything else is written; a DiT may leave as diffusers' own DiTPipeline instead.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path

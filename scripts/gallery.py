@@ -3,8 +3,6 @@
 python scripts/gallery.py runs/                # writes runs/gallery.html
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import sys

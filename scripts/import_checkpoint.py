@@ -9,8 +9,6 @@
 Sizes, classes and whether the variance is learned are read off the weights; nothing in the file is executed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -7,8 +7,6 @@ Two minutes before the end SLURM sends SIGUSR2 to all of the job's processes; th
 to the queue and resumes with `--resume auto`.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from contextlib import nullcontext

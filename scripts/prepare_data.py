@@ -4,8 +4,6 @@ python scripts/prepare_data.py caltech101 --output caltech101.zip --image_size 6
 python scripts/prepare_data.py hf:uoft-cs/cifar10 --output cifar10.zip
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

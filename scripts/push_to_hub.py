@@ -7,8 +7,6 @@
 Then `sample.py --checkpoint hf://me/xswin-caltech101` works anywhere. The token is read by huggingface_hub alone.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import tempfile

@@ -4,8 +4,6 @@ python scripts/recognise.py --samples samples.npz --data.path mnist.zip --data.i
 python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --perceptual features.pt2
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@
 Snapshots are written with every checkpoint, `log.checkpoint_every`; sixteen or more over a run do well.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import cache

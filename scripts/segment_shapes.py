@@ -8,8 +8,6 @@ shapes give it exact masks: for each pixel the ground, or which of the ten shape
 is always 0, is what to compare it with.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

@@ -1,8 +1,6 @@
 """What every room declares its settings with: ranges of numbers, beside the default or in a signature. No torch here,
 so that `--help` answers at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from inspect import signature

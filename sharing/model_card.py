@@ -1,7 +1,5 @@
 """A model card written from what a run left: configuration, curves, samples, scores and where they come from."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

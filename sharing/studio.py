@@ -1,7 +1,5 @@
 """Pictures from several checkpoints, step by step, and the command that draws each again: what scripts/app.py shows."""
 
-from __future__ import annotations
-
 import queue
 import shlex
 import threading

@@ -8,8 +8,6 @@ of the run: in a step, in a validation, or in the middle of a save (checkpoints 
 The resumed run must end with the same weights, average, optimizer and log.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Each process draws the randomness of the whole global batch and keeps its own sh
 processes and micro-batches changes neither the order of the samples nor their noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 

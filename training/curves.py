@@ -1,7 +1,5 @@
 """Pictures of a training: its losses over the steps, its grids one after the other."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """How long an epoch takes, said before a training begins."""
 
-from __future__ import annotations
-
 import time
 
 import torch

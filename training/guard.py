@@ -1,7 +1,5 @@
 """What stands between a bad batch and the weights: steps that are not finite are skipped, then rolled back."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a training looks at on the way: the loss on held-out images, scores, grids of samples."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps

@@ -1,7 +1,5 @@
 """What a run leaves to look at: `log.jsonl`, Accelerate's trackers, and labelled grids of images."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

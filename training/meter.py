@@ -1,7 +1,5 @@
 """Means of a training run between two lines of its log, over all processes."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

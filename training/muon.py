@@ -5,8 +5,6 @@ emulated; this one computes in it where the machine has instructions for it. It 
 axes, as matrices of a row an output channel, and shares one optimizer with the AdamW of all other parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a training step minimises: the diffusion's loss, auxiliary terms, and the weights that their times ask for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

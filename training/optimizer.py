@@ -1,7 +1,5 @@
 """The optimizer of a backbone, its rate at each step, and how many steps there are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The parts of a training: which one a step belongs to is a function of the step alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate

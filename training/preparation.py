@@ -1,7 +1,5 @@
 """A model made ready for the devices: norms over all processes, compiled blocks."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

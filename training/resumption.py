@@ -1,7 +1,5 @@
 """Going on with a run: what its weights mean stays, anything else may change."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

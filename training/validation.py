@@ -1,7 +1,5 @@
 """Loss on held-out images: the same images, timesteps and noise at every call, so that curves compare."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Samplers: each one function that reads like its paper's algorithm; `sample` calls them by name."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

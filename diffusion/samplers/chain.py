@@ -1,7 +1,5 @@
 """What every sampler is given: the steps to take, and the model as a denoiser."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ e^(-h (1 - u)) x_0(u) du`, u from 0 at t to 1 at s (Lu et al. 2022b, eq. 8); sam
 put through the predictions of `x_0`. To the data h is infinite, and the polynomial a constant.
 """
 
-from __future__ import annotations
-
 from jaxtyping import Float
 from torch import Tensor
 

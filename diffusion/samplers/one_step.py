@@ -1,7 +1,5 @@
 """Samplers that look at one step at a time."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Scaled dot-product attention: the one place that chooses a kernel."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Time and label to vectors."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Self-attention over an image: among its pixels, or among its channels."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float

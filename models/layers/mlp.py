@@ -1,7 +1,5 @@
 """The MLP and the stochastic depth of transformer blocks, named as timm's: whose import takes as long as torch's."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Between resolutions: pixels and patches, patch merging and its mirror."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float

@@ -1,7 +1,5 @@
 """Fixed positions and relative position bias."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from jaxtyping import Float

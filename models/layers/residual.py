@@ -1,7 +1,5 @@
 """Convolutional bricks of U-Nets: the residual block, and the steps between resolutions."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float

@@ -1,7 +1,5 @@
 """What the decoder of a hourglass takes from its encoder."""
 
-from __future__ import annotations
-
 from jaxtyping import Float
 from torch import Tensor, nn
 

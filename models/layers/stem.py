@@ -1,7 +1,5 @@
 """Convolutions around a transformer: before its patches, and after."""
 
-from __future__ import annotations
-
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Windows over a grid of tokens: partition, shift, padding, and attention inside them."""
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 

@@ -7,8 +7,6 @@ goes to a refiner that denoises, and a `frozen` coarse stage gets no gradient. O
 around the model sees all of it. To sample, its `coarse`, `upsampler` and `refiner` are called by themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple

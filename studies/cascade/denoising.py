@@ -3,8 +3,6 @@
 There is no path from data to noise, so none of the samplers that walk one: data are drawn by denoising again and again.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor

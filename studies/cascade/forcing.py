@@ -1,7 +1,5 @@
 """The training of a cascade in phases, with teacher forcing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

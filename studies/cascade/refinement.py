@@ -1,7 +1,5 @@
 """How the refiner of a cascade is trained and drawn from: as a regression, or as a diffusion of its own."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple

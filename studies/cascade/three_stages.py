@@ -1,7 +1,5 @@
 """A cascade of three wide, shallow stages: a small image, upsampled, refined. Each stage is a choice from a table."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
