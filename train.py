@@ -46,14 +46,12 @@ def train(run: Run[ExperimentConfig]) -> None:
     from sampling.autoguidance import load_guide_model
     from sampling.checks import resolve_sampling
     from training.batches import Batches
-    from training.forecast import forecast
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspection, check_best
     from training.log import is_due
-    from training.objective import build_auxiliary, objective_of
+    from training.objective import build_auxiliary, objective_of, phase_at
     from training.optimizer import build_optimizer, learning_rate, num_training_steps, set_learning_rate
-    from training.phases import phase_at
-    from training.preparation import compile_blocks, share_batch_norms
+    from training.preparation import compile_blocks, forecast, share_batch_norms
 
     # Data and model.
     config, accelerator = run.config, run.accelerator

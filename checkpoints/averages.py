@@ -20,10 +20,11 @@ class Average(ABC):
     alone, as it gave gradients to others only, stay as they are in the average too, and their steps count from the
     first that trained them, else they would keep much of their initialisation: each stage of a model that is trained in
     stages has an average of its own training. Where training shards the model, each process averages the parts that it
-    has.
+    has. What is done to an average is done to its `profiles` too.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.profiles: dict[float, Average] = {}  # further averages of the same weights, by length
         self._model = deepcopy(model).float().eval().requires_grad_(False)
         self._parts: dict[str, Tensor] = {}  # of a sharded model; else the model holds the averages
         self._is_whole = True
@@ -47,10 +48,10 @@ class Average(ABC):
 
     def shard_like(self, model: nn.Module) -> None:
         """Keep the parts that this process has of `model`, if that is sharded."""
-        if is_sharded(model):
+        for average in (self, *self.profiles.values()) if is_sharded(model) else ():
             values = model.state_dict()
-            self._parts = {name: part_like(average, values[name]).clone() for name, average in self.tensors.items()}
-            self.let_go()
+            average._parts = {name: part_like(part, values[name]).clone() for name, part in average.tensors.items()}
+            average.let_go()
 
     @abstractmethod
     def decay(self, step: int) -> float:
@@ -59,6 +60,8 @@ class Average(ABC):
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 0)."""
+        for average in self.profiles.values():
+            average.update(model, step)
         self.let_go()
         current = model.state_dict(keep_vars=True)
         left_alone = _without_gradient(current)
@@ -79,12 +82,11 @@ class Average(ABC):
             torch._foreach_lerp_(averages, values, 1 - self.decay(step - first))
 
     def state(self) -> dict[str, int | None] | None:
-        """What a checkpoint keeps beside the tensors: `began`."""
         return self.began
 
     def restore(self, state: dict[str, int | None] | None) -> None:
-        """Put back what `state` gave."""
-        self.began = state and dict(state)
+        for average in (self, *self.profiles.values()):
+            average.began = state and dict(state)
 
     def let_go(self) -> None:
         """Free the whole of a sharded model; its parts stay."""
@@ -118,15 +120,13 @@ class PowerAverage(Average):
         self.gamma = gamma_of(sigma_rel)
 
     def decay(self, step: int) -> float:
-        """`(1 - 1/t)^(gamma + 1)`, t = step + 1."""
         return (1 - 1 / (step + 1)) ** (self.gamma + 1)
 
 
 class EMA(Average):
-    """The exponential average that is sampled and scored, with `decay = min(max_decay, (1 + step) / (10 + step))`: the
-    rising decay lets short runs forget their initialisation. Beside it any number of power-function averages, from
-    whose snapshots `scripts/reconstruct_ema.py` makes an average of any other length after training.
-    """
+    """The exponential average that is sampled and scored; the rising decay lets short runs forget their initialisation.
+    Beside it any number of power-function averages, from whose snapshots `scripts/reconstruct_ema.py` makes an average
+    of any other length after training."""
 
     def __init__(self, model: nn.Module, max_decay: float, profiles: Sequence[float] = ()) -> None:
         if not 0 <= max_decay < 1:
@@ -136,26 +136,7 @@ class EMA(Average):
         self.profiles = {sigma: PowerAverage(model, sigma) for sigma in profiles}
 
     def decay(self, step: int) -> float:
-        """Rises from near 0 at the first steps to `max_decay`."""
         return min(self.max_decay, (1 + step) / (10 + step))
-
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step `step` (from 0)."""
-        for average in self.profiles.values():
-            average.update(model, step)
-        super().update(model, step)
-
-    def restore(self, state: dict[str, int | None] | None) -> None:
-        """Put back what `state` gave."""
-        super().restore(state)
-        for average in self.profiles.values():
-            average.restore(state)
-
-    def shard_like(self, model: nn.Module) -> None:
-        """Keep the parts that this process has of `model`, if that is sharded."""
-        for average in self.profiles.values():
-            average.shard_like(model)
-        super().shard_like(model)
 
     @torch.no_grad()
     def drift(self, model: nn.Module) -> float:
@@ -165,22 +146,10 @@ class EMA(Average):
         gap = get_total_norm([averages[name] - current[name] for name in names])
         return (whole(gap) / whole(get_total_norm([current[name] for name in names]))).item()
 
-    def profile_tensors(self) -> dict[str, Tensor]:
-        """Weights of all power-function averages, as `sigma/name`."""
-        return {
-            f"{sigma}/{name}": tensor
-            for sigma, average in self.profiles.items()
-            for name, tensor in average.tensors.items()
-        }
-
 
 def gamma_of(sigma_rel: float) -> float:
     """The exponent of a power-function average of this relative standard deviation: the positive root of
-    `(gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3)` (Karras et al. 2024, appendix C).
-
-    Raises:
-        ValueError: for a length that no exponent gives.
-    """
+    `(gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3)` (Karras et al. 2024, appendix C)."""
     if not 0 < sigma_rel < 0.28:
         raise ValueError(f"--train.ema_profiles {sigma_rel}: lengths lie between 0 and 0.28; EDM2 keeps 0.05, 0.1")
     t = sigma_rel**-2

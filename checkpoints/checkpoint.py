@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from autoencoders.codec import Codec, create_codec, weights_sha256
 from checkpoints.hub import local
 from data.latents import short
+from diffusion.diffusion import Diffusion
 from experiment import backbones as backbones  # of studies too
 from experiment.config import ExperimentConfig, RunConfig
 from experiment.diffusions import build_diffusion
 from experiment.imports import load_imports
 from experiment.settings import from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
-from machine.sharding import load_whole
+from machine.sharding import part_like
 from models.spec import ModelSpec
 
 WEIGHTS = "ema.safetensors"
-KNOWN = {"config", "identity", "classes"}  # metadata that say what a checkpoint was trained with
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ class Checkpoint:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of its images."""
         return self.config.data.image_size, self.config.data.image_size
 
     @property
@@ -84,17 +83,12 @@ class Checkpoint:
         load_weights(model.state_dict(), read_tensors(self.path), self.path)
         return model.eval().requires_grad_(False).to(device)
 
-    def build_diffusion(self):
-        """The diffusion that the backbone was trained under."""
+    def build_diffusion(self) -> Diffusion:
         return build_diffusion(self.config.diffusion)
 
     def open_codec(self, asked: str | None, say: Callable[[str], None] = print) -> Codec:
-        """Its autoencoder: by its content the one that it was trained with, or, in its place, what is asked for; that
-        of other latents is told of, another decoder is the other's own business.
-
-        Raises:
-            CheckpointError: where what lies there is another by now.
-        """
+        """Its autoencoder, which has to be the one that it was trained with, or what is asked for in its place: one of
+        other latents is told of, one with another decoder is not."""
         codec, known = create_codec(asked or self.autoencoder), self.identity.get("codec", {})
         if asked is None:
             self.check_codec(codec)
@@ -103,12 +97,12 @@ class Checkpoint:
         return codec
 
     def check_codec(self, codec: Codec) -> None:
-        """See `check_identity`; older checkpoints, which know of none, take any."""
+        """That it is the one that it was trained with; older checkpoints, which know of none, take any."""
         if "codec" in self.identity:
             self.check_identity(codec=codec.provenance)
 
     def check_identity(self, **here: Mapping[str, Any]) -> None:
-        """That parts of a run are those that it was trained with; see `check_identity` below."""
+        """That these are the parts that it was trained with: see `check_identity` below."""
         check_identity(self.path, here, self.identity)
 
 
@@ -122,10 +116,11 @@ def check_identity(
     Raises:
         CheckpointError: naming the flag, and what differs.
     """
-    metadata = {name: json.loads(text) for name, text in read_metadata(weights).items() if name in KNOWN}
-    config, trained_with = metadata.get("config", {}), metadata.get("identity", {}) if identity is None else identity
-    older = {"codec": {"autoencoder": config.get("autoencoder")}}
-    older |= {part: {"classes": metadata["classes"]} for part in ("train", "test") if "classes" in metadata}
+    metadata = read_metadata(weights)
+    trained_with = json.loads(metadata.get("identity", "{}")) if identity is None else identity
+    older = {"codec": {"autoencoder": json.loads(metadata.get("config", "{}")).get("autoencoder")}}
+    if "classes" in metadata:
+        older |= {part: {"classes": json.loads(metadata["classes"])} for part in ("train", "test")}
     for part, values in here.items():
         places = ("source", "autoencoder") if part in trained_with else ()
         for name, value in trained_with.get(part, older.get(part, {})).items():
@@ -140,19 +135,14 @@ def check_identity(
 def metadata_of(
     config: RunConfig, step: int, identity: Mapping[str, Mapping[str, Any]] | None = None, **more: Any
 ) -> dict[str, str]:
-    """What makes a safetensors file of averaged weights a checkpoint. Of a backbone `more` is its `spec` and the names
-    of its `classes`; `identity` is for `check_identity`."""
+    """What makes a safetensors file of averaged weights a checkpoint; of a backbone, `more` is `spec` and `classes`."""
     values = {"config": config.to_dict(), "step": step, "identity": identity or {}, **more}
     encoded = {name: json.dumps(value, default=asdict) for name, value in values.items()}
     return {**encoded, "commit": current_commit()}
 
 
 def warm_start(model: nn.Module, path: str) -> str:
-    """Copy the averaged weights that have a namesake of the same shape; says in words what was not taken.
-
-    Raises:
-        CheckpointError: when there is no checkpoint, or nothing of it fits.
-    """
+    """Copy the averaged weights that have a namesake of the same shape; says in words what was not taken."""
     weights = read_tensors(_find_weights(path))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     fitting = {name: tensor for name, tensor in weights.items() if shapes.get(name) == tensor.shape}
@@ -206,11 +196,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Of a safetensors file, and nothing else of it.
-
-    Raises:
-        CheckpointError: when it is missing, cut short or damaged.
-    """
+    """Of a safetensors file, and nothing else of it; a CheckpointError where it is missing, cut short or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -222,11 +208,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Of a safetensors file.
-
-    Raises:
-        CheckpointError: when it is missing, cut short or damaged.
-    """
+    """Of a safetensors file; a CheckpointError where it is missing, cut short or damaged."""
     expected = read_metadata(path).get("weights_sha256")
     try:
         with safe_open(path, framework="pt") as file:
@@ -244,18 +226,16 @@ def _sha256(metadata: Mapping[str, str]) -> str:
 
 
 def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
-    """Copy weights into the tensors of a model or an average (or into parts of them); they must fit exactly.
-
-    Raises:
-        CheckpointError: listing what does not fit.
-    """
+    """Copy weights into the tensors of a model or an average, or into parts of them; they must fit exactly."""
     ours, theirs = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (tensors, weights))
     if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise CheckpointError(
             f"{path} is of another model: {len(wrong)} tensors are missing, unknown or of another shape, "
             f"such as {', '.join(wrong[:3])}"
         )
-    load_whole(tensors, weights)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(part_like(weights[name], tensor))
 
 
 def current_commit() -> str:

@@ -21,19 +21,17 @@ from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_ten
 from machine.checkpoint_folder import checkpoint_path, write_checkpoint
 from machine.sharding import gather, part_like
 
-PROFILES = "profiles"
+PROFILES = "state/profiles.safetensors"
 SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An object whose state is no tensor."""
+    """An object whose state, in JSON's types, is no tensor; where processes have parts of it, all have to ask."""
 
-    def state(self) -> Any:
-        """In JSON's types; where processes have parts of it, all have to ask."""
+    def state(self) -> Any: ...
 
-    def restore(self, state: Any) -> None:
-        """Put back what `state` gave."""
+    def restore(self, state: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,16 @@ class TrainingState:
 
     def modules(self) -> dict[str, dict[str, Tensor]]:
         """By file, the tensors that are copied into when a training goes on."""
-        networks = {f"state/{name}.safetensors": network.state_dict() for name, network in self.networks.items()}
-        profiles = {f"state/{PROFILES}.safetensors": self.ema.profile_tensors()} if self.ema.profiles else {}
-        return {WEIGHTS: self.ema.tensors, **networks, **profiles}
+        files = {WEIGHTS: self.ema.tensors}
+        files |= {_state_file(name): network.state_dict() for name, network in self.networks.items()}
+        if self.ema.profiles:
+            averages = [(sigma, average.tensors.items()) for sigma, average in self.ema.profiles.items()]
+            files[PROFILES] = {f"{sigma}/{name}": tensor for sigma, tensors in averages for name, tensor in tensors}
+        return files
+
+
+def _state_file(name: str) -> str:
+    return f"state/{name}.safetensors"
 
 
 def save_checkpoint(
@@ -68,37 +73,32 @@ def save_checkpoint(
     *,
     write: bool = True,
 ) -> Path:
-    """Write `folder/<step>` whole or not at all; `progress` is the training's own unless given.
-
-    Of several processes all have to call, as each may have a part of the tensors, and one has to `write`.
+    """Write `folder/<step>` whole or not at all; `progress` is the training's own unless it is passed in. Of several
+    processes all have to call, as each may have a part of the tensors, and one has to `write`.
 
     Raises:
-        OSError: when it cannot be written; the partial folder is removed, older checkpoints stay.
+        OSError: when it cannot be written; older checkpoints stay.
     """
     progress = training.progress() if progress is None else progress
-    modules = {file: gather(tensors, keep=write) for file, tensors in training.modules().items()}
-    moments = {name: gather(optimizer_tensors(one), keep=write) for name, one in training.optimizers.items()}
+    files = {file: gather(tensors, keep=write) for file, tensors in training.modules().items()}
+    for name, optimizer in training.optimizers.items():
+        files[_state_file(name)] = gather(optimizer_tensors(optimizer), keep=write)
     target = checkpoint_path(folder, step)
-    if not write:
-        return target
 
     def fill(checkpoint: Path) -> None:
-        state = checkpoint / "state"
-        state.mkdir()
-        profiles = state / f"{PROFILES}.safetensors"
-        for file, tensors in modules.items():
-            if checkpoint / file == profiles:
-                save_tensors(tensors, profiles, {**metadata, "began": json.dumps(training.ema.began or {})})
-                _keep_snapshot(profiles, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
-            elif file == WEIGHTS:
+        (checkpoint / "state").mkdir()
+        for file, tensors in files.items():
+            if file == WEIGHTS:
                 save_tensors(tensors, checkpoint / file, metadata)
+            elif file == PROFILES:
+                save_tensors(tensors, checkpoint / file, {**metadata, "began": json.dumps(training.ema.began or {})})
+                _keep_snapshot(checkpoint / file, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
             else:
                 save_file(tensors, checkpoint / file)
-        for name, tensors in moments.items():
-            save_file(tensors, state / f"{name}.safetensors")
-        (state / "progress.json").write_text(json.dumps({"step": step, **progress}))
+        (checkpoint / "state" / "progress.json").write_text(json.dumps({"step": step, **progress}))
 
-    write_checkpoint(target, fill)
+    if write:
+        write_checkpoint(target, fill)
     return target
 
 
@@ -112,38 +112,27 @@ def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
     for file, tensors in training.modules().items():
         load_weights(tensors, read_tensors(checkpoint / file), checkpoint)
     for name, optimizer in training.optimizers.items():
-        load_optimizer(optimizer, read_tensors(checkpoint / "state" / f"{name}.safetensors"))
-    progress = read_progress(checkpoint)
+        load_optimizer(optimizer, read_tensors(checkpoint / _state_file(name)))
+    progress = json.loads((checkpoint / "state" / "progress.json").read_text())
+    # As older checkpoints have it, in today's terms.
+    guards = progress.pop("guards", {"model": progress.pop("guard")} if "guard" in progress else {})
+    progress = {"inspected": True, "ema": {}, **{f"guard.{name}": state for name, state in guards.items()}, **progress}
     for name, part in training.others.items():
         if name in progress:
             part.restore(progress[name])
     return progress
 
 
-def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds that is no tensor; of older ones in today's terms."""
-    progress = json.loads((checkpoint / "state" / "progress.json").read_text())
-    guards = progress.pop("guards", {"model": progress.pop("guard")} if "guard" in progress else {})
-    return {"inspected": True, "ema": {}, **{f"guard.{name}": state for name, state in guards.items()}, **progress}
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Its state by `<number of the parameter>.<name>`."""
-    state, numbers = optimizer.state_dict()["state"], numbers_of(optimizer)
+    state, numbers = optimizer.state_dict()["state"], _numbers_of(optimizer)
     return {f"{numbers[index]}.{key}": value for index, entry in state.items() for key, value in entry.items()}
-
-
-def numbers_of(optimizer: torch.optim.Optimizer) -> list[int]:
-    """By which files know its parameters, in the order of its groups: the groups' own, or 0, 1, ..."""
-    groups = optimizer.param_groups
-    numbers = [number for group in groups for number in group.get("numbers", ())]
-    return numbers or list(range(sum(len(group["params"]) for group in groups)))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index_of = {number: index for index, number in enumerate(numbers_of(optimizer))}
+    index_of = {number: index for index, number in enumerate(_numbers_of(optimizer))}
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         number, key = name.split(".", 1)
@@ -151,6 +140,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         like = parameters[index]
         state.setdefault(index, {})[key] = part_like(tensor, like) if tensor.shape == like.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _numbers_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    """By which files know its parameters, in the order of its groups: the groups' own, or 0, 1, ..."""
+    groups = optimizer.param_groups
+    numbers = [number for group in groups for number in group.get("numbers", ())]
+    return numbers or list(range(sum(len(group["params"]) for group in groups)))
 
 
 def list_snapshots(run: Path) -> dict[int, Path]:

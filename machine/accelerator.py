@@ -12,10 +12,10 @@ from accelerate.utils import (
     broadcast_object_list,
     parse_flag_from_env,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 from machine.precision import MIXED, choose_precision, has_bf16, precision_of, warning_of
-from machine.sharding import keep_float32
 from machine.threads import deal_out_cores, start_waiting
 
 T = TypeVar("T")
@@ -24,28 +24,24 @@ T = TypeVar("T")
 def open_accelerator(
     precision: str, *, flag: str = "--precision", in_parts: bool = False, grad_accumulation: int = 1, **options: Any
 ) -> Accelerator:
-    """Accelerate as launched, in the precision asked for (`choose_precision`), with all of the machine's cores. The
-    first line of a run says what was found.
+    """Accelerate as launched, in the precision asked for (`choose_precision`), with all of the machine's cores; a first
+    line says what was found.
 
     The launcher's own configuration decides where to compute, and nothing else: not what is compiled or accumulated.
     `flag` is what the command calls its precision; `in_parts` trains parts of the model at a time, which processes
     have to know of each other.
-
-    Raises:
-        ValueError: for an unknown precision.
     """
     device = default_device()
-    mixed = MIXED[choose_precision(precision, device)]
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=in_parts)
-    accumulation = GradientAccumulationPlugin(num_steps=grad_accumulation)
     accelerator = Accelerator(
-        mixed_precision=mixed,
+        mixed_precision=MIXED[choose_precision(precision, device)],
         dynamo_backend="no",
-        gradient_accumulation_plugin=accumulation,
-        kwargs_handlers=[ddp],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accumulation),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=in_parts)],
         **options,
     )
-    keep_float32(accelerator)
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin is not None:
+        # Parts are gathered in float32 and autocast chooses where bf16 serves, as without FSDP: the same numbers.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     line = describe(accelerator)
     if device.type == "cpu":
         deal_out_cores(int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes))  # those on this machine

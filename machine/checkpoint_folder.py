@@ -24,7 +24,6 @@ class CheckpointError(ValueError):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Of the checkpoint of a step."""
     return folder / f"{step:08d}"
 
 
@@ -61,18 +60,14 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
+    """The finished ones, oldest first."""
     _put_back(folder)
     numbered = (path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
     return sorted(numbered, key=lambda path: int(path.name))
 
 
 def rotate(folder: Path, *, keep: int, keep_every: int = 0) -> None:
-    """Drop all that are older than the newest `keep` whole ones, but those of every `keep_every` steps, and the best.
-
-    Raises:
-        ValueError: for less than one to keep.
-    """
+    """Drop all older than the newest `keep` whole ones, but those of every `keep_every` steps, and the best."""
     if keep < 1:
         raise ValueError(f"--log.keep_checkpoints {keep} must be at least 1")
     best, num_whole = (folder / BEST).resolve(), 0
@@ -104,25 +99,23 @@ def _put_back(folder: Path) -> None:
 
 @dataclass
 class Best:
-    """The best value of a metric so far, and the step whose checkpoint has it; a part of that checkpoint's progress,
-    so that a run killed before `mark_best` can make up for it."""
+    """The best value of a metric so far, and its step; part of that step's checkpoint, so that a run killed before
+    `mark_best` can make up for it."""
 
     value: float | None = None
     step: int | None = None
 
     def improves(self, value: float, step: int, *, lower: bool) -> bool:
-        """Takes the value in if it is the best; `lower`: the lowest one is."""
+        """Take the value in if it is the best; `lower`: the lowest one is."""
         if math.isfinite(value) and (self.value is None or (value < self.value if lower else value > self.value)):
             self.value, self.step = value, step
             return True
         return False
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
         return {"value": self.value, "step": self.step}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on as a checkpoint says."""
         self.value, self.step = state["value"], state["step"]
 
 
@@ -156,23 +149,17 @@ def damage(checkpoint: Path) -> str | None:
 def newest_whole(folder: Path, say: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint whose files are as they were written; those that are not are named and passed over."""
     for checkpoint in reversed(list_checkpoints(folder)):
-        wrong = damage(checkpoint)
-        if wrong is None:
+        if (wrong := damage(checkpoint)) is None:
             return checkpoint
         say(f"checkpoint {checkpoint} is damaged: {wrong}; going back to the one before")
     return None
 
 
 def to_resume(run: Path) -> Path:
-    """The checkpoint that `--resume RUN` goes on from.
-
-    Raises:
-        CheckpointError: when there is none.
-    """
-    checkpoint = newest_whole(run / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError(f"--resume {run}: nothing to resume, {run / 'checkpoints'} holds no whole checkpoint")
-    return checkpoint
+    """The checkpoint that `--resume RUN` goes on from."""
+    if checkpoint := newest_whole(run / "checkpoints"):
+        return checkpoint
+    raise CheckpointError(f"--resume {run}: nothing to resume, {run / 'checkpoints'} holds no whole checkpoint")
 
 
 def _sha256(path: Path) -> str:

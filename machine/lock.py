@@ -10,14 +10,9 @@ from pathlib import Path
 
 
 class Lock:
-    """A file that one process holds, and says who.
-
-    The system lets go of it when its last holder ends, whatever ends it: nothing stale is left behind. `file` may be
-    handed on to child processes, which then hold it too: a training that outlives its runner keeps its folder.
-
-    Raises:
-        ValueError: that says who holds it.
-    """
+    """A file that one process holds; a ValueError says which. The system lets go of it when its last holder ends,
+    whatever ends it. `file` may be handed on to child processes, which then hold it too: a training that outlives its
+    runner keeps its folder."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,21 +8,18 @@ import torch
 from accelerate import Accelerator
 
 MIXED = {"fp32": "no", "bf16": "bf16"}  # our names, and Accelerate's
+# Values of ONEDNN_MAX_CPU_ISA that keep matrix products from the instructions for bf16.
 WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""Values of ONEDNN_MAX_CPU_ISA that keep matrix products from the instructions for bf16."""
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """'fp32' and 'bf16' as asked for; 'auto' is bf16 where the device has instructions for it, else float32.
-
-    bf16 is autocast: weights, losses and schedules stay in float32.
-
-    Raises:
-        ValueError: for any other name.
-    """
-    if asked not in ("auto", *MIXED):
+    """'fp32' and 'bf16' (autocast: weights, losses and schedules stay in float32) as asked for; 'auto' is bf16 where
+    the device has instructions for it, else fp32."""
+    if asked == "auto":
+        return "bf16" if has_bf16(device)[0] else "fp32"
+    if asked not in MIXED:
         raise ValueError(f"precision {asked}: unknown, choose from auto, {', '.join(MIXED)}")
-    return asked if asked != "auto" else "bf16" if has_bf16(device)[0] else "fp32"
+    return asked
 
 
 def precision_of(accelerator: Accelerator) -> str:
@@ -32,15 +29,11 @@ def precision_of(accelerator: Accelerator) -> str:
 
 def has_bf16(device: torch.device) -> tuple[bool, str]:
     """Whether the device computes in bf16 by instructions of its own, and how that is known."""
-    if device.type == "cpu":
-        return _cpu_has_bf16()
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return native, "this GPU has bf16" if native else "this GPU has no bf16 of its own"
-    return False, f"bf16 on {device.type} has not been tried"
-
-
-def _cpu_has_bf16() -> tuple[bool, str]:
+    if device.type != "cpu":
+        return False, f"bf16 on {device.type} has not been tried"
     if platform.machine().lower() in ("arm64", "aarch64"):
         native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:
@@ -55,10 +48,9 @@ def warning_of(precision: str, device: torch.device, flag: str) -> str | None:
     """A line about bf16 where the device emulates it, with what that costs here, measured."""
     if precision != "bf16" or has_bf16(device)[0]:
         return None
-    times = slowdown_of_bf16(device)
     return (
-        f"warning: {flag} bf16: it is emulated here, and a matrix product takes {times:.0f} times as long as in "
-        f"float32; {flag} auto takes what this machine has instructions for"
+        f"warning: {flag} bf16: it is emulated here, and a matrix product takes {slowdown_of_bf16(device):.0f} times "
+        f"as long as in float32; {flag} auto takes what this machine has instructions for"
     )
 
 

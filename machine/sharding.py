@@ -5,17 +5,8 @@ Plain tensors pass through, so that what saves, loads and averages is written on
 
 from collections.abc import Mapping
 
-import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-
-def keep_float32(accelerator: Accelerator) -> None:
-    """Gather parts in float32 and let autocast choose where bf16 serves, as it does without FSDP: the same numbers."""
-    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin is not None:
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -37,19 +28,8 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Whole contiguous copies on the CPU, one at a time; a process that does not `keep` them only takes part."""
-    gathered = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor.detach())
-        if keep:
-            gathered[name] = full.cpu().contiguous()
-    return gathered
-
-
-@torch.no_grad()
-def load_whole(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into those of the same names, or parts of them."""
-    for name, tensor in tensors.items():
-        tensor.copy_(part_like(weights[name], tensor))
+    full = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu().contiguous() for name, tensor in full if keep}
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -7,16 +7,12 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def inside(folder: Path, name: str, flag: str) -> Path:
-    """The path of this name, which the flag gave or leads to, below a folder.
-
-    Raises:
-        ValueError: for a name that leads out of it, or to the folder itself.
-    """
+    """The path of this name below a folder; one that leads out of it is refused in the words of the flag."""
     path = Path(os.path.normpath(folder / name))
     if "\0" in name or Path(os.path.normpath(folder)) not in path.parents:
         raise ValueError(f"{flag}: the name {name!r} leads out of {folder}; it may have no '..' and no leading '/'")
@@ -52,10 +48,9 @@ def _remove(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
+    with suppress(PermissionError):  # somebody else's
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
     return True

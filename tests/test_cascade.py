@@ -22,8 +22,8 @@ from studies.cascade import cascade as Cascade
 from studies.cascade.denoising import Denoising
 from studies.cascade.refinement import SuperResolution
 from studies.cascade.three_stages import COARSE, REFINERS, UPSAMPLERS
+from training.objective import phase_at
 from training.optimizer import build_optimizer, learning_rate
-from training.phases import phase_at
 
 SMALL = {
     "diffusion": {"width": 8, "latent": 16, "num_blocks": 2, "time_dim": 16},

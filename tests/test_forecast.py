@@ -5,7 +5,7 @@ from accelerate import Accelerator
 
 from diffusion import GaussianDiffusion
 from models.spec import ModelSpec
-from training.forecast import forecast
+from training.preparation import forecast
 
 
 def test_an_epoch_is_forecast_and_the_model_stays_as_it_is():

@@ -1,7 +1,7 @@
 """Training batches: everything random in a step is a function of (seed, step, position in the global batch).
 
-Each process draws the randomness of the whole global batch and keeps its own share, so the number of
-processes and micro-batches changes neither the order of the samples nor their noise.
+Each process draws the randomness of the whole global batch and keeps its share, so the number of processes and
+micro-batches changes neither the order of the samples nor their noise.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,18 +27,13 @@ class Batch:
     t: Tensor  # [b]
     weight: Float[Tensor, " b"]  # of the loss, as the draw of `t` asks for
     noise: Float[Tensor, "b c h w"]
-    more: dict[str, Tensor] = field(default_factory=dict)  # what else the objective draws, each [b ...]
+    more: dict[str, Tensor] = field(default_factory=dict)  # what else the objective draws, [b ...]
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The training stream over a cache: epochs are permutations, laid end to end.
-
-    `batch_size` counts the images of an optimizer step over all processes and micro-batches.
-
-    Raises:
-        ValueError: when processes and micro-batches do not divide the batch.
-    """
+    """The training stream over a cache: epochs are permutations, laid end to end. `batch_size` counts the images of an
+    optimizer step over all processes and micro-batches, which must divide it."""
 
     cache: LatentCache
     codec: Codec
@@ -62,26 +57,25 @@ class Batches:
 
     def micro_batches(self, step: int, order: int = 0) -> Iterator[Batch]:
         """This process's micro-batches of an optimizer step; `order` numbers the permutations to go by."""
-        index = self._order(step, order)
-        y = self.cache.labels[index].to(self.device)
-        draw = generator_for(self.seed, "step", step, device=self.device)
+        index, device = self._order(step, order), self.device
         shape = (self.batch_size, *self.codec.latent_shape(*self.cache.image_size))
-        mirrored = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=self.device)
-        posterior_noise = torch.randn(shape, generator=draw, device=self.device)
-        noise = torch.randn(shape, generator=draw, device=self.device)
-        t, weight = self.times.draw(self.batch_size, draw, self.device)
-        uniform = torch.rand(self.batch_size, generator=draw, device=self.device)
+        draw = generator_for(self.seed, "step", step, device=device)
+        mirrored = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=device)
+        posterior_noise, noise = (torch.randn(shape, generator=draw, device=device) for _ in range(2))
+        t, weight = self.times.draw(self.batch_size, draw, device)
+        uniform = torch.rand(self.batch_size, generator=draw, device=device)
+        y = self.cache.labels[index].to(device)
         y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
-        more = self.draw_more(shape, draw, self.device) if self.draw_more else {}
+        more = self.draw_more(shape, draw, device) if self.draw_more else {}
 
         size = self.batch_size // (self.num_micro_batches * self.num_ranks)
         for micro in range(self.num_micro_batches):
             start = (micro * self.num_ranks + self.rank) * size
             part = slice(start, start + size)
-            stored = self.cache.read(index[part], mirrored[part]).to(self.device)
+            stored = self.cache.read(index[part], mirrored[part]).to(device)
             x_0 = self.codec.draw(stored, posterior_noise[part])
-            own = {name: values[part] for name, values in more.items()}
-            yield Batch(x_0, y[part], t[part], weight[part], noise[part], own)
+            more_part = {name: values[part] for name, values in more.items()}
+            yield Batch(x_0, y[part], t[part], weight[part], noise[part], more_part)
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
         """Which images of the source the global batch of a step holds."""

@@ -20,7 +20,7 @@ class Guard:
 
     Such a step changes nothing. After `patience` in a row the run goes back to its last checkpoint with another order
     of the data; after `max_rollbacks` of these it stops. Before it is known whether the weights are ruined nothing is
-    saved: `may_save`.
+    saved.
     """
 
     settings: str = "optim"  # the flags' group that may mend it
@@ -40,8 +40,8 @@ class Guard:
         return False
 
     def may_save(self, accelerator: Accelerator, model: nn.Module, *, last: bool = False) -> bool:
-        """Whether the weights are worth a checkpoint, the same on every process: not while steps are skipped, if it is
-        not the `last` one, and not with a value that is not finite, which is to be rolled back.
+        """Whether the weights are worth a checkpoint, the same on every process: not while steps are skipped, except
+        after the last one, and not with a value that is not finite, which is to be rolled back.
 
         Raises:
             TrainingDivergedError: for values that are not finite after the last step.
@@ -79,11 +79,10 @@ class Guard:
         return True
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps of it."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go on as a checkpoint says; returns that came after it stay counted."""
+        """Go on as a checkpoint says; rollbacks that came after it stay counted."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
 
@@ -93,7 +92,6 @@ def gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -
     if max_norm:
         norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     else:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
     assert norm is not None  # accelerate returns none for DeepSpeed alone
     return whole(norm).item()

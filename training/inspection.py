@@ -1,28 +1,32 @@
 """What a training looks at on the way: the loss on held-out images, scores, grids of samples."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
 from autoencoders.codec import AutoencoderError, Codec
 from checkpoints.averages import EMA
 from data.latents import LatentCache
+from data.subsets import stratified
 from evaluation.scoring import Reference, evaluate
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
+from machine.randomness import generator_for
 from metrics.extractors import naming
 from metrics.features import Extractor
 from metrics.scores import is_lower_better, metric_name
 from sampling.generation import Generator, balanced_labels, generate, sample_labels
+from training.batches import Batch
 from training.curves import draw_progress
 from training.log import is_due
 from training.objective import Objective
 from training.run import Run
-from training.validation import validation_loss
 
 
 def unless_ruined(look: Callable) -> Callable:
@@ -45,12 +49,12 @@ def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
     Raises:
         ValueError: for what this training does not measure, saying what it does, or which interval to set.
     """
-    names = ["validation_loss", *(metric_name(metric, *naming(evaluation.extractor)) for metric in evaluation.metrics)]
     if log.best is None:
         return True
+    names = ["validation_loss", *(metric_name(metric, *naming(evaluation.extractor)) for metric in evaluation.metrics)]
     if log.best not in names:
         raise ValueError(f"--log.best {log.best}: not measured in this training; there are {', '.join(names)}")
-    needed = "validate_every" if log.best == names[0] else "evaluate_every"
+    needed = "validate_every" if log.best == "validation_loss" else "evaluate_every"
     if not getattr(log, needed) > 0:
         raise ValueError(f"--log.best {log.best}: it is never measured; set --log.{needed} to a number of steps")
     return bool(is_lower_better(log.best))
@@ -72,23 +76,43 @@ class Inspection:
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
         """What to look at after a step; the last grid is drawn when all is saved."""
         log = self.run.config.log
-        looks = {self.draw: log.sample_every, self.validate: log.validate_every, self.score: log.evaluate_every}
-        return [
-            look for look, every in looks.items() if is_due(step, every) and (step < num_steps or look != self.draw)
-        ]
+        looks = {
+            self.draw: log.sample_every if step < num_steps else 0,
+            self.validate: log.validate_every,
+            self.score: log.evaluate_every,
+        }
+        return [look for look, every in looks.items() if is_due(step, every)]
 
+    @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Loss terms on held-out images."""
-        losses = validation_loss(
-            self.ema.model,
-            self.objective,
-            self.codec,
-            self.held_out,
-            self.run.accelerator,
-            self.run.config.log.num_validation,
-            self.run.config.train,
-        )
-        return {f"validation_{name}": value for name, value in losses.items()}
+        """Mean loss terms on held-out images, of each class its share."""
+        config, accelerator, cache = self.run.config.train, self.run.accelerator, self.held_out
+        num_images, device = min(self.run.config.log.num_validation, len(cache)), accelerator.device
+        index = stratified(cache.labels, num_images, config.seed)
+        draw = generator_for(config.seed, "validation")
+        shape = (num_images, *self.codec.latent_shape(*cache.image_size))
+        posterior_noise, noise = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+        t = self.objective.diffusion.sample_timesteps(num_images, generator=draw)
+        more = self.objective.draw_more(shape, draw)
+
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+        share = torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
+        for part in share.split(config.batch_size):
+            stored = cache.read(index[part], torch.zeros_like(part)).to(device)
+            batch = Batch(
+                self.codec.draw(stored, posterior_noise[part].to(device)),
+                cache.labels[index[part]].to(device),
+                t[part].to(device),
+                torch.ones(len(part), device=device),
+                noise[part].to(device),
+                {name: values[part].to(device) for name, values in more.items()},
+            )
+            with accelerator.autocast():
+                terms = self.objective(self.ema.model, batch)
+            for name, values in terms.items():
+                sums[name] = sums[name] + values.sum()
+        totals: Any = accelerator.reduce(dict(sums), "sum")
+        return {f"validation_{name}": total.item() / num_images for name, total in totals.items()}
 
     @unless_ruined
     def score(self, step: int) -> dict[str, float]:

@@ -34,9 +34,8 @@ class Interruption:
     """
 
     def __init__(self, run: Path, accelerator: Accelerator, max_hours: float | None) -> None:
-        self.run, self.accelerator = run, accelerator
+        self.run, self.accelerator, self.max_hours = run, accelerator, max_hours
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
-        self.max_hours = max_hours
         self.received: int | None = None
         self.leaves, self.alone, self.where = True, False, BEFORE
 
@@ -50,12 +49,13 @@ class Interruption:
         main = self.accelerator.is_main_process
         left_behind = isinstance(error, Exception) and bool(self.received) and not main
         if stops := isinstance(error, Stopped) or left_behind:
+            words = f"{error}: stopped {self.where}"
             if main:
-                write_whole(self.run / STOPPED, f"{error}: stopped {self.where}\n")
+                write_whole(self.run / STOPPED, f"{words}\n")
             if not self.alone:
                 self.accelerator.end_training()
             with suppress(OSError):  # a terminal that is gone
-                self.accelerator.print(f"{error}: stopped {self.where}")
+                self.accelerator.print(words)
         self.handling.__exit__(None, None, None)
         if main:
             self.lock.__exit__()
@@ -71,11 +71,9 @@ class Interruption:
         if self.accelerator.num_processes > 1:  # a signal may reach one process alone, and clocks differ
             codes = self.accelerator.gather(torch.tensor([code], device=self.accelerator.device))
             code = int(codes[codes.abs().argmax()])  # pyright: ignore
-        if code == 0:
-            return None
         if code < 0:
             return f"--train.max_hours {self.max_hours} are over"
-        return signal.Signals(code).name
+        return signal.Signals(code).name if code else None
 
     @contextmanager
     def at_once(self, *, can_save: bool, save: Callable[[], object] = lambda: None) -> Iterator[None]:

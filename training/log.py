@@ -1,4 +1,4 @@
-"""What a run leaves to look at: `log.jsonl`, Accelerate's trackers, and labelled grids of images."""
+"""What a run leaves to look at: `log.jsonl`, and Accelerate's trackers."""
 
 import json
 from pathlib import Path
@@ -29,8 +29,10 @@ class Log:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
         wandb = WandBTracker(PROJECT, name=folder.name)
         accelerator.log_with = [wandb if str(tracker) == "wandb" else tracker for tracker in accelerator.log_with]
+        plain = (int, float, str, bool)
+        settings = {flag: value if isinstance(value, plain) else str(value) for flag, value in flatten(config).items()}
         try:
-            accelerator.init_trackers("tracking", config=_plain(config))
+            accelerator.init_trackers("tracking", config=settings)
         except Exception as error:  # each service has its own kinds
             remedy = "wandb login, set WANDB_MODE=offline, or leave it out"
             raise ValueError(f"--log.trackers {config['log']['trackers']}: {error}; {remedy}") from error
@@ -65,9 +67,3 @@ class Log:
             except (ValueError, KeyError, TypeError):
                 print(f"warning: {self.path}: line {number} is broken and left out: {line[:60]}", flush=True)
         write_whole(self.path, "".join(f"{line}\n" for line in kept))
-
-
-def _plain(config: dict) -> dict:
-    """Settings as trackers take them: numbers and text."""
-    plain = (int, float, str, bool)
-    return {flag: value if isinstance(value, plain) else str(value) for flag, value in flatten(config).items()}

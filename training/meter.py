@@ -33,7 +33,7 @@ class Meter:
         """Loss terms [b] of a micro-batch, and where its times, if any, lie from the least noise, 0, to the most, 1."""
         loss = terms["loss"].detach().float()
         new = {name: values.detach().float().sum() for name, values in terms.items()}
-        new |= {"count": loss.new_tensor(float(len(loss)))}
+        new["count"] = loss.new_tensor(float(len(loss)))
         if noise_rank is not None:
             bucket = (noise_rank * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
             one_hot = torch.nn.functional.one_hot(bucket, NUM_BUCKETS).float()  # [b buckets]
@@ -62,28 +62,21 @@ class Meter:
                 return
             yield batch
 
-    def pause(self, seconds: float) -> None:
-        """Time that is not training's: validation, samples, checkpoints."""
-        self.paused += seconds
-
     def summary(self) -> dict[str, float]:
         """Means since the last reset, the same on every process; empty where no step was taken."""
         if not self.norms:
             return {}
         sums: dict[str, Tensor] = self.accelerator.reduce(self.sums, "sum")  # pyright: ignore
         count, none = sums.pop("count"), torch.zeros(NUM_BUCKETS)
-        losses, counts = (sums.pop(name, none) for name in ("bucket_sums", "bucket_counts"))
-        means = {name: (total / count).item() for name, total in sums.items()}
-        for number, (loss, n) in enumerate(zip(losses.tolist(), counts.tolist(), strict=True)):
-            if n:
-                means[f"loss_quarter_{number + 1}"] = loss / n
-        elapsed = time.perf_counter() - self.since - self.paused
+        losses, counts = (sums.pop(name, none).tolist() for name in ("bucket_sums", "bucket_counts"))
+        elapsed = max(time.perf_counter() - self.since - self.paused, 1e-9)
         return {
-            **means,
+            **{name: (total / count).item() for name, total in sums.items()},
+            **{f"loss_quarter_{i + 1}": losses[i] / counts[i] for i in range(NUM_BUCKETS) if counts[i]},
             "gradient_norm": sum(self.norms) / len(self.norms),
             "clipped": self.num_clipped / len(self.norms),
-            "images_per_second": self.num_images / max(elapsed, 1e-9),
-            "waiting_for_data": self.waited / max(elapsed, 1e-9),
+            "images_per_second": self.num_images / elapsed,
+            "waiting_for_data": self.waited / elapsed,
             "memory_gb": memory_gb(self.accelerator.device),
         }
 

@@ -20,13 +20,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at 0
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for matrices, AdamW for the rest, which may come in groups.
+    """Muon for matrices, AdamW for the rest, which may come in groups. Each group's rate is `lr` times its `lr_scale`.
 
     Steps have one root mean square whatever a matrix's sides, that of AdamW (Liu et al. 2025, "Muon is Scalable for LLM
-    Training", eq. 4), so that learning rates made for AdamW fit. Each group's rate is `lr` times its `lr_scale`.
-
-    Raises:
-        ValueError: for no matrices, or parameters of less than two axes among them.
+    Training", eq. 4), so that learning rates made for AdamW fit.
     """
 
     def __init__(
@@ -41,14 +38,12 @@ class Muon(torch.optim.AdamW):
     ) -> None:
         if not matrices or any(matrix.ndim < 2 for matrix in matrices):
             raise ValueError("--optim.muon_lr: Muon takes matrices, and this model has none for it; leave it out")
-        groups: list[dict[str, Any]] = [{"params": matrices, "momentum": momentum, "lr_scale": lr_scale}]
-        grouped = [group for group in rest if isinstance(group, dict)]
-        groups += grouped or [{"params": rest}] * bool(rest)
+        groups: list[Any] = [{"params": matrices, "momentum": momentum, "lr_scale": lr_scale}]
+        groups += rest if all(isinstance(group, dict) for group in rest) else [{"params": rest}]
         super().__init__(groups, lr=lr, fused=True, **of_adamw)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step by the weights' gradients."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         groups = self.param_groups
         dtype = torch.bfloat16 if has_bf16(groups[0]["params"][0].device)[0] else torch.float32
@@ -81,12 +76,13 @@ class Muon(torch.optim.AdamW):
 def orthogonalise(matrix: Float[Tensor, "m n"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "m n"]:
     """U V^T of a matrix U S V^T, near enough: five Newton-Schulz steps leave singular values between 0.7 and 1.2."""
     a, b, c = COEFFICIENTS
-    x = matrix.to(dtype) if matrix.shape[0] <= matrix.shape[1] else matrix.to(dtype).T
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix.to(dtype) if is_wide else matrix.to(dtype).T
     x = x / x.norm().clamp(min=1e-7)  # singular values up to 1
     for _ in range(5):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if matrix.shape[0] <= matrix.shape[1] else x.T).to(matrix.dtype)
+    return (x if is_wide else x.T).to(matrix.dtype)
 
 
 def split_for_muon(model: Backbone) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

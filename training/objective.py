@@ -1,6 +1,8 @@
 """What a training step minimises: the diffusion's loss, auxiliary terms, and the weights that their times ask for."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from accelerate import Accelerator
@@ -14,19 +16,35 @@ from experiment.config import AuxiliaryConfig
 from metrics.perceptual import perceptual_network
 from models.backbone import Backbone
 from training.batches import Batch
-from training.phases import Phase
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where a step lies: in the phase `number`, from 0, at its step `step` of `num_steps`; `end` is the first step of
+    the whole training that lies behind it."""
+
+    number: int
+    step: int
+    num_steps: int
+    end: int
+
+    @property
+    def progress(self) -> float:
+        """0 at its first step, 1 at its last."""
+        return self.step / max(1, self.num_steps - 1)
+
+
+def phase_at(lengths: Sequence[int | float], step: int, num_steps: int) -> Phase:
+    """Of a training of `num_steps` steps in phases of these relative lengths."""
+    ends = [round(num_steps * done / sum(lengths)) for done in accumulate(lengths)]
+    number = next(number for number, end in enumerate(ends) if step < end)
+    start = ends[number - 1] if number else 0
+    return Phase(number, step - start, ends[number] - start, ends[number])
 
 
 class Objective:
-    """What a training step minimises, as the diffusion has it. Others are subclasses, which a diffusion names as its
-    `objective`.
-
-    Args:
-        diffusion: that is trained.
-        times: at which; those that learn from the losses are shown those of all processes.
-        accelerator: that gathers them.
-        auxiliary: further terms of the loss.
-    """
+    """What a training step minimises, as the diffusion has it, with auxiliary terms; `times` that learn from the losses
+    are shown those of all processes. A diffusion names another one, a subclass, as its `objective`."""
 
     phases: Sequence[int | float] = (1.0,)  # relative lengths of the parts of a training
     trains_in_parts = False  # whether some of the model's parameters get no gradient in some phase
@@ -69,12 +87,12 @@ def objective_of(diffusion: Diffusion) -> type[Objective]:
     return getattr(diffusion, "objective", Objective)
 
 
-class Perceptual:
-    """Squared distance between a frozen network's features of two images (Johnson et al. 2016, eq. 2).
+def _distance(features: Tensor, others: Tensor) -> Float[Tensor, " b"]:
+    return (features - others).float().square().flatten(1).mean(dim=1)
 
-    Raises:
-        ValueError: where `x_0` is no image, or the network cannot be had.
-    """
+
+class Perceptual:
+    """Squared distance between a frozen network's features of two images (Johnson et al. 2016, eq. 2)."""
 
     is_fixed = True
 
@@ -86,16 +104,12 @@ class Perceptual:
     def __call__(self, predicted: Tensor, x_0: Tensor, y: Tensor) -> Float[Tensor, " b"]:
         with torch.no_grad():
             true = self.network(x_0)
-        return (self.network(predicted) - true).float().square().flatten(1).mean(dim=1)
+        return _distance(self.network(predicted), true)
 
 
 class FeatureMatching:
-    """Squared distance between the backbone's own encoder features of the predicted and the true `x_0`, as it sees data
-    without noise; the true side is detached. The mean over the features.
-
-    Raises:
-        ValueError: where the backbone has no blocks whose features there are.
-    """
+    """Mean squared distance between the backbone's own encoder features of the predicted and the true `x_0`, as it sees
+    data without noise; the true side is detached."""
 
     is_fixed = False
 
@@ -111,8 +125,7 @@ class FeatureMatching:
         t = torch.zeros(len(y), device=y.device)
         with torch.no_grad():
             true = self.encode(x_0, t, y)
-        pairs = zip(self.encode(predicted, t, y), true, strict=True)
-        return torch.stack([(ours - theirs).float().square().flatten(1).mean(dim=1) for ours, theirs in pairs]).mean(0)
+        return torch.stack([_distance(*pair) for pair in zip(self.encode(predicted, t, y), true, strict=True)]).mean(0)
 
 
 AUXILIARY = {"perceptual": Perceptual, "feature_matching": FeatureMatching}
@@ -126,14 +139,14 @@ def build_auxiliary(
     Raises:
         ValueError: for an unknown or repeated kind, or one that does not fit, in words.
     """
-    terms: list[Auxiliary] = []
+    terms: dict[str, Auxiliary] = {}
     for config in configs:
         if config.kind not in AUXILIARY:
             raise ValueError(f"--auxiliary {config.kind}: unknown, choose from {', '.join(AUXILIARY)}")
-        if config.kind in [term.name for term in terms]:
+        if config.kind in terms:
             raise ValueError(f"--auxiliary {config.kind}: given twice")
         if not config.weight > 0:
             raise ValueError(f"--auxiliary {config.kind}: weight {config.weight} must be above 0")
         term = AUXILIARY[config.kind](config, model, codec, device)
-        terms.append(Auxiliary(config.kind, config.weight, term, term.is_fixed))
-    return terms
+        terms[config.kind] = Auxiliary(config.kind, config.weight, term, term.is_fixed)
+    return list(terms.values())

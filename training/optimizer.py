@@ -1,7 +1,6 @@
 """The optimizer of a backbone, its rate at each step, and how many steps there are."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,27 +12,23 @@ from training.muon import Muon, split_for_muon
 
 def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimizer:
     """Fused AdamW, with Muon for the blocks' matrices where asked for; rates are set each step by `set_learning_rate`.
-
-    Weights decay, where asked for, in the parameters that the backbone says (`param_groups`).
+    What decays is what the backbone says (`param_groups`).
 
     Raises:
         ValueError: for Muon on a backbone without such matrices.
     """
     of_adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     matrices, rest = ([], list(model.parameters())) if config.muon_lr is None else split_for_muon(model)
-    groups: list[dict[str, Any]] = [{"params": rest}]
-    if config.weight_decay > 0:
-        left = {id(parameter) for parameter in rest}
-        groups = [{**each, "params": [p for p in each["params"] if id(p) in left]} for each in model.param_groups()]
-        groups = [group for group in groups if group["params"]]
+    left = set(rest)
+    groups = [{**group, "params": [p for p in group["params"] if p in left]} for group in model.param_groups()]
+    groups = [group for group in groups if group["params"]]
     if config.muon_lr is None:
         optimizer = torch.optim.AdamW(groups, fused=True, **of_adamw)
     else:
         optimizer = Muon(matrices, groups, lr_scale=config.muon_lr / config.lr, **of_adamw)
-    if config.weight_decay > 0:  # files number parameters as without groups
-        numbers = {id(parameter): number for number, parameter in enumerate([*matrices, *rest])}
-        for group in optimizer.param_groups:
-            group["numbers"] = [numbers[id(parameter)] for parameter in group["params"]]
+    numbers = {parameter: number for number, parameter in enumerate([*matrices, *rest])}
+    for group in optimizer.param_groups:  # files number parameters as without groups
+        group["numbers"] = [numbers[parameter] for parameter in group["params"]]
     return optimizer
 
 
@@ -51,15 +46,12 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: f
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    return config.lr * DECAYS[config.decay](progress, step / epoch_steps, config)
-
-
-DECAYS: dict[str, Callable[[float, float, OptimConfig], float]] = {  # of the phase's progress and epochs
-    "constant": lambda progress, epochs, config: 1.0,
-    "cosine": lambda progress, epochs, config: 0.5 * (1 + math.cos(math.pi * progress)),
-    "step": lambda progress, epochs, config: config.decay_factor ** (epochs // config.decay_epochs),
-}
+    if config.decay == "cosine":
+        progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.decay == "step":
+        return config.lr * config.decay_factor ** (step / epoch_steps // config.decay_epochs)
+    return config.lr
 
 
 def num_training_steps(config: TrainConfig, num_images: int) -> int:

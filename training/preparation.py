@@ -1,12 +1,17 @@
-"""A model made ready for the devices: norms over all processes, compiled blocks."""
+"""A model made ready for training: norms over all processes, compiled blocks, how long an epoch will take."""
 
+import time
 from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from diffusion import Diffusion
 from models.backbone import Backbone
+from models.spec import ModelSpec
+
+LONG = 600  # seconds of an epoch
 
 
 def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
@@ -25,10 +30,27 @@ def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
 
 
 def compile_blocks(model: Backbone) -> None:
-    """Compile the backbone's repeated blocks in place, one by one: those of one width, grid and shift share their code.
-
-    It takes seconds where compiling the whole takes minutes. A backbone that names no such blocks stays as it is.
-    """
+    """Compile the backbone's repeated blocks in place: seconds, where compiling the whole takes minutes. Blocks of one
+    width, grid and shift share their code."""
     torch._dynamo.config.recompile_limit = 64
     for block in model.repeated_blocks():
         block.compile(dynamic=False)  # symbolic widths and grids take minutes to reason about
+
+
+def forecast(model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, num_images: int) -> str:
+    """An epoch's time on a CPU, in words: a batch's loss is computed and timed, and its gradients taken for twice as
+    much. Model and random state stay as they are."""
+    batch_size, seconds = 8, 0.0
+    x_0, y = torch.zeros(batch_size, spec.in_channels, *spec.input_size), torch.zeros(batch_size, dtype=torch.int64)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
+        model.eval()
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            diffusion.training_loss(model, x_0, y)
+            seconds = 3 * (time.perf_counter() - began) / batch_size * num_images / accelerator.num_processes
+        model.train()
+    duration = f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
+    words = f"an epoch takes about {duration if seconds > 90 else f'{seconds:.0f} seconds'} on this CPU"
+    if seconds > LONG:
+        words += "; made for CPUs are --config configs/quickstart.yaml and --model XSwin-S"
+    return words

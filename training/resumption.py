@@ -14,6 +14,8 @@ from experiment.config import R, resuming
 from experiment.settings import flatten, from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
 
+LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "samples*", "scores*", "ema-*.safetensors")  # by a training without checkpoints
+
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
     """The configuration of a fresh run, or of a resumed one and the checkpoint that it goes on from.
@@ -30,14 +32,11 @@ def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | Non
         return go_on(config, checkpoint, say), checkpoint
     if list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
-    for path in [path for pattern in MADE for path in run.glob(pattern) if ".before-" not in path.name]:
+    for path in [path for pattern in LEFT_BEHIND for path in run.glob(pattern) if ".before-" not in path.name]:
         before = path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
         path.rename(before)
         say(f"{path} is of an earlier training, and is now {before}")
     return config, None
-
-
-MADE = (SNAPSHOTS, "log.jsonl", "samples*", "scores*", "ema-*.safetensors")  # of a training whose checkpoints are gone
 
 
 def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
@@ -49,17 +48,16 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
     if "config" not in metadata:  # an autoencoder's, before it kept it
         return resuming(config, None)
-    values, written = json.loads(metadata["config"]), yaml.safe_load((run / "config.yaml").read_text())
-    lost = [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in flatten(written)]
-    if lost:
+    values, written = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    if lost := [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in written]:
         raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {', '.join(lost)}")
     stored = from_dict(type(config), values)
-    was, asked = stored.identity(), config.identity()
-    for flag in {**was, **asked}:
-        if was.get(flag) != asked.get(flag):
+    before, asked = stored.identity(), config.identity()
+    for flag in {**before, **asked}:
+        if before.get(flag) != asked.get(flag):
             raise CheckpointError(
-                f"--{flag} {asked.get(flag)}: {run} was trained with {was.get(flag)}, and its checkpoints mean nothing "
-                f"else; leave it out, or start a run of another --name (--init_from {run})"
+                f"--{flag} {asked.get(flag)}: {run} was trained with {before.get(flag)}, and its checkpoints mean "
+                f"nothing else; leave it out, or start a run of another --name (--init_from {run})"
             )
     for flag in ("name", "init_from"):
         if getattr(config, flag) != getattr(stored, flag):

@@ -37,14 +37,14 @@ def open_run(config: R, **options: Any) -> Iterator[Run[R]]:
     has the main one's configuration.
 
     Raises:
+        ValueError: where another training has the folder, or for a tracker that is not installed.
         FileExistsError, CheckpointError: see `start_or_go_on`.
-        ValueError: where another training has the folder, or for a precision or tracker that there is not.
     """
-    trackers, available = config.log.trackers, [str(tracker) for tracker in get_available_trackers()]
-    for tracker in trackers:
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for tracker in config.log.trackers:
         if tracker not in available:
             raise ValueError(f"--log.trackers {tracker}: not installed; there are {', '.join(available)}")
-    options |= {"log_with": trackers or None, "project_dir": config.folder}
+    options |= {"log_with": config.log.trackers or None, "project_dir": config.folder}
     accelerator = open_accelerator(config.train.precision, flag="--train.precision", **options)
     config = from_main(accelerator, lambda: config)
     with Interruption(config.folder, accelerator, config.train.max_hours) as interruption:
@@ -72,11 +72,7 @@ class Run(Generic[R]):
         self._why: str | None = None  # to stop before the end
 
     def check_identity(self, **parts: Mapping[str, Any]) -> None:
-        """That the autoencoder and splits are those of the run so far; see `checkpoints.checkpoint.check_identity`.
-
-        Raises:
-            CheckpointError: naming the flag, and what differs.
-        """
+        """That the autoencoder and splits are those of the run so far; see `checkpoints.checkpoint.check_identity`."""
         self.identity = parts
         if self.checkpoint is not None:
             check_identity(self.checkpoint / WEIGHTS, parts)
@@ -99,15 +95,13 @@ class Run(Generic[R]):
             training: what a checkpoint holds.
             guards: by the name of the network that each watches.
             due: what to look at after a step (of `num_steps`), before it is saved.
-            num_steps: steps in all.
-            best: the measurement whose best checkpoint stays; `lower_is_best`: the lowest one is.
-            keep_every: every checkpoint whose step is a multiple of it stays too.
+            best: the measurement whose best checkpoint stays, as does every one whose step `keep_every` divides.
             metadata: what checkpoints say of themselves, beside the configuration.
         """
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
         self.watched, self.lower_is_best, self.keep_every, self.metadata = best, lower_is_best, keep_every, metadata
-        training.others.update(meter=self.meter, best=self.best)
-        training.others.update({f"guard.{name}": guard for name, guard in guards.items()})
+        named_guards = {f"guard.{name}": guard for name, guard in guards.items()}
+        training.others.update({"meter": self.meter, "best": self.best, **named_guards})
         self.is_sharded = any(is_sharded(network) for network in training.networks.values())
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
@@ -132,32 +126,30 @@ class Run(Generic[R]):
         if not self._inspected and (due := self.due(self.step, self.num_steps)):
             self.look(*due)
             self._save_again()
-        self.bar = tqdm(
-            initial=self.step, total=self.num_steps, desc=self.folder.name, unit="step", disable=not self.is_main
-        )
+        bar = {"desc": self.folder.name, "unit": "step", "disable": not self.is_main}
+        self.bar = tqdm(initial=self.step, total=self.num_steps, **bar)
         while self.step < self.num_steps:
             yield self.step
             self.step += 1
             self.bar.update()
             self._why = self.interruption.reason(self.step, self.num_steps)
-            if self._why is not None and not self._is_skipping:  # else it must be known first what becomes of it
+            if self._why and not self._is_skipping:  # else it must be known first what becomes of it
                 break
             began = time.perf_counter()
-            if self._why is None:
+            if not self._why:
                 self.look(*self.due(self.step, self.num_steps))
             if is_due(self.step, self.config.log.checkpoint_every) and self.step < self.num_steps:
                 self.save()
-            self.meter.pause(time.perf_counter() - began)
+            self.meter.paused += time.perf_counter() - began
             if any(guard.must_roll_back(can=self._saved is not None) for guard in self.guards.values()):
                 self._roll_back()
         self.bar.close()
         self.save(last=True)
-        if self._why is not None:
+        if self._why:
             raise Stopped(self._why)
 
     def write_means(self, **values: float) -> None:
-        """To the log, at the step under way: means since the last time, and these values. Nothing where all steps were
-        skipped."""
+        """To the log: means since the last time, and these values; nothing where all steps were skipped."""
         if means := self.meter.summary():
             self.log.write(self.step + 1, **means, **values)
             self.bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{means['images_per_second']:.0f}")
@@ -200,14 +192,9 @@ class Run(Generic[R]):
         where it has the `progress` of all, and whole tensors."""
         if self._saved == self.step or (progress is None and not self._is_sound(last=last)):
             return
-        save_checkpoint(
-            self.checkpoints,
-            self.step,
-            self.training,
-            metadata_of(self.config, self.step, self.identity, **self.metadata),
-            progress or self._progress(),
-            write=self.is_main,
-        )
+        metadata = metadata_of(self.config, self.step, self.identity, **self.metadata)
+        state = progress or self._progress()
+        save_checkpoint(self.checkpoints, self.step, self.training, metadata, state, write=self.is_main)
         self._saved = self.step
         if self.is_main:
             if not self._is_skipping:
@@ -229,7 +216,7 @@ class Run(Generic[R]):
         return all(guard.may_save(self.accelerator, networks[name], last=last) for name, guard in self.guards.items())
 
     def _progress(self) -> dict[str, Any]:
-        return {"inspected": self._inspected and self._why is None, **self.training.progress()}
+        return {"inspected": self._inspected and not self._why, **self.training.progress()}
 
     def _roll_back(self) -> None:
         self._restore(from_main(self.accelerator, lambda: to_resume(self.folder)))

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from studies.cascade.cascade import Cascade
 from training.batches import Batch
-from training.objective import Objective
-from training.phases import Phase
+from training.objective import Objective, Phase
 
 
 class CascadeObjective(Objective):
