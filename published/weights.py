@@ -1,240 +1,296 @@
-"""Weights of the published implementations into our backbones: renamed, not converted.
+"""Weights of the published implementations into our backbones: sizes read off their shapes, names replaced."""
 
-`load_reference` takes a published constructor's arguments and state dict. Keys are renamed by regular
-expressions, tried in order; a key that none matches is an error, one that maps to None is dropped because ours
-derives it.
-"""
-
+import math
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from models import create_model
-from published.arguments import reference_arguments
+from models import BACKBONES, create_model, model_arguments
 
-Renames = list[tuple[str, str | None]]
+Shapes = dict[str, tuple[int, ...]]
+Weights = dict[str, Tensor]
+Rules = list[tuple[str, str | Callable[[re.Match], str]]]  # of re.sub, in turn; names that none matches stay
 
-TIME_AND_LABEL: Renames = [
-    (r"t_embedder\.mlp\.(.*)", r"cond.time.mlp.\1"),
-    (r"y_embedder\.embedding_table\.(.*)", r"cond.label.\1"),
-    (r"pos_embed", None),
+# Heads cannot be seen in the weights; width says them for every published size.
+HEADS = {384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16}
+
+CONDITIONING: Rules = [(r"^t_embedder\.", "cond.time."), (r"^y_embedder\.embedding_table\.", "cond.label.")]
+DIT: Rules = [
+    *CONDITIONING,
+    (r"^x_embedder\.proj\.", "patch."),
+    (r"\.attn\.", ".attention."),
+    (r"^final_layer\.", "final."),
+    (r"\.adaLN_modulation\.1\.", ".modulation."),
 ]
-
-DIT: Renames = [
-    *TIME_AND_LABEL,
-    (r"x_embedder\.proj\.(.*)", r"patch.\1"),
-    (r"(blocks\.\d+)\.attn\.(.*)", r"\1.attention.\2"),
-    (r"(blocks\.\d+)\.mlp\.(.*)", r"\1.mlp.\2"),
-    (r"(blocks\.\d+)\.adaLN_modulation\.1\.(.*)", r"\1.modulation.\2"),
-    (r"blocks\.(\d+)\.skip_linear\.(.*)", r"joins.\1.\2"),
-    (r"final_layer\.adaLN_modulation\.1\.(.*)", r"final.modulation.\1"),
-    (r"final_layer\.linear\.(.*)", r"final.linear.\1"),
+UVIT: Rules = [
+    (r"^pos_embed$", "positions"),
+    (r"^label_emb\.", "label."),
+    (r"^patch_embed\.proj\.", "patch."),
+    (r"^out_blocks\.(\d+)\.skip_linear\.", r"joins.\1."),
+    (r"^in_blocks\.", "encoder."),
+    (r"^mid_block\.", "middle."),
+    (r"^out_blocks\.", "decoder."),
+    (r"\.attn\.", ".attention."),
+    (r"^decoder_pred\.", "head."),
+    (r"^final_layer\.", "smooth."),
 ]
-
-UVIT: Renames = [
-    (r"pos_embed", r"positions"),
-    (r"label_emb\.(.*)", r"label.\1"),
-    (r"patch_embed\.proj\.(.*)", r"patch.\1"),
-    (r"out_blocks\.(\d+)\.skip_linear\.(.*)", r"joins.\1.\2"),
-    (r"in_blocks\.(\d+)\.attn\.(.*)", r"encoder.\1.attention.\2"),
-    (r"in_blocks\.(.*)", r"encoder.\1"),
-    (r"mid_block\.attn\.(.*)", r"middle.attention.\1"),
-    (r"mid_block\.(.*)", r"middle.\1"),
-    (r"out_blocks\.(\d+)\.attn\.(.*)", r"decoder.\1.attention.\2"),
-    (r"out_blocks\.(.*)", r"decoder.\1"),
-    (r"norm\.(.*)", r"norm.\1"),
-    (r"decoder_pred\.(.*)", r"head.\1"),
-    (r"final_layer\.(.*)", r"smooth.\1"),
+XSWIN: Rules = [  # once the numbers of stages are ours
+    *CONDITIONING,
+    (r"adaLN_modulation\.1\.", "linear."),
+    (r"^(un)?patching\.\w+\.[01]\.", r"\1patch."),
+    (r"^(un)?patching\.\w+\.2\.", r"\1patch_norm."),
+    (r"^(un)?patching\.mod\.", r"\1patch_modulator."),
+    (r"^head\.mod\.", "head_modulator."),
+    (r"^head\.pointwise\.", "head."),
+    (r"^middle\.sequential\.", "middle."),
+    (r"^(decoder\.\d+)\.pointwise\.", r"\1.halve."),
+    (r"\.mod_r\.", ".modulator_skip."),
+    (r"\.mod(1|2|_x|)\.", r".modulator\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"(blocks\.\d+|wide|middle\.\d+)\.mlp\.0\.", r"\1.mlp.fc1."),
+    (r"(blocks\.\d+|wide|middle\.\d+)\.mlp\.3\.", r"\1.mlp.fc2."),
+    (r"\.attn\.cpb_mlp\.", ".attention.position_bias.mlp."),
+    (r"\.attn\.", ".attention."),
+    (r"\.self_attention\.in_proj_", ".attention.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attention.proj."),
+    (r"\.cross_attention\.in_proj_", ".attention.attention.in_proj."),
+    (r"\.cross_attention\.out_proj\.", ".attention.attention.proj."),
 ]
-
-SWIN_BLOCK: Renames = [
-    (r"attn\.(relative_position_index|relative_coords_table)", None),
-    (r"attn\.cpb_mlp\.(.*)", r"attention.position_bias.mlp.\1"),
-    (r"attn\.(qkv\.weight|qkv\.bias|proj\..*|logit_scale)", r"attention.\1"),
-    (r"mlp\.0\.(.*)", r"mlp.fc1.\1"),
-    (r"mlp\.3\.(.*)", r"mlp.fc2.\1"),
-    (r"mod([12])\.adaLN_modulation\.1\.(.*)", r"modulator\1.linear.\2"),
-    (r"norm([12])\.(.*)", r"norm\1.\2"),
-]
-GLOBAL_BLOCK: Renames = [
-    (r"self_attention\.in_proj_(.*)", r"attention.qkv.\1"),
-    (r"self_attention\.out_proj\.(.*)", r"attention.proj.\1"),
-    (r"ln_([12])\.(.*)", r"norm\1.\2"),
-    *SWIN_BLOCK,
-]
-STEM: Renames = [
-    (r"layers\.(0|4|8)\.adaLN_modulation\.1\.(.*)", r"modulators.\1.linear.\2"),
-    (r"layers\.(1|5|9)\.(.*)", r"convs.\1.\2"),
-    (r"layers\.(2|6|10)\.(.*)", r"norms.\1.\2"),
-]
-MODULATOR: Renames = [(r"mod\.adaLN_modulation\.1\.(.*)", r"modulator.linear.\1")]
-CROSS_ATTENTION: Renames = [
-    (r"mod_x\.adaLN_modulation\.1\.(.*)", r"modulator_x.linear.\1"),
-    (r"mod_r\.adaLN_modulation\.1\.(.*)", r"modulator_skip.linear.\1"),
-    (r"cross_attention\.in_proj_(.*)", r"attention.attention.in_proj.\1"),
-    (r"cross_attention\.out_proj\.(.*)", r"attention.attention.proj.\1"),
-    (r"norm\.(.*)", r"norm.\1"),
-]
+DERIVED = re.compile(r"pos_embed|.*\.relative_(position_index|coords_table)")  # by our models, of XSwin and DiT
 
 
-def load_reference(source: str, state_dict: Mapping[str, Tensor], config: Mapping[str, object]) -> nn.Module:
-    """Our backbone, in eval mode, with a published implementation's weights.
-
-    Args:
-        source: `dit`, `sit`, `uvit`, `uvit-adaln`, `uswin` or `xswin`.
-        state_dict: the published weights.
-        config: the published constructor's arguments.
+def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> nn.Module:
+    """Our backbone, in eval mode, with a published implementation's weights; `arguments` as `arguments_of` reads them.
 
     Raises:
         ValueError: for an unknown source, and listing keys that are missing, unknown or of another shape.
     """
-    model = create_model(**reference_arguments(source, config))
-    weights = CONVERSIONS[source](dict(state_dict), config)
+    _, convert = _of_source(source)
+    model = create_model(**arguments)
+    converted = convert(dict(weights), arguments)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
     if expected != shapes:
         missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
         reshaped = sorted(name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name])
         raise ValueError(f"weights do not fit: missing {missing}, unknown {unknown}, of another shape {reshaped}")
-    model.load_state_dict(weights)
+    model.load_state_dict(converted)
     return model.eval()
 
 
-def _convert_dit(weights: dict[str, Tensor], config: Mapping) -> dict[str, Tensor]:
-    weights = _rename(weights, DIT)
-    depth = config["depth"]
+def arguments_of(
+    source: str, weights: Mapping[str, Tensor], num_heads: int | None = None, input_size: int | None = None
+) -> dict[str, Any]:
+    """What `create_model` is to be given, `name` included; the number of heads and the side of the latent where the
+    weights do not say them.
+
+    Raises:
+        ValueError: for an unknown source, weights of another one, or arguments that ours cannot follow.
+    """
+    read, _ = _of_source(source)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    try:
+        return read(shapes, num_heads, input_size)
+    except KeyError as error:
+        first = ", ".join(list(shapes)[:3])
+        raise ValueError(f"--source {source}: the weights have no {error}; they begin with {first}") from None
+
+
+def row_of(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The row of the table of backbones that builds the same, if there is one, and what is left to say."""
+
+    def whole(row: str, **others: Any) -> dict[str, Any]:
+        arguments = {**model_arguments(row), **others}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
+
+    wanted = whole(name, **arguments)
+    for row, (family, _) in BACKBONES.items():
+        if family is BACKBONES[name][0] and whole(row) == wanted:
+            return row, {}
+    return name, arguments
+
+
+def _of_source(source: str) -> tuple[Callable[..., dict[str, Any]], Callable[[Weights, Mapping[str, Any]], Weights]]:
+    if source not in SOURCES:
+        raise ValueError(f"--source {source}: unknown, choose from {', '.join(SOURCES)}")
+    return SOURCES[source]
+
+
+def _read_dit(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
+    dim, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+    return {
+        "name": "DiT",
+        "input_size": patch_size * math.isqrt(shapes["pos_embed"][1]),
+        "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0] // patch_size**2,
+        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
+        "dim": dim,
+        "depth": _count(shapes, r"blocks\.(\d+)\."),
+        "num_heads": _heads(dim, num_heads),
+        "patch_size": patch_size,
+        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / dim,
+    }
+
+
+def _read_sit(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
+    arguments = _read_dit(shapes, num_heads, input_size)
+    return {**arguments, "out_channels": arguments["in_channels"]}
+
+
+def _read_uvit_adaln(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
+    return {**_read_dit(shapes, num_heads, input_size), "name": "UViT"}
+
+
+def _read_uvit(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
+    dim, channels, patch_size, _ = shapes["patch_embed.proj.weight"]
+    num_labels = shapes.get("label_emb.weight", (0,))[0]  # the null label among them
+    num_extras = 2 if num_labels else 1
+    return {
+        "name": "UViT-tokens",
+        "input_size": patch_size * math.isqrt(shapes["pos_embed"][1] - num_extras),
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_classes": max(0, num_labels - 1),
+        "dim": dim,
+        "depth": 2 * _count(shapes, r"in_blocks\.(\d+)\.") + 1,
+        "num_heads": _heads(dim, num_heads),
+        "patch_size": patch_size,
+        "mlp_ratio": shapes["mid_block.mlp.fc1.weight"][0] / dim,
+    }
+
+
+def _read_xswin(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
+    dim, _, *patch = shapes["patching.patching.0.weight"]
+    stages = [f"encoder.{number}.sequential" for number in range(0, _count(shapes, r"encoder\.(\d+)\."), 2)]
+    window = [(side + 1) // 2 for side in shapes[f"{stages[0]}.0.attn.relative_coords_table"][1:3]]
+    for name, sides in (("window_size", window), ("patch_size", patch)):
+        if len(set(sides)) != 1:
+            raise ValueError(f"{name}={sides}: ours are square")
+    final_downsample = f"encoder.{2 * len(stages) - 1}.reduction.weight" in shapes
+    reduction = 2 ** (len(stages) - 1 + final_downsample)
+    side = input_size or patch[0] * reduction * math.isqrt(shapes["pos_embed"][1])
+    return {
+        "name": "XSwin",
+        "input_size": (side, side),
+        "in_channels": shapes["smooth_conv_in.layers.1.weight"][1],
+        "out_channels": shapes["head.pointwise.weight"][0],
+        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
+        "dim": dim,
+        "depths": [_count(shapes, rf"{re.escape(stage)}\.(\d+)\.") for stage in stages],
+        "num_heads": [shapes[f"{stage}.0.attn.logit_scale"][0] for stage in stages],
+        "window_size": window[0],
+        "patch_size": patch[0],
+        "num_global_blocks": _count(shapes, r"middle\.sequential\.(\d+)\."),
+        "skip": "cross_attention" if any(".cross_attention." in name for name in shapes) else "concat",
+        "final_downsample": final_downsample,
+    }
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the largest number that the pattern finds at the start of a name."""
+    return max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1) + 1
+
+
+def _heads(dim: int, num_heads: int | None) -> int:
+    heads = num_heads or HEADS.get(dim)
+    if heads is None:
+        raise ValueError(f"--num_heads: the weights do not say it, and width {dim} is no published size; give it")
+    return heads
+
+
+def _convert_dit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
+    depth = arguments["depth"]
     first_join = depth - (depth - 1) // 2
-    weights = _renumber(weights, r"joins\.(\d+)", lambda number: number - first_join)
-    return _flatten_patch(weights)
+    joins = (r"^blocks\.(\d+)\.skip_linear\.", lambda match: f"joins.{int(match[1]) - first_join}.")
+    return _flatten_patch(_rename(_without_derived(weights), [joins, *DIT]))
 
 
-def _convert_sit(weights: dict[str, Tensor], config: Mapping) -> dict[str, Tensor]:
+def _convert_sit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
     """SiT's velocity points from noise to data, ours from data to noise; the half of its output that SiT throws away
     is left out."""
-    weights = _convert_dit(weights, config)
-    patch = {"p": config["patch_size"], "q": config["patch_size"]}
+    weights = _convert_dit(weights, arguments)
+    patch = {"p": arguments["patch_size"], "q": arguments["patch_size"]}
     for name in ("final.linear.weight", "final.linear.bias"):
-        rows = rearrange(weights[name], "(p q c) ... -> p q c ...", **patch)[:, :, : config["in_channels"]]
+        rows = rearrange(weights[name], "(p q c) ... -> p q c ...", **patch)[:, :, : arguments["in_channels"]]
         weights[name] = -rearrange(rows, "p q c ... -> (p q c) ...")
     return weights
 
 
-def _convert_uvit(weights: dict[str, Tensor], config: Mapping) -> dict[str, Tensor]:
+def _convert_uvit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
     weights = _flatten_patch(_rename(weights, UVIT))
     weights["positions"] = weights["positions"][0]
     if "smooth.weight" not in weights:  # the huge ones have no last convolution: ours passes the image on
-        channels = config["in_chans"]
+        channels = arguments["in_channels"]
         weights["smooth.weight"] = nn.init.dirac_(torch.empty(channels, channels, 3, 3))
         weights["smooth.bias"] = torch.zeros(channels)
     return weights
 
 
-def _convert_xswin(weights: dict[str, Tensor], config: Mapping) -> dict[str, Tensor]:
-    weights = _rename(weights, _xswin_renames(config))
-    for stem in ("stem_in", "stem_out"):
-        weights = _renumber(weights, rf"{stem}\.\w+\.(\d+)", lambda number: number // 4)
+def _convert_xswin(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
+    weights = _rename(_without_derived(weights), [*_stages_of_xswin(arguments), *XSWIN])
     for name in [name for name in weights if name.endswith("attention.qkv.bias") and "middle" not in name]:
         q_bias, _, v_bias = weights.pop(name).chunk(3)
         weights |= {name.replace("qkv.bias", "q_bias"): q_bias, name.replace("qkv.bias", "v_bias"): v_bias}
     for name in [name for name in weights if ".in_proj." in name]:
-        tensor = weights.pop(name)
-        q, kv = tensor.tensor_split([len(tensor) // 3])
-        weights |= {name.replace("in_proj", "q"): q, name.replace("in_proj", "kv"): kv}
+        q, k, v = weights.pop(name).chunk(3)
+        weights |= {name.replace("in_proj", "q"): q, name.replace("in_proj", "kv"): torch.cat([k, v])}
     return weights
 
 
-def _xswin_renames(config: Mapping) -> Renames:
-    """The published encoder and decoder are flat lists; which entry is what follows from the configuration."""
-    cross = config["residual_cross_attention"]
-    final = config["final_downsample"]
-    renames: Renames = [
-        *TIME_AND_LABEL,
-        *_under("smooth_conv_in", "stem_in", STEM),
-        *_under("smooth_conv_out", "stem_out", STEM),
-        (r"patching\.mod\.adaLN_modulation\.1\.(.*)", r"patch_modulator.linear.\1"),
-        (r"patching\.patching\.0\.(.*)", r"patch.\1"),
-        (r"patching\.patching\.2\.(.*)", r"patch_norm.\1"),
-        (r"unpatching\.mod\.adaLN_modulation\.1\.(.*)", r"unpatch_modulator.linear.\1"),
-        (r"unpatching\.unpatching\.1\.(.*)", r"unpatch.\1"),
-        (r"unpatching\.unpatching\.2\.(.*)", r"unpatch_norm.\1"),
-        (r"head\.mod\.adaLN_modulation\.1\.(.*)", r"head_modulator.linear.\1"),
-        (r"head\.pointwise\.(.*)", r"head.\1"),
-    ]
-    for number in range(config["global_stages"]):
-        renames += _under(f"middle.sequential.{number}", f"middle.{number}", GLOBAL_BLOCK)
-    for stage, depth in enumerate(config["depths"]):
-        for block in range(depth):
-            source = f"encoder.{2 * stage}.sequential.{block}"
-            renames += _under(source, f"encoder.{stage}.blocks.{block}", SWIN_BLOCK)
-        merge = [*MODULATOR, (r"(reduction|norm)\.(.*)", r"\1.\2")]
-        renames += _under(f"encoder.{2 * stage + 1}", f"merges.{stage}", merge)
-    position = 0
-    for stage, depth in enumerate(reversed(config["depths"])):
-        if stage > 0 or final:
-            expand = [*MODULATOR, (r"(expansion|norm)\.(.*)", r"\1.\2")]
-            renames += _under(f"decoder.{position}", f"expands.{stage}", expand)
-            position += 1
-        if cross:
-            renames += _under(f"decoder.{position}", f"decoder.{stage}.skip", CROSS_ATTENTION)
-            position += 1
-        source, target = f"decoder.{position}.sequential", f"decoder.{stage}"
-        renames += _under(f"{source}.0", f"{target}.wide", SWIN_BLOCK)
-        halve = [*MODULATOR, (r"pointwise\.(.*)", r"halve.\1")]
-        renames += _under(f"{source}.1", target, halve)
-        for block in range(1, depth):
-            renames += _under(f"{source}.{block + 1}", f"{target}.blocks.{block - 1}", SWIN_BLOCK)
-        position += 1
-    return renames
+def _stages_of_xswin(arguments: Mapping[str, Any]) -> Rules:
+    """The published stems, encoder and decoder are flat lists; what stands where follows from the arguments."""
+    decoder: list[str] = []
+    for stage in range(len(arguments["depths"])):
+        decoder += [f"expands.{stage}."] * (stage > 0 or arguments["final_downsample"])
+        decoder += [f"decoder.{stage}.skip."] * (arguments["skip"] == "cross_attention")
+        decoder += [f"decoder.{stage}."]
 
+    def in_stem(match: re.Match) -> str:
+        part = ("modulators", "convs", "norms", "activations")[int(match[2]) % 4]
+        return f"stem_{match[1]}.{part}.{int(match[2]) // 4}."
 
-def _under(source: str, target: str, renames: Renames) -> Renames:
-    """The same renames below a prefix."""
+    def in_encoder(match: re.Match) -> str:
+        stage = int(match[1]) // 2
+        return f"encoder.{stage}.blocks." if match[2] else f"merges.{stage}."
+
+    def in_decoder(match: re.Match) -> str:
+        place, block = dict(enumerate(decoder)).get(int(match[1]), match[0]), int(match[2] or 1)
+        return place + ("wide." if block == 0 else "" if block == 1 else f"blocks.{block - 2}.")
+
     return [
-        (re.escape(source) + r"\." + pattern, None if new is None else f"{target}.{new}") for pattern, new in renames
+        (r"^smooth_conv_(in|out)\.layers\.(\d+)\.", in_stem),
+        (r"^encoder\.(\d+)\.(sequential\.)?", in_encoder),
+        (r"^decoder\.(\d+)\.(?:sequential\.(\d+)\.)?", in_decoder),
     ]
 
 
-def _rename(weights: dict[str, Tensor], renames: Renames) -> dict[str, Tensor]:
-    compiled = [(re.compile(pattern), new) for pattern, new in renames]
-    renamed, unknown = {}, []
+def _rename(weights: Weights, rules: Rules) -> Weights:
+    renamed = {}
     for name, tensor in weights.items():
-        for pattern, new in compiled:
-            match = pattern.fullmatch(name)
-            if match:
-                if new is not None:
-                    renamed[match.expand(new)] = tensor
-                break
-        else:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(f"weights do not fit: unknown {sorted(unknown)}")
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
     return renamed
 
 
-def _renumber(weights: dict[str, Tensor], pattern: str, new: Callable[[int], int]) -> dict[str, Tensor]:
-    compiled = re.compile(pattern)
-
-    def renumbered(name: str) -> str:
-        match = compiled.match(name)
-        return name if match is None else f"{name[: match.start(1)]}{new(int(match[1]))}{name[match.end(1) :]}"
-
-    return {renumbered(name): tensor for name, tensor in weights.items()}
+def _without_derived(weights: Weights) -> Weights:
+    return {name: tensor for name, tensor in weights.items() if not DERIVED.fullmatch(name)}
 
 
-def _flatten_patch(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _flatten_patch(weights: Weights) -> Weights:
     """A patch convolution is a linear over the patch."""
-    weights["patch.weight"] = rearrange(weights["patch.weight"], "d c p q -> d (c p q)")
-    return weights
+    return {**weights, "patch.weight": rearrange(weights["patch.weight"], "d c p q -> d (c p q)")}
 
 
-CONVERSIONS = {
-    "dit": _convert_dit,
-    "sit": _convert_sit,
-    "uvit-adaln": _convert_dit,
-    "uvit": _convert_uvit,
-    "uswin": _convert_xswin,
-    "xswin": _convert_xswin,
+SOURCES = {
+    "dit": (_read_dit, _convert_dit),
+    "sit": (_read_sit, _convert_sit),
+    "uvit-adaln": (_read_uvit_adaln, _convert_dit),
+    "uvit": (_read_uvit, _convert_uvit),
+    "uswin": (_read_xswin, _convert_xswin),
+    "xswin": (_read_xswin, _convert_xswin),
 }

@@ -27,13 +27,9 @@ LATENT_FACTOR = 8  # image over latent side of the published autoencoder
 # What each was trained under, and how its authors sample from it. A published U-ViT is told n = 1..1000 of its discrete
 # times (huge), or 999 t of its continuous ones (the others), whose schedule is `linear` in a thousand steps.
 DIFFUSION = {
-    "dit": DiffusionConfig(),
     "sit": DiffusionConfig(kind="flow", model_times=[1.0, 0.0]),
     "uvit": DiffusionConfig(variance="fixed_large", model_times=[0.999, 999.0]),
     "uvit-huge": DiffusionConfig(schedule="scaled_linear", variance="fixed_large", model_times=[1.0, 1000.0]),
-    "uvit-adaln": DiffusionConfig(),
-    "uswin": DiffusionConfig(),
-    "xswin": DiffusionConfig(),
 }
 SAMPLING = {
     "dit": SamplingConfig(num_steps=250, guidance_scale=1.5),
@@ -74,35 +70,36 @@ class ImportConfig:
 
 def main(config: ImportConfig) -> None:
     """Read, rename, write, open again."""
-    from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
-    from experiment.diffusions import build_diffusion
     from machine.whole_files import whole
-    from models.spec import ModelSpec
-    from published.arguments import infer_config, reference_arguments, row_of
-    from published.training_files import read_weights
-    from published.weights import load_reference
 
     if config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
-    if config.source == "tiny":
-        import_autoencoder(config)
-        return
+    with whole(config.output) as folder:
+        what = import_autoencoder(config, folder) if config.source == "tiny" else import_backbone(config, folder)
+    print(f"{what}{config.output}")
+
+
+def import_backbone(config: ImportConfig, folder: Path) -> str:
+    """Weights as a checkpoint; returns what they are."""
+    from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
+    from experiment.diffusions import build_diffusion
+    from models.spec import ModelSpec
+    from published.training_files import read_weights
+    from published.weights import arguments_of, load_reference, row_of
+
     if isinstance(config.weights, list):
         raise ValueError(f"--weights {' '.join(map(str, config.weights))}: source {config.source} is one file")
     weights, step = read_weights(config.weights)
-    published = infer_config(config.source, weights, num_heads=config.num_heads, input_size=config.input_size)
-    arguments = reference_arguments(config.source, published)
-    model = load_reference(config.source, weights, published)
+    arguments = arguments_of(config.source, weights, config.num_heads, config.input_size)
+    model = load_reference(config.source, weights, arguments)
 
     side = arguments.pop("input_size")
     height, width = side if isinstance(side, tuple) else (side, side)
-    derived = {name: arguments.pop(name) for name in ("in_channels", "out_channels", "num_classes")}
+    sizes = {name: arguments.pop(name) for name in ("in_channels", "out_channels", "num_classes")}
     name, args = row_of(arguments.pop("name"), arguments)
-    spec = ModelSpec(name=name, args=args, input_size=(height, width), **derived)
-    classes = read_classes(config.classes, spec.num_classes)
-
+    spec = ModelSpec(name=name, args=args, input_size=(height, width), **sizes)
     kind = "uvit-huge" if config.source == "uvit" and "final_layer.weight" not in weights else config.source
-    diffusion = DIFFUSION[kind]
+    diffusion = DIFFUSION.get(kind, DiffusionConfig())
     if diffusion.variance is None and diffusion.kind == "gaussian" and spec.out_channels == spec.in_channels:
         diffusion = replace(diffusion, variance="fixed_large")
     build_diffusion(diffusion)
@@ -116,34 +113,28 @@ def main(config: ImportConfig) -> None:
         diffusion=diffusion,
         sampling=SAMPLING.get(config.source, SamplingConfig()),
     )
-    metadata = metadata_of(experiment, step, spec=spec, classes=classes)
-    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    metadata = metadata_of(experiment, step, spec=spec, classes=read_classes(config.classes, spec.num_classes))
     with config.weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    origin = {"source": config.source, "file": config.weights.name, "sha256": digest, "published": published}
-    with whole(config.output) as folder:
-        folder.mkdir()
-        save_tensors(tensors, folder / WEIGHTS, metadata)
-        (folder / "imported.json").write_text(json.dumps(origin, indent=2) + "\n")
-        open_checkpoint(folder)
-    print(
+    origin = {"source": config.source, "file": config.weights.name, "sha256": digest}
+    folder.mkdir()
+    save_tensors({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / WEIGHTS, metadata)
+    (folder / "imported.json").write_text(json.dumps(origin, indent=2) + "\n")
+    open_checkpoint(folder)
+    return (
         f"{name}{f' {args}' if args else ''}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-        f"{height}x{width}x{spec.in_channels} latents, {spec.num_classes} classes: {config.output}"
+        f"{height}x{width}x{spec.in_channels} latents, {spec.num_classes} classes: "
     )
 
 
-def import_autoencoder(config: ImportConfig, num_images: int = 1024) -> None:
-    """A tiny autoencoder as a folder in diffusers' format, with the statistics of its latents over the training images.
-
-    Raises:
-        ValueError: for anything but an encoder and its decoder.
-    """
+def import_autoencoder(config: ImportConfig, folder: Path, num_images: int = 1024) -> str:
+    """A tiny autoencoder in diffusers' format, with the statistics of its latents over the training images; returns
+    what it is."""
     import torch
 
     from autoencoders.tiny import from_published, with_statistics
     from data.subsets import stratified
     from experiment.datasets import open_split
-    from machine.whole_files import whole
     from published.training_files import read_weights
 
     if not isinstance(config.weights, list) or len(config.weights) != 2:
@@ -153,12 +144,11 @@ def import_autoencoder(config: ImportConfig, num_images: int = 1024) -> None:
     some = stratified(images.labels, min(num_images, len(images)), seed=0).tolist()
     pixels = torch.stack([images[index][0] for index in some])
     with_statistics(autoencoder, pixels.float() / 127.5 - 1)
-    with whole(config.output) as folder:
-        autoencoder.save_pretrained(folder)
+    autoencoder.save_pretrained(folder)
     size = sum(parameter.numel() for parameter in autoencoder.parameters()) / 1e6
-    print(
+    return (
         f"{type(autoencoder).__name__}: {size:.1f}M parameters, {autoencoder.config['latent_channels']} channels, "
-        f"normalised by {len(some)} images of {config.data.path}: --autoencoder {config.output}"
+        f"normalised by {len(some)} images of {config.data.path}: --autoencoder "
     )
 
 
@@ -173,11 +163,7 @@ def as_list(arguments: list[str], flag: str = "--weights") -> list[str]:
 
 
 def read_classes(path: Path | None, num_classes: int) -> list[str]:
-    """A name for each class, no two alike.
-
-    Raises:
-        ValueError: when the file has more or fewer.
-    """
+    """A name for each class, no two alike."""
     names = [str(number) for number in range(num_classes)]
     if path is not None:
         names = [line.strip() for line in path.read_text().splitlines() if line.strip()]

@@ -19,7 +19,7 @@ from diffusion.paths import GaussianChain
 from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig
 from models.spec import ModelSpec
-from published.weights import load_reference
+from published.weights import arguments_of, load_reference
 from sampling.autoguidance import load_guide_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"
@@ -43,7 +43,7 @@ def test_the_published_guidance_is_reproduced():
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config = json.loads(file.metadata()["config"])
     weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
-    model = load_reference("dit", weights, config).eval()
+    model = load_reference("dit", weights, arguments_of("dit", weights, num_heads=4))
     x, t, y = tensors["in/x"], tensors["in/t"], tensors["in/y"]
     with torch.no_grad():
         ours = guide(model, config["num_classes"], 4.0, latent_channels=4)(x, t, y)

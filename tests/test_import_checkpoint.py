@@ -13,9 +13,8 @@ from checkpoints.checkpoint import open_checkpoint
 from diffusion import sample
 from diffusion.paths import Flow
 from experiment.config import SamplingFlags
-from published.arguments import infer_config, reference_arguments, row_of
 from published.training_files import read_weights
-from published.weights import load_reference
+from published.weights import arguments_of, load_reference, row_of
 
 SCRIPT = script("scripts/import_checkpoint.py")
 SAMPLE = script("sample.py")
@@ -95,8 +94,8 @@ def test_what_a_trainer_puts_around_weights_is_left_out(tmp_path):
 
 def test_sit_is_a_flow_told_its_own_times(tmp_path):
     """SiT walks from noise at 0 to data at 1 along its velocity; ours from noise at 1 to data at 0."""
-    tensors, weights, config = load_fixture("dit")
-    theirs, y = load_reference("dit", weights, config), tensors["in/y"]
+    tensors, weights, _ = load_fixture("dit")
+    theirs, y = load_reference("dit", weights, arguments_of("dit", weights, num_heads=4)), tensors["in/y"]
     x = tensors["in/x"]
     for step in range(5):  # Euler, as they do it: dx = v dt; half of the output is thrown away
         x = x + theirs(x, torch.full((len(x),), step / 5), y)[:, :4].detach() / 5
@@ -108,9 +107,10 @@ def test_sit_is_a_flow_told_its_own_times(tmp_path):
 
 
 def test_huge_uvits_have_no_last_convolution_and_times_from_1_to_1000(tmp_path):
-    tensors, weights, config = load_fixture("uvit_official")
+    tensors, weights, _ = load_fixture("uvit_official")
     delta = torch.nn.init.dirac_(torch.empty(4, 4, 3, 3))
-    whole = load_reference("uvit", {**weights, "final_layer.weight": delta, "final_layer.bias": torch.zeros(4)}, config)
+    straight = {**weights, "final_layer.weight": delta, "final_layer.bias": torch.zeros(4)}
+    whole = load_reference("uvit", straight, arguments_of("uvit", weights, num_heads=4))
     huge = {name: tensor for name, tensor in weights.items() if not name.startswith("final_layer")}
     checkpoint = import_weights(tmp_path, huge, "uvit", suffix="pth")
     diffusion = checkpoint.build_diffusion()
@@ -156,7 +156,7 @@ def published_uvit(side, patch_size, dim, half):
     ],
 )
 def test_published_sizes_at_256_and_512_are_recognised(source, weights, row, side):
-    arguments = reference_arguments(source, infer_config(source, weights))
+    arguments = arguments_of(source, weights)
     assert (arguments.pop("input_size"), arguments.pop("num_classes")) == (side, 1000)
     assert (arguments.pop("in_channels"), arguments.pop("out_channels")) == (4, 8 if source == "dit" else 4)
     assert row_of(arguments.pop("name"), arguments) == (row, {})
