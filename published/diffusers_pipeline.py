@@ -9,7 +9,7 @@ import torch
 
 from autoencoders.codec import Codec, LatentCodec
 from metrics.exported import save_program
-from published.diffusers_dit import to_diffusers, without_shift
+from published.diffusers_dit import native_names, write_native
 from published.diffusers_schedulers import scheduler_of, told_times
 
 PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
@@ -21,30 +21,31 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, 
     Raises:
         ValueError: naming the setting that diffusers cannot follow.
     """
-    diffusion = checkpoint.build_diffusion()
-    scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, diffusion, sampling)
+    scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
-    if vae is not None and not type(vae).__module__.startswith("diffusers."):
-        raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have")
     if vae is not None:
+        if not type(vae).__module__.startswith("diffusers."):
+            raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have")
         vae.register_to_config(_name_or_path=None)  # a folder of this machine
-    write = write_native if native else write_pipeline
     folder.mkdir()
-    how = write(folder, checkpoint, diffusion, sampling, scheduler, spacing, vae)
+    if native:
+        index, how = write_native(folder, checkpoint, sampling, scheduler, vae), "DiTPipeline"
+    else:
+        index, how = _write_program(folder, checkpoint, sampling, spacing, vae)
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    scheduler.save_pretrained(folder / "scheduler")
+    _write_json(folder / "model_index.json", index)
     (folder / "README.md").write_text(readme(checkpoint, sampling, native=native))
-    return how
+    return f"{checkpoint.spec.name} as {how}"
 
 
-def write_pipeline(
-    folder: Path, checkpoint: Any, diffusion: Any, sampling: Any, scheduler: Any, spacing: str, vae: Any
-) -> str:
-    """The backbone as a program, beside code that loads and samples from it."""
-    spec = checkpoint.spec
+def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, vae: Any) -> tuple[dict[str, Any], str]:
+    """The backbone as a program, beside code that loads and samples from it; returns the pipeline's index."""
+    spec, denoiser = checkpoint.spec, folder / "denoiser"
     program, error = export_denoiser(checkpoint.load_model(), spec)
-    denoiser = folder / "denoiser"
-    denoiser.mkdir(parents=True)
+    denoiser.mkdir()
     save_program(program, denoiser / "denoiser.pt2")
-    offset, rate = told_times(checkpoint.config.diffusion.kind, diffusion)
+    offset, rate = told_times(checkpoint.config.diffusion.kind, checkpoint.build_diffusion())
     settings = {
         "_class_name": "ExportedDenoiser",
         "num_classes": spec.num_classes,
@@ -55,16 +56,14 @@ def write_pipeline(
         "time_offset": offset,
         "time_rate": rate,
     }
-    (denoiser / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    _write_json(denoiser / "config.json", settings)
     shutil.copy(PARTS / "denoiser.py", denoiser)
     shutil.copy(PARTS / "pipeline.py", folder)
-    scheduler.save_pretrained(folder / "scheduler")
     if vae is not None:
         vae.save_pretrained(folder / "vae")
     index = {
         "_class_name": ["pipeline", "ClassConditionalPipeline"],
         "denoiser": ["denoiser", "ExportedDenoiser"],
-        "scheduler": ["diffusers", type(scheduler).__name__],
         "vae": [None, None] if vae is None else ["diffusers", type(vae).__name__],
         "classes": checkpoint.classes,
         "num_steps": sampling.num_steps,
@@ -72,49 +71,7 @@ def write_pipeline(
         "guidance_scale": sampling.guidance_scale,
         "guided_channels": sampling.legacy_cfg_channels if checkpoint.num_guided else 0,
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return f"{spec.name} as a program that differs from the model by {error:.1e} of its largest output"
-
-
-def write_native(
-    folder: Path, checkpoint: Any, diffusion: Any, sampling: Any, scheduler: Any, spacing: str, vae: Any
-) -> str:
-    """diffusers' own DiT in diffusers' own pipeline, which asks schedulers for their own times and no variance."""
-    if checkpoint.config.diffusion.kind != "gaussian" or sampling.sampler == "ddpm" or spacing != "trailing":
-        raise ValueError(
-            f"--native: DiTPipeline cannot walk {checkpoint.config.diffusion.kind}, {sampling.sampler}, "
-            f"{sampling.spacing}; add --sampler ddim --spacing trailing, or leave --native out"
-        )
-    if sampling.legacy_cfg_channels is not None:
-        raise ValueError(
-            f"--native: DiTPipeline guides all channels, not {sampling.legacy_cfg_channels} as "
-            "--sampling.legacy_cfg_channels says; leave it out"
-        )
-    if vae is None:
-        raise ValueError("--native: DiTPipeline needs an autoencoder, and this model denoises pixels; leave it out")
-    if diffusion.path.model_times is not None:
-        raise ValueError("--native: DiTPipeline tells a model its times from 0 to 999; leave it out")
-    transformer, vae = to_diffusers(checkpoint.load_model()), without_shift(vae)
-    transformer.save_pretrained(folder / "transformer")
-    vae.save_pretrained(folder / "vae")
-    scheduler.register_to_config(timestep_spacing="trailing")
-    scheduler.save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "DiTPipeline",
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "id2label": {str(label): name for label, name in enumerate(native_names(checkpoint.classes))},
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return f"{checkpoint.spec.name} as DiTPipeline"
-
-
-def native_names(classes: list[str]) -> list[str]:
-    """Names by which DiTPipeline tells all classes apart: semicolons in place of commas, which to it part several names
-    of one class, and the label behind a name that others have too."""
-    names = [" ".join(name.replace(",", ";").split()) for name in classes]
-    return [name if names.count(name) == 1 else f"{name} ({label})" for label, name in enumerate(names)]
+    return index, f"a program that differs from the model by {error:.1e} of its largest output"
 
 
 def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
@@ -152,3 +109,7 @@ def readme(checkpoint: Any, sampling: Any, *, native: bool) -> str:
         num_steps=sampling.num_steps,
         scale=sampling.guidance_scale,
     )
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

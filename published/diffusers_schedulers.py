@@ -11,21 +11,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-FOLLOWED = {
-    "sampler",
-    "num_steps",
-    "spacing",
-    "guidance_scale",
-    "legacy_cfg_channels",
-    "clip",
-}  # of sampling's settings
+FOLLOWED = {"sampler", "num_steps", "spacing", "guidance_scale", "legacy_cfg_channels", "clip"}  # of sampling
 PREDICTIONS: dict[str, Any] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
+GAUSSIAN = [("gaussian", sampler) for sampler in ("ddpm", "ddim", "dpmpp_2m")]
 SPACINGS = {  # the pipeline's word for the spacing of each diffusion, sampler and spacing
-    **{
-        ("gaussian", sampler, name): name
-        for sampler in ("ddpm", "ddim", "dpmpp_2m")
-        for name in ("uniform", "trailing")
-    },
+    **{(*chain, name): name for chain in GAUSSIAN for name in ("uniform", "trailing")},
     ("flow", "euler", "uniform"): "flow",
     ("edm", "euler", "karras"): "karras",
 }
@@ -43,49 +33,43 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
             raise ValueError(
                 f"--sampling.{name} {value}: diffusers' schedulers do not have it; train or sample without"
             )
-    key = kind, sampling.sampler, sampling.spacing
-    if key not in SPACINGS:
+    sampler, path = sampling.sampler, diffusion.path
+    spacing = SPACINGS.get((kind, sampler, sampling.spacing))
+    if spacing is None:
         known = "; ".join(", ".join(chain) for chain in SPACINGS if chain[0] == kind)
         raise ValueError(
-            f"--sampler {sampling.sampler} with --spacing {sampling.spacing}: no scheduler of diffusers walks that "
+            f"--sampler {sampler} with --spacing {sampling.spacing}: no scheduler of diffusers walks that "
             f"chain under {kind}; there are {known}"
         )
     limit = sampling.clip or math.inf
-    if math.isfinite(limit) and sampling.sampler != "ddpm":
+    cuts = math.isfinite(limit)
+    if cuts and sampler != "ddpm":
         raise ValueError(
             f"--clip {limit:g}: in diffusers only the scheduler of ddpm cuts predictions to what pixels can be; "
             "--sampler ddpm, or --clip .inf where samples come out well without"
         )
-    return _build(kind, diffusion, sampling.sampler, limit), SPACINGS[key]
-
-
-def _build(kind: str, diffusion: Any, sampler: str | None, limit: float) -> Any:
     if kind == "flow":
-        if diffusion.path.curve != "linear":
-            raise ValueError(f"--diffusion.path {diffusion.path.curve}: diffusers' flows are linear")
-        return FlowMatchEulerDiscreteScheduler(1000, shift=float(diffusion.path.shift))
+        if path.curve != "linear":
+            raise ValueError(f"--diffusion.path {path.curve}: diffusers' flows are linear")
+        return FlowMatchEulerDiscreteScheduler(1000, shift=float(path.shift)), spacing
     if kind == "edm":
-        low, high = diffusion.path.noise_range
-        return EDMEulerScheduler(low, high, diffusion.path.sigma_data)
-    chain: dict[str, Any] = {
-        "trained_betas": diffusion.path.betas.tolist(),
-        "prediction_type": PREDICTIONS[diffusion.prediction],
-    }
+        return EDMEulerScheduler(*path.noise_range, path.sigma_data), spacing
+    prediction = PREDICTIONS[diffusion.prediction]
+    chain: dict[str, Any] = {"trained_betas": path.betas.tolist(), "prediction_type": prediction}
     if sampler == "ddpm":
-        cut: dict[str, Any] = {"clip_sample": math.isfinite(limit)}
-        if cut["clip_sample"]:
-            cut["clip_sample_range"] = limit
-        return DDPMScheduler(diffusion.path.num_timesteps, **chain, **cut, variance_type=diffusion.variance)
-    if diffusion.path.alphas_cumprod[-1] == 0:
+        chain |= {"clip_sample": cuts, **({"clip_sample_range": limit} if cuts else {})}
+        return DDPMScheduler(path.num_timesteps, **chain, variance_type=diffusion.variance), spacing
+    if path.alphas_cumprod[-1] == 0:
         raise ValueError("--diffusion.zero_terminal_snr true: diffusers' DPM-Solver starts at 1 / 0; --sampler ddpm")
-    return DPMSolverMultistepScheduler(
-        diffusion.path.num_timesteps,
+    scheduler = DPMSolverMultistepScheduler(
+        path.num_timesteps,
         **chain,
         solver_order=1 if sampler == "ddim" else 2,  # DDIM is DPM-Solver++ of order 1
         solver_type="midpoint",
         final_sigmas_type="zero",
         lower_order_final=False,
     )
+    return scheduler, spacing
 
 
 def told_times(kind: str, diffusion) -> tuple[float, float]:

@@ -30,8 +30,8 @@ from metrics.exported import save_program
 from models import create_model
 from models.spec import ModelSpec
 from published import diffusers_pipeline
-from published.diffusers_dit import to_diffusers, without_shift
-from published.diffusers_pipeline import export_denoiser, native_names, readme
+from published.diffusers_dit import native_names, to_diffusers, without_shift, write_native
+from published.diffusers_pipeline import export_denoiser, readme
 from published.diffusers_schedulers import scheduler_of
 
 EXPORT, SAMPLE = script("scripts/export_diffusers.py"), script("sample.py")
@@ -234,7 +234,7 @@ def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path):
     legacy = SamplingConfig(sampler="ddim", spacing="trailing", legacy_cfg_channels=3)
     found = open_checkpoint(run)
     with pytest.raises(ValueError, match="--native: DiTPipeline guides all channels, not 3"):
-        diffusers_pipeline.write_native(tmp_path, found, found.build_diffusion(), legacy, None, "trailing", None)
+        write_native(tmp_path, found, legacy, None, None)
 
 
 def test_the_folder_says_how_to_load_it(tmp_path):
