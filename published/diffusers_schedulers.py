@@ -53,7 +53,8 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
             raise ValueError(f"--diffusion.path {path.curve}: diffusers' flows are linear")
         return FlowMatchEulerDiscreteScheduler(1000, shift=float(path.shift)), spacing
     if kind == "edm":
-        return EDMEulerScheduler(*path.noise_range, path.sigma_data), spacing
+        low, high = path.noise_range
+        return EDMEulerScheduler(low, high, path.sigma_data), spacing
     prediction = PREDICTIONS[diffusion.prediction]
     chain: dict[str, Any] = {"trained_betas": path.betas.tolist(), "prediction_type": prediction}
     if sampler == "ddpm":

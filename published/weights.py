@@ -258,7 +258,8 @@ def _stages_of_xswin(arguments: Mapping[str, Any]) -> Rules:
         return f"encoder.{stage}.blocks." if match[2] else f"merges.{stage}."
 
     def in_decoder(match: re.Match) -> str:
-        place, block = dict(enumerate(decoder)).get(int(match[1]), match[0]), int(match[2] or 1)
+        number, block = int(match[1]), int(match[2] or 1)
+        place = decoder[number] if number < len(decoder) else match[0]
         return place + ("wide." if block == 0 else "" if block == 1 else f"blocks.{block - 2}.")
 
     return [
