@@ -16,7 +16,7 @@ from experiment.diffusions import build_diffusion
 from machine.precision import precision_of
 from machine.whole_files import write_whole
 from metrics.cost import Cost, cost, throughput
-from models.spec import ModelSpec
+from models import ModelSpec
 
 TIMED_BATCH = {"cpu": 16, "cuda": 128}
 

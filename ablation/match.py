@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models import model_arguments
-from models.spec import ModelSpec
+from models import ModelSpec, model_arguments
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_
 from machine.whole_files import write_whole
 from metrics.cost import Cost
 from metrics.scores import check_metrics
-from models.spec import ModelSpec
+from models import ModelSpec
 from sampling.checks import resolve_sampling
 from sampling.generation import resolve_classes
 from training.optimizer import num_training_steps

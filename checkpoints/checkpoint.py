@@ -29,7 +29,7 @@ from experiment.imports import load_imports
 from experiment.settings import from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from machine.sharding import part_like
-from models.spec import ModelSpec
+from models import ModelSpec
 
 WEIGHTS = "ema.safetensors"
 

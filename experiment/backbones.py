@@ -10,8 +10,7 @@ from torch import nn
 from autoencoders.codec import Codec
 from diffusion import Diffusion
 from experiment.config import ExperimentConfig
-from models import BACKBONES
-from models.spec import ModelSpec
+from models import BACKBONES, ModelSpec
 
 import_module("studies.cascade.three_stages")  # registers its backbone, as a module of a user's would
 

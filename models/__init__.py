@@ -3,18 +3,17 @@
 import difflib
 import inspect
 import math
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from models import dit, unet, uvit, xswin
 from models.backbone import SIZES, Backbone, complete
 
-BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {  # by name: class, and arguments that differ from its own
-    **xswin.MODELS,
-    **dit.MODELS,
-    **uvit.MODELS,
-    **unet.MODELS,
-}
+# By name: class, and arguments that differ from its own.
+BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {**xswin.MODELS, **dit.MODELS, **uvit.MODELS, **unet.MODELS}
 BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "UViT-tokens")}
 MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout"}
 
@@ -27,8 +26,8 @@ def list_models() -> list[str]:
 def model_arguments(name: str, **overrides: object) -> dict[str, object]:
     """What a backbone of this name is built with: overrides, its row in the table, its constructor's defaults."""
     backbone, row = complete(BACKBONES[name][0]), BACKBONES[name][1]
-    accepted = inspect.signature(backbone).parameters.values()
-    defaults = {each.name: each.default for each in accepted if each.default is not inspect.Parameter.empty}
+    accepted = inspect.signature(backbone).parameters.items()
+    defaults = {argument: kind.default for argument, kind in accepted if kind.default is not kind.empty}
     return {**defaults, **row, **overrides}
 
 
@@ -44,9 +43,6 @@ def create_model(
     """A backbone `model(x_t, t, y) -> [b out_channels h w]`; `overrides` change arguments of its row in the table.
 
     One from outside that is a plain `nn.Module` is given what it lacks of the contract (see `models.backbone`).
-
-    Raises:
-        ValueError: for an unknown name or argument, listing the known ones, and for arguments that do not fit.
     """
     if name not in BACKBONES:
         close = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.4)
@@ -70,3 +66,28 @@ def create_model(
     for size in SIZES - vars(model).keys():
         setattr(model, size, sizes[size])
     return model
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What it takes to build a backbone again: the configuration's part, and what followed from the data."""
+
+    name: str
+    args: dict[str, Any]
+    input_size: tuple[int, int]
+    in_channels: int
+    out_channels: int
+    num_classes: int
+
+    def build(self) -> Backbone:
+        """The backbone with fresh weights; nothing is allocated before its arguments are known to fit."""
+        self.build_on_meta()
+        return self._create()
+
+    def build_on_meta(self) -> Backbone:
+        """The backbone without memory for its weights: validates the arguments, counts parameters."""
+        with torch.device("meta"):
+            return self._create()
+
+    def _create(self) -> Backbone:
+        return create_model(self.name, **{size: getattr(self, size) for size in SIZES}, **self.args)

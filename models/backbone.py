@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from einops import rearrange
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from models.layers import Images, Labels, Times, Tokens
 
 SIZES = ("input_size", "in_channels", "out_channels", "num_classes")
 MULTIPLYING = (nn.Linear, _ConvNd, nn.Bilinear, nn.MultiheadAttention)  # layers whose weights multiply features
@@ -22,19 +24,13 @@ class Backbone(nn.Module):
     """A network that denoises: `model(x_t, t, y, **extras) -> [b out_channels h w]`.
 
     `x_t` is [b in_channels h w], `t` [b] the time as the diffusion tells it, `y` [b] labels, of which `num_classes` is
-    the null label. `out_channels` are twice as many where the variance is learned.
-
-    Args:
-        input_size: side of the latent or image, or height and width
-        in_channels: of the latent or image
-        out_channels: to put out
-        num_classes: 0 makes the model unconditional: labels are ignored
+    the null label.
     """
 
-    input_size: tuple[int, int]
+    input_size: tuple[int, int]  # height and width of the latent or image; a constructor may be given a side
     in_channels: int
-    out_channels: int
-    num_classes: int
+    out_channels: int  # twice as many where the variance is learned
+    num_classes: int  # 0 makes the model unconditional: labels are ignored
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
         """Classes of the repeated blocks: FSDP shards them and recomputes them, torch.compile compiles them, Muon takes
@@ -45,16 +41,9 @@ class Backbone(nn.Module):
         """The modules of these classes."""
         return [module for module in self.modules() if isinstance(module, self.block_types())]
 
-    def features(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"], depths: Sequence[float]
-    ) -> list[Float[Tensor, "b n d"]]:
-        """Hidden states as sequences, after these shares of the blocks: above 0, and 1 for all of them.
-
-        What representation alignment (Yu et al. 2025, REPA) and feature matching compare. No further block is run.
-
-        Raises:
-            ValueError: for a depth out of (0, 1], or a backbone that names no blocks.
-        """
+    def features(self, x_t: Images, t: Times, y: Labels, depths: Sequence[float]) -> list[Tokens]:
+        """Hidden states after these shares of the blocks, in (0, 1], which representation alignment (Yu et al. 2025,
+        REPA) and feature matching compare. No further block is run."""
         num_blocks = len(self.repeated_blocks())
         if not num_blocks or not all(0 < depth <= 1 for depth in depths):
             raise ValueError(f"features at depths {list(depths)}: give shares in (0, 1]; there are {num_blocks} blocks")
@@ -76,34 +65,28 @@ class Backbone(nn.Module):
                 handle.remove()
         return [self.as_tokens(states[number - 1]) for number in numbers]
 
-    def as_tokens(self, state: Float[Tensor, "b ..."]) -> Float[Tensor, "b n d"]:
+    def as_tokens(self, state: Float[Tensor, "b ..."]) -> Tokens:
         """What a block puts out, as the sequence of its positions: sequences as they are, of images their pixels."""
         return state if state.ndim == 3 else rearrange(state, "b d h w -> b (h w) d")
 
-    def encode(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
-    ) -> Sequence[Float[Tensor, "b ..."]]:
+    def encode(self, x_t: Images, t: Times, y: Labels) -> Sequence[Float[Tensor, "b ..."]]:
         """What feature matching compares, the mean over them: hidden states a quarter and half of the way through."""
         return self.features(x_t, t, y, (0.25, 0.5))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameters that weight decay is for, and those that it is not: it is for what multiplies features, not for
         norms, biases, embeddings, positions and scales."""
-        multiplying = {
-            id(parameter)
-            for layer in self.modules()
-            if isinstance(layer, MULTIPLYING)
-            for parameter in layer.parameters(recurse=False)
-            if parameter.ndim > 1
-        }
-        decayed = [parameter for parameter in self.parameters() if id(parameter) in multiplying]
+        layers = [layer for layer in self.modules() if isinstance(layer, MULTIPLYING)]
+        weights = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+        decayed = [weight for weight in self.parameters() if id(weight) in weights and weight.ndim > 1]
+        multiplying = {id(weight) for weight in decayed}
         rest = [parameter for parameter in self.parameters() if id(parameter) not in multiplying]
         return [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
 
     def extras(self) -> tuple[str, ...]:
         """Names of further inputs that `forward` takes: its keywords."""
         parameters = inspect.signature(self.forward).parameters.values()
-        return tuple(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -116,11 +99,7 @@ class _Reached(Exception):
 
 
 def complete(backbone: Any) -> type[Backbone]:
-    """The class itself, or one with its name and the contract's defaults.
-
-    Raises:
-        ValueError: for what cannot be a backbone, in words.
-    """
+    """The class itself, or one with its name and the contract's defaults; refuses what cannot be a backbone."""
     name = getattr(backbone, "__name__", backbone)
     if not inspect.isclass(backbone) or not issubclass(backbone, nn.Module):
         raise ValueError(f"--model: {name} is no nn.Module class, which a backbone must be")

@@ -1,16 +1,16 @@
 """DiT: diffusion transformers with adaLN-zero conditioning (Peebles and Xie 2023)."""
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers.attention import SelfAttention, xavier_, zero_
-from models.layers.embedding import Conditioning, TimeEmbedding
+from models.layers import Cond, Images, Labels, Output, Times, Tokens
+from models.layers.attention import SelfAttention, initialise_linears_, zero_
+from models.layers.embedding import Conditioning, TimeEmbedding, sincos_2d
 from models.layers.mlp import Mlp
 from models.layers.modulation import modulate
 from models.layers.patch import check_input_size, patchify, unpatchify
-from models.layers.position import sincos_2d
 
 
 class DiTBlock(nn.Module):
@@ -24,7 +24,7 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), nn.GELU("tanh"))
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x: Float[Tensor, "b n d"], cond: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Tokens, cond: Cond) -> Tokens:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
         x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -39,25 +39,16 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim)
         self.linear = nn.Linear(dim, patch_dim)
 
-    def forward(self, x: Float[Tensor, "b n d"], cond: Float[Tensor, "b d"]) -> Float[Tensor, "b n patch"]:
+    def forward(self, x: Tokens, cond: Cond) -> Float[Tensor, "b n patch"]:
         shift, scale = self.modulation(cond).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class DiT(Backbone):
-    """A plain transformer over patches.
+    """A plain transformer over patches of `patch_size` pixels a side.
 
-    Args:
-        dim: width.
-        depth: blocks.
-        num_heads: heads of each.
-        patch_size: side of a patch, in latent pixels.
-        mlp_ratio: hidden over outer width of the MLPs.
-        long_skips: join the input of each block of the second half with its mirror's in the first half
-            by concatenation and a linear (Bao et al. 2023): the paper's UViT.
-
-    Raises:
-        ValueError: in words, for arguments that do not fit together.
+    `long_skips` join the input of each block of the second half with its mirror's in the first half, by concatenation
+    and a linear (Bao et al. 2023): the paper's UViT.
     """
 
     def __init__(
@@ -94,18 +85,13 @@ class DiT(Backbone):
 
     def _initialise(self) -> None:
         time = [module for module in self.modules() if isinstance(module, TimeEmbedding)]
-        kept = {layer for module in time for layer in module.modules()}
-        for module in self.modules():
-            if module not in kept:
-                xavier_(module)
+        initialise_linears_(self, nn.init.xavier_uniform_, but={layer for module in time for layer in module.modules()})
         for module in self.modules():
             if isinstance(module, DiTBlock | FinalLayer):
                 zero_(module.modulation)
         zero_(self.final.linear)
 
-    def forward(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
-    ) -> Float[Tensor, "b c_out h w"]:
+    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
         cond = self.cond(t, y)
         x = self.patch(patchify(x_t, self.patch_size)) + self.positions
 
@@ -128,10 +114,9 @@ SIZES = {
     "L": {"dim": 1024, "depth": 24, "num_heads": 16},
     "XL": {"dim": 1152, "depth": 28, "num_heads": 16},
 }
-PATCH_SIZES = (2, 4, 8)
 MODELS = {
     f"{family}-{size}/{patch_size}": (DiT, {**row, **skips, "patch_size": patch_size})
     for family, skips in {"DiT": {}, "UViT": {"long_skips": True}}.items()
     for size, row in SIZES.items()
-    for patch_size in PATCH_SIZES
+    for patch_size in (2, 4, 8)
 }

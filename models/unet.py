@@ -1,18 +1,19 @@
 """Convolutional U-Nets with attention where it is asked for: the backbones of denoising in pixel space."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
+from models.layers import Cond, Images, Labels, Output, Times
 from models.layers.attention import check_choice, zero_
 from models.layers.embedding import Conditioning
-from models.layers.image_attention import ATTENTIONS, ImageAttention
 from models.layers.patch import check_input_size
-from models.layers.residual import UPSAMPLERS, Downsample, ResidualBlock, group_norm
+from models.layers.residual import ATTENTIONS, UPSAMPLERS, Downsample, ImageAttention, ResidualBlock, group_norm
 
 LETTERS = {"R": False, "A": True}  # of a level's blocks: whether attention follows
 
@@ -25,8 +26,8 @@ class Level(nn.Module):
         spelling: str,
         in_channels: int,
         out_channels: int,
-        cond_dim: int,
         *,
+        cond_dim: int,
         num_heads: int,
         attention_axis: str,
         dropout: float,
@@ -39,7 +40,7 @@ class Level(nn.Module):
             for letter in spelling
         )
 
-    def forward(self, x: Float[Tensor, "b c h w"], cond: Float[Tensor, "b d"]) -> Float[Tensor, "b c_out h w"]:
+    def forward(self, x: Images, cond: Cond) -> Output:
         for block, attention in zip(self.blocks, self.attentions, strict=True):
             x = attention(block(x, cond))
         return x
@@ -57,18 +58,12 @@ class UNet(Backbone):
     Args:
         channels: width of the stem, then of each level, from the finest; multiples of 8.
         down: blocks of each level on the way down, from the finest; a level ends with a convolution of stride two.
-        middle_channels: width of each group of blocks in the middle, below the coarsest level.
-        middle: blocks of each of these groups.
+        middle_channels, middle: width and blocks of each group in the middle, below the coarsest level.
         up: blocks of each level on the way up, from the coarsest.
         time_dim: width of the embedding of time and label.
-        num_heads: heads of each attention.
         attention_axis: `pixels` attend to pixels, or `channels` to channels.
         upsampling: `transposed` convolution, or `nearest` pixel and convolution.
         stem_size: side of the first convolution's kernel, odd.
-        dropout: share of activations dropped in each residual block.
-
-    Raises:
-        ValueError: in words, for arguments that do not fit together.
     """
 
     def __init__(
@@ -103,17 +98,7 @@ class UNet(Backbone):
         self.input_size = check_input_size(input_size, 1)
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
-        def level(spelling: str, in_width: int, out_width: int) -> Level:
-            return Level(
-                spelling,
-                in_width,
-                out_width,
-                time_dim,
-                num_heads=num_heads,
-                attention_axis=attention_axis,
-                dropout=dropout,
-            )
-
+        level = partial(Level, cond_dim=time_dim, num_heads=num_heads, attention_axis=attention_axis, dropout=dropout)
         stem_width, *level_widths = channels
         skip_widths = list(channels[:-1])  # what each level is given
         self.cond = Conditioning(num_classes, time_dim, std=None)
@@ -137,9 +122,7 @@ class UNet(Backbone):
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return ResidualBlock, ImageAttention
 
-    def forward(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
-    ) -> Float[Tensor, "b c_out h w"]:
+    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
         cond = self.cond(t, y)
         x, skips = self._down(x_t, cond)
 
@@ -153,9 +136,7 @@ class UNet(Backbone):
 
         return self.head(F.silu(self.norm(x))).contiguous()  # as it came: noise drawn like it follows its memory format
 
-    def encode(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
-    ) -> list[Float[Tensor, "b _ _ _"]]:
+    def encode(self, x_t: Images, t: Times, y: Labels) -> list[Float[Tensor, "b _ _ _"]]:
         """The encoder's features: what each level is given, from the finest, and what the middle is."""
         x, skips = self._down(x_t, self.cond(t, y))
         return [*skips, x]
@@ -183,37 +164,29 @@ def _check_spelling(name: str, words: Sequence[str], num_levels: int) -> None:
 # narrower). Giga's table and text disagree on the middle: three blocks a group, as its three letters say.
 _ANIME = {"channels": (32, 64, 128, 256, 512), "middle_channels": (512, 256)}
 _CIFAR10 = {"channels": (64, 64, 128, 256), "middle_channels": (512,), "num_heads": 8, "stem_size": 7}
-MODELS = {
-    "UNet-Mini": (UNet, {}),
-    "UNet-Simple": (UNet, {**_ANIME, "down": ("AAA",) * 4, "middle": ("AA", "AA"), "up": ("AAA",) * 4}),
-    "UNet-Mega": (
-        UNet,
-        {**_ANIME, "down": ("AAAAA",) * 4, "middle": ("AAA", "AAA"), "up": ("AAAAA",) * 4, "dropout": 0.1},
-    ),
-    "UNet-Giga": (
-        UNet,
-        {
-            **_ANIME,
-            "channels": (128, 256, 256, 512),
-            "down": ("RARAA",) * 3,
-            "middle": ("RAR", "RAR"),
-            "up": ("RARAR",) * 3,
-            "dropout": 0.1,
-        },
-    ),
+_ROWS = {
+    "UNet-Mini": {},
+    "UNet-Simple": {**_ANIME, "down": ("AAA",) * 4, "middle": ("AA", "AA"), "up": ("AAA",) * 4},
+    "UNet-Mega": {**_ANIME, "down": ("AAAAA",) * 4, "middle": ("AAA",) * 2, "up": ("AAAAA",) * 4, "dropout": 0.1},
+    "UNet-Giga": {
+        "channels": (128, 256, 256, 512),
+        "down": ("RARAA",) * 3,
+        "middle_channels": (512, 256),
+        "middle": ("RAR", "RAR"),
+        "up": ("RARAR",) * 3,
+        "dropout": 0.1,
+    },
     # CIFAR-10 at 32x32: multipliers 1, 2, 4 and, in the middle, 8; attention at 16x16 and 8x8. -S, a block a level, is
     # its variant for MNIST: 16.9M of about 15M; the study gives no more of its layout than the multipliers.
-    "UNet-CIFAR10": (UNet, {**_CIFAR10, "down": ("RR", "AA", "AA"), "middle": ("RR",), "up": ("AA", "AA", "RR")}),
-    "UNet-CIFAR10-S": (UNet, {**_CIFAR10, "down": ("R", "A", "A"), "middle": ("RR",), "up": ("A", "A", "R")}),
+    "UNet-CIFAR10": {**_CIFAR10, "down": ("RR", "AA", "AA"), "middle": ("RR",), "up": ("AA", "AA", "RR")},
+    "UNet-CIFAR10-S": {**_CIFAR10, "down": ("R", "A", "A"), "middle": ("RR",), "up": ("A", "A", "R")},
     # Class-conditional MNIST at 28x28, small enough for two CPU cores; attention at 7x7 and 4x4.
-    "UNet-MNIST": (
-        UNet,
-        {
-            "channels": (64, 64, 128, 256),
-            "down": ("R", "R", "A"),
-            "middle_channels": (256,),
-            "middle": ("A",),
-            "up": ("A", "R", "R"),
-        },
-    ),
+    "UNet-MNIST": {
+        "channels": (64, 64, 128, 256),
+        "down": ("R", "R", "A"),
+        "middle_channels": (256,),
+        "middle": ("A",),
+        "up": ("A", "R", "R"),
+    },
 }
+MODELS = {name: (UNet, row) for name, row in _ROWS.items()}

@@ -1,11 +1,14 @@
 """U-ViT as published: time and label are tokens among the patches (Bao et al. 2023)."""
 
+from functools import partial
+
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers.attention import SelfAttention
+from models.layers import Images, Labels, Output, Times, Tokens
+from models.layers.attention import SelfAttention, initialise_linears_
 from models.layers.embedding import sinusoids
 from models.layers.mlp import Mlp
 from models.layers.patch import check_input_size, patchify, unpatchify
@@ -21,24 +24,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Tokens) -> Tokens:
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class UViTTokens(Backbone):
-    """A transformer over label, time and patch tokens, with long skips and a last convolution.
-
-    Args:
-        dim: width.
-        depth: blocks, an odd number: as many before the middle one as after it.
-        num_heads: heads of each.
-        patch_size: side of a patch, in latent pixels.
-        mlp_ratio: hidden over outer width of the MLPs.
-
-    Raises:
-        ValueError: in words, for arguments that do not fit together.
-    """
+    """A transformer over tokens of the label, the time and patches of `patch_size` pixels a side, with long skips and a
+    last convolution."""
 
     def __init__(
         self,
@@ -62,10 +55,7 @@ class UViTTokens(Backbone):
         self.grid = self.input_size[0] // patch_size, self.input_size[1] // patch_size
         self.num_tokens = 2 if num_classes else 1  # of label and time
 
-        def make_block() -> Block:
-            return Block(dim, num_heads, mlp_ratio=mlp_ratio)
-
-        half = depth // 2
+        half, make_block = depth // 2, partial(Block, dim, num_heads, mlp_ratio=mlp_ratio)
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.patch = nn.Linear(in_channels * patch_size**2, dim)
         self.positions = nn.Parameter(torch.zeros(self.num_tokens + self.grid[0] * self.grid[1], dim))
@@ -76,26 +66,17 @@ class UViTTokens(Backbone):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, out_channels * patch_size**2)
         self.smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self._initialise()
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        initialise_linears_(self, partial(nn.init.trunc_normal_, std=0.02))
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return (Block,)
 
-    def as_tokens(self, state: Float[Tensor, "b _ d"]) -> Float[Tensor, "b n d"]:
+    def as_tokens(self, state: Float[Tensor, "b _ d"]) -> Tokens:
         """The tokens of patches, without those of time and label."""
         return state[:, self.num_tokens :]
 
-    def _initialise(self) -> None:
-        nn.init.trunc_normal_(self.positions, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def forward(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
-    ) -> Float[Tensor, "b c_out h w"]:
+    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
         # Tokens: label, time, patches.
         tokens = [sinusoids(t, self.dim)[:, None], self.patch(patchify(x_t, self.patch_size))]
         if self.label is not None:

@@ -1,72 +1,70 @@
 """XSwin and USwin: hierarchical U-Nets of Swin V2 blocks, with localized cross-attention or concatenated skips."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers.attention import SelfAttention, check_choice, zero_
-from models.layers.embedding import Conditioning
+from models.layers import Cond, Grid, Images, Labels, Output, Times, Tokens
+from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
+from models.layers.embedding import Conditioning, NoConditioning, sincos_2d
 from models.layers.mlp import DropPath, Mlp
-from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, NoConditioning
-from models.layers.patch import PatchExpanding, PatchMerging, check_input_size
-from models.layers.position import sincos_2d
-from models.layers.skip import SKIPS
-from models.layers.stem import CONV_NORMS, STEMS, modulate_image
-from models.layers.window import WindowAttention
+from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator
+from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
+from models.layers.window import SKIPS, WindowAttention
 
 
-class SwinBlock(nn.Module):
+class ModulatedBlock(nn.Module):
+    """Attention and MLP, with the places where conditioning enters; a subclass says in which order they act."""
+
+    def __init__(self, dim: int, attention: nn.Module, injection: Injection, mlp_ratio: float, norm_eps: float) -> None:
+        super().__init__()
+        self.token = injection.token(dim)
+        self.modulator1 = injection.modulator(dim)
+        self.attention = attention
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.gate1 = injection.gate(dim)
+        self.modulator2 = injection.modulator(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.gate2 = injection.gate(dim)
+
+
+class SwinBlock(ModulatedBlock):
     """Swin V2 block: window attention and MLP, each modulated before and normalised after (res-post-norm)."""
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        injection: Injection,
         *,
+        injection: Injection,
         window_size: int,
         shifted: bool,
         mlp_ratio: float,
         drop_path: float,
     ) -> None:
-        super().__init__()
-        self.token = injection.token(dim)
-        self.modulator1 = injection.modulator(dim)
-        self.attention = WindowAttention(dim, num_heads, window_size, shifted=shifted)
-        self.norm1 = nn.LayerNorm(dim)
-        self.gate1 = injection.gate(dim)
-        self.modulator2 = injection.modulator(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.norm2 = nn.LayerNorm(dim)
-        self.gate2 = injection.gate(dim)
+        attention = WindowAttention(dim, num_heads, window_size, shifted=shifted)
+        super().__init__(dim, attention, injection, mlp_ratio, norm_eps=1e-5)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "b h w d"], cond: Tensor) -> Float[Tensor, "b h w d"]:
+    def forward(self, x: Grid, cond: Cond) -> Grid:
         mixed = self.norm1(self.attention(self.modulator1(x, cond), self.token(cond)))
         x = x + self.drop_path(self.gate1(mixed, cond))
         return x + self.drop_path(self.gate2(self.norm2(self.mlp(self.modulator2(x, cond))), cond))
 
 
-class GlobalBlock(nn.Module):
+class GlobalBlock(ModulatedBlock):
     """ViT block: global attention and MLP, each modulated, then normalised, before."""
 
     def __init__(self, dim: int, num_heads: int, injection: Injection, *, mlp_ratio: float) -> None:
-        super().__init__()
-        self.token = injection.token(dim)
-        self.modulator1 = injection.modulator(dim)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attention = SelfAttention(dim, num_heads)
-        self.gate1 = injection.gate(dim)
-        self.modulator2 = injection.modulator(dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.gate2 = injection.gate(dim)
+        super().__init__(dim, SelfAttention(dim, num_heads), injection, mlp_ratio, norm_eps=1e-6)
 
-    def forward(self, x: Float[Tensor, "b n d"], cond: Tensor) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Tokens, cond: Cond) -> Tokens:
         mixed = self.attention(self.norm1(self.modulator1(x, cond)), self.token(cond))
         x = x + self.gate1(mixed, cond)
         return x + self.gate2(self.mlp(self.norm2(self.modulator2(x, cond))), cond)
@@ -79,7 +77,7 @@ class EncoderStage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Float[Tensor, "b h w d"], cond: Tensor) -> Float[Tensor, "b h w d"]:
+    def forward(self, x: Grid, cond: Cond) -> Grid:
         for block in self.blocks:
             x = block(x, cond)
         return x
@@ -98,15 +96,12 @@ class DecoderStage(nn.Module):
         injection: Injection,
     ) -> None:
         super().__init__()
-        self.skip = skip
-        self.wide = wide
+        self.skip, self.wide = skip, wide
         self.modulator = injection.modulator(widths[0])
         self.halve = nn.Linear(*widths)
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(
-        self, x: Float[Tensor, "b h w d"], skip: Float[Tensor, "b h w d"], cond: Tensor
-    ) -> Float[Tensor, "b h w d"]:
+    def forward(self, x: Grid, skip: Grid, cond: Cond) -> Grid:
         x = torch.cat([x, self.skip(x, skip, cond)], dim=-1)
         x = self.halve(self.modulator(self.wide(x, cond), cond))
         for block in self.blocks:
@@ -128,7 +123,6 @@ class XSwin(Backbone):
         window_size: side of the attention windows, in tokens.
         patch_size: side of a patch, in latent pixels; must divide the input.
         num_global_blocks: ViT blocks at the bottleneck.
-        mlp_ratio: hidden over outer width of the MLPs.
         skip: `cross_attention` (XSwin, inside windows), `global_cross_attention`, `concat` (USwin) or `none`.
         final_downsample: merge after the last stage too.
         stem: `convolutions` before patching and after unpatching (published), or `none`.
@@ -137,9 +131,6 @@ class XSwin(Backbone):
             (and a gate after every residual branch), `tokens` (one more token in every attention), or `none`: not at
             all, for dense prediction.
         drop_path: stochastic depth of the last block; rises from 0 over encoder and decoder.
-
-    Raises:
-        ValueError: in words, for arguments that do not fit together.
     """
 
     def __init__(
@@ -175,22 +166,16 @@ class XSwin(Backbone):
             raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
-        injection = Injection(dim, **INJECTIONS[conditioning])
+        injection = Injection(conditioning, dim)
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path} must lie in [0, 1)")
         rates = torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist()
 
+        swin_block = partial(SwinBlock, injection=injection, window_size=window_size, mlp_ratio=mlp_ratio)
+
         def make_blocks(depth: int, width: int, heads: int, rates: list[float], first: int = 0) -> list[SwinBlock]:
             return [
-                SwinBlock(
-                    width,
-                    heads,
-                    injection,
-                    window_size=window_size,
-                    shifted=number % 2 == 1,
-                    mlp_ratio=mlp_ratio,
-                    drop_path=rates[number],
-                )
+                swin_block(width, heads, shifted=number % 2 == 1, drop_path=rates[number])
                 for number in range(first, depth)
             ]
 
@@ -234,28 +219,19 @@ class XSwin(Backbone):
         self.stem_out = STEMS[stem](dim + self.stem_in.out_channels, dim, injection, conv_norm)
         self.head_modulator = injection.modulator(self.stem_out.out_channels)
         self.head = nn.Conv2d(self.stem_out.out_channels, out_channels, 1)
-        self._initialise()
-
-    def block_types(self) -> tuple[type[nn.Module], ...]:
-        return SwinBlock, GlobalBlock
-
-    def as_tokens(self, state: Float[Tensor, "b ... d"]) -> Float[Tensor, "b n d"]:
-        """Of a grid of tokens, row by row."""
-        return state.flatten(1, -2)
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise_linears_(self, partial(nn.init.trunc_normal_, std=0.02))
         for module in self.modules():
             if isinstance(module, Modulator | Gate):
                 zero_(module.linear)
 
-    def forward(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
-    ) -> Float[Tensor, "b c_out h w"]:
+    def block_types(self) -> tuple[type[nn.Module], ...]:
+        return SwinBlock, GlobalBlock
+
+    def as_tokens(self, state: Float[Tensor, "b ... d"]) -> Tokens:
+        """Of a grid of tokens, row by row."""
+        return state.flatten(1, -2)
+
+    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
         cond = self.cond(t, y)
 
         # Convolutional stem (if any), patches.

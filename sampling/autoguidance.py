@@ -10,7 +10,7 @@ from checkpoints.checkpoint import open_checkpoint
 from data.latents import short
 from experiment.config import DiffusionConfig, SamplingConfig
 from experiment.diffusions import diffusion_settings
-from models.spec import ModelSpec
+from models import ModelSpec
 
 OF_TRAINING = {
     "loss",

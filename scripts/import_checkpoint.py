@@ -83,7 +83,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     """Weights as a checkpoint; returns what they are."""
     from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
     from experiment.diffusions import build_diffusion
-    from models.spec import ModelSpec
+    from models import ModelSpec
     from published.training_files import read_weights
     from published.weights import arguments_of, load_reference, row_of
 

@@ -21,7 +21,7 @@ from experiment.cli import parse_mapping
 from experiment.config import ExperimentConfig
 from machine.accelerator import open_accelerator
 from metrics.cost import Cost, cost
-from models.spec import ModelSpec
+from models import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("here")
 

@@ -30,7 +30,7 @@ from machine.checkpoint_folder import (
     rotate,
     to_resume,
 )
-from models.spec import ModelSpec
+from models import ModelSpec
 from training.guard import Guard
 from training.inspection import check_best
 from training.optimizer import build_optimizer

@@ -17,7 +17,7 @@ from checkpoints.training_state import TrainingState, list_snapshots, save_check
 from experiment.cli import parse_run
 from experiment.config import ExperimentConfig
 from machine.checkpoint_folder import CheckpointError
-from models.spec import ModelSpec
+from models import ModelSpec
 from training.resumption import start_or_go_on
 
 

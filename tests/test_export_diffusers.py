@@ -27,8 +27,7 @@ from experiment.config import (
 from experiment.diffusions import build_diffusion
 from machine.randomness import generator_for
 from metrics.exported import save_program
-from models import create_model
-from models.spec import ModelSpec
+from models import ModelSpec, create_model
 from published import diffusers_pipeline
 from published.diffusers_dit import native_names, to_diffusers, without_shift, write_native
 from published.diffusers_pipeline import export_denoiser, readme

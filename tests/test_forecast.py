@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusion import GaussianDiffusion
-from models.spec import ModelSpec
+from models import ModelSpec
 from training.preparation import forecast
 
 

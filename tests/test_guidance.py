@@ -18,7 +18,7 @@ from diffusion.guidance import SCALE_SCHEDULES, drop_labels, guide, linear, proj
 from diffusion.paths import GaussianChain
 from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig
-from models.spec import ModelSpec
+from models import ModelSpec
 from published.weights import arguments_of, load_reference
 from sampling.autoguidance import load_guide_model
 

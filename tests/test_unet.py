@@ -11,10 +11,9 @@ from torch import nn
 import studies.cascade.three_stages  # noqa: F401, registers a backbone
 from models import create_model
 from models.layers import attention as attention_layers
-from models.layers import image_attention
+from models.layers import residual
 from models.layers.embedding import Conditioning
-from models.layers.image_attention import ATTENTIONS, ChannelAttention, ImageAttention
-from models.layers.residual import UPSAMPLERS, ResidualBlock
+from models.layers.residual import ATTENTIONS, UPSAMPLERS, ChannelAttention, ImageAttention, ResidualBlock
 
 
 def build(name="UNet-Mini", *, input_size=16, num_classes=0, **overrides):
@@ -87,7 +86,7 @@ def test_attention_is_where_it_was_asked_for(name, encoder, middle, decoder):
 def attention_calls(model, *size, monkeypatch):
     """(tokens, width of a head) of each attention that a forward computes, in order."""
     calls = []
-    for module in (attention_layers, image_attention):
+    for module in (attention_layers, residual):
         attend = module.attend
 
         def spy(q, k, v, attend=attend, **kwargs):

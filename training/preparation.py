@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffusion import Diffusion
+from models import ModelSpec
 from models.backbone import Backbone
-from models.spec import ModelSpec
 
 LONG = 600  # seconds of an epoch
 

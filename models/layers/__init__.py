@@ -1,6 +1,17 @@
-"""Bricks of the backbones.
+"""Bricks of the backbones, and the shapes that their signatures name.
 
 Axis letters, here and in the backbones: `b` batch, `c` channels, `h w` grid, `n` tokens, `m` tokens attended to,
-`d` width, `k` attention heads, `e` width of one head, `p q` sides of a patch. Images are `[b c h w]`, grids of
-tokens `[b h w d]`, sequences `[b n d]`; `cond` is `[b d]` and has gone through its SiLU once, at the top.
+`d` width, `k` attention heads, `e` width of one head, `p q` sides of a patch. Conditioning has gone through its SiLU
+once, at the top.
 """
+
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+Images = Float[Tensor, "b c h w"]
+Output = Float[Tensor, "b c_out h w"]
+Grid = Float[Tensor, "b h w d"]
+Tokens = Float[Tensor, "b n d"]
+Cond = Float[Tensor, "b cond"]
+Times = Shaped[Tensor, " b"]
+Labels = Int64[Tensor, " b"]

@@ -1,6 +1,6 @@
 """Scaled dot-product attention: the one place that chooses a kernel."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from models.layers import Tokens
 
 FEW_TOKENS = 64  # on CPUs, up to here plain matrix products beat the fused kernel's backward
 
@@ -32,11 +34,7 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Global multi-head self-attention; all may also attend to a `token` that is not part of the image.
-
-    Raises:
-        ValueError: when the heads do not divide the width.
-    """
+    """Global multi-head self-attention; all may also attend to a `token` that is not part of the image."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -45,7 +43,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "b n d"], token: Float[Tensor, "b 1 d"] | None = None) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Tokens, token: Float[Tensor, "b 1 d"] | None = None) -> Tokens:
         num_queries = x.shape[1]
         x = x if token is None else torch.cat([x, token], dim=1)
         q, k, v = rearrange(self.qkv(x), "b n (three k e) -> three b k n e", three=3, k=self.num_heads)
@@ -53,11 +51,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention whose queries come from `x`, keys and values from `context`.
-
-    Raises:
-        ValueError: when the heads do not divide the width.
-    """
+    """Multi-head attention whose queries come from `x`, keys and values from `context`."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -68,10 +62,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self,
-        x: Float[Tensor, "*b n d"],
-        context: Float[Tensor, "*b m d"],
-        bias: Tensor | None = None,
+        self, x: Float[Tensor, "*b n d"], context: Float[Tensor, "*b m d"], bias: Tensor | None = None
     ) -> Float[Tensor, "*b n d"]:
         q = rearrange(self.q(x), "... n (k e) -> ... k n e", k=self.num_heads)
         k, v = rearrange(self.kv(context), "... m (two k e) -> two ... k m e", two=2, k=self.num_heads)
@@ -79,13 +70,11 @@ class CrossAttention(nn.Module):
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Fail in words when `num_heads` does not divide `dim`."""
     if dim % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide the width {dim}")
 
 
 def check_choice(name: str, value: str, known: Collection[str]) -> None:
-    """Fail in words when a value is none of those that there are."""
     if value not in known:
         raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
 
@@ -93,17 +82,18 @@ def check_choice(name: str, value: str, known: Collection[str]) -> None:
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def zero_(module: Layer) -> Layer:
+def zero_(layer: Layer) -> Layer:
     """Zero weights and bias: what follows starts as if the layer were not there."""
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-    return module
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
-def xavier_(module: nn.Module) -> None:
-    """Xavier-uniform linears with zero biases: `module.apply(xavier_)`."""
-    if isinstance(module, nn.Linear):
-        torch.nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def initialise_linears_(network: nn.Module, initialise_: Callable[[Tensor], Tensor], but: Collection = ()) -> None:
+    """Weights of a network's linears as `initialise_` fills them, and biases of zero; those in `but` stay."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear) and module not in but:
+            initialise_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,16 +1,18 @@
-"""Time and label to vectors."""
+"""Time, label and position to vectors."""
 
 import math
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
+
+from models.layers import Labels, Times
 
 NUM_FREQUENCIES = 256
 SMALL = 0.02  # of transformers, whose modulators start at zero (Peebles and Xie 2023)
 
 
-def sinusoids(t: Shaped[Tensor, " b"], dim: int, max_period: float = 10_000) -> Float[Tensor, "b dim"]:
+def sinusoids(t: Times, dim: int, max_period: float = 10_000) -> Float[Tensor, "b dim"]:
     """Cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5), in float32."""
     steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
     angles = t.float()[:, None] * torch.exp(-math.log(max_period) * steps / (dim // 2))
@@ -27,7 +29,7 @@ class TimeEmbedding(nn.Module):
             for layer in (self.mlp[0], self.mlp[2]):
                 nn.init.normal_(layer.weight, std=std)  # pyright: ignore[reportArgumentType]
 
-    def forward(self, t: Shaped[Tensor, " b"]) -> Float[Tensor, "b d"]:
+    def forward(self, t: Times) -> Float[Tensor, "b d"]:
         return self.mlp(sinusoids(t, NUM_FREQUENCIES))
 
 
@@ -46,8 +48,29 @@ class Conditioning(nn.Module):
         if self.label is not None and std is not None:
             nn.init.normal_(self.label.weight, std=std)
 
-    def forward(self, t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
+    def forward(self, t: Times, y: Labels) -> Float[Tensor, "b d"]:
         cond = self.time(t)
         if self.label is not None:
             cond = cond + self.label(y)
         return nn.functional.silu(cond)
+
+
+class NoConditioning(nn.Module):
+    """In place of the embeddings of time and label: vectors of width 0."""
+
+    def forward(self, t: Times, y: Labels) -> Float[Tensor, "b 0"]:
+        return torch.zeros(len(t), 0, device=t.device)
+
+
+def sincos_2d(dim: int, height: int, width: int) -> Float[Tensor, "n dim"]:
+    """Fixed sin-cos positions of a grid, row by row: half the width for the column, half for the row."""
+    if dim % 4:
+        raise ValueError(f"dim={dim} must be a multiple of 4 for 2-D sin-cos positions")
+    omega = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float64).repeat(height)
+    halves = []
+    for coordinate in (columns, rows):
+        angles = coordinate[:, None] * omega
+        halves += [angles.sin(), angles.cos()]
+    return torch.cat(halves, dim=-1).float()

@@ -1,23 +1,23 @@
 """How conditioning enters a layer: adaptive modulation (adaLN, Peebles and Xie 2023), gates, or tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.layers import Cond
 from models.layers.attention import zero_
 
+Features = Float[Tensor, "b *axes d"]
 
-def modulate(
-    x: Float[Tensor, "b *axes d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]
-) -> Float[Tensor, "b *axes d"]:
+
+def modulate(x: Features, shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]) -> Features:
     """`x * (1 + scale) + shift`, the same for all positions."""
     return x * (1 + _spread(scale, x)) + _spread(shift, x)
 
 
-def _spread(values: Float[Tensor, "b d"], x: Float[Tensor, "b *axes d"]) -> Tensor:
+def _spread(values: Float[Tensor, "b d"], x: Features) -> Tensor:
     return values.view(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])  # not len(x): that is a number to torch.export
 
 
@@ -28,7 +28,7 @@ class Modulator(nn.Module):
         super().__init__()
         self.linear = zero_(nn.Linear(cond_dim, 2 * dim))
 
-    def forward(self, x: Float[Tensor, "b *axes d"], cond: Float[Tensor, "b cond"]) -> Float[Tensor, "b *axes d"]:
+    def forward(self, x: Features, cond: Cond) -> Features:
         shift, scale = self.linear(cond).chunk(2, dim=-1)
         return modulate(x, shift, scale)
 
@@ -40,7 +40,7 @@ class Gate(nn.Module):
         super().__init__()
         self.linear = zero_(nn.Linear(cond_dim, dim))
 
-    def forward(self, x: Float[Tensor, "b *axes d"], cond: Float[Tensor, "b cond"]) -> Float[Tensor, "b *axes d"]:
+    def forward(self, x: Features, cond: Cond) -> Features:
         return x * _spread(self.linear(cond), x)
 
 
@@ -51,62 +51,41 @@ class CondToken(nn.Module):
         super().__init__()
         self.linear = nn.Linear(cond_dim, dim)
 
-    def forward(self, cond: Float[Tensor, "b cond"]) -> Float[Tensor, "b 1 d"]:
+    def forward(self, cond: Cond) -> Float[Tensor, "b 1 d"]:
         return self.linear(cond)[:, None]
 
 
-class AsItIs(nn.Module):
+class AsItIs(nn.Identity):
     """A place that the conditioning does not enter."""
-
-    def __init__(self, cond_dim: int, dim: int) -> None:
-        super().__init__()
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         return x
 
 
-class NoToken(nn.Module):
+class NoToken(nn.Identity):
     """Nothing to attend to beside the image."""
-
-    def __init__(self, cond_dim: int, dim: int) -> None:
-        super().__init__()
 
     def forward(self, cond: Tensor) -> None:
         return None
 
 
-class NoConditioning(nn.Module):
-    """In place of the embeddings of time and label: vectors of width 0."""
-
-    def forward(self, t: Tensor, y: Tensor) -> Float[Tensor, "b 0"]:
-        return torch.zeros(len(t), 0, device=t.device)
-
-
-@dataclass(frozen=True)
 class Injection:
-    """The places where conditioning may enter, each made by its kind for a layer of some width."""
+    """Makes what conditioning of width `cond_dim` enters by, at each place of a layer of some width.
 
-    cond_dim: int
-    modulators: Callable[[int, int], nn.Module] = AsItIs
-    gates: Callable[[int, int], nn.Module] = AsItIs
-    tokens: Callable[[int, int], nn.Module] = NoToken
+    `modulator(dim)` stands before a layer and `gate(dim)` after a residual branch, both `(x, cond) -> x`; `token(dim)`
+    is for an attention, `cond -> [b 1 d]` or None.
+    """
 
-    def modulator(self, dim: int) -> nn.Module:
-        """Before a layer: `(x, cond) -> x`."""
-        return self.modulators(self.cond_dim, dim)
-
-    def gate(self, dim: int) -> nn.Module:
-        """After a residual branch: `(x, cond) -> x`."""
-        return self.gates(self.cond_dim, dim)
-
-    def token(self, dim: int) -> nn.Module:
-        """For an attention: `cond -> [b 1 d]`, or None."""
-        return self.tokens(self.cond_dim, dim)
+    def __init__(self, kind: str, cond_dim: int) -> None:
+        modulator, gate, token = INJECTIONS[kind]
+        self.modulator: Callable[[int], nn.Module] = partial(modulator, cond_dim)
+        self.gate: Callable[[int], nn.Module] = partial(gate, cond_dim)
+        self.token: Callable[[int], nn.Module] = partial(token, cond_dim)
 
 
-INJECTIONS: dict[str, dict[str, Callable[[int, int], nn.Module]]] = {
-    "adaln": {"modulators": Modulator},
-    "adaln_zero": {"modulators": Modulator, "gates": Gate},
-    "tokens": {"tokens": CondToken},
-    "none": {},
+INJECTIONS = {
+    "adaln": (Modulator, AsItIs, NoToken),
+    "adaln_zero": (Modulator, Gate, NoToken),
+    "tokens": (AsItIs, AsItIs, CondToken),
+    "none": (AsItIs, AsItIs, NoToken),
 }

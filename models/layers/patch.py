@@ -1,26 +1,27 @@
-"""Between resolutions: pixels and patches, patch merging and its mirror."""
+"""Between images and tokens: patches, their merging and its mirror, and convolutions around a transformer."""
 
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.layers import Cond, Grid, Images
 from models.layers.modulation import Injection
 
 
-def patchify(x: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n patch"]:
+def patchify(x: Images, patch_size: int) -> Float[Tensor, "b n patch"]:
     """Patches, row by row, as vectors of channels, rows and columns."""
     return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
-def unpatchify(x: Float[Tensor, "b n patch"], grid: tuple[int, int], patch_size: int) -> Float[Tensor, "b c h w"]:
+def unpatchify(x: Float[Tensor, "b n patch"], grid: tuple[int, int], patch_size: int) -> Images:
     """Vectors of rows, columns and channels back to an image."""
     p = patch_size
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
 
 
 def check_input_size(input_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Height and width; fails in words when the patch does not divide them."""
+    """Height and width, which the patch must divide."""
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     if height % patch_size or width % patch_size:
         raise ValueError(f"patch_size={patch_size} must divide the {height}x{width} input")
@@ -36,7 +37,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
-    def forward(self, x: Float[Tensor, "b h w d"], cond: Tensor) -> Float[Tensor, "b h2 w2 d2"]:
+    def forward(self, x: Grid, cond: Cond) -> Float[Tensor, "b h2 w2 d2"]:
         x = self.modulator(x, cond)
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         x = rearrange(x, "b (h p) (w q) d -> b h w (q p d)", p=2, q=2)
@@ -52,7 +53,45 @@ class PatchExpanding(nn.Module):
         self.expansion = nn.Linear(dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
-    def forward(self, x: Float[Tensor, "b h w d"], cond: Tensor, size: tuple[int, int]) -> Float[Tensor, "b h2 w2 d2"]:
+    def forward(self, x: Grid, cond: Cond, size: tuple[int, int]) -> Float[Tensor, "b h2 w2 d2"]:
         x = self.norm(self.expansion(self.modulator(x, cond)))
         x = rearrange(x, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)
         return x[:, : size[0], : size[1]]
+
+
+class ConvStem(nn.Module):
+    """Three modulated 3x3 convolutions, each with its norm and a leaky ReLU."""
+
+    def __init__(self, in_channels: int, dim: int, injection: Injection, norm: str) -> None:
+        super().__init__()
+        self.out_channels = dim
+        widths = [in_channels, dim, dim]
+        self.modulators = nn.ModuleList(map(injection.modulator, widths))
+        self.convs = nn.ModuleList(nn.Conv2d(width, dim, 3, padding=1) for width in widths)
+        self.norms = nn.ModuleList(CONV_NORMS[norm](dim) for _ in widths)
+        self.activation = nn.LeakyReLU()
+
+    def forward(self, x: Images, cond: Cond) -> Float[Tensor, "b d h w"]:
+        for modulator, conv, norm in zip(self.modulators, self.convs, self.norms, strict=True):
+            x = self.activation(norm(conv(modulate_image(modulator, x, cond))))
+        return x
+
+
+class NoStem(nn.Module):
+    """The image as it is."""
+
+    def __init__(self, in_channels: int, dim: int, injection: Injection, norm: str) -> None:
+        super().__init__()
+        self.out_channels = in_channels
+
+    def forward(self, x: Images, cond: Cond) -> Images:
+        return x
+
+
+STEMS = {"convolutions": ConvStem, "none": NoStem}
+CONV_NORMS = {"batch": nn.BatchNorm2d, "group": lambda dim: nn.GroupNorm(min(32, dim // 4), dim)}
+
+
+def modulate_image(modulator: nn.Module, x: Images, cond: Cond) -> Images:
+    """A modulator over the channels of an image."""
+    return rearrange(modulator(rearrange(x, "b c h w -> b h w c"), cond), "b h w c -> b c h w")

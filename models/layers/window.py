@@ -1,6 +1,7 @@
-"""Windows over a grid of tokens: partition, shift, padding, and attention inside them."""
+"""Windows over a grid of tokens: partition, shift, padding, attention inside them, and what skips say to them."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -9,8 +10,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from models.layers import Cond, Grid
 from models.layers.attention import CrossAttention, attend, check_heads
-from models.layers.position import ContinuousPositionBias
+from models.layers.modulation import Injection
 
 
 class Windows:
@@ -25,14 +27,14 @@ class Windows:
         self.padded = tuple(math.ceil(side / window_size) * window_size for side in (height, width))
         self.shifts = tuple(shift if side > window_size else 0 for side in self.padded)
 
-    def partition(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b windows n d"]:
+    def partition(self, x: Grid) -> Float[Tensor, "b windows n d"]:
         """The windows of each image, row by row, each a sequence of tokens."""
         x = F.pad(x, (0, 0, 0, self.padded[1] - self.width, 0, self.padded[0] - self.height))
         if any(self.shifts):
             x = x.roll((-self.shifts[0], -self.shifts[1]), dims=(1, 2))
         return rearrange(x, "b (nh p) (nw q) d -> b (nh nw) (p q) d", p=self.size, q=self.size)
 
-    def merge(self, x: Float[Tensor, "b windows n d"]) -> Float[Tensor, "b h w d"]:
+    def merge(self, x: Float[Tensor, "b windows n d"]) -> Grid:
         """The inverse of `partition`, padding cut off."""
         nh, nw = (side // self.size for side in self.padded)
         x = rearrange(x, "b (nh nw) (p q) d -> b (nh p) (nw q) d", nh=nh, nw=nw, p=self.size)
@@ -63,6 +65,25 @@ def _mask(
         return (region[:, :, None] == region[:, None, :]).to(device)
 
 
+class ContinuousPositionBias(nn.Module):
+    """Log-spaced continuous position bias of Swin V2 (Liu et al. 2022, section 3.3): `16 sigmoid(mlp(offset))`."""
+
+    def __init__(self, window_size: int, num_heads: int, hidden_dim: int = 512) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_heads, bias=False))
+        w = window_size
+        offsets = torch.arange(1 - w, w, dtype=torch.float32) * 8 / max(1, w - 1)
+        offsets = offsets.sign() * torch.log2(offsets.abs() + 1) / 3  # log2(8) = 3
+        row, column = torch.arange(w).repeat_interleave(w), torch.arange(w).repeat(w)
+        index = (row[:, None] - row + w - 1) * (2 * w - 1) + (column[:, None] - column + w - 1)
+        self.register_buffer("table", torch.cartesian_prod(offsets, offsets), persistent=False)
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self) -> Float[Tensor, "k n n"]:
+        bias = 16 * self.mlp(self.table).float().sigmoid()  # [offsets k]
+        return rearrange(bias[self.index], "n m k -> k n m")
+
+
 class WindowAttention(nn.Module):
     """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022).
 
@@ -82,9 +103,7 @@ class WindowAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
         self.position_bias = ContinuousPositionBias(window_size, num_heads)
 
-    def forward(
-        self, x: Float[Tensor, "b h w d"], token: Float[Tensor, "b 1 d"] | None = None
-    ) -> Float[Tensor, "b h w d"]:
+    def forward(self, x: Grid, token: Float[Tensor, "b 1 d"] | None = None) -> Grid:
         windows = Windows(x.shape[1], x.shape[2], self.window_size, self.shift)
         x = windows.partition(x)  # [b windows n d]
         num_queries = x.shape[2]
@@ -113,8 +132,52 @@ class WindowCrossAttention(nn.Module):
         self.window_size = window_size
         self.attention = CrossAttention(dim, num_heads)
 
-    def forward(self, x: Float[Tensor, "b h w d"], context: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
+    def forward(self, x: Grid, context: Grid) -> Grid:
         windows = Windows(x.shape[1], x.shape[2], self.window_size or max(x.shape[1:3]))
         x, context = windows.partition(x), windows.partition(context)
         mask = windows.mask(x.device)
         return windows.merge(self.attention(x, context, None if mask is None else mask[:, None]))
+
+
+class CrossAttentionSkip(nn.Module):
+    """What the encoder's skip says to each window of the decoder: cross attention, normalised."""
+
+    def __init__(self, dim: int, num_heads: int, injection: Injection, window_size: int | None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.modulator_x = injection.modulator(dim)
+        self.modulator_skip = injection.modulator(dim)
+        self.attention = WindowCrossAttention(dim, num_heads, window_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Grid, skip: Grid, cond: Cond) -> Grid:
+        return self.norm(self.attention(self.modulator_x(x, cond), self.modulator_skip(skip, cond)))
+
+
+class ConcatSkip(nn.Module):
+    """The encoder's skip as it is (Ronneberger et al. 2015)."""
+
+    def __init__(self, dim: int, num_heads: int, injection: Injection, window_size: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Grid, skip: Grid, cond: Cond) -> Grid:
+        return skip
+
+
+class NoSkip(ConcatSkip):
+    """Nothing of the encoder's: an hourglass."""
+
+    def __init__(self, dim: int, num_heads: int, injection: Injection, window_size: int) -> None:
+        super().__init__(0, num_heads, injection, window_size)
+
+    def forward(self, x: Grid, skip: Grid, cond: Cond) -> Float[Tensor, "b h w 0"]:
+        return skip[..., :0]
+
+
+SKIPS: dict[str, Callable[[int, int, Injection, int], nn.Module]] = {
+    "cross_attention": CrossAttentionSkip,
+    "global_cross_attention": lambda dim, num_heads, injection, _: CrossAttentionSkip(dim, num_heads, injection, None),
+    "concat": ConcatSkip,
+    "none": NoSkip,
+}

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from models import BACKBONES
 from models.backbone import Backbone
 from models.layers.attention import check_heads, zero_
-from models.layers.embedding import Conditioning, TimeEmbedding
+from models.layers.embedding import Conditioning, TimeEmbedding, sincos_2d
 from models.layers.patch import check_input_size, patchify, unpatchify
-from models.layers.position import sincos_2d
 from models.layers.residual import Downsample, NearestUpsample, ResidualBlock, group_norm
 
 # The coarse stage: (x_t, t, y) -> [b c_out h w], at the coarse size.
