@@ -1,8 +1,7 @@
 """A small classifier of images, trained in seconds: the feature extractor for where none can be downloaded.
 
-It has the interface of every extractor that is a file here: uint8 RGB `[n 3 h w]` of any size to features `[n
-d]` and class probabilities `[n k]`. Scores on its features compare runs on the same data with each other and
-nothing else: it sees 32x32 pixels and has learnt nothing but to tell these classes apart.
+Scores on its features compare runs on the same data with each other and nothing else: it sees 32x32 pixels and has
+learnt nothing but to tell these classes apart.
 """
 
 from pathlib import Path
@@ -16,25 +15,22 @@ from tqdm import tqdm
 
 from metrics.programs import save_program
 
+LR = 2e-3
+
 
 class SmallClassifier(nn.Module):
     """Strided convolutions, global average, a linear layer to the features and one to the classes."""
 
     side = 32  # of what the network sees; averaging down to it also hides an autoencoder's blur
 
-    def __init__(self, num_classes: int, *, width: int = 24, dim: int = 64) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.stages = nn.Sequential(
-            _stage(3, width),  # 16x16
-            _stage(width, 2 * width),  # 8x8
-            _stage(2 * width, 4 * width),  # 4x4
-        )
-        self.to_features = nn.Linear(4 * width, dim)
-        self.to_logits = nn.Linear(dim, num_classes)
+        self.stages = nn.Sequential(_stage(3, 24), _stage(24, 48), _stage(48, 96))  # down to 4x4
+        self.to_features = nn.Linear(96, 64)
+        self.to_logits = nn.Linear(64, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [n d] and class probabilities [n k] of uint8 RGB images [n 3 h w]."""
+        """Features [n d] and class probabilities [n k] of uint8 RGB images [n 3 h w] of any size."""
         # Plain Tensor in the signature: checking axes would leave Python comparisons of shapes in the program.
         features = self.features(self.preprocess(images))
         return features, self.to_logits(F.relu(features)).softmax(dim=1)
@@ -46,26 +42,22 @@ class SmallClassifier(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """[n d] of preprocessed images."""
-        x = self.stages(pixels)  # [n c 4 4]
-        return self.to_features(x.mean(dim=(2, 3)))
+        return self.to_features(self.stages(pixels).mean(dim=(2, 3)))
 
     @torch.no_grad()
-    def predict(self, images: UInt8[Tensor, "n 3 h w"], *, batch_size: int = 256) -> Int64[Tensor, " n"]:
-        """The likeliest class of each image, on the CPU."""
-        device = self.to_logits.weight.device
-        return torch.cat([self(batch.to(device))[1].argmax(dim=1).cpu() for batch in images.split(batch_size)])
+    def predict(self, images: UInt8[Tensor, "n 3 h w"]) -> Int64[Tensor, " n"]:
+        """The likeliest class of each image."""
+        return torch.cat([self(batch)[1].argmax(dim=1) for batch in images.split(256)])
 
     def save(self, path: str | Path) -> Path:
         """Write the extractor's file, for `--extractor`: a program of torch.export (`.pt2`), else TorchScript."""
-        example = torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8, device=self.to_logits.weight.device)
-        return save_program(self.eval(), example, path)
+        return save_program(self.eval(), torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8), path)
 
     def save_perceptual(self, path: str | Path) -> Path:
         """Write a network for perceptual losses: its first four convolutions, of images at their own size."""
         first, second, _ = self.stages
         network = nn.Sequential(_Centre(), first, *list(second.children())[:4])  # pyright: ignore[reportArgumentType]
-        example = torch.zeros(2, 3, self.side, self.side, device=self.to_logits.weight.device)
-        return save_program(network.eval(), example, path)
+        return save_program(network.eval(), torch.zeros(2, 3, self.side, self.side), path)
 
 
 def train_classifier(
@@ -76,17 +68,12 @@ def train_classifier(
     seed: int = 0,
     epochs: int = 4,
     batch_size: int = 64,
-    lr: float = 2e-3,
-    device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> SmallClassifier:
     """Train on labelled images, shifted, blurred and noised so that an autoencoder's faults do not matter.
 
     On 5,000 `shapes` about 12 s on one CPU core, and all of the held-out easy ones right (medium: 99.6%);
     the hard ones want 12 epochs or more (86%).
-
-    Raises:
-        ValueError: for no images, or labels that are not classes.
     """
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels: give as many labels as images, at least one")
@@ -96,22 +83,20 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):  # nn.Module draws its weights from the global generator
         torch.manual_seed(seed)
         classifier = SmallClassifier(num_classes)
-    classifier.to(device)
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.cat([classifier.preprocess(batch) for batch in images.split(256)])  # [n 3 side side]
 
     num_steps = epochs * -(-len(pixels) // batch_size)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=num_steps, pct_start=0.2)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=LR, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=num_steps, pct_start=0.2)
 
     classifier.train()
     with tqdm(total=num_steps, desc="classifier", unit="step", leave=False, disable=not progress) as bar:
         for _ in range(epochs):
             for batch in torch.randperm(len(pixels), generator=generator).split(batch_size):
-                x = augment(pixels[batch], generator).to(device)
+                x = augment(pixels[batch], generator)
                 logits = classifier.to_logits(F.relu(classifier.features(x)))
-                loss = F.cross_entropy(logits, labels[batch].to(device), label_smoothing=0.05)
-
+                loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -120,22 +105,15 @@ def train_classifier(
     return classifier.eval().requires_grad_(False)
 
 
-def augment(
-    pixels: Float[Tensor, "b c h w"], generator: Generator, *, max_shift: int = 2, noise: float = 0.1
-) -> Float[Tensor, "b c h w"]:
-    """Shift each image by up to `max_shift` pixels, blur every other one, add noise of a random strength."""
+def augment(pixels: Float[Tensor, "b c h w"], generator: Generator) -> Float[Tensor, "b c h w"]:
+    """Shift each image by up to two pixels, blur every other one, add noise of a random strength up to 0.1."""
     b, _, h, w = pixels.shape
-    padded = F.pad(pixels, [max_shift] * 4, mode="replicate")
-    top, left = torch.randint(0, 2 * max_shift + 1, (2, b), generator=generator)
-    rows = rearrange(top, "b -> b 1 1") + rearrange(torch.arange(h), "h -> 1 h 1")
-    columns = rearrange(left, "b -> b 1 1") + rearrange(torch.arange(w), "w -> 1 1 w")
-    images = rearrange(torch.arange(b), "b -> b 1 1")
-    shifted = rearrange(padded, "b c h w -> b h w c")[images, rows, columns]
-    shifted = rearrange(shifted, "b h w c -> b c h w")
-
+    padded = F.pad(pixels, [2] * 4, mode="replicate")
+    places = zip(padded, *torch.randint(0, 5, (2, b), generator=generator).tolist(), strict=True)
+    shifted = torch.stack([image[:, top : top + h, left : left + w] for image, top, left in places])
     blurred = F.avg_pool2d(F.pad(shifted, [1] * 4, mode="replicate"), kernel_size=3, stride=1)
     sharp = rearrange(torch.rand(b, generator=generator) < 0.5, "b -> b 1 1 1")
-    strength = noise * rearrange(torch.rand(b, generator=generator), "b -> b 1 1 1")
+    strength = 0.1 * rearrange(torch.rand(b, generator=generator), "b -> b 1 1 1")
     return torch.where(sharp, shifted, blurred) + strength * torch.randn(shifted.shape, generator=generator)
 
 
@@ -147,11 +125,6 @@ class _Centre(nn.Module):
 
 
 def _stage(c_in: int, c_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(c_out),
-        nn.ReLU(),
-        nn.Conv2d(c_out, c_out, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(c_out),
-        nn.ReLU(),
-    )
+    halving = [nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+    keeping = [nn.Conv2d(c_out, c_out, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+    return nn.Sequential(*halving, *keeping)

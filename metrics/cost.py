@@ -13,23 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward pass on one image. `gflops` counts a multiply-add as two operations."""
+    """Of one forward pass on one image. `gflops` counts a multiply-add as two operations: the DiT paper's "Gflops"
+    (Peebles and Xie 2023, table 1) are half of these."""
 
     parameters: int
     gflops: float
 
-    @property
-    def gmacs(self) -> float:
-        """Multiply-adds, 1e9: what the DiT paper (Peebles & Xie 2023, table 1) prints as "Gflops"."""
-        return self.gflops / 2
-
 
 def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: int = 0) -> Cost:
-    """Count a backbone `model(x_t, t, y)` on one image of `latent_shape` (c, h, w).
-
-    The model stays as it is and may lie on the meta device, where counting costs neither time nor memory.
-    Matrix products, convolutions and attention are counted; sums, norms and activations are not.
-    """
+    """Count a backbone `model(x_t, t, y)` on one image of `latent_shape` (c, h, w), on any device, meta included:
+    matrix products, convolutions and attention; sums, norms and activations are not counted."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = next(model.parameters(), torch.zeros(()))
     x_t = torch.zeros(1, *latent_shape, device=first.device, dtype=first.dtype)
@@ -48,14 +41,9 @@ def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: i
 
 
 def throughput(
-    function: Callable[[], object],
-    *,
-    batch_size: int,
-    num_repeats: int = 5,
-    num_warmup: int = 1,
-    device: torch.device | str = "cpu",
+    function: Callable[[], object], *, batch_size: int, num_repeats: int = 5, device: torch.device | str = "cpu"
 ) -> float:
-    """Images a second of a function that handles `batch_size` images a call: the median of `num_repeats`."""
+    """Images a second of a function that handles `batch_size` images a call: the median of `num_repeats`, after one."""
     device = torch.device(device)
 
     def timed() -> float:
@@ -65,6 +53,5 @@ def throughput(
             torch.accelerator.synchronize(device)
         return time.perf_counter() - begun
 
-    for _ in range(num_warmup):
-        timed()
+    timed()
     return batch_size / statistics.median(timed() for _ in range(num_repeats))

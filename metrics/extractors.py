@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from metrics.downloads import hub_answers, network_timeout
-from metrics.programs import load_program
+from metrics.programs import load_program, one_line
 from metrics.scores import INCEPTION
 from metrics.timm_models import find_timm, is_downloaded, load_timm
 
@@ -30,6 +30,10 @@ PROGRAM = "program"
 TIMM = "timm:"
 REGISTERED = {INCEPTION: "inception-v3-compat"}  # our name -> torch-fidelity's; the others are the same
 NAMES = (INCEPTION, *(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in REGISTERED.values()))
+UNREADABLE = (  # what resolving, connecting, reading and unpacking a file of weights raise, or what is no state dict
+    *(OSError, HTTPException, RuntimeError, ValueError, EOFError, UnpicklingError),
+    *(TypeError, KeyError, AttributeError, SafetensorError),
+)
 
 
 class ExtractorError(ValueError):
@@ -85,24 +89,27 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> Network
     Raises:
         ExtractorError: in one line, naming the flag and what to give it.
     """
-    named = naming(name)
-    if name in NAMES:
+    kind, short_name = naming(name)
+    if kind == PROGRAM:
+        if not Path(name).is_file():
+            raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}, nor timm:NAME")
+        if weights_path is not None:
+            raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
+        try:
+            return Network(kind, short_name, ProgramExtractor(name), _file_sha256(name), published=False)
+        except ValueError as error:
+            raise ExtractorError(f"--extractor {error}") from error
+    if weights_path is not None and name.startswith("dinov2"):
+        raise ExtractorError(f"--weights_path {weights_path}: torch-fidelity loads {name} from torch hub's cache alone")
+    if weights_path is not None and not Path(weights_path).is_file():
+        raise ExtractorError(f"--weights_path {weights_path}: no such file")
+    if kind == "timm":
+        module, published = _load_timm(short_name, weights_path), False
+    else:
         module = _load_named(name, weights_path)
         module = Resized(module, FeatureExtractorDinoV2.INPUT_IMAGE_SIZE) if name.startswith("dinov2") else module
-        published = weights_path is None or _is_published(name, Path(weights_path))
-        return Network(*named, module, _state_sha256(module), published)
-    if name.startswith(TIMM):
-        model = _load_timm(name, weights_path)
-        return Network(*named, model, _state_sha256(model), published=False)
-    path = Path(name)
-    if not path.is_file():
-        raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}, nor timm:NAME")
-    if weights_path is not None:
-        raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
-    try:
-        return Network(*named, ProgramExtractor(name), _file_sha256(path), published=False)
-    except ValueError as error:
-        raise ExtractorError(f"--extractor {error}") from error
+        published = weights_path is None or _is_published(name, weights_path)
+    return Network(kind, short_name, module, _state_sha256(module), published)
 
 
 def naming(extractor: str) -> tuple[str, str]:
@@ -112,94 +119,63 @@ def naming(extractor: str) -> tuple[str, str]:
     return ("timm", extractor.removeprefix(TIMM)) if extractor.startswith(TIMM) else (PROGRAM, Path(extractor).stem)
 
 
-UNREADABLE = (OSError, HTTPException, RuntimeError, ValueError, EOFError, UnpicklingError)
-"""What resolving, connecting, reading and unpacking a file of weights raise between them."""
-
-NO_STATE = (TypeError, KeyError, AttributeError, SafetensorError)
-"""What a file raises that is no state dict, or another model's."""
-
-
-def _load_timm(extractor: str, weights_path: str | Path | None) -> nn.Module:
-    name = extractor.removeprefix(TIMM)
+def _load_timm(name: str, weights_path: str | Path | None) -> nn.Module:
+    flag = f"--extractor {TIMM}{name}"
     give = "give --weights_path FILE (.safetensors, .pth or .bin), timm's weights of this model or your own"
     try:
         find_timm(name)
     except ValueError as error:
-        raise ExtractorError(f"--extractor {extractor}: {error}") from error
-    if weights_path is not None and not Path(weights_path).is_file():
-        raise ExtractorError(f"--weights_path {weights_path}: no such file")
+        raise ExtractorError(f"{flag}: {error}") from error
     if weights_path is None and not is_downloaded(name) and not hub_answers():
-        raise ExtractorError(
-            f"--extractor {extractor}: the hub does not answer, and has not served its weights; {give}"
-        )
+        raise ExtractorError(f"{flag}: the hub does not answer, and has not served its weights; {give}")
     try:
         with network_timeout(seconds=10.0):
             return load_timm(name, weights_path)
-    except (*UNREADABLE, *NO_STATE) as error:
+    except UNREADABLE as error:
         why = " ".join(str(error).split())[:200]
         if weights_path is None:
-            raise ExtractorError(f"--extractor {extractor}: its weights cannot be had ({why}); {give}") from error
+            raise ExtractorError(f"{flag}: its weights cannot be had ({why}); {give}") from error
         raise ExtractorError(
             f"--weights_path {weights_path}: these are not weights of timm's {name} ({why})"
         ) from error
 
 
 def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorBase:
+    """torch-fidelity's network, without its talk: on failure, ours is the one line that the user reads."""
     registered = REGISTERED.get(name, name)
     layer_for = FEATURE_EXTRACTORS_REGISTRY[registered].get_default_feature_layer_for_metric
     # The others' default layer for the inception score holds features, of which a softmax means nothing.
     layers = [layer_for("fid"), *([layer_for("isc")] if name == INCEPTION else [])]
-    if weights_path is not None:
-        return _load_weights(name, registered, layers, Path(weights_path))
+    path = None if weights_path is None else str(weights_path)
     try:
-        with network_timeout(seconds=10.0):
-            return _create(registered, layers, None)
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(), network_timeout(seconds=10.0):
+            warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=FutureWarning)  # CLIP's file
+            if path and not name.startswith("clip"):  # which is TorchScript; the others would be unpickled unchecked
+                torch.load(path, weights_only=True, map_location="cpu")
+            return create_feature_extractor(
+                registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=path
+            )
     except UNREADABLE as error:
+        if path:
+            raise ExtractorError(
+                f"--weights_path {path}: these are not the weights of {name} ({one_line(error)}); "
+                "give the file that torch-fidelity would download"
+            ) from error
         weights_of = f"torch-fidelity's {Path(URL_INCEPTION_V3).name}" if name == INCEPTION else f"of {name}"
         own = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "
         raise ExtractorError(
-            f"--extractor {name}: its weights cannot be downloaded ({_one_line(error)}); give {own}"
+            f"--extractor {name}: its weights cannot be downloaded ({one_line(error)}); give {own}"
             "--extractor timm:NAME or FILE.pt2 (a program: one that you trust), such as the small classifier that "
             "`make demo` trains: its scores compare runs with each other, not with published ones"
         ) from error
 
 
-def _load_weights(name: str, registered: str, layers: list[str], path: Path) -> FeatureExtractorBase:
-    if name.startswith("dinov2"):
-        raise ExtractorError(f"--weights_path {path}: torch-fidelity loads {name} from torch hub's cache alone")
-    if not path.is_file():
-        raise ExtractorError(f"--weights_path {path}: no such file")
-    try:
-        if not name.startswith("clip"):  # CLIP's is TorchScript; the others torch-fidelity would unpickle unchecked
-            torch.load(path, weights_only=True, map_location="cpu")
-        return _create(registered, layers, str(path))
-    except (*UNREADABLE, TypeError, KeyError) as error:  # not whole, no state dict, or another model's
-        raise ExtractorError(
-            f"--weights_path {path}: these are not the weights of {name} ({_one_line(error)}); "
-            "give the file that torch-fidelity would download"
-        ) from error
-
-
-def _create(registered: str, layers: list[str], path: str | None) -> FeatureExtractorBase:
-    """torch-fidelity's constructor, without its talk: on failure, ours is the one line that the user reads."""
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=FutureWarning)  # CLIP's file
-        return create_feature_extractor(
-            registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=path
-        )
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(lines[0].split())[:160]
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def _file_sha256(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_published(name: str, path: Path) -> bool:
+def _is_published(name: str, path: str | Path) -> bool:
     """torch-fidelity names its file of Inception weights by the first digits of the file's hash."""
     return name == INCEPTION and Path(URL_INCEPTION_V3).stem.split("-")[-1] == _file_sha256(path)[:8]
 

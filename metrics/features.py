@@ -78,10 +78,11 @@ class Extractor:
             self.module.to(self.device)
         except (RuntimeError, TypeError) as error:
             self._move_to_cpu(error)
-        self._mixed_6: deque[Tensor] = deque(maxlen=1)
+        # The first seven channels of Inception's `mixed_6/conv`, [n 7*17*17] (Nash et al. 2021, as ADM's evaluation).
+        self._spatial: deque[Tensor] = deque(maxlen=1)
         if self.kind == INCEPTION:
             branch: Any = self.module.get_submodule("Mixed_6d.branch1x1")
-            branch.register_forward_hook(lambda _, __, output: self._mixed_6.append(output[:, :7].flatten(1)))
+            branch.register_forward_hook(lambda _, __, output: self._spatial.append(output[:, :7].flatten(1)))
 
     @torch.inference_mode()
     def __call__(
@@ -94,9 +95,8 @@ class Extractor:
         progress: bool = True,
         desc: str = "features",
     ) -> Features:
-        """Features of this process's `num_images` images, put together with the other processes' by `gather`.
-
-        What is kept is what `metrics` need: for Fréchet distances moments alone.
+        """Features of this process's `num_images` images, put together with the other processes' by `gather`. Kept is
+        what `metrics` need: for Fréchet distances moments alone.
 
         Raises:
             ValueError: for an empty set, or images that are not uint8 RGB.
@@ -107,33 +107,22 @@ class Extractor:
         try:
             with tqdm(total=num_images, desc=desc, unit="img", leave=False, disable=not progress) as bar:
                 for batch in batches:
-                    outputs = self._outputs(batch.images, desc)
-                    spatial = self._spatial() if "spatial" in needs else None
+                    features, *logits = self._outputs(batch.images, desc)
+                    if "spatial" in needs and self._spatial:
+                        part.spatial.update(self._spatial[-1].float())
                     images = batch.images.cpu() if "images" in needs else None
-                    part.add(batch, outputs[0], outputs[1] if len(outputs) > 1 else None, spatial, images)
+                    part.add(batch.indices, features, logits[0] if logits else None, batch.labels, images)
                     bar.update(len(batch.images))
         except ValueError as error:  # goes with the part, so that no process waits for one that is gone
             part.error = error
-        return _Part.joined(gather([part]), desc)
+        return _joined(gather([part]), desc)
 
     def _outputs(self, images: Tensor, desc: str) -> list[Tensor]:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}"
-            raise ValueError(f"{desc}: images are {found}; extractors take uint8 RGB [3, h, w]")
-        outputs = [output.float().cpu() for output in self._extract(images)]
-        for output in outputs:
-            if bad := int((~output.isfinite()).any(dim=1).sum()):
-                raise ExtractorError(f"--extractor {self.name}: not finite on {bad} of {len(output)} images ({desc})")
-        return outputs
-
-    def _spatial(self) -> Tensor | None:
-        """The first seven channels of Inception's `mixed_6/conv`, [n 7*17*17], of the batch just seen (Nash et al.
-        2021, as in ADM's evaluation)."""
-        return self._mixed_6[-1].float().cpu() if self._mixed_6 else None
-
-    def _extract(self, images: Tensor) -> tuple[Tensor, ...]:
+            kind = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}"
+            raise ValueError(f"{desc}: images are {kind}; extractors take uint8 RGB [3, h, w]")
         try:
-            return self._run(images)
+            outputs = [output.float().cpu() for output in self._run(images)]
         except ExtractorError as error:
             raise ExtractorError(f"--extractor {self.name}: {error}") from None
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
@@ -141,6 +130,10 @@ class Extractor:
                 raise
             last = str(error).strip().splitlines()[-1]
             raise ExtractorError(f"--extractor {self.name}: it failed on uint8 [n 3 h w] images ({last})") from error
+        for output in outputs:
+            if bad := int((~output.isfinite()).any(dim=1).sum()):
+                raise ExtractorError(f"--extractor {self.name}: not finite on {bad} of {len(output)} images ({desc})")
+        return outputs
 
     def _run(self, images: Tensor) -> tuple[Tensor, ...]:
         """The network, which moves to the CPU for good where its device lacks what it needs, and says so."""
@@ -151,16 +144,13 @@ class Extractor:
         return self.module(images)
 
     def _move_to_cpu(self, error: Exception) -> None:
-        if self.device.type == "cpu" or not _lacking(error):
+        """Where it has no such operation, or no float64, as Apple's; TorchScript passes on the words alone."""
+        lacking = isinstance(error, NotImplementedError) or "float64" in str(error)
+        if self.device.type == "cpu" or not lacking:
             raise error
         first, self.device = self.device, torch.device("cpu")
         self.module.to(self.device)
         tqdm.write(f"--extractor {self.name}: {first} lacks what it needs; it runs on the CPU", file=sys.stderr)
-
-
-def _lacking(error: Exception) -> bool:
-    """Whether a device has no such operation, or no float64, as Apple's; TorchScript passes on the words alone."""
-    return isinstance(error, NotImplementedError) or "float64" in str(error)
 
 
 class _Part:
@@ -172,39 +162,29 @@ class _Part:
         self.kept: list[tuple[Tensor | None, ...]] = []  # indices, features, logits, labels, images
         self.error: ValueError | None = None
 
-    def add(
-        self,
-        batch: ImageBatch,
-        features: Tensor,
-        logits: Tensor | None,
-        spatial: Tensor | None,
-        images: Tensor | None,
-    ) -> None:
-        if spatial is not None:
-            self.spatial.update(spatial)
+    def add(self, indices: Tensor, features: Tensor, *others: Tensor | None) -> None:
         if self.keep:
-            self.kept.append((batch.indices, features, logits, batch.labels, images))
+            self.kept.append((indices, features, *others))
         else:
             for half, moments in enumerate(self.halves):
-                moments.update(features[self.second[batch.indices] == half])
+                moments.update(features[self.second[indices] == half])
 
-    @staticmethod
-    def joined(parts: list[_Part], desc: str) -> Features:
-        for error in filter(None, (part.error for part in parts)):
-            raise error
-        running = RunningMoments.merged(part.spatial for part in parts)
-        spatial = running.moments() if running.num else None
-        kept = [batch for part in parts for batch in part.kept]
-        if kept:  # in the order of their indices: no sum depends on batches or processes
-            indices, *columns = (None if column[0] is None else torch.cat(column) for column in zip(*kept, strict=True))
-            assert indices is not None
-            order = indices.argsort()
-            features, logits, labels, images = (None if column is None else column[order] for column in columns)
-            assert features is not None  # every extractor has them
-            return replace(Features.of(features, logits, labels), spatial=spatial, images=images)
-        first, second = (RunningMoments.merged(halves) for halves in zip(*(part.halves for part in parts), strict=True))
-        whole = RunningMoments.merged([first, second])
-        if whole.num == 0:
-            raise ValueError(f"{desc}: there are no images to score")
-        halves = (first.moments(), second.moments()) if first.num and second.num else None
-        return Features(whole.moments(), spatial, halves)
+
+def _joined(parts: list[_Part], desc: str) -> Features:
+    for error in filter(None, (part.error for part in parts)):
+        raise error
+    running = RunningMoments.merged(part.spatial for part in parts)
+    spatial = running.moments() if running.num else None
+    kept = [batch for part in parts for batch in part.kept]
+    if kept:  # in the order of their indices: no sum depends on batches or processes
+        columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*kept, strict=True)]
+        order = columns[0].argsort()
+        rest: Any = (None if column is None else column[order] for column in columns[1:])
+        features, logits, labels, images = rest
+        return replace(Features.of(features, logits, labels), spatial=spatial, images=images)
+    first, second = (RunningMoments.merged(halves) for halves in zip(*(part.halves for part in parts), strict=True))
+    whole = RunningMoments.merged([first, second])
+    if whole.num == 0:
+        raise ValueError(f"{desc}: there are no images to score")
+    halves = (first.moments(), second.moments()) if first.num and second.num else None
+    return Features(whole.moments(), spatial, halves)

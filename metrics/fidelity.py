@@ -2,9 +2,6 @@
 
 Only on Inception do scores bear the names FID, sFID, IS and KID, under which the literature prints them. On anything
 else they are named by their extractor and compare with each other alone. docs/evaluation.md tells what each is worth.
-
-Nothing is cached: torch-fidelity keys its cache by the name that a caller gives, which outlives what the name
-meant.
 """
 
 from collections.abc import Sequence
@@ -31,18 +28,9 @@ class Scores:
 
 
 def compare(
-    samples: Features,
-    reference: Features,
-    extractor: Extractor,
-    *,
-    metrics: Sequence[str] = DEFAULT,
-    seed: int = 0,
+    samples: Features, reference: Features, extractor: Extractor, *, metrics: Sequence[str] = DEFAULT, seed: int = 0
 ) -> Scores:
-    """Scores of features, in float64. What too few images do not allow is None, with the reason.
-
-    Raises:
-        ValueError: for an unknown metric.
-    """
+    """Scores of features, in float64. What too few images do not allow is None, with the reason."""
     check_metrics(metrics)
     scores, settings, answers = {}, {}, {}
     for name in (name for name in METRICS if name in metrics):
@@ -100,11 +88,7 @@ def _mean(result: dict[str, float], name: str, num: int, over: str) -> Score:
 
 
 def class_distances(samples: Features, reference: Features, min_images: int = 50) -> dict[int, Score]:
-    """Fréchet distance within each class of the reference; None, with the reason, where either has too few images.
-
-    Raises:
-        ValueError: when either set has no labels.
-    """
+    """Fréchet distance within each class of the reference; None, with the reason, where either has too few images."""
     if samples.features is None or reference.features is None or samples.labels is None or reference.labels is None:
         raise ValueError("--per_class: it needs samples and reference with a class each")
     scores = {}

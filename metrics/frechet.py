@@ -22,15 +22,11 @@ class Moments:
 
 
 class RunningMoments:
-    """Moments of features that come in batches; memory does not grow with their number.
-
-    Batches are merged pairwise (Chan, Golub and LeVeque 1979), which keeps the digits that sums of squares lose.
-    """
+    """Moments of features that come in batches; memory does not grow with their number. Batches are merged pairwise
+    (Chan, Golub and LeVeque 1979), which keeps the digits that sums of squares lose."""
 
     def __init__(self) -> None:
-        self.num = 0
-        self.mean = torch.zeros(())
-        self.scatter = torch.zeros(())
+        self.num, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
 
     def update(self, features: Float[Tensor, "n d"]) -> None:
         """Take in the features of a batch."""
@@ -45,8 +41,7 @@ class RunningMoments:
             return
         total, gap = self.num + num, mean - self.mean
         self.scatter = self.scatter + scatter + torch.outer(gap, gap) * (self.num * num / total)
-        self.mean = self.mean + gap * (num / total)
-        self.num = total
+        self.num, self.mean = total, self.mean + gap * (num / total)
 
     @staticmethod
     def merged(parts: Iterable[RunningMoments]) -> RunningMoments:
@@ -64,7 +59,6 @@ class RunningMoments:
 
 
 def moments_of(features: Float[Tensor, "n d"]) -> Moments:
-    """Moments of features at hand."""
     running = RunningMoments()
     running.update(features)
     return running.moments()
@@ -74,9 +68,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """`|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, squared Wasserstein-2 of two Gaussians (Dowson and Landau
     1982; Heusel et al. 2017, eq. 6).
 
-    The trace of the root is the sum of the roots of the eigenvalues of `R^T C_b R`, `C_a = R R^T`: symmetric, so the
-    eigenvalues are real and exact to rounding even where there are fewer images than features and both covariances
-    are singular.
+    The root's trace is the sum of the roots of the eigenvalues of `R^T C_b R`, `C_a = R R^T`: symmetric, so they are
+    real and exact to rounding even where there are fewer images than features and both covariances are singular.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt()

@@ -40,6 +40,7 @@ def image_batches(
 
 
 def _collate(items: list) -> tuple[Tensor, Tensor | None]:
-    if isinstance(items[0], (tuple, list)):
-        return default_collate([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])
+    if isinstance(items[0], tuple | list):
+        images, labels = zip(*items, strict=True)
+        return default_collate([*images]), torch.tensor(list(map(int, labels)))
     return default_collate(items), None

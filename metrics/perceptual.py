@@ -22,11 +22,7 @@ UNREADABLE = (OSError, RuntimeError, KeyError, pickle.UnpicklingError)  # what r
 
 class VGG19Features(nn.Module):
     """VGG19 (Simonyan and Zisserman 2015) up to its fourth convolution, `conv_4`, before the ReLU; torchvision's
-    ImageNet weights.
-
-    Raises:
-        ValueError: when the weights cannot be had, saying what can be done.
-    """
+    ImageNet weights."""
 
     def __init__(self) -> None:
         from torchvision.models import VGG19_Weights, vgg19
@@ -44,13 +40,7 @@ class LPIPSFeatures(nn.Module):
     That distance adds up, over five layers, the squared differences of features that have norm 1 over the channels,
     weighted by channel, averaged over positions. The root of a weight may as well scale its feature: then it is a
     squared distance between vectors. torch-fidelity's LPIPS takes 8-bit images, and so has no gradient for a loss.
-
-    Args:
-        heads: file of the channels' weights, as the `lpips` package has it (`weights/v0.1/vgg.pth`); by default
-            downloaded.
-
-    Raises:
-        ValueError: when VGG16 or the weights cannot be had, saying what can be done.
+    `heads` is the file of the channels' weights, the `lpips` package's `weights/v0.1/vgg.pth`; None downloads it.
     """
 
     ENDS = (4, 9, 16, 23, 30)  # of VGG16's layers: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3

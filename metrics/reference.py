@@ -6,9 +6,7 @@ key's hash, and a file whose key differs, or whose numbers are not those that we
 
 import hashlib
 import json
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
+from metrics.programs import whole_file
 from metrics.scores import INCEPTION
 
 FORMAT = 3
@@ -42,22 +41,17 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
     first, second = features.halves or (None, None)
     named = {"whole": features.moments, "spatial": features.spatial, "first": first, "second": second}
     moments = {name: one for name, one in named.items() if one is not None}
-    tensors = {name: tensor for name in PER_IMAGE if (tensor := getattr(features, name)) is not None}
-    tensors |= {f"{name}.mean": one.mean for name, one in moments.items()}
-    tensors |= {f"{name}.covariance": one.covariance for name, one in moments.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.contiguous() for name in PER_IMAGE if (tensor := getattr(features, name)) is not None}
+    for name, one in moments.items():
+        tensors |= {f"{name}.mean": one.mean.contiguous(), f"{name}.covariance": one.covariance.contiguous()}
     counts = json.dumps({name: one.num for name, one in moments.items()})
     metadata = {"key": json.dumps(key, sort_keys=True), "counts": counts, "sha256": _sha256(tensors, counts)}
-    with _whole(path) as partial:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata=metadata)
 
 
 def load_features(path: Path, key: Mapping[str, object]) -> Features:
-    """Read features back.
-
-    Raises:
-        ReferenceError: when the file is damaged, or of other images or another extractor.
-    """
+    """Raises: ReferenceError, when the file is damaged, or of other images or another extractor."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -86,18 +80,6 @@ def _sha256(tensors: Mapping[str, Tensor], counts: str) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file of its own to write, which then takes the place of `path`, whoever else writes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # numpy adds a suffix where it misses one
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], extractor: Extractor) -> None:
     """ADM's reference batch (Dhariwal and Nichol 2021): `arr_0` [n h w 3], `mu`, `sigma`, and where the extractor has
     spatial features `mu_s`, `sigma_s`; beside them the extractor's name and hash, which ADM's own files lack."""
@@ -110,59 +92,60 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
     }
     if features.spatial is not None:
         arrays |= {"mu_s": features.spatial.mean.numpy(), "sigma_s": features.spatial.covariance.numpy()}
-    with _whole(path) as partial:
+    with whole_file(path) as partial:
         np.savez(partial, **arrays)
 
 
 def read_adm(
     path: Path, extractor: Extractor, image_size: tuple[int, int] | None = None
 ) -> tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None]:
-    """Moments and images of a reference batch; either may be missing, not both.
-
-    A file that does not name its extractor is taken for Inception's, as ADM's are.
+    """Moments and images of a reference batch; either may be missing, not both. A file that does not name its extractor
+    is taken for Inception's, as ADM's are.
 
     Raises:
         ReferenceError: when the file is not one, or is of another extractor or resolution.
     """
+    flag = f"--reference {path}"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
-        raise ReferenceError(f"--reference {path}: not a whole npz file ({error})") from error
-    has_moments = {"mu", "sigma"} <= arrays.keys()
-    if not has_moments and "arr_0" not in arrays:
-        raise ReferenceError(f"--reference {path}: it holds {sorted(arrays)}, not mu and sigma or arr_0")
+        raise ReferenceError(f"{flag}: not a whole npz file ({error})") from error
+    if not {"mu", "sigma"} <= arrays.keys() and "arr_0" not in arrays:
+        raise ReferenceError(f"{flag}: it holds {sorted(arrays)}, not mu and sigma or arr_0")
 
     images = None
     if "arr_0" in arrays:
         array = arrays["arr_0"]
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-            raise ReferenceError(f"--reference {path}: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n h w 3]")
+            raise ReferenceError(f"{flag}: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n h w 3]")
         if image_size is not None and array.shape[1:3] != image_size:
             size, theirs = "x".join(map(str, image_size)), "x".join(map(str, array.shape[1:3]))
-            raise ReferenceError(f"--reference {path}: its images are {theirs}, the samples {size}")
+            raise ReferenceError(f"{flag}: its images are {theirs}, the samples {size}")
         images = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
-    if not has_moments:
+    num = None if images is None else len(images)
+    moments, spatial = (_moments_in(arrays, names, num, flag) for names in (("mu", "sigma"), ("mu_s", "sigma_s")))
+    if moments is None:
         return None, images
 
     name = str(arrays.get("extractor", INCEPTION))
     digest = str(arrays.get("extractor_sha256", extractor.sha256))
     if name != extractor.name or digest != extractor.sha256:
         raise ReferenceError(
-            f"--reference {path}: its mu and sigma are of the extractor {name}"
+            f"{flag}: its mu and sigma are of the extractor {name}"
             f"{' (other weights)' if name == extractor.name else ''}, the samples' features of {extractor.name}; "
             "give the same --extractor"
         )
-    num = None if images is None else len(images)
-    moments = []
-    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if {mean, covariance} <= arrays.keys():
-            mu, sigma = arrays[mean], arrays[covariance]
-            numbers = mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and sigma.shape == mu.shape * 2
-            if not numbers or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-                raise ReferenceError(
-                    f"--reference {path}: {mean} and {covariance} are not a mean [d] and a covariance [d d] of finite "
-                    "numbers; write it anew"
-                )
-            moments.append(Moments(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), num))
-    return Features(moments[0], moments[1] if len(moments) > 1 else None), images
+    return Features(moments, spatial), images
+
+
+def _moments_in(arrays: Mapping[str, np.ndarray], names: tuple[str, str], num: int | None, flag: str) -> Moments | None:
+    if not arrays.keys() >= {*names}:
+        return None
+    mean, covariance = (arrays[name] for name in names)
+    is_pair = mean.dtype.kind == covariance.dtype.kind == "f" and mean.ndim == 1 and covariance.shape == mean.shape * 2
+    if not is_pair or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ReferenceError(
+            f"{flag}: {' and '.join(names)} are not a mean [d] and a covariance [d d] of finite numbers; write it anew"
+        )
+    return Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), num)

@@ -12,13 +12,12 @@ from typing import Any
 
 INCEPTION = "inception"  # the extractor on which alone scores bear the literature's names
 PER_IMAGE = {"features", "logits", "images"}  # needs that memory grows with
-NEEDS = ("features", "logits", "images", "moments", "spatial")
-MISSING = {  # why a number cannot be had, where what it needs is not there
+MISSING = {  # what a metric may need, and why its number cannot be had where that is not there
     "features": "the reference holds moments, not the features of each image",
+    "logits": "{extractor} has no class probabilities",
     "images": "the reference holds no images",
     "moments": "there are no moments of the features",
     "spatial": "{extractor} has no spatial features; Inception has",
-    "logits": "{extractor} has no class probabilities",
 }
 
 
@@ -33,7 +32,6 @@ class Score:
 
 
 def too_few(num_images: int, needed: int) -> Score:
-    """No score, for want of images."""
     return Score(None, reason=f"too few images: {num_images}, and it needs {needed}")
 
 
@@ -68,7 +66,7 @@ class Metric:
     summary: str = ""
 
     def __post_init__(self) -> None:
-        for fact, choices in {"better": ("lower", "higher"), "needs": NEEDS}.items():
+        for fact, choices in {"better": ("lower", "higher"), "needs": MISSING}.items():
             if (value := getattr(self, fact)) not in choices:
                 raise ValueError(f"a metric's {fact} is one of {', '.join(choices)}, not {value}")
 
@@ -89,71 +87,50 @@ class Metric:
         return Score(None, reason=f"it came out as {score.value}")
 
 
-NEIGHBOURS: Any = {"compute": "metrics.manifold:count_neighbours", "better": "higher", "digits": 4}
 SHARE, POSITIVE = (0.0, 1.0), (0.0, math.inf)
+FRECHET, NEIGHBOURS = "metrics.frechet:frechet_score", "metrics.manifold:count_neighbours"
 
 METRICS: dict[str, Metric] = {
     "fid": Metric(
-        compute="metrics.frechet:frechet_score",
-        needs="moments",
-        better="lower",
-        bounds=POSITIVE,
-        title="FID",
-        elsewhere=("frechet_distance", "Fréchet"),
+        *(FRECHET, "lower", "moments", "FID", ("frechet_distance", "Fréchet"), POSITIVE),
         summary="Fréchet distance of Gaussians fitted to the features",
     ),
     "sfid": Metric(
-        compute="metrics.frechet:frechet_score",
-        needs="spatial",
-        better="lower",
-        bounds=POSITIVE,
-        title="sFID",
-        elsewhere=("spatial_frechet_distance", "spatial Fréchet"),
+        *(FRECHET, "lower", "spatial", "sFID", ("spatial_frechet_distance", "spatial Fréchet"), POSITIVE),
         summary="the same on Inception's spatial features",
     ),
     "is": Metric(
-        compute="metrics.fidelity:classifier_score",
-        needs="logits",
-        reference=False,
-        better="higher",
+        *("metrics.fidelity:classifier_score", "higher", "logits", "IS", ("classifier_score", "classifier score")),
         bounds=POSITIVE,
-        title="IS",
-        elsewhere=("classifier_score", "classifier score"),
+        reference=False,
         summary="sure of each image, and of all classes as often",
     ),
     "kid": Metric(
-        compute="metrics.fidelity:kernel_distance",
-        better="lower",
-        title="KID",
-        elsewhere=("kernel_distance", "kernel distance"),
+        *("metrics.fidelity:kernel_distance", "lower", "features", "KID", ("kernel_distance", "kernel distance")),
         summary="unbiased squared MMD with a cubic kernel",
     ),
-    "precision": Metric(**NEIGHBOURS, bounds=SHARE, summary="share of the samples in the reference's manifold"),
-    "recall": Metric(**NEIGHBOURS, bounds=SHARE, summary="share of the reference in the samples' manifold"),
-    "density": Metric(**NEIGHBOURS, bounds=POSITIVE, summary="how many balls around reference images hold a sample"),
-    "coverage": Metric(**NEIGHBOURS, bounds=SHARE, summary="share of these balls that hold any sample"),
+} | {
+    name: Metric(NEIGHBOURS, "higher", bounds=bounds, digits=4, summary=summary)
+    for name, bounds, summary in (
+        ("precision", SHARE, "share of the samples in the reference's manifold"),
+        ("recall", SHARE, "share of the reference in the samples' manifold"),
+        ("density", POSITIVE, "how many balls around reference images hold a sample"),
+        ("coverage", SHARE, "share of these balls that hold any sample"),
+    )
 }
 DEFAULT = tuple(METRICS)  # without rows that are added from outside
 HELP = "of " + "; ".join(f"{name} ({row.better} is better): {row.summary}" for name, row in METRICS.items())
 
 
 def check_metrics(names: Iterable[str]) -> None:
-    """Refuse what is no metric.
-
-    Raises:
-        ValueError: naming it, and those that there are.
-    """
+    """Raises: ValueError, naming what is no metric, and those that there are."""
     unknown = [name for name in names if name not in METRICS]
     if unknown or not list(names):
         raise ValueError(f"--metrics {','.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}")
 
 
 def needs_of(names: Iterable[str]) -> set[str]:
-    """What these metrics need between them.
-
-    Raises:
-        ValueError: for what is no metric.
-    """
+    """What these metrics need between them."""
     names = list(names)
     check_metrics(names)
     return {METRICS[name].needs for name in names}

@@ -1,7 +1,6 @@
 """Are the metrics and the extractor on this machine what they should be? Inputs with known answers tell."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from metrics.fidelity import classifier_score, kernel_distance
 from metrics.frechet import frechet_distance, moments_of
 from metrics.image_batches import image_batches
 from metrics.manifold import count_neighbours
-from metrics.scores import INCEPTION, Score
+from metrics.scores import INCEPTION
 
 
 class SelfCheckError(ValueError):
@@ -24,16 +23,28 @@ def self_check(extractor: Extractor) -> str:
     Raises:
         SelfCheckError: naming the check that failed, what it should give and what it gave.
     """
-    lines = []
-    for name, (check, expected) in CHECKS.items():
-        result = check()
-        value = result.value if isinstance(result, Score) else result
-        lines.append(_verdict(name, math.nan if value is None else value, expected, 1e-6))
-    lines.append(_verdict("extraction in batches", _batches_matter(extractor), 0.0, 1e-3))
-    return "\n".join([*lines, comparable(extractor)])
+    few, line = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), _line(*range(40))
+    half_near = count_neighbours(_line(*range(20), *range(100, 120)), line)
+    first_ten = count_neighbours(_line(*range(10)), line)  # which reach to 12, three neighbours beyond their edge
+    # Two points each: means (1, 0) and (0, 0), standard deviations (8, 0)^(1/2) and (0, 2)^(1/2).
+    pair = torch.tensor([[3.0, 0.0], [-1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, -1.0]])
+    checks = [
+        ("Fréchet distance of two Gaussians", frechet_distance(*map(moments_of, pair)), 1.0 + 8.0 + 2.0),
+        ("Fréchet distance with fewer images than features", frechet_distance(moments_of(few), moments_of(few)), 0.0),
+        ("precision", half_near["precision"].value, 0.5),
+        ("recall", first_ten["recall"].value, 13 / 40),
+        ("coverage", first_ten["coverage"].value, 12 / 40),  # balls within 5 neighbours of a sample
+        # Constant features 1 against 0: (1 + 1)^3 + 1 - 2.
+        ("kernel distance", kernel_distance(torch.ones(20, 1), torch.zeros(20, 1)).value, 7.0),
+        # Sure of each image, four classes as often: the score is four.
+        ("inception score", classifier_score(1000 * torch.eye(4).repeat(10, 1), splits=1).value, 4.0),
+    ]
+    lines = [_verdict(*check, tolerance=1e-6) for check in checks]
+    lines.append(_verdict("extraction in batches", _batches_matter(extractor), 0.0, tolerance=1e-3))
+    return "\n".join([*lines, _comparable(extractor)])
 
 
-def comparable(extractor: Extractor) -> str:
+def _comparable(extractor: Extractor) -> str:
     """Which numbers compare with published ones."""
     if extractor.kind != INCEPTION:
         return (
@@ -51,7 +62,8 @@ def comparable(extractor: Extractor) -> str:
     )
 
 
-def _verdict(name: str, value: float, expected: float, tolerance: float) -> str:
+def _verdict(name: str, value: float | None, expected: float, *, tolerance: float) -> str:
+    value = math.nan if value is None else value
     if not math.isclose(value, expected, rel_tol=tolerance, abs_tol=tolerance):
         raise SelfCheckError(f"--self_check: {name} gave {value:.6g}, the known answer is {expected:.6g}")
     return f"ok  {name}: {value:.6g} (known answer {expected:.6g})"
@@ -65,32 +77,5 @@ def _batches_matter(extractor: Extractor) -> float:
     return ((together - alone).norm() / together.norm().clamp(min=1e-12)).item()
 
 
-def _between(first: Tensor, second: Tensor) -> float:
-    return frechet_distance(moments_of(first), moments_of(second))
-
-
 def _line(*numbers: int) -> Tensor:
     return torch.tensor(numbers).double()[:, None]
-
-
-FEW = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-LINE = _line(*range(40))
-
-CHECKS: dict[str, tuple[Callable[[], float | Score], float]] = {
-    # Two points each: means (1, 0) and (0, 0), standard deviations (8, 0)^(1/2) and (0, 2)^(1/2).
-    "Fréchet distance of two Gaussians": (
-        lambda: _between(torch.tensor([[3.0, 0.0], [-1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, -1.0]])),
-        1.0 + 8.0 + 2.0,
-    ),
-    "Fréchet distance with fewer images than features": (lambda: _between(FEW, FEW), 0.0),
-    # Half of the samples are near.
-    "precision": (lambda: count_neighbours(_line(*range(20), *range(100, 120)), LINE)["precision"], 0.5),
-    # The samples reach to 12, three neighbours beyond their edge.
-    "recall": (lambda: count_neighbours(_line(*range(10)), LINE)["recall"], 13 / 40),
-    # Balls within 5 neighbours of a sample are covered.
-    "coverage": (lambda: count_neighbours(_line(*range(10)), LINE)["coverage"], 12 / 40),
-    # Constant features 1 against 0: (1 + 1)^3 + 1 - 2.
-    "kernel distance": (lambda: kernel_distance(torch.ones(20, 1), torch.zeros(20, 1)), 7.0),
-    # Sure of each image, four classes as often: the score is four.
-    "inception score": (lambda: classifier_score(1000 * torch.eye(4).repeat(10, 1), splits=1), 4.0),
-}

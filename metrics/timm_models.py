@@ -18,8 +18,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 
 class TimmFeatures(nn.Module):
-    """A model on uint8 images of any size, with its own preprocessing: features before the classifier, and, where it
-    has one, the logarithms of its probabilities.
+    """A model on uint8 images of any size: features before the classifier, and, where it has one, the logarithms of its
+    probabilities.
 
     Preprocessing is timm's for evaluation (`timm.data.create_transform`) in float32 on whole batches, where timm's goes
     through PIL's 8 bits.
@@ -31,21 +31,20 @@ class TimmFeatures(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         config = resolve_model_data_config(model)
-        self.model = model
+        self.model: Any = model
         self.size: tuple[int, int] = config["input_size"][1:]
         self.scale_size = tuple(math.floor(side / config["crop_pct"]) for side in self.size)
         self.crop_mode, self.interpolation = config["crop_mode"], InterpolationMode(config["interpolation"])
-        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"])[:, None, None], persistent=False)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config[name])[:, None, None], persistent=False)
         self.num_classes = int(getattr(model, "num_classes", 0))
 
     def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> tuple[Tensor, ...]:
-        model: Any = self.model
-        hidden = model.forward_features(self.preprocess(images))
-        features = model.forward_head(hidden, pre_logits=True).flatten(1)
+        hidden = self.model.forward_features(self.preprocess(images))
+        features = self.model.forward_head(hidden, pre_logits=True).flatten(1)
         if not self.num_classes:
             return (features,)
-        return features, model.forward_head(hidden).float().log_softmax(dim=1)
+        return features, self.model.forward_head(hidden).float().log_softmax(dim=1)
 
     def preprocess(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h_out w_out"]:
         """Scaled, antialiased, normalised, cut to the middle: what the model was trained on."""
@@ -65,17 +64,12 @@ class TimmFeatures(nn.Module):
 
 
 def find_timm(name: str) -> None:
-    """Nothing, if timm has a model of this name.
-
-    Raises:
-        ValueError: if it has none, with those of similar names.
-    """
+    """Raises: ValueError, if timm has no model of this name, with those of similar names."""
     architecture, _, tag = name.partition(".")
     tagged = timm.list_models(f"{architecture}.*", pretrained=True) if is_model(architecture) else []
-    if is_model(name) and (not tag or name in tagged):
-        return
-    like = get_close_matches(name, tagged or timm.list_models(), n=3)
-    raise ValueError(f"timm {timm.__version__} has no such model" + (f"; it has {', '.join(like)}" if like else ""))
+    if not is_model(name) or (tag and name not in tagged):
+        like = get_close_matches(name, tagged or timm.list_models(), n=3)
+        raise ValueError(f"timm {timm.__version__} has no such model" + (f"; it has {', '.join(like)}" if like else ""))
 
 
 def is_downloaded(name: str) -> bool:
@@ -86,25 +80,17 @@ def is_downloaded(name: str) -> bool:
 
 
 def load_timm(name: str, weights_path: str | Path | None = None) -> TimmFeatures:
-    """A model with the weights of a file, or with timm's own, downloaded; only tensors are unpickled.
-
-    How many classes it has is read off the file; one without the classifier's weights gives features alone.
-    """
+    """A model with the weights of a file, or with timm's own, downloaded; only tensors are unpickled. A file without
+    the classifier's weights gives features alone."""
     settings: dict[str, Any] = {}
     if weights_path is not None:
         state = load_state_dict(str(weights_path), weights_only=True)
-        num_classes = _num_classes(name, state)
+        classifiers = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
+        classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+        parts = [f"{classifier}.{part}" for classifier in classifiers for part in ("weight", "bias")]
+        num_classes = next((len(state[part]) for part in parts if part in state), 0)
         overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0}
         settings = {"num_classes": num_classes, "pretrained_cfg_overlay": overlay}
     model: Any = timm.create_model(name, pretrained=True, **settings)
     model.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
     return TimmFeatures(model.eval().requires_grad_(False))
-
-
-def _num_classes(name: str, state: dict[str, Tensor]) -> int:
-    classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
-    for layer in (classifier,) if isinstance(classifier, str) else classifier:
-        for part in ("weight", "bias"):
-            if f"{layer}.{part}" in state:
-                return len(state[f"{layer}.{part}"])
-    return 0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from autoencoders.codec import Codec, LatentCodec
-from metrics.exported import save_program
+from metrics.programs import save_exported
 from published.diffusers_dit import native_names, write_native
 from published.diffusers_schedulers import scheduler_of, told_times
 
@@ -44,7 +44,7 @@ def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, v
     spec, denoiser = checkpoint.spec, folder / "denoiser"
     program, error = export_denoiser(checkpoint.load_model(), spec)
     denoiser.mkdir()
-    save_program(program, denoiser / "denoiser.pt2")
+    save_exported(program, denoiser / "denoiser.pt2")
     offset, rate = told_times(checkpoint.config.diffusion.kind, checkpoint.build_diffusion())
     settings = {
         "_class_name": "ExportedDenoiser",

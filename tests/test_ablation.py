@@ -23,14 +23,14 @@ pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_a_stopped_and_a_killed_ablation_go_on_and_report_their_runs_numbers(tmp_path):
-    from metrics.torchscript import save_torchscript
+    from metrics.programs import save_program
 
     class MeanColors(torch.nn.Module):
         def forward(self, images: torch.Tensor):
             means = images.float().mean(dim=(2, 3)) / 255
             return means, torch.softmax(4 * means, dim=1)
 
-    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
+    save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
     base = {**BASE, "train": {**TINY["train"], "num_steps": 20}, "autoencoder": "pixel"}  # seconds less a process
     base |= {"data": {**TINY["data"], "image_size": 16}, "model_args": {**TINY["model_args"], "patch_size": 4}}
     base["log"] = {**TINY["log"], "validate_every": 0, "checkpoint_every": 5, "trackers": []}

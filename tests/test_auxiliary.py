@@ -13,7 +13,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from autoencoders.codec import LatentCodec, PixelCodec
 from experiment.config import AuxiliaryConfig
 from metrics.perceptual import LPIPSFeatures, VGG19Features, perceptual_network
-from metrics.torchscript import save_torchscript
+from metrics.programs import save_program
 from models import create_model
 from models.backbone import complete
 from training.objective import AUXILIARY, build_auxiliary
@@ -36,7 +36,7 @@ def network(tmp_path_factory):
             return features, features.mean(dim=(2, 3))
 
     torch.manual_seed(0)
-    return str(save_torchscript(Edges(), torch.zeros(2, 3, 16, 16), tmp_path_factory.mktemp("net") / "edges.pt"))
+    return str(save_program(Edges(), torch.zeros(2, 3, 16, 16), tmp_path_factory.mktemp("net") / "edges.pt"))
 
 
 @pytest.fixture

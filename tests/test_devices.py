@@ -11,7 +11,7 @@ from processes import TINY, log, run
 from test_backbones import SMALL
 
 from experiment.settings import flatten
-from metrics.torchscript import save_torchscript
+from metrics.programs import save_program
 from models import BACKBONES
 
 
@@ -69,7 +69,7 @@ def test_training_is_that_of_the_cpu_and_waits_once_a_step(trained, folder):
 
 @pytest.mark.xdist_group("elsewhere")
 def test_samples_and_scores_are_those_of_the_cpu(trained, tmp_path):
-    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
+    save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
     flags = ("--samples", trained[0] / "runs/tiny", "--extractor", tmp_path / "colors.pt", "--num_samples", 20)
     flags += ("--sampler", "ddpm,ddim,heun,dpmpp_2m_sde,unipc", "--num_steps", 3, "--guidance_scale", 2)
     flags += ("--sampling.guidance_interval", "[0, 50]")
@@ -131,7 +131,7 @@ print(json.dumps([[bits(each, device) for each in diffusions] for device in ("cp
 
 @pytest.mark.xdist_group("elsewhere")
 def test_on_a_device_without_float64_all_is_as_on_the_cpu(folder, tmp_path):
-    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
+    save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
     (tmp_path / "bits.py").write_text(BITS)
     drawn = ("--spacing", "karras", "--guidance_scale", 2, "--sampling.guidance_parallel", 0.5)
     drawn += ("--sampling.guidance_rescale", 0.5, "--sampling.guidance_schedule", "cosine")
@@ -230,7 +230,7 @@ def test_other_objectives_backbones_and_spaces_are_as_on_the_cpu_without_float64
     programs += ["sample.py", "--checkpoint", "runs/cascade", "--stages", "true", "--num_per_class", 1]
     for device in ("mps", "cpu"):
         (tmp_path / device).mkdir()
-        save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / device / "colors.pt")
+        save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / device / "colors.pt")
         pretended(*programs, cwd=tmp_path / device, device=device)
     for name in VARIANTS:
         ours, theirs = (losses(tmp_path / device, name) for device in ("mps", "cpu"))
@@ -245,7 +245,7 @@ def test_an_autoencoder_is_trained_as_on_the_cpu(tmp_path):
     flags += ("--train.batch_size", 4, "--architecture.channels", "[8, 16]", "--architecture.norm_groups", 4)
     flags += ("--loss.perceptual", "null", "--discriminator.weight", 0.1, "--discriminator.start", 2)
     flags += ("--log.every", 1)
-    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
+    save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
     measuring = ("--data.path", "shapes", "--data.num_images", 40, "--data.image_size", 32, "--autoencoder", "embedded")
     measuring += ("--extractor", "colors.pt", "--perceptual", "colors.pt", "--output")
     for device in ("mps", "cpu"):

@@ -18,9 +18,9 @@ def extractor(folder):
             return means, torch.softmax(4 * means, dim=1)
 
     path = folder / "colors.pt"
-    from metrics.torchscript import save_torchscript
+    from metrics.programs import save_program
 
-    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), path)
+    save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), path)
     np.savez(folder / "fixed.npz", arr_0=np.zeros((10, 32, 32, 3), dtype=np.uint8))
     return path
 

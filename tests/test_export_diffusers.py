@@ -26,7 +26,7 @@ from experiment.config import (
 )
 from experiment.diffusions import build_diffusion
 from machine.randomness import generator_for
-from metrics.exported import save_program
+from metrics.programs import save_exported
 from models import ModelSpec, create_model
 from published import diffusers_pipeline
 from published.diffusers_dit import native_names, to_diffusers, without_shift, write_native
@@ -137,7 +137,7 @@ def test_every_kind_of_backbone_leaves_as_a_program_for_any_batch(name, tmp_path
     model = randomise(spec.build())
     program, error = export_denoiser(model, spec)
     assert error < 1e-5
-    save_program(program, tmp_path / "denoiser.pt2")
+    save_exported(program, tmp_path / "denoiser.pt2")
     with zipfile.ZipFile(tmp_path / "denoiser.pt2") as archive:
         assert not any(str(ROOT).encode() in archive.read(member) for member in archive.namelist())
     again = torch.export.load(tmp_path / "denoiser.pt2").module()

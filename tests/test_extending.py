@@ -8,7 +8,7 @@ import yaml
 from processes import ROOT, TINY, log, run
 
 from experiment.registry import TABLES
-from metrics.torchscript import save_torchscript
+from metrics.programs import save_program
 
 FILE = re.compile(r"```python\n# (\w+\.py)\n(.*?)```", re.DOTALL)
 
@@ -48,7 +48,7 @@ def test_files_of_the_documentation_train_sample_and_score(tmp_path):
     assert first["edges"] > 0
     run("sample.py", "--checkpoint", "runs/tiny", "--num_per_class", 2, "--output", "drawn.npz", cwd=tmp_path, **state)
     assert (tmp_path / "drawn.npz").is_file()
-    save_torchscript(Colour(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colour.pt")
+    save_program(Colour(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colour.pt")
     run(
         *("evaluate.py", "--samples", "runs/tiny", "--metrics", "[fid, gap]", "--num_samples", 8),
         *("--extractor", "colour.pt"),

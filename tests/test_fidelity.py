@@ -25,10 +25,9 @@ from metrics.fidelity import Scores, class_distances, classifier_score, compare,
 from metrics.frechet import Moments
 from metrics.image_batches import image_batches
 from metrics.manifold import count_neighbours
-from metrics.programs import load_program
+from metrics.programs import load_program, save_program
 from metrics.scores import METRICS
 from metrics.self_check import self_check
-from metrics.torchscript import save_torchscript
 
 PROBE = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
 
@@ -67,7 +66,7 @@ class Labelled(TensorDataset):
 
 @pytest.fixture(scope="module")
 def colour_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_torchscript(MeanColour(), PROBE, tmp_path_factory.mktemp("extractors") / "mean_colour.pt")
+    return save_program(MeanColour(), PROBE, tmp_path_factory.mktemp("extractors") / "mean_colour.pt")
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +337,7 @@ def test_features_that_are_not_finite(colour: Extractor) -> None:
 
 
 def test_logits_are_refused(tmp_path: Path) -> None:
-    path = save_torchscript(Logits(), PROBE, tmp_path / "logits.pt")
+    path = save_program(Logits(), PROBE, tmp_path / "logits.pt")
     with pytest.raises(ExtractorError, match="--extractor logits: its second output is not class probabilities"):
         score(random_images(4), random_images(4), extractor=path)
 
@@ -385,7 +384,7 @@ def test_files_that_are_no_extractor(tmp_path: Path, colour_file: Path) -> None:
     (tmp_path / "cut.pt").write_bytes(colour_file.read_bytes()[:500])
     with pytest.raises(ExtractorError, match=r"--extractor .*cut\.pt: not a TorchScript file"):
         Extractor(tmp_path / "cut.pt")
-    one_output = save_torchscript(nn.Flatten(), PROBE, tmp_path / "flat.pt")
+    one_output = save_program(nn.Flatten(), PROBE, tmp_path / "flat.pt")
     with pytest.raises(ExtractorError, match="--extractor flat: "):
         score(random_images(4), random_images(4), extractor=one_output)
     with pytest.raises(ExtractorError, match="brings its own weights"):

@@ -18,7 +18,7 @@ from autoencoding.measure import Distance, default_output, measure, open_distanc
 from data import open_dataset
 from evaluation.sources import from_images
 from metrics.pixelwise import psnr, spectrum, ssim
-from metrics.torchscript import save_torchscript
+from metrics.programs import save_program
 
 EVALUATE = script("evaluate.py")
 CPU, NUM, SIZE = torch.device("cpu"), 24, 32
@@ -44,7 +44,7 @@ def images():
 def measured(tmp_path_factory):
     """Two autoencoders, by the command; everything it left."""
     folder = tmp_path_factory.mktemp("measured")
-    save_torchscript(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), folder / "colors.pt")
+    save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), folder / "colors.pt")
     write("taesd", folder / "tiny")
     flags = ("--data.num_images", 5 * NUM, "--data.image_size", SIZE, "--extractor", "colors.pt", "--batch_size", 7)
     names = ("--autoencoder", "embedded,tiny", "--perceptual", "colors.pt")

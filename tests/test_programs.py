@@ -17,12 +17,11 @@ from torch import nn
 from autoencoding.autoencoder_config import LossConfig
 from experiment.config import AuxiliaryConfig, EvaluationConfig
 from metrics.classifier import SmallClassifier
-from metrics.exported import load_exported
 from metrics.extractors import ExtractorError
 from metrics.features import Extractor
 from metrics.image_batches import image_batches
 from metrics.perceptual import perceptual_network
-from metrics.programs import load_program, save_program
+from metrics.programs import load_exported, load_program, save_program
 
 D = torch.export.Dim.DYNAMIC
 IMAGES = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)

@@ -8,8 +8,8 @@ from torch import nn
 
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
+from metrics.programs import save_program
 from metrics.reference import ReferenceError, load_features, read_adm, reference_path, save_features, write_adm
-from metrics.torchscript import save_torchscript
 
 KEY = {"source": "photos.zip", "source_hash": "abc", "split": "test", "extractor": "colour"}
 
@@ -24,7 +24,7 @@ class MeanColour(nn.Module):
 def extractor(tmp_path_factory):
     path = tmp_path_factory.mktemp("extractor") / "colour.pt"
     probe = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
-    return Extractor(save_torchscript(MeanColour(), probe, path))
+    return Extractor(save_program(MeanColour(), probe, path))
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from experiment.config import DataConfig, EvaluationConfig, LogConfig
 from experiment.datasets import data_of
 from metrics.features import Extractor, Features
 from metrics.fidelity import compare
+from metrics.programs import save_program
 from metrics.scores import METRICS, title_of
-from metrics.torchscript import save_torchscript
 from sampling.generation import resolve_classes
 from sharing.studio import Studio
 from training.inspection import check_best, unless_ruined
@@ -50,7 +50,7 @@ class Thumbnail(nn.Module):
 @pytest.fixture(scope="module")
 def thumbnail(tmp_path_factory):
     path = tmp_path_factory.mktemp("extractor") / "thumbnail.pt"
-    return save_torchscript(Thumbnail(), torch.zeros(2, 3, 32, 32, dtype=torch.uint8), path)
+    return save_program(Thumbnail(), torch.zeros(2, 3, 32, 32, dtype=torch.uint8), path)
 
 
 def shapes(split, num=60):
