@@ -31,13 +31,16 @@ class Kind:
     """How one of diffusers' autoencoders is used.
 
     `encoding` names the modules that latents depend on; `factors` takes its configuration, and gives by how much it
-    reduces images and enlarges latents. `store` takes what its `encode` returns, `draw` what is stored and noise.
+    reduces images and enlarges latents. `store` takes what its `encode` returns, `draw` what is stored and noise. A
+    `representation` autoencoder has the features of a frozen network for latents, as many as that is wide, shifts and
+    divides them itself, and takes and gives images in [0, 1] of one size.
     """
 
     encoding: frozenset[str]
     factors: Callable[[Any], tuple[int, int]]
     store: Callable[[Any], Tensor]
     draw: Callable[[Tensor, Tensor], Tensor]
+    representation: bool = False
 
 
 def _moments(encoded: Any) -> Float[Tensor, "b moments h w"]:
@@ -84,6 +87,13 @@ KINDS = {
         ),
         store=lambda encoded: encoded.latent,
         draw=_as_stored,
+    ),
+    "AutoencoderRAE": Kind(  # Zheng et al. 2025
+        encoding=frozenset({"encoder", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std"}),
+        factors=lambda config: (config.patch_size, config.patch_size),
+        store=lambda encoded: encoded.latent,
+        draw=_as_stored,
+        representation=True,
     ),
 }
 
@@ -155,15 +165,22 @@ class LatentCodec(Codec):
         self.autoencoder: Any = load_autoencoder(source, KINDS).requires_grad_(False)
         self.kind = KINDS[type(self.autoencoder).__name__]
         config = self.autoencoder.config
-        self.channels = int(config.latent_channels)
+        is_representation = self.kind.representation
+        self.channels = int(config.encoder_hidden_size if is_representation else config.latent_channels)
         self.factor, enlarged = self.kind.factors(config)
-        out_channels = config.get("out_channels", config.in_channels)
-        if self.factor != enlarged or not config.in_channels == out_channels == 3:
+        in_channels = config.num_channels if is_representation else config.in_channels
+        out_channels = config.get("out_channels", in_channels)
+        if self.factor != enlarged or not in_channels == out_channels == 3:
             raise AutoencoderError(
-                f"--autoencoder {source}: it makes {out_channels} channels of {config.in_channels} and "
+                f"--autoencoder {source}: it makes {out_channels} channels of {in_channels} and "
                 f"{enlarged} pixels of {self.factor}; images come back as RGB of the same size, take one that does so"
             )
-        self.normalisation = _normalisation(source, config)
+        self.only_size = self.autoencoder.decoder_image_size if is_representation else None
+        if is_representation:
+            self.normalisation = {"scale": float(config.scaling_factor), "shift": 0.0}
+            self.autoencoder.register_to_config(scaling_factor=1.0)  # it would scale too
+        else:
+            self.normalisation = _normalisation(source, config)
         for name, values in self.normalisation.items():
             per_channel = torch.tensor(values).expand(self.channels)
             self.register_buffer(name, per_channel[:, None, None].clone(), persistent=False)
@@ -212,13 +229,19 @@ class LatentCodec(Codec):
                 f"--data.image_size {height}x{width}: the autoencoder '{self.source}' reduces by {self.factor}, "
                 f"which must divide both sides; take a multiple of {self.factor} or --autoencoder pixel"
             )
+        if self.only_size and (height, width) != (self.only_size, self.only_size):
+            raise AutoencoderError(
+                f"--data.image_size {height}x{width}: the autoencoder '{self.source}' gives images of "
+                f"{self.only_size}x{self.only_size} pixels alone; take --data.image_size {self.only_size}"
+            )
         return super().latent_shape(height, width)
 
     @torch.inference_mode()
     def prepare(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b moments h w"]:
         """Of an AutoencoderKL the posterior's mean and log-variance along the channels, else the latents."""
         self.latent_shape(*images.shape[-2:])
-        return self.kind.store(self.autoencoder.encode(images.float() / 127.5 - 1))
+        pixels = images.float() / 127.5 - 1
+        return self.kind.store(self.autoencoder.encode((pixels + 1) / 2 if self.kind.representation else pixels))
 
     def draw(self, stored: Float[Tensor, "b moments h w"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """A sample of the posterior, where there is one, normalised."""
@@ -227,8 +250,8 @@ class LatentCodec(Codec):
     @torch.inference_mode()
     def decode(self, x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 H W"]:
         """Images of a latent, rounded to the nearest of 256 levels."""
-        images = self.autoencoder.decode(x_0.float() / self.scale + self.shift).sample
-        return _to_uint8(images)
+        pixels = self.autoencoder.decode(x_0.float() / self.scale + self.shift).sample
+        return _to_uint8(2 * pixels - 1 if self.kind.representation else pixels)
 
 
 class PixelCodec(Codec):

@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def _load(source: str, classes: Collection[str], config: Path, place: str | Path
         name = json.loads(config.read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise AutoencoderError(f"--autoencoder {source}: {config.name} is missing or not JSON") from error
+    if name == "AutoencoderRAE" and find_spec("transformers") is None:
+        raise AutoencoderError(
+            f"--autoencoder {source}: its encoder is one of transformers', which is not installed; "
+            "pip install -e '.[rae]'"
+        )
     if name not in classes:
         raise AutoencoderError(
             f"--autoencoder {source}: {config.name} describes {name}, which is not supported; give one of "

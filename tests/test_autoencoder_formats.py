@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
-from diffusers import AutoencoderDC, VQModel
+from diffusers import AutoencoderDC, AutoencoderRAE, VQModel
 from hub_stub import Hub
 from huggingface_hub import constants
-from processes import script
+from PIL import Image
+from processes import TINY, run, script, weights
 from small_autoencoders import FORMATS, MEAN, STD, create, write
 
+from autoencoders import pretrained
 from autoencoders.codec import AutoencoderError, PixelCodec, create_codec
 from autoencoders.pretrained import hub_id
 from data.images import DataError
@@ -22,7 +25,7 @@ from experiment.datasets import open_cache, open_split
 from published.diffusers_dit import without_shift
 
 IMAGES = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-TINY = ("taesd", "taef1")
+WITHOUT_POSTERIOR = ("taesd", "taef1")
 PIPELINE = script("assets/diffusers/pipeline.py")
 
 
@@ -49,7 +52,7 @@ def normalised(z, settings):
 def test_latents_are_the_autoencoders_own_scaled_as_its_pipeline_does(name, codecs):
     codec, settings = codecs[name], FORMATS[name][1]
     encoded = codec.autoencoder.encode(IMAGES.float() / 127.5 - 1)
-    z = encoded.latents if name in TINY else encoded.latent_dist.mean
+    z = encoded.latents if name in WITHOUT_POSTERIOR else encoded.latent_dist.mean
     x_0 = codec.encode(IMAGES)
     torch.testing.assert_close(x_0, normalised(z, settings))
     assert codec.factor == 8
@@ -62,16 +65,56 @@ def test_latents_are_the_autoencoders_own_scaled_as_its_pipeline_does(name, code
     assert not any(parameter.requires_grad for parameter in codec.parameters())
 
 
-def test_a_deep_compression_autoencoder_is_scaled_by_its_one_number(tmp_path):
+def deep(folder):
+    """A small AutoencoderDC that reduces by four."""
     torch.manual_seed(0)
     halves = {"block_out_channels": (8, 8, 16), "layers_per_block": (1, 1, 1), "qkv_multiscales": ((), (), ())}
     settings = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in halves.items()}
-    AutoencoderDC(latent_channels=4, scaling_factor=0.5, **settings).save_pretrained(tmp_path)
-    codec = create_codec(str(tmp_path))
+    AutoencoderDC(latent_channels=4, scaling_factor=0.5, **settings).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_deep_compression_autoencoder_is_scaled_by_its_one_number(tmp_path):
+    codec = create_codec(deep(tmp_path))
     z = codec.autoencoder.encode(IMAGES.float() / 127.5 - 1).latent
     torch.testing.assert_close(codec.encode(IMAGES), 0.5 * z)
     assert codec.latent_shape(32, 32) == tuple(z.shape[1:]) == (4, 8, 8)
     assert codec.decode(0.5 * z).shape == IMAGES.shape
+
+
+@pytest.fixture
+def representation(tmp_path):
+    """A small RAE with a DINOv2 of random weights, which knows images of 32 pixels."""
+    pytest.importorskip(
+        "transformers", reason="an AutoencoderRAE's encoder is one of transformers: pip install transformers"
+    )
+    shapes = {"encoder_hidden_size": 64, "encoder_patch_size": 14, "encoder_num_hidden_layers": 1, "patch_size": 8}
+    shapes |= {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    torch.manual_seed(0)
+    latents = {"latents_mean": torch.randn(64, 1, 1), "latents_std": torch.rand(64, 1, 1) + 0.5, "scaling_factor": 0.5}
+    model = AutoencoderRAE("dinov2", decoder_intermediate_size=32, encoder_input_size=56, **shapes, **latents).eval()
+    model.save_pretrained(tmp_path / "rae")
+    return model, tmp_path / "rae"
+
+
+def test_a_representation_autoencoder_scales_its_latents_itself_and_sees_pixels_from_0_to_1(representation):
+    model, folder = representation
+    codec = create_codec(str(folder))
+    x_0 = model.encode(IMAGES.float() / 255).latent
+    torch.testing.assert_close(codec.encode(IMAGES), x_0)
+    assert codec.latent_shape(32, 32) == tuple(x_0.shape[1:]) == (64, 4, 4)
+    theirs = (255 * model.decode(x_0).sample).round().clamp(0, 255)
+    assert (codec.decode(x_0).float() - theirs).abs().max() <= 1
+    assert codec.identity["scale"] == 0.5
+    with pytest.raises(AutoencoderError, match=r"gives images of 32x32 pixels alone; take --data\.image_size 32"):
+        codec.latent_shape(64, 64)
+
+
+def test_without_transformers_a_representation_autoencoder_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderRAE"}')
+    with pytest.raises(AutoencoderError, match=r"which is not installed: pip install -e '.\[rae\]'"):
+        create_codec(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -80,7 +123,7 @@ def test_what_is_stored_gives_a_draw_of_the_posterior_where_there_is_one(name, c
     stored, channels = codec.prepare(IMAGES), settings["latent_channels"]
     noise = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(1))
     drawn = codec.draw(stored.half(), noise)  # as caches keep it
-    if name in TINY:
+    if name in WITHOUT_POSTERIOR:
         assert stored.shape == (2, channels, 4, 4)
         assert drawn.equal(codec.draw(stored.half(), torch.zeros_like(noise)))
         torch.testing.assert_close(drawn, codec.encode(IMAGES), atol=1e-3, rtol=1e-2)
@@ -271,3 +314,27 @@ def test_offline_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(AutoencoderError, match=words) as caught:
         create_codec("a/b/vae")
     assert "\n" not in str(caught.value)
+
+
+# --- trained on
+
+
+@pytest.mark.parametrize("kind", ["deep compression", "representation"])
+def test_a_backbone_is_trained_on_its_latents_resumed_bitwise_and_decoded(kind, tmp_path, request):
+    folder = deep(tmp_path / "dc") if kind == "deep compression" else request.getfixturevalue("representation")[1]
+    config = {**TINY, "autoencoder": str(folder)}
+    config["train"] = {**TINY["train"], "num_steps": 20}
+    config["log"] = {**TINY["log"], "validate_every": 0, "checkpoint_every": 10}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    run("train.py", "--config", "tiny.yaml", cwd=tmp_path)
+    (tmp_path / "again").mkdir()
+    for name in ("cache", "runs"):
+        shutil.copytree(tmp_path / name, tmp_path / "again" / name)
+    shutil.rmtree(tmp_path / "again/runs/tiny/checkpoints/00000020")
+    run("train.py", "--resume", "runs/tiny", cwd=tmp_path / "again")
+    whole, resumed = (weights(place, "tiny", step=20) for place in (tmp_path, tmp_path / "again"))
+    assert whole.keys() == resumed.keys()
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+    run("sample.py", "--checkpoint", "runs/tiny", "--output", "drawn.png", cwd=tmp_path)
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert len(drawn.getcolors(maxcolors=1 << 20)) > 10
