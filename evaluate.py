@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataConfig, SamplingConfig
-from metrics.scores import HELP
-from settings import SEEDS, set_values, unset, within
+from experiment.config import DataConfig, EvaluationConfig, SamplingConfig
+from settings import set_values, unset, within
 
 
 @partial(unset, several=True)
@@ -24,8 +23,13 @@ class SweptSampling(SamplingConfig):
     """What is said of sampling in place of the checkpoint, of some settings several values."""
 
 
+@unset
+class EvaluationFlags(EvaluationConfig):
+    """What is said of scoring in place of the checkpoint."""
+
+
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(EvaluationFlags):
     """Score samples against real images. What a run's configuration says (`evaluation`, `sampling`) is the default.
 
     Args:
@@ -34,14 +38,7 @@ class EvaluateConfig:
             is one
         reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images
         write_reference: write the held-out images and their moments to such an npz
-        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a file, .pt2
-            (torch.export) rather than TorchScript: uint8 images to features and class probabilities. A file is a
-            program, a TorchScript one may read and write files: run only what you trust
-        weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
-            .bin
-        metrics: {metrics}
         num_samples: images to draw, or to take; by default as many as there are held-out images
-        labels: of the drawn samples: 'balanced', 'reference' (the held-out images' own) or 'random'
         trials: repeat with the seeds after `seed` too, and report mean and standard deviation
         sampling: in place of the checkpoint's own settings; --guidance_scale is short for --sampling.guidance_scale,
             and so are all others. Numbers and names may be several, such as 1,1.5,2: each combination is a row
@@ -58,7 +55,6 @@ class EvaluateConfig:
             its own folder, or in the working folder
         latex: also write the table for LaTeX (booktabs), as .tex beside the JSON; its rows bear the runs' names
         seed: of the drawn samples, and of subsets
-        batch_size: images at a time, on each process
         precision: of sampling: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
         autoencoder: in place of the one in the checkpoint's configuration; without samples, the one to measure: what
             comes back of held-out images, and what its latents are like. Several, with commas in between, are rows
@@ -74,11 +70,6 @@ class EvaluateConfig:
     checkpoint: str | None = None
     reference: str | None = None
     write_reference: str | None = None
-    extractor: str | None = None
-    weights_path: str | None = None
-    metrics: list[str] | None = None
-    num_samples: int | None = within("[1, inf)", None)
-    labels: Literal["balanced", "reference", "random"] | None = None
     trials: int = within("[1, inf)", 1)
     sampling: SweptSampling = field(default_factory=SweptSampling, metadata={"short": True})
     baselines: bool = False
@@ -88,17 +79,12 @@ class EvaluateConfig:
     self_check: bool = False
     output: str | None = None
     latex: bool = False
-    seed: int | None = within(SEEDS, None)
-    batch_size: int | None = within("[1, inf)", None)
     precision: str = "auto"
     autoencoder: str | None = None
     perceptual: str = "lpips"
     heads: str | None = None
     imports: list[str] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
-
-
-EvaluateConfig.__doc__ = str(EvaluateConfig.__doc__).format(metrics=HELP)
 
 
 def main(config: EvaluateConfig) -> None:
@@ -111,7 +97,7 @@ def main(config: EvaluateConfig) -> None:
     from data.subsets import by_name
     from evaluation.likelihood import held_out_likelihood
     from evaluation.record import draw_pairs, draw_sweep, notes, provenance, table, write_json
-    from evaluation.scoring import dataset_reference, evaluate, memorisation, npz_reference, summarise
+    from evaluation.scoring import Scorer, summarise
     from evaluation.sources import (
         blaming,
         from_checkpoint,
@@ -123,11 +109,9 @@ def main(config: EvaluateConfig) -> None:
         sweep,
     )
     from evaluation.table import latex
-    from experiment.config import EvaluationConfig
     from experiment.datasets import data_of, open_split
-    from machine.accelerator import describe, open_accelerator
+    from machine.accelerator import open_accelerator
     from machine.whole_files import write_whole
-    from metrics.features import Extractor
     from metrics.fidelity import class_distances
     from metrics.reference import read_adm, write_adm
     from metrics.scores import PER_IMAGE, check_metrics, needs_of
@@ -140,16 +124,16 @@ def main(config: EvaluateConfig) -> None:
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
     with blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
         checkpoint = open_checkpoint(owner) if owner else None
-    flags = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}
-    flags = {name: value for name, value in flags.items() if value is not None}
-    flags |= {"weights_path": config.weights_path} if config.extractor else {}  # another's are not its
+    flags = {name: value for name, value in set_values(config).items() if name in EvaluationConfig.__dataclass_fields__}
+    flags = ({"weights_path": None} if "extractor" in flags else {}) | flags  # another's are not its
     evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **flags)
     check_metrics(evaluation.metrics)
     if config.samples is None and not config.self_check:
         names, network = str(config.autoencoder).split(","), (config.perceptual, config.heads)
         measured = measure_autoencoders(names, config.data, evaluation, network, accelerator, config.output)
         return accelerator.print(measured)
-    extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=accelerator.device)
+    scorer = Scorer(evaluation, accelerator)
+    extractor = scorer.extractor
     if config.self_check:
         return accelerator.print(self_check(extractor))
 
@@ -162,8 +146,8 @@ def main(config: EvaluateConfig) -> None:
         checkpoint.check_identity(test=looked_at.describe())
     size = (data.image_size, data.image_size)
     moments, images = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
-    asked = config.autoencoder
-    codec = checkpoint.open_codec(asked, accelerator.print) if checkpoint else create_codec(asked or "pixel")
+    name = config.autoencoder
+    codec = checkpoint.open_codec(name, accelerator.print) if checkpoint else create_codec(name or "pixel")
     codec = codec.to(accelerator.device)
     if checkpoint is not None and owner == config.samples:
         real, reference_labels = images if held_out is None else held_out, None
@@ -208,21 +192,19 @@ def main(config: EvaluateConfig) -> None:
         assert held_out is not None
         bits = held_out_likelihood(checkpoint, codec, held_out, config.likelihood, accelerator, seed=evaluation.seed)
         extra["bits_per_dimension"] = {**asdict(bits), "num_images": config.likelihood}
-    if config.reference:
-        reference = npz_reference(config.reference, moments, images, extractor, accelerator, evaluation)
-    else:
-        reference = dataset_reference(data, "test", extractor, accelerator, evaluation)
+    in_file = scorer.npz_reference(config.reference, moments, images) if config.reference else None
+    reference = in_file or scorer.reference(data)
     rows, features = [], None  # features of the first row's first trial
     for trials in groups:
         scores = []
         for source in trials:
-            score, found = evaluate(source, reference, extractor, accelerator, evaluation)
-            scores, features = [*scores, score], features or found
+            score, of_source = scorer.score(source, reference)
+            scores, features = [*scores, score], features or of_source
         rows.append(summarise(trials[0], scores))
     assert features is not None
     nearest = None
     if copies and unseen:
-        nearest = memorisation(features, *copies, unseen, data, codec, extractor, accelerator, evaluation)
+        nearest = scorer.memorisation(features, *copies, unseen, data, codec)
         extra["memorisation"] = {
             "closer_to_training_than_held_out": nearest.closer,
             "planted_copies_closer": nearest.copies,
@@ -238,7 +220,7 @@ def main(config: EvaluateConfig) -> None:
     samples = Path(str(config.samples)).resolve()
     usual = checkpoint.run / f"scores{checkpoint.mark}.json" if checkpoint and owner == config.samples else None
     output = Path(config.output or usual or samples.with_name(f"{samples.stem}-scores.json"))
-    write_json({**provenance(rows, reference, extractor, evaluation, describe(accelerator)), **extra}, output)
+    write_json({**provenance(rows, reference, scorer), **extra}, output)
     written = [output, output.with_suffix(".png")]
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
     if num_drawn > 1:
@@ -284,21 +266,17 @@ def is_run(path: str) -> bool:
     return holds or folder.suffix == ".safetensors" or not folder.exists()
 
 
-OF_AUTOENCODERS = ("autoencoder", "perceptual", "heads", "extractor", "weights_path", "metrics", "num_samples", "seed")
-OF_AUTOENCODERS += ("batch_size", "output", "imports", "data")
+OF_AUTOENCODERS = {"autoencoder", "perceptual", "heads", "extractor", "weights_path", "metrics", "num_samples", "seed"}
+OF_AUTOENCODERS |= {"batch_size", "output", "imports", "data"}
 
 
 def check(config: EvaluateConfig) -> None:
-    """What cannot be asked for together.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    usual, samples = EvaluateConfig(), config.samples
-    given = [flag for flag in asdict(usual) if getattr(config, flag) != getattr(usual, flag)]
+    """What cannot be asked for together."""
+    defaults, samples = EvaluateConfig(), config.samples
+    asked = [flag for flag in asdict(defaults) if getattr(config, flag) != getattr(defaults, flag)]
 
     def refuse(flags: Iterable[str], why: str) -> None:
-        for flag in (flag for flag in given if flag in flags):
+        for flag in (flag for flag in asked if flag in flags):
             value = getattr(config, flag)
             raise ValueError(f"--{flag}{f' {value}' if isinstance(value, str | int | float) else ''}: {why}")
 
@@ -307,7 +285,7 @@ def check(config: EvaluateConfig) -> None:
     if samples is None and config.autoencoder is None:
         raise ValueError("--samples: give a run, a folder, a zip or an npz; or --autoencoder, or --self_check true")
     if samples is None:
-        about_samples = {*given}.difference(OF_AUTOENCODERS)
+        about_samples = {*asked}.difference(OF_AUTOENCODERS)
         refuse(about_samples, "it is about samples; give --samples, or leave it out to measure --autoencoder")
         return
     refuse(("perceptual", "heads"), "it measures an autoencoder; leave it out, or leave --samples out")

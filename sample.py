@@ -71,50 +71,39 @@ def main(config: SampleConfig) -> None:
     from checkpoints.checkpoint import open_checkpoint
     from experiment.datasets import data_of, open_split
     from machine.accelerator import open_accelerator
-    from sampling.autoguidance import load_guide_model
     from sampling.checks import resolve_sampling
-    from sampling.generation import DenoisingPanel, Generator, StagesPanel, resolve_classes, stream
+    from sampling.generation import DenoisingPanel, StagesPanel, generator_of, resolve_classes, stream
     from sampling.image_files import save_folder, save_grid, save_npz
     from sampling.interpolation import interpolate
     from sampling.reconstruction import draw_reconstructions
 
     is_picture = config.reconstruct is not None or config.interpolate is not None
-    check_output(Path(config.output) if config.output else None, is_picture=is_picture)
+    asked = Path(config.output) if config.output else None
+    check_output(asked, is_picture=is_picture)
     checkpoint = open_checkpoint(config.checkpoint)
+
+    def output_of(name: str) -> Path:
+        return asked or checkpoint.run / f"{name}{checkpoint.mark}.png"
+
     classes = resolve_classes(config.classes, checkpoint.classes)
     diffusion, overrides = checkpoint.build_diffusion(), set_values(config.sampling)
     sampling = resolve_sampling(checkpoint.config.sampling, diffusion, checkpoint.num_guided, **overrides)
-
     accelerator = open_accelerator(config.precision)
     codec = checkpoint.open_codec(config.autoencoder, accelerator.print).to(accelerator.device)
     labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
     panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
     stages = StagesPanel(diffusion) if config.stages else None
-    meant = (checkpoint.config.diffusion, checkpoint.spec, accelerator.device, checkpoint.classes, checkpoint.identity)
-    generator = Generator(
-        checkpoint.load_model(accelerator.device),
-        diffusion,
-        codec,
-        labels,
-        sampling,
-        checkpoint.image_size,
-        config.seed,
-        accelerator,
-        callback=panel,
-        guide_model=load_guide_model(sampling, *meant),
-        on_stage=stages,
-    )
+    watching = {"callback": panel, "on_stage": stages}
+    generator = generator_of(checkpoint, sampling, codec, labels, config.seed, accelerator, **watching)
     if config.reconstruct is not None:
-        held_out = open_split(data_of(checkpoint.config.data, config.data), "test")
-        path = Path(config.output) if config.output else checkpoint.run / f"reconstruct{checkpoint.mark}.png"
+        held_out, path = open_split(data_of(checkpoint.config.data, config.data), "test"), output_of("reconstruct")
         draw_reconstructions(generator, checkpoint, held_out, classes, config.num_per_class, config.reconstruct, path)
         return
     if config.to_seed is not None and config.interpolate is None:
         raise ValueError(f"--to_seed {config.to_seed}: say how many pictures on the way, with --interpolate")
     if config.interpolate is not None:
         ends = (classes[0], classes[-1]), (config.seed, config.seed if config.to_seed is None else config.to_seed)
-        images = interpolate(generator, *ends, config.interpolate)
-        path = Path(config.output) if config.output else checkpoint.run / f"interpolation{checkpoint.mark}.png"
+        images, path = interpolate(generator, *ends, config.interpolate), output_of("interpolation")
         save_grid(images, path, columns=len(images))
         print(f"{len(images)} images on the way: {path}")
         return
@@ -123,7 +112,7 @@ def main(config: SampleConfig) -> None:
         deque(batches, maxlen=0)  # what it draws is gathered by the main process
         return
 
-    output = Path(config.output) if config.output else checkpoint.run / f"samples{checkpoint.mark}.png"
+    output = output_of("samples")
     names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
     if output.suffix.lower() in PICTURES:
         columns = 12 if len(classes) == 1 else config.num_per_class * max(1, 12 // config.num_per_class)
@@ -148,11 +137,7 @@ PICTURES = (".png", ".pdf")
 
 
 def check_output(output: Path | None, *, is_picture: bool) -> None:
-    """Before anything is drawn.
-
-    Raises:
-        ValueError: for an ending that says another kind of file than is written.
-    """
+    """Before anything is drawn, that the ending says what kind of file is written."""
     ending = output.suffix.lower() if output and not output.is_dir() else ""
     if is_picture and output and ending not in PICTURES:
         raise ValueError(f"--output {output}: it is one picture, give FILE.png or FILE.pdf")

@@ -43,8 +43,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from experiment.datasets import open_cache, open_split
     from experiment.diffusions import build_diffusion
     from machine.randomness import seed_for
-    from sampling.autoguidance import load_guide_model
-    from sampling.checks import resolve_sampling
+    from sampling.checks import load_guide_model, resolve_sampling
     from training.batches import Batches
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspection, check_best

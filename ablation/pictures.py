@@ -12,7 +12,7 @@ from PIL import Image
 
 from ablation.results import Results
 from ablation.stages import pictured
-from sampling.labelled import save_labelled, tile, title, width_of
+from sampling.image_files import save_labelled, tile, title, width_of
 
 BESIDE = 4  # samples a class and model, beside the other models'
 

@@ -11,7 +11,7 @@ from ablation.tables import as_markdown, as_tex, cells, crossed, head, reference
 from evaluation.page import page
 from evaluation.table import SIGNIFICANT, markdown, plain
 from machine.whole_files import write_whole
-from sampling.labelled import save_labelled
+from sampling.image_files import save_labelled
 
 
 def write_report(folder: Path, columns: Sequence[str] = ()) -> str:

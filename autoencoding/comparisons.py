@@ -12,7 +12,7 @@ from torch import Tensor
 from autoencoders.codec import LatentCodec
 from data.subsets import stratified
 from evaluation.sources import Source
-from sampling.labelled import save_labelled
+from sampling.image_files import save_labelled
 
 AMPLIFIED = 3  # times that differences are drawn of what they are, around grey
 COLUMNS = 10

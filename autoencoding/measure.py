@@ -18,11 +18,10 @@ from tqdm import tqdm
 from autoencoders.codec import EMBEDDED, LatentCodec, weights_sha256
 from autoencoding.comparisons import draw_reconstructions, draw_spectra
 from evaluation.record import provenance, table, write_json
-from evaluation.scoring import evaluate, open_scorer, summarise
+from evaluation.scoring import open_scorer, summarise
 from evaluation.sources import Source, from_dataset, reconstructions
 from experiment.config import DataConfig, EvaluationConfig
 from experiment.datasets import open_split
-from machine.accelerator import describe
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.perceptual import NETWORKS, perceptual_network
@@ -192,7 +191,8 @@ def measure_autoencoders(
     """
     codecs = [open_codec(name, data.image_size) for name in dict.fromkeys(names)]
     distance = open_distance(*perceptual, accelerator.device)
-    reference, extractor = open_scorer(data, accelerator, evaluation)
+    scorer, reference = open_scorer(data, accelerator, evaluation)
+    extractor = scorer.extractor
     images = from_dataset(open_split(data, "test"), "held-out images", evaluation.num_samples, evaluation.seed)
     first = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
 
@@ -200,7 +200,7 @@ def measure_autoencoders(
     for codec in codecs:
         source = reconstructions(images, codec.to(accelerator.device), accelerator.device)
         measured[codec.source] = measure(codec, images, distance, accelerator, evaluation.batch_size)
-        scores, _ = evaluate(source, reference, extractor, accelerator, evaluation)
+        scores, _ = scorer.score(source, reference)
         scores = replace(scores, scores={**measured[codec.source].scores, **scores.scores})
         speed = speeds(codec, first) if accelerator.is_main_process else {}
         about = {**source.provenance, **speed, "device": str(accelerator.device)}
@@ -213,7 +213,7 @@ def measure_autoencoders(
     frequencies = spatial_frequencies(data.image_size, data.image_size).tolist()
     powers = {"held-out images": measured[codecs[0].source].power} | {name: of.kept for name, of in measured.items()}
     record = {
-        **provenance(rows, reference, extractor, evaluation, describe(accelerator)),
+        **provenance(rows, reference, scorer),
         "perceptual": distance.provenance,
         "latents": {name: of.latents for name, of in measured.items()},
         "spectrum": {"cycles_per_pixel": frequencies, **powers},

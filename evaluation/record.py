@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from checkpoints.checkpoint import current_commit
-from evaluation.scoring import Memorisation, Reference, Row
+from evaluation.scoring import Memorisation, Reference, Row, Scorer
 from evaluation.sources import Source
 from evaluation.table import number, terminal
-from experiment.config import EvaluationConfig
+from machine.accelerator import describe
 from machine.whole_files import write_whole
 from metrics.features import Extractor
 from metrics.scores import Score, digits_of, metric_name
@@ -23,9 +23,7 @@ ENOUGH_FOR_INCEPTION_SCORE = 5000  # images a split, as of the 50,000 in ten tha
 LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity")
 
 
-def provenance(
-    rows: Sequence[Row], reference: Reference, extractor: Extractor, evaluation: EvaluationConfig, machine: str
-) -> dict[str, Any]:
+def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dict[str, Any]:
     """The first row's scores, all rows, and what it takes to derive them again."""
     first = rows[0].trials[0]
     return {
@@ -33,14 +31,14 @@ def provenance(
         "num_samples": first.num_samples,
         "num_reference": reference.features.num,
         "num_trials": len(rows[0].trials),
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
+        "extractor": scorer.extractor.name,
+        "extractor_sha256": scorer.extractor.sha256,
         "settings": first.settings,
         "samples": rows[0].settings,
         "reference": reference.provenance,
-        "evaluation": asdict(evaluation),
+        "evaluation": asdict(scorer.evaluation),
         "rows": [row.to_dict() for row in rows],
-        "machine": machine,
+        "machine": describe(scorer.accelerator),
         "commit": current_commit(),
         "versions": {name: version(name) for name in LIBRARIES},
     }

@@ -1,6 +1,6 @@
 """The one path to a score: a source of images, a reference's features, an extractor.
 
-`evaluate.py`, evaluation during training and ablations all come through `evaluate`: the same weights and the same
+`evaluate.py`, evaluation during training and ablations all come through a `Scorer`: the same weights and the same
 `EvaluationConfig` give the same numbers. Images go from the sampler to the extractor in memory; processes share them.
 """
 
@@ -37,107 +37,9 @@ class Reference:
     provenance: dict[str, Any]
 
 
-def dataset_reference(
-    data: DataConfig,
-    split: str,
-    extractor: Extractor,
-    accelerator: Accelerator,
-    evaluation: EvaluationConfig,
-    codec: Codec | None = None,
-) -> Reference:
-    """Features of a split, or of what a codec makes of it, computed once for each (images, split, size, extractor,
-    codec) and kept in the cache folder."""
-    dataset = open_split(data, split)
-    for words in left_out(dataset):
-        accelerator.print(f"{split} images: {words}")
-    key = {
-        **dataset.describe(),
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-        "needs": sorted(needs_of(evaluation.metrics)),
-        **({"codec": codec.provenance} if codec else {}),
-    }
-    path = reference_path(Path(data.cache) / "references", key)
-    if from_main(accelerator, lambda: not path.exists()):
-        source = from_dataset(dataset, f"{split} images")
-        source = reconstructions(source, codec, accelerator.device) if codec else source
-        features = extract(source, extractor, accelerator, evaluation)
-        if accelerator.is_main_process:
-            save_features(features, path, key)
-        accelerator.wait_for_everyone()
-    return Reference(load_features(path, key), {**key, "features": path.name})
-
-
-def open_scorer(
-    data: DataConfig, accelerator: Accelerator, evaluation: EvaluationConfig
-) -> tuple[Reference, Extractor]:
-    """The held-out images' features and the extractor: what `evaluate` wants beside a source.
-
-    Raises:
-        ValueError: for an extractor or metric that there is not, before any work is done.
-    """
-    check_metrics(evaluation.metrics)
-    extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=accelerator.device)
-    return dataset_reference(data, "test", extractor, accelerator, evaluation), extractor
-
-
-def npz_reference(
-    path: str,
-    moments: Features | None,
-    images: UInt8[Tensor, "n 3 h w"] | None,
-    extractor: Extractor,
-    accelerator: Accelerator,
-    evaluation: EvaluationConfig,
-) -> Reference:
-    """Of what `read_adm` reads, moments, images or both; where there are images, those give what moments cannot."""
-    name, features = Path(path).name, moments
-    if images is not None:
-        features = extract(from_images(images, name), extractor, accelerator, evaluation)
-        if moments is not None:
-            features = replace(features, moments=moments.moments, spatial=moments.spatial or features.spatial)
-    assert features is not None  # read_adm saw to it
-    return Reference(features, {"source": name, "moments": "of the file" if moments else "of its images"})
-
-
-def extract(source: Source, extractor: Extractor, accelerator: Accelerator, evaluation: EvaluationConfig) -> Features:
-    """A source's features, on every process; the work is shared by all of them."""
-    mine = share(source.num_images, accelerator)
-    return extractor(
-        source.batches(mine, evaluation.batch_size),
-        len(mine),
-        metrics=evaluation.metrics,
-        gather=gather_object,
-        progress=accelerator.is_main_process,
-        desc=source.name,
-    )
-
-
-def evaluate(
-    source: Source,
-    reference: Reference,
-    extractor: Extractor,
-    accelerator: Accelerator,
-    evaluation: EvaluationConfig,
-) -> tuple[Scores, Features]:
-    """Scores of a source against a reference, and the features that they came from.
-
-    Beside the Fréchet distance stands that of half the images: mean and half the difference of two halves, which
-    tells how far a finite sample moves it.
-    """
-    features = extract(source, extractor, accelerator, evaluation)
-    scores = compare(features, reference.features, extractor, metrics=evaluation.metrics, seed=evaluation.seed)
-    if "fid" in evaluation.metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:
-        first, second = (frechet_distance(half, reference.features.moments) for half in features.halves)
-        scores.scores[f"{metric_name('fid', extractor.kind, extractor.name)}, halves"] = Score(
-            (first + second) / 2, abs(first - second) / 2, spread="half the difference of two random halves"
-        )
-    return scores, features
-
-
 @dataclass(frozen=True)
 class Memorisation:
-    """Whether samples lie closer to the training images than held-out images do, in feature space; all of them through
-    the autoencoder that the samples came through.
+    """Whether samples lie closer to the training images than held-out images do, in feature space.
 
     `closer` is the chance that a random sample lies closer to its nearest training image than a random held-out image
     of the samples' classes does to its own: 0.5 where the samples are as near to them as new photographs are, 1 where
@@ -154,44 +56,115 @@ class Memorisation:
     nearest: Int64[Tensor, " n"]
 
 
-def memorisation(
-    features: Features,
-    copies: Source,
-    originals: Int64[Tensor, " n"],
-    held_out: Source,
-    data: DataConfig,
-    codec: Codec,
-    extractor: Extractor,
-    accelerator: Accelerator,
-    evaluation: EvaluationConfig,
-) -> Memorisation:
-    """Nearest neighbours among the training images of samples, whose features these are. `copies` of training images,
-    with the indices of their `originals`, and held-out images are `like` them.
+class Scorer:
+    """Sources of images to features and scores, on every process; the work is shared by all of them."""
 
-    The training images are the decoded means of their posteriors; held-out images and planted copies are decoded draws,
-    as samples are that a model made of such draws. The metrics have to keep the features of each image.
-    """
-    train = dataset_reference(data, "train", extractor, accelerator, evaluation, codec).features.features
+    def __init__(self, evaluation: EvaluationConfig, accelerator: Accelerator) -> None:
+        check_metrics(evaluation.metrics)
+        self.evaluation, self.accelerator = evaluation, accelerator
+        device = accelerator.device
+        self.extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=device)
 
-    def nearest_to(features: Features) -> tuple[Tensor, Tensor]:
-        assert features.features is not None
-        assert train is not None
-        return nearest(features.features, train)
+    def extract(self, source: Source) -> Features:
+        """A source's features, with what the metrics need of them."""
+        mine = share(source.num_images, self.accelerator)
+        return self.extractor(
+            source.batches(mine, self.evaluation.batch_size),
+            len(mine),
+            metrics=self.evaluation.metrics,
+            gather=gather_object,
+            progress=self.accelerator.is_main_process,
+            desc=source.name,
+        )
 
-    def through_codec(source: Source) -> Features:
-        drawn = reconstructions(source, codec, accelerator.device, seed=evaluation.seed)
-        return extract(drawn, extractor, accelerator, evaluation)
+    def reference(self, data: DataConfig, split: str = "test", codec: Codec | None = None) -> Reference:
+        """Features of a split, or of what a codec makes of it, computed once for each (images, split, size, extractor,
+        codec) and kept in the cache folder."""
+        dataset = open_split(data, split)
+        for words in left_out(dataset):
+            self.accelerator.print(f"{split} images: {words}")
+        key = {
+            **dataset.describe(),
+            "extractor": self.extractor.name,
+            "extractor_sha256": self.extractor.sha256,
+            "needs": sorted(needs_of(self.evaluation.metrics)),
+            **({"codec": codec.provenance} if codec else {}),
+        }
+        path = reference_path(Path(data.cache) / "references", key)
+        if from_main(self.accelerator, lambda: not path.exists()):
+            source = from_dataset(dataset, f"{split} images")
+            source = reconstructions(source, codec, self.accelerator.device) if codec else source
+            features = self.extract(source)
+            if self.accelerator.is_main_process:
+                save_features(features, path, key)
+            self.accelerator.wait_for_everyone()
+        return Reference(load_features(path, key), {**key, "features": path.name})
 
-    distances, index = nearest_to(features)
-    of_copies, nearest_to_copies = nearest_to(through_codec(copies))
-    of_held_out, _ = nearest_to(through_codec(held_out))
-    return Memorisation(
-        closer=share_of_pairs_closer(distances, of_held_out),
-        copies=share_of_pairs_closer(of_copies, of_held_out),
-        found=(nearest_to_copies == originals).double().mean().item(),
-        distances=distances,
-        nearest=index,
-    )
+    def npz_reference(self, path: str, moments: Features | None, images: UInt8[Tensor, "n 3 h w"] | None) -> Reference:
+        """Of what `read_adm` reads, moments, images or both; where there are images, those give what moments cannot."""
+        name, features = Path(path).name, moments
+        if images is not None:
+            features = self.extract(from_images(images, name))
+            if moments is not None:
+                features = replace(features, moments=moments.moments, spatial=moments.spatial or features.spatial)
+        assert features is not None  # read_adm saw to it
+        return Reference(features, {"source": name, "moments": "of the file" if moments else "of its images"})
+
+    def score(self, source: Source, reference: Reference) -> tuple[Scores, Features]:
+        """Scores of a source against a reference, and the features that they came from.
+
+        Beside the Fréchet distance stands that of half the images: mean and half the difference of two halves, which
+        tells how far a finite sample moves it.
+        """
+        features, metrics, extractor = self.extract(source), self.evaluation.metrics, self.extractor
+        scores = compare(features, reference.features, extractor, metrics=metrics, seed=self.evaluation.seed)
+        if "fid" in metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:
+            first, second = (frechet_distance(half, reference.features.moments) for half in features.halves)
+            scores.scores[f"{metric_name('fid', extractor.kind, extractor.name)}, halves"] = Score(
+                (first + second) / 2, abs(first - second) / 2, spread="half the difference of two random halves"
+            )
+        return scores, features
+
+    def memorisation(
+        self,
+        features: Features,
+        copies: Source,
+        originals: Int64[Tensor, " n"],
+        held_out: Source,
+        data: DataConfig,
+        codec: Codec,
+    ) -> Memorisation:
+        """Nearest neighbours among the training images of samples, whose features these are. `copies` of training
+        images, with the indices of their `originals`, and held-out images are `like` them.
+
+        The training images are the decoded means of their posteriors; held-out images and planted copies are decoded
+        draws, as samples are that a model made of such draws. The metrics have to keep the features of each image.
+        """
+        train: Any = self.reference(data, "train", codec).features.features
+
+        def nearest_to(features: Features) -> tuple[Tensor, Tensor]:
+            assert features.features is not None
+            return nearest(features.features, train)
+
+        def through_codec(source: Source) -> Features:
+            return self.extract(reconstructions(source, codec, self.accelerator.device, seed=self.evaluation.seed))
+
+        distances, index = nearest_to(features)
+        of_copies, nearest_to_copies = nearest_to(through_codec(copies))
+        of_held_out, _ = nearest_to(through_codec(held_out))
+        return Memorisation(
+            closer=share_of_pairs_closer(distances, of_held_out),
+            copies=share_of_pairs_closer(of_copies, of_held_out),
+            found=(nearest_to_copies == originals).double().mean().item(),
+            distances=distances,
+            nearest=index,
+        )
+
+
+def open_scorer(data: DataConfig, accelerator: Accelerator, evaluation: EvaluationConfig) -> tuple[Scorer, Reference]:
+    """A scorer and the held-out images' features: what says early on that an extractor or a metric is not there."""
+    scorer = Scorer(evaluation, accelerator)
+    return scorer, scorer.reference(data)
 
 
 @dataclass(frozen=True)

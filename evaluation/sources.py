@@ -26,9 +26,8 @@ from experiment.config import EvaluationConfig, SamplingConfig
 from machine.precision import precision_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, Images, image_batches
-from sampling.autoguidance import load_guide_model
 from sampling.checks import resolve_sampling
-from sampling.generation import Generator, sample_labels
+from sampling.generation import Generator, generator_of, sample_labels
 from settings import set_values
 
 
@@ -51,7 +50,7 @@ class Source:
 def from_generator(generator: Generator, name: str, classes: Sequence[str] = (), **provenance: object) -> Source:
     """Samples drawn as they are scored."""
     sampling = generator.sampling
-    settings = {
+    provenance = {
         "kind": "samples",
         "seed": generator.seed,
         "weights": "ema",
@@ -59,9 +58,10 @@ def from_generator(generator: Generator, name: str, classes: Sequence[str] = (),
         "precision": precision_of(generator.accelerator),
         "model_calls": num_calls(generator.diffusion, sampling.sampler, sampling.num_steps),
         **asdict(sampling),
+        **provenance,
     }
     labels = generator.labels if classes else None
-    return Source(name, len(generator.labels), generator.batches, {**settings, **provenance}, labels, classes)
+    return Source(name, len(generator.labels), generator.batches, provenance, labels, classes)
 
 
 def from_images(
@@ -94,11 +94,7 @@ def from_dataset(dataset: Any, name: str, num: int | None = None, seed: int = 0,
 def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> tuple[Source, Int64[Tensor, " n"]]:
     """As many of a dataset's images as there are samples, of the samples' own classes, by name: what they are fairly
     held against; and where they stand in it. Where either has no classes, of each of the dataset's its share. An image
-    comes twice where its class has fewer than are asked for.
-
-    Raises:
-        ValueError: for a class that the dataset lacks.
-    """
+    comes twice where its class has fewer than are asked for."""
     if samples.labels is None or not dataset.classes:
         index = stratified(dataset.labels, samples.num_images, seed)
     else:
@@ -146,11 +142,7 @@ def blaming(flag: str, instead_of: str) -> Iterator[None]:
 
 def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> Source:
     """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's format); labels that have no names, as those of
-    ADM's own files in `arr_1`, are not used.
-
-    Raises:
-        ValueError: when the file is neither, or its images have another size than the reference's.
-    """
+    ADM's own files in `arr_1`, are not used."""
     if Path(path).suffix != ".npz":
         with blaming("--samples", "--data.path"):
             dataset = ImageDataset(path, image_size=image_size)  # a folder, even where it is called shapes
@@ -184,7 +176,7 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
 
 def from_checkpoint(
     checkpoint: Checkpoint,
-    sampling: list[dict[str, Any]],
+    settings: list[dict[str, Any]],
     evaluation: EvaluationConfig,
     codec: Codec,
     accelerator: Accelerator,
@@ -193,20 +185,11 @@ def from_checkpoint(
     num_reference: int,
     reference_labels: Tensor | None,
 ) -> list[list[Source]]:
-    """Samples of a checkpoint's averaged weights: a list of trials for each of these settings, which take the place of
-    its own. The reference's labels are the checkpoint's own numbers.
-
-    Trial `k` has the seed `evaluation.seed + k`. All share one model.
-
-    Raises:
-        ValueError: for a configuration that the diffusion does not allow, before anything is drawn.
-    """
-    diffusion, num_classes = checkpoint.build_diffusion(), len(checkpoint.classes)
-    settings = [
-        resolve_sampling(checkpoint.config.sampling, diffusion, checkpoint.num_guided, **each) for each in sampling
-    ]
-    model, meant = checkpoint.load_model(accelerator.device), (checkpoint.classes, checkpoint.identity)
-    meant = (checkpoint.config.diffusion, checkpoint.spec, accelerator.device, *meant)
+    """Samples of a checkpoint's averaged weights: for each of these settings, which take the place of its own, a list
+    of trials, whose seeds count up from `evaluation.seed`. The reference's labels are the checkpoint's own numbers."""
+    diffusion, own = checkpoint.build_diffusion(), checkpoint.config.sampling
+    resolved = [resolve_sampling(own, diffusion, checkpoint.num_guided, **overrides) for overrides in settings]
+    model = checkpoint.load_model(accelerator.device)
     provenance = {
         "checkpoint": checkpoint.path.as_posix(),
         "model": checkpoint.spec.name,
@@ -216,23 +199,17 @@ def from_checkpoint(
     }
 
     def trial(sampling: SamplingConfig, number: int) -> Source:
-        labels = sample_labels(evaluation, num_reference, num_classes, reference_labels, number)
+        labels = sample_labels(evaluation, num_reference, len(checkpoint.classes), reference_labels, number)
         seed = evaluation.seed + number
-        where = (checkpoint.image_size, seed, accelerator)
-        guide_model = load_guide_model(sampling, *meant)
-        generator = Generator(model, diffusion, codec, labels, sampling, *where, guide_model=guide_model)
+        generator = generator_of(checkpoint, sampling, codec, labels, seed, accelerator, model=model)
         name = checkpoint.config.name or checkpoint.spec.name
         return from_generator(generator, name, checkpoint.classes, **provenance)
 
-    return [[trial(sampling, number) for number in range(num_trials)] for sampling in settings]
+    return [[trial(sampling, number) for number in range(num_trials)] for sampling in resolved]
 
 
 def sweep(flags: SamplingConfig) -> list[dict[str, Any]]:
-    """Every combination of the values that `--guidance_scale 1,1.5,2` and the like give.
-
-    Raises:
-        ValueError: for what is no number.
-    """
+    """Every combination of the values that `--guidance_scale 1,1.5,2` and the like give."""
     kinds = get_type_hints(SamplingConfig)
     values = {name: _choices(f"--sampling.{name}", value, kinds[name]) for name, value in set_values(flags).items()}
     return [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
@@ -241,7 +218,7 @@ def sweep(flags: SamplingConfig) -> list[dict[str, Any]]:
 def _choices(flag: str, value: Any, kind: Any) -> list[Any]:
     if not isinstance(value, str):
         return [value]
-    number = next((each for each in (int, float) if each in (kind, *get_args(kind))), str)
+    number = next((choice for choice in (int, float) if choice in (kind, *get_args(kind))), str)
     try:
         return [number(word) for word in value.split(",")]
     except ValueError:

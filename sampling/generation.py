@@ -10,28 +10,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoders.codec import Codec
+from checkpoints.checkpoint import Checkpoint
 from data.subsets import stratified
 from diffusion import Diffusion, sample
-from diffusion.samplers import Staged, randn_like
+from diffusion.samplers import Callback, Staged, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch
-
-Callback = Callable[[int, Tensor, Tensor], None]
+from sampling.checks import load_guide_model
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Images by index: image `i` is a function of (seed, i, its label) alone.
-
-    Its noise comes from a generator of its own, seeded by (seed, i), drawn on the CPU: neither batch size, nor number
-    of processes, nor device changes it. Classifier-free guidance needs a conditional model.
-    """
+    """Images by index: image `i` is a function of (seed, i, its label) alone. Its noise is drawn on the CPU, by a
+    generator of its own: neither batch size, nor number of processes, nor device changes it."""
 
     model: nn.Module
     diffusion: Diffusion
@@ -85,6 +83,27 @@ class Generator:
         return self.codec.decode(x_0)
 
 
+def generator_of(
+    checkpoint: Checkpoint,
+    sampling: SamplingConfig,
+    codec: Codec,
+    labels: Int64[Tensor, " n"],
+    seed: int,
+    accelerator: Accelerator,
+    *,
+    model: nn.Module | None = None,
+    **callbacks: Any,
+) -> Generator:
+    """Of a checkpoint's averaged weights, which `model` holds where they are loaded, and the guide that `sampling`
+    names."""
+    diffusion, size = checkpoint.build_diffusion(), checkpoint.image_size
+    trained = (checkpoint.config.diffusion, checkpoint.spec, accelerator.device, checkpoint.classes)
+    guide_model = load_guide_model(sampling, *trained, checkpoint.identity)
+    model = model or checkpoint.load_model(accelerator.device)
+    callbacks["guide_model"] = guide_model
+    return Generator(model, diffusion, codec, labels, sampling, size, seed, accelerator, **callbacks)
+
+
 def generate(generator: Generator, *, batch_size: int) -> UInt8[Tensor, "n 3 h w"]:
     """All images of a generator, in order, on every process; the work is shared by all of them."""
     return torch.cat(list(stream(generator, batch_size=batch_size)))
@@ -103,10 +122,10 @@ def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "
             except ValueError as error:  # goes with the images, so that no process waits for one that is gone
                 drawn = [error]
             gathered = gather_object(drawn)
-            for error in (each for each in gathered if isinstance(each, ValueError)):
+            for error in (item for item in gathered if isinstance(item, ValueError)):
                 raise error
-            everyone = dict(gathered)
-            yield torch.stack([everyone[index] for index in part.tolist()])
+            images = dict(gathered)
+            yield torch.stack([images[index] for index in part.tolist()])
             bar.update(len(part))
 
 
@@ -132,19 +151,12 @@ class DenoisingPanel:
 
     def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
         """For each image a row of `x_t` and below it one of predicted `x_0`, decoded."""
-        rows = []
-        for image in range(len(self.moments[0][0])):
-            for kind in (0, 1):
-                rows += [moment[kind][image] for moment in self.moments]
-        return codec.decode(torch.stack(rows)).cpu()
+        moments = torch.stack([torch.stack(moment) for moment in self.moments])  # [moments 2 images c h w]
+        return codec.decode(rearrange(moments, "m kind b c h w -> (b kind m) c h w")).cpu()
 
 
 class StagesPanel:
-    """Keeps what each stage of the first batch put out: as `on_stage`, then as a picture.
-
-    Raises:
-        ValueError: where there is one stage alone.
-    """
+    """Keeps what each stage of the first batch put out: as `on_stage`, then as a picture."""
 
     def __init__(self, diffusion: Diffusion, num_images: int = 36) -> None:
         if not isinstance(diffusion, Staged):
@@ -159,16 +171,12 @@ class StagesPanel:
         """For each sample its stages' outputs, decoded, in squares of the largest one's size."""
         decoded = [codec.decode(self.outputs[name]).cpu() for name in self.names]  # not all devices enlarge bytes
         size = max(tuple(images.shape[-2:]) for images in decoded)
-        enlarged = [torch.nn.functional.interpolate(images, size=size, mode="nearest") for images in decoded]
+        enlarged = [nn.functional.interpolate(images, size=size, mode="nearest") for images in decoded]
         return torch.stack(enlarged, dim=1).flatten(0, 1)
 
 
 def resolve_classes(asked: list[str], classes: list[str]) -> list[int]:
-    """Labels of class names or numbers; all of them when none are asked for, 0 for an unconditional model.
-
-    Raises:
-        ValueError: naming the class that does not exist, and its neighbours.
-    """
+    """Labels of class names or numbers; all of them when none are asked for, 0 for an unconditional model."""
     if not asked:
         return list(range(max(1, len(classes))))
     labels, composed = [], [unicodedata.normalize("NFC", name) for name in classes]
@@ -194,11 +202,7 @@ def sample_labels(
     trial: int = 0,
 ) -> Int64[Tensor, " n"]:
     """Labels of samples to be scored, as the policy asks for: `balanced`, all classes in turn; `reference`, of each
-    class its share of the reference; `random`, each class as likely. As many as asked, else as the reference has.
-
-    Raises:
-        ValueError: for the reference's own labels where it has none, or no number of samples.
-    """
+    class its share of the reference; `random`, each class as likely. As many as asked, else as the reference has."""
     num_images = evaluation.num_samples or num_reference
     if num_images < 1:
         raise ValueError("--num_samples: the reference does not say how many images it is of; give a number")

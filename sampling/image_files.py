@@ -4,10 +4,15 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from machine.whole_files import inside, whole
+
+SMALL, LARGE = ImageFont.load_default(size=9), ImageFont.load_default(size=22)
+GAP = 2  # pixels between images
 
 
 def save_grid(
@@ -19,55 +24,83 @@ def save_grid(
     captions: list[str] | None = None,
 ) -> None:
     """A grid as PNG or PDF, row by row, with a name above each column or a caption under each image."""
-    from PIL import Image, ImageDraw, ImageFont
-
     height, width = images.shape[-2:]
     scale = max(1, 64 // width)
     height, width = height * scale, width * scale
     columns = min(columns, len(images))
-    font = ImageFont.load_default(size=9)
-    head = 14 if column_names else 0
-    foot = 12 if captions else 0
+    head, foot = 14 if column_names else 0, 12 if captions else 0
     rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * (width + 2) + 2, rows * (height + foot + 2) + head + 2), "white")
+    canvas = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + foot + GAP) + head + GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(column_names or []):
-        draw.text((column * (width + 2) + 4, 2), name, fill="black", font=font)
+        draw.text((column * (width + GAP) + 4, 2), name, fill="black", font=SMALL)
     for number, image in enumerate(images):
-        left = 2 + number % columns * (width + 2)
-        top = 2 + head + number // columns * (height + foot + 2)
-        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.NEAREST)
-        canvas.paste(tile, (left, top))
+        left = GAP + number % columns * (width + GAP)
+        top = GAP + head + number // columns * (height + foot + GAP)
+        canvas.paste(_picture(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
         if captions:
-            draw.text((left, top + height), _fit(captions[number], width, font), fill="black", font=font)
+            draw.text((left, top + height), _fit(captions[number], width), fill="black", font=SMALL)
     kind = Image.registered_extensions().get(path.suffix.lower())
     with whole(path) as partial:
         canvas.save(partial, format=kind, quality=95, subsampling=0)  # a PDF holds a JPEG
 
 
+def tile(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "height width c"]:
+    """Side by side, row by row; what is in between is white, and transparent where there is a fourth channel."""
+    n, h, w, channels = images.shape
+    columns = min(columns, n)
+    size = -(-n // columns) * (h + GAP) - GAP, columns * (w + GAP) - GAP, channels
+    canvas = np.full(size, [255, 255, 255, 0][:channels], np.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * (h + GAP), number % columns * (w + GAP)
+        canvas[top : top + h, left : left + w] = image
+    return canvas
+
+
+def save_labelled(
+    rows: list[tuple[str, list[UInt8[np.ndarray, "h w 3"]]]], columns: list[str], path: Path, scale: int = 2
+) -> None:
+    """A PNG for a paper: names of rows at the left, of columns above."""
+    left = int(max(width_of(name) for name, _ in rows)) + 20 if any(name for name, _ in rows) else 4
+    top = 36 if columns else 4
+    height, width = (scale * side for side in rows[0][1][0].shape[:2])
+    step_x, step_y = width + 12, height + (12 if columns else 2 * GAP)
+    canvas = Image.new("RGB", (left + step_x * len(rows[0][1]), top + step_y * len(rows)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, name in enumerate(columns):
+        draw.text((left + column * step_x + width / 2, top / 2), name, "black", LARGE, anchor="mm")
+    for row, (name, blocks) in enumerate(rows):
+        y = top + row * step_y
+        draw.text((left - 12, y + height / 2), title(name), "black", LARGE, anchor="rm")
+        for column, block in enumerate(blocks):
+            image = Image.fromarray(block).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(image, (left + column * step_x, y))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+def title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def width_of(name: str) -> float:
+    return LARGE.getlength(title(name))
+
+
 def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[str], folder: Path) -> None:
-    """`class/000123.png`, numbered by the image's index; whole or not there.
-
-    Raises:
-        FileExistsError: when the folder holds files already, so that two draws are never mixed.
-        ValueError: for the name of a class that leads out of the folder.
-    """
-    from PIL import Image
-
+    """`class/000123.png`, numbered by the image's index; two draws are never mixed in a folder."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"--output {folder} is not empty; give another folder or delete it")
     with whole(folder) as partial:
         paths = [inside(partial, f"./{name}/{number:06d}.png", "--output") for number, name in enumerate(class_names)]
         for path, image in zip(paths, (image for images in batches for image in images), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+            _picture(image).save(path)
 
 
 def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classes: list[str], path: Path) -> None:
     """`arr_0` [n h w 3] and `arr_1` [n], as ADM's evaluation reads them (Dhariwal and Nichol 2021), and the names of
-    the `classes` that the labels number; whole or not there. What comes is written at once: memory holds a batch."""
-    import numpy as np
-
+    the `classes` that the labels number. What comes is written at once: memory holds a batch."""
     with whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for number, images in enumerate(batches):
@@ -82,7 +115,11 @@ def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classe
                     np.lib.format.write_array(file, array)
 
 
-def _fit(text: str, width: int, font) -> str:
-    while font.getlength(text) > width:
+def _picture(image: UInt8[Tensor, "3 h w"]) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def _fit(text: str, width: int) -> str:
+    while SMALL.getlength(text) > width:
         text = text[:-1]
     return text

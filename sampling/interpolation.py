@@ -23,8 +23,8 @@ class Blend(nn.Module):
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
     ) -> Float[Tensor, "b c_out h w"]:
-        null = torch.as_tensor(getattr(self.model, "num_classes", 0), device=y.device)
-        first, second = (torch.where(y == self.num_classes, null, label) for label in self.labels)
+        unlabelled = torch.as_tensor(getattr(self.model, "num_classes", 0), device=y.device)
+        first, second = (torch.where(y == self.num_classes, unlabelled, label) for label in self.labels)
         share = self.shares[y][:, None, None, None]
         return torch.lerp(self.model(x_t, t, first), self.model(x_t, t, second), share)
 
@@ -33,18 +33,13 @@ def interpolate(
     generator: Generator, labels: tuple[int, int], seeds: tuple[int, int], num_images: int
 ) -> UInt8[Tensor, "n 3 H W"]:
     """`num_images` in equal steps, both ends included: of the class's prediction, and of the noise along the arc
-    between the seeds' (which keeps its variance). The random steps of all are those of the first seed.
-
-    Raises:
-        ValueError: for fewer than two images, or classes of a model that draws in stages.
-    """
+    between the seeds' (which keeps its variance). The random steps of all are those of the first seed."""
     if isinstance(generator.diffusion, Staged) and labels[0] != labels[1]:
         raise ValueError("--interpolate: a cascade has no one prediction to mix; give --class one class, and --to_seed")
     if num_images < 2:
         raise ValueError(f"--interpolate {num_images} must be at least 2, both ends included")
-    device = generator.accelerator.device
+    shape, device = generator.codec.latent_shape(*generator.image_size), generator.accelerator.device
     shares = torch.linspace(0, 1, num_images, device=device)
-    shape = generator.codec.latent_shape(*generator.image_size)
     ends = [randn_like(torch.empty(1, *shape), [generator_for(seed, "sample", 0)]).to(device) for seed in seeds]
     streams = [generator_for(seeds[0], "sample", 0) for _ in range(num_images)]
     for stream in streams:
@@ -61,9 +56,8 @@ def slerp(
     first: Float[Tensor, "1 c h w"], second: Float[Tensor, "1 c h w"], share: Float[Tensor, "n 1 1 1"]
 ) -> Float[Tensor, "n c h w"]:
     """Along the arc between two vectors (Shoemake 1985)."""
-    exact = [each.flatten().cpu().double() for each in (first, second)]  # not every device has float64
-    cosine = nn.functional.cosine_similarity(*exact, dim=0)
-    angle = cosine.clamp(-1, 1).acos().float()
+    ends = (end.flatten().cpu().double() for end in (first, second))  # not every device has float64
+    angle = nn.functional.cosine_similarity(*ends, dim=0).clamp(-1, 1).acos().float()
     if angle.sin() < 1e-4:
         return torch.lerp(first.expand(len(share), -1, -1, -1), second.expand(len(share), -1, -1, -1), share)
     return (((1 - share) * angle).sin() * first + (share * angle).sin() * second) / angle.sin()

@@ -25,11 +25,7 @@ def draw_reconstructions(
     t: int | float,
     path: Path,
 ) -> None:
-    """Held-out images of these classes, noised to `t` and denoised, four pictures each, as one picture.
-
-    Raises:
-        ValueError: for images that are not the checkpoint's held-out ones, or have other classes; see `reconstruct`.
-    """
+    """The checkpoint's held-out images of these classes, noised to `t` and denoised, four pictures each, as one."""
     if "test" in checkpoint.identity:
         checkpoint.check_identity(test=held_out.describe())
     labels = torch.zeros_like(held_out.labels)
@@ -51,9 +47,6 @@ def reconstruct(
 
     The time, which is returned too, is the last that the chain visits up to `t`. Image `i` is a function of (seed, i,
     image, label) alone.
-
-    Raises:
-        ValueError: for a time that the chain does not reach.
     """
     diffusion, codec, sampling = generator.diffusion, generator.codec, generator.sampling
     times = [time for time, _ in diffusion.reverse_steps(sampling.num_steps, sampling.spacing)]
@@ -74,9 +67,9 @@ def reconstruct(
 
 def spread_over_classes(labels: Int64[Tensor, " m"], classes: list[int], num_per_class: int) -> Int64[Tensor, " n"]:
     """Positions of `num_per_class` evenly spread images of each class, or of as many as it has."""
-    found = []
+    positions = []
     for label in classes:
         of_class = (labels == label).nonzero().flatten()
         num = min(num_per_class, len(of_class))
-        found.append(of_class[torch.arange(num) * len(of_class) // max(1, num)])
-    return torch.cat(found)
+        positions.append(of_class[torch.arange(num) * len(of_class) // max(1, num)])
+    return torch.cat(positions)

@@ -17,9 +17,8 @@ from checkpoints.checkpoint import Checkpoint, open_checkpoint
 from experiment.datasets import open_split
 from machine.accelerator import open_accelerator
 from metrics.manifold import nearest
-from sampling.autoguidance import load_guide_model
 from sampling.checks import resolve_sampling
-from sampling.generation import Generator, generate, resolve_classes
+from sampling.generation import Generator, generate, generator_of, resolve_classes
 from sampling.interpolation import interpolate
 
 MOST_IMAGES, MOST_STEPS, MOST_MOMENTS = 8, 250, 12
@@ -112,19 +111,9 @@ class Studio:
         overrides: dict[str, Any] = {"sampler": request.sampler, "num_steps": request.num_steps}
         overrides |= {"guidance_scale": request.guidance_scale} if num_guided else {}
         sampling = resolve_sampling(checkpoint.config.sampling, diffusion, num_guided, **overrides)
-        meant = (checkpoint.config.diffusion, checkpoint.spec, self.accelerator.device)
-        meant += (checkpoint.classes, checkpoint.identity)
-        return Generator(
-            self.model(request.run),
-            diffusion,
-            self.codec(checkpoint),
-            torch.full((request.num_images,), self.label(request.run, request.of_class)),
-            sampling,
-            checkpoint.image_size,
-            request.seed,
-            self.accelerator,
-            guide_model=load_guide_model(sampling, *meant),
-        )
+        labels = torch.full((request.num_images,), self.label(request.run, request.of_class))
+        where = (self.codec(checkpoint), labels, request.seed, self.accelerator)
+        return generator_of(checkpoint, sampling, *where, model=self.model(request.run))
 
     def model(self, run: str):
         """Loaded on first use; the one used longest ago gives way."""

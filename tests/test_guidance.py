@@ -20,7 +20,7 @@ from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig
 from models import ModelSpec
 from published.weights import arguments_of, load_reference
-from sampling.autoguidance import load_guide_model
+from sampling.checks import load_guide_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"
 NUM_CLASSES = 10

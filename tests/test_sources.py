@@ -22,7 +22,7 @@ from checkpoints.checkpoint import metadata_of, open_checkpoint
 from data.shapes import ShapesDataset
 from data.subsets import by_name
 from evaluation.record import notes
-from evaluation.scoring import extract, memorisation, summarise
+from evaluation.scoring import Scorer, summarise
 from evaluation.sources import Source, from_dataset, like, read_samples, reconstructions
 from experiment.cli import parse
 from experiment.config import DataConfig, EvaluationConfig, LogConfig
@@ -94,13 +94,12 @@ def test_a_drawn_reconstruction_depends_on_seed_and_index_alone():
 def test_planted_copies_are_found_and_unseen_images_are_not_taken_for_copies(tmp_path, monkeypatch, thumbnail):
     """The same autoencoder blurs all of them: what is left is whether an image was trained on."""
     monkeypatch.chdir(tmp_path)
-    codec, extractor, accelerator = create_codec("embedded"), Extractor(thumbnail), Accelerator(cpu=True)
-    evaluation, (train, test), found = EvaluationConfig(metrics=["kid"], seed=1), map(shapes, ("train", "test")), {}
+    codec, (train, test), found = create_codec("embedded"), map(shapes, ("train", "test")), {}
+    scorer = Scorer(EvaluationConfig(str(thumbnail), metrics=["kid"], seed=1), Accelerator(cpu=True))
     for name, dataset in (("copies", shapes("train")), ("unseen", shapes("test", 400))):
         source = reconstructions(from_dataset(dataset, name, 40, seed=5), codec, CPU, seed=7)
-        features = extract(source, extractor, accelerator, evaluation)
         copies, (unseen, _) = like(source, train, "", ""), like(source, test, "", "")
-        found[name] = memorisation(features, *copies, unseen, DATA, codec, extractor, accelerator, evaluation)
+        found[name] = scorer.memorisation(scorer.extract(source), *copies, unseen, DATA, codec)
     assert found["copies"].closer > 0.95
     assert 0.3 < found["unseen"].closer < 0.7
     for each in found.values():

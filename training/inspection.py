@@ -14,12 +14,11 @@ from autoencoders.codec import AutoencoderError, Codec
 from checkpoints.averages import EMA
 from data.latents import LatentCache
 from data.subsets import stratified
-from evaluation.scoring import Reference, evaluate
+from evaluation.scoring import Reference, Scorer
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
 from machine.randomness import generator_for
 from metrics.extractors import naming
-from metrics.features import Extractor
 from metrics.scores import is_lower_better, metric_name
 from sampling.generation import Generator, balanced_labels, generate, sample_labels
 from training.batches import Batch
@@ -71,7 +70,7 @@ class Inspection:
     held_out: LatentCache
     sampling: SamplingConfig
     guide_model: nn.Module | None
-    scorer: tuple[Reference, Extractor] | None
+    scorer: tuple[Scorer, Reference] | None
 
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
         """What to look at after a step; the last grid is drawn when all is saved."""
@@ -121,7 +120,8 @@ class Inspection:
         evaluation = self.run.config.evaluation
         labels = sample_labels(evaluation, len(self.held_out), self.held_out.num_classes, self.held_out.labels)
         source = from_generator(self._generator(labels, evaluation.seed), self.run.config.model)
-        scores, _ = evaluate(source, *self.scorer, self.run.accelerator, evaluation)
+        scorer, reference = self.scorer
+        scores, _ = scorer.score(source, reference)
         return {name: score.value for name, score in scores.scores.items() if score.value is not None}
 
     @unless_ruined
