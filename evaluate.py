@@ -95,19 +95,9 @@ def main(config: EvaluateConfig) -> None:
     from autoencoding.measure import measure_autoencoders
     from checkpoints.checkpoint import open_checkpoint
     from data.subsets import by_name
+    from evaluation import record, sources
     from evaluation.likelihood import held_out_likelihood
-    from evaluation.record import draw_pairs, draw_sweep, notes, provenance, table, write_json
     from evaluation.scoring import Scorer, summarise
-    from evaluation.sources import (
-        blaming,
-        from_checkpoint,
-        from_dataset,
-        from_images,
-        like,
-        read_samples,
-        reconstructions,
-        sweep,
-    )
     from evaluation.table import latex
     from experiment.datasets import data_of, open_split
     from machine.accelerator import open_accelerator
@@ -122,7 +112,7 @@ def main(config: EvaluateConfig) -> None:
     check(config)
     accelerator = open_accelerator(config.precision)
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
-    with blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
+    with sources.blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
         checkpoint = open_checkpoint(owner) if owner else None
     flags = {name: value for name, value in set_values(config).items() if name in EvaluationConfig.__dataclass_fields__}
     flags = ({"weights_path": None} if "extractor" in flags else {}) | flags  # another's are not its
@@ -153,9 +143,9 @@ def main(config: EvaluateConfig) -> None:
         real, reference_labels = images if held_out is None else held_out, None
         if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
             reference_labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
-        groups = from_checkpoint(
+        groups = sources.from_checkpoint(
             checkpoint,
-            sweep(config.sampling),
+            sources.sweep(config.sampling),
             evaluation,
             codec,
             accelerator,
@@ -164,21 +154,26 @@ def main(config: EvaluateConfig) -> None:
             reference_labels=reference_labels,
         )
     else:
-        groups = [[read_samples(str(config.samples), data.image_size, evaluation.num_samples, evaluation.seed)]]
+        groups = [[sources.read_samples(str(config.samples), data.image_size, evaluation.num_samples, evaluation.seed)]]
         for words in groups[0][0].provenance.get("left_out", ()):
             accelerator.print(f"--samples {config.samples}: {words}")
     first, num_drawn = groups[0][0], len(groups)
-    if config.baselines:  # of as many images of the same classes: a Fréchet distance depends on both
-        floor, _ = like(first, open_split(data, "train"), "training images", "--baselines", evaluation.seed)
-        ceiling = reconstructions(floor, codec, accelerator.device, evaluation.seed)
+
+    def alike(split: str, name: str, flag: str) -> tuple[sources.Source, torch.Tensor]:
+        """As many images of the same classes: a Fréchet distance depends on both."""
+        return sources.like(first, open_split(data, split), name, flag, evaluation.seed)
+
+    if config.baselines:
+        floor, _ = alike("train", "training images", "--baselines")
+        ceiling = sources.reconstructions(floor, codec, accelerator.device, evaluation.seed)
         groups += [[floor], *([] if codec.source == "pixel" else [[ceiling]])]
     if (config.memorisation or config.per_class) and not needs_of(evaluation.metrics) & PER_IMAGE:
         flag = "--memorisation" if config.memorisation else "--per_class"
         raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
     copies = unseen = labels = None
     if config.memorisation:
-        copies = like(first, open_split(data, "train"), "training images", "--memorisation", evaluation.seed)
-        unseen, _ = like(first, open_split(data, "test"), "held-out images", "--memorisation", evaluation.seed)
+        copies = alike("train", "training images", "--memorisation")
+        unseen, _ = alike("test", "held-out images", "--memorisation")
     if config.per_class:
         assert held_out is not None  # check saw to it
         if first.labels is None or not held_out.classes:
@@ -220,30 +215,31 @@ def main(config: EvaluateConfig) -> None:
     samples = Path(str(config.samples)).resolve()
     usual = checkpoint.run / f"scores{checkpoint.mark}.json" if checkpoint and owner == config.samples else None
     output = Path(config.output or usual or samples.with_name(f"{samples.stem}-scores.json"))
-    write_json({**provenance(rows, reference, scorer), **extra}, output)
+    record.write_json({**record.provenance(rows, reference, scorer), **extra}, output)
     written = [output, output.with_suffix(".png")]
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
     if num_drawn > 1:
         written.append(output.with_name(f"{output.stem}-sweep.png"))
-        draw_sweep(rows[:num_drawn], written[-1])
+        record.draw_sweep(rows[:num_drawn], written[-1])
     if nearest is not None:
         written.append(output.with_name(f"{output.stem}-nearest.png"))
-        draw_pairs(first, from_dataset(open_split(data, "train"), "training images"), nearest, written[-1])
+        trained_on = sources.from_dataset(open_split(data, "train"), "training images")
+        record.draw_pairs(first, trained_on, nearest, written[-1])
     if config.write_reference and held_out:
-        images = from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
+        images = sources.from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
         write_adm(Path(config.write_reference), reference.features, images, extractor)
         written.append(Path(config.write_reference))
 
     swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
-    columns = dict.fromkeys(["sampler", "spacing", "num_steps", "guidance_scale", *swept]) if num_drawn > 1 else ()
+    columns = [*dict.fromkeys([*record.SWEPT, *swept])] if num_drawn > 1 else []
     if config.latex:
         written.append(output.with_suffix(".tex"))
-        write_whole(written[-1], table(rows, [*columns], form=lambda cells: latex(cells[:1], cells[1:])))
+        write_whole(written[-1], record.table(rows, columns, form=lambda cells: latex(cells[:1], cells[1:])))
     on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
     print(f"{rows[0].trials[0].num_samples} samples against {reference.features.num} images, on {on}")
     print(f"reference: {reference.provenance.get('split', 'a file')}, {reference.provenance['source']}")
-    print(table(rows, [*columns]))
-    print(*notes(rows, extractor), sep="\n")
+    print(record.table(rows, columns))
+    print(*record.notes(rows, extractor), sep="\n")
     if nearest is not None:
         print(
             f"A sample lies closer to the training images than a held-out image does {nearest.closer:.1%} of the time; "

@@ -8,7 +8,7 @@ from ablation.figures import PANELS, draw_panels
 from ablation.pictures import Pictures, beside, data_uri, read_pictures, save_beside
 from ablation.results import Results, read_results
 from ablation.tables import as_markdown, as_tex, cells, crossed, head, reference_cells, trials_csv
-from evaluation.page import page
+from evaluation.plots import page
 from evaluation.table import SIGNIFICANT, markdown, plain
 from machine.whole_files import write_whole
 from sampling.image_files import save_labelled

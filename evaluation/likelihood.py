@@ -16,38 +16,24 @@ from sampling.generation import share
 
 
 def held_out_likelihood(
-    checkpoint: Checkpoint,
-    codec: Codec,
-    held_out: ImageSet,
-    num_images: int,
-    accelerator: Accelerator,
-    *,
-    seed: int = 0,
-    batch_size: int = 64,
+    checkpoint: Checkpoint, codec: Codec, held_out: ImageSet, num_images: int, accelerator: Accelerator, *, seed: int
 ) -> Score:
     """Bits per dimension of held-out images, of each class its share, given their labels: the mean, and its standard
-    error.
-
-    In pixel space of the 8-bit image; in latent space of the latent's density, which may be negative and compares
-    models on the same autoencoder alone. Image `i`'s draws are a function of (seed, i).
-
-    Raises:
-        ValueError: for a number of images that there are not.
-    """
+    error. In pixel space of the 8-bit image; in latent space of the latent's density, which may be negative and
+    compares models on the same autoencoder alone. Image `i`'s draws are a function of (seed, i)."""
     if not 2 <= num_images <= len(held_out):
         raise ValueError(
             f"--likelihood {num_images} must lie in 2..{len(held_out)}, the held-out images; 0 leaves it out"
         )
-    device = accelerator.device
-    diffusion, model = checkpoint.build_diffusion(), checkpoint.load_model(device)
-    chosen = stratified(held_out.labels, num_images, seed)
-    labels = held_out.labels
+    diffusion, device = checkpoint.build_diffusion(), accelerator.device
+    model, labels = checkpoint.load_model(device), held_out.labels
+    chosen = stratified(labels, num_images, seed)
     if checkpoint.classes:
         labels = by_name(labels, held_out.classes, checkpoint.classes, "--likelihood")
     bits_of: list[tuple[int, float]] = []  # index and bits of this process's images
-    show = accelerator.is_main_process
-    with tqdm(total=num_images, desc="likelihood", unit="img", disable=not show, leave=False) as bar:
-        for part in share(num_images, accelerator).split(batch_size):
+    hidden = not accelerator.is_main_process
+    with tqdm(total=num_images, desc="likelihood", unit="img", disable=hidden, leave=False) as bar:
+        for part in share(num_images, accelerator).split(64):
             x_0, signs = [], []
             for index, one in zip(part.tolist(), chosen[part].tolist(), strict=True):
                 draw = generator_for(seed, "likelihood", index, device=device)

@@ -1,9 +1,13 @@
-"""Figures in one look: for a page, in its own text colour, and for a paper."""
+"""Pages that a browser reads from disk, without a network, and figures in one look: for a page, in its own text colour,
+and for a paper."""
 
 import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 COLORS = ["#4477AA", "#EE6677", "#228833", "#AA3377", "#CC8800", "#33A6C2", "#888888", "#6655CC", "#996633", "#DD44AA"]
 MARKERS = "osD^vPX<>*"
@@ -18,6 +22,14 @@ STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 WIDTH, LINE = 4.6, 0.18  # inches: of a figure, and of a line of its legend
+
+TEMPLATES = FileSystemLoader(Path(__file__).parent / "pages")
+PAGES = Environment(loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def page(template: str, **values: object) -> str:
+    """A file of `evaluation/pages`, filled in; what is filled in is text unless its template says else."""
+    return PAGES.get_template(template).render(values)
 
 
 def draw(plot: Callable[[Any], bool]) -> Any:
@@ -50,9 +62,7 @@ def svg_of(figure: Any, name: str) -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
 
 

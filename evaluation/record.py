@@ -56,7 +56,7 @@ def table(
     of: str = "samples",
     form: Callable[[Sequence[Sequence[str]]], str] = terminal,
 ) -> str:
-    """For the terminal or in another form: a row a source, a column a setting in `columns` or a metric."""
+    """In a form of `evaluation.table`: a row a source, a column a setting in `columns` or a metric."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
     cells = [[of, *columns, *metrics]]
     for row in rows:
@@ -102,9 +102,9 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
     distance = next(iter(rows[0].scores))
     varying = [name for name in SWEPT if len({row.settings[name] for row in rows}) > 1]
     along = "guidance_scale" if "guidance_scale" in varying or "num_steps" not in varying else "model_calls"
+    others = [name for name in varying if name != along and (name, along) != ("num_steps", "model_calls")]
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        others = [name for name in varying if name not in (along, "num_steps" if along == "model_calls" else "")]
         lines.setdefault(", ".join(SWEPT[name].format(row.settings[name]) for name in others), []).append(row)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -124,8 +124,8 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
     right.title.set_fontsize(9)
     if len(lines) > 1:
         left.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

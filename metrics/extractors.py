@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import warnings
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
@@ -71,20 +70,10 @@ class Resized(nn.Module):
         return self.network(resize(images, self.size, InterpolationMode.BICUBIC, antialias=True))
 
 
-@dataclass(frozen=True)
-class Network:
-    """An extractor's network, with what its scores must say of it."""
-
-    kind: str  # a name of `NAMES`, PROGRAM or timm
-    name: str  # what scores are called by
-    module: nn.Module  # of uint8 images to features [n d] and, if it has classes, logits [n k]
-    sha256: str  # of a program's file, else of the loaded weights, wherever they came from
-    published: bool  # the weights that published scores are on
-
-
-def load_extractor(name: str, weights_path: str | Path | None = None) -> Network:
+def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[nn.Module, str, bool]:
     """One of `NAMES`, with torch-fidelity's weights or a file of them; `timm:NAME`, with timm's or a file of them; or
-    the path of a program.
+    the path of a program: a network of uint8 images to features [n d] and, if it has classes, logits [n k]; the hash of
+    a program's file, else of the loaded weights, wherever they came from; whether published scores are on them.
 
     Raises:
         ExtractorError: in one line, naming the flag and what to give it.
@@ -96,7 +85,7 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> Network
         if weights_path is not None:
             raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
         try:
-            return Network(kind, short_name, ProgramExtractor(name), _file_sha256(name), published=False)
+            return ProgramExtractor(name), _file_sha256(name), False
         except ValueError as error:
             raise ExtractorError(f"--extractor {error}") from error
     if weights_path is not None and name.startswith("dinov2"):
@@ -109,11 +98,11 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> Network
         module = _load_named(name, weights_path)
         module = Resized(module, FeatureExtractorDinoV2.INPUT_IMAGE_SIZE) if name.startswith("dinov2") else module
         published = weights_path is None or _is_published(name, weights_path)
-    return Network(kind, short_name, module, _state_sha256(module), published)
+    return module, _state_sha256(module), published
 
 
 def naming(extractor: str) -> tuple[str, str]:
-    """Kind of an extractor, and what its scores are called by."""
+    """Kind of an extractor (a name of `NAMES`, `timm` or `PROGRAM`), and what its scores are called by."""
     if extractor in NAMES:
         return extractor, extractor
     return ("timm", extractor.removeprefix(TIMM)) if extractor.startswith(TIMM) else (PROGRAM, Path(extractor).stem)

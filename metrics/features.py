@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics.extractors import NAMES, ExtractorError, load_extractor
+from metrics.extractors import NAMES, ExtractorError, load_extractor, naming
 from metrics.frechet import Moments, RunningMoments, moments_of
 from metrics.image_batches import ImageBatch
 from metrics.scores import DEFAULT, INCEPTION, PER_IMAGE, needs_of
@@ -70,9 +70,8 @@ class Extractor:
         weights_path: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        network = load_extractor(str(extractor), weights_path)
-        self.kind, self.name, self.module = network.kind, network.name, network.module
-        self.sha256, self.published_weights = network.sha256, network.published
+        self.kind, self.name = naming(str(extractor))
+        self.module, self.sha256, self.published_weights = load_extractor(str(extractor), weights_path)
         self.device = torch.device(device)
         try:
             self.module.to(self.device)

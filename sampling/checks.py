@@ -5,7 +5,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from experiment.backbones import ModelSpec
 from torch import nn
 
 from checkpoints.checkpoint import open_checkpoint
@@ -14,6 +13,7 @@ from diffusion import Diffusion
 from diffusion.samplers import check_options
 from experiment.config import DiffusionConfig, SamplingConfig
 from experiment.diffusions import diffusion_settings
+from models import ModelSpec
 
 OF_TRAINING = {"loss", "weighting", "times", "shift", "P_mean", "P_std", "phases", "forcing"}  # mean no other output
 

@@ -73,7 +73,7 @@ def main(config: AppConfig) -> None:
 def serve(config: AppConfig) -> None:
     """Open the checkpoints, serve the page."""
     try:
-        import gradio  # noqa: F401
+        import gradio as gr
     except ImportError:
         raise ValueError("the page needs gradio: pip install -e '.[demo]'") from None
     from starlette.middleware import Middleware
@@ -84,6 +84,10 @@ def serve(config: AppConfig) -> None:
     listening: Counter[str] = Counter()
     hosts = None if config.share or config.host not in LOOPBACK else LOOPBACK
     page = build_page(studio, listening)
+    fonts: Any = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["ui-monospace", "monospace"],
+    }  # no web fonts
     page.queue(max_size=config.queue, default_concurrency_limit=1)  # one at a time has all the cores
     page.launch(
         server_name=config.host,
@@ -91,7 +95,7 @@ def serve(config: AppConfig) -> None:
         share=config.share,
         footer_links=[],
         css=STYLE,
-        theme=theme(),
+        theme=gr.themes.Soft(primary_hue="indigo", **fonts),
         app_kwargs={"middleware": [Middleware(Door, listening, hosts, not config.share)]},
     )
 
@@ -101,14 +105,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 class Door:
     """Between the network and the page, as ASGI has it. No file is taken; other web sites are refused, whether they ask
-    in a visitor's name or by a name of their own for this machine; and it is known whose answers somebody reads.
-
-    Args:
-        app: the page
-        listening: open streams of answers, by session
-        hosts: names that this machine may be called by; None: any
-        same_origin: refuse what a page from elsewhere asks
-    """
+    in a visitor's name (`same_origin`) or by a name of their own for this machine (others than `hosts`; None: any); and
+    it is known whose answers somebody reads: `listening` counts open streams by session."""
 
     def __init__(
         self, app: Any, listening: Counter[str], hosts: tuple[str, ...] | None = None, same_origin: bool = True
@@ -116,7 +114,6 @@ class Door:
         self.app, self.listening, self.hosts, self.same_origin = app, listening, hosts, same_origin
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Let a request through, or not."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if not self.admits(scope["path"], {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}):
@@ -141,15 +138,6 @@ class Door:
         return named and own and not path.rstrip("/").endswith("/upload")
 
 
-def theme() -> Any:
-    """Plain, and without fonts from elsewhere."""
-    import gradio as gr
-
-    return gr.themes.Soft(
-        primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
-
-
 def build_page(studio, listening: Counter[str]) -> Any:
     """The page: what to draw on the left (on a phone: above), pictures on the right."""
     import gradio as gr
@@ -159,6 +147,7 @@ def build_page(studio, listening: Counter[str]) -> Any:
 
     runs = list(studio.checkpoints)
     first = studio.checkpoints[runs[0]]
+    as_trained, picture_of = settings_of(first), partial(gr.Image, type="pil", format="png")
     with gr.Blocks(title="Draw from a checkpoint", delete_cache=(300, SECONDS_KEPT), analytics_enabled=False) as page:
         gr.Markdown("## Draw from a checkpoint\nThe same seeds for every backbone; each picture with its command.")
         history = gr.State([], time_to_live=SECONDS_KEPT)  # for each run its pictures, a moment each
@@ -169,55 +158,37 @@ def build_page(studio, listening: Counter[str]) -> Any:
                 with gr.Row():
                     seed = gr.Textbox("0", label="Seed", max_lines=1, min_width=90, scale=1)
                     number = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", min_width=140, scale=2)
-                guidance = gr.Slider(0, 10, _guidance(first), step=0.1, label="Guidance")
+                guidance = gr.Slider(0, 10, as_trained[2], step=0.1, label="Guidance")
                 with gr.Row():
-                    sampler = gr.Dropdown(list(SAMPLERS), value=_sampler(first), label="Sampler", min_width=140)
-                    steps = gr.Slider(1, MOST_STEPS, _steps(first), step=1, label="Steps", min_width=140)
+                    sampler = gr.Dropdown(list(SAMPLERS), value=as_trained[0], label="Sampler", min_width=140)
+                    steps = gr.Slider(1, MOST_STEPS, as_trained[1], step=1, label="Steps", min_width=140)
                 with gr.Accordion("Walk to another class or seed", open=False):
                     to_class = gr.Dropdown(first.classes, value=None, label="To the class", allow_custom_value=True)
                     to_seed = gr.Textbox("", label="To the seed", max_lines=1)
                 draw = gr.Button("Draw", variant="primary")
             with gr.Column(scale=3, min_width=320):
+                look: Any = {"buttons": ["download", "fullscreen"], "elem_classes": "pictures", "interactive": False}
                 shown = [
-                    gr.Image(
-                        label=run if number < 1 else "",
-                        visible=number < 1,
-                        type="pil",
-                        format="png",
-                        buttons=["download", "fullscreen"],
-                        elem_classes="pictures",
-                        interactive=False,
-                    )
-                    for number, run in zip(range(MOST_RUNS), [runs[0]] * MOST_RUNS, strict=True)
+                    picture_of(label=runs[0] if number < 1 else "", visible=number < 1, **look)
+                    for number in range(MOST_RUNS)
                 ]
                 moment = gr.Slider(1, 2, 1, step=1, label="Back through the steps", visible=False)
-                command = gr.Textbox(
-                    label="The same pictures, from a shell",
-                    lines=2,
-                    max_lines=12,
-                    interactive=False,
-                    buttons=["copy"],
-                    elem_classes="command",
-                )
+                look = {"lines": 2, "max_lines": 12, "buttons": ["copy"], "elem_classes": "command"}
+                command = gr.Textbox(label="The same pictures, from a shell", interactive=False, **look)
                 with gr.Accordion("Nearest training images", open=False):
                     gr.Markdown("By colours and layout (16x16 pixels) among the images it was trained on.")
-                    look = gr.Button("Look them up")
-                    near = gr.Image(type="pil", format="png", label="Pictures above, training images below")
+                    find = gr.Button("Look them up")
+                    near = picture_of(label="Pictures above, training images below")
 
         wanted = [chosen, of_class, seed, number, guidance, sampler, steps, to_class, to_seed]
         outputs = [history, moment, command, *shown]
-        draw.click(
-            partial(draw_pictures, studio, partial(is_read, listening)),
-            wanted,
-            outputs,
-            api_name="draw",
-            show_progress="minimal",
-        )
+        read = partial(is_read, listening)
+        draw.click(partial(draw_pictures, studio, read), wanted, outputs, api_name="draw", show_progress="minimal")
         moment.input(show_moment, [history, moment], shown, api_name="moment", queue=False, show_progress="hidden")
         chosen.change(
             partial(follow, studio), [chosen, of_class], [of_class, to_class, sampler, steps, guidance], queue=False
         )
-        look.click(partial(look_up, studio, partial(is_read, listening)), wanted, near, api_name="nearest")
+        find.click(partial(look_up, studio, read), wanted, near, api_name="nearest")
     return page
 
 
@@ -247,7 +218,7 @@ def draw_pictures(studio, is_read, *wanted) -> Iterator[tuple[Any, ...]]:
                 return
             for step, images in studio.draw(request):
                 mine.append(picture(studio, request, images))
-                titles = [f"{each.run}: step {step} of {request.num_steps}" for each in requests]
+                titles = [f"{one.run}: step {step} of {request.num_steps}" for one in requests]
                 yield [], gr.Slider(visible=False), commands, *views(drawn, titles)
     num = max(map(len, drawn))
     slider = gr.Slider(1, num, num, step=1, visible=num > 1)
@@ -258,8 +229,8 @@ def show_moment(history: list[list[Any]], moment: float) -> list[Any]:
     """All runs' pictures at one of the kept moments."""
     import gradio as gr
 
-    found = [gr.Image(value=pictures[min(int(moment), len(pictures)) - 1]) for pictures in history]
-    return found + [gr.skip()] * (MOST_RUNS - len(found))
+    pictures = [gr.Image(value=moments[min(int(moment), len(moments)) - 1]) for moments in history]
+    return pictures + [gr.skip()] * (MOST_RUNS - len(pictures))
 
 
 def look_up(studio, is_read, *wanted) -> Iterator[Any]:
@@ -278,9 +249,9 @@ def look_up(studio, is_read, *wanted) -> Iterator[Any]:
             yield gr.skip()
         for _ in studio.read_layouts(request.run):
             yield gr.skip()
-        found, distances = studio.nearest(request.run, images)
+        neighbours, distances = studio.nearest(request.run, images)
         captions = [""] * len(images) + [f"{distance:.1f} away" for distance in distances]
-        yield grid(torch.cat([images, found]), len(images), captions)
+        yield grid(torch.cat([images, neighbours]), len(images), captions)
 
 
 def follow(studio, runs: list[str], of_class: str) -> list[Any]:
@@ -291,23 +262,26 @@ def follow(studio, runs: list[str], of_class: str) -> list[Any]:
         return [gr.skip()] * 5
     with in_words():
         checkpoint = studio.checkpoint(runs[0])
-    classes = checkpoint.classes
+    classes, (sampler, steps, guidance) = checkpoint.classes, settings_of(checkpoint)
     kept = of_class if of_class in classes else next(iter(classes), None)
     return [
         gr.Dropdown(classes, value=kept, visible=bool(classes)),
         gr.Dropdown(classes, value=None, visible=bool(classes)),
-        gr.Dropdown(value=_sampler(checkpoint)),
-        gr.Slider(value=_steps(checkpoint)),
-        gr.Slider(value=_guidance(checkpoint), visible=bool(classes)),
+        gr.Dropdown(value=sampler),
+        gr.Slider(value=steps),
+        gr.Slider(value=guidance, visible=bool(classes)),
     ]
 
 
-def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed) -> list[Any]:
-    """What the visitor asked for, a request a run; all are checked before anything is drawn.
+def settings_of(checkpoint) -> tuple[str, int, float]:
+    """Sampler, steps and guidance of a checkpoint's own configuration."""
+    sampling = checkpoint.config.sampling
+    sampler = sampling.sampler or checkpoint.build_diffusion().default_sampler
+    return sampler, min(50, sampling.num_steps), sampling.guidance_scale if checkpoint.classes else 1.0
 
-    Raises:
-        ValueError: in the visitor's words.
-    """
+
+def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed) -> list[Any]:
+    """What the visitor asked for, a request a run; all are checked before anything is drawn."""
     from sharing.studio import Request
 
     runs = [runs] if isinstance(runs, str) else runs
@@ -327,21 +301,16 @@ def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps, 
     if request.interpolates and request.num_images < 2:
         raise ValueError("To the class, To the seed: a walk has both ends; ask for 2 pictures or more")
     requests = [replace(request, run=run) for run in runs]
-    for each in requests:
-        studio.generator(each)
-        studio.command(each)
+    for request in requests:
+        studio.generator(request)
+        studio.command(request)
     return requests
 
 
-def whole(name: str, given: object) -> int:
-    """A number that is whole and not negative.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    text = str(given).strip().removesuffix(".0")
+def whole(name: str, value: object) -> int:
+    text = str(value).strip().removesuffix(".0")
     if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise ValueError(f"{name} {given}: give a whole number, 0 or more")
+        raise ValueError(f"{name} {value}: give a whole number, 0 or more")
     return int(text)
 
 
@@ -370,8 +339,8 @@ def views(pictures: list[list[Any]], titles: list[str]) -> list[Any]:
     import gradio as gr
 
     shown = [
-        gr.Image(value=each[-1] if each else None, label=title, visible=True)
-        for each, title in zip(pictures, titles, strict=True)
+        gr.Image(value=moments[-1] if moments else None, label=title, visible=True)
+        for moments, title in zip(pictures, titles, strict=True)
     ]
     return shown + [gr.Image(value=None, visible=False)] * (MOST_RUNS - len(shown))
 
@@ -390,18 +359,6 @@ def in_words() -> Iterator[None]:
 def _slug(run: str) -> str:
     name = run.removeprefix("hf://").removeprefix("runs/").strip("/.")
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name) or "picture"
-
-
-def _sampler(checkpoint) -> str:
-    return checkpoint.config.sampling.sampler or checkpoint.build_diffusion().default_sampler
-
-
-def _steps(checkpoint) -> int:
-    return min(50, checkpoint.config.sampling.num_steps)
-
-
-def _guidance(checkpoint) -> float:
-    return checkpoint.config.sampling.guidance_scale if checkpoint.classes else 1.0
 
 
 if __name__ == "__main__":

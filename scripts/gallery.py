@@ -42,7 +42,7 @@ def main(folder: Path, output: Path | None = None) -> None:
         folder: with a run a folder
         output: the page; by default gallery.html in the folder
     """
-    from evaluation.page import page
+    from evaluation.plots import page
     from machine.whole_files import write_whole
 
     runs = [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
@@ -52,14 +52,9 @@ def main(folder: Path, output: Path | None = None) -> None:
         )
     differing, scores = differences(runs), list(dict.fromkeys(name for run in runs for name in run.scores))
     logged = {"loss": "loss", "held-out loss": "validation_loss", "images/s": "images_per_second"}
-    cells = [
-        [
-            run.name,
-            run.last("step"),
-            *map(run.last, logged.values()),
-            *map(run.scores.get, scores),
-            *map(run.config.get, differing),
-        ]
+    rows = [
+        [run.name, *map(run.last, ("step", *logged.values())), *map(run.scores.get, scores)]
+        + [run.config.get(name) for name in differing]
         for run in runs
     ]
     cards = [
@@ -74,7 +69,7 @@ def main(folder: Path, output: Path | None = None) -> None:
         "gallery.html",
         title=f"{len(runs)} runs in {folder.resolve().name}",
         head=["run", "steps", *logged, *scores, *differing],
-        rows=[[cell(value) for value in row] for row in cells],
+        rows=[[cell(value) for value in row] for row in rows],
         panels=curves(runs),
         runs=cards,
     )

@@ -70,39 +70,23 @@ def main(config: RecogniseConfig) -> None:
     classifier = train_classifier(read(real), real.labels, len(classes), seed=config.seed, epochs=config.epochs)
     if config.classifier:
         classifier.save(config.classifier)
-
     if config.perceptual:
         classifier.save_perceptual(config.perceptual)
-
-    figures: dict[str, Any] = {
-        "held_out_accuracy": (classifier.predict(read(held_out)) == held_out.labels).float().mean().item(),
-        "num_held_out": len(held_out),
-    }
-    print(f"The classifier is right about {figures['held_out_accuracy']:.2%} of {len(held_out)} held-out images.")
+    accuracy = (classifier.predict(read(held_out)) == held_out.labels).float().mean().item()
+    figures: dict[str, Any] = {"held_out_accuracy": accuracy, "num_held_out": len(held_out)}
+    print(f"The classifier is right about {accuracy:.2%} of {len(held_out)} held-out images.")
     if config.samples:
-        right = classifier.predict(samples) == labels
-        figures |= {
-            "class_agreement": right.float().mean().item(),
-            "num_samples": len(samples),
-            "per_class": {
-                name: right[labels == label].float().mean().item()
-                for label, name in enumerate(classes)
-                if (labels == label).any()
-            },
-        }
-        agreement = figures["class_agreement"]
-        print(f"It takes {agreement:.2%} of {len(samples)} samples for the class asked for.")
+        right = (classifier.predict(samples) == labels).float()
+        per_class = {classes[label]: right[labels == label].mean().item() for label in labels.unique().tolist()}
+        figures |= {"class_agreement": right.mean().item(), "num_samples": len(samples), "per_class": per_class}
+        print(f"It takes {right.mean():.2%} of {len(samples)} samples for the class asked for.")
     if config.output:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def read_samples(path: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n 3 h w] and the labels asked for, as numbers of these classes: by the names that the file has.
-
-    Raises:
-        ValueError: when the file is not of sample.py, or of a class that is not among these.
-    """
+    """Images [n 3 h w] and the labels asked for, as numbers of these classes: by the names that the file has."""
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["arr_0"].transpose(0, 3, 1, 2), file["arr_1"].tolist()

@@ -20,29 +20,27 @@ def within(interval: str, default: Any = MISSING) -> Any:
 
 
 def check_settings(config: Any, prefix: str = "--") -> None:
-    """Every number of a configuration lies in its interval, and what its own `check` asks for holds.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    for each in fields(config):
-        value, flag = getattr(config, each.name), f"{prefix}{each.name}"
+    """Raises: ValueError, naming the flag of a number that lies outside its interval, or as the own `check` of a
+    configuration has it."""
+    for setting in fields(config):
+        value, flag = getattr(config, setting.name), f"{prefix}{setting.name}"
         for part in value if isinstance(value, list) else [value]:
             if is_dataclass(part):
                 check_settings(part, f"{flag}.")
-        if "interval" in each.metadata and value != UNSET:
-            _check_interval(flag, value, each.metadata["interval"])
+        if "interval" in setting.metadata and value != UNSET:
+            _check_interval(flag, value, setting.metadata["interval"])
     if hasattr(config, "check"):
         config.check(prefix)
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], flag: str) -> None:
-    """A function takes these keyword arguments; of one annotated `Annotated[float, "[0, 1]"]` the number lies there.
+    """That a function takes these keyword arguments; of one annotated `Annotated[float, "[0, 1]"]` the number lies
+    there.
 
     Raises:
         ValueError: naming the flag, and what the function takes.
     """
-    names = [each.name for each in signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    names = [name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
     kinds = get_type_hints(function, include_extras=True)
     for name, value in arguments.items():
         if name not in names:
@@ -58,23 +56,28 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
 def unset(config: type[T], *, several: bool = False) -> type[T]:
     """A configuration's settings, none of which is set: what a command line puts in place of another's, null included.
     With `several`, a number may also be many with commas in between, as text."""
-    settings = []
-    for each in fields(config):  # pyright: ignore[reportArgumentType]
-        kind, metadata = get_type_hints(config)[each.name], each.metadata
+    kinds, settings = get_type_hints(config), []
+    for setting in fields(config):  # pyright: ignore[reportArgumentType]
+        kind, metadata = kinds[setting.name], setting.metadata
         if several and {int, float} & {kind, *get_args(kind)}:
             kind, metadata = kind | str, {}
-        settings.append((each.name, kind | Literal[UNSET], field(default=UNSET, metadata=metadata)))
+        settings.append((setting.name, kind | Literal[UNSET], field(default=UNSET, metadata=metadata)))
     return make_dataclass(config.__name__, settings, bases=(config,), frozen=True)
 
 
 def set_values(config: Any) -> dict[str, Any]:
     """Of a configuration by `unset` the settings that are set, by name."""
-    return {each.name: value for each in fields(config) if (value := getattr(config, each.name)) != UNSET}
+    values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
+    return {name: value for name, value in values.items() if value != UNSET}
 
 
 def _check_interval(flag: str, value: Any, interval: str) -> None:
-    if not all(_contains(interval, number) for number in _numbers(value)):
-        raise ValueError(f"{flag} {value}: must lie in {interval}")
+    low, high = map(float, interval[1:-1].split(","))
+    for number in _numbers(value):
+        above = number >= low if interval[0] == "[" else number > low
+        below = number <= high if interval[-1] == "]" else number < high
+        if not (above and below):
+            raise ValueError(f"{flag} {value}: must lie in {interval}")
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
@@ -84,9 +87,3 @@ def _numbers(value: Any) -> Iterator[int | float]:
             yield from _numbers(part)
     elif value is not None:
         yield value
-
-
-def _contains(interval: str, number: int | float) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    above = number >= low if interval[0] == "[" else number > low
-    return above and (number <= high if interval[-1] == "]" else number < high)
