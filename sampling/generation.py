@@ -64,22 +64,12 @@ class Generator:
         start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 H W"]:
         """From noise, or from `x_t` at the time `start`, to images; a generator each for the random steps."""
-        device, clip = self.accelerator.device, self.sampling.clip
+        told: dict[str, Any] = {"guide_model": self.guide_model, "generator": generators, "start": start}
+        told["clip"] = self.codec.limit if self.sampling.clip is None else self.sampling.clip
+        told |= {"callback": self.callback, "on_stage": self.on_stage}
         bf16 = self.accelerator.mixed_precision == "bf16"
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            x_0 = sample(
-                self.diffusion,
-                self.model,
-                noise,
-                y,
-                self.sampling,
-                guide_model=self.guide_model,
-                clip=self.codec.limit if clip is None else clip,
-                start=start,
-                generator=generators,
-                callback=self.callback,
-                on_stage=self.on_stage,
-            )
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16) if bf16 else nullcontext():
+            x_0 = sample(self.diffusion, self.model, noise, y, self.sampling, **told)
         return self.codec.decode(x_0)
 
 
@@ -96,11 +86,10 @@ def generator_of(
 ) -> Generator:
     """Of a checkpoint's averaged weights, which `model` holds where they are loaded, and the guide that `sampling`
     names."""
-    diffusion, size = checkpoint.build_diffusion(), checkpoint.image_size
-    trained = (checkpoint.config.diffusion, checkpoint.spec, accelerator.device, checkpoint.classes)
-    guide_model = load_guide_model(sampling, *trained, checkpoint.identity)
-    model = model or checkpoint.load_model(accelerator.device)
-    callbacks["guide_model"] = guide_model
+    device, diffusion, size = accelerator.device, checkpoint.build_diffusion(), checkpoint.image_size
+    trained = (checkpoint.config.diffusion, checkpoint.spec, device, checkpoint.classes, checkpoint.identity)
+    callbacks["guide_model"] = load_guide_model(sampling, *trained)
+    model = model or checkpoint.load_model(device)
     return Generator(model, diffusion, codec, labels, sampling, size, seed, accelerator, **callbacks)
 
 

@@ -27,6 +27,7 @@ from experiment.settings import within
 MOST_RUNS = 3  # side by side
 SECONDS_KEPT = 1800  # of pictures in files, and of what a visitor has seen
 SECONDS_TO_LISTEN = 10  # after asking; a browser on a busy machine takes a second to open the stream of answers
+FONTS = ["system-ui", "sans-serif", "ui-monospace", "monospace"]  # the visitor's own
 STYLE = """
 .gradio-container { max-width: 1180px !important; width: 100% !important; margin: auto; }
 .pictures img { width: 100% !important; height: auto !important; object-fit: contain !important; }
@@ -84,10 +85,6 @@ def serve(config: AppConfig) -> None:
     listening: Counter[str] = Counter()
     hosts = None if config.share or config.host not in LOOPBACK else LOOPBACK
     page = build_page(studio, listening)
-    fonts: Any = {
-        "font": ["system-ui", "sans-serif"],
-        "font_mono": ["ui-monospace", "monospace"],
-    }  # no web fonts
     page.queue(max_size=config.queue, default_concurrency_limit=1)  # one at a time has all the cores
     page.launch(
         server_name=config.host,
@@ -95,7 +92,7 @@ def serve(config: AppConfig) -> None:
         share=config.share,
         footer_links=[],
         css=STYLE,
-        theme=gr.themes.Soft(primary_hue="indigo", **fonts),
+        theme=gr.themes.Soft(primary_hue="indigo", font=FONTS[:2], font_mono=FONTS[2:]),
         app_kwargs={"middleware": [Middleware(Door, listening, hosts, not config.share)]},
     )
 
@@ -108,9 +105,7 @@ class Door:
     in a visitor's name (`same_origin`) or by a name of their own for this machine (others than `hosts`; None: any); and
     it is known whose answers somebody reads: `listening` counts open streams by session."""
 
-    def __init__(
-        self, app: Any, listening: Counter[str], hosts: tuple[str, ...] | None = None, same_origin: bool = True
-    ) -> None:
+    def __init__(self, app: Any, listening: Counter[str], hosts: tuple[str, ...] | None, same_origin: bool) -> None:
         self.app, self.listening, self.hosts, self.same_origin = app, listening, hosts, same_origin
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
