@@ -58,7 +58,7 @@ def latex(*parts: Sequence[Row]) -> str:
     lines = [r"\begin{tabular}{l" + "r" * (len(parts[0][0]) - 1) + "}", r"\toprule"]
     for number_, rows in enumerate(filter(None, parts)):
         lines += [r"\midrule"] * (number_ > 0)
-        lines += [" & ".join(_tex_cell(_cell(each)) for each in row) + r" \\" for row in rows]
+        lines += [" & ".join(_tex_cell(_cell(cell)) for cell in row) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -94,7 +94,7 @@ def _cell(cell: str | Cell) -> Cell:
 
 
 def _aligned(rows: Sequence[Row], shown: Callable[[Cell], str]) -> str:
-    cells = [[shown(_cell(each)) for each in row] for row in rows]
+    cells = [[shown(_cell(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 Images = Dataset | UInt8[Tensor, "_ 3 _ _"]
 """Map-style, of uint8 RGB images [3 h w]; what stands beside an image (its label) is passed over."""
@@ -22,25 +23,18 @@ class ImageBatch:
 
 
 def image_batches(
-    images: Images, batch_size: int = 64, *, indices: Int64[Tensor, " n"] | None = None, num_workers: int = 0
+    images: Images, batch_size: int = 64, *, indices: Int64[Tensor, " n"] | None = None
 ) -> Iterator[ImageBatch]:
-    """A tensor's or dataset's images, or those at `indices`, in batches; `num_workers` processes read a dataset."""
-    num_images = len(images)  # pyright: ignore[reportArgumentType]
-    indices = torch.arange(num_images) if indices is None else indices
-    if len(indices) == 0:
-        return
-    if isinstance(images, Tensor):
-        for part in indices.split(batch_size):
+    """A tensor's or dataset's images, or those at `indices`, in batches."""
+    data: Any = images
+    indices = torch.arange(len(data)) if indices is None else indices
+    for part in indices.split(batch_size) if len(indices) else ():
+        if isinstance(images, Tensor):
             yield ImageBatch(part, images[part])
-        return
-    subset = Subset(images, indices.tolist())
-    loader = DataLoader(subset, batch_size, num_workers=num_workers, collate_fn=_collate)
-    for part, (pictures, labels) in zip(indices.split(batch_size), loader, strict=True):
-        yield ImageBatch(part, pictures, labels)
-
-
-def _collate(items: list) -> tuple[Tensor, Tensor | None]:
-    if isinstance(items[0], tuple | list):
-        images, labels = zip(*items, strict=True)
-        return default_collate([*images]), torch.tensor(list(map(int, labels)))
-    return default_collate(items), None
+            continue
+        items = [data[index] for index in part.tolist()]
+        if isinstance(items[0], tuple | list):
+            labels = torch.tensor([int(item[1]) for item in items])
+            yield ImageBatch(part, default_collate([item[0] for item in items]), labels)
+        else:
+            yield ImageBatch(part, default_collate(items))

@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Callable
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +66,12 @@ class LPIPSFeatures(nn.Module):
 
 
 class ProgramFeatures(nn.Module):
-    """A loaded program (`.pt2` or TorchScript) of images from 0 to 255, as feature extractors are: its output, or the
-    first of several."""
+    """A program in a file (`.pt2` or TorchScript) of images from 0 to 255, as feature extractors are: its output, or
+    the first of several."""
 
-    def __init__(self, program: nn.Module) -> None:
+    def __init__(self, path: str) -> None:
         super().__init__()
-        self.program = program
+        self.program = load_program(path)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Tensor:
         output = self.program((images + 1) * 127.5)
@@ -126,8 +125,10 @@ def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
             f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or give a program that you trust, "
             "a .pt2 or TorchScript file"
         )
-    settings = {} if heads is None else {"heads": heads}
-    if heads is not None and not (name in NETWORKS and "heads" in signature(NETWORKS[name]).parameters):
+    if heads is not None and name != "lpips":
         raise ValueError(f"--auxiliary heads {heads}: network {name} has none; leave it out, or use network lpips")
-    network = NETWORKS[name](**settings) if name in NETWORKS else ProgramFeatures(load_program(name))
+    if heads is not None:
+        network = LPIPSFeatures(heads)
+    else:
+        network = NETWORKS[name]() if name in NETWORKS else ProgramFeatures(name)
     return network.requires_grad_(False).eval()
