@@ -15,15 +15,21 @@ SMALL, LARGE = ImageFont.load_default(size=9), ImageFont.load_default(size=22)
 GAP = 2  # pixels between images
 
 
-def save_grid(
+def save_grid(images: UInt8[Tensor, "n 3 h w"], path: Path, *, columns: int, **names: list[str] | None) -> None:
+    """A grid (see `draw_grid`) as PNG or PDF."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    with whole(path) as partial:
+        draw_grid(images, columns, **names).save(partial, format=kind, quality=95, subsampling=0)  # a PDF holds a JPEG
+
+
+def draw_grid(
     images: UInt8[Tensor, "n 3 h w"],
-    path: Path,
-    *,
     columns: int,
+    *,
     column_names: list[str] | None = None,
     captions: list[str] | None = None,
-) -> None:
-    """A grid as PNG or PDF, row by row, with a name above each column or a caption under each image."""
+) -> Image.Image:
+    """Images row by row, with a name above each column or a caption under each image."""
     height, width = images.shape[-2:]
     scale = max(1, 64 // width)
     height, width = height * scale, width * scale
@@ -40,9 +46,7 @@ def save_grid(
         canvas.paste(_picture(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
         if captions:
             draw.text((left, top + height), _fit(captions[number], width), fill="black", font=SMALL)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    with whole(path) as partial:
-        canvas.save(partial, format=kind, quality=95, subsampling=0)  # a PDF holds a JPEG
+    return canvas
 
 
 def tile(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "height width c"]:

@@ -234,6 +234,8 @@ def look_up(studio, is_read, *wanted) -> Iterator[Any]:
     import gradio as gr
     import torch
 
+    from sampling.image_files import draw_grid
+
     with in_words():
         request = requests_of(studio, *wanted)[0]
         images = torch.empty(0)
@@ -246,7 +248,7 @@ def look_up(studio, is_read, *wanted) -> Iterator[Any]:
             yield gr.skip()
         neighbours, distances = studio.nearest(request.run, images)
         captions = [""] * len(images) + [f"{distance:.1f} away" for distance in distances]
-        yield grid(torch.cat([images, neighbours]), len(images), captions)
+        yield draw_grid(torch.cat([images, neighbours]), len(images), captions=captions)
 
 
 def follow(studio, runs: list[str], of_class: str) -> list[Any]:
@@ -311,22 +313,12 @@ def whole(name: str, value: object) -> int:
 
 def picture(studio, request, images) -> Any:
     """The picture that sample.py writes for a request."""
+    from sampling.image_files import draw_grid
+
     classes = studio.classes(request.run)
     named = classes and not request.interpolates
     captions = [classes[studio.label(request.run, request.of_class)]] * len(images) if named else None
-    return grid(images, len(images), captions)
-
-
-def grid(images, columns: int, captions: list[str] | None) -> Any:
-    """Of the pixels that `save_grid` writes."""
-    from PIL import Image
-
-    from sampling.image_files import save_grid
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_grid(images, Path(folder, "grid.png"), columns=columns, captions=captions)
-        with Image.open(Path(folder, "grid.png")) as written:
-            return written.convert("RGB")
+    return draw_grid(images, len(images), captions=captions)
 
 
 def views(pictures: list[list[Any]], titles: list[str]) -> list[Any]:
