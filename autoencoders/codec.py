@@ -25,6 +25,9 @@ from autoencoders.pretrained import EMBEDDED as EMBEDDED
 from autoencoders.pretrained import AutoencoderError as AutoencoderError
 from autoencoders.pretrained import load_autoencoder
 
+Latents = Float[Tensor, "b c h w"]
+Images = UInt8[Tensor, "b 3 H W"]
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -43,22 +46,10 @@ class Kind:
     representation: bool = False
 
 
-def _moments(encoded: Any) -> Float[Tensor, "b moments h w"]:
-    """Posterior mean and log-variance, one after the other along the channels."""
-    return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1)
-
-
-def _posterior_sample(
-    moments: Float[Tensor, "b moments h w"], noise: Float[Tensor, "b c h w"]
-) -> Float[Tensor, "b c h w"]:
+def _posterior_sample(moments: Float[Tensor, "b moments h w"], noise: Latents) -> Latents:
     """Reparameterised (Kingma and Welling 2014, eq. 10)."""
     mean, log_variance = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance) * noise
-
-
-def _as_stored(latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Of autoencoders without a posterior."""
-    return latents
 
 
 _TINY = Kind(  # takes and gives images in [-1, 1] like the others
@@ -68,13 +59,13 @@ _TINY = Kind(  # takes and gives images in [-1, 1] like the others
         config.upsampling_scaling_factor ** (len(config.num_decoder_blocks) - 1),
     ),
     store=lambda encoded: encoded.latents,
-    draw=_as_stored,
+    draw=lambda latents, noise: latents,
 )
 KINDS = {
     "AutoencoderKL": Kind(
         encoding=frozenset({"encoder", "quant_conv"}),
         factors=lambda config: (2 ** (len(config.block_out_channels) - 1),) * 2,
-        store=_moments,
+        store=lambda encoded: torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1),
         draw=_posterior_sample,
     ),
     "AutoencoderTiny": _TINY,
@@ -86,7 +77,7 @@ KINDS = {
             2 ** (len(config.decoder_block_out_channels) - 1),
         ),
         store=lambda encoded: encoded.latent,
-        draw=_as_stored,
+        draw=lambda latents, noise: latents,
     ),
     "AutoencoderRAE": Kind(  # Zheng et al. 2025
         encoding=frozenset({"encoder", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std"}),
@@ -99,41 +90,29 @@ KINDS = {
 
 
 class Codec(nn.Module):
-    """What every codec is: frozen, in eval mode, and without trainable parameters.
+    """What every codec is: frozen, in eval mode, and without trainable parameters."""
 
-    Args:
-        source: as `--autoencoder` names it
-        channels: of `x_0`
-        factor: by how much it reduces the sides of an image
-        identity: what latent caches must agree on: all that `x_0` depends on, weights by content
-        provenance: for records: the identity, and where it came from
-        density_offset: bits per dimension from the density of `x_0` to what is coded
-        limit: of the absolute values of `x_0`
-    """
-
-    source: str
-    channels: int
-    factor: int
-    identity: Any
-    provenance: Any
-    density_offset: float = 0.0
-    limit: float | None = None
+    source: str  # as `--autoencoder` names it
+    channels: int  # of `x_0`
+    factor: int  # by how much it reduces the sides of an image
+    identity: Any  # what latent caches must agree on: all that `x_0` depends on, weights by content
+    provenance: Any  # for records: the identity, and where it came from
+    density_offset: float = 0.0  # bits per dimension from the density of `x_0` to what is coded
+    limit: float | None = None  # of the absolute values of `x_0`
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, height and width of `x_0` of an image of this size."""
         return self.channels, height // self.factor, width // self.factor
 
-    def prepare(self, images: UInt8[Tensor, "b 3 H W"]) -> Shaped[Tensor, "b ..."]:
+    def prepare(self, images: Images) -> Shaped[Tensor, "b ..."]:
         """What is stored of images: by default they themselves."""
         return images
 
-    def draw(self, stored: Shaped[Tensor, "b ..."], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def draw(self, stored: Shaped[Tensor, "b ..."], noise: Latents) -> Latents:
         """`x_0` of what is stored; `noise` is of its shape."""
         raise NotImplementedError
 
-    def encode(
-        self, images: UInt8[Tensor, "b 3 H W"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b c h w"]:
+    def encode(self, images: Images, generator: torch.Generator | None = None) -> Latents:
         """`draw(prepare(images))`, without a generator with no noise."""
         shape, device = (len(images), *self.latent_shape(*images.shape[-2:])), images.device
         noise = torch.zeros(shape, device=device)
@@ -141,7 +120,7 @@ class Codec(nn.Module):
             noise = torch.randn(shape, generator=generator, device=device)
         return self.draw(self.prepare(images), noise)
 
-    def decode(self, x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 H W"]:
+    def decode(self, x_0: Latents) -> Images:
         """The images that an `x_0` stands for."""
         raise NotImplementedError
 
@@ -214,11 +193,7 @@ class LatentCodec(Codec):
         return weights_sha256(part)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height and width of the latent of an image of this size.
-
-        Raises:
-            AutoencoderError: when the autoencoder's reduction does not divide the image, or is larger.
-        """
+        """Channels, height and width of the latent of an image of this size."""
         if min(height, width) < self.factor:
             raise AutoencoderError(
                 f"--data.image_size {height}x{width} is smaller than the {self.factor}x{self.factor} pixels that the "
@@ -237,18 +212,18 @@ class LatentCodec(Codec):
         return super().latent_shape(height, width)
 
     @torch.inference_mode()
-    def prepare(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b moments h w"]:
+    def prepare(self, images: Images) -> Float[Tensor, "b moments h w"]:
         """Of an AutoencoderKL the posterior's mean and log-variance along the channels, else the latents."""
         self.latent_shape(*images.shape[-2:])
         pixels = images.float() / 127.5 - 1
         return self.kind.store(self.autoencoder.encode((pixels + 1) / 2 if self.kind.representation else pixels))
 
-    def draw(self, stored: Float[Tensor, "b moments h w"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def draw(self, stored: Float[Tensor, "b moments h w"], noise: Latents) -> Latents:
         """A sample of the posterior, where there is one, normalised."""
         return (self.kind.draw(stored.float(), noise) - self.shift) * self.scale
 
     @torch.inference_mode()
-    def decode(self, x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 H W"]:
+    def decode(self, x_0: Latents) -> Images:
         """Images of a latent, rounded to the nearest of 256 levels."""
         pixels = self.autoencoder.decode(x_0.float() / self.scale + self.shift).sample
         return _to_uint8(2 * pixels - 1 if self.kind.representation else pixels)
@@ -271,13 +246,10 @@ class PixelCodec(Codec):
     }
     provenance: ClassVar[dict[str, Any]] = {**identity, "autoencoder": "pixel", "decoder_sha256": ""}
 
-    def draw(self, stored: UInt8[Tensor, "b 3 h w"], noise: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """[0, 255] to [-1, 1]; `noise` is not used."""
+    def draw(self, stored: Images, noise: Latents) -> Latents:
         return stored.float() / 127.5 - 1
 
-    def encode(
-        self, images: UInt8[Tensor, "b 3 h w"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b 3 h w"]:
+    def encode(self, images: Images, generator: torch.Generator | None = None) -> Latents:
         """[0, 255] to [-1, 1]; a generator draws from the whole width of each level (Theis et al. 2016, section 3.1),
         so that the result has a density."""
         levels = images.float()
@@ -285,7 +257,7 @@ class PixelCodec(Codec):
             levels = levels + torch.rand(images.shape, generator=generator, device=images.device) - 0.5
         return levels / 127.5 - 1
 
-    def decode(self, x_0: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
+    def decode(self, x_0: Latents) -> Images:
         """[-1, 1] to [0, 255], rounded to the nearest level."""
         return _to_uint8(x_0)
 
@@ -296,9 +268,6 @@ CODECS: dict[str, Callable[[], Codec]] = {"pixel": PixelCodec}  # by name; any o
 def create_codec(autoencoder: str) -> Codec:
     """The codec by name: one of `CODECS`, `embedded`, a folder in diffusers' format, or a hub id, `owner/name` or
     `owner/name/folder`.
-
-    Raises:
-        AutoencoderError: when the weights cannot be had or are of a kind not in `KINDS`; says what can be used instead.
     """
     return CODECS[autoencoder]() if autoencoder in CODECS else LatentCodec(autoencoder)
 

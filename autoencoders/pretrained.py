@@ -23,9 +23,6 @@ def load_autoencoder(source: str, classes: Collection[str]) -> Any:
     """The autoencoder by name, in float32: `embedded`, a folder in diffusers' format, or a hub id (see `hub_id`).
 
     `classes` names those of diffusers that will do; it is asked for its configuration first, for its weights after.
-
-    Raises:
-        AutoencoderError: when it cannot be had, or is of another class; says what can be used in its place.
     """
     folder = EMBEDDED if source == "embedded" else Path(source)
     if folder.is_dir():
@@ -44,11 +41,7 @@ def load_autoencoder(source: str, classes: Collection[str]) -> Any:
 
 
 def hub_id(source: str) -> tuple[str, str | None]:
-    """The repository, and the folder in it where one follows, of `owner/name` or `owner/name/folder`.
-
-    Raises:
-        AutoencoderError: for what can only be a path.
-    """
+    """The repository, and the folder in it where one follows, of `owner/name` or `owner/name/folder`."""
     owner, *rest = source.split("/")
     if source.startswith((".", "/", "~")) or not rest or "" in (owner, *rest):
         raise AutoencoderError(f"--autoencoder {source}: no such folder; {_ALTERNATIVES}")

@@ -56,9 +56,6 @@ def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor])
     """The autoencoder of a published pair of files: TAESD, TAESDXL (4 channels), TAESD3, TAEF1 (16) or TAEF2 (32).
 
     The files number their layers (`11.conv.0.weight`); the decoder's count begins with a layer without weights.
-
-    Raises:
-        AutoencoderError: for files that are no such pair: exchanged, of two versions, or of something else.
     """
     of_encoder = {f"encoder.layers.{name}": weight for name, weight in encoder.items()}
     of_decoder = {

@@ -22,33 +22,30 @@ class Folder:
         self.names: list[str] = []
         self.repeated: list[str] = []
         seen: set[tuple[int, int]] = set()
-        own, links = [path], []  # links come last: what lies there itself keeps its name
-        while own or links:
-            found = own.pop() if own else links.pop(0)
-            name = found.relative_to(path).as_posix()
+        places, links = [path], []  # links come last: what lies there itself keeps its name
+        while places or links:
+            place = places.pop() if places else links.pop(0)
+            name = place.relative_to(path).as_posix()
             try:
-                status = found.stat()
+                status = place.stat()
             except OSError:  # a link to nothing: told of where it is read
                 self.names.append(name)
                 continue
-            if stat.S_ISDIR(status.st_mode) or found.suffix.lower() in SUFFIXES:
+            if stat.S_ISDIR(status.st_mode) or place.suffix.lower() in SUFFIXES:
                 if (status.st_dev, status.st_ino) in seen:
                     self.repeated.append(name)
                     continue
                 seen.add((status.st_dev, status.st_ino))
             if stat.S_ISDIR(status.st_mode):
-                below = sorted((each for each in os.scandir(found) if each.name[0] != "."), key=lambda each: each.name)
-                links += [Path(each.path) for each in below if each.is_symlink()]
-                own += [Path(each.path) for each in reversed(below) if not each.is_symlink()]
+                below = sorted(
+                    (entry for entry in os.scandir(place) if entry.name[0] != "."), key=lambda entry: entry.name
+                )
+                links += [Path(entry.path) for entry in below if entry.is_symlink()]
+                places += [Path(entry.path) for entry in reversed(below) if not entry.is_symlink()]
             else:
                 self.names.append(name)
 
     def read(self, name: str) -> bytes:
-        """A file's bytes.
-
-        Raises:
-            OSError: for what is no file, or too large for an image.
-        """
         path = self.path / name
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -56,17 +53,13 @@ class Folder:
         _check_size(status.st_size)
         return path.read_bytes()
 
-    def content_hash(self, names: Iterable[str]) -> str:
-        """Of these files, equal to that of a zip of them; one that cannot be read counts as empty, and is told of where
-        it is used."""
-        digest = hashlib.sha256()
-        for name in names:
-            try:
-                content = self.read(name)
-            except OSError:
-                content = b""
-            _add(digest, name, len(content), zlib.crc32(content))
-        return digest.hexdigest()
+    def checksum(self, name: str) -> tuple[int, int]:
+        """Size and CRC; a file that cannot be read counts as empty, and is told of where it is used."""
+        try:
+            content = self.read(name)
+        except OSError:
+            content = b""
+        return len(content), zlib.crc32(content)
 
 
 class Zip:
@@ -85,33 +78,20 @@ class Zip:
         self.names = list(self.entries)
 
     def read(self, name: str) -> bytes:
-        """A member's bytes.
-
-        Raises:
-            Exception: whatever a damaged or encrypted member leads to.
-        """
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), zipfile.ZipFile(self.path))
         _check_size(self.entries[name].file_size)
         return self._handle[1].read(self.entries[name])
 
-    def content_hash(self, names: Iterable[str]) -> str:
-        """Of these members, by the checksums that the zip holds."""
-        digest = hashlib.sha256()
-        for name in names:
-            _add(digest, name, self.entries[name].file_size, self.entries[name].CRC)
-        return digest.hexdigest()
+    def checksum(self, name: str) -> tuple[int, int]:
+        """Size and CRC, as the zip holds them."""
+        return self.entries[name].file_size, self.entries[name].CRC
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": None}
 
 
 def open_files(path: Path) -> Folder | Zip:
-    """What lies at a path.
-
-    Raises:
-        DataError: where there is neither a folder nor a zip.
-    """
     if path.is_dir():
         return Folder(path)
     if path.is_file():
@@ -126,8 +106,13 @@ def _plain(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def _add(digest, name: str, num_bytes: int, checksum: int) -> None:
-    digest.update(f"{name}:{num_bytes}:{checksum:08x}\n".encode())
+def content_hash(files: Folder | Zip, names: Iterable[str]) -> str:
+    """Of these files: the same for a folder and for a zip of it."""
+    digest = hashlib.sha256()
+    for name in names:
+        num_bytes, checksum = files.checksum(name)
+        digest.update(f"{name}:{num_bytes}:{checksum:08x}\n".encode())
+    return digest.hexdigest()
 
 
 def _check_size(num_bytes: int) -> None:

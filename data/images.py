@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.duplicates import near_duplicates
-from data.files import open_files
+from data.files import content_hash, open_files
 from data.image_set import ImageSet
 from data.layout import DataError, understand
 from data.pixels import fit, open_image, to_rgb
@@ -31,16 +31,11 @@ class ImageDataset(ImageSet):
     """`dataset[i] -> (uint8 [3 h w], label)` over a tree of images, or a zip of one, understood by `data.layout`.
 
     Where the tree has no split of its own, `test_fraction` of each class is held out: which images, is a function of
-    `split_seed` and their names alone, so it is the same on every machine. Images that lie in no class folder make an
-    unlabelled set (`classes == []`).
+    `split_seed` and their names alone. Images that lie in no class folder make an unlabelled set (`classes == []`).
 
-    `image_size` (side, or height and width): larger or smaller images are cut to the centre rectangle of that
-    shape and resized (Lanczos); None keeps each image as it is. Images with a side below `min_size` are left out.
-    Without `use_labels` the set is unlabelled whatever its folders, and its split the same as with. What is left out is
-    in `left_out`, by the reason.
-
-    Raises:
-        DataError: in words, for a path, split or image that does not do.
+    Images are fitted to `image_size` (side, or height and width; see `fit`); None keeps each as it is. Those with a
+    side below `min_size` are left out. Without `use_labels` the set is unlabelled whatever its folders, and its split
+    the same as with.
     """
 
     crop = "center, upright"
@@ -82,10 +77,9 @@ class ImageDataset(ImageSet):
         if unknown:
             raise DataError(f"--data.exclude_classes {unknown[0]}: no such class; there are {abridged(classes)}")
         self.classes = [name for name in classes if name not in exclude_classes]
-        excluded = [name for name in names if layout.classes[name] in exclude_classes]
-        self.left_out = {**self.left_out, "of excluded classes": excluded}
-
         used = {name: label for name, label in layout.classes.items() if label not in exclude_classes}
+        self.left_out = {**self.left_out, "of excluded classes": [name for name in names if name not in used]}
+
         note, held_out = layout.note, set()
         if layout.splits and group_near_duplicates:
             raise DataError(f"--data.group_near_duplicates true: {path} has a split of its own ({note}); leave it out")
@@ -105,7 +99,7 @@ class ImageDataset(ImageSet):
         if on_error == "skip":
             chosen = self._keep("damaged", chosen, self._is_readable)
         if min_size:
-            chosen = self._keep(f"smaller than {min_size}", chosen, lambda name: self._side(name) >= min_size)
+            chosen = self._keep(f"smaller than {min_size}", chosen, lambda name: min(self._size(name)) >= min_size)
         if not chosen:
             raise DataError(f"--data.path {path}: no images left in the {split} split{self._less()}")
         self.names = chosen
@@ -115,29 +109,26 @@ class ImageDataset(ImageSet):
         self.labels = torch.tensor([numbered.get(used[name], 0) for name in chosen])
         if not use_labels:
             self.classes, self.labels = [], torch.zeros_like(self.labels)
-        self.source_hash = self.source.content_hash([*names, *layout.tables])
+        self.source_hash = content_hash(self.source, [*names, *layout.tables])
 
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """The image at an index, decoded from its file."""
         return self._read(self.names[index])
 
     def num_enlarged(self) -> int:
         """Images that are smaller than `image_size`, by what their headers say."""
-        sides = (self._side(name) for name in tqdm(self.names, desc="measuring images", leave=False))
-        return sum(side < max(self.image_size or (0,)) for side in sides)
+        return sum(min(size) < max(self.image_size or (0,)) for _, size in self.sizes())
 
     def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Name, width and height of each image as it lies there, by its header."""
         for name in tqdm(self.names, desc="measuring images", leave=False):
-            yield name, self._of_image(name, lambda image: image.size)
+            yield name, self._size(name)
 
     def _read(self, name: str) -> Tensor:
-        return self._of_image(
-            name, lambda image: torch.from_numpy(np.array(fit(to_rgb(image), self.image_size))).permute(2, 0, 1)
-        )
+        pixels = self._of_image(name, lambda image: np.array(fit(to_rgb(image), self.image_size)))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _side(self, name: str) -> int:
-        return self._of_image(name, lambda image: min(image.size))
+    def _size(self, name: str) -> tuple[int, int]:
+        return self._of_image(name, lambda image: image.size)
 
     def _of_image(self, name: str, read: Callable[[Image.Image], T]) -> T:
         try:
@@ -157,7 +148,7 @@ class ImageDataset(ImageSet):
         return True
 
     def _near_duplicates(self, names: Iterable[str], on_error: str) -> dict[str, str]:
-        key = self.source.content_hash(names)
+        key = content_hash(self.source, names)
         if key not in _NEAR_DUPLICATES:
             readable = [name for name in names if on_error == "stop" or self._is_readable(name)]
             _NEAR_DUPLICATES[key] = near_duplicates(readable, lambda name: self._of_image(name, to_rgb))
@@ -180,9 +171,6 @@ def hold_out(
     """Names held out of each class: ordered by a seeded hash, the first `fraction` of them.
 
     Names of one group (`group_of` gives its key; by default each name is its own) end on the same side.
-
-    Raises:
-        DataError: for a fraction that holds out all or nothing, or a class of one image.
     """
     if not 0 < fraction < 1:
         raise DataError(f"--data.test_fraction {fraction} must lie between 0 and 1")

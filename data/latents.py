@@ -28,16 +28,12 @@ from data.layout import DataError
 
 FORMAT = 2
 IMAGES_PER_SHARD = 2048
+TENSORS = ("stored", "labels", "source_indices")
 
 
 class LatentCache:
-    """An encoded split, in memory; `to(device)` moves it onto the training device.
-
-    `expected` is the identity of the codec and the description of the images that the run uses.
-
-    Raises:
-        DataError: naming each thing in which cache and run differ, or the shard that is damaged.
-    """
+    """An encoded split, in memory. `expected`, the identity of the codec and the description of the images that the run
+    uses, must stand in its manifest."""
 
     def __init__(self, folder: Path, expected: Mapping[str, object]) -> None:
         manifest = _read_manifest(folder)
@@ -55,9 +51,9 @@ class LatentCache:
         self.num_classes = len(self.classes)
         self.image_size: tuple[int, int] = tuple(manifest["image_size"])
         shards = [_read_shard(folder / name) for name in manifest["shards"]]
-        self.stored = torch.cat([shard["stored"] for shard in shards])
-        self.labels = torch.cat([shard["labels"] for shard in shards])
-        self.source_indices = torch.cat([shard["source_indices"] for shard in shards])
+        self.stored, self.labels, self.source_indices = (
+            torch.cat([shard[name] for shard in shards]) for name in TENSORS
+        )
         self.num_views = self.stored.shape[1]
 
     def __len__(self) -> int:
@@ -89,9 +85,6 @@ def build_cache(
 
     `provenance` is the codec's identity, and what else the manifest should say of it. Shards are dealt out over
     `num_ranks` processes; each calls this with its `rank`, and whoever finds all shards present writes the manifest.
-
-    Raises:
-        DataError: for a damaged image, or a disk without room.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), IMAGES_PER_SHARD)
@@ -106,7 +99,8 @@ def build_cache(
         disable=not progress or not missing,
     ) as bar:
         for start, path in missing:
-            subset = Subset(dataset, range(start, min(start + IMAGES_PER_SHARD, len(dataset))))
+            part = slice(start, min(start + IMAGES_PER_SHARD, len(dataset)))
+            subset = Subset(dataset, range(part.start, part.stop))
             encoded = []
             for images, _ in DataLoader(subset, batch_size=batch_size):
                 views = [images, images.flip(-1)] if flips else [images]
@@ -114,8 +108,8 @@ def build_cache(
                 bar.update(len(images))
             shard = {
                 "stored": torch.cat(encoded).contiguous(),
-                "labels": dataset.labels[start : start + IMAGES_PER_SHARD].clone(),
-                "source_indices": dataset.source_indices[start : start + IMAGES_PER_SHARD].clone(),
+                "labels": dataset.labels[part].clone(),
+                "source_indices": dataset.source_indices[part].clone(),
             }
             _write(path, lambda partial, shard=shard: save_file(shard, partial, metadata={"sha256": _checksum(shard)}))
     if all((folder / name).exists() for name in names):
@@ -184,7 +178,7 @@ def _read_manifest(folder: Path) -> dict:
 def _read_shard(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            shard = {name: file.get_tensor(name) for name in ("stored", "labels", "source_indices")}
+            shard = {name: file.get_tensor(name) for name in TENSORS}
             checksum = (file.metadata() or {}).get("sha256")
         if checksum != _checksum(shard):
             raise OSError("its checksum is another")

@@ -38,9 +38,6 @@ class Layout:
 def understand(names: Iterable[str], read: Callable[[str], bytes], exclude_classes: Sequence[str] = ()) -> Layout:
     """A class a folder, below a level of `train/` and `test/` (or `val/`) where there is one, all of it in folders that
     hold nothing else; or images without class folders, whose classes `labels.csv` (file, label) may name.
-
-    Raises:
-        DataError: for what can be understood in two ways, or a `labels.csv` that cannot be read.
     """
     left_out: defaultdict[str, list[str]] = defaultdict(list)
     images, tables = [], []

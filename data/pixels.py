@@ -24,9 +24,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Grey of more than 8 bits is scaled by the least white that holds it: 1 (of floats), 255 or 65535; where a TIFF has
     0 for white, it is turned round, as Pillow does with 8 bits.
-
-    Raises:
-        ValueError: for grey that is not finite, negative or larger.
     """
     format, white_is_zero = image.format, getattr(image, "tag_v2", {}).get(262) == 0
     image = ImageOps.exif_transpose(image)

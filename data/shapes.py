@@ -41,11 +41,7 @@ DIFFICULTIES = {
 
 
 class ShapesDataset(ImageSet):
-    """`num_images` pictures of the training split, or the fifth as many that follow them, of the test split.
-
-    Raises:
-        ValueError: for an unknown difficulty or split, or no images.
-    """
+    """`num_images` pictures of the training split, or the fifth as many that follow them, of the test split."""
 
     source_name = "shapes"
 
@@ -77,7 +73,6 @@ class ShapesDataset(ImageSet):
         self.source_hash = f"shapes-v2-{difficulty}-seed{seed}-{asdict(DIFFICULTIES[difficulty])}"
 
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """The image at an index, drawn anew each time."""
         return torch.from_numpy(draw_shape(*self._recipe(index)))
 
     def mask(self, index: int) -> Tensor:
@@ -136,27 +131,11 @@ def _draw_color(difficulty: Difficulty, rng: np.random.Generator, away_from: np.
     return color
 
 
-def _circle(u: Field, v: Field) -> Field:
-    return np.hypot(u, v) - 0.95
-
-
-def _square(u: Field, v: Field) -> Field:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.82
-
-
-def _polygon(num_sides: int) -> Callable[[Field, Field], Field]:
-    normals = 2 * np.pi * (np.arange(num_sides) + 0.5) / num_sides
-    apothem = np.cos(np.pi / num_sides)
-
-    def distance(u: Field, v: Field) -> Field:
-        sides = [np.sin(a) * u - np.cos(a) * v for a in normals]
-        return np.maximum.reduce(sides) - apothem
-
-    return distance
-
-
 def _triangle(u: Field, v: Field) -> Field:
-    return 1.15 * _polygon(3)(u / 1.15, (v - 0.25) / 1.15)
+    u, v = u / 1.15, (v - 0.25) / 1.15
+    normals = 2 * np.pi * (np.arange(3) + 0.5) / 3
+    sides = [np.sin(angle) * u - np.cos(angle) * v for angle in normals]
+    return 1.15 * (np.maximum.reduce(sides) - np.cos(np.pi / 3))
 
 
 def _star(u: Field, v: Field) -> Field:
@@ -183,14 +162,6 @@ def _cross(u: Field, v: Field) -> Field:
     return np.maximum(a - 0.95, b - 0.3)
 
 
-def _ring(u: Field, v: Field) -> Field:
-    return np.abs(np.hypot(u, v) - 0.73) - 0.24
-
-
-def _crescent(u: Field, v: Field) -> Field:
-    return np.maximum(np.hypot(u, v) - 0.95, 0.78 - np.hypot(u - 0.45, v))
-
-
 def _arrow(u: Field, v: Field) -> Field:
     """Pointing right: a shaft and a head."""
     shaft = np.maximum(np.abs(u + 0.4) - 0.6, np.abs(v) - 0.24)
@@ -206,14 +177,14 @@ def _stripes(u: Field, v: Field) -> Field:
 
 
 SHAPES: dict[str, Callable[[Field, Field], Field]] = {
-    "circle": _circle,
-    "square": _square,
+    "circle": lambda u, v: np.hypot(u, v) - 0.95,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.82,
     "triangle": _triangle,
     "star": _star,
     "heart": _heart,
     "cross": _cross,
-    "ring": _ring,
-    "crescent": _crescent,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.73) - 0.24,
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.78 - np.hypot(u - 0.45, v)),
     "arrow": _arrow,
     "stripes": _stripes,
 }

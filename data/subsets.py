@@ -22,11 +22,7 @@ def stratified(labels: Int64[Tensor, " n"], count: int, seed: int) -> Int64[Tens
 
 
 def by_name(labels: Int64[Tensor, " n"], of: Sequence[str], into: Sequence[str], flag: str) -> Int64[Tensor, " n"]:
-    """Labels of some class names, as the numbers that another list of names has for them.
-
-    Raises:
-        ValueError: for a name that it has not.
-    """
+    """Labels of some class names, as the numbers that another list of names has for them."""
     if not of:
         raise ValueError(f"{flag}: the images have no classes by name")
     lacking = [of[label] for label in labels.unique().tolist() if of[label] not in into]

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import reduce
-from jaxtyping import Float, Float32, Int64, Shaped
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
-from diffusion.bound import discretized_log_likelihood, normal_kl
 from diffusion.paths import GaussianChain, Path
-from diffusion.predictions import PREDICTIONS, AtLevel
+from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import check_name
 from diffusion.spacings import spaced_times
-from diffusion.times import LossSecondMoments, Times
-from diffusion.transition import Transition
+from diffusion.times import Device, DrawTimes, LossSecondMoments, Times
+from diffusion.transition import AtLevel, Images, Labels, Output, Timesteps, Transition
 
 Denoiser = Callable[..., Tensor]
 """A backbone, guided or not: a pure function of `(x_t [b c h w], t [b], y [b], **extras)`."""
@@ -32,11 +31,11 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Prediction(NamedTuple):
     """The one currency between model and sampler: what a raw model output says of `x_t`."""
 
-    x_0: Float[Tensor, "b c h w"]
-    noise: Float[Tensor, "b c h w"]
-    log_variance: Float[Tensor, "b c h w"] | None = None  # of the reverse step, where the model learns it
+    x_0: Images
+    noise: Images
+    log_variance: Images | None = None  # of the reverse step, where the model learns it
 
-    def clipped(self, limit: float, x_t: Float[Tensor, "b c h w"], at: AtLevel) -> Prediction:
+    def clipped(self, limit: float, x_t: Images, at: AtLevel) -> Prediction:
         """With `x_0` cut to what data can be, and the noise that this leaves."""
         x_0 = self.x_0.clamp(-limit, limit)
         return self._replace(x_0=x_0, noise=(x_t - at.alpha * x_0) / at.sigma)
@@ -108,7 +107,7 @@ class Diffusion:
         prediction: str,
         loss: str | None = None,
         *,
-        times: Callable[[int, torch.Generator | None, torch.device | str], Tensor],
+        times: DrawTimes,
         learns_times: bool = False,
         weighting: str = "uniform",
         variance: str = "fixed_small",
@@ -146,7 +145,7 @@ class Diffusion:
     # Times.
 
     def sample_timesteps(
-        self, num: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+        self, num: int, generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> Shaped[Tensor, " num"]:
         """Training times, before anything is known of the losses; the generator lies on `device`."""
         return self._draw_times(num, generator, device)
@@ -163,9 +162,6 @@ class Diffusion:
 
         The numbers are float64 scalars on the CPU, which a device takes with its kernels' arguments. Where the noise is
         predicted, which says nothing of the data at pure noise, the chain starts at the path's largest finite ratio.
-
-        Raises:
-            ValueError: for an unknown spacing, or more steps than the path has.
         """
         times = spaced_times(self.path, num_steps, spacing or self.default_spacing)
         if self._target.data is None and not self.path(times[-1:]).alpha > 0:
@@ -175,9 +171,7 @@ class Diffusion:
 
     # Noise in, noise out.
 
-    def q_sample(
-        self, x_0: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
+    def q_sample(self, x_0: Images, t: Timesteps, noise: Images) -> Images:
         """`x_t`, a draw from `q(x_t | x_0)` by way of unit normal `noise`."""
         alpha, sigma = self.path.levels(t)
         return alpha * x_0 + sigma * noise
@@ -190,25 +184,15 @@ class Diffusion:
 
         return preconditioned
 
-    def target(
-        self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
-    ) -> Float[Tensor, "b c h w"]:
+    def target(self, x_0: Images, noise: Images, t: Timesteps) -> Images:
         """What a perfect model puts out for `x_t` made of this `x_0` and `noise`, without its variance."""
         return self._target.of(x_0, noise, self.path.levels(t))
 
-    def read(
-        self, raw: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+    def read(self, raw: Images, x_t: Images, at: AtLevel) -> tuple[Images, Images]:
         """`x_0` and noise, off a raw output for `x_t`: the inverse of `target`."""
         return self._target.read(raw, x_t, at)
 
-    def predict(
-        self,
-        output: Float[Tensor, "b c_out h w"],
-        x_t: Float[Tensor, "b c h w"],
-        t: Shaped[Tensor, " b"],
-        transition: Transition | None = None,
-    ) -> Prediction:
+    def predict(self, output: Output, x_t: Images, t: Timesteps, transition: Transition | None = None) -> Prediction:
         """What a raw model output says of `x_t`: `x_0`, `noise` and, where learned, the log-variance.
 
         The variance is that of the step from `t` to `t - 1`, or of another `transition` from `t`.
@@ -238,11 +222,11 @@ class Diffusion:
     def training_loss(
         self,
         model: Denoiser,
-        x_0: Float[Tensor, "b c h w"],
-        y: Int64[Tensor, " b"],
+        x_0: Images,
+        y: Labels,
         *,
-        t: Shaped[Tensor, " b"] | None = None,
-        noise: Float[Tensor, "b c h w"] | None = None,
+        t: Timesteps | None = None,
+        noise: Images | None = None,
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
         extras: Mapping[str, Any] = NOTHING,
@@ -273,12 +257,7 @@ class Diffusion:
         return t, noise.float()
 
     def terms(
-        self,
-        output: Float[Tensor, "b c_out h w"],
-        x_0: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        t: Shaped[Tensor, " b"],
-        noise: Float[Tensor, "b c h w"],
+        self, output: Output, x_0: Images, x_t: Images, t: Timesteps, noise: Images
     ) -> dict[str, Float32[Tensor, " b"]]:
         """`loss`, `mse`, the squared error of the model's output, and where they are learned `vb` and `uncertainty`.
 
@@ -299,7 +278,7 @@ class Diffusion:
             terms |= {"loss": terms["loss"] * torch.exp(-u) + u, "uncertainty": u}
         return terms
 
-    def loss_weight(self, t: Shaped[Tensor, " b"]) -> Float32[Tensor, " b"]:
+    def loss_weight(self, t: Timesteps) -> Float32[Tensor, " b"]:
         """What the squared error of the output at `t` counts, as the weighting or the loss's target says. Where that
         grows without bound towards an end of a continuous path, it is that of the last time in `noise_range`."""
         if self.weighting == "uniform" and self.loss == self.prediction:
@@ -312,12 +291,12 @@ class Diffusion:
         x_0_error = (at.sigma / self._target.determinant(at)).square()  # over that of the output
         return (WEIGHTINGS[self.weighting](self.path, t) * x_0_error).flatten()
 
-    def signal_share(self, t: Shaped[Tensor, " b"]) -> Float32[Tensor, " b"]:
+    def signal_share(self, t: Timesteps) -> Float32[Tensor, " b"]:
         """`alpha^2 / (alpha^2 + sigma^2)`."""
         alpha, sigma = self.path.levels(t)
         return (alpha**2 / (alpha**2 + sigma**2)).flatten()
 
-    def _transition(self, t: Int64[Tensor, " b"]) -> Transition:
+    def _transition(self, t: Labels) -> Transition:
         assert isinstance(self.path, GaussianChain)  # the presets see to it
         return self.path.transition(t)
 
@@ -342,6 +321,32 @@ def with_auxiliary(
     return terms
 
 
-def mean_per_sample(values: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+def mean_per_sample(values: Images) -> Float[Tensor, " b"]:
     """The mean over everything but the batch."""
     return reduce(values, "b c h w -> b", "mean")
+
+
+# Terms of the variational bound, in nats, element by element.
+
+
+def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+    """KL divergence between two normal distributions, element by element."""
+    ratio = torch.exp(log_variance - other_log_variance)
+    distance = (mean - other_mean).square() * torch.exp(-other_log_variance)
+    return 0.5 * (other_log_variance - log_variance + ratio + distance - 1)
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-probability of `x` in bins of 2/255 over [-1, 1], open at the ends (Ho et al. 2020, eq. 13).
+
+    The normal distribution function is the tanh approximation that published results were computed with.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    inverse_std = torch.exp(-log_std)
+    upper = cdf(inverse_std * (x - mean + 1 / 255))
+    lower = cdf(inverse_std * (x - mean - 1 / 255))
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()

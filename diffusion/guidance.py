@@ -9,24 +9,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from diffusion.diffusion import Denoiser, Diffusion
 from diffusion.options import SamplingOptions
+from diffusion.transition import Images, Labels
 
 Mix = Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
 """Of (good output, worse output, scale, x_t, t): the guided output."""
 
 
 def drop_labels(
-    y: Int64[Tensor, " b"],
+    y: Labels,
     probability: float,
     num_classes: int,
     *,
     generator: torch.Generator | None = None,
     uniform: Float[Tensor, " b"] | None = None,
-) -> Int64[Tensor, " b"]:
+) -> Labels:
     """Labels with each replaced, with `probability`, by the null label `num_classes` (algorithm 1).
 
     A label falls where its draw in [0, 1) is below `probability`: the given `uniform` (a trainer's share of a
@@ -58,10 +59,6 @@ def guide(
     unconditional one. Both halves run as one batch. All `latent_channels` are guided; a learned variance, in
     the channels above them, stays the conditional one. `legacy_cfg_channels=3` guides the first three only,
     as published DiT samplers do. A `guide_model`, given the same label, takes the place of the unlabelled half.
-
-    Raises:
-        ValueError: for a scale other than 1 on a model without labels and no `guide_model`, or more legacy channels
-            than there are.
     """
     if scale == 1.0:
         return model
@@ -102,11 +99,7 @@ SCALE_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def check_guidance(options: SamplingOptions) -> None:
-    """What of guidance is no number in a range.
-
-    Raises:
-        ValueError: for a schedule that there is not, or an interval without two ends, naming the flag.
-    """
+    """What of guidance is no number in a range."""
     if options.guidance_schedule not in SCALE_SCHEDULES:
         known = ", ".join(SCALE_SCHEDULES)
         raise ValueError(f"--sampling.guidance_schedule {options.guidance_schedule}: unknown, choose from {known}")
@@ -167,6 +160,6 @@ def projected(diffusion: Diffusion, parallel: float, radius: float | None, momen
     return mix
 
 
-def norm(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:
+def norm(x: Images) -> Float[Tensor, "b 1 1 1"]:
     """Of each sample; never quite 0, to divide by."""
     return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)

@@ -11,10 +11,9 @@ from einops import rearrange
 from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from diffusion.float64 import exact
-from diffusion.predictions import Level, Target
-from diffusion.times import check_model_times
-from diffusion.transition import Transition
+from diffusion.predictions import Target
+from diffusion.times import exact
+from diffusion.transition import Images, Level, Timesteps, Transition
 
 HALF_PI = math.pi / 2
 
@@ -41,19 +40,13 @@ class Path(ABC):
 
     @abstractmethod
     def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
-        """Evenly spread times for a sampler, ascending.
-
-        Raises:
-            ValueError: where there are not so many.
-        """
+        """Evenly spread times for a sampler, ascending."""
 
     @abstractmethod
-    def told(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b c h w"], Shaped[Tensor, " b"]]:
+    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
         """`x_t` and `t` as a backbone is given them: by default times from 0 to 999."""
 
-    def levels(self, t: Shaped[Tensor, " b"]) -> Level:
+    def levels(self, t: Timesteps) -> Level:
         """`alpha` and `sigma` in float32 as `[b 1 1 1]` on `t`'s device."""
         return Level(*(rearrange(number.float().to(t.device), "b -> b 1 1 1") for number in self(t)))
 
@@ -103,16 +96,14 @@ class GaussianChain(Path):
         stride = self.max_time / (num_steps - 1)
         return torch.tensor([round(stride * i) for i in range(num_steps)])
 
-    def told(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b c h w"], Shaped[Tensor, " b"]]:
+    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
         """The time itself, or `model_times`."""
         if self.model_times is None:
             return x_t, t
         first, last = self.model_times
         return x_t, first + (last - first) / self.max_time * t
 
-    def levels(self, t: Shaped[Tensor, " b"]) -> Level:
+    def levels(self, t: Timesteps) -> Level:
         """Looked up at the chain's own times."""
         return super().levels(t) if t.is_floating_point() else Level(*self.transition(t)[:2])
 
@@ -122,6 +113,18 @@ class GaussianChain(Path):
             chain = Transition.chain(*self(torch.arange(self.num_timesteps)))
             self._tables[t.device] = torch.stack([*chain], dim=1).float().to(t.device)
         return Transition(*rearrange(self._tables[t.device][t], "b k -> k b 1 1 1"))
+
+
+def check_model_times(model_times: Sequence[float]) -> tuple[float, float]:
+    """What a backbone is given at the first and at the last time of a diffusion: two different numbers."""
+    if len(model_times) != 2 or not math.isfinite(sum(model_times)) or model_times[0] == model_times[1]:
+        raise ValueError(f"--diffusion.model_times {list(model_times)}: give two different numbers, such as [0, 999]")
+    return model_times[0], model_times[1]
+
+
+def check_num_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"--num_steps {num_steps} must be at least 1")
 
 
 class Curve(NamedTuple):
@@ -179,13 +182,10 @@ class Flow(Path):
 
     def timesteps(self, num_steps: int) -> Float[Tensor, " num_steps"]:
         """`1 / n, 2 / n, ... 1`, shifted."""
-        if num_steps < 1:
-            raise ValueError(f"--num_steps {num_steps} must be at least 1")
+        check_num_steps(num_steps)
         return self.shifted(torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps)
 
-    def told(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b c h w"], Shaped[Tensor, " b"]]:
+    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
         first, last = self.model_times
         return x_t, first + (last - first) * t
 
@@ -196,9 +196,6 @@ class VarianceExploding(Path):
     A backbone F sees its input scaled to unit variance and learns a target of unit variance at every noise level:
     `x_0 = c_skip x_t + c_out F(c_in x_t, c_noise)` (eq. 7 and table 1). `c_noise` is linear in log sigma as published,
     but runs from 0 at `sigma_min` to 999 at `sigma_max`.
-
-    Raises:
-        ValueError: for numbers that are not positive, or levels that do not ascend.
     """
 
     def __init__(self, sigma_data: float, sigma_min: float, sigma_max: float) -> None:
@@ -229,13 +226,10 @@ class VarianceExploding(Path):
 
     def timesteps(self, num_steps: int) -> Float[Tensor, " num_steps"]:
         """Evenly from `sigma_min` to `sigma_max`; the spacing `karras` spends few on strong noise."""
-        if num_steps < 1:
-            raise ValueError(f"--num_steps {num_steps} must be at least 1")
+        check_num_steps(num_steps)
         return torch.linspace(*self.noise_range, num_steps, dtype=torch.float64)
 
-    def told(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b c h w"], Shaped[Tensor, " b"]]:
+    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
         """The input scaled by `c_in`, and `c_noise` in place of sigma (Karras et al. 2022, table 1)."""
         c_in = (self.levels(t).sigma ** 2 + self.sigma_data**2).rsqrt()
         return c_in * x_t, 999 * self.noise_rank(t).float()

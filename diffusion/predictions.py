@@ -1,33 +1,12 @@
 """What a model may put out, and a loss be counted in: combinations of the data and the noise that `x_t` is made of."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-
-class Level(NamedTuple):
-    """A point of the path `x_t = alpha x_0 + sigma noise`."""
-
-    alpha: Tensor
-    sigma: Tensor
-
-
-@runtime_checkable
-class AtLevel(Protocol):
-    """Whatever knows alpha and sigma: a `Level`, or the upper end of a `Transition`."""
-
-    @property
-    def alpha(self) -> Tensor:
-        """The share of the data."""
-        ...
-
-    @property
-    def sigma(self) -> Tensor:
-        """The standard deviation of the noise."""
-        ...
+from diffusion.transition import AtLevel, Images
 
 
 class Target(NamedTuple):
@@ -39,15 +18,13 @@ class Target(NamedTuple):
     data: Callable[[AtLevel], Tensor] | None
     noise: Callable[[AtLevel], Tensor] | None
 
-    def of(self, x_0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], at: AtLevel) -> Tensor:
+    def of(self, x_0: Images, noise: Images, at: AtLevel) -> Images:
         """What a perfect model puts out."""
         if self.data is None or self.noise is None:
             return noise if self.data is None else x_0
         return self.data(at) * x_0 + self.noise(at) * noise
 
-    def read(
-        self, output: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], at: AtLevel
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+    def read(self, output: Images, x_t: Images, at: AtLevel) -> tuple[Images, Images]:
         """`x_0` and noise off an output for `x_t`."""
         if self.noise is None:
             return output, (x_t - at.alpha * output) / at.sigma

@@ -39,17 +39,13 @@ def gaussian(
         model_times: what the backbone is told at the data's end and at the noise's, for weights that were trained on
             other numbers than 0 to T-1, such as [1, 1000]
         loss: what the squared error is counted in, by a prediction's name; null: what is predicted
-
-    Raises:
-        ValueError: for an unknown name, listing those that there are, too few timesteps, or a prediction that says
-            nothing of the data at T-1.
     """
     import torch
 
     from diffusion.diffusion import Diffusion
     from diffusion.paths import GaussianChain
     from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
-    from diffusion.times import TIMES
+    from diffusion.times import TIMES, Device
 
     check_name("schedule", schedule, SCHEDULES)
     check_name("times", times, (*TIMES, "importance"))
@@ -67,7 +63,7 @@ def gaussian(
             "of the data; use --diffusion.prediction v or x_0"
         )
 
-    def draw(num: int, generator: torch.Generator | None, device: torch.device | str) -> torch.Tensor:
+    def draw(num: int, generator: torch.Generator | None, device: Device) -> torch.Tensor:
         if times in ("uniform", "importance"):
             return torch.randint(num_timesteps, (num,), generator=generator, device=device)
         return (TIMES[times](num, generator, device) * num_timesteps).long()
@@ -102,9 +98,6 @@ def flow(
             other numbers, such as [1, 0]
         prediction: what the backbone predicts: 'velocity', 'epsilon', 'x_0' or 'v'
         loss: what the squared error is counted in, by a prediction's name; null: what is predicted
-
-    Raises:
-        ValueError: for an unknown name, listing those that there are, or a shift that is not positive.
     """
     from diffusion.diffusion import Diffusion
     from diffusion.paths import CURVES, Flow
@@ -143,19 +136,17 @@ def edm(
         uncertainty: have the model learn how large its error is, and weigh it by that
         prediction: what the backbone predicts: 'F', 'epsilon', 'x_0' or 'v'
         loss: what the squared error is counted in, by a prediction's name; null: what is predicted
-
-    Raises:
-        ValueError: for numbers that are not positive, or levels that do not ascend.
     """
     import torch
 
     from diffusion.diffusion import Diffusion
     from diffusion.paths import VarianceExploding
+    from diffusion.times import Device
 
     if not 0 < P_std < math.inf:
         raise ValueError(f"--diffusion.P_std {P_std} must be above 0")
 
-    def draw(num: int, generator: torch.Generator | None, device: torch.device | str) -> torch.Tensor:
+    def draw(num: int, generator: torch.Generator | None, device: Device) -> torch.Tensor:
         return (P_mean + P_std * torch.randn(num, generator=generator, device=device)).exp()
 
     return Diffusion(

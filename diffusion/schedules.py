@@ -64,10 +64,6 @@ def with_zero_terminal_snr(betas: Float64[Tensor, " T"]) -> Float64[Tensor, " T"
 
 
 def check_name(flag: str, name: str, known: Iterable[str]) -> None:
-    """Whether a table has the name that a flag gives.
-
-    Raises:
-        ValueError: listing what it has.
-    """
+    """Refuses a name that a table has not."""
     if name not in known:
         raise ValueError(f"--diffusion.{flag} {name}: unknown, choose from {', '.join(known)}")

@@ -17,9 +17,6 @@ def spaced_times(path: Path, num_steps: int, spacing: str) -> Shaped[Tensor, " n
     """The times of a chain by the name of its spacing, or by a file of noise levels.
 
     A single step is taken from the last time, where the noise is.
-
-    Raises:
-        ValueError: when neither a spacing nor a file has this name, or the path has fewer times than steps.
     """
     uniform_times = uniform(path, num_steps)  # every spacing is refused what this one is
     if num_steps == 1:
@@ -84,11 +81,7 @@ def at_ratios(path: Path, ratios: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 def read_table(path: str) -> Float[Tensor, " n"]:
-    """Noise levels sigma / alpha from a text file, in either order; a 0 for the data may be among them.
-
-    Raises:
-        ValueError: when it holds anything but two or more different positive numbers.
-    """
+    """Noise levels sigma / alpha from a text file, in either order; a 0 for the data may be among them."""
     try:
         numbers = sorted({float(word) for word in File(path).read_text().replace(",", " ").split()} - {0.0})
     except ValueError as error:

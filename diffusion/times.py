@@ -1,16 +1,16 @@
-"""At which times a model is trained, and what it is told of a time."""
+"""At which times a model is trained."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
-from diffusion.float64 import exact, has_float64
-
 Device = torch.device | str
+DrawTimes = Callable[[int, torch.Generator | None, Device], Tensor]
 
 
 def uniform(num: int, generator: torch.Generator | None, device: Device) -> Float[Tensor, " num"]:
@@ -24,10 +24,7 @@ def logit_normal(num: int, generator: torch.Generator | None, device: Device) ->
 
 
 # Each a function `(num, generator, device) -> shares of the way from the least noise to the most, in [0, 1)`.
-TIMES: dict[str, Callable[[int, torch.Generator | None, Device], Tensor]] = {
-    "uniform": uniform,
-    "logit_normal": logit_normal,
-}
+TIMES: dict[str, DrawTimes] = {"uniform": uniform, "logit_normal": logit_normal}
 
 
 class Times:
@@ -36,7 +33,7 @@ class Times:
 
     learns: ClassVar[bool] = False  # from losses, which have to be gathered for it
 
-    def __init__(self, sample: Callable[[int, torch.Generator | None, Device], Tensor]) -> None:
+    def __init__(self, sample: DrawTimes) -> None:
         self.sample = sample
 
     def draw(
@@ -97,21 +94,26 @@ class LossSecondMoments(Times):
                 self.counts[time] += 1
 
     def state(self) -> dict[str, Any]:
-        """Losses and how many there have been."""
         return {"losses": self.losses.tolist(), "counts": self.counts.tolist()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
         self.losses = torch.tensor(state["losses"], dtype=torch.float64)
         self.counts = torch.tensor(state["counts"])
 
 
-def check_model_times(model_times: Sequence[float]) -> tuple[float, float]:
-    """What a backbone is given at the first and at the last time of a diffusion: two different numbers.
+# Apple's devices have no float64: what needs it is computed on the CPU there.
 
-    Raises:
-        ValueError: for anything else.
-    """
-    if len(model_times) != 2 or not math.isfinite(sum(model_times)) or model_times[0] == model_times[1]:
-        raise ValueError(f"--diffusion.model_times {list(model_times)}: give two different numbers, such as [0, 999]")
-    return model_times[0], model_times[1]
+
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors of float64 can lie there."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
+def exact(values: Tensor) -> Tensor:
+    """The values in float64: where they are, if that can be, else on the CPU."""
+    return (values if has_float64(values.device) else values.cpu()).double()

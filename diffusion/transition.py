@@ -1,12 +1,24 @@
-"""One step of a sampler in numbers: the path at its two ends, and the Gaussian posterior between them."""
+"""Numbers of a path: its level at a time, and the step from one level to another, with the posterior between them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
+
+Images = Float[Tensor, "b c h w"]
+Output = Float[Tensor, "b c_out h w"]
+Timesteps = Shaped[Tensor, " b"]
+Labels = Int64[Tensor, " b"]
+
+
+class Level(NamedTuple):
+    """A point of the path `x_t = alpha x_0 + sigma noise`."""
+
+    alpha: Tensor
+    sigma: Tensor
 
 
 class Transition(NamedTuple):
@@ -66,6 +78,9 @@ class Transition(NamedTuple):
         """How far `log(alpha / sigma)` rises in the step; often called h."""
         return -self.contraction.log()
 
-    def posterior_mean(self, x_0: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def posterior_mean(self, x_0: Images, x_t: Images) -> Images:
         """Mean of `q(x_s | x_t, x_0)`."""
         return self.x_0_weight * x_0 + self.x_t_weight * x_t
+
+
+AtLevel = Level | Transition  # whose upper end is one

@@ -9,7 +9,7 @@ from autoencoders.codec import Codec
 from checkpoints.checkpoint import Checkpoint
 from data.image_set import ImageSet
 from data.subsets import by_name, stratified
-from diffusion.probability_flow import bits_per_dimension
+from diffusion.sde import bits_per_dimension
 from machine.randomness import generator_for
 from metrics.scores import Score
 from sampling.generation import share

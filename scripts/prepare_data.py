@@ -75,11 +75,7 @@ def fetched(items: Iterator[Item], config: PrepareConfig) -> Iterator[Item]:
 
 
 def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, source: str) -> dict[str, Any]:
-    """Write the images (stored, as PNG) and the manifest; nothing is left where it fails.
-
-    Raises:
-        ValueError: for two classes of one folder, or where the manifest would replace something else.
-    """
+    """Write the images (stored, as PNG) and the manifest; nothing is left where it fails."""
     from tqdm import tqdm
 
     from data.pixels import fit, to_rgb

@@ -13,7 +13,8 @@ from torch import nn
 
 from autoencoders.codec import PixelCodec
 from checkpoints.averages import EMA
-from diffusion import GaussianDiffusion, sample
+from diffusion import GaussianDiffusion, SamplingOptions, sample
+from diffusion.samplers import Walk
 from experiment.backbones import model_spec
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig
 from models import create_model
@@ -253,12 +254,10 @@ def test_super_resolution_is_told_how_much_noise_the_coarse_image_holds():
         told.append((level.tolist(), len(up)))
         return images.target(up, (x_t - images.path.levels(t).alpha * up) / images.path.levels(t).sigma, t)
 
-    def chain(diffusion, model, noise, y, *, scale=1.0, **rest):
-        return sample(diffusion, model, noise, y, num_steps=5, guidance_scale=scale, num_classes=3)
-
     upsample = partial(nn.functional.interpolate, scale_factor=2.0)
     for scale in (1.0, 2.0):
-        up, drawn = stage.generate(partial(chain, scale=scale), upsample, refiner, low[:2], labels(2), torch.zeros_like)
+        walk = Walk(SamplingOptions(num_steps=5, guidance_scale=scale), 3, {}, None, None, None, None)
+        up, drawn = stage.generate(walk, upsample, refiner, low[:2], labels(2), torch.zeros_like)
         torch.testing.assert_close(drawn, up, atol=1e-4, rtol=1e-4)
         assert told[-1] == ([9, 9], 2) if scale == 1 else ([9] * 4, 4)
 

@@ -117,7 +117,7 @@ def test_it_refuses_what_gpus_refuse_and_apples_do(tmp_path):
 BITS = """
 import json, torch
 from diffusion import EDM, FlowMatching, GaussianDiffusion
-from diffusion.probability_flow import bits_per_dimension
+from diffusion.sde import bits_per_dimension
 
 def bits(diffusion, device):
     x_0, y = torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4).to(device), torch.zeros(2, dtype=torch.int64, device=device)

@@ -10,11 +10,9 @@ from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from exact import DIFFUSIONS, backbone, gaussian_data, generator, labels, randn
 
 from diffusion import EDM, FlowMatching, GaussianDiffusion, sample
-from diffusion.bound import normal_kl
-from diffusion.diffusion import WEIGHTINGS, Auxiliary
+from diffusion.diffusion import WEIGHTINGS, Auxiliary, normal_kl
 from diffusion.paths import GaussianChain, VarianceExploding
-from diffusion.probability_flow import bits_per_dimension
-from diffusion.sde import coefficients, score
+from diffusion.sde import bits_per_dimension, coefficients, score
 from diffusion.times import LossSecondMoments
 from experiment.config import DiffusionConfig
 from experiment.diffusions import build_diffusion

@@ -3,12 +3,12 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffusion.diffusion import NOTHING, Denoiser, Diffusion, Prediction
@@ -17,7 +17,7 @@ from diffusion.options import SamplingOptions
 from diffusion.samplers.chain import Chain, Moments
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import ddim, ddpm, euler, euler_maruyama, heun
-from diffusion.transition import Transition
+from diffusion.transition import Images, Labels, Transition
 from settings import check_arguments, check_settings
 
 Sampler = Callable[..., Moments]
@@ -42,30 +42,27 @@ def samplers_of(diffusion: Diffusion) -> Mapping[str, Sampler]:
     return diffusion.samplers or SAMPLERS
 
 
-Walk = Callable[..., Tensor]
-"""Down one chain as `sample` was told to: `(diffusion, model, noise, y, *, guide_model, callback) -> x_0`."""
-
-
 @runtime_checkable
 class Staged(Protocol):
-    """A diffusion whose samples are made in several stages, of which a chain is one."""
+    """A diffusion whose samples are made in several stages, of which a walk down a chain is one.
+
+    `generate` makes data from unit normal `noise`. `draw_noise` gives more of it, like what it is given, and `on_stage`
+    is to be told what each stage puts out.
+    """
 
     stages: Sequence[str]
 
     def generate(
         self,
-        chain: Walk,
+        walk: "Walk",
         model: Any,
-        noise: Float[Tensor, "b c h w"],
-        y: Int64[Tensor, " b"],
+        noise: Images,
+        y: Labels,
         *,
         guide_model: Any | None,
         draw_noise: Callable[[Tensor], Tensor],
         on_stage: Callable[[str, Tensor], None],
-    ) -> Float[Tensor, "b c h w"]:
-        """Data from unit normal `noise`. `draw_noise` gives more of it, like what it is given, and `on_stage` is to be
-        told what each stage puts out."""
-        ...
+    ) -> Images: ...
 
 
 def num_calls(diffusion: Diffusion, sampler: str | None, num_steps: int) -> int:
@@ -82,11 +79,7 @@ def num_calls(diffusion: Diffusion, sampler: str | None, num_steps: int) -> int:
 
 
 def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
-    """What can be seen of options before the first step.
-
-    Raises:
-        ValueError: for an unknown sampler or argument of it, or a number out of its range, naming the flag.
-    """
+    """Refuses what can be seen to be wrong with options before the first step, naming the flag."""
     check_settings(options, "--sampling.")
     check_guidance(options)
     samplers, name = samplers_of(diffusion), options.sampler or diffusion.default_sampler
@@ -106,8 +99,8 @@ Generators = torch.Generator | Sequence[torch.Generator]
 def sample(
     diffusion: Diffusion,
     model: Denoiser,
-    noise: Float[Tensor, "b c h w"],
-    y: Int64[Tensor, " b"],
+    noise: Images,
+    y: Labels,
     options: SamplingOptions | None = None,
     *,
     guide_model: Denoiser | None = None,
@@ -119,13 +112,13 @@ def sample(
     callback: Callback | None = None,
     on_stage: Callable[[str, Tensor], None] | None = None,
     **settings: Any,
-) -> Float[Tensor, "b c h w"]:
+) -> Images:
     """From unit normal `noise` to data, `x_0`, as `options` say, or keywords by the names of `SamplingOptions`:
     `sample(..., sampler="ddim", num_steps=50)`.
 
     Random steps take their noise from `step_noise`, one slice a step in order, else from `generator`. With a
     generator for each sample, a sample depends on its own noise, label and stream alone, whatever batch it is
-    in. A model that is training is evaluated, and left as it was.
+    in. A model that is training is evaluated, and left as it was. ValueErrors name the flag of an option.
 
     Args:
         guide_model: the worse model of autoguidance, in place of the unlabelled half of classifier-free guidance.
@@ -134,37 +127,19 @@ def sample(
         start: a time of the chain to begin at; `noise` is then the `x_t` there.
         callback: called after each step with (step, `x_t`, predicted `x_0`).
         on_stage: called after each stage of a diffusion that has several, with (its name, what it put out).
-
-    Raises:
-        ValueError: for options that do not fit (see `check_options`), or guidance of an unconditional model, naming the
-            flag.
     """
     options = replace(options or SamplingOptions(), **settings)
     check_options(options, diffusion)
     if step_noise is not None and step_noise.shape != (options.num_steps, *noise.shape):
         expected = [options.num_steps, *noise.shape]
         raise ValueError(f"step_noise {list(step_noise.shape)} must be {expected}: a slice a step")
-
-    def chain(
-        *inputs: Any, guide_model: Denoiser | None, callback: Callback | None = callback, **changed: Any
-    ) -> Tensor:
-        return walk(
-            *inputs,
-            options=replace(options, **changed),
-            guide_model=guide_model,
-            num_classes=getattr(model, "num_classes", 0) if num_classes is None else num_classes,
-            extras=extras,
-            start=start,
-            step_noise=step_noise,
-            generator=generator,
-            callback=callback,
-        )
-
+    null_label = getattr(model, "num_classes", 0) if num_classes is None else num_classes
+    walk = Walk(options, null_label, extras, start, step_noise, generator, callback)
     with evaluating(model, guide_model):
         if not isinstance(diffusion, Staged):
-            return chain(diffusion, model, noise, y, guide_model=guide_model)
+            return walk(diffusion, model, noise, y, guide_model=guide_model)
         return diffusion.generate(
-            chain,
+            walk,
             model,
             noise,
             y,
@@ -172,6 +147,61 @@ def sample(
             draw_noise=lambda like: randn_like(like, generator),
             on_stage=on_stage or (lambda name, x_0: None),
         )
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Down one chain from noise to data, as `sample` was told to."""
+
+    options: SamplingOptions
+    num_classes: int
+    extras: Mapping[str, Any]
+    start: int | float | None
+    step_noise: Tensor | None
+    generator: Generators | None
+    callback: Callback | None
+
+    def __call__(
+        self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels, *, guide_model: Denoiser | None
+    ) -> Images:
+        options, mix = self.options, mix_of(self.options, diffusion)
+
+        @cache
+        def guided(scale: float) -> Denoiser:
+            return guide(
+                diffusion.precondition(model),
+                self.num_classes,
+                scale,
+                latent_channels=noise.shape[1],
+                legacy_cfg_channels=options.legacy_cfg_channels,
+                guide_model=None if guide_model is None else diffusion.precondition(guide_model),
+                mix=mix,
+            )
+
+        guided(options.guidance_scale)  # refuses what cannot be guided before the first step
+
+        def denoise(x_t: Tensor, t: int | float, at: Transition, **more: Any) -> Prediction:
+            times = torch.full((len(x_t),), t, device=x_t.device)
+            progress = 1 - diffusion.path.noise_rank(torch.tensor(t, dtype=torch.float64)).item()
+            scale = scale_at(options, progress, (at.sigma / at.alpha).item())
+            output = guided(scale)(x_t, times, y, **self.extras, **more)
+            prediction = diffusion.predict(output, x_t, times, at)
+            return prediction if options.clip is None else prediction.clipped(options.clip, x_t, at)
+
+        slices = None if self.step_noise is None else iter(self.step_noise)
+
+        def draw_noise() -> Tensor:
+            return randn_like(noise, self.generator) if slices is None else next(slices)
+
+        steps, x_t = diffusion.reverse_steps(options.num_steps, options.spacing), diffusion.path.prior_std * noise
+        if self.start is not None:
+            steps, x_t = [step for step in steps if step[0] <= self.start], noise
+        sampler = samplers_of(diffusion)[options.sampler or diffusion.default_sampler]
+        moments = sampler(Chain(diffusion, steps, denoise, draw_noise), x_t, **options.sampler_args)
+        for step, (x_t, x_0) in enumerate(moments):
+            if self.callback is not None:
+                self.callback(step, x_t, x_0)
+        return x_t
 
 
 @contextmanager
@@ -187,68 +217,8 @@ def evaluating(*models: object) -> Iterator[None]:
             part.training = True
 
 
-def walk(
-    diffusion: Diffusion,
-    model: Denoiser,
-    noise: Float[Tensor, "b c h w"],
-    y: Int64[Tensor, " b"],
-    *,
-    options: SamplingOptions,
-    guide_model: Denoiser | None,
-    num_classes: int,
-    extras: Mapping[str, Any],
-    start: int | float | None,
-    step_noise: Tensor | None,
-    generator: Generators | None,
-    callback: Callback | None,
-) -> Float[Tensor, "b c h w"]:
-    """Down one chain; see `sample`."""
-    mix = mix_of(options, diffusion)
-
-    @cache
-    def guided(scale: float) -> Denoiser:
-        return guide(
-            diffusion.precondition(model),
-            num_classes,
-            scale,
-            latent_channels=noise.shape[1],
-            legacy_cfg_channels=options.legacy_cfg_channels,
-            guide_model=None if guide_model is None else diffusion.precondition(guide_model),
-            mix=mix,
-        )
-
-    guided(options.guidance_scale)  # refuses what cannot be guided before the first step
-
-    def denoise(x_t: Tensor, t: int | float, at: Transition, **more: Any) -> Prediction:
-        times = torch.full((len(x_t),), t, device=x_t.device)
-        progress = 1 - diffusion.path.noise_rank(torch.tensor(t, dtype=torch.float64)).item()
-        scale = scale_at(options, progress, (at.sigma / at.alpha).item())
-        prediction = diffusion.predict(guided(scale)(x_t, times, y, **extras, **more), x_t, times, at)
-        return prediction if options.clip is None else prediction.clipped(options.clip, x_t, at)
-
-    slices = None if step_noise is None else iter(step_noise)
-
-    def draw_noise() -> Tensor:
-        return randn_like(noise, generator) if slices is None else next(slices)
-
-    steps = diffusion.reverse_steps(options.num_steps, options.spacing)
-    x_t = diffusion.path.prior_std * noise
-    if start is not None:
-        steps, x_t = [step for step in steps if step[0] <= start], noise
-    sampler = samplers_of(diffusion)[options.sampler or diffusion.default_sampler]
-    moments = sampler(Chain(diffusion, steps, denoise, draw_noise), x_t, **options.sampler_args)
-    for step, (x_t, x_0) in enumerate(moments):
-        if callback is not None:
-            callback(step, x_t, x_0)
-    return x_t
-
-
 def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:
-    """Unit normal noise on `like`'s device, drawn on the generator's; of several, each draws for one sample.
-
-    Raises:
-        ValueError: when there are several generators, but not one for each sample.
-    """
+    """Unit normal noise on `like`'s device, drawn on the generator's; of several, each draws for one sample."""
     if isinstance(generator, Sequence):
         if len(generator) != len(like):
             raise ValueError(f"{len(generator)} generators for {len(like)} samples: pass one, or one for each")

@@ -5,17 +5,16 @@ e^(-h (1 - u)) x_0(u) du`, u from 0 at t to 1 at s (Lu et al. 2022b, eq. 8); sam
 put through the predictions of `x_0`. To the data h is infinite, and the polynomial a constant.
 """
 
-from jaxtyping import Float
 from torch import Tensor
 
 from diffusion.samplers.chain import Chain, Moments
-from diffusion.transition import Transition
+from diffusion.transition import Images, Transition
 
 Earlier = tuple[Tensor, Tensor]
 """`x_0` predicted at an earlier time, and h of the step from there."""
 
 
-def dpmpp_2m(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+def dpmpp_2m(chain: Chain, x_t: Images) -> Moments:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): each step also uses the `x_0` of the one before. Deterministic.
     The first step and the step to the data are of first order."""
     earlier = None
@@ -27,7 +26,7 @@ def dpmpp_2m(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
         yield x_t, x_0
 
 
-def dpmpp_2m_sde(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Moments:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, section 5): the same for the reverse-time SDE, with noise in every step
     but that to the data."""
     earlier = None
@@ -41,20 +40,20 @@ def dpmpp_2m_sde(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
         yield x_t, x_0
 
 
-def dpmpp_3m(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+def dpmpp_3m(chain: Chain, x_t: Images) -> Moments:
     """DPM-Solver++(3M) as published (Lu et al. 2022b, appendix B, and its code): a parabola through the last three
     predictions of `x_0`, with half its bend, where a divided difference stands for a derivative. That leaves order 2,
     and in 20 to 40 steps a smaller error than `exponential_ab3`. Deterministic."""
     return along_parabolas(chain, x_t, share_of_bend=0.5)
 
 
-def exponential_ab3(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+def exponential_ab3(chain: Chain, x_t: Images) -> Moments:
     """The exponential Adams-Bashforth method of order 3 (Hochbruck and Ostermann 2010, section 2.5), which takes the
     whole parabola. Deterministic."""
     return along_parabolas(chain, x_t, share_of_bend=1.0)
 
 
-def along_parabolas(chain: Chain, x_t: Float[Tensor, "b c h w"], share_of_bend: float) -> Moments:
+def along_parabolas(chain: Chain, x_t: Images, share_of_bend: float) -> Moments:
     """Through the last three predictions. The first two steps and the step to the data are of lower order."""
     earlier: list[Earlier] = []  # newest first
     for t, at in chain.steps:
@@ -71,7 +70,7 @@ def along_parabolas(chain: Chain, x_t: Float[Tensor, "b c h w"], share_of_bend: 
         yield x_t, x_0
 
 
-def unipc(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+def unipc(chain: Chain, x_t: Images) -> Moments:
     """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2): the prediction at the end of a step
     also corrects that step, at no further call. Its predictor is DPM-Solver++(2M). Deterministic."""
     earlier, done = None, None

@@ -4,14 +4,12 @@ import math
 from typing import Annotated
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from diffusion.samplers.chain import Chain, Moments
-from diffusion.transition import Transition
+from diffusion.transition import Images, Transition
 
 
-def ddpm(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+def ddpm(chain: Chain, x_t: Images) -> Moments:
     """Ancestral sampling with the diffusion's own variances (Ho et al. 2020, algorithm 2)."""
     for t, at in chain.steps:
         prediction = chain.denoise(x_t, t, at)
@@ -21,7 +19,7 @@ def ddpm(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
         yield x_t, prediction.x_0
 
 
-def ddim(chain: Chain, x_t: Float[Tensor, "b c h w"], *, eta: Annotated[float, "[0, 1]"] = 0.0) -> Moments:
+def ddim(chain: Chain, x_t: Images, *, eta: Annotated[float, "[0, 1]"] = 0.0) -> Moments:
     """The implicit sampler (Song et al. 2021, eq. 12), as random as ancestral sampling at `eta` 1 (eq. 16)."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
@@ -32,7 +30,7 @@ def ddim(chain: Chain, x_t: Float[Tensor, "b c h w"], *, eta: Annotated[float, "
         yield x_t, x_0
 
 
-def euler(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+def euler(chain: Chain, x_t: Images) -> Moments:
     """Euler's method for the probability-flow equation `dx = x_0 dalpha + noise dsigma`. As `x_t = alpha x_0 + sigma
     noise`, the increments lead to where DDIM without randomness leads."""
     for t, at in chain.steps:
@@ -41,7 +39,7 @@ def euler(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
         yield x_t, x_0
 
 
-def euler_maruyama(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
     """Euler and Maruyama's method for the reverse-time SDE (Song et al. 2021b, eq. 6): Euler's step on the probability
     flow, and a Langevin step of the variance that the noising has added on the way. The step to the data is not
     random. Over a long step that variance, which grows without bound, would take away more noise than there is: a
@@ -56,7 +54,7 @@ def euler_maruyama(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
         yield x_t, x_0
 
 
-def heun(chain: Chain, x_t: Float[Tensor, "b c h w"], *, churn: Annotated[float, "[0, inf)"] = 0.0) -> Moments:
+def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0) -> Moments:
     """Heun's method for `dx = x_0 dalpha + noise dsigma`, with `churn`, noise added over the whole chain (Karras et al.
     2022, algorithm 2): Euler's step, then again with the mean of both ends' predictions. Two calls of the model a step;
     one in the step to the data."""
@@ -75,8 +73,8 @@ def heun(chain: Chain, x_t: Float[Tensor, "b c h w"], *, churn: Annotated[float,
 
 
 def churned(
-    chain: Chain, x_t: Float[Tensor, "b c h w"], t: int | float, at: Transition, share: float
-) -> tuple[Float[Tensor, "b c h w"], int | float, Transition]:
+    chain: Chain, x_t: Images, t: int | float, at: Transition, share: float
+) -> tuple[Images, int | float, Transition]:
     """Noise added, and the step that leads from there (Karras et al. 2022, algorithm 2, lines 4 to 6, S_noise = 1):
     sigma / alpha rises by this share, at most sqrt(2) - 1, as far as the diffusion goes."""
     ratio = (at.sigma / at.alpha).item()

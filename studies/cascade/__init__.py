@@ -43,14 +43,11 @@ def cascade(
             phase and of the third
         augmentation: of the refiner 'diffusion': noise of the image that it refines, the most in training and that at
             sampling, as shares of the diffusion's times; zeros: none
-
-    Raises:
-        ValueError: for an unknown coarse stage, listing those that there are, or numbers out of range.
     """
     from diffusion.schedules import check_name
     from studies.cascade.cascade import PHASES, Cascade
     from studies.cascade.denoising import Denoising
-    from studies.cascade.refinement import Regression, SuperResolution
+    from studies.cascade.refinement import Refinement, SuperResolution
 
     check_name("coarse", coarse, COARSE)
     if len(phases) != len(PHASES) or min(phases) < 0 or not sum(phases) > 0:
@@ -62,7 +59,7 @@ def cascade(
         )
     images = gaussian(schedule, num_timesteps, prediction, "fixed_small")
     stages = {"diffusion": images, "dae": Denoising(1.0, sigma), "resnet": Denoising(0.0, 1.0)}
-    refinement = SuperResolution(images, augmentation) if refiner == "diffusion" else Regression()
+    refinement = SuperResolution(images, augmentation) if refiner == "diffusion" else Refinement()
     parts = {"coarse": coarse, "upsampler": upsampler, "refiner": refiner, "factor": factor}
     return Cascade(stages[coarse], refinement, factor, phases, forcing, parts)
 

@@ -8,24 +8,17 @@ around the model sees all of it. To sample, its `coarse`, `upsampler` and `refin
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int64, Shaped
+from jaxtyping import Float, Float32
 from torch import Tensor
 
-from diffusion.diffusion import (
-    Auxiliary,
-    Denoiser,
-    Diffusion,
-    Prediction,
-    Step,
-    mean_per_sample,
-    with_auxiliary,
-)
+from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, Prediction, Step, mean_per_sample, with_auxiliary
 from diffusion.samplers import Walk
+from diffusion.transition import Images, Labels, Timesteps
 from studies.cascade.refinement import Refinement
 
 
@@ -110,11 +103,11 @@ class Cascade(Diffusion):
     def training_loss(
         self,
         model: Callable[..., Any],
-        x_0: Float[Tensor, "b c h w"],
-        y: Int64[Tensor, " b"],
+        x_0: Images,
+        y: Labels,
         *,
-        t: Shaped[Tensor, " b"] | None = None,
-        noise: Float[Tensor, "b c h w"] | None = None,
+        t: Timesteps | None = None,
+        noise: Images | None = None,
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
         draws: Mapping[str, Tensor] | None = None,
@@ -150,11 +143,11 @@ class Cascade(Diffusion):
             terms = with_auxiliary(terms, auxiliary, refined.x_0, x_0, y, refined.share)
         return terms
 
-    def shrink(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    def shrink(self, image: Images) -> Float[Tensor, "b c h2 w2"]:
         """An image of the coarse size: means of squares of `factor` pixels."""
         return F.avg_pool2d(image, self.factor)
 
-    def shrink_noise(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    def shrink_noise(self, noise: Images) -> Float[Tensor, "b c h2 w2"]:
         """Unit normal noise of the coarse size, from noise of the image's."""
         return self.factor * self.shrink(noise)
 
@@ -162,25 +155,24 @@ class Cascade(Diffusion):
 
     def generate(
         self,
-        chain: Walk,
+        walk: Walk,
         model: Any,
-        noise: Float[Tensor, "b c h w"],
-        y: Int64[Tensor, " b"],
+        noise: Images,
+        y: Labels,
         *,
         guide_model: Any | None,
         draw_noise: Callable[[Tensor], Tensor],
         on_stage: Callable[[str, Tensor], None],
-    ) -> Float[Tensor, "b c h w"]:
+    ) -> Images:
         """A coarse image down its chain, which guidance and the sampler's settings apply to, upsampled, refined. A
         refiner that denoises is guided away from the null label, but not beside a guide, which is the coarse stage's.
         """
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
-        low = chain(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
+        low = walk(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
         changed: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
-        changed |= (
-            {"sampler": "ddpm", "sampler_args": {}} if self.samplers else {}
-        )  # those are for the coarse stage alone
-        rest = partial(chain, **changed)
+        if self.samplers:  # those are for the coarse stage alone
+            changed |= {"sampler": "ddpm", "sampler_args": {}}
+        rest = replace(walk, options=replace(walk.options, **changed))
         up, refined = self.refinement.generate(rest, model.upsampler, model.refiner, low, y, draw_noise)
         for name, image in zip(self.stages, (low, up, refined), strict=True):
             on_stage(name, image.to(noise.dtype))
@@ -188,9 +180,7 @@ class Cascade(Diffusion):
 
     # There is no path from the image itself.
 
-    def q_sample(
-        self, x_0: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
+    def q_sample(self, x_0: Images, t: Timesteps, noise: Images) -> Images:
         raise ValueError(NO_CHAIN)
 
     def predict(self, *args: object, **kwargs: object) -> Prediction:

@@ -8,13 +8,12 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from diffusion.diffusion import Diffusion, Step
-from diffusion.paths import Path
-from diffusion.predictions import Level
+from diffusion.paths import Path, check_num_steps
 from diffusion.samplers.chain import Chain, Moments
-from diffusion.transition import Transition
+from diffusion.transition import Images, Level, Timesteps, Transition
 
 
-def iterated(chain: Chain, x_t: Float[Tensor, "b c h w"]) -> Moments:
+def iterated(chain: Chain, x_t: Images) -> Moments:
     """Denoised, then noised to the same level again: a Markov chain whose stationary distribution is the data's where
     the model draws from `p(x_0 | x_t)` (Bengio et al. 2013, theorem 1). Ours gives that distribution's mean, so it
     smooths as it goes."""
@@ -41,7 +40,7 @@ class SingleLevel(Path):
         ones = torch.ones(t.shape, dtype=torch.float64)
         return Level(self.alpha * ones, self.sigma * ones)
 
-    def levels(self, t: Shaped[Tensor, " b"]) -> Level:
+    def levels(self, t: Timesteps) -> Level:
         """Without a transfer from the CPU."""
         ones = torch.ones(len(t), 1, 1, 1, device=t.device)
         return Level(self.alpha * ones, self.sigma * ones)
@@ -53,13 +52,10 @@ class SingleLevel(Path):
         return torch.zeros(t.shape, device=t.device)
 
     def timesteps(self, num_steps: int) -> Int64[Tensor, " num_steps"]:
-        if num_steps < 1:
-            raise ValueError(f"--num_steps {num_steps} must be at least 1")
+        check_num_steps(num_steps)
         return torch.zeros(num_steps, dtype=torch.int64)
 
-    def told(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b c h w"], Shaped[Tensor, " b"]]:
+    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
         return x_t, t
 
 
@@ -68,13 +64,6 @@ class Denoising(Diffusion):
 
     With `alpha = 0` the model is given noise alone. It then learns the mean image, whatever the noise: what is to be
     expected of regressing images on noise that has nothing to do with them.
-
-    Args:
-        alpha: share of the data.
-        sigma: standard deviation of the noise.
-
-    Raises:
-        ValueError: without noise.
     """
 
     def __init__(self, alpha: float = 1.0, sigma: float = 0.5) -> None:

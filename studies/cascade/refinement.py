@@ -1,15 +1,16 @@
 """How the refiner of a cascade is trained and drawn from: as a regression, or as a diffusion of its own."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from diffusion.diffusion import Denoiser, Diffusion, mean_per_sample
+from diffusion.diffusion import Diffusion, mean_per_sample
 from diffusion.samplers import Walk
+from diffusion.transition import Images, Labels
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor]
 """(x_t, t, level, y): what a refiner that denoises is given beside the upsampled image."""
@@ -19,12 +20,13 @@ class Refined(NamedTuple):
     """What a refiner's output says."""
 
     loss: Float[Tensor, " b"]
-    x_0: Float[Tensor, "b c h w"]
+    x_0: Images
     share: Float[Tensor, " b"]  # what auxiliary terms of `x_0` count
 
 
-class Refinement(ABC):
-    """From the image that the upsampler is given on."""
+class Refinement:
+    """From the image that the upsampler is given on: by itself a regression, whose refiner puts out the image and has
+    its error squared."""
 
     def draw(
         self, shape: Sequence[int], factor: int, generator: torch.Generator | None, device: torch.device | str
@@ -32,56 +34,28 @@ class Refinement(ABC):
         """What training draws for a batch of images of this shape, `factor` times the side of the coarse ones."""
         return {}
 
-    def augment(self, low: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]) -> Float[Tensor, "b c h w"]:
-        """What the upsampler is given in training for a coarse image: by default that."""
+    def augment(self, low: Images, draws: Mapping[str, Tensor]) -> Images:
+        """What the upsampler is given in training for a coarse image."""
         return low
 
-    @abstractmethod
-    def given(self, x_0: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], draws: Mapping[str, Tensor]) -> Given | None:
+    def given(self, x_0: Images, y: Labels, draws: Mapping[str, Tensor]) -> Given | None:
         """What the refiner is given in training, beside what the upsampler made."""
-
-    @abstractmethod
-    def read(
-        self, output: Float[Tensor, "b c h w"], x_0: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]
-    ) -> Refined:
-        """The loss of its output, and what it says of `x_0`."""
-
-    @abstractmethod
-    def generate(
-        self,
-        chain: Walk,
-        upsampler: Callable[[Tensor], Tensor],
-        refiner: Callable[[Tensor, Given | None], Tensor],
-        low: Float[Tensor, "b c h w"],
-        y: Int64[Tensor, " b"],
-        draw_noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
-        """What upsampler and refiner make of a coarse image."""
-
-
-class Regression(Refinement):
-    """The refiner puts out the image; its error is squared."""
-
-    def given(self, x_0: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], draws: Mapping[str, Tensor]) -> Given | None:
-        """A regression is given nothing beside the enlarged image."""
         return None
 
-    def read(
-        self, output: Float[Tensor, "b c h w"], x_0: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]
-    ) -> Refined:
-        """The output is the image; its loss is the squared error."""
+    def read(self, output: Images, x_0: Images, draws: Mapping[str, Tensor]) -> Refined:
+        """The loss of the refiner's output, and what it says of `x_0`."""
         return Refined(mean_per_sample((output - x_0).square()), output, torch.ones(len(x_0), device=x_0.device))
 
     def generate(
         self,
-        chain: Walk,
+        walk: Walk,
         upsampler: Callable[[Tensor], Tensor],
         refiner: Callable[[Tensor, Given | None], Tensor],
-        low: Float[Tensor, "b c h w"],
-        y: Int64[Tensor, " b"],
+        low: Images,
+        y: Labels,
         draw_noise: Callable[[Tensor], Tensor],
     ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
-        """Call the upsampler and the refiner once each."""
+        """What upsampler and refiner make of a coarse image."""
         up = upsampler(low)
         return up, refiner(up, None)
 
@@ -95,9 +69,6 @@ class SuperResolution(Refinement):
         diffusion: of the images.
         augmentation: the largest time of that noise in training, where each up to it is as likely, and the one at
             sampling, as shares of the diffusion's times; zeros leave it out.
-
-    Raises:
-        ValueError: for shares that are none.
     """
 
     def __init__(self, diffusion: Diffusion, augmentation: Sequence[int | float]) -> None:
@@ -109,14 +80,13 @@ class SuperResolution(Refinement):
         self.diffusion = diffusion
         self.in_training, self.at_sampling = augmentation
 
-    def level(self, share: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
+    def level(self, share: Float[Tensor, " b"]) -> Labels:
         """A time of the diffusion."""
         return (share * self.diffusion.path.max_time).long()
 
     def draw(
         self, shape: Sequence[int], factor: int, generator: torch.Generator | None, device: torch.device | str
     ) -> dict[str, Tensor]:
-        """Times and noise of the diffusion, level and noise of the augmentation."""
         b, c, h, w = shape
         return {
             "t": self.diffusion.sample_timesteps(b, generator, device),
@@ -125,20 +95,15 @@ class SuperResolution(Refinement):
             "level_noise": torch.randn(b, c, h // factor, w // factor, generator=generator, device=device),
         }
 
-    def augment(self, low: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]) -> Float[Tensor, "b c h w"]:
-        """The coarse image with noise of a random level."""
+    def augment(self, low: Images, draws: Mapping[str, Tensor]) -> Images:
         if not self.in_training:
             return low
         return self.diffusion.q_sample(low, draws["level"], draws["level_noise"])
 
-    def given(self, x_0: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], draws: Mapping[str, Tensor]) -> Given | None:
-        """The image, noised, at what time, and the level of the augmentation."""
+    def given(self, x_0: Images, y: Labels, draws: Mapping[str, Tensor]) -> Given | None:
         return self.diffusion.q_sample(x_0, draws["t"], draws["noise"]), draws["t"], draws["level"], y
 
-    def read(
-        self, output: Float[Tensor, "b c h w"], x_0: Float[Tensor, "b c h w"], draws: Mapping[str, Tensor]
-    ) -> Refined:
-        """The output as the super-resolution diffusion reads it, and its loss."""
+    def read(self, output: Images, x_0: Images, draws: Mapping[str, Tensor]) -> Refined:
         t, noise = draws["t"], draws["noise"]
         x_t = self.diffusion.q_sample(x_0, t, noise)
         loss = self.diffusion.terms(output, x_0, x_t, t, noise)["loss"]
@@ -146,14 +111,13 @@ class SuperResolution(Refinement):
 
     def generate(
         self,
-        chain: Walk,
+        walk: Walk,
         upsampler: Callable[[Tensor], Tensor],
         refiner: Callable[[Tensor, Given | None], Tensor],
-        low: Float[Tensor, "b c h w"],
-        y: Int64[Tensor, " b"],
+        low: Images,
+        y: Labels,
         draw_noise: Callable[[Tensor], Tensor],
     ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
-        """The coarse image noised a little, then a chain of its own."""
         level = self.level(torch.full((len(low),), float(self.at_sampling), device=low.device))
         up = upsampler(self.diffusion.q_sample(low, level, draw_noise(low)) if self.in_training else low)
 
@@ -161,5 +125,5 @@ class SuperResolution(Refinement):
             halves = len(x_t) // len(up)  # under guidance two, with and without label
             return refiner(up.repeat(halves, 1, 1, 1), (x_t, t, level.repeat(halves), y))
 
-        model: Denoiser = denoise
-        return up, chain(self.diffusion, model, draw_noise(up), y, guide_model=None, callback=None)
+        silent = replace(walk, callback=None)
+        return up, silent(self.diffusion, denoise, draw_noise(up), y, guide_model=None)

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models import BACKBONES
 from models.backbone import Backbone
+from models.layers import Images, Labels, Output, Times
 from models.layers.attention import check_heads, zero_
 from models.layers.embedding import Conditioning, TimeEmbedding, sincos_2d
 from models.layers.patch import check_input_size, patchify, unpatchify
@@ -43,9 +44,7 @@ class ResidualNet(nn.Module):
         self.norm = group_norm(latent)
         self.head = zero_(nn.Conv2d(latent, out_channels, 3, padding=1))
 
-    def forward(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
-    ) -> Float[Tensor, "b c_out h w"]:
+    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
         cond = self.cond(t, y)
         x = self.stem(x_t)
         for block in self.blocks:
@@ -78,9 +77,7 @@ class Autoencoder(nn.Module):
         self.norm = group_norm(width)
         self.head = zero_(nn.Conv2d(width, out_channels, 3, padding=1))
 
-    def forward(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
-    ) -> Float[Tensor, "b c_out h w"]:
+    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
         cond = self.cond(t, y)
         x = self.encoder(self.stem(x_t), cond)
         x = self.bottleneck(self.downsample(x), cond)
@@ -104,7 +101,7 @@ class PlainBlock(nn.Sequential):
             zero_(nn.Conv2d(channels, channels, 3, padding=1)),
         )
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Images) -> Images:
         return x + super().forward(x)
 
 
@@ -115,7 +112,7 @@ class Interpolation(nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    def forward(self, x: Images) -> Float[Tensor, "b c h2 w2"]:
         return F.interpolate(x, scale_factor=float(self.factor), mode="bilinear")
 
 
@@ -129,7 +126,7 @@ class Bilinear(nn.Module):
         nn.init.dirac_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # pyright: ignore[reportArgumentType]
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    def forward(self, x: Images) -> Float[Tensor, "b c h2 w2"]:
         return self.conv(self.interpolate(x))
 
 
@@ -143,23 +140,32 @@ class PixelShuffle(nn.Module):
         self.head = nn.Conv2d(width, channels * factor**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(factor)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    def forward(self, x: Images) -> Float[Tensor, "b c h2 w2"]:
         return self.shuffle(self.head(self.blocks(self.stem(x))))
 
 
-class ResNet(nn.Module):
-    """What residual blocks at the full size add to the interpolated image."""
+class Residual(nn.Module):
+    """What residual blocks add to an image, at first nothing."""
 
-    def __init__(self, channels: int, factor: int, *, width: int = 128, num_blocks: int = 2) -> None:
+    def __init__(self, channels: int, width: int, num_blocks: int) -> None:
         super().__init__()
-        self.interpolate = Interpolation(channels, factor)
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.blocks = nn.Sequential(*(PlainBlock(width) for _ in range(num_blocks)))
         self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        x = self.interpolate(x)
-        return x + self.head(self.blocks(self.stem(x)))
+    def forward(self, image: Images) -> Images:
+        return image + self.head(self.blocks(self.stem(image)))
+
+
+class ResNet(Residual):
+    """Interpolated, then refined by residual blocks at the full size."""
+
+    def __init__(self, channels: int, factor: int, *, width: int = 128, num_blocks: int = 2) -> None:
+        super().__init__(channels, width, num_blocks)
+        self.interpolate = Interpolation(channels, factor)
+
+    def forward(self, image: Images) -> Float[Tensor, "b c h2 w2"]:
+        return super().forward(self.interpolate(image))
 
 
 # The refiner: (image, what a denoiser is given beside it) -> [b c h w], at the full size.
@@ -194,25 +200,22 @@ class ViTRefiner(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = zero_(nn.Linear(width, channels * patch_size**2))
 
-    def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
+    def forward(self, image: Images, given: Given) -> Images:
         x = self.patch(patchify(image, self.patch_size)) + self.position  # [b n d]
         x = self.head(self.norm(self.blocks(x)))
         return image + unpatchify(x, self.grid, self.patch_size)
 
 
-class ConvRefiner(nn.Module):
+class ConvRefiner(Residual):
     """What residual blocks add to the image, at first nothing."""
 
     def __init__(
         self, channels: int, size: tuple[int, int], num_classes: int, *, width: int = 128, num_blocks: int = 2
     ) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.blocks = nn.Sequential(*(PlainBlock(width) for _ in range(num_blocks)))
-        self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
+        super().__init__(channels, width, num_blocks)
 
-    def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
-        return image + self.head(self.blocks(self.stem(image)))
+    def forward(self, image: Images, given: Given) -> Images:
+        return super().forward(image)
 
 
 class NoRefiner(nn.Module):
@@ -221,7 +224,7 @@ class NoRefiner(nn.Module):
     def __init__(self, channels: int, size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
 
-    def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
+    def forward(self, image: Images, given: Given) -> Images:
         return image
 
 
@@ -247,7 +250,7 @@ class DiffusionRefiner(nn.Module):
         self.norm = group_norm(width)
         self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
 
-    def forward(self, image: Float[Tensor, "b c h w"], given: Given) -> Float[Tensor, "b c h w"]:
+    def forward(self, image: Images, given: Given) -> Images:
         assert given is not None  # the diffusion gives it
         x_t, t, level, y = given
         cond = self.cond(t, y) + self.level(level)
@@ -287,10 +290,6 @@ class Cascade(Backbone):
     objectives of their own, in one call that tells how they are connected, and samples them one by one.
 
     Args:
-        input_size: side of the image, or height and width; multiples of `factor`.
-        in_channels: channels of the image.
-        out_channels: channels to put out.
-        num_classes: classes; label `num_classes` is the null label; 0 makes the model unconditional.
         coarse: name in `COARSE`.
         upsampler: name in `UPSAMPLERS`.
         refiner: name in `REFINERS`.
@@ -298,9 +297,6 @@ class Cascade(Backbone):
         coarse_args: arguments of the coarse stage that differ from its own, such as {width: 64}.
         upsampler_args: of the upsampler.
         refiner_args: of the refiner.
-
-    Raises:
-        ValueError: for an unknown stage or argument, listing those that there are, or sizes that do not fit.
     """
 
     def __init__(
@@ -336,8 +332,8 @@ class Cascade(Backbone):
     def forward(
         self,
         x_t: Float[Tensor, "b c _ _"],
-        t: Shaped[Tensor, " b"],
-        y: Int64[Tensor, " b"],
+        t: Times,
+        y: Labels,
         *,
         connect: Callable[[Tensor], Tensor | None] | None = None,
         given: Given = None,
