@@ -18,23 +18,7 @@ from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging,
 from models.layers.window import SKIPS, WindowAttention
 
 
-class ModulatedBlock(nn.Module):
-    """Attention and MLP, with the places where conditioning enters; a subclass says in which order they act."""
-
-    def __init__(self, dim: int, attention: nn.Module, injection: Injection, mlp_ratio: float, norm_eps: float) -> None:
-        super().__init__()
-        self.token = injection.token(dim)
-        self.modulator1 = injection.modulator(dim)
-        self.attention = attention
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.gate1 = injection.gate(dim)
-        self.modulator2 = injection.modulator(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.gate2 = injection.gate(dim)
-
-
-class SwinBlock(ModulatedBlock):
+class SwinBlock(nn.Module):
     """Swin V2 block: window attention and MLP, each modulated before and normalised after (res-post-norm)."""
 
     def __init__(
@@ -48,8 +32,16 @@ class SwinBlock(ModulatedBlock):
         mlp_ratio: float,
         drop_path: float,
     ) -> None:
-        attention = WindowAttention(dim, num_heads, window_size, shifted=shifted)
-        super().__init__(dim, attention, injection, mlp_ratio, norm_eps=1e-5)
+        super().__init__()
+        self.token = injection.token(dim)
+        self.modulator1 = injection.modulator(dim)
+        self.attention = WindowAttention(dim, num_heads, window_size, shifted=shifted)
+        self.norm1 = nn.LayerNorm(dim)
+        self.gate1 = injection.gate(dim)
+        self.modulator2 = injection.modulator(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim)
+        self.gate2 = injection.gate(dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Grid, cond: Cond) -> Grid:
@@ -58,11 +50,20 @@ class SwinBlock(ModulatedBlock):
         return x + self.drop_path(self.gate2(self.norm2(self.mlp(self.modulator2(x, cond))), cond))
 
 
-class GlobalBlock(ModulatedBlock):
+class GlobalBlock(nn.Module):
     """ViT block: global attention and MLP, each modulated, then normalised, before."""
 
     def __init__(self, dim: int, num_heads: int, injection: Injection, *, mlp_ratio: float) -> None:
-        super().__init__(dim, SelfAttention(dim, num_heads), injection, mlp_ratio, norm_eps=1e-6)
+        super().__init__()
+        self.token = injection.token(dim)
+        self.modulator1 = injection.modulator(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = SelfAttention(dim, num_heads)
+        self.gate1 = injection.gate(dim)
+        self.modulator2 = injection.modulator(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gate2 = injection.gate(dim)
 
     def forward(self, x: Tokens, cond: Cond) -> Tokens:
         mixed = self.attention(self.norm1(self.modulator1(x, cond)), self.token(cond))
