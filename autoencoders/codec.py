@@ -83,7 +83,7 @@ KINDS = {
         encoding=frozenset({"encoder", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std"}),
         factors=lambda config: (config.patch_size, config.patch_size),
         store=lambda encoded: encoded.latent,
-        draw=_as_stored,
+        draw=lambda latents, noise: latents,
         representation=True,
     ),
 }
