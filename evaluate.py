@@ -104,7 +104,7 @@ def main(config: EvaluateConfig) -> None:
     from machine.whole_files import write_whole
     from metrics.fidelity import class_distances
     from metrics.reference import read_adm, write_adm
-    from metrics.scores import PER_IMAGE, check_metrics, needs_of
+    from metrics.scores import METRICS, PER_IMAGE, check_metrics, needs_of
     from metrics.self_check import self_check
     from sampling.image_files import save_grid
 
@@ -163,10 +163,18 @@ def main(config: EvaluateConfig) -> None:
         """As many images of the same classes: a Fréchet distance depends on both."""
         return sources.like(first, open_split(data, split), name, flag, evaluation.seed)
 
+    metrics = [evaluation.metrics] * num_drawn  # of each row
     if config.baselines:
-        floor, _ = alike("train", "training images", "--baselines")
-        ceiling = sources.reconstructions(floor, codec, accelerator.device, evaluation.seed)
-        groups += [[floor], *([] if codec.source == "pixel" else [[ceiling]])]
+        of_classes = [name for name in evaluation.metrics if METRICS[name].needs == "labelled"]
+        others = [name for name in evaluation.metrics if name not in of_classes]
+        floors = {"reconstructions": (alike("train", "training images", "--baselines")[0], others)}
+        if of_classes:  # of images that the probe has not seen
+            photographs = sources.from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)
+            floors["reconstructions of held-out images"] = (photographs, of_classes)
+        for name, (floor, names) in floors.items() if others else [*floors.items()][1:]:
+            decoded = sources.reconstructions(floor, codec, accelerator.device, evaluation.seed)
+            added = [[floor], *([] if codec.source == "pixel" else [[replace(decoded, name=name)]])]
+            groups, metrics = groups + added, metrics + [names] * len(added)
     if (config.memorisation or config.per_class) and not needs_of(evaluation.metrics) & PER_IMAGE:
         flag = "--memorisation" if config.memorisation else "--per_class"
         raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
@@ -190,10 +198,10 @@ def main(config: EvaluateConfig) -> None:
     in_file = scorer.npz_reference(config.reference, moments, images) if config.reference else None
     reference = in_file or scorer.reference(data)
     rows, features = [], None  # features of the first row's first trial
-    for trials in groups:
+    for trials, names in zip(groups, metrics, strict=True):
         scores = []
         for source in trials:
-            score, of_source = scorer.score(source, reference)
+            score, of_source = scorer.score(source, reference, names)
             scores, features = [*scores, score], features or of_source
         rows.append(summarise(trials[0], scores))
     assert features is not None

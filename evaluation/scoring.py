@@ -4,6 +4,7 @@
 `EvaluationConfig` give the same numbers. Images go from the sampler to the extractor in memory; processes share them.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from autoencoders.codec import Codec
 from data import left_out
+from data.subsets import by_name
 from evaluation.sources import Source, from_dataset, from_images, reconstructions
 from experiment.config import DataConfig, EvaluationConfig
 from experiment.datasets import open_split
 from machine.accelerator import from_main
+from metrics.agreement import fit_probe
 from metrics.features import Extractor, Features
 from metrics.fidelity import Scores, compare
 from metrics.frechet import frechet_distance
@@ -35,6 +38,7 @@ class Reference:
 
     features: Features
     provenance: dict[str, Any]
+    classes: Sequence[str] = ()  # of its labels
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Scorer:
 
     def reference(self, data: DataConfig, split: str = "test", codec: Codec | None = None) -> Reference:
         """Features of a split, or of what a codec makes of it, computed once for each (images, split, size, extractor,
-        codec) and kept in the cache folder."""
+        codec) and kept in the cache folder. Where metrics ask for classes, held-out images have a probe of the training
+        images beside them."""
         dataset = open_split(data, split)
         for words in left_out(dataset):
             self.accelerator.print(f"{split} images: {words}")
@@ -98,7 +103,11 @@ class Scorer:
             if self.accelerator.is_main_process:
                 save_features(features, path, key)
             self.accelerator.wait_for_everyone()
-        return Reference(load_features(path, key), {**key, "features": path.name})
+        features = load_features(path, key)
+        if split == "test" and "labelled" in key["needs"] and dataset.classes:
+            train: Any = self.reference(data, "train").features
+            features = replace(features, probe=fit_probe(train.features, train.labels, len(dataset.classes)))
+        return Reference(features, {**key, "features": path.name}, dataset.classes)
 
     def npz_reference(self, path: str, moments: Features | None, images: UInt8[Tensor, "n 3 h w"] | None) -> Reference:
         """Of what `read_adm` reads, moments, images or both; where there are images, those give what moments cannot."""
@@ -110,13 +119,19 @@ class Scorer:
         assert features is not None  # read_adm saw to it
         return Reference(features, {"source": name, "moments": "of the file" if moments else "of its images"})
 
-    def score(self, source: Source, reference: Reference) -> tuple[Scores, Features]:
-        """Scores of a source against a reference, and the features that they came from.
+    def score(
+        self, source: Source, reference: Reference, metrics: Sequence[str] | None = None
+    ) -> tuple[Scores, Features]:
+        """Scores of a source against a reference, by default all, and the features that they came from.
 
         Beside the Fréchet distance stands that of half the images: mean and half the difference of two halves, which
         tells how far a finite sample moves it.
         """
-        features, metrics, extractor = self.extract(source), self.evaluation.metrics, self.extractor
+        metrics, extractor = metrics or self.evaluation.metrics, self.extractor
+        features = self.extract(source)
+        if "labelled" in needs_of(metrics) and features.labels is not None and reference.classes:
+            same = by_name(features.labels, source.classes, reference.classes, "--metrics agreement")
+            features = replace(features, labels=same)
         scores = compare(features, reference.features, extractor, metrics=metrics, seed=self.evaluation.seed)
         if "fid" in metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:
             first, second = (frechet_distance(half, reference.features.moments) for half in features.halves)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from metrics.agreement import Labelled, Probe
 from metrics.extractors import NAMES, ExtractorError, load_extractor, naming
 from metrics.frechet import Moments, RunningMoments, moments_of
 from metrics.image_batches import ImageBatch
@@ -34,6 +35,7 @@ class Features:
     logits: Float[Tensor, "n k"] | None = None  # where the extractor is a classifier
     labels: Int64[Tensor, " n"] | None = None
     images: UInt8[Tensor, "n 3 h w"] | None = None
+    probe: Probe | None = None  # of a reference with classes: of its training images
 
     @staticmethod
     def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> Features:
@@ -41,6 +43,13 @@ class Features:
         second = in_second_half(len(features))
         halves = (moments_of(features[~second]), moments_of(features[second])) if len(features) > 1 else None
         return Features(moments_of(features), None, halves, features, logits, labels)
+
+    @property
+    def labelled(self) -> Labelled | None:
+        """Features and classes, where there are both."""
+        if self.features is None or self.labels is None:
+            return None
+        return Labelled(self.features, self.labels, self.probe)
 
     @property
     def num(self) -> int:

@@ -11,11 +11,12 @@ from pkgutil import resolve_name
 from typing import Any
 
 INCEPTION = "inception"  # the extractor on which alone scores bear the literature's names
-PER_IMAGE = {"features", "logits", "images"}  # needs that memory grows with
+PER_IMAGE = {"features", "logits", "images", "labelled"}  # needs that memory grows with
 MISSING = {  # what a metric may need, and why its number cannot be had where that is not there
     "features": "the reference holds moments, not the features of each image",
     "logits": "{extractor} has no class probabilities",
     "images": "the reference holds no images",
+    "labelled": "it needs samples, held-out images and training images of the same classes",
     "moments": "there are no moments of the features",
     "spatial": "{extractor} has no spatial features; Inception has",
 }
@@ -89,6 +90,7 @@ class Metric:
 
 SHARE, POSITIVE = (0.0, 1.0), (0.0, math.inf)
 FRECHET, NEIGHBOURS = "metrics.frechet:frechet_score", "metrics.manifold:count_neighbours"
+PROBE = "metrics.agreement:class_agreement"
 
 METRICS: dict[str, Metric] = {
     "fid": Metric(
@@ -118,7 +120,15 @@ METRICS: dict[str, Metric] = {
         ("coverage", SHARE, "share of these balls that hold any sample"),
     )
 }
-DEFAULT = tuple(METRICS)  # without rows that are added from outside
+DEFAULT = tuple(METRICS)  # without what needs classes, and rows that are added from outside
+METRICS |= {
+    name: Metric(PROBE, "higher", "labelled", elsewhere=(name, name), bounds=SHARE, digits=4, summary=summary)
+    for name, summary in (
+        ("agreement", "share of the samples that a linear probe of the training images takes for their class"),
+        ("agreement_top5", "share whose class is among its five best guesses"),
+        ("cas", "share of the held-out images that a linear probe of the samples takes for their class"),
+    )
+}
 HELP = "of " + "; ".join(f"{name} ({row.better} is better): {row.summary}" for name, row in METRICS.items())
 
 

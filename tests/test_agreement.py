@@ -1,5 +1,7 @@
 """Class agreement: what the probe says where the answer is known."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ def clusters(num=25, spread=0.1, seed=0):
     return Labelled(one_hot(labels, 6) + spread * noise, labels)
 
 
+@cache
 def reference():
     train, held_out = clusters(seed=1), clusters(seed=2)
     probe = fit_probe(train.features, train.labels, NUM_CLASSES)
@@ -70,15 +73,11 @@ def test_the_probe_is_the_minimum_of_its_objective(decay):
     torch.testing.assert_close(-weight.grad, decay * weight.detach(), rtol=0.02, atol=2e-4)
 
 
-def test_the_held_out_fifth_chooses_a_strong_decay_where_features_are_noise():
+def test_the_held_out_fifth_chooses_a_strong_decay_where_most_features_are_noise():
     labels = torch.arange(2).repeat_interleave(100)
-    draw = torch.Generator().manual_seed(0)
-    signal, noise = (labels - 0.5)[:, None], torch.randn(200, 300, generator=draw)
-    probe = fit_probe(torch.cat([signal + 0.4 * noise[:, :1], noise[:, 1:]], dim=1), labels, 2)
-    fitted = {decay: float(_fit_with(decay, signal, noise, labels).norm()) for decay in DECAYS}
-    assert min(fitted, key=lambda decay: abs(fitted[decay] - float(probe.weight.norm()))) >= 1e-2
-
-
-def _fit_with(decay, signal, noise, labels):
-    x = torch.cat([signal + 0.4 * noise[:, :1], noise[:, 1:]], dim=1)
-    return _regress((x - x.mean(dim=0)) / x.std(dim=0), labels, 2, decay, None, None)[0]
+    features = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    features[:, 0] = labels + 0.4 * features[:, 0]
+    standard = (features - features.mean(dim=0)) / features.std(dim=0)
+    norms = {decay: float(_regress(standard, labels, 2, decay, None, None)[0].norm()) for decay in DECAYS}
+    chosen = float(fit_probe(features, labels, 2).weight.norm())
+    assert min(norms, key=lambda decay: abs(norms[decay] - chosen)) >= 1e-2

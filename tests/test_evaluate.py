@@ -25,6 +25,9 @@ def extractor(folder):
     return path
 
 
+FRECHET = ["frechet_distance[colors]", "frechet_distance[colors], halves"]
+
+
 def scores(folder, name):
     return json.loads((folder / name).read_text())
 
@@ -67,6 +70,20 @@ def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
     classes = scores(folder, "baselines.json")["per_class"]
     assert len(classes) == 10
     assert all(score["reason"].startswith("too few images") for score in classes.values())
+
+
+def test_classes_are_asked_of_a_probe_and_held_against_photographs_and_their_reconstructions(folder, extractor):
+    flags = ("--extractor", extractor, "--metrics", "[fid, agreement, agreement_top5, cas]", "--baselines", "true")
+    run("evaluate.py", "--samples", "runs/tiny", *flags, "--output", "classes.json", cwd=folder)
+    rows = {row["name"]: row["scores"] for row in scores(folder, "classes.json")["rows"]}
+    photographs, decoded = rows["held-out images"], rows["reconstructions of held-out images"]
+    assert list(rows["training images"]) == list(rows["reconstructions"]) == FRECHET
+    assert list(photographs) == list(decoded) == [f"{name}[colors]" for name in ("agreement", "agreement_top5", "cas")]
+    for row in (rows["tiny"], photographs, decoded):
+        top, top5 = (row[f"{name}[colors]"]["value"] for name in ("agreement", "agreement_top5"))
+        assert 0 <= top <= top5 <= 1
+    assert photographs["cas[colors]"]["value"] > rows["tiny"]["cas[colors]"]["value"]  # which nobody trained to draw
+    assert "standard error" in rows["tiny"]["agreement[colors]"]["spread"]
 
 
 def test_processes_and_batches_do_not_change_a_score(folder, extractor):
