@@ -94,21 +94,38 @@ PROBE = "metrics.agreement:class_agreement"
 
 METRICS: dict[str, Metric] = {
     "fid": Metric(
-        *(FRECHET, "lower", "moments", "FID", ("frechet_distance", "Fréchet"), POSITIVE),
+        FRECHET,
+        better="lower",
+        needs="moments",
+        title="FID",
+        elsewhere=("frechet_distance", "Fréchet"),
+        bounds=POSITIVE,
         summary="Fréchet distance of Gaussians fitted to the features",
     ),
     "sfid": Metric(
-        *(FRECHET, "lower", "spatial", "sFID", ("spatial_frechet_distance", "spatial Fréchet"), POSITIVE),
+        FRECHET,
+        better="lower",
+        needs="spatial",
+        title="sFID",
+        elsewhere=("spatial_frechet_distance", "spatial Fréchet"),
+        bounds=POSITIVE,
         summary="the same on Inception's spatial features",
     ),
     "is": Metric(
-        *("metrics.fidelity:classifier_score", "higher", "logits", "IS", ("classifier_score", "classifier score")),
+        "metrics.fidelity:classifier_score",
+        better="higher",
+        needs="logits",
+        title="IS",
+        elsewhere=("classifier_score", "classifier score"),
         bounds=POSITIVE,
         reference=False,
         summary="sure of each image, and of all classes as often",
     ),
     "kid": Metric(
-        *("metrics.fidelity:kernel_distance", "lower", "features", "KID", ("kernel_distance", "kernel distance")),
+        "metrics.fidelity:kernel_distance",
+        better="lower",
+        title="KID",
+        elsewhere=("kernel_distance", "kernel distance"),
         summary="unbiased squared MMD with a cubic kernel",
     ),
 } | {
