@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import tomllib
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # no bf16: the same numbers on every machine
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from jaxtyping import install_import_hook
 from processes import LIBRARIES, ROOT, TINY, run
+from xdist.scheduler import LoadScopeScheduling
 
 ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 install_import_hook([name for name in ROOMS if "." not in name], "signatures.checked")
@@ -24,9 +26,27 @@ install_import_hook([name for name in ROOMS if "." not in name], "signatures.che
 LONG = ("test_ablation", "test_train", "test_preemption", "test_devices", "test_evaluate", "test_notebook", "test_app")
 
 
+@cache
+def shares(path: str) -> bool:
+    """Whether the tests of a file share what they look at: a server, a program's output."""
+    return 'scope="module"' in (ROOT / path).read_text()
+
+
+class SharedTogether(LoadScopeScheduling):
+    """Deals out test by test, but files that share something to one worker, which alone makes it."""
+
+    def _split_scope(self, nodeid):
+        path = nodeid.partition("::")[0]
+        return path if shares(path) else nodeid
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return SharedTogether(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Files of whole programs come first: what runs last is short, and no worker waits for another."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    """What takes long comes first: what runs last is short, and no worker waits for another."""
+    items.sort(key=lambda item: item.path.stem not in LONG and not shares(item.nodeid.partition("::")[0]))
 
 
 def pytest_collection(session):

@@ -56,7 +56,6 @@ def trained(tmp_path_factory):
     return folder, there("train.py", "--config", "tiny.yaml", cwd=folder)
 
 
-@pytest.mark.xdist_group("elsewhere")
 def test_training_is_that_of_the_cpu_and_waits_once_a_step(trained, folder):
     elsewhere, waits = trained
     for ours, theirs in zip(log(elsewhere, "tiny"), log(folder, "tiny"), strict=True):
@@ -67,7 +66,6 @@ def test_training_is_that_of_the_cpu_and_waits_once_a_step(trained, folder):
     assert set(waits) <= ONCE | NOW_AND_THEN
 
 
-@pytest.mark.xdist_group("elsewhere")
 def test_samples_and_scores_are_those_of_the_cpu(trained, tmp_path):
     save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
     flags = ("--samples", trained[0] / "runs/tiny", "--extractor", tmp_path / "colors.pt", "--num_samples", 20)
@@ -129,7 +127,6 @@ print(json.dumps([[bits(each, device) for each in diffusions] for device in ("cp
 """
 
 
-@pytest.mark.xdist_group("elsewhere")
 def test_on_a_device_without_float64_all_is_as_on_the_cpu(folder, tmp_path):
     save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
     (tmp_path / "bits.py").write_text(BITS)

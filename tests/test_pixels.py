@@ -13,8 +13,6 @@ from processes import run, weights
 from data import open_dataset
 from metrics.perceptual import perceptual_network
 
-pytestmark = pytest.mark.xdist_group("pixels")  # they share a run
-
 PIXELS = {
     "model": "UNet-Mini",
     "model_args": {"channels": [8, 16], "down": ["R"], "middle_channels": [16], "middle": ["A"], "up": ["R"]},
