@@ -42,7 +42,7 @@ def score_values(record):
 WAITS_OF_GUARD = TINY["train"]["num_steps"] + 5  # at three looks and two saves, whether weights are finite
 NOW_AND_THEN = {  # lines of the log, checkpoints
     "training/meter.py",
-    "training/validation.py",
+    "training/inspection.py",
     "checkpoints/averages.py",
     "machine/sharding.py",
 }
