@@ -22,13 +22,8 @@ NUM_SHAPES = 6000  # of each difficulty
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """Steps of `sizes[i]` images of source `i`, each source in epochs that are permutations, laid end to end.
-
-    What a step holds is a function of (seed, step, position in the global batch), of which each process has its share.
-
-    Raises:
-        ValueError: when processes do not divide the batch.
-    """
+    """Steps of `sizes[i]` images of source `i`, each source in epochs that are permutations, laid end to end. What a
+    step holds is a function of (seed, step, position in the global batch), of which each process has its share."""
 
     sources: Sequence[Any]  # of datasets of `data`, or several of them one after the other
     sizes: Sequence[int]
@@ -50,10 +45,11 @@ class ImageBatches:
         """This process's share of the batches from a step on, without end; `order` numbers the permutations."""
         share = slice(self.rank, None, self.num_ranks)
         steps = (self.indices(number, order)[share] for number in count(step))
-        mirrored = (self._mirrored(number)[share] for number in count(step))
         loader = DataLoader(ConcatDataset(self.sources), batch_sampler=steps, num_workers=self.num_workers)
-        for (images, _), flip in zip(loader, mirrored, strict=False):
-            yield torch.where(flip[:, None, None, None], images.flip(-1), images)
+        for number, (images, _) in enumerate(loader, start=step):
+            draw = generator_for(self.seed, "mirrored", number)
+            mirrored = torch.rand(self.batch_size, generator=draw)[share] < 0.5
+            yield torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
     def indices(self, step: int, order: int = 0) -> list[int]:
         """The images of a step's global batch, counted through all sources."""
@@ -69,25 +65,17 @@ class ImageBatches:
         draw = generator_for(self.seed, "posterior", step, device=device)
         return torch.randn(self.batch_size, *shape, generator=draw, device=device)[self.rank :: self.num_ranks]
 
-    def _mirrored(self, step: int) -> Tensor:
-        return torch.rand(self.batch_size, generator=generator_for(self.seed, "mirrored", step)) < 0.5
-
 
 def open_batches(config: AutoencodingConfig, rank: int, num_ranks: int) -> ImageBatches:
-    """The training images, joined by procedural shapes where a share of them is asked for.
-
-    Raises:
-        ValueError: for a share that leaves nothing of either.
-    """
+    """The training images, joined by procedural shapes where a share of them is asked for."""
     batch_size = config.train.batch_size
     num_shapes = round(config.shapes_share * batch_size)
-    if not 0 <= num_shapes < batch_size:
+    if num_shapes == batch_size:
         raise ValueError(f"--shapes_share {config.shapes_share}: leaves no images in a batch of {batch_size}")
     sources: list[Any] = [open_split(config.data, "train")]
-    sizes = [batch_size - num_shapes]
     if num_shapes:
         sources.append(ConcatDataset(list(open_shapes(config, "train").values())))
-        sizes.append(num_shapes)
+    sizes = [batch_size - num_shapes, num_shapes][: len(sources)]
     return ImageBatches(sources, sizes, config.train.seed, rank, num_ranks, config.train.num_workers)
 
 
@@ -99,10 +87,7 @@ def open_held_out(config: AutoencodingConfig) -> dict[str, Any]:
 
 def open_shapes(config: AutoencodingConfig, split: str) -> dict[str, Dataset]:
     """A data set of procedural shapes for each difficulty, by name."""
-    size = config.data.image_size
+    settings: dict[str, Any] = {"split": split, "image_size": config.data.image_size, "num_images": NUM_SHAPES}
     return {
-        f"shapes_{difficulty}": open_dataset(
-            "shapes", split=split, image_size=size, num_images=NUM_SHAPES, difficulty=difficulty
-        )
-        for difficulty in DIFFICULTIES
+        f"shapes_{difficulty}": open_dataset("shapes", difficulty=difficulty, **settings) for difficulty in DIFFICULTIES
     }

@@ -18,8 +18,8 @@ Critic = Callable[[Tensor], Tensor]  # images to logits, positive for real ones
 
 
 class Adversarial(NamedTuple):
-    """A game: what the discriminator minimises, of logits of real and of reconstructed patches, and what the
-    autoencoder does, of logits of reconstructed ones."""
+    """What the discriminator minimises, of logits of real and of reconstructed patches, and what the autoencoder does,
+    of logits of reconstructed ones."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     autoencoder: Callable[[Tensor], Tensor]
@@ -29,7 +29,6 @@ ADVERSARIAL = {
     "hinge": Adversarial(lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)) / 2, lambda fake: -fake),
     "bce": Adversarial(lambda real, fake: (F.softplus(-real) + F.softplus(fake)) / 2, lambda fake: F.softplus(-fake)),
 }
-ERRORS: dict[str, Callable[[Tensor], Tensor]] = {"l1": torch.abs, "l2": torch.square}
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class AutoencoderObjective:
         """`(error + perceptual) / exp(s) + s`: up to a constant, the negative log-likelihood of the pixels under a
         Laplace distribution of scale exp(s), or twice that under a normal one of variance exp(s), if it were not for
         the perceptual part."""
-        error = _mean(ERRORS[self.config.error](reconstruction - images))
+        difference = reconstruction - images
+        error = _mean(difference.abs() if self.config.error == "l1" else difference.square())
         perceptual = torch.zeros_like(error)
         if self.network is not None:
             with torch.no_grad():
@@ -82,11 +82,13 @@ class AutoencoderObjective:
                 logits = critic(pixels).float()
             terms["adversarial"] = _mean(ADVERSARIAL[self.discriminator.loss].autoencoder(logits))
             (opinion,) = torch.autograd.grad(terms["adversarial"].mean(), pixels)
-            ours, theirs = (
-                accelerator.reduce(_at_last_layer(reconstruction, autoencoding, of_pixels), "mean")
-                for of_pixels in (gradient, opinion)
-            )
-            adaptive = adaptive_weight(ours, theirs, self.discriminator.max_adaptive)  # pyright: ignore
+
+            def at_last_layer(of_pixels: Tensor) -> Tensor:
+                layer = autoencoding.autoencoder.decoder.conv_out.weight
+                (of_layer,) = torch.autograd.grad(reconstruction, layer, of_pixels, retain_graph=True)
+                return accelerator.reduce(of_layer, "mean")  # pyright: ignore[reportReturnType]
+
+            adaptive = adaptive_weight(at_last_layer(gradient), at_last_layer(opinion), self.discriminator.max_adaptive)
             # An opinion that is not finite does not count; the discriminator's own guard sees to it.
             adaptive, opinion = (torch.nan_to_num(tensor, 0.0, 0.0, 0.0) for tensor in (adaptive, opinion))
             weight = self.discriminator.weight * adaptive
@@ -115,35 +117,26 @@ class AutoencoderObjective:
 def build_objective(
     config: LossConfig, discriminator: DiscriminatorConfig, device: torch.device
 ) -> AutoencoderObjective:
-    """The objective of a configuration.
-
-    Raises:
-        ValueError: when the perceptual network cannot be had, saying what can be used in its place.
-    """
-    if config.perceptual is None and config.heads is not None:
-        raise ValueError(f"--loss.heads {config.heads}: it belongs to --loss.perceptual lpips, which is null")
-    network = None
-    if config.perceptual is not None:
-        try:
-            network = perceptual_network(config.perceptual, config.heads).to(device)
-        except ValueError as error:
-            raise ValueError(f"--loss.perceptual: {error}, or null for none") from error
+    """A ValueError says what can be used in place of a perceptual network that cannot be had."""
+    if config.perceptual is None:
+        if config.heads is not None:
+            raise ValueError(f"--loss.heads {config.heads}: it belongs to --loss.perceptual lpips, which is null")
+        return AutoencoderObjective(config, discriminator, None)
+    try:
+        network = perceptual_network(config.perceptual, config.heads).to(device)
+    except ValueError as error:
+        raise ValueError(f"--loss.perceptual: {error}, or null for none") from error
     return AutoencoderObjective(config, discriminator, network)
 
 
 def kl_divergence(mean: Float[Tensor, "b c h w"], log_variance: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """From the posterior to a standard normal (Kingma and Welling 2014, appendix B), the mean over the latent's
-    values, in nats."""
+    """From the posterior to a standard normal (Kingma and Welling 2014, appendix B), in nats a value of the latent."""
     return _mean((mean.square() + log_variance.exp() - 1 - log_variance) / 2)
 
 
 def adaptive_weight(likelihood: Tensor, adversarial: Tensor, at_most: float) -> Float[Tensor, ""]:
     """How much more the first gradient weighs than the second (Esser et al. 2021, eq. 7)."""
     return (likelihood.norm() / (adversarial.norm() + 1e-6)).clamp(max=at_most)
-
-
-def _at_last_layer(reconstruction: Tensor, autoencoding: Autoencoding, gradient: Tensor) -> Tensor:
-    return torch.autograd.grad(reconstruction, autoencoding.last_layer, gradient, retain_graph=True)[0]
 
 
 def _mean(values: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:

@@ -3,20 +3,22 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from einops import einsum, reduce
+from einops import einsum, rearrange, reduce
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoders.codec import EMBEDDED, LatentCodec, weights_sha256
-from autoencoding.comparisons import draw_reconstructions, draw_spectra
+from data.subsets import stratified
 from evaluation.record import provenance, table, write_json
 from evaluation.scoring import open_scorer, summarise
 from evaluation.sources import Source, from_dataset, reconstructions
@@ -28,8 +30,11 @@ from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, exact, psnr, spatial_frequencies, spectrum, ssim
 from metrics.scores import Score
 from sampling.generation import share
+from sampling.image_files import save_labelled
 
 ACTIVE = 0.01  # a unit whose posterior mean varies less over images is dead (Burda et al. 2016, section 5.2)
+AMPLIFIED = 3  # times that differences are drawn of what they are, around grey
+COLUMNS = 10
 
 
 @dataclass(frozen=True)
@@ -45,24 +50,14 @@ class Distance:
         x, y = (self.network(batch.float() / 127.5 - 1).float().flatten(1) for batch in (images, others))
         return (x - y).square().mean(dim=1)
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Which network images are compared by, for a record."""
-        sha256 = None if self.network is None else weights_sha256(self.network.state_dict())
-        return {"name": self.name, "sha256": sha256, "reason": self.reason}
-
 
 def open_distance(network: str, heads: str | None, device: torch.device) -> Distance:
-    """By `--perceptual` and `--heads`; where its weights cannot be downloaded it holds the reason.
-
-    Raises:
-        ValueError: for a file that there is not, or that is no network.
-    """
+    """By `--perceptual` and `--heads`; where weights cannot be downloaded it holds the reason, where a file is missing
+    or no network it is a ValueError."""
     if network not in NETWORKS and not Path(network).is_file():
-        known = ", ".join(NETWORKS)
         raise ValueError(
-            f"--perceptual {network}: no such file; choose from {known}, or give a program that you trust, "
-            "a .pt2 or TorchScript file"
+            f"--perceptual {network}: no such file; choose from {', '.join(NETWORKS)}, or give a program that you "
+            "trust, a .pt2 or TorchScript file"
         )
     if heads is not None and network != "lpips":
         raise ValueError(f"--heads {heads}: they are of --perceptual lpips, not of {network}; leave them out")
@@ -88,48 +83,43 @@ class Measured:
     kept: list[float]  # of their reconstructions
 
 
-Compare = Callable[[Tensor, Tensor], Float[Tensor, " b"]]
-
-
 @torch.inference_mode()
 def measure(
     codec: LatentCodec, images: Source, distance: Distance, accelerator: Accelerator, batch_size: int
 ) -> Measured:
-    """Means over images, of which each process takes a share."""
-    compared: dict[str, Compare] = {"psnr": psnr, "ssim": ssim}
+    """Means over images, of which each process takes a share; they come back as the decoded mean of the posterior."""
+    compared: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     if distance.network is not None:
         compared[distance.name] = distance
-    mine, show = share(images.num_images, accelerator), accelerator.is_main_process
+    indices, quiet = share(images.num_images, accelerator), not accelerator.is_main_process
     sums: dict[str, Any] = defaultdict(float)
-    with tqdm(total=len(mine), desc=codec.source, unit="img", leave=False, disable=not show) as bar:
-        for batch in images.batches(mine, batch_size):
-            for name, values in terms_of(codec, batch.images.to(accelerator.device), compared).items():
+    with tqdm(total=len(indices), desc=codec.source, unit="img", leave=False, disable=quiet) as bar:
+        for batch in images.batches(indices, batch_size):
+            originals = batch.images.to(accelerator.device)
+            mean, std = posterior(codec, originals)
+            reconstructed = codec.decode(mean.float().to(originals.device))
+            terms = {name: compare(originals, reconstructed) for name, compare in compared.items()} | {
+                "power": spectrum(originals),
+                "kept": spectrum(reconstructed),
+                "mean": mean,
+                "square": mean**2,
+                "product": einsum(mean, mean, "b c h w, b d h w -> b c d") / mean[0, 0].numel(),
+                "within": reduce(std**2, "b c h w -> b c", "mean"),
+            }
+            for name, values in terms.items():
                 sums[name] = sums[name] + exact(values).sum(dim=0).cpu()
-            bar.update(len(batch.images))
+            bar.update(len(originals))
     parts = gather_object([dict(sums)])
     names = dict.fromkeys(name for part in parts for name in part)
     means: dict[str, Any] = {name: sum(part.get(name, 0.0) for part in parts) / images.num_images for name in names}
-    scores = {name: _score(means[name].item()) for name in compared}
+    scores = {}
+    for name in compared:
+        value = means[name].item()
+        reason = None if isfinite(value) else f"its mean is {value}: an image came back exactly"
+        scores[name] = Score(None if reason else value, reason=reason)
     if distance.network is None:
         scores[distance.name] = Score(None, reason=distance.reason)
     return Measured(scores, latent_statistics(codec, means), means["power"].tolist(), means["kept"].tolist())
-
-
-def terms_of(
-    codec: LatentCodec, images: UInt8[Tensor, "b 3 H W"], compared: Mapping[str, Compare]
-) -> dict[str, Float[Tensor, "b ..."]]:
-    """What there is to average, for each image; what comes back is the decoded mean of the posterior."""
-    mean, spread = posterior(codec, images)
-    back = codec.decode(mean.float().to(images.device))
-    return {
-        **{name: compare(images, back) for name, compare in compared.items()},
-        "power": spectrum(images),
-        "kept": spectrum(back),
-        "mean": mean,
-        "square": mean**2,
-        "product": einsum(mean, mean, "b c h w, b d h w -> b c d") / mean[0, 0].numel(),
-        "within": reduce(spread**2, "b c h w -> b c", "mean"),
-    }
 
 
 def posterior(
@@ -166,15 +156,6 @@ def latent_statistics(codec: LatentCodec, means: dict[str, Tensor]) -> dict[str,
     }
 
 
-def speeds(codec: LatentCodec, images: UInt8[Tensor, "b 3 H W"]) -> dict[str, float]:
-    """Of this device, in batches of this size."""
-    x_0 = codec.encode(images)
-    how: dict[str, Any] = {"batch_size": len(images), "num_repeats": 3, "device": images.device}
-    encode = throughput(lambda: codec.prepare(images), **how)
-    decode = throughput(lambda: codec.decode(x_0), **how)
-    return {"encode img/s": round(encode, 1), "decode img/s": round(decode, 1)}
-
-
 def measure_autoencoders(
     names: Sequence[str],
     data: DataConfig,
@@ -194,7 +175,7 @@ def measure_autoencoders(
     scorer, reference = open_scorer(data, accelerator, evaluation)
     extractor = scorer.extractor
     images = from_dataset(open_split(data, "test"), "held-out images", evaluation.num_samples, evaluation.seed)
-    first = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
+    batch = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
 
     rows, measured = [], {}
     for codec in codecs:
@@ -202,7 +183,11 @@ def measure_autoencoders(
         measured[codec.source] = measure(codec, images, distance, accelerator, evaluation.batch_size)
         scores, _ = scorer.score(source, reference)
         scores = replace(scores, scores={**measured[codec.source].scores, **scores.scores})
-        speed = speeds(codec, first) if accelerator.is_main_process else {}
+        speed = {}
+        if accelerator.is_main_process:
+            timed: dict[str, Any] = {"batch_size": len(batch), "num_repeats": 3, "device": batch.device}
+            speed["encode img/s"] = round(throughput(partial(codec.prepare, batch), **timed), 1)
+            speed["decode img/s"] = round(throughput(partial(codec.decode, codec.encode(batch)), **timed), 1)
         about = {**source.provenance, **speed, "device": str(accelerator.device)}
         rows.append(summarise(replace(source, name=codec.source, provenance=about), [scores]))
     if not accelerator.is_main_process:
@@ -212,9 +197,10 @@ def measure_autoencoders(
     pictures = [path.with_name(f"{path.stem}-{name}.png") for name in ("reconstructions", "spectrum")]
     frequencies = spatial_frequencies(data.image_size, data.image_size).tolist()
     powers = {"held-out images": measured[codecs[0].source].power} | {name: of.kept for name, of in measured.items()}
+    sha256 = None if distance.network is None else weights_sha256(distance.network.state_dict())
     record = {
         **provenance(rows, reference, scorer),
-        "perceptual": distance.provenance,
+        "perceptual": {"name": distance.name, "sha256": sha256, "reason": distance.reason},
         "latents": {name: of.latents for name, of in measured.items()},
         "spectrum": {"cycles_per_pixel": frequencies, **powers},
     }
@@ -235,11 +221,7 @@ def measure_autoencoders(
 
 
 def open_codec(name: str, image_size: int) -> LatentCodec:
-    """An autoencoder that fits the images.
-
-    Raises:
-        ValueError: for one that does not, and for pixels.
-    """
+    """An autoencoder that fits the images; another one, and pixels, are refused."""
     if name == "pixel":
         raise ValueError("--autoencoder pixel: pixels come back as they were; give an autoencoder")
     if image_size < WINDOW:
@@ -259,13 +241,50 @@ def default_output(codecs: Sequence[LatentCodec]) -> Path:
 def in_words(latents: dict[str, Any]) -> str:
     """The statistics of all channels in a line."""
     correlation = torch.tensor(latents["correlation"]).fill_diagonal_(0).abs().max().item()
-    low, high = ({name: pick(latents[name]) for name in ("mean", "std", "posterior_std")} for pick in (min, max))
-    ranges = ", ".join(f"{name.replace('_', ' ')} {low[name]:.3f} to {high[name]:.3f}" for name in low)
+    ranges = [
+        f"{name.replace('_', ' ')} {min(latents[name]):.3f} to {max(latents[name]):.3f}"
+        for name in ("mean", "std", "posterior_std")
+    ]
     return (
-        f"{latents['channels']} channels, 1/{latents['factor']} of the side; {ranges}, correlations up to "
+        f"{latents['channels']} channels, 1/{latents['factor']} of the side; {', '.join(ranges)}, correlations up to "
         f"{correlation:.2f}, {latents['dead_channels']:.0%} of the channels dead"
     )
 
 
-def _score(value: float) -> Score:
-    return Score(value) if isfinite(value) else Score(None, reason=f"its mean is {value}: an image came back exactly")
+def draw_reconstructions(images: Source, codecs: Sequence[LatentCodec], device: torch.device, path: Path) -> None:
+    """Some images of the classes, and for each autoencoder what comes back of them and by how much it differs."""
+    labels = torch.zeros(images.num_images).long() if images.labels is None else images.labels
+    originals = images.images(stratified(labels, min(COLUMNS, images.num_images), seed=0))
+    rows = [("input", originals)]
+    for codec in codecs:
+        name = "reconstruction" if len(codecs) == 1 else Path(codec.source).name
+        reconstructed = codec.decode(codec.encode(originals.to(device))).cpu()
+        difference = AMPLIFIED * (reconstructed.float() - originals.float()) + 127.5
+        rows.append((name, reconstructed))
+        rows.append((f"difference x{AMPLIFIED}", difference.clamp(0, 255).to(torch.uint8)))
+    tiles = [(name, list(rearrange(row, "n c h w -> n h w c").numpy())) for name, row in rows]
+    save_labelled(tiles, [], path, scale=max(1, 128 // originals.shape[-1]))
+
+
+def draw_spectra(frequencies: Sequence[float], powers: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Power by spatial frequency, of the images (the first of `powers`) and of reconstructions, and below it their
+    ratio: under 1 detail is lost, over 1 it was made up."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    (first, images), *others = powers.items()
+    above.plot(frequencies, images, color="black", linewidth=1.5, label=first)
+    for name, power in others:
+        ratio = np.divide(power, images, out=np.full(len(power), np.nan), where=np.array(images) > 1e-12)
+        (line,) = above.plot(frequencies, power, linewidth=1.5, label=name)
+        below.plot(frequencies, ratio, color=line.get_color(), linewidth=1.5)
+    above.set(yscale="log", ylabel="power")
+    above.legend(frameon=False, fontsize=8)
+    below.axhline(1.0, color="black", linewidth=0.8)
+    below.set(xlabel="spatial frequency (cycles a pixel)", ylabel="reconstructed / input", xlim=(0, 0.5))
+    below.set_ylim(bottom=0)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

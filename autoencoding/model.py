@@ -1,4 +1,4 @@
-"""An AutoencoderKL while it is trained, and what is written of it."""
+"""An AutoencoderKL while it is trained, its optimizers, and what is written of it."""
 
 import filecmp
 import json
@@ -12,8 +12,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from autoencoders.codec import LatentCodec
-from autoencoding.autoencoder_config import ArchitectureConfig, AutoencodingConfig
+from autoencoding.autoencoder_config import ArchitectureConfig, AutoencoderOptimConfig, AutoencodingConfig
 from machine.whole_files import whole
+from training.muon import Muon
 
 
 class Coded(NamedTuple):
@@ -35,21 +36,16 @@ class Autoencoding(nn.Module):
     def __init__(self, autoencoder: Any, *, learned_variance: bool, decoder_only: bool = False) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        scale = torch.zeros(())
         if learned_variance:
-            self.log_scale = nn.Parameter(scale)
+            self.log_scale = nn.Parameter(torch.zeros(()))
         else:
-            self.register_buffer("log_scale", scale)
+            self.register_buffer("log_scale", torch.zeros(()))
         if decoder_only:
             for part in encoding_parts(autoencoder):
                 part.requires_grad_(False)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """Of a square image's latent.
-
-        Raises:
-            ValueError: when the reduction does not divide the image.
-        """
+        """Of a square image's latent; a size that the reduction does not divide is refused."""
         config = self.autoencoder.config
         factor = 2 ** (len(config.block_out_channels) - 1)
         if image_size % factor:
@@ -59,16 +55,25 @@ class Autoencoding(nn.Module):
             )
         return config.latent_channels, image_size // factor, image_size // factor
 
-    @property
-    def last_layer(self) -> Tensor:
-        """The weights that pixels come out of."""
-        return self.autoencoder.decoder.conv_out.weight
-
     def forward(self, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"]) -> Coded:
         """What comes back of `images`, which lie in [-1, 1]."""
         posterior = self.autoencoder.encode(images).latent_dist
         z = posterior.mean + posterior.std * noise
         return Coded(self.autoencoder.decode(z).sample, posterior.mean, posterior.logvar)
+
+
+def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) -> dict[str, torch.optim.Optimizer]:
+    """By name: AdamW, or Muon on the matrices with AdamW on the rest, which includes the first and last layers, whose
+    rows are colours."""
+    autoencoder = model.autoencoder
+    ends = {autoencoder.encoder.conv_in.weight, autoencoder.decoder.conv_out.weight}
+    rest, optimizers = [parameter for parameter in model.parameters() if parameter.requires_grad], {}
+    if config.muon_lr is not None:
+        matrices = [parameter for parameter in rest if parameter.ndim > 1 and parameter not in ends]
+        rest = [parameter for parameter in rest if parameter.ndim <= 1 or parameter in ends]
+        optimizers["muon"] = Muon(matrices, lr=config.muon_lr, weight_decay=0.0)
+    of_adamw: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
+    return {**optimizers, "adamw": torch.optim.AdamW(rest, config.lr, **of_adamw)}
 
 
 def encoding_parts(autoencoder: Any) -> list[nn.Module]:
@@ -80,62 +85,51 @@ def build_autoencoder(config: AutoencodingConfig) -> Any:
     """A fresh AutoencoderKL, or the one to start from.
 
     Raises:
-        ValueError: in words, for a shape that does not fit together, or an encoder that float16 would change.
+        ValueError: for a shape that does not fit together, or an encoder that float16 would change.
     """
-    if config.init_from is not None:
-        autoencoder = LatentCodec(config.init_from).autoencoder
-        if type(autoencoder).__name__ != "AutoencoderKL":
-            raise ValueError(f"--init_from {config.init_from}: not an AutoencoderKL, it has no posterior to train")
-        if config.decoder_only and config.half:
-            _check_half(autoencoder)
-        return autoencoder.requires_grad_(True).train()
-    if config.decoder_only:
-        raise ValueError("--decoder_only: there is no encoder to leave as it is; give --init_from")
-    return create_autoencoder(config.architecture, config.data.image_size)
+    if config.init_from is None:
+        if config.decoder_only:
+            raise ValueError("--decoder_only: there is no encoder to leave as it is; give --init_from")
+        return create_autoencoder(config.architecture, config.data.image_size)
+    autoencoder = LatentCodec(config.init_from).autoencoder
+    if type(autoencoder).__name__ != "AutoencoderKL":
+        raise ValueError(f"--init_from {config.init_from}: not an AutoencoderKL, it has no posterior to train")
+    weights = [weight for part in encoding_parts(autoencoder) for weight in part.state_dict().values()]
+    if config.decoder_only and config.half and any(not torch.equal(w.half().float(), w) for w in weights):
+        raise ValueError("--half: rounding the encoder would change its latents, which --decoder_only promises not to")
+    return autoencoder.requires_grad_(True).train()
 
 
 def create_autoencoder(config: ArchitectureConfig, image_size: int) -> Any:
-    """An AutoencoderKL with fresh weights.
-
-    Raises:
-        ValueError: for a shape that does not fit together, naming the flag.
-    """
+    """An AutoencoderKL with fresh weights; a shape that does not fit together is refused."""
     from diffusers import AutoencoderKL
 
-    odd = [width for width in config.channels if width % config.norm_groups]
-    if odd:
-        raise ValueError(
-            f"--architecture.norm_groups {config.norm_groups} must divide --architecture.channels {odd[0]}"
-        )
-    levels = len(config.channels)
-    autoencoder: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-        block_out_channels=tuple(config.channels),  # pyright: ignore[reportArgumentType]
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_groups,
-        sample_size=image_size,
-        mid_block_add_attention=config.attention,
-    )
+    for width in config.channels:
+        if width % config.norm_groups:
+            raise ValueError(
+                f"--architecture.norm_groups {config.norm_groups} must divide --architecture.channels {width}"
+            )
+    shape: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(config.channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(config.channels),
+        "block_out_channels": tuple(config.channels),
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_groups,
+        "mid_block_add_attention": config.attention,
+    }
+    autoencoder: Any = AutoencoderKL(sample_size=image_size, **shape)
     # A posterior that starts narrow: otherwise the first hundreds of steps go into escaping its noise.
     nn.init.constant_(autoencoder.quant_conv.bias[config.latent_channels :], -5.0)
     return autoencoder.train()
 
 
-def _check_half(autoencoder: Any) -> None:
-    """Whether an encoder that must stay as it is can be written in float16."""
-    weights = [tensor for part in encoding_parts(autoencoder) for tensor in part.state_dict().values()]
-    if any(not torch.equal(tensor.half().float(), tensor) for tensor in weights):
-        raise ValueError("--half: rounding the encoder would change its latents, which --decoder_only promises not to")
-
-
 @torch.inference_mode()
-def measure_latents(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int = 64) -> tuple[float, float]:
+def measure_latents(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"]) -> tuple[float, float]:
     """Scale and shift that give posterior draws of these images unit variance and zero mean."""
     draw = torch.Generator().manual_seed(0)
     latents = []
-    for batch in images.split(batch_size):
+    for batch in images.split(64):
         posterior = autoencoder.encode(batch.to(autoencoder.device).float() / 127.5 - 1).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=draw).to(autoencoder.device)
         latents.append(posterior.mean + posterior.std * noise)
@@ -153,10 +147,8 @@ def finish(
     half: bool,
 ) -> None:
     """Write diffusers' folder format, and `metrics.json` beside it; whole, or as it was. Another autoencoder that is
-    there already is kept beside it: nothing else decodes what was trained on its latents.
-
-    With `measure` the scale and shift of latents are those of `images`, else the autoencoder's own stay.
-    """
+    there already is kept beside it: nothing else decodes what was trained on its latents. With `measure` the scale and
+    shift of latents are those of `images`, else the autoencoder's own stay."""
     if measure:
         scale, shift = measure_latents(autoencoder, images)
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)

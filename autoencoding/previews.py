@@ -20,9 +20,9 @@ from training.run import Run
 COLUMNS = 12
 
 
-def pick(images: Any, at_most: int | None = None) -> UInt8[Tensor, "n 3 h w"]:
-    """Of a dataset of `data`, all or so many, of each class its share."""
-    chosen = stratified(images.labels, min(at_most or len(images), len(images)), seed=0)
+def pick(images: Any, at_most: int) -> UInt8[Tensor, "n 3 h w"]:
+    """Of a dataset of `data` so many, of each class its share."""
+    chosen = stratified(images.labels, min(at_most, len(images)), seed=0)
     return torch.cat([batch.images for batch in image_batches(images, 256, indices=chosen)])
 
 
@@ -48,7 +48,6 @@ class Previews:
     run: Run[AutoencodingConfig]
     ema: EMA
     held_out: Mapping[str, Any]
-    batch_size: int
 
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
         """What to look at after a step; the last look comes when all is saved."""
@@ -58,10 +57,10 @@ class Previews:
         """A row of each kind and below it their reconstructions; the PSNR of more of them."""
         if not self.run.is_main:
             return {}
-        autoencoder, rows, values = self.ema.model.autoencoder, [], {}
+        autoencoder, config, rows, values = self.ema.model.autoencoder, self.run.config, [], {}
         for name, dataset in self.held_out.items():
-            images = pick(dataset, self.run.config.log.num_validation)
-            values[f"psnr_{name}"] = mean_psnr(autoencoder, images, self.batch_size)
+            images = pick(dataset, config.log.num_validation)
+            values[f"psnr_{name}"] = mean_psnr(autoencoder, images, config.train.batch_size)
             shown = images[stratified(torch.zeros(len(images)).long(), min(COLUMNS, len(images)), seed=0)]
             rows += [shown, reconstruct(autoencoder, shown, COLUMNS)]
         self.run.show(torch.cat(rows), columns=len(rows[0]))

@@ -1,4 +1,4 @@
-"""From a configuration to objects, and what happens to them: batches, averages, checkpoints, generation."""
+"""From command line and YAML to a configuration, and from that to objects."""
 
 import sys
 

@@ -5,8 +5,6 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from torch import nn
-
 from autoencoders.codec import Codec
 from diffusion import Diffusion
 from experiment.config import ExperimentConfig
@@ -16,13 +14,11 @@ import_module("studies.cascade.three_stages")  # registers its backbone, as a mo
 
 
 def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num_classes: int) -> ModelSpec:
-    """The backbone that fits codec, diffusion and data.
-
-    Raises:
-        ValueError: for one that does not have the parts which the diffusion trains.
-    """
+    """The backbone that fits codec, diffusion and data; one without the parts that the diffusion trains is refused."""
     parts: Mapping[str, Any] = getattr(diffusion, "model_args", {})  # of a backbone that is trained part by part
-    fitting = [name for name, (backbone, _) in BACKBONES.items() if parts.keys() <= parameters(backbone)]
+    fitting = [
+        name for name, (backbone, _) in BACKBONES.items() if parts.keys() <= signature(backbone).parameters.keys()
+    ]
     if config.model in BACKBONES and config.model not in fitting:
         raise ValueError(f"--model {config.model}: kind {config.diffusion.kind} takes --model {', '.join(fitting)}")
     channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
@@ -34,8 +30,3 @@ def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num
         out_channels=diffusion.output_channels(channels),
         num_classes=num_classes,
     )
-
-
-def parameters(backbone: type[nn.Module]) -> set[str]:
-    """Names of its constructor's arguments."""
-    return set(signature(backbone).parameters)

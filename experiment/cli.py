@@ -47,10 +47,9 @@ complete -o default -o filenames -F _behind_launcher python python3 accelerate t
 
 
 class Parser(ArgumentParser):
-    """Says in a line what does not fit, with the nearest flag, where jsonargparse prints the usage of all."""
+    """Says in two lines what does not fit, with the nearest flag, where jsonargparse prints the usage of all."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message in two lines and exit with status 2."""
         words = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(message.split()))
         words = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", words)
         if unknown := re.search(r"unrecognized arguments: --([\w.]+)|ption '([\w.]+)'", words):
@@ -64,28 +63,21 @@ class Parser(ArgumentParser):
         raise SystemExit(2) from None
 
     def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:
-        """Of bash, also behind `python`."""
         script = super().get_completion_script(completion_type, **kwargs)
         return script + BEHIND_LAUNCHERS if completion_type == "shtab-bash" else script
 
 
 def keep_names(values: Any, text: str) -> Any:
-    """What YAML made of a text, with lists of names as they are written: 007, no, null and 1e3 can be names.
+    """What YAML made of a text, with lists of names as they are written: 007, no, null and 1e3 can be names."""
 
-    Raises:
-        yaml.YAMLError: for what is no YAML.
-    """
+    def kept(key: Any, value: Any, written: Any) -> Any:
+        if str(key).rpartition(".")[2] in NAMES and isinstance(written, list):
+            return written
+        if isinstance(value, dict):
+            return {key: kept(key, inner, written.get(str(key))) for key, inner in value.items()}
+        return value
 
-    def kept(value: Any, written: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        both = {key: (each, written.get(str(key))) for key, each in value.items()}
-        return {
-            key: pair[1] if str(key).rpartition(".")[2] in NAMES and isinstance(pair[1], list) else kept(*pair)
-            for key, pair in both.items()
-        }
-
-    return kept(values, yaml.load(text, yaml.BaseLoader)) if isinstance(values, dict) else values
+    return kept("", values, yaml.load(text, yaml.BaseLoader))
 
 
 def load_strict_yaml(text: str) -> Any:
@@ -98,12 +90,8 @@ set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
 
 
 def parse(config_class: type[T], arguments: list[str] | None = None, *, stored_in: Path | None = None) -> T:
-    """Flags and `--config FILE.yaml` into a frozen dataclass; unknown keys are refused, `imports` loaded, which are the
-    user's own or `stored_in` a run.
-
-    Raises:
-        SystemExit: with a message that names the flag, when an argument does not fit.
-    """
+    """Flags and `--config FILE.yaml` into a frozen dataclass; what does not fit ends the program with a message that
+    names the flag. `imports` are loaded first, which are the user's own or `stored_in` a run."""
     arguments = written_out(config_class, sys.argv[1:] if arguments is None else arguments)
     quoted = quote_names(config_class, arguments)
     load_imports(named_imports(quoted), stored_in=stored_in)  # what they register has settings, which are flags
@@ -136,20 +124,16 @@ def named_imports(arguments: list[str]) -> list[str]:
 
 
 def run_program(program: Callable[..., Any] | list[Callable[..., Any]], *, as_positional: bool = False) -> None:
-    """A function, or one of several by its name; its arguments are flags, and what does not fit is told as by `parse`.
-
-    Raises:
-        SystemExit: with a message that names the flag, when an argument does not fit.
-    """
+    """A function, or one of several by its name, whose arguments are flags; what does not fit is told as by `parse`."""
     auto_cli(program, as_positional=as_positional, parser_class=Parser, allow_abbrev=False)
 
 
 def written_out(config_class: type, arguments: list[str]) -> list[str]:
     """The arguments, with `--guidance_scale` as `--sampling.guidance_scale` where the group `sampling` is `short`."""
-    kinds, settings = get_type_hints(config_class), {each.name: each for each in fields(config_class)}
-    groups = [name for name, each in settings.items() if each.metadata.get("short")]
-    names = {each.name: f"{group}.{each.name}" for group in groups for each in fields(kinds[group])}
-    names |= {name: name for name in settings}
+    kinds, settings = get_type_hints(config_class), fields(config_class)
+    groups = [setting.name for setting in settings if setting.metadata.get("short")]
+    names = {inner.name: f"{group}.{inner.name}" for group in groups for inner in fields(kinds[group])}
+    names |= {setting.name: setting.name for setting in settings}
     return [re.sub(r"(?<=^--)\w+", lambda name: names.get(name[0], name[0]), argument) for argument in arguments]
 
 
@@ -158,14 +142,13 @@ def quote_names(config_class: type, arguments: list[str]) -> list[str]:
     lists = [f"--{flag}" for flag in lists_of_names(config_class)]
     quoted, before = [], ""
     for argument in arguments:
-        flag, given, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
-        before = "" if given or not argument.startswith("--") else argument
+        flag, equals, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        before = "" if equals or not argument.startswith("--") else argument
         if flag in lists and value:
-            try:
+            names = None
+            with suppress(yaml.YAMLError):
                 names = yaml.load(value, yaml.BaseLoader)
-            except yaml.YAMLError:
-                names = value
-            argument = f"{flag}=" * bool(given) + json.dumps(names if isinstance(names, list) else [value])
+            argument = f"{flag}=" * bool(equals) + json.dumps(names if isinstance(names, list) else [value])
         quoted.append(argument)
     return quoted
 
@@ -185,41 +168,34 @@ def expand_home(config: Any) -> Any:
         return type(config)(Path(config).expanduser()) if str(config).startswith("~/") else config
     if not is_dataclass(config) or isinstance(config, type):
         return config
-    return replace(config, **{each.name: expand_home(getattr(config, each.name)) for each in fields(config)})
+    return replace(config, **{setting.name: expand_home(getattr(config, setting.name)) for setting in fields(config)})
 
 
 @cache
 def parser_of(config_class: type) -> ArgumentParser:
-    """Of a class's fields; building it takes longer than a hundred uses."""
+    """Building it takes longer than a hundred uses."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class)
     return parser
 
 
 def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
-    """The same from nested mappings, as YAML gives them.
-
-    Raises:
-        ValueError: that names the key, when one is unknown or its value does not fit.
-    """
+    """The same from nested mappings, as YAML gives them; a ValueError names the key that does not fit."""
     if imports := values.get("imports"):
         load_imports(imports)
         parser_of.cache_clear()
     parser = parser_of(config_class)
     try:
-        found = parser.instantiate(parser.parse_object(renamed(values)))
+        config = config_class(**vars(parser.instantiate(parser.parse_object(renamed(values)))))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
-    config = config_class(**vars(found))
     check_settings(config, prefix="")
     return config
 
 
 def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
-    """The configuration of a training; `--resume RUN` starts from that run's own `config.yaml`.
-
-    `--resume auto` means the folder of this name where it holds a whole checkpoint, and a fresh run elsewhere.
-    """
+    """The configuration of a training; `--resume RUN` starts from that run's own `config.yaml`, `--resume auto` means
+    the folder of this name where it holds a whole checkpoint, and a fresh run elsewhere."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config = parse(config_class, arguments)
     if config.resume == "auto":
@@ -234,20 +210,13 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
     stored = Path(config.resume) / "config.yaml"
     if not stored.is_file():
         raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist")
-    own = getattr(config, "imports", ())  # else those that the run names
-    return parse(
-        config_class, ["--config", str(stored), *_overruled(stored), *arguments], stored_in=None if own else stored
-    )
-
-
-def _overruled(stored: Path) -> list[str]:
-    """Runs of before one of them said how long wrote down epochs (100) that their number of steps overruled."""
-    try:
+    flags = ["--config", str(stored)]
+    with suppress(yaml.YAMLError, LookupError, TypeError):  # which reading it will tell
         length = yaml.safe_load(stored.read_text())["train"]
-    except (yaml.YAMLError, LookupError, TypeError):  # which reading it will tell
-        return []
-    both = length.get("num_steps") and length.get("num_epochs")
-    return ["--train.num_epochs", "null"] if both else []
+        if length.get("num_steps") and length.get("num_epochs"):  # older runs wrote both; the steps counted
+            flags += ["--train.num_epochs", "null"]
+    named_by = None if getattr(config, "imports", ()) else stored
+    return parse(config_class, [*flags, *arguments], stored_in=named_by)
 
 
 @contextmanager

@@ -1,8 +1,6 @@
-"""The one configuration: frozen dataclasses, read from YAML and flags by jsonargparse.
-
-Attributes, YAML keys and flags share one spelling. Values that follow from others (latent size, channels,
-number of classes) are derived in `experiment.datasets` and never written down. Nothing heavy is imported here,
-so that `--help` answers at once.
+"""The one configuration: frozen dataclasses, read from YAML and flags, which share the attributes' spelling. Values
+that follow from others (latent size, number of classes) are never written down. Nothing heavy is imported here, so that
+`--help` answers at once.
 """
 
 from __future__ import annotations
@@ -159,7 +157,6 @@ class TrainConfig:
     seed: int = within(SEEDS, 0)
 
     def check(self, prefix: str) -> None:
-        """Raises: ValueError, where both numbers say how long."""
         if None not in (self.num_epochs, self.num_steps):
             raise ValueError(
                 f"{prefix}num_epochs {self.num_epochs} beside {prefix}num_steps {self.num_steps}: one of them says how "

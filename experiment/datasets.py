@@ -13,36 +13,19 @@ from machine.accelerator import from_main
 
 
 def data_of(trained_on: DataConfig, asked: DataConfig) -> DataConfig:
-    """A checkpoint's images, where they lie now: `path`, `cache` and `on_error` may be given anew.
-
-    Raises:
-        ValueError: for a setting that would make them others.
-    """
-    given = {name: value for name, value in asdict(asked).items() if value != getattr(DataConfig(), name)}
-    for name, value in given.items():
-        if name not in ("path", "cache", "on_error") and value != getattr(trained_on, name):
-            raise ValueError(
-                f"--data.{name} {value}: the checkpoint's images have {getattr(trained_on, name)}; leave it out"
-            )
-    return replace(trained_on, **given)
+    """A checkpoint's images, where they lie now: `path`, `cache` and `on_error` may change, and nothing else."""
+    changed = {name: value for name, value in asdict(asked).items() if value != getattr(DataConfig(), name)}
+    for name, value in changed.items():
+        trained = getattr(trained_on, name)
+        if name not in ("path", "cache", "on_error") and value != trained:
+            raise ValueError(f"--data.{name} {value}: the checkpoint's images have {trained}; leave it out")
+    return replace(trained_on, **changed)
 
 
 def open_split(config: DataConfig, split: str):
     """The training or test split of the configured images."""
-    return open_dataset(
-        config.path,
-        split=split,
-        image_size=config.image_size,
-        test_fraction=config.test_fraction,
-        split_seed=config.split_seed,
-        exclude_classes=config.exclude_classes,
-        on_error=config.on_error,
-        num_images=config.num_images,
-        difficulty=config.difficulty,
-        min_size=config.min_size,
-        use_labels=config.use_labels,
-        group_near_duplicates=config.group_near_duplicates,
-    )
+    settings = {name: value for name, value in vars(config).items() if name not in ("path", "cache", "flip")}
+    return open_dataset(config.path, split=split, **settings)
 
 
 def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerator, *, flips: bool) -> LatentCache:

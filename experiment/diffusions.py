@@ -10,21 +10,13 @@ from experiment.open_section import settings_of
 
 
 def build_diffusion(config: DiffusionConfig) -> Diffusion:
-    """The diffusion of a configuration.
-
-    Raises:
-        ValueError: for an unknown kind, a setting of another kind, or one that does not fit.
-    """
+    """The diffusion of a configuration; a ValueError names the setting that does not fit."""
     settings = diffusion_settings(config)
     return DIFFUSIONS[config.kind](**settings)
 
 
 def diffusion_settings(config: DiffusionConfig) -> dict[str, Any]:
-    """All that a diffusion of this kind can be told: what the configuration says, and the kind's defaults.
-
-    Raises:
-        ValueError: for an unknown kind, or a setting of another kind.
-    """
+    """All that a diffusion of this kind can be told: what the configuration says, and the kind's defaults."""
     if config.kind not in DIFFUSIONS:
         raise ValueError(f"--diffusion.kind {config.kind}: unknown, choose from {', '.join(DIFFUSIONS)}")
     settings = {kind: settings_of(preset) for kind, preset in DIFFUSIONS.items()}

@@ -15,36 +15,42 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_loaded: dict[str, str] = {}  # as they were given, by name without folders
+RECORD = "latent-diffusion-backbones/imports"
+_loaded: dict[str, str] = {}  # as they were named, by name without folders
 
 
 def load_imports(names: Sequence[str], *, stored_in: Path | str | None = None) -> None:
-    """Import modules by name from Python's path, and .py files.
+    """Import modules by name from Python's path, and .py files; a ValueError says why one cannot be had.
 
     `stored_in` is the run or checkpoint that names them, None where the user does. What such a one names is taken for
-    loaded where the user has already given a file of the same name, wherever that lies.
-
-    Raises:
-        ValueError: for one that is missing, fails, or is named by a checkpoint and was never given by the user.
+    loaded where the user has already loaded a file of the same name, wherever that lies.
     """
     for name in names:
         file = Path(name).expanduser() if name.endswith(".py") else None
-        if stored_in is not None and (file.name if file else name) in _loaded:
+        key = file.name if file else name
+        if stored_in is not None and key in _loaded:
             continue
         if file and not file.is_file():
             named = f"{stored_in} names it, and it is not here" if stored_in else "no such file"
-            raise ValueError(f"--imports {name}: {named}; give --imports the path of {file.name}")
+            raise ValueError(f"--imports {name}: {named}; give --imports the path of {key}")
         source = file.read_bytes() if file else None
         word = name if source is None else hashlib.sha256(source).hexdigest()
-        if stored_in is None:
-            _remember(word)
-        elif word not in _words():
+        record = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state", RECORD)
+        words = set()
+        with suppress(OSError):
+            words = set(record.read_text().split())
+        if stored_in is not None and word not in words:
             raise ValueError(
                 f"--imports {name}: {stored_in} names it, and its code was not given here before; if you trust it, "
                 f"repeat the command with --imports {name}"
             )
+        if word not in words:
+            with suppress(OSError):  # where nothing can be kept, the flag has to be given each time
+                record.parent.mkdir(parents=True, exist_ok=True)
+                with record.open("a") as lines:
+                    lines.write(f"{word}\n")
         _load(name, source, word)
-        _loaded[file.name if file else name] = name
+        _loaded[key] = name
 
 
 def imported_files() -> dict[str, Path]:
@@ -76,29 +82,10 @@ def _load(name: str, source: bytes | None, word: str) -> None:
     except Exception as error:  # whatever a user's module raises
         sys.modules.pop(key, None)
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            raise ValueError(
-                f"--imports {name}: no such module; give a .py file, or put its folder on PYTHONPATH"
-            ) from error
+            remedy = "give a .py file, or put its folder on PYTHONPATH"
+            raise ValueError(f"--imports {name}: no such module; {remedy}") from error
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
             f"--imports {name}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno}); "
             "TRACEBACK=1 shows how it came there"
         ) from error
-
-
-def _record() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state", "latent-diffusion-backbones/imports")
-
-
-def _words() -> set[str]:
-    with suppress(OSError):
-        return set(_record().read_text().split())
-    return set()
-
-
-def _remember(word: str) -> None:
-    with suppress(OSError):  # where nothing can be kept, the flag has to be given each time
-        if word not in _words():
-            _record().parent.mkdir(parents=True, exist_ok=True)
-            with _record().open("a") as file:
-                file.write(f"{word}\n")

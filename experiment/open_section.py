@@ -20,7 +20,7 @@ def settings_of(preset: Callable[..., Any]) -> dict[str, Parameter]:
             return Any if setting.default in (None, Parameter.empty) else type(setting.default)
         return eval(setting.annotation, names) if isinstance(setting.annotation, str) else setting.annotation
 
-    return {name: each.replace(annotation=hint(each)) for name, each in signature(preset).parameters.items()}
+    return {name: setting.replace(annotation=hint(setting)) for name, setting in signature(preset).parameters.items()}
 
 
 def open_section(section: type, table: Mapping[str, Callable[..., Any]]) -> None:
@@ -46,26 +46,23 @@ def open_section(section: type, table: Mapping[str, Callable[..., Any]]) -> None
 
 
 def _help(table: Mapping[str, Callable[..., Any]], owners: Mapping[str, Mapping[str, Parameter]]) -> list[str]:
+    def line(text: str | None) -> str:
+        return " ".join((text or "").split())
+
     documented = {kind: docstring_parser.parse(preset.__doc__ or "") for kind, preset in table.items()}
-    kinds = [f"'{kind}' ({_line(text.short_description)})" for kind, text in documented.items()]
+    kinds = [f"'{kind}' ({line(text.short_description)})" for kind, text in documented.items()]
     lines = [f"    kind: {', '.join(kinds)}"]
     for name, settings in owners.items():
         texts: dict[str, list[str]] = {}
         for kind, setting in settings.items():
-            described = next((each.description for each in documented[kind].params if each.arg_name == name), "")
-            texts.setdefault(_line(described), []).append(f"{kind} ({_shown(setting.default)})")
+            texts_of_kind = {parameter.arg_name: parameter.description for parameter in documented[kind].params}
+            texts.setdefault(line(texts_of_kind.get(name)), []).append(f"{kind} ({_as_yaml(setting.default)})")
         parts = [f"of {' and '.join(kinds)}: {text}" for text, kinds in texts.items()]
         lines.append(f"    {name}: {'; '.join(parts)}")
     return lines
 
 
-def _line(text: str | None) -> str:
-    return " ".join((text or "").split())
-
-
-def _shown(default: Any) -> str:
-    """A default as YAML writes it."""
+def _as_yaml(default: Any) -> str:
     if isinstance(default, tuple | list):
-        return f"[{', '.join(map(_shown, default))}]"
-    words = {None: "null", True: "true", False: "false"}
-    return words[default] if default is None or isinstance(default, bool) else str(default)
+        return f"[{', '.join(map(_as_yaml, default))}]"
+    return {"None": "null", "True": "true", "False": "false"}.get(str(default), str(default))

@@ -18,11 +18,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(kind: Any, values: Any) -> Any:
-    """A configuration again, from `to_dict`: no value is read anew. Settings that it lacks are their defaults.
-
-    Raises:
-        TypeError, AttributeError: for settings that there are not.
-    """
+    """A configuration again, from `to_dict`: no value is read anew. Settings that it lacks are their defaults."""
     if is_dataclass(kind):
         kinds = get_type_hints(kind)
         return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in renamed(values).items()})

@@ -16,21 +16,19 @@ class StrictLoader(yaml.SafeLoader):
         self.unfolded: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Raises: yaml.MarkedYAMLError, with the line."""
         alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         assert node is not None
         if not alias:
             values = node.value if isinstance(node, yaml.CollectionNode) else []
-            below = [each for pair in values for each in (pair if isinstance(pair, tuple) else [pair])]
-            self.unfolded[node] = 1 + sum(self.unfolded[each] for each in below)
+            below = [child for pair in values for child in (pair if isinstance(pair, tuple) else [pair])]
+            self.unfolded[node] = 1 + sum(self.unfolded[child] for child in below)
         if self.unfolded.setdefault(node, MOST_VALUES + 1) > MOST_VALUES:  # one that holds itself is unknown as yet
             problem = f"aliases unfold into more than {MOST_VALUES} values; write out what is meant"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Raises: yaml.MarkedYAMLError, naming the key and its line."""
         keys = [key.value for key, _ in node.value]
         for number, (key, _) in enumerate(node.value):
             if key.value in keys[:number]:

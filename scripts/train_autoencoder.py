@@ -37,8 +37,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
     from autoencoding.discriminator import PatchDiscriminator
     from autoencoding.image_stream import open_batches, open_held_out
     from autoencoding.losses import build_objective
-    from autoencoding.model import Autoencoding, build_autoencoder, finish
-    from autoencoding.optimizers import autoencoder_optimizers, discriminator_optimizer, set_learning_rates
+    from autoencoding.model import Autoencoding, autoencoder_optimizers, build_autoencoder, finish
     from autoencoding.previews import Previews, mean_psnr, pick
     from checkpoints.averages import EMA
     from checkpoints.checkpoint import current_commit
@@ -55,23 +54,20 @@ def train(run: Run[AutoencodingConfig]) -> None:
     held_out = open_held_out(config)
     run.check_identity(train=batches.sources[0].describe(), test=held_out["images"].describe())
     accelerator.print(intake(batches.sources[0], held_out["images"]))
-    learned_variance, decoder_only = config.loss.learned_variance, config.decoder_only
+    learned_variance, decoder_only, of_critic = config.loss.learned_variance, config.decoder_only, config.discriminator
     model = Autoencoding(build_autoencoder(config), learned_variance=learned_variance, decoder_only=decoder_only)
     model = model.to(device)
-    critic = PatchDiscriminator(
-        channels=config.discriminator.channels,
-        num_layers=config.discriminator.num_layers,
-        norm=config.discriminator.norm,
-    ).to(device)
-    objective = build_objective(config.loss, config.discriminator, device)
+    critic = PatchDiscriminator(channels=of_critic.channels, num_layers=of_critic.num_layers, norm=of_critic.norm)
+    critic = critic.to(device)
+    objective = build_objective(config.loss, of_critic, device)
     optimizers = autoencoder_optimizers(model, config.optim)
-    critic_optimizer = discriminator_optimizer(critic, config.discriminator.lr)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), of_critic.lr, (0.5, 0.9), weight_decay=0.0, fused=True)
     all_optimizers = {**optimizers, "discriminator": critic_optimizer}
     ema = EMA(model, config.train.ema_decay)
     prepared, prepared_critic = accelerator.prepare(model, critic)
     latent_shape = model.latent_shape(config.data.image_size)
-    start = config.discriminator.start if config.discriminator.weight else num_steps
-    if config.discriminator.weight and start >= num_steps:
+    start = of_critic.start if of_critic.weight else num_steps
+    if of_critic.weight and start >= num_steps:
         accelerator.print(
             f"--discriminator.start {start}: the discriminator never starts in {num_steps} steps; lower it, or set "
             "--discriminator.weight 0"
@@ -79,7 +75,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
 
     # A fresh run, or the newest whole checkpoint of an old one.
     guard, critic_guard = Guard(), Guard("discriminator")
-    previews = Previews(run, ema, held_out, batches.batch_size)
+    previews = Previews(run, ema, held_out)
     run.begin(
         TrainingState(
             {"autoencoder": model, "discriminator": critic},
@@ -104,7 +100,8 @@ def train(run: Run[AutoencodingConfig]) -> None:
             stream = run.meter.timed(batches(step, order))
         factor = learning_rate(config.optim, step, num_steps) / config.optim.lr
         for optimizer in all_optimizers.values():
-            set_learning_rates(optimizer, factor)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * optimizer.defaults["lr"]
         images = (next(stream).to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
         # The autoencoder: bound, perceptual distance, and what the discriminator thinks of it.
@@ -124,7 +121,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
             with accelerator.autocast():
                 judged = objective.tell_apart(prepared_critic, images, coded.reconstruction.detach().float())
             accelerator.backward(judged["discriminator"].mean())
-            if critic_guard.passes(gradient_norm(accelerator, critic, config.discriminator.grad_clip)):
+            if critic_guard.passes(gradient_norm(accelerator, critic, of_critic.grad_clip)):
                 critic_optimizer.step()
             critic_optimizer.zero_grad()
             terms |= judged

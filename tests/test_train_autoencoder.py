@@ -30,8 +30,7 @@ from autoencoding.losses import (
     build_objective,
     kl_divergence,
 )
-from autoencoding.model import Autoencoding, create_autoencoder, finish
-from autoencoding.optimizers import autoencoder_optimizers
+from autoencoding.model import Autoencoding, autoencoder_optimizers, create_autoencoder, finish
 from experiment.cli import one_line_errors, parse, parse_run
 from machine.checkpoint_folder import CheckpointError
 
