@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from experiment.config import DataConfig, OptimConfig, RunConfig
-from experiment.settings import SEEDS, within
+from experiment.config import AnyLogConfig, AnyTrainConfig, DataConfig, OptimConfig, RunConfig
+from experiment.settings import within
 
 
 @dataclass(frozen=True)
@@ -92,47 +92,30 @@ class AutoencoderOptimConfig(OptimConfig):
 
 
 @dataclass(frozen=True)
-class AutoencoderTrainConfig:
+class AutoencoderTrainConfig(AnyTrainConfig):
     """Length, batch and numbers of the training.
 
     Args:
-        num_steps: optimizer steps
-        max_hours: save and stop after this time, with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
-        batch_size: images a step, over all processes
-        ema_decay: decay of the averaged weights, which are what is written
-        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 where the device has instructions for it, else fp32
         num_workers: processes that read images, for each process that trains
-        seed: of weights, order, mirroring and posterior noise
     """
 
     num_steps: int = within("[1, inf)", 50_000)
-    max_hours: float | None = within("(0, inf)", None)
     batch_size: int = within("[1, inf)", 16)
     ema_decay: float = within("[0, 1)", 0.999)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     num_workers: int = within("[0, inf)", 0)
-    seed: int = within(SEEDS, 0)
 
 
 @dataclass(frozen=True)
-class AutoencoderLogConfig:
+class AutoencoderLogConfig(AnyLogConfig):
     """What is written on the way, and how often (in optimizer steps; 0: never).
 
     Args:
-        every: losses and speed, to log.jsonl and the trackers
         sample_every: reconstructions of held-out images by the averaged weights, and their PSNR
-        num_validation: at most so many held-out images are used for it
-        checkpoint_every: a checkpoint; the last step always writes one
-        keep_checkpoints: the newest so many whole ones stay; each is read back at a save
-        trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
 
-    every: int = within("[0, inf)", 20)
     sample_every: int = within("[0, inf)", 1000)
     num_validation: int = within("[1, inf)", 512)
     checkpoint_every: int = within("[0, inf)", 1000)
-    keep_checkpoints: int = within("[1, inf)", 2)
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 
 @dataclass(frozen=True)

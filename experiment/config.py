@@ -126,35 +126,45 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class AnyTrainConfig:
+    """Length, batch and numbers of a training.
+
+    Args:
+        num_steps: optimizer steps
+        max_hours: save and stop after this time, with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
+        batch_size: images an optimizer step, over all processes and micro-batches
+        ema_decay: decay of the averaged weights, which is min(ema_decay, (1 + step) / (10 + step))
+        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 where the device has instructions for it, else fp32
+        seed: of weights and all that is random
+    """
+
+    num_steps: int | None = within("[1, inf)", None)
+    max_hours: float | None = within("(0, inf)", None)
+    batch_size: int = within("[1, inf)", 128)
+    ema_decay: float = within("[0, 1)", 0.9999)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = within(SEEDS, 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(AnyTrainConfig):
     """Length, batch and numbers of the training.
 
     Args:
         num_epochs: passes over the training split; 100 where num_steps does not say how long either
         num_steps: optimizer steps, in place of num_epochs
-        max_hours: save and stop after this time, with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
-        batch_size: images an optimizer step, over all processes and micro-batches
         grad_accumulation: micro-batches a step
         label_dropout: share of labels replaced by the null label, for classifier-free guidance
-        ema_decay: decay of the averaged weights, which is min(ema_decay, (1 + step) / (10 + step))
         ema_profiles: relative lengths of power-function averages to keep snapshots of, such as [0.05, 0.1]; see
             scripts/reconstruct_ema.py
-        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 where the device has instructions for it, else fp32
         compile: compile the backbone's blocks (torch.compile); see docs/performance.md for what it gives and costs
-        seed: of weights, order, noise, timesteps and dropout
     """
 
     num_epochs: int | None = within("[1, inf)", None)
-    num_steps: int | None = within("[1, inf)", None)
-    max_hours: float | None = within("(0, inf)", None)
-    batch_size: int = within("[1, inf)", 128)
     grad_accumulation: int = within("[1, inf)", 1)
     label_dropout: float = within("[0, 1]", 0.1)
-    ema_decay: float = within("[0, 1)", 0.9999)
     ema_profiles: list[float] = within("(0, 0.28)", [])
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
-    seed: int = within(SEEDS, 0)
 
     def check(self, prefix: str) -> None:
         if None not in (self.num_epochs, self.num_steps):
@@ -212,33 +222,42 @@ EvaluationConfig.__doc__ = str(EvaluationConfig.__doc__).format(metrics=HELP)
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class AnyLogConfig:
     """What is written on the way, and how often (in optimizer steps; 0: never).
 
     Args:
-        every: loss and speed, to log.jsonl and the trackers
-        validate_every: loss of the averaged weights on the held-out split
-        num_validation: at most so many held-out images are used for it
+        every: losses and speed, to log.jsonl and the trackers
         sample_every: a grid of samples
-        evaluate_every: scores of the averaged weights' samples, as `evaluation` says
+        num_validation: at most so many held-out images are used for validation
         checkpoint_every: a checkpoint; the last step always writes one
         keep_checkpoints: the newest so many whole ones stay; each is read back at a save
-        keep_every: and every checkpoint whose step is a multiple of it; 0: none
-        best: a metric of which the best checkpoint stays too, as checkpoints/best: 'validation_loss', or a score such
-            as 'fid', of which evaluation writes one
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
 
     every: int = within("[0, inf)", 20)
-    validate_every: int = within("[0, inf)", 1000)
-    num_validation: int = within("[1, inf)", 1024)
     sample_every: int = within("[0, inf)", 2000)
-    evaluate_every: int = within("[0, inf)", 0)
+    num_validation: int = within("[1, inf)", 1024)
     checkpoint_every: int = within("[0, inf)", 2000)
     keep_checkpoints: int = within("[1, inf)", 2)
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+@dataclass(frozen=True)
+class LogConfig(AnyLogConfig):
+    """What is written on the way, and how often (in optimizer steps; 0: never).
+
+    Args:
+        validate_every: loss of the averaged weights on the held-out split
+        evaluate_every: scores of the averaged weights' samples, as `evaluation` says
+        keep_every: every checkpoint whose step is a multiple of it stays too; 0: none
+        best: a metric of which the best checkpoint stays too, as checkpoints/best: 'validation_loss', or a score such
+            as 'fid', of which evaluation writes one
+    """
+
+    validate_every: int = within("[0, inf)", 1000)
+    evaluate_every: int = within("[0, inf)", 0)
     keep_every: int = within("[0, inf)", 0)
     best: str | None = None
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 
 class RunConfig:

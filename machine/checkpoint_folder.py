@@ -1,7 +1,5 @@
-"""Folders of checkpoints, `<step>` each: written whole or not at all, checked before they are read, rotated.
-
-What a checkpoint holds is its writer's affair. It is written under a temporary name, brought to the disk, checksummed
-(`checksums.json`) and renamed when whole. `best` points to the one that a chosen metric liked best.
+"""Folders of checkpoints, `<step>` each: written under a temporary name, brought to the disk, checksummed, renamed when
+whole; checked before they are read; rotated. `best` points to the one that a chosen metric liked best.
 """
 
 import hashlib
@@ -28,11 +26,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
-    """A checkpoint's folder, which `fill` puts files into. One of the same step is kept aside until the new one is in.
-
-    Raises:
-        OSError: when it cannot be written; the partial folder is removed, older checkpoints stay.
-    """
+    """A checkpoint's folder, which `fill` puts files into. One of the same step is kept aside until the new one is in;
+    where an OSError keeps it from being written, older checkpoints stay."""
     partial, aside = _hidden(target, "partial"), _hidden(target, "aside")
     _put_back(target.parent)
     for left_over in [*target.parent.glob(".*.partial"), *target.parent.glob(".*.aside")]:
@@ -168,7 +163,7 @@ def _sha256(path: Path) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """Past the operating system's cache, so that a rename never outlives what it names."""
+    """So that a rename never outlives what it names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -3,13 +3,13 @@
 A child has a process group of its own: Ctrl-C in a terminal reaches the parent alone, which passes on what it sees fit.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped before the end, saved; run it again with --resume auto
@@ -30,24 +30,21 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
 
 
 def run(command: Sequence[str], **options: Any) -> None:
-    """A program, to its end; a stop ends it and this one.
-
-    Raises:
-        SystemExit: with its status, where that is not 0, or with that of the signal.
-    """
+    """A program, to its end; a stop ends it and this one. A SystemExit has its status, where that is not 0, or that of
+    the signal."""
     stopped: list[int] = []
-    started: list[subprocess.Popen] = []
+    child: subprocess.Popen | None = None
 
     def stop(number: signal.Signals) -> None:
         stopped.append(128 + number)
-        for child in started:
+        if child is not None:
             kill(child)
 
     with on_stop(stop):
-        started.append(start(command, **options))
+        child = start(command, **options)
         if stopped:  # before it could be told
-            kill(started[0])
-        status = started[0].wait()
+            kill(child)
+        status = child.wait()
     if stopped or status:
         raise SystemExit(stopped[0] if stopped else status)
 
@@ -57,19 +54,16 @@ def send(process: subprocess.Popen, number: int) -> None:
     half a minute what has not ended by then."""
     import psutil
 
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess):
         child = psutil.Process(process.pid)
-        launched = child.children() if _launches(child) else []
-        for receiver in launched or [child]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                receiver.send_signal(number)
+        _signal((_launches(child) and child.children()) or [child], number)
 
 
 def end_with_launcher() -> None:
     """Of a launcher that is ended by a signal, its processes know nothing: they would go on beside their successors."""
     import psutil
 
-    with contextlib.suppress(psutil.Error):
+    with suppress(psutil.Error):
         if (parent := psutil.Process().parent()) and _launches(parent):
             _end_with(parent.pid)
 
@@ -78,24 +72,30 @@ def kill(process: subprocess.Popen) -> None:
     """At once, and all that it started."""
     import psutil
 
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess):
         child = psutil.Process(process.pid)
-        for member in [child, *child.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        _signal([child, *child.children(recursive=True)], signal.SIGKILL)
+
+
+def _signal(processes: Sequence[Any], number: int) -> None:
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def await_end(process: subprocess.Popen) -> None:
     """For signal handlers: `process.wait()` would wait for the lock that the one which was interrupted holds."""
     import psutil
 
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess):
         child = psutil.Process(process.pid)
         while child.status() != psutil.STATUS_ZOMBIE:  # the interrupted one takes its status
             time.sleep(0.05)
 
 
-@contextlib.contextmanager
+@contextmanager
 def on_stop(
     handle: Callable[[signal.Signals], None],
     numbers: Sequence[signal.Signals] = STOPS,
@@ -119,20 +119,16 @@ def on_stop(
 
 def stop_jobs(jobs: Sequence[str], *, here: bool, number: signal.Signals) -> None:
     """Of submitit: those that are processes here, by which it names them, are stopped too. Those of a scheduler go on
-    without the one who waits for them.
-
-    Raises:
-        SystemExit: in place of waiting for a scheduler's jobs.
-    """
+    without this process, which ends."""
     if not here:
         print(f"{number.name}: the jobs go on; to stop them: scancel {' '.join(jobs)}", flush=True)
         raise SystemExit(128 + number)
     for process in map(int, jobs):
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.kill(process, signal.SIGTERM)
 
 
-@contextlib.contextmanager
+@contextmanager
 def deaf_to(number: int) -> Iterator[None]:
     """Within, what is started is born ignoring this signal."""
     before = signal.signal(number, signal.SIG_IGN)

@@ -18,11 +18,7 @@ def open_executor(
     memory_gb: int,
     partition: str | None,
 ) -> Any:
-    """submitit's executor of jobs on one node, which find this project wherever they start.
-
-    Raises:
-        ValueError: where submitit is missing.
-    """
+    """submitit's executor of jobs on one node, which find this project wherever they start."""
     try:
         import submitit
     except ImportError as error:

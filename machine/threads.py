@@ -32,10 +32,8 @@ def allowed_cores() -> list[int]:
 
 
 def deal_out_cores(num_processes: int) -> None:
-    """One thread a core, shared with the run's other processes on this machine, in place of the one that launchers set.
-
-    Threads that somebody asked for stay as they are, one of them too.
-    """
+    """One thread a core, shared with the run's other processes on this machine, in place of the one that launchers set;
+    threads that somebody asked for stay as they are, one of them too."""
     if torch.get_num_threads() == 1 and not _asked_for_threads():
         torch.set_num_threads(max(1, len(allowed_cores()) // num_processes))
 
@@ -69,7 +67,6 @@ class Waiting:
 
     @property
     def sleeps(self) -> bool:
-        """Whether threads sleep at once where they have to wait."""
         return bool(self._teams)
 
     def look(self) -> bool:
@@ -89,12 +86,12 @@ class Waiting:
         """Look every other second for as long as the process lives; say once what was changed on the way."""
 
         def watch() -> None:
-            was_said = False
+            said = False
             while True:
                 time.sleep(PERIOD)
-                if self.look() and not was_said:
+                if self.look() and not said:
                     say(f"{self}; as others come and go")
-                    was_said = True
+                    said = True
 
         threading.Thread(target=watch, name="waiting", daemon=True).start()
 
@@ -132,10 +129,8 @@ class Waiting:
 
 
 def start_waiting(say: Callable[[str], object]) -> str:
-    """Watch over how threads wait, where that can be chosen; how they do, in words.
-
-    What the user has set in OMP_WAIT_POLICY or GOMP_SPINCOUNT stands.
-    """
+    """Watch over how threads wait, where that can be chosen and no setting of the user's decides; how they do, in
+    words."""
     if torch.get_num_threads() == 1:
         return "1 thread"
     threads = f"{torch.get_num_threads()} threads"

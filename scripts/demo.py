@@ -7,7 +7,6 @@ It starts `train.py` without `accelerate launch`, which one process does not nee
 which saves.
 """
 
-import contextlib
 import json
 import os
 import shlex
@@ -16,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -32,7 +32,7 @@ PER_CLASS = 20
 
 
 def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
-    """Train, sample, score; a step that fails ends the demo with its status.
+    """Train, sample, score; a program that fails ends the demo with its status.
 
     Args:
         experiment: its YAML
@@ -47,34 +47,27 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
         shutil.rmtree(RUN, ignore_errors=True)
 
     say("1/4", f"training {shown(experiment)}")
-    launch(str(ROOT / "train.py"), "--config", str(experiment), "--name", RUN.name)
+    launch("train.py", "--config", experiment, "--name", RUN.name)
 
     say("2/4", "drawing samples of every class")
-    sample = ("--checkpoint", str(RUN))
-    launch(str(ROOT / "sample.py"), *sample, "--num_per_class", "6", "--output", str(RUN / "samples.png"))
-    drawn = RUN / "samples.npz"
-    launch(str(ROOT / "sample.py"), *sample, "--num_per_class", str(PER_CLASS), "--output", str(drawn))
+    drawn, classifier, recognised = RUN / "samples.npz", RUN / "classifier.pt", RUN / "recognised.json"
+    launch("sample.py", "--checkpoint", RUN, "--num_per_class", 6, "--output", RUN / "samples.png")
+    launch("sample.py", "--checkpoint", RUN, "--num_per_class", PER_CLASS, "--output", drawn)
 
     say("3/4", "training a small classifier on true shapes")
-    launch(
-        str(ROOT / "scripts" / "recognise.py"),
-        *("--samples", str(drawn), "--data.path", "shapes", "--data.num_images", "2000"),
-        *("--classifier", str(RUN / "classifier.pt"), "--output", str(RUN / "recognised.json")),
-    )
-    share = json.loads((RUN / "recognised.json").read_text())["class_agreement"]
+    true_shapes = ("--data.path", "shapes", "--data.num_images", 2000)
+    outputs = ("--classifier", classifier, "--output", recognised)
+    launch("scripts/recognise.py", "--samples", drawn, *true_shapes, *outputs)
+    share = json.loads(recognised.read_text())["class_agreement"]
 
     say("4/4", "scoring")
-    launch(
-        str(ROOT / "evaluate.py"),
-        *("--samples", str(drawn), "--checkpoint", str(RUN)),
-        *("--extractor", str(RUN / "classifier.pt"), "--output", str(RUN / "scores.json")),
-    )
+    scorer = ("--extractor", classifier, "--output", RUN / "scores.json")
+    launch("evaluate.py", "--samples", drawn, "--checkpoint", RUN, *scorer)
     scores = json.loads((RUN / "scores.json").read_text())
     scores["class_agreement"] = share
     (RUN / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
-    print()
-    print(f"The classifier agrees with the class asked for on {share:.1%} of {10 * PER_CLASS} samples.")
+    print(f"\nThe classifier agrees with the class asked for on {share:.1%} of {10 * PER_CLASS} samples.")
     print(f"picture: {shown(RUN / 'samples.png')}")
     print(f"scores:  {shown(RUN / 'scores.json')}")
     print(f"The demo took {(time.time() - began) / 60:.1f} minutes.")
@@ -89,11 +82,11 @@ class Programs:
         self.running: subprocess.Popen | None = None
         self.stopped: signal.Signals | None = None
 
-    def __call__(self, program: str, *arguments: str) -> None:
+    def __call__(self, program: str, *arguments: object) -> None:
         """Run one to its end."""
         self.name = Path(program).name
         self.exit_if_stopped()
-        self.running = children.start([sys.executable, program, *arguments])
+        self.running = children.start([sys.executable, str(ROOT / program), *map(str, arguments)])
         if self.stopped is not None:  # while it was being started
             children.send(self.running, signal.SIGTERM)
         status = self.running.wait()
@@ -112,7 +105,7 @@ class Programs:
     def exit_if_stopped(self) -> None:
         """With the status that shells give to the signal."""
         if self.stopped is not None:
-            with contextlib.suppress(OSError):  # the terminal may be gone
+            with suppress(OSError):  # the terminal may be gone
                 print(f"\nstopped; {self.how_to_go_on()}", flush=True)
             raise SystemExit(128 + self.stopped)
 
@@ -125,7 +118,7 @@ class Programs:
             return f"the trained model is in {shown(RUN)}; begin again with: {again}"
         if Path.cwd() == STARTED:
             return f"go on with: {shown(Path(sys.executable))} {shown(ROOT / 'train.py')} --resume {RUN}"
-        return f"go on with: cd {shlex.join([str(Path.cwd())])} && {sys.executable} {ROOT / 'train.py'} --resume {RUN}"
+        return f"go on with: cd {shlex.quote(str(Path.cwd()))} && {sys.executable} {ROOT / 'train.py'} --resume {RUN}"
 
 
 launch = Programs()

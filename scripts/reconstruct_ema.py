@@ -54,11 +54,11 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
     for number, path in tqdm(files.items(), desc="snapshots"):
         for full_name, tensor in read_tensors(path).items():
             sigma, name = full_name.split("/", 1)
-            if not tensor.is_floating_point():
+            if tensor.is_floating_point():
+                part = shares(first_step(name, began)).get((number, sigma), 0.0) * tensor.double()
+                total[name] = total.get(name, 0.0) + part
+            else:
                 total[name] = tensor
-                continue
-            part = shares(first_step(name, began)).get((number, sigma), 0.0) * tensor.double()
-            total[name] = part if name not in total else total[name] + part
     path = output or run / f"ema-{sigma_rel:g}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
     with whole(path) as partial:
