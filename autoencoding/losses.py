@@ -63,11 +63,9 @@ class AutoencoderObjective:
         autoencoding: Autoencoding,
         critic: Critic | None,
     ) -> dict[str, Float[Tensor, " b"]]:
-        """Leave the gradient of all terms in the autoencoder's parameters; returns the terms.
-
-        The gradient is put together at the reconstruction, where those of the likelihood and of the discriminator
-        meet: each network is gone through once, although their ratio at the decoder's last layer weighs the sum.
-        """
+        """Leave the gradient of all terms in the autoencoder's parameters; returns the terms. It is put together at the
+        reconstruction, where the likelihood's and the discriminator's meet: each network is gone through once, although
+        their ratio at the decoder's last layer weighs the sum."""
         s = autoencoding.log_scale
         reconstruction = coded.reconstruction.float()
         pixels = reconstruction.detach().requires_grad_()

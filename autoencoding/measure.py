@@ -164,12 +164,8 @@ def measure_autoencoders(
     accelerator: Accelerator,
     output: str | None = None,
 ) -> str:
-    """Measure each on the held-out images, write JSON and pictures, and say in words what was found; `perceptual` is a
-    network and its heads (see `open_distance`).
-
-    Raises:
-        ValueError: for what cannot be had or measured, before anything is.
-    """
+    """Measure each on the held-out images, write JSON and pictures, and say in words what came out; `perceptual` is a
+    network and its heads (see `open_distance`). What cannot be had is refused before anything is measured."""
     codecs = [open_codec(name, data.image_size) for name in dict.fromkeys(names)]
     distance = open_distance(*perceptual, accelerator.device)
     scorer, reference = open_scorer(data, accelerator, evaluation)

@@ -26,10 +26,8 @@ class Coded(NamedTuple):
 
 
 class Autoencoding(nn.Module):
-    """An AutoencoderKL with the scale of its pixels' errors, all that is trained but the discriminator.
-
-    `log_scale` is a parameter where it is learned, else 0. With `decoder_only`, what encodes stays as it is.
-    """
+    """An AutoencoderKL with the scale of its pixels' errors, a parameter where it is learned, else 0: all that is
+    trained but the discriminator. With `decoder_only`, what encodes stays as it is."""
 
     log_scale: Tensor
 
@@ -82,11 +80,7 @@ def encoding_parts(autoencoder: Any) -> list[nn.Module]:
 
 
 def build_autoencoder(config: AutoencodingConfig) -> Any:
-    """A fresh AutoencoderKL, or the one to start from.
-
-    Raises:
-        ValueError: for a shape that does not fit together, or an encoder that float16 would change.
-    """
+    """A fresh AutoencoderKL, or the one to start from; flags that do not go together are refused."""
     if config.init_from is None:
         if config.decoder_only:
             raise ValueError("--decoder_only: there is no encoder to leave as it is; give --init_from")

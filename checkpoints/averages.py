@@ -64,7 +64,10 @@ class Average(ABC):
             average.update(model, step)
         self.let_go()
         current = model.state_dict(keep_vars=True)
-        left_alone = _without_gradient(current)
+        parameters = {name: value for name, value in current.items() if isinstance(value, nn.Parameter)}
+        left_alone = {name for name, parameter in parameters.items() if parameter.grad is None}
+        if len(left_alone) == len(parameters):
+            left_alone = set()
         if self.began is None:
             self.began = dict.fromkeys(sorted(left_alone))
         self.began |= {name: step for name, first in self.began.items() if first is None and name not in left_alone}
@@ -102,13 +105,6 @@ def first_step(name: str, began: Mapping[str, int | None]) -> int:
         return began[name] or 0
     layer = name.rpartition(".")[0]
     return next((first for parameter, first in began.items() if parameter.rpartition(".")[0] == layer), None) or 0
-
-
-def _without_gradient(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Parameters that have no gradient where others have one."""
-    parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
-    without = {name for name, parameter in parameters.items() if parameter.grad is None}
-    return without if len(without) < len(parameters) else set()
 
 
 class PowerAverage(Average):

@@ -112,10 +112,7 @@ def check_identity(
     """That an autoencoder (`{"codec": codec.provenance}`) and splits (`{"test": dataset.describe()}`) are by their
     content those that a checkpoint was trained with; where they lie does not matter. Of older checkpoints only the
     autoencoder's name and the classes are known, if those. `identity` is read off the weights where it is not at hand.
-
-    Raises:
-        CheckpointError: naming the flag, and what differs.
-    """
+    A CheckpointError names the flag, and what differs."""
     metadata = read_metadata(weights)
     trained_with = json.loads(metadata.get("identity", "{}")) if identity is None else identity
     older = {"codec": {"autoencoder": json.loads(metadata.get("config", "{}")).get("autoencoder")}}
@@ -159,11 +156,8 @@ def warm_start(model: nn.Module, path: str) -> str:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint from a run's folder (its newest), a checkpoint's folder, the weights file, or hf://owner/name.
-
-    Raises:
-        CheckpointError: when there is none, the file is cut short or damaged, or it is not one of ours.
-    """
+    """A checkpoint from a run's folder (its newest), a checkpoint's folder, the weights file, or hf://owner/name; a
+    CheckpointError when there is none, the file is cut short or damaged, or it is not one of ours."""
     weights = _find_weights(path)
     metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()

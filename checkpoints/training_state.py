@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,23 +25,15 @@ PROFILES = "state/profiles.safetensors"
 SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """An object whose state, in JSON's types, is no tensor; where processes have parts of it, all have to ask."""
-
-    def state(self) -> Any: ...
-
-    def restore(self, state: Any) -> None: ...
-
-
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a training changes, by the names that it has in a checkpoint."""
+    """All that a training changes, by the names that it has in a checkpoint. `others` have a `state()` in JSON's types,
+    which all processes ask for, and `restore(state)`."""
 
     networks: Mapping[str, nn.Module]
     optimizers: Mapping[str, torch.optim.Optimizer]
     ema: EMA
-    others: dict[str, Stateful] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.others["ema"] = self.ema
@@ -73,12 +65,8 @@ def save_checkpoint(
     *,
     write: bool = True,
 ) -> Path:
-    """Write `folder/<step>` whole or not at all; `progress` is the training's own unless it is passed in. Of several
-    processes all have to call, as each may have a part of the tensors, and one has to `write`.
-
-    Raises:
-        OSError: when it cannot be written; older checkpoints stay.
-    """
+    """Write `folder/<step>` whole or not at all (OSError); `progress` is the training's own unless it is passed in. Of
+    several processes all have to call, as each may have a part of the tensors, and one has to `write`."""
     progress = training.progress() if progress is None else progress
     files = {file: gather(tensors, keep=write) for file, tensors in training.modules().items()}
     for name, optimizer in training.optimizers.items():
@@ -103,11 +91,8 @@ def save_checkpoint(
 
 
 def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
-    """Put a checkpoint back into a training; returns its progress: `step` steps were done.
-
-    Raises:
-        CheckpointError: when it does not fit, or a file has another checksum.
-    """
+    """Put a checkpoint back into a training; returns its progress: `step` steps were done. A CheckpointError says what
+    does not fit, or which file has another checksum."""
     training.ema.let_go()
     for file, tensors in training.modules().items():
         load_weights(tensors, read_tensors(checkpoint / file), checkpoint)

@@ -25,12 +25,9 @@ def open_accelerator(
     precision: str, *, flag: str = "--precision", in_parts: bool = False, grad_accumulation: int = 1, **options: Any
 ) -> Accelerator:
     """Accelerate as launched, in the precision asked for (`choose_precision`), with all of the machine's cores; a first
-    line says what was found.
-
-    The launcher's own configuration decides where to compute, and nothing else: not what is compiled or accumulated.
-    `flag` is what the command calls its precision; `in_parts` trains parts of the model at a time, which processes
-    have to know of each other.
-    """
+    line says what it is. The launcher's own configuration decides where to compute, and nothing else: not what is
+    compiled or accumulated. `flag` is what the command calls its precision; `in_parts` trains parts of the model at a
+    time, which processes have to know of each other."""
     device = default_device()
     accelerator = Accelerator(
         mixed_precision=MIXED[choose_precision(precision, device)],

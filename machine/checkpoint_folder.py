@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from machine.whole_files import whole
+
 CHECKSUMS = "checksums.json"
 BEST = "best"
 
@@ -119,10 +121,8 @@ def mark_best(folder: Path, step: int | None) -> bool:
     if step is None or not checkpoint_path(folder, step).is_dir():
         (folder / BEST).unlink(missing_ok=True)
         return False
-    partial = folder / ".best.partial"
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(checkpoint_path(folder, step).name, target_is_directory=True)
-    partial.replace(folder / BEST)
+    with whole(folder / BEST) as partial:
+        partial.symlink_to(checkpoint_path(folder, step).name, target_is_directory=True)
     return True
 
 

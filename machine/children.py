@@ -1,6 +1,5 @@
-"""Processes that end with the one that starts them, whatever ends it.
-
-A child has a process group of its own: Ctrl-C in a terminal reaches the parent alone, which passes on what it sees fit.
+"""Processes that end with the one that starts them, whatever ends it. Each has a process group of its own: Ctrl-C in a
+terminal reaches the parent alone, which passes on what it sees fit.
 """
 
 import os

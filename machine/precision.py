@@ -2,7 +2,6 @@
 
 import os
 import platform
-import time
 
 import torch
 from accelerate import Accelerator
@@ -54,22 +53,14 @@ def warning_of(precision: str, device: torch.device, flag: str) -> str | None:
     )
 
 
-def slowdown_of_bf16(device: torch.device, side: int = 192, seconds: float = 0.025) -> float:
+def slowdown_of_bf16(device: torch.device) -> float:
     """Time of a matrix product in bf16 over that in float32, measured: below 1 where it pays, hundreds where it is
     emulated. One thread, and the fastest of each, as others may be at work."""
+    from torch.utils.benchmark import Timer
 
     def time_of(dtype: torch.dtype) -> float:
-        a, times = torch.ones(side, side, device=device, dtype=dtype), []
-        end = time.perf_counter() + seconds
-        while len(times) < 2 or time.perf_counter() < end:  # the first one also chooses its kernel
-            began = time.perf_counter()
-            (a @ a)[0, 0].item()
-            times.append(time.perf_counter() - began)
-        return min(times)
+        a = torch.ones(192, 192, device=device, dtype=dtype)
+        timer = Timer("(a @ a)[0, 0].item()", globals={"a": a}, num_threads=1)
+        return min(timer.blocked_autorange(min_run_time=0.025).times)
 
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return time_of(torch.bfloat16) / time_of(torch.float32)
-    finally:
-        torch.set_num_threads(num_threads)
+    return time_of(torch.bfloat16) / time_of(torch.float32)

@@ -51,12 +51,9 @@ def _asked_for_threads() -> bool:
 
 
 class Waiting:
-    """Has this process's threads spin or sleep at barriers, by what other processes do on its cores.
-
-    GNU's OpenMP spins a hundred times in place of three hundred thousand while a process has more threads than cores
-    (`gomp_managed_threads` in its source). A team of idle threads, which a Python thread of ours holds, brings that
-    about, and ends it by going.
-    """
+    """Has this process's threads spin or sleep at barriers, by what other processes do on its cores. GNU's OpenMP spins
+    a hundred times in place of three hundred thousand while a process has more threads than cores
+    (`gomp_managed_threads` in its source); idle threads, held by Python threads of ours, bring that about."""
 
     def __init__(self) -> None:
         self.num_threads, self.cores = torch.get_num_threads(), allowed_cores()
@@ -81,19 +78,6 @@ class Waiting:
         if changed:
             self._sleep() if sleep else self._spin()
         return changed
-
-    def keep_looking(self, say: Callable[[str], object]) -> None:
-        """Look every other second for as long as the process lives; say once what was changed on the way."""
-
-        def watch() -> None:
-            said = False
-            while True:
-                time.sleep(PERIOD)
-                if self.look() and not said:
-                    say(f"{self}; as others come and go")
-                    said = True
-
-        threading.Thread(target=watch, name="waiting", daemon=True).start()
 
     def __str__(self) -> str:
         how = "sleep" if self.sleeps else "spin"
@@ -130,7 +114,7 @@ class Waiting:
 
 def start_waiting(say: Callable[[str], object]) -> str:
     """Watch over how threads wait, where that can be chosen and no setting of the user's decides; how they do, in
-    words."""
+    words. What changes later is said once."""
     if torch.get_num_threads() == 1:
         return "1 thread"
     threads = f"{torch.get_num_threads()} threads"
@@ -143,5 +127,14 @@ def start_waiting(say: Callable[[str], object]) -> str:
     waiting = Waiting()
     time.sleep(FIRST_LOOK)
     waiting.look()
-    waiting.keep_looking(say)
+
+    def watch() -> None:
+        said = False
+        while True:
+            time.sleep(PERIOD)
+            if waiting.look() and not said:
+                say(f"{waiting}; as others come and go")
+                said = True
+
+    threading.Thread(target=watch, name="waiting", daemon=True).start()
     return str(waiting)

@@ -7,8 +7,10 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 
 def inside(folder: Path, name: str, flag: str) -> Path:
@@ -33,7 +35,7 @@ def whole(path: Path) -> Iterator[Path]:
     beside, host = f".{path.name}.", re.sub(r"[^\w-]", "-", socket.gethostname())
     for left_over in path.parent.glob(f"{glob.escape(beside)}*.partial"):
         writer = re.fullmatch(rf"{host}\.(\d+)\.\w+\.partial", left_over.name.removeprefix(beside))
-        if writer and not _runs(int(writer[1])):
+        if writer and not psutil.pid_exists(int(writer[1])):
             _remove(left_over)
     partial = path.with_name(f"{beside}{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -45,12 +47,3 @@ def whole(path: Path) -> Iterator[Path]:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    with suppress(PermissionError):  # somebody else's
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return False
-    return True

@@ -7,8 +7,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from sampling.image_files import save_grid
-from training.curves import draw_curve, draw_progress
-from training.log import Log
+from training.log import Log, draw_curve, draw_progress
 
 
 def test_pictures_that_cannot_be_drawn_are_spoken_of(tmp_path, capsys):

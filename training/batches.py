@@ -1,7 +1,5 @@
-"""Training batches: everything random in a step is a function of (seed, step, position in the global batch).
-
-Each process draws the randomness of the whole global batch and keeps its share, so the number of processes and
-micro-batches changes neither the order of the samples nor their noise.
+"""Training batches: everything random in a step is a function of (seed, step, position in the global batch), which each
+process draws whole to keep its share. So the number of processes and micro-batches changes no sample and no noise.
 """
 
 from collections.abc import Callable, Iterator

@@ -22,8 +22,7 @@ from metrics.extractors import naming
 from metrics.scores import is_lower_better, metric_name
 from sampling.generation import Generator, balanced_labels, generate, sample_labels
 from training.batches import Batch
-from training.curves import draw_progress
-from training.log import is_due
+from training.log import draw_progress, is_due
 from training.objective import Objective
 from training.run import Run
 
@@ -43,11 +42,7 @@ def unless_ruined(look: Callable) -> Callable:
 
 
 def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
-    """Whether the lowest value of `log.best` is the best one.
-
-    Raises:
-        ValueError: for what this training does not measure, saying what it does, or which interval to set.
-    """
+    """Whether the lowest value of `log.best` is the best one; what this training does not measure is refused."""
     if log.best is None:
         return True
     names = ["validation_loss", *(metric_name(metric, *naming(evaluation.extractor)) for metric in evaluation.metrics)]

@@ -24,14 +24,9 @@ class Stopped(BaseException):
 
 
 class Interruption:
-    """Within, a run's folder is this run's alone, and signals or a time that is over stop it: status 75, and `stopped`.
-
-    Before the first step and in `at_once` a signal is heeded on the spot; else a step is finished and all processes
-    stop at the same one (`reason`). A second Ctrl-C ends the run as it is.
-
-    Raises:
-        ValueError: where another training has the folder.
-    """
+    """Within, a run's folder is this run's alone (a ValueError says whose it is already), and signals or a time that is
+    over stop it: status 75, and `stopped`. Before the first step and in `at_once` a signal is heeded on the spot; else
+    a step is finished and all processes stop at the same one. A second Ctrl-C ends the run as it is."""
 
     def __init__(self, run: Path, accelerator: Accelerator, max_hours: float | None) -> None:
         self.run, self.accelerator, self.max_hours = run, accelerator, max_hours

@@ -21,10 +21,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at 0
 
 class Muon(torch.optim.AdamW):
     """Muon for matrices, AdamW for the rest, which may come in groups. Each group's rate is `lr` times its `lr_scale`.
-
     Steps have one root mean square whatever a matrix's sides, that of AdamW (Liu et al. 2025, "Muon is Scalable for LLM
-    Training", eq. 4), so that learning rates made for AdamW fit.
-    """
+    Training", eq. 4), so that learning rates made for AdamW fit."""
 
     def __init__(
         self,

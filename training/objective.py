@@ -134,11 +134,8 @@ AUXILIARY = {"perceptual": Perceptual, "feature_matching": FeatureMatching}
 def build_auxiliary(
     configs: Sequence[AuxiliaryConfig], model: Backbone, codec: Codec, device: torch.device
 ) -> list[Auxiliary]:
-    """The auxiliary terms of a configuration; `model` is the backbone as it was built, which they may look into.
-
-    Raises:
-        ValueError: for an unknown or repeated kind, or one that does not fit, in words.
-    """
+    """The auxiliary terms of a configuration, which may look into the backbone as it was built; a ValueError says what
+    does not fit."""
     terms: dict[str, Auxiliary] = {}
     for config in configs:
         if config.kind not in AUXILIARY:

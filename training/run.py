@@ -21,10 +21,9 @@ from machine.checkpoint_folder import Best, mark_best, rotate, to_resume
 from machine.sharding import is_sharded
 from machine.whole_files import write_whole
 from sampling.image_files import save_grid
-from training.curves import draw_curve, warns_only
 from training.guard import Guard
 from training.interruption import Interruption, Stopped
-from training.log import Log, is_due
+from training.log import Log, draw_curve, is_due, warns_only
 from training.meter import Meter
 from training.resumption import start_or_go_on
 
@@ -33,13 +32,8 @@ Look = Callable[[int], Mapping[str, float]]  # at what there is after a step: wh
 
 @contextmanager
 def open_run(config: R, **options: Any) -> Iterator[Run[R]]:
-    """A training's devices, its folder for as long as it lasts, and the checkpoint that it goes on from. Every process
-    has the main one's configuration.
-
-    Raises:
-        ValueError: where another training has the folder, or for a tracker that is not installed.
-        FileExistsError, CheckpointError: see `start_or_go_on`.
-    """
+    """A training's devices, its folder for as long as it lasts, and the checkpoint that it goes on from (see
+    `start_or_go_on`). Every process has the main one's configuration."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for tracker in config.log.trackers:
         if tracker not in available:
@@ -54,11 +48,9 @@ def open_run(config: R, **options: Any) -> Iterator[Run[R]]:
 
 
 class Run(Generic[R]):
-    """A training's folder, devices, log and checkpoints, the number of its steps, and what watches over them.
-
-    `begin` takes in what is trained. `steps` then numbers the optimizer steps; between two of them it looks, saves,
-    goes back to the last checkpoint, or stops. All processes call alike.
-    """
+    """A training's folder, devices, log and checkpoints, the number of its steps, and what watches over them. `begin`
+    takes in what is trained. `steps` then numbers the optimizer steps; between two of them it looks, saves, goes back
+    to the last checkpoint, or stops. All processes call alike."""
 
     def __init__(self, config: R, checkpoint: Path | None, interruption: Interruption) -> None:
         self.config, self.checkpoint, self.interruption = config, checkpoint, interruption
