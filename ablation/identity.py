@@ -19,7 +19,7 @@ ELSEWHERE = ("ablation/", "autoencoding/")  # what evaluate.py does besides, and
 ONLOOKERS = (  # of a training: they change no weight
     "experiment/cli.py",
     "evaluation/",
-    *(f"training/{name}.py" for name in ("curves", "inspection", "interruption", "log", "meter")),
+    *(f"training/{name}.py" for name in ("inspection", "interruption", "log", "meter")),
 )
 
 

@@ -1,8 +1,7 @@
 """Averages of a model's weights: parameters and buffers, in float32."""
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from machine.sharding import is_sharded, own_part, part_like, whole
 
 
-class Average(ABC):
+class Average:
     """`average <- decay(step) * average + (1 - decay(step)) * value`.
 
     Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Parameters that a step left
@@ -23,7 +22,8 @@ class Average(ABC):
     has. What is done to an average is done to its `profiles` too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, decay: Callable[[int], float]) -> None:
+        self.decay = decay  # of optimizer step `step`, from 0
         self.profiles: dict[float, Average] = {}  # further averages of the same weights, by length
         self._model = deepcopy(model).float().eval().requires_grad_(False)
         self._parts: dict[str, Tensor] = {}  # of a sharded model; else the model holds the averages
@@ -52,10 +52,6 @@ class Average(ABC):
             values = model.state_dict()
             average._parts = {name: part_like(part, values[name]).clone() for name, part in average.tensors.items()}
             average.let_go()
-
-    @abstractmethod
-    def decay(self, step: int) -> float:
-        """Of optimizer step `step`, from 0."""
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -107,16 +103,11 @@ def first_step(name: str, began: Mapping[str, int | None]) -> int:
     return next((first for parameter, first in began.items() if parameter.rpartition(".")[0] == layer), None) or 0
 
 
-class PowerAverage(Average):
-    """The power-function average of EDM2 (Karras et al. 2024, eq. 3): weights of step t count as t^gamma, so that the
+def power_decay(sigma_rel: float) -> Callable[[int], float]:
+    """Of EDM2's power-function average (Karras et al. 2024, eq. 3): weights of step t count as t^gamma, so that the
     average's length grows with training; `sigma_rel` is its standard deviation over the length of training."""
-
-    def __init__(self, model: nn.Module, sigma_rel: float) -> None:
-        super().__init__(model)
-        self.gamma = gamma_of(sigma_rel)
-
-    def decay(self, step: int) -> float:
-        return (1 - 1 / (step + 1)) ** (self.gamma + 1)
+    gamma = gamma_of(sigma_rel)
+    return lambda step: (1 - 1 / (step + 1)) ** (gamma + 1)
 
 
 class EMA(Average):
@@ -127,12 +118,8 @@ class EMA(Average):
     def __init__(self, model: nn.Module, max_decay: float, profiles: Sequence[float] = ()) -> None:
         if not 0 <= max_decay < 1:
             raise ValueError(f"--train.ema_decay {max_decay} must lie in [0, 1)")
-        super().__init__(model)
-        self.max_decay = max_decay
-        self.profiles = {sigma: PowerAverage(model, sigma) for sigma in profiles}
-
-    def decay(self, step: int) -> float:
-        return min(self.max_decay, (1 + step) / (10 + step))
+        super().__init__(model, lambda step: min(max_decay, (1 + step) / (10 + step)))
+        self.profiles = {sigma: Average(model, power_decay(sigma)) for sigma in profiles}
 
     @torch.no_grad()
     def drift(self, model: nn.Module) -> float:

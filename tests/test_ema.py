@@ -11,7 +11,7 @@ from processes import TINY, script
 from safetensors.torch import load_file
 from torch import nn
 
-from checkpoints.averages import EMA, PowerAverage, gamma_of, reconstruction_weights
+from checkpoints.averages import EMA, Average, gamma_of, power_decay, reconstruction_weights
 from checkpoints.checkpoint import metadata_of, open_checkpoint
 from checkpoints.training_state import TrainingState, list_snapshots, save_checkpoint
 from experiment.cli import parse_run
@@ -46,12 +46,12 @@ def test_lengths_that_no_exponent_gives_are_told(sigma_rel):
 def test_power_average_is_the_weighted_mean_of_its_definition():
     """Of T steps, step t counts in proportion to t^gamma."""
     model, num_steps = Scalar(), 3000
-    average = PowerAverage(model, 0.1)
+    average, gamma = Average(model, power_decay(0.1)), gamma_of(0.1)
     for step in range(num_steps):
         model.weight.data.copy_(trajectory(step))
         average.update(model, step)
     t = torch.arange(1, num_steps + 1, dtype=torch.float64)
-    shares = t**average.gamma / (t**average.gamma).sum()
+    shares = t**gamma / (t**gamma).sum()
     expected = sum((share * trajectory(step)).item() for step, share in enumerate(shares.tolist()))
     assert average.model.weight.item() == pytest.approx(expected, rel=2e-3)
 
@@ -59,15 +59,15 @@ def test_power_average_is_the_weighted_mean_of_its_definition():
 def test_snapshots_of_two_lengths_give_any_other():
     model, num_steps, every = Scalar(), 1600, 100
     kept = EMA(model, 0.9, [0.05, 0.1])
-    direct = {sigma_rel: PowerAverage(model, sigma_rel) for sigma_rel in (0.06, 0.08, 0.15)}
+    direct = {sigma_rel: Average(model, power_decay(sigma_rel)) for sigma_rel in (0.06, 0.08, 0.15)}
     snapshots, values = [], []
     for step in range(num_steps):
         model.weight.data.copy_(trajectory(step))
         for average in (kept, *direct.values()):
             average.update(model, step)
         if (step + 1) % every == 0:
-            for average in kept.profiles.values():
-                snapshots.append((step + 1, average.gamma))
+            for sigma_rel, average in kept.profiles.items():
+                snapshots.append((step + 1, gamma_of(sigma_rel)))
                 values.append(average.model.weight.item())
     for sigma_rel, average in direct.items():
         weights = reconstruction_weights(snapshots, (num_steps, gamma_of(sigma_rel)))
