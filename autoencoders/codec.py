@@ -42,7 +42,7 @@ class Kind:
     encoding: frozenset[str]
     factors: Callable[[Any], tuple[int, int]]
     store: Callable[[Any], Tensor]
-    draw: Callable[[Tensor, Tensor], Tensor]
+    draw: Callable[[Tensor, Tensor], Tensor] = lambda latents, noise: latents  # without a posterior
     representation: bool = False
 
 
@@ -77,13 +77,11 @@ KINDS = {
             2 ** (len(config.decoder_block_out_channels) - 1),
         ),
         store=lambda encoded: encoded.latent,
-        draw=lambda latents, noise: latents,
     ),
     "AutoencoderRAE": Kind(  # Zheng et al. 2025
         encoding=frozenset({"encoder", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std"}),
         factors=lambda config: (config.patch_size, config.patch_size),
         store=lambda encoded: encoded.latent,
-        draw=lambda latents, noise: latents,
         representation=True,
     ),
 }

@@ -56,7 +56,7 @@ def _load(source: str, classes: Collection[str], config: Path, place: str | Path
         raise AutoencoderError(f"--autoencoder {source}: {config.name} is missing or not JSON") from error
     if name == "AutoencoderRAE" and find_spec("transformers") is None:
         raise AutoencoderError(
-            f"--autoencoder {source}: its encoder is one of transformers', which is not installed; "
+            f"--autoencoder {source}: its encoder is one of transformers', which is not installed: "
             "pip install -e '.[rae]'"
         )
     if name not in classes:
