@@ -1,28 +1,29 @@
-"""What backbones cost: counted on the meta device, timed for a few steps, remembered in a file."""
+"""What backbones cost: counted on the meta device, timed for a few steps, remembered in a file; and at which width one
+costs what another does."""
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
-from ablation.variants import Run
 from autoencoders.codec import Codec
 from diffusion import Diffusion
+from experiment.config import ExperimentConfig
 from experiment.diffusions import build_diffusion
 from machine.precision import precision_of
 from machine.whole_files import write_whole
 from metrics.cost import Cost, cost, throughput
-from models import ModelSpec
+from models import ModelSpec, model_arguments
 
 TIMED_BATCH = {"cpu": 16, "cuda": 128}
 
 
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """Images a second of a training step, of one call of the model without gradients, and of the decoder."""
 
     training: float
@@ -53,21 +54,28 @@ class Measured:
             self.counted[key] = count(spec)
         return self.counted[key]
 
-    def speed(self, spec: ModelSpec, run: Run, codec: Codec) -> Speed:
+    def speed(self, spec: ModelSpec, config: ExperimentConfig, codec: Codec) -> Speed:
         """Of a backbone under a run's diffusion, precision and batch size, and of its autoencoder."""
         device = self.accelerator.device
-        batch_size = min(run.config.train.batch_size, TIMED_BATCH.get(device.type, 16))
-        key = {"speed": asdict(spec), "diffusion": asdict(run.config.diffusion), "device": device.type}
+        batch_size = min(config.train.batch_size, TIMED_BATCH.get(device.type, 16))
+        key = {"speed": asdict(spec), "diffusion": asdict(config.diffusion), "device": device.type}
         key |= {"precision": precision_of(self.accelerator), "batch": batch_size}
-        diffusion = build_diffusion(run.config.diffusion)
+        diffusion = build_diffusion(config.diffusion)
         training, calls = self.get(key, lambda: _time(spec, diffusion, self.accelerator, batch_size))
+
         shape = (spec.in_channels, *spec.input_size)
-        key = {"decoding": run.config.autoencoder, "shape": shape, "device": device.type}
+        key = {"decoding": config.autoencoder, "shape": shape, "device": device.type}
         return Speed(training, calls, self.get(key, lambda: _time_decoder(codec, shape, device)))
 
 
+def count(spec: ModelSpec) -> Cost:
+    """Parameters and arithmetic, on the meta device."""
+    model = spec.build_on_meta()
+    return cost(model, latent_shape=(spec.in_channels, *spec.input_size), num_classes=spec.num_classes)
+
+
 def _time(spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, batch_size: int) -> tuple[float, float]:
-    """A few steps on random latents: enough to tell an hour from three."""
+    """A few steps and calls on random latents: enough to tell an hour from three."""
     device = accelerator.device
     model = spec.build().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -94,12 +102,78 @@ def _time(spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, batch
 
 
 def _time_decoder(codec: Codec, shape: tuple[int, ...], device: torch.device) -> float:
-    """Images that the codec decodes in a second."""
     codec, x_0 = codec.to(device), torch.zeros(4, *shape, device=device)
     return throughput(lambda: codec.decode(x_0), batch_size=len(x_0), num_repeats=3, device=device)
 
 
-def count(spec: ModelSpec) -> Cost:
-    """Parameters and arithmetic, on the meta device."""
-    model = spec.build_on_meta()
-    return cost(model, latent_shape=(spec.in_channels, *spec.input_size), num_classes=spec.num_classes)
+# Equal cost.
+
+
+class Resized(NamedTuple):
+    """A backbone at another width: `unlike` says how little its heads are like the original's."""
+
+    spec: ModelSpec
+    unlike: float
+
+
+def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float], tolerance: float) -> ModelSpec:
+    """The same backbone, wider or narrower, at a cost within `tolerance` of `target`; depth stays.
+
+    Of the widths within the tolerance that one is taken whose heads are most like the original's, then the nearest.
+
+    Raises:
+        ValueError: for a backbone without a width, or where no legal width comes so near.
+    """
+    if abs(cost_of(spec) / target - 1) <= tolerance:
+        return spec
+    # The cost goes about as the square of the width: two guesses, then all widths near the second.
+    guess = float(_width(spec))
+    for _ in range(2):
+        near = at_width(spec, 4 * round(guess / 4)) or at_width(spec, 8 * round(guess / 8))
+        guess *= math.sqrt(target / cost_of(near.spec)) if near else 1.0
+    reach = 2 + math.ceil(guess * tolerance)
+
+    nearest = (math.inf, 0)
+    fitting: list[tuple[float, float, ModelSpec]] = []
+    for width in range(2 * round((guess - reach) / 2), round(guess + reach) + 1, 2):
+        choice = at_width(spec, width)
+        try:
+            off = abs(cost_of(choice.spec) / target - 1) if choice else math.inf
+        except ValueError:  # of no legal width
+            continue
+        nearest = min(nearest, (off, width))
+        if choice and off <= tolerance:
+            fitting.append((choice.unlike, off, choice.spec))
+    if not fitting:
+        raise ValueError(
+            f"match: no width of {spec.name} comes within {tolerance:g} of the cost; the nearest, dim={nearest[1]}, is "
+            f"{nearest[0]:.3f} off; raise match.tolerance"
+        )
+    return min(fitting, key=lambda choice: choice[:2])[2]
+
+
+def at_width(spec: ModelSpec, width: int) -> Resized | None:
+    """The backbone at this width, with heads as like its own as divide it (of half to twice their size); or None."""
+    heads: Any = model_arguments(spec.name, **spec.args)["num_heads"]
+    many = isinstance(heads, list | tuple)
+    first = heads[0] if many else heads
+    size = _width(spec) / first
+
+    def unlike(head_width: int) -> float:
+        """By the ratio of the sizes of heads, and more so where 8 does not divide them."""
+        return abs(math.log(head_width / size)) + (0.5 if head_width % 8 else 0.0)
+
+    legal = [width // n for n in range(1, width // 2) if width % n == 0 and size / 2 <= width / n <= 2 * size]
+    if not legal:
+        return None
+    best = min(legal, key=unlike)
+    number = width // best
+    args = {"dim": width, "num_heads": [number * count // first for count in heads] if many else number}
+    return Resized(replace(spec, args={**spec.args, **args}), unlike(best))
+
+
+def _width(spec: ModelSpec) -> int:
+    arguments: Any = model_arguments(spec.name, **spec.args)
+    if "dim" not in arguments or "num_heads" not in arguments:
+        raise ValueError(f"match: {spec.name} has no width (dim) to change; leave it out of an ablation with match")
+    return arguments["dim"]

@@ -2,14 +2,12 @@
 
 import os
 import signal
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -30,8 +28,34 @@ def jobs_of(plan: list[Planned]) -> Jobs:
     return [sorted(job, key=lambda planned: not planned.trains) for job in jobs.values()]
 
 
-def local(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path) -> list[Outcome]:
-    """One job at a time on each visible GPU, or `runner.workers` of them on the CPU."""
+class Place(NamedTuple):
+    """Where a run has room: what its processes find in their environment, and the cores that they keep to."""
+
+    environment: dict[str, str]
+    cores: frozenset[int] = frozenset()
+
+
+def places(workers: int) -> list[Place]:
+    """A GPU each; without any, the CPU for one worker, and a share of its cores for each of several.
+
+    Raises:
+        ValueError: for more workers than cores, or where the system does not keep processes to cores.
+    """
+    if gpus := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else map(str, range(gpus))
+        return [Place({"CUDA_VISIBLE_DEVICES": name}) for name in list(names)[:gpus]]
+    if workers == 1:
+        return [Place({})]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if (share := len(cores) // workers) == 0:
+        raise ValueError(f"--workers {workers}: there are {len(cores)} cores to deal out; ask for fewer")
+    shares = [cores[number * share :][:share] for number in range(workers)]
+    return [Place({"OMP_NUM_THREADS": str(share)}, frozenset(mine)) for mine in shares]
+
+
+def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
+    """One job at a time on each visible GPU, or `workers` of them on the CPU."""
     waiting: Queue[list[Planned]] = Queue()
     for job in jobs:
         waiting.put(job)
@@ -48,78 +72,13 @@ def local(jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path) -> lis
             outcomes.extend(runner(job, place.environment))
 
     with _stopping(runner):
-        threads = [Thread(target=work, args=(place,)) for place in places(runner.workers)]
+        threads = [Thread(target=work, args=(place,)) for place in places(workers)]
         for thread in threads:
             thread.start()
         for thread in threads:
             while thread.is_alive():  # signals are handled between two waits
                 thread.join(0.2)
     return outcomes
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run has room: what its processes find in their environment, and the cores that they keep to."""
-
-    environment: dict[str, str]
-    cores: frozenset[int] = frozenset()
-
-
-def places(workers: int) -> list[Place]:
-    """A GPU each; without any, the CPU for one worker, and a share of its cores for each of several.
-
-    Raises:
-        ValueError: for more workers than cores, or where the system does not keep processes to cores.
-    """
-    if gpus := visible_gpus():
-        return [Place({"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus]
-    if workers == 1:
-        return [Place({})]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if (share := len(cores) // workers) == 0:
-        raise ValueError(f"--workers {workers}: there are {len(cores)} cores to deal out; ask for fewer")
-    shares = [cores[number * share :][:share] for number in range(workers)]
-    return [Place({"OMP_NUM_THREADS": str(share)}, frozenset(mine)) for mine in shares]
-
-
-def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES would name them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    return names[: torch.cuda.device_count()]
-
-
-def _stopping(runner: Runner) -> AbstractContextManager[None]:
-    """A stop lets the trainings save, and the rest wait for the next time."""
-
-    def stop(number: signal.Signals) -> None:
-        say(f"{number.name}: what runs is saved, the rest waits for the next time")
-        runner.stop(number.name)
-
-    return children.on_stop(stop)
-
-
-@dataclass
-class Work:
-    """A job as submitit calls it; when its time is up it saves and goes back to the queue. One that runs `here` is
-    stopped as any program is; SLURM's own signals are for submitit."""
-
-    runner: Runner
-    job: list[Planned]
-    here: bool = False
-
-    def __call__(self) -> list[Outcome]:
-        """Run the jobs in the scheduler's own process."""
-        with _stopping(self.runner) if self.here else nullcontext():
-            return self.runner(self.job)
-
-    def checkpoint(self) -> Any:
-        """What submitit calls when SLURM announces the end."""
-        self.runner.stop("preempted")
-        for child in list(self.runner.children):
-            children.await_end(child)
-        fresh = Runner(self.runner.ablation, self.runner.deadline, self.runner.launcher, code=self.runner.code)
-        return requeue(Work(fresh, self.job, self.here))
 
 
 def submit(
@@ -138,7 +97,7 @@ def submit(
 
     def stop(number: signal.Signals) -> None:
         children.stop_jobs([handle.job_id for _, handle in submitted], here=here, number=number)
-        say(f"{number.name}: what runs is saved, the rest waits for the next time")
+        _say_stopped(number)
         stopped.append(number.name)
 
     outcomes: list[Outcome] = []
@@ -159,9 +118,37 @@ def submit(
     return outcomes
 
 
-Executor = Callable[[Jobs, Runner, ClusterConfig, Path], list[Outcome]]
-EXECUTORS: dict[str, Executor] = {
-    "local": local,
-    "slurm": partial(submit, scheduler="slurm"),
-    "submitit": partial(submit, scheduler="local"),
-}
+@dataclass
+class Work:
+    """A job as submitit calls it; when its time is up it saves and goes back to the queue. One that runs `here` is
+    stopped as any program is; SLURM's own signals are for submitit."""
+
+    runner: Runner
+    job: list[Planned]
+    here: bool = False
+
+    def __call__(self) -> list[Outcome]:
+        """Run the job in the scheduler's own process."""
+        with _stopping(self.runner) if self.here else nullcontext():
+            return self.runner(self.job)
+
+    def checkpoint(self) -> Any:
+        """What submitit calls when SLURM announces the end."""
+        self.runner.stop("preempted")
+        for child in list(self.runner.children):
+            children.await_end(child)
+        return requeue(replace(self, runner=replace(self.runner, children=set(), reason=None)))
+
+
+def _stopping(runner: Runner) -> AbstractContextManager[None]:
+    """A stop lets the trainings save, and the rest wait for the next time."""
+
+    def stop(number: signal.Signals) -> None:
+        _say_stopped(number)
+        runner.stop(number.name)
+
+    return children.on_stop(stop)
+
+
+def _say_stopped(number: signal.Signals) -> None:
+    say(f"{number.name}: what runs is saved, the rest waits for the next time")

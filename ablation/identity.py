@@ -10,8 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from experiment.config import ExperimentConfig
 from experiment.imports import imported_files
+from machine.whole_files import write_whole
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": "train.py", "score": "evaluate.py", "draw": "sample.py"}
@@ -27,11 +30,13 @@ def keys_of(config: ExperimentConfig, scoring: object, pictures: object) -> dict
     """A key for each stage, `configuration-code`: runs that differ in how they sample or score share the training's."""
     differences = _differences(_of_results(config.to_dict()), _of_results(ExperimentConfig().to_dict()))
     sampled = {name: differences.pop(name, {}) for name in ("sampling", "evaluation")}
-    return {
-        "train": _key("train", differences),
-        "score": _key("score", {**differences, **sampled, "scoring": scoring}),
-        "draw": _key("draw", {**differences, "sampling": sampled["sampling"], "pictures": pictures}),
+    settings = {
+        "train": differences,
+        "score": {**differences, **sampled, "scoring": scoring},
+        "draw": {**differences, "sampling": sampled["sampling"], "pictures": pictures},
     }
+    texts = {stage: json.dumps(values, sort_keys=True, default=str) for stage, values in settings.items()}
+    return {stage: f"{_hash(text)[:32]}-{code_hash(stage)}" for stage, text in texts.items()}
 
 
 def of_any_code(keys: dict[str, str], stored: dict[str, str]) -> dict[str, str]:
@@ -44,17 +49,95 @@ def of_any_code(keys: dict[str, str], stored: dict[str, str]) -> dict[str, str]:
     return {name: adopt(name, key) for name, key in keys.items()}
 
 
+# What a run's folder holds.
+
+
+def done_stages(folder: Path) -> dict[str, str]:
+    """Hashes of what a run's folder holds: `train`, `score`, `draw`, and `began` of the training in it."""
+    return _read_json(folder / "stages.json")
+
+
+def mark(folder: Path, **keys: str) -> None:
+    """Add to them; and to `code.json`, of a training that begins, the hashes of the files that it is made with."""
+    write_whole(folder / "stages.json", json.dumps({**done_stages(folder), **keys}, indent=2) + "\n")
+    if keys.get("began", "").endswith(code_hash("train")):
+        write_whole(folder / "code.json", json.dumps({"began": code_of("train")}, indent=1) + "\n")
+
+
+def changes(folder: Path, key: str, config: ExperimentConfig) -> list[str]:
+    """Files or settings that the training in the folder, if there is one, differs by from the plan's."""
+    stored = done_stages(folder).get("began")
+    if stored in (None, key):
+        return []
+    if stored.partition("-")[0] != key.partition("-")[0]:
+        path = folder / "variant.yaml"
+        values = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        return changed_settings(values, config.to_dict()) or ["settings of the ablation"]
+    before, now = _read_json(folder / "code.json").get("began", {}), code_of("train")
+    return sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+# Configurations.
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted names of what differs between two configurations and may change a result."""
+    return sorted(_changed(_of_results(before), _of_results(now)))
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any], above: str = "") -> Iterator[str]:
+    for name in before.keys() | now.keys():
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changed(old, new, f"{above}{name}.")
+        elif old != new:
+            yield f"{above}{name}"
+
+
+def _differences(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What is not as usual, so that a setting that is new to the configuration changes no key."""
+    differences = {}
+    for name, value in values.items():
+        known = usual.get(name)
+        if isinstance(value, dict) and isinstance(known, dict) and known:
+            value = _differences(value, known)
+        if value != known and value != {}:
+            differences[name] = value
+    return differences
+
+
+def _of_results(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what changes no result."""
+    idle = {"name", "resume", "imports"}  # whose files are code
+    values = {name: value for name, value in values.items() if name not in idle}
+    for group, name in (("train", "max_hours"), ("data", "cache")):
+        values[group] = {key: value for key, value in values.get(group, {}).items() if key != name}
+    return {**values, "log": values.get("log", {}).get("best")}
+
+
+# Code.
+
+
+def code_hash(stage: str, *, afresh: bool = False) -> str:
+    """Of all files of a stage's code: as they were when first asked for, or `afresh` as they are."""
+    return _hash(json.dumps(code_of.__wrapped__(stage) if afresh else code_of(stage)))[:32]
+
+
 @cache
 def code_of(stage: str, root: Path = ROOT) -> dict[str, str]:
     """Hashes of the files that a stage's results follow from: of all that its program imports, wherever it does, of
     the training's, and of `--imports`. By their syntax: comments, docstrings and layout do not count."""
-    files = imported(PROGRAMS["train"], root, ONLOOKERS)
-    files |= imported(PROGRAMS[stage], root, ONLOOKERS if stage == "train" else ELSEWHERE)
+    files = _imported(PROGRAMS["train"], root, ONLOOKERS)
+    files |= _imported(PROGRAMS[stage], root, ONLOOKERS if stage == "train" else ELSEWHERE)
     paths = {name: root / name for name in files} | {f"--imports {name}": f for name, f in imported_files().items()}
     return {name: _read(path.read_text())[1] for name, path in sorted(paths.items())}
 
 
-def imported(program: str, root: Path, without: tuple[str, ...]) -> set[str]:
+def _imported(program: str, root: Path, without: tuple[str, ...]) -> set[str]:
     """The program and the project's files that it imports, those that they import, and so on; not through `without`."""
     files: set[str] = set()
     waiting = [program]
@@ -70,6 +153,17 @@ def imported(program: str, root: Path, without: tuple[str, ...]) -> set[str]:
     return files
 
 
+@cache
+def _read(source: str) -> tuple[list[str], str]:
+    """What a file imports, and the hash of its syntax without docstrings."""
+    tree = ast.parse(source)
+    modules = list(_modules(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return modules, _hash(ast.dump(tree))[:12]
+
+
 def _modules(node: ast.AST) -> Iterator[str]:
     """What is imported below; of `from a import b` both, as b may be a module. Not what is there for types alone."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -82,66 +176,5 @@ def _modules(node: ast.AST) -> Iterator[str]:
         yield from _modules(child)
 
 
-def code_hash(stage: str, *, afresh: bool = False) -> str:
-    """Of all files of a stage's code: as they were when first asked for, or `afresh` as they are."""
-    return _hash(json.dumps(code_of.__wrapped__(stage) if afresh else code_of(stage)))[:32]
-
-
-def changed_files(stage: str, before: dict[str, str]) -> list[str]:
-    """Files of a stage's code that are not as they were, or were not there, or are there no more."""
-    now = code_of(stage)
-    return sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
-
-
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Dotted names of what differs between two configurations and may change a result."""
-    return sorted(_changed(_of_results(before), _of_results(now)))
-
-
-def _of_results(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what changes no result."""
-    idle = {"name", "resume", "imports"}  # whose files are code
-    values = {name: value for name, value in values.items() if name not in idle}
-    for group, name in (("train", "max_hours"), ("data", "cache")):
-        values[group] = {key: value for key, value in values.get(group, {}).items() if key != name}
-    return {**values, "log": values.get("log", {}).get("best")}
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any], above: str = "") -> Iterator[str]:
-    for name in before.keys() | now.keys():
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changed(old, new, f"{above}{name}.")
-        elif old != new:
-            yield f"{above}{name}"
-
-
-def _key(stage: str, values: dict[str, Any]) -> str:
-    return f"{_hash(json.dumps(values, sort_keys=True, default=str))[:32]}-{code_hash(stage)}"
-
-
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _differences(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """What is not as usual, so that a setting that is new to the configuration changes no key."""
-    differences = {}
-    for name, value in values.items():
-        known = usual.get(name)
-        if isinstance(value, dict) and isinstance(known, dict) and known:
-            value = _differences(value, known)
-        if value != known and value != {}:
-            differences[name] = value
-    return differences
-
-
-@cache
-def _read(source: str) -> tuple[list[str], str]:
-    """What a file imports, and the hash of its syntax without docstrings."""
-    tree = ast.parse(source)
-    modules = list(_modules(tree))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
-            node.body = node.body[1:]
-    return modules, _hash(ast.dump(tree))[:12]

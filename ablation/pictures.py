@@ -11,8 +11,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ablation.results import Results
-from ablation.stages import pictured
 from sampling.image_files import save_labelled, tile, title, width_of
+from ablation.study import pictured
 
 BESIDE = 4  # samples a class and model, beside the other models'
 

@@ -1,25 +1,25 @@
 """Before anything starts: every variant validated, brought to equal cost and timed; what is done and what is left."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from ablation.costs import Measured, Speed
-from ablation.identity import changed_settings, keys_of, of_any_code
-from ablation.match import resized
-from ablation.stages import changes, done_stages, pictured
-from ablation.study import AblationConfig
-from ablation.variants import Run
+from ablation.costs import Measured, Speed, resized
+from ablation.identity import changed_settings, changes, done_stages, keys_of, of_any_code
+from ablation.study import AblationConfig, Run, pictured
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import open_checkpoint
 from diffusion.samplers import num_calls
 from evaluation.scoring import open_scorer
 from evaluation.table import terminal
 from experiment.backbones import model_spec
+from experiment.config import SamplingConfig
 from experiment.datasets import open_cache, open_split
 from experiment.diffusions import build_diffusion
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_whole
@@ -34,22 +34,20 @@ from training.optimizer import num_training_steps
 
 @dataclass(frozen=True)
 class Planned:
-    """A run, what it costs, and which results are its own. `trained_in` is another run's folder where both differ in
-    sampling or scoring alone."""
+    """A run, what it is of, what it costs, and which results are its own."""
 
     run: Run
+    ablation: AblationConfig
     spec: ModelSpec
-    classes: tuple[str, ...]
-    cost: Cost
+    sampling: SamplingConfig
+    classes: list[str]
     num_steps: int
     num_held_out: int
-    num_samples: int  # of a trial
-    num_trials: int
-    keys: dict[str, str]  # of the stages
-    trained_in: Path
-    first: bool  # of the ablation: the one that baselines are scored with
-    num_pictures: int
     identity: dict[str, dict[str, Any]]  # what autoencoder and splits are by their content; see `check_identity`
+    cost: Cost
+    trained_in: Path  # another run's folder where both differ in sampling or scoring alone
+    first: bool  # of the ablation: the one that baselines are scored with
+    keys: dict[str, str] = field(default_factory=dict)  # of the stages
     speed: Speed | None = None
     start: float = 0.0  # seconds that a program takes until it does something
 
@@ -57,6 +55,16 @@ class Planned:
     def trains(self) -> bool:
         """Whether the training is its own."""
         return self.trained_in == self.run.folder
+
+    @property
+    def pictured(self) -> list[str]:
+        """Names of the classes in the pictures."""
+        return pictured(self.ablation.pictures.classes, self.classes)
+
+    @property
+    def num_samples(self) -> int:
+        """Images that are scored in a trial."""
+        return self.run.config.evaluation.num_samples or self.num_held_out
 
     @property
     def done(self) -> set[str]:
@@ -68,16 +76,20 @@ class Planned:
         return {name for name, key in stored.items() if self.keys.get(name) == key}
 
     @property
+    def all_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.done.issuperset(self.keys)
+
+    @property
     def seconds(self) -> float | None:
         """What is left to do takes, by the short timing, with what a training looks at on the way; features are not in
         it."""
         if self.speed is None:
             return None
         speed, config, log = self.speed, self.run.config, self.run.config.log
-        diffusion, num_guided = build_diffusion(config.diffusion), config.guided_classes(self.spec.num_classes)
-        sampling = resolve_sampling(config.sampling, diffusion, num_guided)
-        guided = 2 if sampling.guidance_scale != 1 else 1
-        drawing = guided * num_calls(diffusion, sampling.sampler, sampling.num_steps) / speed.calls + 1 / speed.decoding
+        calls = num_calls(build_diffusion(config.diffusion), self.sampling.sampler, self.sampling.num_steps)
+        calls *= 2 if self.sampling.guidance_scale != 1 else 1
+        drawing = calls / speed.calls + 1 / speed.decoding  # an image
         steps = self.num_steps - self.step
 
         def times(every: int) -> int:
@@ -87,8 +99,12 @@ class Planned:
         training += times(log.validate_every) * min(log.num_validation, self.num_held_out) / speed.calls
         training += (times(log.sample_every) + 1) * 4 * min(10, self.spec.num_classes or 10) * drawing
         training += times(log.evaluate_every) * self.num_samples * drawing
-        left = {"train": training, "score": self.num_trials * self.num_samples * drawing}
-        left |= {"draw": self.num_pictures * drawing}
+        num_pictures = self.ablation.pictures.num_per_class * max(1, len(self.pictured))
+        left = {
+            "train": training,
+            "score": self.ablation.scoring.trials * self.num_samples * drawing,
+            "draw": num_pictures * drawing,
+        }
         names = self.keys.keys() - self.done - (set() if self.trains else {"train"})
         return sum(left[name] + self.start for name in names)
 
@@ -104,17 +120,17 @@ class Planned:
     def changes(self) -> list[str]:
         """Files and settings that the training in the folder differs by from the plan's, or what lies at a path that it
         was trained with."""
-        run, trains = self.run, self.trains
-        if trains and (others := changes(run.folder, "began", self.keys["train"], run.config)):
+        config, key = self.run.config, self.keys["train"]
+        if self.trains and (others := changes(self.run.folder, key, config)):
             return others
         saved = list_checkpoints(self.trained_in / "checkpoints")
-        if not saved or done_stages(self.trained_in).get("began") != self.keys["train"]:
+        if not saved or done_stages(self.trained_in).get("began") != key:
             return []
         try:
             checkpoint = open_checkpoint(saved[-1])
         except CheckpointError:  # which going on with it will tell
             return []
-        settings = changed_settings(checkpoint.config.to_dict(), run.config.to_dict())  # it may have gone on by hand
+        settings = changed_settings(checkpoint.config.to_dict(), config.to_dict())  # it may have gone on by hand
         if others := [name for name in settings if name.partition(".")[0] not in ("sampling", "evaluation")]:
             return others
         try:
@@ -126,7 +142,7 @@ class Planned:
     @property
     def state(self) -> str:
         """What is done of it, or why not, in words."""
-        if self.done.issuperset(self.keys):
+        if self.all_done:
             return "done"
         if others := self.changes:
             return f"of other {', '.join(others)}"
@@ -154,62 +170,83 @@ def make_plan(
         ValueError: that names the variant that cannot be.
     """
     measured = Measured(folder / "measured.json", accelerator)
-    specs = {run.folder: _named(run, lambda run=run: check(run, ablation)) for run in runs}
-    unmatched = {run.folder: run for run in runs}
+    plan = [check(run, ablation, measured, first=run is runs[0]) for run in runs]
     if ablation.match is not None:
-        runs = match(ablation, runs, specs, measured)
-
-    plan: list[Planned] = []
-    for run in runs:
-        if run is not unmatched[run.folder]:  # match has changed it
-            specs[run.folder] = _named(run, lambda run=run: check(run, ablation))
-        spec, classes, num_images, num_reference, contents = specs[run.folder]
-        scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and not plan}
-        keys = keys_of(run.config, scoring, asdict(ablation.pictures))
-        keys = {name: key for name, key in keys.items() if name != "draw" or ablation.pictures.num_per_class}
-        planned = Planned(
-            run,
-            spec,
-            classes,
-            measured.cost(spec),
-            num_training_steps(run.config.train, num_images),
-            num_reference,
-            run.config.evaluation.num_samples or num_reference,
-            ablation.scoring.trials,
-            of_any_code(keys, done_stages(run.folder)) if any_code else keys,
-            run.folder,
-            first=not plan,
-            num_pictures=ablation.pictures.num_per_class * max(1, len(pictured(ablation.pictures.classes, classes))),
-            identity=contents,
-            speed=measured.speed(spec, run, _codec(run.config.autoencoder)) if timed else None,
-            start=start,
-        )
-        plan.append(planned)
+        plan = matched(plan, measured)
+    for number, planned in enumerate(plan):
+        config, keys = planned.run.config, planned.keys
+        if any_code:
+            keys = of_any_code(keys, done_stages(planned.run.folder))
+        speed = measured.speed(planned.spec, config, _codec(config.autoencoder)) if timed else None
+        plan[number] = replace(planned, keys=keys, speed=speed, start=start)
     plan = [replace(planned, trained_in=_owner(planned, plan)) for planned in plan]
-    write_whole(folder / "plan.json", json.dumps(as_record(ablation, plan), indent=2) + "\n")
+    write_whole(folder / "plan.json", json.dumps(as_record(plan), indent=2) + "\n")
     return plan
 
 
-def check(run: Run, ablation: AblationConfig) -> tuple[ModelSpec, tuple[str, ...], int, int, dict[str, dict[str, Any]]]:
-    """What a run is of: backbone, classes, numbers of training and held-out images, and what these are.
+def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool) -> Planned:
+    """A run with all that it is of, built and counted.
 
     Raises:
-        ValueError: for whatever could not be built.
+        ValueError: for whatever could not be built, with the variant's name.
     """
     config = run.config
-    diffusion = build_diffusion(config.diffusion)
-    images, held_out = _open_splits(config.data)
-    codec = _codec(config.autoencoder)
-    spec = model_spec(config, codec, diffusion, len(images.classes))
-    spec.build_on_meta()
-    num_guided = config.guided_classes(spec.num_classes)
-    resolve_sampling(config.sampling, diffusion, num_guided)
-    check_metrics(config.evaluation.metrics)
-    resolve_classes(list(ablation.pictures.classes), images.classes)
-    if ablation.scoring.trials < 1:
-        raise ValueError(f"scoring.trials {ablation.scoring.trials} must be at least 1")
-    contents = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
-    return spec, tuple(images.classes), len(images), len(held_out), contents
+    with _of_variant(run):
+        diffusion, codec = build_diffusion(config.diffusion), _codec(config.autoencoder)
+        images, held_out = _open_splits(config.data)
+        spec = model_spec(config, codec, diffusion, len(images.classes))
+        spec.build_on_meta()
+        sampling = resolve_sampling(config.sampling, diffusion, config.guided_classes(spec.num_classes))
+        check_metrics(config.evaluation.metrics)
+        resolve_classes(list(ablation.pictures.classes), images.classes)
+    scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and first}
+    keys = keys_of(config, scoring, asdict(ablation.pictures))
+    if not ablation.pictures.num_per_class:
+        del keys["draw"]
+    return Planned(
+        run,
+        ablation,
+        spec,
+        sampling,
+        list(images.classes),
+        num_training_steps(config.train, len(images)),
+        len(held_out),
+        {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()},
+        measured.cost(spec),
+        run.folder,
+        first,
+        keys,
+    )
+
+
+def matched(plan: list[Planned], measured: Measured) -> list[Planned]:
+    """The runs, at a width at which they cost what `match.to` does.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    rule = plan[0].ablation.match
+    assert rule is not None
+    target = next(planned.spec for planned in plan if planned.run.is_of(rule.to))
+
+    def at_equal_cost(planned: Planned) -> Planned:
+        run, spec = planned.run, planned.spec
+        if run.is_of(rule.to):
+            return planned
+
+        def cost_of(spec: ModelSpec) -> float:
+            if rule.by == "time":
+                return 1 / measured.speed(spec, run.config, _codec(run.config.autoencoder)).training
+            cost = measured.cost(spec)
+            return cost.gflops if rule.by == "flops" else float(cost.parameters)
+
+        key = {"match": asdict(rule), "to": asdict(target), "spec": asdict(spec)}
+        with _of_variant(run):
+            args = measured.get(key, lambda: resized(spec, cost_of(target), cost_of, rule.tolerance).args)
+        run = replace(run, config=replace(run.config, model_args=args))
+        return check(run, planned.ablation, measured, first=planned.first)
+
+    return [at_equal_cost(planned) for planned in plan]
 
 
 def prepare(plan: list[Planned], accelerator: Accelerator) -> None:
@@ -223,44 +260,13 @@ def prepare(plan: list[Planned], accelerator: Accelerator) -> None:
         open_scorer(data, accelerator, scoring)
 
 
-def match(ablation: AblationConfig, runs: list[Run], specs: dict[Path, Any], measured: Measured) -> list[Run]:
-    """The runs, at a width at which they cost what `match.to` does.
-
-    Raises:
-        ValueError: where there is none.
-    """
-    rule = ablation.match
-    assert rule is not None
-    (target, *_) = next(specs[run.folder] for run in runs if run.is_of(rule.to))
-
-    def at_equal_cost(run: Run) -> Run:
-        spec = specs[run.folder][0]
-        if run.is_of(rule.to):
-            return run
-
-        def find() -> dict[str, Any]:
-            cost_of = {
-                "flops": lambda spec: measured.cost(spec).gflops,
-                "params": lambda spec: float(measured.cost(spec).parameters),
-                "time": lambda spec: 1 / measured.speed(spec, run, _codec(run.config.autoencoder)).training,
-            }[rule.by]
-            return resized(spec, cost_of(target), cost_of, rule.tolerance).args
-
-        key = {"match": asdict(rule), "to": asdict(target), "spec": asdict(spec)}
-        args = _named(run, lambda: measured.get(key, find))
-        return replace(run, config=replace(run.config, model_args=args))
-
-    return [at_equal_cost(run) for run in runs]
-
-
 def table(plan: list[Planned]) -> str:
     """A row a run, to be read before the hours are spent."""
     rows = [["run", "parameters", "GFLOPs", "img/s", "steps", "left", "state"]]
     for planned in plan:
-        cost = [f"{planned.cost.parameters / 1e6:.2f}M", f"{planned.cost.gflops:.3f}"]
-        cost.append(f"{planned.speed.training:.1f}" if planned.speed else "-")
-        left = [str(planned.num_steps), duration(planned.seconds), planned.state]
-        rows.append([planned.run.name, *cost, *left])
+        speed = f"{planned.speed.training:.1f}" if planned.speed else "-"
+        cost = [f"{planned.cost.parameters / 1e6:.2f}M", f"{planned.cost.gflops:.3f}", speed]
+        rows.append([planned.run.name, *cost, str(planned.num_steps), duration(planned.seconds), planned.state])
     seconds = [planned.seconds for planned in plan]
     total = None if None in seconds else sum(filter(None, seconds))
     return f"{terminal(rows)}\nabout {duration(total)} to go, without features"
@@ -289,8 +295,9 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f}"
 
 
-def as_record(ablation: AblationConfig, plan: list[Planned]) -> dict[str, Any]:
+def as_record(plan: list[Planned]) -> dict[str, Any]:
     """What the report needs to know of the plan."""
+    ablation = plan[0].ablation
     baseline = next((planned.run.variant for planned in plan if planned.run.is_of(ablation.baseline)), None)
     return {
         "ablation": {**asdict(ablation), "baseline": baseline},
@@ -305,7 +312,7 @@ def as_record(ablation: AblationConfig, plan: list[Planned]) -> dict[str, Any]:
                 "gflops": planned.cost.gflops,
                 "num_steps": planned.num_steps,
                 "batch_size": planned.run.config.train.batch_size,
-                "classes": list(planned.classes),
+                "classes": planned.classes,
                 "model": planned.spec.name,
                 "model_args": planned.spec.args,
                 "keys": planned.keys,
@@ -323,10 +330,11 @@ def _owner(planned: Planned, plan: list[Planned]) -> Path:
     return next((folder for folder in folders if done_stages(folder).get("began") == key), folders[0])
 
 
-def _named(run: Run, action: Any) -> Any:
+@contextmanager
+def _of_variant(run: Run) -> Iterator[None]:
     """Errors that say whose they are."""
     try:
-        return action()
+        yield
     except (ValueError, OSError) as error:
         raise ValueError(f"variant {run.variant}: {error}") from error
 
@@ -340,7 +348,7 @@ _SPLITS: dict[str, Any] = {}
 
 
 def _open_splits(config: Any) -> Any:
-    name = json.dumps(asdict(config))
+    name = repr(config)
     if name not in _SPLITS:
         _SPLITS[name] = open_split(config, "train"), open_split(config, "test")
     return _SPLITS[name]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ablation.stages import done_stages
+from ablation.identity import done_stages
 from evaluation.table import number
 from metrics.scores import digits_of, is_lower_better
 

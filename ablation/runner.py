@@ -10,21 +10,22 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
-from ablation.identity import PROGRAMS, ROOT, code_hash
+from ablation.identity import PROGRAMS, ROOT, code_hash, done_stages, mark
 from ablation.plan import Planned, duration
-from ablation.stages import STAGES, done_stages, mark
-from ablation.study import AblationConfig
+from ablation.stages import STAGES
 from machine import children
 from machine.children import EXIT_CODE, STOPPED
 from machine.lock import Lock
 from machine.whole_files import write_whole
 
+_PRINTING = threading.Lock()
 
-@dataclass(frozen=True)
-class Outcome:
+
+class Outcome(NamedTuple):
     """How a run ended: 'done', 'stopped' (to be gone on with) or 'failed', and why."""
 
     run: str
@@ -37,17 +38,13 @@ class Runner:
     """Does what is left of runs.
 
     Args:
-        ablation: what they are of
         deadline: seconds since the epoch, after which nothing is started and trainings stop
         launcher: a configuration of `accelerate launch` for several processes a run; without, one process
-        workers: runs side by side where there is no GPU
         code: of the stages, when they were planned
     """
 
-    ablation: AblationConfig
     deadline: float | None = None
     launcher: str | None = None
-    workers: int = 1
     code: dict[str, str] = field(default_factory=lambda: {stage: code_hash(stage) for stage in PROGRAMS})
     children: set[subprocess.Popen] = field(default_factory=set)
     reason: str | None = None
@@ -59,7 +56,7 @@ class Runner:
             for planned in [planned for planned in job if planned.changes][::-1]:  # what was made of a training first
                 _set_aside(planned)
         except (ValueError, OSError) as error:
-            return [Outcome(planned.run.name, "failed", " ".join(str(error).split())) for planned in job]
+            return [_failed(planned, error) for planned in job]
         for planned in job:
             if outcomes and done_stages(job[0].run.folder).get("train") != job[0].keys["train"]:
                 outcomes.append(Outcome(planned.run.name, outcomes[0].status, f"it needs {job[0].run.name}"))
@@ -67,7 +64,7 @@ class Runner:
             try:
                 outcomes.append(self._run(planned, environment or {}))
             except (ValueError, OSError) as error:
-                outcomes.append(Outcome(planned.run.name, "failed", " ".join(str(error).split())))
+                outcomes.append(_failed(planned, error))
         return outcomes
 
     def stop(self, reason: str) -> None:
@@ -79,15 +76,15 @@ class Runner:
 
     def _run(self, planned: Planned, environment: dict[str, str]) -> Outcome:
         folder, name = planned.run.folder, planned.run.name
-        if planned.done.issuperset(planned.keys):
+        if planned.all_done:
             return Outcome(name, "done", "before")
         with Lock(folder / "lock") as lock:
             if planned.trains and "began" not in done_stages(folder) and (folder / "checkpoints").exists():
                 raise ValueError(f"{folder} holds a training that no ablation began; move it away")
             write_whole(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
-            for stage, command in STAGES.items():
-                if stage == "train" and not planned.trains:
-                    mark(folder, train=planned.keys["train"])
+            if not planned.trains:
+                mark(folder, train=planned.keys["train"])
+            for stage in STAGES:
                 if stage not in planned.keys or stage in planned.done:
                     continue
                 if why := self._must_stop():
@@ -98,14 +95,14 @@ class Runner:
                     if "began" not in done_stages(folder):  # what is there is of another's training
                         (folder / "stages.json").unlink(missing_ok=True)
                     mark(folder, began=planned.keys["train"])
-                began = time.monotonic()
-                say(f"{name}: {stage} ...  (tail -f {folder / stage}.txt)")
+                began, output = time.monotonic(), folder / f"{stage}.txt"
+                say(f"{name}: {stage} ...  (tail -f {output})")
                 (folder / STOPPED).unlink(missing_ok=True)
-                status = self._process(command(planned, self.ablation), folder / f"{stage}.txt", lock, environment)
+                status = self._process(STAGES[stage](planned), output, lock, environment)
                 if status != 0 and (self.reason or status == EXIT_CODE or (folder / STOPPED).is_file()):
                     return Outcome(name, "stopped", self._must_stop() or "it was asked to stop")
                 if status != 0:
-                    return Outcome(name, "failed", f"{stage}: {last_line(folder / f'{stage}.txt') or status}")
+                    return Outcome(name, "failed", f"{stage}: {last_line(output) or status}")
                 mark(folder, **{stage: planned.keys[stage]})
                 say(f"{name}: {stage} done in {duration(time.monotonic() - began)}")
         return Outcome(name, "done")
@@ -118,12 +115,10 @@ class Runner:
         script, *flags = command
         if script == "train.py" and self.deadline is not None:
             flags += ["--train.max_hours", f"{max(0.01, self.deadline - time.time()) / 3600:.6f}"]
-        launch = [sys.executable]
-        if self.launcher is not None:
-            launch += ["-m", children.LAUNCHER, "--config_file", self.launcher]
+        launch = [] if self.launcher is None else ["-m", children.LAUNCHER, "--config_file", self.launcher]
         with output.open("a") as file:
             child = children.start(
-                [*launch, str(ROOT / script), *flags],
+                [sys.executable, *launch, str(ROOT / script), *flags],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
@@ -144,7 +139,14 @@ def say(text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-_PRINTING = threading.Lock()
+def last_line(path: Path) -> str:
+    """Of a command's output: where it failed, its error; progress bars are left out."""
+    lines = [line.rpartition("\r")[-1].strip() for line in path.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line and "it/s]" not in line), "")
+
+
+def _failed(planned: Planned, error: Exception) -> Outcome:
+    return Outcome(planned.run.name, "failed", " ".join(str(error).split()))
 
 
 def _set_aside(planned: Planned) -> None:
@@ -157,9 +159,3 @@ def _set_aside(planned: Planned) -> None:
         for path in sorted(paths, key=lambda path: path.name == "stages.json"):  # last: it says what is there
             shutil.move(path, kept / path.name)
     say(f"{planned.run.name}: of other {why}; what was there is now {kept}")
-
-
-def last_line(path: Path) -> str:
-    """Of a command's output: where it failed, its error; progress bars are left out."""
-    lines = [line.rpartition("\r")[-1].strip() for line in path.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line and "it/s]" not in line), "")

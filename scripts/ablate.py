@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ablation.study import AblationConfig, ClusterConfig, read_ablation
+from ablation.study import AblationConfig, ClusterConfig, expand, read_ablation
 from experiment.cli import one_line_errors, parse
 from experiment.settings import within
 from machine.children import EXIT_CODE
@@ -85,11 +85,10 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     """What is left to do, then the report."""
-    from ablation.executors import EXECUTORS, jobs_of, places
+    from ablation.executors import jobs_of, places, run_here, submit
     from ablation.plan import make_plan, prepare, refuse_changed, table
     from ablation.runner import Runner
     from ablation.tables import check_columns
-    from ablation.variants import expand
     from machine.accelerator import open_accelerator
     from machine.lock import Lock
 
@@ -109,9 +108,13 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
         # Doing it.
         if not config.redo:
             refuse_changed(plan)
-        prepare([planned for planned in plan if not planned.done.issuperset(planned.keys)], accelerator)
-        runner = Runner(ablation, deadline, config.launcher, config.workers)
-        outcomes = EXECUTORS[config.executor](jobs_of(plan), runner, config.cluster, folder / "jobs")
+        prepare([planned for planned in plan if not planned.all_done], accelerator)
+        jobs, runner = jobs_of(plan), Runner(deadline, config.launcher)
+        if config.executor == "local":
+            outcomes = run_here(jobs, runner, config.workers)
+        else:
+            scheduler = "slurm" if config.executor == "slurm" else "local"
+            outcomes = submit(jobs, runner, config.cluster, folder / "jobs", scheduler)
 
         # What came of it.
         for outcome in outcomes:

@@ -4,11 +4,10 @@ from pathlib import Path
 
 from processes import TINY
 
-from ablation.executors import EXECUTORS, jobs_of
+from ablation.executors import jobs_of, run_here
 from ablation.plan import make_plan
 from ablation.runner import Runner
-from ablation.study import AblationConfig, ClusterConfig
-from ablation.variants import expand
+from ablation.study import AblationConfig, expand
 from machine.accelerator import open_accelerator
 
 BASE = {**TINY, "evaluation": {"extractor": "colors.pt", "num_samples": 12, "metrics": ["fid", "precision"]}}
@@ -18,10 +17,9 @@ def plan_of(variants, **settings):
     ablation = AblationConfig(base=BASE, variants=variants, **settings)
     folder = Path("runs/t")
     runs = expand(ablation, "t")
-    return ablation, make_plan(ablation, runs, folder, open_accelerator("fp32"), timed=False, any_code=False)
+    return make_plan(ablation, runs, folder, open_accelerator("fp32"), timed=False, any_code=False)
 
 
-def execute(ablation, plan, deadline=None, workers=1):
-    runner = Runner(ablation, deadline, workers=workers)
-    outcomes = EXECUTORS["local"](jobs_of(plan), runner, ClusterConfig(), Path("jobs"))
+def execute(plan, deadline=None, workers=1):
+    outcomes = run_here(jobs_of(plan), Runner(deadline), workers)
     return {outcome.run.partition(",")[0]: (outcome.status, outcome.why) for outcome in outcomes}

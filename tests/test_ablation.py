@@ -16,7 +16,7 @@ import yaml
 from ablations import BASE
 from processes import ROOT, TINY, run
 
-from ablation.stages import done_stages
+from ablation.identity import done_stages
 from machine import children
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -11,12 +11,10 @@ import pytest
 from ablations import BASE
 from processes import ROOT, TINY, script
 
-from ablation.costs import Speed
+from ablation.costs import Speed, at_width, resized
 from ablation.executors import jobs_of
-from ablation.match import at_width, resized
 from ablation.plan import make_plan, table
-from ablation.study import AblationConfig, MatchConfig, ScoringConfig, read_ablation
-from ablation.variants import expand, merged
+from ablation.study import AblationConfig, MatchConfig, ScoringConfig, expand, merged, read_ablation
 from experiment.cli import parse_mapping
 from experiment.config import ExperimentConfig
 from machine.accelerator import open_accelerator

@@ -17,12 +17,11 @@ from ablations import execute, plan_of
 from processes import ROOT
 
 from ablation import identity, stages
-from ablation.executors import EXECUTORS, jobs_of
+from ablation.executors import jobs_of, submit
+from ablation.identity import done_stages, mark
 from ablation.plan import make_plan, refuse_changed
 from ablation.runner import Runner, last_line
-from ablation.stages import done_stages, mark
-from ablation.study import ClusterConfig, ScoringConfig
-from ablation.variants import merged
+from ablation.study import ClusterConfig, ScoringConfig, merged
 from checkpoints.checkpoint import WEIGHTS, metadata_of, save_tensors
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_a_key_is_of_what_matters():
-    _, plan = plan_of(
+    plan = plan_of(
         {
             "a": {},
             "logged": {"log.every": 7, "data.cache": "elsewhere", "train.max_hours": 1.0},
@@ -77,20 +76,20 @@ def changed_code(monkeypatch):
 
     def change(name):
         now = {stage: identity.code_of(stage) for stage in identity.PROGRAMS}
-        for module in (identity, stages):
-            other = {stage: {**code, name: "other"} if name in code else code for stage, code in now.items()}
-            monkeypatch.setattr(module, "code_of", other.__getitem__)
+        other = {stage: {**code, name: "other"} if name in code else code for stage, code in now.items()}
+        monkeypatch.setattr(identity, "code_of", other.__getitem__)
 
     return change
 
 
 def test_a_changed_file_of_the_code_makes_its_stages_due(scripted, changed_code):
-    ablation, (planned,) = plan_of({"a": {}})
-    execute(ablation, [planned])
+    (planned,) = plan_of({"a": {}})
+    execute([planned])
 
     def now():
-        scoring = {**asdict(ablation.scoring), "baselines": True}
-        return replace(planned, keys=identity.keys_of(planned.run.config, scoring, asdict(ablation.pictures)))
+        scoring = {**asdict(planned.ablation.scoring), "baselines": True}
+        pictures = asdict(planned.ablation.pictures)
+        return replace(planned, keys=identity.keys_of(planned.run.config, scoring, pictures))
 
     changed_code("published/diffusers_dit.py")
     assert now().state == "done"
@@ -103,11 +102,11 @@ def test_a_changed_file_of_the_code_makes_its_stages_due(scripted, changed_code)
 
 
 def test_results_of_other_code_count_where_that_is_asked_for():
-    ablation, (planned,) = plan_of({"a": {}})
+    (planned,) = plan_of({"a": {}})
     older = {name: f"{key.partition('-')[0]}-older" for name, key in planned.keys.items()}
     mark(planned.run.folder, began=older["train"], **older)
     assert not planned.done
-    again = partial(make_plan, ablation, [planned.run], Path("runs/t"), open_accelerator("fp32"), timed=False)
+    again = partial(make_plan, planned.ablation, [planned.run], Path("runs/t"), open_accelerator("fp32"), timed=False)
     (accepted,) = again(any_code=True)
     assert accepted.done == {"train", "score", "draw"}
     assert accepted.state == "done"
@@ -136,7 +135,7 @@ if name == "train" and "pair" in folder:
 def scripted(monkeypatch, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
 
-    def command(stage, planned, ablation):
+    def command(stage, planned):
         return [str(tmp_path / "script.py"), stage, str(planned.run.folder)]
 
     for stage in stages.STAGES:
@@ -148,11 +147,11 @@ def calls():
 
 
 def test_a_failed_variant_leaves_the_others_alone_and_is_tried_again(scripted):
-    found = execute(*plan_of({"a": {}, "bad": {"optim.lr": 5e-4}, "c": {"optim.lr": 6e-4}}))
+    found = execute(plan_of({"a": {}, "bad": {"optim.lr": 5e-4}, "c": {"optim.lr": 6e-4}}))
     assert found["a"] == found["c"] == ("done", "")
     assert found["bad"] == ("failed", "train: train.py: error: no such luck")
     assert calls() == ["train a", "score a", "draw a", "train bad", "train c", "score c", "draw c"]
-    found = execute(*plan_of({"a": {}, "bad": {"optim.lr": 5e-4}, "c": {"optim.lr": 6e-4}}))
+    found = execute(plan_of({"a": {}, "bad": {"optim.lr": 5e-4}, "c": {"optim.lr": 6e-4}}))
     assert calls()[7:] == ["train bad"]
     assert found["a"] == ("done", "before")
 
@@ -168,31 +167,31 @@ def cores():
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_workers_run_side_by_side_and_share_the_cores(scripted, cores):
-    found = execute(*plan_of({"pair1": {}, "pair2": {"optim.lr": 6e-4}}), workers=2)
+    found = execute(plan_of({"pair1": {}, "pair2": {"optim.lr": 6e-4}}), workers=2)
     assert found == {"pair1": ("done", ""), "pair2": ("done", "")}
     half = len(cores) // 2
     found = {Path(name).read_text() for name in ("pair1", "pair2")}
     assert found == {str(cores[:half]), str(cores[half : 2 * half])}
     with pytest.raises(ValueError, match="--workers 999: there are"):
-        execute(*plan_of({"c": {"optim.lr": 7e-4}}), workers=999)
+        execute(plan_of({"c": {"optim.lr": 7e-4}}), workers=999)
 
 
 def test_variants_that_share_a_training_are_scored_from_it(scripted):
-    ablation, plan = plan_of({"a": {}, "b": {"sampling.num_steps": 2}})
-    assert {status for status, _ in execute(ablation, plan).values()} == {"done"}
+    plan = plan_of({"a": {}, "b": {"sampling.num_steps": 2}})
+    assert {status for status, _ in execute(plan).values()} == {"done"}
     assert calls() == ["train a", "score a", "draw a", "score b", "draw b"]
-    _, again = plan_of({"a": {}, "b": {"sampling.num_steps": 2}})
+    again = plan_of({"a": {}, "b": {"sampling.num_steps": 2}})
     assert [planned.state for planned in again] == ["done", "done"]
 
 
 def test_another_configuration_of_one_name_trains_anew_and_keeps_the_old(scripted):
-    execute(*plan_of({"a": {}}))
+    execute(plan_of({"a": {}}))
     (Path("runs/t/a/seed0") / "checkpoints").mkdir()
-    ablation, plan = plan_of({"a": {"optim.lr": 5e-4}})
+    plan = plan_of({"a": {"optim.lr": 5e-4}})
     assert plan[0].state == "of other optim.lr"
     with pytest.raises(ValueError, match=r"trained before with other runs/t/a/seed0: optim\.lr: --redo true keeps"):
         refuse_changed(plan)
-    execute(ablation, plan)
+    execute(plan)
     assert calls() == ["train a", "score a", "draw a"] * 2
     (kept,) = Path("runs/t/a").glob("seed0.before-*")
     assert (kept / "checkpoints").is_dir()
@@ -210,8 +209,8 @@ def trained(planned, *, step=4, **changes):
 
 def test_a_training_of_what_lies_there_no_more_is_none_of_the_plans(scripted):
     variants = {"a": {}, "b": {"sampling.num_steps": 2}}
-    ablation, plan = plan_of(variants)
-    execute(ablation, plan)
+    plan = plan_of(variants)
+    execute(plan)
     trained(plan[0])
     assert [planned.state for planned in plan] == ["done", "done"]
     identity = {**plan[0].identity, "train": {**plan[0].identity["train"], "source_hash": "of other images"}}
@@ -219,32 +218,32 @@ def test_a_training_of_what_lies_there_no_more_is_none_of_the_plans(scripted):
     assert [planned.state for planned in plan] == ["of other content of --data.path"] * 2
     with pytest.raises(ValueError, match=r"a/seed0: content of --data\.path; runs/t/b/seed0: content of"):
         refuse_changed(plan)
-    execute(ablation, plan)
+    execute(plan)
     assert calls() == ["train a", "score a", "draw a", "score b", "draw b"] * 2
     assert len([*Path("runs/t").glob("*/seed0.before-*/stages.json")]) == 2
 
 
 def test_a_training_that_went_on_by_hand_is_none_of_the_plans(scripted):
-    ablation, (planned,) = plan_of({"a": {}})
-    execute(ablation, [planned])
+    (planned,) = plan_of({"a": {}})
+    execute([planned])
     trained(planned, step=8, **{"train.num_steps": 8, "sampling.num_steps": 2, "log.every": 7})
     assert planned.state == "of other train.num_steps"
 
 
 def test_another_order_of_the_variants_leaves_their_training_where_it_is(scripted):
-    execute(*plan_of({"a": {}, "b": {"sampling.num_steps": 2}}))
-    ablation, plan = plan_of({"b": {"sampling.num_steps": 2}, "a": {}}, scoring=ScoringConfig(baselines=False))
-    assert execute(ablation, plan) == {"a": ("done", ""), "b": ("done", "before")}
+    execute(plan_of({"a": {}, "b": {"sampling.num_steps": 2}}))
+    plan = plan_of({"b": {"sampling.num_steps": 2}, "a": {}}, scoring=ScoringConfig(baselines=False))
+    assert execute(plan) == {"a": ("done", ""), "b": ("done", "before")}
     assert calls()[5:] == ["score a"]  # without the baselines now
     variants = {"b": {"sampling.num_steps": 2}}  # without the one that has trained
-    ablation, plan = plan_of(variants, scoring=ScoringConfig(baselines=False))
-    assert execute(ablation, plan)["b"] == ("done", "")
+    plan = plan_of(variants, scoring=ScoringConfig(baselines=False))
+    assert execute(plan)["b"] == ("done", "")
     assert calls()[6:] == ["train b", "score b", "draw b"]
 
 
 def test_code_that_changes_after_the_plan_makes_no_result_of_it(scripted):
-    ablation, plan = plan_of({"a": {}})
-    (outcome,) = Runner(ablation, code=dict.fromkeys(stages.STAGES, "older"))(plan)
+    plan = plan_of({"a": {}})
+    (outcome,) = Runner(code=dict.fromkeys(stages.STAGES, "older"))(plan)
     assert (outcome.status, outcome.why.partition(":")[0]) == ("failed", "train")
     assert calls() == []
     assert not done_stages(plan[0].run.folder)
@@ -252,7 +251,7 @@ def test_code_that_changes_after_the_plan_makes_no_result_of_it(scripted):
 
 def test_no_foreign_training_is_touched(scripted):
     Path("runs/t/a/seed0/checkpoints").mkdir(parents=True)
-    assert execute(*plan_of({"a": {}}))["a"][1].endswith("holds a training that no ablation began; move it away")
+    assert execute(plan_of({"a": {}}))["a"][1].endswith("holds a training that no ablation began; move it away")
     assert calls() == []
 
 
@@ -263,20 +262,20 @@ def test_a_stop_lets_the_training_save_and_the_rest_wait(scripted):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
-    found = execute(*plan_of({"slow": {}, "c": {"optim.lr": 6e-4}}))
+    found = execute(plan_of({"slow": {}, "c": {"optim.lr": 6e-4}}))
     assert found == {"slow": ("stopped", "SIGTERM"), "c": ("stopped", "SIGTERM")}
     assert "train" not in done_stages(Path("runs/t/slow/seed0"))
 
 
 def test_nothing_starts_when_the_time_is_over(scripted):
-    assert execute(*plan_of({"a": {}}), deadline=time.time() - 1)["a"] == ("stopped", "the time is over")
+    assert execute(plan_of({"a": {}}), deadline=time.time() - 1)["a"] == ("stopped", "the time is over")
     assert calls() == []
 
 
 def test_submitit_does_the_same_in_a_process_of_its_own():
-    ablation, plan = plan_of({"a": {}})
+    plan = plan_of({"a": {}})
     mark(plan[0].run.folder, began=plan[0].keys["train"], **plan[0].keys)
-    outcomes = EXECUTORS["submitit"](jobs_of(plan), Runner(ablation), ClusterConfig(gpus=0), Path("jobs"))
+    outcomes = submit(jobs_of(plan), Runner(), ClusterConfig(gpus=0), Path("jobs"), "local")
     assert [(outcome.status, outcome.why) for outcome in outcomes] == [("done", "before")]
 
 
@@ -286,8 +285,8 @@ def test_a_training_that_a_launcher_says_has_failed_may_have_stopped(monkeypatch
         return 1
 
     monkeypatch.setattr(Runner, "_process", launched)
-    ablation, plan = plan_of({"a": {}})
-    assert [outcome.status for outcome in Runner(ablation)(plan)] == ["stopped"]
+    plan = plan_of({"a": {}})
+    assert [outcome.status for outcome in Runner()(plan)] == ["stopped"]
 
 
 def test_two_runners_do_not_share_a_folder(tmp_path):
@@ -319,12 +318,12 @@ def test_the_commands_are_ones_that_their_scripts_accept():
     from sample import SampleConfig
 
     asked = {"sampler": "ddim", "sampler_args": {"eta": 0.5}, "guidance_interval": [0.2, 5.0], "clip": math.inf}
-    ablation, (planned, unguided) = plan_of({"a": {"sampling": asked}, "b": {"train.label_dropout": 0.0}})
-    scoring = parse(EvaluateConfig, stages.score(planned, ablation)[1:])
+    planned, unguided = plan_of({"a": {"sampling": asked}, "b": {"train.label_dropout": 0.0}})
+    scoring = parse(EvaluateConfig, stages.score(planned)[1:])
     expected = {**asdict(planned.run.config.sampling), "spacing": "uniform"}
     assert (asdict(scoring.sampling), scoring.num_samples) == (expected, 12)  # null too
     assert (scoring.baselines, scoring.per_class, scoring.metrics) == (True, True, ["fid", "precision"])
-    drawing = parse(SampleConfig, stages.draw(planned, ablation)[1:])
+    drawing = parse(SampleConfig, stages.draw(planned)[1:])
     assert drawing.classes == list(planned.classes[:8])
     assert drawing.output == "runs/t/a/seed0/pictures.npz"
-    assert parse(SampleConfig, stages.draw(unguided, ablation)[1:]).sampling.guidance_scale == 1.0
+    assert parse(SampleConfig, stages.draw(unguided)[1:]).sampling.guidance_scale == 1.0
