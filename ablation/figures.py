@@ -13,7 +13,7 @@ from evaluation.plots import INK, STYLE, WIDTH, color, draw, marker, svg_of
 from metrics.scores import row_of, title_of
 
 MAX_POINTS = 400
-Panel = Callable[[Results, Any], bool]
+Panel = Callable[[Results, Any], bool]  # draws on matplotlib's axes; returns whether there was anything to draw
 
 
 def draw_panels(results: Results) -> dict[str, str]:
@@ -31,16 +31,14 @@ def draw_panels(results: Results) -> dict[str, str]:
 
 
 def loss(results: Results, axes: Any) -> bool:
-    """Every interval of the log, pale, and its running mean."""
     shown = []
-    for number, variant, run in runs_of(results):
+    for number, run, label in _runs_of(results):
         steps, values = run.series("loss")
         if not steps:
             continue
         smooth = running_mean(np.array(values))
         thin = slice(None, None, max(1, len(steps) // MAX_POINTS))
         axes.plot(steps[thin], values[thin], color=color(number), alpha=0.18, linewidth=0.7)
-        label = variant.name if run is variant.runs[0] else None
         axes.plot(steps[thin], smooth[thin], color=color(number), linewidth=1.5, label=label)
         shown.append(smooth[len(smooth) // 50 :])
     if not shown:
@@ -53,40 +51,38 @@ def loss(results: Results, axes: Any) -> bool:
 
 
 def validation(results: Results, axes: Any) -> bool:
-    """Loss on held-out images, of the averaged weights."""
     axes.set(xlabel="step", ylabel="loss on held-out images")
-    return _lines(results, axes, "validation_loss", lambda variant, step: step)
+    return _lines(results, axes, "validation_loss", lambda run, step: step)
 
 
 def score_by_step(results: Results, axes: Any) -> bool:
-    """The first metric that was scored during training."""
-    metric = logged_metric(results)
+    metric = _logged_metric(results)
     axes.set(xlabel="step", ylabel=title_of(metric or ""))
-    return metric is not None and _lines(results, axes, metric, lambda variant, step: step)
+    return metric is not None and _lines(results, axes, metric, lambda run, step: step)
 
 
 def score_by_compute(results: Results, axes: Any) -> bool:
-    """The same against arithmetic; where none was scored during training, the final scores."""
+    """Where none was scored during training, the final scores."""
     axes.set(xlabel="arithmetic of training")
     axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
-    if metric := logged_metric(results):
+    if metric := _logged_metric(results):
         axes.set_ylabel(title_of(metric))
         return _lines(results, axes, metric, arithmetic)
-    return _final_scores(results, axes, results.metrics[0], lambda v: arithmetic(v, v.runs[0].plan["num_steps"]))
+    return _final_scores(results, axes, results.metrics[0], lambda v: arithmetic(v.runs[0], v.plan["num_steps"]))
 
 
 def score_by_parameters(results: Results, axes: Any) -> bool:
-    """The final score; KID where there is one, as it has no bias that depends on the number of samples."""
-    if len({variant.parameters for variant in results.variants}) == 1:
+    """KID where there is one, as it has no bias that depends on the number of samples."""
+    if len({variant.plan["parameters"] for variant in results.variants}) == 1:
         return False
     metric = next((metric for metric in results.metrics if row_of(metric)[0] == "kid"), results.metrics[0])
     axes.set(xlabel="parameters")
     axes.xaxis.set_major_formatter(EngFormatter())
-    return _final_scores(results, axes, metric, lambda variant: variant.parameters)
+    return _final_scores(results, axes, metric, lambda variant: variant.plan["parameters"])
 
 
 def per_class(results: Results, axes: Any) -> bool:
-    """Fréchet distance within each class, less the baseline's; of the 16 classes that are hardest for it."""
+    """Of the 16 classes that are hardest for the baseline."""
     distances = {variant.name: class_distances(variant) for variant in results.variants}
     baseline = distances[results.baseline.name]
     others = {number: one.name for number, one in enumerate(results.variants) if one is not results.baseline}
@@ -116,14 +112,9 @@ def class_distances(variant: VariantResult) -> dict[str, float]:
     return {name: float(np.mean(of_class)) for name, of_class in values.items()}
 
 
-def logged_metric(results: Results) -> str | None:
-    """The first metric of the table that some log holds at two steps or more."""
-    return next((m for m in results.metrics if any(len(run.series(m)[0]) > 1 for run in results.runs)), None)
-
-
-def arithmetic(variant: VariantResult, step: int) -> float:
+def arithmetic(run: RunResult, step: int) -> float:
     """Operations of a training up to a step: a backward pass costs about two forward ones."""
-    return 3e9 * variant.gflops * variant.runs[0].plan["batch_size"] * step
+    return 3e9 * run.plan["gflops"] * run.plan["batch_size"] * step
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -133,10 +124,25 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def runs_of(results: Results) -> Iterator[tuple[int, VariantResult, RunResult]]:
-    """All runs, each with its variant and that one's place."""
+def _logged_metric(results: Results) -> str | None:
+    """The first metric of the table that some log holds at two steps or more."""
+    return next((m for m in results.metrics if any(len(run.series(m)[0]) > 1 for run in results.runs)), None)
+
+
+def _runs_of(results: Results) -> Iterator[tuple[int, RunResult, str | None]]:
+    """All runs, each with its variant's place and, the first of a variant, with its name for the legend."""
     for number, variant in enumerate(results.variants):
-        yield from ((number, variant, run) for run in variant.runs)
+        for run in variant.runs:
+            yield number, run, variant.name if run is variant.runs[0] else None
+
+
+def _lines(results: Results, axes: Any, name: str, x: Callable[[RunResult, int], float]) -> bool:
+    for number, run, label in _runs_of(results):
+        steps, values = run.series(name)
+        if steps:
+            look: Any = {"marker": marker(number) if len(steps) < 30 else "", "color": color(number)}
+            axes.plot([x(run, step) for step in steps], values, markersize=3.5, linewidth=1.4, label=label, **look)
+    return bool(axes.lines)
 
 
 def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[VariantResult], float]) -> bool:
@@ -146,17 +152,6 @@ def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[Variant
             look: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
             axes.errorbar(x(variant), np.mean(values), spread(values) or 0.0, label=variant.name, **look)
     return True
-
-
-def _lines(results: Results, axes: Any, name: str, x: Callable[[VariantResult, int], float]) -> bool:
-    for number, variant, run in runs_of(results):
-        steps, values = run.series(name)
-        if steps:
-            label = variant.name if run is variant.runs[0] else None
-            look: Any = {"marker": marker(number) if len(steps) < 30 else "", "color": color(number)}
-            where = [x(variant, step) for step in steps]
-            axes.plot(where, values, markersize=3.5, linewidth=1.4, label=label, **look)
-    return bool(axes.lines)
 
 
 PANELS: dict[str, tuple[Panel, str]] = {  # and their captions

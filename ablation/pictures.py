@@ -11,8 +11,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ablation.results import Results
-from sampling.image_files import save_labelled, tile, title, width_of
 from ablation.study import pictured
+from sampling.image_files import save_labelled, tile, title, width_of
 
 BESIDE = 4  # samples a class and model, beside the other models'
 
@@ -30,11 +30,11 @@ def read_pictures(results: Results) -> list[Pictures]:
     """Of the first seed of each variant that has been drawn."""
     pictures = []
     for variant in results.variants:
-        path = Path(variant.runs[0].plan["folder"]) / "pictures.npz"
+        path = Path(variant.plan["folder"]) / "pictures.npz"
         if path.is_file():
             with np.load(path) as file:
                 images = file["arr_0"]
-            classes = pictured(results.plan["ablation"]["pictures"]["classes"], variant.runs[0].plan["classes"]) or [""]
+            classes = pictured(results.plan["ablation"]["pictures"]["classes"], variant.plan["classes"]) or [""]
             by_class = rearrange(images, "(k n) h w c -> k n h w c", k=len(classes))
             pictures.append(Pictures(variant.name, classes, by_class))
     return pictures
@@ -45,8 +45,21 @@ def beside(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndarray, "
     return [(name, [one.images[k, :BESIDE] for one in pictures]) for k, name in enumerate(pictures[0].classes)]
 
 
+def save_pictures(pictures: list[Pictures], folder: Path) -> list[str]:
+    """PNGs for a paper: models beside each other, and a grid of each; returns their names."""
+    if not pictures:
+        return []
+    save_beside(pictures, folder / "models.png")
+    names = ["models.png"]
+    for number, one in enumerate(pictures, start=1):
+        names.append(f"classes-{number}.png")
+        rows = [(name, list(images)) for name, images in zip(one.classes, one.images, strict=True)]
+        save_labelled(rows, [], folder / names[-1], scale=1)
+    return names
+
+
 def save_beside(pictures: list[Pictures], path: Path) -> None:
-    """A PNG for a paper: classes as rows, models as columns; models as rows where a name is wider than its column."""
+    """Classes as rows, models as columns; models as rows where a name is wider than its column."""
     models = [one.variant for one in pictures]
     blocks = [(name, [tile(images, 2) for images in of_models]) for name, of_models in beside(pictures)]
     if max(map(width_of, models)) > 2 * blocks[0][1][0].shape[1]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,28 +55,20 @@ class VariantResult:
     runs: list[RunResult]
 
     @property
-    def parameters(self) -> int:
-        """Number of the backbone's parameters, counted."""
-        return self.runs[0].plan["parameters"]
+    def plan(self) -> dict[str, Any]:
+        """The row of `plan.json` of its first run."""
+        return self.runs[0].plan
 
     @property
-    def gflops(self) -> float:
-        """1e9 operations of a forward pass on one image."""
-        return self.runs[0].plan["gflops"]
-
-    @property
-    def images_per_second(self) -> float | None:
-        """Of training, the median of the log."""
-        return self._logged("images_per_second", median)
-
-    @property
-    def memory_gb(self) -> float | None:
-        """Of training, the most of the log."""
-        return self._logged("memory_gb", max)
-
-    def _logged(self, name: str, summary: Callable[[list[float]], float]) -> float | None:
-        values = [value for run in self.runs for value in run.series(name)[1]]
-        return summary(values) if values else None
+    def costs(self) -> dict[str, float | None]:
+        """Parameters and 1e9 operations of a forward pass on one image, counted; and of training, from its log, the
+        median of images a second and the most memory."""
+        counted = {name: self.plan[name] for name in ("parameters", "gflops")}
+        logged = {"images_per_second": median, "memory_gb": max}
+        for name, summary in logged.items():
+            values = [value for run in self.runs for value in run.series(name)[1]]
+            counted[name] = summary(values) if values else None
+        return counted
 
     def values(self, metric: str) -> list[float]:
         """Of every trial of every seed."""
@@ -115,12 +107,12 @@ class Results:
     @cached_property
     def metrics(self) -> list[str]:
         """Those that some run has a value of, in the order of the scores."""
-        names = [name for run in self.runs for trial in run.trials for name in trial]
-        return [name for name in dict.fromkeys(names) if any(variant.values(name) for variant in self.variants)]
+        names = dict.fromkeys(name for run in self.runs for trial in run.trials for name in trial)
+        return [name for name in names if any(variant.values(name) for variant in self.variants)]
 
     def is_best(self, variant: VariantResult, metric: str) -> bool:
         """Whether this variant's mean is better than every other's, as they are shown: a tie has no best."""
-        means = {each.name: fmean(values) for each in self.variants if (values := each.values(metric))}
+        means = {other.name: fmean(values) for other in self.variants if (values := other.values(metric))}
         if (lower := is_lower_better(metric)) is None or len(means) < 2:
             return False
         shown = {name: number(mean, digits=digits_of(metric)) for name, mean in means.items()}
@@ -140,14 +132,13 @@ class Results:
         """The scores of training images (the floor) and of reconstructions (the ceiling), where a run has them, by what
         they are, and of which variant where not all are scored alike."""
         alike = len({run.scored_as for run in self.runs}) == 1
-        rows = {
-            row["name"]: (row["scores"], run.plan["variant"]) for run in self.runs for row in run.record["rows"][1:]
-        }
-        return {
-            f"{name} ({what}{'' if alike else f' of {rows[name][1]}'})": rows[name][0]
-            for name, what in (("training images", "floor"), ("reconstructions", "ceiling"))
-            if name in rows
-        }
+        rows = {row["name"]: (run.plan["variant"], row) for run in self.runs for row in run.record["rows"][1:]}
+        references = {}
+        for name, what in (("training images", "floor"), ("reconstructions", "ceiling")):
+            if name in rows:
+                variant, row = rows[name]
+                references[f"{name} ({what}{'' if alike else f' of {variant}'})"] = row["scores"]
+        return references
 
 
 def read_results(folder: Path) -> Results:

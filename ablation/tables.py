@@ -7,7 +7,12 @@ from ablation.results import Results, spread
 from evaluation.table import Cell, as_csv, latex, markdown, number
 from metrics.scores import METRICS, digits_of, row_of, title_of
 
-COSTS = ["parameters", "GFLOPs", "img/s", "GB"]
+COSTS = {  # by their columns' heads: names, and how they are written
+    "parameters": ("parameters", lambda value: f"{value / 1e6:.2f}M"),
+    "GFLOPs": ("gflops", lambda value: f"{value:.3f}"),
+    "img/s": ("images_per_second", lambda value: f"{value:.1f}"),
+    "GB": ("memory_gb", lambda value: f"{value:.2f}"),
+}
 
 
 def head(results: Results) -> list[str]:
@@ -19,14 +24,10 @@ def cells(results: Results) -> list[list[Cell]]:
     """A row a variant: what it costs, counted and measured, beside its scores over trials and seeds."""
     rows = []
     for variant in results.variants:
-        speed, memory = variant.images_per_second, variant.memory_gb
-        row = [
-            Cell(variant.name),
-            Cell(f"{variant.parameters / 1e6:.2f}M", float(variant.parameters)),
-            Cell(f"{variant.gflops:.3f}", variant.gflops),
-            Cell("-" if speed is None else f"{speed:.1f}", speed),
-            Cell("-" if memory is None else f"{memory:.2f}", memory),
-        ]
+        row, costs = [Cell(variant.name)], variant.costs
+        for name, written in COSTS.values():
+            value = costs[name]
+            row.append(Cell("-") if value is None else Cell(written(value), float(value)))
         for metric in results.metrics:
             if not (values := variant.values(metric)):
                 row.append(Cell("-"))
@@ -55,7 +56,7 @@ def reference_cells(results: Results) -> list[list[Cell]]:
 
 def crossed(results: Results) -> list[tuple[str, list[list[str]]]]:
     """Where two factors alone differ, for each metric a table of their own: one's values down, the other's across."""
-    points = {variant.name: variant.runs[0].plan.get("point", {}) for variant in results.variants}
+    points = {variant.name: variant.plan.get("point", {}) for variant in results.variants}
     values = {
         key: list(dict.fromkeys(str(point.get(key)) for point in points.values()))
         for key in dict.fromkeys(key for point in points.values() for key in point)
@@ -64,14 +65,14 @@ def crossed(results: Results) -> list[tuple[str, list[list[str]]]]:
     if len(factors) != 2:
         return []
     down, across = factors
-    places = {(str(point.get(down)), str(point.get(across))): name for name, point in points.items()}
+    names = {(str(point.get(down)), str(point.get(across))): name for name, point in points.items()}
     shown = {row[0].text: row for row in cells(results)}
     tables = []
     for column, metric in enumerate(results.metrics, start=1 + len(COSTS)):
         rows = [[f"{down}, {across}", *values[across]]]
         for one in values[down]:
-            names = [places.get((one, other), "") for other in values[across]]
-            rows.append([one, *(shown[name][column].text if name else "-" for name in names)])
+            of_row = [names.get((one, other)) for other in values[across]]
+            rows.append([one, *(shown[name][column].text if name else "-" for name in of_row)])
         tables.append((title_of(metric), rows))
     return tables
 
@@ -108,13 +109,10 @@ def as_tex(results: Results, columns: Sequence[str] = ()) -> str:
 
 def trials_csv(results: Results) -> str:
     """Every trial of every run, in full precision."""
-    costs = ["parameters", "gflops", "images_per_second", "memory_gb"]
-    rows: list[list[object]] = [["variant", "seed", "trial", *costs, *results.metrics]]
+    rows: list[list[object]] = [["variant", "seed", "trial", *(name for name, _ in COSTS.values()), *results.metrics]]
     for variant in results.variants:
-        cost = [getattr(variant, name) for name in costs]
         for run in variant.runs:
-            for number_, trial in enumerate(run.trials):
-                rows.append(
-                    [variant.name, run.plan["seed"], number_, *cost, *(trial.get(name) for name in results.metrics)]
-                )
+            for place, trial in enumerate(run.trials):
+                scores = [trial.get(name) for name in results.metrics]
+                rows.append([variant.name, run.plan["seed"], place, *variant.costs.values(), *scores])
     return as_csv(rows)

@@ -6,12 +6,13 @@ Nothing of it is kept here: its packages are loaded under other names, and train
 import importlib.util
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 PLAIN = {"DiT": ("dit", "DiT_S_2"), "UViT": ("uvit", "UViT_S_2")}  # modules and constructors
 
@@ -27,7 +28,7 @@ class Published:
         self.models = _load_package("published_models", checkout / "models")
         self.diffusion = _load_package("published_diffusion", checkout / "diffusion")
 
-    def create(self, name: str, *, latent_size: int, num_classes: int) -> nn.Module:
+    def create(self, name: str, *, latent_size: int, num_classes: int) -> Any:
         """The paper's model of that name, in training mode.
 
         Raises:
@@ -56,15 +57,30 @@ class Published:
             smooth_conv=True,
         ).train()
 
-    def loss(self) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-        """Of (model, x_0, y), as their training script computes it."""
-        diffusion = self.diffusion.create_diffusion(timestep_respacing="")
+    def step(
+        self, name: str, num_classes: int, device: torch.device, precision: str, batch: Callable[[], tuple[Any, Any]]
+    ) -> Callable[[], None]:
+        """An optimizer step as their training script makes it, on what `batch` gives: latents and labels. In bf16 under
+        autocast with the fused optimizer."""
+        model = self.create(name, latent_size=8, num_classes=num_classes).to(device)
+        average = deepcopy(model).requires_grad_(False).eval()
+        averages = dict(average.named_parameters())
+        bf16, diffusion = precision == "bf16", self.diffusion.create_diffusion(timestep_respacing="")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=bf16 or None)
 
-        def loss(model: nn.Module, x_0: Tensor, y: Tensor) -> Tensor:
-            t = torch.randint(0, diffusion.path.num_timesteps, (len(x_0),), device=x_0.device)
-            return diffusion.training_losses(model, x_0, t, {"y": y})["loss"].mean()
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                x_0, y = batch()
+                t = torch.randint(0, diffusion.path.num_timesteps, (len(x_0),), device=device)
+                loss = diffusion.training_losses(model, x_0, t, {"y": y})["loss"].mean()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():  # parameter by parameter
+                for key, parameter in model.named_parameters():
+                    averages[key].mul_(0.9999).add_(parameter.data, alpha=1 - 0.9999)
 
-        return loss
+        return step
 
     def sample(self, model: Any, noise: Tensor, y: Tensor, *, num_classes: int, num_steps: int, scale: float) -> Tensor:
         """Guided ancestral sampling as their scripts do it: both halves of guidance as one batch of twice the size."""
@@ -79,14 +95,6 @@ class Published:
             model_kwargs={"y": labels, "cfg_scale": scale},
             device=noise.device,
         ).chunk(2)[0]
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float = 0.9999) -> None:
-    """Parameter by parameter, as their training script does it."""
-    averages = dict(average.named_parameters())
-    for name, parameter in model.named_parameters():
-        averages[name].mul_(decay).add_(parameter.data, alpha=1 - decay)
 
 
 def _load_package(name: str, folder: Path) -> ModuleType:

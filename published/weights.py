@@ -82,11 +82,8 @@ def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mappin
     return model.eval()
 
 
-def arguments_of(
-    source: str, weights: Mapping[str, Tensor], num_heads: int | None = None, input_size: int | None = None
-) -> dict[str, Any]:
-    """What `create_model` is to be given, `name` included; the number of heads and the side of the latent where the
-    weights do not say them.
+def arguments_of(source: str, weights: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
+    """What `create_model` is to be given, `name` included; with the number of heads where the width does not say it.
 
     Raises:
         ValueError: for an unknown source, weights of another one, or arguments that ours cannot follow.
@@ -94,7 +91,7 @@ def arguments_of(
     read, _ = _of_source(source)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
-        return read(shapes, num_heads, input_size)
+        return read(shapes, num_heads)
     except KeyError as error:
         first = ", ".join(list(shapes)[:3])
         raise ValueError(f"--source {source}: the weights have no {error}; they begin with {first}") from None
@@ -120,7 +117,7 @@ def _of_source(source: str) -> tuple[Callable[..., dict[str, Any]], Callable[[We
     return SOURCES[source]
 
 
-def _read_dit(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
+def _read_dit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
     dim, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
     return {
         "name": "DiT",
@@ -136,16 +133,16 @@ def _read_dit(shapes: Shapes, num_heads: int | None, input_size: int | None) -> 
     }
 
 
-def _read_sit(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
-    arguments = _read_dit(shapes, num_heads, input_size)
+def _read_sit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
+    arguments = _read_dit(shapes, num_heads)
     return {**arguments, "out_channels": arguments["in_channels"]}
 
 
-def _read_uvit_adaln(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
-    return {**_read_dit(shapes, num_heads, input_size), "name": "UViT"}
+def _read_uvit_adaln(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
+    return {**_read_dit(shapes, num_heads), "name": "UViT"}
 
 
-def _read_uvit(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
+def _read_uvit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
     dim, channels, patch_size, _ = shapes["patch_embed.proj.weight"]
     num_labels = shapes.get("label_emb.weight", (0,))[0]  # the null label among them
     num_extras = 2 if num_labels else 1
@@ -163,7 +160,7 @@ def _read_uvit(shapes: Shapes, num_heads: int | None, input_size: int | None) ->
     }
 
 
-def _read_xswin(shapes: Shapes, num_heads: int | None, input_size: int | None) -> dict[str, Any]:
+def _read_xswin(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
     dim, _, *patch = shapes["patching.patching.0.weight"]
     stages = [f"encoder.{number}.sequential" for number in range(0, _count(shapes, r"encoder\.(\d+)\."), 2)]
     window = [(side + 1) // 2 for side in shapes[f"{stages[0]}.0.attn.relative_coords_table"][1:3]]
@@ -172,7 +169,7 @@ def _read_xswin(shapes: Shapes, num_heads: int | None, input_size: int | None) -
             raise ValueError(f"{name}={sides}: ours are square")
     final_downsample = f"encoder.{2 * len(stages) - 1}.reduction.weight" in shapes
     reduction = 2 ** (len(stages) - 1 + final_downsample)
-    side = input_size or patch[0] * reduction * math.isqrt(shapes["pos_embed"][1])
+    side = patch[0] * reduction * math.isqrt(shapes["pos_embed"][1])
     return {
         "name": "XSwin",
         "input_size": (side, side),

@@ -9,6 +9,7 @@ python scripts/benchmark.py extraction --extractor mobilenet_v2.pt
 python scripts/benchmark.py frechet
 """
 
+import itertools
 import json
 import platform
 import statistics
@@ -17,8 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,12 @@ def training(
     for name in models:
         model = backbone(name, latent_size, num_classes, **(model_args or {}))
         of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=num_classes)
-        row = {**ours(name, precision, compile), "parameters": of_image.parameters, "gflops": of_image.gflops}
+        row = head(name, precision + " compiled" * compile)
+        row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
         programs.append((row, our_step(model, precision, compile, lambda: (x_0, y))))
         for theirs in dict.fromkeys(("fp32", precision)) if published else ():
-            row = {"model": name, "implementation": "published", "precision": theirs}
-            programs.append((row, their_step(published, name, num_classes, theirs, lambda: (x_0, y))))
+            step = published.step(name, num_classes, the_device(), theirs, lambda: (x_0, y))
+            programs.append((head(name, theirs, "published"), step))
     rows = in_turns(programs, rounds, batch_size)
     for row in rows:
         if "gflops" in row:  # backward costs about twice the forward
@@ -113,8 +114,6 @@ def sampling(
         compare: checkout of the published implementation
         output: JSON file
     """
-    from functools import partial
-
     from diffusion import GaussianDiffusion, sample
 
     published, precision = checkout(compare), chosen(precision)
@@ -124,13 +123,12 @@ def sampling(
     for name in models:
         model = compiled(backbone(name, latent_size, num_classes).eval(), compile)
         draw = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
-        programs.append((ours(name, precision, compile), autocasting(precision, draw)))
-        if published is not None:
+        programs.append((head(name, precision + " compiled" * compile), autocasting(precision, draw)))
+        if published:
             model = published.create(name, latent_size=latent_size, num_classes=num_classes).eval()
             theirs = {"num_classes": num_classes, "num_steps": num_steps, "scale": guidance_scale}
             draw = partial(published.sample, model, noise, y, **theirs)
-            row = {"model": name, "implementation": "published", "precision": precision}
-            programs.append((row, autocasting(precision, draw)))
+            programs.append((head(name, precision, "published"), autocasting(precision, draw)))
     rows = in_turns(programs, rounds, batch_size)
     report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows, output)
 
@@ -188,7 +186,7 @@ def epoch(
         cache = LatentCache(cache_folder, codec.identity).to(device)
         times = GaussianDiffusion().times()
         batches = Batches(cache, codec, times, seed=0, batch_size=batch_size, device=device)
-        steps = iter(range(10**9))
+        steps = itertools.count()
 
         def cached() -> tuple[Any, Any]:
             (batch,) = batches.micro_batches(next(steps))
@@ -196,10 +194,10 @@ def epoch(
 
         programs: list[Program] = []
         for name in models:
-            row = {"model": name, "implementation": "this one, cache warm", "precision": precision}
-            programs.append((row, our_step(backbone(name, 8, 10), precision, compile, cached)))
-            row = {"model": name, "implementation": "published loop", "precision": "fp32"}
-            programs.append((row, their_step(published, name, 10, "fp32", encoded)))
+            ours = our_step(backbone(name, 8, 10), precision, compile, cached)
+            theirs = published.step(name, 10, device, "fp32", encoded)
+            programs.append((head(name, precision, "this one, cache warm"), ours))
+            programs.append((head(name, "fp32", "published loop"), theirs))
         rows = in_turns(programs, rounds, batch_size)
     report(f"training from 64x64 images, batch {batch_size}", rows, output)
 
@@ -309,16 +307,15 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
 
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randn(num_images, dim, generator=generator) for _ in range(2)]
-    clock = [time.perf_counter()]
+    began = time.perf_counter()
     moments = [RunningMoments(), RunningMoments()]
     for running, features in zip(moments, sets, strict=True):
         for batch in features.split(4096):
             running.update(batch)
-    clock.append(time.perf_counter())
+    counted = time.perf_counter()
     frechet_distance(*(running.moments() for running in moments))
-    clock.append(time.perf_counter())
-    seconds = [round(end - begin, 1) for begin, end in pairwise(clock)]
-    rows = [{"what": what, "s": s} for what, s in zip(("moments of both", "distance"), seconds, strict=True)]
+    seconds = {"moments of both": counted - began, "distance": time.perf_counter() - counted}
+    rows = [{"what": what, "s": round(taken, 1)} for what, taken in seconds.items()]
     report(f"two sets of {num_images} x {dim}", rows)
 
 
@@ -342,39 +339,14 @@ def our_step(model: Any, precision: str, compile: bool, batch: Callable[[], tupl
     return step
 
 
-def their_step(
-    published: Any, name: str, num_classes: int, precision: str, batch: Callable[[], tuple[Any, Any]]
-) -> Callable[[], None]:
-    """An optimizer step as the published script makes it; in bf16 under autocast with the fused optimizer."""
-    import torch
-
-    from published.checkout import update_average
-
-    model = published.create(name, latent_size=8, num_classes=num_classes).to(the_device())
-    average, loss = deepcopy(model).requires_grad_(False).eval(), published.loss()
-    fused = True if precision == "bf16" else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused)
-    loss_of = autocasting(precision, lambda: loss(model, *batch()))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss_of().backward()
-        optimizer.step()
-        update_average(average, model)
-
-    return step
-
-
 def checkout(folder: Path | None) -> Any:
-    """The published implementation in a folder, or None."""
     from published.checkout import Published
 
     return None if folder is None else Published(folder)
 
 
-def ours(name: str, precision: str, compile: bool) -> Row:
-    """The head of a row of this implementation."""
-    return {"model": name, "implementation": "this one", "precision": precision + " compiled" * compile}
+def head(name: str, precision: str, implementation: str = "this one") -> Row:
+    return {"model": name, "implementation": implementation, "precision": precision}
 
 
 def backbone(name: str, latent_size: int, num_classes: int, **model_args: Any) -> Any:
@@ -403,7 +375,6 @@ def latents(batch_size: int, latent_size: int, num_classes: int) -> tuple[Any, A
 
 
 def autocasting(precision: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    """The function under train.py's precision of that name."""
     import torch
 
     return torch.autocast(the_device().type, torch.bfloat16, enabled=precision == "bf16")(function)
@@ -419,7 +390,6 @@ def chosen(precision: str) -> str:
 
 
 def the_device() -> Any:
-    """The GPU where there is one."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

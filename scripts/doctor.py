@@ -26,14 +26,18 @@ EXTRAS = {  # module -> what it is for, how it is had
 
 
 class Finding(NamedTuple):
-    """One line of the report; what is not there comes with its remedy."""
+    """One line of the report; what does not work comes with its remedy."""
 
-    works: bool
     what: str
     remedy: str = ""
 
+    @property
+    def works(self) -> bool:
+        """Whether there is nothing to be done."""
+        return not self.remedy
+
     def __str__(self) -> str:
-        return f"{'ok' if self.works else '--':<4}{self.what}{f': {self.remedy}' if self.remedy else ''}"
+        return f"ok  {self.what}" if self.works else f"--  {self.what}: {self.remedy}"
 
 
 def machine() -> Iterator[Finding]:
@@ -46,34 +50,34 @@ def machine() -> Iterator[Finding]:
 
     number = version("latent-diffusion-backbones")
     packages = f"Python {platform.python_version()}, torch {torch.__version__}"
-    yield Finding(True, f"version {number}, {packages}, {platform.system()} {platform.machine()}")
+    yield Finding(f"version {number}, {packages}, {platform.system()} {platform.machine()}")
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        yield Finding(True, f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB")
+        yield Finding(f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB")
     device = default_device()
     if device.type not in ("cpu", "cuda"):
-        yield Finding(True, f"GPU: {device.type}")
+        yield Finding(f"GPU: {device.type}")
     elif not torch.cuda.is_available():
-        yield Finding(False, "no CUDA GPU", "everything runs on the CPU; configs/quickstart.yaml is made for it")
+        yield Finding("no CUDA GPU", "everything runs on the CPU; configs/quickstart.yaml is made for it")
     cores = f"{len(allowed_cores())} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
-    yield Finding(True, f"{cores}, {os.getloadavg()[0]:.1f} of them busy in the last minute")
+    yield Finding(f"{cores}, {os.getloadavg()[0]:.1f} of them busy in the last minute")
     auto = choose_precision("auto", device)
     why = f"{has_bf16(device)[1]}; a matrix product in bf16 takes {slowdown_of_bf16(device):.2g} times as long"
-    yield Finding(True, f"--precision auto is {auto} here: {why}")
+    yield Finding(f"--precision auto is {auto} here: {why}")
     free = shutil.disk_usage(Path.cwd()).free / 1e9
-    yield Finding(free > 5, f"{free:.0f} GB free in this folder", "" if free > 5 else "caches and runs need a few")
+    yield Finding(f"{free:.0f} GB free in this folder", "" if free > 5 else "caches and runs need a few")
 
 
 def packages() -> Iterator[Finding]:
     """Which of the optional packages are installed."""
     for module, (purpose, remedy) in EXTRAS.items():
         try:
-            yield Finding(True, f"{module} {version(module)}: {purpose}")
+            yield Finding(f"{module} {version(module)}: {purpose}")
         except PackageNotFoundError:
-            yield Finding(False, f"no {module}, for {purpose}", remedy)
+            yield Finding(f"no {module}, for {purpose}", remedy)
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     works = compiler is not None and find_spec("torch._inductor") is not None
-    yield Finding(works, "a C++ compiler, for --train.compile", "" if works else "install g++")
+    yield Finding("a C++ compiler, for --train.compile", "" if works else "install g++")
 
 
 def weights() -> Iterator[Finding]:
@@ -86,21 +90,24 @@ def weights() -> Iterator[Finding]:
     from autoencoders.codec import EMBEDDED
 
     hub = hub_answers()
-    yield Finding(hub, "the Hugging Face hub" + ("" if hub else " does not answer"), "" if hub else "use local files")
-    yield Finding(EMBEDDED.is_dir(), "the embedded autoencoder (--autoencoder embedded)")
-    cached = isinstance(try_to_load_from_cache(PAPER_AUTOENCODER, "config.json"), str)
-    remedy = "downloaded on first use" if hub else "give --autoencoder a folder in diffusers' format, or embedded"
-    yield Finding(cached or hub, f"{PAPER_AUTOENCODER}, of the paper's configurations", "" if cached else remedy)
+    yield Finding("the Hugging Face hub") if hub else Finding("the Hugging Face hub does not answer", "use local files")
+    remedy = "" if EMBEDDED.is_dir() else "assets/ is not whole: clone the repository again"
+    yield Finding("the embedded autoencoder (--autoencoder embedded)", remedy)
+    paper = f"{PAPER_AUTOENCODER}, of the paper's configurations"
+    if isinstance(try_to_load_from_cache(PAPER_AUTOENCODER, "config.json"), str):
+        yield Finding(paper)
+    elif hub:
+        yield Finding(f"{paper}: downloaded on first use")
+    else:
+        yield Finding(paper, "give --autoencoder a folder in diffusers' format, or embedded")
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for name, url, otherwise in (
         ("Inception, for FID", URL_INCEPTION_V3, "--weights_path FILE, or --extractor FILE.pt2 or timm:NAME"),
         ("VGG19, for --auxiliary perceptual", VGG19_Weights.IMAGENET1K_V1.url, "network: FILE.pt2"),
     ):
-        there = (cache / Path(url).name).is_file()
-        remedy = f"put {Path(url).name} into {cache}" + (
-            ", or it is downloaded on first use" if hub else f", or {otherwise}"
-        )
-        yield Finding(there, name, "" if there else remedy)
+        file = cache / Path(url).name
+        remedy = f"put {file.name} into {cache}, or {'it is downloaded on first use' if hub else otherwise}"
+        yield Finding(name, "" if file.is_file() else remedy)
 
 
 def main() -> None:

@@ -54,7 +54,6 @@ class ImportConfig:
             have mean 0 and variance 1
         image_size: side in pixels; by default 8 times the latent's
         num_heads: where the width is none of the published sizes
-        input_size: side of the latent, where the weights do not say
     """
 
     source: str
@@ -65,7 +64,6 @@ class ImportConfig:
     data: DataConfig = field(default_factory=DataConfig)
     image_size: int | None = within("[1, 16384]", None)
     num_heads: int | None = within("[1, inf)", None)
-    input_size: int | None = within("[1, inf)", None)
 
 
 def main(config: ImportConfig) -> None:
@@ -90,7 +88,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     if isinstance(config.weights, list):
         raise ValueError(f"--weights {' '.join(map(str, config.weights))}: source {config.source} is one file")
     weights, step = read_weights(config.weights)
-    arguments = arguments_of(config.source, weights, config.num_heads, config.input_size)
+    arguments = arguments_of(config.source, weights, config.num_heads)
     model = load_reference(config.source, weights, arguments)
 
     side = arguments.pop("input_size")

@@ -27,7 +27,6 @@ class PushConfig:
         repo: owner/name on the hub; made where it does not exist
         license: of the weights, by the hub's names: 'mit', 'apache-2.0', 'cc-by-nc-4.0', 'other', ...
         private: make a new repository private
-        message: of the commit
         dry_run: write what would be uploaded to this folder, and upload nothing
     """
 
@@ -35,7 +34,6 @@ class PushConfig:
     repo: str
     license: str = "other"
     private: bool = False
-    message: str | None = None
     dry_run: Path | None = None
 
 
@@ -60,7 +58,7 @@ def main(config: PushConfig) -> None:
         (config.dry_run / "README.md").write_text(card)
         return print(f"would upload {', '.join([*files, 'README.md'])}: {config.dry_run}")
 
-    message = config.message or f"{checkpoint.spec.name}, step {checkpoint.step}"
+    message = f"{checkpoint.spec.name}, step {checkpoint.step}"
     with tempfile.TemporaryDirectory() as folder:
         write_published(files, Path(folder))
         additions = [CommitOperationAdd(name, Path(folder, name)) for name in files]
