@@ -120,9 +120,7 @@ def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float
     """The same backbone, wider or narrower, at a cost within `tolerance` of `target`; depth stays.
 
     Of the widths within the tolerance that one is taken whose heads are most like the original's, then the nearest.
-
-    Raises:
-        ValueError: for a backbone without a width, or where no legal width comes so near.
+    Raises ValueError for a backbone without a width, or where no legal width comes so near.
     """
     if abs(cost_of(spec) / target - 1) <= tolerance:
         return spec

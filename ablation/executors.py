@@ -36,11 +36,8 @@ class Place(NamedTuple):
 
 
 def places(workers: int) -> list[Place]:
-    """A GPU each; without any, the CPU for one worker, and a share of its cores for each of several.
-
-    Raises:
-        ValueError: for more workers than cores, or where the system does not keep processes to cores.
-    """
+    """A GPU each; without any, the CPU for one worker, and a share of its cores for each of several. Raises ValueError
+    for more workers than cores, or where the system does not keep processes to cores."""
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else map(str, range(gpus))
@@ -85,11 +82,7 @@ def submit(
     jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
 ) -> list[Outcome]:
     """A job each through submitit; waits for all of them. A stop is passed on to jobs that are processes here; those of
-    a scheduler go on.
-
-    Raises:
-        ValueError: where submitit is missing.
-    """
+    a scheduler go on. Raises ValueError where submitit is missing."""
     executor = open_executor(scheduler, logs, name="ablation", **asdict(cluster))
     here = scheduler == "local"
     submitted: list[tuple[list[Planned], Any]] = []

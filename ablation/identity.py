@@ -14,6 +14,7 @@ import yaml
 
 from experiment.config import ExperimentConfig
 from experiment.imports import imported_files
+from experiment.settings import flatten
 from machine.whole_files import write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -86,16 +87,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Dotted names of what differs between two configurations and may change a result."""
-    return sorted(_changed(_of_results(before), _of_results(now)))
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any], above: str = "") -> Iterator[str]:
-    for name in before.keys() | now.keys():
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changed(old, new, f"{above}{name}.")
-        elif old != new:
-            yield f"{above}{name}"
+    old, new = flatten(_of_results(before)), flatten(_of_results(now))
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 def _differences(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:

@@ -164,11 +164,7 @@ def make_plan(
     start: float = 0.0,
 ) -> list[Planned]:
     """Validated, matched, timed. What is measured is kept in `measured.json`, so that a later plan is the same. `start`
-    is what each program takes to begin.
-
-    Raises:
-        ValueError: that names the variant that cannot be.
-    """
+    is what each program takes to begin. Raises ValueError that names the variant that cannot be."""
     measured = Measured(folder / "measured.json", accelerator)
     plan = [check(run, ablation, measured, first=run is runs[0]) for run in runs]
     if ablation.match is not None:
@@ -185,11 +181,8 @@ def make_plan(
 
 
 def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool) -> Planned:
-    """A run with all that it is of, built and counted.
-
-    Raises:
-        ValueError: for whatever could not be built, with the variant's name.
-    """
+    """A run with all that it is of, built and counted. Raises ValueError for whatever could not be built, with the
+    variant's name."""
     config = run.config
     with _of_variant(run):
         diffusion, codec = build_diffusion(config.diffusion), _codec(config.autoencoder)
@@ -220,11 +213,7 @@ def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool
 
 
 def matched(plan: list[Planned], measured: Measured) -> list[Planned]:
-    """The runs, at a width at which they cost what `match.to` does.
-
-    Raises:
-        ValueError: where there is none.
-    """
+    """The runs, at a width at which they cost what `match.to` does. Raises ValueError where there is none."""
     rule = plan[0].ablation.match
     assert rule is not None
     target = next(planned.spec for planned in plan if planned.run.is_of(rule.to))
@@ -273,11 +262,8 @@ def table(plan: list[Planned]) -> str:
 
 
 def refuse_changed(plan: list[Planned]) -> None:
-    """Trainings of something else in the runs' folders are nothing to be moved unasked.
-
-    Raises:
-        ValueError: that names them, and what they differ by.
-    """
+    """Trainings of something else in the runs' folders are nothing to be moved unasked. Raises ValueError that names
+    them, and what they differ by."""
     if changed := [planned for planned in plan if planned.changes]:
         folders = "; ".join(f"{planned.run.folder}: {', '.join(planned.changes)}" for planned in changed)
         raise ValueError(

@@ -142,11 +142,7 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    """From `plan.json` and the runs' own files.
-
-    Raises:
-        ValueError: where no run has been scored.
-    """
+    """From `plan.json` and the runs' own files. Raises ValueError where no run has been scored."""
     path = folder / "plan.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no ablation: there is no {path}")

@@ -83,11 +83,7 @@ def as_markdown(results: Results) -> str:
 
 
 def check_columns(columns: list[str]) -> None:
-    """Whether `as_tex` may have these.
-
-    Raises:
-        ValueError: for a name that is none.
-    """
+    """Whether `as_tex` may have these. Raises ValueError for a name that is none."""
     known = [*COSTS, *METRICS]
     for name in columns:
         if name not in known:

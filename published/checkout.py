@@ -18,22 +18,15 @@ PLAIN = {"DiT": ("dit", "DiT_S_2"), "UViT": ("uvit", "UViT_S_2")}  # modules and
 
 
 class Published:
-    """Models and diffusion of a checkout of the XSwin authors' repository.
-
-    Raises:
-        FileNotFoundError: when the folder is not such a checkout.
-    """
+    """Models and diffusion of a checkout of the XSwin authors' repository. Raises FileNotFoundError when the folder is
+    not such a checkout."""
 
     def __init__(self, checkout: Path) -> None:
         self.models = _load_package("published_models", checkout / "models")
         self.diffusion = _load_package("published_diffusion", checkout / "diffusion")
 
     def create(self, name: str, *, latent_size: int, num_classes: int) -> Any:
-        """The paper's model of that name, in training mode.
-
-        Raises:
-            ValueError: for a model that the paper does not have.
-        """
+        """The paper's model of that name, in training mode. Raises ValueError for one that the paper does not have."""
         if name in PLAIN:
             module, size = PLAIN[name]
             constructor = getattr(importlib.import_module(f"published_models.{module}"), size)

@@ -14,11 +14,8 @@ NULL_LABEL = 1000  # diffusers' DiTPipeline knows no other
 
 
 def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, vae: Any) -> dict[str, Any]:
-    """The parts of a `DiTPipeline`; returns its index.
-
-    Raises:
-        ValueError: for what that pipeline cannot follow: it asks schedulers for their own times and no variance.
-    """
+    """The parts of a `DiTPipeline`; returns its index. Raises ValueError for what that pipeline cannot follow: it asks
+    schedulers for their own times and no variance."""
     kind, times = checkpoint.config.diffusion.kind, checkpoint.build_diffusion().path.model_times
     _refuse(
         kind != "gaussian" or sampling.sampler == "ddpm" or sampling.spacing != "trailing",
@@ -54,10 +51,8 @@ def to_diffusers(model: nn.Module) -> Any:
     """A `DiTTransformer2DModel` with the model's weights; its null label is 1000, whatever the number of classes.
 
     diffusers spaces the frequencies of its time embedding by 10000^(1/127), DiT and ours by 10000^(1/128): outputs
-    agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0.
-
-    Raises:
-        ValueError: for another backbone, long skips, no classes or more than 1000, or a latent that is not square.
+    agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0. Raises ValueError for another
+    backbone, long skips, no classes or more than 1000, or a latent that is not square.
     """
     from diffusers import DiTTransformer2DModel
 
@@ -90,11 +85,8 @@ def to_diffusers(model: nn.Module) -> Any:
 
 
 def without_shift(autoencoder: Any) -> Any:
-    """A copy whose latents are centred by its own layers, as DiTPipeline takes no notice of `shift_factor`.
-
-    Raises:
-        ValueError: where the layers that can take the shift in are missing, or channels have scales of their own.
-    """
+    """A copy whose latents are centred by its own layers, as DiTPipeline takes no notice of `shift_factor`. Raises
+    ValueError where the layers that can take the shift in are missing, or channels have scales of their own."""
     of_one_scale = type(autoencoder).__name__ == "AutoencoderKL" and autoencoder.config.get("latents_std") is None
     _refuse(not of_one_scale, "DiTPipeline wants an AutoencoderKL of one scale for all channels;")
     shift = autoencoder.config.shift_factor

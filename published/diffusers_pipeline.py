@@ -16,11 +16,8 @@ PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 
 
 def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, native: bool) -> str:
-    """Write all of it, README included; returns how the backbone left.
-
-    Raises:
-        ValueError: naming the setting that diffusers cannot follow.
-    """
+    """Write all of it, README included; returns how the backbone left. Raises ValueError naming the setting that
+    diffusers cannot follow."""
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
     if vae is not None:
@@ -75,11 +72,8 @@ def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, v
 
 
 def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
-    """The model as a program for any batch, and how far it is from the model on another batch.
-
-    Raises:
-        ValueError: when they differ by more than rounding.
-    """
+    """The model as a program for any batch, and how far it is from the model on another batch. Raises ValueError when
+    they differ by more than rounding."""
 
     def example(num: int) -> tuple:
         generator = torch.Generator().manual_seed(num)

@@ -19,11 +19,8 @@ OUTER = {"model", "net", "network", "denoiser", "ema_model", "model_ema", "ema"}
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], int]:
-    """The averaged weights of a published file, and the step, where it says it.
-
-    Raises:
-        ValueError: when there is no such file, it holds objects that are not plain data, or no tensors.
-    """
+    """The averaged weights of a published file, and the step, where it says it. Raises ValueError when there is no such
+    file, it holds objects that are not plain data, or no tensors."""
     if not path.is_file():
         raise ValueError(f"--weights {path}: no such file")
     try:

@@ -65,10 +65,7 @@ DERIVED = re.compile(r"pos_embed|.*\.relative_(position_index|coords_table)")  #
 
 def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> nn.Module:
     """Our backbone, in eval mode, with a published implementation's weights; `arguments` as `arguments_of` reads them.
-
-    Raises:
-        ValueError: for an unknown source, and listing keys that are missing, unknown or of another shape.
-    """
+    Raises ValueError for an unknown source, and listing keys that are missing, unknown or of another shape."""
     _, convert = _of_source(source)
     model = create_model(**arguments)
     converted = convert(dict(weights), arguments)
@@ -84,10 +81,7 @@ def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mappin
 
 def arguments_of(source: str, weights: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
     """What `create_model` is to be given, `name` included; with the number of heads where the width does not say it.
-
-    Raises:
-        ValueError: for an unknown source, weights of another one, or arguments that ours cannot follow.
-    """
+    Raises ValueError for an unknown source, weights of another one, or arguments that ours cannot follow."""
     read, _ = _of_source(source)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:

@@ -29,6 +29,7 @@ from experiment.cli import one_line_errors, run_program
 from machine import children
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
+NUM_CLASSES = 101
 Row = dict[str, Any]
 Program = tuple[Row, Callable[[], Any]]  # what is measured, and a call of it
 
@@ -36,7 +37,6 @@ Program = tuple[Row, Callable[[], Any]]  # what is measured, and a call of it
 def training(
     models: list[str] = BACKBONES,
     latent_size: int = 8,
-    num_classes: int = 101,
     batch_size: int = 128,
     precision: str = "auto",
     compile: bool = False,
@@ -50,7 +50,6 @@ def training(
     Args:
         models: names of backbones; they take turns
         latent_size: side of the latents
-        num_classes: of the labels
         batch_size: images a step
         precision: as train.precision: 'auto', 'fp32' or 'bf16'
         compile: as train.compile does
@@ -64,16 +63,16 @@ def training(
 
     published, precision = checkout(compare), chosen(precision)
     peak = matrix_peak(precision)
-    x_0, y = latents(batch_size, latent_size, num_classes)
+    x_0, y = latents(batch_size, latent_size)
     programs: list[Program] = []
     for name in models:
-        model = backbone(name, latent_size, num_classes, **(model_args or {}))
-        of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=num_classes)
+        model = backbone(name, latent_size, **(model_args or {}))
+        of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=NUM_CLASSES)
         row = head(name, precision + " compiled" * compile)
         row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
         programs.append((row, our_step(model, precision, compile, lambda: (x_0, y))))
         for theirs in dict.fromkeys(("fp32", precision)) if published else ():
-            step = published.step(name, num_classes, the_device(), theirs, lambda: (x_0, y))
+            step = published.step(name, NUM_CLASSES, the_device(), theirs, lambda: (x_0, y))
             programs.append((head(name, theirs, "published"), step))
     rows = in_turns(programs, rounds, batch_size)
     for row in rows:
@@ -86,8 +85,6 @@ def training(
 
 def sampling(
     models: list[str] = BACKBONES,
-    latent_size: int = 8,
-    num_classes: int = 101,
     batch_size: int = 101,
     num_steps: int = 10,
     guidance_scale: float = 1.5,
@@ -102,8 +99,6 @@ def sampling(
 
     Args:
         models: names of backbones; they take turns
-        latent_size: side of the latents
-        num_classes: of the labels
         batch_size: images at a time
         num_steps: model calls a sample; time is proportional to them
         guidance_scale: of classifier-free guidance; 1: none
@@ -117,16 +112,16 @@ def sampling(
     from diffusion import GaussianDiffusion, sample
 
     published, precision = checkout(compare), chosen(precision)
-    noise, y = latents(batch_size, latent_size, num_classes)
+    noise, y = latents(batch_size)
     settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
     programs: list[Program] = []
     for name in models:
-        model = compiled(backbone(name, latent_size, num_classes).eval(), compile)
+        model = compiled(backbone(name).eval(), compile)
         draw = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
         programs.append((head(name, precision + " compiled" * compile), autocasting(precision, draw)))
         if published:
-            model = published.create(name, latent_size=latent_size, num_classes=num_classes).eval()
-            theirs = {"num_classes": num_classes, "num_steps": num_steps, "scale": guidance_scale}
+            model = published.create(name, latent_size=8, num_classes=NUM_CLASSES).eval()
+            theirs = {"num_classes": NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
             draw = partial(published.sample, model, noise, y, **theirs)
             programs.append((head(name, precision, "published"), autocasting(precision, draw)))
     rows = in_turns(programs, rounds, batch_size)
@@ -173,7 +168,7 @@ def epoch(
     autoencoder: Any = AutoencoderKL.from_config(kind)
     autoencoder.to(device)
     images = torch.stack([shapes[index][0] for index in range(batch_size)]).to(device).float() / 127.5 - 1
-    _, y = latents(batch_size, 8, 10)
+    _, y = latents(batch_size, num_classes=10)
 
     @torch.no_grad()
     def encoded() -> tuple[Any, Any]:
@@ -194,7 +189,7 @@ def epoch(
 
         programs: list[Program] = []
         for name in models:
-            ours = our_step(backbone(name, 8, 10), precision, compile, cached)
+            ours = our_step(backbone(name, num_classes=10), precision, compile, cached)
             theirs = published.step(name, 10, device, "fp32", encoded)
             programs.append((head(name, precision, "this one, cache warm"), ours))
             programs.append((head(name, "fp32", "published loop"), theirs))
@@ -349,7 +344,7 @@ def head(name: str, precision: str, implementation: str = "this one") -> Row:
     return {"model": name, "implementation": implementation, "precision": precision}
 
 
-def backbone(name: str, latent_size: int, num_classes: int, **model_args: Any) -> Any:
+def backbone(name: str, latent_size: int = 8, num_classes: int = NUM_CLASSES, **model_args: Any) -> Any:
     """A registered backbone for four-channel latents and learned variances, on the device."""
     from models import create_model
 
@@ -366,7 +361,7 @@ def compiled(model: Any, compile: bool) -> Any:
     return model
 
 
-def latents(batch_size: int, latent_size: int, num_classes: int) -> tuple[Any, Any]:
+def latents(batch_size: int, latent_size: int = 8, num_classes: int = NUM_CLASSES) -> tuple[Any, Any]:
     """Random latents [b 4 s s] and labels [b]."""
     import torch
 

@@ -35,11 +35,8 @@ class Training:
     here: bool = False
 
     def __call__(self) -> int:
-        """Run it to its end; returns the exit status, 75 where it has stopped to be gone on with.
-
-        Raises:
-            RuntimeError: when it fails.
-        """
+        """Run it to its end; returns the exit status, 75 where it has stopped to be gone on with. Raises RuntimeError
+        when it fails."""
         (self.run / STOPPED).unlink(missing_ok=True)
         launch = [sys.executable]
         if self.gpus > 1:

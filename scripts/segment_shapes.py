@@ -59,9 +59,9 @@ def main(
     from models import create_model
     from sampling.image_files import save_grid
 
-    unknown = [name for name in models if name not in MODELS]
-    if unknown:
-        raise ValueError(f"--models {unknown[0]}: choose from {', '.join(MODELS)}")
+    for name in models:
+        if name not in MODELS:
+            raise ValueError(f"--models {name}: choose from {', '.join(MODELS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = (
         ShapesDataset(4000, split=s, image_size=image_size, difficulty=difficulty) for s in ("train", "test")
@@ -78,7 +78,9 @@ def main(
         began = time.perf_counter()
         fit(model, train, device, num_steps=num_steps, batch_size=batch_size, lr=lr, seed=seed)
         speed = num_steps * batch_size / (time.perf_counter() - began)
-        predicted = torch.cat([predict(model, part).argmax(dim=1) for part in images.split(100)])
+        with torch.no_grad():
+            logits = [call(model.eval(), part) for part in images.split(100)]
+        predicted = torch.cat(logits).argmax(dim=1)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         of_shape, of_classes = scores(predicted, masks, num_classes)
         rows.append([name, f"{parameters / 1e6:.2f}M", f"{speed:.0f}", f"{of_shape:.3f}", f"{of_classes:.3f}"])
@@ -101,13 +103,10 @@ def segmentation(shapes: Any, indices: Any) -> tuple[Any, Any]:
     return images, masks
 
 
-def predict(model: Any, images: Any) -> Any:
+def call(model: Any, images: Any) -> Any:
     """Logits [n classes h w]: the backbone at time 0, without a label."""
-    import torch
-
-    nothing = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    with torch.no_grad():
-        return model.eval()(images, nothing, nothing)
+    nothing = images.new_zeros(len(images)).long()
+    return model(images, nothing, nothing)
 
 
 def fit(model: Any, shapes: Any, device: Any, *, num_steps: int, batch_size: int, lr: float, seed: int) -> None:
@@ -121,14 +120,13 @@ def fit(model: Any, shapes: Any, device: Any, *, num_steps: int, batch_size: int
     config = OptimConfig(lr=lr, warmup_steps=20, decay="cosine")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     draw = torch.Generator().manual_seed(seed)
-    nothing = torch.zeros(batch_size, dtype=torch.int64, device=device)
     model.train()
     for step in tqdm(range(num_steps), desc=type(model).__name__, leave=False, mininterval=5):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, num_steps)
         chosen = torch.randint(len(shapes), (batch_size,), generator=draw).tolist()
         images, masks = (part.to(device) for part in segmentation(shapes, chosen))
-        torch.nn.functional.cross_entropy(model(images, nothing, nothing), masks).backward()
+        torch.nn.functional.cross_entropy(call(model, images), masks).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

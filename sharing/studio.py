@@ -47,11 +47,8 @@ class Request:
 
 
 class Studio:
-    """Checkpoints by the path that was given, opened at the start: no other file is ever read for a visitor.
-
-    Raises:
-        ValueError: when one of them is none.
-    """
+    """Checkpoints by the path that was given, opened at the start: no other file is ever read for a visitor. Raises
+    ValueError when one of them is none."""
 
     def __init__(self, paths: list[str], precision: str = "auto", autoencoder: str | None = None) -> None:
         self.checkpoints: dict[str, Checkpoint] = {path: open_checkpoint(path) for path in paths}
@@ -64,29 +61,18 @@ class Studio:
         return self.checkpoint(run).classes
 
     def checkpoint(self, run: str) -> Checkpoint:
-        """Of those that were opened.
-
-        Raises:
-            ValueError: for any other.
-        """
+        """Of those that were opened. Raises ValueError for any other."""
         if run not in self.checkpoints:
             raise ValueError(f"checkpoint {run}: not one of {', '.join(self.checkpoints)}")
         return self.checkpoints[run]
 
     def label(self, run: str, name: str) -> int:
-        """Of a class by its name.
-
-        Raises:
-            ValueError: naming near matches.
-        """
+        """Of a class by its name. Raises ValueError naming near matches."""
         return resolve_classes([name] if self.classes(run) else [], self.classes(run))[0]
 
     def draw(self, request: Request) -> Iterator[tuple[int, UInt8[Tensor, "n 3 h w"]]]:
         """(steps done, pictures): some moments of predicted `x_0` on the way, and at last the pictures themselves.
-
-        Raises:
-            ValueError: for what cannot be drawn, before anything is.
-        """
+        Raises ValueError for what cannot be drawn, before anything is."""
         generator = self.generator(request)
         labels = int(generator.labels[0]), self.label(request.run, request.to_class or request.of_class)
         seeds = request.seed, request.seed if request.to_seed is None else request.to_seed
@@ -135,41 +121,39 @@ class Studio:
     def command(self, request: Request, output: str = "picture.png") -> str:
         """The line of shell that writes the same file."""
         checkpoint = self.checkpoint(request.run)
-        flags: dict[str, object] = {"checkpoint": request.run}
-        if checkpoint.classes:
-            ends = [request.of_class, *([request.to_class] if request.to_class else [])]
-            words = [spelled(self.label(request.run, name), checkpoint.classes) for name in ends]
-            flags["classes"] = words[0] if len(words) == 1 else f"[{', '.join(words)}]"
-        flags |= {"interpolate" if request.interpolates else "num_per_class": request.num_images, "seed": request.seed}
-        flags |= {} if request.to_seed is None else {"to_seed": request.to_seed}
-        flags |= {"sampler": request.sampler, "num_steps": request.num_steps}
-        flags |= {"guidance_scale": f"{request.guidance_scale:g}"} if checkpoint.classes else {}
-        flags |= {} if self.precision == "auto" else {"precision": self.precision}
-        flags |= {} if self.autoencoder is None else {"autoencoder": self.autoencoder}
-        flags |= {"output": output}
-        return "python sample.py " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+        classes = checkpoint.classes
+        ends = [request.of_class, *filter(None, [request.to_class])] if classes else []
+        words = [spelled(self.label(request.run, name), classes) for name in ends]
+        flags: dict[str, object] = {
+            "checkpoint": request.run,
+            "classes": f"[{', '.join(words)}]" if len(words) > 1 else words[0] if words else None,
+            "interpolate" if request.interpolates else "num_per_class": request.num_images,
+            "seed": request.seed,
+            "to_seed": request.to_seed,
+            "sampler": request.sampler,
+            "num_steps": request.num_steps,
+            "guidance_scale": f"{request.guidance_scale:g}" if classes else None,
+            "precision": None if self.precision == "auto" else self.precision,
+            "autoencoder": self.autoencoder,
+            "output": output,
+        }
+        words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
+        return "python sample.py " + " ".join(words)
 
     def nearest(self, run: str, pictures: UInt8[Tensor, "n 3 h w"]) -> tuple[UInt8[Tensor, "n 3 h w"], list[float]]:
         """For each picture the training image whose colours and layout (at 16x16 pixels) are closest, and how close:
-        the root of the mean squared difference of their levels.
-
-        Raises:
-            ValueError: when the training images are not where the configuration says.
-        """
+        the root of the mean squared difference of their levels. Raises ValueError when the training images are not
+        where the configuration says."""
         for _ in self.read_layouts(run):
             pass
         images, layouts = self.layouts[run]
         distances, indices = nearest(_layout(pictures), layouts)
-        return torch.stack([images[index][0] for index in indices.tolist()]), (
-            distances / layouts.shape[1] ** 0.5
-        ).tolist()
+        found = torch.stack([images[index][0] for index in indices.tolist()])
+        return found, (distances / layouts.shape[1] ** 0.5).tolist()
 
     def read_layouts(self, run: str) -> Iterator[int]:
-        """Read the training images that `nearest` looks among, once; now and then says how many are read.
-
-        Raises:
-            ValueError: when they are not where the configuration says, or others lie there by now.
-        """
+        """Read the training images that `nearest` looks among, once; now and then says how many are read. Raises
+        ValueError when they are not where the configuration says, or others lie there by now."""
         if run not in self.layouts:
             images, layouts = open_split(self.checkpoint(run).config.data, "train"), []
             self.checkpoint(run).check_identity(train=images.describe())
@@ -193,11 +177,7 @@ def spelled(label: int, classes: list[str]) -> str:
 
 
 def find_runs(folder: Path) -> list[str]:
-    """Runs with a checkpoint in a folder, the newest first.
-
-    Raises:
-        ValueError: when there are none.
-    """
+    """Runs with a checkpoint in a folder, the newest first. Raises ValueError when there are none."""
     runs = [path.parent for path in folder.glob("*/checkpoints") if any(path.glob("[0-9]*/ema.safetensors"))]
     runs += [path.parent for path in folder.glob("*/ema.safetensors")]
     if not runs:
