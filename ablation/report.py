@@ -19,11 +19,12 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     panels, pictures = draw_panels(results), read_pictures(results)
     notes, facts, tables = notes_of(results), facts_of(results), crossed(results)
     about = results.plan["ablation"]["description"]
+    title = results.plan["ablation"]["title"] or folder.name
     missing = f"Not finished, and not in this report: {'; '.join(results.missing)}." if results.missing else ""
 
     html = page(  # one file that a browser reads without a network
         "report.html",
-        title=results.title,
+        title=title,
         description=about,
         missing=missing,
         head=head(results),
@@ -36,7 +37,7 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
         data_uri=data_uri,
         facts_of_results=facts,
     )
-    text = [f"# {plain(results.title)}", about, plain(missing), as_markdown(results), *map(plain, notes)]
+    text = [f"# {plain(title)}", about, plain(missing), as_markdown(results), *map(plain, notes)]
     for metric, rows in tables:
         text += [f"## {plain(metric)}", markdown(rows)]
     text += [f"![{name}](figures/{name}.png)\n\n*{PANELS[name][1]}*" for name in panels]

@@ -24,13 +24,6 @@ class RunResult:
     record: dict[str, Any]
     events: list[dict[str, Any]]
 
-    @property
-    def scored_as(self) -> str:
-        """What scores have to share with others to be held against one floor and one ceiling."""
-        samples = self.record["samples"]
-        parts = [self.record[name] for name in ("num_samples", "reference", "extractor_sha256")]
-        return json.dumps([*parts, samples["labels"], samples.get("autoencoder")], sort_keys=True)
-
     @cached_property
     def trials(self) -> list[dict[str, float | None]]:
         """The scores of each, by metric; distances of halves are left out."""
@@ -89,11 +82,6 @@ class Results:
     missing: list[str]
 
     @property
-    def title(self) -> str:
-        """The heading of the ablation's report."""
-        return self.plan["ablation"]["title"] or self.folder.name
-
-    @property
     def runs(self) -> list[RunResult]:
         """The finished runs of all variants."""
         return [run for variant in self.variants for run in variant.runs]
@@ -131,7 +119,11 @@ class Results:
     def references(self) -> dict[str, dict[str, Any]]:
         """The scores of training images (the floor) and of reconstructions (the ceiling), where a run has them, by what
         they are, and of which variant where not all are scored alike."""
-        alike = len({run.scored_as for run in self.runs}) == 1
+        of_scores, of_samples = ("num_samples", "reference", "extractor_sha256"), ("labels", "autoencoder")
+        scored_as = [
+            [*map(run.record.get, of_scores), *map(run.record["samples"].get, of_samples)] for run in self.runs
+        ]
+        alike = all(other == scored_as[0] for other in scored_as)
         rows = {row["name"]: (run.plan["variant"], row) for run in self.runs for row in run.record["rows"][1:]}
         references = {}
         for name, what in (("training images", "floor"), ("reconstructions", "ceiling")):

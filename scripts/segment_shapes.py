@@ -21,6 +21,7 @@ SWIN = {"dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "pat
 SWIN |= {"conditioning": "none", "conv_norm": "group", "drop_path": 0.0}
 UNET = {"channels": [16, 32, 64, 96], "down": ["R", "R", "RA"], "middle_channels": [96], "middle": ["AR"]}
 UNET |= {"up": ["RA", "R", "R"], "time_dim": 32}
+BATCH_SIZE = 16
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "XSwin": ("XSwin", SWIN),
     "USwin": ("USwin", SWIN),
@@ -35,9 +36,6 @@ def main(
     difficulty: Literal["easy", "medium", "hard"] = "easy",
     image_size: int = 32,
     num_steps: int = 500,
-    batch_size: int = 16,
-    lr: float = 2e-3,
-    seed: int = 0,
     output: Path = Path("runs/segmentation.png"),
 ) -> None:
     """Train each model to segment the shapes; print what it scores on held-out ones.
@@ -47,9 +45,6 @@ def main(
         difficulty: of the shapes
         image_size: side in pixels
         num_steps: optimizer steps of each
-        batch_size: images a step
-        lr: AdamW's learning rate, after a warm-up of 20 steps, falling to zero as a cosine
-        seed: of weights and order
         output: picture of held-out images, their masks, and what each model makes of them
     """
     import torch
@@ -72,12 +67,12 @@ def main(
     rows, pictures = [["model", "parameters", "img/s", "IoU of the shape", "mean IoU of the classes"]], []
     for name in models:
         backbone, args = MODELS[name]
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         shape = {"input_size": image_size, "in_channels": 3, "out_channels": num_classes, "num_classes": 0}
         model = create_model(backbone, **shape, **args).to(device)
         began = time.perf_counter()
-        fit(model, train, device, num_steps=num_steps, batch_size=batch_size, lr=lr, seed=seed)
-        speed = num_steps * batch_size / (time.perf_counter() - began)
+        fit(model, train, device, num_steps)
+        speed = num_steps * BATCH_SIZE / (time.perf_counter() - began)
         with torch.no_grad():
             logits = [call(model.eval(), part) for part in images.split(100)]
         predicted = torch.cat(logits).argmax(dim=1)
@@ -109,22 +104,22 @@ def call(model: Any, images: Any) -> Any:
     return model(images, nothing, nothing)
 
 
-def fit(model: Any, shapes: Any, device: Any, *, num_steps: int, batch_size: int, lr: float, seed: int) -> None:
-    """Cross entropy, for each pixel."""
+def fit(model: Any, shapes: Any, device: Any, num_steps: int) -> None:
+    """Cross entropy, for each pixel; AdamW's learning rate warms up for 20 steps and falls to zero as a cosine."""
     import torch
     from tqdm import tqdm
 
     from experiment.config import OptimConfig
     from training.optimizer import learning_rate
 
-    config = OptimConfig(lr=lr, warmup_steps=20, decay="cosine")
+    config = OptimConfig(lr=2e-3, warmup_steps=20, decay="cosine")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     model.train()
     for step in tqdm(range(num_steps), desc=type(model).__name__, leave=False, mininterval=5):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, num_steps)
-        chosen = torch.randint(len(shapes), (batch_size,), generator=draw).tolist()
+        chosen = torch.randint(len(shapes), (BATCH_SIZE,), generator=draw).tolist()
         images, masks = (part.to(device) for part in segmentation(shapes, chosen))
         torch.nn.functional.cross_entropy(call(model, images), masks).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, StrictUndefined
 
 from checkpoints.checkpoint import WEIGHTS, Checkpoint, read_metadata, read_tensors, save_tensors
 from evaluation.table import code, markdown, plain
 
+TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
 PLACES = {"path", "cache", "resume", "init_from", "guidance_checkpoint", "weights_path", "checkpoint"}  # of settings
 PICTURES = {"samples.png": "Samples", "loss.png": "Loss", "progress.png": "The same noise in the course of training"}
 
@@ -76,81 +78,43 @@ def without_paths(value: Any, key: str = "") -> Any:
 
 
 def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str, Path]) -> str:
-    """Markdown with the hub's YAML head; says nothing that the files do not say."""
-    config, spec = checkpoint.config, checkpoint.spec
-    train, size = config.train, config.data.image_size
+    """`assets/model_card.md`, filled in, with the hub's YAML head; says nothing that the files do not say."""
+    spec = checkpoint.spec
     head = {
         "license": license,
         "library_name": "latent-diffusion-backbones",
         "pipeline_tag": "unconditional-image-generation",
-        "tags": ["diffusion", spec.name.lower().split("-")[0], config.diffusion.kind],
+        "tags": ["diffusion", spec.name.lower().split("-")[0], checkpoint.config.diffusion.kind],
     }
-    args = f" with {code(json.dumps(without_paths(spec.args)))}" if spec.args else ""
-    millions = sum(parameter.numel() for parameter in spec.build_on_meta().parameters()) / 1e6
-    height, width = checkpoint.image_size
-    classes = f"{', '.join(map(plain, checkpoint.classes[:8]))}{', ...' if len(checkpoint.classes) > 8 else ''}"
-    data = "the embedded procedural shapes" if config.data.path == "shapes" else plain(Path(config.data.path).name)
-    described = [
-        f"{code(spec.name)}{args}, {millions:.1f}M parameters, averaged weights after {checkpoint.step} steps",
-        f"{height}x{width} images through the autoencoder {code(without_paths(config.autoencoder))}, latents of "
-        f"{spec.in_channels}x{spec.input_size[0]}x{spec.input_size[1]}",
-        f"{f'{len(checkpoint.classes)} classes ({classes})' if classes else 'unconditional'}; data: {data}",
-        f"objective: {_listed(config.to_dict()['diffusion'])}",
-        f"code: commit {code(checkpoint.commit or 'unknown')}",
-    ]
-    origin, training, scores = "", "", "Not scored yet."
-    if "scores.json" in files:
-        scores = _scores(files["scores.json"])
-    if "imported.json" in files:
-        record = json.loads(files["imported.json"].read_text())
-        file, source, sha256 = (str(without_paths(record[name], "path")) for name in ("file", "source", "sha256"))
-        origin = f"Converted from the published {code(file)} ({plain(source)}, sha256 {code(sha256)}).\n"
-    else:
-        length = f"{train.num_steps} steps" if train.num_steps else f"{train.num_epochs or 100} epochs"
-        training = (
-            "## Training\n\n```sh\npython train.py --config config.yaml\n```\n\n"
-            f"{length} of batches of {train.batch_size}, AdamW at {config.optim.lr:g} ({config.optim.decay}), "
-            f"averaged at {train.ema_decay:g}, label dropout {train.label_dropout:g}, seed {train.seed}.\n"
-        )
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
-        f"# {repo.split('/')[-1]}\n",
-        _as_list(described),
-        origin,
-        f"```sh\npython sample.py --checkpoint hf://{repo}\n```\n",
-        training,
-        *(f"## {title}\n\n![{title}]({name})\n" for name, title in PICTURES.items() if name in files),
-        f"## Scores\n\n{scores}\n",
-        f"## Limits\n\nIt draws {size}x{size} pictures of the classes that it was trained on and nothing else, "
-        "with the faults and the biases of those images; it was not tested for any use beyond the comparison of "
-        "backbones.\n",
-    ]
-    return "\n".join(filter(None, parts))
-
-
-def _scores(path: Path) -> str:
-    """A table, and how its numbers came about."""
-    record: dict[str, Any] = without_paths(json.loads(path.read_text()))
-    rows = [
+    record, origin = (
+        without_paths(json.loads(files[name].read_text())) if name in files else {}
+        for name in ("scores.json", "imported.json")
+    )
+    scores = [
         [name, f"{score['value']:.4g}{'' if score['std'] is None else ' ± {:.2g}'.format(score['std'])}"]
-        for name, score in record["scores"].items()
+        for name, score in record.get("scores", {}).items()
         if isinstance(score, dict) and score.get("value") is not None
     ]
-    samples, reference = record.get("samples", {}), record.get("reference", {})
-    drawn = {name: samples[name] for name in ("sampler", "num_steps", "guidance_scale", "seed") if name in samples}
-    said = [
-        f"{record['num_samples']} samples against {record['num_reference']} images",
-        f"reference: {_listed({name: reference.get(name) for name in ('source', 'split')})}" if reference else "",
-        f"extractor: {plain(record['extractor'])} (sha256 {code(record['extractor_sha256'])})",
-        f"sampling: {_listed(drawn)}" if drawn else "",
-        f"evaluated at commit {code(record['commit'])}" if record.get("commit") else "",
-    ]
-    return f"{markdown([['score', 'value'], *rows])}\n\n{_as_list(filter(None, said))}".rstrip("\n")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"code": code, "plain": plain, "json": json.dumps, "listed": _listed}
+    environment.filters |= {"without_paths": without_paths, "without_folders": lambda path: Path(path).name}
+    return environment.from_string(TEMPLATE.read_text()).render(
+        checkpoint=checkpoint,
+        config=checkpoint.config,
+        spec=spec,
+        classes=checkpoint.classes,
+        millions=sum(parameter.numel() for parameter in spec.build_on_meta().parameters()) / 1e6,
+        head=yaml.safe_dump(head, sort_keys=False),
+        repo=repo,
+        files=files,
+        pictures=PICTURES,
+        record=record,
+        scores=markdown([["score", "value"], *scores]),
+        origin=origin,
+    )
 
 
-def _as_list(lines: Any) -> str:
-    return "\n".join(f"- {line}" for line in lines) + "\n"
-
-
-def _listed(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {plain(str(value))}" for name, value in settings.items() if value is not None)
+def _listed(settings: dict[str, Any], *names: str) -> str:
+    """The settings of these names, or all, that are set."""
+    chosen = {name: settings.get(name) for name in names or settings}
+    return ", ".join(f"{name} {plain(str(value))}" for name, value in chosen.items() if value is not None)
