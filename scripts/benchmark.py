@@ -70,7 +70,7 @@ def training(
         of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=NUM_CLASSES)
         row = head(name, precision + " compiled" * compile)
         row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
-        programs.append((row, our_step(model, precision, compile, lambda: (x_0, y))))
+        programs.append((row, our_step(model, precision, lambda: (x_0, y), compile)))
         for theirs in dict.fromkeys(("fp32", precision)) if published else ():
             step = published.step(name, NUM_CLASSES, the_device(), theirs, lambda: (x_0, y))
             programs.append((head(name, theirs, "published"), step))
@@ -90,10 +90,8 @@ def sampling(
     guidance_scale: float = 1.5,
     sampler: str = "ddpm",
     precision: str = "auto",
-    compile: bool = False,
     rounds: int = 3,
     compare: Path | None = None,
-    output: Path | None = None,
 ) -> None:
     """Images a second of guided sampling, without decoding.
 
@@ -104,10 +102,8 @@ def sampling(
         guidance_scale: of classifier-free guidance; 1: none
         sampler: its name; the published one is 'ddpm'
         precision: of both implementations, as train.precision
-        compile: as train.compile does
         rounds: batches of each that count
         compare: checkout of the published implementation
-        output: JSON file
     """
     from diffusion import GaussianDiffusion, sample
 
@@ -116,16 +112,16 @@ def sampling(
     settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
     programs: list[Program] = []
     for name in models:
-        model = compiled(backbone(name).eval(), compile)
+        model = backbone(name).eval()
         draw = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
-        programs.append((head(name, precision + " compiled" * compile), autocasting(precision, draw)))
+        programs.append((head(name, precision), autocasting(precision, draw)))
         if published:
             model = published.create(name, latent_size=8, num_classes=NUM_CLASSES).eval()
             theirs = {"num_classes": NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
             draw = partial(published.sample, model, noise, y, **theirs)
             programs.append((head(name, precision, "published"), autocasting(precision, draw)))
     rows = in_turns(programs, rounds, batch_size)
-    report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows, output)
+    report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows)
 
 
 def epoch(
@@ -133,9 +129,7 @@ def epoch(
     models: list[str] = ["XSwin"],  # noqa: B006  (read only)
     batch_size: int = 128,
     precision: str = "auto",
-    compile: bool = False,
     rounds: int = 2,
-    output: Path | None = None,
 ) -> None:
     """Images a second of training from 64x64 images: ours from a warm cache, the published loop encoding at each step.
 
@@ -146,9 +140,7 @@ def epoch(
         models: names of backbones
         batch_size: images a step
         precision: of ours, as train.precision
-        compile: ours as train.compile does
         rounds: steps of each that count
-        output: JSON file
     """
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -189,12 +181,12 @@ def epoch(
 
         programs: list[Program] = []
         for name in models:
-            ours = our_step(backbone(name, num_classes=10), precision, compile, cached)
+            ours = our_step(backbone(name, num_classes=10), precision, cached)
             theirs = published.step(name, 10, device, "fp32", encoded)
             programs.append((head(name, precision, "this one, cache warm"), ours))
             programs.append((head(name, "fp32", "published loop"), theirs))
         rows = in_turns(programs, rounds, batch_size)
-    report(f"training from 64x64 images, batch {batch_size}", rows, output)
+    report(f"training from 64x64 images, batch {batch_size}", rows)
 
 
 def scaling(
@@ -204,7 +196,6 @@ def scaling(
     precision: str = "auto",
     rounds: int = 3,
     plot: Path | None = None,
-    output: Path | None = None,
 ) -> None:
     """Time and memory of a training step a latent pixel, against the side of the latent. Each measure is a process.
 
@@ -216,7 +207,6 @@ def scaling(
         precision: as train.precision: 'auto', 'fp32' or 'bf16'
         rounds: steps that count
         plot: picture of both
-        output: JSON file
     """
     rows, precision = [], chosen(precision)
     for name in models:
@@ -235,7 +225,7 @@ def scaling(
             print(rows[-1], file=sys.stderr)
     if plot is not None:
         draw_scaling(rows, plot)
-    report(f"training step, {precision}, {tokens} latent pixels a step", rows, output)
+    report(f"training step, {precision}, {tokens} latent pixels a step", rows)
 
 
 def draw_scaling(rows: Sequence[Row], path: Path) -> None:
@@ -314,15 +304,19 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
     report(f"two sets of {num_images} x {dim}", rows)
 
 
-def our_step(model: Any, precision: str, compile: bool, batch: Callable[[], tuple[Any, Any]]) -> Callable[[], None]:
+def our_step(
+    model: Any, precision: str, batch: Callable[[], tuple[Any, Any]], compile: bool = False
+) -> Callable[[], None]:
     """An optimizer step as `train.py` makes it, on what `batch` gives: latents and labels."""
     from checkpoints.averages import EMA
     from diffusion import GaussianDiffusion
     from experiment.config import OptimConfig
     from training.optimizer import build_optimizer
+    from training.preparation import compile_blocks
 
     diffusion, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
-    compiled(model, compile)
+    if compile:
+        compile_blocks(model)
     loss_of = autocasting(precision, lambda: diffusion.training_loss(model, *batch())["loss"].mean())
 
     def step() -> None:
@@ -350,15 +344,6 @@ def backbone(name: str, latent_size: int = 8, num_classes: int = NUM_CLASSES, **
 
     sizes = {"input_size": latent_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
     return create_model(name, **sizes, **model_args).to(the_device())
-
-
-def compiled(model: Any, compile: bool) -> Any:
-    """The model, its blocks compiled if asked for."""
-    if compile:
-        from training.preparation import compile_blocks
-
-        compile_blocks(model)
-    return model
 
 
 def latents(batch_size: int, latent_size: int = 8, num_classes: int = NUM_CLASSES) -> tuple[Any, Any]:

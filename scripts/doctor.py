@@ -90,16 +90,15 @@ def weights() -> Iterator[Finding]:
     from autoencoders.codec import EMBEDDED
 
     hub = hub_answers()
-    yield Finding("the Hugging Face hub") if hub else Finding("the Hugging Face hub does not answer", "use local files")
+    yield Finding(f"the Hugging Face hub{'' if hub else ' does not answer'}", "" if hub else "use local files")
     remedy = "" if EMBEDDED.is_dir() else "assets/ is not whole: clone the repository again"
     yield Finding("the embedded autoencoder (--autoencoder embedded)", remedy)
     paper = f"{PAPER_AUTOENCODER}, of the paper's configurations"
-    if isinstance(try_to_load_from_cache(PAPER_AUTOENCODER, "config.json"), str):
-        yield Finding(paper)
-    elif hub:
+    cached = isinstance(try_to_load_from_cache(PAPER_AUTOENCODER, "config.json"), str)
+    if hub and not cached:
         yield Finding(f"{paper}: downloaded on first use")
     else:
-        yield Finding(paper, "give --autoencoder a folder in diffusers' format, or embedded")
+        yield Finding(paper, "" if cached else "give --autoencoder a folder in diffusers' format, or embedded")
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for name, url, otherwise in (
         ("Inception, for FID", URL_INCEPTION_V3, "--weights_path FILE, or --extractor FILE.pt2 or timm:NAME"),
