@@ -53,7 +53,7 @@ class VariantResult:
         return self.runs[0].plan
 
     @property
-    def costs(self) -> dict[str, float | None]:
+    def costs(self) -> dict[str, int | float | None]:
         """Parameters and 1e9 operations of a forward pass on one image, counted; and of training, from its log, the
         median of images a second and the most memory."""
         counted = {name: self.plan[name] for name in ("parameters", "gflops")}
