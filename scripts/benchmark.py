@@ -116,7 +116,7 @@ def sampling(
         draw = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
         programs.append((head(name, precision), autocasting(precision, draw)))
         if published:
-            model = published.create(name, latent_size=8, num_classes=NUM_CLASSES).eval()
+            model = published.create(name, latent_size=8, num_classes=NUM_CLASSES).to(the_device()).eval()
             theirs = {"num_classes": NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
             draw = partial(published.sample, model, noise, y, **theirs)
             programs.append((head(name, precision, "published"), autocasting(precision, draw)))
