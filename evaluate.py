@@ -42,8 +42,8 @@ class EvaluateConfig(EvaluationFlags):
         trials: repeat with the seeds after `seed` too, and report mean and standard deviation
         sampling: in place of the checkpoint's own settings; --guidance_scale is short for --sampling.guidance_scale,
             and so are all others. Numbers and names may be several, such as 1,1.5,2: each combination is a row
-        baselines: also score real training images (the floor) and reconstructions of the held-out images by the
-            autoencoder (the ceiling of anything generated through it)
+        baselines: also score real training images (the floor) and what the autoencoder makes of them (the ceiling of
+            anything generated through it); by class, held-out images and what it makes of those
         per_class: also the Fréchet distance within each class that has 50 images or more
         memorisation: also find each sample's nearest training image
         likelihood: also the log-likelihood of so many held-out images in bits per dimension, exact but for the steps of

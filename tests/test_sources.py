@@ -24,6 +24,7 @@ from data.subsets import by_name
 from evaluation.record import notes
 from evaluation.scoring import Scorer, summarise
 from evaluation.sources import Source, from_dataset, like, read_samples, reconstructions
+from experiment import imports
 from experiment.cli import parse
 from experiment.config import DataConfig, EvaluationConfig, LogConfig
 from experiment.datasets import data_of
@@ -169,6 +170,7 @@ def test_a_metric_from_outside_is_a_score_a_column_and_what_the_best_checkpoint_
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(imports, "_loaded", {})
     (tmp_path / "mine.py").write_text(MINE)
     data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard")
     flags = ("--extractor", thumbnail, "--imports", "mine.py", "--metrics", "[gap,light]", "--output", "scores.json")
