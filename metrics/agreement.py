@@ -41,8 +41,8 @@ class Labelled:
 
 def fit_probe(features: Float[Tensor, "n d"], labels: Int64[Tensor, " n"], num_classes: int) -> Probe:
     """Multinomial logistic regression on standardised features, by L-BFGS. Of `DECAYS` it takes the one under which
-    four fifths of the images name most of the last fifth: each class gives every fifth of its images."""
-    mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    four fifths of the images name most of the last fifth; each class has its share of that."""
+    mean, scale = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
     standard = ((features - mean) / scale).float()
     order = labels.argsort(stable=True)
     held = torch.zeros(len(labels), dtype=torch.bool)

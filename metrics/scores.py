@@ -47,7 +47,8 @@ class Metric:
         better: "lower" or "higher"
         needs: "features" (float64 [n d], an extractor's), "logits" (the classes' [n k]; their softmax are
             probabilities), "images" (uint8 [n 3 h w]; all are kept in memory), "moments" or "spatial"
-            (`metrics.frechet.Moments` of the features, or of Inception's spatial ones)
+            (`metrics.frechet.Moments` of the features, or of Inception's spatial ones), or "labelled"
+            (`metrics.agreement.Labelled`: features and classes; the reference's with a probe of the training images)
         title: at the head of a column; by default its name
         elsewhere: name and title on any extractor but Inception, where the literature's would mislead
         bounds: no number outside of these is printed

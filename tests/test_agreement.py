@@ -55,6 +55,11 @@ def test_samples_without_variety_agree_and_teach_their_own_class_alone():
     assert found["cas"] == 1 / NUM_CLASSES
 
 
+def test_a_single_sample_gives_numbers_too():
+    one = Labelled(clusters().features[:1], clusters().labels[:1])
+    assert values(one, reference()) == {"agreement": 1, "agreement_top5": 1, "cas": 1 / NUM_CLASSES}
+
+
 def test_top_five_of_more_classes_forgives_what_top_one_does_not():
     labels = torch.arange(8).repeat_interleave(10)
     draw = torch.Generator().manual_seed(0)
