@@ -50,12 +50,9 @@ class Published:
             smooth_conv=True,
         ).train()
 
-    def step(
-        self, name: str, num_classes: int, device: torch.device, precision: str, batch: Callable[[], tuple[Any, Any]]
-    ) -> Callable[[], None]:
-        """An optimizer step as their training script makes it, on what `batch` gives: latents and labels. In bf16 under
-        autocast with the fused optimizer."""
-        model = self.create(name, latent_size=8, num_classes=num_classes).to(device)
+    def step(self, name: str, num_classes: int, precision: str, x_0: Tensor, y: Tensor) -> Callable[[], None]:
+        """An optimizer step as their training script makes it; in bf16 under autocast with the fused optimizer."""
+        model = self.create(name, latent_size=x_0.shape[-1], num_classes=num_classes).to(x_0.device)
         average = deepcopy(model).requires_grad_(False).eval()
         averages = dict(average.named_parameters())
         bf16, diffusion = precision == "bf16", self.diffusion.create_diffusion(timestep_respacing="")
@@ -63,9 +60,8 @@ class Published:
 
         def step() -> None:
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                x_0, y = batch()
-                t = torch.randint(0, diffusion.path.num_timesteps, (len(x_0),), device=device)
+            with torch.autocast(x_0.device.type, torch.bfloat16, enabled=bf16):
+                t = torch.randint(0, diffusion.path.num_timesteps, (len(x_0),), device=x_0.device)
                 loss = diffusion.training_losses(model, x_0, t, {"y": y})["loss"].mean()
             loss.backward()
             optimizer.step()

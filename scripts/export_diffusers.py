@@ -1,7 +1,6 @@
 """A checkpoint as a folder that diffusers loads, without this repository.
 
     python scripts/export_diffusers.py --checkpoint runs/XSwin --output exported
-    python scripts/export_diffusers.py --checkpoint runs/DiT-S-2 --output exported --native true
 
     from diffusers import DiffusionPipeline
     pipeline = DiffusionPipeline.from_pretrained(
@@ -9,7 +8,7 @@
     pipeline(["cat", "dog"], seed=0).images[0].save("cat.png")
 
 The backbone leaves as a program of torch.export, `denoiser/denoiser.pt2`, which is held against the model before
-anything else is written; a DiT may leave as diffusers' own DiTPipeline instead.
+anything else is written.
 """
 
 import sys
@@ -33,7 +32,6 @@ class ExportConfig:
         sampling: in place of the checkpoint's own settings, also in short (--sampler): of samplers 'ddpm', 'ddim' and
             'dpmpp_2m' (gaussian) or 'euler' (flow, edm), of spacings 'uniform' and 'trailing' (gaussian), 'uniform'
             (flow) or 'karras' (edm); num_steps and guidance_scale are the pipeline's defaults
-        native: a DiT as DiTPipeline, whose weights any diffusers tool can read; see the README in the folder
         autoencoder: in place of the one in the checkpoint's configuration
         imports: the modules or .py files that the checkpoint was trained with, where they have moved
     """
@@ -41,7 +39,6 @@ class ExportConfig:
     checkpoint: str
     output: Path
     sampling: SamplingFlags = field(default_factory=SamplingFlags, metadata={"short": True})
-    native: bool = False
     autoencoder: str | None = None
     imports: list[str] = field(default_factory=list)
 
@@ -63,7 +60,7 @@ def main(config: ExportConfig) -> None:
     if sampling.clip is None:
         sampling = replace(sampling, clip=codec.limit)
     with whole(config.output) as folder:
-        how = write_folder(folder, checkpoint, codec, sampling, native=config.native)
+        how = write_folder(folder, checkpoint, codec, sampling)
     print(f"{config.output}: {how}")
 
 

@@ -87,5 +87,4 @@ INJECTIONS = {
     "adaln": (Modulator, AsItIs, NoToken),
     "adaln_zero": (Modulator, Gate, NoToken),
     "tokens": (AsItIs, AsItIs, CondToken),
-    "none": (AsItIs, AsItIs, NoToken),
 }
