@@ -1,4 +1,5 @@
-"""A run's stages, one after the other, each a process of its own, so that a failure stays where it is."""
+"""Who does the runs: one at a time on the CPU or on each GPU, each stage a process of its own, so that a failure stays
+where it is."""
 
 import os
 import shutil
@@ -10,8 +11,10 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from queue import Empty, Queue
 from typing import NamedTuple
 
+import torch
 import yaml
 
 from ablation.identity import PROGRAMS, ROOT, code_hash, done_stages, mark
@@ -19,14 +22,14 @@ from ablation.plan import Planned, duration
 from ablation.stages import STAGES
 from machine import children
 from machine.children import EXIT_CODE, STOPPED
-from machine.lock import Lock
+from machine.lock import InUse, Lock
 from machine.whole_files import write_whole
 
 _PRINTING = threading.Lock()
 
 
 class Outcome(NamedTuple):
-    """How a run ended: 'done', 'stopped' (to be gone on with) or 'failed', and why."""
+    """How a run ended: 'done', 'stopped' (to be gone on with), 'failed' or 'elsewhere' (others have it), and why."""
 
     run: str
     status: str
@@ -63,6 +66,8 @@ class Runner:
                 continue
             try:
                 outcomes.append(self._run(planned, environment or {}))
+            except InUse as error:
+                outcomes.append(Outcome(planned.run.name, "elsewhere", str(error)))
             except (ValueError, OSError) as error:
                 outcomes.append(_failed(planned, error))
         return outcomes
@@ -131,6 +136,72 @@ class Runner:
                 return child.wait()
             finally:
                 self.children.discard(child)
+
+
+Jobs = list[list[Planned]]
+
+
+def jobs_of(plan: list[Planned]) -> Jobs:
+    """Runs by their training, in the order of the plan."""
+    jobs: dict[Path, list[Planned]] = {}
+    for planned in plan:
+        jobs.setdefault(planned.trained_in, []).append(planned)
+    return [sorted(job, key=lambda planned: not planned.trains) for job in jobs.values()]
+
+
+class Place(NamedTuple):
+    """Where a run has room: what its processes find in their environment, and the cores that they keep to."""
+
+    environment: dict[str, str]
+    cores: frozenset[int] = frozenset()
+
+
+def places(workers: int) -> list[Place]:
+    """A GPU each; without any, the CPU for one worker, and a share of its cores for each of several. Raises ValueError
+    for more workers than cores, or where the system does not keep processes to cores."""
+    if gpus := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else map(str, range(gpus))
+        return [Place({"CUDA_VISIBLE_DEVICES": name}) for name in list(names)[:gpus]]
+    if workers == 1:
+        return [Place({})]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if (share := len(cores) // workers) == 0:
+        raise ValueError(f"--workers {workers}: there are {len(cores)} cores to deal out; ask for fewer")
+    shares = [cores[number * share :][:share] for number in range(workers)]
+    return [Place({"OMP_NUM_THREADS": str(share)}, frozenset(mine)) for mine in shares]
+
+
+def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
+    """One job at a time on each visible GPU, or `workers` of them on the CPU. A stop lets the trainings save, and the
+    rest wait for the next time."""
+    waiting: Queue[list[Planned]] = Queue()
+    for job in jobs:
+        waiting.put(job)
+    outcomes: list[Outcome] = []
+
+    def work(place: Place) -> None:
+        if place.cores:
+            os.sched_setaffinity(0, place.cores)  # of this thread, and of what it starts
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except Empty:
+                return
+            outcomes.extend(runner(job, place.environment))
+
+    def stop(number: signal.Signals) -> None:
+        say(f"{number.name}: what runs is saved, the rest waits for the next time")
+        runner.stop(number.name)
+
+    with children.on_stop(stop):
+        threads = [threading.Thread(target=work, args=(place,)) for place in places(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # signals are handled between two waits
+                thread.join(0.2)
+    return outcomes
 
 
 def say(text: str) -> None:

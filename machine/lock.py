@@ -9,21 +9,25 @@ import time
 from pathlib import Path
 
 
-class Lock:
-    """A file that one process holds; a ValueError says which. The system lets go of it when its last holder ends,
-    whatever ends it. `file` may be handed on to child processes, which then hold it too: a training that outlives its
-    runner keeps its folder."""
+class InUse(ValueError):
+    """Somebody else holds the lock."""
 
-    def __init__(self, path: Path) -> None:
+
+class Lock:
+    """A file that one process holds; InUse says which, unless it `waits`. The system lets go of it when its last holder
+    ends, whatever ends it. `file` may be handed on to child processes, which then hold it too: a training that outlives
+    its runner keeps its folder."""
+
+    def __init__(self, path: Path, *, waits: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a+")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
-            raise ValueError(f"{path.parent} is in use by {holder} (or what it started): wait, or stop it") from None
+            raise InUse(f"{path.parent} is in use by {holder} (or what it started): wait, or stop it") from None
         except OSError as error:  # a file system without locks
             print(f"warning: {path} could not be locked ({error}): start nothing else in this folder", flush=True)
         self.file.truncate(0)

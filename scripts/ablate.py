@@ -3,7 +3,6 @@
 python scripts/ablate.py configs/ablations/table1_small.yaml --set '{data.path: caltech101.zip}'
 python scripts/ablate.py configs/ablations/skip.yaml --only plan            (what it would do, and how long it takes)
 python scripts/ablate.py configs/ablations/skip.yaml --max_hours 2          (the same again goes on with it)
-python scripts/ablate.py configs/ablations/table1.yaml --executor slurm --cluster.partition gpu
 """
 
 import sys
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ablation.study import AblationConfig, ClusterConfig, expand, read_ablation
+from ablation.study import AblationConfig, expand, read_ablation
 from experiment.cli import one_line_errors, parse
 from experiment.settings import within
 from machine.children import EXIT_CODE
@@ -31,10 +30,8 @@ class AblateConfig:
         ablation: its YAML (see docs/ablations.md); the flag's name may be left out
         set: settings of all variants on top of the YAML's, such as '{data.path: images.zip, train.num_steps: 100}'
         only: 'plan' shows what would be done; 'report' writes the report of what is done; null does it all
-        executor: 'local' (`workers` runs at a time on the CPU, or one on each visible GPU), 'slurm' (a job a training,
-            through submitit) or 'submitit' (the same as processes here)
-        workers: runs at a time on a CPU, each with its share of the cores: small batches gain by it
-        cluster: what a SLURM job is given
+        workers: runs at a time on a CPU, each with its share of the cores: small batches gain by it; without, one, or
+            one on each visible GPU
         max_hours: start nothing after this time; a training that runs saves and stops. The same command goes on
         launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
         any_code: take results of other versions of the code for done
@@ -46,9 +43,7 @@ class AblateConfig:
     ablation: str
     set: dict[str, Any] = field(default_factory=dict)
     only: Literal["plan", "report"] | None = None
-    executor: Literal["local", "slurm", "submitit"] = "local"
     workers: int = within("[1, inf)", 1)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     max_hours: float | None = within("(0, inf)", None)
     launcher: str | None = None
     any_code: bool = False
@@ -85,9 +80,8 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     """What is left to do, then the report."""
-    from ablation.executors import jobs_of, places, run_here, submit
     from ablation.plan import make_plan, prepare, refuse_changed, table
-    from ablation.runner import Runner
+    from ablation.runner import Runner, jobs_of, places, run_here
     from ablation.tables import check_columns
     from machine.accelerator import open_accelerator
     from machine.lock import Lock
@@ -97,7 +91,7 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     check_columns(ablation.columns)
     runs = expand(ablation, folder.name)
     places(config.workers)  # refuses more of them than there is room for, before anything is made
-    with Lock(folder / "lock"):
+    with Lock(folder / "lock", waits=True):  # while others of this study plan
         start = time.time() - STARTED
         accelerator = open_accelerator(runs[0].config.train.precision)
         plan = make_plan(ablation, runs, folder, accelerator, timed=True, any_code=config.any_code, start=start)
@@ -105,22 +99,17 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
         if config.only == "plan":
             return 0
 
-        # Doing it.
         if not config.redo:
             refuse_changed(plan)
         prepare([planned for planned in plan if not planned.all_done], accelerator)
-        jobs, runner = jobs_of(plan), Runner(deadline, config.launcher)
-        if config.executor == "local":
-            outcomes = run_here(jobs, runner, config.workers)
-        else:
-            scheduler = "slurm" if config.executor == "slurm" else "local"
-            outcomes = submit(jobs, runner, config.cluster, folder / "jobs", scheduler)
+    outcomes = run_here(jobs_of(plan), Runner(deadline, config.launcher), config.workers)
 
-        # What came of it.
-        for outcome in outcomes:
-            if outcome.status != "done":
-                print(f"{outcome.status}: {outcome.run}: {outcome.why}")
-        if any("score" in planned.done for planned in plan):
+    # What came of it.
+    for outcome in outcomes:
+        if outcome.status != "done":
+            print(f"{outcome.status}: {outcome.run}: {outcome.why}")
+    if any("score" in planned.done for planned in plan):
+        with Lock(folder / "lock", waits=True):
             report(folder, ablation)
     statuses = {outcome.status for outcome in outcomes}
     return 1 if "failed" in statuses else EXIT_CODE if "stopped" in statuses else 0

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from processes import TINY
 
-from ablation.executors import jobs_of, run_here
 from ablation.plan import make_plan
-from ablation.runner import Runner
+from ablation.runner import Runner, jobs_of, run_here
 from ablation.study import AblationConfig, expand
 from machine.accelerator import open_accelerator
 

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -137,7 +138,8 @@ def stop(number: signal.Signals) -> None:
     """What runs goes, and its folder."""
     for process in started:
         children.kill(process)
-        children.await_end(process)
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:  # `wait` holds a lock that it interrupts
+            time.sleep(0.05)
     raise SystemExit(128 + number)
 
 

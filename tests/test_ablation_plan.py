@@ -12,8 +12,8 @@ from ablations import BASE
 from processes import ROOT, TINY, script
 
 from ablation.costs import Speed, at_width, resized
-from ablation.executors import jobs_of
 from ablation.plan import make_plan, table
+from ablation.runner import jobs_of
 from ablation.study import AblationConfig, MatchConfig, ScoringConfig, expand, merged, read_ablation
 from experiment.cli import parse_mapping
 from experiment.config import ExperimentConfig

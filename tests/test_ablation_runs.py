@@ -17,11 +17,10 @@ from ablations import execute, plan_of
 from processes import ROOT
 
 from ablation import identity, stages
-from ablation.executors import jobs_of, submit
 from ablation.identity import done_stages, mark
 from ablation.plan import make_plan, refuse_changed
 from ablation.runner import Runner, last_line
-from ablation.study import ClusterConfig, ScoringConfig, merged
+from ablation.study import ScoringConfig, merged
 from checkpoints.checkpoint import WEIGHTS, metadata_of, save_tensors
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
@@ -65,7 +64,7 @@ def test_code_counts_by_its_syntax(tmp_path):
 def test_the_code_of_a_training_is_what_it_imports():
     files = identity.code_of("train").keys()
     assert files >= {"train.py", "training/objective.py", "training/batches.py", "models/layers/window.py"}
-    assert files.isdisjoint({"published/diffusers_dit.py", "scripts/doctor.py", "training/log.py"})
+    assert files.isdisjoint({"published/diffusers_pipeline.py", "scripts/doctor.py", "training/log.py"})
     assert identity.code_of("score").keys() > {*files, "metrics/reference.py", "evaluation/scoring.py"}
     assert "ablation/results.py" not in identity.code_of("score")
 
@@ -91,7 +90,7 @@ def test_a_changed_file_of_the_code_makes_its_stages_due(scripted, changed_code)
         pictures = asdict(planned.ablation.pictures)
         return replace(planned, keys=identity.keys_of(planned.run.config, scoring, pictures))
 
-    changed_code("published/diffusers_dit.py")
+    changed_code("published/diffusers_pipeline.py")
     assert now().state == "done"
     changed_code("metrics/reference.py")
     assert (now().done & {"train", "draw", "score"}, now().state) == ({"train", "draw"}, "trained")
@@ -272,13 +271,6 @@ def test_nothing_starts_when_the_time_is_over(scripted):
     assert calls() == []
 
 
-def test_submitit_does_the_same_in_a_process_of_its_own():
-    plan = plan_of({"a": {}})
-    mark(plan[0].run.folder, began=plan[0].keys["train"], **plan[0].keys)
-    outcomes = submit(jobs_of(plan), Runner(), ClusterConfig(gpus=0), Path("jobs"), "local")
-    assert [(outcome.status, outcome.why) for outcome in outcomes] == [("done", "before")]
-
-
 def test_a_training_that_a_launcher_says_has_failed_may_have_stopped(monkeypatch):
     def launched(runner, command, output, lock, environment):
         (output.parent / "stopped").write_text("SIGUSR1: stopped after 3 of 4 steps")
@@ -287,6 +279,17 @@ def test_a_training_that_a_launcher_says_has_failed_may_have_stopped(monkeypatch
     monkeypatch.setattr(Runner, "_process", launched)
     plan = plan_of({"a": {}})
     assert [outcome.status for outcome in Runner()(plan)] == ["stopped"]
+
+
+def test_two_runners_share_a_study(scripted):
+    variants = {"a": {}, "scored": {"sampling.num_steps": 2}, "c": {"optim.lr": 6e-4}}
+    with Lock(Path("runs/t/a/seed0/lock")):  # of the other runner
+        found = execute(plan_of(variants))
+    assert found["a"][0] == found["scored"][0] == "elsewhere"
+    assert "in use by process" in found["a"][1]
+    assert found["c"] == ("done", "")
+    assert calls() == ["train c", "score c", "draw c"]
+    assert {status for status, _ in execute(plan_of(variants)).values()} == {"done"}
 
 
 def test_two_runners_do_not_share_a_folder(tmp_path):
