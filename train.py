@@ -74,19 +74,19 @@ def train(run: Run[ExperimentConfig]) -> None:
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
-    ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
+    ema = EMA(model, config.train.ema_decay)
     optimizer = build_optimizer(model, config.optim)
     if config.train.compile:
         compile_blocks(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     backbone = accelerator.unwrap_model(model)
     ema.shard_like(backbone)
-    num_steps, times = num_training_steps(config.train, len(cache)), diffusion.times()
-    objective = objective_of(diffusion)(diffusion, times, accelerator, auxiliary)
+    num_steps = num_training_steps(config.train, len(cache))
+    objective = objective_of(diffusion)(diffusion, auxiliary)
     batches = Batches(
         cache.to(accelerator.device),
         codec,
-        times,
+        diffusion.sample_timesteps,
         seed=config.train.seed,
         batch_size=config.train.batch_size,
         num_micro_batches=config.train.grad_accumulation,
@@ -101,7 +101,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     guard = Guard()
     inspection = Inspection(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
     run.begin(
-        TrainingState({"model": backbone}, {"optimizer": optimizer}, ema, {"times": times}),
+        TrainingState({"model": backbone}, {"optimizer": optimizer}, ema),
         {"model": guard},
         inspection.due,
         num_steps,

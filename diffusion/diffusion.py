@@ -16,7 +16,7 @@ from diffusion.paths import GaussianChain, Path
 from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import check_name
 from diffusion.spacings import spaced_times
-from diffusion.times import Device, DrawTimes, LossSecondMoments, Times
+from diffusion.times import Device, DrawTimes
 from diffusion.transition import AtLevel, Images, Labels, Output, Timesteps, Transition
 
 Denoiser = Callable[..., Tensor]
@@ -86,17 +86,11 @@ class Diffusion:
         prediction: what the model puts out: a name in `PREDICTIONS`, or of the path's own `targets`.
         loss: the target that the squared error is counted in, by the same names; by default the prediction.
         times: draws training times: `(num, generator, device) -> [num]`.
-        learns_times: draw them by importance, as the square root of the loss's second moment there (Nichol and Dhariwal
-            2021, eq. 18), once losses have been seen; of a chain.
         weighting: a name in `WEIGHTINGS`: what the squared error of `x_0` counts, whatever is predicted; in place of
             `loss`.
         variance: of the reverse step. `learned_range` has the model interpolate, in log space, between the posterior
             variance and beta (Nichol and Dhariwal 2021, eq. 15), for which it has twice the channels; of a chain.
             `fixed_small` and `fixed_large` are these two bounds themselves.
-        uncertainty: have the model say in one more channel, of which the mean over the image counts, the logarithm u of
-            the error it expects; the loss is then `mse / e^u + u`, least where u is log mse (Kendall et al. 2018;
-            Karras et al. 2024, eq. 21, where u is a small network's and knows sigma alone). The best prediction stays
-            the same.
         default_sampler, default_spacing: where none is named.
         samplers: where these alone can sample it.
     """
@@ -108,10 +102,8 @@ class Diffusion:
         loss: str | None = None,
         *,
         times: DrawTimes,
-        learns_times: bool = False,
         weighting: str = "uniform",
         variance: str = "fixed_small",
-        uncertainty: bool = False,
         default_sampler: str = "euler",
         default_spacing: str = "uniform",
         samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = NOTHING,
@@ -127,8 +119,7 @@ class Diffusion:
                 "leave one of them out"
             )
         self.path, self.prediction, self.loss, self.weighting = path, prediction, loss or prediction, weighting
-        self.variance, self.uncertainty = variance, uncertainty
-        self.learns_times, self._draw_times = learns_times, times
+        self.variance, self._draw_times = variance, times
         self.default_sampler, self.default_spacing, self.samplers = default_sampler, default_spacing, samplers
         self._target, self._loss_target = targets[prediction], targets[self.loss]
         self._informative = path.time_at(torch.tensor(path.noise_range, dtype=torch.float64)).tolist()
@@ -140,22 +131,15 @@ class Diffusion:
 
     def output_channels(self, in_channels: int) -> int:
         """Channels that the backbone has to put out for data of `in_channels`."""
-        return in_channels * (1 + self.learns_variance) + self.uncertainty
+        return in_channels * (1 + self.learns_variance)
 
     # Times.
 
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> Shaped[Tensor, " num"]:
-        """Training times, before anything is known of the losses; the generator lies on `device`."""
+        """Training times; the generator lies on `device`."""
         return self._draw_times(num, generator, device)
-
-    def times(self) -> Times:
-        """What draws the times of training steps."""
-        if self.learns_times:
-            assert isinstance(self.path, GaussianChain)
-            return LossSecondMoments(self.path.num_timesteps)
-        return Times(self.sample_timesteps)
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
         """The chain that a sampler walks down to the data.
@@ -259,7 +243,7 @@ class Diffusion:
     def terms(
         self, output: Output, x_0: Images, x_t: Images, t: Timesteps, noise: Images
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """`loss`, `mse`, the squared error of the model's output, and where they are learned `vb` and `uncertainty`.
+        """`loss`, `mse`, the squared error of the model's output, and where the variance is learned `vb`.
 
         `mse` is the simple loss (Ho et al. 2020, eq. 14), which `loss_weight` weighs. `vb` is the term of the
         variational bound at `t`, in bits per dimension, with the mean frozen: it trains the variance alone. The hybrid
@@ -273,9 +257,6 @@ class Diffusion:
             mean_frozen = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
             vb = self._variational_bound(self.predict(mean_frozen, x_t, t), x_0, x_t, t)
             terms |= {"loss": terms["loss"] + (self.path.max_time + 1) / 1000 * vb, "vb": vb}
-        if self.uncertainty:
-            u = mean_per_sample(output[:, -1:])
-            terms |= {"loss": terms["loss"] * torch.exp(-u) + u, "uncertainty": u}
         return terms
 
     def loss_weight(self, t: Timesteps) -> Float32[Tensor, " b"]:

@@ -89,20 +89,8 @@ def guide(
     return guided
 
 
-# How strong guidance is on the way: the share of `scale - 1` that applies once `progress` of the way from noise (0) to
-# data (1) is done. Each has a mean of 1 (Wang et al. 2024, section 4).
-SCALE_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 2 * progress,
-    "cosine": lambda progress: 1 - math.cos(math.pi * progress),
-}
-
-
 def check_guidance(options: SamplingOptions) -> None:
     """What of guidance is no number in a range."""
-    if options.guidance_schedule not in SCALE_SCHEDULES:
-        known = ", ".join(SCALE_SCHEDULES)
-        raise ValueError(f"--sampling.guidance_schedule {options.guidance_schedule}: unknown, choose from {known}")
     interval = options.guidance_interval
     if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
         raise ValueError(
@@ -111,19 +99,17 @@ def check_guidance(options: SamplingOptions) -> None:
         )
 
 
-def scale_at(options: SamplingOptions, progress: float, ratio: float) -> float:
-    """The scale at this share of the way and noise level sigma / alpha; 1, which guides nothing, outside the interval
-    (Kynkäänniemi et al. 2024)."""
+def scale_at(options: SamplingOptions, ratio: float) -> float:
+    """The scale at this noise level sigma / alpha; 1, which guides nothing, outside the interval (Kynkäänniemi et al.
+    2024)."""
     low, high = options.guidance_interval or (0.0, math.inf)
-    if not low <= ratio <= high:
-        return 1.0
-    return 1 + (options.guidance_scale - 1) * SCALE_SCHEDULES[options.guidance_schedule](progress)
+    return options.guidance_scale if low <= ratio <= high else 1.0
 
 
 def mix_of(options: SamplingOptions, diffusion: Diffusion) -> Mix:
-    """The rule for one chain of samples; momentum remembers."""
-    projection = options.guidance_parallel, options.guidance_radius, options.guidance_momentum
-    rule = linear if projection == (1.0, None, 0.0) else projected(diffusion, *projection)
+    """The rule by which outputs are mixed."""
+    projection = options.guidance_parallel, options.guidance_radius
+    rule = linear if projection == (1.0, None) else projected(diffusion, *projection)
     return rescaled(rule, options.guidance_rescale) if options.guidance_rescale else rule
 
 
@@ -140,16 +126,14 @@ def rescaled(rule: Mix, share: float) -> Mix:
     return mix
 
 
-def projected(diffusion: Diffusion, parallel: float, radius: float | None, momentum: float) -> Mix:
-    """Adaptive projection (Sadat et al. 2024, algorithm 1): the push, in `x_0`, is remembered, limited in its norm to
-    `radius`, and of its part along the prediction, which saturates images, the share `parallel` is kept."""
-    before: Tensor | float = 0.0
+def projected(diffusion: Diffusion, parallel: float, radius: float | None) -> Mix:
+    """Adaptive projection (Sadat et al. 2024, algorithm 1): the push, in `x_0`, is limited in its norm to `radius`, and
+    of its part along the prediction, which saturates images, the share `parallel` is kept."""
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
-        nonlocal before
         at = diffusion.path.levels(t)
         x_0, worse_x_0 = diffusion.read(good, x_t, at)[0], diffusion.read(worse, x_t, at)[0]
-        push = before = x_0 - worse_x_0 + momentum * before
+        push = x_0 - worse_x_0
         if radius is not None:
             push = push * (radius / norm(push)).clamp(max=1)
         direction = x_0 / norm(x_0)

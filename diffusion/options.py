@@ -25,12 +25,10 @@ class SamplingOptions:
         guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
         guidance_interval: least and largest noise level sigma / alpha at which to guide (Kynkäänniemi et al. 2024);
             null: everywhere
-        guidance_schedule: of the scale on the way: 'constant', or rising from none: 'linear' or 'cosine'
         guidance_rescale: 0 to 1: how far to bring the output's standard deviation back (Lin et al. 2023: 0.7)
         guidance_parallel: share of the push along the predicted image that is kept; 0 is adaptive projected guidance
             (Sadat et al. 2024), which keeps colours from saturating at large scales
         guidance_radius: largest norm of the push; null: none
-        guidance_momentum: of the push over the steps, such as -0.5 beside guidance_parallel 0
         legacy_cfg_channels: guide the first channels only, as published samplers did (3); null: all
         clip: largest absolute value of the data, to which each step's prediction of them is cut (Ho et al. 2020); null:
             what the autoencoder says: 1 in pixel space, no limit for latents; .inf: no limit
@@ -42,10 +40,8 @@ class SamplingOptions:
     spacing: str | None = None
     guidance_scale: float = within("[0, inf)", 1.0)
     guidance_interval: list[float] | None = within("[0, inf]", None)
-    guidance_schedule: str = "constant"
     guidance_rescale: float = within("[0, 1]", 0.0)
     guidance_parallel: float = within("(-inf, inf)", 1.0)
     guidance_radius: float | None = within("(0, inf)", None)
-    guidance_momentum: float = within("(-1, 1)", 0.0)
     legacy_cfg_channels: int | None = within("[1, inf)", None)
     clip: float | None = within("(0, inf]", None)

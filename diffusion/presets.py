@@ -33,8 +33,7 @@ def gaussian(
         prediction: what the backbone predicts: 'epsilon', 'x_0' or 'v'
         variance: of the reverse step: 'learned_range' (hybrid loss; twice the channels), 'fixed_small' or 'fixed_large'
         weighting: of the squared error: 'uniform', 'min_snr', 'p2' or 'vlb'
-        times: at which the backbone is trained: 'uniform', 'logit_normal', or 'importance', as often as the loss there
-            is large (Nichol and Dhariwal 2021)
+        times: at which the backbone is trained: 'uniform' or 'logit_normal'
         zero_terminal_snr: rescale the schedule to end in pure noise (Lin et al. 2023)
         model_times: what the backbone is told at the data's end and at the noise's, for weights that were trained on
             other numbers than 0 to T-1, such as [1, 1000]
@@ -48,7 +47,7 @@ def gaussian(
     from diffusion.times import TIMES, Device
 
     check_name("schedule", schedule, SCHEDULES)
-    check_name("times", times, (*TIMES, "importance"))
+    check_name("times", times, TIMES)
     if num_timesteps < 2:
         raise ValueError(f"--diffusion.num_timesteps {num_timesteps} must be at least 2")
     betas = SCHEDULES[schedule](num_timesteps)
@@ -64,7 +63,7 @@ def gaussian(
         )
 
     def draw(num: int, generator: torch.Generator | None, device: Device) -> torch.Tensor:
-        if times in ("uniform", "importance"):
+        if times == "uniform":
             return torch.randint(num_timesteps, (num,), generator=generator, device=device)
         return (TIMES[times](num, generator, device) * num_timesteps).long()
 
@@ -73,7 +72,6 @@ def gaussian(
         prediction,
         loss,
         times=draw,
-        learns_times=times == "importance",
         weighting=weighting,
         variance=variance,
         default_sampler="ddpm",
@@ -118,7 +116,6 @@ def edm(
     P_std: Annotated[float, "(0, inf)"] = 1.2,
     sigma_min: Annotated[float, "(0, inf)"] = 0.002,
     sigma_max: Annotated[float, "(0, inf)"] = 80.0,
-    uncertainty: bool = False,
     prediction: str = "F",
     loss: str | None = None,
 ) -> "diffusion.diffusion.Diffusion":
@@ -133,7 +130,6 @@ def edm(
         P_std: its standard deviation
         sigma_min: least noise of a sampler
         sigma_max: noise that a sampler starts from
-        uncertainty: have the model learn how large its error is, and weigh it by that
         prediction: what the backbone predicts: 'F', 'epsilon', 'x_0' or 'v'
         loss: what the squared error is counted in, by a prediction's name; null: what is predicted
     """
@@ -154,7 +150,6 @@ def edm(
         prediction,
         loss,
         times=draw,
-        uncertainty=uncertainty,
         default_sampler="heun",
         default_spacing="karras",
     )

@@ -1,42 +1,14 @@
-"""A diffusion in continuous time (Song et al. 2021b): its score SDE, and likelihood along its probability flow.
-
-The SDE is the same path, seen as `dx = f(t) x dt + g(t) dw`: of a Gaussian chain the variance-preserving one, of EDM
-the variance-exploding one. Time derivatives are taken of `diffusion.path`, in the diffusion's own time.
-"""
+"""Likelihood along the probability flow of a diffusion (Song et al. 2021b)."""
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 from torch import Tensor
 
 from diffusion.diffusion import Denoiser, Diffusion, Step
-from diffusion.transition import Images, Labels, Timesteps
-
-
-class Coefficients(NamedTuple):
-    """Of the SDE at some times, in float64 on the CPU."""
-
-    f: Float[Tensor, " b"]  # d log alpha / dt
-    g_squared: Float[Tensor, " b"]  # d sigma^2 / dt - 2 f sigma^2
-
-
-def coefficients(diffusion: Diffusion, t: Float[Tensor, " b"]) -> Coefficients:
-    """Drift and diffusion of the forward SDE whose marginals are those of the path (Kingma et al. 2021, section 3)."""
-    with torch.enable_grad():
-        t = t.detach().cpu().double().requires_grad_()
-        alpha, sigma = diffusion.path(t)
-        (f,) = torch.autograd.grad((alpha.log() + 0 * t).sum(), t, retain_graph=True)  # alpha may be constant
-        (growth,) = torch.autograd.grad(sigma.square().sum(), t)
-    return Coefficients(f, growth - 2 * f * sigma.detach() ** 2)
-
-
-def score(diffusion: Diffusion, model: Denoiser, x_t: Images, t: Timesteps, y: Labels) -> Images:
-    """`grad log p_t(x_t)`: the predicted noise over `-sigma`."""
-    noise = diffusion.predict(diffusion.precondition(model)(x_t, t, y), x_t, t).noise
-    return -noise / diffusion.path.levels(t).sigma
+from diffusion.transition import Images, Labels
 
 
 def bits_per_dimension(

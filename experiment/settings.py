@@ -1,12 +1,12 @@
 """The way from and to plain mappings, and from configurations of before."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from settings import SEEDS, check_settings, within
 
-__all__ = ["SEEDS", "check_settings", "flatten", "from_dict", "renamed", "within"]
+__all__ = ["SEEDS", "check_settings", "flatten", "from_dict", "within", "without_former"]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -21,18 +21,40 @@ def from_dict(kind: Any, values: Any) -> Any:
     """A configuration again, from `to_dict`: no value is read anew. Settings that it lacks are their defaults."""
     if is_dataclass(kind):
         kinds = get_type_hints(kind)
-        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in renamed(values).items()})
+        return cast(Any, kind)(
+            **{name: from_dict(kinds.get(name), value) for name, value in without_former(values).items()}
+        )
     if get_origin(kind) is list:
         return [from_dict(get_args(kind)[0], value) for value in values]
     return tuple(values) if get_origin(kind) is tuple else values
 
 
-def renamed(values: Any) -> Any:
-    """A whole configuration, as files of before have it, in the settings of today: samplers own their arguments, where
-    `sampling` had `eta` (of ddim) and `churn` (of heun), 0 for all others."""
-    sampling = values.get("sampling") if isinstance(values, Mapping) else None
-    if not isinstance(sampling, Mapping) or sampling.keys().isdisjoint(("eta", "churn")):
+FORMER: dict[
+    tuple[str, str], Sequence[Any] | None
+] = {  # settings that went, and at which values nothing goes with them
+    ("train", "ema_profiles"): None,  # any: no weights of a checkpoint depend on it
+    ("diffusion", "times"): ["importance"],  # of training alone
+    ("diffusion", "uncertainty"): [False],
+    ("sampling", "eta"): [0],
+    ("sampling", "churn"): [0],
+    ("sampling", "guidance_schedule"): ["constant"],
+    ("sampling", "guidance_momentum"): [0],
+    ("discriminator", "loss"): ["hinge"],
+    ("discriminator", "norm"): ["group"],
+}
+
+
+def without_former(values: Any) -> Any:
+    """A whole configuration, as files of before have it, without the settings that went where they changed nothing."""
+    if not isinstance(values, Mapping):
         return values
-    arguments = {name: sampling[name] for name in ("eta", "churn") if sampling.get(name)}
-    others = {name: value for name, value in sampling.items() if name not in ("eta", "churn")}
-    return {**values, "sampling": {**others, **({"sampler_args": arguments} if arguments else {})}}
+    kept = dict(values)
+    for (group, name), harmless in FORMER.items():
+        section = kept.get(group)
+        if (
+            isinstance(section, Mapping)
+            and name in section
+            and (harmless is None or section[name] in [None, *harmless])
+        ):
+            kept[group] = {key: value for key, value in section.items() if key != name}
+    return kept

@@ -21,7 +21,7 @@ def cache(tmp_path_factory):
 
 def batches(cache, **overrides):
     arguments = {"seed": 0, "batch_size": 12, "label_dropout": 0.5, **overrides}
-    return Batches(cache, PixelCodec(), GaussianDiffusion().times(), **arguments)
+    return Batches(cache, PixelCodec(), GaussianDiffusion().sample_timesteps, **arguments)
 
 
 def joined(parts):

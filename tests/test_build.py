@@ -12,7 +12,6 @@ from test_backbones import SMALL
 from autoencoders.codec import PixelCodec, create_codec
 from diffusion import DIFFUSIONS, SAMPLERS, SPACINGS, Diffusion, SamplingOptions
 from diffusion.diffusion import WEIGHTINGS
-from diffusion.guidance import SCALE_SCHEDULES
 from diffusion.paths import CURVES
 from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import SCHEDULES
@@ -117,7 +116,7 @@ def test_every_setting_of_every_process_is_a_flag():
 
 def test_help_names_every_process_sampler_spacing_and_schedule():
     words = f"{DiffusionConfig.__doc__} {SamplingOptions.__doc__}"
-    for table in (DIFFUSIONS, SAMPLERS, SPACINGS, SCALE_SCHEDULES, SCHEDULES, WEIGHTINGS, TIMES, CURVES, PREDICTIONS):
+    for table in (DIFFUSIONS, SAMPLERS, SPACINGS, SCHEDULES, WEIGHTINGS, TIMES, CURVES, PREDICTIONS):
         assert all(f"'{name}'" in words for name in table)
 
 
@@ -165,16 +164,19 @@ def test_an_argument_of_another_sampler_is_refused_and_goes_with_its_sampler():
         resolve_sampling(config, diffusion, 10, sampler_args={"churn": 20})
 
 
-@pytest.mark.parametrize(("old", "arguments"), [({"eta": 0.5, "churn": 0.0}, {"eta": 0.5}), ({"eta": 0.0}, {})])
-def test_settings_of_before_are_read(old, arguments, tmp_path):
+def test_settings_that_went_are_read_where_they_changed_nothing(tmp_path):
     """From a checkpoint, a file and an ablation."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"sampling": {"sampler": "ddim", **old}}))
+    before = {"sampling": {"sampler": "ddim", "eta": 0.0, "guidance_schedule": "constant"}}
+    before |= {"train": {"ema_profiles": [0.1], "seed": 3}, "diffusion": {"times": "importance"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
     for config in (
-        from_dict(ExperimentConfig, {"sampling": {"sampler": "ddim", **old}}),
+        from_dict(ExperimentConfig, before),
         parse(ExperimentConfig, ["--config", str(tmp_path / "config.yaml")]),
-        parse_mapping(ExperimentConfig, {"sampling": {"sampler": "ddim", **old}}),
+        parse_mapping(ExperimentConfig, before),
     ):
-        assert (config.sampling.sampler, config.sampling.sampler_args) == ("ddim", arguments)
+        assert (config.sampling.sampler, config.train.seed, config.diffusion.times) == ("ddim", 3, None)
+    with pytest.raises(ValueError, match="guidance_schedule"):
+        parse_mapping(ExperimentConfig, {"sampling": {"guidance_schedule": "linear"}})
 
 
 def test_epochs_become_steps():

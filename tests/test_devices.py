@@ -131,7 +131,7 @@ def test_on_a_device_without_float64_all_is_as_on_the_cpu(folder, tmp_path):
     save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
     (tmp_path / "bits.py").write_text(BITS)
     drawn = ("--spacing", "karras", "--guidance_scale", 2, "--sampling.guidance_parallel", 0.5)
-    drawn += ("--sampling.guidance_rescale", 0.5, "--sampling.guidance_schedule", "cosine")
+    drawn += ("--sampling.guidance_rescale", 0.5)
     programs = ["evaluate.py", "--samples", "runs/tiny", *drawn, "--extractor", tmp_path / "colors.pt"]
     programs += ["--num_samples", 8, "--sampler", "ddpm,heun,unipc", "--num_steps", 3]
     for flags in (
@@ -140,7 +140,7 @@ def test_on_a_device_without_float64_all_is_as_on_the_cpu(folder, tmp_path):
         ("--classes", "[0]", "--reconstruct", 500, "--num_per_class", 1),
     ):
         programs += ["+", "sample.py", "--checkpoint", "runs/tiny", *drawn, *flags]
-    training = ("train.py", "--config", folder / "tiny.yaml", "--train.ema_profiles", "[0.1]")
+    training = ("train.py", "--config", folder / "tiny.yaml")
     shutil.copytree(folder / "runs/tiny", tmp_path / "cpu/runs/tiny")
     (tmp_path / "mps").mkdir()
 
@@ -202,7 +202,7 @@ def test_an_extractor_that_holds_float64_runs_on_the_cpu_and_says_so(tmp_path):
 VARIANTS = {
     "flow": {"model": "DiT-S/2", "diffusion": {"kind": "flow", "times": "logit_normal"}},
     "EDM": {"model": "UViT-tokens-S/2", "diffusion": {"kind": "edm"}},
-    "importance": {"model": "USwin", "diffusion": {"times": "importance"}},
+    "min-SNR": {"model": "USwin", "diffusion": {"weighting": "min_snr"}},
     "pixels": {
         "model": "UNet-Mini",
         "autoencoder": "pixel",
@@ -232,8 +232,7 @@ def test_other_objectives_backbones_and_spaces_are_as_on_the_cpu_without_float64
     for name in VARIANTS:
         ours, theirs = (losses(tmp_path / device, name) for device in ("mps", "cpu"))
         assert len(ours) == 3
-        if name != "importance":  # whose times are drawn with the digits that the device has
-            assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-4)
         assert (tmp_path / f"mps/runs/{name}/samples/00000003.png").is_file()
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from autoencoders.codec import PixelCodec
 from checkpoints.checkpoint import metadata_of
 from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOptions, sample
-from diffusion.guidance import SCALE_SCHEDULES, drop_labels, guide, linear, projected, rescaled, scale_at
+from diffusion.guidance import drop_labels, guide, linear, projected, rescaled
 from diffusion.paths import GaussianChain
 from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig
@@ -180,14 +180,6 @@ def test_outside_the_interval_only_one_half_runs(diffusion):
     assert {5, 10} == set(expected)
 
 
-@pytest.mark.parametrize("schedule", SCALE_SCHEDULES)
-def test_schedules_of_the_scale_have_a_mean_of_one(schedule):
-    factors = [SCALE_SCHEDULES[schedule](step / 1000) for step in range(1001)]
-    assert sum(factors) / 1001 == pytest.approx(1)
-    options = SamplingOptions(guidance_scale=3.0, guidance_schedule=schedule)
-    assert scale_at(options, 1.0, 1.0) == pytest.approx(3 if schedule == "constant" else 5)
-
-
 def test_rescaling_is_that_of_the_paper():
     """Lin et al. 2023, eq. 14 to 16, sample by sample."""
     good, worse = randn(3, 4, 5, 5), randn(3, 4, 5, 5, seed=1)
@@ -260,10 +252,8 @@ def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
     [
         ({"interval": [2.0, 1.0]}, r"guidance_interval \[2.0, 1.0\]: give the least and the largest"),
         ({"interval": [2.0]}, r"guidance_interval \[2.0\]: give the least and the largest"),
-        ({"schedule": "square"}, "guidance_schedule square: unknown, choose from constant, linear, cosine"),
         ({"rescale": 1.5}, r"guidance_rescale 1.5: must lie in \[0, 1\]"),
         ({"radius": 0.0}, r"guidance_radius 0.0: must lie in \(0, inf\)"),
-        ({"momentum": 1.0}, r"guidance_momentum 1.0: must lie in"),
     ],
 )
 def test_refinements_out_of_range_are_refused_in_words(arguments, words):

@@ -39,7 +39,7 @@ def test_a_backbone_in_float32_stays_in_it(diffusion, sampler):
     model = create_model("DiT", **sizes, dim=16, depth=2, num_heads=2).eval()
     settings = {"num_steps": 5, "sampler_args": {"churn": 10.0} if sampler == "heun" else {}, "guidance_scale": 2.0}
     settings |= {"guidance_interval": [0.1, 10.0], "guidance_rescale": 0.5, "guidance_parallel": 0.0}
-    settings |= {"guidance_radius": 3.0, "guidance_momentum": -0.5}
+    settings |= {"guidance_radius": 3.0}
     x_0 = sample(diffusion, model, randn(2, 4, 4, 4).float(), labels(2), sampler=sampler, **settings)
     assert x_0.dtype == torch.float32
     assert x_0.isfinite().all()

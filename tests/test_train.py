@@ -103,10 +103,6 @@ def test_two_processes_and_micro_batches_equal_one(folder, model):
     settings = {**TINY, "model": model, "model_args": EQUAL[model], "name": None}
     settings["train"] = {**TINY["train"], "num_steps": 20}
     settings["log"] = {"every": 1, "validate_every": 0, "trackers": []}
-    if (
-        model == "DiT"
-    ):  # times that depend on all losses before them, from the step on at which each has been seen often
-        settings["diffusion"] = {"schedule": "cosine", "num_timesteps": 4, "times": "importance"}
     (folder / f"{model}.yaml").write_text(yaml.safe_dump(settings))
     flags = ("train.py", "--config", f"{model}.yaml", "--name")
     run(*flags, f"{model}-one", cwd=folder)
@@ -127,10 +123,10 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
     launcher = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
     fsdp = {key.upper(): str(value) for key, value in launcher["fsdp_config"].items()}
     sharded = {"cwd": folder, "processes": 2, "ACCELERATE_USE_FSDP": "true", **fsdp}
-    settings = {**TINY, "model_args": EQUAL["XSwin"], "train": {**TINY["train"], "ema_profiles": [0.1]}}
+    settings = {**TINY, "model_args": EQUAL["XSwin"], "train": TINY["train"]}
     settings["log"] = {"every": 1, "validate_every": 2, "sample_every": 3, "checkpoint_every": 2, "trackers": []}
     (folder / "sharded.yaml").write_text(yaml.safe_dump(settings))
-    files = ("ema.safetensors", *(f"state/{name}.safetensors" for name in ("model", "optimizer", "profiles")))
+    files = ("ema.safetensors", *(f"state/{name}.safetensors" for name in ("model", "optimizer")))
 
     def same(name, atol):
         ours = [event for event in log(folder, "whole") if "loss" in event]

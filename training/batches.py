@@ -12,7 +12,7 @@ from torch import Tensor
 from autoencoders.codec import Codec
 from data.latents import LatentCache
 from diffusion.guidance import drop_labels
-from diffusion.times import Times
+from diffusion.times import DrawTimes
 from machine.randomness import generator_for
 
 
@@ -23,7 +23,6 @@ class Batch:
     x_0: Float[Tensor, "b c h w"]
     y: Int64[Tensor, " b"]
     t: Tensor  # [b]
-    weight: Float[Tensor, " b"]  # of the loss, as the draw of `t` asks for
     noise: Float[Tensor, "b c h w"]
     more: dict[str, Tensor] = field(default_factory=dict)  # what else the objective draws, [b ...]
 
@@ -35,7 +34,7 @@ class Batches:
 
     cache: LatentCache
     codec: Codec
-    times: Times
+    times: DrawTimes
     seed: int
     batch_size: int
     num_micro_batches: int = 1
@@ -60,7 +59,7 @@ class Batches:
         draw = generator_for(self.seed, "step", step, device=device)
         mirrored = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=device)
         posterior_noise, noise = (torch.randn(shape, generator=draw, device=device) for _ in range(2))
-        t, weight = self.times.draw(self.batch_size, draw, device)
+        t = self.times(self.batch_size, draw, device)
         uniform = torch.rand(self.batch_size, generator=draw, device=device)
         y = self.cache.labels[index].to(device)
         y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
@@ -73,7 +72,7 @@ class Batches:
             stored = self.cache.read(index[part], mirrored[part]).to(device)
             x_0 = self.codec.draw(stored, posterior_noise[part])
             more_part = {name: values[part] for name, values in more.items()}
-            yield Batch(x_0, y[part], t[part], weight[part], noise[part], more_part)
+            yield Batch(x_0, y[part], t[part], noise[part], more_part)
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
         """Which images of the source the global batch of a step holds."""

@@ -97,7 +97,6 @@ class Inspection:
                 self.codec.draw(stored, posterior_noise[part].to(device)),
                 cache.labels[index[part]].to(device),
                 t[part].to(device),
-                torch.ones(len(part), device=device),
                 noise[part].to(device),
                 {name: values[part].to(device) for name, values in more.items()},
             )

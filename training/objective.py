@@ -1,17 +1,15 @@
-"""What a training step minimises: the diffusion's loss, auxiliary terms, and the weights that their times ask for."""
+"""What a training step minimises: the diffusion's loss and auxiliary terms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from autoencoders.codec import Codec
 from diffusion.diffusion import Auxiliary, Diffusion
-from diffusion.times import Times
 from experiment.config import AuxiliaryConfig
 from metrics.perceptual import perceptual_network
 from models.backbone import Backbone
@@ -43,16 +41,14 @@ def phase_at(lengths: Sequence[int | float], step: int, num_steps: int) -> Phase
 
 
 class Objective:
-    """What a training step minimises, as the diffusion has it, with auxiliary terms; `times` that learn from the losses
-    are shown those of all processes. A diffusion names another one, a subclass, as its `objective`."""
+    """What a training step minimises, as the diffusion has it, with auxiliary terms. A diffusion names another one, a
+    subclass, as its `objective`."""
 
     phases: Sequence[int | float] = (1.0,)  # relative lengths of the parts of a training
     trains_in_parts = False  # whether some of the model's parameters get no gradient in some phase
 
-    def __init__(
-        self, diffusion: Diffusion, times: Times, accelerator: Accelerator, auxiliary: Sequence[Auxiliary] = ()
-    ) -> None:
-        self.diffusion, self.times, self.accelerator, self.auxiliary = diffusion, times, accelerator, auxiliary
+    def __init__(self, diffusion: Diffusion, auxiliary: Sequence[Auxiliary] = ()) -> None:
+        self.diffusion, self.auxiliary = diffusion, auxiliary
 
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
@@ -64,14 +60,6 @@ class Objective:
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         """Per sample `loss`, which is to be minimised at this point of the training, and what it is made of; without a
         phase, what a validation reports."""
-        terms = self.terms(model, batch, phase)
-        if phase is not None and self.times.learns:
-            t, losses = self.accelerator.gather((batch.t, terms["loss"].detach()))
-            self.times.observe(t, losses)
-        return {name: batch.weight * values for name, values in terms.items()}
-
-    def terms(self, model: nn.Module, batch: Batch, phase: Phase | None) -> dict[str, Float[Tensor, " b"]]:
-        """What `__call__` returns, before `batch.weight` makes up for times that were drawn more often."""
         auxiliary = self.auxiliary_terms(phase)
         return self.diffusion.training_loss(
             model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary

@@ -182,8 +182,7 @@ class Walk:
 
         def denoise(x_t: Tensor, t: int | float, at: Transition, **more: Any) -> Prediction:
             times = torch.full((len(x_t),), t, device=x_t.device)
-            progress = 1 - diffusion.path.noise_rank(torch.tensor(t, dtype=torch.float64)).item()
-            scale = scale_at(options, progress, (at.sigma / at.alpha).item())
+            scale = scale_at(options, (at.sigma / at.alpha).item())
             output = guided(scale)(x_t, times, y, **self.extras, **more)
             prediction = diffusion.predict(output, x_t, times, at)
             return prediction if options.clip is None else prediction.clipped(options.clip, x_t, at)

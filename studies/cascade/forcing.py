@@ -26,7 +26,7 @@ class CascadeObjective(Objective):
     ) -> dict[str, Tensor]:
         return self.diffusion.draw_more(shape, generator, device)
 
-    def terms(self, model: nn.Module, batch: Batch, phase: Phase | None) -> dict[str, Float[Tensor, " b"]]:
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         during = {} if phase is None else self.diffusion.during(phase.number, phase.progress)
         return self.diffusion.training_loss(
             model,
