@@ -45,21 +45,8 @@ def beside(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndarray, "
     return [(name, [one.images[k, :BESIDE] for one in pictures]) for k, name in enumerate(pictures[0].classes)]
 
 
-def save_pictures(pictures: list[Pictures], folder: Path) -> list[str]:
-    """PNGs for a paper: models beside each other, and a grid of each; returns their names."""
-    if not pictures:
-        return []
-    save_beside(pictures, folder / "models.png")
-    names = ["models.png"]
-    for number, one in enumerate(pictures, start=1):
-        names.append(f"classes-{number}.png")
-        rows = [(name, list(images)) for name, images in zip(one.classes, one.images, strict=True)]
-        save_labelled(rows, [], folder / names[-1], scale=1)
-    return names
-
-
 def save_beside(pictures: list[Pictures], path: Path) -> None:
-    """Classes as rows, models as columns; models as rows where a name is wider than its column."""
+    """A PNG for a paper: classes as rows, models as columns; models as rows where a name is wider than its column."""
     models = [one.variant for one in pictures]
     blocks = [(name, [tile(images, 2) for images in of_models]) for name, of_models in beside(pictures)]
     if max(map(width_of, models)) > 2 * blocks[0][1][0].shape[1]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ablation.figures import PANELS, draw_panels
-from ablation.pictures import beside, data_uri, read_pictures, save_pictures
+from ablation.pictures import beside, data_uri, read_pictures, save_beside
 from ablation.results import Results, read_results
 from ablation.tables import as_markdown, as_tex, cells, crossed, head, reference_cells, trials_csv
 from evaluation.plots import page
@@ -41,7 +41,9 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     for metric, rows in tables:
         text += [f"## {plain(metric)}", markdown(rows)]
     text += [f"![{name}](figures/{name}.png)\n\n*{PANELS[name][1]}*" for name in panels]
-    text += [f"![samples](figures/{name})" for name in save_pictures(pictures, folder / "figures")]
+    if pictures:
+        save_beside(pictures, folder / "figures" / "models.png")
+        text.append("![samples](figures/models.png)")
     text.append("\n".join(f"- {name}: {plain(fact)}" for name, fact in facts.items()))
 
     write_whole(folder / "report.html", html)
