@@ -1,5 +1,4 @@
-"""What backbones cost: counted on the meta device, timed for a few steps, remembered in a file; and at which width one
-costs what another does."""
+"""What backbones cost: counted on the meta device, timed for a few steps; and at which width two cost the same."""
 
 import json
 import math
@@ -117,11 +116,8 @@ class Resized(NamedTuple):
 
 
 def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float], tolerance: float) -> ModelSpec:
-    """The same backbone, wider or narrower, at a cost within `tolerance` of `target`; depth stays.
-
-    Of the widths within the tolerance that one is taken whose heads are most like the original's, then the nearest.
-    Raises ValueError for a backbone without a width, or where no legal width comes so near.
-    """
+    """The same backbone at a cost within `tolerance` of `target`: of the widths that do, the one whose heads are most
+    like the original's; depth stays. Raises ValueError for a backbone without a width, or where none comes so near."""
     if abs(cost_of(spec) / target - 1) <= tolerance:
         return spec
     # The cost goes about as the square of the width: two guesses, then all widths near the second.

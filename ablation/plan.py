@@ -68,8 +68,7 @@ class Planned:
 
     @property
     def done(self) -> set[str]:
-        """Stages whose results are there, and of this configuration, code and content. Where a run trains, what it had
-        of another's training is none of its own."""
+        """Stages whose results are there, of this configuration, code and content; another's training leaves none."""
         stored = done_stages(self.run.folder)
         if self.changes or (self.trains and "began" not in stored):
             return set()
@@ -82,8 +81,7 @@ class Planned:
 
     @property
     def seconds(self) -> float | None:
-        """What is left to do takes, by the short timing, with what a training looks at on the way; features are not in
-        it."""
+        """Seconds that what is left to do takes, by the short timing, without features."""
         if self.speed is None:
             return None
         speed, config, log = self.speed, self.run.config, self.run.config.log
@@ -118,8 +116,8 @@ class Planned:
 
     @property
     def changes(self) -> list[str]:
-        """Files and settings that the training in the folder differs by from the plan's, or what lies at a path that it
-        was trained with."""
+        """Files and settings by which the training in the folder, or what lies at its paths, differs from the
+        plan's."""
         config, key = self.run.config, self.keys["train"]
         if self.trains and (others := changes(self.run.folder, key, config)):
             return others
@@ -163,8 +161,8 @@ def make_plan(
     any_code: bool,
     start: float = 0.0,
 ) -> list[Planned]:
-    """Validated, matched, timed. What is measured is kept in `measured.json`, so that a later plan is the same. `start`
-    is what each program takes to begin. Raises ValueError that names the variant that cannot be."""
+    """Validated, matched, timed; what is measured is kept in `measured.json`, so that a later plan is the same. Raises
+    ValueError that names the variant that cannot be."""
     measured = Measured(folder / "measured.json", accelerator)
     plan = [check(run, ablation, measured, first=run is runs[0]) for run in runs]
     if ablation.match is not None:
@@ -181,8 +179,7 @@ def make_plan(
 
 
 def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool) -> Planned:
-    """A run with all that it is of, built and counted. Raises ValueError for whatever could not be built, with the
-    variant's name."""
+    """A run with all that it is of, built and counted; a ValueError names the variant that cannot be."""
     config = run.config
     with _of_variant(run):
         diffusion, codec = build_diffusion(config.diffusion), _codec(config.autoencoder)
@@ -262,8 +259,7 @@ def table(plan: list[Planned]) -> str:
 
 
 def refuse_changed(plan: list[Planned]) -> None:
-    """Trainings of something else in the runs' folders are nothing to be moved unasked. Raises ValueError that names
-    them, and what they differ by."""
+    """A ValueError names trainings of something else in the runs' folders: they are not moved unasked."""
     if changed := [planned for planned in plan if planned.changes]:
         folders = "; ".join(f"{planned.run.folder}: {', '.join(planned.changes)}" for planned in changed)
         raise ValueError(
@@ -309,8 +305,7 @@ def as_record(plan: list[Planned]) -> dict[str, Any]:
 
 
 def _owner(planned: Planned, plan: list[Planned]) -> Path:
-    """The folder of the training that serves all that are equal up to sampling and scoring: where it began, or the
-    first's."""
+    """The folder of the training that serves all that are equal up to sampling: where it began, or the first's."""
     key = planned.keys["train"]
     folders = [other.run.folder for other in plan if other.keys["train"] == key]
     return next((folder for folder in folders if done_stages(folder).get("began") == key), folders[0])

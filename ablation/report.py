@@ -13,8 +13,7 @@ from machine.whole_files import write_whole
 
 
 def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
-    """Write it all, `table.tex` with these columns; returns what was written, in words. Raises ValueError where no run
-    is finished."""
+    """Write it all; returns what was written, in words. Raises ValueError where no run is finished."""
     results = read_results(folder)
     panels, pictures = draw_panels(results), read_pictures(results)
     notes, facts, tables = notes_of(results), facts_of(results), crossed(results)

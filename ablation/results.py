@@ -54,8 +54,8 @@ class VariantResult:
 
     @property
     def costs(self) -> dict[str, int | float | None]:
-        """Parameters and 1e9 operations of a forward pass on one image, counted; and of training, from its log, the
-        median of images a second and the most memory."""
+        """Parameters and GFLOPs of a forward pass; of training, from its log, median images a second and most
+        memory."""
         counted = {name: self.plan[name] for name in ("parameters", "gflops")}
         logged = {"images_per_second": median, "memory_gb": max}
         for name, summary in logged.items():
@@ -117,8 +117,8 @@ class Results:
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
-        """The scores of training images (the floor) and of reconstructions (the ceiling), where a run has them, by what
-        they are, and of which variant where not all are scored alike."""
+        """The scores of training images (the floor) and reconstructions (the ceiling), by name and, where not all are
+        scored alike, by variant."""
         of_scores, of_samples = ("num_samples", "reference", "extractor_sha256"), ("labels", "autoencoder")
         scored_as = [
             [*map(run.record.get, of_scores), *map(run.record["samples"].get, of_samples)] for run in self.runs
@@ -160,11 +160,8 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def paired_p(differences: Sequence[float]) -> float | None:
-    """Two-sided p of Student's t-test that the mean difference is zero; None where all differences are equal.
-
-    With t = sqrt(n - 1) tan(theta) the density of Student's t becomes cos(theta)^(n - 2), whose tail is integrated:
-    scipy, which has the test, would be a large dependency for one number.
-    """
+    """Two-sided p of Student's t-test that the mean difference is zero; None where all differences are equal. With t =
+    sqrt(n - 1) tan(theta) the density of Student's t becomes cos(theta)^(n - 2), whose tail is integrated."""
     n, deviation = len(differences), stdev(differences)
     if deviation == 0:
         return None

@@ -1,5 +1,4 @@
-"""Who does the runs: one at a time on the CPU or on each GPU, each stage a process of its own, so that a failure stays
-where it is."""
+"""Who does the runs: each stage is a process of its own, so that a failure stays where it is."""
 
 import os
 import shutil
@@ -38,13 +37,8 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Runner:
-    """Does what is left of runs.
-
-    Args:
-        deadline: seconds since the epoch, after which nothing is started and trainings stop
-        launcher: a configuration of `accelerate launch` for several processes a run; without, one process
-        code: of the stages, when they were planned
-    """
+    """Does what is left of runs. After `deadline`, in seconds since the epoch, nothing is started and trainings stop;
+    `code` is that of the stages when they were planned."""
 
     deadline: float | None = None
     launcher: str | None = None
@@ -157,8 +151,8 @@ class Place(NamedTuple):
 
 
 def places(workers: int) -> list[Place]:
-    """A GPU each; without any, the CPU for one worker, and a share of its cores for each of several. Raises ValueError
-    for more workers than cores, or where the system does not keep processes to cores."""
+    """A GPU each; without any, the CPU for one worker, or a share of its cores for each. Raises ValueError for more
+    workers than cores."""
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else map(str, range(gpus))
@@ -173,8 +167,7 @@ def places(workers: int) -> list[Place]:
 
 
 def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
-    """One job at a time on each visible GPU, or `workers` of them on the CPU. A stop lets the trainings save, and the
-    rest wait for the next time."""
+    """One job at a time on each GPU, or `workers` of them on the CPU. A stop lets trainings save; the rest waits."""
     waiting: Queue[list[Planned]] = Queue()
     for job in jobs:
         waiting.put(job)

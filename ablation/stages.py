@@ -36,8 +36,8 @@ def draw(planned: Planned) -> list[str]:
 
 
 def _as_flags(planned: Planned, values: dict[str, Any]) -> list[str]:
-    """`--name value`; lists and mappings as JSON, which is YAML. With all of the sampling, what is null too: the
-    training's own may be another by now."""
+    """`--name value`, lists and mappings as JSON. All of the sampling is given: the training's own may be another by
+    now."""
     sampling = yaml.safe_dump(asdict(planned.sampling), default_flow_style=True, width=math.inf).strip()
     values = {**values, "precision": planned.run.config.train.precision, "sampling": sampling}
     words = []

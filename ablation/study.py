@@ -117,8 +117,7 @@ class Run:
 
 
 def read_ablation(path: Path, overrides: dict[str, Any]) -> AblationConfig:
-    """An ablation's YAML, with more settings for all variants. Raises ValueError for unknown keys and values that do
-    not fit."""
+    """An ablation's YAML, with more settings for all variants. Raises ValueError for what does not fit."""
     try:
         config = parse_mapping(AblationConfig, _read_yaml(path))
     except ValueError as error:
@@ -127,8 +126,8 @@ def read_ablation(path: Path, overrides: dict[str, Any]) -> AblationConfig:
 
 
 def expand(ablation: AblationConfig, name: str) -> list[Run]:
-    """Every variant under every seed, in the order of the YAML; folders are `runs/<name>/<variant>/seed<n>`. Raises
-    ValueError for an unknown key, a name or folder that two variants share, or no variant."""
+    """Every variant under every seed; folders are `runs/<name>/<variant>/seed<n>`. Raises ValueError for an unknown
+    key, a name or folder that two variants share, or no variant."""
     base = merged(_read_base(ablation.base), ablation.set)
     axes = {key: values for key, values in ablation.grid.items() if key != "seed"}
     seeds = ablation.grid.get("seed") or [base.get("train", {}).get("seed", 0)]

@@ -40,8 +40,7 @@ def cells(results: Results) -> list[list[Cell]]:
 
 
 def reference_cells(results: Results) -> list[list[Cell]]:
-    """Rows that no model made, to stand above all models: training images, a perfect model's score, and
-    reconstructions, the ceiling of what is generated through this autoencoder."""
+    """Rows that no model made, to stand above all models: training images and reconstructions."""
     rows = []
     for name, scores in results.references.items():
         row = [Cell(name), *[Cell("")] * len(COSTS)]
@@ -91,8 +90,7 @@ def check_columns(columns: list[str]) -> None:
 
 
 def as_tex(results: Results, columns: Sequence[str] = ()) -> str:
-    """For a paper: the columns that are asked for, by their heads or by the names of `evaluation.metrics`; by default
-    all in which some model has a value."""
+    """For a paper: the columns asked for, by their heads or metrics' names; by default all that have values."""
     names, models = [*COSTS, *(row_of(metric)[0] for metric in results.metrics)], cells(results)
     chosen = [0] + [
         place

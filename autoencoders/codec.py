@@ -33,10 +33,9 @@ Images = UInt8[Tensor, "b 3 H W"]
 class Kind:
     """How one of diffusers' autoencoders is used.
 
-    `encoding` names the modules that latents depend on; `factors` takes its configuration, and gives by how much it
-    reduces images and enlarges latents. `store` takes what its `encode` returns, `draw` what is stored and noise. A
-    `representation` autoencoder has the features of a frozen network for latents, as many as that is wide, shifts and
-    divides them itself, and takes and gives images in [0, 1] of one size.
+    `encoding` names the modules that latents depend on; `factors` of its configuration says by how much it reduces
+    images and enlarges latents; `store` takes what its `encode` returns. A `representation` autoencoder has the
+    features of a frozen network for latents, normalises them itself, and takes and gives images in [0, 1] of one size.
     """
 
     encoding: frozenset[str]
@@ -126,11 +125,8 @@ class Codec(nn.Module):
 class LatentCodec(Codec):
     """A frozen autoencoder in diffusers' format (Rombach et al. 2022, section 3.1): `x_0 = (z - shift) * scale`.
 
-    `z` is drawn from the posterior of an `AutoencoderKL` (such as those of Stable Diffusion 1 to 3, SDXL and FLUX), or
-    is what an `AutoencoderTiny` (TAESD and its kin) or `AutoencoderDC` encodes to. `scale` and `shift` are the
-    autoencoder's own `scaling_factor` and `shift_factor` (0.18215 and none for `stabilityai/sd-vae-ft-ema`);
-    `latents_mean` and `latents_std`, where it has them, shift and divide each channel. The module is in eval mode for
-    good and has no trainable parameter.
+    `z` is drawn from the posterior of an `AutoencoderKL`, or is what others encode to. `scale` and `shift` are the
+    autoencoder's `scaling_factor` and `shift_factor`, or its `latents_mean` and `latents_std` of each channel.
     """
 
     scale: Tensor
@@ -169,10 +165,8 @@ class LatentCodec(Codec):
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a latent cache must agree on: all that latents depend on, the weights by content.
-
-        Neither the decoder nor where the weights came from is in it: latents stay what they are.
-        """
+        """What a latent cache must agree on: all that latents depend on, by content; not the decoder, nor where it
+        lay."""
         return {
             "codec": type(self.autoencoder).__name__,
             "sha256": self._sha256(encoding=True),
@@ -248,8 +242,7 @@ class PixelCodec(Codec):
         return stored.float() / 127.5 - 1
 
     def encode(self, images: Images, generator: torch.Generator | None = None) -> Latents:
-        """[0, 255] to [-1, 1]; a generator draws from the whole width of each level (Theis et al. 2016, section 3.1),
-        so that the result has a density."""
+        """[0, 255] to [-1, 1]; a generator draws from each level's width (Theis et al. 2016), which gives a density."""
         levels = images.float()
         if generator is not None:
             levels = levels + torch.rand(images.shape, generator=generator, device=images.device) - 0.5
@@ -264,9 +257,7 @@ CODECS: dict[str, Callable[[], Codec]] = {"pixel": PixelCodec}  # by name; any o
 
 
 def create_codec(autoencoder: str) -> Codec:
-    """The codec by name: one of `CODECS`, `embedded`, a folder in diffusers' format, or a hub id, `owner/name` or
-    `owner/name/folder`.
-    """
+    """The codec by name: one of `CODECS`, `embedded`, a folder in diffusers' format, or a hub id."""
     return CODECS[autoencoder]() if autoencoder in CODECS else LatentCodec(autoencoder)
 
 

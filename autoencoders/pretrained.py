@@ -20,10 +20,7 @@ class AutoencoderError(ValueError):
 
 
 def load_autoencoder(source: str, classes: Collection[str]) -> Any:
-    """The autoencoder by name, in float32: `embedded`, a folder in diffusers' format, or a hub id (see `hub_id`).
-
-    `classes` names those of diffusers that will do; it is asked for its configuration first, for its weights after.
-    """
+    """By name, in float32: `embedded`, a folder in diffusers' format, or a hub id; of one of these `classes`."""
     folder = EMBEDDED if source == "embedded" else Path(source)
     if folder.is_dir():
         return _load(source, classes, folder / "config.json", folder)

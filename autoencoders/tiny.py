@@ -16,11 +16,7 @@ ENCODER_POOLED, DECODER_POOLED = range(11, 14), range(2, 5)  # layers at the sma
 
 
 class PooledTinyAutoencoder(AutoencoderTiny):
-    """TAEF2: diffusers' `AutoencoderTiny` whose blocks at the smallest grid also see the image as a whole.
-
-    Args:
-        latent_channels: of the latents, at an eighth of the image's side.
-    """
+    """TAEF2: diffusers' `AutoencoderTiny` whose blocks at the smallest grid also see the image as a whole."""
 
     @register_to_config
     def __init__(self, latent_channels: int = 32) -> None:
@@ -31,8 +27,7 @@ class PooledTinyAutoencoder(AutoencoderTiny):
 
 
 class PooledBlock(nn.Module):
-    """A block whose input is first joined by what group normalisation, whose statistics are the whole image's, makes of
-    it."""
+    """A block whose input is first joined by group-normalised features, whose statistics are the whole image's."""
 
     def __init__(self, block: Any, width: int = 64, hidden: int = 256) -> None:
         super().__init__()
@@ -53,10 +48,8 @@ class PooledBlock(nn.Module):
 
 
 def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> AutoencoderTiny:
-    """The autoencoder of a published pair of files: TAESD, TAESDXL (4 channels), TAESD3, TAEF1 (16) or TAEF2 (32).
-
-    The files number their layers (`11.conv.0.weight`); the decoder's count begins with a layer without weights.
-    """
+    """The autoencoder of a published pair of files: TAESD, TAESDXL (4 channels), TAESD3, TAEF1 (16) or TAEF2 (32),
+    which number their layers; the decoder's count begins with a layer without weights."""
     of_encoder = {f"encoder.layers.{name}": weight for name, weight in encoder.items()}
     of_decoder = {
         re.sub(r"^\d+", lambda number: f"decoder.layers.{int(number[0]) - 1}", name): weight
@@ -84,8 +77,8 @@ def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor])
 
 @torch.inference_mode()
 def with_statistics(autoencoder: AutoencoderTiny, images: Float[Tensor, "n 3 H W"]) -> AutoencoderTiny:
-    """With mean and standard deviation of each latent channel over `images` in [-1, 1] in its configuration, by which
-    the codec brings latents to mean 0 and variance 1."""
+    """With mean and deviation of each latent channel over `images` in its configuration, by which the codec
+    normalises."""
     latents = torch.cat([autoencoder.encode(part, return_dict=False)[0] for part in images.split(64)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3))
     autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -20,8 +20,7 @@ class PatchDiscriminator(nn.Module):
     """Judges overlapping patches, one logit each, positive for real ones (PatchGAN: Isola et al. 2017, section 3.2.2).
 
     `num_layers` convolutions of stride two, each twice as wide as the one before up to eight times `channels`, then two
-    of stride one. With three of stride two a logit sees 70 pixels. No layer mixes images, so that a batch may be spread
-    over processes.
+    of stride one: with three a logit sees 70 pixels. No layer mixes images.
     """
 
     def __init__(self, *, channels: int = 64, num_layers: int = 3) -> None:
@@ -56,9 +55,9 @@ class AutoencoderObjective:
     def likelihood(
         self, reconstruction: Float[Tensor, "b 3 h w"], images: Float[Tensor, "b 3 h w"], s: Tensor
     ) -> dict[str, Float[Tensor, " b"]]:
-        """`(error + perceptual) / exp(s) + s`: up to a constant, the negative log-likelihood of the pixels under a
-        Laplace distribution of scale exp(s), or twice that under a normal one of variance exp(s), if it were not for
-        the perceptual part."""
+        """`(error + perceptual) / exp(s) + s`: but for the perceptual part and a constant, the negative log-likelihood
+        of the pixels under a Laplace distribution of scale exp(s) (of l2: twice that under a normal one of variance
+        exp(s))."""
         difference = reconstruction - images
         error = _mean(difference.abs() if self.config.error == "l1" else difference.square())
         perceptual = torch.zeros_like(error)
@@ -78,8 +77,7 @@ class AutoencoderObjective:
         critic: Critic | None,
     ) -> dict[str, Float[Tensor, " b"]]:
         """Leave the gradient of all terms in the autoencoder's parameters; returns the terms. It is put together at the
-        reconstruction, where the likelihood's and the discriminator's meet: each network is gone through once, although
-        their ratio at the decoder's last layer weighs the sum."""
+        reconstruction, so that each network is gone through once."""
         s = autoencoding.log_scale
         reconstruction = coded.reconstruction.float()
         pixels = reconstruction.detach().requires_grad_()
@@ -117,8 +115,7 @@ class AutoencoderObjective:
     def tell_apart(
         self, critic: Critic, images: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"]
     ) -> dict[str, Float[Tensor, " b"]]:
-        """What the discriminator minimises, the hinge loss, and how many patches of either kind it takes for what they
-        are."""
+        """The discriminator's hinge loss, and how many patches of either kind it takes for what they are."""
         real, fake = critic(torch.cat([images, reconstruction])).float().chunk(2)
         return {
             "discriminator": _mean(F.relu(1 - real) + F.relu(1 + fake)) / 2,

@@ -52,8 +52,8 @@ class Distance:
 
 
 def open_distance(network: str, heads: str | None, device: torch.device) -> Distance:
-    """By `--perceptual` and `--heads`; where weights cannot be downloaded it holds the reason, where a file is missing
-    or no network it is a ValueError."""
+    """By `--perceptual` and `--heads`: with the reason where weights cannot be downloaded; a missing file is a
+    ValueError."""
     if network not in NETWORKS and not Path(network).is_file():
         raise ValueError(
             f"--perceptual {network}: no such file; choose from {', '.join(NETWORKS)}, or give a program that you "
@@ -133,11 +133,8 @@ def posterior(
 
 
 def latent_statistics(codec: LatentCodec, means: dict[str, Tensor]) -> dict[str, Any]:
-    """Of draws from the posteriors, channel by channel, as a backbone is given them.
-
-    `activity` is the variance over images of the posterior's mean of `z`, in which the prior has variance 1, averaged
-    over a channel's positions (Burda et al. 2016, section 5.2); a channel below `ACTIVE` is dead.
-    """
+    """Of draws from the posteriors, by channel. `activity` is the variance over images of the posterior's mean of `z`,
+    in which the prior has variance 1 (Burda et al. 2016, section 5.2); a channel below `ACTIVE` is dead."""
     mean = reduce(means["mean"], "c h w -> c", "mean")
     covariance = means["product"] - mean[:, None] * mean + means["within"].diag()
     std = covariance.diagonal().clamp(min=0).sqrt()
@@ -164,8 +161,8 @@ def measure_autoencoders(
     accelerator: Accelerator,
     output: str | None = None,
 ) -> str:
-    """Measure each on the held-out images, write JSON and pictures, and say in words what came out; `perceptual` is a
-    network and its heads (see `open_distance`). What cannot be had is refused before anything is measured."""
+    """Measure each on the held-out images, write JSON and pictures, and say in words what came out. What cannot be had
+    is refused before anything is measured."""
     codecs = [open_codec(name, data.image_size) for name in dict.fromkeys(names)]
     distance = open_distance(*perceptual, accelerator.device)
     scorer, reference = open_scorer(data, accelerator, evaluation)
@@ -263,8 +260,7 @@ def draw_reconstructions(images: Source, codecs: Sequence[LatentCodec], device: 
 
 
 def draw_spectra(frequencies: Sequence[float], powers: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Power by spatial frequency, of the images (the first of `powers`) and of reconstructions, and below it their
-    ratio: under 1 detail is lost, over 1 it was made up."""
+    """Power by spatial frequency of the images (the first of `powers`) and of reconstructions, and their ratio."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")

@@ -26,8 +26,7 @@ class Coded(NamedTuple):
 
 
 class Autoencoding(nn.Module):
-    """An AutoencoderKL with the scale of its pixels' errors, a parameter where it is learned, else 0: all that is
-    trained but the discriminator. With `decoder_only`, what encodes stays as it is."""
+    """An AutoencoderKL with the scale of its pixels' errors, learned or 0; with `decoder_only`, what encodes stays."""
 
     log_scale: Tensor
 
@@ -61,8 +60,7 @@ class Autoencoding(nn.Module):
 
 
 def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) -> dict[str, torch.optim.Optimizer]:
-    """By name: AdamW, or Muon on the matrices with AdamW on the rest, which includes the first and last layers, whose
-    rows are colours."""
+    """By name: AdamW, or Muon on all matrices but the first and last layers', whose rows are colours."""
     autoencoder = model.autoencoder
     ends = {autoencoder.encoder.conv_in.weight, autoencoder.decoder.conv_out.weight}
     rest, optimizers = [parameter for parameter in model.parameters() if parameter.requires_grad], {}
@@ -140,9 +138,9 @@ def finish(
     measure: bool,
     half: bool,
 ) -> None:
-    """Write diffusers' folder format, and `metrics.json` beside it; whole, or as it was. Another autoencoder that is
-    there already is kept beside it: nothing else decodes what was trained on its latents. With `measure` the scale and
-    shift of latents are those of `images`, else the autoencoder's own stay."""
+    """Write diffusers' folder format, and `metrics.json`; whole, or as it was. Another autoencoder that is there
+    already is kept beside it. With `measure` scale and shift of latents are those of `images`, else the autoencoder's
+    own."""
     if measure:
         scale, shift = measure_latents(autoencoder, images)
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)

@@ -14,10 +14,10 @@ from machine.sharding import is_sharded, own_part, part_like, whole
 class EMA:
     """`average <- decay * average + (1 - decay) * value`; the rising decay lets short runs forget their initialisation.
 
-    Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Parameters that a step left
-    alone, as it gave gradients to others only, stay as they are in the average too, and their steps count from the
-    first that trained them, else they would keep much of their initialisation: each stage of a model that is trained in
-    stages has an average of its own training. Where training shards the model, each process averages its parts.
+    Floating buffers are averaged like parameters. Parameters that a step left alone, as it gave gradients to others
+    only, stay as they are, and their steps count from the first that trained them: each stage of a model that is
+    trained in stages has an average of its own training. Where training shards the model, each process averages its
+    parts.
     """
 
     def __init__(self, model: nn.Module, max_decay: float) -> None:
@@ -41,8 +41,8 @@ class EMA:
 
     @property
     def model(self) -> nn.Module:
-        """The averaged model in eval mode, ready to use. Where it is sharded, the parts are put together until the next
-        update, and every process has to ask."""
+        """The averaged model in eval mode; of a sharded one, for which every process has to ask, until the next
+        update."""
         if not self._is_whole:
             for name, tensor in self._model.state_dict(keep_vars=True).items():
                 tensor.data = whole(self._parts[name])

@@ -87,8 +87,7 @@ class Checkpoint:
         return build_diffusion(self.config.diffusion)
 
     def open_codec(self, asked: str | None, say: Callable[[str], None] = print) -> Codec:
-        """Its autoencoder, which has to be the one that it was trained with, or what is asked for in its place: one of
-        other latents is told of, one with another decoder is not."""
+        """Its own autoencoder, checked, or what is asked for in its place: one of other latents is told of."""
         codec, known = create_codec(asked or self.autoencoder), self.identity.get("codec", {})
         if asked is None:
             self.check_codec(codec)
@@ -109,10 +108,9 @@ class Checkpoint:
 def check_identity(
     weights: Path, here: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """That an autoencoder (`{"codec": codec.provenance}`) and splits (`{"test": dataset.describe()}`) are by their
-    content those that a checkpoint was trained with; where they lie does not matter. Of older checkpoints only the
-    autoencoder's name and the classes are known, if those. `identity` is read off the weights where it is not at hand.
-    A CheckpointError names the flag, and what differs."""
+    """That an autoencoder (`{"codec": codec.provenance}`) and splits (`{"test": dataset.describe()}`) are by content
+    those that a checkpoint was trained with; of older ones only name and classes are known. A CheckpointError names the
+    flag, and what differs. `identity` is read off the weights where it is not at hand."""
     metadata = read_metadata(weights)
     trained_with = json.loads(metadata.get("identity", "{}")) if identity is None else identity
     older = {"codec": {"autoencoder": json.loads(metadata.get("config", "{}")).get("autoencoder")}}
@@ -156,8 +154,8 @@ def warm_start(model: nn.Module, path: str) -> str:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint from a run's folder (its newest), a checkpoint's folder, the weights file, or hf://owner/name; a
-    CheckpointError when there is none, the file is cut short or damaged, or it is not one of ours."""
+    """From a run's folder (its newest), a checkpoint's folder, the weights file, or hf://owner/name; a CheckpointError
+    says why there is none."""
     weights = _find_weights(path)
     metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()

@@ -11,8 +11,8 @@ class HubError(ValueError):
 
 
 def local(path: str | Path, file: str) -> Path:
-    """The path itself, or of `hf://owner/name[@revision]` the file, downloaded where it is not here already; without a
-    network, what was downloaded before is used. A HubError says why there is none."""
+    """The path itself, or of `hf://owner/name[@revision]` the file, downloaded where it is not here. A HubError says
+    why not."""
     if not str(path).startswith(SCHEME):
         return Path(path)
     from huggingface_hub import hf_hub_download

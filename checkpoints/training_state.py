@@ -56,8 +56,8 @@ def save_checkpoint(
     *,
     write: bool = True,
 ) -> Path:
-    """Write `folder/<step>` whole or not at all (OSError); `progress` is the training's own unless it is passed in. Of
-    several processes all have to call, as each may have a part of the tensors, and one has to `write`."""
+    """Write `folder/<step>` whole or not at all (OSError). All processes have to call, as each may have a part of the
+    tensors; one has to `write`."""
     progress = training.progress() if progress is None else progress
     files = {file: gather(tensors, keep=write) for file, tensors in training.modules().items()}
     for name, optimizer in training.optimizers.items():
@@ -79,8 +79,7 @@ def save_checkpoint(
 
 
 def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
-    """Put a checkpoint back into a training; returns its progress: `step` steps were done. A CheckpointError says what
-    does not fit, or which file has another checksum."""
+    """Put a checkpoint back into a training; returns its progress. A CheckpointError says what does not fit."""
     training.ema.let_go()
     for file, tensors in training.modules().items():
         load_weights(tensors, read_tensors(checkpoint / file), checkpoint)

@@ -12,11 +12,8 @@ MOST_DIFFERENT = 0.1  # share of bits in which near-duplicates differ at most
 
 
 def near_duplicates(names: Sequence[str], read: Callable[[str], Image.Image]) -> dict[str, str]:
-    """The first name of each image's group, for images that have near-duplicates, mirrored ones included.
-
-    The hash is that of differences (dHash): whether each pixel of a small grey version is lighter than its left
-    neighbour. Other crops of a photograph have other hashes.
-    """
+    """The first name of each image's group, for images that have near-duplicates, mirrored ones included, by a hash of
+    differences (dHash): whether each pixel of a small grey version is lighter than its left neighbour."""
     plain, mirrored = [], []
     for name in tqdm(names, desc="looking for near-duplicates", leave=False):
         grey = read(name).convert("L").resize((SIDE + 1, SIDE), Image.Resampling.LANCZOS)

@@ -30,12 +30,9 @@ _NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash: both sp
 class ImageDataset(ImageSet):
     """`dataset[i] -> (uint8 [3 h w], label)` over a tree of images, or a zip of one, understood by `data.layout`.
 
-    Where the tree has no split of its own, `test_fraction` of each class is held out: which images, is a function of
-    `split_seed` and their names alone. Images that lie in no class folder make an unlabelled set (`classes == []`).
-
-    Images are fitted to `image_size` (side, or height and width; see `fit`); None keeps each as it is. Those with a
-    side below `min_size` are left out. Without `use_labels` the set is unlabelled whatever its folders, and its split
-    the same as with.
+    Where the tree has no split of its own, `test_fraction` of each class is held out, a function of `split_seed` and
+    names alone. Images are fitted to `image_size` (side, or height and width); None keeps each as it is. Without
+    `use_labels` the set is unlabelled, as where there are no class folders, and its split the same as with.
     """
 
     crop = "center, upright"
@@ -168,10 +165,7 @@ class ImageDataset(ImageSet):
 def hold_out(
     classes: Mapping[str, str], fraction: float, seed: int, group_of: Mapping[str, str] = MappingProxyType({})
 ) -> set[str]:
-    """Names held out of each class: ordered by a seeded hash, the first `fraction` of them.
-
-    Names of one group (`group_of` gives its key; by default each name is its own) end on the same side.
-    """
+    """Names held out: of each class the first `fraction` by a seeded hash; names of one group end on the same side."""
     if not 0 < fraction < 1:
         raise DataError(f"--data.test_fraction {fraction} must lie between 0 and 1")
     members: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))

@@ -1,9 +1,8 @@
 """The latent cache: what a codec stores of each image, encoded once and read by every epoch after.
 
-A folder of safetensors shards (`stored` [n v ...], `labels` [n], `source_indices` [n]) and a `manifest.json`
-that says what the cache was made of. `v` counts the views: 1, or 2 where mirrored images are stored too. Shards
-are written aside and renamed; the manifest comes last, so a folder with a manifest is whole. A shard holds a checksum
-of its tensors, which is compared whenever it is read.
+A folder of safetensors shards (`stored` [n v ...], `labels` [n], `source_indices` [n]) with checksums, and a
+`manifest.json` that says what it was made of. `v` counts the views: 1, or 2 with mirrored images. Shards are written
+aside and renamed; the manifest comes last, so a folder with one is whole.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ TENSORS = ("stored", "labels", "source_indices")
 
 
 class LatentCache:
-    """An encoded split, in memory. `expected`, the identity of the codec and the description of the images that the run
-    uses, must stand in its manifest."""
+    """An encoded split, in memory; `expected`, codec and images of the run, must stand in its manifest."""
 
     def __init__(self, folder: Path, expected: Mapping[str, object]) -> None:
         manifest = _read_manifest(folder)
@@ -81,11 +79,8 @@ def build_cache(
     num_ranks: int = 1,
     progress: bool = True,
 ) -> None:
-    """Encode a dataset into `folder`; shards that are there already are kept, so a cut run goes on.
-
-    `provenance` is the codec's identity, and what else the manifest should say of it. Shards are dealt out over
-    `num_ranks` processes; each calls this with its `rank`, and whoever finds all shards present writes the manifest.
-    """
+    """Encode a dataset into `folder`; shards that are there already are kept. They are dealt out over `num_ranks`
+    processes, and whoever finds all present writes the manifest, which `provenance` joins."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), IMAGES_PER_SHARD)
     names = [f"shard-{number:05d}.safetensors" for number in range(len(starts))]

@@ -132,8 +132,8 @@ def _levels(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _refuse_other_levels(paths: Iterable[str]) -> None:
-    """A level whose folders are called as a split's often are, and hold the same classes: read as classes it would mix
-    held-out images into training and double each class."""
+    """A level called as splits often are whose folders hold the same classes would mix held-out images into
+    training."""
     below: defaultdict[str, set[str]] = defaultdict(set)
     for path in paths:
         head, _, rest = path.partition("/")

@@ -20,11 +20,8 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Three 8-bit channels, upright as EXIF has it; transparency lies on white.
-
-    Grey of more than 8 bits is scaled by the least white that holds it: 1 (of floats), 255 or 65535; where a TIFF has
-    0 for white, it is turned round, as Pillow does with 8 bits.
-    """
+    """Three 8-bit channels, upright as EXIF has it; transparency lies on white. Grey of more than 8 bits is scaled by
+    the least white that holds it: 1 (of floats), 255 or 65535; where a TIFF has 0 for white, it is turned round."""
     format, white_is_zero = image.format, getattr(image, "tag_v2", {}).get(262) == 0
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):

@@ -8,11 +8,8 @@ from torch import Tensor
 
 
 def stratified(labels: Int64[Tensor, " n"], count: int, seed: int) -> Int64[Tensor, " count"]:
-    """Positions, ascending, of `count` images; of each class its share, rounded up or down.
-
-    A systematic sample of the images laid out by class, classes and images within a class in random order: each image
-    is as likely as any other. Of more images than there are, each comes as often as any other, or once more.
-    """
+    """Positions, ascending, of `count` images, of each class its share: a systematic sample of the images laid out by
+    class in random order. Of more images than there are, each comes as often as any other, or once more."""
     draw, num = torch.Generator().manual_seed(seed), len(labels)
     shuffled = torch.randperm(num, generator=draw)
     classes, of_class = labels[shuffled].unique(return_inverse=True)

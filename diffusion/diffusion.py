@@ -63,8 +63,7 @@ def snr(path: Path, t: Tensor) -> Tensor:
 
 
 def bound_weight(path: Path, t: Tensor) -> Tensor:
-    """The variational bound of a chain, in nats: T terms of a sum (Kingma et al. 2021, eq. 14). The one at t = 0 is a
-    likelihood, which has no such weight; it counts like t = 1."""
+    """The variational bound of a chain, in nats: T terms of a sum (Kingma et al. 2021, eq. 14); t = 0 counts like 1."""
     assert isinstance(path, GaussianChain)
     at = path.transition(t.clamp(min=1))
     return 0.5 * path.num_timesteps * at.x_0_weight**2 * torch.exp(-at.log_variance_min)
@@ -142,11 +141,8 @@ class Diffusion:
         return self._draw_times(num, generator, device)
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
-        """The chain that a sampler walks down to the data.
-
-        The numbers are float64 scalars on the CPU, which a device takes with its kernels' arguments. Where the noise is
-        predicted, which says nothing of the data at pure noise, the chain starts at the path's largest finite ratio.
-        """
+        """The chain that a sampler walks down to the data, in float64 scalars on the CPU. Where the noise is predicted,
+        which says nothing of the data at pure noise, it starts at the path's largest finite ratio."""
         times = spaced_times(self.path, num_steps, spacing or self.default_spacing)
         if self._target.data is None and not self.path(times[-1:]).alpha > 0:
             times[-1] = self._informative[1]
@@ -177,10 +173,8 @@ class Diffusion:
         return self._target.read(raw, x_t, at)
 
     def predict(self, output: Output, x_t: Images, t: Timesteps, transition: Transition | None = None) -> Prediction:
-        """What a raw model output says of `x_t`: `x_0`, `noise` and, where learned, the log-variance.
-
-        The variance is that of the step from `t` to `t - 1`, or of another `transition` from `t`.
-        """
+        """What a raw model output says of `x_t`; the variance is that of the step to `t - 1`, or of another
+        `transition`."""
         channels, output = x_t.shape[1], output.to(x_t.dtype)
         raw = output[:, :channels]
         if not self.learns_variance:
@@ -218,8 +212,7 @@ class Diffusion:
         """Per-sample `loss`, which is to be minimised, and the terms that it is made of, all in float32.
 
         `t` and `noise` are drawn when not given, by a generator on `x_0`'s device. An `auxiliary` term counts as the
-        signal's share `alpha^2 / (alpha^2 + sigma^2)` says (alpha-bar of a Gaussian chain), so that it acts where `x_0`
-        can be predicted. The model is called with `extras` beside (x_t, t, y).
+        signal's share `alpha^2 / (alpha^2 + sigma^2)` says. The model is called with `extras` beside (x_t, t, y).
         """
         t, noise = self.draw(x_0, t, noise, generator)
         x_0 = x_0.float()
@@ -245,10 +238,9 @@ class Diffusion:
     ) -> dict[str, Float32[Tensor, " b"]]:
         """`loss`, `mse`, the squared error of the model's output, and where the variance is learned `vb`.
 
-        `mse` is the simple loss (Ho et al. 2020, eq. 14), which `loss_weight` weighs. `vb` is the term of the
-        variational bound at `t`, in bits per dimension, with the mean frozen: it trains the variance alone. The hybrid
-        loss is `mse + T / 1000 * vb`: eq. 16 of Nichol and Dhariwal 2021 with their weight of 0.001, as `vb` is one of
-        T terms of a sum.
+        `mse` is the simple loss (Ho et al. 2020, eq. 14), `vb` the bound's term at `t` in bits per dimension, with the
+        mean frozen. The hybrid loss is `mse + T / 1000 * vb`: eq. 16 of Nichol and Dhariwal 2021, as `vb` is one of T
+        terms.
         """
         channels = x_0.shape[1]
         mse = mean_per_sample((self.target(x_0, noise, t) - output[:, :channels]).square())
@@ -318,10 +310,8 @@ def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-probability of `x` in bins of 2/255 over [-1, 1], open at the ends (Ho et al. 2020, eq. 13).
-
-    The normal distribution function is the tanh approximation that published results were computed with.
-    """
+    """Log-probability of `x` in bins of 2/255 over [-1, 1], open at the ends (Ho et al. 2020, eq. 13), by the tanh
+    approximation of the normal distribution function that published results were computed with."""
 
     def cdf(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

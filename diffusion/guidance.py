@@ -28,11 +28,8 @@ def drop_labels(
     generator: torch.Generator | None = None,
     uniform: Float[Tensor, " b"] | None = None,
 ) -> Labels:
-    """Labels with each replaced, with `probability`, by the null label `num_classes` (algorithm 1).
-
-    A label falls where its draw in [0, 1) is below `probability`: the given `uniform` (a trainer's share of a
-    draw for the whole batch) or one from `generator`, which lies on `y`'s device.
-    """
+    """Labels, of which those whose draw in [0, 1) is below `probability` become the null label `num_classes` (algorithm
+    1). The draws are `uniform`, or made by `generator` on `y`'s device."""
     if uniform is None:
         uniform = torch.rand(y.shape, generator=generator, device=y.device)
     return torch.where(uniform < probability, num_classes, y)
@@ -53,12 +50,11 @@ def guide(
     guide_model: Denoiser | None = None,
     mix: Mix = linear,
 ) -> Denoiser:
-    """The model pushed away from a worse prediction: by default `null + scale * (conditional - null)`.
+    """The model pushed away from a worse prediction: by default `null + scale * (conditional - null)`, as one batch.
 
-    `scale` is 1 + w in the paper's letters: 1 is the conditional model, returned as it is; 0 the
-    unconditional one. Both halves run as one batch. All `latent_channels` are guided; a learned variance, in
-    the channels above them, stays the conditional one. `legacy_cfg_channels=3` guides the first three only,
-    as published DiT samplers do. A `guide_model`, given the same label, takes the place of the unlabelled half.
+    `scale` is 1 + w in the paper's letters: 1 is the conditional model, returned as it is. A learned variance stays the
+    conditional one; `legacy_cfg_channels=3` guides the first three channels only, as published DiT samplers do. A
+    `guide_model`, given the same label, takes the place of the unlabelled half.
     """
     if scale == 1.0:
         return model
@@ -100,8 +96,7 @@ def check_guidance(options: SamplingOptions) -> None:
 
 
 def scale_at(options: SamplingOptions, ratio: float) -> float:
-    """The scale at this noise level sigma / alpha; 1, which guides nothing, outside the interval (Kynkäänniemi et al.
-    2024)."""
+    """The scale at this noise level sigma / alpha; 1 outside the interval (Kynkäänniemi et al. 2024)."""
     low, high = options.guidance_interval or (0.0, math.inf)
     return options.guidance_scale if low <= ratio <= high else 1.0
 
@@ -114,8 +109,8 @@ def mix_of(options: SamplingOptions, diffusion: Diffusion) -> Mix:
 
 
 def rescaled(rule: Mix, share: float) -> Mix:
-    """The rule, its output's standard deviation brought back to the good one's by a share, 0 to 1 (Lin et al. 2023, eq.
-    15 and 16)."""
+    """The rule, its output's standard deviation brought back to the good one's by a share (Lin et al. 2023, eq. 15,
+    16)."""
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         mixed = rule(good, worse, scale, x_t, t)

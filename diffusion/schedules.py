@@ -20,26 +20,19 @@ def scaled_linear(num_timesteps: int) -> Float64[Tensor, " T"]:
 
 
 def linear_unscaled(num_timesteps: int) -> Float64[Tensor, " T"]:
-    """From 1e-4 to 0.02 whatever T. Short chains then end far from noise, which samplers begin with: 25 steps leave
-    alpha_bar at 0.78."""
+    """From 1e-4 to 0.02 whatever T: short chains then end far from noise, 25 steps at an alpha_bar of 0.78."""
     return torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)
 
 
 def cosine(num_timesteps: int) -> Float64[Tensor, " T"]:
-    """`alpha_bar(s) = cos^2((s + 0.008) / 1.008 * pi / 2)`, betas at most 0.999.
-
-    Nichol and Dhariwal 2021, eq. 17; elsewhere called `squaredcos_cap_v2`.
-    """
+    """`alpha_bar(s) = cos^2((s + 0.008) / 1.008 * pi / 2)`, betas at most 0.999 (Nichol and Dhariwal 2021, eq. 17)."""
     s = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     alpha_bar = torch.cos((s + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def sigmoid(num_timesteps: int) -> Float64[Tensor, " T"]:
-    """`alpha_bar(s)` falls as a logistic curve from 1 to 0, s from -3 to 3, betas at most 0.999.
-
-    Jabri et al. 2022, appendix B, with temperature 1.
-    """
+    """`alpha_bar(s)` falls as a logistic curve, s from -3 to 3, betas at most 0.999 (Jabri et al. 2022, appendix B)."""
     s = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     curve = torch.sigmoid(3 - 6 * s)
     alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])

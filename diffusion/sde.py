@@ -22,15 +22,12 @@ def bits_per_dimension(
     probe: Images | None = None,
     generator: torch.Generator | None = None,
 ) -> Float32[Tensor, " b"]:
-    """`-log2 p(x_0 | y)` over the number of dimensions, of a continuous density: for pixels of 8 bits scaled to [-1, 1]
-    add log2(127.5).
+    """`-log2 p(x_0 | y)` over the number of dimensions, of a density; for pixels of 8 bits in [-1, 1] add log2(127.5).
 
-    Heun's method takes `x_0` up the probability flow `dx = x_0 dalpha + noise dsigma` to the noise, whose density is
-    known, and adds up the flow's divergence on the way; alpha and sigma divided by their norm, so that steps stay small
-    where sigma grows without bound (EDM; error of 100 levels on a Gaussian: 0.0001 in place of 0.012). Hutchinson's
-    estimate of it is unbiased in `probe`, random signs that are drawn when not given. It costs `2 (num_steps - 1)`
-    calls of the model and twice as many backward passes; `x_0` counts as drawn from the least noisy level of the
-    spacing.
+    Heun's method takes `x_0` up the probability flow to the noise, whose density is known, and adds up the flow's
+    divergence on the way, by Hutchinson's estimate, unbiased in `probe`, random signs. Alpha and sigma are divided by
+    their norm, so that steps stay small where sigma grows without bound. It costs `2 (num_steps - 1)` calls of the
+    model and twice as many backward passes.
     """
     if probe is None:
         probe = torch.randint(0, 2, x_0.shape, generator=generator, device=x_0.device).to(x_0.dtype) * 2 - 1

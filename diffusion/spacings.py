@@ -14,10 +14,7 @@ RHO = 7  # Karras et al. 2022, table 1
 
 
 def spaced_times(path: Path, num_steps: int, spacing: str) -> Shaped[Tensor, " num_steps"]:
-    """The times of a chain by the name of its spacing, or by a file of noise levels.
-
-    A single step is taken from the last time, where the noise is.
-    """
+    """The times of a chain by its spacing's name, or a file of noise levels; a single step is the last time's."""
     uniform_times = uniform(path, num_steps)  # every spacing is refused what this one is
     if num_steps == 1:
         return torch.tensor([path.max_time])

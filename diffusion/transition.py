@@ -58,8 +58,8 @@ class Transition(NamedTuple):
 
     @classmethod
     def chain(cls, alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> Transition:
-        """The steps down a chain of ascending noise, each [n]: from every level to the one before it, from the first
-        to the data."""
+        """The steps down a chain of ascending noise, each [n]: from every level to the one before, at last to the
+        data."""
         alpha_next = torch.cat([alpha.new_ones(1), alpha[:-1]])
         sigma_next = torch.cat([sigma.new_zeros(1), sigma[:-1]])
         steps = cls.between(alpha, sigma, alpha_next, sigma_next)

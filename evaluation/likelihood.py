@@ -18,9 +18,8 @@ from sampling.generation import share
 def held_out_likelihood(
     checkpoint: Checkpoint, codec: Codec, held_out: ImageSet, num_images: int, accelerator: Accelerator, *, seed: int
 ) -> Score:
-    """Bits per dimension of held-out images, of each class its share, given their labels: the mean, and its standard
-    error. In pixel space of the 8-bit image; in latent space of the latent's density, which may be negative and
-    compares models on the same autoencoder alone. Image `i`'s draws are a function of (seed, i)."""
+    """Bits per dimension of held-out images given their labels, of each class its share: mean and standard error. In
+    latent space it is of the latents' density. Image `i`'s draws are a function of (seed, i)."""
     if not 2 <= num_images <= len(held_out):
         raise ValueError(
             f"--likelihood {num_images} must lie in 2..{len(held_out)}, the held-out images; 0 leaves it out"

@@ -1,5 +1,4 @@
-"""Pages that a browser reads from disk, without a network, and figures in one look: for a page, in its own text colour,
-and for a paper."""
+"""Pages that a browser reads from disk, without a network, and figures in one look, for a page and for a paper."""
 
 import io
 import re

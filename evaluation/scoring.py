@@ -46,11 +46,9 @@ class Memorisation:
     """Whether samples lie closer to the training images than held-out images do, in feature space.
 
     `closer` is the chance that a random sample lies closer to its nearest training image than a random held-out image
-    of the samples' classes does to its own: 0.5 where the samples are as near to them as new photographs are, 1 where
-    each repeats one, below 0.5 where they are unlike any photograph, copied or not. `copies` is the same of as many
-    training images planted in the samples' place, `found` the share of those whose nearest is the image itself: where
-    these are not near 1, `closer` can tell nothing. `nearest` holds, for each sample, its nearest training image,
-    `distances` how far away it is.
+    does: 0.5 where samples are as near as new photographs, 1 where each repeats one. `copies` is the same of training
+    images planted in the samples' place, `found` the share of those whose nearest is the image itself: where these are
+    not near 1, `closer` can tell nothing.
     """
 
     closer: float
@@ -82,9 +80,8 @@ class Scorer:
         )
 
     def reference(self, data: DataConfig, split: str = "test", codec: Codec | None = None) -> Reference:
-        """Features of a split, or of what a codec makes of it, computed once for each (images, split, size, extractor,
-        codec) and kept in the cache folder. Where metrics ask for classes, held-out images have a probe of the training
-        images beside them."""
+        """Features of a split, or of what a codec makes of it, computed once and kept in the cache folder. Where
+        metrics ask for classes, held-out images have a probe of the training images beside them."""
         dataset = open_split(data, split)
         for words in left_out(dataset):
             self.accelerator.print(f"{split} images: {words}")
@@ -122,11 +119,8 @@ class Scorer:
     def score(
         self, source: Source, reference: Reference, metrics: Sequence[str] | None = None
     ) -> tuple[Scores, Features]:
-        """Scores of a source against a reference, by default all, and the features that they came from.
-
-        Beside the Fréchet distance stands that of half the images: mean and half the difference of two halves, which
-        tells how far a finite sample moves it.
-        """
+        """Scores of a source against a reference, and the features that they came from. Beside the Fréchet distance
+        stands that of half the images: mean and half the difference of two halves."""
         metrics, extractor = metrics or self.evaluation.metrics, self.extractor
         features = self.extract(source)
         if "labelled" in needs_of(metrics) and features.labels is not None and reference.classes:
@@ -149,12 +143,9 @@ class Scorer:
         data: DataConfig,
         codec: Codec,
     ) -> Memorisation:
-        """Nearest neighbours among the training images of samples, whose features these are. `copies` of training
-        images, with the indices of their `originals`, and held-out images are `like` them.
-
-        The training images are the decoded means of their posteriors; held-out images and planted copies are decoded
-        draws, as samples are that a model made of such draws. The metrics have to keep the features of each image.
-        """
+        """Nearest neighbours among the training images, decoded from their posteriors' means, of samples, whose
+        features these are; of `copies` of training images, with the indices of their `originals`, and of held-out
+        images, decoded draws."""
         train: Any = self.reference(data, "train", codec).features.features
 
         def nearest_to(features: Features) -> tuple[Tensor, Tensor]:

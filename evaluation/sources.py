@@ -1,7 +1,4 @@
-"""Where images to be scored come from: a checkpoint, a dataset, a file, or the autoencoder.
-
-A source gives images by index, so that processes share them, and any of them can be looked at again.
-"""
+"""Where images to be scored come from. A source gives images by index, so that processes share them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,9 +89,9 @@ def from_dataset(dataset: Any, name: str, num: int | None = None, seed: int = 0,
 
 
 def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> tuple[Source, Int64[Tensor, " n"]]:
-    """As many of a dataset's images as there are samples, of the samples' own classes, by name: what they are fairly
-    held against; and where they stand in it. Where either has no classes, of each of the dataset's its share. An image
-    comes twice where its class has fewer than are asked for."""
+    """As many of a dataset's images as there are samples, of the samples' own classes, by name, and where they stand in
+    it. Where either has no classes, of each its share. An image comes twice where its class has fewer than are asked
+    for."""
     if samples.labels is None or not dataset.classes:
         index = stratified(dataset.labels, samples.num_images, seed)
     else:
@@ -112,8 +109,7 @@ def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> 
 
 
 def reconstructions(source: Source, codec: Codec, device: torch.device, seed: int | None = None) -> Source:
-    """What the autoencoder makes of a source: no model on its latents comes closer to it. Of the posterior's mean, or
-    with a seed of a draw, as of the latents that a model learns; image `i`'s is a function of (seed, i)."""
+    """What the autoencoder makes of a source, of the posterior's mean, or with a seed of a draw."""
 
     def encode(batch: ImageBatch) -> Tensor:
         images = batch.images.to(device)
@@ -141,8 +137,8 @@ def blaming(flag: str, instead_of: str) -> Iterator[None]:
 
 
 def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> Source:
-    """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's format); labels that have no names, as those of
-    ADM's own files in `arr_1`, are not used."""
+    """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's format), whose labels count if they have
+    names."""
     if Path(path).suffix != ".npz":
         with blaming("--samples", "--data.path"):
             dataset = ImageDataset(path, image_size=image_size)  # a folder, even where it is called shapes
@@ -185,8 +181,8 @@ def from_checkpoint(
     num_reference: int,
     reference_labels: Tensor | None,
 ) -> list[list[Source]]:
-    """Samples of a checkpoint's averaged weights: for each of these settings, which take the place of its own, a list
-    of trials, whose seeds count up from `evaluation.seed`. The reference's labels are the checkpoint's own numbers."""
+    """Samples of a checkpoint: for each of these settings, in place of its own, a list of trials, whose seeds count up.
+    The reference's labels are the checkpoint's own numbers."""
     diffusion, own = checkpoint.build_diffusion(), checkpoint.config.sampling
     resolved = [resolve_sampling(own, diffusion, checkpoint.num_guided, **overrides) for overrides in settings]
     model = checkpoint.load_model(accelerator.device)

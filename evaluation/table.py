@@ -1,8 +1,5 @@
-"""The one writer of tables: for a terminal, as Markdown, LaTeX or CSV; and numbers and names to be read in them.
-
-A table is a list of rows, whose first is the head. Whatever its cells hold is text: nothing in them means anything to
-the format, ends a cell early or breaks a line.
-"""
+"""The one writer of tables: for a terminal, as Markdown, LaTeX or CSV. A table is a list of rows, whose first is the
+head; whatever its cells hold is text, which means nothing to the format."""
 
 import csv
 import io
@@ -26,8 +23,7 @@ TEX = {character: rf"\{character}" for character in "&%$#_{}"} | {
 
 
 class Cell(NamedTuple):
-    """What is shown, what it is sorted by, whether it is the best of its column, and the p-value of its difference to
-    the baseline."""
+    """What is shown, what it is sorted by, whether it is the best of its column, and the p-value of its difference."""
 
     text: str
     value: float | None = None

@@ -90,8 +90,8 @@ set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
 
 
 def parse(config_class: type[T], arguments: list[str] | None = None, *, stored_in: Path | None = None) -> T:
-    """Flags and `--config FILE.yaml` into a frozen dataclass; what does not fit ends the program with a message that
-    names the flag. `imports` are loaded first, which are the user's own or `stored_in` a run."""
+    """Flags and `--config FILE.yaml` into a frozen dataclass; what does not fit ends the program with a message.
+    `imports` are loaded first, which are the user's own or `stored_in` a run."""
     arguments = written_out(config_class, sys.argv[1:] if arguments is None else arguments)
     quoted = quote_names(config_class, arguments)
     load_imports(named_imports(quoted), stored_in=stored_in)  # what they register has settings, which are flags

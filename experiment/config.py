@@ -1,7 +1,5 @@
-"""The one configuration: frozen dataclasses, read from YAML and flags, which share the attributes' spelling. Values
-that follow from others (latent size, number of classes) are never written down. Nothing heavy is imported here, so that
-`--help` answers at once.
-"""
+"""The one configuration: frozen dataclasses, read from YAML and flags. Values that follow from others are never written
+down. Nothing heavy is imported here, so that `--help` answers at once."""
 
 from __future__ import annotations
 

@@ -20,9 +20,8 @@ _loaded: dict[str, str] = {}  # as they were named, by name without folders
 
 
 def load_imports(names: Sequence[str], *, stored_in: Path | str | None = None) -> None:
-    """Import modules by name from Python's path, and .py files; a ValueError says why one cannot be had. `stored_in` is
-    the run or checkpoint that names them, None where the user does. What such a one names is taken for loaded where the
-    user has already loaded a file of the same name, wherever that lies."""
+    """Import modules by name and .py files; a ValueError says why one cannot be had. `stored_in` is the run or
+    checkpoint that names them, None where the user does; a file of the same name that the user has loaded will do."""
     for name in names:
         file = Path(name).expanduser() if name.endswith(".py") else None
         key = file.name if file else name

@@ -24,9 +24,8 @@ def settings_of(preset: Callable[..., Any]) -> dict[str, Parameter]:
 
 
 def open_section(section: type, table: Mapping[str, Callable[..., Any]]) -> None:
-    """Give a frozen dataclass, beside its `kind`, the settings of every function in a table: what is None is left to
-    the kind's own default. In place, so that what names the class knows it as it is now; the help says of which kinds
-    a setting is and what it is by default there."""
+    """Give a frozen dataclass, in place, the settings of every function in a table beside its `kind`; None is the
+    kind's default."""
     owners: dict[str, dict[str, Parameter]] = {}
     for kind, preset in table.items():
         for name, setting in settings_of(preset).items():

@@ -8,8 +8,7 @@ MOST_VALUES = 100_000
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would take the last in silence, and aliases that unfold into more
-    than `MOST_VALUES` values, or into themselves."""
+    """Refuses a key that stands twice, and aliases that unfold into more than `MOST_VALUES` values."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)

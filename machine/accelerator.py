@@ -24,10 +24,9 @@ T = TypeVar("T")
 def open_accelerator(
     precision: str, *, flag: str = "--precision", in_parts: bool = False, grad_accumulation: int = 1, **options: Any
 ) -> Accelerator:
-    """Accelerate as launched, in the precision asked for (`choose_precision`), with all of the machine's cores; a first
-    line says what it is. The launcher's own configuration decides where to compute, and nothing else: not what is
-    compiled or accumulated. `flag` is what the command calls its precision; `in_parts` trains parts of the model at a
-    time, which processes have to know of each other."""
+    """Accelerate as launched, in the precision asked for, with all of the machine's cores; a first line says what it
+    is. The launcher decides where to compute, and nothing else. `flag` is what the command calls its precision;
+    `in_parts` trains parts of the model at a time."""
     device = default_device()
     accelerator = Accelerator(
         mixed_precision=MIXED[choose_precision(precision, device)],
@@ -51,8 +50,7 @@ def open_accelerator(
 
 
 def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
-    """What the main process finds, for all; its errors too. Where each looks for itself, one may find what another has
-    just written, and they wait for each other for ever."""
+    """What the main process finds, for all; its errors too. Were each to look for itself, one might wait for ever."""
     outcome: list[Any] = [None, None]  # a value, or an error
     if accelerator.is_main_process:
         try:

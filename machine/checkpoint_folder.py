@@ -1,6 +1,5 @@
-"""Folders of checkpoints, `<step>` each: written under a temporary name, brought to the disk, checksummed, renamed when
-whole; checked before they are read; rotated. `best` points to the one that a chosen metric liked best.
-"""
+"""Folders of checkpoints, `<step>` each: written aside, checksummed, renamed when whole; checked before they are
+read."""
 
 import hashlib
 import json
@@ -28,8 +27,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
-    """A checkpoint's folder, which `fill` puts files into. One of the same step is kept aside until the new one is in;
-    where an OSError keeps it from being written, older checkpoints stay."""
+    """A checkpoint's folder, which `fill` puts files into; after an OSError older ones stay, one of the same step
+    too."""
     partial, aside = _hidden(target, "partial"), _hidden(target, "aside")
     _put_back(target.parent)
     for left_over in [*target.parent.glob(".*.partial"), *target.parent.glob(".*.aside")]:
@@ -96,8 +95,7 @@ def _put_back(folder: Path) -> None:
 
 @dataclass
 class Best:
-    """The best value of a metric so far, and its step; part of that step's checkpoint, so that a run killed before
-    `mark_best` can make up for it."""
+    """The best value of a metric so far, and its step; part of that step's checkpoint."""
 
     value: float | None = None
     step: int | None = None

@@ -1,6 +1,5 @@
-"""Processes that end with the one that starts them, whatever ends it. Each has a process group of its own: Ctrl-C in a
-terminal reaches the parent alone, which passes on what it sees fit.
-"""
+"""Processes that end with the one that starts them, whatever ends it. Each has a process group of its own, so that
+Ctrl-C reaches the parent alone."""
 
 import os
 import signal
@@ -20,16 +19,14 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
-    """A program. When its parent is gone, SIGKILL included, Linux sends it SIGTERM; other systems have nothing like it,
-    and there it goes on. It asks for that itself, as this file, before it becomes the program: Python's own hook in new
-    processes (`preexec_fn`) is not safe beside threads."""
+    """A program, which Linux sends SIGTERM when its parent is gone. It asks for that itself, as this file, before it
+    becomes the program: Python's own hook in new processes (`preexec_fn`) is not safe beside threads."""
     asking = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     return subprocess.Popen([*asking, *command], process_group=0, **options)
 
 
 def run(command: Sequence[str], **options: Any) -> None:
-    """A program, to its end; a stop ends it and this one. A SystemExit has its status, where that is not 0, or that of
-    the signal."""
+    """A program, to its end; a stop ends it and this one. A SystemExit has its status, or the signal's."""
     stopped: list[int] = []
     child: subprocess.Popen | None = None
 
@@ -48,8 +45,7 @@ def run(command: Sequence[str], **options: Any) -> None:
 
 
 def send(process: subprocess.Popen, number: int) -> None:
-    """A signal to a child; where that is a launcher, to what it launched: by itself it passes none on, or kills after
-    half a minute what has not ended by then."""
+    """A signal to a child; of a launcher, which passes none on, to what it launched."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
@@ -90,8 +86,7 @@ def on_stop(
     *,
     stays_ignored: Sequence[signal.Signals] = STOPS,
 ) -> Iterator[None]:
-    """Within, these signals (SIGTERM, Ctrl-C, a closed terminal) call this; what is ignored, as after nohup, may stay
-    so."""
+    """Within, these signals (SIGTERM, Ctrl-C, a closed terminal) call this; what is ignored may stay so."""
     before = {number: signal.getsignal(number) for number in numbers}
     for number in stays_ignored:
         if before[number] is signal.SIG_IGN:

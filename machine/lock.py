@@ -14,9 +14,8 @@ class InUse(ValueError):
 
 
 class Lock:
-    """A file that one process holds; InUse says which, unless it `waits`. The system lets go of it when its last holder
-    ends, whatever ends it. `file` may be handed on to child processes, which then hold it too: a training that outlives
-    its runner keeps its folder."""
+    """A file that one process holds; InUse says which, unless it `waits`. The system lets go of it with its last
+    holder: `file` may be handed on to children, so that a training that outlives its runner keeps its folder."""
 
     def __init__(self, path: Path, *, waits: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

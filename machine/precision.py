@@ -12,8 +12,7 @@ WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """'fp32' and 'bf16' (autocast: weights, losses and schedules stay in float32) as asked for; 'auto' is bf16 where
-    the device has instructions for it, else fp32."""
+    """'fp32' and 'bf16' (autocast) as asked for; 'auto' is bf16 where the device has instructions for it."""
     if asked == "auto":
         return "bf16" if has_bf16(device)[0] else "fp32"
     if asked not in MIXED:
@@ -54,8 +53,7 @@ def warning_of(precision: str, device: torch.device, flag: str) -> str | None:
 
 
 def slowdown_of_bf16(device: torch.device) -> float:
-    """Time of a matrix product in bf16 over that in float32, measured: below 1 where it pays, hundreds where it is
-    emulated. One thread, and the fastest of each, as others may be at work."""
+    """Time of a matrix product in bf16 over that in float32, measured; hundreds where it is emulated."""
     from torch.utils.benchmark import Timer
 
     def time_of(dtype: torch.dtype) -> float:

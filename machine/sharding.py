@@ -1,6 +1,4 @@
-"""FSDP2 leaves each process a part of every tensor: whole tensors from parts, and parts from whole ones. Plain tensors
-pass through, so that what saves, loads and averages is written once.
-"""
+"""FSDP2 leaves each process a part of every tensor: whole tensors from parts, and back. Plain tensors pass through."""
 
 from collections.abc import Mapping
 

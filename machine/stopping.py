@@ -17,8 +17,8 @@ BEFORE = "before the first step; run it again with --resume auto"
 
 @contextmanager
 def stops_at_once(run: Path) -> Iterator[None]:
-    """Within, while there is nothing to save yet and libraries take their seconds, a signal ends the process in the
-    way that it ends a training: status 75, and `stopped` in the run's folder, unless that is another training's."""
+    """Within, while there is nothing to save yet, a signal ends the process as it ends a training: status 75, and
+    `stopped` in the run's folder."""
 
     def stop(number: signal.Signals) -> None:
         words = f"{number.name}: stopped {BEFORE}"

@@ -1,10 +1,8 @@
 """Threads of a CPU: as many as this process may have, and how they wait for each other.
 
-The threads of an operation meet at a barrier, where those of GNU's OpenMP spin for milliseconds before they sleep.
-Nothing is faster on a machine of one's own. Beside another busy process it is ruin: who spins there keeps a core from
-the very thread that it waits for, and two trainings side by side fall to a sixth of their share. So while others keep
-cores busy that our threads would take, ours sleep at once, which costs a tenth alone and nothing beside others
-(docs/performance.md). It changes no result, as another number of threads would.
+At a barrier those of GNU's OpenMP spin for milliseconds before they sleep: best on a machine of one's own, ruin beside
+another busy process, which is kept from its core. So while others keep cores busy that our threads would take, ours
+sleep at once (docs/performance.md). It changes no result, as another number of threads would.
 """
 
 import os
@@ -32,8 +30,7 @@ def allowed_cores() -> list[int]:
 
 
 def deal_out_cores(num_processes: int) -> None:
-    """One thread a core, shared with the run's other processes on this machine, in place of the one that launchers set;
-    threads that somebody asked for stay as they are, one of them too."""
+    """One thread a core, shared with the run's other processes here, unless somebody asked for another number."""
     if torch.get_num_threads() == 1 and not _asked_for_threads():
         torch.set_num_threads(max(1, len(allowed_cores()) // num_processes))
 
@@ -51,9 +48,8 @@ def _asked_for_threads() -> bool:
 
 
 class Waiting:
-    """Has this process's threads spin or sleep at barriers, by what other processes do on its cores. GNU's OpenMP spins
-    a hundred times in place of three hundred thousand while a process has more threads than cores
-    (`gomp_managed_threads` in its source); idle threads, held by Python threads of ours, bring that about."""
+    """Has this process's threads spin or sleep at barriers, by what others do on its cores. GNU's OpenMP sleeps at once
+    while a process has more threads than cores; idle threads, held by Python threads of ours, bring that about."""
 
     def __init__(self) -> None:
         self.num_threads, self.cores = torch.get_num_threads(), allowed_cores()
@@ -113,8 +109,7 @@ class Waiting:
 
 
 def start_waiting(say: Callable[[str], object]) -> str:
-    """Watch over how threads wait, where that can be chosen and no setting of the user's decides; how they do, in
-    words. What changes later is said once."""
+    """Watch over how threads wait, where no setting decides; how they do, in words. What changes is said once."""
     if torch.get_num_threads() == 1:
         return "1 thread"
     threads = f"{torch.get_num_threads()} threads"

@@ -29,8 +29,8 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside, to write a file or a folder to, which takes its place at the end and is gone where that is not
-    reached. Each writer has its own; what a killed one left behind is removed, and never gone on with."""
+    """A path beside, to write a file or a folder to, which takes its place at the end. Each writer has its own; what a
+    killed one left behind is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, host = f".{path.name}.", re.sub(r"[^\w-]", "-", socket.gethostname())
     for left_over in path.parent.glob(f"{glob.escape(beside)}*.partial"):

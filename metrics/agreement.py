@@ -1,8 +1,4 @@
-"""Class agreement: whether samples are of the class that they were asked for, as a linear probe sees it.
-
-A Fréchet distance does not tell recognisable objects from their colours and textures; a probe on the same features
-does.
-"""
+"""Class agreement: whether samples are of the class that they were asked for, as a linear probe sees it."""
 
 from dataclasses import dataclass
 

@@ -13,16 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward pass on one image. `gflops` counts a multiply-add as two operations: the DiT paper's "Gflops"
-    (Peebles and Xie 2023, table 1) are half of these."""
+    """Of one forward pass on one image; `gflops` counts a multiply-add as two operations, the DiT paper as one."""
 
     parameters: int
     gflops: float
 
 
 def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: int = 0) -> Cost:
-    """Count a backbone `model(x_t, t, y)` on one image of `latent_shape` (c, h, w), on any device, meta included:
-    matrix products, convolutions and attention; sums, norms and activations are not counted."""
+    """Count a backbone on one image of `latent_shape` (c, h, w), on any device: products, convolutions and
+    attention."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = next(model.parameters(), torch.zeros(()))
     x_t = torch.zeros(1, *latent_shape, device=first.device, dtype=first.dtype)

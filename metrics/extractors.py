@@ -40,8 +40,8 @@ class ExtractorError(ValueError):
 
 
 class ProgramExtractor(nn.Module):
-    """A program (`metrics.programs`): it takes uint8 RGB [n 3 h w], resizes by itself, and returns features [n d] and
-    class probabilities [n k]; of those this gives the logarithms, whose softmax they are."""
+    """A program of uint8 RGB [n 3 h w] to features [n d] and class probabilities [n k], of which this gives the
+    logarithms."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -59,8 +59,7 @@ class ProgramExtractor(nn.Module):
 
 
 class Resized(nn.Module):
-    """A network of images of one size behind PIL's bicubic resizing, as DINOv2 is scored on (dgm-eval, Stein et al.
-    2023; EDM2); torch-fidelity resizes bilinearly, and what has its size already it leaves as it is."""
+    """A network behind PIL's bicubic resizing, as DINOv2 is scored on (dgm-eval, Stein et al. 2023; EDM2)."""
 
     def __init__(self, network: nn.Module, size: int) -> None:
         super().__init__()
@@ -71,13 +70,9 @@ class Resized(nn.Module):
 
 
 def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[nn.Module, str, bool]:
-    """One of `NAMES`, with torch-fidelity's weights or a file of them; `timm:NAME`, with timm's or a file of them; or
-    the path of a program: a network of uint8 images to features [n d] and, if it has classes, logits [n k]; the hash of
-    a program's file, else of the loaded weights, wherever they came from; whether published scores are on them.
-
-    Raises:
-        ExtractorError: in one line, naming the flag and what to give it.
-    """
+    """By name, with downloaded weights or a file of them, or the path of a program: a network of uint8 images to
+    features [n d] and, if it has classes, logits [n k]; the hash of its file or weights; whether published scores are
+    on them. An ExtractorError names the flag and what to give it."""
     kind, short_name = naming(name)
     if kind == PROGRAM:
         if not Path(name).is_file():

@@ -23,10 +23,7 @@ from metrics.scores import DEFAULT, INCEPTION, PER_IMAGE, needs_of
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of a set of images, on the CPU, in the order of their indices.
-
-    What the metrics asked for do not need, or the extractor does not have, is None.
-    """
+    """What an extractor says of images, on the CPU, in the order of their indices; None where metrics need it not."""
 
     moments: Moments
     spatial: Moments | None = None  # of Inception's spatial features, for sFID
@@ -58,19 +55,13 @@ class Features:
 
 
 def in_second_half(num_images: int) -> Bool[Tensor, " n"]:
-    """Which images are in the second of two random halves, always the same: neighbours are often of one class, and
-    every other one of another."""
+    """Which images are in the second of two random halves, always the same: neighbours are often of one class."""
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(0)) < num_images // 2
 
 
 class Extractor:
-    """Images to features: one of `NAMES`, `timm:NAME`, or the path of a program (see `metrics.extractors`).
-
-    `weights_path` gives a named one its weights, in torch-fidelity's or timm's format, where they cannot be downloaded.
-
-    Raises:
-        ExtractorError: in one line, naming the flag and what to give it.
-    """
+    """Images to features: one of `NAMES`, `timm:NAME`, or the path of a program (see `metrics.extractors`);
+    `weights_path` gives a named one its weights. An ExtractorError names the flag and what to give it."""
 
     def __init__(
         self,
@@ -103,13 +94,9 @@ class Extractor:
         progress: bool = True,
         desc: str = "features",
     ) -> Features:
-        """Features of this process's `num_images` images, put together with the other processes' by `gather`. Kept is
-        what `metrics` need: for Fréchet distances moments alone.
-
-        Raises:
-            ValueError: for an empty set, or images that are not uint8 RGB.
-            ExtractorError: for features that are not finite, or a file without the interface.
-        """
+        """Features of this process's `num_images` images, put together with the other processes' by `gather`; what
+        `metrics` need of them. Raises ValueError for an empty set, or images that are not uint8 RGB; ExtractorError for
+        features that are not finite, or a file without the interface."""
         needs = needs_of(metrics)
         part = _Part(in_second_half(sum(gather([num_images]))), keep=bool(needs & PER_IMAGE))
         try:

@@ -1,8 +1,5 @@
-"""Features to scores: the only caller of torch-fidelity's metrics.
-
-Only on Inception do scores bear the names FID, sFID, IS and KID, under which the literature prints them. On anything
-else they are named by their extractor and compare with each other alone. docs/evaluation.md tells what each is worth.
-"""
+"""Features to scores: the only caller of torch-fidelity's metrics. Only on Inception do scores bear the names FID,
+sFID, IS and KID; on anything else they are named by their extractor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,9 +46,8 @@ def compare(
 
 
 def classifier_score(logits: Float[Tensor, "n k"], *, splits: int = 10, seed: int = 0) -> Score:
-    """exp of the mean divergence between an image's class probabilities and their average, from 1 to the number of
-    classes, over parts of the shuffled samples (Salimans et al. 2016). Blind to the reference, and low by a bias that
-    falls with the images of a part: compare equal counts and splits alone."""
+    """exp of the mean divergence between an image's class probabilities and their average, over parts of the shuffled
+    samples (Salimans et al. 2016). Blind to the reference, and low by a bias that falls with the images of a part."""
     if len(logits) < 2 * splits:  # a part of one image scores 1, whatever the image
         return too_few(len(logits), 2 * splits)
     result = isc_features_to_metric(logits, splits=splits, rng_seed=seed)

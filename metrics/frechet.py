@@ -22,8 +22,7 @@ class Moments:
 
 
 class RunningMoments:
-    """Moments of features that come in batches; memory does not grow with their number. Batches are merged pairwise
-    (Chan, Golub and LeVeque 1979), which keeps the digits that sums of squares lose."""
+    """Moments of features in batches, merged pairwise (Chan, Golub and LeVeque 1979), which keeps digits."""
 
     def __init__(self) -> None:
         self.num, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
@@ -65,12 +64,9 @@ def moments_of(features: Float[Tensor, "n d"]) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """`|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, squared Wasserstein-2 of two Gaussians (Dowson and Landau
-    1982; Heusel et al. 2017, eq. 6).
-
-    The root's trace is the sum of the roots of the eigenvalues of `R^T C_b R`, `C_a = R R^T`: symmetric, so they are
-    real and exact to rounding even where there are fewer images than features and both covariances are singular.
-    """
+    """`|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, squared Wasserstein-2 of two Gaussians (Heusel et al. 2017,
+    eq. 6). The root's trace is that of the eigenvalues of `R^T C_b R`, `C_a = R R^T`: symmetric, so they are real and
+    exact to rounding even where both covariances are singular."""
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt()
     cross = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp(min=0).sqrt().sum()
@@ -79,7 +75,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def frechet_score(samples: Moments, reference: Moments) -> float | Score:
-    """The distance, where both sets have a covariance. With fewer images than features it is singular: compare only
-    scores of as many images."""
+    """The distance, where both sets have a covariance, which is singular with fewer images than features."""
     fewest = min(2 if one.num is None else one.num for one in (samples, reference))
     return too_few(fewest, 2) if fewest < 2 else frechet_distance(samples, reference)

@@ -20,11 +20,9 @@ def count_neighbours(
 ) -> dict[str, Score]:
     """Precision, recall, density and coverage, counted in balls around images that reach to their k-th neighbour.
 
-    Precision: share of the samples in any ball around a reference image; recall: share of the reference in any ball
-    around a sample (Kynkäänniemi et al. 2019; k = `neighbourhood`). Density: how many balls around reference images
-    hold a sample, on average, over k: about 1 where the sets are alike. Coverage: share of these balls that hold any
-    sample (Naeem et al. 2020, eqs. 3 and 4; k = `density_neighbourhood`). torch-fidelity has the first two; counted
-    together, the four need three matrices of distances, not six.
+    Precision: share of the samples in any ball around a reference image; recall: the reverse (Kynkäänniemi et al. 2019;
+    k = `neighbourhood`). Density: how many balls around reference images hold a sample, over k; coverage: share of
+    these balls that hold any (Naeem et al. 2020, eqs. 3 and 4; k = `density_neighbourhood`).
     """
     num, num_reference = len(samples), len(reference)
     scores: dict[str, Score] = {}

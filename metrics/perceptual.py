@@ -20,8 +20,7 @@ UNREADABLE = (OSError, RuntimeError, KeyError, pickle.UnpicklingError)  # what r
 
 
 class VGG19Features(nn.Module):
-    """VGG19 (Simonyan and Zisserman 2015) up to its fourth convolution, `conv_4`, before the ReLU; torchvision's
-    ImageNet weights."""
+    """VGG19 (Simonyan and Zisserman 2015) up to its fourth convolution, before the ReLU; torchvision's weights."""
 
     def __init__(self) -> None:
         from torchvision.models import VGG19_Weights, vgg19
@@ -36,10 +35,8 @@ class VGG19Features(nn.Module):
 class LPIPSFeatures(nn.Module):
     """Features whose mean squared difference is LPIPS, version 0.1, of VGG16 (Zhang et al. 2018, eq. 1).
 
-    That distance adds up, over five layers, the squared differences of features that have norm 1 over the channels,
-    weighted by channel, averaged over positions. The root of a weight may as well scale its feature: then it is a
-    squared distance between vectors. torch-fidelity's LPIPS takes 8-bit images, and so has no gradient for a loss.
-    `heads` is the file of the channels' weights, the `lpips` package's `weights/v0.1/vgg.pth`; None downloads it.
+    That adds up squared differences of features of norm 1, weighted by channel: the root of a weight may as well scale
+    its feature. torch-fidelity's LPIPS has no gradient. `heads` is the file of these weights; None downloads it.
     """
 
     ENDS = (4, 9, 16, 23, 30)  # of VGG16's layers: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
@@ -66,8 +63,7 @@ class LPIPSFeatures(nn.Module):
 
 
 class ProgramFeatures(nn.Module):
-    """A program in a file (`.pt2` or TorchScript) of images from 0 to 255, as feature extractors are: its output, or
-    the first of several."""
+    """A program in a file of images from 0 to 255: its output, or the first of several."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -114,12 +110,8 @@ NETWORKS: dict[str, type[nn.Module]] = {"vgg19": VGG19Features, "lpips": LPIPSFe
 
 
 def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
-    """A frozen network of images in [-1, 1], by its name in `NETWORKS` or from a program's file; `heads` is a file that
-    some of them are told.
-
-    Raises:
-        ValueError: when it cannot be had, saying what can be used in its place.
-    """
+    """A frozen network of images in [-1, 1], by its name in `NETWORKS` or from a program's file. A ValueError says what
+    can be used in its place."""
     if name not in NETWORKS and not Path(name).is_file():
         raise ValueError(
             f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or give a program that you trust, "

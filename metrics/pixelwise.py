@@ -25,12 +25,8 @@ def psnr(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> 
 
 
 def ssim(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-    """Structural similarity of each pair, at most 1 (Wang et al. 2004, eq. 13, and its constants): the mean over
-    channels and over the Gaussian windows that lie in the image.
-
-    Raises:
-        ValueError: for images that are smaller than the window.
-    """
+    """Structural similarity of each pair, at most 1 (Wang et al. 2004, eq. 13): the mean over channels and Gaussian
+    windows. Raises ValueError for images that are smaller than the window."""
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM looks at windows of {WINDOW}x{WINDOW} pixels, and these images are smaller")
     x, y = exact(images), exact(others)
@@ -57,11 +53,8 @@ def spatial_frequencies(height: int, width: int) -> Float[Tensor, " k"]:
 
 
 def spectrum(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
-    """Power of each image at its `spatial_frequencies`: the mean over channels and directions.
-
-    It is the periodogram of pixels from 0 to 1 without their mean, under a Hann window, without which the jump between
-    opposite borders would pass for detail (Welch 1967). White noise has its variance everywhere.
-    """
+    """Power of each image at its `spatial_frequencies`, the mean over channels and directions: the periodogram of
+    pixels from 0 to 1 without their mean, under a Hann window (Welch 1967). White noise has its variance everywhere."""
     x = exact(images) / 255
     x = x - x.mean(dim=(-2, -1), keepdim=True)
     height, width = x.shape[-2:]

@@ -1,11 +1,8 @@
 """Networks of images that carry their own code: torch.export's programs (`.pt2`), else TorchScript.
 
-Both are programs: a graph may call any of torch's operations, those that read files among them, so run only what you
-trust. `torch.export.load` (2.9 to 2.14) also opens pickles with `weights_only=False`: example inputs, tensors of other
-classes than torch's, custom objects, files of older versions. A plain network needs none of that but example inputs of
-tensors, so an archive is looked through before it is loaded: with any other pickle, or compiled code, it is refused.
-
-torch deprecates TorchScript, which stays the field's format for feature extractors (StyleGAN's, CLIP's).
+Both may call any of torch's operations, those that read files among them, so run only what you trust.
+`torch.export.load` (2.9 to 2.14) also opens pickles with `weights_only=False`. A plain network needs none but example
+inputs of tensors, so an archive with any other pickle, or compiled code, is refused before it is loaded.
 """
 
 from __future__ import annotations
@@ -39,11 +36,7 @@ PLAIN = re.compile(  # what the archive of a plain network holds; `sample_inputs
 
 
 def load_program(path: str | Path) -> nn.Module:
-    """The network in a file, on the CPU, as it is used rather than trained.
-
-    Raises:
-        ValueError: if the file is not what its suffix says, or holds what is not opened, in one line.
-    """
+    """The network in a file, on the CPU, in eval mode. Raises ValueError if the file is not what its suffix says."""
     if Path(path).suffix == ".pt2":
         return load_exported(path)
     try:
@@ -73,8 +66,8 @@ def save_exported(program: ExportedProgram, path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path of the same name (which both formats write into the file) in a folder of this writer's own: what is
-    written there takes the place of `path`, so that a reader sees the whole file or none."""
+    """A path of the same name, which both formats write into the file, in a folder of this writer's own; what is
+    written there takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         partial = Path(folder) / path.name
@@ -83,8 +76,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 class ExportedNetwork(nn.Module):
-    """A loaded program of one batch of images: frozen, in the one mode and precision that it was exported in. Moving it
-    moves the devices that are written into its graph, which `nn.Module` would leave."""
+    """A loaded program of one batch of images, in the mode that it was exported in. Moving it moves the devices that
+    are written into its graph."""
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()

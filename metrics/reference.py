@@ -1,8 +1,5 @@
-"""Features of a reference, kept in a file: our own safetensors, named by hash, and ADM's npz.
-
-A reference is a function of (images and split, size, extractor): `key` holds their hashes, the file is named by the
-key's hash, and a file whose key differs, or whose numbers are not those that were written, is refused in words.
-"""
+"""Features of a reference, kept in a file: our own safetensors, named by the hash of `key`, which says of which images,
+size and extractor they are, and ADM's npz. A file of another key, or with other numbers, is refused."""
 
 import hashlib
 import json
@@ -99,12 +96,8 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
 def read_adm(
     path: Path, extractor: Extractor, image_size: tuple[int, int] | None = None
 ) -> tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None]:
-    """Moments and images of a reference batch; either may be missing, not both. A file that does not name its extractor
-    is taken for Inception's, as ADM's are.
-
-    Raises:
-        ReferenceError: when the file is not one, or is of another extractor or resolution.
-    """
+    """Moments and images of a reference batch; either may be missing. A file that does not name its extractor is taken
+    for Inception's. Raises ReferenceError when it is none, or of another extractor or resolution."""
     flag = f"--reference {path}"
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -1,7 +1,4 @@
-"""Metrics as rows of one table, `METRICS`: the help, the checks, the tables, bold print and `log.best` read them there.
-
-Nothing heavy is imported here; a row names its function, which is loaded when it is called.
-"""
+"""Metrics as rows of one table, `METRICS`, for help, checks, tables and `log.best`. Nothing heavy is imported here."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -165,15 +162,13 @@ def needs_of(names: Iterable[str]) -> set[str]:
 
 
 def metric_name(metric: str, kind: str, extractor: str) -> str:
-    """What a metric's score is called on an extractor of this kind and name: FID, IS and KID are Inception's, precision
-    and recall are anyone's."""
+    """What a metric's score is called on an extractor: FID, IS and KID are Inception's, precision is anyone's."""
     elsewhere = METRICS[metric].elsewhere
     return metric if kind == INCEPTION or elsewhere is None else f"{elsewhere[0]}[{extractor}]"
 
 
 def row_of(score: str) -> tuple[str, Metric | None]:
-    """Name and row of the metric that a score belongs to, such as "fid", "frechet_distance[vgg16]" or "fid, halves";
-    None where it is another score, or of a metric that is not registered here."""
+    """Name and row of the metric of a score, such as "frechet_distance[vgg16]" or "fid, halves"; None if unknown."""
     name = score.partition("[")[0].partition(",")[0]
     for metric, row in METRICS.items():
         if name == metric or (row.elsewhere and name == row.elsewhere[0]):

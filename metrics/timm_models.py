@@ -18,12 +18,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 
 class TimmFeatures(nn.Module):
-    """A model on uint8 images of any size: features before the classifier, and, where it has one, the logarithms of its
-    probabilities.
-
-    Preprocessing is timm's for evaluation (`timm.data.create_transform`) in float32 on whole batches, where timm's goes
-    through PIL's 8 bits.
-    """
+    """A model on uint8 images of any size: features before the classifier, and the logarithms of its probabilities.
+    Preprocessing is timm's for evaluation (`timm.data.create_transform`) in float32, where timm's goes through PIL's 8
+    bits."""
 
     mean: Tensor
     std: Tensor
@@ -80,8 +77,7 @@ def is_downloaded(name: str) -> bool:
 
 
 def load_timm(name: str, weights_path: str | Path | None = None) -> TimmFeatures:
-    """A model with the weights of a file, or with timm's own, downloaded; only tensors are unpickled. A file without
-    the classifier's weights gives features alone."""
+    """A model with a file's weights, or timm's own. A file without the classifier's gives features alone."""
     settings: dict[str, Any] = {}
     if weights_path is not None:
         state = load_state_dict(str(weights_path), weights_only=True)

@@ -40,10 +40,8 @@ def create_model(
     num_classes: int,
     **overrides: object,
 ) -> Backbone:
-    """A backbone `model(x_t, t, y) -> [b out_channels h w]`; `overrides` change arguments of its row in the table.
-
-    One from outside that is a plain `nn.Module` is given what it lacks of the contract (see `models.backbone`).
-    """
+    """A backbone `model(x_t, t, y) -> [b out_channels h w]`; `overrides` change arguments of its row in the table. A
+    plain `nn.Module` from outside is given what it lacks of the contract (see `models.backbone`)."""
     if name not in BACKBONES:
         close = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""

@@ -45,11 +45,8 @@ class FinalLayer(nn.Module):
 
 
 class DiT(Backbone):
-    """A plain transformer over patches of `patch_size` pixels a side.
-
-    `long_skips` join the input of each block of the second half with its mirror's in the first half, by concatenation
-    and a linear (Bao et al. 2023): the paper's UViT.
-    """
+    """A plain transformer over patches of `patch_size` pixels a side. `long_skips` join the input of each block of the
+    second half with its mirror's output (Bao et al. 2023): the paper's UViT."""
 
     def __init__(
         self,

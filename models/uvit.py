@@ -30,8 +30,7 @@ class Block(nn.Module):
 
 
 class UViTTokens(Backbone):
-    """A transformer over tokens of the label, the time and patches of `patch_size` pixels a side, with long skips and a
-    last convolution."""
+    """A transformer over tokens of label, time and patches, with long skips and a last convolution."""
 
     def __init__(
         self,

@@ -85,8 +85,8 @@ class EncoderStage(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Joins the skip: the first block runs at the joint width (twice the stage's, or the stage's without a skip), a
-    pointwise layer goes back to the stage's, the others follow."""
+    """Joins the skip: the first block runs at the joint width, a pointwise layer goes back to the stage's, others
+    follow."""
 
     def __init__(
         self,

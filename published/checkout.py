@@ -1,7 +1,5 @@
-"""The published implementation, from a user's own checkout of its repository, for `scripts/benchmark.py --compare`.
-
-Nothing of it is kept here: its packages are loaded under other names, and trained and sampled as its scripts do.
-"""
+"""The published implementation, from a user's own checkout of its repository, for `scripts/benchmark.py --compare`: its
+packages are loaded under other names, and trained and sampled as its scripts do."""
 
 import importlib.util
 import sys
@@ -18,8 +16,7 @@ PLAIN = {"DiT": ("dit", "DiT_S_2"), "UViT": ("uvit", "UViT_S_2")}  # modules and
 
 
 class Published:
-    """Models and diffusion of a checkout of the XSwin authors' repository. Raises FileNotFoundError when the folder is
-    not such a checkout."""
+    """Models and diffusion of a checkout of the XSwin authors' repository; a FileNotFoundError where it is none."""
 
     def __init__(self, checkout: Path) -> None:
         self.models = _load_package("published_models", checkout / "models")

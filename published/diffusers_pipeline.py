@@ -15,8 +15,7 @@ PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 
 
 def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any) -> str:
-    """Write all of it, README included; returns how the backbone left. Raises ValueError naming the setting that
-    diffusers cannot follow."""
+    """Write all of it; returns how the backbone left. A ValueError names the setting that diffusers cannot follow."""
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
     if vae is not None:
@@ -35,8 +34,7 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any) -> 
 def _write_program(
     folder: Path, checkpoint: Any, sampling: Any, spacing: str, vae: Any
 ) -> tuple[dict[str, Any], float]:
-    """The backbone as a program, beside code that loads and samples from it; returns the pipeline's index, and how far
-    the program is from the model."""
+    """The backbone as a program, beside code that samples from it; the pipeline's index, and the program's error."""
     spec, denoiser = checkpoint.spec, folder / "denoiser"
     program, error = export_denoiser(checkpoint.load_model(), spec)
     denoiser.mkdir()
@@ -71,8 +69,7 @@ def _write_program(
 
 
 def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
-    """The model as a program for any batch, and how far it is from the model on another batch. Raises ValueError when
-    they differ by more than rounding."""
+    """The model as a program for any batch, and how far it is from the model on another; a ValueError if too far."""
 
     def example(num: int) -> tuple:
         generator = torch.Generator().manual_seed(num)

@@ -22,8 +22,8 @@ SPACINGS = {  # the pipeline's word for the spacing of each diffusion, sampler a
 
 
 def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
-    """diffusers' scheduler that walks the same chain, and the pipeline's word for its spacing. Raises ValueError naming
-    the setting that none of them follows."""
+    """diffusers' scheduler that walks the same chain, and the pipeline's word for its spacing; a ValueError names the
+    setting that none follows."""
     defaults = asdict(type(sampling)())
     for name, value in asdict(sampling).items():
         if name not in FOLLOWED and value != defaults[name]:

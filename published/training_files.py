@@ -19,8 +19,8 @@ OUTER = {"model", "net", "network", "denoiser", "ema_model", "model_ema", "ema"}
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], int]:
-    """The averaged weights of a published file, and the step, where it says it. Raises ValueError when there is no such
-    file, it holds objects that are not plain data, or no tensors."""
+    """The averaged weights of a published file, and the step; a ValueError where it holds none, or more than plain
+    data."""
     if not path.is_file():
         raise ValueError(f"--weights {path}: no such file")
     try:
@@ -45,8 +45,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def parts_of(saved: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Averaged weights and trained ones of a training checkpoint or a bare state dict, each empty where there are none.
-    What is called an average (ema, model_ema, params_ema, ema_state_dict) is one, be it a part or a common prefix."""
+    """Averaged and trained weights of a checkpoint or bare state dict; an average (ema, model_ema, params_ema, ...) may
+    be a part or a common prefix."""
     if not isinstance(saved, dict):
         return {}, {}
     parts: dict[str, dict[str, Any]] = {"": strip(saved)}
@@ -65,8 +65,7 @@ def parts_of(saved: object) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def strip(weights: object) -> dict[str, Any]:
-    """The tensors, in float32, without the wrappers that DistributedDataParallel, FSDP and torch.compile put into names
-    in any order and number."""
+    """The tensors, in float32, without what DistributedDataParallel, FSDP and torch.compile put into names."""
     tensors = {}
     for name, tensor in weights.items() if isinstance(weights, dict) else ():
         if isinstance(tensor, torch.Tensor) and tensor.dim() + ("num_batches" in str(name)):
@@ -76,8 +75,7 @@ def strip(weights: object) -> dict[str, Any]:
 
 
 def without_outer(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Without a prefix that all names share, as of a trainer's attribute, and without REPA's projectors, which are the
-    training's alone."""
+    """Without a prefix that all names share, and without REPA's projectors, which are the training's alone."""
     outer = {name.partition(".")[0] for name in tensors}
     if len(outer) == 1 and outer <= OUTER:
         return without_outer({name.partition(".")[2]: tensor for name, tensor in tensors.items()})

@@ -64,8 +64,8 @@ DERIVED = re.compile(r"pos_embed|.*\.relative_(position_index|coords_table)")  #
 
 
 def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> nn.Module:
-    """Our backbone, in eval mode, with a published implementation's weights; `arguments` as `arguments_of` reads them.
-    Raises ValueError for an unknown source, and listing keys that are missing, unknown or of another shape."""
+    """Our backbone, in eval mode, with a published implementation's weights; a ValueError lists keys that do not
+    fit."""
     _, convert = _of_source(source)
     model = create_model(**arguments)
     converted = convert(dict(weights), arguments)
@@ -80,8 +80,8 @@ def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mappin
 
 
 def arguments_of(source: str, weights: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """What `create_model` is to be given, `name` included; with the number of heads where the width does not say it.
-    Raises ValueError for an unknown source, weights of another one, or arguments that ours cannot follow."""
+    """What `create_model` is to be given, `name` included. Raises ValueError for weights of another source, or where
+    `num_heads` has to say what the width does not."""
     read, _ = _of_source(source)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
@@ -201,8 +201,7 @@ def _convert_dit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
 
 
 def _convert_sit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
-    """SiT's velocity points from noise to data, ours from data to noise; the half of its output that SiT throws away
-    is left out."""
+    """SiT's velocity points from noise to data, ours from data to noise; half of its output is thrown away."""
     weights = _convert_dit(weights, arguments)
     patch = {"p": arguments["patch_size"], "q": arguments["patch_size"]}
     for name in ("final.linear.weight", "final.linear.bias"):

@@ -21,13 +21,9 @@ OF_TRAINING = {"loss", "weighting", "times", "shift", "P_mean", "P_std", "phases
 def resolve_sampling(
     config: SamplingConfig, diffusion: Diffusion, num_guided: int, num_channels: int | None = None, **overrides: Any
 ) -> SamplingConfig:
-    """The configuration with `overrides` in place of its own settings, unguided where it has no classes to guide by
-    and none ask for it, and with the diffusion's own sampler and spacing where it names none; checked.
-
-    Raises:
-        ValueError: for an unknown name, a number out of its range or of another sampler, more steps than the diffusion
-            has, or guidance without classes.
-    """
+    """The configuration with `overrides` in place of its own settings, unguided where it has no classes to guide by and
+    none ask for it, and with the diffusion's own sampler and spacing where it names none; a ValueError names what does
+    not fit."""
     names = [setting.name for setting in fields(config)]
     for name in overrides.keys() - names:
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(names)}")
@@ -60,11 +56,8 @@ def load_guide_model(
     identity: Mapping[str, Mapping[str, Any]],
 ) -> nn.Module | None:
     """The averaged model of `guidance_checkpoint`, if there is one: the worse model of autoguidance (Karras et al.
-    2024). It may differ from the guided model, of which the rest is said, in backbone and training alone.
-
-    Raises:
-        ValueError: when there is no such checkpoint, or its outputs do not mean what the guided model's do.
-    """
+    2024). A ValueError where it differs from the guided model, of which the rest is said, in more than backbone and
+    training."""
     if sampling.guidance_checkpoint is None:
         return None
     guide = open_checkpoint(sampling.guidance_checkpoint)

@@ -28,8 +28,8 @@ from sampling.checks import load_guide_model
 
 @dataclass(frozen=True)
 class Generator:
-    """Images by index: image `i` is a function of (seed, i, its label) alone. Its noise is drawn on the CPU, by a
-    generator of its own: neither batch size, nor number of processes, nor device changes it."""
+    """Images by index: image `i` is a function of (seed, i, its label) alone, whatever batches, processes and
+    devices."""
 
     model: nn.Module
     diffusion: Diffusion
@@ -84,8 +84,7 @@ def generator_of(
     model: nn.Module | None = None,
     **callbacks: Any,
 ) -> Generator:
-    """Of a checkpoint's averaged weights, which `model` holds where they are loaded, and the guide that `sampling`
-    names."""
+    """Of a checkpoint's averaged weights, which `model` holds where they are loaded, with its guide."""
     device, diffusion, size = accelerator.device, checkpoint.build_diffusion(), checkpoint.image_size
     trained = (checkpoint.config.diffusion, checkpoint.spec, device, checkpoint.classes, checkpoint.identity)
     callbacks["guide_model"] = load_guide_model(sampling, *trained)

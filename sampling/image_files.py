@@ -103,8 +103,8 @@ def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[s
 
 
 def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classes: list[str], path: Path) -> None:
-    """`arr_0` [n h w 3] and `arr_1` [n], as ADM's evaluation reads them (Dhariwal and Nichol 2021), and the names of
-    the `classes` that the labels number. What comes is written at once: memory holds a batch."""
+    """`arr_0` [n h w 3] and `arr_1` [n], as ADM's evaluation reads them, and the `classes` that labels number. Memory
+    holds a batch."""
     with whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for number, images in enumerate(batches):

@@ -12,8 +12,7 @@ from sampling.generation import Generator
 
 
 class Blend(nn.Module):
-    """Predictions for one class and for another, mixed: sample `y` has the share `shares[y]` of the other's; the label
-    one above the last is null."""
+    """Predictions for one class and another, mixed: sample `y` has the share `shares[y]` of the other's."""
 
     def __init__(self, model: nn.Module, labels: tuple[int, int], shares: Float[Tensor, " n"]) -> None:
         super().__init__()

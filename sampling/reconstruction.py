@@ -43,11 +43,8 @@ def draw_reconstructions(
 def reconstruct(
     generator: Generator, images: UInt8[Tensor, "n 3 h w"], labels: Int64[Tensor, " n"], t: int | float
 ) -> tuple[UInt8[Tensor, "n kinds 3 h w"], int | float]:
-    """For each image: itself, noised, `x_0` predicted from there in one step, and by the rest of the sampler's chain.
-
-    The time, which is returned too, is the last that the chain visits up to `t`. Image `i` is a function of (seed, i,
-    image, label) alone.
-    """
+    """For each image: itself, noised, `x_0` predicted from there in one step, and by the rest of the sampler's chain;
+    and the time, the last that the chain visits up to `t`. Image `i` is a function of (seed, i, image, label) alone."""
     diffusion, codec, sampling = generator.diffusion, generator.codec, generator.sampling
     times = [time for time, _ in diffusion.reverse_steps(sampling.num_steps, sampling.spacing)]
     if not times[-1] <= t <= times[0]:

@@ -101,9 +101,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Door:
-    """Between the network and the page, as ASGI has it. No file is taken; other web sites are refused, whether they ask
-    in a visitor's name (`same_origin`) or by a name of their own for this machine (others than `hosts`; None: any); and
-    it is known whose answers somebody reads: `listening` counts open streams by session."""
+    """Between the network and the page, as ASGI has it. No file is taken; other web sites are refused, by origin and,
+    where `hosts` are known, by name; `listening` counts whose answers somebody reads, by session."""
 
     def __init__(self, app: Any, listening: Counter[str], hosts: tuple[str, ...] | None, same_origin: bool) -> None:
         self.app, self.listening, self.hosts, self.same_origin = app, listening, hosts, same_origin

@@ -193,8 +193,8 @@ def matrix_peak(precision: str, side: int = 2048) -> float:
 
 
 def in_turns(programs: Sequence[Program], rounds: int, num_images: int) -> list[Row]:
-    """Rows with images a second: the median, and the slowest and fastest round. Programs take turns, after a round
-    that does not count; `step GB` is what a program's first call adds to the most memory that was held."""
+    """Rows with images a second: the median, slowest and fastest round, after one that does not count. Programs take
+    turns; `step GB` is what a first call adds to the most memory that was held."""
     import torch
 
     from training.meter import memory_gb

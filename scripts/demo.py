@@ -2,9 +2,6 @@
 
 make demo
 python scripts/demo.py --experiment EXPERIMENT.yaml --folder scratch      (another training, elsewhere)
-
-It starts `train.py` without `accelerate launch`, which one process does not need: a stop then reaches the training,
-which saves.
 """
 
 import json
@@ -74,8 +71,8 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
 
 
 class Programs:
-    """Runs the project's programs, as a user would, one after the other. A stop is passed on to the one that runs, and
-    nothing is started after it; a last line says how to go on."""
+    """Runs the project's programs, one after the other. A stop is passed on to the one that runs; a last line says how
+    to go on."""
 
     def __init__(self) -> None:
         self.name = ""

@@ -2,13 +2,7 @@
 
     python scripts/export_diffusers.py --checkpoint runs/XSwin --output exported
 
-    from diffusers import DiffusionPipeline
-    pipeline = DiffusionPipeline.from_pretrained(
-        "exported", custom_pipeline="exported/pipeline.py", trust_remote_code=True)
-    pipeline(["cat", "dog"], seed=0).images[0].save("cat.png")
-
-The backbone leaves as a program of torch.export, `denoiser/denoiser.pt2`, which is held against the model before
-anything else is written.
+The backbone leaves as a program of torch.export, `denoiser/denoiser.pt2`, which is held against the model first.
 """
 
 import sys

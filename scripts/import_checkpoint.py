@@ -126,8 +126,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
 
 
 def import_autoencoder(config: ImportConfig, folder: Path, num_images: int = 1024) -> str:
-    """A tiny autoencoder in diffusers' format, with the statistics of its latents over the training images; returns
-    what it is."""
+    """A tiny autoencoder in diffusers' format, with statistics of its latents; returns what it is."""
     import torch
 
     from autoencoders.tiny import from_published, with_statistics

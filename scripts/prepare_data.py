@@ -120,8 +120,7 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
 
 
 def torchvision_items(name: str, root: Path) -> Iterator[Item]:
-    """Caltech101 without its background class (Fei-Fei et al. 2004); CIFAR-10 (Krizhevsky 2009) and MNIST (LeCun et al.
-    1998) with their own test sets."""
+    """Caltech101 without its background class (Fei-Fei et al. 2004); CIFAR-10 and MNIST with their own test sets."""
     from torchvision import datasets
 
     dataset_class = getattr(datasets, TORCHVISION[name])

@@ -1,5 +1,4 @@
-"""What every room declares its settings with: ranges of numbers, beside the default or in a signature. No torch here,
-so that `--help` answers at once."""
+"""Ranges of numbers, which every room declares its settings with. No torch here, so that `--help` answers at once."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
@@ -20,8 +19,7 @@ def within(interval: str, default: Any = MISSING) -> Any:
 
 
 def check_settings(config: Any, prefix: str = "--") -> None:
-    """Raises: ValueError, naming the flag of a number that lies outside its interval, or as the own `check` of a
-    configuration has it."""
+    """A ValueError names the flag of a number outside its interval, or what a configuration's own `check` has."""
     for setting in fields(config):
         value, flag = getattr(config, setting.name), f"{prefix}{setting.name}"
         for part in value if isinstance(value, list) else [value]:
@@ -34,12 +32,8 @@ def check_settings(config: Any, prefix: str = "--") -> None:
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], flag: str) -> None:
-    """That a function takes these keyword arguments; of one annotated `Annotated[float, "[0, 1]"]` the number lies
-    there.
-
-    Raises:
-        ValueError: naming the flag, and what the function takes.
-    """
+    """That a function takes these keyword arguments, numbers in their `Annotated[float, "[0, 1]"]`; else a
+    ValueError."""
     names = [name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
     kinds = get_type_hints(function, include_extras=True)
     for name, value in arguments.items():

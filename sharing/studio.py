@@ -36,8 +36,7 @@ class Request:
 
 
 class Studio:
-    """Checkpoints by the path that was given, opened at the start: no other file is ever read for a visitor. Raises
-    ValueError when one of them is none."""
+    """Checkpoints by path, opened at the start: no other file is ever read for a visitor."""
 
     def __init__(self, paths: list[str], precision: str = "auto", autoencoder: str | None = None) -> None:
         self.checkpoints: dict[str, Checkpoint] = {path: open_checkpoint(path) for path in paths}
@@ -60,8 +59,7 @@ class Studio:
         return resolve_classes([name] if self.classes(run) else [], self.classes(run))[0]
 
     def draw(self, request: Request) -> Iterator[tuple[int, UInt8[Tensor, "n 3 h w"]]]:
-        """(steps done, pictures): some moments of predicted `x_0` on the way, and at last the pictures themselves.
-        Raises ValueError for what cannot be drawn, before anything is."""
+        """(steps done, pictures): some moments of predicted `x_0` on the way, and at last the pictures themselves."""
         generator = self.generator(request)
 
         def work(callback: Callable[[int, Tensor, Tensor], None]) -> Tensor:

@@ -1,6 +1,5 @@
-"""Training batches: everything random in a step is a function of (seed, step, position in the global batch), which each
-process draws whole to keep its share. So the number of processes and micro-batches changes no sample and no noise.
-"""
+"""Training batches: everything random in a step is a function of (seed, step, position in the global batch), whatever
+the number of processes and micro-batches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,8 +28,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """The training stream over a cache: epochs are permutations, laid end to end. `batch_size` counts the images of an
-    optimizer step over all processes and micro-batches, which must divide it."""
+    """The training stream over a cache: epochs are permutations, laid end to end. `batch_size` counts all processes."""
 
     cache: LatentCache
     codec: Codec

@@ -16,9 +16,8 @@ class TrainingDivergedError(ValueError):
 
 @dataclass
 class Guard:
-    """Counts steps whose gradient is not finite (a loss that is not, leaves none that is). Such a step changes nothing.
-    After `patience` in a row the run goes back to its last checkpoint with another order of the data; after
-    `max_rollbacks` of these it stops. Before it is known whether the weights are ruined nothing is saved."""
+    """Counts steps whose gradient is not finite, which change nothing. After `patience` in a row the run goes back to
+    its last checkpoint with another order of the data; after `max_rollbacks` of these it stops."""
 
     settings: str = "optim"  # the flags' group that may mend it
     patience: int = 10
@@ -37,8 +36,8 @@ class Guard:
         return False
 
     def may_save(self, accelerator: Accelerator, model: nn.Module, *, last: bool = False) -> bool:
-        """Whether the weights are worth a checkpoint, the same on every process: not while steps are skipped, except
-        after the last one, and not with a value that is not finite, which is rolled back, or raised after the last."""
+        """Whether the weights are worth a checkpoint, on every process: not while steps are skipped, except after the
+        last one, and not with a value that is not finite."""
         if self.in_a_row and not last:
             return False
         values = [own_part(value) for value in model.state_dict().values() if value.is_floating_point()]
@@ -54,8 +53,7 @@ class Guard:
         return False
 
     def must_roll_back(self, *, can: bool) -> bool:
-        """Whether too many steps in a row were skipped; `can`: there is a checkpoint to go back to. A
-        TrainingDivergedError where that did not help before."""
+        """Whether too many steps in a row were skipped; a TrainingDivergedError where going back cannot help."""
         if self.in_a_row < self.patience:
             return False
         if not can or self.rollbacks == self.max_rollbacks:

@@ -24,9 +24,9 @@ class Stopped(BaseException):
 
 
 class Interruption:
-    """Within, a run's folder is this run's alone (a ValueError says whose it is already), and signals or a time that is
-    over stop it: status 75, and `stopped`. Before the first step and in `at_once` a signal is heeded on the spot; else
-    a step is finished and all processes stop at the same one. A second Ctrl-C ends the run as it is."""
+    """Within, a run's folder is this run's alone, and signals or a time that is over stop it: status 75, and `stopped`.
+    Before the first step and in `at_once` a signal is heeded on the spot; else all processes stop after the same step.
+    A second Ctrl-C ends the run as it is."""
 
     def __init__(self, run: Path, accelerator: Accelerator, max_hours: float | None) -> None:
         self.run, self.accelerator, self.max_hours = run, accelerator, max_hours
@@ -72,8 +72,8 @@ class Interruption:
 
     @contextmanager
     def at_once(self, *, can_save: bool, save: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """For what takes long and can be done again: a signal breaks it off and saves, where this process can do that
-        without the others, which may be anywhere then."""
+        """For what takes long and can be done again: a signal breaks it off and saves, where this process can by
+        itself."""
         self.leaves = can_save
         try:
             if self.received and can_save:

@@ -18,8 +18,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 class Log:
-    """One line of JSON an event, written by the main process alone and mirrored to TensorBoard or W&B; a ValueError
-    where these cannot be started."""
+    """One line of JSON an event, written by the main process and mirrored to TensorBoard or W&B (or a ValueError)."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, config: dict) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
@@ -104,8 +103,7 @@ def draw_curve(run: Path) -> None:
 
 @warns_only("progress.png")
 def draw_progress(run: Path, at_most: int = 10) -> None:
-    """`progress.gif` of a run's grids, which all start from the same noise, and `progress.png`: evenly spread ones, one
-    below the other."""
+    """`progress.gif` of a run's grids, from the same noise, and `progress.png`: some, one below the other."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, left = ImageFont.load_default(size=11), 80

@@ -87,8 +87,8 @@ class Meter:
         return {"shares": {name: share.tolist() for name, share in shares.items()}, **counts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on in the middle of an interval, each process with its own sums, which round as they would have; where
-        there were more or fewer processes, the first one has them all."""
+        """Go on in the middle of an interval, each process with its own sums, or of another number the first with
+        all."""
         self.reset()
         rank, num = self.accelerator.process_index, self.accelerator.num_processes
         earlier = {name: [total] for name, total in state.get("sums", {}).items()}  # as checkpoints once had them

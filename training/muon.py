@@ -1,7 +1,6 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are made orthogonal, so that all directions are learned alike.
 
-`torch.optim.Muon` and timm's compute in bf16 whatever the machine, which takes tens of times as long where that is
-emulated; this one computes in it where the machine has instructions for it. It also takes weights of more than two
+`torch.optim.Muon` and timm's compute in bf16 even where that is emulated. This one also takes weights of more than two
 axes, as matrices of a row an output channel, and shares one optimizer with the AdamW of all other parameters.
 """
 
@@ -21,8 +20,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at 0
 
 class Muon(torch.optim.AdamW):
     """Muon for matrices, AdamW for the rest, which may come in groups. Each group's rate is `lr` times its `lr_scale`.
-    Steps have one root mean square whatever a matrix's sides, that of AdamW (Liu et al. 2025, "Muon is Scalable for LLM
-    Training", eq. 4), so that learning rates made for AdamW fit."""
+    Steps have AdamW's root mean square (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), whose rates
+    fit."""
 
     def __init__(
         self,

@@ -18,8 +18,7 @@ from training.batches import Batch
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a step lies: in the phase `number`, from 0, at its step `step` of `num_steps`; `end` is the first step of
-    the whole training that lies behind it."""
+    """Where a step lies: in the phase `number`, from 0, at `step` of `num_steps`; `end` is the first step behind it."""
 
     number: int
     step: int
@@ -41,8 +40,8 @@ def phase_at(lengths: Sequence[int | float], step: int, num_steps: int) -> Phase
 
 
 class Objective:
-    """What a training step minimises, as the diffusion has it, with auxiliary terms. A diffusion names another one, a
-    subclass, as its `objective`."""
+    """What a training step minimises, with auxiliary terms. A diffusion names another one, a subclass, as
+    `objective`."""
 
     phases: Sequence[int | float] = (1.0,)  # relative lengths of the parts of a training
     trains_in_parts = False  # whether some of the model's parameters get no gradient in some phase
@@ -53,13 +52,11 @@ class Objective:
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """What is drawn for a batch of this shape beside times and noise, each of as many rows; the generator lies on
-        `device`."""
+        """What is drawn for a batch of this shape beside times and noise; the generator lies on `device`."""
         return {}
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
-        """Per sample `loss`, which is to be minimised at this point of the training, and what it is made of; without a
-        phase, what a validation reports."""
+        """Per sample `loss`, to be minimised, and what it is made of; without a phase, what a validation reports."""
         auxiliary = self.auxiliary_terms(phase)
         return self.diffusion.training_loss(
             model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary
@@ -96,8 +93,7 @@ class Perceptual:
 
 
 class FeatureMatching:
-    """Mean squared distance between the backbone's own encoder features of the predicted and the true `x_0`, as it sees
-    data without noise; the true side is detached."""
+    """Mean squared distance between the backbone's own features of the predicted and the true `x_0`, without noise."""
 
     is_fixed = False
 
@@ -122,8 +118,7 @@ AUXILIARY = {"perceptual": Perceptual, "feature_matching": FeatureMatching}
 def build_auxiliary(
     configs: Sequence[AuxiliaryConfig], model: Backbone, codec: Codec, device: torch.device
 ) -> list[Auxiliary]:
-    """The auxiliary terms of a configuration, which may look into the backbone as it was built; a ValueError says what
-    does not fit."""
+    """The auxiliary terms of a configuration, which may look into the backbone; a ValueError says what does not fit."""
     terms: dict[str, Auxiliary] = {}
     for config in configs:
         if config.kind not in AUXILIARY:

@@ -11,8 +11,7 @@ from training.muon import Muon, split_for_muon
 
 
 def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, with Muon for the blocks' matrices where asked for; a backbone without such is refused. What decays
-    is what the backbone says (`param_groups`); rates are set each step by `set_learning_rate`."""
+    """Fused AdamW, with Muon for the blocks' matrices where asked for. What decays is what the backbone says."""
     of_adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     matrices, rest = ([], list(model.parameters())) if config.muon_lr is None else split_for_muon(model)
     left = set(rest)
@@ -35,8 +34,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: float = 1.0) -> float:
-    """Linear warm-up, then the configured decay until the last step; in each phase of a training that has several,
-    whose `step` and `num_steps` these are. An epoch has `epoch_steps` of them, not always a whole number."""
+    """Linear warm-up, then the configured decay until the last step, in each phase. An epoch has `epoch_steps` of
+    them."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "cosine":

@@ -15,8 +15,7 @@ LONG = 600  # seconds of an epoch
 
 
 def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
-    """With several processes, batch norms see the whole batch where torch can do that (GPUs); on CPUs it says once that
-    each sees its own share."""
+    """With several processes, batch norms see the whole batch on GPUs; on CPUs it says that each sees its own share."""
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if accelerator.num_processes == 1 or not has_batch_norm:
         return model
@@ -30,16 +29,14 @@ def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
 
 
 def compile_blocks(model: Backbone) -> None:
-    """Compile the backbone's repeated blocks in place: seconds, where compiling the whole takes minutes. Blocks of one
-    width, grid and shift share their code."""
+    """Compile the backbone's repeated blocks in place: seconds, where compiling the whole takes minutes."""
     torch._dynamo.config.recompile_limit = 64
     for block in model.repeated_blocks():
         block.compile(dynamic=False)  # symbolic widths and grids take minutes to reason about
 
 
 def forecast(model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, num_images: int) -> str:
-    """An epoch's time on a CPU, in words: a batch's loss is computed and timed, and its gradients taken for twice as
-    much. Model and random state stay as they are."""
+    """An epoch's time on a CPU, in words, by that of a batch's loss. Model and random state stay as they are."""
     batch_size, seconds = 8, 0.0
     x_0, y = torch.zeros(batch_size, spec.in_channels, *spec.input_size), torch.zeros(batch_size, dtype=torch.int64)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():

@@ -17,8 +17,8 @@ LEFT_BEHIND = ("log.jsonl", "samples*", "scores*", "ema-*.safetensors")  # by a 
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
-    """The configuration of a fresh run, or of a resumed one and the checkpoint that it goes on from; a FileExistsError
-    for a fresh run where there is one already."""
+    """The configuration of a fresh run, or of a resumed one and its checkpoint; a FileExistsError where there is
+    one."""
     run = config.folder
     if (run / "plan.json").is_file():
         raise FileExistsError(f"{run} holds an ablation; give another --name")
@@ -35,8 +35,8 @@ def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | Non
 
 
 def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
-    """The configuration of a run that goes on from this checkpoint: as asked for, under the name that the run has. A
-    CheckpointError names the flag that would change what the weights mean, or what `config.yaml` has lost."""
+    """The configuration of a run that goes on from this checkpoint. A CheckpointError names the flag that would change
+    what the weights mean, or what `config.yaml` has lost."""
     metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
     if "config" not in metadata:  # an autoencoder's, before it kept it
         return resuming(config, None)

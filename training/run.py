@@ -32,8 +32,7 @@ Look = Callable[[int], Mapping[str, float]]  # at what there is after a step: wh
 
 @contextmanager
 def open_run(config: R, **options: Any) -> Iterator[Run[R]]:
-    """A training's devices, its folder for as long as it lasts, and the checkpoint that it goes on from (see
-    `start_or_go_on`). Every process has the main one's configuration."""
+    """A training's devices, its folder for as long as it lasts, and the checkpoint that it goes on from."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for tracker in config.log.trackers:
         if tracker not in available:
@@ -49,8 +48,7 @@ def open_run(config: R, **options: Any) -> Iterator[Run[R]]:
 
 class Run(Generic[R]):
     """A training's folder, devices, log and checkpoints, the number of its steps, and what watches over them. `begin`
-    takes in what is trained. `steps` then numbers the optimizer steps; between two of them it looks, saves, goes back
-    to the last checkpoint, or stops. All processes call alike."""
+    takes in what is trained; between two `steps` it looks, saves, goes back, or stops. All processes call alike."""
 
     def __init__(self, config: R, checkpoint: Path | None, interruption: Interruption) -> None:
         self.config, self.checkpoint, self.interruption = config, checkpoint, interruption
@@ -83,12 +81,9 @@ class Run(Generic[R]):
     ) -> None:
         """Start with all that is trained as it is, or go on as the checkpoint says, and open the log.
 
-        Args:
-            training: what a checkpoint holds.
-            guards: by the name of the network that each watches.
-            due: what to look at after a step (of `num_steps`), before it is saved.
-            best: the measurement whose best checkpoint stays, as does every one whose step `keep_every` divides.
-            metadata: what checkpoints say of themselves, beside the configuration.
+        `guards` go by the network that each watches; `due` says what to look at after a step, before it is saved; the
+        best checkpoint by `best` stays, as does every one whose step `keep_every` divides; checkpoints say `metadata`
+        of themselves.
         """
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
         self.watched, self.lower_is_best, self.keep_every, self.metadata = best, lower_is_best, keep_every, metadata
@@ -109,12 +104,8 @@ class Run(Generic[R]):
         return sum(guard.rollbacks for guard in self.guards.values())
 
     def steps(self) -> Iterator[int]:
-        """The number of each optimizer step to take, from 0; after a rollback some again.
-
-        Raises:
-            Stopped: when all is saved, where a signal or the time asks for it.
-            TrainingDivergedError: when rollbacks do not help.
-        """
+        """The number of each optimizer step to take, from 0; after a rollback some again. Raises Stopped, when all is
+        saved, or TrainingDivergedError."""
         if not self._inspected and (due := self.due(self.step, self.num_steps)):
             self.look(*due)
             self._save_again()
@@ -153,8 +144,8 @@ class Run(Generic[R]):
         self.log.write(self.step + 1, skipped=guard.skipped, source_indices=source_indices)
 
     def look(self, *looks: Look) -> None:
-        """Write what they measure to the log, and save the best. A signal breaks them off: then all is saved as it is,
-        and a resumed run begins with them."""
+        """Write what they measure to the log, and save the best. A signal breaks them off: a resumed run begins with
+        them."""
         self._inspected = not looks
         if not looks:
             return
@@ -181,7 +172,7 @@ class Run(Generic[R]):
 
     def save(self, *, last: bool = False, progress: Mapping[str, Any] | None = None) -> None:
         """A checkpoint of this step, unless there is one or it is not worth it. By all processes; by the main one alone
-        where it has the `progress` of all, and whole tensors."""
+        with the `progress` of all, and whole tensors."""
         if self._saved == self.step or (progress is None and not self._is_sound(last=last)):
             return
         metadata = metadata_of(self.config, self.step, self.identity, **self.metadata)

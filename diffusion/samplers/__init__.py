@@ -44,11 +44,8 @@ def samplers_of(diffusion: Diffusion) -> Mapping[str, Sampler]:
 
 @runtime_checkable
 class Staged(Protocol):
-    """A diffusion whose samples are made in several stages, of which a walk down a chain is one.
-
-    `generate` makes data from unit normal `noise`. `draw_noise` gives more of it, like what it is given, and `on_stage`
-    is to be told what each stage puts out.
-    """
+    """A diffusion whose samples are made in several stages, of which a walk down a chain is one. `draw_noise` gives
+    more noise like what it is given, `on_stage` is to be told what each stage puts out."""
 
     stages: Sequence[str]
 

@@ -15,8 +15,7 @@ Earlier = tuple[Tensor, Tensor]
 
 
 def dpmpp_2m(chain: Chain, x_t: Images) -> Moments:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): each step also uses the `x_0` of the one before. Deterministic.
-    The first step and the step to the data are of first order."""
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): each step also uses the `x_0` of the one before."""
     earlier = None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
@@ -27,8 +26,7 @@ def dpmpp_2m(chain: Chain, x_t: Images) -> Moments:
 
 
 def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Moments:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, section 5): the same for the reverse-time SDE, with noise in every step
-    but that to the data."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, section 5): the same for the reverse-time SDE."""
     earlier = None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
@@ -42,14 +40,13 @@ def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Moments:
 
 def dpmpp_3m(chain: Chain, x_t: Images) -> Moments:
     """DPM-Solver++(3M) as published (Lu et al. 2022b, appendix B, and its code): a parabola through the last three
-    predictions of `x_0`, with half its bend, where a divided difference stands for a derivative. That leaves order 2,
-    and in 20 to 40 steps a smaller error than `exponential_ab3`. Deterministic."""
+    predictions, with half its bend. That leaves order 2, and in 20 to 40 steps a smaller error than
+    `exponential_ab3`."""
     return along_parabolas(chain, x_t, share_of_bend=0.5)
 
 
 def exponential_ab3(chain: Chain, x_t: Images) -> Moments:
-    """The exponential Adams-Bashforth method of order 3 (Hochbruck and Ostermann 2010, section 2.5), which takes the
-    whole parabola. Deterministic."""
+    """Exponential Adams-Bashforth of order 3 (Hochbruck and Ostermann 2010, section 2.5): the whole parabola."""
     return along_parabolas(chain, x_t, share_of_bend=1.0)
 
 
@@ -71,8 +68,8 @@ def along_parabolas(chain: Chain, x_t: Images, share_of_bend: float) -> Moments:
 
 
 def unipc(chain: Chain, x_t: Images) -> Moments:
-    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2): the prediction at the end of a step
-    also corrects that step, at no further call. Its predictor is DPM-Solver++(2M). Deterministic."""
+    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2): DPM-Solver++(2M), corrected by the
+    prediction at the end of the step, at no further call."""
     earlier, done = None, None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0

@@ -31,8 +31,7 @@ def ddim(chain: Chain, x_t: Images, *, eta: Annotated[float, "[0, 1]"] = 0.0) ->
 
 
 def euler(chain: Chain, x_t: Images) -> Moments:
-    """Euler's method for the probability-flow equation `dx = x_0 dalpha + noise dsigma`. As `x_t = alpha x_0 + sigma
-    noise`, the increments lead to where DDIM without randomness leads."""
+    """Euler's method for the probability flow `dx = x_0 dalpha + noise dsigma`: where DDIM without randomness leads."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_t = at.alpha_next * x_0 + at.sigma_next * noise
@@ -41,9 +40,8 @@ def euler(chain: Chain, x_t: Images) -> Moments:
 
 def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
     """Euler and Maruyama's method for the reverse-time SDE (Song et al. 2021b, eq. 6): Euler's step on the probability
-    flow, and a Langevin step of the variance that the noising has added on the way. The step to the data is not
-    random. Over a long step that variance, which grows without bound, would take away more noise than there is: a
-    Langevin step replaces it all at twice sigma_t sigma_s, and goes no further."""
+    flow, and a Langevin step of the variance that the noising has added on the way, at most twice sigma_t sigma_s,
+    which replaces all noise that there is."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_t = at.alpha_next * x_0 + at.sigma_next * noise
@@ -55,9 +53,8 @@ def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
 
 
 def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0) -> Moments:
-    """Heun's method for `dx = x_0 dalpha + noise dsigma`, with `churn`, noise added over the whole chain (Karras et al.
-    2022, algorithm 2): Euler's step, then again with the mean of both ends' predictions. Two calls of the model a step;
-    one in the step to the data."""
+    """Heun's method for `dx = x_0 dalpha + noise dsigma` (Karras et al. 2022, algorithm 2), with `churn`, noise added
+    over the whole chain. Two calls of the model a step; one in the step to the data."""
     afterwards = [*chain.steps[1:], None]
     for (t, at), after in zip(chain.steps, afterwards, strict=True):
         if churn:

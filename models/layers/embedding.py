@@ -34,12 +34,9 @@ class TimeEmbedding(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """`silu(time + label)`: the SiLU that opens every modulator, applied once for all of them.
-
-    Label `num_classes` is the null label; without classes, labels are ignored. `std` is what weights start with; None:
-    torch's own, 1 for labels, for blocks that add the conditioning to features: a smaller label is not heard there, and
-    hardly learned.
-    """
+    """`silu(time + label)`: the SiLU that opens every modulator. Label `num_classes` is the null label. `std` is what
+    weights start with; None, torch's own, is for blocks that add the conditioning to features, where small labels are
+    not heard."""
 
     def __init__(self, num_classes: int, dim: int, std: float | None = SMALL) -> None:
         super().__init__()

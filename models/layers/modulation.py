@@ -70,11 +70,8 @@ class NoToken(nn.Identity):
 
 
 class Injection:
-    """Makes what conditioning of width `cond_dim` enters by, at each place of a layer of some width.
-
-    `modulator(dim)` stands before a layer and `gate(dim)` after a residual branch, both `(x, cond) -> x`; `token(dim)`
-    is for an attention, `cond -> [b 1 d]` or None.
-    """
+    """Makes what conditioning enters by: `modulator(dim)` before a layer and `gate(dim)` after a residual branch, both
+    `(x, cond) -> x`; `token(dim)` for an attention, `cond -> [b 1 d]` or None."""
 
     def __init__(self, kind: str, cond_dim: int) -> None:
         modulator, gate, token = INJECTIONS[kind]

@@ -19,10 +19,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after norm and SiLU; the conditioning is added between them (Ho et al. 2020).
-
-    The second convolution starts at zero: at first the block is its shortcut.
-    """
+    """Two 3x3 convolutions, each after norm and SiLU; the conditioning is added between them (Ho et al. 2020). The
+    second one starts at zero: at first the block is its shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, cond_dim: int, *, dropout: float) -> None:
         super().__init__()
@@ -45,10 +43,8 @@ class ResidualBlock(nn.Module):
 class ChannelAttention(nn.Module):
     """Self-attention whose tokens are the channels and whose width is the pixels: maps of `d x d`.
 
-    Queries, keys and values are pointwise in the pixels, so the parameters are those of `SelfAttention`, by name and by
-    shape, and images may have any size; linears over the pixels would tie a model to one size and hold `(h w)^2`
-    weights each (17 million at 64x64). Heads take bands of pixels, the last one filled up with zeros, which change no
-    product.
+    Queries, keys and values are pointwise in the pixels, so the parameters are those of `SelfAttention`, and images may
+    have any size. Heads take bands of pixels, the last one filled up with zeros, which change no product.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:

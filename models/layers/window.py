@@ -16,11 +16,8 @@ from models.layers.modulation import Injection
 
 
 class Windows:
-    """The windows of an `h x w` grid, shifted by `shift` along each axis that holds more than one window.
-
-    A grid that the window does not divide is padded at its far edges. Tokens attend to those that lie in the same
-    window and were neighbours before the shift wrapped them round; nothing attends to padding.
-    """
+    """The windows of an `h x w` grid, shifted by `shift` along each axis that holds more than one. Far edges are
+    padded. Tokens attend to those of their window that were neighbours before the shift; nothing attends to padding."""
 
     def __init__(self, height: int, width: int, window_size: int, shift: int = 0) -> None:
         self.height, self.width, self.size = height, width, window_size
@@ -85,11 +82,8 @@ class ContinuousPositionBias(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022).
-
-    Keys have no bias, as in the published models. A `token` that is not part of the image joins every window, to be
-    attended to, at no position.
-    """
+    """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022); keys
+    have no bias. A `token` that is not part of the image may be attended to from every window."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool) -> None:
         super().__init__()
@@ -122,10 +116,7 @@ class WindowAttention(nn.Module):
 
 
 class WindowCrossAttention(nn.Module):
-    """Localized cross attention: queries from `x`, keys and values from the same window of `context`.
-
-    Without a window size there is one window, the whole grid.
-    """
+    """Queries from `x`, keys and values from the same window of `context`; without a window size, of the whole grid."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int | None) -> None:
         super().__init__()

@@ -114,8 +114,8 @@ class Cascade(Diffusion):
         trained: Trained = PHASES[-1],
         forcing: float = 1.0,
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """`loss` and, as the phase has them: `mse` of the coarse stage, `upsampled`, `refined`, auxiliary terms of the
-        refined image, and `forced`, the share of teacher forcing."""
+        """`loss` and, as the phase has them: `mse` of the coarse stage, `upsampled`, `refined`, auxiliary terms,
+        `forced`."""
         t, noise = self.draw(x_0, t, noise, generator)
         draws = draws or self.draw_more(x_0.shape, generator, x_0.device)
         x_0 = x_0.float()
@@ -164,9 +164,8 @@ class Cascade(Diffusion):
         draw_noise: Callable[[Tensor], Tensor],
         on_stage: Callable[[str, Tensor], None],
     ) -> Images:
-        """A coarse image down its chain, which guidance and the sampler's settings apply to, upsampled, refined. A
-        refiner that denoises is guided away from the null label, but not beside a guide, which is the coarse stage's.
-        """
+        """A coarse image down its chain, upsampled, refined. A refiner that denoises is guided by the null label
+        alone."""
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
         low = walk(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
         changed: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}

@@ -1,7 +1,4 @@
-"""Denoising at a single level of noise: a model that gives the data back from `alpha x_0 + sigma noise`.
-
-There is no path from data to noise, so none of the samplers that walk one: data are drawn by denoising again and again.
-"""
+"""Denoising at a single level of noise, `alpha x_0 + sigma noise`: data are drawn by denoising again and again."""
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -15,8 +12,7 @@ from diffusion.transition import Images, Level, Timesteps, Transition
 
 def iterated(chain: Chain, x_t: Images) -> Moments:
     """Denoised, then noised to the same level again: a Markov chain whose stationary distribution is the data's where
-    the model draws from `p(x_0 | x_t)` (Bengio et al. 2013, theorem 1). Ours gives that distribution's mean, so it
-    smooths as it goes."""
+    the model draws from `p(x_0 | x_t)` (Bengio et al. 2013, theorem 1). Ours gives the mean, so it smooths."""
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
         x_t = at.alpha_next * x_0
@@ -60,11 +56,8 @@ class SingleLevel(Path):
 
 
 class Denoising(Diffusion):
-    """A denoising autoencoder (Vincent et al. 2008), trained by the squared error of `x_0`.
-
-    With `alpha = 0` the model is given noise alone. It then learns the mean image, whatever the noise: what is to be
-    expected of regressing images on noise that has nothing to do with them.
-    """
+    """A denoising autoencoder (Vincent et al. 2008), trained by the squared error of `x_0`. With `alpha = 0` it is
+    given noise alone, and learns the mean image."""
 
     def __init__(self, alpha: float = 1.0, sigma: float = 0.5) -> None:
         super().__init__(

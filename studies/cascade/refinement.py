@@ -25,8 +25,7 @@ class Refined(NamedTuple):
 
 
 class Refinement:
-    """From the image that the upsampler is given on: by itself a regression, whose refiner puts out the image and has
-    its error squared."""
+    """From the image that the upsampler is given on: by itself a regression of the refiner's output."""
 
     def draw(
         self, shape: Sequence[int], factor: int, generator: torch.Generator | None, device: torch.device | str

@@ -21,8 +21,7 @@ from models.layers.residual import Downsample, NearestUpsample, ResidualBlock, g
 
 
 class ResidualNet(nn.Module):
-    """Convolutions two by two, each pair with a skip and with time and label between them: six layers in all, `width`
-    where they begin, `latent` wide."""
+    """Convolutions two by two, each pair with a skip and time and label between them, from `width` to `latent`."""
 
     def __init__(
         self,
@@ -229,8 +228,7 @@ class NoRefiner(nn.Module):
 
 
 class DiffusionRefiner(nn.Module):
-    """A denoiser that sees the image to refine beside the noisy one, and is told how much noise each of them holds (Ho
-    et al. 2021, sections 2.3 and 4.2)."""
+    """A denoiser that sees the image to refine beside the noisy one, and both noise levels (Ho et al. 2021)."""
 
     def __init__(
         self,
