@@ -69,7 +69,7 @@ def main(config: SampleConfig) -> None:
     import torch
 
     from checkpoints.checkpoint import open_checkpoint
-    from experiment.datasets import data_of, open_split
+    from experiment.build import data_of, open_split
     from machine.accelerator import open_accelerator
     from sampling.checks import resolve_sampling
     from sampling.generation import DenoisingPanel, StagesPanel, generator_of, resolve_classes, stream

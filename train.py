@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def main(config: ExperimentConfig) -> None:
     """Open the devices and the run's folder, and train."""
     with stops_at_once(config.folder):
-        from experiment.diffusions import build_diffusion
+        from experiment.build import build_diffusion
         from training.objective import objective_of
         from training.run import open_run
 
@@ -39,9 +39,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from checkpoints.training_state import TrainingState
     from data import intake
     from evaluation.scoring import open_scorer
-    from experiment.backbones import model_spec
-    from experiment.datasets import open_cache, open_split
-    from experiment.diffusions import build_diffusion
+    from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
     from sampling.checks import load_guide_model, resolve_sampling
     from training.batches import Batches

@@ -18,10 +18,8 @@ from checkpoints.checkpoint import open_checkpoint
 from diffusion.samplers import num_calls
 from evaluation.scoring import open_scorer
 from evaluation.table import terminal
-from experiment.backbones import model_spec
+from experiment.build import build_diffusion, model_spec, open_cache, open_split
 from experiment.config import SamplingConfig
-from experiment.datasets import open_cache, open_split
-from experiment.diffusions import build_diffusion
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_whole
 from machine.whole_files import write_whole
 from metrics.cost import Cost

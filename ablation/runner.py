@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -143,52 +144,31 @@ def jobs_of(plan: list[Planned]) -> Jobs:
     return [sorted(job, key=lambda planned: not planned.trains) for job in jobs.values()]
 
 
-class Place(NamedTuple):
-    """Where a run has room: what its processes find in their environment, and the cores that they keep to."""
-
-    environment: dict[str, str]
-    cores: frozenset[int] = frozenset()
-
-
-def places(workers: int) -> list[Place]:
-    """A GPU each; without any, the CPU for one worker, or a share of its cores for each. Raises ValueError for more
-    workers than cores."""
-    if gpus := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else map(str, range(gpus))
-        return [Place({"CUDA_VISIBLE_DEVICES": name}) for name in list(names)[:gpus]]
-    if workers == 1:
-        return [Place({})]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if (share := len(cores) // workers) == 0:
-        raise ValueError(f"--workers {workers}: there are {len(cores)} cores to deal out; ask for fewer")
-    shares = [cores[number * share :][:share] for number in range(workers)]
-    return [Place({"OMP_NUM_THREADS": str(share)}, frozenset(mine)) for mine in shares]
+def places() -> list[dict[str, str]]:
+    """Where a run has room, by what its processes find in their environment: on each visible GPU, else on the CPU."""
+    gpus, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else map(str, range(gpus))
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in list(names)[:gpus]] or [{}]
 
 
-def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
-    """One job at a time on each GPU, or `workers` of them on the CPU. A stop lets trainings save; the rest waits."""
+def run_here(jobs: Jobs, runner: Runner) -> list[Outcome]:
+    """One job at a time in each place. A stop lets trainings save; the rest waits."""
     waiting: Queue[list[Planned]] = Queue()
     for job in jobs:
         waiting.put(job)
     outcomes: list[Outcome] = []
 
-    def work(place: Place) -> None:
-        if place.cores:
-            os.sched_setaffinity(0, place.cores)  # of this thread, and of what it starts
-        while True:
-            try:
-                job = waiting.get_nowait()
-            except Empty:
-                return
-            outcomes.extend(runner(job, place.environment))
+    def work(environment: dict[str, str]) -> None:
+        with suppress(Empty):
+            while True:
+                outcomes.extend(runner(waiting.get_nowait(), environment))
 
     def stop(number: signal.Signals) -> None:
         say(f"{number.name}: what runs is saved, the rest waits for the next time")
         runner.stop(number.name)
 
     with children.on_stop(stop):
-        threads = [threading.Thread(target=work, args=(place,)) for place in places(workers)]
+        threads = [threading.Thread(target=work, args=(place,)) for place in places()]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -10,8 +10,7 @@ import yaml
 
 from experiment.cli import keep_names, parse_mapping
 from experiment.config import ExperimentConfig
-from experiment.settings import SEEDS, within
-from experiment.strict_yaml import StrictLoader
+from experiment.settings import SEEDS, StrictLoader, within
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from autoencoding.autoencoder_config import AutoencodingConfig
 from data import open_dataset
 from data.shapes import DIFFICULTIES
-from experiment.datasets import open_split
+from experiment.build import open_split
 from machine.randomness import generator_for
 from training.batches import positions
 

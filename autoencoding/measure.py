@@ -22,8 +22,8 @@ from data.subsets import stratified
 from evaluation.record import provenance, table, write_json
 from evaluation.scoring import open_scorer, summarise
 from evaluation.sources import Source, from_dataset, reconstructions
+from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
-from experiment.datasets import open_split
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.perceptual import NETWORKS, perceptual_network

@@ -22,9 +22,8 @@ from autoencoders.codec import Codec, create_codec, weights_sha256
 from checkpoints.hub import local
 from data.latents import short
 from diffusion.diffusion import Diffusion
-from experiment import backbones as backbones  # of studies too
+from experiment.build import build_diffusion
 from experiment.config import ExperimentConfig, RunConfig
-from experiment.diffusions import build_diffusion
 from experiment.imports import load_imports
 from experiment.settings import from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints

@@ -19,8 +19,8 @@ from autoencoders.codec import Codec
 from data import left_out
 from data.subsets import by_name
 from evaluation.sources import Source, from_dataset, from_images, reconstructions
+from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
-from experiment.datasets import open_split
 from machine.accelerator import from_main
 from metrics.agreement import fit_probe
 from metrics.features import Extractor, Features

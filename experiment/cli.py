@@ -18,8 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, se
 
 from experiment.config import R, resuming
 from experiment.imports import load_imports
-from experiment.settings import without_former
-from experiment.strict_yaml import StrictLoader
+from experiment.settings import StrictLoader, without_former
 from machine import children
 from settings import check_settings
 

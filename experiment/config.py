@@ -349,7 +349,7 @@ class ExperimentConfig(RunConfig):
 
     def identity(self) -> dict[str, Any]:
         """With the diffusion's settings in full: what is null is their default."""
-        from experiment.diffusions import diffusion_settings
+        from experiment.build import diffusion_settings
 
         diffusion = {"kind": self.diffusion.kind, **diffusion_settings(self.diffusion)}
         return super().identity() | {f"diffusion.{name}": value for name, value in diffusion.items()}

@@ -11,8 +11,8 @@ from checkpoints.checkpoint import open_checkpoint
 from data.latents import short
 from diffusion import Diffusion
 from diffusion.samplers import check_options
+from experiment.build import diffusion_settings
 from experiment.config import DiffusionConfig, SamplingConfig
-from experiment.diffusions import diffusion_settings
 from models import ModelSpec
 
 OF_TRAINING = {"loss", "weighting", "times", "shift", "P_mean", "P_std", "phases", "forcing"}  # mean no other output

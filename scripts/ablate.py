@@ -30,8 +30,6 @@ class AblateConfig:
         ablation: its YAML (see docs/ablations.md); the flag's name may be left out
         set: settings of all variants on top of the YAML's, such as '{data.path: images.zip, train.num_steps: 100}'
         only: 'plan' shows what would be done; 'report' writes the report of what is done; null does it all
-        workers: runs at a time on a CPU, each with its share of the cores: small batches gain by it; without, one, or
-            one on each visible GPU
         max_hours: start nothing after this time; a training that runs saves and stops. The same command goes on
         launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
         any_code: take results of other versions of the code for done
@@ -43,7 +41,6 @@ class AblateConfig:
     ablation: str
     set: dict[str, Any] = field(default_factory=dict)
     only: Literal["plan", "report"] | None = None
-    workers: int = within("[1, inf)", 1)
     max_hours: float | None = within("(0, inf)", None)
     launcher: str | None = None
     any_code: bool = False
@@ -81,7 +78,7 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     """What is left to do, then the report."""
     from ablation.plan import make_plan, prepare, refuse_changed, table
-    from ablation.runner import Runner, jobs_of, places, run_here
+    from ablation.runner import Runner, jobs_of, run_here
     from ablation.tables import check_columns
     from machine.accelerator import open_accelerator
     from machine.lock import Lock
@@ -90,7 +87,6 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
     check_columns(ablation.columns)
     runs = expand(ablation, folder.name)
-    places(config.workers)  # refuses more of them than there is room for, before anything is made
     with Lock(folder / "lock", waits=True):  # while others of this study plan
         start = time.time() - STARTED
         accelerator = open_accelerator(runs[0].config.train.precision)
@@ -102,7 +98,7 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
         if not config.redo:
             refuse_changed(plan)
         prepare([planned for planned in plan if not planned.all_done], accelerator)
-    outcomes = run_here(jobs_of(plan), Runner(deadline, config.launcher), config.workers)
+    outcomes = run_here(jobs_of(plan), Runner(deadline, config.launcher))
 
     # What came of it.
     for outcome in outcomes:

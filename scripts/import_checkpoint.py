@@ -80,7 +80,7 @@ def main(config: ImportConfig) -> None:
 def import_backbone(config: ImportConfig, folder: Path) -> str:
     """Weights as a checkpoint; returns what they are."""
     from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
-    from experiment.diffusions import build_diffusion
+    from experiment.build import build_diffusion
     from models import ModelSpec
     from published.training_files import read_weights
     from published.weights import arguments_of, load_reference, row_of
@@ -131,7 +131,7 @@ def import_autoencoder(config: ImportConfig, folder: Path, num_images: int = 102
 
     from autoencoders.tiny import from_published, with_statistics
     from data.subsets import stratified
-    from experiment.datasets import open_split
+    from experiment.build import open_split
     from published.training_files import read_weights
 
     if not isinstance(config.weights, list) or len(config.weights) != 2:

@@ -48,7 +48,7 @@ def main(config: RecogniseConfig) -> None:
     """Train, hold against held-out images, read the samples."""
     import torch
 
-    from experiment.datasets import open_split
+    from experiment.build import open_split
     from metrics.classifier import train_classifier
     from metrics.image_batches import image_batches
 

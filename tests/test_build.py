@@ -16,10 +16,9 @@ from diffusion.paths import CURVES
 from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import SCHEDULES
 from diffusion.times import TIMES
-from experiment.backbones import model_spec
+from experiment.build import build_diffusion, model_spec
 from experiment.cli import parse, parse_mapping
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
-from experiment.diffusions import build_diffusion
 from experiment.settings import from_dict
 from models import BACKBONES
 from sampling.checks import resolve_sampling

@@ -15,7 +15,7 @@ from autoencoders.codec import PixelCodec
 from checkpoints.averages import EMA
 from diffusion import GaussianDiffusion, SamplingOptions, sample
 from diffusion.samplers import Walk
-from experiment.backbones import model_spec
+from experiment.build import model_spec
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig
 from models import create_model
 from sampling.generation import StagesPanel

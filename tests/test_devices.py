@@ -46,7 +46,7 @@ NOW_AND_THEN = {  # lines of the log, checkpoints
     "checkpoints/averages.py",
     "machine/sharding.py",
 }
-ONCE = {"experiment/datasets.py", "autoencoders/codec.py", "sampling/generation.py"}  # encoding, samples that are there
+ONCE = {"experiment/build.py", "autoencoders/codec.py", "sampling/generation.py"}  # encoding, samples that are there
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint
+from experiment.build import build_diffusion
 from experiment.config import (
     DataConfig,
     DiffusionConfig,
@@ -23,7 +24,6 @@ from experiment.config import (
     SamplingFlags,
     TrainConfig,
 )
-from experiment.diffusions import build_diffusion
 from metrics.programs import save_exported
 from models import ModelSpec
 from published.diffusers_pipeline import export_denoiser, readme

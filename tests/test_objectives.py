@@ -12,8 +12,8 @@ from diffusion import EDM, FlowMatching, GaussianDiffusion, sample
 from diffusion.diffusion import WEIGHTINGS, Auxiliary, normal_kl
 from diffusion.paths import GaussianChain, VarianceExploding
 from diffusion.sde import bits_per_dimension
+from experiment.build import build_diffusion
 from experiment.config import DiffusionConfig
-from experiment.diffusions import build_diffusion
 
 MEAN, STD = 0.7, 0.4
 SQUARE = MEAN**2 + STD**2  # E[x_0^2]

@@ -9,9 +9,9 @@ import pytest
 from ablation.identity import code_of
 from diffusion.presets import DIFFUSIONS
 from experiment import imports
+from experiment.build import build_diffusion
 from experiment.cli import parse
 from experiment.config import DiffusionConfig, ExperimentConfig
-from experiment.diffusions import build_diffusion
 from experiment.imports import load_imports
 from experiment.open_section import open_section
 from experiment.registry import TABLES, register

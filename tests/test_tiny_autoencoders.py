@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from autoencoders.codec import AutoencoderError, create_codec
 from autoencoders.tiny import PooledTinyAutoencoder, from_published
 from diffusion import GaussianDiffusion
+from experiment.build import open_split
 from experiment.config import DataConfig, SamplingConfig
-from experiment.datasets import open_split
 from published.diffusers_pipeline import write_folder
 
 SCRIPT = script("scripts/import_checkpoint.py")

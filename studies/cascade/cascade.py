@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, Prediction, Step, mean_per_sample, with_auxiliary
 from diffusion.samplers import Walk
 from diffusion.transition import Images, Labels, Timesteps
 from studies.cascade.refinement import Refinement
+from training.batches import Batch
+from training.objective import Objective, Phase
 
 
 class Trained(NamedTuple):
@@ -34,6 +36,35 @@ NO_CHAIN = (
     "has it a likelihood; leave --reconstruct or --likelihood out, and see --stages"
 )
 PHASES = (Trained(True, False), Trained(False, True), Trained(True, True))
+
+
+class CascadeObjective(Objective):
+    """The coarse stage, then upsampler and refiner, then all of them (see `Cascade`); validated under full forcing."""
+
+    trains_in_parts = True
+    diffusion: "Cascade"
+
+    @property
+    def phases(self) -> Sequence[int | float]:
+        return self.diffusion.phases
+
+    def draw_more(
+        self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        return self.diffusion.draw_more(shape, generator, device)
+
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
+        during = {} if phase is None else self.diffusion.during(phase.number, phase.progress)
+        return self.diffusion.training_loss(
+            model,
+            batch.x_0,
+            batch.y,
+            t=batch.t,
+            noise=batch.noise,
+            auxiliary=self.auxiliary_terms(phase),
+            draws=batch.more,
+            **during,
+        )
 
 
 class Cascade(Diffusion):
@@ -58,6 +89,7 @@ class Cascade(Diffusion):
     """
 
     stages = ("coarse", "upsampler", "refiner")
+    objective = CascadeObjective
 
     def __init__(
         self,
@@ -80,13 +112,6 @@ class Cascade(Diffusion):
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
         return self.coarse.reverse_steps(num_steps, spacing)
-
-    @property
-    def objective(self) -> type[Any]:
-        """What goes through the phases."""
-        from studies.cascade.forcing import CascadeObjective
-
-        return CascadeObjective
 
     def during(self, phase: int, progress: float) -> dict[str, Any]:
         """What a phase asks of `training_loss` at a share of its steps, 0 to 1."""

@@ -1,0 +1,96 @@
+"""Configuration to objects: diffusion, images, their latents, and the backbone that fits all of these."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from autoencoders.codec import Codec
+from data import open_dataset
+from data.latents import LatentCache, build_cache, cache_name
+from diffusion.diffusion import Diffusion
+from diffusion.presets import DIFFUSIONS
+from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig
+from experiment.open_section import settings_of
+from machine.accelerator import from_main
+from models import BACKBONES, ModelSpec
+
+import_module("studies.cascade.three_stages")  # registers its backbone, as a module of a user's would
+
+
+def build_diffusion(config: DiffusionConfig) -> Diffusion:
+    """The diffusion of a configuration; a ValueError names the setting that does not fit."""
+    settings = diffusion_settings(config)
+    return DIFFUSIONS[config.kind](**settings)
+
+
+def diffusion_settings(config: DiffusionConfig) -> dict[str, Any]:
+    """All that a diffusion of this kind can be told: what the configuration says, and the kind's defaults."""
+    if config.kind not in DIFFUSIONS:
+        raise ValueError(f"--diffusion.kind {config.kind}: unknown, choose from {', '.join(DIFFUSIONS)}")
+    settings = {kind: settings_of(preset) for kind, preset in DIFFUSIONS.items()}
+    defaults = {name: parameter.default for name, parameter in settings[config.kind].items()}
+    asked = {name: value for name, value in asdict(config).items() if name != "kind" and value is not None}
+    for name in asked.keys() - defaults.keys():
+        owners = " and ".join(kind for kind, names in settings.items() if name in names)
+        raise ValueError(f"--diffusion.{name} belongs to kind {owners}, not to {config.kind}; leave it out or null")
+    return defaults | asked
+
+
+def data_of(trained_on: DataConfig, asked: DataConfig) -> DataConfig:
+    """A checkpoint's images, where they lie now: `path`, `cache` and `on_error` may change, and nothing else."""
+    changed = {name: value for name, value in asdict(asked).items() if value != getattr(DataConfig(), name)}
+    for name, value in changed.items():
+        trained = getattr(trained_on, name)
+        if name not in ("path", "cache", "on_error") and value != trained:
+            raise ValueError(f"--data.{name} {value}: the checkpoint's images have {trained}; leave it out")
+    return replace(trained_on, **changed)
+
+
+def open_split(config: DataConfig, split: str):
+    """The training or test split of the configured images."""
+    settings = {name: value for name, value in vars(config).items() if name not in ("path", "cache", "flip")}
+    return open_dataset(config.path, split=split, **settings)
+
+
+def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerator, *, flips: bool) -> LatentCache:
+    """The encoded images, from the cache folder or, on first use, encoded into it by all processes."""
+    expected = {**codec.identity, **dataset.describe(), "flips": flips}
+    folder = Path(config.cache) / cache_name(expected)
+    if from_main(accelerator, lambda: not (folder / "manifest.json").exists()):
+        build_cache(
+            folder,
+            dataset,
+            lambda images: codec.prepare(images.to(accelerator.device)).cpu(),
+            codec.provenance,
+            flips=flips,
+            batch_size=128,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            progress=accelerator.is_main_process,
+        )
+        accelerator.wait_for_everyone()
+    return LatentCache(folder, expected)
+
+
+def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num_classes: int) -> ModelSpec:
+    """The backbone that fits codec, diffusion and data; one without the parts that the diffusion trains is refused."""
+    parts: Mapping[str, Any] = getattr(diffusion, "model_args", {})  # of a backbone that is trained part by part
+    fitting = [
+        name for name, (backbone, _) in BACKBONES.items() if parts.keys() <= signature(backbone).parameters.keys()
+    ]
+    if config.model in BACKBONES and config.model not in fitting:
+        raise ValueError(f"--model {config.model}: kind {config.diffusion.kind} takes --model {', '.join(fitting)}")
+    channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
+    return ModelSpec(
+        name=config.model,
+        args={**parts, **config.model_args},
+        input_size=(height, width),
+        in_channels=channels,
+        out_channels=diffusion.output_channels(channels),
+        num_classes=num_classes,
+    )
