@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoders.codec import EMBEDDED, LatentCodec, weights_sha256
+from autoencoding.advice import advice
 from data.subsets import stratified
 from evaluation.record import provenance, table, write_json
 from evaluation.scoring import open_scorer, summarise
@@ -28,7 +29,7 @@ from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, exact, psnr, spatial_frequencies, spectrum, ssim
-from metrics.scores import Score
+from metrics.scores import METRICS, Score
 from sampling.generation import share
 from sampling.image_files import save_labelled
 
@@ -183,6 +184,9 @@ def measure_autoencoders(
             speed["decode img/s"] = round(throughput(partial(codec.decode, codec.encode(batch)), **timed), 1)
         about = {**source.provenance, **speed, "device": str(accelerator.device)}
         rows.append(summarise(replace(source, name=codec.source, provenance=about), [scores]))
+    if of_classes := [name for name in evaluation.metrics if METRICS[name].needs == "labelled"]:  # the probe's ceiling
+        scores, _ = scorer.score(images, reference, of_classes)
+        rows.append(summarise(images, [scores]))
     if not accelerator.is_main_process:
         return ""
 
@@ -210,6 +214,7 @@ def measure_autoencoders(
     ]
     if extractor.kind != "inception":
         lines.append(f"Distances on {on} compare autoencoders with each other; they are not FID.")
+    lines += advice(rows[: len(codecs)], codecs, data.image_size)
     return "\n".join([*lines, "written: " + ", ".join(map(str, [path, *pictures]))])
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,9 +36,9 @@ def reconstruct(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: 
     return torch.cat(parts)
 
 
-def mean_psnr(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> float:
-    """Peak signal-to-noise ratio of reconstructions in dB, the mean over images."""
-    return psnr(images, reconstruct(autoencoder, images, batch_size)).clamp(max=100).mean().item()
+def decibels(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> Float[Tensor, " n"]:
+    """Peak signal-to-noise ratio of each reconstruction, at most 100 dB."""
+    return psnr(images, reconstruct(autoencoder, images, batch_size)).clamp(max=100)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Previews:
         autoencoder, config, rows, values = self.ema.model.autoencoder, self.run.config, [], {}
         for name, dataset in self.held_out.items():
             images = pick(dataset, config.log.num_validation)
-            values[f"psnr_{name}"] = mean_psnr(autoencoder, images, config.train.batch_size)
+            values[f"psnr_{name}"] = decibels(autoencoder, images, config.train.batch_size).mean().item()
             shown = images[stratified(torch.zeros(len(images)).long(), min(COLUMNS, len(images)), seed=0)]
             rows += [shown, reconstruct(autoencoder, shown, COLUMNS)]
         self.run.show(torch.cat(rows), columns=len(rows[0]))

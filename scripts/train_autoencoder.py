@@ -37,7 +37,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
     from autoencoding.image_stream import open_batches, open_held_out
     from autoencoding.losses import PatchDiscriminator, build_objective
     from autoencoding.model import Autoencoding, autoencoder_optimizers, build_autoencoder, finish
-    from autoencoding.previews import Previews, mean_psnr, pick
+    from autoencoding.previews import Previews, decibels, pick
     from checkpoints.averages import EMA
     from checkpoints.checkpoint import current_commit
     from checkpoints.training_state import TrainingState
@@ -142,7 +142,10 @@ def train(run: Run[AutoencodingConfig]) -> None:
         return
     with run.interruption.at_once(can_save=True):
         autoencoder = ema.model.autoencoder
-        psnr = {f"psnr_{name}": mean_psnr(autoencoder, pick(images, 1024), 64) for name, images in held_out.items()}
+        psnr = {}
+        for name, images in held_out.items():
+            of_each = decibels(autoencoder, pick(images, 1024), 64)
+            psnr |= {f"psnr_{name}": of_each.mean().item(), f"psnr_{name}_tenth": of_each.quantile(0.1).item()}
         finish(
             run.folder / "autoencoder",
             autoencoder,

@@ -14,11 +14,14 @@ from small_autoencoders import create, write
 
 from autoencoders.codec import EMBEDDED, create_codec
 from autoencoding import measure as measuring
+from autoencoding.advice import choice
 from autoencoding.measure import Distance, default_output, measure, open_distance, posterior
 from data import open_dataset
+from evaluation.scoring import Row
 from evaluation.sources import from_images
 from metrics.pixelwise import psnr, spectrum, ssim
 from metrics.programs import save_program
+from metrics.scores import Score
 
 EVALUATE = script("evaluate.py")
 CPU, NUM, SIZE = torch.device("cpu"), 24, 32
@@ -46,6 +49,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), folder / "colors.pt")
     write("taesd", folder / "tiny")
+    (folder / "tiny" / "metrics.json").write_text('{"psnr_images_tenth": 90.0}')
     flags = ("--data.num_images", 5 * NUM, "--data.image_size", SIZE, "--extractor", "colors.pt", "--batch_size", 7)
     names = ("--autoencoder", "embedded,tiny", "--perceptual", "colors.pt")
     done = run("evaluate.py", *names, *flags, cwd=folder)
@@ -87,6 +91,42 @@ def test_records_say_how_to_derive_them_again(measured):
     assert "spatial_frechet_distance[colors]: none: colors has no spatial features; Inception has" in said
     assert "latents of embedded: 4 channels, 1/8 of the side; mean " in said
     assert "not FID" in said
+
+
+def test_it_ends_with_which_to_take_and_whether_the_images_are_of_its_kind(measured):
+    _, said, record = measured
+    *_, take, outside, _ = said.strip().splitlines()
+    title = "frechet_distance[colors]"
+    first, second = (row["scores"][title]["value"] for row in record["rows"])
+    best, other = ("embedded", "tiny") if first < second else ("tiny", "embedded")
+    assert take.startswith(f"Take {best}: {title}, ")
+    assert f"({other} {max(first, second):.2f}" in take or f"({other} {max(first, second):.4f})" in take
+    assert "from latents of 4x" in take
+    psnr = record["rows"][1]["scores"]["psnr"]["value"]
+    assert outside.startswith(f"These images lie outside of what tiny was made for: they come back at {psnr:.1f} dB")
+    assert "embedded" not in outside
+
+
+def row(name, speed, **scores):
+    return Row(name, {title: Score(*value) for title, value in scores.items()}, {"decode img/s": speed}, [])
+
+
+def test_autoencoders_that_errors_do_not_tell_apart_are_told_by_speed():
+    rows = [
+        row("a", 10, agreement=(0.80, 0.02)),
+        row("b", 40, agreement=(0.78, 0.02)),
+        row("c", 90, agreement=(0.6, 0.02)),
+    ]
+    said = choice(rows, {"a": (32, 8, 8), "b": (16, 8, 8), "c": (4, 8, 8)})
+    assert said.startswith("Take b: the fastest of 2 that agreement does not tell apart, 0.7800 ± 0.0200 (a 0.8000 ±")
+    assert "40 img/s (a 10 img/s, c 90 img/s) from latents of 16x8x8 (a 32x8x8, c 4x8x8)" in said
+
+
+def test_the_score_that_decides_is_one_that_all_have():
+    rows = [row("a", 1, fid=(None,), psnr=(20.0,)), row("b", 1, fid=(3.0,), psnr=(21.0,))]
+    assert choice(rows, {"a": (4, 8, 8), "b": (4, 8, 8)}).startswith("Take b: psnr, 21.00 (a 20.00)")
+    rows = [row("a", 1, psnr=(None,)), row("b", 1, psnr=(21.0,))]
+    assert choice(rows, {}) == "No score that all of them have says which to take."
 
 
 def test_pictures_stand_beside_the_record(measured):
