@@ -34,8 +34,7 @@ class EvaluateConfig(EvaluationFlags):
 
     Args:
         samples: a run or checkpoint (or hf://owner/name) to draw from, a folder or zip of images, or an npz
-        checkpoint: whose held-out images and autoencoder the samples are held against; by default samples, where it
-            is one
+        checkpoint: whose held-out images and autoencoder the samples are held against; by default samples itself
         reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images
         write_reference: write the held-out images and their moments to such an npz
         num_samples: images to draw, or to take; by default as many as there are held-out images
@@ -45,23 +44,19 @@ class EvaluateConfig(EvaluationFlags):
         baselines: also score real training images (the floor) and what the autoencoder makes of them (the ceiling of
             anything generated through it); by class, held-out images and what it makes of those
         memorisation: also find each sample's nearest training image
-        likelihood: also the log-likelihood of so many held-out images in bits per dimension, exact but for the steps of
-            the probability flow and an unbiased estimate of its divergence (Song et al. 2021); 0: none. Each costs
-            about 800 calls of the model
+        likelihood: also the log-likelihood of so many held-out images in bits per dimension (Song et al. 2021), each
+            about 800 calls of the model; 0: none
         self_check: check metrics and extractor on inputs with known answers, and do nothing else
-        output: JSON file, pictures beside it; by default scores.json in the run's folder (of other weights than its
-            newest scores-WHICH.json), of a fixed set NAME-scores.json beside it, of an autoencoder autoencoder.json in
-            its own folder, or in the working folder
+        output: JSON file, pictures beside it; by default scores.json in the run's folder (of older weights
+            scores-WHICH.json), NAME-scores.json beside a fixed set, autoencoder.json in an autoencoder's own folder
         latex: also write the table for LaTeX (booktabs), as .tex beside the JSON; its rows bear the runs' names
         seed: of the drawn samples, and of subsets
         precision: of sampling: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
-        autoencoder: in place of the one in the checkpoint's configuration; without samples, the one to measure: what
-            comes back of held-out images, and what its latents are like. Several, with commas in between, are rows
+        autoencoder: in place of the checkpoint's; without samples, the one to measure, or several with commas between
         perceptual: of an autoencoder alone: network to compare images by: 'lpips', 'vgg19', or a .pt2 or TorchScript
             file (images from 0 to 255 to features; a program: run only what you trust)
         heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
-        imports: the modules or .py files that the checkpoint was trained with, where they have moved, or of more
-            samplers and metrics (docs/extending.md)
+        imports: modules or .py files of samplers, metrics, ... (docs/extending.md), where a checkpoint's have moved too
         data: of the reference, where no checkpoint says or the file has moved (--data.path)
     """
 

@@ -25,24 +25,20 @@ class SampleConfig:
     Args:
         checkpoint: a run's folder, a checkpoint, its ema.safetensors, or hf://owner/name
         output: FILE.png or FILE.pdf for a grid, FILE.npz for arrays, else a folder with a subfolder a class; by default
-            samples.png in the run's folder, of other weights than its newest samples-WHICH.png
+            samples.png in the run's folder (of older weights samples-WHICH.png)
         classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same
         num_per_class: images of each
         seed: image i is a function of the seed, i and its label alone
-        sampling: in place of the checkpoint's own settings; --guidance_scale is short for --sampling.guidance_scale,
-            and so are all others
+        sampling: in place of the checkpoint's settings; --guidance_scale is short for --sampling.guidance_scale, ...
         batch_size: images at a time, on each process
         panel: also draw so many moments of the denoising, as a second picture: x_t above, predicted x_0 below
         stages: also draw what each stage of a cascade put out, side by side, as another picture
-        reconstruct: in place of samples, held-out images noised to this time, x_0 predicted from there in one step
-            and by the whole chain, side by side in reconstruct.png
-        interpolate: in place of samples, so many pictures on the way from the first class to the last, both ends
-            included, and to the seed `to_seed`
+        reconstruct: in place of samples, held-out images noised to this time, and x_0 from there in one step and by all
+        interpolate: in place of samples, so many pictures on the way from the first class to the last
         to_seed: where to go from `seed`
         precision: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
-        autoencoder: in place of the one in the checkpoint's configuration (a folder, say, where there is no hub)
-        imports: the modules or .py files that the checkpoint was trained with, where they have moved, or of more
-            samplers and metrics (docs/extending.md)
+        autoencoder: in place of the checkpoint's (a folder, say, where there is no hub)
+        imports: modules or .py files of samplers, ... (docs/extending.md), where the checkpoint's have moved too
         data: of the held-out images, where they have moved (--data.path)
     """
 

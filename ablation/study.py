@@ -70,8 +70,7 @@ class AblationConfig:
         variants: a name each, and the settings that it differs by
         grid: a list of values for each dotted key; every combination, of every variant, is a variant. `seed` is short
             for train.seed: runs that differ by it alone are one row, with its spread
-        baseline: name of the variant that the others are tested against, of several by a grid the first; by default the
-            first
+        baseline: name of the variant that the others are tested against; by default the first
         match: equal cost, if asked for
         scoring: the one scoring of all variants
         pictures: samples of each variant

@@ -9,8 +9,7 @@ from experiment.settings import within
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """Shape of the AutoencoderKL. It reduces each side by 2 ** (len(channels) - 1): three levels are f4, four f8, five
-    f16.
+    """Shape of the AutoencoderKL, which reduces each side by 2 ** (len(channels) - 1): four levels are f8.
 
     Args:
         channels: width of each level, finest first
@@ -35,8 +34,8 @@ class LossConfig:
         error: of pixels in [-1, 1]: 'l1' or 'l2' (squared); the mean over an image
         learned_variance: learn s, the logarithm of the pixels' scale; false: s is 0
         kl_weight: of the KL divergence from a standard normal, the mean over an image's latent values
-        perceptual: 'lpips' (Zhang et al. 2018, on VGG16; torchvision's weights), 'vgg19', a .pt2 (torch.export) or
-            TorchScript file (images from 0 to 255 to features; a program: run only what you trust), or null: none
+        perceptual: 'lpips' (Zhang et al. 2018), 'vgg19', a .pt2 or TorchScript file (images from 0 to 255 to features;
+            a program: run only what you trust), or null: none
         perceptual_weight: of the squared distance of their features
         heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
     """
@@ -56,8 +55,7 @@ class DiscriminatorConfig:
     Args:
         weight: of its opinion in the autoencoder's loss, times the adaptive one; 0: no discriminator
         start: optimizer step at which it starts to learn and to count
-        max_adaptive: most that the adaptive weight may be: the ratio of the gradients that the likelihood and the
-            discriminator give to the decoder's last layer (Esser et al. 2021, eq. 7)
+        max_adaptive: most that the adaptive weight, a ratio of gradients, may be (Esser et al. 2021, eq. 7)
         channels: width of its first convolution
         num_layers: convolutions of stride two
         lr: learning rate; warm-up and decay are the autoencoder's
@@ -79,8 +77,7 @@ class AutoencoderOptimConfig(OptimConfig):
 
     Args:
         decay_epochs: of 'step': steps between two drops
-        muon_lr: peak learning rate of Muon (Jordan et al. 2024) on matrices and convolutions, which leaves the rest to
-            AdamW (an update has a root mean square of 0.2 lr); null: AdamW on all
+        muon_lr: peak learning rate of Muon (Jordan et al. 2024) on matrices and convolutions; null: AdamW on all
     """
 
     grad_clip: float = within("[0, inf)", 1.0)
@@ -121,11 +118,9 @@ class AutoencodingConfig(RunConfig):
     Args:
         name: of the run's folder, runs/<name>
         resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which architecture
-            and data stay; 'auto': so with the folder of this name, if there is one to resume, else start
-        init_from: an autoencoder to start from: 'embedded', a folder in diffusers' format, or a hub id; its shape takes
-            the place of `architecture`
-        decoder_only: leave the encoder as it was: latents stay the same bit by bit, so that caches and backbones that
-            were trained on them stay valid; with init_from
+            and data stay; 'auto': so with the folder of this name, or else start
+        init_from: an autoencoder to start from, in place of `architecture`: 'embedded', a folder, or a hub id
+        decoder_only: leave the encoder of init_from as it was, so that caches and backbones on its latents stay valid
         half: write weights in float16, half the size
         shapes_share: share of procedural shapes, of all difficulties, in each batch of images
         data: images and how they are read; labels are not used

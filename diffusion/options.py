@@ -11,27 +11,22 @@ class SamplingOptions:
     """Which sampler takes which steps, and what guides them.
 
     Args:
-        sampler: null is the diffusion's own: 'ddpm' (gaussian: ancestral), 'euler' (flow), 'heun' (edm: second order,
-            two calls a step) or 'iterated' (a cascade's 'dae' and 'resnet', which have no other); others: 'ddim',
-            'euler_maruyama' (of the reverse SDE), 'dpmpp_2m' and 'dpmpp_3m' (DPM-Solver++, as published),
-            'exponential_ab3' (of order 3: for many steps), 'dpmpp_2m_sde' (with noise), 'unipc' (predictor and
-            corrector)
-        sampler_args: the sampler's own arguments, such as --sampling.sampler_args.eta 0.5: 'ddim' takes eta, its
-            randomness, 0 (none) to 1 (that of 'ddpm'); 'heun' takes churn, noise added over the whole chain (Karras et
-            al. 2022)
+        sampler: null is the diffusion's own: 'ddpm' (gaussian), 'euler' (flow), 'heun' (edm: two calls a step) or
+            'iterated' (a cascade's 'dae' and 'resnet'); others: 'ddim', 'euler_maruyama' (of the reverse SDE),
+            'dpmpp_2m', 'dpmpp_2m_sde' and 'dpmpp_3m' (DPM-Solver++), 'exponential_ab3' (for many steps), 'unipc'
+        sampler_args: the sampler's own arguments, such as --sampling.sampler_args.eta 0.5: 'ddim' takes eta, 0 (not
+            random) to 1 (as 'ddpm'); 'heun' takes churn, noise added over the whole chain (Karras et al. 2022)
         num_steps: steps a sample: calls of the model, each of both halves under guidance
         spacing: of the steps: null is the diffusion's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
             'trailing', 'quadratic', 'log_snr'; or a text file of noise levels sigma / alpha
         guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
-        guidance_interval: least and largest noise level sigma / alpha at which to guide (Kynkäänniemi et al. 2024);
-            null: everywhere
+        guidance_interval: least and largest noise level sigma / alpha at which to guide (Kynkäänniemi et al. 2024)
         guidance_rescale: 0 to 1: how far to bring the output's standard deviation back (Lin et al. 2023: 0.7)
-        guidance_parallel: share of the push along the predicted image that is kept; 0 is adaptive projected guidance
-            (Sadat et al. 2024), which keeps colours from saturating at large scales
+        guidance_parallel: share of the push along the predicted image that is kept; 0: projected (Sadat et al. 2024)
         guidance_radius: largest norm of the push; null: none
         legacy_cfg_channels: guide the first channels only, as published samplers did (3); null: all
-        clip: largest absolute value of the data, to which each step's prediction of them is cut (Ho et al. 2020); null:
-            what the autoencoder says: 1 in pixel space, no limit for latents; .inf: no limit
+        clip: largest absolute value of each step's predicted data (Ho et al. 2020); null: 1 in pixel space, no limit
+            for latents; .inf: no limit
     """
 
     sampler: str | None = None

@@ -27,8 +27,7 @@ class DataConfig:
         image_size: side in pixels; images are cropped to the centre square and resized where needed
         test_fraction: share of each class held out, where the source has no train/ and test/ of its own
         split_seed: seed of that split
-        group_near_duplicates: keep images that look alike (a perceptual hash, of mirrored ones too) on one side of
-            that split, and say how many
+        group_near_duplicates: keep images that look alike (by a perceptual hash) on one side of that split
         exclude_classes: class folders to leave out
         use_labels: false trains an unconditional model on labelled folders
         min_size: leave out images with a side below so many pixels, and say how many
@@ -56,9 +55,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The diffusion and its objective. What is null is the kind's own default; what belongs to another kind is refused.
-
-    Its settings are those of all kinds that are registered, which `open_section` adds."""
+    """The diffusion and its objective: settings of all kinds. What is null is the kind's own default."""
 
     kind: str = "gaussian"
 
@@ -74,16 +71,14 @@ open_section(DiffusionConfig, DIFFUSIONS)
 
 @dataclass(frozen=True)
 class AuxiliaryConfig:
-    """A further term of the loss, of the data that the backbone predicts: weight * alpha-bar * term; of a cascade's
-    refined images: weight * term.
+    """A further term of the loss, of the data that the backbone predicts, times alpha-bar.
 
     Args:
         kind: 'perceptual' (distance in a frozen network's features; in pixel space) or 'feature_matching' (in the
             backbone's own features: of a U-Net's encoder, of others a quarter and half of the way through)
         weight: of the term
-        network: of 'perceptual': 'vgg19' (its fourth convolution; torchvision's weights), 'lpips' (Zhang et al. 2018,
-            on VGG16; the term is that distance), or a .pt2 (torch.export) or TorchScript file: images from 0 to 255 to
-            features (a program: run only what you trust)
+        network: of 'perceptual': 'vgg19' (its fourth convolution), 'lpips' (Zhang et al. 2018, on VGG16), or a .pt2 or
+            TorchScript file: images from 0 to 255 to features (a program: run only what you trust)
         heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
     """
 
@@ -99,12 +94,10 @@ class OptimConfig:
 
     Args:
         lr: learning rate, reached linearly over warmup_steps
-        muon_lr: learning rate of Muon (Jordan et al. 2024) on the matrices of the backbone's blocks, which leaves the
-            rest to AdamW; null: AdamW alone. It learns more from each image (docs/results.md), for a step that takes
-            longer the smaller the batch
+        muon_lr: learning rate of Muon (Jordan et al. 2024) on the matrices of the backbone's blocks; null: AdamW alone
         warmup_steps: optimizer steps until then
-        decay: after the warm-up 'constant', 'cosine' to zero at the last step, or 'step', by decay_factor every
-            decay_epochs; a training in phases has a warm-up and a decay in each
+        decay: after the warm-up 'constant', 'cosine' to zero, or 'step', by decay_factor every decay_epochs; each phase
+            of a training has its own
         decay_epochs: of 'step'
         decay_factor: of 'step'
         betas: decay rates of the moments
@@ -174,8 +167,7 @@ class SamplingConfig(SamplingOptions):
     """How samples are drawn, by sample.py, evaluate.py and the grids during training.
 
     Args:
-        guidance_checkpoint: a run or checkpoint, smaller or less trained, to be guided away from in place of the
-            unlabelled prediction (autoguidance, Karras et al. 2024)
+        guidance_checkpoint: a smaller or less trained run to be guided away from (autoguidance, Karras et al. 2024)
     """
 
     guidance_checkpoint: str | None = None
@@ -193,13 +185,11 @@ class EvaluationConfig:
     Args:
         extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a file, .pt2
             (torch.export) rather than TorchScript: uint8 images to features and class probabilities. A file is a
-            program, a TorchScript one may read and write files: run only what you trust
-        weights_path: weights of a named extractor, where they cannot be downloaded; of timm's .safetensors, .pth or
-            .bin
+            program: run only what you trust
+        weights_path: weights of a named extractor, where they cannot be downloaded
         metrics: {metrics}
         num_samples: images to draw; by default as many as there are held-out images
-        labels: of the drawn samples: 'balanced' (all classes in turn), 'reference' (the held-out images' own) or
-            'random'
+        labels: of the drawn samples: 'balanced' (classes in turn), 'reference' (the held-out images' own) or 'random'
         seed: of the drawn samples
         batch_size: images at a time, on each process
     """
@@ -245,8 +235,7 @@ class LogConfig(AnyLogConfig):
         validate_every: loss of the averaged weights on the held-out split
         evaluate_every: scores of the averaged weights' samples, as `evaluation` says
         keep_every: every checkpoint whose step is a multiple of it stays too; 0: none
-        best: a metric of which the best checkpoint stays too, as checkpoints/best: 'validation_loss', or a score such
-            as 'fid', of which evaluation writes one
+        best: whose best checkpoint stays too, as checkpoints/best: 'validation_loss', or a score such as 'fid'
     """
 
     validate_every: int = within("[0, inf)", 1000)
@@ -304,14 +293,11 @@ class ExperimentConfig(RunConfig):
         imports: Python modules, by name or as .py files, that add backbones, samplers, ... (docs/extending.md)
         name: of the run's folder, runs/<name>; by default the model's name
         resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which model,
-            autoencoder, diffusion and data stay; 'auto': so with the folder of this name, if there is one to resume,
-            else start
-        init_from: a run or checkpoint (or hf://owner/name) whose averaged weights a fresh run starts from: those of the
-            same name and shape
+            autoencoder, diffusion and data stay; 'auto': so with the folder of this name, or else start
+        init_from: a run or checkpoint (or hf://owner/name) whose averaged weights a fresh run starts from
         data: images and how they are read
         diffusion: the diffusion and its objective
-        auxiliary: further terms of the loss, a list such as '[{kind: perceptual, weight: 0.1}, {kind: feature_matching,
-            weight: 0.05}]'; each is logged by its kind
+        auxiliary: further terms of the loss, a list such as '[{kind: perceptual, weight: 0.1}]'
         optim: optimizer and learning rate
         train: length, batch and numbers of the training
         sampling: how samples are drawn

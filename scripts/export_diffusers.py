@@ -23,9 +23,7 @@ class ExportConfig:
     Args:
         checkpoint: a run's folder, a checkpoint, its ema.safetensors, or hf://owner/name
         output: the folder to write
-        sampling: in place of the checkpoint's own settings, also in short (--sampler): of samplers 'ddpm', 'ddim' and
-            'dpmpp_2m' (gaussian) or 'euler' (flow, edm), of spacings 'uniform' and 'trailing' (gaussian), 'uniform'
-            (flow) or 'karras' (edm); num_steps and guidance_scale are the pipeline's defaults
+        sampling: in place of the checkpoint's own settings, also in short (--sampler)
         autoencoder: in place of the one in the checkpoint's configuration
         imports: the modules or .py files that the checkpoint was trained with, where they have moved
     """

@@ -45,13 +45,11 @@ class ImportConfig:
     Args:
         source: 'dit' and 'sit' (Meta's .pt), 'uvit' (the .pth of Bao et al.), 'uvit-adaln', 'uswin' or 'xswin' (.pt of
             the XSwin authors' repository); 'tiny' (the autoencoders TAESD, TAESDXL, TAESD3, TAEF1, TAEF2)
-        weights: the file: a state dict, or a training checkpoint, of which the averaged weights are taken; .pt, .pth or
-            .safetensors. Of 'tiny' two: the encoder's and the decoder's
+        weights: the file: a state dict, or a training checkpoint; of 'tiny' two: the encoder's and the decoder's
         output: folder of the new checkpoint or autoencoder
         autoencoder: whose latents the model denoises: a hub id, a folder in diffusers' format, or 'pixel'
         classes: text file with the name of a class a line; by default ImageNet's where there are 1000, else numbers
-        data: the images that it was trained on, for evaluate.py (--data.path); of 'tiny' those whose latents are to
-            have mean 0 and variance 1
+        data: the images that it was trained on (--data.path); of 'tiny' those whose latents are to be normalised
         image_size: side in pixels; by default 8 times the latent's
         num_heads: where the width is none of the published sizes
     """

@@ -32,8 +32,7 @@ class PrepareConfig:
     """Fetch a public dataset into a zip with a class a folder (train/ and test/ above, where it has them).
 
     Args:
-        dataset: 'caltech101', 'cifar10', 'mnist' (torchvision), or 'hf:OWNER/NAME', any image dataset of the Hugging
-            Face hub (pip install -e '.[hub]')
+        dataset: 'caltech101', 'cifar10', 'mnist', or 'hf:OWNER/NAME', any of the hub's (pip install -e '.[hub]')
         output: the zip to write; a manifest goes to the same name with .json
         image_size: cut to the centre square and resize to this side; by default images stay as they are
         image_column: of a hub dataset

@@ -24,11 +24,9 @@ class RecogniseConfig:
     """Train a small classifier on real images, say how it does on held-out ones and on labelled samples.
 
     Args:
-        samples: an npz of sample.py: images in arr_0, the labels asked for in arr_1; without it the classifier is made
-            alone
+        samples: an npz of sample.py; without it the classifier is made alone
         data: the real images
-        classifier: file to keep the classifier in, which also serves as --extractor: .pt2 (torch.export) or .pt
-            (TorchScript)
+        classifier: file to keep the classifier in, which also serves as --extractor: .pt2, or .pt (TorchScript)
         perceptual: such a file to keep its first four convolutions in, for --auxiliary's `network`
         output: JSON file of the figures; by default only printed
         epochs: passes over the real images

@@ -29,8 +29,7 @@ def cascade(
     A one-step `x_0` divides errors of `epsilon` by alpha: that prediction is for chains that do not end in noise.
 
     Args:
-        coarse: the first stage, the backbone's of that name with it: 'diffusion', 'dae' (a denoising autoencoder,
-            sampled by denoising again and again) or 'resnet' (from noise)
+        coarse: the first stage: 'diffusion', 'dae' (a denoising autoencoder) or 'resnet' (from noise)
         upsampler: 'pixelshuffle', 'bilinear' (and a convolution), 'resnet' or 'interpolation'
         refiner: 'vit', 'conv', 'none', or 'diffusion' (super-resolution: Ho et al. 2021)
         factor: side of the images over that of the first stage's
@@ -39,10 +38,8 @@ def cascade(
         prediction: of diffusions: 'epsilon', 'x_0' or 'v'
         sigma: of 'dae': standard deviation of its noise
         phases: relative lengths of the training's three: the first stage, the other two, all
-        forcing: probability that the upsampler is given the true small image, at the beginning and end of the second
-            phase and of the third
-        augmentation: of the refiner 'diffusion': noise of the image that it refines, the most in training and that at
-            sampling, as shares of the diffusion's times; zeros: none
+        forcing: probability of the true small image at the beginning and end of the second phase and of the third
+        augmentation: of the refiner 'diffusion': noise of its image in training and at sampling, as shares of times
     """
     from diffusion.schedules import check_name
     from studies.cascade.cascade import PHASES, Cascade
