@@ -56,7 +56,6 @@ class Staged(Protocol):
         noise: Images,
         y: Labels,
         *,
-        guide_model: Any | None,
         draw_noise: Callable[[Tensor], Tensor],
         on_stage: Callable[[str, Tensor], None],
     ) -> Images: ...
@@ -100,7 +99,6 @@ def sample(
     y: Labels,
     options: SamplingOptions | None = None,
     *,
-    guide_model: Denoiser | None = None,
     num_classes: int | None = None,
     extras: Mapping[str, Any] = NOTHING,
     start: int | float | None = None,
@@ -118,7 +116,6 @@ def sample(
     in. A model that is training is evaluated, and left as it was. ValueErrors name the flag of an option.
 
     Args:
-        guide_model: the worse model of autoguidance, in place of the unlabelled half of classifier-free guidance.
         num_classes: the null label that guidance needs; by default the model's attribute of that name.
         extras: what the model is called with beside (x_t, t, y); tensors have a row a sample.
         start: a time of the chain to begin at; `noise` is then the `x_t` there.
@@ -132,15 +129,14 @@ def sample(
         raise ValueError(f"step_noise {list(step_noise.shape)} must be {expected}: a slice a step")
     null_label = getattr(model, "num_classes", 0) if num_classes is None else num_classes
     walk = Walk(options, null_label, extras, start, step_noise, generator, callback)
-    with evaluating(model, guide_model):
+    with evaluating(model):
         if not isinstance(diffusion, Staged):
-            return walk(diffusion, model, noise, y, guide_model=guide_model)
+            return walk(diffusion, model, noise, y)
         return diffusion.generate(
             walk,
             model,
             noise,
             y,
-            guide_model=guide_model,
             draw_noise=lambda like: randn_like(like, generator),
             on_stage=on_stage or (lambda name, x_0: None),
         )
@@ -158,9 +154,7 @@ class Walk:
     generator: Generators | None
     callback: Callback | None
 
-    def __call__(
-        self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels, *, guide_model: Denoiser | None
-    ) -> Images:
+    def __call__(self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels) -> Images:
         options, mix = self.options, mix_of(self.options, diffusion)
 
         @cache
@@ -171,7 +165,6 @@ class Walk:
                 scale,
                 latent_channels=noise.shape[1],
                 legacy_cfg_channels=options.legacy_cfg_channels,
-                guide_model=None if guide_model is None else diffusion.precondition(guide_model),
                 mix=mix,
             )
 
@@ -201,9 +194,9 @@ class Walk:
 
 
 @contextmanager
-def evaluating(*models: object) -> Iterator[None]:
-    """Those that are modules in eval mode, without dropout; afterwards each part is in its own mode again."""
-    parts = [part for model in models if isinstance(model, nn.Module) for part in model.modules() if part.training]
+def evaluating(model: object) -> Iterator[None]:
+    """A module in eval mode, without dropout; afterwards each part is in its own mode again."""
+    parts = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
     for part in parts:
         part.training = False
     try:
