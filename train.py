@@ -41,7 +41,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from evaluation.scoring import open_scorer
     from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
-    from sampling.checks import resolve_sampling
+    from sampling.checks import load_guide_model, resolve_sampling
     from training.batches import Batches
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspection, check_best
@@ -60,6 +60,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     num_guided = config.guided_classes(spec.num_classes)
     sampling = resolve_sampling(config.sampling, diffusion, num_guided, spec.in_channels)
+    meant = (config.diffusion, spec, accelerator.device, images.classes, run.identity)
+    guide_model = load_guide_model(sampling, *meant)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     accelerator.print(intake(images, held_out_images))
     if run.is_main and accelerator.device.type == "cpu":
@@ -95,7 +97,7 @@ def train(run: Run[ExperimentConfig]) -> None:
 
     # A fresh run, or the newest whole checkpoint of an old one.
     guard = Guard()
-    inspection = Inspection(run, ema, objective, codec, held_out, sampling, scorer)
+    inspection = Inspection(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
     run.begin(
         TrainingState({"model": backbone}, {"optimizer": optimizer}, ema),
         {"model": guard},

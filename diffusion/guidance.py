@@ -1,8 +1,11 @@
-"""Guidance without a classifier (Ho and Salimans 2022): labels dropped in training, samples pushed away from what the
-model predicts without one."""
+"""Guidance: dropping labels in training, and pushing samples away from a worse prediction.
+
+The worse prediction is the model's own without a label (classifier-free, Ho and Salimans 2022) or that of a smaller or
+less trained model (autoguidance, Karras et al. 2024).
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,16 +47,18 @@ def guide(
     *,
     latent_channels: int,
     legacy_cfg_channels: int | None = None,
+    guide_model: Denoiser | None = None,
     mix: Mix = linear,
 ) -> Denoiser:
     """The model pushed away from a worse prediction: by default `null + scale * (conditional - null)`, as one batch.
 
     `scale` is 1 + w in the paper's letters: 1 is the conditional model, returned as it is. A learned variance stays the
-    conditional one; `legacy_cfg_channels=3` guides the first three channels only, as published DiT samplers do.
+    conditional one; `legacy_cfg_channels=3` guides the first three channels only, as published DiT samplers do. A
+    `guide_model`, given the same label, takes the place of the unlabelled half.
     """
     if scale == 1.0:
         return model
-    if num_classes == 0:
+    if num_classes == 0 and guide_model is None:
         raise ValueError(
             f"--sampling.guidance_scale {scale}: the model is unconditional, it has no labels to be guided by; use 1"
         )
@@ -61,13 +66,19 @@ def guide(
     if not 1 <= guided_channels <= latent_channels:
         raise ValueError(f"--sampling.legacy_cfg_channels {guided_channels} must lie in 1..{latent_channels}")
 
-    def guided(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
+    def both(x_t: Tensor, t: Tensor, y: Tensor, extras: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        if guide_model is not None:
+            return model(x_t, t, y, **extras).float(), guide_model(x_t, t, y, **extras).float()
         null_label = torch.full_like(y, num_classes)
         twice = {
             name: torch.cat([value, value]) if isinstance(value, Tensor) else value for name, value in extras.items()
         }
         output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label]), **twice).float()
-        good, worse = output.chunk(2)
+        conditional, unconditional = output.chunk(2)
+        return conditional, unconditional
+
+    def guided(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
+        good, worse = both(x_t, t, y, extras)
         part = slice(guided_channels)
         return torch.cat([mix(good[:, part], worse[:, part], scale, x_t[:, part], t), good[:, guided_channels:]], dim=1)
 

@@ -164,7 +164,13 @@ class TrainConfig(AnyTrainConfig):
 
 @dataclass(frozen=True)
 class SamplingConfig(SamplingOptions):
-    """How samples are drawn, by sample.py, evaluate.py and the grids during training."""
+    """How samples are drawn, by sample.py, evaluate.py and the grids during training.
+
+    Args:
+        guidance_checkpoint: a smaller or less trained run to be guided away from (autoguidance, Karras et al. 2024)
+    """
+
+    guidance_checkpoint: str | None = None
 
 
 @unset

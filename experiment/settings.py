@@ -41,7 +41,6 @@ FORMER: dict[
     ("sampling", "churn"): [0],
     ("sampling", "guidance_schedule"): ["constant"],
     ("sampling", "guidance_momentum"): [0],
-    ("sampling", "guidance_checkpoint"): [],
     ("discriminator", "loss"): ["hinge"],
     ("discriminator", "norm"): ["group"],
 }

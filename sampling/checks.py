@@ -1,11 +1,21 @@
-"""What a sampler is told: completed by what the model is, and checked before the first step."""
+"""What a sampler is told: completed by what the model is, and checked before the first step; and its guide."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
+from torch import nn
+
+from checkpoints.checkpoint import open_checkpoint
+from data.latents import short
 from diffusion import Diffusion
 from diffusion.samplers import check_options
-from experiment.config import SamplingConfig
+from experiment.build import diffusion_settings
+from experiment.config import DiffusionConfig, SamplingConfig
+from models import ModelSpec
+
+OF_TRAINING = {"loss", "weighting", "times", "shift", "P_mean", "P_std", "phases", "forcing"}  # mean no other output
 
 
 def resolve_sampling(
@@ -20,13 +30,13 @@ def resolve_sampling(
     defaults: dict[str, Any] = {}
     if overrides.get("sampler", config.sampler) != config.sampler:
         defaults["sampler_args"] = {}  # which are those of the sampler that is replaced
-    if not num_guided:
+    if not num_guided and config.guidance_checkpoint is None:
         defaults["guidance_scale"] = 1.0
     config = replace(config, **defaults | overrides)
     sampler, spacing = config.sampler or diffusion.default_sampler, config.spacing or diffusion.default_spacing
     config = replace(config, sampler=sampler, spacing=spacing)
     check_options(config, diffusion)
-    if not num_guided and config.guidance_scale != 1.0:
+    if not num_guided and config.guidance_scale != 1.0 and config.guidance_checkpoint is None:
         raise ValueError(
             f"--sampling.guidance_scale {config.guidance_scale}: the model is unconditional, or was trained with "
             "--train.label_dropout 0, and has no null label to be guided away from; leave it at 1"
@@ -35,3 +45,38 @@ def resolve_sampling(
         raise ValueError(f"--sampling.legacy_cfg_channels {config.legacy_cfg_channels}: there are {num_channels}")
     diffusion.reverse_steps(config.num_steps, config.spacing)
     return config
+
+
+def load_guide_model(
+    sampling: SamplingConfig,
+    diffusion: DiffusionConfig,
+    spec: ModelSpec,
+    device: torch.device,
+    classes: Sequence[str],
+    identity: Mapping[str, Mapping[str, Any]],
+) -> nn.Module | None:
+    """The averaged model of `guidance_checkpoint`, if there is one: the worse model of autoguidance (Karras et al.
+    2024). A ValueError where it differs from the guided model, of which the rest is said, in more than backbone and
+    training."""
+    if sampling.guidance_checkpoint is None:
+        return None
+    guide = open_checkpoint(sampling.guidance_checkpoint)
+    knows_codecs = "codec" in identity and "codec" in guide.identity
+
+    def meaning(diffusion: DiffusionConfig, spec: ModelSpec, classes: Sequence[str], identity: Any) -> dict[str, Any]:
+        facts = {"kind": diffusion.kind, **diffusion_settings(diffusion)}
+        facts |= {name: getattr(spec, name) for name in ("input_size", "in_channels", "out_channels", "num_classes")}
+        facts["classes"] = short(list(classes))
+        if knows_codecs:
+            facts["latents"] = short({name: identity["codec"].get(name) for name in ("sha256", "scale", "shift")})
+        return facts
+
+    ours = meaning(diffusion, spec, classes, identity)
+    theirs = meaning(guide.config.diffusion, guide.spec, guide.classes, guide.identity)
+    for name in (name for name in ours if name not in OF_TRAINING):
+        if theirs.get(name) != ours[name]:
+            raise ValueError(
+                f"--guidance_checkpoint {sampling.guidance_checkpoint}: its {name} is {theirs.get(name)}, the guided "
+                f"model's {ours[name]}; only backbone and training may differ"
+            )
+    return guide.load_model(device)

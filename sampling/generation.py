@@ -23,6 +23,7 @@ from diffusion.samplers import Callback, Staged, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch
+from sampling.checks import load_guide_model
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Generator:
     seed: int
     accelerator: Accelerator
     callback: Callback | None = None
+    guide_model: nn.Module | None = None  # of autoguidance
     on_stage: Callable[[str, Tensor], None] | None = None
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
@@ -62,7 +64,7 @@ class Generator:
         start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 H W"]:
         """From noise, or from `x_t` at the time `start`, to images; a generator each for the random steps."""
-        told: dict[str, Any] = {"generator": generators, "start": start}
+        told: dict[str, Any] = {"guide_model": self.guide_model, "generator": generators, "start": start}
         told["clip"] = self.codec.limit if self.sampling.clip is None else self.sampling.clip
         told |= {"callback": self.callback, "on_stage": self.on_stage}
         bf16 = self.accelerator.mixed_precision == "bf16"
@@ -82,9 +84,11 @@ def generator_of(
     model: nn.Module | None = None,
     **callbacks: Any,
 ) -> Generator:
-    """Of a checkpoint's averaged weights, which `model` holds where they are loaded."""
-    diffusion, size = checkpoint.build_diffusion(), checkpoint.image_size
-    model = model or checkpoint.load_model(accelerator.device)
+    """Of a checkpoint's averaged weights, which `model` holds where they are loaded, with its guide."""
+    device, diffusion, size = accelerator.device, checkpoint.build_diffusion(), checkpoint.image_size
+    trained = (checkpoint.config.diffusion, checkpoint.spec, device, checkpoint.classes, checkpoint.identity)
+    callbacks["guide_model"] = load_guide_model(sampling, *trained)
+    model = model or checkpoint.load_model(device)
     return Generator(model, diffusion, codec, labels, sampling, size, seed, accelerator, **callbacks)
 
 

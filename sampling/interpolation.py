@@ -46,7 +46,8 @@ def interpolate(
     noise = slerp(ends[0], ends[1], shares[:, None, None, None])
     if labels[0] == labels[1]:
         return generator.denoise(noise, torch.full((num_images,), labels[0], device=device), streams).cpu()
-    blend = replace(generator, model=Blend(generator.model, labels, shares))
+    models = {"model": generator.model, "guide_model": generator.guide_model}  # a guide is told of the same classes
+    blend = replace(generator, **{name: each and Blend(each, labels, shares) for name, each in models.items()})
     return blend.denoise(noise, torch.arange(num_images, device=device), streams).cpu()
 
 

@@ -13,7 +13,7 @@ from checkpoints.checkpoint import WEIGHTS, Checkpoint, read_metadata, read_tens
 from evaluation.table import code, markdown, plain
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
-PLACES = {"path", "cache", "resume", "init_from", "weights_path", "checkpoint"}  # of settings
+PLACES = {"path", "cache", "resume", "init_from", "guidance_checkpoint", "weights_path", "checkpoint"}  # of settings
 PICTURES = {"samples.png": "Samples", "loss.png": "Loss", "progress.png": "The same noise in the course of training"}
 
 

@@ -223,6 +223,19 @@ def test_a_coarse_stage_from_noise_is_given_noise_alone():
     assert torch.equal(drawn, 2 * noise)
 
 
+def test_beside_a_guide_no_stage_is_guided_by_the_null_label():
+    """It may never have been trained."""
+    process, model = cascade("diffusion", "interpolation", "diffusion")
+    seen = []
+    for stage in (model.coarse, model.refiner):
+        stage.cond.register_forward_pre_hook(lambda _, given: seen.append(given[1].unique().tolist()))
+    settings = {"num_steps": 2, "guidance_scale": 2.0}
+    sample(process, model, randn(2, 3, 16, 16), torch.tensor([0, 2]), guide_model=cascade()[1], **settings)
+    assert seen == [[0, 2]] * 4
+    sample(process, model, randn(2, 3, 16, 16), torch.tensor([0, 2]), **settings)
+    assert seen[4:] == [[0, 2, 3]] * 4
+
+
 def test_super_resolution_is_told_how_much_noise_the_coarse_image_holds():
     """Training spreads it up to its largest, sampling holds it at one; a perfect denoiser then gives the image."""
     images = GaussianDiffusion(num_timesteps=50, variance="fixed_small")

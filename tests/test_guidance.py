@@ -9,12 +9,18 @@ from exact import DIFFUSIONS, labels, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from autoencoders.codec import PixelCodec
+from checkpoints.checkpoint import metadata_of
 from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOptions, sample
 from diffusion.guidance import drop_labels, guide, linear, projected, rescaled
 from diffusion.paths import GaussianChain
 from diffusion.samplers import check_options
+from experiment.config import ExperimentConfig, SamplingConfig
+from models import ModelSpec
 from published.weights import arguments_of, load_reference
+from sampling.checks import load_guide_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"
 NUM_CLASSES = 10
@@ -208,6 +214,39 @@ def test_adaptive_projection_is_the_algorithm_of_the_paper():
             torch.testing.assert_close(mixed, good[index] + 2.0 * (push - along + 0.2 * along), rtol=1e-4, atol=1e-4)
 
 
+def test_autoguidance_pushes_away_from_the_worse_model_with_the_same_label():
+    seen = []
+
+    def worse(x, t, y):
+        seen.append(y.tolist())
+        return torch.full_like(x, 0.5)
+
+    diffusion = GaussianDiffusion(prediction="x_0", variance="fixed_small")
+    settings = {"sampler": "ddim", "num_steps": 3, "guidance_scale": 2.0, "guide_model": worse}
+    x_0 = sample(diffusion, lambda x, t, y: torch.ones_like(x), randn(2, 1, 2, 2), torch.tensor([0, 1]), **settings)
+    torch.testing.assert_close(x_0, torch.full_like(x_0, 1.5))
+    assert seen == [[0, 1]] * 3
+
+
+def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
+    """As many classes of other names, as many channels of another autoencoder: its outputs mean something else."""
+    spec = ModelSpec("DiT", {"dim": 8, "depth": 1, "num_heads": 1}, (4, 4), 3, 6, 2)
+    config, identity = ExperimentConfig("DiT", spec.args, "pixel"), {"codec": PixelCodec.provenance}
+    metadata = metadata_of(config, 5, identity, spec=spec, classes=["cat", "dog"])
+    save_file(spec.build().state_dict(), tmp_path / "guide.safetensors", metadata=metadata)
+
+    def load(classes, identity):
+        sampling = SamplingConfig(guidance_checkpoint=str(tmp_path / "guide.safetensors"))
+        return load_guide_model(sampling, config.diffusion, spec, torch.device("cpu"), classes, identity)
+
+    for known in (identity, {}):  # of older checkpoints nothing is known
+        assert load(["cat", "dog"], known) is not None
+    with pytest.raises(ValueError, match=r'its classes is \["cat", "dog"\], the guided model\'s \["dog", "cat"\]'):
+        load(["dog", "cat"], identity)
+    with pytest.raises(ValueError, match=r"its latents is .* only backbone and training may differ"):
+        load(["cat", "dog"], {"codec": {**PixelCodec.provenance, "scale": 2.0}})
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -223,8 +262,9 @@ def test_refinements_out_of_range_are_refused_in_words(arguments, words):
         check_options(options, GaussianDiffusion())
 
 
+@pytest.mark.parametrize("worse", [False, True])
 @pytest.mark.parametrize("diffusion", [GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM()])
-def test_what_a_model_is_called_with_beside_time_and_label_reaches_both_halves(diffusion, monkeypatch):
+def test_what_a_model_is_called_with_beside_time_and_label_reaches_both_halves(diffusion, worse, monkeypatch):
     """Of a whole batch and of a sampler's own: tensors a row a sample, in the order of the samples."""
     seen = []
 
@@ -241,8 +281,8 @@ def test_what_a_model_is_called_with_beside_time_and_label_reaches_both_halves(d
             yield x_0, x_0
 
     monkeypatch.setitem(SAMPLERS, "told", told)
-    settings = {"sampler": "told", "num_steps": 1, "guidance_scale": 2.0}
+    settings = {"sampler": "told", "num_steps": 1, "guidance_scale": 2.0, "guide_model": Told() if worse else None}
     size = torch.tensor([[1.0], [2.0], [3.0]])
     sample(diffusion, Told(), randn(3, 1, 2, 2), labels(3), extras={"size": size}, **settings)
     rows = [1.0, 2.0, 3.0]
-    assert seen == [(rows * 2, "the end")]
+    assert seen == ([(rows, "the end")] * 2 if worse else [(rows * 2, "the end")])

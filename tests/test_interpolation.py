@@ -45,6 +45,19 @@ def test_ends_between_classes_are_their_samples(generator):
     assert not close(images[1], images[3])
 
 
+def test_a_guide_is_told_the_same_classes(generator):
+    torch.manual_seed(1)
+    guide = create_model(
+        "DiT", input_size=8, in_channels=3, out_channels=3, num_classes=4, dim=16, depth=1, num_heads=2
+    )
+    for parameter in guide.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    guided = replace(generator, guide_model=guide.eval())
+    images = interpolate(guided, (1, 3), (5, 5), 4)
+    assert close(images[0], drawn(guided))
+    assert close(images[3], drawn(guided, labels=torch.tensor([3])))
+
+
 def test_ends_between_seeds_start_from_their_noise(generator):
     steady = replace(generator, sampling=replace(generator.sampling, sampler="ddim"))
     images = interpolate(steady, (1, 1), (5, 8), 3)

@@ -53,13 +53,16 @@ def test_unconditional_images_train_and_sample(folder):
 
 
 @pytest.mark.parametrize("kind", ["flow", "edm"])
-def test_other_objectives_train_and_sample(folder, kind):
-    """With the diffusion's own sampler, and guided."""
+def test_other_objectives_train_sample_and_guide_each_other(folder, kind):
+    """With the diffusion's own sampler; guided away from an earlier checkpoint of the same run, or refused."""
     flags = ("--diffusion.kind", kind, "--name", kind, "--sampling.sampler", "null")
     run("train.py", "--config", "tiny.yaml", *flags, cwd=folder)
     assert all(math.isfinite(event["loss"]) for event in log(folder, kind) if "loss" in event)
     refined = ("--sampling.guidance_interval", "[0.1, 5]", "--sampling.guidance_parallel", 0.0)
+    earlier = ("--sampling.guidance_checkpoint", f"runs/{kind}/checkpoints/00000002", "--guidance_scale", 2)
     flags = ("sample.py", "--checkpoint", f"runs/{kind}", "--num_per_class", 1, "--classes", "[0, 1]")
-    run(*flags, "--guidance_scale", 2, *refined, "--spacing", "karras", "--output", f"{kind}.npz", cwd=folder)
+    run(*flags, *earlier, *refined, "--spacing", "karras", "--output", f"{kind}.npz", cwd=folder)
     with np.load(folder / f"{kind}.npz") as file:
         assert file["arr_0"].shape == (2, 32, 32, 3)
+    other = run(*flags, "--sampling.guidance_checkpoint", "runs/tiny", cwd=folder, check=False)
+    assert "--guidance_checkpoint runs/tiny: its kind is gaussian" in other.stderr.strip().splitlines()[-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoencoders.codec import AutoencoderError, Codec
 from checkpoints.averages import EMA
@@ -64,6 +64,7 @@ class Inspection:
     codec: Codec
     held_out: LatentCache
     sampling: SamplingConfig
+    guide_model: nn.Module | None
     scorer: tuple[Scorer, Reference] | None
 
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
@@ -139,4 +140,5 @@ class Inspection:
             self.held_out.image_size,
             seed,
             self.run.accelerator,
+            guide_model=self.guide_model,
         )

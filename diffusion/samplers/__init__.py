@@ -56,6 +56,7 @@ class Staged(Protocol):
         noise: Images,
         y: Labels,
         *,
+        guide_model: Any | None,
         draw_noise: Callable[[Tensor], Tensor],
         on_stage: Callable[[str, Tensor], None],
     ) -> Images: ...
@@ -99,6 +100,7 @@ def sample(
     y: Labels,
     options: SamplingOptions | None = None,
     *,
+    guide_model: Denoiser | None = None,
     num_classes: int | None = None,
     extras: Mapping[str, Any] = NOTHING,
     start: int | float | None = None,
@@ -116,6 +118,7 @@ def sample(
     in. A model that is training is evaluated, and left as it was. ValueErrors name the flag of an option.
 
     Args:
+        guide_model: the worse model of autoguidance, in place of the unlabelled half of classifier-free guidance.
         num_classes: the null label that guidance needs; by default the model's attribute of that name.
         extras: what the model is called with beside (x_t, t, y); tensors have a row a sample.
         start: a time of the chain to begin at; `noise` is then the `x_t` there.
@@ -129,14 +132,15 @@ def sample(
         raise ValueError(f"step_noise {list(step_noise.shape)} must be {expected}: a slice a step")
     null_label = getattr(model, "num_classes", 0) if num_classes is None else num_classes
     walk = Walk(options, null_label, extras, start, step_noise, generator, callback)
-    with evaluating(model):
+    with evaluating(model, guide_model):
         if not isinstance(diffusion, Staged):
-            return walk(diffusion, model, noise, y)
+            return walk(diffusion, model, noise, y, guide_model=guide_model)
         return diffusion.generate(
             walk,
             model,
             noise,
             y,
+            guide_model=guide_model,
             draw_noise=lambda like: randn_like(like, generator),
             on_stage=on_stage or (lambda name, x_0: None),
         )
@@ -154,7 +158,9 @@ class Walk:
     generator: Generators | None
     callback: Callback | None
 
-    def __call__(self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels) -> Images:
+    def __call__(
+        self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels, *, guide_model: Denoiser | None
+    ) -> Images:
         options, mix = self.options, mix_of(self.options, diffusion)
 
         @cache
@@ -165,6 +171,7 @@ class Walk:
                 scale,
                 latent_channels=noise.shape[1],
                 legacy_cfg_channels=options.legacy_cfg_channels,
+                guide_model=None if guide_model is None else diffusion.precondition(guide_model),
                 mix=mix,
             )
 
@@ -194,9 +201,9 @@ class Walk:
 
 
 @contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """A module in eval mode, without dropout; afterwards each part is in its own mode again."""
-    parts = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
+def evaluating(*models: object) -> Iterator[None]:
+    """Those that are modules in eval mode, without dropout; afterwards each part is in its own mode again."""
+    parts = [part for model in models if isinstance(model, nn.Module) for part in model.modules() if part.training]
     for part in parts:
         part.training = False
     try:

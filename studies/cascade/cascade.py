@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from diffusion.diffusion import Auxiliary, Diffusion, Prediction, Step, mean_per_sample, with_auxiliary
+from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, Prediction, Step, mean_per_sample, with_auxiliary
 from diffusion.samplers import Walk
 from diffusion.transition import Images, Labels, Timesteps
 from studies.cascade.refinement import Refinement
@@ -185,13 +185,18 @@ class Cascade(Diffusion):
         noise: Images,
         y: Labels,
         *,
+        guide_model: Any | None,
         draw_noise: Callable[[Tensor], Tensor],
         on_stage: Callable[[str, Tensor], None],
     ) -> Images:
-        """A coarse image down its chain, upsampled, refined."""
-        low = walk(self.coarse, model.coarse, self.shrink_noise(noise), y)
-        alone: dict[str, Any] = {"sampler": "ddpm", "sampler_args": {}} if self.samplers else {}  # for the coarse stage
-        rest = replace(walk, options=replace(walk.options, **alone))
+        """A coarse image down its chain, upsampled, refined. A refiner that denoises is guided by the null label
+        alone."""
+        guide: Denoiser | None = None if guide_model is None else guide_model.coarse
+        low = walk(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
+        changed: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
+        if self.samplers:  # those are for the coarse stage alone
+            changed |= {"sampler": "ddpm", "sampler_args": {}}
+        rest = replace(walk, options=replace(walk.options, **changed))
         up, refined = self.refinement.generate(rest, model.upsampler, model.refiner, low, y, draw_noise)
         for name, image in zip(self.stages, (low, up, refined), strict=True):
             on_stage(name, image.to(noise.dtype))

@@ -125,4 +125,4 @@ class SuperResolution(Refinement):
             return refiner(up.repeat(halves, 1, 1, 1), (x_t, t, level.repeat(halves), y))
 
         silent = replace(walk, callback=None)
-        return up, silent(self.diffusion, denoise, draw_noise(up), y)
+        return up, silent(self.diffusion, denoise, draw_noise(up), y, guide_model=None)
