@@ -73,9 +73,16 @@ class ShapesDataset(ImageSet):
         self.source_hash = f"shapes-v2-{difficulty}-seed{seed}-{asdict(DIFFICULTIES[difficulty])}"
 
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
+        return torch.from_numpy(draw_shape(*self._recipe(index)))
+
+    def mask(self, index: int) -> Tensor:
+        """Which pixels [h w] lie in the shape: those whose centres do, exactly."""
+        return torch.from_numpy(draw_coverage(*self._recipe(index)) > 0.5)
+
+    def _recipe(self, index: int) -> tuple[str, int, Difficulty, np.random.Generator]:
         number = self.first + index
-        shape, rng = list(SHAPES)[number % len(SHAPES)], np.random.default_rng([self.seed, number])
-        return torch.from_numpy(draw_shape(shape, self.side, DIFFICULTIES[self.difficulty], rng))
+        shape = list(SHAPES)[number % len(SHAPES)]
+        return shape, self.side, DIFFICULTIES[self.difficulty], np.random.default_rng([self.seed, number])
 
     def describe(self) -> dict[str, Any]:
         """With the split in words, as caches have known it."""

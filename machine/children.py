@@ -25,6 +25,25 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
     return subprocess.Popen([*asking, *command], process_group=0, **options)
 
 
+def run(command: Sequence[str], **options: Any) -> None:
+    """A program, to its end; a stop ends it and this one. A SystemExit has its status, or the signal's."""
+    stopped: list[int] = []
+    child: subprocess.Popen | None = None
+
+    def stop(number: signal.Signals) -> None:
+        stopped.append(128 + number)
+        if child is not None:
+            kill(child)
+
+    with on_stop(stop):
+        child = start(command, **options)
+        if stopped:  # before it could be told
+            kill(child)
+        status = child.wait()
+    if stopped or status:
+        raise SystemExit(stopped[0] if stopped else status)
+
+
 def send(process: subprocess.Popen, number: int) -> None:
     """A signal to a child; of a launcher, which passes none on, to what it launched."""
     import psutil

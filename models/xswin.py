@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.layers import Cond, Grid, Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
-from models.layers.embedding import Conditioning, sincos_2d
+from models.layers.embedding import Conditioning, NoConditioning, sincos_2d
 from models.layers.mlp import DropPath, Mlp
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
@@ -129,7 +129,8 @@ class XSwin(Backbone):
         stem: `convolutions` before patching and after unpatching (published), or `none`.
         conv_norm: `batch` (published) or `group`, which does not mix samples.
         conditioning: how time and label enter: `adaln` (published: before every layer, shift and scale), `adaln_zero`
-            (and a gate after every residual branch), or `tokens` (one more token in every attention).
+            (and a gate after every residual branch), `tokens` (one more token in every attention), or `none`: not at
+            all, for dense prediction.
         drop_path: stochastic depth of the last block; rises from 0 over encoder and decoder.
     """
 
@@ -162,6 +163,8 @@ class XSwin(Backbone):
         check_choice("stem", stem, STEMS)
         check_choice("conv_norm", conv_norm, CONV_NORMS)
         check_choice("conditioning", conditioning, INJECTIONS)
+        if conditioning == "none" and num_classes:
+            raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
         injection = Injection(conditioning, dim)
@@ -178,7 +181,7 @@ class XSwin(Backbone):
             ]
 
         widths = [dim * 2**level for level in range(len(depths))]
-        self.cond = Conditioning(num_classes, dim)
+        self.cond = NoConditioning() if conditioning == "none" else Conditioning(num_classes, dim)
         self.stem_in = STEMS[stem](in_channels, dim, injection, conv_norm)
         self.patch_modulator = injection.modulator(self.stem_in.out_channels)
         self.patch = nn.Conv2d(self.stem_in.out_channels, dim, patch_size, stride=patch_size)

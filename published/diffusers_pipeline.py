@@ -9,13 +9,15 @@ import torch
 
 from autoencoders.codec import Codec, LatentCodec
 from metrics.programs import save_exported
+from published.diffusers_dit import native_names, write_native
 from published.diffusers_schedulers import scheduler_of, told_times
 
 PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 
 
-def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any) -> str:
-    """Write all of it; returns how the backbone left. A ValueError names the setting that diffusers cannot follow."""
+def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, native: bool) -> str:
+    """Write all of it, README included; returns how the backbone left. Raises ValueError naming the setting that
+    diffusers cannot follow."""
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
     if vae is not None:
@@ -23,18 +25,19 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any) -> 
             raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have")
         vae.register_to_config(_name_or_path=None)  # a folder of this machine
     folder.mkdir()
-    index, error = _write_program(folder, checkpoint, sampling, spacing, vae)
+    if native:
+        index, how = write_native(folder, checkpoint, sampling, scheduler, vae), "DiTPipeline"
+    else:
+        index, how = _write_program(folder, checkpoint, sampling, spacing, vae)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     scheduler.save_pretrained(folder / "scheduler")
     _write_json(folder / "model_index.json", index)
-    (folder / "README.md").write_text(readme(checkpoint, sampling))
-    return f"{checkpoint.spec.name} as a program that differs from the model by {error:.1e} of its largest output"
+    (folder / "README.md").write_text(readme(checkpoint, sampling, native=native))
+    return f"{checkpoint.spec.name} as {how}"
 
 
-def _write_program(
-    folder: Path, checkpoint: Any, sampling: Any, spacing: str, vae: Any
-) -> tuple[dict[str, Any], float]:
-    """The backbone as a program, beside code that samples from it; the pipeline's index, and the program's error."""
+def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, vae: Any) -> tuple[dict[str, Any], str]:
+    """The backbone as a program, beside code that loads and samples from it; returns the pipeline's index."""
     spec, denoiser = checkpoint.spec, folder / "denoiser"
     program, error = export_denoiser(checkpoint.load_model(), spec)
     denoiser.mkdir()
@@ -65,7 +68,7 @@ def _write_program(
         "guidance_scale": sampling.guidance_scale,
         "guided_channels": sampling.legacy_cfg_channels if checkpoint.num_guided else 0,
     }
-    return index, error
+    return index, f"a program that differs from the model by {error:.1e} of its largest output"
 
 
 def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
@@ -88,9 +91,10 @@ def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
     return program, error
 
 
-def readme(checkpoint: Any, sampling: Any) -> str:
+def readme(checkpoint: Any, sampling: Any, *, native: bool) -> str:
     """How to load it, and what to expect."""
-    text, classes = (PARTS / "pipeline.md").read_text(), checkpoint.classes
+    classes = native_names(checkpoint.classes) if native else checkpoint.classes
+    text = (PARTS / ("native.md" if native else "pipeline.md")).read_text()
     return f"# {checkpoint.spec.name}, step {checkpoint.step}\n\n" + text.format(
         first=json.dumps(classes[0], ensure_ascii=False) if classes else 0,
         sampler=sampling.sampler,

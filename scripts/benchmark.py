@@ -1,70 +1,433 @@
-"""Images a second of training steps and of model calls, on random latents; a Markdown table is printed.
+"""Measure. Figures to be compared come from one run, in turns, as medians; a Markdown table is printed.
 
-python scripts/benchmark.py                                               (all four backbones)
-python scripts/benchmark.py --models [XSwin,DiT] --latent_size 32 --batch_size 16 --compile true
+python scripts/benchmark.py training                                  (all four backbones, images a second)
+python scripts/benchmark.py training --compare ../XSwinDiffusion      (beside the published implementation)
+python scripts/benchmark.py sampling --models [XSwin,DiT]
+python scripts/benchmark.py epoch --compare ../XSwinDiffusion         (from images: theirs encodes at each step)
+python scripts/benchmark.py scaling --plot scaling.png                (time and memory against the side of the latent)
+python scripts/benchmark.py extraction --extractor mobilenet_v2.pt
+python scripts/benchmark.py frechet
 """
 
+import itertools
+import json
 import platform
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from evaluation.table import terminal
 from experiment.cli import one_line_errors, run_program
+from machine import children
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
 NUM_CLASSES = 101
+Row = dict[str, Any]
+Program = tuple[Row, Callable[[], Any]]  # what is measured, and a call of it
 
 
-def main(
+def training(
     models: list[str] = BACKBONES,
     latent_size: int = 8,
     batch_size: int = 128,
     precision: str = "auto",
     compile: bool = False,
     rounds: int = 5,
+    compare: Path | None = None,
     model_args: dict[str, Any] | None = None,
+    output: Path | None = None,
 ) -> None:
-    """Images a second of an optimizer step (forward, hybrid loss, backward, fused AdamW) and of one call of the model.
+    """Images a second of an optimizer step (forward, hybrid loss, backward, fused AdamW, average) on random latents.
 
     Args:
-        models: names of backbones
-        latent_size: side of the latents, of four channels
+        models: names of backbones; they take turns
+        latent_size: side of the latents
         batch_size: images a step
         precision: as train.precision: 'auto', 'fp32' or 'bf16'
         compile: as train.compile does
-        rounds: steps, or calls, whose median counts
+        rounds: steps of each that count
+        compare: checkout of the published implementation: its step as shipped (float32), and, where ours computes in
+            it, in bf16 with a fused optimizer
         model_args: constructor arguments of the backbones that differ from their rows in the table
+        output: JSON file
+    """
+    from metrics.cost import cost
+
+    published, precision = checkout(compare), chosen(precision)
+    peak = matrix_peak(precision)
+    x_0, y = latents(batch_size, latent_size)
+    programs: list[Program] = []
+    for name in models:
+        model = backbone(name, latent_size, **(model_args or {}))
+        of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=NUM_CLASSES)
+        row = head(name, precision + " compiled" * compile)
+        row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
+        programs.append((row, our_step(model, precision, lambda: (x_0, y), compile)))
+        for theirs in dict.fromkeys(("fp32", precision)) if published else ():
+            step = published.step(name, NUM_CLASSES, the_device(), theirs, lambda: (x_0, y))
+            programs.append((head(name, theirs, "published"), step))
+    rows = in_turns(programs, rounds, batch_size)
+    for row in rows:
+        if "gflops" in row:  # backward costs about twice the forward
+            row["MFU"] = round(3 * row["gflops"] * 1e9 * row["img/s"] / peak, 3)
+    what = f"optimizer step, batch {batch_size}, latents {latent_size}x{latent_size}"
+    note = f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {the_device()} matrices of side 2048."
+    report(what, rows, output, note=note)
+
+
+def sampling(
+    models: list[str] = BACKBONES,
+    batch_size: int = 101,
+    num_steps: int = 10,
+    guidance_scale: float = 1.5,
+    sampler: str = "ddpm",
+    precision: str = "auto",
+    rounds: int = 3,
+    compare: Path | None = None,
+) -> None:
+    """Images a second of guided sampling, without decoding.
+
+    Args:
+        models: names of backbones; they take turns
+        batch_size: images at a time
+        num_steps: model calls a sample; time is proportional to them
+        guidance_scale: of classifier-free guidance; 1: none
+        sampler: its name; the published one is 'ddpm'
+        precision: of both implementations, as train.precision
+        rounds: batches of each that count
+        compare: checkout of the published implementation
+    """
+    from diffusion import GaussianDiffusion, sample
+
+    published, precision = checkout(compare), chosen(precision)
+    noise, y = latents(batch_size)
+    settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
+    programs: list[Program] = []
+    for name in models:
+        model = backbone(name).eval()
+        draw = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
+        programs.append((head(name, precision), autocasting(precision, draw)))
+        if published:
+            model = published.create(name, latent_size=8, num_classes=NUM_CLASSES).to(the_device()).eval()
+            theirs = {"num_classes": NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
+            draw = partial(published.sample, model, noise, y, **theirs)
+            programs.append((head(name, precision, "published"), autocasting(precision, draw)))
+    rows = in_turns(programs, rounds, batch_size)
+    report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows)
+
+
+def epoch(
+    compare: Path,
+    models: list[str] = ["XSwin"],  # noqa: B006  (read only)
+    batch_size: int = 128,
+    precision: str = "auto",
+    rounds: int = 2,
+) -> None:
+    """Images a second of training from 64x64 images: ours from a warm cache, the published loop encoding at each step.
+
+    The published loop's autoencoder has the architecture of the SD autoencoder, with random weights.
+
+    Args:
+        compare: checkout of the published implementation
+        models: names of backbones
+        batch_size: images a step
+        precision: of ours, as train.precision
+        rounds: steps of each that count
+    """
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from autoencoders.codec import create_codec
+    from data.latents import LatentCache, build_cache
+    from diffusion import GaussianDiffusion
+    from experiment.build import open_split
+    from experiment.config import DataConfig
+    from training.batches import Batches
+
+    published, precision, device = checkout(compare), chosen(precision), the_device()
+    codec = create_codec("embedded").to(device)
+    shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
+    kind = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    kind |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    autoencoder: Any = AutoencoderKL.from_config(kind)
+    autoencoder.to(device)
+    images = torch.stack([shapes[index][0] for index in range(batch_size)]).to(device).float() / 127.5 - 1
+    _, y = latents(batch_size, num_classes=10)
+
+    @torch.no_grad()
+    def encoded() -> tuple[Any, Any]:
+        return autoencoder.encode(images).latent_dist.sample().mul_(0.18215), y
+
+    with tempfile.TemporaryDirectory() as folder:
+        cache_folder = Path(folder) / "cache"
+        prepare = lambda batch: codec.prepare(batch.to(device)).cpu()  # noqa: E731
+        build_cache(cache_folder, shapes, prepare, codec.provenance, flips=True, batch_size=64, progress=False)
+        cache = LatentCache(cache_folder, codec.identity).to(device)
+        times = GaussianDiffusion().sample_timesteps
+        batches = Batches(cache, codec, times, seed=0, batch_size=batch_size, device=device)
+        steps = itertools.count()
+
+        def cached() -> tuple[Any, Any]:
+            (batch,) = batches.micro_batches(next(steps))
+            return batch.x_0, batch.y
+
+        programs: list[Program] = []
+        for name in models:
+            ours = our_step(backbone(name, num_classes=10), precision, cached)
+            theirs = published.step(name, 10, device, "fp32", encoded)
+            programs.append((head(name, precision, "this one, cache warm"), ours))
+            programs.append((head(name, "fp32", "published loop"), theirs))
+        rows = in_turns(programs, rounds, batch_size)
+    report(f"training from 64x64 images, batch {batch_size}", rows)
+
+
+def scaling(
+    models: list[str] = BACKBONES,
+    sides: list[int] = [8, 16, 32, 64, 128],  # noqa: B006  (read only)
+    tokens: int = 8192,
+    precision: str = "auto",
+    rounds: int = 3,
+    plot: Path | None = None,
+) -> None:
+    """Time and memory of a training step a latent pixel, against the side of the latent. Each measure is a process.
+
+    Args:
+        models: names of backbones
+        sides: of the latents
+        tokens: latent pixels a step: the batch shrinks as the side grows, down to one image; memory is what the first
+            step adds, AdamW's moments included
+        precision: as train.precision: 'auto', 'fp32' or 'bf16'
+        rounds: steps that count
+        plot: picture of both
+    """
+    rows, precision = [], chosen(precision)
+    for name in models:
+        for side in sides:
+            batch_size = max(1, tokens // side**2)
+            with tempfile.NamedTemporaryFile(suffix=".json") as file:
+                flags = {"models": f"[{name}]", "latent_size": side, "batch_size": batch_size, "rounds": rounds}
+                flags |= {"precision": precision, "output": file.name}
+                command = [sys.executable, __file__, "training"]
+                command += [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+                children.run(command, stdout=subprocess.DEVNULL)
+                (row,) = json.loads(Path(file.name).read_text())["rows"]
+            pixels = {"us/pixel": round(1e6 / row["img/s"] / side**2, 2)}
+            pixels |= {"kB/pixel": round(row["step GB"] * 1e6 / (batch_size * side**2), 1)}
+            rows.append({"model": name, "latent": side, "batch": batch_size, "img/s": row["img/s"], **pixels})
+            print(rows[-1], file=sys.stderr)
+    if plot is not None:
+        draw_scaling(rows, plot)
+    report(f"training step, {precision}, {tokens} latent pixels a step", rows)
+
+
+def draw_scaling(rows: Sequence[Row], path: Path) -> None:
+    """Time and memory a latent pixel against the latent's side, a line a backbone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, key, label in zip(axes, ("us/pixel", "kB/pixel"), ("time, µs", "memory, kB"), strict=True):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            points = [(row["latent"], row[key]) for row in rows if row["model"] == name]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
+        sides = sorted({row["latent"] for row in rows})
+        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log")
+        axis.set_ylim(bottom=0)
+        axis.set_xticks(sides, labels=[str(side) for side in sides])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, rounds: int = 5) -> None:
+    """Images a second of `metrics.features.Extractor` beside a bare loop over the same network on tensors in memory.
+
+    Args:
+        extractor: as evaluate.py's: a name, timm:NAME, or a file, .pt2 rather than TorchScript; a file is a program:
+            run only what you trust
+        num_images: 64x64 images a round
+        batch_size: images at a time
+        rounds: both loops take turns so often; medians are compared
     """
     import torch
 
-    from ablation.costs import count, time_model
-    from diffusion import GaussianDiffusion
-    from evaluation.table import terminal
-    from machine.accelerator import open_accelerator
-    from machine.precision import precision_of
-    from metrics.cost import throughput
-    from models import ModelSpec
+    from metrics.features import Extractor
+    from metrics.image_batches import image_batches
 
-    accelerator = open_accelerator(precision)
-    device, side = accelerator.device, 2048
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision_of(accelerator) == "bf16" else None)
-    peak = 2 * side**3 * throughput(lambda: a @ a, batch_size=1, num_repeats=3, device=device)
-    rows = [["model", "parameters", "GFLOPs", "training img/s", "MFU", "calls img/s"]]
-    for name in models:
-        spec = ModelSpec(name, model_args or {}, (latent_size, latent_size), 4, 8, NUM_CLASSES)
-        cost = count(spec)
-        training, calls = time_model(spec, GaussianDiffusion(), accelerator, batch_size, rounds, compile=compile)
-        share = 3e9 * cost.gflops * training / peak  # backward costs about twice the forward
-        rows.append([name, f"{cost.parameters / 1e6:.2f}M", f"{cost.gflops:.3f}", f"{training:.4g}", f"{share:.3f}"])
-        rows[-1].append(f"{calls:.4g}")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"\nbatch {batch_size}, latents {latent_size}x{latent_size}; {where}, torch {torch.__version__}\n")
-    print(terminal(rows))
-    print(f"\nMFU: of {peak / 1e12:.2f} TFLOP/s, a product of matrices of side {side}.")
+    network = Extractor(extractor, device=str(the_device()))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (num_images, 3, 64, 64), dtype=torch.uint8, generator=generator)
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for batch in images.split(batch_size):
+            network.module(batch.to(the_device()))[0].cpu()
+
+    def extract() -> None:
+        network(image_batches(images, batch_size), num_images, progress=False)
+
+    rows = in_turns([({"what": "bare loop"}, bare), ({"what": "Extractor"}, extract)], rounds, num_images)
+    report(f"{network.name}, {num_images} images of 64x64, batches of {batch_size}", rows)
+
+
+def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
+    """Seconds for the Fréchet distance of two sets: moments in batches, then the distance.
+
+    Args:
+        num_images: rows of each set
+        dim: features
+    """
+    import torch
+
+    from metrics.frechet import RunningMoments, frechet_distance
+
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randn(num_images, dim, generator=generator) for _ in range(2)]
+    began = time.perf_counter()
+    moments = [RunningMoments(), RunningMoments()]
+    for running, features in zip(moments, sets, strict=True):
+        for batch in features.split(4096):
+            running.update(batch)
+    counted = time.perf_counter()
+    frechet_distance(*(running.moments() for running in moments))
+    seconds = {"moments of both": counted - began, "distance": time.perf_counter() - counted}
+    rows = [{"what": what, "s": round(taken, 1)} for what, taken in seconds.items()]
+    report(f"two sets of {num_images} x {dim}", rows)
+
+
+def our_step(
+    model: Any, precision: str, batch: Callable[[], tuple[Any, Any]], compile: bool = False
+) -> Callable[[], None]:
+    """An optimizer step as `train.py` makes it, on what `batch` gives: latents and labels."""
+    from checkpoints.averages import EMA
+    from diffusion import GaussianDiffusion
+    from experiment.config import OptimConfig
+    from training.optimizer import build_optimizer
+    from training.preparation import compile_blocks
+
+    diffusion, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
+    if compile:
+        compile_blocks(model)
+    loss_of = autocasting(precision, lambda: diffusion.training_loss(model, *batch())["loss"].mean())
+
+    def step() -> None:
+        loss_of().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, 0)
+
+    return step
+
+
+def checkout(folder: Path | None) -> Any:
+    from published.checkout import Published
+
+    return None if folder is None else Published(folder)
+
+
+def head(name: str, precision: str, implementation: str = "this one") -> Row:
+    return {"model": name, "implementation": implementation, "precision": precision}
+
+
+def backbone(name: str, latent_size: int = 8, num_classes: int = NUM_CLASSES, **model_args: Any) -> Any:
+    """A registered backbone for four-channel latents and learned variances, on the device."""
+    from models import create_model
+
+    sizes = {"input_size": latent_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
+    return create_model(name, **sizes, **model_args).to(the_device())
+
+
+def latents(batch_size: int, latent_size: int = 8, num_classes: int = NUM_CLASSES) -> tuple[Any, Any]:
+    """Random latents [b 4 s s] and labels [b]."""
+    import torch
+
+    x_0 = torch.randn(batch_size, 4, latent_size, latent_size, device=the_device())
+    return x_0, torch.arange(batch_size, device=the_device()) % num_classes
+
+
+def autocasting(precision: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    import torch
+
+    return torch.autocast(the_device().type, torch.bfloat16, enabled=precision == "bf16")(function)
+
+
+def chosen(precision: str) -> str:
+    """What train.precision of that name is on this machine; says what it costs where it is emulated."""
+    from machine.precision import choose_precision, warning_of
+
+    if warning := warning_of(precision, the_device(), "--precision"):
+        print(warning, flush=True)
+    return choose_precision(precision, the_device())
+
+
+def the_device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def matrix_peak(precision: str, side: int = 2048) -> float:
+    """FLOP/s of a large square product in this precision."""
+    import torch
+
+    from metrics.cost import throughput
+
+    a = torch.randn(side, side, device=the_device(), dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return 2 * side**3 * throughput(lambda: a @ a, batch_size=1, num_repeats=3, device=the_device())
+
+
+def in_turns(programs: Sequence[Program], rounds: int, num_images: int) -> list[Row]:
+    """Rows with images a second: the median, and the slowest and fastest round. Programs take turns, after a round
+    that does not count; `step GB` is what a program's first call adds to the most memory that was held."""
+    import torch
+
+    from training.meter import memory_gb
+
+    device = the_device()
+    seconds: list[list[float]] = [[] for _ in programs]
+    memory: list[float] = []
+    for number in range(rounds + 1):
+        for (_, program), taken in zip(programs, seconds, strict=True):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            held, began = memory_gb(device), time.perf_counter()
+            program()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number == 0:
+                memory.append(round(memory_gb(device) - held, 3))
+            else:
+                taken.append(time.perf_counter() - began)
+    rows = []
+    for (row, _), taken, used in zip(programs, seconds, memory, strict=True):
+        speed, slowest, fastest = (num_images / pick(taken) for pick in (statistics.median, max, min))
+        spread = f"{slowest:.1f} to {fastest:.1f}"
+        rows.append({**row, "img/s": float(f"{speed:.4g}"), "spread": spread, "step GB": used})
+    return rows
+
+
+def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str = "") -> None:
+    """A Markdown table, headed by what was measured on which machine; and JSON."""
+    import torch
+
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    title = f"{what}; {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    print(f"\n{title}\n\n{terminal(cells)}\n\n{note}")
+    if output is not None:
+        output.write_text(json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        run_program(main)
+        run_program([training, sampling, epoch, scaling, extraction, frechet])

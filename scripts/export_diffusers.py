@@ -1,8 +1,10 @@
 """A checkpoint as a folder that diffusers loads, without this repository.
 
     python scripts/export_diffusers.py --checkpoint runs/XSwin --output exported
+    python scripts/export_diffusers.py --checkpoint runs/DiT-S-2 --output exported --native true
 
-The backbone leaves as a program of torch.export, `denoiser/denoiser.pt2`, which is held against the model first.
+The backbone leaves as a program of torch.export, `denoiser/denoiser.pt2`, which is held against the model first; a DiT
+may leave as diffusers' own DiTPipeline instead.
 """
 
 import sys
@@ -24,6 +26,7 @@ class ExportConfig:
         checkpoint: a run's folder, a checkpoint, its ema.safetensors, or hf://owner/name
         output: the folder to write
         sampling: in place of the checkpoint's own settings, also in short (--sampler)
+        native: a DiT as DiTPipeline, whose weights any diffusers tool can read; see the README in the folder
         autoencoder: in place of the one in the checkpoint's configuration
         imports: the modules or .py files that the checkpoint was trained with, where they have moved
     """
@@ -31,6 +34,7 @@ class ExportConfig:
     checkpoint: str
     output: Path
     sampling: SamplingFlags = field(default_factory=SamplingFlags, metadata={"short": True})
+    native: bool = False
     autoencoder: str | None = None
     imports: list[str] = field(default_factory=list)
 
@@ -52,7 +56,7 @@ def main(config: ExportConfig) -> None:
     if sampling.clip is None:
         sampling = replace(sampling, clip=codec.limit)
     with whole(config.output) as folder:
-        how = write_folder(folder, checkpoint, codec, sampling)
+        how = write_folder(folder, checkpoint, codec, sampling, native=config.native)
     print(f"{config.output}: {how}")
 
 

@@ -22,6 +22,7 @@ from data.images import DataError
 from data.latents import LatentCache
 from experiment.build import open_cache, open_split
 from experiment.config import DataConfig
+from published.diffusers_dit import without_shift
 
 IMAGES = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 WITHOUT_POSTERIOR = ("taesd", "taef1")
@@ -149,6 +150,12 @@ def test_an_exported_pipeline_decodes_the_same(name, codecs):
     x_0 = codecs[name].encode(IMAGES)
     theirs = pipeline.decode(SimpleNamespace(vae=codecs[name].autoencoder), x_0)
     assert torch.from_numpy(theirs).permute(0, 3, 1, 2).equal(codecs[name].decode(x_0))
+
+
+@pytest.mark.parametrize("name", ["playground", "sd3", "taesd"])
+def test_what_diffusers_own_pipeline_of_dit_cannot_decode_is_refused(name, codecs):
+    with pytest.raises(ValueError, match=r"--native: DiTPipeline (wants an AutoencoderKL|cannot shift)"):
+        without_shift(codecs[name].autoencoder)
 
 
 # --- identity

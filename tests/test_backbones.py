@@ -261,6 +261,14 @@ def test_blocks_with_gates_add_nothing_at_first():
     assert not torch.equal(small("XSwin").eval().encoder[0](x, cond), x)
 
 
+def test_a_dense_predictor_knows_no_time_and_no_labels():
+    model = wake(small("XSwin", num_classes=0, conditioning="none")).eval()
+    x, t, y = inputs()
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y), model(x, t + 1, y + 1))
+    assert not any("modulator" in name or "cond" in name for name, _ in model.named_parameters())
+
+
 @families
 def test_bfloat16_autocast_stays_close(name):
     model = wake(small(name)).eval()
@@ -363,6 +371,7 @@ def test_constructors_take_no_kwargs():
         ("XSwin", {"num_heads": (5, 12)}, r"num_heads=5 must divide the width 192"),
         ("XSwin", {"depths": (1,)}, r"must be of one length"),
         ("XSwin", {"skip": "sum"}, r"skip=sum must be one of cross_attention, global_cross_attention, concat, none"),
+        ("XSwin", {"conditioning": "none"}, r"conditioning=none leaves labels no place"),
         ("XSwin", {"num_heads": (0, 12)}, r"--model_args.num_heads \(0, 12\): must be at least 1"),
         ("XSwin", {"window_size": -2}, r"--model_args.window_size -2: must be at least 1"),
         ("DiT-S/2", {"patch_size": 0}, r"--model_args.patch_size 0: must be at least 1"),

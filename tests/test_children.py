@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from importlib.metadata import entry_points
@@ -170,3 +171,19 @@ def test_the_demos_help_is_help(tmp_path):
     done = run("scripts/demo.py", "--folder", tmp_path, "--help", cwd=tmp_path)
     assert "where runs/ and cache/ are" in done.stdout
     assert (tmp_path / "runs/quickstart").is_dir()
+
+
+def test_a_stop_ends_the_program_that_is_run_too():
+    def stop():
+        while not (found := set(psutil.Process().children()) - before):
+            time.sleep(0.02)
+        started.extend(found)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before, started = set(psutil.Process().children()), []
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit, match="143"):
+        children.run([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert not any(child.is_running() for child in started)
+    with pytest.raises(SystemExit, match="3"):
+        children.run([sys.executable, "-c", "raise SystemExit(3)"])

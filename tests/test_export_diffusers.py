@@ -1,5 +1,6 @@
 """What leaves for diffusers draws the pictures that sample.py draws."""
 
+import json
 import math
 import types
 import zipfile
@@ -8,7 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 from diffusers.utils import dynamic_modules_utils
 from processes import ROOT, script
 from safetensors.torch import save_file
@@ -24,8 +25,11 @@ from experiment.config import (
     SamplingFlags,
     TrainConfig,
 )
+from machine.randomness import generator_for
 from metrics.programs import save_exported
-from models import ModelSpec
+from models import ModelSpec, create_model
+from published import diffusers_pipeline
+from published.diffusers_dit import native_names, to_diffusers, without_shift, write_native
 from published.diffusers_pipeline import export_denoiser, readme
 from published.diffusers_schedulers import scheduler_of
 
@@ -55,6 +59,13 @@ def own_modules(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
+
+
+def with_our_frequencies(theirs):
+    """As the README that is exported says: the time embedding of diffusers' DiT, spaced as ours."""
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return theirs
 
 
 def randomise(model, seed=0):
@@ -105,8 +116,6 @@ def test_pictures_are_those_of_sample(kind, sampler, spacing, autoencoder, setti
     clip = math.inf if autoencoder == "pixel" and sampler != "ddpm" else None
     sampling = SamplingFlags(clip=clip, **flags)
     EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out", sampling=sampling))
-    for path in (tmp_path / "out").rglob("*"):
-        assert not (path.is_file() and any(str(here).encode() in path.read_bytes() for here in (ROOT, tmp_path))), path
     expected = drawn(run, tmp_path / "drawn.npz", seed=3, clip=clip, **flags)
     pipeline = DiffusionPipeline.from_pretrained(
         tmp_path / "out", custom_pipeline=str(tmp_path / "out" / "pipeline.py"), trust_remote_code=True
@@ -146,8 +155,51 @@ def test_a_program_that_differs_is_not_written(monkeypatch):
         export_denoiser(model, spec)
 
 
+def test_a_dit_leaves_as_diffusers_own_with_ten_classes(tmp_path):
+    run = checkpoint(tmp_path / "run")
+    flags = {"sampler": "ddim", "spacing": "trailing"}
+    asked = {"checkpoint": str(run), "output": tmp_path / "out", "native": True}
+    EXPORT.main(EXPORT.ExportConfig(**asked, sampling=SamplingFlags(**flags)))
+    expected = drawn(run, tmp_path / "drawn.npz", **flags)
+    for path in (tmp_path / "out").rglob("*"):
+        assert not (path.is_file() and any(str(here).encode() in path.read_bytes() for here in (ROOT, tmp_path))), path
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    with_our_frequencies(pipeline.transformer)  # what the folder's README says to do
+    labels = pipeline.get_label_ids(["class 1", "class 1", "class 2", "class 2"])
+    generators = [generator_for(0, "sample", index) for index in range(4)]
+    found = pipeline(labels, guidance_scale=2.0, generator=generators, num_inference_steps=4, output_type="np").images
+    assert np.abs((found * 255).round().astype(int) - expected).max() <= 1
+
+    # It takes commas for ends of names.
+    names = native_names(["crane, bird", "crane, machine", "a", "a ", "b"])
+    assert names == ["crane; bird", "crane; machine", "a (2)", "a (3)", "b"]
+    named = DiTPipeline(pipeline.transformer, pipeline.vae, pipeline.scheduler, id2label=dict(enumerate(names)))
+    assert named.get_label_ids(names) == list(range(5))
+
+
+def test_diffusers_dit_puts_out_the_same():
+    model = randomise(create_model("DiT", input_size=8, in_channels=4, out_channels=8, num_classes=10, **TINY_DIT))
+    x_t, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999]), torch.tensor([0, 9, 10])
+    theirs = with_our_frequencies(to_diffusers(model))
+    labels = torch.where(y == 10, 1000, y)
+    torch.testing.assert_close(theirs(x_t, t, labels).sample, model(x_t, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_an_autoencoder_without_shift_decodes_and_encodes_the_same():
+    codec = create_codec("embedded")
+    centred = without_shift(codec.autoencoder)
+    x_0 = torch.randn(2, 4, 4, 4)
+    decoded = centred.decode(x_0 / codec.scale).sample
+    torch.testing.assert_close(decoded, codec.autoencoder.decode(x_0 / codec.scale + codec.shift).sample)
+    images = torch.rand(2, 3, 32, 32)
+    theirs = codec.autoencoder.encode(images).latent_dist.mean - codec.shift
+    torch.testing.assert_close(centred.encode(images).latent_dist.mean, theirs)
+
+
 def test_what_diffusers_cannot_follow_is_refused(tmp_path):
     run = checkpoint(tmp_path / "run")
+    swin = checkpoint(tmp_path / "swin", "XSwin", BACKBONES["XSwin"])
     pixels = checkpoint(tmp_path / "pixels", autoencoder="pixel", size=16)
     trailing = {"sampling": SamplingFlags(sampler="ddim", spacing="trailing")}
     for source, settings, words in [
@@ -156,7 +208,9 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
             {"sampling": SamplingFlags(sampler="heun")},
             "--sampler heun with --spacing uniform: no scheduler .* there are gaussian, ddpm",
         ),
+        (run, {"native": True}, "--native: DiTPipeline cannot walk gaussian, ddpm, uniform; add --sampler ddim"),
         (pixels, trailing, r"--clip 1: in diffusers only the scheduler of ddpm .* or --clip \.inf"),
+        (swin, {"native": True, **trailing}, "--native: diffusers has no XSwin"),
         (tmp_path / "none", {}, "--checkpoint .*none does not exist"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -168,7 +222,7 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
 
 
 def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path):
-    """A null label that was never trained leaves with the weights all the same."""
+    """A null label that was never trained leaves with the weights all the same; DiTPipeline guides all channels."""
     run = checkpoint(tmp_path / "run", autoencoder="pixel", size=16, label_dropout=0.0)
     EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out"))
     pipeline = DiffusionPipeline.from_pretrained(
@@ -176,10 +230,18 @@ def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path):
     )
     with pytest.raises(ValueError, match="guidance_scale=2: the model has no trained null label"):
         pipeline(["class 1"], guidance_scale=2)
+    legacy = SamplingConfig(sampler="ddim", spacing="trailing", legacy_cfg_channels=3)
+    found = open_checkpoint(run)
+    with pytest.raises(ValueError, match="--native: DiTPipeline guides all channels, not 3"):
+        write_native(tmp_path, found, legacy, None, None)
 
 
 def test_the_folder_says_how_to_load_it(tmp_path):
+    assert json.loads((diffusers_pipeline.PARTS.parent / "autoencoder" / "config.json").read_text())[
+        "shift_factor"
+    ]  # is tested
     run = open_checkpoint(checkpoint(tmp_path / "run"))
-    text = readme(run, SamplingConfig(sampler="ddim", spacing="trailing"))
-    assert '["class 0"]' in text
-    assert "from_pretrained" in text
+    for native in (False, True):
+        text = readme(run, SamplingConfig(sampler="ddim", spacing="trailing"), native=native)
+        assert '["class 0"]' in text
+        assert "from_pretrained" in text

@@ -55,3 +55,15 @@ def test_unknown_settings_are_told():
     for num_images in (3, 10**12):
         with pytest.raises(ValueError, match=rf"--data.num_images {num_images}: must lie in 10..100000000"):
             ShapesDataset(num_images)
+
+
+@pytest.mark.parametrize("difficulty", ["easy", "medium"])
+def test_mask_is_where_the_shape_lies(difficulty):
+    """Against the picture: where grounds have no grain, what is off the ground by half of the shape's colour."""
+    dataset = ShapesDataset(20, difficulty=difficulty, image_size=64)
+    for index in range(20):
+        image, mask = dataset[index][0].float(), dataset.mask(index)
+        ground, shape = image[:, ~mask].median(dim=1).values, image[:, mask].median(dim=1).values
+        away = (image - ground[:, None, None]).norm(dim=0) > (image - shape[:, None, None]).norm(dim=0)
+        assert (away == mask).float().mean() > 0.99, index
+        assert 0.02 < mask.float().mean() < 0.8

@@ -95,5 +95,7 @@ def test_what_diffusers_lacks_is_not_exported_to_it(tmp_path):
         build_diffusion=GaussianDiffusion, config=SimpleNamespace(diffusion=SimpleNamespace(kind="gaussian"))
     )
     with pytest.raises(ValueError, match="its autoencoder is a PooledTinyAutoencoder, which diffusers does not have"):
-        write_folder(tmp_path / "out", checkpoint, codec, SamplingConfig(sampler="ddpm", spacing="uniform"))
+        write_folder(
+            tmp_path / "out", checkpoint, codec, SamplingConfig(sampler="ddpm", spacing="uniform"), native=False
+        )
     assert not (tmp_path / "out").exists()

@@ -52,6 +52,13 @@ class Conditioning(nn.Module):
         return nn.functional.silu(cond)
 
 
+class NoConditioning(nn.Module):
+    """In place of the embeddings of time and label: vectors of width 0."""
+
+    def forward(self, t: Times, y: Labels) -> Float[Tensor, "b 0"]:
+        return torch.zeros(len(t), 0, device=t.device)
+
+
 def sincos_2d(dim: int, height: int, width: int) -> Float[Tensor, "n dim"]:
     """Fixed sin-cos positions of a grid, row by row: half the width for the column, half for the row."""
     if dim % 4:

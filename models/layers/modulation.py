@@ -84,4 +84,5 @@ INJECTIONS = {
     "adaln": (Modulator, AsItIs, NoToken),
     "adaln_zero": (Modulator, Gate, NoToken),
     "tokens": (AsItIs, AsItIs, CondToken),
+    "none": (AsItIs, AsItIs, NoToken),
 }

@@ -1,0 +1,137 @@
+"""A DiT of ours as diffusers' own in diffusers' own pipeline, so that any of its tools can read the weights."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.dit import DiT
+
+NULL_LABEL = 1000  # diffusers' DiTPipeline knows no other
+
+
+def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, vae: Any) -> dict[str, Any]:
+    """The parts of a `DiTPipeline`; returns its index. Raises ValueError for what that pipeline cannot follow: it asks
+    schedulers for their own times and no variance."""
+    kind, times = checkpoint.config.diffusion.kind, checkpoint.build_diffusion().path.model_times
+    _refuse(
+        kind != "gaussian" or sampling.sampler == "ddpm" or sampling.spacing != "trailing",
+        f"DiTPipeline cannot walk {kind}, {sampling.sampler}, {sampling.spacing}; add --sampler ddim --spacing "
+        "trailing, or",
+    )
+    guided = sampling.legacy_cfg_channels
+    _refuse(
+        guided is not None, f"DiTPipeline guides all channels, not {guided} as --sampling.legacy_cfg_channels says;"
+    )
+    _refuse(vae is None, "DiTPipeline needs an autoencoder, and this model denoises pixels;")
+    _refuse(times is not None, "DiTPipeline tells a model its times from 0 to 999;")
+    transformer, vae = to_diffusers(checkpoint.load_model()), without_shift(vae)
+    transformer.save_pretrained(folder / "transformer")
+    vae.save_pretrained(folder / "vae")
+    scheduler.register_to_config(timestep_spacing="trailing")
+    return {
+        "_class_name": "DiTPipeline",
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "id2label": {str(label): name for label, name in enumerate(native_names(checkpoint.classes))},
+    }
+
+
+def native_names(classes: list[str]) -> list[str]:
+    """Names by which DiTPipeline tells all classes apart: semicolons in place of commas, which to it part several names
+    of one class, and the label behind a name that others have too."""
+    names = [" ".join(name.replace(",", ";").split()) for name in classes]
+    return [name if names.count(name) == 1 else f"{name} ({label})" for label, name in enumerate(names)]
+
+
+def to_diffusers(model: nn.Module) -> Any:
+    """A `DiTTransformer2DModel` with the model's weights; its null label is 1000, whatever the number of classes.
+
+    diffusers spaces the frequencies of its time embedding by 10000^(1/127), DiT and ours by 10000^(1/128): outputs
+    agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0. Raises ValueError for another
+    backbone, long skips, no classes or more than 1000, or a latent that is not square.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    if not isinstance(model, DiT) or len(model.joins):
+        raise ValueError(
+            f"--native: diffusers has no {type(model).__name__} with long skips or windows; leave --native out"
+        )
+    height, width = model.input_size
+    _refuse(
+        not 0 < model.num_classes <= NULL_LABEL or height != width,
+        f"diffusers' DiT has 1 to 1000 classes and a square latent, this model {model.num_classes} and "
+        f"{height}x{width};",
+    )
+    first: Any = model.blocks[0]
+    dim, num_heads = model.patch.out_features, first.attention.num_heads
+    _refuse(first.mlp.fc1.out_features != 4 * dim, "diffusers' DiT has an mlp_ratio of 4;")
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=num_heads,
+        attention_head_dim=dim // num_heads,
+        in_channels=model.in_channels,
+        out_channels=model.out_channels,
+        num_layers=len(model.blocks),
+        sample_size=height,
+        patch_size=model.patch_size,
+        num_embeds_ada_norm=NULL_LABEL,
+        norm_eps=1e-6,
+    )
+    theirs.load_state_dict({name: tensor.contiguous() for name, tensor in _weights(model).items()})
+    return theirs.eval()
+
+
+def without_shift(autoencoder: Any) -> Any:
+    """A copy whose latents are centred by its own layers, as DiTPipeline takes no notice of `shift_factor`. Raises
+    ValueError where the layers that can take the shift in are missing, or channels have scales of their own."""
+    of_one_scale = type(autoencoder).__name__ == "AutoencoderKL" and autoencoder.config.get("latents_std") is None
+    _refuse(not of_one_scale, "DiTPipeline wants an AutoencoderKL of one scale for all channels;")
+    shift = autoencoder.config.shift_factor
+    if not shift:
+        return autoencoder
+    without_layers = autoencoder.quant_conv is None or autoencoder.post_quant_conv is None
+    _refuse(without_layers, "DiTPipeline cannot shift latents, and this autoencoder needs it;")
+    centred = copy.deepcopy(autoencoder)
+    with torch.no_grad():
+        centred.quant_conv.bias[: centred.config.latent_channels] -= shift
+        centred.post_quant_conv.bias += shift * centred.post_quant_conv.weight.sum(dim=(1, 2, 3))
+    centred.register_to_config(shift_factor=None)
+    return centred
+
+
+def _refuse(wrong: bool, why: str) -> None:
+    if wrong:
+        raise ValueError(f"--native: {why} leave --native out")
+
+
+def _weights(model: DiT) -> dict[str, Tensor]:
+    ours, side = model.state_dict(), model.patch_size
+    labels = ours["cond.label.weight"]
+    table = torch.zeros(NULL_LABEL + 1, labels.shape[1])
+    table[: model.num_classes], table[NULL_LABEL] = labels[:-1], labels[-1]
+    weights = {
+        "pos_embed.proj.weight": rearrange(ours["patch.weight"], "d (c p q) -> d c p q", p=side, q=side),
+        "pos_embed.proj.bias": ours["patch.bias"],
+    }
+    linears = {"proj_out_1": "final.modulation", "proj_out_2": "final.linear"}
+    for number in range(len(model.blocks)):
+        source, target = f"blocks.{number}", f"transformer_blocks.{number}"
+        embedding = f"{target}.norm1.emb"
+        weights[f"{embedding}.class_embedder.embedding_table.weight"] = table
+        linears |= {
+            f"{embedding}.timestep_embedder.linear_1": "cond.time.mlp.0",
+            f"{embedding}.timestep_embedder.linear_2": "cond.time.mlp.2",
+            f"{target}.norm1.linear": f"{source}.modulation",
+            f"{target}.attn1.to_out.0": f"{source}.attention.proj",
+            f"{target}.ff.net.0.proj": f"{source}.mlp.fc1",
+            f"{target}.ff.net.2": f"{source}.mlp.fc2",
+        }
+        for kind in ("weight", "bias"):
+            parts = ours[f"{source}.attention.qkv.{kind}"].chunk(3)
+            weights |= {f"{target}.attn1.to_{x}.{kind}": part for x, part in zip("qkv", parts, strict=True)}
+    for target, source in linears.items():
+        weights |= {f"{target}.{kind}": ours[f"{source}.{kind}"] for kind in ("weight", "bias")}
+    return weights

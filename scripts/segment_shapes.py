@@ -1,0 +1,142 @@
+"""Does a backbone learn at all? A few minutes of segmentation tell, before any diffusion is run.
+
+python scripts/segment_shapes.py
+python scripts/segment_shapes.py --models '[XSwin, USwin, UNet]' --difficulty medium --num_steps 2000
+
+XSwin without time and labels (`conditioning=none`) is a dense predictor of any number of channels; the procedural
+shapes give it exact masks: for each pixel the ground, or which of the ten shapes it lies in. The U-Net, for which time
+is always 0, is what to compare it with.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment.cli import one_line_errors, run_program
+
+SWIN = {"dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2, "num_global_blocks": 2}
+SWIN |= {"conditioning": "none", "conv_norm": "group", "drop_path": 0.0}
+UNET = {"channels": [16, 32, 64, 96], "down": ["R", "R", "RA"], "middle_channels": [96], "middle": ["AR"]}
+UNET |= {"up": ["RA", "R", "R"], "time_dim": 32}
+BATCH_SIZE = 16
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "XSwin": ("XSwin", SWIN),
+    "USwin": ("USwin", SWIN),
+    "UNet": ("UNet-Mini", UNET),
+}
+COLORS = [(235, 235, 235), (68, 119, 170), (238, 102, 119), (34, 136, 51), (204, 187, 68), (102, 204, 238)]
+COLORS += [(170, 51, 119), (136, 136, 136), (204, 136, 0), (102, 85, 204), (153, 102, 51)]
+
+
+def main(
+    models: list[str] = ["XSwin", "UNet"],  # noqa: B006  (read only)
+    difficulty: Literal["easy", "medium", "hard"] = "easy",
+    image_size: int = 32,
+    num_steps: int = 500,
+    output: Path = Path("runs/segmentation.png"),
+) -> None:
+    """Train each model to segment the shapes; print what it scores on held-out ones.
+
+    Args:
+        models: of XSwin, USwin and UNet
+        difficulty: of the shapes
+        image_size: side in pixels
+        num_steps: optimizer steps of each
+        output: picture of held-out images, their masks, and what each model makes of them
+    """
+    import torch
+
+    from data.shapes import ShapesDataset
+    from evaluation.table import terminal
+    from models import create_model
+    from sampling.image_files import save_grid
+
+    for name in models:
+        if name not in MODELS:
+            raise ValueError(f"--models {name}: choose from {', '.join(MODELS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, held_out = (
+        ShapesDataset(4000, split=s, image_size=image_size, difficulty=difficulty) for s in ("train", "test")
+    )
+    images, masks = (part.to(device) for part in segmentation(held_out, range(0, len(held_out), 2)))
+    num_classes = 1 + len(train.classes)
+
+    rows, pictures = [["model", "parameters", "img/s", "IoU of the shape", "mean IoU of the classes"]], []
+    for name in models:
+        backbone, args = MODELS[name]
+        torch.manual_seed(0)
+        shape = {"input_size": image_size, "in_channels": 3, "out_channels": num_classes, "num_classes": 0}
+        model = create_model(backbone, **shape, **args).to(device)
+        began = time.perf_counter()
+        fit(model, train, device, num_steps)
+        speed = num_steps * BATCH_SIZE / (time.perf_counter() - began)
+        with torch.no_grad():
+            logits = [call(model.eval(), part) for part in images.split(100)]
+        predicted = torch.cat(logits).argmax(dim=1)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        of_shape, of_classes = scores(predicted, masks, num_classes)
+        rows.append([name, f"{parameters / 1e6:.2f}M", f"{speed:.0f}", f"{of_shape:.3f}", f"{of_classes:.3f}"])
+        pictures.append(predicted)
+
+    palette = torch.tensor(COLORS, dtype=torch.uint8)
+    shown = [images[:10].cpu().mul(127.5).add(127.5).byte()]
+    shown += [palette[labels[:10].cpu()].permute(0, 3, 1, 2) for labels in (masks, *pictures)]
+    save_grid(torch.cat(shown), output, columns=10, captions=[n for n in ("image", "mask", *models) for _ in range(10)])
+    print(terminal(rows))
+    print(f"{len(masks)} held-out images; picture: {output}")
+
+
+def segmentation(shapes: Any, indices: Any) -> tuple[Any, Any]:
+    """Images in [-1, 1] and, for each pixel, 0 on the ground and 1 + class in the shape."""
+    import torch
+
+    images = torch.stack([shapes[index][0] for index in indices]).float() / 127.5 - 1
+    masks = torch.stack([shapes.mask(index) * (1 + int(shapes.labels[index])) for index in indices])
+    return images, masks
+
+
+def call(model: Any, images: Any) -> Any:
+    """Logits [n classes h w]: the backbone at time 0, without a label."""
+    nothing = images.new_zeros(len(images)).long()
+    return model(images, nothing, nothing)
+
+
+def fit(model: Any, shapes: Any, device: Any, num_steps: int) -> None:
+    """Cross entropy, for each pixel; AdamW's learning rate warms up for 20 steps and falls to zero as a cosine."""
+    import torch
+    from tqdm import tqdm
+
+    from experiment.config import OptimConfig
+    from training.optimizer import learning_rate
+
+    config = OptimConfig(lr=2e-3, warmup_steps=20, decay="cosine")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    draw = torch.Generator().manual_seed(0)
+    model.train()
+    for step in tqdm(range(num_steps), desc=type(model).__name__, leave=False, mininterval=5):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, num_steps)
+        chosen = torch.randint(len(shapes), (BATCH_SIZE,), generator=draw).tolist()
+        images, masks = (part.to(device) for part in segmentation(shapes, chosen))
+        torch.nn.functional.cross_entropy(call(model, images), masks).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def scores(predicted: Any, masks: Any, num_classes: int) -> tuple[float, float]:
+    """Intersection over union of the shape, whatever it was taken for, and the mean of those of the shape's classes."""
+
+    def iou(one: Any, other: Any) -> float:
+        return ((one & other).sum() / (one | other).sum().clamp(min=1)).item()
+
+    classes = [iou(predicted == number, masks == number) for number in range(1, num_classes)]
+    return iou(predicted > 0, masks > 0), sum(classes) / len(classes)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        run_program(main)
