@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -163,11 +163,7 @@ def run_here(jobs: Jobs, runner: Runner) -> list[Outcome]:
             while True:
                 outcomes.extend(runner(waiting.get_nowait(), environment))
 
-    def stop(number: signal.Signals) -> None:
-        say(f"{number.name}: what runs is saved, the rest waits for the next time")
-        runner.stop(number.name)
-
-    with children.on_stop(stop):
+    with stopping(runner):
         threads = [threading.Thread(target=work, args=(place,)) for place in places()]
         for thread in threads:
             thread.start()
@@ -175,6 +171,21 @@ def run_here(jobs: Jobs, runner: Runner) -> list[Outcome]:
             while thread.is_alive():  # signals are handled between two waits
                 thread.join(0.2)
     return outcomes
+
+
+def stopping(runner: Runner) -> AbstractContextManager[None]:
+    """A stop lets the trainings save, and the rest wait for the next time."""
+
+    def stop(number: signal.Signals) -> None:
+        say_stopped(number)
+        runner.stop(number.name)
+
+    return children.on_stop(stop)
+
+
+def say_stopped(number: signal.Signals) -> None:
+    """What a stop means here."""
+    say(f"{number.name}: what runs is saved, the rest waits for the next time")
 
 
 def say(text: str) -> None:

@@ -91,6 +91,25 @@ class AblationConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """What a SLURM job is given.
+
+    Args:
+        gpus: of a run
+        hours: time limit; the job is requeued when it is over
+        cpus_per_gpu: cores for each
+        memory_gb: main memory of a run
+        partition: of the cluster
+    """
+
+    gpus: int = within("[0, inf)", 1)
+    hours: float = within("(0, inf)", 12.0)
+    cpus_per_gpu: int = within("[1, inf)", 8)
+    memory_gb: int = within("[1, inf)", 64)
+    partition: str | None = None
+
+
+@dataclass(frozen=True)
 class Run:
     """A variant under one seed."""
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -79,6 +80,16 @@ def _signal(processes: Sequence[Any], number: int) -> None:
             process.send_signal(number)
 
 
+def await_end(process: subprocess.Popen) -> None:
+    """For signal handlers: `process.wait()` would wait for the lock that the one which was interrupted holds."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        child = psutil.Process(process.pid)
+        while child.status() != psutil.STATUS_ZOMBIE:  # the interrupted one takes its status
+            time.sleep(0.05)
+
+
 @contextmanager
 def on_stop(
     handle: Callable[[signal.Signals], None],
@@ -98,6 +109,27 @@ def on_stop(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+def stop_jobs(jobs: Sequence[str], *, here: bool, number: signal.Signals) -> None:
+    """Of submitit: those that are processes here, by which it names them, are stopped too. Those of a scheduler go on
+    without this process, which ends."""
+    if not here:
+        print(f"{number.name}: the jobs go on; to stop them: scancel {' '.join(jobs)}", flush=True)
+        raise SystemExit(128 + number)
+    for process in map(int, jobs):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+
+
+@contextmanager
+def deaf_to(number: int) -> Iterator[None]:
+    """Within, what is started is born ignoring this signal."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _launches(process: Any) -> bool:

@@ -3,6 +3,7 @@
 python scripts/ablate.py configs/ablations/table1_small.yaml --set '{data.path: caltech101.zip}'
 python scripts/ablate.py configs/ablations/skip.yaml --only plan            (what it would do, and how long it takes)
 python scripts/ablate.py configs/ablations/skip.yaml --max_hours 2          (the same again goes on with it)
+python scripts/ablate.py configs/ablations/table1.yaml --executor slurm --cluster.partition gpu
 """
 
 import sys
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ablation.study import AblationConfig, expand, read_ablation
+from ablation.study import AblationConfig, ClusterConfig, expand, read_ablation
 from experiment.cli import one_line_errors, parse
 from experiment.settings import within
 from machine.children import EXIT_CODE
@@ -30,6 +31,9 @@ class AblateConfig:
         ablation: its YAML (see docs/ablations.md); the flag's name may be left out
         set: settings of all variants on top of the YAML's, such as '{data.path: images.zip, train.num_steps: 100}'
         only: 'plan' shows what would be done; 'report' writes the report of what is done; null does it all
+        executor: 'local' (a run at a time on the CPU, or on each visible GPU), 'slurm' (a job a training, through
+            submitit) or 'submitit' (the same as processes here)
+        cluster: what a SLURM job is given
         max_hours: start nothing after this time; a training that runs saves and stops. The same command goes on
         launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
         any_code: take results of other versions of the code for done
@@ -41,6 +45,8 @@ class AblateConfig:
     ablation: str
     set: dict[str, Any] = field(default_factory=dict)
     only: Literal["plan", "report"] | None = None
+    executor: Literal["local", "slurm", "submitit"] = "local"
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     max_hours: float | None = within("(0, inf)", None)
     launcher: str | None = None
     any_code: bool = False
@@ -77,6 +83,7 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     """What is left to do, then the report."""
+    from ablation.executors import submit
     from ablation.plan import make_plan, prepare, refuse_changed, table
     from ablation.runner import Runner, jobs_of, run_here
     from ablation.tables import check_columns
@@ -98,7 +105,12 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
         if not config.redo:
             refuse_changed(plan)
         prepare([planned for planned in plan if not planned.all_done], accelerator)
-    outcomes = run_here(jobs_of(plan), Runner(deadline, config.launcher))
+    jobs, runner = jobs_of(plan), Runner(deadline, config.launcher)
+    if config.executor == "local":
+        outcomes = run_here(jobs, runner)
+    else:
+        scheduler = "slurm" if config.executor == "slurm" else "local"
+        outcomes = submit(jobs, runner, config.cluster, folder / "jobs", scheduler)
 
     # What came of it.
     for outcome in outcomes:

@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -138,8 +137,7 @@ def stop(number: signal.Signals) -> None:
     """What runs goes, and its folder."""
     for process in started:
         children.kill(process)
-        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:  # `wait` holds a lock that it interrupts
-            time.sleep(0.05)
+        children.await_end(process)
     raise SystemExit(128 + number)
 
 

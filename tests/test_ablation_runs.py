@@ -17,10 +17,11 @@ from ablations import execute, plan_of
 from processes import ROOT
 
 from ablation import identity, stages
+from ablation.executors import submit
 from ablation.identity import done_stages, mark
 from ablation.plan import make_plan, refuse_changed
-from ablation.runner import Runner, last_line
-from ablation.study import ScoringConfig, merged
+from ablation.runner import Runner, jobs_of, last_line
+from ablation.study import ClusterConfig, ScoringConfig, merged
 from checkpoints.checkpoint import WEIGHTS, metadata_of, save_tensors
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
@@ -244,6 +245,13 @@ def test_a_stop_lets_the_training_save_and_the_rest_wait(scripted):
 def test_nothing_starts_when_the_time_is_over(scripted):
     assert execute(plan_of({"a": {}}), deadline=time.time() - 1)["a"] == ("stopped", "the time is over")
     assert calls() == []
+
+
+def test_submitit_does_the_same_in_a_process_of_its_own():
+    plan = plan_of({"a": {}})
+    mark(plan[0].run.folder, began=plan[0].keys["train"], **plan[0].keys)
+    outcomes = submit(jobs_of(plan), Runner(), ClusterConfig(gpus=0), Path("jobs"), "local")
+    assert [(outcome.status, outcome.why) for outcome in outcomes] == [("done", "before")]
 
 
 def test_a_training_that_a_launcher_says_has_failed_may_have_stopped(monkeypatch):

@@ -79,6 +79,22 @@ def test_a_killed_parents_child_is_asked_to_end(tmp_path):
     assert (tmp_path / "ended").read_text() == "SIGTERM"
 
 
+def test_a_signal_handler_awaits_the_child_that_was_being_waited_for(tmp_path):
+    body = """
+def stop(number):
+    children.send(child, signal.SIGUSR1)
+    children.await_end(child)
+    print("ended in time")
+
+child = children.start([sys.executable, "child.py"])
+with children.on_stop(stop):
+    print(child.wait())
+"""
+    process = parent(tmp_path, body)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=120)[0] == "ended in time\n75\n"
+
+
 def test_what_is_ignored_stays_ignored_and_grandchildren_can_be_killed(tmp_path):
     body = """
 signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -111,6 +111,27 @@ def test_a_signalled_launchers_training_saves_and_says_that_it_stopped(tmp_path,
         pass
 
 
+def test_a_job_that_slurm_signals_is_requeued_and_goes_on(tmp_path):
+    """Two processes; SIGUSR2 goes to all that is the job's, launcher included."""
+    script = [str(ROOT / "scripts/launch_slurm.py"), "--experiment", "long.yaml", "--cluster", "local", "--gpus", "2"]
+    process = begun(tmp_path, *script, "--wait", "true", stdout=subprocess.PIPE, text=True)
+    (controller,) = psutil.Process(process.pid).children()
+    for each in controller.children(recursive=True):
+        each.send_signal(signal.SIGUSR2)
+    (said,) = (tmp_path / "runs/slurm").glob("*.out")
+    while "Requeued" not in said.read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    await_step(tmp_path, process, stopped_after(said.read_text()) + 1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert "it ended with status 75" in output
+    first, second = (line for line in said.read_text().splitlines() if "stopped after" in line)
+    assert first.startswith("SIGUSR")
+    assert second.startswith("SIGTERM")
+    assert [event["step"] for event in log(tmp_path, "long")] == list(range(1, stopped_after(second) + 1))
+
+
 def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
     main, terminal = os.openpty()
     options = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "start_new_session": True}

@@ -1,0 +1,106 @@
+"""Submit a training to SLURM; requeued after preemption or time-out, it goes on where it was.
+
+    python scripts/launch_slurm.py --experiment configs/caltech101/xswin.yaml --gpus 8 --hours 12 --partition gpu
+    python scripts/launch_slurm.py --experiment EXPERIMENT.yaml --cluster local      (the same, as a process here)
+
+Two minutes before the end SLURM sends SIGUSR2 to all of the job's processes; the training saves, and the job goes back
+to the queue and resumes with `--resume auto`.
+"""
+
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment.cli import one_line_errors, parse_run, run_program
+from experiment.config import ExperimentConfig
+from machine import children
+from machine.children import EXIT_CODE, STOPPED
+from machine.cluster import ROOT, open_executor, requeue
+
+
+@dataclass
+class Training:
+    """`train.py ... --resume auto` on one node, as submitit calls it; `accelerate launch` for several GPUs. One that
+    runs `here` is stopped by SIGTERM as any program is; SLURM's own signals are for submitit."""
+
+    arguments: list[str]
+    run: Path
+    gpus: int
+    here: bool = False
+
+    def __call__(self) -> int:
+        """Run it to its end; returns the exit status, 75 where it has stopped to be gone on with. Raises RuntimeError
+        when it fails."""
+        (self.run / STOPPED).unlink(missing_ok=True)
+        launch = [sys.executable]
+        if self.gpus > 1:
+            launch += ["-m", children.LAUNCHER, "--multi_gpu", "--num_processes", str(self.gpus)]
+            launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        with children.deaf_to(signal.SIGUSR2):  # SLURM sends it to all, and launchers would end by it
+            self.process = children.start([*launch, str(ROOT / "train.py"), *self.arguments, "--resume", "auto"])
+        stop = partial(children.send, self.process)
+        with children.on_stop(stop) if self.here else nullcontext():
+            status = self.process.wait()
+        if (self.run / STOPPED).is_file():
+            return EXIT_CODE
+        if status != 0:
+            raise RuntimeError(f"train.py ended with status {status}")
+        return status
+
+    def checkpoint(self) -> Any:
+        """What submitit calls when SLURM announces the end: let the training save, then go back to the queue."""
+        children.send(self.process, signal.SIGUSR1)
+        children.await_end(self.process)
+        return requeue(Training(self.arguments, self.run, self.gpus, self.here))
+
+
+def main(
+    experiment: Path,
+    overrides: list[str] = [],  # noqa: B006  (read only)
+    gpus: int = 1,
+    hours: float = 12.0,
+    cpus_per_gpu: int = 8,
+    memory_gb: int = 64,
+    partition: str | None = None,
+    cluster: Literal["slurm", "local"] = "slurm",
+    logs: Path = Path("runs/slurm"),
+    wait: bool = False,
+) -> None:
+    """Submit one training.
+
+    Args:
+        experiment: its YAML
+        overrides: further flags of train.py, such as '[--train.seed, "1"]'
+        gpus: on one node
+        hours: time limit; the job is requeued when it is over
+        cpus_per_gpu: cores for each
+        memory_gb: main memory of the job
+        partition: of the cluster
+        cluster: 'slurm', or 'local' for a process on this machine
+        logs: folder for the job's output
+        wait: stay until the job has ended
+    """
+    if not experiment.is_file():
+        raise ValueError(f"--experiment {experiment}: no such file")
+    arguments = ["--config", str(experiment), *overrides]
+    run = parse_run(ExperimentConfig, arguments).folder
+    room = {"gpus": gpus, "hours": hours, "cpus_per_gpu": cpus_per_gpu, "memory_gb": memory_gb, "partition": partition}
+    executor = open_executor(cluster, logs, name=experiment.stem, **room)
+    here = cluster == "local"
+    with children.deaf_to(signal.SIGINT):  # the terminal's, which is for this process to pass on
+        job = executor.submit(Training(arguments, run, gpus, here))
+    print(f"job {job.job_id}; its output: {job.paths.stdout}", flush=True)
+    if wait:
+        with children.on_stop(lambda number: children.stop_jobs([job.job_id], here=here, number=number)):
+            print(f"it ended with status {job.result()}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        run_program(main)
