@@ -72,7 +72,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
-    ema = EMA(model, config.train.ema_decay)
+    ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
     optimizer = build_optimizer(model, config.optim)
     if config.train.compile:
         compile_blocks(model)

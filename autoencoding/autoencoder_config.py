@@ -55,7 +55,9 @@ class DiscriminatorConfig:
     Args:
         weight: of its opinion in the autoencoder's loss, times the adaptive one; 0: no discriminator
         start: optimizer step at which it starts to learn and to count
+        loss: 'hinge' or 'bce' (Goodfellow et al. 2014, not saturating)
         max_adaptive: most that the adaptive weight, a ratio of gradients, may be (Esser et al. 2021, eq. 7)
+        norm: between its convolutions: 'group' or 'spectral'
         channels: width of its first convolution
         num_layers: convolutions of stride two
         lr: learning rate; warm-up and decay are the autoencoder's
@@ -64,7 +66,9 @@ class DiscriminatorConfig:
 
     weight: float = within("[0, inf)", 0.5)
     start: int = within("[0, inf)", 5000)
+    loss: Literal["hinge", "bce"] = "hinge"
     max_adaptive: float = within("(0, inf]", 1e4)
+    norm: Literal["group", "spectral"] = "group"
     channels: int = within("[1, inf)", 64)
     num_layers: int = within("[1, inf)", 3)
     lr: float = within("(0, inf)", 1e-4)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +17,18 @@ from metrics.perceptual import perceptual_network
 Critic = Callable[[Tensor], Tensor]  # images to logits, positive for real ones
 
 
-class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches, one logit each, positive for real ones (PatchGAN: Isola et al. 2017, section 3.2.2).
+class Adversarial(NamedTuple):
+    """What the discriminator minimises, of logits of real and of reconstructed patches, and what the autoencoder does,
+    of logits of reconstructed ones."""
 
-    `num_layers` convolutions of stride two, each twice as wide as the one before up to eight times `channels`, then two
-    of stride one: with three a logit sees 70 pixels. No layer mixes images.
-    """
-
-    def __init__(self, *, channels: int = 64, num_layers: int = 3) -> None:
-        super().__init__()
-        widths = [channels * min(2**level, 8) for level in range(num_layers + 1)]
-        strides = [2] * (num_layers - 1) + [1]
-        layers: list[nn.Module] = [_conv(3, channels, 2), nn.LeakyReLU(0.2)]
-        for narrow, wide, stride in zip(widths[:-1], widths[1:], strides, strict=True):
-            norm = nn.GroupNorm(min(32, wide // 4), wide)
-            layers += [_conv(narrow, wide, stride), norm, nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, _conv(widths[-1], 1, 1))
-
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h_out w_out"]:
-        return self.layers(images)
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    autoencoder: Callable[[Tensor], Tensor]
 
 
-def _conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
-    conv = nn.Conv2d(in_channels, out_channels, 4, stride, padding=1)
-    nn.init.normal_(conv.weight, std=0.02)
-    nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]
-    return conv
+ADVERSARIAL = {
+    "hinge": Adversarial(lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)) / 2, lambda fake: -fake),
+    "bce": Adversarial(lambda real, fake: (F.softplus(-real) + F.softplus(fake)) / 2, lambda fake: F.softplus(-fake)),
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +77,7 @@ class AutoencoderObjective:
         if critic is not None:
             with accelerator.autocast():
                 logits = critic(pixels).float()
-            terms["adversarial"] = -_mean(logits)
+            terms["adversarial"] = _mean(ADVERSARIAL[self.discriminator.loss].autoencoder(logits))
             (opinion,) = torch.autograd.grad(terms["adversarial"].mean(), pixels)
 
             def at_last_layer(of_pixels: Tensor) -> Tensor:
@@ -115,10 +102,10 @@ class AutoencoderObjective:
     def tell_apart(
         self, critic: Critic, images: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"]
     ) -> dict[str, Float[Tensor, " b"]]:
-        """The discriminator's hinge loss, and how many patches of either kind it takes for what they are."""
+        """What the discriminator minimises, and how many patches of either kind it takes for what they are."""
         real, fake = critic(torch.cat([images, reconstruction])).float().chunk(2)
         return {
-            "discriminator": _mean(F.relu(1 - real) + F.relu(1 + fake)) / 2,
+            "discriminator": _mean(ADVERSARIAL[self.discriminator.loss].discriminator(real, fake)),
             "real_found": _mean((real > 0).float()),
             "fake_found": _mean((fake < 0).float()),
         }

@@ -1,9 +1,10 @@
-"""The exponential average of a model's weights: parameters and buffers, in float32."""
+"""Averages of a model's weights: parameters and buffers, in float32."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -11,28 +12,24 @@ from torch.nn.utils import get_total_norm
 from machine.sharding import is_sharded, own_part, part_like, whole
 
 
-class EMA:
-    """`average <- decay * average + (1 - decay) * value`; the rising decay lets short runs forget their initialisation.
+class Average:
+    """`average <- decay(step) * average + (1 - decay(step)) * value`.
 
-    Floating buffers are averaged like parameters. Parameters that a step left alone, as it gave gradients to others
-    only, stay as they are, and their steps count from the first that trained them: each stage of a model that is
-    trained in stages has an average of its own training. Where training shards the model, each process averages its
-    parts.
+    Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Parameters that a step left
+    alone, as it gave gradients to others only, stay as they are in the average too, and their steps count from the
+    first that trained them, else they would keep much of their initialisation: each stage of a model that is trained in
+    stages has an average of its own training. Where training shards the model, each process averages the parts that it
+    has. What is done to an average is done to its `profiles` too.
     """
 
-    def __init__(self, model: nn.Module, max_decay: float) -> None:
-        if not 0 <= max_decay < 1:
-            raise ValueError(f"--train.ema_decay {max_decay} must lie in [0, 1)")
-        self.max_decay = max_decay
+    def __init__(self, model: nn.Module, decay: Callable[[int], float]) -> None:
+        self.decay = decay  # of optimizer step `step`, from 0
+        self.profiles: dict[float, Average] = {}  # further averages of the same weights, by length
         self._model = deepcopy(model).float().eval().requires_grad_(False)
         self._parts: dict[str, Tensor] = {}  # of a sharded model; else the model holds the averages
         self._is_whole = True
         # Of parameters that the first step left alone: the first one that did not, as soon as it is known.
         self.began: dict[str, int | None] | None = None
-
-    def decay(self, step: int) -> float:
-        """Of optimizer step `step`, from 0."""
-        return min(self.max_decay, (1 + step) / (10 + step))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -51,14 +48,16 @@ class EMA:
 
     def shard_like(self, model: nn.Module) -> None:
         """Keep the parts that this process has of `model`, if that is sharded."""
-        if is_sharded(model):
+        for average in (self, *self.profiles.values()) if is_sharded(model) else ():
             values = model.state_dict()
-            self._parts = {name: part_like(part, values[name]).clone() for name, part in self.tensors.items()}
-            self.let_go()
+            average._parts = {name: part_like(part, values[name]).clone() for name, part in average.tensors.items()}
+            average.let_go()
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 0)."""
+        for average in self.profiles.values():
+            average.update(model, step)
         self.let_go()
         current = model.state_dict(keep_vars=True)
         parameters = {name: value for name, value in current.items() if isinstance(value, nn.Parameter)}
@@ -81,19 +80,12 @@ class EMA:
         for first, (averages, values) in pairs.items():
             torch._foreach_lerp_(averages, values, 1 - self.decay(step - first))
 
-    @torch.no_grad()
-    def drift(self, model: nn.Module) -> float:
-        """How far the average lags behind the weights: norm of the difference over norm of the weights."""
-        averages, current = self.tensors, model.state_dict()
-        names = [name for name, _ in self._model.named_parameters()]
-        gap = get_total_norm([averages[name] - current[name] for name in names])
-        return (whole(gap) / whole(get_total_norm([current[name] for name in names]))).item()
-
     def state(self) -> dict[str, int | None] | None:
         return self.began
 
     def restore(self, state: dict[str, int | None] | None) -> None:
-        self.began = state and dict(state)
+        for average in (self, *self.profiles.values()):
+            average.began = state and dict(state)
 
     def let_go(self) -> None:
         """Free the whole of a sharded model; its parts stay."""
@@ -109,3 +101,60 @@ def first_step(name: str, began: Mapping[str, int | None]) -> int:
         return began[name] or 0
     layer = name.rpartition(".")[0]
     return next((first for parameter, first in began.items() if parameter.rpartition(".")[0] == layer), None) or 0
+
+
+def power_decay(sigma_rel: float) -> Callable[[int], float]:
+    """Of EDM2's power-function average (Karras et al. 2024, eq. 3): weights of step t count as t^gamma, so that the
+    average's length grows with training; `sigma_rel` is its standard deviation over the length of training."""
+    gamma = gamma_of(sigma_rel)
+    return lambda step: (1 - 1 / (step + 1)) ** (gamma + 1)
+
+
+class EMA(Average):
+    """The exponential average that is sampled and scored; the rising decay lets short runs forget their initialisation.
+    Beside it any number of power-function averages, from whose snapshots `scripts/reconstruct_ema.py` makes an average
+    of any other length after training."""
+
+    def __init__(self, model: nn.Module, max_decay: float, profiles: Sequence[float] = ()) -> None:
+        if not 0 <= max_decay < 1:
+            raise ValueError(f"--train.ema_decay {max_decay} must lie in [0, 1)")
+        super().__init__(model, lambda step: min(max_decay, (1 + step) / (10 + step)))
+        self.profiles = {sigma: Average(model, power_decay(sigma)) for sigma in profiles}
+
+    @torch.no_grad()
+    def drift(self, model: nn.Module) -> float:
+        """How far the average lags behind the weights: norm of the difference over norm of the weights."""
+        averages, current = self.tensors, model.state_dict()
+        names = [name for name, _ in self._model.named_parameters()]
+        gap = get_total_norm([averages[name] - current[name] for name in names])
+        return (whole(gap) / whole(get_total_norm([current[name] for name in names]))).item()
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of a power-function average of this relative standard deviation: the positive root of
+    `(gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3)` (Karras et al. 2024, appendix C)."""
+    if not 0 < sigma_rel < 0.28:
+        raise ValueError(f"--train.ema_profiles {sigma_rel}: lengths lie between 0 and 0.28; EDM2 keeps 0.05, 0.1")
+    t = sigma_rel**-2
+    roots = np.roots([1, 7, 16 - t, 12 - t])
+    return float(roots.real[np.abs(roots.imag) < 1e-9].max())
+
+
+Snapshot = tuple[int | float, float]  # (steps trained, gamma)
+
+
+def reconstruction_weights(snapshots: Sequence[Snapshot], target: Snapshot) -> list[float]:
+    """How much of each snapshot makes up a target average: least squares between their profiles over training (Karras
+    et al. 2024, section 3.2), divided by their sum as in EDM2's code, so that an average of equal weights is these."""
+    gram = [[_overlap(a, b) for b in snapshots] for a in snapshots]
+    right = [_overlap(a, target) for a in snapshots]
+    weights = np.linalg.lstsq(np.array(gram), np.array(right), rcond=None)[0]
+    return (weights / weights.sum()).tolist()
+
+
+def _overlap(a: Snapshot, b: Snapshot) -> float:
+    """Inner product of two profiles `(gamma + 1) tau^gamma / t^(gamma + 1)`, tau from 0 to t."""
+    (t_a, gamma_a), (t_b, gamma_b) = a, b
+    shorter = min(t_a, t_b)
+    scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / shorter
+    return scale * (shorter / t_a) ** (gamma_a + 1) * (shorter / t_b) ** (gamma_b + 1)

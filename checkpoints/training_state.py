@@ -1,10 +1,12 @@
 """What a training changes, in the checkpoints that it goes on from: one format, whatever is trained.
 
 Beside `ema.safetensors` (see `checkpoints.checkpoint`) a checkpoint has a folder `state/`: each network and optimizer
-as `<name>.safetensors`, and all that is no tensor in `progress.json`. Nothing read back is ever unpickled.
+as `<name>.safetensors`, power-function averages as `profiles.safetensors`, and all that is no tensor in
+`progress.json`. Nothing read back is ever unpickled.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,9 @@ from checkpoints.averages import EMA
 from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_tensors
 from machine.checkpoint_folder import checkpoint_path, write_checkpoint
 from machine.sharding import gather, part_like
+
+PROFILES = "state/profiles.safetensors"
+SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,12 @@ class TrainingState:
 
     def modules(self) -> dict[str, dict[str, Tensor]]:
         """By file, the tensors that are copied into when a training goes on."""
-        networks = {_state_file(name): network.state_dict() for name, network in self.networks.items()}
-        return {WEIGHTS: self.ema.tensors, **networks}
+        files = {WEIGHTS: self.ema.tensors}
+        files |= {_state_file(name): network.state_dict() for name, network in self.networks.items()}
+        if self.ema.profiles:
+            averages = [(sigma, average.tensors.items()) for sigma, average in self.ema.profiles.items()]
+            files[PROFILES] = {f"{sigma}/{name}": tensor for sigma, tensors in averages for name, tensor in tensors}
+        return files
 
 
 def _state_file(name: str) -> str:
@@ -69,6 +78,9 @@ def save_checkpoint(
         for file, tensors in files.items():
             if file == WEIGHTS:
                 save_tensors(tensors, checkpoint / file, metadata)
+            elif file == PROFILES:
+                save_tensors(tensors, checkpoint / file, {**metadata, "began": json.dumps(training.ema.began or {})})
+                _keep_snapshot(checkpoint / file, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
             else:
                 save_file(tensors, checkpoint / file)
         (checkpoint / "state" / "progress.json").write_text(json.dumps({"step": step, **progress}))
@@ -119,3 +131,29 @@ def _numbers_of(optimizer: torch.optim.Optimizer) -> list[int]:
     groups = optimizer.param_groups
     numbers = [number for group in groups for number in group.get("numbers", ())]
     return numbers or list(range(sum(len(group["params"]) for group in groups)))
+
+
+def list_snapshots(run: Path) -> dict[int, Path]:
+    """The power-function averages of a run by their steps, in order."""
+    paths = [path for path in (run / SNAPSHOTS).glob("[0-9]*.safetensors") if path.stem.isdecimal()]
+    return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
+
+
+def drop_snapshots(run: Path, *, after: int) -> None:
+    """Those of steps that a resumed run takes again: with other settings they would be of another training."""
+    for step, path in list_snapshots(run).items():
+        if step > after:
+            path.unlink()
+
+
+def _keep_snapshot(profiles: Path, snapshot: Path) -> None:
+    """A second name for the profiles' file, which rotation leaves alone: before the checkpoint is whole, so that there
+    is none without its snapshot."""
+    snapshot.parent.mkdir(exist_ok=True)
+    partial = snapshot.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.hardlink_to(profiles)
+    except OSError:  # a file system without such links
+        shutil.copy(profiles, partial)
+    partial.replace(snapshot)

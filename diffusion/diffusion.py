@@ -90,6 +90,10 @@ class Diffusion:
         variance: of the reverse step. `learned_range` has the model interpolate, in log space, between the posterior
             variance and beta (Nichol and Dhariwal 2021, eq. 15), for which it has twice the channels; of a chain.
             `fixed_small` and `fixed_large` are these two bounds themselves.
+        uncertainty: have the model say in one more channel, of which the mean over the image counts, the logarithm u of
+            the error it expects; the loss is then `mse / e^u + u`, least where u is log mse (Kendall et al. 2018;
+            Karras et al. 2024, eq. 21, where u is a small network's and knows sigma alone). The best prediction stays
+            the same.
         default_sampler, default_spacing: where none is named.
         samplers: where these alone can sample it.
     """
@@ -103,6 +107,7 @@ class Diffusion:
         times: DrawTimes,
         weighting: str = "uniform",
         variance: str = "fixed_small",
+        uncertainty: bool = False,
         default_sampler: str = "euler",
         default_spacing: str = "uniform",
         samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = NOTHING,
@@ -118,7 +123,8 @@ class Diffusion:
                 "leave one of them out"
             )
         self.path, self.prediction, self.loss, self.weighting = path, prediction, loss or prediction, weighting
-        self.variance, self._draw_times = variance, times
+        self.variance, self.uncertainty = variance, uncertainty
+        self._draw_times = times
         self.default_sampler, self.default_spacing, self.samplers = default_sampler, default_spacing, samplers
         self._target, self._loss_target = targets[prediction], targets[self.loss]
         self._informative = path.time_at(torch.tensor(path.noise_range, dtype=torch.float64)).tolist()
@@ -130,7 +136,7 @@ class Diffusion:
 
     def output_channels(self, in_channels: int) -> int:
         """Channels that the backbone has to put out for data of `in_channels`."""
-        return in_channels * (1 + self.learns_variance)
+        return in_channels * (1 + self.learns_variance) + self.uncertainty
 
     # Times.
 
@@ -236,7 +242,7 @@ class Diffusion:
     def terms(
         self, output: Output, x_0: Images, x_t: Images, t: Timesteps, noise: Images
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """`loss`, `mse`, the squared error of the model's output, and where the variance is learned `vb`.
+        """`loss`, `mse`, the squared error of the model's output, and where they are learned `vb` and `uncertainty`.
 
         `mse` is the simple loss (Ho et al. 2020, eq. 14), `vb` the bound's term at `t` in bits per dimension, with the
         mean frozen. The hybrid loss is `mse + T / 1000 * vb`: eq. 16 of Nichol and Dhariwal 2021, as `vb` is one of T
@@ -249,6 +255,9 @@ class Diffusion:
             mean_frozen = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
             vb = self._variational_bound(self.predict(mean_frozen, x_t, t), x_0, x_t, t)
             terms |= {"loss": terms["loss"] + (self.path.max_time + 1) / 1000 * vb, "vb": vb}
+        if self.uncertainty:
+            u = mean_per_sample(output[:, -1:])
+            terms |= {"loss": terms["loss"] * torch.exp(-u) + u, "uncertainty": u}
         return terms
 
     def loss_weight(self, t: Timesteps) -> Float32[Tensor, " b"]:

@@ -113,6 +113,7 @@ def edm(
     P_std: Annotated[float, "(0, inf)"] = 1.2,
     sigma_min: Annotated[float, "(0, inf)"] = 0.002,
     sigma_max: Annotated[float, "(0, inf)"] = 80.0,
+    uncertainty: bool = False,
     prediction: str = "F",
     loss: str | None = None,
 ) -> "diffusion.diffusion.Diffusion":
@@ -127,6 +128,7 @@ def edm(
         P_std: its standard deviation
         sigma_min: least noise of a sampler
         sigma_max: noise that a sampler starts from
+        uncertainty: have the model learn how large its error is, and weigh it by that
         prediction: what the backbone predicts: 'F', 'epsilon', 'x_0' or 'v'
         loss: what the squared error is counted in, by a prediction's name; null: what is predicted
     """
@@ -147,6 +149,7 @@ def edm(
         prediction,
         loss,
         times=draw,
+        uncertainty=uncertainty,
         default_sampler="heun",
         default_spacing="karras",
     )

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, se
 
 from experiment.config import R, resuming
 from experiment.imports import load_imports
-from experiment.settings import StrictLoader, without_former
+from experiment.settings import StrictLoader, of_today
 from machine import children
 from settings import check_settings
 
@@ -82,7 +82,7 @@ def keep_names(values: Any, text: str) -> Any:
 def load_strict_yaml(text: str) -> Any:
     """As jsonargparse reads it, once it is known to be no bomb and to say each thing once, and with names kept."""
     yaml.load(text, StrictLoader)
-    return without_former(keep_names(load_yaml(text), text))
+    return of_today(keep_names(load_yaml(text), text))
 
 
 set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
@@ -185,7 +185,7 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
         parser_of.cache_clear()
     parser = parser_of(config_class)
     try:
-        config = config_class(**vars(parser.instantiate(parser.parse_object(without_former(values)))))
+        config = config_class(**vars(parser.instantiate(parser.parse_object(of_today(values)))))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     check_settings(config, prefix="")

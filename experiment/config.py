@@ -146,12 +146,15 @@ class TrainConfig(AnyTrainConfig):
         num_steps: optimizer steps, in place of num_epochs
         grad_accumulation: micro-batches a step
         label_dropout: share of labels replaced by the null label, for classifier-free guidance
+        ema_profiles: relative lengths of power-function averages to keep snapshots of, such as [0.05, 0.1]; see
+            scripts/reconstruct_ema.py
         compile: compile the backbone's blocks (torch.compile); see docs/performance.md for what it gives and costs
     """
 
     num_epochs: int | None = within("[1, inf)", None)
     grad_accumulation: int = within("[1, inf)", 1)
     label_dropout: float = within("[0, 1]", 0.1)
+    ema_profiles: list[float] = within("(0, 0.28)", [])
     compile: bool = False
 
     def check(self, prefix: str) -> None:

@@ -1,6 +1,6 @@
 """The way from and to plain mappings, and from configurations of before."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
@@ -8,7 +8,7 @@ import yaml
 
 from settings import SEEDS, check_settings, within
 
-__all__ = ["SEEDS", "check_settings", "flatten", "from_dict", "within", "without_former"]
+__all__ = ["SEEDS", "check_settings", "flatten", "from_dict", "of_today", "within"]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -23,43 +23,34 @@ def from_dict(kind: Any, values: Any) -> Any:
     """A configuration again, from `to_dict`: no value is read anew. Settings that it lacks are their defaults."""
     if is_dataclass(kind):
         kinds = get_type_hints(kind)
-        return cast(Any, kind)(
-            **{name: from_dict(kinds.get(name), value) for name, value in without_former(values).items()}
-        )
+        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in of_today(values).items()})
     if get_origin(kind) is list:
         return [from_dict(get_args(kind)[0], value) for value in values]
     return tuple(values) if get_origin(kind) is tuple else values
 
 
-FORMER: dict[
-    tuple[str, str], Sequence[Any] | None
-] = {  # settings that went, and at which values nothing goes with them
-    ("train", "ema_profiles"): None,  # any: no weights of a checkpoint depend on it
+FORMER = {  # settings that went, and the values at which nothing goes with them
     ("diffusion", "times"): ["importance"],  # of training alone
-    ("diffusion", "uncertainty"): [False],
-    ("sampling", "eta"): [0],
-    ("sampling", "churn"): [0],
-    ("sampling", "guidance_schedule"): ["constant"],
-    ("sampling", "guidance_momentum"): [0],
-    ("discriminator", "loss"): ["hinge"],
-    ("discriminator", "norm"): ["group"],
+    ("sampling", "guidance_schedule"): [None, "constant"],
+    ("sampling", "guidance_momentum"): [None, 0],
 }
 
 
-def without_former(values: Any) -> Any:
-    """A whole configuration, as files of before have it, without the settings that went where they changed nothing."""
+def of_today(values: Any) -> Any:
+    """A whole configuration, as files of before have it, in the settings of today. Samplers own their arguments, where
+    `sampling` had `eta` (of ddim) and `churn` (of heun), 0 for all others."""
     if not isinstance(values, Mapping):
         return values
-    kept = dict(values)
-    for (group, name), harmless in FORMER.items():
-        section = kept.get(group)
-        if (
-            isinstance(section, Mapping)
-            and name in section
-            and (harmless is None or section[name] in [None, *harmless])
-        ):
-            kept[group] = {key: value for key, value in section.items() if key != name}
-    return kept
+    groups = {name: dict(group) if isinstance(group, Mapping) else group for name, group in values.items()}
+    for (name, setting), harmless in FORMER.items():
+        group = groups.get(name)
+        if isinstance(group, dict) and setting in group and group[setting] in harmless:
+            del group[setting]
+    sampling = groups.get("sampling")
+    if isinstance(sampling, dict) and not sampling.keys().isdisjoint(("eta", "churn")):
+        arguments = {name: value for name in ("eta", "churn") if (value := sampling.pop(name, None))}
+        sampling |= {"sampler_args": arguments} if arguments else {}
+    return groups
 
 
 MOST_VALUES = 100_000

@@ -34,8 +34,9 @@ def train(run: Run[AutoencodingConfig]) -> None:
     """The whole of training, top to bottom."""
     import torch
 
+    from autoencoding.discriminator import PatchDiscriminator
     from autoencoding.image_stream import open_batches, open_held_out
-    from autoencoding.losses import PatchDiscriminator, build_objective
+    from autoencoding.losses import build_objective
     from autoencoding.model import Autoencoding, autoencoder_optimizers, build_autoencoder, finish
     from autoencoding.previews import Previews, decibels, pick
     from checkpoints.averages import EMA
@@ -56,7 +57,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
     learned_variance, decoder_only, of_critic = config.loss.learned_variance, config.decoder_only, config.discriminator
     model = Autoencoding(build_autoencoder(config), learned_variance=learned_variance, decoder_only=decoder_only)
     model = model.to(device)
-    critic = PatchDiscriminator(channels=of_critic.channels, num_layers=of_critic.num_layers)
+    critic = PatchDiscriminator(channels=of_critic.channels, num_layers=of_critic.num_layers, norm=of_critic.norm)
     critic = critic.to(device)
     objective = build_objective(config.loss, of_critic, device)
     optimizers = autoencoder_optimizers(model, config.optim)

@@ -165,15 +165,15 @@ def test_an_argument_of_another_sampler_is_refused_and_goes_with_its_sampler():
 
 def test_settings_that_went_are_read_where_they_changed_nothing(tmp_path):
     """From a checkpoint, a file and an ablation."""
-    before = {"sampling": {"sampler": "ddim", "eta": 0.0, "guidance_schedule": "constant"}}
-    before |= {"train": {"ema_profiles": [0.1], "seed": 3}, "diffusion": {"times": "importance"}}
+    before = {"sampling": {"sampler": "ddim", "eta": 0.5, "churn": 0.0, "guidance_schedule": "constant"}}
+    before |= {"train": {"seed": 3}, "diffusion": {"times": "importance"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
     for config in (
         from_dict(ExperimentConfig, before),
         parse(ExperimentConfig, ["--config", str(tmp_path / "config.yaml")]),
         parse_mapping(ExperimentConfig, before),
     ):
-        assert (config.sampling.sampler, config.train.seed, config.diffusion.times) == ("ddim", 3, None)
+        assert (config.sampling.sampler_args, config.train.seed, config.diffusion.times) == ({"eta": 0.5}, 3, None)
     with pytest.raises(ValueError, match="guidance_schedule"):
         parse_mapping(ExperimentConfig, {"sampling": {"guidance_schedule": "linear"}})
 

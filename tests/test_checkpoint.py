@@ -253,6 +253,7 @@ def flipped(path, where):
     content = bytearray(path.read_bytes())
     start = content.index(b'"classes":"[') + 14 if where == "metadata" else 8 + int.from_bytes(content[:8], "little")
     content[start] ^= 1
+    path.unlink()  # of snapshots there is a second name
     path.write_bytes(content)
     return path
 

@@ -1,13 +1,23 @@
-"""Averages in the course of a training, and what another training has left."""
+"""Averages against closed forms, and any length of average from snapshots of two."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from processes import TINY, script
+from safetensors.torch import load_file
 from torch import nn
 
-from checkpoints.averages import EMA
+from checkpoints.averages import EMA, Average, gamma_of, power_decay, reconstruction_weights
+from checkpoints.checkpoint import metadata_of, open_checkpoint
+from checkpoints.training_state import TrainingState, list_snapshots, save_checkpoint
+from experiment.cli import parse_run
 from experiment.config import ExperimentConfig
+from machine.checkpoint_folder import CheckpointError
+from models import ModelSpec
 from training.resumption import start_or_go_on
 
 
@@ -22,6 +32,50 @@ def trajectory(step):
     return torch.tensor([step / 100 + torch.sin(torch.tensor(step / 30.0)).item()])
 
 
+@pytest.mark.parametrize(("gamma", "sigma_rel"), [(6.94, 0.10), (16.97, 0.05)])
+def test_gamma_is_edm2s(gamma, sigma_rel):
+    assert gamma_of(sigma_rel) == pytest.approx(gamma, abs=0.01)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.0, 0.5, -1.0])
+def test_lengths_that_no_exponent_gives_are_told(sigma_rel):
+    with pytest.raises(ValueError, match=r"--train.ema_profiles .*: lengths lie between"):
+        gamma_of(sigma_rel)
+
+
+def test_power_average_is_the_weighted_mean_of_its_definition():
+    """Of T steps, step t counts in proportion to t^gamma."""
+    model, num_steps = Scalar(), 3000
+    average, gamma = Average(model, power_decay(0.1)), gamma_of(0.1)
+    for step in range(num_steps):
+        model.weight.data.copy_(trajectory(step))
+        average.update(model, step)
+    t = torch.arange(1, num_steps + 1, dtype=torch.float64)
+    shares = t**gamma / (t**gamma).sum()
+    expected = sum((share * trajectory(step)).item() for step, share in enumerate(shares.tolist()))
+    assert average.model.weight.item() == pytest.approx(expected, rel=2e-3)
+
+
+def test_snapshots_of_two_lengths_give_any_other():
+    model, num_steps, every = Scalar(), 1600, 100
+    kept = EMA(model, 0.9, [0.05, 0.1])
+    direct = {sigma_rel: Average(model, power_decay(sigma_rel)) for sigma_rel in (0.06, 0.08, 0.15)}
+    snapshots, values = [], []
+    for step in range(num_steps):
+        model.weight.data.copy_(trajectory(step))
+        for average in (kept, *direct.values()):
+            average.update(model, step)
+        if (step + 1) % every == 0:
+            for sigma_rel, average in kept.profiles.items():
+                snapshots.append((step + 1, gamma_of(sigma_rel)))
+                values.append(average.model.weight.item())
+    for sigma_rel, average in direct.items():
+        weights = reconstruction_weights(snapshots, (num_steps, gamma_of(sigma_rel)))
+        found = sum(weight * value for weight, value in zip(weights, values, strict=True))
+        assert found == pytest.approx(average.model.weight.item(), rel=5e-3)
+        assert abs(values[-1] - found) > abs(found - average.model.weight.item())
+
+
 class InStages(nn.Module):
     """A first stage, and one that is trained later, with a layer's statistics."""
 
@@ -30,12 +84,15 @@ class InStages(nn.Module):
         self.first, self.second = Scalar(), nn.BatchNorm1d(1)
 
 
-def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation():
-    """Nor after a resumption. By the steps of the whole training 39% of it stayed in the last tenth, and all of it
-    where the decay had reached its end."""
+def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation(tmp_path):
+    """Nor after a resumption, nor in an average made of snapshots. By the steps of the whole training 39% of it stayed
+    in the last tenth, and all of it where the decay had reached its end."""
     torch.manual_seed(0)
+    spec = ModelSpec("DiT", {"dim": 16, "depth": 1, "num_heads": 2}, (4, 4), 4, 8, 0)
     model, num_steps = InStages(), 1000
-    ema, alone = EMA(model, 0.9999), EMA(Scalar(), 0.9999)
+    ema = EMA(model, 0.9999, [0.05, 0.1])
+    training = TrainingState({"model": model}, {}, ema)
+    alone = EMA(Scalar(), 0.9999, [0.15])
     late = [*model.second.parameters(), model.second.running_var]
     for step in range(num_steps):
         is_late = step >= 900
@@ -54,21 +111,81 @@ def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation():
             assert began == {"second.bias": 900, "second.weight": 900}
             ema.restore(None)
             ema.restore(began)
+        if (step + 1) % 20 == 0 and step > 600:
+            metadata = metadata_of(ExperimentConfig(), step + 1, spec=spec, classes=[])
+            save_checkpoint(tmp_path / "checkpoints", step + 1, training, metadata)
     for name in ("weight", "running_var"):
         assert ema.tensors[f"second.{name}"].item() == pytest.approx(alone.tensors["weight"].item(), rel=1e-6)
+    script("scripts/reconstruct_ema.py").main(tmp_path, 0.15)
+    made = load_file(tmp_path / "ema-0.15.safetensors")
+    assert made["second.weight"].item() == pytest.approx(alone.profiles[0.15].tensors["weight"].item(), rel=1e-2)
 
 
-def test_a_fresh_training_has_nothing_of_another(tmp_path, monkeypatch, capsys):
-    """Whose checkpoints are gone: a fresh training would have emptied its log."""
+def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkeypatch):
+    spec = ModelSpec("DiT", {"dim": 16, "depth": 1, "num_heads": 2}, (4, 4), 4, 8, 0)
+    torch.manual_seed(0)
+    model = spec.build()
+    ema = EMA(model, 0.9, [0.05, 0.1])
+    for step in (1, 2):
+        with torch.no_grad():
+            model.patch.weight.fill_(step)
+        ema.update(model, step - 1)
+        metadata = metadata_of(ExperimentConfig(), step, spec=spec, classes=[])
+        save_checkpoint(tmp_path / "checkpoints", step, TrainingState({"model": model}, {}, ema), metadata)
+
+    reconstruct = script("scripts/reconstruct_ema.py").main
+    reconstruct(tmp_path, 0.08)
+    assert "sigma_rel 0.08 up to step 2, from 4 snapshots" in capsys.readouterr().out
+    made = open_checkpoint(tmp_path / "ema-0.08.safetensors")
+    shorter, longer = (average.model.patch.weight.max() for average in ema.profiles.values())
+    assert made.step == 2
+    assert longer < made.load_model().patch.weight.mean() < shorter
+
+    def disk_full(*_):
+        raise OSError("No space left on device")
+
+    before = (tmp_path / "ema-0.08.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", disk_full)
+        with pytest.raises(OSError, match="No space"):
+            reconstruct(tmp_path, 0.08)
+    assert (tmp_path / "ema-0.08.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+    first = tmp_path / "snapshots" / "00000001.safetensors"
+    first.write_bytes(first.read_bytes()[:-1] + bytes([first.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="its weights have another checksum"):
+        reconstruct(tmp_path, 0.08)
+
+
+@pytest.mark.parametrize(("num", "sigmas"), [(4, (0.05, 0.1)), (1, (0.05,)), (1, (0.05, 0.1))])
+def test_weights_of_snapshots_sum_to_one_however_few(num, sigmas):
+    snapshots = [(100 * (number + 1), gamma_of(sigma)) for number in range(num) for sigma in sigmas]
+    weights = reconstruction_weights(snapshots, (100 * num, gamma_of(0.25)))
+    assert sum(weights) == pytest.approx(1, abs=1e-9)
+
+
+def test_snapshots_are_of_one_course_of_training(tmp_path, monkeypatch, capsys):
+    """A run that goes on from an earlier checkpoint takes its steps anew; a fresh one has nothing of another."""
     monkeypatch.chdir(tmp_path)
-    run = tmp_path / "runs" / "tiny"
-    run.mkdir(parents=True)
-    for name in ("log.jsonl", "scores.json", "config.yaml"):
-        (run / name).write_text("of before")
-    start_or_go_on(ExperimentConfig(name="tiny"), print)
-    assert "runs/tiny/log.jsonl is of an earlier training, and is now" in capsys.readouterr().out
-    (log,) = run.glob("log.jsonl.before-*")
-    assert log.read_text() == "of before"
-    assert len(list(run.glob("scores.json.before-*"))) == 1
-    assert not {path.name for path in run.iterdir()} & {"log.jsonl", "scores.json"}
-    assert (run / "config.yaml").exists()  # which the training writes anew
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    checkpoints, snapshots = (tmp_path / "runs" / "tiny" / name for name in ("checkpoints", "snapshots"))
+
+    def train(*flags):
+        script("train.py").main(parse_run(ExperimentConfig, [*flags, "--log.validate_every", "0"]))
+
+    fresh = ["--config", "tiny.yaml", "--train.ema_profiles", "[0.05, 0.1]", "--log.trackers", "[]"]
+    train(*fresh, "--train.num_steps", "2", "--log.checkpoint_every", "1", "--sampling.num_steps", "1")
+    assert [*list_snapshots(snapshots.parent)] == [1, 2]
+    shutil.rmtree(checkpoints / "00000002")
+    train("--resume", "runs/tiny", "--train.num_steps", "3", "--log.checkpoint_every", "3")
+    assert [*list_snapshots(snapshots.parent)] == [1, 3]
+
+    shutil.rmtree(checkpoints)
+    start_or_go_on(parse_run(ExperimentConfig, fresh), print)
+    assert list_snapshots(snapshots.parent) == {}
+    assert f"{Path('runs/tiny/snapshots')} is of an earlier training, and is now" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs" / "tiny").glob("snapshots.before-*/*.safetensors"))) == 2
+    (log,) = (tmp_path / "runs" / "tiny").glob("log.jsonl.before-*")  # which a fresh training would have emptied
+    assert len(log.read_text().splitlines()) == 3
+    assert not (tmp_path / "runs" / "tiny" / "log.jsonl").exists()

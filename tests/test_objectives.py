@@ -87,6 +87,38 @@ def test_gradients_are_finite_at_both_ends_of_time_in_bfloat16(diffusion):
         assert gradient.isfinite()
 
 
+# EDM: the error that a model expects of itself.
+
+
+def test_uncertainty_costs_nothing_at_first_and_pays_most_at_the_error_itself():
+    plain, diffusion = EDM(), EDM(uncertainty=True)
+    assert diffusion.output_channels(4) == 5
+    x_0, t, noise = randn(3, 2, 8, 8), middle_and_ends(plain), randn(3, 2, 8, 8, seed=1)
+
+    def terms(u):
+        model = lambda x, t, y: torch.cat([torch.zeros_like(x), u.expand(3, 1, 8, 8)], dim=1)  # noqa: E731
+        return diffusion.training_loss(model, x_0, labels(3), t=t, noise=noise)
+
+    mse = plain.training_loss(silent, x_0, labels(3), t=t, noise=noise)["mse"]
+    torch.testing.assert_close(terms(torch.zeros(3, 1, 1, 1))["loss"], mse)
+    u = mse.log()[:, None, None, None].requires_grad_()
+    (gradient,) = torch.autograd.grad(terms(u)["loss"].sum(), u)
+    torch.testing.assert_close(gradient, torch.zeros_like(u), atol=1e-6, rtol=0)
+    assert terms(u)["uncertainty"].tolist() == pytest.approx(mse.log().tolist())
+    assert (terms(u)["loss"] <= terms(u + 0.1)["loss"]).all()
+    assert (terms(u)["loss"] <= terms(u - 0.1)["loss"]).all()
+
+
+def test_uncertainty_leaves_samples_as_they_are():
+    def unsure(x, t, y):
+        return torch.cat([0.1 * x, torch.full_like(x[:, :1], 3.0)], dim=1)
+
+    noise = randn(2, 3, 4, 4)
+    same = {"sampler": "dpmpp_2m", "num_steps": 5, "guidance_scale": 2.0, "num_classes": 1}
+    with_it = sample(EDM(uncertainty=True), unsure, noise, labels(2), **same)
+    torch.testing.assert_close(with_it, sample(EDM(), lambda x, t, y: 0.1 * x, noise, labels(2), **same))
+
+
 # Auxiliary terms.
 
 

@@ -123,10 +123,10 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
     launcher = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
     fsdp = {key.upper(): str(value) for key, value in launcher["fsdp_config"].items()}
     sharded = {"cwd": folder, "processes": 2, "ACCELERATE_USE_FSDP": "true", **fsdp}
-    settings = {**TINY, "model_args": EQUAL["XSwin"], "train": TINY["train"]}
+    settings = {**TINY, "model_args": EQUAL["XSwin"], "train": {**TINY["train"], "ema_profiles": [0.1]}}
     settings["log"] = {"every": 1, "validate_every": 2, "sample_every": 3, "checkpoint_every": 2, "trackers": []}
     (folder / "sharded.yaml").write_text(yaml.safe_dump(settings))
-    files = ("ema.safetensors", *(f"state/{name}.safetensors" for name in ("model", "optimizer")))
+    files = ("ema.safetensors", *(f"state/{name}.safetensors" for name in ("model", "optimizer", "profiles")))
 
     def same(name, atol):
         ours = [event for event in log(folder, "whole") if "loss" in event]

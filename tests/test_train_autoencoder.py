@@ -21,10 +21,11 @@ from autoencoding.autoencoder_config import (
     DiscriminatorConfig,
     LossConfig,
 )
+from autoencoding.discriminator import NORMS, PatchDiscriminator
 from autoencoding.image_stream import ImageBatches
 from autoencoding.losses import (
+    ADVERSARIAL,
     AutoencoderObjective,
-    PatchDiscriminator,
     adaptive_weight,
     build_objective,
     kl_divergence,
@@ -84,15 +85,17 @@ def test_kl_divergence_by_hand():
     assert second == pytest.approx(closed.item(), rel=1e-5)
 
 
-def test_the_discriminators_loss_by_hand():
-    objective = AutoencoderObjective(LossConfig(perceptual=None), DiscriminatorConfig(), None)
-    logits = torch.tensor([2.0, 0.5]).view(2, 1, 1, 1)  # of a real and of a reconstructed image
-    judged = objective.tell_apart(lambda both: logits, images(1), images(1))
-    assert {name: value.item() for name, value in judged.items()} == {
-        "discriminator": (0.0 + 1.5) / 2,
-        "real_found": 1.0,
-        "fake_found": 0.0,
-    }
+@pytest.mark.parametrize(
+    ("loss", "told_apart", "fooled"),
+    [
+        ("hinge", (0.0 + 1.5) / 2, -0.5),
+        ("bce", (math.log1p(math.exp(-2)) + math.log1p(math.exp(0.5))) / 2, math.log1p(math.exp(-0.5))),
+    ],
+)
+def test_adversarial_terms_by_hand(loss, told_apart, fooled):
+    real, fake = torch.tensor(2.0), torch.tensor(0.5)
+    assert ADVERSARIAL[loss].discriminator(real, fake).item() == pytest.approx(told_apart)
+    assert ADVERSARIAL[loss].autoencoder(fake).item() == pytest.approx(fooled)
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients_and_clamped():
@@ -147,12 +150,24 @@ def test_discriminator_learns_to_tell_apart_and_leaves_the_autoencoder_alone(acc
     assert terms["fake_found"].mean() > 0.9
 
 
-def test_discriminator_judges_each_image_by_itself():
+@pytest.mark.parametrize("norm", NORMS)
+def test_discriminator_judges_each_image_by_itself(norm):
     torch.manual_seed(0)
-    critic = PatchDiscriminator(channels=8, num_layers=3).eval()
+    critic = PatchDiscriminator(channels=8, num_layers=3, norm=norm).eval()
     x = images(3, 64)
     assert critic(x).shape == (3, 1, 6, 6)
     torch.testing.assert_close(critic(x)[1:2], critic(x[1:2]))
+
+
+def test_spectral_norm_bounds_each_layer():
+    torch.manual_seed(0)
+    critic = PatchDiscriminator(channels=8, num_layers=3, norm="spectral").train()
+    for _ in range(50):
+        critic(images(1, 64))
+    weights = [layer.weight for layer in critic.eval().layers if hasattr(layer, "parametrizations")]
+    assert len(weights) == 3
+    for weight in weights:
+        assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, rel=0.02)
 
 
 @pytest.mark.parametrize("factor", [4, 8, 16])
@@ -284,8 +299,8 @@ def test_resumed_run_equals_the_uninterrupted_one(whole, tmp_path):
     same_weights(whole, tmp_path)
 
 
-def test_muon_resumes_too(train, tmp_path):
-    flags = [*FLAGS, "--optim.muon_lr", "1e-2"]
+def test_muon_and_spectral_norms_resume_too(train, tmp_path):
+    flags = [*FLAGS, "--optim.muon_lr", "1e-2", "--discriminator.norm", "spectral"]
     train(tmp_path / "one", *flags)
     with pytest.raises(SystemExit, match="75"):
         train(tmp_path / "other", *flags, "--train.max_hours", "1e-9")

@@ -9,11 +9,12 @@ from pathlib import Path
 import yaml
 
 from checkpoints.checkpoint import WEIGHTS, read_metadata
+from checkpoints.training_state import SNAPSHOTS
 from experiment.config import R, resuming
 from experiment.settings import flatten, from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
 
-LEFT_BEHIND = ("log.jsonl", "samples*", "scores*", "ema-*.safetensors")  # by a training without checkpoints
+LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "samples*", "scores*", "ema-*.safetensors")  # by a training without checkpoints
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of
-from checkpoints.training_state import TrainingState, resume, save_checkpoint
+from checkpoints.training_state import TrainingState, drop_snapshots, resume, save_checkpoint
 from experiment.config import R, resuming
 from machine.accelerator import from_main, open_accelerator
 from machine.checkpoint_folder import Best, mark_best, rotate, to_resume
@@ -211,5 +211,10 @@ class Run(Generic[R]):
         progress = resume(checkpoint, self.training)
         self.step = self._saved = progress["step"]
         self._inspected = progress["inspected"]
-        if not from_main(self.accelerator, lambda: mark_best(self.checkpoints, self.best.step)):  # the best one is gone
+
+        def tidy() -> bool:
+            drop_snapshots(self.folder, after=self.step)
+            return mark_best(self.checkpoints, self.best.step)
+
+        if not from_main(self.accelerator, tidy):  # the best one is gone
             self.best.value = self.best.step = None
