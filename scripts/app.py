@@ -1,4 +1,4 @@
-"""Draw from checkpoints in a browser: watch it denoise, compare backbones.
+"""Draw from checkpoints in a browser: watch it denoise, compare backbones, walk between classes and seeds.
 
 pip install -e '.[demo]'
 python scripts/app.py                                          # every run in runs/
@@ -144,6 +144,7 @@ def build_page(studio, listening: Counter[str]) -> Any:
     as_trained, picture_of = settings_of(first), partial(gr.Image, type="pil", format="png")
     with gr.Blocks(title="Draw from a checkpoint", delete_cache=(300, SECONDS_KEPT), analytics_enabled=False) as page:
         gr.Markdown("## Draw from a checkpoint\nThe same seeds for every backbone; each picture with its command.")
+        history = gr.State([], time_to_live=SECONDS_KEPT)  # for each run its pictures, a moment each
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 chosen = gr.Dropdown(runs, value=runs[:1], multiselect=True, max_choices=MOST_RUNS, label="Checkpoints")
@@ -155,6 +156,9 @@ def build_page(studio, listening: Counter[str]) -> Any:
                 with gr.Row():
                     sampler = gr.Dropdown(list(SAMPLERS), value=as_trained[0], label="Sampler", min_width=140)
                     steps = gr.Slider(1, MOST_STEPS, as_trained[1], step=1, label="Steps", min_width=140)
+                with gr.Accordion("Walk to another class or seed", open=False):
+                    to_class = gr.Dropdown(first.classes, value=None, label="To the class", allow_custom_value=True)
+                    to_seed = gr.Textbox("", label="To the seed", max_lines=1)
                 draw = gr.Button("Draw", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 look: Any = {"buttons": ["download", "fullscreen"], "elem_classes": "pictures", "interactive": False}
@@ -162,12 +166,23 @@ def build_page(studio, listening: Counter[str]) -> Any:
                     picture_of(label=runs[0] if number < 1 else "", visible=number < 1, **look)
                     for number in range(MOST_RUNS)
                 ]
+                moment = gr.Slider(1, 2, 1, step=1, label="Back through the steps", visible=False)
                 look = {"lines": 2, "max_lines": 12, "buttons": ["copy"], "elem_classes": "command"}
                 command = gr.Textbox(label="The same pictures, from a shell", interactive=False, **look)
-        wanted = [chosen, of_class, seed, number, guidance, sampler, steps]
-        draw_them, follow_it = partial(draw_pictures, studio, partial(is_read, listening)), partial(follow, studio)
-        draw.click(draw_them, wanted, [command, *shown], api_name="draw", show_progress="minimal")
-        chosen.change(follow_it, [chosen, of_class], [of_class, sampler, steps, guidance], queue=False)
+                with gr.Accordion("Nearest training images", open=False):
+                    gr.Markdown("By colours and layout (16x16 pixels) among the images it was trained on.")
+                    find = gr.Button("Look them up")
+                    near = picture_of(label="Pictures above, training images below")
+
+        wanted = [chosen, of_class, seed, number, guidance, sampler, steps, to_class, to_seed]
+        outputs = [history, moment, command, *shown]
+        read = partial(is_read, listening)
+        draw.click(partial(draw_pictures, studio, read), wanted, outputs, api_name="draw", show_progress="minimal")
+        moment.input(show_moment, [history, moment], shown, api_name="moment", queue=False, show_progress="hidden")
+        chosen.change(
+            partial(follow, studio), [chosen, of_class], [of_class, to_class, sampler, steps, guidance], queue=False
+        )
+        find.click(partial(look_up, studio, read), wanted, near, api_name="nearest")
     return page
 
 
@@ -185,18 +200,54 @@ def is_read(listening: Counter[str]) -> bool:
 
 
 def draw_pictures(studio, is_read, *wanted) -> Iterator[tuple[Any, ...]]:
-    """Each run's pictures in turn, as they come, and the commands."""
+    """Each run's pictures in turn, as they come; at the end, all their moments and the commands."""
+    import gradio as gr
+
     with in_words():
         requests = requests_of(studio, *wanted)
         commands = "\n".join(studio.command(request, f"{_slug(request.run)}.png") for request in requests)
-        drawn: dict[str, Any] = dict.fromkeys(request.run for request in requests)
-        for request in requests:
+        drawn: list[list[Any]] = [[] for _ in requests]
+        for mine, request in zip(drawn, requests, strict=True):
             if not is_read():
                 return
             for step, images in studio.draw(request):
-                drawn[request.run] = picture(studio, request, images)
-                yield commands, *views(drawn, f": step {step} of {request.num_steps}")
-    yield commands, *views(drawn)
+                mine.append(picture(studio, request, images))
+                titles = [f"{one.run}: step {step} of {request.num_steps}" for one in requests]
+                yield [], gr.Slider(visible=False), commands, *views(drawn, titles)
+    num = max(map(len, drawn))
+    slider = gr.Slider(1, num, num, step=1, visible=num > 1)
+    yield drawn, slider, commands, *views(drawn, [request.run for request in requests])
+
+
+def show_moment(history: list[list[Any]], moment: float) -> list[Any]:
+    """All runs' pictures at one of the kept moments."""
+    import gradio as gr
+
+    pictures = [gr.Image(value=moments[min(int(moment), len(moments)) - 1]) for moments in history]
+    return pictures + [gr.skip()] * (MOST_RUNS - len(pictures))
+
+
+def look_up(studio, is_read, *wanted) -> Iterator[Any]:
+    """The first run's pictures above the training images that look most like them. It stops when told to, between
+    two moments or some of the training images."""
+    import gradio as gr
+    import torch
+
+    from sampling.image_files import draw_grid
+
+    with in_words():
+        request = requests_of(studio, *wanted)[0]
+        images = torch.empty(0)
+        if not is_read():
+            return
+        for moment in studio.draw(request):
+            images = moment[1]
+            yield gr.skip()
+        for _ in studio.read_layouts(request.run):
+            yield gr.skip()
+        neighbours, distances = studio.nearest(request.run, images)
+        captions = [""] * len(images) + [f"{distance:.1f} away" for distance in distances]
+        yield draw_grid(torch.cat([images, neighbours]), len(images), captions=captions)
 
 
 def follow(studio, runs: list[str], of_class: str) -> list[Any]:
@@ -204,13 +255,14 @@ def follow(studio, runs: list[str], of_class: str) -> list[Any]:
     import gradio as gr
 
     if len(runs) != 1:
-        return [gr.skip()] * 4
+        return [gr.skip()] * 5
     with in_words():
         checkpoint = studio.checkpoint(runs[0])
     classes, (sampler, steps, guidance) = checkpoint.classes, settings_of(checkpoint)
     kept = of_class if of_class in classes else next(iter(classes), None)
     return [
         gr.Dropdown(classes, value=kept, visible=bool(classes)),
+        gr.Dropdown(classes, value=None, visible=bool(classes)),
         gr.Dropdown(value=sampler),
         gr.Slider(value=steps),
         gr.Slider(value=guidance, visible=bool(classes)),
@@ -224,7 +276,7 @@ def settings_of(checkpoint) -> tuple[str, int, float]:
     return sampler, min(50, sampling.num_steps), sampling.guidance_scale if checkpoint.classes else 1.0
 
 
-def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps) -> list[Any]:
+def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed) -> list[Any]:
     """What the visitor asked for, a request a run; all are checked before anything is drawn."""
     from sharing.studio import Request
 
@@ -239,7 +291,11 @@ def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps) 
         sampler=str(sampler),
         num_steps=whole("Steps", steps),
         guidance_scale=float(guidance),
+        to_class=str(to_class) if to_class else None,
+        to_seed=whole("To the seed", to_seed) if str(to_seed or "").strip() else None,
     )
+    if request.interpolates and request.num_images < 2:
+        raise ValueError("To the class, To the seed: a walk has both ends; ask for 2 pictures or more")
     requests = [replace(request, run=run) for run in runs]
     for request in requests:
         studio.generator(request)
@@ -259,15 +315,19 @@ def picture(studio, request, images) -> Any:
     from sampling.image_files import draw_grid
 
     classes = studio.classes(request.run)
-    captions = [classes[studio.label(request.run, request.of_class)]] * len(images) if classes else None
+    named = classes and not request.interpolates
+    captions = [classes[studio.label(request.run, request.of_class)]] * len(images) if named else None
     return draw_grid(images, len(images), captions=captions)
 
 
-def views(drawn: dict[str, Any], how_far: str = "") -> list[Any]:
+def views(pictures: list[list[Any]], titles: list[str]) -> list[Any]:
     """A picture a run; places that are not needed are hidden."""
     import gradio as gr
 
-    shown = [gr.Image(value=image, label=run + how_far, visible=True) for run, image in drawn.items()]
+    shown = [
+        gr.Image(value=moments[-1] if moments else None, label=title, visible=True)
+        for moments, title in zip(pictures, titles, strict=True)
+    ]
     return shown + [gr.Image(value=None, visible=False)] * (MOST_RUNS - len(shown))
 
 

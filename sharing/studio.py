@@ -14,17 +14,21 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint, open_checkpoint
+from experiment.build import open_split
 from machine.accelerator import open_accelerator
+from metrics.manifold import nearest
 from sampling.checks import resolve_sampling
 from sampling.generation import Generator, generate, generator_of, resolve_classes
+from sampling.interpolation import interpolate
 
 MOST_IMAGES, MOST_STEPS, MOST_MOMENTS = 8, 250, 12
 MODELS_KEPT = 3
+LAYOUT = 16  # pixels a side that nearest training images are looked for by
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw: `num_images` of a class."""
+    """What to draw: `num_images` of a class, or on the way to another class or seed."""
 
     run: str
     of_class: str
@@ -33,6 +37,13 @@ class Request:
     sampler: str
     num_steps: int
     guidance_scale: float
+    to_class: str | None = None
+    to_seed: int | None = None
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether there is a way to go."""
+        return self.to_class is not None or self.to_seed is not None
 
 
 class Studio:
@@ -42,7 +53,7 @@ class Studio:
         self.checkpoints: dict[str, Checkpoint] = {path: open_checkpoint(path) for path in paths}
         self.precision, self.autoencoder = precision, autoencoder
         self.accelerator = open_accelerator(precision)
-        self.codecs, self.models = {}, {}
+        self.codecs, self.models, self.layouts = {}, {}, {}
 
     def classes(self, run: str) -> list[str]:
         """Names of a run's classes."""
@@ -61,9 +72,14 @@ class Studio:
     def draw(self, request: Request) -> Iterator[tuple[int, UInt8[Tensor, "n 3 h w"]]]:
         """(steps done, pictures): some moments of predicted `x_0` on the way, and at last the pictures themselves."""
         generator = self.generator(request)
+        labels = int(generator.labels[0]), self.label(request.run, request.to_class or request.of_class)
+        seeds = request.seed, request.seed if request.to_seed is None else request.to_seed
 
         def work(callback: Callable[[int, Tensor, Tensor], None]) -> Tensor:
-            return generate(replace(generator, callback=callback), batch_size=64)
+            watched = replace(generator, callback=callback)
+            if request.interpolates:
+                return interpolate(watched, labels, seeds, request.num_images)
+            return generate(watched, batch_size=64)
 
         num_steps = generator.sampling.num_steps
         kept = torch.linspace(0, num_steps - 1, min(num_steps, MOST_MOMENTS)).round().long().tolist()[:-1]
@@ -104,11 +120,14 @@ class Studio:
         """The line of shell that writes the same file."""
         checkpoint = self.checkpoint(request.run)
         classes = checkpoint.classes
+        ends = [request.of_class, *filter(None, [request.to_class])] if classes else []
+        words = [spelled(self.label(request.run, name), classes) for name in ends]
         flags: dict[str, object] = {
             "checkpoint": request.run,
-            "classes": spelled(self.label(request.run, request.of_class), classes) if classes else None,
-            "num_per_class": request.num_images,
+            "classes": f"[{', '.join(words)}]" if len(words) > 1 else words[0] if words else None,
+            "interpolate" if request.interpolates else "num_per_class": request.num_images,
             "seed": request.seed,
+            "to_seed": request.to_seed,
             "sampler": request.sampler,
             "num_steps": request.num_steps,
             "guidance_scale": f"{request.guidance_scale:g}" if classes else None,
@@ -118,6 +137,29 @@ class Studio:
         }
         words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
         return "python sample.py " + " ".join(words)
+
+    def nearest(self, run: str, pictures: UInt8[Tensor, "n 3 h w"]) -> tuple[UInt8[Tensor, "n 3 h w"], list[float]]:
+        """For each picture the training image whose colours and layout (at 16x16 pixels) are closest, and how close:
+        the root of the mean squared difference of their levels. Raises ValueError when the training images are not
+        where the configuration says."""
+        for _ in self.read_layouts(run):
+            pass
+        images, layouts = self.layouts[run]
+        distances, indices = nearest(_layout(pictures), layouts)
+        found = torch.stack([images[index][0] for index in indices.tolist()])
+        return found, (distances / layouts.shape[1] ** 0.5).tolist()
+
+    def read_layouts(self, run: str) -> Iterator[int]:
+        """Read the training images that `nearest` looks among, once; now and then says how many are read. Raises
+        ValueError when they are not where the configuration says, or others lie there by now."""
+        if run not in self.layouts:
+            images, layouts = open_split(self.checkpoint(run).config.data, "train"), []
+            self.checkpoint(run).check_identity(train=images.describe())
+            for index in range(len(images)):
+                layouts.append(_layout(images[index][0][None]))
+                if index % 200 == 0:
+                    yield index
+            self.layouts[run] = images, torch.cat(layouts)
 
 
 def spelled(label: int, classes: list[str]) -> str:
@@ -177,3 +219,7 @@ def _watch(
                 return
     finally:
         stopped.set()
+
+
+def _layout(images: UInt8[Tensor, "n 3 h w"]) -> Tensor:
+    return torch.nn.functional.adaptive_avg_pool2d(images.float(), LAYOUT).flatten(1)

@@ -9,9 +9,11 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from browser import WIDTHS, needs_chromium, page_of
 from PIL import Image
 from processes import ROOT, environment_of, script
@@ -33,6 +35,8 @@ DRAW = {
     "guidance": 1.5,
     "sampler": "ddpm",
     "steps": 4,
+    "to_class": None,
+    "to_seed": "",
 }
 
 
@@ -78,10 +82,10 @@ def client(address, tmp_path_factory):
 
 
 def draw(client, runs=("runs/tiny",), **settings):
-    """What the page shows at last: the commands, the files of the pictures."""
+    """What the page shows at last: the files of all moments, the commands, the pictures."""
     wanted = {"runs": list(runs), **DRAW, **settings}
-    command, *shown = client.predict(*wanted.values(), api_name="/draw")
-    return command, [picture["value"] for picture in shown if picture.get("visible") and picture.get("value")]
+    slider, command, *shown = client.predict(*wanted.values(), api_name="/draw")
+    return slider, command, [picture["value"] for picture in shown if picture.get("visible") and picture.get("value")]
 
 
 def pixels(path):
@@ -89,9 +93,13 @@ def pixels(path):
         return np.asarray(picture.convert("RGB"))
 
 
-@pytest.mark.parametrize("settings", [{}, {"sampler": "ddim", "guidance": 1.0}], ids=["guided", "unguided"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"to_class": "ring", "number": 3}, {"to_seed": "8", "sampler": "ddim", "guidance": 1.0}],
+    ids=["pictures", "classes", "seeds"],
+)
 def test_the_command_on_the_page_draws_the_same_pixels(client, folder, settings, monkeypatch):
-    command, pictures = draw(client, **settings)
+    _, command, pictures = draw(client, **settings)
     monkeypatch.chdir(folder)
     program, *arguments = shlex.split(command)[1:]
     assert program == "sample.py"
@@ -99,10 +107,20 @@ def test_the_command_on_the_page_draws_the_same_pixels(client, folder, settings,
     assert np.array_equal(pixels(pictures[0]), pixels(folder / "tiny.png"))
 
 
-def test_two_checkpoints_side_by_side(client):
-    command, pictures = draw(client, ["runs/tiny", "runs/tiny/checkpoints/00000002"])
+def test_two_checkpoints_side_by_side_and_back_through_the_steps(client):
+    slider, command, pictures = draw(client, ["runs/tiny", "runs/tiny/checkpoints/00000002"])
     assert len(pictures) == len(command.splitlines()) == 2
     assert not np.array_equal(pixels(pictures[0]), pixels(pictures[1]))
+    assert (slider["maximum"], slider["visible"]) == (4, True)
+    before = [each["value"] for each in client.predict(2, api_name="/moment")[:2]]
+    for early, late in zip(before, pictures, strict=True):
+        assert pixels(early).shape == pixels(late).shape
+        assert not np.array_equal(pixels(early), pixels(late))
+
+
+def test_nearest_training_images_are_shown_below(client):
+    path = client.predict(["runs/tiny"], *DRAW.values(), api_name="/nearest")
+    assert pixels(path).shape[0] > 2 * 64
 
 
 @pytest.mark.parametrize(
@@ -115,6 +133,7 @@ def test_two_checkpoints_side_by_side(client):
         ({"sampler": "magic"}, "magic is not in the list of choices"),
         ({"runs": ["../../etc"]}, "etc.* is not in the list of choices"),
         ({"runs": []}, "choose one to 3 checkpoints"),
+        ({"to_class": "ring", "number": 1}, "a walk has both ends; ask for 2 pictures or more"),
     ],
 )
 def test_what_a_visitor_gets_wrong_is_said_on_the_page(client, settings, words):
@@ -153,7 +172,7 @@ def test_what_nobody_reads_is_not_drawn(address, client):
         )
         urllib.request.urlopen(request, timeout=120).close()
     began = time.monotonic()
-    assert draw(client)[1]
+    assert draw(client)[2]
     assert time.monotonic() - began < 120  # ten seconds in which they may listen; many minutes where they are drawn
 
 
@@ -169,6 +188,27 @@ def test_a_reader_who_comes_late_to_his_answer_gets_it(address):
         assert "sample.py" in answer.read().decode().partition("event: complete")[2]
 
 
+def test_a_look_up_stops_between_two_moments():
+    class Slow:
+        read = 0
+
+        def draw(self, request):
+            yield 1, torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+        def read_layouts(self, run):
+            for self.read in range(9):
+                yield self.read
+
+    studio, app = Slow(), script("scripts/app.py")
+    app.requests_of = lambda studio, *wanted: [SimpleNamespace(run="a")]
+    looking = app.look_up(studio, lambda: True)
+    for _ in range(4):
+        next(looking)
+    looking.close()
+    assert studio.read == 2
+    assert list(app.look_up(studio, lambda: False)) == []
+
+
 def test_nothing_is_left_in_the_folder_for_temporary_files(temporary, client):
     draw(client)
     assert len(list(temporary.glob("pictures-*"))) == 1  # which goes at the end, as do those of libraries
@@ -178,7 +218,7 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(temporary, client):
 def test_eight_visitors_at_once_get_their_pictures_in_turn(address, tmp_path):
     def visit(seed):
         visitor = gradio_client.Client(address, download_files=str(tmp_path), verbose=False)
-        found = pixels(draw(visitor, seed=str(seed), number=1, steps=2)[1][0])
+        found = pixels(draw(visitor, seed=str(seed), number=1, steps=2)[2][0])
         visitor.close()
         return found.tobytes()
 
@@ -206,30 +246,30 @@ def test_classes_are_spelled_so_that_the_command_line_reads_them():
 
 @needs_chromium
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_a_visitor_draws_and_compares(address, width):
-    def await_pictures(page, number):
-        page.wait_for_function(
-            """number => {
-                const shown = [...document.querySelectorAll(".pictures img")]
-                const words = [...document.querySelectorAll(".pictures")].map(one => one.innerText).join()
-                return shown.length === number && !words.includes(": step") && shown.every(one => one.naturalWidth > 0)
-            }""",
-            arg=number,
-        )
-
+def test_a_visitor_draws_slides_back_and_compares(address, width):
     with page_of(address, width) as page:
         page.set_default_timeout(90_000)
         page.get_by_label("Class", exact=True).fill("star")
         page.get_by_label("Class", exact=True).press("Enter")
         page.get_by_label("Seed", exact=True).fill("5")
         page.get_by_role("button", name="Draw", exact=True).click()
-        await_pictures(page, 1)
+        slider = page.get_by_role("slider", name="Back through the steps")
+        slider.wait_for()  # it is there when all is drawn
+        pictures = page.locator(".pictures img")
+        last = pictures.first.get_attribute("src")
         assert "--classes star" in page.locator(".command textarea").input_value()
+        slider.focus()
+        slider.press("Home")
+        page.wait_for_function("src => document.querySelector('.pictures img').getAttribute('src') !== src", arg=last)
 
         page.get_by_label("Checkpoints", exact=True).click()
         page.get_by_role("option", name="00000002").click()
         page.wait_for_timeout(500)
         assert page.get_by_label("Class", exact=True).input_value() == "star"  # what was asked for stays
         page.get_by_role("button", name="Draw", exact=True).click()
-        await_pictures(page, 2)
+        page.wait_for_function("document.querySelectorAll('.pictures img').length === 2")
+        slider.wait_for()
         assert page.locator(".command textarea").input_value().count("sample.py") == 2
+        assert all(
+            page.evaluate("[...document.querySelectorAll('.pictures img')].map(image => image.naturalWidth > 0)")
+        )
