@@ -43,6 +43,7 @@ class EvaluateConfig(EvaluationFlags):
             and so are all others. Numbers and names may be several, such as 1,1.5,2: each combination is a row
         baselines: also score real training images (the floor) and what the autoencoder makes of them (the ceiling of
             anything generated through it); by class, held-out images and what it makes of those
+        per_class: also the Fréchet distance within each class that has 50 images or more
         memorisation: also find each sample's nearest training image
         likelihood: also the log-likelihood of so many held-out images in bits per dimension (Song et al. 2021), each
             about 800 calls of the model; 0: none
@@ -67,6 +68,7 @@ class EvaluateConfig(EvaluationFlags):
     trials: int = within("[1, inf)", 1)
     sampling: SweptSampling = field(default_factory=SweptSampling, metadata={"short": True})
     baselines: bool = False
+    per_class: bool = False
     memorisation: bool = False
     likelihood: int = within("[0, inf)", 0)
     self_check: bool = False
@@ -95,6 +97,7 @@ def main(config: EvaluateConfig) -> None:
     from experiment.build import data_of, open_split
     from machine.accelerator import open_accelerator
     from machine.whole_files import write_whole
+    from metrics.fidelity import class_distances
     from metrics.reference import read_adm, write_adm
     from metrics.scores import METRICS, PER_IMAGE, check_metrics, needs_of
     from metrics.self_check import self_check
@@ -167,12 +170,18 @@ def main(config: EvaluateConfig) -> None:
             decoded = sources.reconstructions(floor, codec, accelerator.device, evaluation.seed)
             added = [[floor], *([] if codec.source == "pixel" else [[replace(decoded, name=name)]])]
             groups, metrics = groups + added, metrics + [names] * len(added)
-    if config.memorisation and not needs_of(evaluation.metrics) & PER_IMAGE:
-        raise ValueError("--memorisation: it looks at images one by one; give --metrics one that does, such as kid")
-    copies = unseen = None
+    if (config.memorisation or config.per_class) and not needs_of(evaluation.metrics) & PER_IMAGE:
+        flag = "--memorisation" if config.memorisation else "--per_class"
+        raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
+    copies = unseen = labels = None
     if config.memorisation:
         copies = alike("train", "training images", "--memorisation")
         unseen, _ = alike("test", "held-out images", "--memorisation")
+    if config.per_class:
+        assert held_out is not None  # check saw to it
+        if first.labels is None or not held_out.classes:
+            raise ValueError("--per_class: it needs samples and held-out images of classes that have names")
+        labels = by_name(first.labels, first.classes, held_out.classes, "--per_class")
 
     # The scores.
     extra: dict[str, Any] = {}
@@ -199,6 +208,9 @@ def main(config: EvaluateConfig) -> None:
             "planted_copies_closer": nearest.copies,
             "planted_copies_found": nearest.found,
         }
+    if held_out is not None and labels is not None:
+        distances = class_distances(replace(features, labels=labels), reference.features)
+        extra["per_class"] = {held_out.classes[label]: asdict(score) for label, score in distances.items()}
 
     # The files: a record with all that it takes to derive it again, pictures of what was scored.
     if not accelerator.is_main_process:
@@ -290,7 +302,7 @@ def check(config: EvaluateConfig) -> None:
         held_against = f"it is for a fixed set of images, and {samples} is a run, held against its own held-out images"
         refuse(["checkpoint"], f"{held_against}; leave --checkpoint out")
     if config.reference:
-        needing = ("baselines", "write_reference", "likelihood")
+        needing = ("baselines", "write_reference", "likelihood", "per_class")
         refuse(needing, "it needs the held-out images; leave --reference out")
 
 

@@ -18,7 +18,6 @@ from machine.precision import precision_of
 from machine.whole_files import write_whole
 from metrics.cost import Cost, cost, throughput
 from models import ModelSpec, model_arguments
-from training.preparation import compile_blocks
 
 TIMED_BATCH = {"cpu": 16, "cuda": 128}
 
@@ -61,7 +60,7 @@ class Measured:
         key = {"speed": asdict(spec), "diffusion": asdict(config.diffusion), "device": device.type}
         key |= {"precision": precision_of(self.accelerator), "batch": batch_size}
         diffusion = build_diffusion(config.diffusion)
-        training, calls = self.get(key, lambda: time_model(spec, diffusion, self.accelerator, batch_size))
+        training, calls = self.get(key, lambda: _time(spec, diffusion, self.accelerator, batch_size))
 
         shape = (spec.in_channels, *spec.input_size)
         key = {"decoding": config.autoencoder, "shape": shape, "device": device.type}
@@ -74,20 +73,10 @@ def count(spec: ModelSpec) -> Cost:
     return cost(model, latent_shape=(spec.in_channels, *spec.input_size), num_classes=spec.num_classes)
 
 
-def time_model(
-    spec: ModelSpec,
-    diffusion: Diffusion,
-    accelerator: Accelerator,
-    batch_size: int,
-    num_repeats: int = 3,
-    *,
-    compile: bool = False,
-) -> tuple[float, float]:
-    """Images a second of a few steps, and of calls, on random latents: enough to tell an hour from three."""
+def _time(spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, batch_size: int) -> tuple[float, float]:
+    """A few steps and calls on random latents: enough to tell an hour from three."""
     device = accelerator.device
     model = spec.build().to(device).train()
-    if compile:
-        compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     draw = torch.Generator().manual_seed(0)
     x_0 = torch.randn(batch_size, spec.in_channels, *spec.input_size, generator=draw).to(device)
@@ -106,9 +95,9 @@ def time_model(
         with accelerator.autocast():
             model(x_0, torch.zeros(batch_size, device=device), y)
 
-    training = throughput(train, batch_size=batch_size, num_repeats=num_repeats, device=device)
+    training = throughput(train, batch_size=batch_size, num_repeats=3, device=device)
     model.eval()
-    return training, throughput(call, batch_size=batch_size, num_repeats=num_repeats, device=device)
+    return training, throughput(call, batch_size=batch_size, num_repeats=3, device=device)
 
 
 def _time_decoder(codec: Codec, shape: tuple[int, ...], device: torch.device) -> float:

@@ -144,27 +144,45 @@ def jobs_of(plan: list[Planned]) -> Jobs:
     return [sorted(job, key=lambda planned: not planned.trains) for job in jobs.values()]
 
 
-def places() -> list[dict[str, str]]:
-    """Where a run has room, by what its processes find in their environment: on each visible GPU, else on the CPU."""
-    gpus, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else map(str, range(gpus))
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in list(names)[:gpus]] or [{}]
+class Place(NamedTuple):
+    """Where a run has room: what its processes find in their environment, and the cores that they keep to."""
+
+    environment: dict[str, str]
+    cores: frozenset[int] = frozenset()
 
 
-def run_here(jobs: Jobs, runner: Runner) -> list[Outcome]:
-    """One job at a time in each place. A stop lets trainings save; the rest waits."""
+def places(workers: int) -> list[Place]:
+    """A GPU each; without any, the CPU for one worker, or a share of its cores for each. Raises ValueError for more
+    workers than cores."""
+    if gpus := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else map(str, range(gpus))
+        return [Place({"CUDA_VISIBLE_DEVICES": name}) for name in list(names)[:gpus]]
+    if workers == 1:
+        return [Place({})]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if (share := len(cores) // workers) == 0:
+        raise ValueError(f"--workers {workers}: there are {len(cores)} cores to deal out; ask for fewer")
+    shares = [cores[number * share :][:share] for number in range(workers)]
+    return [Place({"OMP_NUM_THREADS": str(share)}, frozenset(mine)) for mine in shares]
+
+
+def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
+    """One job at a time on each GPU, or `workers` of them on the CPU. A stop lets trainings save; the rest waits."""
     waiting: Queue[list[Planned]] = Queue()
     for job in jobs:
         waiting.put(job)
     outcomes: list[Outcome] = []
 
-    def work(environment: dict[str, str]) -> None:
+    def work(place: Place) -> None:
+        if place.cores:
+            os.sched_setaffinity(0, place.cores)  # of this thread, and of what it starts
         with suppress(Empty):
             while True:
-                outcomes.extend(runner(waiting.get_nowait(), environment))
+                outcomes.extend(runner(waiting.get_nowait(), place.environment))
 
     with stopping(runner):
-        threads = [threading.Thread(target=work, args=(place,)) for place in places()]
+        threads = [threading.Thread(target=work, args=(place,)) for place in places(workers)]
         for thread in threads:
             thread.start()
         for thread in threads:

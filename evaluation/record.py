@@ -95,33 +95,46 @@ def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path:
 
 
 def draw_sweep(rows: Sequence[Row], path: Path) -> None:
-    """The first metric along the guidance scale or, where that is one, the calls of the model; a line for each
-    combination of what else varies, error bars where there were trials."""
+    """The first metric, and precision against recall, along the guidance scale or, where that is one, the calls of the
+    model; a line for each combination of what else varies, error bars where there were trials."""
     from matplotlib.figure import Figure
 
-    metric = next(iter(rows[0].scores))
+    distance = next(iter(rows[0].scores))
     varying = [name for name in SWEPT if len({row.settings[name] for row in rows}) > 1]
     along = "guidance_scale" if "guidance_scale" in varying or "num_steps" not in varying else "model_calls"
     others = [name for name in varying if name != along and (name, along) != ("num_steps", "model_calls")]
     lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(", ".join(SWEPT[name].format(row.settings[name]) for name in others), []).append(row)
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, line in lines.items():
-        scores = [row.scores[metric] for row in line]
-        values = [float("nan") if score.value is None else score.value for score in scores]
-        spreads = [score.std or 0.0 for score in scores]
-        axes.errorbar([row.settings[along] for row in line], values, spreads, marker="o", capsize=3, label=name)
-    axes.set(xlabel=along.replace("_", " "), ylabel=metric)
+        places = [row.settings[along] for row in line]
+        left.errorbar(places, *_values(line, distance), marker="o", capsize=3, label=name)
+        recall, recall_error = _values(line, "recall")
+        precision, precision_error = _values(line, "precision")
+        right.errorbar(recall, precision, precision_error, recall_error, marker="o", capsize=3, label=name)
+        for x, y, place in zip(recall, precision, places, strict=True):
+            right.annotate(f"{place:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    left.set(xlabel=along.replace("_", " "), ylabel=distance)
     if along == "model_calls":
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
+        left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="recall", ylabel="precision", title=f"numbers: {along.replace('_', ' ')}")
+    right.title.set_fontsize(9)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    axes.grid(alpha=0.3)
+        left.legend(frameon=False, fontsize=8)
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 SWEPT = {"sampler": "{}", "spacing": "{}", "num_steps": "{} steps", "guidance_scale": "guidance {}"}
+
+
+def _values(rows: Sequence[Row], metric: str) -> tuple[list[float], list[float]]:
+    """Values and spreads; a score that there is none of leaves a gap."""
+    scores = [row.scores.get(metric) for row in rows]
+    values = [score.value if score and score.value is not None else float("nan") for score in scores]
+    return values, [(score.std or 0.0) if score else 0.0 for score in scores]

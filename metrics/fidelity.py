@@ -11,6 +11,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from metrics.features import Extractor, Features
+from metrics.frechet import frechet_distance, moments_of
 from metrics.scores import DEFAULT, METRICS, MISSING, Score, check_metrics, metric_name, too_few
 
 
@@ -80,3 +81,16 @@ def _mean(result: dict[str, float], name: str, num: int, over: str) -> Score:
     if num == 1:
         return Score(result[f"{name}_mean"])
     return Score(result[f"{name}_mean"], result[f"{name}_std"], spread=f"standard deviation over {over}")
+
+
+def class_distances(samples: Features, reference: Features, min_images: int = 50) -> dict[int, Score]:
+    """Fréchet distance within each class of the reference; None, with the reason, where either has too few images."""
+    if samples.features is None or reference.features is None or samples.labels is None or reference.labels is None:
+        raise ValueError("--per_class: it needs samples and reference with a class each")
+    scores = {}
+    for label in reference.labels.unique().tolist():
+        pair = samples.features[samples.labels == label], reference.features[reference.labels == label]
+        fewest = min(map(len, pair))
+        enough = fewest >= min_images
+        scores[label] = Score(frechet_distance(*map(moments_of, pair))) if enough else too_few(fewest, min_images)
+    return scores

@@ -31,8 +31,9 @@ class AblateConfig:
         ablation: its YAML (see docs/ablations.md); the flag's name may be left out
         set: settings of all variants on top of the YAML's, such as '{data.path: images.zip, train.num_steps: 100}'
         only: 'plan' shows what would be done; 'report' writes the report of what is done; null does it all
-        executor: 'local' (a run at a time on the CPU, or on each visible GPU), 'slurm' (a job a training, through
-            submitit) or 'submitit' (the same as processes here)
+        executor: 'local' (`workers` runs at a time on the CPU, or one on each visible GPU), 'slurm' (a job a training,
+            through submitit) or 'submitit' (the same as processes here)
+        workers: runs at a time on a CPU, each with its share of the cores: small batches gain by it
         cluster: what a SLURM job is given
         max_hours: start nothing after this time; a training that runs saves and stops. The same command goes on
         launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
@@ -46,6 +47,7 @@ class AblateConfig:
     set: dict[str, Any] = field(default_factory=dict)
     only: Literal["plan", "report"] | None = None
     executor: Literal["local", "slurm", "submitit"] = "local"
+    workers: int = within("[1, inf)", 1)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     max_hours: float | None = within("(0, inf)", None)
     launcher: str | None = None
@@ -85,7 +87,7 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     """What is left to do, then the report."""
     from ablation.executors import submit
     from ablation.plan import make_plan, prepare, refuse_changed, table
-    from ablation.runner import Runner, jobs_of, run_here
+    from ablation.runner import Runner, jobs_of, places, run_here
     from ablation.tables import check_columns
     from machine.accelerator import open_accelerator
     from machine.lock import Lock
@@ -94,6 +96,7 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
     check_columns(ablation.columns)
     runs = expand(ablation, folder.name)
+    places(config.workers)  # refuses more of them than there is room for, before anything is made
     with Lock(folder / "lock", waits=True):  # while others of this study plan
         start = time.time() - STARTED
         accelerator = open_accelerator(runs[0].config.train.precision)
@@ -107,7 +110,7 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
         prepare([planned for planned in plan if not planned.all_done], accelerator)
     jobs, runner = jobs_of(plan), Runner(deadline, config.launcher)
     if config.executor == "local":
-        outcomes = run_here(jobs, runner)
+        outcomes = run_here(jobs, runner, config.workers)
     else:
         scheduler = "slurm" if config.executor == "slurm" else "local"
         outcomes = submit(jobs, runner, config.cluster, folder / "jobs", scheduler)

@@ -19,6 +19,6 @@ def plan_of(variants, **settings):
     return make_plan(ablation, runs, folder, open_accelerator("fp32"), timed=False, any_code=False)
 
 
-def execute(plan, deadline=None):
-    outcomes = run_here(jobs_of(plan), Runner(deadline))
+def execute(plan, deadline=None, workers=1):
+    outcomes = run_here(jobs_of(plan), Runner(deadline), workers)
     return {outcome.run.partition(",")[0]: (outcome.status, outcome.why) for outcome in outcomes}

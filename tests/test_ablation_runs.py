@@ -123,6 +123,11 @@ if name == "train" and "slow" in folder:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     pathlib.Path("waiting").touch()
     time.sleep(600)
+if name == "train" and "pair" in folder:
+    pathlib.Path(pathlib.Path(folder).parent.name).write_text(str(sorted(os.sched_getaffinity(0))))
+    until = time.monotonic() + 300
+    while len(list(pathlib.Path().glob("pair*"))) < 2 and time.monotonic() < until: time.sleep(0.02)
+    if time.monotonic() > until: sys.exit("nobody came")
 """
 
 
@@ -149,6 +154,26 @@ def test_a_failed_variant_leaves_the_others_alone_and_is_tried_again(scripted):
     found = execute(plan_of({"a": {}, "bad": {"optim.lr": 5e-4}, "c": {"optim.lr": 6e-4}}))
     assert calls()[7:] == ["train bad"]
     assert found["a"] == ("done", "before")
+
+
+@pytest.fixture
+def cores():
+    """All of the machine's, in place of the one that a worker of pytest keeps to."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    yield sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, own)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_workers_run_side_by_side_and_share_the_cores(scripted, cores):
+    found = execute(plan_of({"pair1": {}, "pair2": {"optim.lr": 6e-4}}), workers=2)
+    assert found == {"pair1": ("done", ""), "pair2": ("done", "")}
+    half = len(cores) // 2
+    found = {Path(name).read_text() for name in ("pair1", "pair2")}
+    assert found == {str(cores[:half]), str(cores[half : 2 * half])}
+    with pytest.raises(ValueError, match="--workers 999: there are"):
+        execute(plan_of({"c": {"optim.lr": 7e-4}}), workers=999)
 
 
 def test_variants_that_share_a_training_are_scored_from_it(scripted):

@@ -50,7 +50,7 @@ def test_scores_carry_their_provenance(folder, extractor):
 
 def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
     flags = ("--extractor", extractor, "--num_samples", 20, "--output", "baselines.json", "--memorisation", "true")
-    both = ("--baselines", "true", "--labels", "reference", "--likelihood", 2)
+    both = ("--baselines", "true", "--per_class", "true", "--labels", "reference", "--likelihood", 2)
     done = run("evaluate.py", "--samples", "runs/tiny", *flags, *both, cwd=folder)
     bits = scores(folder, "baselines.json")["bits_per_dimension"]
     assert bits["num_images"] == 2
@@ -67,6 +67,9 @@ def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
     policies = [row["samples"].get("label_policy") for row in scores(folder, "baselines.json")["rows"]]
     assert policies == [None, "the samples'", "the samples'"]
     assert (folder / "baselines-nearest.png").is_file()
+    classes = scores(folder, "baselines.json")["per_class"]
+    assert len(classes) == 10
+    assert all(score["reason"].startswith("too few images") for score in classes.values())
 
 
 def test_classes_are_asked_of_a_probe_and_held_against_photographs_and_their_reconstructions(folder, extractor):

@@ -21,7 +21,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from metrics.classifier import train_classifier
 from metrics.extractors import ExtractorError, ProgramExtractor
 from metrics.features import Extractor, Features
-from metrics.fidelity import Scores, classifier_score, compare, kernel_distance
+from metrics.fidelity import Scores, class_distances, classifier_score, compare, kernel_distance
 from metrics.frechet import Moments
 from metrics.image_batches import image_batches
 from metrics.manifold import count_neighbours
@@ -259,6 +259,18 @@ def test_spatial_distance_is_the_frechet_distance_of_spatial_features(colour: Ex
     name = "spatial_frechet_distance[mean_colour]"
     assert value(compare(samples, reference, colour, metrics=["sfid"]), name) == pytest.approx(3**2 + (2 - 1) ** 2)
     assert compare(samples, x, colour, metrics=["sfid"]).scores[name].value is None
+
+
+def test_classes_have_distances_of_their_own(colour: Extractor) -> None:
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([0] * 19 + [1] * 19 + [2] * 2)
+    shifted = x + torch.where(labels == 1, 3.0, 0.0)[:, None]
+    found = class_distances(Features.of(shifted, labels=labels), Features.of(x, labels=labels), min_images=10)
+    assert found[0].value == pytest.approx(0, abs=1e-9)
+    assert found[1].value == pytest.approx(3.0**2 * 2)
+    assert found[2].reason == "too few images: 2, and it needs 10"
+    with pytest.raises(ValueError, match="--per_class"):
+        class_distances(Features.of(x), Features.of(x, labels=labels))
 
 
 def test_self_check_knows_its_answers(colour: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:

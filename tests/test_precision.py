@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
-from processes import ROOT
+from processes import ROOT, script
 
 from machine.accelerator import describe, open_accelerator
 from machine.precision import choose_precision, has_bf16, slowdown_of_bf16
@@ -99,6 +99,15 @@ def test_the_measured_ratio_leaves_the_number_of_threads():
     before = torch.get_num_threads()
     assert slowdown_of_bf16(CPU) > 0
     assert torch.get_num_threads() == before
+
+
+def test_the_benchmark_warns_too(x86, capsys):
+    x86.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    benchmark = script("scripts/benchmark.py")
+    x86.setattr(benchmark, "the_device", lambda: CPU)
+    assert [benchmark.chosen(asked) for asked in ("auto", "bf16")] == ["fp32", "bf16"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: --precision bf16: it is emulated here")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -79,9 +79,9 @@ def test_what_samples_are_held_against_has_their_classes_by_name():
     other.labels[other.labels == 9] = 3
     with pytest.raises(ValueError, match="--baselines: the held-out images have no image of the class circle"):
         like(samples, other, "held-out images", "--baselines")
-    with pytest.raises(ValueError, match=r"--likelihood: the class b \(1 such\) has no namesake among c, a"):
-        by_name(torch.tensor([0, 1]), ["a", "b"], ["c", "a"], "--likelihood")
-    assert by_name(torch.tensor([1, 0]), ["a", "b"], ["b", "a"], "--likelihood").tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"--per_class: the class b \(1 such\) has no namesake among c, a"):
+        by_name(torch.tensor([0, 1]), ["a", "b"], ["c", "a"], "--per_class")
+    assert by_name(torch.tensor([1, 0]), ["a", "b"], ["b", "a"], "--per_class").tolist() == [0, 1]
 
 
 def test_a_drawn_reconstruction_depends_on_seed_and_index_alone():
@@ -135,7 +135,7 @@ def evaluate(*arguments):
 @pytest.mark.parametrize("kind", ["drawn", "drawn.zip", "drawn.npz"])
 def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thumbnail, capsys, kind):
     monkeypatch.chdir(tmp_path)
-    data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard")
+    data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard", "--per_class", "true")
     flags = ("--extractor", thumbnail, "--metrics", "[fid,kid]", "--output", "scores.json", *data)
     evaluate("--samples", drawn / kind, "--latex", "true", *flags)
     record = json.loads((tmp_path / "scores.json").read_text())
@@ -143,6 +143,7 @@ def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thum
         0, abs=1e-3
     )  # the reference itself
     assert record["num_samples"] == record["samples"]["num_images"] == 12
+    assert next(iter(record["per_class"])) == "circle"
     said = capsys.readouterr().out
     sha256 = hashlib.sha256(thumbnail.read_bytes()).hexdigest()
     assert f"12 samples against 12 images, on thumbnail (sha256 {sha256[:12]})" in said
@@ -247,8 +248,8 @@ def test_samples_are_opened_before_the_reference_is_computed(tmp_path, monkeypat
     }.items():
         with pytest.raises(ValueError, match=message):
             evaluate("--samples", samples, "--extractor", thumbnail)
-    flags = ("--extractor", thumbnail, "--data.image_size", 32, "--metrics", "[fid]", "--memorisation", "true")
-    with pytest.raises(ValueError, match="--memorisation: it looks at images one by one"):
+    flags = ("--extractor", thumbnail, "--data.image_size", 32, "--metrics", "[fid]", "--per_class", "true")
+    with pytest.raises(ValueError, match="--per_class: it looks at images one by one"):
         evaluate("--samples", drawn / "drawn.npz", *flags)
     assert not (tmp_path / "cache").exists()
 
