@@ -16,8 +16,8 @@ from machine.cluster import open_executor, requeue
 def submit(
     jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
 ) -> list[Outcome]:
-    """A job each through submitit; waits for all of them. A stop is passed on to jobs that are processes here; those of
-    a scheduler go on. Raises ValueError where submitit is missing."""
+    """A job each through submitit, waited for. A stop is passed on to jobs that are processes here; a scheduler's go
+    on."""
     executor = open_executor(scheduler, logs, name="ablation", **asdict(cluster))
     here = scheduler == "local"
     submitted: list[tuple[list[Planned], Any]] = []
@@ -49,19 +49,19 @@ def submit(
 @dataclass
 class Work:
     """A job as submitit calls it; when its time is up it saves and goes back to the queue. One that runs `here` is
-    stopped as any program is; SLURM's own signals are for submitit."""
+    stopped as any program is."""
 
     runner: Runner
     job: list[Planned]
     here: bool = False
 
     def __call__(self) -> list[Outcome]:
-        """Run the job in the scheduler's own process."""
+        """In the scheduler's own process."""
         with stopping(self.runner) if self.here else nullcontext():
             return self.runner(self.job)
 
     def checkpoint(self) -> Any:
-        """What submitit calls when SLURM announces the end."""
+        """When SLURM announces the end."""
         self.runner.stop("preempted")
         for child in list(self.runner.children):
             children.await_end(child)

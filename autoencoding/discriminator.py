@@ -16,8 +16,8 @@ class PatchDiscriminator(nn.Module):
     """Judges overlapping patches, one logit each, positive for real ones (PatchGAN: Isola et al. 2017, section 3.2.2).
 
     `num_layers` convolutions of stride two, each twice as wide as the one before up to eight times `channels`, then two
-    of stride one. With three of stride two a logit sees 70 pixels. Norms are `group`, or `spectral`: of the
-    convolutions' weights (Miyato et al. 2018). No layer mixes images, so that a batch may be spread over processes.
+    of stride one: with three a logit sees 70 pixels. Norms are `group`, or `spectral`: of the convolutions' weights
+    (Miyato et al. 2018). No layer mixes images.
     """
 
     def __init__(self, *, channels: int = 64, num_layers: int = 3, norm: str = "group") -> None:

@@ -18,8 +18,8 @@ Critic = Callable[[Tensor], Tensor]  # images to logits, positive for real ones
 
 
 class Adversarial(NamedTuple):
-    """What the discriminator minimises, of logits of real and of reconstructed patches, and what the autoencoder does,
-    of logits of reconstructed ones."""
+    """What the discriminator minimises, of real and reconstructed patches' logits, and the autoencoder, of the
+    latter."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     autoencoder: Callable[[Tensor], Tensor]

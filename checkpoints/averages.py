@@ -13,13 +13,12 @@ from machine.sharding import is_sharded, own_part, part_like, whole
 
 
 class Average:
-    """`average <- decay(step) * average + (1 - decay(step)) * value`.
+    """`average <- decay(step) * average + (1 - decay(step)) * value`, of parameters and floating buffers.
 
-    Buffers (batch-norm statistics) are averaged like parameters; integer ones are copied. Parameters that a step left
-    alone, as it gave gradients to others only, stay as they are in the average too, and their steps count from the
-    first that trained them, else they would keep much of their initialisation: each stage of a model that is trained in
-    stages has an average of its own training. Where training shards the model, each process averages the parts that it
-    has. What is done to an average is done to its `profiles` too.
+    Parameters that a step left alone, as it gave gradients to others only, stay as they are, and their steps count from
+    the first that trained them: each stage of a model that is trained in stages has an average of its own training.
+    Where training shards the model, each process averages its parts. What is done to an average is done to its
+    `profiles` too.
     """
 
     def __init__(self, model: nn.Module, decay: Callable[[int], float]) -> None:
@@ -38,8 +37,7 @@ class Average:
 
     @property
     def model(self) -> nn.Module:
-        """The averaged model in eval mode; of a sharded one, for which every process has to ask, until the next
-        update."""
+        """In eval mode; of a sharded model, for which every process has to ask, until the next update."""
         if not self._is_whole:
             for name, tensor in self._model.state_dict(keep_vars=True).items():
                 tensor.data = whole(self._parts[name])
@@ -104,16 +102,15 @@ def first_step(name: str, began: Mapping[str, int | None]) -> int:
 
 
 def power_decay(sigma_rel: float) -> Callable[[int], float]:
-    """Of EDM2's power-function average (Karras et al. 2024, eq. 3): weights of step t count as t^gamma, so that the
-    average's length grows with training; `sigma_rel` is its standard deviation over the length of training."""
+    """Weights of step t count as t^gamma, so that the average's length grows with training; `sigma_rel` is its standard
+    deviation over the length of training (EDM2: Karras et al. 2024, eq. 3)."""
     gamma = gamma_of(sigma_rel)
     return lambda step: (1 - 1 / (step + 1)) ** (gamma + 1)
 
 
 class EMA(Average):
-    """The exponential average that is sampled and scored; the rising decay lets short runs forget their initialisation.
-    Beside it any number of power-function averages, from whose snapshots `scripts/reconstruct_ema.py` makes an average
-    of any other length after training."""
+    """The exponential average that is sampled and scored, whose rising decay lets short runs forget their
+    initialisation; and power-function averages, of whose snapshots `scripts/reconstruct_ema.py` makes any other."""
 
     def __init__(self, model: nn.Module, max_decay: float, profiles: Sequence[float] = ()) -> None:
         if not 0 <= max_decay < 1:
@@ -131,8 +128,8 @@ class EMA(Average):
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of a power-function average of this relative standard deviation: the positive root of
-    `(gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3)` (Karras et al. 2024, appendix C)."""
+    """The exponent of a power-function average of this length: the positive root of `(gamma + 1) = sigma_rel^2 (gamma +
+    2)^2 (gamma + 3)` (Karras et al. 2024, appendix C)."""
     if not 0 < sigma_rel < 0.28:
         raise ValueError(f"--train.ema_profiles {sigma_rel}: lengths lie between 0 and 0.28; EDM2 keeps 0.05, 0.1")
     t = sigma_rel**-2
@@ -145,7 +142,7 @@ Snapshot = tuple[int | float, float]  # (steps trained, gamma)
 
 def reconstruction_weights(snapshots: Sequence[Snapshot], target: Snapshot) -> list[float]:
     """How much of each snapshot makes up a target average: least squares between their profiles over training (Karras
-    et al. 2024, section 3.2), divided by their sum as in EDM2's code, so that an average of equal weights is these."""
+    et al. 2024, section 3.2), which sum to one as in EDM2's code."""
     gram = [[_overlap(a, b) for b in snapshots] for a in snapshots]
     right = [_overlap(a, target) for a in snapshots]
     weights = np.linalg.lstsq(np.array(gram), np.array(right), rcond=None)[0]

@@ -147,8 +147,8 @@ def drop_snapshots(run: Path, *, after: int) -> None:
 
 
 def _keep_snapshot(profiles: Path, snapshot: Path) -> None:
-    """A second name for the profiles' file, which rotation leaves alone: before the checkpoint is whole, so that there
-    is none without its snapshot."""
+    """A second name for the profiles' file, which rotation leaves alone; there is no checkpoint without its
+    snapshot."""
     snapshot.parent.mkdir(exist_ok=True)
     partial = snapshot.with_suffix(".partial")
     partial.unlink(missing_ok=True)

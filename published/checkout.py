@@ -18,15 +18,14 @@ PLAIN = {"DiT": ("dit", "DiT_S_2"), "UViT": ("uvit", "UViT_S_2")}  # modules and
 
 
 class Published:
-    """Models and diffusion of a checkout of the XSwin authors' repository. Raises FileNotFoundError when the folder is
-    not such a checkout."""
+    """Models and diffusion of a checkout of the XSwin authors' repository; a FileNotFoundError where it is none."""
 
     def __init__(self, checkout: Path) -> None:
         self.models = _load_package("published_models", checkout / "models")
         self.diffusion = _load_package("published_diffusion", checkout / "diffusion")
 
     def create(self, name: str, *, latent_size: int, num_classes: int) -> Any:
-        """The paper's model of that name, in training mode. Raises ValueError for one that the paper does not have."""
+        """The paper's model of that name, in training mode; a ValueError for another."""
         if name in PLAIN:
             module, size = PLAIN[name]
             constructor = getattr(importlib.import_module(f"published_models.{module}"), size)
@@ -76,7 +75,7 @@ class Published:
         return step
 
     def sample(self, model: Any, noise: Tensor, y: Tensor, *, num_classes: int, num_steps: int, scale: float) -> Tensor:
-        """Guided ancestral sampling as their scripts do it: both halves of guidance as one batch of twice the size."""
+        """As their scripts do: guided ancestral sampling, both halves of guidance as one batch of twice the size."""
         diffusion = self.diffusion.create_diffusion(str(num_steps))
         labels = torch.cat([y, torch.full_like(y, num_classes)])
         doubled = torch.cat([noise, noise])

@@ -14,7 +14,7 @@ NULL_LABEL = 1000  # diffusers' DiTPipeline knows no other
 
 
 def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, vae: Any) -> dict[str, Any]:
-    """The parts of a `DiTPipeline`; returns its index. Raises ValueError for what that pipeline cannot follow: it asks
+    """The parts of a `DiTPipeline`, and its index; a ValueError says what that pipeline cannot follow: it asks
     schedulers for their own times and no variance."""
     kind, times = checkpoint.config.diffusion.kind, checkpoint.build_diffusion().path.model_times
     _refuse(
@@ -41,18 +41,17 @@ def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, v
 
 
 def native_names(classes: list[str]) -> list[str]:
-    """Names by which DiTPipeline tells all classes apart: semicolons in place of commas, which to it part several names
-    of one class, and the label behind a name that others have too."""
+    """By which DiTPipeline tells all classes apart: semicolons for commas, which to it part names of one class, and the
+    label behind a name that others have too."""
     names = [" ".join(name.replace(",", ";").split()) for name in classes]
     return [name if names.count(name) == 1 else f"{name} ({label})" for label, name in enumerate(names)]
 
 
 def to_diffusers(model: nn.Module) -> Any:
-    """A `DiTTransformer2DModel` with the model's weights; its null label is 1000, whatever the number of classes.
+    """A `DiTTransformer2DModel` with the model's weights, null label 1000; a ValueError says why there is none.
 
     diffusers spaces the frequencies of its time embedding by 10000^(1/127), DiT and ours by 10000^(1/128): outputs
-    agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0. Raises ValueError for another
-    backbone, long skips, no classes or more than 1000, or a latent that is not square.
+    agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0.
     """
     from diffusers import DiTTransformer2DModel
 
@@ -85,8 +84,8 @@ def to_diffusers(model: nn.Module) -> Any:
 
 
 def without_shift(autoencoder: Any) -> Any:
-    """A copy whose latents are centred by its own layers, as DiTPipeline takes no notice of `shift_factor`. Raises
-    ValueError where the layers that can take the shift in are missing, or channels have scales of their own."""
+    """A copy whose latents are centred by its own layers, as DiTPipeline takes no notice of `shift_factor`; a
+    ValueError where they cannot be, or channels have scales of their own."""
     of_one_scale = type(autoencoder).__name__ == "AutoencoderKL" and autoencoder.config.get("latents_std") is None
     _refuse(not of_one_scale, "DiTPipeline wants an AutoencoderKL of one scale for all channels;")
     shift = autoencoder.config.shift_factor

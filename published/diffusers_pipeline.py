@@ -16,8 +16,7 @@ PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 
 
 def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, native: bool) -> str:
-    """Write all of it, README included; returns how the backbone left. Raises ValueError naming the setting that
-    diffusers cannot follow."""
+    """Write all of it; returns how the backbone left. A ValueError names the setting that diffusers cannot follow."""
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
     vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
     if vae is not None:
@@ -37,7 +36,7 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, 
 
 
 def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, vae: Any) -> tuple[dict[str, Any], str]:
-    """The backbone as a program, beside code that loads and samples from it; returns the pipeline's index."""
+    """The backbone as a program, beside code that samples from it; the pipeline's index."""
     spec, denoiser = checkpoint.spec, folder / "denoiser"
     program, error = export_denoiser(checkpoint.load_model(), spec)
     denoiser.mkdir()

@@ -228,8 +228,8 @@ def show_moment(history: list[list[Any]], moment: float) -> list[Any]:
 
 
 def look_up(studio, is_read, *wanted) -> Iterator[Any]:
-    """The first run's pictures above the training images that look most like them. It stops when told to, between
-    two moments or some of the training images."""
+    """The first run's pictures above the training images most like them; it stops, when told to, between two
+    moments."""
     import gradio as gr
     import torch
 

@@ -1,10 +1,7 @@
 """Submit a training to SLURM; requeued after preemption or time-out, it goes on where it was.
 
-    python scripts/launch_slurm.py --experiment configs/caltech101/xswin.yaml --gpus 8 --hours 12 --partition gpu
-    python scripts/launch_slurm.py --experiment EXPERIMENT.yaml --cluster local      (the same, as a process here)
-
-Two minutes before the end SLURM sends SIGUSR2 to all of the job's processes; the training saves, and the job goes back
-to the queue and resumes with `--resume auto`.
+python scripts/launch_slurm.py --experiment configs/caltech101/xswin.yaml --gpus 8 --hours 12 --partition gpu
+python scripts/launch_slurm.py --experiment EXPERIMENT.yaml --cluster local      (the same, as a process here)
 """
 
 import signal
@@ -26,8 +23,8 @@ from machine.cluster import ROOT, open_executor, requeue
 
 @dataclass
 class Training:
-    """`train.py ... --resume auto` on one node, as submitit calls it; `accelerate launch` for several GPUs. One that
-    runs `here` is stopped by SIGTERM as any program is; SLURM's own signals are for submitit."""
+    """`train.py ... --resume auto` on one node, as submitit calls it; one that runs `here` is stopped by SIGTERM as any
+    program is. Two minutes before the end SLURM sends all processes SIGUSR2."""
 
     arguments: list[str]
     run: Path
@@ -35,8 +32,7 @@ class Training:
     here: bool = False
 
     def __call__(self) -> int:
-        """Run it to its end; returns the exit status, 75 where it has stopped to be gone on with. Raises RuntimeError
-        when it fails."""
+        """To its end; the exit status, 75 where it has stopped to be gone on with. A RuntimeError when it fails."""
         (self.run / STOPPED).unlink(missing_ok=True)
         launch = [sys.executable]
         if self.gpus > 1:
@@ -54,7 +50,7 @@ class Training:
         return status
 
     def checkpoint(self) -> Any:
-        """What submitit calls when SLURM announces the end: let the training save, then go back to the queue."""
+        """When SLURM announces the end: let the training save, then go back to the queue."""
         children.send(self.process, signal.SIGUSR1)
         children.await_end(self.process)
         return requeue(Training(self.arguments, self.run, self.gpus, self.here))

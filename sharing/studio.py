@@ -139,9 +139,8 @@ class Studio:
         return "python sample.py " + " ".join(words)
 
     def nearest(self, run: str, pictures: UInt8[Tensor, "n 3 h w"]) -> tuple[UInt8[Tensor, "n 3 h w"], list[float]]:
-        """For each picture the training image whose colours and layout (at 16x16 pixels) are closest, and how close:
-        the root of the mean squared difference of their levels. Raises ValueError when the training images are not
-        where the configuration says."""
+        """For each picture the training image whose colours and layout (at 16x16 pixels) are closest, and the root of
+        the mean squared difference of their levels."""
         for _ in self.read_layouts(run):
             pass
         images, layouts = self.layouts[run]
@@ -150,8 +149,8 @@ class Studio:
         return found, (distances / layouts.shape[1] ** 0.5).tolist()
 
     def read_layouts(self, run: str) -> Iterator[int]:
-        """Read the training images that `nearest` looks among, once; now and then says how many are read. Raises
-        ValueError when they are not where the configuration says, or others lie there by now."""
+        """Read the training images that `nearest` looks among, once; now and then says how many. A ValueError where
+        they are not those of the training."""
         if run not in self.layouts:
             images, layouts = open_split(self.checkpoint(run).config.data, "train"), []
             self.checkpoint(run).check_identity(train=images.describe())
