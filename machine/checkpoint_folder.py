@@ -1,7 +1,6 @@
 """Folders of checkpoints, `<step>` each: written aside, checksummed, renamed when whole; checked before they are
 read."""
 
-import hashlib
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine.whole_files import whole
+from machine.whole_files import sha256_of, whole
 
 CHECKSUMS = "checksums.json"
 BEST = "best"
@@ -37,7 +36,7 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
         partial.mkdir(parents=True)
         fill(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        checksums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+        checksums = {path.relative_to(partial).as_posix(): sha256_of(path) for path in files}
         (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
         for path in [*files, partial / CHECKSUMS, *{file.parent for file in files}, partial]:
             _to_disk(path)
@@ -134,7 +133,7 @@ def damage(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != expected:
+        if sha256_of(path) != expected:
             return f"{name} has another checksum"
     return None
 
@@ -153,11 +152,6 @@ def to_resume(run: Path) -> Path:
     if checkpoint := newest_whole(run / "checkpoints"):
         return checkpoint
     raise CheckpointError(f"--resume {run}: nothing to resume, {run / 'checkpoints'} holds no whole checkpoint")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _to_disk(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files that are whole or absent, whatever kills the process."""
 
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -43,6 +44,11 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         _remove(partial)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -9,7 +9,6 @@
 Sizes, classes and whether the variance is learned are read off the weights; nothing in the file is executed.
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -79,6 +78,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     """Weights as a checkpoint; returns what they are."""
     from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
     from experiment.build import build_diffusion
+    from machine.whole_files import sha256_of
     from models import ModelSpec
     from published.training_files import read_weights
     from published.weights import arguments_of, load_reference, row_of
@@ -110,9 +110,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
         sampling=SAMPLING.get(config.source, SamplingConfig()),
     )
     metadata = metadata_of(experiment, step, spec=spec, classes=read_classes(config.classes, spec.num_classes))
-    with config.weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    origin = {"source": config.source, "file": config.weights.name, "sha256": digest}
+    origin = {"source": config.source, "file": config.weights.name, "sha256": sha256_of(config.weights)}
     folder.mkdir()
     save_tensors({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / WEIGHTS, metadata)
     (folder / "imported.json").write_text(json.dumps(origin, indent=2) + "\n")

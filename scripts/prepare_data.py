@@ -4,7 +4,6 @@ python scripts/prepare_data.py caltech101 --output caltech101.zip --image_size 6
 python scripts/prepare_data.py hf:uoft-cs/cifar10 --output cifar10.zip
 """
 
-import hashlib
 import io
 import json
 import re
@@ -78,7 +77,7 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
     from tqdm import tqdm
 
     from data.pixels import fit, to_rgb
-    from machine.whole_files import write_whole
+    from machine.whole_files import sha256_of, write_whole
 
     beside = output.with_suffix(".json")
     if beside == output or (beside.exists() and b'"sha256"' not in beside.read_bytes()):
@@ -102,11 +101,9 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
                 archive.writestr(f"{folder}/{counts[folder]:06d}.png", buffer.getvalue())
                 counts[folder] += 1
                 classes[name] += 1
-        with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         manifest = {
             "source": source,
-            "sha256": digest,
+            "sha256": sha256_of(partial),
             "num_images": sum(counts.values()),
             "image_size": image_size,
             "classes": dict(sorted(classes.items())),

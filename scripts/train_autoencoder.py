@@ -34,9 +34,8 @@ def train(run: Run[AutoencodingConfig]) -> None:
     """The whole of training, top to bottom."""
     import torch
 
-    from autoencoding.discriminator import PatchDiscriminator
     from autoencoding.image_stream import open_batches, open_held_out
-    from autoencoding.losses import build_objective
+    from autoencoding.losses import PatchDiscriminator, build_objective
     from autoencoding.model import Autoencoding, autoencoder_optimizers, build_autoencoder, finish
     from autoencoding.previews import Previews, decibels, pick
     from checkpoints.averages import EMA

@@ -21,11 +21,12 @@ from autoencoding.autoencoder_config import (
     DiscriminatorConfig,
     LossConfig,
 )
-from autoencoding.discriminator import NORMS, PatchDiscriminator
 from autoencoding.image_stream import ImageBatches
 from autoencoding.losses import (
     ADVERSARIAL,
+    NORMS,
     AutoencoderObjective,
+    PatchDiscriminator,
     adaptive_weight,
     build_objective,
     kl_divergence,
