@@ -1,5 +1,6 @@
 """Figures of a report: each as SVG for the page, and as PDF and PNG for a paper."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,9 +8,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from ablation.results import Results, RunResult, spread
-from evaluation.plots import STYLE, color, draw, marker, svg_of
-from metrics.scores import title_of
+from ablation.results import Results, RunResult, VariantResult, spread
+from evaluation.plots import INK, STYLE, WIDTH, color, draw, marker, svg_of
+from metrics.scores import row_of, title_of
 
 MAX_POINTS = 400
 Panel = Callable[[Results, Any], bool]  # draws on matplotlib's axes; returns whether there was anything to draw
@@ -61,13 +62,48 @@ def score_by_compute(results: Results, axes: Any) -> bool:
     if metric := _logged_metric(results):
         axes.set_ylabel(title_of(metric))
         return _lines(results, axes, metric, arithmetic)
-    axes.set_ylabel(title_of(metric := results.metrics[0]))
-    for number, variant in enumerate(results.variants):
-        if values := variant.values(metric):
-            look: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
-            x = arithmetic(variant.runs[0], variant.plan["num_steps"])
-            axes.errorbar(x, np.mean(values), spread(values) or 0.0, label=variant.name, **look)
+    return _final_scores(results, axes, results.metrics[0], lambda v: arithmetic(v.runs[0], v.plan["num_steps"]))
+
+
+def score_by_parameters(results: Results, axes: Any) -> bool:
+    """KID where there is one, as it has no bias that depends on the number of samples."""
+    if len({variant.plan["parameters"] for variant in results.variants}) == 1:
+        return False
+    metric = next((metric for metric in results.metrics if row_of(metric)[0] == "kid"), results.metrics[0])
+    axes.set(xlabel="parameters")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    return _final_scores(results, axes, metric, lambda variant: variant.plan["parameters"])
+
+
+def per_class(results: Results, axes: Any) -> bool:
+    """Of the 16 classes that are hardest for the baseline."""
+    distances = {variant.name: class_distances(variant) for variant in results.variants}
+    baseline = distances[results.baseline.name]
+    others = {number: one.name for number, one in enumerate(results.variants) if one is not results.baseline}
+    classes = [name for name in baseline if any(name in distances[other] for other in others.values())]
+    if not classes:
+        return False
+    classes = sorted(classes, key=lambda name: baseline[name])[-16:]
+    axes.figure.set_size_inches(WIDTH, max(3.3, 1.4 + 0.24 * len(classes)))
+    for number, other in others.items():
+        of_other = distances[other]
+        points = [(of_other[name] - baseline[name], row) for row, name in enumerate(classes) if name in of_other]
+        look: Any = {"linestyle": "", "marker": marker(number), "markersize": 5, "color": color(number)}
+        axes.plot(*zip(*points, strict=True), label=other, **look)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel=f"Fréchet distance less that of {results.baseline.name} (left: better)")
+    axes.set_yticks(range(len(classes)), [name.replace("_", " ") for name in classes])
     return True
+
+
+def class_distances(variant: VariantResult) -> dict[str, float]:
+    """Means over seeds, of the classes that had enough images."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for run in variant.runs:
+        for name, score in run.record.get("per_class", {}).items():
+            if score["value"] is not None:
+                values[name].append(score["value"])
+    return {name: float(np.mean(of_class)) for name, of_class in values.items()}
 
 
 def arithmetic(run: RunResult, step: int) -> float:
@@ -103,6 +139,15 @@ def _lines(results: Results, axes: Any, name: str, x: Callable[[RunResult, int],
     return bool(axes.lines)
 
 
+def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[VariantResult], float]) -> bool:
+    axes.set(ylabel=title_of(metric))
+    for number, variant in enumerate(results.variants):
+        if values := variant.values(metric):
+            look: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
+            axes.errorbar(x(variant), np.mean(values), spread(values) or 0.0, label=variant.name, **look)
+    return True
+
+
 PANELS: dict[str, tuple[Panel, str]] = {  # and their captions
     "loss": (loss, "Training loss: every interval of the log, pale, and its running mean."),
     "validation": (
@@ -113,4 +158,6 @@ PANELS: dict[str, tuple[Panel, str]] = {  # and their captions
         score_by_compute,
         "Score against the arithmetic of training (three forward passes a step and image).",
     ),
+    "score-by-parameters": (score_by_parameters, "Final score against the number of parameters."),
+    "per-class": (per_class, "Fréchet distance within each class that has 50 images, less the baseline's."),
 }

@@ -10,6 +10,8 @@ import yaml
 
 from ablation.plan import Planned
 
+FRECHET_ONLY = {"fid", "sfid"}  # for these alone, features are not kept, and there is no distance within classes
+
 
 def train(planned: Planned) -> list[str]:
     """Starts, or goes on where it was."""
@@ -23,6 +25,8 @@ def score(planned: Planned) -> list[str]:
     flags |= {"samples": planned.trained_in, "output": planned.run.folder / "scores.json"}
     flags |= {"num_samples": planned.num_samples, "trials": scoring.trials}
     flags |= {"baselines": scoring.baselines and planned.first}
+    has_features = not set(evaluation.metrics) <= FRECHET_ONLY
+    flags |= {"per_class": scoring.per_class and planned.spec.num_classes > 0 and has_features}
     return ["evaluate.py", *_as_flags(planned, flags)]
 
 

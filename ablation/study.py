@@ -37,10 +37,12 @@ class ScoringConfig:
     Args:
         trials: generation trials of each run, with seeds of their own
         baselines: score training images and reconstructions too, once
+        per_class: Fréchet distances within each class that has 50 images or more
     """
 
     trials: int = within("[1, inf)", 1)
     baselines: bool = True
+    per_class: bool = True
 
 
 @dataclass(frozen=True)

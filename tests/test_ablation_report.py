@@ -84,6 +84,7 @@ def ablation(tmp_path_factory):
             }
             record |= {
                 "versions": {"torch": "2"},
+                "per_class": {name: score(50 + gain + rng.normal()) for name in CLASSES},
             }
             (path / "scores.json").write_text(json.dumps(record))
             (path / "stages.json").write_text(json.dumps({"score": "k"}))
@@ -246,7 +247,7 @@ def test_floor_and_ceiling_stand_above_every_model(ablation):
 
 def test_figures_are_left_for_papers(ablation):
     names = {path.name for path in (ablation / "figures").iterdir()}
-    panels = {"loss", "validation", "score-by-compute"}
+    panels = {"loss", "validation", "score-by-compute", "score-by-parameters", "per-class"}
     assert names >= {f"{panel}.{kind}" for panel in panels for kind in ("pdf", "png")}
     assert "models.png" in names
 
@@ -270,7 +271,7 @@ def test_the_page_needs_nothing_but_itself(ablation):
     assert "A &lt;fake&gt; ablation" in html
     assert not re.search(r'(?:src|href)="(?!data:|#)', html)
     assert "url(http" not in html
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 5
     assert '<div class="scroll" tabindex="0">' in html  # a keyboard reaches what lies beyond its edge
 
 

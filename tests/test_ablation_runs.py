@@ -333,7 +333,7 @@ def test_the_commands_are_ones_that_their_scripts_accept():
     scoring = parse(EvaluateConfig, stages.score(planned)[1:])
     expected = {**asdict(planned.run.config.sampling), "spacing": "uniform"}
     assert (asdict(scoring.sampling), scoring.num_samples) == (expected, 12)  # null too
-    assert (scoring.baselines, scoring.metrics) == (True, ["fid", "precision"])
+    assert (scoring.baselines, scoring.per_class, scoring.metrics) == (True, True, ["fid", "precision"])
     drawing = parse(SampleConfig, stages.draw(planned)[1:])
     assert drawing.classes == list(planned.classes[:8])
     assert drawing.output == "runs/t/a/seed0/pictures.npz"
