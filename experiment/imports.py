@@ -17,6 +17,7 @@ from pathlib import Path
 
 RECORD = "latent-diffusion-backbones/imports"
 _loaded: dict[str, str] = {}  # as they were named, by name without folders
+_given: set[str] = set()  # of these, by the user
 
 
 def load_imports(names: Sequence[str], *, stored_in: Path | str | None = None) -> None:
@@ -25,7 +26,7 @@ def load_imports(names: Sequence[str], *, stored_in: Path | str | None = None) -
     for name in names:
         file = Path(name).expanduser() if name.endswith(".py") else None
         key = file.name if file else name
-        if stored_in is not None and key in _loaded:
+        if stored_in is not None and key in _given:
             continue
         if file and not file.is_file():
             named = f"{stored_in} names it, and it is not here" if stored_in else "no such file"
@@ -48,6 +49,7 @@ def load_imports(names: Sequence[str], *, stored_in: Path | str | None = None) -
                     lines.write(f"{word}\n")
         _load(name, source, word)
         _loaded[key] = name
+        _given.update({key} if stored_in is None else ())
 
 
 def imported_files() -> dict[str, Path]:

@@ -24,6 +24,7 @@ def state(tmp_path, monkeypatch):
     """Where the user's word is kept, and a session in which nothing was loaded yet."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(imports, "_loaded", {})
+    monkeypatch.setattr(imports, "_given", set())
     monkeypatch.chdir(tmp_path)
     return tmp_path / "state"
 
@@ -94,10 +95,9 @@ def test_what_a_checkpoint_names_runs_on_the_users_word_alone(tmp_path, monkeypa
 
     mine = write(tmp_path / "mine.py", mark="mine")
     load_imports(["mine.py", "in_the_way"])
-    monkeypatch.setattr(imports, "_loaded", {})  # another program, later
+    monkeypatch.setattr(imports, "_given", set())  # another program, later
     load_imports(["mine.py", "in_the_way"], stored_in="theirs")
     write(mine, mark="changed")
-    monkeypatch.setattr(imports, "_loaded", {})
     with pytest.raises(ValueError, match=r"was not given here before"):
         load_imports(["mine.py"], stored_in="theirs")
     assert not (tmp_path / "changed").exists()
@@ -122,6 +122,19 @@ def test_a_file_that_has_moved_is_given_anew(tmp_path):
         load_imports(["mine.py"], stored_in="theirs")
     load_imports(["elsewhere/mine.py"])
     load_imports(["mine.py"], stored_in="theirs")
+
+
+def test_of_two_files_of_one_name_each_checkpoint_runs_its_own(tmp_path, monkeypatch):
+    files = [str(write(tmp_path / mark / "mine.py", mark=f"{mark}-ran")) for mark in ("one", "two")]
+    load_imports(files)
+    monkeypatch.setattr(imports, "_given", set())  # another program, later: the page, with a checkpoint of each
+    for name in [name for name in sys.modules if name.startswith("imported_mine_")]:
+        monkeypatch.delitem(sys.modules, name)
+    for mark in ("one-ran", "two-ran"):
+        (tmp_path / mark).unlink()
+    for file in files:
+        load_imports([file], stored_in="theirs")
+    assert {"one-ran", "two-ran"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_where_nothing_can_be_kept_the_flag_does(tmp_path, state):
