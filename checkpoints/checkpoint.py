@@ -9,6 +9,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()
     if missing:
         raise CheckpointError(f"--checkpoint {weights}: not written by train.py, it lacks {sorted(missing)}")
+    imports = []
+    with suppress(ValueError, TypeError, KeyError, AttributeError):  # which reading all of it will tell
+        imports = [str(name) for name in json.loads(metadata["config"])["imports"]]
+    load_imports(imports, stored_in=weights)  # first: what they register has settings
     try:
         spec, classes = json.loads(metadata["spec"]), json.loads(metadata["classes"])
         checkpoint = Checkpoint(
@@ -171,12 +176,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             commit=metadata["commit"],
             identity={name: dict(part) for name, part in json.loads(metadata.get("identity", "{}")).items()},
         )
-        imports = [str(name) for name in checkpoint.config.imports]
         if checkpoint.classes != classes or len(classes) != checkpoint.spec.num_classes:
             raise ValueError(f"{checkpoint.spec.num_classes} classes, named {short(classes)}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"--checkpoint {weights}: its metadata are malformed ({error})") from error
-    load_imports(imports, stored_in=weights)
     return checkpoint
 
 

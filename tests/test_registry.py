@@ -5,8 +5,10 @@ import sys
 from dataclasses import dataclass, field, fields
 
 import pytest
+import torch
 
 from ablation.identity import code_of
+from checkpoints.checkpoint import metadata_of, open_checkpoint, save_tensors
 from diffusion.presets import DIFFUSIONS
 from experiment import imports
 from experiment.build import build_diffusion
@@ -17,6 +19,7 @@ from experiment.open_section import open_section
 from experiment.registry import TABLES, register
 from experiment.settings import from_dict
 from metrics.scores import Metric
+from models import ModelSpec
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +218,18 @@ def test_a_diffusion_from_outside_has_its_settings_for_flags(bent, tmp_path, cap
     with pytest.raises(SystemExit):
         parse(ExperimentConfig, ["--diffusion.bent", "1"])
     assert "did you mean --diffusion.bend?" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_opened_with_the_settings_that_its_imports_bring(bent, tmp_path, monkeypatch):
+    config = parse(ExperimentConfig, [*bent, "--diffusion.bend", "0.25"])
+    spec = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 4, 0)
+    save_tensors({"x": torch.zeros(1)}, tmp_path / "ema.safetensors", metadata_of(config, 1, spec=spec, classes=[]))
+    DIFFUSIONS.pop("bent")  # another program, later
+    open_section(DiffusionConfig, DIFFUSIONS)
+    monkeypatch.setattr(imports, "_given", set())
+    for name in [name for name in sys.modules if name.startswith("imported_bent_")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert open_checkpoint(tmp_path).config == config
 
 
 def test_configurations_of_before_say_null_for_the_settings_of_other_kinds():
