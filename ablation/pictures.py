@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image
 
+from ablation.identity import done_stages
 from ablation.results import Results
 from ablation.study import pictured
 from sampling.image_files import save_labelled, tile, title, width_of
@@ -27,12 +28,12 @@ class Pictures:
 
 
 def read_pictures(results: Results) -> list[Pictures]:
-    """Of the first seed of each variant that has been drawn."""
+    """Of the first seed of each variant that has been drawn, as the plan has it: others would pass for its classes."""
     pictures = []
     for variant in results.variants:
-        path = Path(variant.plan["folder"]) / "pictures.npz"
-        if path.is_file():
-            with np.load(path) as file:
+        folder, key = Path(variant.plan["folder"]), variant.plan["keys"].get("draw")
+        if key is not None and done_stages(folder).get("draw") == key:
+            with np.load(folder / "pictures.npz") as file:
                 images = file["arr_0"]
             classes = pictured(results.plan["ablation"]["pictures"]["classes"], variant.plan["classes"]) or [""]
             by_class = rearrange(images, "(k n) h w c -> k n h w c", k=len(classes))

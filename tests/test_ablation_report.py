@@ -16,7 +16,7 @@ from PIL import Image
 from processes import run
 from scipy import stats
 
-from ablation.pictures import Pictures, save_beside
+from ablation.pictures import Pictures, read_pictures, save_beside
 from ablation.report import notes_of, write_report
 from ablation.results import paired_p, read_results
 from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
@@ -52,7 +52,7 @@ def ablation(tmp_path_factory):
                 "seed": seed,
                 "folder": str(path),
                 "trained_in": str(path),
-                "keys": {"score": "k"},
+                "keys": {"score": "k", "draw": "k"},
             }
             run |= {"parameters": 10**6 * (place + 1), "gflops": 0.3 + place, "num_steps": 200, "batch_size": 8}
             runs.append({**run, "model": variant, "model_args": {}, "classes": CLASSES})
@@ -87,7 +87,7 @@ def ablation(tmp_path_factory):
                 "per_class": {name: score(50 + gain + rng.normal()) for name in CLASSES},
             }
             (path / "scores.json").write_text(json.dumps(record))
-            (path / "stages.json").write_text(json.dumps({"score": "k"}))
+            (path / "stages.json").write_text(json.dumps({"score": "k", "draw": "k"}))
             loss = [1 / (1 + step / 20) + gain / 100 + rng.normal() * 0.03 for step in range(200)]
             events = [
                 {"step": s, "loss": v, "images_per_second": 50.0 + place, "memory_gb": 2.0} for s, v in enumerate(loss)
@@ -243,6 +243,13 @@ def test_floor_and_ceiling_stand_above_every_model(ablation):
     assert re.search(r"reconstructions \(ceiling\) +(\| +)*\| - +\| 0.7000", (ablation / "report.md").read_text())
     tex = (ablation / "table.tex").read_text()
     assert tex.index(names[1]) < tex.rindex(r"\midrule") < tex.index("\nDiT &")
+
+
+def test_pictures_of_another_plan_are_not_shown_under_this_ones_names(ablation):
+    results = read_results(ablation)
+    assert len(read_pictures(results)) == len(results.variants)
+    results.variants[0].plan["keys"]["draw"] = "of other classes"
+    assert [one.variant for one in read_pictures(results)] == [one.name for one in results.variants[1:]]
 
 
 def test_figures_are_left_for_papers(ablation):
