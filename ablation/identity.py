@@ -158,13 +158,16 @@ def _read(source: str) -> tuple[list[str], str]:
 
 
 def _modules(node: ast.AST) -> Iterator[str]:
-    """What is imported below; of `from a import b` both, as b may be a module. Not what is there for types alone."""
+    """What is imported below, by `import_module` too; of `from a import b` both, as b may be a module. Not what is
+    there for types alone."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     if isinstance(node, ast.ImportFrom) and node.module:
         yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        yield from (name.value for name in node.args if isinstance(name, ast.Constant))
     for child in ast.iter_child_nodes(node):
         yield from _modules(child)
 
