@@ -149,4 +149,4 @@ class AutoencodingConfig(RunConfig):
     optim: AutoencoderOptimConfig = field(default_factory=AutoencoderOptimConfig)
     train: AutoencoderTrainConfig = field(default_factory=AutoencoderTrainConfig)
     log: AutoencoderLogConfig = field(default_factory=AutoencoderLogConfig)
-    fixed = ("architecture", "decoder_only", "shapes_share", "data")
+    fixed = ("architecture", "decoder_only", "loss.learned_variance", "shapes_share", "data")

@@ -139,11 +139,12 @@ def finish(
     half: bool,
 ) -> None:
     """Write diffusers' folder format, and `metrics.json`; whole, or as it was. Another autoencoder that is there
-    already is kept beside it. With `measure` scale and shift of latents are those of `images`, else the autoencoder's
+    already is kept beside it; the same one stays. With `measure` scale and shift of latents are those of `images`, else the autoencoder's
     own."""
     if measure:
         scale, shift = measure_latents(autoencoder, images)
-        autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
+        per_channel = {"latents_mean": None, "latents_std": None}  # of what it began from
+        autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift, **per_channel)
     autoencoder.register_to_config(_name_or_path="")  # diffusers would publish the folder that it began from
     kept = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
     with whole(folder) as partial:
@@ -154,6 +155,7 @@ def finish(
     if kept.exists():
         names = [path.name for path in folder.iterdir() if path.name != "metrics.json"]
         if filecmp.cmpfiles(folder, kept, names, shallow=False)[0] == names:
-            shutil.rmtree(kept, ignore_errors=True)
+            shutil.rmtree(folder)
+            kept.rename(folder)
         else:
             print(f"{folder} was another autoencoder, which trainings on its latents need: it is now {kept}")

@@ -273,7 +273,8 @@ class RunConfig:
         """By flag, what a run keeps when it is resumed; where images lie, and the like, is checked by their content."""
         flags = flatten(self.to_dict())
         passing = {"data.path", "data.cache", "data.on_error"}
-        fixed = {flag: flags[flag] for flag in flags if flag.partition(".")[0] in self.fixed and flag not in passing}
+        kept = [flag for flag in flags if {flag, flag.partition(".")[0]} & {*self.fixed} and flag not in passing]
+        fixed = {flag: flags[flag] for flag in kept}
         return fixed | {"optim.muon_lr": "null" if flags["optim.muon_lr"] is None else "set"}
 
 

@@ -31,7 +31,7 @@ from autoencoding.losses import (
     build_objective,
     kl_divergence,
 )
-from autoencoding.model import Autoencoding, autoencoder_optimizers, create_autoencoder, finish
+from autoencoding.model import Autoencoding, autoencoder_optimizers, create_autoencoder, finish, measure_latents
 from experiment.cli import one_line_errors, parse, parse_run
 from machine.checkpoint_folder import CheckpointError
 
@@ -187,8 +187,10 @@ def test_any_shape_builds(factor, channels):
 def test_another_autoencoder_in_the_place_of_one_keeps_it(tmp_path):
     autoencoder, written = tiny().autoencoder.eval(), {"measure": False, "half": False}
     pixels = ((images() + 1) * 127.5).to(torch.uint8)
-    for steps in (2, 2):  # the second as after a kill before the end was said
-        finish(tmp_path / "autoencoder", autoencoder, pixels, {"steps": steps}, **written)
+    for is_there in (False, True):  # the second as after a kill before the end was said
+        finish(tmp_path / "autoencoder", autoencoder, pixels, {"steps": 2}, **written)
+        assert (tmp_path / "autoencoder/autoencoder.json").exists() == is_there
+        (tmp_path / "autoencoder/autoencoder.json").touch()  # as evaluate.py leaves it
     assert [path.name for path in tmp_path.iterdir()] == ["autoencoder"]
     before = (tmp_path / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes()
     autoencoder.decoder.conv_out.bias.data += 1
@@ -196,6 +198,16 @@ def test_another_autoencoder_in_the_place_of_one_keeps_it(tmp_path):
     (kept,) = tmp_path.glob("autoencoder.before-*")
     assert (kept / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert (tmp_path / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes() != before
+
+
+def test_statistics_of_what_it_began_from_go(tmp_path):
+    """A mean and a deviation for each channel, which no shift may stand beside."""
+    autoencoder = tiny().autoencoder.eval()
+    autoencoder.register_to_config(latents_mean=[1.0] * 4, latents_std=[3.0] * 4)
+    pixels = ((images() + 1) * 127.5).to(torch.uint8)
+    finish(tmp_path / "autoencoder", autoencoder, pixels, {}, measure=True, half=False)
+    scale, shift = measure_latents(autoencoder, pixels)
+    assert create_codec(str(tmp_path / "autoencoder")).normalisation == {"scale": scale, "shift": shift}
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest():
@@ -322,6 +334,10 @@ def test_images_that_came_or_went_are_no_longer_what_was_held_out(train, tmp_pat
     moved = ["--resume", "runs/autoencoder", "--data.path", "moved"]
     with pytest.raises(SystemExit, match="75"):
         train(tmp_path, *moved)
+    with pytest.raises(CheckpointError, match=r"--loss.learned_variance False: \S+ was trained with True"):
+        train(
+            tmp_path, *moved, "--loss.learned_variance", "false"
+        )  # a parameter less: the others' moments would move up
     before = (tmp_path / "runs" / "autoencoder" / "log.jsonl").read_bytes()
     Image.new("RGB", (16, 16), (0, 99, 0)).save(tmp_path / "moved" / "a" / "new.png")
     with pytest.raises(CheckpointError, match=r"--data.path: \S+ was trained with another train, whose source_hash"):
