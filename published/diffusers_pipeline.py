@@ -18,10 +18,16 @@ PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, native: bool) -> str:
     """Write all of it; returns how the backbone left. A ValueError names the setting that diffusers cannot follow."""
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
-    vae = codec.autoencoder if isinstance(codec, LatentCodec) else None
-    if vae is not None:
+    vae = None
+    if isinstance(codec, LatentCodec):
+        vae = codec.autoencoder
         if not type(vae).__module__.startswith("diffusers."):
             raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have")
+        if codec.kind.representation:
+            raise ValueError(
+                f"--checkpoint: its autoencoder is a {type(vae).__name__}, which the pipeline cannot use: it scales "
+                "latents itself, and gives pixels from 0 to 1"
+            )
         vae.register_to_config(_name_or_path=None)  # a folder of this machine
     folder.mkdir()
     if native:

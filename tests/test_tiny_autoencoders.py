@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 from processes import ROOT, script
 from safetensors.torch import load_file, save_file
 
-from autoencoders.codec import AutoencoderError, create_codec
+from autoencoders.codec import KINDS, AutoencoderError, create_codec
 from autoencoders.tiny import PooledTinyAutoencoder, from_published
 from diffusion import GaussianDiffusion
 from experiment.build import open_split
@@ -88,14 +88,18 @@ def test_what_is_no_pair_is_told_in_words(tmp_path):
     assert json.loads(SCRIPT.as_list(["--weights", "a", "b", "--output", "c"])[1]) == ["a", "b"]
 
 
-def test_what_diffusers_lacks_is_not_exported_to_it(tmp_path):
+def test_what_diffusers_or_the_pipeline_lacks_is_not_exported(tmp_path):
     PooledTinyAutoencoder().save_pretrained(tmp_path / "tiny")
-    codec = create_codec(str(tmp_path / "tiny"))
+    representation = create_codec("embedded")
+    representation.kind = KINDS["AutoencoderRAE"]  # one of its kind needs transformers
     checkpoint = SimpleNamespace(
         build_diffusion=GaussianDiffusion, config=SimpleNamespace(diffusion=SimpleNamespace(kind="gaussian"))
     )
-    with pytest.raises(ValueError, match="its autoencoder is a PooledTinyAutoencoder, which diffusers does not have"):
-        write_folder(
-            tmp_path / "out", checkpoint, codec, SamplingConfig(sampler="ddpm", spacing="uniform"), native=False
-        )
+    sampling = SamplingConfig(sampler="ddpm", spacing="uniform")
+    for codec, words in (
+        (create_codec(str(tmp_path / "tiny")), "its autoencoder is a PooledTinyAutoencoder, which diffusers does not"),
+        (representation, "which the pipeline cannot use: it scales latents itself"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            write_folder(tmp_path / "out", checkpoint, codec, sampling, native=False)
     assert not (tmp_path / "out").exists()
