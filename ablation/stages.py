@@ -44,6 +44,7 @@ def _as_flags(planned: Planned, values: dict[str, Any]) -> list[str]:
     now."""
     sampling = yaml.safe_dump(asdict(planned.sampling), default_flow_style=True, width=math.inf).strip()
     values = {**values, "precision": planned.run.config.train.precision, "sampling": sampling}
+    values |= {"imports": planned.run.config.imports} if planned.run.config.imports else {}  # whose syntax counts
     words = []
     for name, value in values.items():
         words += [f"--{name}", str(value) if isinstance(value, str | Path) else json.dumps(value)]

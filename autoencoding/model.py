@@ -139,8 +139,8 @@ def finish(
     half: bool,
 ) -> None:
     """Write diffusers' folder format, and `metrics.json`; whole, or as it was. Another autoencoder that is there
-    already is kept beside it; the same one stays. With `measure` scale and shift of latents are those of `images`, else the autoencoder's
-    own."""
+    already is kept beside it; the same one stays. With `measure` scale and shift of latents are those of `images`, else
+    the autoencoder's own."""
     if measure:
         scale, shift = measure_latents(autoencoder, images)
         per_channel = {"latents_mean": None, "latents_std": None}  # of what it began from

@@ -25,7 +25,7 @@ from data.latents import short
 from diffusion.diffusion import Diffusion
 from experiment.build import build_diffusion
 from experiment.config import ExperimentConfig, RunConfig
-from experiment.imports import load_imports
+from experiment.imports import contents_of, load_imports
 from experiment.settings import from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from machine.sharding import part_like
@@ -132,6 +132,7 @@ def metadata_of(
 ) -> dict[str, str]:
     """What makes a safetensors file of averaged weights a checkpoint; of a backbone, `more` is `spec` and `classes`."""
     values = {"config": config.to_dict(), "step": step, "identity": identity or {}, **more}
+    values |= {"imports": contents_of(getattr(config, "imports", ()))}
     encoded = {name: json.dumps(value, default=asdict) for name, value in values.items()}
     return {**encoded, "commit": current_commit()}
 
@@ -161,10 +162,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()
     if missing:
         raise CheckpointError(f"--checkpoint {weights}: not written by train.py, it lacks {sorted(missing)}")
-    imports = []
+    imports, contents = [], {}
     with suppress(ValueError, TypeError, KeyError, AttributeError):  # which reading all of it will tell
         imports = [str(name) for name in json.loads(metadata["config"])["imports"]]
-    load_imports(imports, stored_in=weights)  # first: what they register has settings
+        contents = dict(json.loads(metadata.get("imports", "{}")))
+    load_imports(imports, stored_in=weights, contents=contents)  # first: what they register has settings
     try:
         spec, classes = json.loads(metadata["spec"]), json.loads(metadata["classes"])
         checkpoint = Checkpoint(

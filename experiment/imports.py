@@ -11,18 +11,23 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 RECORD = "latent-diffusion-backbones/imports"
 _loaded: dict[str, str] = {}  # as they were named, by name without folders
+_contents: dict[str, str] = {}  # hashes of all their files, when they were loaded
 _given: set[str] = set()  # of these, by the user
 
 
-def load_imports(names: Sequence[str], *, stored_in: Path | str | None = None) -> None:
+def load_imports(
+    names: Sequence[str], *, stored_in: Path | str | None = None, contents: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Import modules by name and .py files; a ValueError says why one cannot be had. `stored_in` is the run or
-    checkpoint that names them, None where the user does; a file of the same name that the user has loaded will do."""
+    checkpoint that names them, None where the user does, and `contents` what they were when it was made; a file of the
+    same name that the user has loaded will do."""
     for name in names:
         file = Path(name).expanduser() if name.endswith(".py") else None
         key = file.name if file else name
@@ -42,29 +47,48 @@ def load_imports(names: Sequence[str], *, stored_in: Path | str | None = None) -
                 f"--imports {name}: {stored_in} names it, and its code was not given here before; if you trust it, "
                 f"repeat the command with --imports {name}"
             )
+        content = _content_of(name)
+        if contents.get(key, content) != content:
+            raise ValueError(
+                f"--imports {name}: {stored_in} was made with other code of that name; give --imports the file that it "
+                "was made with, or this one to take it nevertheless"
+            )
         if word not in words:
             with suppress(OSError):  # where nothing can be kept, the flag has to be given each time
                 record.parent.mkdir(parents=True, exist_ok=True)
                 with record.open("a") as lines:
                     lines.write(f"{word}\n")
         _load(name, source, word)
-        _loaded[key] = name
+        _loaded[key], _contents[key] = name, content
         _given.update({key} if stored_in is None else ())
+
+
+def contents_of(names: Sequence[str]) -> dict[str, str]:
+    """Hashes of what was loaded by these names, by name without folders."""
+    keys = [Path(name).name if name.endswith(".py") else name for name in names]
+    return {key: _contents[key] for key in keys if key in _contents}
 
 
 def imported_files() -> dict[str, Path]:
     """The Python files of what was loaded: of a package all of them, each by a name without its place on the disk."""
-    files: dict[str, Path] = {}
-    for name in _loaded.values():
-        if name.endswith(".py"):
-            files[Path(name).name] = Path(name).expanduser()
-            continue
-        spec = importlib.util.find_spec(name.partition(".")[0])
-        for folder in (spec and spec.submodule_search_locations) or ():
-            files |= {f"{Path(folder).name}/{file.relative_to(folder)}": file for file in Path(folder).rglob("*.py")}
-        if spec and spec.origin and not spec.submodule_search_locations:
-            files[Path(spec.origin).name] = Path(spec.origin)
-    return files
+    return {place: file for name in _loaded.values() for place, file in _files_of(name).items()}
+
+
+def _files_of(name: str) -> dict[str, Path]:
+    if name.endswith(".py"):
+        return {Path(name).name: Path(name).expanduser()}
+    spec = importlib.util.find_spec(name.partition(".")[0])
+    if spec and spec.origin and not spec.submodule_search_locations:
+        return {Path(spec.origin).name: Path(spec.origin)}
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    return {f"{folder.name}/{file.relative_to(folder)}": file for folder in folders for file in folder.rglob("*.py")}
+
+
+def _content_of(name: str) -> str:
+    digest = hashlib.sha256()
+    for place, file in sorted(_files_of(name).items()):
+        digest.update(place.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _load(name: str, source: bytes | None, word: str) -> None:

@@ -182,10 +182,15 @@ def test_snapshots_are_of_one_course_of_training(tmp_path, monkeypatch, capsys):
     assert [*list_snapshots(snapshots.parent)] == [1, 3]
 
     shutil.rmtree(checkpoints)
+    (snapshots.parent / "tracking").mkdir()
     start_or_go_on(parse_run(ExperimentConfig, fresh), print)
     assert list_snapshots(snapshots.parent) == {}
     assert f"{Path('runs/tiny/snapshots')} is of an earlier training, and is now" in capsys.readouterr().out
     assert len(list((tmp_path / "runs" / "tiny").glob("snapshots.before-*/*.safetensors"))) == 2
     (log,) = (tmp_path / "runs" / "tiny").glob("log.jsonl.before-*")  # which a fresh training would have emptied
     assert len(log.read_text().splitlines()) == 3
-    assert not (tmp_path / "runs" / "tiny" / "log.jsonl").exists()
+    assert not {"log.jsonl", "tracking"} & {path.name for path in snapshots.parent.iterdir()}
+
+    (tmp_path / "runs" / "tiny" / "ema.safetensors").touch()  # imported: readers would take it for the training's
+    with pytest.raises(FileExistsError, match=r"holds weights already, ema.safetensors: give another --name"):
+        start_or_go_on(parse_run(ExperimentConfig, fresh), print)

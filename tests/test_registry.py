@@ -3,9 +3,11 @@
 import json
 import sys
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import pytest
 import torch
+import yaml
 
 from ablation.identity import code_of
 from checkpoints.checkpoint import metadata_of, open_checkpoint, save_tensors
@@ -20,6 +22,7 @@ from experiment.registry import TABLES, register
 from experiment.settings import from_dict
 from metrics.scores import Metric
 from models import ModelSpec
+from training.resumption import go_on
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +40,13 @@ def write(path, mark="ran"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"from pathlib import Path\nPath('{mark}').touch()  # {path}\n")
     return path
+
+
+def forget(monkeypatch, name):
+    """What was loaded of that name: another program, later."""
+    monkeypatch.setattr(imports, "_given", set())
+    for module in [module for module in sys.modules if module.startswith(f"imported_{name}_")]:
+        monkeypatch.delitem(sys.modules, module)
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -130,9 +140,7 @@ def test_a_file_that_has_moved_is_given_anew(tmp_path):
 def test_of_two_files_of_one_name_each_checkpoint_runs_its_own(tmp_path, monkeypatch):
     files = [str(write(tmp_path / mark / "mine.py", mark=f"{mark}-ran")) for mark in ("one", "two")]
     load_imports(files)
-    monkeypatch.setattr(imports, "_given", set())  # another program, later: the page, with a checkpoint of each
-    for name in [name for name in sys.modules if name.startswith("imported_mine_")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget(monkeypatch, "mine")  # the page, with a checkpoint of each
     for mark in ("one-ran", "two-ran"):
         (tmp_path / mark).unlink()
     for file in files:
@@ -226,10 +234,31 @@ def test_a_checkpoint_is_opened_with_the_settings_that_its_imports_bring(bent, t
     save_tensors({"x": torch.zeros(1)}, tmp_path / "ema.safetensors", metadata_of(config, 1, spec=spec, classes=[]))
     DIFFUSIONS.pop("bent")  # another program, later
     open_section(DiffusionConfig, DIFFUSIONS)
-    monkeypatch.setattr(imports, "_given", set())
-    for name in [name for name in sys.modules if name.startswith("imported_bent_")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget(monkeypatch, "bent")
     assert open_checkpoint(tmp_path).config == config
+
+
+def test_a_checkpoint_does_not_run_by_what_has_become_of_its_code(tmp_path, monkeypatch):
+    """Neither edited, nor another file of that name in the folder where one happens to be; but by what is given."""
+    config = parse(ExperimentConfig, ["--imports", write(tmp_path / "mine.py").name])
+    spec = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 4, 0)
+    checkpoint = tmp_path / "runs" / "x" / "checkpoints" / "00000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    save_tensors({"x": torch.zeros(1)}, checkpoint / "ema.safetensors", metadata_of(config, 1, spec=spec, classes=[]))
+    ways = (partial(open_checkpoint, checkpoint), partial(go_on, config, checkpoint, print))
+    for way in ways:
+        forget(monkeypatch, "mine")
+        way()
+    write(tmp_path / "mine.py", mark="another")
+    load_imports(["mine.py"])  # for another training
+    for way in ways:
+        forget(monkeypatch, "mine")
+        with pytest.raises(ValueError, match=r"--imports mine.py: \S+ was made with other code of that name; give"):
+            way()
+    load_imports(["mine.py"])
+    for way in ways:
+        way()
 
 
 def test_configurations_of_before_say_null_for_the_settings_of_other_kinds():

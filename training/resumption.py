@@ -11,10 +11,18 @@ import yaml
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from checkpoints.training_state import SNAPSHOTS
 from experiment.config import R, resuming
+from experiment.imports import load_imports
 from experiment.settings import flatten, from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
 
-LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "samples*", "scores*", "ema-*.safetensors")  # by a training without checkpoints
+LEFT_BEHIND = (
+    SNAPSHOTS,
+    "log.jsonl",
+    "tracking",
+    "samples*",
+    "scores*",
+    "ema-*.safetensors",
+)  # by a training without checkpoints
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
@@ -26,6 +34,8 @@ def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | Non
     if config.resume:
         checkpoint = to_resume(run)
         return go_on(config, checkpoint, say), checkpoint
+    if (run / WEIGHTS).exists():  # imported, or of the hub: they would go on being what `run` means to all readers
+        raise FileExistsError(f"{run} holds weights already, {WEIGHTS}: give another --name")
     if list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
     for path in [path for pattern in LEFT_BEHIND for path in run.glob(pattern) if ".before-" not in path.name]:
@@ -41,6 +51,8 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
     if "config" not in metadata:  # an autoencoder's, before it kept it
         return resuming(config, None)
+    contents = json.loads(metadata.get("imports", "{}"))
+    load_imports(getattr(config, "imports", ()), stored_in=run, contents=contents)
     values, written = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))
     if lost := [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in written]:
         raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {', '.join(lost)}")
