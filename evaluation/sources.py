@@ -14,7 +14,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from autoencoders.codec import Codec
-from checkpoints.checkpoint import Checkpoint
+from checkpoints.checkpoint import Checkpoint, read_metadata
 from data import left_out
 from data.images import ImageDataset
 from data.subsets import by_name, stratified
@@ -190,6 +190,7 @@ def from_checkpoint(
         "checkpoint": checkpoint.path.as_posix(),
         "model": checkpoint.spec.name,
         "step": checkpoint.step,
+        "weights_sha256": read_metadata(checkpoint.path).get("weights_sha256"),
         "trained_at_commit": checkpoint.commit,
         "labels": evaluation.labels,
     }

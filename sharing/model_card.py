@@ -33,8 +33,11 @@ def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
 
 
 def _is_of(checkpoint: Checkpoint, path: Path) -> bool:
-    """Whether a file was made from these weights: it names their step, or else is no older than they are."""
+    """Whether a file was made from these weights: it names their hash or, of before, their step, or else is no older
+    than they are."""
     samples = json.loads(path.read_text()).get("samples", {}) if path.suffix == ".json" else {}
+    if known := samples.get("weights_sha256"):  # a step may have been taken again, with other settings
+        return known == read_metadata(checkpoint.path).get("weights_sha256")
     if "step" in samples:
         return samples["step"] == checkpoint.step
     return path.stat().st_mtime >= checkpoint.path.stat().st_mtime

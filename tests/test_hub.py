@@ -217,6 +217,8 @@ def test_a_card_shows_no_scores_or_samples_of_other_weights(folder, tmp_path):
     os.utime(run / "samples.png", (0, 0))
     (run / "scores.json").write_text(json.dumps({"samples": {"step": 2}}))
     assert "scores.json" not in card_files(checkpoint)
+    (run / "scores.json").write_text(json.dumps({"samples": {"step": 4, "weights_sha256": "of a step taken before"}}))
+    assert "scores.json" not in card_files(checkpoint)
     assert card_files(checkpoint)["samples.png"].parent.name == "samples"  # the training's grid of this step
     older = open_checkpoint(run / "checkpoints" / "00000002")
     assert not {"samples.png", "scores.json"} & card_files(older).keys()
