@@ -160,7 +160,8 @@ def main(config: EvaluateConfig) -> None:
 
     metrics = [evaluation.metrics] * num_drawn  # of each row
     if config.baselines:
-        of_classes = [name for name in evaluation.metrics if METRICS[name].needs == "labelled"]
+        asks = {name: METRICS[name] for name in evaluation.metrics}
+        of_classes = [name for name, metric in asks.items() if metric.needs == "labelled" and not metric.teaches]
         others = [name for name in evaluation.metrics if name not in of_classes]
         floors = {"reconstructions": (alike("train", "training images", "--baselines")[0], others)}
         if of_classes:  # of images that the probe has not seen
@@ -281,6 +282,8 @@ def check(config: EvaluateConfig) -> None:
 
     if config.self_check:
         return
+    if config.output and (Path(config.output).suffix != ".json" or Path(config.output).is_dir()):
+        raise ValueError(f"--output {config.output}: give FILE.json; pictures and tables are written beside it")
     if samples is None and config.autoencoder is None:
         raise ValueError("--samples: give a run, a folder, a zip or an npz; or --autoencoder, or --self_check true")
     if samples is None:

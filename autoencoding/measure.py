@@ -29,7 +29,7 @@ from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, exact, psnr, spatial_frequencies, spectrum, ssim
-from metrics.scores import METRICS, Score
+from metrics.scores import METRICS, Score, metric_name
 from sampling.generation import share
 from sampling.image_files import save_labelled
 
@@ -171,12 +171,16 @@ def measure_autoencoders(
     images = from_dataset(open_split(data, "test"), "held-out images", evaluation.num_samples, evaluation.seed)
     batch = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
 
+    asked = [name for name in evaluation.metrics if not METRICS[name].teaches]
+    leak = Score(None, reason="it would learn from the very images that it asks of")
+    taught = [name for name in evaluation.metrics if name not in asked]
+    refused = {metric_name(name, extractor.kind, extractor.name): leak for name in taught}
     rows, measured = [], {}
     for codec in codecs:
         source = reconstructions(images, codec.to(accelerator.device), accelerator.device)
         measured[codec.source] = measure(codec, images, distance, accelerator, evaluation.batch_size)
-        scores, _ = scorer.score(source, reference)
-        scores = replace(scores, scores={**measured[codec.source].scores, **scores.scores})
+        scores, _ = scorer.score(source, reference, asked)
+        scores = replace(scores, scores={**measured[codec.source].scores, **scores.scores, **refused})
         speed = {}
         if accelerator.is_main_process:
             timed: dict[str, Any] = {"batch_size": len(batch), "num_repeats": 3, "device": batch.device}
@@ -184,7 +188,7 @@ def measure_autoencoders(
             speed["decode img/s"] = round(throughput(partial(codec.decode, codec.encode(batch)), **timed), 1)
         about = {**source.provenance, **speed, "device": str(accelerator.device)}
         rows.append(summarise(replace(source, name=codec.source, provenance=about), [scores]))
-    if of_classes := [name for name in evaluation.metrics if METRICS[name].needs == "labelled"]:  # the probe's ceiling
+    if of_classes := [name for name in asked if METRICS[name].needs == "labelled"]:  # the probe's ceiling
         scores, _ = scorer.score(images, reference, of_classes)
         rows.append(summarise(images, [scores]))
     if not accelerator.is_main_process:

@@ -124,7 +124,8 @@ class Scorer:
         metrics, extractor = metrics or self.evaluation.metrics, self.extractor
         features = self.extract(source)
         if "labelled" in needs_of(metrics) and features.labels is not None and reference.classes:
-            same = by_name(features.labels, source.classes, reference.classes, "--metrics agreement")
+            names = source.classes, reference.classes
+            same = by_name(features.labels, *names, "--metrics agreement") if source.classes else None
             features = replace(features, labels=same)
         scores = compare(features, reference.features, extractor, metrics=metrics, seed=self.evaluation.seed)
         if "fid" in metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:

@@ -51,6 +51,7 @@ class Metric:
         bounds: no number outside of these is printed
         digits: printed after the point; by default 4 below 10, else 2
         reference: whether it looks at the reference
+        teaches: whether it learns from the samples what it asks of the reference's images, which they then must not be
         summary: what it is, in a phrase
     """
 
@@ -62,6 +63,7 @@ class Metric:
     bounds: tuple[float, float] = (-math.inf, math.inf)
     digits: int | None = None
     reference: bool = True
+    teaches: bool = False
     summary: str = ""
 
     def __post_init__(self) -> None:
@@ -137,11 +139,13 @@ METRICS: dict[str, Metric] = {
 }
 DEFAULT = tuple(METRICS)  # without what needs classes, and rows that are added from outside
 METRICS |= {
-    name: Metric(PROBE, "higher", "labelled", elsewhere=(name, name), bounds=SHARE, digits=4, summary=summary)
-    for name, summary in (
-        ("agreement", "share of the samples that a linear probe of the training images takes for their class"),
-        ("agreement_top5", "share whose class is among its five best guesses"),
-        ("cas", "share of the held-out images that a linear probe of the samples takes for their class"),
+    name: Metric(
+        PROBE, "higher", "labelled", elsewhere=(name, name), bounds=SHARE, digits=4, teaches=teaches, summary=summary
+    )
+    for name, teaches, summary in (
+        ("agreement", False, "share of the samples that a linear probe of the training images takes for their class"),
+        ("agreement_top5", False, "share whose class is among its five best guesses"),
+        ("cas", True, "share of the held-out images that a linear probe of the samples takes for their class"),
     )
 }
 HELP = "of " + "; ".join(f"{name} ({row.better} is better): {row.summary}" for name, row in METRICS.items())

@@ -21,7 +21,7 @@ from evaluation.scoring import Row
 from evaluation.sources import from_images
 from metrics.pixelwise import psnr, spectrum, ssim
 from metrics.programs import save_program
-from metrics.scores import Score
+from metrics.scores import DEFAULT, Score
 
 EVALUATE = script("evaluate.py")
 CPU, NUM, SIZE = torch.device("cpu"), 24, 32
@@ -51,7 +51,7 @@ def measured(tmp_path_factory):
     write("taesd", folder / "tiny")
     (folder / "tiny" / "metrics.json").write_text('{"psnr_images_tenth": 90.0}')
     flags = ("--data.num_images", 5 * NUM, "--data.image_size", SIZE, "--extractor", "colors.pt", "--batch_size", 7)
-    names = ("--autoencoder", "embedded,tiny", "--perceptual", "colors.pt")
+    names = ("--autoencoder", "embedded,tiny", "--perceptual", "colors.pt", "--metrics", f"[{','.join(DEFAULT)},cas]")
     done = run("evaluate.py", *names, *flags, cwd=folder)
     return folder, done.stdout, json.loads((folder / "autoencoder.json").read_text())
 
@@ -89,6 +89,7 @@ def test_records_say_how_to_derive_them_again(measured):
     assert record["num_samples"] == record["num_reference"] == NUM
     assert {"commit", "versions", "extractor_sha256", "reference"} <= record.keys()
     assert "spatial_frechet_distance[colors]: none: colors has no spatial features; Inception has" in said
+    assert "cas[colors]: none: it would learn from the very images that it asks of" in said
     assert "latents of embedded: 4 channels, 1/8 of the side; mean " in said
     assert "not FID" in said
 
@@ -219,6 +220,7 @@ MISTAKES = {
         "--sampling: it is about samples",
     ),
     "checkpoint": ({"autoencoder": "embedded", "checkpoint": "runs/x"}, "--checkpoint runs/x: it is about samples"),
+    "picture": ({"autoencoder": "embedded", "output": "x.png"}, "--output x.png: give FILE.json; pictures and tables"),
     "network": (
         {"samples": "runs/x", "perceptual": "vgg19"},
         "--perceptual vgg19: it measures an autoencoder; leave it out",

@@ -113,7 +113,8 @@ class Inspection:
         assert self.scorer is not None
         evaluation = self.run.config.evaluation
         labels = sample_labels(evaluation, len(self.held_out), self.held_out.num_classes, self.held_out.labels)
-        source = from_generator(self._generator(labels, evaluation.seed), self.run.config.model)
+        generator = self._generator(labels, evaluation.seed)
+        source = from_generator(generator, self.run.config.model, self.held_out.classes)
         scorer, reference = self.scorer
         scores, _ = scorer.score(source, reference)
         return {name: score.value for name, score in scores.scores.items() if score.value is not None}
