@@ -167,7 +167,7 @@ def _modules(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.ImportFrom) and node.module:
         yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
     if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-        yield from (name.value for name in node.args if isinstance(name, ast.Constant))
+        yield from (str(name.value) for name in node.args if isinstance(name, ast.Constant))
     for child in ast.iter_child_nodes(node):
         yield from _modules(child)
 
