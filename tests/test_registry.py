@@ -202,8 +202,9 @@ def bent(bend: Annotated[float, "(0, 1]"] = 0.5, shift: float = 2.0):
 
 
 @pytest.fixture
-def bent(tmp_path):
+def bent(tmp_path, monkeypatch):
     (tmp_path / "bent.py").write_text(BENT)
+    forget(monkeypatch, "bent")
     yield ["--imports", "bent.py", "--diffusion.kind", "bent"]
     DIFFUSIONS.pop("bent", None)
     open_section(DiffusionConfig, DIFFUSIONS)
