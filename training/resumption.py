@@ -15,14 +15,7 @@ from experiment.imports import load_imports
 from experiment.settings import flatten, from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
 
-LEFT_BEHIND = (
-    SNAPSHOTS,
-    "log.jsonl",
-    "tracking",
-    "samples*",
-    "scores*",
-    "ema-*.safetensors",
-)  # by a training without checkpoints
+LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "ema-*.safetensors")  # without checkpoints
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
