@@ -140,7 +140,7 @@ def test_on_a_device_without_float64_all_is_as_on_the_cpu(folder, tmp_path):
         ("--classes", "[0]", "--reconstruct", 500, "--num_per_class", 1),
     ):
         programs += ["+", "sample.py", "--checkpoint", "runs/tiny", *drawn, *flags]
-    training = ("train.py", "--config", folder / "tiny.yaml")
+    training = ("train.py", "--config", folder / "tiny.yaml", "--train.ema_profiles", "[0.1]")
     shutil.copytree(folder / "runs/tiny", tmp_path / "cpu/runs/tiny")
     (tmp_path / "mps").mkdir()
 
