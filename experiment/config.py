@@ -96,8 +96,10 @@ class OptimConfig:
         lr: learning rate, reached linearly over warmup_steps
         muon_lr: learning rate of Muon (Jordan et al. 2024) on the matrices of the backbone's blocks; null: AdamW alone
         warmup_steps: optimizer steps until then
-        decay: after the warm-up 'constant', 'cosine' to zero, or 'step', by decay_factor every decay_epochs; each phase
-            of a training has its own
+        decay: after the warm-up 'constant', 'cosine' to zero, 'linear' to zero over the last decay_share of the steps
+            (a constant run that is resumed with it needs no length in advance: Hägele et al. 2024), or 'step', by
+            decay_factor every decay_epochs; each phase of a training has its own
+        decay_share: of 'linear'
         decay_epochs: of 'step'
         decay_factor: of 'step'
         betas: decay rates of the moments
@@ -108,7 +110,8 @@ class OptimConfig:
     lr: float = within("(0, inf)", 1e-4)
     muon_lr: float | None = within("(0, inf)", None)
     warmup_steps: int = within("[0, inf)", 0)
-    decay: Literal["constant", "cosine", "step"] = "constant"
+    decay: Literal["constant", "cosine", "linear", "step"] = "constant"
+    decay_share: float = within("(0, 1]", 0.2)
     decay_epochs: float = within("(0, inf)", 15.0)
     decay_factor: float = within("(0, 1]", 0.5)
     betas: tuple[float, float] = within("[0, 1)", (0.9, 0.999))

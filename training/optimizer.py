@@ -41,6 +41,8 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: f
     if config.decay == "cosine":
         progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.decay == "linear":
+        return config.lr * min(1.0, (num_steps - step) / (config.decay_share * num_steps))
     if config.decay == "step":
         return config.lr * config.decay_factor ** (step / epoch_steps // config.decay_epochs)
     return config.lr
