@@ -1,9 +1,9 @@
-"""Shapes in public signatures are checked while testing: jaxtyping reads them, beartype verifies them."""
+"""What all tests share: the order they come in, checked signatures, folders."""
 
+import gc
 import importlib
 import os
 import signal
-import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -15,13 +15,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 
 import pytest
 import yaml
-from jaxtyping import install_import_hook
-from processes import LIBRARIES, ROOT, TINY, run
+from processes import ROOMS, ROOT, TINY, run
 from xdist.scheduler import LoadScopeScheduling
-
-ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-install_import_hook([name for name in ROOMS if "." not in name], "signatures.checked")
-
 
 LONG = ("test_ablation", "test_train", "test_preemption", "test_devices", "test_evaluate", "test_notebook", "test_app")
 
@@ -50,10 +45,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection(session):
-    """Imports the libraries: what the hook finds imported by a module of ours for the first time is compiled anew."""
-    if worker or not session.config.getoption("numprocesses"):  # not in the one that deals out tests
-        for name in ("signatures", *LIBRARIES):
-            importlib.import_module(name)
+    """Shapes and types of signatures are checked from here on; not in the process that deals out tests."""
+    if worker or not session.config.getoption("numprocesses"):
+        importlib.import_module("signatures").check(ROOMS)
+    gc.disable()  # nothing that is imported goes
+
+
+def pytest_collection_finish():
+    gc.freeze()  # nor is looked through from here on
+    gc.enable()
 
 
 for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # nohup and a shell's & pass on their deafness

@@ -5,14 +5,17 @@ import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
+import tomllib
 import types
 from pathlib import Path
+from unittest import mock
 
 from safetensors import safe_open
 
@@ -39,7 +42,7 @@ TINY = {
 def run(*arguments, cwd, processes=1, check=True, **settings):
     """A program in a process of its own, as a user starts it; `settings` are added to its environment.
 
-    It is forked off a server that has imported the libraries and nothing else, which saves each its seconds. Several
+    It is forked off a server that has imported the libraries and the rooms, which saves each its seconds. Several
     `processes` find the variables that torch's launcher sets; where one fails the others are stopped, as it does.
     """
     command = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
@@ -56,10 +59,11 @@ def run(*arguments, cwd, processes=1, check=True, **settings):
     return done
 
 
-LIBRARIES = ["torch", "torchvision", "accelerate", "diffusers.models.autoencoders.autoencoder_kl", "timm"]
-LIBRARIES += ["torch_fidelity", "matplotlib.figure", "torch.utils.tensorboard", "jsonargparse"]
+LIBRARIES = ["torch", "torchvision", "accelerate", "diffusers.models.autoencoders.autoencoder_kl"]
+LIBRARIES += ["torch_fidelity", "matplotlib.backends.backend_agg", "torch.utils.tensorboard", "jsonargparse"]
+ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(LIBRARIES)
+SERVER.set_forkserver_preload(["preloaded"])
 
 
 def ranks(number):
@@ -74,6 +78,8 @@ def ranks(number):
 
 def forked(command, cwd, environments):
     """As `subprocess.run` of Python on this command would end, in a process for each of the environments."""
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}):
+        multiprocessing.forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         group = [SERVER.Process(target=become, args=(command, str(cwd), own, *outputs)) for own in environments]
@@ -98,7 +104,10 @@ def become(command, cwd, environment, *outputs):
     os.environ.clear()
     os.environ.update(environment)
     sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("processes", "conftest")]:
+    forgotten = {"processes", "preloaded", "conftest"}
+    if Path(command[0]).parent == ROOT / "tests":  # which changes what the rooms import
+        forgotten |= set(ROOMS)
+    for name in [name for name in sys.modules if name.partition(".")[0] in forgotten]:
         del sys.modules[name]
     sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
     sys.modules["__main__"] = types.ModuleType("__main__")

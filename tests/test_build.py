@@ -1,4 +1,5 @@
 from dataclasses import fields, replace
+from functools import cache
 from inspect import signature
 from pathlib import Path
 
@@ -30,6 +31,12 @@ LAUNCHERS = [path for path in YAML if path.parent.name == "accelerate"]
 EXPERIMENTS = [path for path in YAML if path.parent.name not in ("accelerate", "ablations", "autoencoder")]
 
 
+@cache
+def shipped(path):
+    """A configuration; parsing one takes long."""
+    return parse(ExperimentConfig, ["--config", str(path)])
+
+
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
 def test_accelerate_reads_every_launcher(path):
     config = load_config_from_file(str(path))
@@ -39,7 +46,7 @@ def test_accelerate_reads_every_launcher(path):
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_configuration_builds(path):
-    config = parse(ExperimentConfig, ["--config", str(path)])
+    config = shipped(path)
     diffusion = build_diffusion(config.diffusion)
     codec, num_classes = local_codec(config), 101 * config.data.use_labels
     resolve_sampling(config.sampling, diffusion, num_classes)
@@ -57,7 +64,8 @@ def local_codec(config):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_configuration_trains_two_steps(path):
     """Small (cascades are), on images of 16 pixels where the model takes any size: the loss falls on what was seen."""
-    config = parse(ExperimentConfig, ["--config", str(path), "--optim.lr", "1e-3", "--optim.warmup_steps", "0"])
+    config = shipped(path)
+    config = replace(config, optim=replace(config.optim, lr=1e-3, warmup_steps=0))
     if config.model != "Cascade":
         small = SMALL[BACKBONES[config.model][0].__name__]
         config = replace(config, model_args={**config.model_args, **small})

@@ -92,19 +92,24 @@ def test_what_others_do_decides_and_a_quiet_moment_does_not(monkeypatch):
     assert not machine.waiting._teams
 
 
-@on_linux
+def told(monkeypatch, threads, cores):
+    """What is said of this many threads on these cores."""
+    monkeypatch.setattr(machine.threads, "allowed_cores", lambda: cores)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    return machine.threads.start_waiting(print)
+
+
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
-def test_what_the_user_has_set_stands(name):
+def test_what_the_user_has_set_stands(monkeypatch, name):
     value = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}[name]
-    body = "from machine.threads import start_waiting; print(start_waiting(print))"
-    assert python(body, cores={0, 1}, **{name: value}) == [f"2 threads that wait as {name}={value} says"]
+    monkeypatch.setenv(name, value)
+    assert told(monkeypatch, 2, [0, 1]) == f"2 threads that wait as {name}={value} says"
 
 
 @on_linux
-def test_more_threads_than_cores_are_not_said_to_spin():
-    body = "from machine.threads import start_waiting; print(start_waiting(print))"
-    said = python(body, cores={0}, OMP_NUM_THREADS="2")
-    assert said == ["2 threads that sleep while they wait (more of them than cores)"]
+def test_more_threads_than_cores_are_not_said_to_spin(monkeypatch):
+    said = told(monkeypatch, 2, [0])
+    assert said == "2 threads that sleep while they wait (more of them than cores)"
 
 
 DEAL = "from machine.threads import deal_out_cores; deal_out_cores(1); print(torch.get_num_threads())"
