@@ -23,7 +23,6 @@ from torchvision.transforms.v2.functional import resize
 from metrics.downloads import hub_answers, network_timeout
 from metrics.programs import load_program, one_line
 from metrics.scores import INCEPTION
-from metrics.timm_models import find_timm, is_downloaded, load_timm
 
 PROGRAM = "program"
 TIMM = "timm:"
@@ -104,6 +103,8 @@ def naming(extractor: str) -> tuple[str, str]:
 
 
 def _load_timm(name: str, weights_path: str | Path | None) -> nn.Module:
+    from metrics.timm_models import find_timm, is_downloaded, load_timm  # seconds to import
+
     flag = f"--extractor {TIMM}{name}"
     give = "give --weights_path FILE (.safetensors, .pth or .bin), timm's weights of this model or your own"
     try:

@@ -66,9 +66,10 @@ def moments_of(features: Float[Tensor, "n d"]) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """`|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, squared Wasserstein-2 of two Gaussians (Heusel et al. 2017,
     eq. 6). The root's trace is that of the eigenvalues of `R^T C_b R`, `C_a = R R^T`: symmetric, so they are real and
-    exact to rounding even where both covariances are singular."""
+    exact to rounding even where both covariances are singular; of R only columns that are more than rounding count."""
     values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp(min=0).sqrt()
+    known = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    root = vectors[:, known] * values[known].sqrt()
     cross = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(distance.item(), 0.0)  # it rounds below zero where the two are equal

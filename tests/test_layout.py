@@ -68,6 +68,9 @@ def test_programs_import_what_takes_seconds_only_where_they_use_it():
         at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         found = slow & set(imported_packages(ast.Module(at_once, [])))
         assert not found, f"{path.relative_to(ROOT)} imports {found}"
+    for path in set((ROOT / "metrics").glob("*.py")) - {ROOT / "metrics" / "timm_models.py"}:
+        at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        assert not {"timm", "metrics.timm_models"} & {node.module for node in at_once}, path
 
 
 def test_figures_do_not_depend_on_the_environments_backend():

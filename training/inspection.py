@@ -128,7 +128,8 @@ class Inspection:
         images = generate(self._generator(labels, self.run.config.train.seed), batch_size=len(labels))
         if self.run.is_main:
             self.run.show(images, columns=columns, column_names=classes)
-            draw_progress(self.run.folder)
+            if len(list((self.run.folder / "samples").glob("[0-9]*.png"))) > 1:
+                draw_progress(self.run.folder)
         return {}
 
     def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:

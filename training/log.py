@@ -94,7 +94,7 @@ def draw_curve(run: Path) -> None:
         axes.set_yscale("log")
         for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             set_formatter(LogFormatter())  # plain numbers: typesetting powers of ten takes as long as the rest
-    axes.set_title(run.name, parse_math=False)
+    axes.set_title(run.name, y=1.0, parse_math=False)  # where it would be: looking for a place measures every number
     if axes.lines:
         axes.legend(frameon=False)
     axes.grid(alpha=0.3)

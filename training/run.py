@@ -27,6 +27,7 @@ from training.log import Log, draw_curve, is_due, warns_only
 from training.meter import Meter
 from training.resumption import start_or_go_on
 
+SECONDS_BETWEEN_CURVES = 10.0  # drawing takes as long as many a short training's saves
 Look = Callable[[int], Mapping[str, float]]  # at what there is after a step: what it measured
 
 
@@ -60,6 +61,7 @@ class Run(Generic[R]):
         self._saved: int | None = None
         self._inspected = True  # else what is due at this step was broken off, and a resumed run begins with it
         self._why: str | None = None  # to stop before the end
+        self._drawn = time.monotonic()  # the curve, or else when the run began
 
     def check_identity(self, **parts: Mapping[str, Any]) -> None:
         """That the autoencoder and splits are those of the run so far; see `checkpoints.checkpoint.check_identity`."""
@@ -128,6 +130,8 @@ class Run(Generic[R]):
                 self._roll_back()
         self.bar.close()
         self.save(last=True)
+        if self.is_main:
+            self._draw_curve()
         if self._why:
             raise Stopped(self._why)
 
@@ -182,9 +186,14 @@ class Run(Generic[R]):
         if self.is_main:
             if not self._is_skipping:
                 rotate(self.checkpoints, keep=self.config.log.keep_checkpoints, keep_every=self.keep_every)
-            draw_curve(self.folder)
+            if time.monotonic() - self._drawn > SECONDS_BETWEEN_CURVES:
+                self._draw_curve()
         if progress is None:
             self.accelerator.wait_for_everyone()
+
+    def _draw_curve(self) -> None:
+        draw_curve(self.folder)
+        self._drawn = time.monotonic()
 
     def _save_again(self) -> None:
         self._saved = None
