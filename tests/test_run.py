@@ -84,3 +84,12 @@ def test_a_look_that_a_resumed_run_has_made_up_for_is_not_taken_again(train, tmp
         train(killed, looks={2: 1.0}, resume="runs/run")
     train(lambda run, step: 1.0, looks={2: 1.0}, resume="runs/run")
     assert [event["step"] for event in log(tmp_path, "run") if "score" in event] == [2]
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.0, 4), (600.0, 1)], ids=["at each save", "short"])
+def test_the_curve_is_drawn_now_and_then_and_at_the_end(train, monkeypatch, seconds, times):
+    drawn = []
+    monkeypatch.setattr("training.run.SECONDS_BETWEEN_CURVES", seconds)
+    monkeypatch.setattr("training.run.draw_curve", drawn.append)
+    train(lambda run, step: 1.0)
+    assert len(drawn) == times
