@@ -23,7 +23,7 @@ from experiment.config import EvaluationConfig, SamplingConfig
 from machine.precision import precision_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, Images, image_batches
-from sampling.checks import resolve_sampling
+from sampling.checks import guide_in_record, resolve_sampling
 from sampling.generation import Generator, generator_of, sample_labels
 from settings import set_values
 
@@ -55,6 +55,7 @@ def from_generator(generator: Generator, name: str, classes: Sequence[str] = (),
         "precision": precision_of(generator.accelerator),
         "model_calls": num_calls(generator.diffusion, sampling.sampler, sampling.num_steps),
         **asdict(sampling),
+        **guide_in_record(sampling),
         **provenance,
     }
     labels = generator.labels if classes else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoints.checkpoint import open_checkpoint
+from checkpoints.checkpoint import open_checkpoint, read_metadata
 from data.latents import short
 from diffusion import Diffusion
 from diffusion.samplers import check_options
@@ -45,6 +45,13 @@ def resolve_sampling(
         raise ValueError(f"--sampling.legacy_cfg_channels {config.legacy_cfg_channels}: there are {num_channels}")
     diffusion.reverse_steps(config.num_steps, config.spacing)
     return config
+
+
+def guide_in_record(sampling: SamplingConfig) -> dict[str, str | None]:
+    """The guide's weights by content, for records; without a guide nothing."""
+    if sampling.guidance_checkpoint is None:
+        return {}
+    return {"guide_sha256": read_metadata(open_checkpoint(sampling.guidance_checkpoint).path).get("weights_sha256")}
 
 
 def load_guide_model(

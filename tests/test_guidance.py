@@ -9,10 +9,9 @@ from exact import DIFFUSIONS, labels, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from autoencoders.codec import PixelCodec
-from checkpoints.checkpoint import metadata_of
+from autoencoders.codec import PixelCodec, weights_sha256
+from checkpoints.checkpoint import metadata_of, save_tensors
 from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOptions, sample
 from diffusion.guidance import drop_labels, guide, linear, projected, rescaled
 from diffusion.paths import GaussianChain
@@ -20,7 +19,7 @@ from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig
 from models import ModelSpec
 from published.weights import arguments_of, load_reference
-from sampling.checks import load_guide_model
+from sampling.checks import guide_in_record, load_guide_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"
 NUM_CLASSES = 10
@@ -231,10 +230,12 @@ def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
     spec = ModelSpec("DiT", {"dim": 8, "depth": 1, "num_heads": 1}, (4, 4), 3, 6, 2)
     config, identity = ExperimentConfig("DiT", spec.args, "pixel"), {"codec": PixelCodec.provenance}
     metadata = metadata_of(config, 5, identity, spec=spec, classes=["cat", "dog"])
-    save_file(spec.build().state_dict(), tmp_path / "guide.safetensors", metadata=metadata)
+    save_tensors(weights := spec.build().state_dict(), tmp_path / "guide.safetensors", metadata)
+    sampling = SamplingConfig(guidance_checkpoint=str(tmp_path / "guide.safetensors"))
+    assert guide_in_record(sampling) == {"guide_sha256": weights_sha256(weights)}
+    assert guide_in_record(SamplingConfig()) == {}
 
     def load(classes, identity):
-        sampling = SamplingConfig(guidance_checkpoint=str(tmp_path / "guide.safetensors"))
         return load_guide_model(sampling, config.diffusion, spec, torch.device("cpu"), classes, identity)
 
     for known in (identity, {}):  # of older checkpoints nothing is known
