@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from math import hypot, inf
+from math import hypot
 from pathlib import Path
 
 from autoencoders.codec import EMBEDDED, LatentCodec
@@ -63,9 +63,11 @@ def _whole(row: Row) -> dict[str, Score]:
 
 def outside(row: Row, codec: LatentCodec) -> str | None:
     """That the images come back worse than nine tenths of those that the autoencoder was made for, where it is so."""
-    file = (EMBEDDED if codec.source == "embedded" else Path(codec.source)) / "metrics.json"
-    low = json.loads(file.read_text()).get(TENTH, -inf) if file.is_file() else -inf
-    psnr = row.scores["psnr"].value
+    folder, psnr = EMBEDDED if codec.source == "embedded" else Path(codec.source), row.scores["psnr"].value
+    try:
+        low = float(json.loads((folder / "metrics.json").read_text())[TENTH])
+    except (OSError, ValueError, TypeError, LookupError):  # of the hub, or of other authors: nobody measured it
+        return None
     if psnr is None or psnr >= low:
         return None
     return (

@@ -12,9 +12,9 @@ from processes import run, script
 from scoring import score
 from small_autoencoders import create, write
 
-from autoencoders.codec import EMBEDDED, create_codec
+from autoencoders.codec import EMBEDDED, LatentCodec, create_codec
 from autoencoding import measure as measuring
-from autoencoding.advice import choice
+from autoencoding.advice import choice, outside
 from autoencoding.measure import Distance, default_output, measure, open_distance, posterior
 from data import open_dataset
 from evaluation.scoring import Row
@@ -121,6 +121,13 @@ def test_autoencoders_that_errors_do_not_tell_apart_are_told_by_speed():
     said = choice(rows, {"a": (32, 8, 8), "b": (16, 8, 8), "c": (4, 8, 8)})
     assert said.startswith("Take b: the fastest of 2 that agreement does not tell apart, 0.7800 ± 0.0200 (a 0.8000 ±")
     assert "40 img/s (a 10 img/s, c 90 img/s) from latents of 16x8x8 (a 32x8x8, c 4x8x8)" in said
+
+
+@pytest.mark.parametrize("text", [None, "[1]", "{", '{"psnr_images_tenth": null}', '{"psnr_images_tenth": 19}'])
+def test_an_autoencoder_without_that_figure_or_at_home_says_nothing(tmp_path, text):
+    if text:
+        (tmp_path / "metrics.json").write_text(text)
+    assert outside(row("a", 1, psnr=(20.0,)), Mock(spec=LatentCodec, source=str(tmp_path))) is None
 
 
 def test_the_score_that_decides_is_one_that_all_have():
