@@ -290,4 +290,4 @@ def _normalisation(source: str, config: Any) -> dict[str, float | list[float]]:
             f"--autoencoder {source}: config.json has to give latents_mean and latents_std together, a number for each "
             f"of {config.latent_channels} channels, and no shift_factor; mend it, or set both to null"
         )
-    return {"scale": [scale / float(each) for each in std], "shift": [float(each) for each in mean]}
+    return {"scale": [scale / float(value) for value in std], "shift": [float(value) for value in mean]}

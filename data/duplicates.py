@@ -34,5 +34,5 @@ def near_duplicates(names: Sequence[str], read: Callable[[str], Image.Image]) ->
             low, high = sorted((root(start + one), root(other % len(names))))
             first[high] = low
     roots = [root(image) for image in range(len(names))]
-    shared = {each for image, each in enumerate(roots) if each != image}
-    return {name: names[each] for name, each in zip(names, roots, strict=True) if each in shared}
+    shared = {parent for image, parent in enumerate(roots) if parent != image}
+    return {name: names[parent] for name, parent in zip(names, roots, strict=True) if parent in shared}

@@ -160,7 +160,7 @@ def _read_manifest(folder: Path) -> dict:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, not {FORMAT}")
         kinds = {"classes": str, "image_size": int, "shards": str}
-        if not all(isinstance(each, kind) for name, kind in kinds.items() for each in [*manifest[name]]):
+        if not all(isinstance(item, kind) for name, kind in kinds.items() for item in [*manifest[name]]):
             raise ValueError(f"{', '.join(kinds)} are no lists of names and numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

@@ -119,11 +119,11 @@ def _common_folder(paths: Iterable[str]) -> str:
 def _levels(paths: Iterable[str]) -> dict[str, str]:
     """The folders that are the split, by what they are: `train`, `val`, `test`; none where there is no such level."""
     heads = sorted({path.partition("/")[0] for path in paths if "/" in path})
-    found = {head: LEVELS[head.casefold()] for head in heads if head.casefold() in LEVELS}
-    levels = {meaning: head for head, meaning in found.items()}
+    splits = {head: LEVELS[head.casefold()] for head in heads if head.casefold() in LEVELS}
+    levels = {meaning: head for head, meaning in splits.items()}
     if len(levels) < 2:
         return {}
-    if len(found) > len(levels) or "train" not in levels or len(found) < len(heads):
+    if len(splits) > len(levels) or "train" not in levels or len(splits) < len(heads):
         raise DataError(
             f"beside each other lie {', '.join(f'{head}/' for head in heads[:8])}: a split is one train/ and one test/ "
             "(or val/) with class folders below and nothing beside; move the others away, or rename them"
@@ -140,7 +140,7 @@ def _refuse_other_levels(paths: Iterable[str]) -> None:
         if "/" in rest:
             below[head].add(rest.partition("/")[0])
     for head in below:
-        other = next((each for each in below if each != head and below[each] & below[head]), None)
+        other = next((folder for folder in below if folder != head and below[folder] & below[head]), None)
         if other and LIKE_A_SPLIT.search(head.casefold()):
             raise DataError(
                 f"{head}/ and {other}/ hold the same classes, such as {min(below[head] & below[other])}/: a split? "
@@ -164,7 +164,7 @@ def _refuse_nested(classes: set[str]) -> None:
 
 def _labels(tables: list[str], read: Callable[[str], bytes], images: dict[str, str]) -> dict[str, str]:
     """Classes of the images that the tables name, by a path from the table or from the one folder of images."""
-    found: dict[str, str] = {}
+    labels: dict[str, str] = {}
     for table in tables:
         try:
             rows = list(csv.DictReader(io.StringIO(read(table).decode("utf-8-sig"), newline=""), strict=True))
@@ -186,6 +186,6 @@ def _labels(tables: list[str], read: Callable[[str], bytes], images: dict[str, s
             if name is None or not label:
                 what = "is not there" if name is None else "has no label"
                 raise DataError(f"{table}: {row['file']} {what}; mend the table or move it away")
-            if found.setdefault(name, label) != label:
-                raise DataError(f"{table}: {row['file']} has two labels, {found[name]} and {label}; keep one")
-    return {name: found[name] for name in images if name in found}
+            if labels.setdefault(name, label) != label:
+                raise DataError(f"{table}: {row['file']} has two labels, {labels[name]} and {label}; keep one")
+    return {name: labels[name] for name in images if name in labels}

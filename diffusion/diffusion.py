@@ -297,9 +297,9 @@ def with_auxiliary(
     terms: dict[str, Tensor], auxiliary: Sequence[Auxiliary], predicted: Tensor, x_0: Tensor, y: Tensor, share: Tensor
 ) -> dict[str, Tensor]:
     """The terms, and auxiliary ones of the predicted `x_0`, which count in `loss` with their weights and this share."""
-    for each in auxiliary:
-        terms = {**terms, each.name: share * each.term(predicted, x_0, y).float()}
-        terms["loss"] = terms["loss"] + each.weight * terms[each.name]
+    for further in auxiliary:
+        terms = {**terms, further.name: share * further.term(predicted, x_0, y).float()}
+        terms["loss"] = terms["loss"] + further.weight * terms[further.name]
     return terms
 
 

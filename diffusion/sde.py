@@ -42,7 +42,7 @@ def bits_per_dimension(
             x = x.detach().requires_grad_()
             x_t = x * norm(step)
             x_0, noise, _ = diffusion.predict(wrapped(x_t, times, y), x_t, times, at)
-            both = [torch.autograd.grad(each, x, probe, retain_graph=True)[0] for each in (x_0, noise)]
+            both = [torch.autograd.grad(output, x, probe, retain_graph=True)[0] for output in (x_0, noise)]
         return x_0.detach(), noise.detach(), [(probe * product).sum(dim=(1, 2, 3)) for product in both]
 
     def norm(step: Step) -> Tensor:

@@ -184,8 +184,8 @@ def from_checkpoint(
 ) -> list[list[Source]]:
     """Samples of a checkpoint: for each of these settings, in place of its own, a list of trials, whose seeds count up.
     The reference's labels are the checkpoint's own numbers."""
-    diffusion, own = checkpoint.build_diffusion(), checkpoint.config.sampling
-    resolved = [resolve_sampling(own, diffusion, checkpoint.num_guided, **overrides) for overrides in settings]
+    diffusion, trained_with = checkpoint.build_diffusion(), checkpoint.config.sampling
+    resolved = [resolve_sampling(trained_with, diffusion, checkpoint.num_guided, **overrides) for overrides in settings]
     model = checkpoint.load_model(accelerator.device)
     provenance = {
         "checkpoint": checkpoint.path.as_posix(),

@@ -147,9 +147,9 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
                 "give the file that torch-fidelity would download"
             ) from error
         weights_of = f"torch-fidelity's {Path(URL_INCEPTION_V3).name}" if name == INCEPTION else f"of {name}"
-        own = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "
+        file = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "
         raise ExtractorError(
-            f"--extractor {name}: its weights cannot be downloaded ({one_line(error)}); give {own}"
+            f"--extractor {name}: its weights cannot be downloaded ({one_line(error)}); give {file}"
             "--extractor timm:NAME or FILE.pt2 (a program: one that you trust), such as the small classifier that "
             "`make demo` trains: its scores compare runs with each other, not with published ones"
         ) from error

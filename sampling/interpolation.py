@@ -47,7 +47,7 @@ def interpolate(
     if labels[0] == labels[1]:
         return generator.denoise(noise, torch.full((num_images,), labels[0], device=device), streams).cpu()
     models = {"model": generator.model, "guide_model": generator.guide_model}  # a guide is told of the same classes
-    blend = replace(generator, **{name: each and Blend(each, labels, shares) for name, each in models.items()})
+    blend = replace(generator, **{name: model and Blend(model, labels, shares) for name, model in models.items()})
     return blend.denoise(noise, torch.arange(num_images, device=device), streams).cpu()
 
 

@@ -128,8 +128,8 @@ class Door:
         """By where it goes, and what it says of where it comes from."""
         host, origin = headers.get("host", ""), headers.get("origin")
         named = self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts
-        own = not self.same_origin or origin is None or urlsplit(origin).netloc == host
-        return named and own and not path.rstrip("/").endswith("/upload")
+        from_here = not self.same_origin or origin is None or urlsplit(origin).netloc == host
+        return named and from_here and not path.rstrip("/").endswith("/upload")
 
 
 def build_page(studio, listening: Counter[str]) -> Any:

@@ -145,8 +145,8 @@ class Studio:
             pass
         images, layouts = self.layouts[run]
         distances, indices = nearest(_layout(pictures), layouts)
-        found = torch.stack([images[index][0] for index in indices.tolist()])
-        return found, (distances / layouts.shape[1] ** 0.5).tolist()
+        closest = torch.stack([images[index][0] for index in indices.tolist()])
+        return closest, (distances / layouts.shape[1] ** 0.5).tolist()
 
     def read_layouts(self, run: str) -> Iterator[int]:
         """Read the training images that `nearest` looks among, once; now and then says how many. A ValueError where

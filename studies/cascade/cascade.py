@@ -1,10 +1,10 @@
 """Images in three stages: small ones from noise, upsampled, refined; trained in three phases.
 
 A model for it puts out what its stages make of a small noisy image `x_t` of the coarse size:
-`model(x_t, t, y, connect=..., given=..., frozen=...) -> (coarse, upsampled, refined)`, where `connect` turns the coarse
-output into the image that the upsampler is given, or into None where the coarse stage is all that is asked for, `given`
-goes to a refiner that denoises, and a `frozen` coarse stage gets no gradient. One call a step: whatever is wrapped
-around the model sees all of it. To sample, its `coarse`, `upsampler` and `refiner` are called by themselves.
+`model(x_t, t, y, connect=..., condition=..., frozen=...) -> (coarse, upsampled, refined)`, where `connect` turns the
+coarse output into the image that the upsampler is given, or into None where the coarse stage is all that is asked for,
+`condition` goes to a refiner that denoises, and a `frozen` coarse stage gets no gradient. One call a step: whatever is
+wrapped around the model sees all of it. To sample, its `coarse`, `upsampler` and `refiner` are called by themselves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -154,8 +154,8 @@ class Cascade(Diffusion):
             predicted = self.coarse.predict(coarse.float(), x_t, t).x_0
             return self.refinement.augment(torch.where(forced[:, None, None, None], low_0, predicted), draws)
 
-        given = self.refinement.given(x_0, y, draws)
-        coarse, up, output = model(x_t, t, y, connect=connect, given=given, frozen=not trained.coarse)
+        condition = self.refinement.condition(x_0, y, draws)
+        coarse, up, output = model(x_t, t, y, connect=connect, condition=condition, frozen=not trained.coarse)
 
         terms: dict[str, Tensor] = {"loss": torch.zeros_like(forced, dtype=torch.float32)}
         if trained.coarse:

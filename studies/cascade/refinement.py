@@ -12,7 +12,7 @@ from diffusion.diffusion import Diffusion, mean_per_sample
 from diffusion.samplers import Walk
 from diffusion.transition import Images, Labels
 
-Given = tuple[Tensor, Tensor, Tensor, Tensor]
+Condition = tuple[Tensor, Tensor, Tensor, Tensor]
 """(x_t, t, level, y): what a refiner that denoises is given beside the upsampled image."""
 
 
@@ -37,7 +37,7 @@ class Refinement:
         """What the upsampler is given in training for a coarse image."""
         return low
 
-    def given(self, x_0: Images, y: Labels, draws: Mapping[str, Tensor]) -> Given | None:
+    def condition(self, x_0: Images, y: Labels, draws: Mapping[str, Tensor]) -> Condition | None:
         """What the refiner is given in training, beside what the upsampler made."""
         return None
 
@@ -49,7 +49,7 @@ class Refinement:
         self,
         walk: Walk,
         upsampler: Callable[[Tensor], Tensor],
-        refiner: Callable[[Tensor, Given | None], Tensor],
+        refiner: Callable[[Tensor, Condition | None], Tensor],
         low: Images,
         y: Labels,
         draw_noise: Callable[[Tensor], Tensor],
@@ -99,7 +99,7 @@ class SuperResolution(Refinement):
             return low
         return self.diffusion.q_sample(low, draws["level"], draws["level_noise"])
 
-    def given(self, x_0: Images, y: Labels, draws: Mapping[str, Tensor]) -> Given | None:
+    def condition(self, x_0: Images, y: Labels, draws: Mapping[str, Tensor]) -> Condition | None:
         return self.diffusion.q_sample(x_0, draws["t"], draws["noise"]), draws["t"], draws["level"], y
 
     def read(self, output: Images, x_0: Images, draws: Mapping[str, Tensor]) -> Refined:
@@ -112,7 +112,7 @@ class SuperResolution(Refinement):
         self,
         walk: Walk,
         upsampler: Callable[[Tensor], Tensor],
-        refiner: Callable[[Tensor, Given | None], Tensor],
+        refiner: Callable[[Tensor, Condition | None], Tensor],
         low: Images,
         y: Labels,
         draw_noise: Callable[[Tensor], Tensor],

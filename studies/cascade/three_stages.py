@@ -39,7 +39,7 @@ class ResidualNet(nn.Module):
         widths = [width, *[latent] * (num_blocks - 1)]
         self.cond = Conditioning(num_classes, time_dim, std=None)
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(ResidualBlock(each, latent, time_dim, dropout=0.0) for each in widths)
+        self.blocks = nn.ModuleList(ResidualBlock(channels, latent, time_dim, dropout=0.0) for channels in widths)
         self.norm = group_norm(latent)
         self.head = zero_(nn.Conv2d(latent, out_channels, 3, padding=1))
 
@@ -169,7 +169,7 @@ class ResNet(Residual):
 
 # The refiner: (image, what a denoiser is given beside it) -> [b c h w], at the full size.
 
-Given = tuple[Tensor, Tensor, Tensor, Tensor] | None
+Condition = tuple[Tensor, Tensor, Tensor, Tensor] | None
 """(x_t, t, level, y): a noisy image, its time, the noise level of the image to refine, labels."""
 
 
@@ -199,7 +199,7 @@ class ViTRefiner(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = zero_(nn.Linear(width, channels * patch_size**2))
 
-    def forward(self, image: Images, given: Given) -> Images:
+    def forward(self, image: Images, condition: Condition) -> Images:
         x = self.patch(patchify(image, self.patch_size)) + self.position  # [b n d]
         x = self.head(self.norm(self.blocks(x)))
         return image + unpatchify(x, self.grid, self.patch_size)
@@ -213,7 +213,7 @@ class ConvRefiner(Residual):
     ) -> None:
         super().__init__(channels, width, num_blocks)
 
-    def forward(self, image: Images, given: Given) -> Images:
+    def forward(self, image: Images, condition: Condition) -> Images:
         return super().forward(image)
 
 
@@ -223,7 +223,7 @@ class NoRefiner(nn.Module):
     def __init__(self, channels: int, size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
 
-    def forward(self, image: Images, given: Given) -> Images:
+    def forward(self, image: Images, condition: Condition) -> Images:
         return image
 
 
@@ -248,9 +248,9 @@ class DiffusionRefiner(nn.Module):
         self.norm = group_norm(width)
         self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
 
-    def forward(self, image: Images, given: Given) -> Images:
-        assert given is not None  # the diffusion gives it
-        x_t, t, level, y = given
+    def forward(self, image: Images, condition: Condition) -> Images:
+        assert condition is not None  # the diffusion gives it
+        x_t, t, level, y = condition
         cond = self.cond(t, y) + self.level(level)
         x = self.stem(torch.cat([x_t, image], dim=1))
         for block in self.blocks:
@@ -334,7 +334,7 @@ class Cascade(Backbone):
         y: Labels,
         *,
         connect: Callable[[Tensor], Tensor | None] | None = None,
-        given: Given = None,
+        condition: Condition = None,
         frozen: bool = False,
     ) -> Tensor | Stages:
         if connect is None:
@@ -348,22 +348,22 @@ class Cascade(Backbone):
         if image is None:
             return Stages(coarse, None, None)
         up = self.upsampler(image)
-        return Stages(coarse, up, self.refiner(up, given))
+        return Stages(coarse, up, self.refiner(up, condition))
 
 
 def _build(
-    stage: str, table: dict[str, type[nn.Module]], name: str, given: Mapping[str, Any] | None, *fixed: Any
+    stage: str, table: dict[str, type[nn.Module]], name: str, arguments: Mapping[str, Any] | None, *fixed: Any
 ) -> nn.Module:
     """A stage by its name, with its own arguments on top of what follows from the others."""
     if name not in table:
         raise ValueError(f"{stage}={name}: there is no such stage, choose from {', '.join(table)}")
     accepted = list(inspect.signature(table[name]).parameters)[len(fixed) :]
-    for argument in (given or {}).keys() - set(accepted):
+    for argument in (arguments or {}).keys() - set(accepted):
         raise ValueError(
             f"--model_args.{stage}_args.{argument}: {name} has no such argument; it takes "
             f"{', '.join(accepted) or 'none'}"
         )
-    return table[name](*fixed, **(given or {}))
+    return table[name](*fixed, **(arguments or {}))
 
 
 BACKBONES["Cascade"] = (Cascade, {})
