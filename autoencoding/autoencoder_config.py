@@ -127,8 +127,6 @@ class AutoencodingConfig(RunConfig):
         decoder_only: leave the encoder of init_from as it was, so that caches and backbones on its latents stay valid
         half: write weights in float16, half the size
         shapes_share: share of procedural shapes, of all difficulties, in each batch of images
-        latent_noise: of each image's latents more noise is decoded, whose deviation is drawn from a normal of this one
-            (Zheng et al. 2025): the decoder learns to bear what a backbone gets wrong; 0: none
         data: images and how they are read; labels are not used
         architecture: shape of the autoencoder
         loss: what the autoencoder minimises
@@ -144,7 +142,6 @@ class AutoencodingConfig(RunConfig):
     decoder_only: bool = False
     half: bool = False
     shapes_share: float = within("[0, 1]", 0.0)
-    latent_noise: float = within("[0, inf)", 0.0)
     data: DataConfig = field(default_factory=DataConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -65,12 +65,6 @@ class ImageBatches:
         draw = generator_for(self.seed, "posterior", step, device=device)
         return torch.randn(self.batch_size, *shape, generator=draw, device=device)[self.rank :: self.num_ranks]
 
-    def spread(self, step: int, deviation: float, device: torch.device) -> Float[Tensor, " b"]:
-        """This process's share of the deviations of further noise, of each image its own: see `latent_noise`."""
-        draw = generator_for(self.seed, "latent noise", step, device=device)
-        drawn = torch.randn(self.batch_size, generator=draw, device=device)
-        return (deviation * drawn).abs()[self.rank :: self.num_ranks]
-
 
 def open_batches(config: AutoencodingConfig, rank: int, num_ranks: int) -> ImageBatches:
     """The training images, joined by procedural shapes where a share of them is asked for."""

@@ -52,12 +52,10 @@ class Autoencoding(nn.Module):
             )
         return config.latent_channels, image_size // factor, image_size // factor
 
-    def forward(
-        self, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"], spread: Float[Tensor, " b"]
-    ) -> Coded:
-        """What comes back of `images`, which lie in [-1, 1], of a draw from the posterior, made wider by `spread`."""
+    def forward(self, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"]) -> Coded:
+        """What comes back of `images`, which lie in [-1, 1]."""
         posterior = self.autoencoder.encode(images).latent_dist
-        z = posterior.mean + torch.hypot(posterior.std, spread[:, None, None, None]) * noise
+        z = posterior.mean + posterior.std * noise
         return Coded(self.autoencoder.decode(z).sample, posterior.mean, posterior.logvar)
 
 

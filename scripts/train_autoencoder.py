@@ -105,8 +105,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
 
         # The autoencoder: bound, perceptual distance, and what the discriminator thinks of it.
         with accelerator.autocast():
-            spread = batches.spread(step, config.latent_noise, device)
-            coded = prepared(images, batches.noise(step, latent_shape, device), spread)
+            coded = prepared(images, batches.noise(step, latent_shape, device))
         terms = objective.backward(accelerator, coded, images, model, critic if step >= start else None)
         norm = gradient_norm(accelerator, model, config.optim.grad_clip)
         if passed := guard.passes(norm):

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -44,7 +43,7 @@ FLAGS = [
     *("--architecture.norm_groups", "4", "--loss.perceptual", "null"),
     *("--discriminator.channels", "8", "--discriminator.num_layers", "1", "--discriminator.start", "2"),
     *("--train.num_steps", "6", "--train.batch_size", "4", "--log.every", "1", "--log.num_validation", "4"),
-    *("--log.sample_every", "0", "--log.checkpoint_every", "3", "--latent_noise", "0.3"),
+    *("--log.sample_every", "0", "--log.checkpoint_every", "3"),
 ]
 
 
@@ -118,12 +117,12 @@ def test_gradient_is_that_of_the_sum_of_terms(accelerator, learned_variance):
         nn.init.constant_(model.log_scale, 0.2)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
 
-    terms = objective.backward(accelerator, model(x, noise, torch.zeros(2)), x, model, critic)
+    terms = objective.backward(accelerator, model(x, noise), x, model, critic)
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(parameter.grad is None for parameter in critic.parameters())
 
     model.zero_grad()
-    coded = model(x, noise, torch.zeros(2))
+    coded = model(x, noise)
     likelihood = objective.likelihood(coded.reconstruction, x, model.log_scale)["nll"].mean()
     adversarial = -critic(coded.reconstruction).mean()
     last = model.autoencoder.decoder.conv_out.weight
@@ -218,29 +217,11 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert sum(p.numel() for p in [*matrices, *rest]) == sum(p.numel() for p in model.parameters())
     assert all(matrix.ndim > 1 for matrix in matrices)
     before = matrices[0].detach().clone()
-    model(images(), torch.zeros(2, 4, 8, 8), torch.zeros(2)).reconstruction.square().mean().backward()
+    model(images(), torch.zeros(2, 4, 8, 8)).reconstruction.square().mean().backward()
     optimizers["muon"].step()
     assert not torch.equal(before, matrices[0])
     optimizers["muon"].zero_grad()
     assert all(matrix.grad is None for matrix in matrices)
-
-
-def test_latents_are_decoded_with_more_noise_than_the_posteriors():
-    """Of two independent normals: their variances add up. Deviations are those of a half-normal, shared out."""
-    model, x = tiny(), images()
-    seen, spread = [], torch.tensor([0.0, 3.0])
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    model.autoencoder.decode = lambda z: (seen.append(z), Mock(sample=z))[1]
-    coded = model(x, noise, spread)
-    deviation = (coded.log_variance.exp() + spread.square()[:, None, None, None]).sqrt()
-    torch.testing.assert_close(seen[0], coded.mean + deviation * noise)
-
-    batches = [ImageBatches([range(9)], [4096], seed=0, rank=rank, num_ranks=num) for rank, num in [(0, 1), (1, 2)]]
-    drawn, part = (one.spread(7, 0.5, torch.device("cpu")) for one in batches)
-    assert torch.equal(part, drawn[1::2])
-    assert drawn.min() >= 0
-    assert drawn.square().mean().sqrt().item() == pytest.approx(0.5, rel=0.03)
-    assert not batches[0].spread(7, 0.0, torch.device("cpu")).any()
 
 
 def test_batches_depend_on_the_step_alone_and_are_shared_out():
