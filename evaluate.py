@@ -218,7 +218,8 @@ def main(config: EvaluateConfig) -> None:
         return None
     samples = Path(str(config.samples)).resolve()
     usual = checkpoint.run / f"scores{checkpoint.mark}.json" if checkpoint and owner == config.samples else None
-    output = Path(config.output or usual or samples.with_name(f"{samples.stem}-scores.json"))
+    name = samples.name if samples.is_dir() else samples.stem
+    output = Path(config.output or usual or samples.with_name(f"{name}-scores.json"))
     record.write_json({**record.provenance(rows, reference, scorer), **extra}, output)
     written = [output, output.with_suffix(".png")]
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)

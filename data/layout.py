@@ -178,14 +178,16 @@ def _labels(tables: list[str], read: Callable[[str], bytes], images: dict[str, s
                 f"{table} has a column split, which is not read; move the images into train/ and test/, or leave it out"
             )
         beside = posixpath.dirname(table)
-        places = [beside, *{posixpath.dirname(name) for name in images if name.startswith(beside)}]
+        places = sorted({posixpath.dirname(name) for name in images if name.startswith(beside)} - {beside})
         for row in rows:
-            paths = [posixpath.join(place, str(row["file"]).replace("\\", "/")) for place in places]
-            name = next((path for path in paths if path in images), None)
+            paths = [posixpath.join(place, str(row["file"]).replace("\\", "/")) for place in (beside, *places)]
+            found = paths[:1] if paths[0] in images else [path for path in paths if path in images]
             label = (row["label"] or "").strip()
-            if name is None or not label:
-                what = "is not there" if name is None else "has no label"
+            if len(found) != 1 or not label:
+                which = f"may be {' or '.join(found)}" if found else "is not there"
+                what = which if len(found) != 1 else "has no label"
                 raise DataError(f"{table}: {row['file']} {what}; mend the table or move it away")
+            name = found[0]
             if labels.setdefault(name, label) != label:
                 raise DataError(f"{table}: {row['file']} has two labels, {labels[name]} and {label}; keep one")
     return {name: labels[name] for name in images if name in labels}

@@ -22,6 +22,8 @@ def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, v
         f"DiTPipeline cannot walk {kind}, {sampling.sampler}, {sampling.spacing}; add --sampler ddim --spacing "
         "trailing, or",
     )
+    unguided = "DiTPipeline guides by 4 unless told else, away from a null label that this model was not trained on;"
+    _refuse(not checkpoint.num_guided, unguided)
     guided = sampling.legacy_cfg_channels
     _refuse(
         guided is not None, f"DiTPipeline guides all channels, not {guided} as --sampling.legacy_cfg_channels says;"

@@ -101,6 +101,8 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
                 archive.writestr(f"{folder}/{counts[folder]:06d}.png", buffer.getvalue())
                 counts[folder] += 1
                 classes[name] += 1
+        if not counts:
+            raise ValueError(f"--dataset {source}: no images in it, or none in train, test or validation")
         manifest = {
             "source": source,
             "sha256": sha256_of(partial),

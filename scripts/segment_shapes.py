@@ -61,7 +61,7 @@ def main(
     train, held_out = (
         ShapesDataset(4000, split=s, image_size=image_size, difficulty=difficulty) for s in ("train", "test")
     )
-    images, masks = (part.to(device) for part in segmentation(held_out, range(0, len(held_out), 2)))
+    images, masks = (part.to(device) for part in segmentation(held_out, range(len(held_out) // 2)))
     num_classes = 1 + len(train.classes)
 
     rows, pictures = [["model", "parameters", "img/s", "IoU of the shape", "mean IoU of the classes"]], []

@@ -230,8 +230,10 @@ def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path):
     )
     with pytest.raises(ValueError, match="guidance_scale=2: the model has no trained null label"):
         pipeline(["class 1"], guidance_scale=2)
+    with pytest.raises(ValueError, match="--native: DiTPipeline guides by 4 unless told else, away from a null label"):
+        write_native(tmp_path, open_checkpoint(run), SamplingConfig(sampler="ddim", spacing="trailing"), None, None)
     legacy = SamplingConfig(sampler="ddim", spacing="trailing", legacy_cfg_channels=3)
-    found = open_checkpoint(run)
+    found = open_checkpoint(checkpoint(tmp_path / "guided", autoencoder="pixel", size=16))
     with pytest.raises(ValueError, match="--native: DiTPipeline guides all channels, not 3"):
         write_native(tmp_path, found, legacy, None, None)
 

@@ -141,3 +141,12 @@ def test_class_folders_go_before_labels():
 def test_labels_that_do_not_do_are_refused_by_name(table, message):
     with pytest.raises(DataError, match=message):
         of("a.png", "b.png", "labels.csv", table=table)
+
+
+def test_a_name_that_both_splits_have_is_given_with_its_folder():
+    """Else the order of a set says, by the process, which of the two has the label."""
+    names = ["train/a.png", "train/b.png", "test/a.png", "labels.csv"]
+    with pytest.raises(DataError, match=r"labels.csv: a.png may be test/a.png or train/a.png; mend the table"):
+        of(*names)
+    table = b"file,label\ntrain/a.png,cat\nb.png,dog\ntest/a.png,dog\n"
+    assert of(*names, table=table).classes == {"train/a.png": "cat", "train/b.png": "dog", "test/a.png": "dog"}

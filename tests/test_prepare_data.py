@@ -53,6 +53,14 @@ def test_nothing_is_left_of_a_failure(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_zip_is_not_replaced_by_none(script, tmp_path):
+    script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
+    before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    with pytest.raises(ValueError, match=r"--dataset hf:me/pets: no images in it, or none in train, test or"):
+        script.write_zip(iter(()), tmp_path / "pets.zip", 16, source="hf:me/pets")
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
+
+
 def test_no_zip_lies_beside_the_manifest_of_another(script, tmp_path, monkeypatch):
     script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
 

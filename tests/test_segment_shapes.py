@@ -24,6 +24,15 @@ def test_masks_name_the_class_of_each_pixel():
     assert [sorted(set(mask.flatten().tolist())) for mask in masks] == [[0, 4], [0, 5]]
 
 
+def test_held_out_images_are_of_every_class(monkeypatch, tmp_path):
+    """A class that is not shown counts as one that is never found."""
+    shown = []
+    monkeypatch.setattr(segment_shapes, "fit", lambda *_: None)
+    monkeypatch.setattr(segment_shapes, "scores", lambda found, masks, num: shown.append(masks) or (0.0, 0.0))
+    segment_shapes.main(["UNet"], image_size=16, output=tmp_path / "found.png")
+    assert shown[0].flatten(1).max(dim=1).values.bincount().tolist() == [0, *[40] * 10]
+
+
 def test_a_short_training_prints_a_table_and_draws_what_was_found(tmp_path):
     output = tmp_path / "found.png"
     flags = ["--num_steps", "2", "--image_size", "16", "--difficulty", "easy", "--output", str(output)]

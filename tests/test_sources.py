@@ -152,6 +152,15 @@ def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thum
     assert (tmp_path / "scores.tex").read_text().splitlines()[4].startswith(kind + " & ")
 
 
+def test_scores_of_folders_that_differ_behind_a_dot_lie_beside_each_other(tmp_path, monkeypatch, drawn, thumbnail):
+    monkeypatch.chdir(tmp_path)
+    data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard")
+    for name in ("guidance-1.5", "guidance-1.25"):
+        shutil.copytree(drawn / "drawn", tmp_path / name)
+        evaluate("--samples", name, "--extractor", thumbnail, "--metrics", "[fid]", *data)
+    assert {path.name for path in tmp_path.glob("*.json")} == {f"guidance-{x}-scores.json" for x in ("1.5", "1.25")}
+
+
 MINE = """
 from experiment.registry import register
 
