@@ -28,7 +28,8 @@ def resolve_sampling(
     for name in overrides.keys() - names:
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(names)}")
     defaults: dict[str, Any] = {}
-    if overrides.get("sampler", config.sampler) != config.sampler:
+    asked = overrides.get("sampler", config.sampler) or diffusion.default_sampler
+    if asked != (config.sampler or diffusion.default_sampler):
         defaults["sampler_args"] = {}  # which are those of the sampler that is replaced
     if not num_guided and config.guidance_checkpoint is None:
         defaults["guidance_scale"] = 1.0

@@ -114,7 +114,7 @@ def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classe
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(pixels.data)
         for name, array in {"arr_1": labels.numpy(), "classes": np.array(classes)}.items():
-            if array.size:
+            if classes:  # else the labels are of none
                 with archive.open(f"{name}.npy", "w") as file:
                     np.lib.format.write_array(file, array)
 

@@ -84,12 +84,13 @@ def read_run(folder: Path) -> Run:
     log, scores = folder / "log.jsonl", folder / "scores.json"
     lines = log.read_text().splitlines() if log.is_file() else []
     record = json.loads(scores.read_text()) if scores.is_file() else {}
-    known = {"scored at step": {"value": record.get("samples", {}).get("step")}, **record.get("scores", {})}
+    about = {"scored at step": record.get("samples", {}).get("step"), "samples scored": record.get("num_samples")}
+    known = {**{name: {"value": value} for name, value in about.items()}, **record.get("scores", {})}
     values = {
         name: one["value"] for name, one in known.items() if isinstance(one, dict) and one.get("value") is not None
     }
-    grids = sorted((folder / "samples").glob("[0-9]*.png"))
-    grid = folder / "samples.png" if (folder / "samples.png").is_file() else grids[-1] if grids else None
+    grids = [*sorted((folder / "samples").glob("[0-9]*.png"))[-1:], *folder.glob("samples.png")]
+    grid = max(grids, key=lambda grid: grid.stat().st_mtime, default=None)
     return Run(folder.name, config, [json.loads(line) for line in lines if line.endswith("}")], values, grid)
 
 

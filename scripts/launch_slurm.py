@@ -84,6 +84,8 @@ def main(
     """
     if not experiment.is_file():
         raise ValueError(f"--experiment {experiment}: no such file")
+    if any(flag.partition("=")[0] == "--resume" for flag in overrides):  # the last of two would count
+        raise ValueError("--overrides: --resume is auto here; the run of that name goes on, say which by --name")
     arguments = ["--config", str(experiment), *overrides]
     run = parse_run(ExperimentConfig, arguments).folder
     room = {"gpus": gpus, "hours": hours, "cpus_per_gpu": cpus_per_gpu, "memory_gb": memory_gb, "partition": partition}

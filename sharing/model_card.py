@@ -14,6 +14,7 @@ from evaluation.table import code, markdown, plain
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
 PLACES = {"path", "cache", "resume", "init_from", "guidance_checkpoint", "weights_path", "checkpoint"}  # of settings
+NAMES = {"classes", "exclude_classes"}  # which no slash makes a place
 PICTURES = {"samples.png": "Samples", "loss.png": "Loss", "progress.png": "The same noise in the course of training"}
 
 
@@ -71,7 +72,7 @@ def _without_paths_within(metadata: dict[str, str]) -> dict[str, str]:
 def without_paths(value: Any, key: str = "") -> Any:
     """Settings, their paths cut to the names at their end; ids of the hub stay."""
     if isinstance(value, dict):
-        return {name: without_paths(one, str(name)) for name, one in value.items()}
+        return {name: one if name in NAMES else without_paths(one, str(name)) for name, one in value.items()}
     if isinstance(value, list):
         return [without_paths(one, key) for one in value]
     if not isinstance(value, str) or value.startswith(("hf://", "timm:")) or not re.search(r"[/\\]", value):

@@ -170,6 +170,8 @@ def test_an_argument_of_another_sampler_is_refused_and_goes_with_its_sampler():
     diffusion, config = build_diffusion(DiffusionConfig()), SamplingConfig(sampler="ddim", sampler_args={"eta": 0.5})
     assert resolve_sampling(config, diffusion, 10).sampler_args == {"eta": 0.5}
     assert resolve_sampling(config, diffusion, 10, sampler="heun").sampler_args == {}
+    unnamed, edm = SamplingConfig(sampler_args={"churn": 20.0}), build_diffusion(DiffusionConfig(kind="edm"))
+    assert resolve_sampling(unnamed, edm, 10, sampler="heun").sampler_args == {"churn": 20.0}  # which it is by default
     with pytest.raises(ValueError, match=r"--sampling.sampler_args.churn: ddim takes eta"):
         resolve_sampling(config, diffusion, 10, sampler_args={"churn": 20})
 

@@ -16,9 +16,9 @@ from checkpoints.checkpoint import metadata_of, open_checkpoint
 from checkpoints.training_state import TrainingState, list_snapshots, save_checkpoint
 from experiment.cli import parse_run
 from experiment.config import ExperimentConfig
-from machine.checkpoint_folder import CheckpointError
+from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from models import ModelSpec
-from training.resumption import start_or_go_on
+from training.resumption import start_or_go_on, take_back
 
 
 class Scalar(nn.Module):
@@ -194,3 +194,17 @@ def test_snapshots_are_of_one_course_of_training(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "tiny" / "ema.safetensors").touch()  # imported: readers would take it for the training's
     with pytest.raises(FileExistsError, match=r"holds weights already, ema.safetensors: give another --name"):
         start_or_go_on(parse_run(ExperimentConfig, fresh), print)
+
+
+def test_what_is_of_steps_that_are_taken_again_is_not_taken_for_the_runs(tmp_path):
+    """The newest checkpoint was damaged: training goes on from the one before."""
+    for step in (2, 4):
+        for file in ("checkpoints/{}/ema.safetensors", "samples/{}.png", "snapshots/{}.safetensors"):
+            path = tmp_path / file.format(f"{step:08d}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    said = []
+    take_back(tmp_path, 2, said.append)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["00000002"]
+    assert (tmp_path / "checkpoints" / said[0].rpartition("/")[2] / "ema.safetensors").exists()
+    assert [path.stem for name in ("samples", "snapshots") for path in (tmp_path / name).iterdir()] == ["00000002"] * 2

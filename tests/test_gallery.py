@@ -1,6 +1,7 @@
 """One page of all runs, whole in one file."""
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -28,7 +29,9 @@ def runs(folder, tmp_path_factory):
     config["optim"]["lr"] *= 2
     (runs / "twice<b>" / "config.yaml").write_text(yaml.safe_dump({**config, "name": "twice"}))
     scores = {"fid": {"value": 12.5, "std": None}, "is": {"value": None, "reason": "too few"}}
-    (runs / "twice<b>" / "scores.json").write_text(json.dumps({"scores": scores, "samples": {"step": 2}}))
+    (runs / "twice<b>" / "scores.json").write_text(
+        json.dumps({"scores": scores, "num_samples": 40, "samples": {"step": 2}})
+    )
     with (runs / "twice<b>" / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     (runs / "young").mkdir()
@@ -66,11 +69,22 @@ def test_runs_scores_and_differences_are_in_the_table(runs):
     assert (table["tiny"]["optim.lr"], table["twice<b>"]["optim.lr"]) == ("0.001", "0.002")
     assert (table["tiny"]["fid"], table["twice<b>"]["fid"]) == ("-", "12.5")
     assert (table["twice<b>"]["steps"], table["twice<b>"]["scored at step"]) == ("4", "2")
+    assert (table["tiny"]["samples scored"], table["twice<b>"]["samples scored"]) == ("-", "40")
     assert (table["tiny"]["steps"], table["young"]["steps"]) == ("4", "-")
     losses = [json.loads(line).get("loss") for line in (runs / "tiny" / "log.jsonl").read_text().splitlines()]
     assert table["tiny"]["loss"] == f"{[loss for loss in losses if loss is not None][-1]:.4g}"
     assert "is" not in head
     assert "name" not in head
+
+
+def test_of_grids_and_samples_the_newest_is_shown(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "config.yaml").write_text("model: XSwin\n")
+    grids = [tmp_path / name for name in ("samples/00000002.png", "samples.png", "samples/00000004.png")]
+    for age, grid in enumerate(grids):
+        grid.touch()
+        os.utime(grid, (age, age))
+        assert GALLERY.read_run(tmp_path).grid == grid
 
 
 def test_the_page_needs_no_other_file(runs):

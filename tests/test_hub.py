@@ -200,6 +200,7 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine(folder, tmp_pa
     published = open_checkpoint(tmp_path / "card")
     assert (published.config.data.path, published.config.model) == ("cats.zip", "XSwin")
     assert torch.equal(published.load_model().head.weight, weights["head.weight"])
+    assert without_paths({"classes": ["/m/01g"], "path": "/m/01g"}) == {"classes": ["/m/01g"], "path": "01g"}
     assert without_paths({"autoencoder": "stabilityai/sd-vae-ft-ema", "model": "DiT-S/2"}) == {
         "autoencoder": "stabilityai/sd-vae-ft-ema",
         "model": "DiT-S/2",

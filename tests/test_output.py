@@ -39,6 +39,9 @@ def test_batches_become_an_npz_and_a_folder(tmp_path):
         assert np.array_equal(file["arr_0"], IMAGES.permute(0, 2, 3, 1).numpy())
         assert file["arr_1"].tolist() == [0, 1, 2, 3, 4]
         assert file["classes"].tolist() == ["a"] * 5
+    save_npz(iter(IMAGES.split(2)), torch.zeros(5, dtype=torch.int64), [], tmp_path / "y.npz")
+    with np.load(tmp_path / "y.npz") as file:
+        assert file.files == ["arr_0"]  # zeros would be taken for labels
     save_folder(iter(IMAGES.split(2)), ["a", "a", "b/c", "b/c", "a"], tmp_path / "images")
     with Image.open(tmp_path / "images" / "b" / "c" / "000003.png") as image:
         assert np.array_equal(np.asarray(image), IMAGES[3].permute(1, 2, 0).numpy())

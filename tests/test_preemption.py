@@ -111,6 +111,14 @@ def test_a_signalled_launchers_training_saves_and_says_that_it_stopped(tmp_path,
         pass
 
 
+def test_a_job_goes_on_with_the_run_of_its_name_alone(tmp_path):
+    """Of two --resume the last one counts, which would train another run anew."""
+    (tmp_path / "long.yaml").touch()
+    for flags in (["--resume", "runs/other"], ["--resume=runs/other"]):
+        with pytest.raises(ValueError, match="--overrides: --resume is auto here"):
+            script("scripts/launch_slurm.py").main(tmp_path / "long.yaml", flags, cluster="local")
+
+
 def test_a_job_that_slurm_signals_is_requeued_and_goes_on(tmp_path):
     """Two processes; SIGUSR2 goes to all that is the job's, launcher included."""
     script = [str(ROOT / "scripts/launch_slurm.py"), "--experiment", "long.yaml", "--cluster", "local", "--gpus", "2"]

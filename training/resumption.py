@@ -9,13 +9,13 @@ from pathlib import Path
 import yaml
 
 from checkpoints.checkpoint import WEIGHTS, read_metadata
-from checkpoints.training_state import SNAPSHOTS
+from checkpoints.training_state import SNAPSHOTS, drop_snapshots
 from experiment.config import R, resuming
 from experiment.imports import load_imports
 from experiment.settings import flatten, from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
 
-LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "ema-*.safetensors")  # without checkpoints
+LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.*", "ema-*.safetensors")
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
@@ -32,10 +32,24 @@ def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | Non
     if list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
     for path in [path for pattern in LEFT_BEHIND for path in run.glob(pattern) if ".before-" not in path.name]:
-        before = path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-        path.rename(before)
-        say(f"{path} is of an earlier training, and is now {before}")
+        say(f"{path} is of an earlier training, and is now {_aside(path)}")
     return config, None
+
+
+def take_back(run: Path, step: int, say: Callable[[str], None] = print) -> None:
+    """What there is of steps after this one, which a run takes again: snapshots and grids go; checkpoints, which are
+    damaged, get another name, as they would go on being the newest to whoever reads the run."""
+    drop_snapshots(run, after=step)
+    for grid in (run / "samples").glob("[0-9]*.png"):
+        if grid.stem.isdecimal() and int(grid.stem) > step:
+            grid.unlink()
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        if int(checkpoint.name) > step:
+            say(f"{checkpoint} is damaged, and is now {_aside(checkpoint)}")
+
+
+def _aside(path: Path) -> Path:
+    return path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:

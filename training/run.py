@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of
-from checkpoints.training_state import TrainingState, drop_snapshots, resume, save_checkpoint
+from checkpoints.training_state import TrainingState, resume, save_checkpoint
 from experiment.config import R, resuming
 from machine.accelerator import from_main, open_accelerator
 from machine.checkpoint_folder import Best, mark_best, rotate, to_resume
@@ -25,7 +25,7 @@ from training.guard import Guard
 from training.interruption import Interruption, Stopped
 from training.log import Log, draw_curve, is_due, warns_only
 from training.meter import Meter
-from training.resumption import start_or_go_on
+from training.resumption import start_or_go_on, take_back
 
 SECONDS_BETWEEN_CURVES = 10.0  # drawing takes as long as many a short training's saves
 Look = Callable[[int], Mapping[str, float]]  # at what there is after a step: what it measured
@@ -222,7 +222,7 @@ class Run(Generic[R]):
         self._inspected = progress["inspected"]
 
         def tidy() -> bool:
-            drop_snapshots(self.folder, after=self.step)
+            take_back(self.folder, self.step)
             return mark_best(self.checkpoints, self.best.step)
 
         if not from_main(self.accelerator, tidy):  # the best one is gone
