@@ -42,8 +42,9 @@ def read_pictures(results: Results) -> list[Pictures]:
 
 
 def beside(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndarray, "n h w 3"]]]]:
-    """For each class, its first samples by each model."""
-    return [(name, [one.images[k, :BESIDE] for one in pictures]) for k, name in enumerate(pictures[0].classes)]
+    """For each class that all models have drawn, its first samples by each."""
+    shared = [name for name in pictures[0].classes if all(name in one.classes for one in pictures)] if pictures else []
+    return [(name, [one.images[one.classes.index(name), :BESIDE] for one in pictures]) for name in shared]
 
 
 def save_beside(pictures: list[Pictures], path: Path) -> None:

@@ -32,7 +32,7 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
         crossed=tables,
         panels=[(svg, PANELS[name][1]) for name, svg in panels.items()],
         pictures=pictures,
-        beside=beside(pictures) if pictures else [],
+        beside=beside(pictures),
         data_uri=data_uri,
         facts_of_results=facts,
     )
@@ -40,7 +40,7 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     for metric, rows in tables:
         text += [f"## {plain(metric)}", markdown(rows)]
     text += [f"![{name}](figures/{name}.png)\n\n*{PANELS[name][1]}*" for name in panels]
-    if pictures:
+    if beside(pictures):
         save_beside(pictures, folder / "figures" / "models.png")
         text.append("![samples](figures/models.png)")
     text.append("\n".join(f"- {name}: {plain(fact)}" for name, fact in facts.items()))

@@ -16,7 +16,7 @@ from PIL import Image
 from processes import run
 from scipy import stats
 
-from ablation.pictures import Pictures, read_pictures, save_beside
+from ablation.pictures import Pictures, beside, read_pictures, save_beside
 from ablation.report import notes_of, write_report
 from ablation.results import paired_p, read_results
 from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
@@ -250,6 +250,14 @@ def test_pictures_of_another_plan_are_not_shown_under_this_ones_names(ablation):
     assert len(read_pictures(results)) == len(results.variants)
     results.variants[0].plan["keys"]["draw"] = "of other classes"
     assert [one.variant for one in read_pictures(results)] == [one.name for one in results.variants[1:]]
+
+
+def test_classes_stand_beside_their_namesakes_alone():
+    """Variants may be of other images, or of none with classes."""
+    images = np.stack([np.full((4, 8, 8, 3), number, np.uint8) for number in range(2)])
+    one, other = Pictures("one", ["cat", "dog"], images), Pictures("other", ["ant", "cat"], images)
+    assert [(name, [int(block.max()) for block in of]) for name, of in beside([one, other])] == [("cat", [0, 1])]
+    assert beside([one, Pictures("unlabelled", [""], images[:1])]) == beside([]) == []
 
 
 def test_figures_are_left_for_papers(ablation):
