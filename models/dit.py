@@ -6,23 +6,29 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.layers import Cond, Images, Labels, Output, Times, Tokens
-from models.layers.attention import SelfAttention, initialise_linears_, zero_
-from models.layers.embedding import Conditioning, TimeEmbedding, sincos_2d
-from models.layers.mlp import Mlp
-from models.layers.modulation import modulate
+from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
+from models.layers.embedding import Conditioning, TimeEmbedding, make_rotary, sincos_2d
+from models.layers.modulation import Offset, modulate
 from models.layers.patch import check_input_size, patchify, unpatchify
+from models.layers.style import BlockStyle
+
+# What makes six vectors of the conditioning, once for all blocks and then in each: a linear a block (adaLN-zero), or
+# one linear and an offset a block (adaLN-single, Chen et al. 2023).
+MODULATIONS = {"block": (nn.Identity, nn.Linear), "shared": (nn.Linear, Offset)}
 
 
 class DiTBlock(nn.Module):
     """Attention and MLP with adaLN-zero: conditioning sets shift, scale and gate of each; all start at zero."""
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, style: BlockStyle, *, mlp_ratio: float = 4.0, modulation: str = "block"
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attention = SelfAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), nn.GELU("tanh"))
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.norm1 = style.make_norm(dim, eps=1e-6, affine=False)
+        self.attention = SelfAttention(dim, num_heads, qk_norm=style.qk_norm, rotary=style.rotary)
+        self.norm2 = style.make_norm(dim, eps=1e-6, affine=False)
+        self.mlp = style.make_mlp(dim, int(dim * mlp_ratio), nn.GELU("tanh"))
+        self.modulation = MODULATIONS[modulation][1](dim, 6 * dim)
 
     def forward(self, x: Tokens, cond: Cond) -> Tokens:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
@@ -33,9 +39,9 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Norm, modulation and a linear to the pixels of each patch."""
 
-    def __init__(self, dim: int, patch_dim: int) -> None:
+    def __init__(self, dim: int, patch_dim: int, style: BlockStyle) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm = style.make_norm(dim, eps=1e-6, affine=False)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.linear = nn.Linear(dim, patch_dim)
 
@@ -45,8 +51,17 @@ class FinalLayer(nn.Module):
 
 
 class DiT(Backbone):
-    """A plain transformer over patches of `patch_size` pixels a side. `long_skips` join the input of each block of the
-    second half with its mirror's output (Bao et al. 2023): the paper's UViT."""
+    """A plain transformer over patches of `patch_size` pixels a side.
+
+    Args:
+        long_skips: join the input of each block of the second half with its mirror's output (Bao et al. 2023): the
+            paper's UViT.
+        qk_norm, norm, mlp: as `BlockStyle` says; `layer` and `gelu` are the published ones.
+        positions: `absolute` (published: sines and cosines, added to the patches), `rotary` (queries and keys turn), or
+            `both`.
+        modulation: `block` (published: each block has a modulator) or `shared` (one for all and an offset a block: a
+            third of the parameters less).
+    """
 
     def __init__(
         self,
@@ -61,8 +76,14 @@ class DiT(Backbone):
         patch_size: int = 2,
         mlp_ratio: float = 4.0,
         long_skips: bool = False,
+        qk_norm: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        positions: str = "absolute",
+        modulation: str = "block",
     ) -> None:
         super().__init__()
+        check_choice("modulation", modulation, MODULATIONS)
         self.input_size = check_input_size(input_size, patch_size)
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
         self.patch_size = patch_size
@@ -70,11 +91,17 @@ class DiT(Backbone):
 
         self.cond = Conditioning(num_classes, dim)
         self.patch = nn.Linear(in_channels * patch_size**2, dim)
-        self.register_buffer("positions", sincos_2d(dim, *self.grid), persistent=False)
-        self.blocks = nn.ModuleList(DiTBlock(dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
+        absolute = sincos_2d(dim, *self.grid) if positions != "rotary" else torch.zeros(1, dim)
+        self.register_buffer("positions", absolute, persistent=False)
+        rotary = make_rotary(positions, dim // num_heads, self.grid)
+        style = BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp, rotary=rotary)
+        self.modulation = MODULATIONS[modulation][0](dim, 6 * dim)
+        self.blocks = nn.ModuleList(
+            DiTBlock(dim, num_heads, style, mlp_ratio=mlp_ratio, modulation=modulation) for _ in range(depth)
+        )
         num_skips = (depth - 1) // 2 if long_skips else 0
         self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(num_skips))
-        self.final = FinalLayer(dim, out_channels * patch_size**2)
+        self.final = FinalLayer(dim, out_channels * patch_size**2, style)
         self._initialise()
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
@@ -83,13 +110,14 @@ class DiT(Backbone):
     def _initialise(self) -> None:
         time = [module for module in self.modules() if isinstance(module, TimeEmbedding)]
         initialise_linears_(self, nn.init.xavier_uniform_, but={layer for module in time for layer in module.modules()})
-        for module in self.modules():
-            if isinstance(module, DiTBlock | FinalLayer):
-                zero_(module.modulation)
+        for name, module in self.named_modules():
+            if name.endswith("modulation") and isinstance(module, nn.Linear):
+                zero_(module)
         zero_(self.final.linear)
 
     def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
         cond = self.cond(t, y)
+        modulation = self.modulation(cond)  # what all blocks share of it
         x = self.patch(patchify(x_t, self.patch_size)) + self.positions
 
         # The first blocks leave skips, the last ones take them back in reverse.
@@ -98,7 +126,7 @@ class DiT(Backbone):
             taker = number - (len(self.blocks) - num_skips)
             if taker >= 0:
                 x = self.joins[taker](torch.cat([x, skips.pop()], dim=-1))
-            x = block(x, cond)
+            x = block(x, modulation)
             if number < num_skips:
                 skips.append(x)
 
@@ -111,9 +139,14 @@ SIZES = {
     "L": {"dim": 1024, "depth": 24, "num_heads": 16},
     "XL": {"dim": 1152, "depth": 28, "num_heads": 16},
 }
+FAMILIES = {  # what they differ in from the rows above, and sides of a patch
+    "DiT": ({}, (2, 4, 8)),
+    "UViT": ({"long_skips": True}, (2, 4, 8)),
+    "LightningDiT": ({"norm": "rms", "mlp": "swiglu", "positions": "both"}, (1, 2)),  # Yao et al. 2025
+}
 MODELS = {
-    f"{family}-{size}/{patch_size}": (DiT, {**row, **skips, "patch_size": patch_size})
-    for family, skips in {"DiT": {}, "UViT": {"long_skips": True}}.items()
+    f"{family}-{size}/{patch_size}": (DiT, {**row, **others, "patch_size": patch_size})
+    for family, (others, patch_sizes) in FAMILIES.items()
     for size, row in SIZES.items()
-    for patch_size in (2, 4, 8)
+    for patch_size in patch_sizes
 }

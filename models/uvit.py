@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.layers import Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention, initialise_linears_
-from models.layers.embedding import sinusoids
-from models.layers.mlp import Mlp
+from models.layers.embedding import make_rotary, sinusoids
 from models.layers.patch import check_input_size, patchify, unpatchify
+from models.layers.style import BlockStyle
 
 
 class Block(nn.Module):
     """A pre-norm block of attention and an MLP."""
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, num_heads: int, style: BlockStyle, *, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, num_heads, qkv_bias=False)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm1 = style.make_norm(dim)
+        self.attention = SelfAttention(dim, num_heads, qkv_bias=False, qk_norm=style.qk_norm, rotary=style.rotary)
+        self.norm2 = style.make_norm(dim)
+        self.mlp = style.make_mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tokens) -> Tokens:
         x = x + self.attention(self.norm1(x))
@@ -30,7 +30,11 @@ class Block(nn.Module):
 
 
 class UViTTokens(Backbone):
-    """A transformer over tokens of label, time and patches, with long skips and a last convolution."""
+    """A transformer over tokens of label, time and patches, with long skips and a last convolution.
+
+    Positions are learned where they are `absolute` (published) or `both`, and rotary, of the patches alone, where they
+    are `rotary` or `both`; `qk_norm`, `norm` and `mlp` are those of `BlockStyle`.
+    """
 
     def __init__(
         self,
@@ -44,6 +48,10 @@ class UViTTokens(Backbone):
         num_heads: int = 6,
         patch_size: int = 2,
         mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        positions: str = "absolute",
     ) -> None:
         super().__init__()
         if depth % 2 == 0:
@@ -54,18 +62,21 @@ class UViTTokens(Backbone):
         self.grid = self.input_size[0] // patch_size, self.input_size[1] // patch_size
         self.num_tokens = 2 if num_classes else 1  # of label and time
 
-        half, make_block = depth // 2, partial(Block, dim, num_heads, mlp_ratio=mlp_ratio)
+        rotary = make_rotary(positions, dim // num_heads, self.grid, num_others=self.num_tokens)
+        style = BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp, rotary=rotary)
+        half, make_block = depth // 2, partial(Block, dim, num_heads, style, mlp_ratio=mlp_ratio)
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.patch = nn.Linear(in_channels * patch_size**2, dim)
-        self.positions = nn.Parameter(torch.zeros(self.num_tokens + self.grid[0] * self.grid[1], dim))
+        absolute = nn.Parameter(torch.zeros(self.num_tokens + self.grid[0] * self.grid[1], dim))
+        self.positions = absolute if positions != "rotary" else None
         self.encoder = nn.ModuleList(make_block() for _ in range(half))
         self.middle = make_block()
         self.decoder = nn.ModuleList(make_block() for _ in range(half))
         self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(half))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = style.make_norm(dim)
         self.head = nn.Linear(dim, out_channels * patch_size**2)
         self.smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        nn.init.trunc_normal_(self.positions, std=0.02)
+        nn.init.trunc_normal_(absolute, std=0.02)
         initialise_linears_(self, partial(nn.init.trunc_normal_, std=0.02))
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
@@ -80,7 +91,8 @@ class UViTTokens(Backbone):
         tokens = [sinusoids(t, self.dim)[:, None], self.patch(patchify(x_t, self.patch_size))]
         if self.label is not None:
             tokens.insert(0, self.label(y)[:, None])
-        x = torch.cat(tokens, dim=1) + self.positions
+        x = torch.cat(tokens, dim=1)
+        x = x if self.positions is None else x + self.positions
 
         # A U of transformer blocks.
         skips = []

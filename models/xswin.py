@@ -12,9 +12,10 @@ from models.backbone import Backbone
 from models.layers import Cond, Grid, Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
 from models.layers.embedding import Conditioning, NoConditioning, sincos_2d
-from models.layers.mlp import DropPath, Mlp
+from models.layers.mlp import DropPath
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
+from models.layers.style import BlockStyle
 from models.layers.window import SKIPS, WindowAttention
 
 
@@ -27,6 +28,7 @@ class SwinBlock(nn.Module):
         num_heads: int,
         *,
         injection: Injection,
+        style: BlockStyle,
         window_size: int,
         shifted: bool,
         mlp_ratio: float,
@@ -35,12 +37,12 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.token = injection.token(dim)
         self.modulator1 = injection.modulator(dim)
-        self.attention = WindowAttention(dim, num_heads, window_size, shifted=shifted)
-        self.norm1 = nn.LayerNorm(dim)
+        self.attention = WindowAttention(dim, num_heads, window_size, shifted=shifted, qk_norm=style.qk_norm)
+        self.norm1 = style.make_norm(dim)
         self.gate1 = injection.gate(dim)
         self.modulator2 = injection.modulator(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = style.make_mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = style.make_norm(dim)
         self.gate2 = injection.gate(dim)
         self.drop_path = DropPath(drop_path)
 
@@ -53,16 +55,16 @@ class SwinBlock(nn.Module):
 class GlobalBlock(nn.Module):
     """ViT block: global attention and MLP, each modulated, then normalised, before."""
 
-    def __init__(self, dim: int, num_heads: int, injection: Injection, *, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, num_heads: int, *, injection: Injection, style: BlockStyle, mlp_ratio: float) -> None:
         super().__init__()
         self.token = injection.token(dim)
         self.modulator1 = injection.modulator(dim)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attention = SelfAttention(dim, num_heads)
+        self.norm1 = style.make_norm(dim, eps=1e-6)
+        self.attention = SelfAttention(dim, num_heads, qk_norm=style.qk_norm)
         self.gate1 = injection.gate(dim)
         self.modulator2 = injection.modulator(dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = style.make_norm(dim, eps=1e-6)
+        self.mlp = style.make_mlp(dim, int(dim * mlp_ratio))
         self.gate2 = injection.gate(dim)
 
     def forward(self, x: Tokens, cond: Cond) -> Tokens:
@@ -132,6 +134,7 @@ class XSwin(Backbone):
             (and a gate after every residual branch), `tokens` (one more token in every attention), or `none`: not at
             all, for dense prediction.
         drop_path: stochastic depth of the last block; rises from 0 over encoder and decoder.
+        qk_norm, norm, mlp: as `BlockStyle` says; `layer` and `gelu` are the published ones.
     """
 
     def __init__(
@@ -154,6 +157,9 @@ class XSwin(Backbone):
         conv_norm: str = "batch",
         conditioning: str = "adaln",
         drop_path: float = 0.1,
+        qk_norm: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
     ) -> None:
         super().__init__()
         self.input_size = height, width = check_input_size(input_size, patch_size)
@@ -167,12 +173,13 @@ class XSwin(Backbone):
             raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
-        injection = Injection(conditioning, dim)
+        injection, style = Injection(conditioning, dim), BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp)
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path} must lie in [0, 1)")
         rates = torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist()
 
-        swin_block = partial(SwinBlock, injection=injection, window_size=window_size, mlp_ratio=mlp_ratio)
+        global_block = partial(GlobalBlock, injection=injection, style=style, mlp_ratio=mlp_ratio)
+        swin_block = partial(SwinBlock, injection=injection, style=style, window_size=window_size, mlp_ratio=mlp_ratio)
 
         def make_blocks(depth: int, width: int, heads: int, rates: list[float], first: int = 0) -> list[SwinBlock]:
             return [
@@ -185,30 +192,28 @@ class XSwin(Backbone):
         self.stem_in = STEMS[stem](in_channels, dim, injection, conv_norm)
         self.patch_modulator = injection.modulator(self.stem_in.out_channels)
         self.patch = nn.Conv2d(self.stem_in.out_channels, dim, patch_size, stride=patch_size)
-        self.patch_norm = nn.LayerNorm(dim)
+        self.patch_norm = style.make_norm(dim)
 
         self.encoder, self.merges = nn.ModuleList(), nn.ModuleList()
         for level, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             stage_rates, rates = rates[:depth], rates[depth:]
             self.encoder.append(EncoderStage(make_blocks(depth, widths[level], heads, stage_rates)))
             merged = level < len(depths) - 1 or final_downsample
-            self.merges.append(PatchMerging(widths[level], injection) if merged else nn.Identity())
+            self.merges.append(PatchMerging(widths[level], injection, style) if merged else nn.Identity())
 
         factor = patch_size * 2 ** (len(depths) - (not final_downsample))
         middle_dim = widths[-1] * (2 if final_downsample else 1)
         grid = -(-height // factor), -(-width // factor)
         self.register_buffer("positions", sincos_2d(middle_dim, *grid), persistent=False)
-        self.middle = nn.ModuleList(
-            GlobalBlock(middle_dim, num_heads[-1], injection, mlp_ratio=mlp_ratio) for _ in range(num_global_blocks)
-        )
+        self.middle = nn.ModuleList(global_block(middle_dim, num_heads[-1]) for _ in range(num_global_blocks))
 
         self.expands, self.decoder = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(depths))):
             depth, heads, width = depths[level], num_heads[level], widths[level]
             stage_rates, rates = rates[:depth], rates[depth:]
             merged = level < len(depths) - 1 or final_downsample
-            self.expands.append(PatchExpanding(2 * width, injection) if merged else nn.Identity())
-            taken = SKIPS[skip](width, heads, injection, window_size)
+            self.expands.append(PatchExpanding(2 * width, injection, style) if merged else nn.Identity())
+            taken = SKIPS[skip](width, heads, injection, style, window_size)
             joined = width + taken.dim
             wide = make_blocks(1, joined, heads * joined // width, stage_rates)[0]
             blocks = make_blocks(depth, width, heads, stage_rates, first=1)

@@ -8,7 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.dit import DiT
+from models.dit import DiT, DiTBlock
+from models.layers.style import BlockStyle
 
 NULL_LABEL = 1000  # diffusers' DiTPipeline knows no other
 
@@ -69,6 +70,10 @@ def to_diffusers(model: nn.Module) -> Any:
     )
     first: Any = model.blocks[0]
     dim, num_heads = model.patch.out_features, first.attention.num_heads
+    kinds = [[type(module) for module in block.modules()] for block in (first, DiTBlock(dim, num_heads, BlockStyle()))]
+    _refuse(
+        kinds[0] != kinds[1], "diffusers' DiT has the published blocks, whatever qk_norm, norm, mlp and others say;"
+    )
     _refuse(first.mlp.fc1.out_features != 4 * dim, "diffusers' DiT has an mlp_ratio of 4;")
     theirs = DiTTransformer2DModel(
         num_attention_heads=num_heads,

@@ -72,9 +72,9 @@ def wake(model):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_name_builds_on_the_meta_device(name):
+def test_every_name_builds_on_the_meta_device(name, **variant):
     with torch.device("meta"):
-        model = create_model(name, input_size=32, in_channels=4, out_channels=8, num_classes=1000)
+        model = create_model(name, input_size=32, in_channels=4, out_channels=8, num_classes=1000, **variant)
     assert (model.in_channels, model.out_channels, model.num_classes) == (4, 8, 1000)
     assert model.input_size == (32, 32)
     assert isinstance(model, Backbone)
@@ -138,16 +138,16 @@ def test_time_and_label_matter_and_the_null_label_is_one(name, **variant):
 
 
 @families
-def test_unconditional_models_ignore_labels(name):
-    model = wake(small(name, num_classes=0)).eval()
+def test_unconditional_models_ignore_labels(name, **variant):
+    model = wake(small(name, num_classes=0, **variant)).eval()
     x, t, y = inputs()
     with torch.no_grad():
         assert torch.equal(model(x, t, y), model(x, t, torch.zeros_like(y)))
 
 
 @families
-def test_features_are_sequences_of_hidden_states_at_shares_of_the_depth(name):
-    model, seen = wake(small(name)).eval(), []
+def test_features_are_sequences_of_hidden_states_at_shares_of_the_depth(name, **variant):
+    model, seen = wake(small(name, **variant)).eval(), []
     for block in model.repeated_blocks():
         block.register_forward_hook(lambda block, inputs, state: seen.append(state))
     shallow, deep, last = model.features(*inputs(), (1e-6, 0.5, 1.0))
@@ -270,8 +270,8 @@ def test_a_dense_predictor_knows_no_time_and_no_labels():
 
 
 @families
-def test_bfloat16_autocast_stays_close(name):
-    model = wake(small(name)).eval()
+def test_bfloat16_autocast_stays_close(name, **variant):
+    model = wake(small(name, **variant)).eval()
     with torch.no_grad():
         exact = model(*inputs())
         with torch.autocast("cpu", torch.bfloat16):

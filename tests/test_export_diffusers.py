@@ -42,6 +42,7 @@ pytestmark = [
 CLASSES = [f"class {number}" for number in range(10)]
 BACKBONES = {
     "DiT": TINY_DIT,
+    "LightningDiT-S/2": {**TINY_DIT, "qk_norm": True, "modulation": "shared"},
     "UViT-tokens": {**TINY_DIT, "depth": 3},
     "XSwin": {"dim": 16, "depths": [2], "num_heads": [2], "num_global_blocks": 1},
 }
@@ -184,6 +185,16 @@ def test_diffusers_dit_puts_out_the_same():
     theirs = with_our_frequencies(to_diffusers(model))
     labels = torch.where(y == 10, 1000, y)
     torch.testing.assert_close(theirs(x_t, t, labels).sample, model(x_t, t, y), rtol=1e-4, atol=1e-5)
+    for style in (
+        {"qk_norm": True},
+        {"norm": "rms"},
+        {"mlp": "swiglu"},
+        {"positions": "both"},
+        {"modulation": "shared"},
+    ):
+        other = create_model("DiT", input_size=8, in_channels=4, out_channels=8, num_classes=10, **TINY_DIT, **style)
+        with pytest.raises(ValueError, match="--native: diffusers' DiT has the published blocks"):
+            to_diffusers(other)
 
 
 def test_an_autoencoder_without_shift_decodes_and_encodes_the_same():

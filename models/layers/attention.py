@@ -1,6 +1,7 @@
 """Scaled dot-product attention: the one place that chooses a kernel."""
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.layers import Tokens
+from models.layers.norm import RMSNorm
 
 FEW_TOKENS = 64  # on CPUs, up to here plain matrix products beat the fused kernel's backward
 
@@ -33,32 +35,47 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-class SelfAttention(nn.Module):
-    """Global multi-head self-attention; all may also attend to a `token` that is not part of the image."""
+def make_qk_norms(wanted: bool, head_dim: int) -> tuple[nn.Module, nn.Module]:
+    """Root mean square norms of a head's queries and keys, each with a learned scale a channel: logits stay bounded at
+    rates at which they otherwise grow until attention is one-hot and training diverges (Dehghani et al. 2023, section
+    2; Esser et al. 2024, section 5.3.2). Unless wanted, both are the identity."""
+    make = partial(RMSNorm, head_dim, eps=1e-6) if wanted else nn.Identity
+    return make(), make()
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
+
+class SelfAttention(nn.Module):
+    """Global multi-head self-attention, of queries and keys that `rotary` has turned; all may also attend to a `token`
+    that is not part of the image."""
+
+    def __init__(
+        self, dim: int, num_heads: int, *, qkv_bias: bool = True, qk_norm: bool = False, rotary: nn.Module | None = None
+    ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm, self.k_norm = make_qk_norms(qk_norm, dim // num_heads)
+        self.rotary = rotary or nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tokens, token: Float[Tensor, "b 1 d"] | None = None) -> Tokens:
         num_queries = x.shape[1]
         x = x if token is None else torch.cat([x, token], dim=1)
         q, k, v = rearrange(self.qkv(x), "b n (three k e) -> three b k n e", three=3, k=self.num_heads)
+        q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
         return self.proj(rearrange(attend(q[..., :num_queries, :], k, v), "b k n e -> b n (k e)"))
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention whose queries come from `x`, keys and values from `context`."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
+        self.q_norm, self.k_norm = make_qk_norms(qk_norm, dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
     def forward(
@@ -66,6 +83,7 @@ class CrossAttention(nn.Module):
     ) -> Float[Tensor, "*b n d"]:
         q = rearrange(self.q(x), "... n (k e) -> ... k n e", k=self.num_heads)
         k, v = rearrange(self.kv(context), "... m (two k e) -> two ... k m e", two=2, k=self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
         return self.proj(rearrange(attend(q, k, v, bias=bias), "... k n e -> ... n (k e)"))
 
 

@@ -3,13 +3,16 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.layers import Labels, Times
+from models.layers.attention import check_choice
 
 NUM_FREQUENCIES = 256
 SMALL = 0.02  # of transformers, whose modulators start at zero (Peebles and Xie 2023)
+POSITIONS = ("absolute", "rotary", "both")  # added to the patches, turning queries and keys, or both
 
 
 def sinusoids(t: Times, dim: int, max_period: float = 10_000) -> Float[Tensor, "b dim"]:
@@ -57,6 +60,37 @@ class NoConditioning(nn.Module):
 
     def forward(self, t: Times, y: Labels) -> Float[Tensor, "b 0"]:
         return torch.zeros(len(t), 0, device=t.device)
+
+
+class Rotary2d(nn.Module):
+    """Rotary positions of a grid, row by row: pairs of channels of queries and keys turn by angles that are
+    proportional to the token's place, so that a logit depends on how far two tokens are apart (Su et al. 2021). Half
+    the pairs turn by the row, half by the column (Lu et al. 2024, FiT), with the frequencies of `sincos_2d`. Channel i
+    is paired with i + e / 2. Others, such as a token of the time, come first and do not turn."""
+
+    cos: Float[Tensor, "n e"]
+    sin: Float[Tensor, "n e"]
+
+    def __init__(self, head_dim: int, height: int, width: int, num_others: int = 0) -> None:
+        super().__init__()
+        if head_dim % 4:
+            raise ValueError(f"a head's width of {head_dim} must be a multiple of 4 for 2-D rotary positions")
+        omega = 10_000 ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
+        rows, columns = torch.cartesian_prod(torch.arange(height), torch.arange(width)).unbind(dim=-1)
+        angles = torch.cat([rows[:, None] * omega, columns[:, None] * omega], dim=-1)
+        angles = F.pad(angles, (0, 0, num_others, 0))  # [n e/2]
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], dim=-1).float(), persistent=False)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1).float(), persistent=False)
+
+    def forward(self, x: Float[Tensor, "... n e"]) -> Float[Tensor, "... n e"]:
+        turned = x * self.cos + x.roll(x.shape[-1] // 2, dims=-1) * self.sin  # in float32
+        return turned.to(x.dtype)
+
+
+def make_rotary(positions: str, head_dim: int, grid: tuple[int, int], num_others: int = 0) -> nn.Module:
+    """What turns queries and keys where positions are `rotary` or `both`, and leaves them where they are `absolute`."""
+    check_choice("positions", positions, POSITIONS)
+    return nn.Identity() if positions == "absolute" else Rotary2d(head_dim, *grid, num_others)
 
 
 def sincos_2d(dim: int, height: int, width: int) -> Float[Tensor, "n dim"]:

@@ -1,6 +1,9 @@
 """The MLP and the stochastic depth of transformer blocks, named as timm's: whose import takes as long as torch's."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,6 +16,32 @@ class Mlp(nn.Sequential):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = act or nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
+
+
+class SiluGate(nn.Module):
+    """`silu(gate) * value`, of the two halves of the width."""
+
+    def forward(self, x: Float[Tensor, "... two_d"]) -> Float[Tensor, "... d"]:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class SwiGlu(nn.Sequential):
+    """An MLP whose activation is gated by a linear of its own (SwiGLU, Shazeer 2020). Two thirds of the hidden width
+    leave it the parameters of an MLP of the whole."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        width = 2 * hidden_dim // 3
+        self.fc1 = nn.Linear(dim, 2 * width)
+        self.act = SiluGate()
+        self.fc2 = nn.Linear(width, dim)
+
+
+MLPS: dict[str, Callable[[int, int, nn.Module | None], nn.Module]] = {
+    "gelu": Mlp,
+    "swiglu": lambda dim, hidden_dim, _: SwiGlu(dim, hidden_dim),
+}
 
 
 class DropPath(nn.Module):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,6 +32,17 @@ class Modulator(nn.Module):
     def forward(self, x: Features, cond: Cond) -> Features:
         shift, scale = self.linear(cond).chunk(2, dim=-1)
         return modulate(x, shift, scale)
+
+
+class Offset(nn.Module):
+    """What a block adds to a modulation that all blocks share (adaLN-single, Chen et al. 2023)."""
+
+    def __init__(self, cond_dim: int, dim: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, shared: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        return shared + self.offset
 
 
 class Gate(nn.Module):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.layers import Cond, Grid, Images
 from models.layers.modulation import Injection
+from models.layers.style import BlockStyle
 
 
 def patchify(x: Images, patch_size: int) -> Float[Tensor, "b n patch"]:
@@ -31,11 +32,11 @@ def check_input_size(input_size: int | tuple[int, int], patch_size: int) -> tupl
 class PatchMerging(nn.Module):
     """Half the side, twice the width: four neighbours joined, a linear, a norm (Swin V2). Odd sides are padded."""
 
-    def __init__(self, dim: int, injection: Injection) -> None:
+    def __init__(self, dim: int, injection: Injection, style: BlockStyle) -> None:
         super().__init__()
         self.modulator = injection.modulator(dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = style.make_norm(2 * dim)
 
     def forward(self, x: Grid, cond: Cond) -> Float[Tensor, "b h2 w2 d2"]:
         x = self.modulator(x, cond)
@@ -47,11 +48,11 @@ class PatchMerging(nn.Module):
 class PatchExpanding(nn.Module):
     """Twice the side, half the width: a linear, a norm, a pixel shuffle; cut to the grid that was merged."""
 
-    def __init__(self, dim: int, injection: Injection) -> None:
+    def __init__(self, dim: int, injection: Injection, style: BlockStyle) -> None:
         super().__init__()
         self.modulator = injection.modulator(dim)
         self.expansion = nn.Linear(dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = style.make_norm(2 * dim)
 
     def forward(self, x: Grid, cond: Cond, size: tuple[int, int]) -> Float[Tensor, "b h2 w2 d2"]:
         x = self.norm(self.expansion(self.modulator(x, cond)))

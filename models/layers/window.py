@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from models.layers import Cond, Grid
-from models.layers.attention import CrossAttention, attend, check_heads
+from models.layers.attention import CrossAttention, attend, check_heads, make_qk_norms
 from models.layers.modulation import Injection
+from models.layers.style import BlockStyle
 
 
 class Windows:
@@ -83,9 +84,13 @@ class ContinuousPositionBias(nn.Module):
 
 class WindowAttention(nn.Module):
     """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022); keys
-    have no bias. A `token` that is not part of the image may be attended to from every window."""
+    have no bias. A `token` that is not part of the image may be attended to from every window.
 
-    def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool) -> None:
+    Lengths of queries and keys are one at any rate, and a temperature for each head is learned: what `qk_norm` adds is
+    a scale a channel.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool, qk_norm: bool = False) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads, self.window_size = num_heads, window_size
@@ -93,6 +98,7 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.q_norm, self.k_norm = make_qk_norms(qk_norm, dim // num_heads)
         self.proj = nn.Linear(dim, dim)
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
         self.position_bias = ContinuousPositionBias(window_size, num_heads)
@@ -106,6 +112,7 @@ class WindowAttention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
         q, k, v = rearrange(qkv, "b w n (three k e) -> three b (w k) n e", three=3, k=self.num_heads)
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = F.normalize(q, dim=-1) * scale.repeat(x.shape[1], 1, 1), F.normalize(k, dim=-1)
         bias = self.position_bias().expand(x.shape[1], -1, -1, -1)  # [windows k n n]
         mask = windows.mask(x.device)
@@ -118,10 +125,10 @@ class WindowAttention(nn.Module):
 class WindowCrossAttention(nn.Module):
     """Queries from `x`, keys and values from the same window of `context`; without a window size, of the whole grid."""
 
-    def __init__(self, dim: int, num_heads: int, window_size: int | None) -> None:
+    def __init__(self, dim: int, num_heads: int, window_size: int | None, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.window_size = window_size
-        self.attention = CrossAttention(dim, num_heads)
+        self.attention = CrossAttention(dim, num_heads, qk_norm=qk_norm)
 
     def forward(self, x: Grid, context: Grid) -> Grid:
         windows = Windows(x.shape[1], x.shape[2], self.window_size or max(x.shape[1:3]))
@@ -133,13 +140,15 @@ class WindowCrossAttention(nn.Module):
 class CrossAttentionSkip(nn.Module):
     """What the encoder's skip says to each window of the decoder: cross attention, normalised."""
 
-    def __init__(self, dim: int, num_heads: int, injection: Injection, window_size: int | None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, injection: Injection, style: BlockStyle, window_size: int | None
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.modulator_x = injection.modulator(dim)
         self.modulator_skip = injection.modulator(dim)
-        self.attention = WindowCrossAttention(dim, num_heads, window_size)
-        self.norm = nn.LayerNorm(dim)
+        self.attention = WindowCrossAttention(dim, num_heads, window_size, qk_norm=style.qk_norm)
+        self.norm = style.make_norm(dim)
 
     def forward(self, x: Grid, skip: Grid, cond: Cond) -> Grid:
         return self.norm(self.attention(self.modulator_x(x, cond), self.modulator_skip(skip, cond)))
@@ -148,7 +157,7 @@ class CrossAttentionSkip(nn.Module):
 class ConcatSkip(nn.Module):
     """The encoder's skip as it is (Ronneberger et al. 2015)."""
 
-    def __init__(self, dim: int, num_heads: int, injection: Injection, window_size: int) -> None:
+    def __init__(self, dim: int, num_heads: int, injection: Injection, style: BlockStyle, window_size: int) -> None:
         super().__init__()
         self.dim = dim
 
@@ -159,16 +168,18 @@ class ConcatSkip(nn.Module):
 class NoSkip(ConcatSkip):
     """Nothing of the encoder's: an hourglass."""
 
-    def __init__(self, dim: int, num_heads: int, injection: Injection, window_size: int) -> None:
-        super().__init__(0, num_heads, injection, window_size)
+    def __init__(self, dim: int, num_heads: int, injection: Injection, style: BlockStyle, window_size: int) -> None:
+        super().__init__(0, num_heads, injection, style, window_size)
 
     def forward(self, x: Grid, skip: Grid, cond: Cond) -> Float[Tensor, "b h w 0"]:
         return skip[..., :0]
 
 
-SKIPS: dict[str, Callable[[int, int, Injection, int], nn.Module]] = {
+SKIPS: dict[str, Callable[[int, int, Injection, BlockStyle, int], nn.Module]] = {
     "cross_attention": CrossAttentionSkip,
-    "global_cross_attention": lambda dim, num_heads, injection, _: CrossAttentionSkip(dim, num_heads, injection, None),
+    "global_cross_attention": lambda dim, heads, injection, style, _: CrossAttentionSkip(
+        dim, heads, injection, style, window_size=None
+    ),
     "concat": ConcatSkip,
     "none": NoSkip,
 }

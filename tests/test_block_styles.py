@@ -1,0 +1,150 @@
+"""What the field has made of blocks since 2023, each by an argument: promises of backbones, and what each one is."""
+
+import pytest
+import test_backbones as promises
+import torch
+from test_backbones import inputs, small, wake
+from torch import nn
+
+from models import create_model
+from models.layers.attention import CrossAttention, SelfAttention
+from models.layers.embedding import Rotary2d
+from models.layers.window import WindowAttention
+
+BLOCKS = {"qk_norm": True, "norm": "rms", "mlp": "swiglu"}
+STYLES = [
+    ("DiT", {"qk_norm": True}),
+    ("DiT", {"norm": "rms"}),
+    ("DiT", {"mlp": "swiglu"}),
+    ("DiT", {"positions": "rotary"}),
+    ("DiT", {"modulation": "shared"}),
+    ("UViT", {**BLOCKS, "positions": "both", "modulation": "shared"}),
+    ("LightningDiT-S/1", {}),
+    ("UViT-tokens-S/2", {**BLOCKS, "positions": "rotary"}),
+    ("UViT-tokens-S/2", {"positions": "both"}),
+    ("XSwin", BLOCKS),
+    ("USwin", BLOCKS),
+]
+styles = pytest.mark.parametrize(
+    ("name", "style"), STYLES, ids=["-".join([name, *map(str, style.values())]) for name, style in STYLES]
+)
+
+
+@styles
+def test_a_style_keeps_the_backbones_promises(name, style):
+    promises.test_every_parameter_has_a_finite_gradient_that_is_not_zero(name, **style)
+    promises.test_samples_of_a_batch_do_not_mix(name, **style)
+    promises.test_time_and_label_matter_and_the_null_label_is_one(name, **style)
+    promises.test_unconditional_models_ignore_labels(name, **style)
+    promises.test_features_are_sequences_of_hidden_states_at_shares_of_the_depth(name, **style)
+    promises.test_bfloat16_autocast_stays_close(name, **style)
+    assert small(name, (12, 20), **style).eval()(*inputs(size=(12, 20))).shape == (3, 8, 12, 20)
+
+
+@styles
+def test_a_style_is_built_on_the_meta_device_and_its_scales_do_not_decay(name, style):
+    promises.test_every_name_builds_on_the_meta_device(name, **style)
+    saved = small(name, **style).state_dict()
+    assert not any("rotary" in key for key in saved)
+    assert ("positions" in saved) == (name.startswith("UViT-tokens") and style["positions"] == "both")
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        lambda **option: SelfAttention(16, 2, **option),
+        lambda **option: CrossAttention(16, 2, **option),
+        lambda **option: WindowAttention(16, 2, 4, shifted=True, **option),
+    ],
+)
+def test_normalised_queries_and_keys_have_a_direction_and_a_learned_scale(attention):
+    """Ten times as large they attend the same; scales a channel are heard."""
+    torch.manual_seed(0)
+    attention = attention(qk_norm=True)
+    x = (torch.randn(2, 8, 8, 16),) if isinstance(attention, WindowAttention) else (torch.randn(2, 5, 16),)
+    x = 2 * x if isinstance(attention, CrossAttention) else x
+    qk = attention.q if isinstance(attention, CrossAttention) else attention.qkv
+    with torch.no_grad():
+        before = attention(*x)
+        qk.weight[:16] *= 10
+        if qk.bias is not None:
+            qk.bias[:16] *= 10
+        torch.testing.assert_close(attention(*x), before)
+        attention.k_norm.weight[0] = 3
+        assert not torch.allclose(attention(*x), before)
+
+
+def test_rotary_logits_depend_on_how_far_tokens_are_apart():
+    rotary, (height, width) = Rotary2d(8, 3, 5, num_others=2), (3, 5)
+    q, k = torch.randn(2, 8)
+    logits = rotary(q.expand(17, 8)) @ rotary(k.expand(17, 8)).T
+    torch.testing.assert_close(logits[:2, :2], (q @ k).expand(2, 2))  # others do not turn
+    of_offset = {}
+    for i in range(height * width):
+        for j in range(height * width):
+            offset = i // width - j // width, i % width - j % width
+            of_offset.setdefault(offset, []).append(logits[2 + i, 2 + j].item())
+    assert all(max(values) - min(values) < 1e-5 for values in of_offset.values())
+    assert len({round(values[0], 4) for values in of_offset.values()}) == len(of_offset)
+
+
+def test_half_of_a_head_turns_by_the_row_and_half_by_the_column():
+    turned = Rotary2d(8, 3, 5)(torch.ones(15, 8)).view(3, 5, 2, 2, 2)  # rows, columns, half of a pair, axis, frequency
+    assert torch.equal(turned[:, :1, :, 0].expand(3, 5, 2, 2), turned[..., 0, :])
+    assert torch.equal(turned[:1, ..., 1, :].expand(3, 5, 2, 2), turned[..., 1, :])
+    torch.testing.assert_close(turned.square().sum(dim=2), torch.full((3, 5, 2, 2), 2.0))
+
+
+def test_rotary_positions_alone_know_places():
+    """Without any position, patches that change places change places in the output."""
+    x, t, y = inputs()
+    swapped = torch.cat([x[..., 4:], x[..., :4]], dim=-1)
+    for positions in ("absolute", "rotary"):
+        model = wake(small("DiT", positions=positions)).eval()
+        out, other = model(x, t, y), model(swapped, t, y)
+        assert not torch.allclose(torch.cat([other[..., 4:], other[..., :4]], dim=-1), out, atol=1e-3)
+    model.positions.zero_()
+    for block in model.blocks:
+        block.attention.rotary = nn.Identity()
+    out, other = model(x, t, y), model(swapped, t, y)
+    torch.testing.assert_close(torch.cat([other[..., 4:], other[..., :4]], dim=-1), out)
+
+
+def count(name, **style):
+    with torch.device("meta"):
+        model = create_model(name, input_size=8, in_channels=4, out_channels=8, num_classes=101, **style)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["DiT", "UViT-tokens-S/2", "XSwin"])
+def test_a_gated_mlp_has_as_many_parameters(name):
+    assert count(name, mlp="swiglu") == pytest.approx(count(name), rel=1e-3)
+
+
+def test_shared_modulation_is_that_of_blocks_that_agree():
+    """And a third of the parameters less."""
+    shared, own = wake(small("DiT", modulation="shared")), small("DiT")
+    weights = shared.state_dict()
+    weight, bias = weights.pop("modulation.weight"), weights.pop("modulation.bias")
+    for number in range(len(shared.blocks)):
+        offset = weights.pop(f"blocks.{number}.modulation.offset")
+        weights |= {f"blocks.{number}.modulation.weight": weight, f"blocks.{number}.modulation.bias": bias + offset}
+    own.load_state_dict(weights)
+    torch.testing.assert_close(shared(*inputs()), own(*inputs()))
+    assert count("DiT-XL/2", modulation="shared") / count("DiT-XL/2") == pytest.approx(0.68, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "style", "message"),
+    [
+        ("DiT", {"norm": "batch"}, "norm=batch must be one of layer, rms"),
+        ("XSwin", {"mlp": "relu"}, "mlp=relu must be one of gelu, swiglu"),
+        ("UViT-tokens", {"positions": "learned"}, "positions=learned must be one of absolute, rotary, both"),
+        ("DiT", {"modulation": "none"}, "modulation=none must be one of block, shared"),
+        ("DiT", {"positions": "rotary", "dim": 36}, "a head's width of 6 must be a multiple of 4 for 2-D rotary"),
+        ("XSwin", {"positions": "rotary"}, "--model_args.positions: XSwin has no such argument; it takes"),
+        ("UViT-tokens", {"modulation": "shared"}, "--model_args.modulation: UViT-tokens has no such argument"),
+    ],
+)
+def test_mistakes_are_told_in_words(name, style, message):
+    promises.test_mistakes_are_told_in_words(name, style, message)
