@@ -25,6 +25,8 @@ DIT: Rules = [
     (r"\.attn\.", ".attention."),
     (r"^final_layer\.", "final."),
     (r"\.adaLN_modulation\.1\.", ".modulation."),
+    (r"\.mlp\.w12\.", ".mlp.fc1."),  # LightningDiT's
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
 ]
 UVIT: Rules = [
     (r"^pos_embed$", "positions"),
@@ -60,7 +62,7 @@ XSWIN: Rules = [  # once the numbers of stages are ours
     (r"\.cross_attention\.in_proj_", ".attention.attention.in_proj."),
     (r"\.cross_attention\.out_proj\.", ".attention.attention.proj."),
 ]
-DERIVED = re.compile(r"pos_embed|.*\.relative_(position_index|coords_table)")  # by our models, of XSwin and DiT
+DERIVED = re.compile(r"pos_embed|feat_rope\..*|.*\.relative_(position_index|coords_table)")  # by our models
 
 
 def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> nn.Module:
@@ -130,6 +132,21 @@ def _read_dit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
 def _read_sit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
     arguments = _read_dit(shapes, num_heads)
     return {**arguments, "out_channels": arguments["in_channels"]}
+
+
+def _read_lightningdit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
+    """Of its options the published recipe, with or without QK-norm."""
+    (_, head_dim), (dim, width) = shapes["feat_rope.freqs_cos"], shapes["blocks.0.mlp.w3.weight"]
+    hidden = {"blocks.0.mlp.fc1.weight": (3 * width // 2, dim)}  # of an MLP that is not gated
+    arguments = _read_sit({**shapes, **hidden}, dim // head_dim)
+    return {
+        **arguments,
+        "mlp_ratio": round(arguments["mlp_ratio"], 2),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in shapes,
+        "norm": "rms",
+        "mlp": "swiglu",
+        "positions": "both",
+    }
 
 
 def _read_uvit_adaln(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
@@ -210,6 +227,32 @@ def _convert_sit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
     return weights
 
 
+def _convert_lightningdit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
+    """The scale of a norm is part of the modulation behind it: `s (1 + scale) = 1 + (s scale + s - 1)`. Channels of a
+    head that turn together are neighbours there, and half a head apart here."""
+    weights = _convert_sit(weights, arguments)
+    norms = [("final", "norm_final", 1)]  # the norm's place, name, and which of the modulation's vectors is its scale
+    norms += [
+        (f"blocks.{block}", *norm) for block in range(arguments["depth"]) for norm in (("norm1", 1), ("norm2", 4))
+    ]
+    for place, norm, number in norms:
+        scale = weights.pop(f"{place}.{norm}.weight")
+        rows = slice(number * len(scale), (number + 1) * len(scale))
+        weight, bias = (weights[f"{place}.modulation.{kind}"].clone() for kind in ("weight", "bias"))
+        weight[rows], bias[rows] = scale[:, None] * weight[rows], scale * bias[rows] + scale - 1
+        weights |= {f"{place}.modulation.weight": weight, f"{place}.modulation.bias": bias}
+
+    def half_apart(rows: Tensor, num_heads: int) -> Tensor:
+        return rearrange(rows, "(k hw f pair) ... -> (k pair hw f) ...", k=num_heads, hw=2, pair=2)
+
+    for name in [name for name in weights if ".attention.qkv." in name]:
+        q, k, v = weights[name].chunk(3)
+        weights[name] = torch.cat([half_apart(q, arguments["num_heads"]), half_apart(k, arguments["num_heads"]), v])
+    for name in [name for name in weights if name.endswith(("q_norm.weight", "k_norm.weight"))]:
+        weights[name] = half_apart(weights[name], 1)
+    return weights
+
+
 def _convert_uvit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
     weights = _flatten_patch(_rename(weights, UVIT))
     weights["positions"] = weights["positions"][0]
@@ -280,6 +323,7 @@ def _flatten_patch(weights: Weights) -> Weights:
 SOURCES = {
     "dit": (_read_dit, _convert_dit),
     "sit": (_read_sit, _convert_sit),
+    "lightningdit": (_read_lightningdit, _convert_lightningdit),
     "uvit-adaln": (_read_uvit_adaln, _convert_dit),
     "uvit": (_read_uvit, _convert_uvit),
     "uswin": (_read_xswin, _convert_xswin),

@@ -21,18 +21,23 @@ from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
 from experiment.settings import within
 
-LATENT_FACTOR = 8  # image over latent side of the published autoencoder
+LATENT_FACTOR, OTHER_FACTORS = 8, {"lightningdit": 16}  # image over latent side of the published autoencoders
 
 # What each was trained under, and how its authors sample from it. A published U-ViT is told n = 1..1000 of its discrete
-# times (huge), or 999 t of its continuous ones (the others), whose schedule is `linear` in a thousand steps.
+# times (huge), or 999 t of its continuous ones (the others), whose schedule is `linear` in a thousand steps. The times
+# of LightningDiT are shifted in sampling alone, and it is guided where its time, 1 - t, is at least an eighth.
 DIFFUSION = {
     "sit": DiffusionConfig(kind="flow", model_times=[1.0, 0.0]),
+    "lightningdit": DiffusionConfig(kind="flow", model_times=[1.0, 0.0], times="logit_normal", shift=1 / 0.3),
     "uvit": DiffusionConfig(variance="fixed_large", model_times=[0.999, 999.0]),
     "uvit-huge": DiffusionConfig(schedule="scaled_linear", variance="fixed_large", model_times=[1.0, 1000.0]),
 }
 SAMPLING = {
     "dit": SamplingConfig(num_steps=250, guidance_scale=1.5),
     "sit": SamplingConfig(num_steps=250, guidance_scale=1.5),
+    "lightningdit": SamplingConfig(
+        num_steps=250, guidance_scale=6.7, guidance_interval=[0.0, 7.0], legacy_cfg_channels=3
+    ),
     "uvit": SamplingConfig(sampler="dpmpp_2m", num_steps=50, guidance_scale=1.4),
 }
 
@@ -42,14 +47,15 @@ class ImportConfig:
     """Turn published weights into a checkpoint, or into an autoencoder.
 
     Args:
-        source: 'dit' and 'sit' (Meta's .pt), 'uvit' (the .pth of Bao et al.), 'uvit-adaln', 'uswin' or 'xswin' (.pt of
-            the XSwin authors' repository); 'tiny' (the autoencoders TAESD, TAESDXL, TAESD3, TAEF1, TAEF2)
+        source: 'dit' and 'sit' (Meta's .pt), 'lightningdit' (the .pt of Yao et al.), 'uvit' (the .pth of Bao et al.),
+            'uvit-adaln', 'uswin' or 'xswin' (.pt of the XSwin authors' repository); 'tiny' (the autoencoders TAESD,
+            TAESDXL, TAESD3, TAEF1, TAEF2)
         weights: the file: a state dict, or a training checkpoint; of 'tiny' two: the encoder's and the decoder's
         output: folder of the new checkpoint or autoencoder
         autoencoder: whose latents the model denoises: a hub id, a folder in diffusers' format, or 'pixel'
         classes: text file with the name of a class a line; by default ImageNet's where there are 1000, else numbers
         data: the images that it was trained on (--data.path); of 'tiny' those whose latents are to be normalised
-        image_size: side in pixels; by default 8 times the latent's
+        image_size: side in pixels; by default 8 times the latent's, of 'lightningdit' 16 times
         num_heads: where the width is none of the published sizes
     """
 
@@ -99,7 +105,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     if diffusion.variance is None and diffusion.kind == "gaussian" and spec.out_channels == spec.in_channels:
         diffusion = replace(diffusion, variance="fixed_large")
     build_diffusion(diffusion)
-    factor = 1 if config.autoencoder == "pixel" else LATENT_FACTOR
+    factor = 1 if config.autoencoder == "pixel" else OTHER_FACTORS.get(config.source, LATENT_FACTOR)
     experiment = ExperimentConfig(
         model=spec.name,
         model_args=spec.args,

@@ -45,7 +45,8 @@ def test_checkpoint_puts_out_what_the_published_model_did(name, tmp_path):
     assert relative_error(output, tensors["out/eval"]) < 1e-4
     num_classes = published["num_classes"] - (name == "uvit_official")
     assert checkpoint.classes == [str(number) for number in range(num_classes)]
-    assert checkpoint.image_size == (8 * checkpoint.spec.input_size[0],) * 2
+    factor = 16 if name == "lightningdit" else 8
+    assert checkpoint.image_size == (factor * checkpoint.spec.input_size[0],) * 2
     assert checkpoint.step == (0 if saved is weights else 70)
     assert json.loads((tmp_path / "imported" / "imported.json").read_text())["source"] == SOURCES[name]
 
@@ -106,6 +107,16 @@ def test_sit_is_a_flow_told_its_own_times(tmp_path):
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
 
 
+def test_lightningdit_is_such_a_flow_with_more_steps_at_noise(tmp_path):
+    """Their times of sampling run from 0 to 1, as `0.3 t / (1 - 0.7 t)`; guidance begins at an eighth."""
+    checkpoint = import_weights(tmp_path, load_fixture("lightningdit")[1], "lightningdit")
+    path, sampling = checkpoint.build_diffusion().path, checkpoint.config.sampling
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    torch.testing.assert_close(path.shifted(1 - t), 1 - 0.3 * t / (1 - 0.7 * t))
+    assert path.model_times == (1.0, 0.0)
+    assert sampling.guidance_interval == [0.0, (1 - 1 / 8) / (1 / 8)]
+
+
 def test_huge_uvits_have_no_last_convolution_and_times_from_1_to_1000(tmp_path):
     tensors, weights, _ = load_fixture("uvit_official")
     delta = torch.nn.init.dirac_(torch.empty(4, 4, 3, 3))
@@ -133,6 +144,18 @@ def published_dit(side, patch_size, dim, depth):
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
+def published_lightningdit(patch_size, dim, depth, head_dim, width):
+    shapes = {
+        "x_embedder.proj.weight": (dim, 32, patch_size, patch_size),
+        "pos_embed": (1, (16 // patch_size) ** 2, dim),
+        "feat_rope.freqs_cos": ((16 // patch_size) ** 2, head_dim),
+        "y_embedder.embedding_table.weight": (1001, dim),
+        "final_layer.linear.weight": (32 * patch_size**2, dim),
+    }
+    shapes |= {f"blocks.{number}.mlp.w3.weight": (dim, width) for number in range(depth)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
 def published_uvit(side, patch_size, dim, half):
     shapes = {
         "patch_embed.proj.weight": (dim, 4, patch_size, patch_size),
@@ -151,6 +174,8 @@ def published_uvit(side, patch_size, dim, half):
         ("dit", published_dit(64, 2, 1152, 28), "DiT-XL/2", 64),
         ("sit", published_dit(32, 2, 1152, 28), "DiT-XL/2", 32),
         ("sit", published_dit(64, 4, 384, 12), "DiT-S/4", 64),
+        ("lightningdit", published_lightningdit(1, 1152, 28, 72, 3072), "LightningDiT-XL/1", 16),
+        ("lightningdit", published_lightningdit(2, 1024, 24, 64, 2730), "LightningDiT-L/2", 16),
         ("uvit", published_uvit(32, 2, 1152, 14), "UViT-tokens-XL/2", 32),
         ("uvit", published_uvit(64, 4, 1152, 14), "UViT-tokens-XL/4", 64),
     ],
@@ -158,7 +183,8 @@ def published_uvit(side, patch_size, dim, half):
 def test_published_sizes_at_256_and_512_are_recognised(source, weights, row, side):
     arguments = arguments_of(source, weights)
     assert (arguments.pop("input_size"), arguments.pop("num_classes")) == (side, 1000)
-    assert (arguments.pop("in_channels"), arguments.pop("out_channels")) == (4, 8 if source == "dit" else 4)
+    channels = {"dit": (4, 8), "lightningdit": (32, 32)}.get(source, (4, 4))
+    assert (arguments.pop("in_channels"), arguments.pop("out_channels")) == channels
     assert row_of(arguments.pop("name"), arguments) == (row, {})
 
 
@@ -184,7 +210,12 @@ def test_what_is_wrong_with_a_file_is_told_in_words(tmp_path, capsys):
         ({**weights, "blocks.0.attn.qkv.bias": torch.zeros(5)}, "dit", {}, r"of another shape \['blocks.0.attention"),
         (weights, "uvit", {}, "the weights have no 'patch_embed.proj.weight'; they begin with"),
         (weights, "dit", {"num_heads": None}, "--num_heads: .* width 32 is no published size"),
-        (weights, "mit", {}, "--source mit: unknown, choose from dit, sit, uvit-adaln, uvit, uswin, xswin"),
+        (
+            weights,
+            "mit",
+            {},
+            "--source mit: unknown, choose from dit, sit, lightningdit, uvit-adaln, uvit, uswin, xswin",
+        ),
         ({"opt": {}}, "dit", {}, "no tensors in it"),
         ({"ema": Payload()}, "dit", {}, "not plain weights, and nothing else is unpickled"),
     ]

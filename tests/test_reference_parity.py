@@ -12,6 +12,7 @@ from published.weights import arguments_of, load_reference
 FIXTURES = Path(__file__).parent / "fixtures"
 SOURCES = {
     "dit": "dit",
+    "lightningdit": "lightningdit",
     "uvit_adaln": "uvit-adaln",
     "uvit_official": "uvit",
     "uswin": "uswin",
