@@ -99,6 +99,12 @@ class ImageDataset(ImageSet):
             chosen = self._keep(f"smaller than {min_size}", chosen, lambda name: min(self._size(name)) >= min_size)
         if not chosen:
             raise DataError(f"--data.path {path}: no images left in the {split} split{self._less()}")
+        gone = {*self.classes} - {used[name] for name in chosen} if use_labels and split != "test" else ()
+        if gone:  # a class that is asked of the model, and was never shown to it
+            raise DataError(
+                f"--data.path {path}: class '{min(gone)}' has no images left in the {split} split{self._less()}; "
+                f"--data.exclude_classes '[{min(gone)}]'"
+            )
         self.names = chosen
         order = {name: position for position, name in enumerate(names)}
         numbered = {name: number for number, name in enumerate(self.classes)}

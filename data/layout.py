@@ -5,7 +5,7 @@ import io
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -131,9 +131,15 @@ def _levels(paths: Iterable[str]) -> dict[str, str]:
     return levels
 
 
-def _refuse_other_levels(paths: Iterable[str]) -> None:
-    """A level called as splits often are whose folders hold the same classes would mix held-out images into
-    training."""
+def _refuse_other_levels(paths: Collection[str]) -> None:
+    """A level called as splits often are, whose folders hold the same classes or no folders, would mix held-out images
+    into training."""
+    flat = sorted({path.partition("/")[0] for path in paths if path.count("/") == 1})
+    if "train" in "".join(flat).casefold() and flat[1:] and all(LIKE_A_SPLIT.search(head.casefold()) for head in flat):
+        raise DataError(
+            f"{', '.join(f'{head}/' for head in flat[:8])}: a split, or classes? call its folders train/ and test/ (or "
+            "val/); else rename them"
+        )
     below: defaultdict[str, set[str]] = defaultdict(set)
     for path in paths:
         head, _, rest = path.partition("/")

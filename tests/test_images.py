@@ -178,6 +178,16 @@ def test_small_images_are_left_out_and_counted(tree):
     assert len(ImageDataset(tree, min_size=16, on_error="skip")) == 18
 
 
+def test_a_class_of_which_nothing_is_left_is_not_asked_of_a_model(tree):
+    (tree / "elf").mkdir()
+    for number in range(4):
+        Image.new("RGB", (9, 9)).save(tree / "elf" / f"{number}.png")
+    with pytest.raises(DataError, match=r"class 'elf' has no images left in the train split; left out: .*'\[elf\]'"):
+        ImageDataset(tree, split="train", min_size=16)
+    assert ImageDataset(tree, split="test", min_size=16).classes == [*ImageDataset(tree).classes]
+    assert not ImageDataset(tree, split="train", min_size=16, use_labels=False).classes
+
+
 def test_intake_says_what_is_used_and_what_is_not(tree):
     Image.new("RGB", (16, 40)).save(tree / "cat" / "small.png")
     Image.new("RGB", (4, 4)).save(tree / "preview.png")

@@ -79,6 +79,7 @@ def test_other_trees(names, classes, note):
         (["train/a/0.png", "test/a/1.png", "extra/a/2.png"], r"lie extra/, test/, train/: a split is one train/"),
         (["train/a/0.png", "dev/a/1.png"], r"(dev|train)/ and (dev|train)/ hold the same classes, such as a/: a split"),
         (["trainset/a/0.png", "testset/a/1.png", "testset/b/1.png"], r"hold the same classes, such as a/: a split"),
+        (["train2017/0.png", "val2017/1.png"], r"train2017/, val2017/: a split, or classes\? call its folders train/"),
         (["images_train/a/0.png", "images_test/a/1.png"], r"hold the same classes, such as a/: a split"),
         (["val/a/0.png", "test/a/1.png"], r"beside each other lie test/, val/"),
         (["cat/train/0.png", "cat/test/1.png", "dog/train/2.png"], r"cat/test/ has the split below the class"),
