@@ -66,7 +66,10 @@ def test_the_code_of_a_training_is_what_it_imports():
     files = identity.code_of("train").keys()
     assert files >= {"train.py", "training/objective.py", "training/batches.py", "models/layers/window.py"}
     assert files.isdisjoint({"published/diffusers_pipeline.py", "scripts/doctor.py", "training/log.py"})
-    assert files >= {"studies/cascade/cascade.py", "studies/cascade/three_stages.py"}  # registered, by import_module
+    assert files >= {
+        "studies/cascade/cascade_diffusion.py",
+        "studies/cascade/three_stages.py",
+    }  # registered, by import_module
     assert identity.code_of("score").keys() > {*files, "metrics/reference.py", "evaluation/scoring.py"}
     assert "ablation/results.py" not in identity.code_of("score")
 

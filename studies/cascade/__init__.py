@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from diffusion.presets import DIFFUSIONS, gaussian
 
 if TYPE_CHECKING:
-    import studies.cascade.cascade
+    import studies.cascade.cascade_diffusion
 
 COARSE = ("diffusion", "dae", "resnet")
 
@@ -23,7 +23,7 @@ def cascade(
     phases: Annotated[Sequence[int | float], "[0, inf)"] = (35, 35, 30),
     forcing: Annotated[Sequence[Sequence[int | float]], "[0, 1]"] = ((0.9, 0.1), (0.1, 0.0)),
     augmentation: Annotated[Sequence[int | float], "[0, 1]"] = (0.5, 0.1),
-) -> "studies.cascade.cascade.Cascade":
+) -> "studies.cascade.cascade_diffusion.Cascade":
     """small images, upsampled, refined; --model Cascade
 
     A one-step `x_0` divides errors of `epsilon` by alpha: that prediction is for chains that do not end in noise.
@@ -42,7 +42,7 @@ def cascade(
         augmentation: of the refiner 'diffusion': noise of its image in training and at sampling, as shares of times
     """
     from diffusion.schedules import check_name
-    from studies.cascade.cascade import PHASES, Cascade
+    from studies.cascade.cascade_diffusion import PHASES, Cascade
     from studies.cascade.denoising import Denoising
     from studies.cascade.refinement import Refinement, SuperResolution
 

@@ -42,6 +42,7 @@ class CascadeObjective(Objective):
     """The coarse stage, then upsampler and refiner, then all of them (see `Cascade`); validated under full forcing."""
 
     trains_in_parts = True
+    can_align = False
     diffusion: "Cascade"
 
     @property
