@@ -7,6 +7,7 @@ python train.py --resume runs/XSwin
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from experiment.cli import one_line_errors, parse_run
@@ -42,12 +43,13 @@ def train(run: Run[ExperimentConfig]) -> None:
     from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
     from sampling.checks import load_guide_model, resolve_sampling
+    from training.alignment import open_alignment
     from training.batches import Batches
-    from training.guard import Guard, gradient_norm
+    from training.guard import Guard, gradient_norm, share_gradient
     from training.inspection import Inspection, check_best
     from training.log import is_due
     from training.objective import build_auxiliary, objective_of, phase_at
-    from training.optimizer import build_optimizer, learning_rate, num_training_steps, set_learning_rate
+    from training.optimizer import build_optimizers, learning_rate, num_training_steps, set_learning_rate
     from training.preparation import compile_blocks, forecast, share_batch_norms
 
     # Data and model.
@@ -73,14 +75,15 @@ def train(run: Run[ExperimentConfig]) -> None:
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
-    optimizer = build_optimizer(model, config.optim)
+    alignment, features = open_alignment(run, model, images)
+    objective = objective_of(diffusion)(diffusion, auxiliary, alignment)
+    optimizers = build_optimizers(model, objective.heads, config.optim)
     if config.train.compile:
         compile_blocks(model)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
     backbone = accelerator.unwrap_model(model)
     ema.shard_like(backbone)
     num_steps = num_training_steps(config.train, len(cache))
-    objective = objective_of(diffusion)(diffusion, auxiliary)
     batches = Batches(
         cache.to(accelerator.device),
         codec,
@@ -93,13 +96,14 @@ def train(run: Run[ExperimentConfig]) -> None:
         num_ranks=accelerator.num_processes,
         device=accelerator.device,
         draw_more=objective.draw_more,
+        features=features,
     )
 
     # A fresh run, or the newest whole checkpoint of an old one.
     guard = Guard()
     inspection = Inspection(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
     run.begin(
-        TrainingState({"model": backbone}, {"optimizer": optimizer}, ema),
+        TrainingState({"model": backbone, "heads": objective.heads}, optimizers, ema),
         {"model": guard},
         inspection.due,
         num_steps,
@@ -121,20 +125,25 @@ def train(run: Run[ExperimentConfig]) -> None:
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         phase = phase_at(objective.phases, step, num_steps)
         lr = learning_rate(config.optim, phase.step, phase.num_steps, len(cache) / config.train.batch_size)
-        set_learning_rate(optimizer, lr)
+        for optimizer in optimizers.values():
+            set_learning_rate(optimizer, lr)
         for batch in run.meter.timed(batches.micro_batches(step, order=run.rollbacks)):
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = objective(model, batch, phase)
                 accelerator.backward(terms["loss"].mean())
             run.meter.add(terms, diffusion.path.noise_rank(batch.t))
-        norm = gradient_norm(accelerator, model, config.optim.grad_clip)
+        share_gradient(accelerator, objective.heads)
+        parts = (model, objective.heads)
+        norm = math.hypot(*(gradient_norm(accelerator, part, config.optim.grad_clip) for part in parts))
         if guard.passes(norm):
-            optimizer.step()
+            for optimizer in optimizers.values():
+                optimizer.step()
             ema.update(backbone, step)
             run.meter.step(norm, config.optim.grad_clip, config.train.batch_size)
         else:
             run.skip(guard, batches.source_indices(step, run.rollbacks))
-        optimizer.zero_grad()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
         if is_due(step + 1, config.log.every) or step + 1 == phase.end:
             run.write_means(lr=lr, ema_drift=ema.drift(backbone))
 

@@ -105,6 +105,9 @@ class Checkpoint:
         check_identity(self.path, here, self.identity)
 
 
+FLAGS = {"codec": "--autoencoder", "alignment": "--alignment.extractor"}  # of parts; the others are images
+
+
 def check_identity(
     weights: Path, here: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
@@ -120,7 +123,7 @@ def check_identity(
         places = ("source", "autoencoder") if part in trained_with else ()
         for name, value in trained_with.get(part, older.get(part, {})).items():
             if name not in places and values.get(name) != value:
-                flag = "--autoencoder" if part == "codec" else "--data.path"
+                flag = FLAGS.get(part, "--data.path")
                 raise CheckpointError(
                     f"{flag}: {weights} was trained with another {part}, whose {name} was {short(value)}, here "
                     f"{short(values.get(name))}; give the one that it was trained with"

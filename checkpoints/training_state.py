@@ -45,7 +45,8 @@ class TrainingState:
     def modules(self) -> dict[str, dict[str, Tensor]]:
         """By file, the tensors that are copied into when a training goes on."""
         files = {WEIGHTS: self.ema.tensors}
-        files |= {_state_file(name): network.state_dict() for name, network in self.networks.items()}
+        states = {name: network.state_dict() for name, network in self.networks.items()}
+        files |= {_state_file(name): state for name, state in states.items() if state}  # there may be no heads
         if self.ema.profiles:
             averages = [(sigma, average.tensors.items()) for sigma, average in self.ema.profiles.items()]
             files[PROFILES] = {f"{sigma}/{name}": tensor for sigma, tensors in averages for name, tensor in tensors}

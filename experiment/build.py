@@ -1,11 +1,13 @@
 """Configuration to objects: diffusion, images, their latents, and the backbone that fits all of these."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
@@ -18,6 +20,9 @@ from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig
 from experiment.open_section import settings_of
 from machine.accelerator import from_main
 from models import BACKBONES, ModelSpec
+
+if TYPE_CHECKING:
+    from metrics.feature_maps import FeatureMaps
 
 import_module("studies.cascade.three_stages")  # registers its backbone, as a module of a user's would
 
@@ -57,8 +62,10 @@ def open_split(config: DataConfig, split: str):
     return open_dataset(config.path, split=split, **settings)
 
 
-def open_cache(config: DataConfig, codec: Codec, dataset, accelerator: Accelerator, *, flips: bool) -> LatentCache:
-    """The encoded images, from the cache folder or, on first use, encoded into it by all processes."""
+def open_cache(
+    config: DataConfig, codec: Codec | FeatureMaps, dataset, accelerator: Accelerator, *, flips: bool
+) -> LatentCache:
+    """The encoded images, or features of them, from the cache folder or, on first use, made there by all processes."""
     expected = {**codec.identity, **dataset.describe(), "flips": flips}
     folder = Path(config.cache) / cache_name(expected)
     if from_main(accelerator, lambda: not (folder / "manifest.json").exists()):

@@ -89,6 +89,28 @@ class AuxiliaryConfig:
 
 
 @dataclass(frozen=True)
+class AlignmentConfig:
+    """Hidden states of the backbone that learn to resemble a frozen network's features of the clean image: REPA (Yu et
+    al. 2025), or iREPA (Singh et al. 2025). Those are computed once, into a cache beside the latents'; samplers, scores
+    and the averaged weights know nothing of it.
+
+    Args:
+        extractor: the network: timm:NAME, or a .pt2 or TorchScript file (images from 0 to 255 to [n d h w]; a program:
+            run only what you trust); null: no alignment
+        weights_path: of timm:NAME: a file of weights; null: timm's own
+        depth: share of the backbone's blocks after which it looks at the hidden states
+        weight: of the term, 1 minus the mean cosine similarity
+        kind: 'irepa' (a convolution; features normalised over their places) or 'repa' (a perceptron of three layers)
+    """
+
+    extractor: str | None = None
+    weights_path: str | None = None
+    depth: float = within("(0, 1]", 0.4)
+    weight: float = within("(0, inf)", 0.5)
+    kind: Literal["irepa", "repa"] = "irepa"
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, or Muon with AdamW.
 
@@ -305,6 +327,7 @@ class ExperimentConfig(RunConfig):
         data: images and how they are read
         diffusion: the diffusion and its objective
         auxiliary: further terms of the loss, a list such as '[{kind: perceptual, weight: 0.1}]'
+        alignment: representation alignment, a term of the loss that makes training shorter
         optim: optimizer and learning rate
         train: length, batch and numbers of the training
         sampling: how samples are drawn
@@ -322,12 +345,13 @@ class ExperimentConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     auxiliary: list[AuxiliaryConfig] = field(default_factory=list)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(guidance_scale=1.5))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    fixed = ("model", "model_args", "data")
+    fixed = ("model", "model_args", "data", "alignment.depth", "alignment.kind")
 
     @property
     def folder(self) -> Path:
@@ -345,7 +369,9 @@ class ExperimentConfig(RunConfig):
         from experiment.build import diffusion_settings
 
         diffusion = {"kind": self.diffusion.kind, **diffusion_settings(self.diffusion)}
-        return super().identity() | {f"diffusion.{name}": value for name, value in diffusion.items()}
+        values = {f"diffusion.{name}": value for name, value in diffusion.items()}
+        values["alignment.extractor"] = "null" if self.alignment.extractor is None else "set"  # its content is compared
+        return super().identity() | values
 
     def guided_classes(self, num_classes: int) -> int:
         """Of so many classes those that can be guided away from the null label: none where it was never trained."""

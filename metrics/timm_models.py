@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from timm.data import resolve_model_data_config
 from timm.models import is_model, load_state_dict
 from torch import Tensor, nn
@@ -42,6 +42,13 @@ class TimmFeatures(nn.Module):
         if not self.num_classes:
             return (features,)
         return features, self.model.forward_head(hidden).float().log_softmax(dim=1)
+
+    def maps(self, images: Shaped[Tensor, "n 3 h w"]) -> Float[Tensor, "n d h_out w_out"]:
+        """Hidden states of the last layer at their places, of images from 0 to 255, of which nothing is cut off."""
+        pixels = transforms.resize(images.float(), list(self.size), self.interpolation, antialias=True)
+        normalised = (pixels.clamp(0, 255) / 255 - self.mean) / self.std
+        options = {"indices": 1, "norm": True, "output_fmt": "NCHW", "intermediates_only": True}
+        return self.model.forward_intermediates(normalised, **options)[0]
 
     def preprocess(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h_out w_out"]:
         """Scaled, antialiased, normalised, cut to the middle: what the model was trained on."""

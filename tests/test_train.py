@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from processes import ROOT, TINY, log, run, unmeasured, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_alignment import edges
 
 
 def test_training_leaves_what_a_user_looks_for(folder):
@@ -103,6 +104,7 @@ def test_two_processes_and_micro_batches_equal_one(folder, model):
     settings = {**TINY, "model": model, "model_args": EQUAL[model], "name": None}
     settings["train"] = {**TINY["train"], "num_steps": 20}
     settings["log"] = {"every": 1, "validate_every": 0, "trackers": []}
+    settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}
     (folder / f"{model}.yaml").write_text(yaml.safe_dump(settings))
     flags = ("train.py", "--config", f"{model}.yaml", "--name")
     run(*flags, f"{model}-one", cwd=folder)
@@ -124,9 +126,11 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
     fsdp = {key.upper(): str(value) for key, value in launcher["fsdp_config"].items()}
     sharded = {"cwd": folder, "processes": 2, "ACCELERATE_USE_FSDP": "true", **fsdp}
     settings = {**TINY, "model_args": EQUAL["XSwin"], "train": {**TINY["train"], "ema_profiles": [0.1]}}
+    settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}
     settings["log"] = {"every": 1, "validate_every": 2, "sample_every": 3, "checkpoint_every": 2, "trackers": []}
     (folder / "sharded.yaml").write_text(yaml.safe_dump(settings))
-    files = ("ema.safetensors", *(f"state/{name}.safetensors" for name in ("model", "optimizer", "profiles")))
+    state = ("model", "heads", "optimizer", "heads_optimizer", "profiles")
+    files = ("ema.safetensors", *(f"state/{name}.safetensors" for name in state))
 
     def same(name, atol):
         ours = [event for event in log(folder, "whole") if "loss" in event]

@@ -24,11 +24,13 @@ class Batch:
     t: Tensor  # [b]
     noise: Float[Tensor, "b c h w"]
     more: dict[str, Tensor] = field(default_factory=dict)  # what else the objective draws, [b ...]
+    features: Float[Tensor, "b d h_out w_out"] | None = None  # of a frozen network, of the same views of the images
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The training stream over a cache: epochs are permutations, laid end to end. `batch_size` counts all processes."""
+    """The training stream over a cache: epochs are permutations, laid end to end. `batch_size` counts all processes.
+    `features` is a cache of the same images and views."""
 
     cache: LatentCache
     codec: Codec
@@ -41,6 +43,7 @@ class Batches:
     num_ranks: int = 1
     device: torch.device | str = "cpu"
     draw_more: Callable[..., dict[str, Tensor]] | None = None  # the objective's
+    features: LatentCache | None = None
 
     def __post_init__(self) -> None:
         parts = self.num_micro_batches * self.num_ranks
@@ -70,7 +73,8 @@ class Batches:
             stored = self.cache.read(index[part], mirrored[part]).to(device)
             x_0 = self.codec.draw(stored, posterior_noise[part])
             more_part = {name: values[part] for name, values in more.items()}
-            yield Batch(x_0, y[part], t[part], noise[part], more_part)
+            features = None if self.features is None else self.features.read(index[part], mirrored[part]).to(device)
+            yield Batch(x_0, y[part], t[part], noise[part], more_part, features)
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
         """Which images of the source the global batch of a step holds."""

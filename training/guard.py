@@ -75,6 +75,12 @@ class Guard:
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
 
 
+def share_gradient(accelerator: Accelerator, heads: nn.Module) -> None:
+    """The mean over processes, for what is not wrapped as the model is."""
+    for weight in heads.parameters():
+        weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> float:
     """Norm of the whole gradient, which is scaled down to `max_norm` where that is not 0."""
     if max_norm:

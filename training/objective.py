@@ -13,6 +13,7 @@ from diffusion.diffusion import Auxiliary, Diffusion
 from experiment.config import AuxiliaryConfig
 from metrics.perceptual import perceptual_network
 from models.backbone import Backbone
+from training.alignment import Alignment
 from training.batches import Batch
 
 
@@ -40,14 +41,22 @@ def phase_at(lengths: Sequence[int | float], step: int, num_steps: int) -> Phase
 
 
 class Objective:
-    """What a training step minimises, with auxiliary terms. A diffusion names another one, a subclass, as
-    `objective`."""
+    """What a training step minimises, with auxiliary terms and `heads`, which are trained beside the model and no part
+    of it. A diffusion names another one, a subclass, as `objective`."""
 
     phases: Sequence[int | float] = (1.0,)  # relative lengths of the parts of a training
     trains_in_parts = False  # whether some of the model's parameters get no gradient in some phase
+    can_align = True  # whether the diffusion's loss calls the model as a whole
 
-    def __init__(self, diffusion: Diffusion, auxiliary: Sequence[Auxiliary] = ()) -> None:
-        self.diffusion, self.auxiliary = diffusion, auxiliary
+    def __init__(
+        self, diffusion: Diffusion, auxiliary: Sequence[Auxiliary] = (), alignment: Alignment | None = None
+    ) -> None:
+        if alignment is not None and not self.can_align:
+            raise ValueError(
+                "--alignment.extractor: this --diffusion.kind trains its backbone in parts; set it to null"
+            )
+        self.diffusion, self.auxiliary, self.alignment = diffusion, auxiliary, alignment
+        self.heads = nn.ModuleDict({} if alignment is None else {"alignment": alignment})
 
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
@@ -57,10 +66,16 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         """Per sample `loss`, to be minimised, and what it is made of; without a phase, what a validation reports."""
+        alignment = None if phase is None else self.alignment
+        network = model if alignment is None else alignment.watch(model)
         auxiliary = self.auxiliary_terms(phase)
-        return self.diffusion.training_loss(
-            model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary
+        terms = self.diffusion.training_loss(
+            network, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary
         )
+        if alignment is not None:
+            terms["alignment"] = alignment(batch.features)
+            terms["loss"] = terms["loss"] + alignment.weight * terms["alignment"]
+        return terms
 
     def auxiliary_terms(self, phase: Phase | None) -> list[Auxiliary]:
         """All in training; of a validation those that compare from step to step."""

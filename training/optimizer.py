@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from experiment.config import OptimConfig, TrainConfig
 from models.backbone import Backbone
@@ -25,6 +26,15 @@ def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimiz
     for group in optimizer.param_groups:  # files number parameters as without groups
         group["numbers"] = [numbers[parameter] for parameter in group["params"]]
     return optimizer
+
+
+def build_optimizers(model: Backbone, heads: nn.Module, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
+    """By the names that checkpoints have: the backbone's, and AdamW for an objective's heads where there are any."""
+    optimizers = {"optimizer": build_optimizer(model, config)}
+    if weights := list(heads.parameters()):
+        of_adamw: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
+        optimizers["heads_optimizer"] = torch.optim.AdamW(weights, config.lr, **of_adamw)
+    return optimizers
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

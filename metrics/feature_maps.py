@@ -1,0 +1,58 @@
+"""Features of images at their places, of the networks that representation alignment looks up to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from metrics.extractors import PROGRAM, ExtractorError, load_extractor, naming
+
+
+class FeatureMaps:
+    """A frozen network's last features [n d h w] of whole images: `prepare` is what a latent cache is built with.
+
+    `extractor` is `timm:NAME`, with timm's weights or those in a file, or a program (.pt2 or TorchScript) of images
+    from 0 to 255 to [n d h w]. Maps are averaged down to `grid`, and cost 2 bytes a value in the cache. An
+    ExtractorError names the flag and the remedy.
+    """
+
+    def __init__(
+        self, extractor: str, weights_path: str | None, grid: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        self.name, self.grid, kind = extractor, (grid[0], grid[1]), naming(extractor)[0]
+        if kind not in ("timm", PROGRAM):
+            raise ExtractorError(
+                f"--alignment.extractor {extractor}: made for scores, without features at their places; give timm:NAME "
+                "or FILE.pt2 (a program: one that you trust)"
+            )
+        try:
+            network, sha256, _ = load_extractor(extractor, weights_path)
+        except ExtractorError as error:
+            raise ExtractorError(str(error).replace("--", "--alignment.")) from error
+        network = network.to(device)
+        self.maps: Any = network.maps if kind == "timm" else network.module
+        self.device = device
+        self.identity: dict[str, Any] = {"codec": "features", "sha256": sha256, "grid": list(grid)}
+        self.provenance = {**self.identity, "extractor": extractor}
+
+    @torch.inference_mode()
+    def prepare(self, images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n d h w"]:
+        """The maps of these images, on the network's device."""
+        flag = f"--alignment.extractor {self.name}"
+        output = self.maps(images.to(self.device).float())
+        maps = output[0] if isinstance(output, tuple | list) else output
+        if maps.ndim != 4:
+            raise ExtractorError(f"{flag}: it gives {list(maps.shape)}, not features at their places [n d h w]")
+        if any(ours < theirs for ours, theirs in zip(maps.shape[2:], self.grid, strict=True)):
+            raise ExtractorError(
+                f"{flag}: its features of {images.shape[-1]} pixels are {maps.shape[2]}x{maps.shape[3]}, coarser than "
+                f"the backbone's {self.grid[0]}x{self.grid[1]}; take a deeper --alignment.depth or another network"
+            )
+        if not maps.half().isfinite().all():
+            raise ExtractorError(f"{flag}: its features are not finite in half precision; take another network")
+        return F.adaptive_avg_pool2d(maps.float(), self.grid)

@@ -1,0 +1,120 @@
+"""Representation alignment: what a backbone knows of an image halfway through is pulled towards what a frozen network
+sees in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from data.image_set import ImageSet
+from data.latents import LatentCache
+from experiment.build import open_cache
+from experiment.config import AlignmentConfig, ExperimentConfig
+from machine.randomness import seed_for
+from metrics.feature_maps import FeatureMaps
+from models.backbone import Backbone
+from training.run import Run
+
+PROJECTOR_WIDTH = 2048  # of REPA's perceptron (Yu et al. 2025, appendix)
+
+
+class Alignment(nn.Module):
+    """One minus the cosine similarity of projected hidden states and features of the clean image, the mean over places
+    (Yu et al. 2025, eq. 8).
+
+    With `irepa` the projector is a convolution over places, and features are normalised over the places of an image, so
+    that what is alike everywhere in it does not count (Singh et al. 2025). States are taken from the pass that the
+    diffusion's loss needs anyway: the projector is all that a step costs more.
+    """
+
+    def __init__(self, backbone: Backbone, config: AlignmentConfig) -> None:
+        super().__init__()
+        try:
+            block = backbone.repeated_blocks()[backbone.block_at(config.depth)]
+        except ValueError as error:
+            raise ValueError(f"--alignment.depth: {error} in this --model") from error
+        self.weight, self.kind = config.weight, config.kind
+        self.width, self.grid = _state_of(backbone, config.depth)
+        self._as_tokens, self._is_watching, self._state = backbone.as_tokens, False, None
+        self.projector: nn.Module
+        # Before blocks are compiled: hooks that come after it are not called.
+        block.register_forward_hook(self._keep)
+
+    def build_projector(self, num_features: int, seed: int) -> Alignment:
+        """For features of this width; its weights are drawn by this seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.projector = self._new_projector(num_features)
+        return self
+
+    def _new_projector(self, num_features: int) -> nn.Module:
+        if self.kind == "irepa":
+            return nn.Conv2d(self.width, num_features, 3, padding=1)
+        widths = (self.width, PROJECTOR_WIDTH, PROJECTOR_WIDTH, num_features)
+        first, second, third = (nn.Conv2d(*pair, 1) for pair in pairwise(widths))
+        return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+
+    def watch(self, model: nn.Module) -> Callable[..., Tensor]:
+        """The model, which leaves the states of a call here."""
+
+        def watched(*inputs: Any, **extras: Any) -> Tensor:
+            self._is_watching = True
+            try:
+                return model(*inputs, **extras)
+            finally:
+                self._is_watching = False
+
+        return watched
+
+    def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, " b"]:
+        """The term of each sample, of the last call that was watched."""
+        state, self._state = self._state, None
+        assert state is not None
+        height, width = self.grid
+        states = rearrange(self._as_tokens(state), "b (h w) d -> b d h w", h=height, w=width)
+        target = features.float()
+        if self.kind == "irepa":
+            target = (target - target.mean((2, 3), keepdim=True)) / (target.std((2, 3), keepdim=True) + 1e-6)
+        similarity = F.cosine_similarity(self.projector(states).float(), target, dim=1)
+        return 1 - similarity.mean((1, 2))
+
+    def _keep(self, block: nn.Module, inputs: Any, state: Tensor) -> None:
+        if self._is_watching:
+            self._state = state
+
+
+def open_alignment(
+    run: Run[ExperimentConfig], backbone: Backbone, images: ImageSet
+) -> tuple[Alignment, LatentCache] | tuple[None, None]:
+    """The term, and the features of these images, which are computed on first use; nothing where none are asked for. A
+    ValueError names the flag that does not fit."""
+    config, device = run.config.alignment, run.accelerator.device
+    if config.extractor is None:
+        return None, None
+    alignment = Alignment(backbone, config)
+    maps = FeatureMaps(config.extractor, config.weights_path, alignment.grid, device)
+    run.check_identity(**run.identity, alignment=maps.identity)
+    features = open_cache(run.config.data, maps, images, run.accelerator, flips=run.config.data.flip)
+    alignment.build_projector(features.stored.shape[2], seed_for(run.config.train.seed, "alignment"))
+    return alignment.to(device), features
+
+
+@torch.no_grad()
+def _state_of(backbone: Backbone, depth: float) -> tuple[int, tuple[int, int]]:
+    """Width of the hidden states at this depth, and height and width of the grid of their places."""
+    device, was_training = next(backbone.parameters()).device, backbone.training
+    x_t, t = torch.zeros(1, backbone.in_channels, *backbone.input_size, device=device), torch.zeros(1, device=device)
+    with torch.random.fork_rng(devices=[]):
+        (tokens,) = backbone.eval().features(x_t, t, torch.zeros(1, dtype=torch.int64, device=device), [depth])
+    backbone.train(was_training)
+    height, width = backbone.input_size
+    reduction = math.isqrt(height * width // tokens.shape[1])
+    return tokens.shape[2], (height // reduction, width // reduction)
