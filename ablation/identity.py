@@ -15,7 +15,7 @@ import yaml
 from experiment.config import ExperimentConfig
 from experiment.imports import imported_files
 from experiment.settings import flatten
-from machine.whole_files import write_whole
+from machine.whole_files import sha256_of, write_whole
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": "train.py", "score": "evaluate.py", "draw": "sample.py"}
@@ -54,12 +54,22 @@ def of_any_code(keys: dict[str, str], stored: dict[str, str]) -> dict[str, str]:
 
 
 def done_stages(folder: Path) -> dict[str, str]:
-    """Hashes of what a run's folder holds: `train`, `score`, `draw`, and `began` of the training in it."""
+    """Hashes of what a run's folder holds: `train`, `score`, `draw`, `began` of the training in it, and its `scores`
+    by content."""
     return _read_json(folder / "stages.json")
+
+
+def is_scored(folder: Path, key: str) -> bool:
+    """Whether the scores there are those of the stage with this key: `evaluate.py` by hand writes to the same place."""
+    stored, path = done_stages(folder), folder / "scores.json"
+    as_written = "scores" not in stored or (path.is_file() and sha256_of(path) == stored["scores"])
+    return stored.get("score") == key and as_written
 
 
 def mark(folder: Path, **keys: str) -> None:
     """Add to them; and to `code.json`, of a training that begins, the hashes of the files that it is made with."""
+    if "score" in keys and (folder / "scores.json").is_file():
+        keys["scores"] = sha256_of(folder / "scores.json")
     write_whole(folder / "stages.json", json.dumps({**done_stages(folder), **keys}, indent=2) + "\n")
     if keys.get("began", "").endswith(code_hash("train")):
         write_whole(folder / "code.json", json.dumps({"began": code_of("train")}, indent=1) + "\n")

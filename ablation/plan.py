@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ablation.costs import Measured, Speed, resized
-from ablation.identity import changed_settings, changes, done_stages, keys_of, of_any_code
+from ablation.identity import changed_settings, changes, done_stages, is_scored, keys_of, of_any_code
 from ablation.study import AblationConfig, Run, pictured
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import open_checkpoint
@@ -70,7 +70,8 @@ class Planned:
         stored = done_stages(self.run.folder)
         if self.changes or (self.trains and "began" not in stored):
             return set()
-        return {name for name, key in stored.items() if self.keys.get(name) == key}
+        done = {name for name, key in stored.items() if self.keys.get(name) == key}
+        return done if is_scored(self.run.folder, self.keys["score"]) else done - {"score"}
 
     @property
     def all_done(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ablation.identity import done_stages
+from ablation.identity import is_scored
 from evaluation.table import number
 from metrics.scores import digits_of, is_lower_better
 
@@ -143,7 +143,7 @@ def read_results(folder: Path) -> Results:
     missing = []
     for one in plan["runs"]:
         scores = Path(one["folder"]) / "scores.json"
-        if done_stages(Path(one["folder"])).get("score") != one["keys"]["score"] or not scores.is_file():
+        if not is_scored(scores.parent, one["keys"]["score"]) or not scores.is_file():
             missing.append(f"{one['variant']}, seed {one['seed']}")
             continue
         log = (Path(one["trained_in"]) / "log.jsonl").read_text().splitlines()

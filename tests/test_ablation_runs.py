@@ -18,7 +18,7 @@ from processes import ROOT
 
 from ablation import identity, stages
 from ablation.executors import submit
-from ablation.identity import done_stages, mark
+from ablation.identity import done_stages, is_scored, mark
 from ablation.plan import make_plan, refuse_changed
 from ablation.runner import Runner, jobs_of, last_line
 from ablation.study import ClusterConfig, ScoringConfig, merged
@@ -114,6 +114,18 @@ def test_results_of_other_code_count_where_that_is_asked_for():
     (accepted,) = again(any_code=True)
     assert accepted.done == {"train", "score", "draw"}
     assert accepted.state == "done"
+
+
+def test_scores_by_hand_are_not_taken_for_the_studys():
+    """`evaluate.py --samples RUN` writes to the run's `scores.json`, too."""
+    (planned,) = plan_of({"a": {}})
+    folder = planned.run.folder
+    folder.mkdir(parents=True)
+    (folder / "scores.json").write_text('{"num_samples": 50000}')
+    mark(folder, began=planned.keys["train"], **planned.keys)
+    assert planned.state == "done"
+    (folder / "scores.json").write_text('{"num_samples": 10}')
+    assert (planned.done, is_scored(folder, planned.keys["score"])) == ({"train", "draw"}, False)
 
 
 # The runner, with scripts in the place of the three commands.
