@@ -56,7 +56,7 @@ class Checkpoint:
     def mark(self) -> str:
         """For names of what is made from it: nothing of a run's newest checkpoint, else which weights of the run."""
         saved, folder = list_checkpoints(self.run / "checkpoints"), self.path.parent
-        if saved and self.path.name != WEIGHTS:
+        if self.path.name != WEIGHTS:
             return f"-{self.path.stem}"
         is_newest = not saved or folder.resolve() == saved[-1].resolve() or folder.parent.name != "checkpoints"
         return "" if is_newest else f"-{folder.name}"

@@ -387,7 +387,7 @@ def test_the_best_is_the_lowest_or_the_highest_as_the_metric_has_it():
         check_best(LogConfig(best="recall"), score)
 
 
-def test_what_is_made_of_older_or_other_weights_bears_their_name(saved):
+def test_what_is_made_of_older_or_other_weights_bears_their_name(saved, tmp_path):
     """Scores and samples of a snapshot's average took the place of the run's own, and were published as its."""
     folder, _ = saved
     runs = folder.parent.parent
@@ -402,3 +402,5 @@ def test_what_is_made_of_older_or_other_weights_bears_their_name(saved):
     assert found == ["", "-00000098", "-00000098", "-ema-0.08"]
     (run / "checkpoints" / "best").symlink_to("00000099")
     assert open_checkpoint(run / "checkpoints" / "best").mark == open_checkpoint(folder).mark == ""
+    shutil.copy(folder / "ema.safetensors", tmp_path / "0.1.safetensors")  # beside others, outside of any run
+    assert open_checkpoint(tmp_path / "0.1.safetensors").mark == "-0.1"
