@@ -213,9 +213,29 @@ def main(config: EvaluateConfig) -> None:
         distances = class_distances(replace(features, labels=labels), reference.features)
         extra["per_class"] = {held_out.classes[label]: asdict(score) for label, score in distances.items()}
 
-    # The files: a record with all that it takes to derive it again, pictures of what was scored.
+    # In words, as a file that cannot be written would else take hours of scoring along.
     if not accelerator.is_main_process:
         return None
+    swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
+    columns = [*dict.fromkeys([*record.SWEPT, *swept])] if num_drawn > 1 else []
+    on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
+    print(f"{rows[0].trials[0].num_samples} samples against {reference.features.num} images, on {on}")
+    print(f"reference: {reference.provenance.get('split', 'a file')}, {reference.provenance['source']}")
+    print(record.table(rows, columns))
+    print(*record.notes(rows, extractor), sep="\n")
+    if nearest is not None:
+        print(
+            f"A sample lies closer to the training images than a held-out image does {nearest.closer:.1%} of the time; "
+            f"of copies of training images planted in their place, {nearest.copies:.1%} ({nearest.found:.1%} found "
+            f"their own original)" + ("." if nearest.copies > 0.9 else ": here the figure tells nothing.")
+        )
+    if "bits_per_dimension" in extra:
+        likelihood = "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images"
+        print(likelihood.format(**extra["bits_per_dimension"]))
+    if extractor.kind != "inception":
+        print(f"Distances on {on} compare runs with each other; they are not FID.")
+
+    # The files: a record with all that it takes to derive it again, pictures of what was scored.
     samples = Path(str(config.samples)).resolve()
     usual = checkpoint.run / f"scores{checkpoint.mark}.json" if checkpoint and owner == config.samples else None
     name = samples.name if samples.is_dir() else samples.stem
@@ -234,28 +254,9 @@ def main(config: EvaluateConfig) -> None:
         images = sources.from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
         write_adm(Path(config.write_reference), reference.features, images, extractor)
         written.append(Path(config.write_reference))
-
-    swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
-    columns = [*dict.fromkeys([*record.SWEPT, *swept])] if num_drawn > 1 else []
     if config.latex:
         written.append(output.with_suffix(".tex"))
         write_whole(written[-1], record.table(rows, columns, form=lambda cells: latex(cells[:1], cells[1:])))
-    on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
-    print(f"{rows[0].trials[0].num_samples} samples against {reference.features.num} images, on {on}")
-    print(f"reference: {reference.provenance.get('split', 'a file')}, {reference.provenance['source']}")
-    print(record.table(rows, columns))
-    print(*record.notes(rows, extractor), sep="\n")
-    if nearest is not None:
-        print(
-            f"A sample lies closer to the training images than a held-out image does {nearest.closer:.1%} of the time; "
-            f"of copies of training images planted in their place, {nearest.copies:.1%} ({nearest.found:.1%} found "
-            f"their own original)" + ("." if nearest.copies > 0.9 else ": here the figure tells nothing.")
-        )
-    if "bits_per_dimension" in extra:
-        likelihood = "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images"
-        print(likelihood.format(**extra["bits_per_dimension"]))
-    if extractor.kind != "inception":
-        print(f"Distances on {on} compare runs with each other; they are not FID.")
     print("written: " + ", ".join(map(str, written)))
     return None
 

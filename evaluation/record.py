@@ -1,7 +1,8 @@
 """What evaluation leaves to read and to paste: a JSON record, a Markdown table, figures."""
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -45,8 +46,16 @@ def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dic
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Strict JSON, whole or not at all."""
-    write_whole(path, json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    """Strict JSON, whole or not at all. That has no infinite numbers, as settings without a limit are: text."""
+    write_whole(path, json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _strict(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(one) for one in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def table(

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import shutil
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,13 +22,13 @@ from autoencoders.codec import create_codec
 from checkpoints.checkpoint import metadata_of, open_checkpoint
 from data.shapes import ShapesDataset
 from data.subsets import by_name
-from evaluation.record import notes
+from evaluation.record import notes, write_json
 from evaluation.scoring import Scorer, summarise
 from evaluation.sources import Source, from_dataset, like, read_samples, reconstructions
 from experiment import imports
 from experiment.build import data_of
 from experiment.cli import parse
-from experiment.config import DataConfig, EvaluationConfig, LogConfig
+from experiment.config import DataConfig, EvaluationConfig, LogConfig, SamplingConfig
 from metrics.features import Extractor, Features
 from metrics.fidelity import compare
 from metrics.programs import save_program
@@ -150,6 +151,19 @@ def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thum
     assert "\nreference: test of 12 from 60, shapes\n" in said
     assert "± of frechet_distance[thumbnail], halves: half the difference of two random halves" in said
     assert (tmp_path / "scores.tex").read_text().splitlines()[4].startswith(kind + " & ")
+
+
+def test_scores_are_not_lost_for_a_setting_or_a_file(tmp_path, monkeypatch, drawn, thumbnail, capsys):
+    """`--clip .inf` had no place in strict JSON; what was scored is said before any file is written."""
+    no_limit = asdict(SamplingConfig(clip=math.inf, guidance_interval=[0.2, math.inf]))
+    write_json({"samples": no_limit}, tmp_path / "scores.json")
+    samples = json.loads((tmp_path / "scores.json").read_text())["samples"]
+    assert (samples["clip"], samples["guidance_interval"], samples["num_steps"]) == ("inf", [0.2, "inf"], 150)
+    monkeypatch.chdir(tmp_path)
+    data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard")
+    with pytest.raises(OSError, match=r"scores\.json"):
+        evaluate("--samples", drawn / "drawn.npz", "--extractor", thumbnail, "--output", "scores.json/x.json", *data)
+    assert "12 samples against 12 images, on thumbnail" in capsys.readouterr().out
 
 
 def test_scores_of_folders_that_differ_behind_a_dot_lie_beside_each_other(tmp_path, monkeypatch, drawn, thumbnail):
