@@ -22,7 +22,7 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
         run: a run's folder, trained with --train.ema_profiles
         sigma_rel: length of the average: its standard deviation over the length of training; 0.02 to 0.25
         step: the end of training to average up to; by default the last snapshot
-        output: file to write; by default runs/NAME/ema-SIGMA.safetensors
+        output: file to write; by default runs/NAME/ema-SIGMA.safetensors, with --step ema-SIGMA-STEP.safetensors
     """
     from tqdm import tqdm
 
@@ -59,7 +59,7 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
                 total[name] = total.get(name, 0.0) + part
             else:
                 total[name] = tensor
-    path = output or run / f"ema-{sigma_rel:g}.safetensors"
+    path = output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
     with whole(path) as partial:
         save_tensors(rounded, partial, {**metadata, "step": str(last)})

@@ -149,6 +149,8 @@ def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkey
         patched.setattr(Path, "replace", disk_full)
         with pytest.raises(OSError, match="No space"):
             reconstruct(tmp_path, 0.08)
+    reconstruct(tmp_path, 0.08, step=1)
+    assert open_checkpoint(tmp_path / "ema-0.08-1.safetensors").step == 1
     assert (tmp_path / "ema-0.08.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
 
