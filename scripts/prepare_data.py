@@ -80,7 +80,9 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
     from machine.whole_files import sha256_of, write_whole
 
     beside = output.with_suffix(".json")
-    if beside == output or (beside.exists() and b'"sha256"' not in beside.read_bytes()):
+    if output.suffix.lower() != ".zip" or output.is_dir():  # `pets` and `pets.v2` have one manifest with `pets.zip`
+        raise ValueError(f"--output {output}: give FILE.zip")
+    if beside.exists() and b'"sha256"' not in beside.read_bytes():
         raise ValueError(f"--output {output}: its manifest would replace {beside}, which is none; give another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()

@@ -73,12 +73,20 @@ def test_no_zip_lies_beside_the_manifest_of_another(script, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["pets.zip"]
 
 
-@pytest.mark.parametrize("name", ["pets.zip", "pets.json"])
-def test_a_manifest_replaces_nothing_but_a_manifest(script, tmp_path, name):
+def test_a_manifest_replaces_nothing_but_a_manifest(script, tmp_path):
     (tmp_path / "pets.json").write_text('{"annotations": []}')
     with pytest.raises(ValueError, match=r"its manifest would replace .*pets.json, which is none; give another name"):
-        script.write_zip(items(), tmp_path / name, 16, source="pets")
+        script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
     assert [path.read_text() for path in tmp_path.iterdir()] == ['{"annotations": []}']
+
+
+@pytest.mark.parametrize("name", ["pets", "pets.v2", "pets.json"])
+def test_a_manifest_is_of_one_zip(script, tmp_path, name):
+    script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
+    before = (tmp_path / "pets.json").read_bytes()
+    with pytest.raises(ValueError, match=f"--output .*{name}: give FILE.zip"):
+        script.write_zip(items(), tmp_path / name, 8, source="others")
+    assert (tmp_path / "pets.json").read_bytes() == before
 
 
 def test_errors_of_fetching_and_of_writing_are_told_apart(script, tmp_path, monkeypatch):
