@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py training                                  (all four backbones, images a second)
 python scripts/benchmark.py training --compare ../XSwinDiffusion      (beside the published implementation)
+python scripts/benchmark.py training --models [DiT] --variants '[{}, {qk_norm: true}, {mlp: swiglu}]'
 python scripts/benchmark.py sampling --models [XSwin,DiT]
 python scripts/benchmark.py epoch --compare ../XSwinDiffusion         (from images: theirs encodes at each step)
 python scripts/benchmark.py scaling --plot scaling.png                (time and memory against the side of the latent)
@@ -43,6 +44,7 @@ def training(
     rounds: int = 5,
     compare: Path | None = None,
     model_args: dict[str, Any] | None = None,
+    variants: list[dict[str, Any]] = [{}],  # noqa: B006  (read only)
     output: Path | None = None,
 ) -> None:
     """Images a second of an optimizer step (forward, hybrid loss, backward, fused AdamW, average) on random latents.
@@ -57,6 +59,7 @@ def training(
         compare: checkout of the published implementation: its step as shipped (float32), and, where ours computes in
             it, in bf16 with a fused optimizer
         model_args: constructor arguments of the backbones that differ from their rows in the table
+        variants: further ones, a row of each backbone for each; `time` is a step's over that of the first
         output: JSON file
     """
     from metrics.cost import cost
@@ -65,19 +68,22 @@ def training(
     peak = matrix_peak(precision)
     x_0, y = latents(batch_size, latent_size)
     programs: list[Program] = []
-    for name in models:
-        model = backbone(name, latent_size, **(model_args or {}))
+    for name, variant in itertools.product(models, variants):
+        model = backbone(name, latent_size, **(model_args or {}), **variant)
         of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=NUM_CLASSES)
         row = head(name, precision + " compiled" * compile)
+        row |= {"arguments": ", ".join(f"{argument} {value}" for argument, value in variant.items())} if variant else {}
         row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
         programs.append((row, our_step(model, precision, lambda: (x_0, y), compile)))
         for theirs in dict.fromkeys(("fp32", precision)) if published else ():
             step = published.step(name, NUM_CLASSES, the_device(), theirs, lambda: (x_0, y))
             programs.append((head(name, theirs, "published"), step))
     rows = in_turns(programs, rounds, batch_size)
+    first: dict[str, float] = {}
     for row in rows:
         if "gflops" in row:  # backward costs about twice the forward
             row["MFU"] = round(3 * row["gflops"] * 1e9 * row["img/s"] / peak, 3)
+            row["time"] = round(first.setdefault(row["model"], row["img/s"]) / row["img/s"], 3)
     what = f"optimizer step, batch {batch_size}, latents {latent_size}x{latent_size}"
     note = f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {the_device()} matrices of side 2048."
     report(what, rows, output, note=note)
