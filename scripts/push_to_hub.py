@@ -39,12 +39,12 @@ class PushConfig:
 
 def main(config: PushConfig) -> None:
     """Write the model card and push all files as one commit."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
 
     from checkpoints.checkpoint import WEIGHTS, open_checkpoint, read_tensors
     from checkpoints.hub import HubError, reason
-    from sharing.model_card import card_files, model_card, write_published
+    from sharing.model_card import SHOWN, card_files, model_card, write_published
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
         raise ValueError(f"--repo {config.repo}: give owner/name")
@@ -62,12 +62,13 @@ def main(config: PushConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_published(files, Path(folder))
         additions = [CommitOperationAdd(name, Path(folder, name)) for name in files]
+        additions.append(CommitOperationAdd("README.md", card.encode()))
         try:
             api = HfApi()
             api.create_repo(config.repo, private=config.private, exist_ok=True)
-            commit = api.create_commit(
-                config.repo, [*additions, CommitOperationAdd("README.md", card.encode())], commit_message=message
-            )
+            of_before = {*SHOWN} & {*api.list_repo_files(config.repo)} - {*files}  # scores of other weights
+            deletions = [CommitOperationDelete(name) for name in sorted(of_before)]
+            commit = api.create_commit(config.repo, [*additions, *deletions], commit_message=message)
         except (HTTPError, OSError, RuntimeError) as error:
             raise HubError(
                 f"--repo {config.repo}: the hub did not take it ({reason(error)}); log in with `hf auth login` or "

@@ -16,14 +16,14 @@ TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
 PLACES = {"path", "cache", "resume", "init_from", "guidance_checkpoint", "weights_path", "checkpoint"}  # of settings
 NAMES = {"classes", "exclude_classes"}  # which no slash makes a place
 PICTURES = {"samples.png": "Samples", "loss.png": "Loss", "progress.png": "The same noise in the course of training"}
+SHOWN = ("config.yaml", "scores.json", "imported.json", *PICTURES)  # beside the weights, where there are such
 
 
 def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
     """What goes with the weights, by the name it has on the hub: no scores or samples of other weights."""
     run, mark = checkpoint.run, checkpoint.mark
     marked = {"scores.json": f"scores{mark}.json", "samples.png": f"samples{mark}.png"}
-    names = ["config.yaml", "scores.json", "imported.json", *PICTURES]
-    files = {name: run / marked.get(name, name) for name in names if (run / marked.get(name, name)).is_file()}
+    files = {name: run / marked.get(name, name) for name in SHOWN if (run / marked.get(name, name)).is_file()}
     for name in marked.keys() & files.keys():
         if not _is_of(checkpoint, files[name]):
             del files[name]

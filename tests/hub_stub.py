@@ -56,6 +56,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.calls.append(f"{self.command} {self.path}")
+        if listed := re.match(r"/api/models/([\w.-]+/[\w.-]+)/tree/main", self.path):
+            files = self.server.repos[listed[1]].items()
+            return self.answer(body=[{"type": "file", "oid": "0", "size": len(b), "path": n} for n, b in files])
         match = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", self.path)
         files = self.server.repos.get(match[1]) if match else None
         if files is None:
@@ -101,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
             elif line["key"] == "lfsFile":
                 files[value["path"]] = server.objects[value["oid"]]
         return self.answer(200, {"commitOid": COMMIT, "commitUrl": f"{server.address}/{repo}/commit/{COMMIT}"})

@@ -95,6 +95,13 @@ def test_upload_holds_weights_card_and_what_the_card_shows(pushed, hub, folder):
         assert said in card
 
 
+def test_scores_of_weights_pushed_before_go_with_them(pushed, hub, folder, monkeypatch):
+    monkeypatch.setitem(hub.repos, "me/again", {**hub.repos[REPO], "notes.txt": b"the user's"})
+    PUSH.main(PUSH.PushConfig(checkpoint=str(folder / "runs" / "tiny"), repo="me/again"))
+    assert hub.repos[REPO].keys() ^ hub.repos["me/again"].keys() == {"scores.json", "notes.txt"}
+    assert b"Not scored yet." in hub.repos["me/again"]["README.md"]
+
+
 def test_no_token_is_printed_or_stored(pushed, hub, tmp_path_factory):
     assert f"Bearer {TOKEN}" in hub.tokens
     assert REPO in pushed
