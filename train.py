@@ -7,7 +7,6 @@ python train.py --resume runs/XSwin
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from experiment.cli import one_line_errors, parse_run
@@ -45,11 +44,11 @@ def train(run: Run[ExperimentConfig]) -> None:
     from sampling.checks import load_guide_model, resolve_sampling
     from training.alignment import open_alignment
     from training.batches import Batches
-    from training.guard import Guard, gradient_norm, share_gradient
+    from training.guard import Guard, gradient_norm
     from training.inspection import Inspection, check_best
     from training.log import is_due
     from training.objective import build_auxiliary, objective_of, phase_at
-    from training.optimizer import build_optimizers, learning_rate, num_training_steps, set_learning_rate
+    from training.optimizer import build_optimizers, learning_rate, num_training_steps
     from training.preparation import compile_blocks, forecast, share_batch_norms
 
     # Data and model.
@@ -125,25 +124,20 @@ def train(run: Run[ExperimentConfig]) -> None:
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         phase = phase_at(objective.phases, step, num_steps)
         lr = learning_rate(config.optim, phase.step, phase.num_steps, len(cache) / config.train.batch_size)
-        for optimizer in optimizers.values():
-            set_learning_rate(optimizer, lr)
+        optimizers.set_learning_rate(lr)
         for batch in run.meter.timed(batches.micro_batches(step, order=run.rollbacks)):
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = objective(model, batch, phase)
                 accelerator.backward(terms["loss"].mean())
             run.meter.add(terms, diffusion.path.noise_rank(batch.t))
-        share_gradient(accelerator, objective.heads)
-        parts = (model, objective.heads)
-        norm = math.hypot(*(gradient_norm(accelerator, part, config.optim.grad_clip) for part in parts))
+        norm = gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads)
         if guard.passes(norm):
-            for optimizer in optimizers.values():
-                optimizer.step()
+            optimizers.step()
             ema.update(backbone, step)
             run.meter.step(norm, config.optim.grad_clip, config.train.batch_size)
         else:
             run.skip(guard, batches.source_indices(step, run.rollbacks))
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
+        optimizers.zero_grad()
         if is_due(step + 1, config.log.every) or step + 1 == phase.end:
             run.write_means(lr=lr, ema_drift=ema.drift(backbone))
 

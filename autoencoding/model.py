@@ -15,6 +15,7 @@ from autoencoders.codec import LatentCodec
 from autoencoding.autoencoder_config import ArchitectureConfig, AutoencoderOptimConfig, AutoencodingConfig
 from machine.whole_files import whole
 from training.muon import Muon
+from training.optimizer import Optimizers
 
 
 class Coded(NamedTuple):
@@ -59,17 +60,18 @@ class Autoencoding(nn.Module):
         return Coded(self.autoencoder.decode(z).sample, posterior.mean, posterior.logvar)
 
 
-def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) -> dict[str, torch.optim.Optimizer]:
+def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) -> Optimizers:
     """By name: AdamW, or Muon on all matrices but the first and last layers', whose rows are colours."""
     autoencoder = model.autoencoder
     ends = {autoencoder.encoder.conv_in.weight, autoencoder.decoder.conv_out.weight}
-    rest, optimizers = [parameter for parameter in model.parameters() if parameter.requires_grad], {}
+    rest, optimizers = [parameter for parameter in model.parameters() if parameter.requires_grad], Optimizers()
     if config.muon_lr is not None:
         matrices = [parameter for parameter in rest if parameter.ndim > 1 and parameter not in ends]
         rest = [parameter for parameter in rest if parameter.ndim <= 1 or parameter in ends]
         optimizers["muon"] = Muon(matrices, lr=config.muon_lr, weight_decay=0.0)
     of_adamw: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
-    return {**optimizers, "adamw": torch.optim.AdamW(rest, config.lr, **of_adamw)}
+    optimizers["adamw"] = torch.optim.AdamW(rest, config.lr, **of_adamw)
+    return optimizers
 
 
 def encoding_parts(autoencoder: Any) -> list[nn.Module]:

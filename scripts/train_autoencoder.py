@@ -109,11 +109,9 @@ def train(run: Run[AutoencodingConfig]) -> None:
         terms = objective.backward(accelerator, coded, images, model, critic if step >= start else None)
         norm = gradient_norm(accelerator, model, config.optim.grad_clip)
         if passed := guard.passes(norm):
-            for optimizer in optimizers.values():
-                optimizer.step()
+            optimizers.step()
             ema.update(model, step)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
+        optimizers.zero_grad()
 
         # The discriminator: images from their reconstructions.
         if step >= start:

@@ -11,12 +11,16 @@ from torchvision.models import VGG16_Weights, VGG19_Weights, vgg19
 from torchvision.models.vgg import cfgs, make_layers
 
 from autoencoders.codec import LatentCodec, PixelCodec
-from experiment.config import AuxiliaryConfig
+from diffusion.diffusion import Auxiliary
+from diffusion.presets import DIFFUSIONS
+from experiment.config import AuxiliaryConfig, OptimConfig
 from metrics.perceptual import LPIPSFeatures, VGG19Features, perceptual_network
 from metrics.programs import save_program
 from models import create_model
 from models.backbone import complete
-from training.objective import AUXILIARY, build_auxiliary
+from training.batches import Batch
+from training.objective import AUXILIARY, Objective, Phase, build_auxiliary
+from training.optimizer import build_optimizers
 
 CPU = torch.device("cpu")
 UNET = {"channels": [8, 8, 16], "down": ["R", "A"], "middle_channels": [16], "middle": ["R"], "up": ["A", "R"]}
@@ -58,6 +62,24 @@ def test_gradients_reach_the_model_and_only_the_model(kind, network, unet):
     if kind == "perceptual":
         assert not any(parameter.requires_grad for parameter in term.term.network.parameters())
     assert term.term(x_0, x_0, y).tolist() == [0, 0]
+
+
+def test_a_term_that_is_a_module_is_trained_beside_the_model(unet):
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, predicted, x_0, y):
+            return (self.weight[:, None, None] * (predicted - x_0)).square().flatten(1).mean(1)
+
+    objective = Objective(DIFFUSIONS["flow"](), [Auxiliary("probe", 0.1, Probe())])
+    optimizers = build_optimizers(unet, objective.heads, OptimConfig())
+    batch = Batch(randn(2, 3, 16, 16), torch.tensor([0, 1]), torch.tensor([0.2, 0.9]), randn(2, 3, 16, 16, seed=1))
+    objective(unet, batch, Phase(0, 0, 1, 1))["loss"].sum().backward()
+    optimizers.step()
+    assert [*objective.heads.state_dict()] == ["probe.weight"]
+    assert (objective.heads.state_dict()["probe.weight"] < 1).all()
 
 
 def test_features_of_the_encoder_are_those_of_a_whole_pass(unet):

@@ -10,7 +10,7 @@ from checkpoints.training_state import load_optimizer, optimizer_tensors
 from experiment.config import OptimConfig
 from models.backbone import complete
 from training.muon import Muon, orthogonalise, split_for_muon
-from training.optimizer import build_optimizer, set_learning_rate
+from training.optimizer import Optimizers, build_optimizer
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
@@ -62,7 +62,7 @@ def test_the_rest_is_that_of_adamw_and_each_has_its_rate():
     matrix, ours, theirs = nn.Parameter(torch.ones(4, 6)), *(nn.Parameter(torch.ones(5)) for _ in range(2))
     optimizer = Muon([matrix], [ours], lr=0.1, lr_scale=5.0, weight_decay=0.1)
     adamw = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1)
-    set_learning_rate(optimizer, 0.02)
+    Optimizers(optimizer=optimizer).set_learning_rate(0.02)
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.1), 0.02]
     for _ in range(3):
         matrix.grad, ours.grad = torch.ones(4, 6), torch.randn(5, generator=draw)

@@ -75,14 +75,13 @@ class Guard:
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
 
 
-def share_gradient(accelerator: Accelerator, heads: nn.Module) -> None:
-    """The mean over processes, for what is not wrapped as the model is."""
-    for weight in heads.parameters():
-        weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> float:
-    """Norm of the whole gradient, which is scaled down to `max_norm` where that is not 0."""
+def gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float, heads: nn.Module | None = None) -> float:
+    """Norm of the whole gradient; the model's, and that of `heads`, which is averaged over processes first, are scaled
+    down to `max_norm` where that is not 0."""
+    if heads is not None:
+        for weight in heads.parameters():
+            weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
+        return math.hypot(*(gradient_norm(accelerator, part, max_norm) for part in (model, heads)))
     if max_norm:
         norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     else:

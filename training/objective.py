@@ -41,8 +41,10 @@ def phase_at(lengths: Sequence[int | float], step: int, num_steps: int) -> Phase
 
 
 class Objective:
-    """What a training step minimises, with auxiliary terms and `heads`, which are trained beside the model and no part
-    of it. A diffusion names another one, a subclass, as `objective`."""
+    """What a training step minimises, with auxiliary terms. A diffusion names another one, a subclass, as `objective`.
+
+    Its `heads` are trained and saved beside the model, and no part of it: terms that are modules themselves.
+    """
 
     phases: Sequence[int | float] = (1.0,)  # relative lengths of the parts of a training
     trains_in_parts = False  # whether some of the model's parameters get no gradient in some phase
@@ -56,7 +58,8 @@ class Objective:
                 "--alignment.extractor: this --diffusion.kind trains its backbone in parts; set it to null"
             )
         self.diffusion, self.auxiliary, self.alignment = diffusion, auxiliary, alignment
-        self.heads = nn.ModuleDict({} if alignment is None else {"alignment": alignment})
+        heads = {term.name: term.term for term in auxiliary if isinstance(term.term, nn.Module)}
+        self.heads = nn.ModuleDict(heads if alignment is None else {**heads, "alignment": alignment})
 
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"

@@ -28,19 +28,30 @@ def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimiz
     return optimizer
 
 
-def build_optimizers(model: Backbone, heads: nn.Module, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
-    """By the names that checkpoints have: the backbone's, and AdamW for an objective's heads where there are any."""
-    optimizers = {"optimizer": build_optimizer(model, config)}
+class Optimizers(dict[str, torch.optim.Optimizer]):
+    """Several, by the names that checkpoints have, which act together."""
+
+    def set_learning_rate(self, lr: float) -> None:
+        """The rate of the next step, of each group by its share."""
+        for group in [group for optimizer in self.values() for group in optimizer.param_groups]:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def step(self) -> None:
+        for optimizer in self.values():
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.values():
+            optimizer.zero_grad()
+
+
+def build_optimizers(model: Backbone, heads: nn.Module, config: OptimConfig) -> Optimizers:
+    """The backbone's, and AdamW for an objective's heads where there are any."""
+    optimizers = Optimizers(optimizer=build_optimizer(model, config))
     if weights := list(heads.parameters()):
         of_adamw: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
         optimizers["heads_optimizer"] = torch.optim.AdamW(weights, config.lr, **of_adamw)
     return optimizers
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of the next step, of each group by its share."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: float = 1.0) -> float:
