@@ -41,22 +41,18 @@ class Backbone(nn.Module):
         """The modules of these classes."""
         return [module for module in self.modules() if isinstance(module, self.block_types())]
 
-    def block_at(self, depth: float) -> int:
-        """The number, from 0, of the block after which this share of them has run, in (0, 1]. Raises ValueError."""
-        num_blocks = len(self.repeated_blocks())
-        if not num_blocks or not 0 < depth <= 1:
-            raise ValueError(f"features at depth {depth}: give a share in (0, 1]; there are {num_blocks} blocks")
-        return max(1, math.ceil(depth * num_blocks - 1e-6)) - 1
-
     def features(self, x_t: Images, t: Times, y: Labels, depths: Sequence[float]) -> list[Tokens]:
         """Hidden states after these shares of the blocks, in (0, 1], which representation alignment (Yu et al. 2025,
         REPA) and feature matching compare. No further block is run."""
-        numbers = [self.block_at(depth) for depth in depths]
+        num_blocks = len(self.repeated_blocks())
+        if not num_blocks or not all(0 < depth <= 1 for depth in depths):
+            raise ValueError(f"features at depths {list(depths)}: give shares in (0, 1]; there are {num_blocks} blocks")
+        numbers = [max(1, math.ceil(depth * num_blocks - 1e-6)) for depth in depths]
         states: list[Tensor] = []
 
         def keep(block: nn.Module, inputs: Any, state: Tensor) -> None:
             states.append(state)
-            if len(states) == max(numbers) + 1:
+            if len(states) == max(numbers):
                 raise _Reached
 
         handles = [block.register_forward_hook(keep) for block in self.repeated_blocks()]
@@ -67,7 +63,7 @@ class Backbone(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return [self.as_tokens(states[number]) for number in numbers]
+        return [self.as_tokens(states[number - 1]) for number in numbers]
 
     def as_tokens(self, state: Float[Tensor, "b ..."]) -> Tokens:
         """What a block puts out, as the sequence of its positions: sequences as they are, of images their pixels."""

@@ -1,6 +1,7 @@
 """Representation alignment: its term by hand, whose states it sees, its features, and trainings that have it."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import timm
@@ -58,16 +59,17 @@ def test_term_is_one_minus_the_cosine_over_places(kind):
     torch.testing.assert_close(alignment(features), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("depth", [0.4, 0.9])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Cascade"])
-def test_states_are_those_of_features_for_every_backbone(name):
+def test_states_are_those_of_features_for_every_backbone(name, depth):
     """As `features` gives them, of the pass that the loss needs; and the loss is the plain one and this term."""
-    model = small(name).eval()
-    ours, features = objective(model, IREPA)
+    model = wake(small(name)).eval()
+    ours, features = objective(model, replace(IREPA, depth=depth))
     aligned = ours(model, batch(features), PHASE)
     plain = Objective(ours.diffusion)(model, batch(), PHASE)
     torch.testing.assert_close(aligned["loss"], plain["loss"] + 0.5 * aligned["alignment"])
     x_t = ours.diffusion.q_sample(batch().x_0, batch().t, batch().noise)
-    (tokens,) = model.features(*ours.diffusion.path.told(x_t, batch().t), batch().y, [0.4])
+    (tokens,) = model.features(*ours.diffusion.path.told(x_t, batch().t), batch().y, [depth])
     ours.alignment._state = tokens
     ours.alignment._as_tokens = lambda state: state
     torch.testing.assert_close(ours.alignment(features), aligned["alignment"])
@@ -207,8 +209,10 @@ def test_networks_that_cannot_be_had_are_refused_in_words(extractor, weights_pat
 
 
 def test_backbones_that_cannot_be_aligned_are_refused_in_words():
+    plain = complete(Plain)(**SIZES)
+    vars(plain).update(SIZES)  # as `create_model` does
     with pytest.raises(ValueError, match=r"--alignment.depth: .*there are 0 blocks in this --model"):
-        Alignment(complete(Plain)(**SIZES), IREPA)
+        Alignment(plain, IREPA)
     with pytest.raises(ValueError, match=r"--alignment.extractor: this --diffusion.kind trains its backbone in parts"):
         CascadeObjective(DIFFUSIONS["flow"](), alignment=Alignment(small("DiT-S/2"), IREPA))
 

@@ -38,11 +38,10 @@ class Alignment(nn.Module):
     def __init__(self, backbone: Backbone, config: AlignmentConfig) -> None:
         super().__init__()
         try:
-            block = backbone.repeated_blocks()[backbone.block_at(config.depth)]
+            block, self.width, self.grid = _block_at(backbone, config.depth)
         except ValueError as error:
             raise ValueError(f"--alignment.depth: {error} in this --model") from error
         self.weight, self.kind = config.weight, config.kind
-        self.width, self.grid = _state_of(backbone, config.depth)
         self._as_tokens, self._is_watching, self._state = backbone.as_tokens, False, None
         self.projector: nn.Module
         # Before blocks are compiled: hooks that come after it are not called.
@@ -108,13 +107,17 @@ def open_alignment(
 
 
 @torch.no_grad()
-def _state_of(backbone: Backbone, depth: float) -> tuple[int, tuple[int, int]]:
-    """Width of the hidden states at this depth, and height and width of the grid of their places."""
+def _block_at(backbone: Backbone, depth: float) -> tuple[nn.Module, int, tuple[int, int]]:
+    """The block that has run last at this depth, the width of its states, and height and width of their grid."""
+    ran: list[nn.Module] = []
+    handles = [block.register_forward_hook(lambda block, *_: ran.append(block)) for block in backbone.repeated_blocks()]
     device, was_training = next(backbone.parameters()).device, backbone.training
     x_t, t = torch.zeros(1, backbone.in_channels, *backbone.input_size, device=device), torch.zeros(1, device=device)
     with torch.random.fork_rng(devices=[]):
         (tokens,) = backbone.eval().features(x_t, t, torch.zeros(1, dtype=torch.int64, device=device), [depth])
     backbone.train(was_training)
+    for handle in handles:
+        handle.remove()
     height, width = backbone.input_size
     reduction = math.isqrt(height * width // tokens.shape[1])
-    return tokens.shape[2], (height // reduction, width // reduction)
+    return ran[-1], tokens.shape[2], (height // reduction, width // reduction)
