@@ -1,10 +1,12 @@
 """Pictures and the log of a training, which never stop it."""
 
 import json
+import time
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sampling.image_files import save_grid
 from training.log import Log, draw_curve, draw_progress
@@ -33,9 +35,22 @@ def test_pictures_that_cannot_be_drawn_are_spoken_of(tmp_path, capsys):
 
 
 def test_a_broken_line_of_the_log_is_named_and_left_out(tmp_path, capsys):
-    log = Log(tmp_path, Accelerator(cpu=True), {})
-    log.path.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n[4]\n{"step": 9}\n')
-    log.truncate(5)
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n[4]\n{"step": 9}\n')
+    log = Log(tmp_path, Accelerator(cpu=True), {}, step=5)
     assert log.path.read_text() == '{"step": 1}\n{"step": 3}\n'
     told = capsys.readouterr().out.splitlines()
     assert [line.partition(" is broken")[0] for line in told] == [f"warning: {log.path}: line {n}" for n in (2, 4)]
+
+
+def test_steps_that_are_taken_again_replace_those_before_in_tensorboard(tmp_path):
+    for gone_on_from, steps, loss in ((0, (1, 2, 3, 4), 2.0), (2, (3, 5), 1.0)):
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+        log = Log(tmp_path, accelerator, {}, gone_on_from)
+        for step in steps:
+            log.write(step, loss=loss)
+        accelerator.end_training()
+        if not gone_on_from:
+            time.sleep(1.1)  # files of events are read in the order of their names, which count seconds
+    board = EventAccumulator(str(tmp_path / "tracking")).Reload()
+    assert [(scalar.step, scalar.value) for scalar in board.Scalars("loss")] == [(1, 2), (2, 2), (3, 1), (5, 1)]

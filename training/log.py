@@ -18,19 +18,22 @@ def is_due(step: int, every: int) -> bool:
 
 
 class Log:
-    """One line of JSON an event, written by the main process and mirrored to TensorBoard or W&B (or a ValueError)."""
+    """One line of JSON an event, written by the main process and mirrored to TensorBoard or W&B (or a ValueError). What
+    was written after `step`, from which a run goes on, is dropped."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, config: dict) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, config: dict, step: int = 0) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
         wandb = WandBTracker("latent-diffusion-backbones", name=folder.name)  # a project, of which this is a run
         accelerator.log_with = [wandb if str(tracker) == "wandb" else tracker for tracker in accelerator.log_with]
         plain = (int, float, str, bool)
         settings = {flag: value if isinstance(value, plain) else str(value) for flag, value in flatten(config).items()}
         try:
-            accelerator.init_trackers("tracking", config=settings)
+            own = {"tensorboard": {"purge_step": step + 1}}
+            accelerator.init_trackers("tracking", config=settings, init_kwargs=own)
         except Exception as error:  # each service has its own kinds
             remedy = "wandb login, set WANDB_MODE=offline, or leave it out"
             raise ValueError(f"--log.trackers {config['log']['trackers']}: {error}; {remedy}") from error
+        self._truncate(step)
 
     def write(self, step: int, **values: int | float | list[int]) -> None:
         """Add an event at an optimizer step; lists are for the file alone."""
@@ -51,8 +54,8 @@ class Log:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pixels}, step=step, **layout)
 
-    def truncate(self, step: int) -> None:
-        """Drop events after `step`: a resumed run writes them again. A broken line is named, and left out."""
+    def _truncate(self, step: int) -> None:
+        """A broken line is named, and left out."""
         if not self.accelerator.is_main_process:
             return
         written, kept = self.path.read_text(errors="replace").splitlines() if self.path.exists() else [], []
