@@ -6,20 +6,24 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from checkpoints.checkpoint import find_weights, read_metadata
 from experiment.config import ExperimentConfig
 from experiment.imports import imported_files
 from experiment.settings import flatten
+from machine.checkpoint_folder import CheckpointError
 from machine.whole_files import sha256_of, write_whole
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": "train.py", "score": "evaluate.py", "draw": "sample.py"}
 ELSEWHERE = ("ablation/", "autoencoding/")  # what evaluate.py does besides, and this package
+NAMING = {"extractor", "weights_path", "network", "heads", "guidance_checkpoint", "init_from"}  # files or checkpoints
 ONLOOKERS = (  # of a training: they change no weight
     "experiment/cli.py",
     "evaluation/",
@@ -29,7 +33,7 @@ ONLOOKERS = (  # of a training: they change no weight
 
 def keys_of(config: ExperimentConfig, scoring: object, pictures: object) -> dict[str, str]:
     """A key for each stage, `configuration-code`: runs that differ in how they sample or score share the training's."""
-    differences = _differences(_of_results(config.to_dict()), _of_results(ExperimentConfig().to_dict()))
+    differences = _differences(_with_contents(_of_results(config.to_dict())), _of_results(ExperimentConfig().to_dict()))
     sampled = {name: differences.pop(name, {}) for name in ("sampling", "evaluation")}
     settings = {
         "train": differences,
@@ -111,6 +115,26 @@ def _differences(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any
         if value != known and value != {}:
             differences[name] = value
     return differences
+
+
+def _with_contents(values: Any) -> Any:
+    """With the hashes of the files and weights that settings name: others may lie there tomorrow."""
+    if isinstance(values, list):
+        return [_with_contents(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    named = {name: _content(value) for name, value in values.items() if name in NAMING and isinstance(value, str)}
+    contents = {f"{name} by content": content for name, content in named.items() if content}
+    return {name: _with_contents(value) for name, value in values.items()} | contents
+
+
+def _content(path: str) -> str | None:
+    """Of a file, or of the averaged weights of a checkpoint; of what has none here, such as a name, nothing."""
+    if Path(path).is_file():
+        return sha256_of(Path(path))
+    with suppress(CheckpointError, OSError):
+        return read_metadata(find_weights(path)).get("weights_sha256")
+    return None
 
 
 def _of_results(values: dict[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def metadata_of(
 
 def warm_start(model: nn.Module, path: str) -> str:
     """Copy the averaged weights that have a namesake of the same shape; says in words what was not taken."""
-    weights = read_tensors(_find_weights(path))
+    weights = read_tensors(find_weights(path))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     fitting = {name: tensor for name, tensor in weights.items() if shapes.get(name) == tensor.shape}
     if not fitting:
@@ -160,7 +160,7 @@ def warm_start(model: nn.Module, path: str) -> str:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """From a run's folder (its newest), a checkpoint's folder, the weights file, or hf://owner/name; a CheckpointError
     says why there is none."""
-    weights = _find_weights(path)
+    weights = find_weights(path)
     metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()
     if missing:
@@ -243,7 +243,7 @@ def current_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _find_weights(path: str | Path) -> Path:
+def find_weights(path: str | Path) -> Path:
     path = local(path, WEIGHTS)
     if path.is_file():
         return path

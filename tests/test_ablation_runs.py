@@ -50,6 +50,34 @@ def test_a_key_is_of_what_matters():
     assert all(trained[stage] != a[stage] for stage in a)
 
 
+def test_a_key_is_of_what_lies_where_settings_say():
+    """A guide that was trained again, another network of the same name."""
+    config = parse_mapping(
+        ExperimentConfig,
+        {
+            "auxiliary": [{"kind": "perceptual", "weight": 0.1, "network": "net.pt"}],
+            "evaluation": {"extractor": "judge.pt"},
+            "sampling": {"guidance_checkpoint": "guide"},
+        },
+    )
+
+    def changed(write, content):
+        before = identity.keys_of(config, {}, {})
+        write(content)
+        return {stage for stage, key in identity.keys_of(config, {}, {}).items() if key != before[stage]}
+
+    def train_guide(value):
+        Path("guide").mkdir(exist_ok=True)
+        weights = {"weight": torch.tensor([value])}
+        save_tensors(weights, Path("guide") / WEIGHTS, metadata_of(ExperimentConfig(), 1))
+
+    for value in (0.0, 1.0):
+        assert changed(train_guide, value) == {"score", "draw"}
+        assert changed(train_guide, value) == set()
+        assert changed(Path("judge.pt").write_text, f"{value}") == {"score"}
+        assert changed(Path("net.pt").write_text, f"{value}") == {"train", "score", "draw"}
+
+
 def test_code_counts_by_its_syntax(tmp_path):
     def of(text):
         (tmp_path / "train.py").write_text(text)
