@@ -5,10 +5,12 @@ outside every run, in `$XDG_STATE_HOME/latent-diffusion-backbones/imports`: of a
 its content. What a checkpoint or a run's own configuration names is loaded only where that word was given before.
 """
 
+import ast
 import hashlib
 import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
 import types
 from collections.abc import Mapping, Sequence
@@ -70,18 +72,43 @@ def contents_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def imported_files() -> dict[str, Path]:
-    """The Python files of what was loaded: of a package all of them, each by a name without its place on the disk."""
+    """The Python files of what was loaded: of a package all of them, of a file those of the user's that it imports too;
+    each by a name without its place on the disk."""
     return {place: file for name in _loaded.values() for place, file in _files_of(name).items()}
 
 
 def _files_of(name: str) -> dict[str, Path]:
     if name.endswith(".py"):
-        return {Path(name).name: Path(name).expanduser()}
+        file = Path(name).expanduser()
+        return {file.name: file, **_imported_by(file)}
     spec = importlib.util.find_spec(name.partition(".")[0])
     if spec and spec.origin and not spec.submodule_search_locations:
         return {Path(spec.origin).name: Path(spec.origin)}
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     return {f"{folder.name}/{file.relative_to(folder)}": file for folder in folders for file in folder.rglob("*.py")}
+
+
+def _imported_by(file: Path) -> dict[str, Path]:
+    """Of the user's own: neither installed, nor Python's or this repository's."""
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    rooms = {path.parent.name for path in Path(__file__).parents[1].glob("*/__init__.py")}
+    files: dict[str, Path] = {}
+    waiting = [file]
+    while waiting:
+        nodes: list[ast.AST] = []
+        with suppress(SyntaxError):  # which loading it tells
+            nodes = list(ast.walk(ast.parse(waiting.pop().read_bytes())))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+        for name in {name.partition(".")[0] for name in names} - {"", *sys.builtin_module_names, *rooms}:
+            spec = importlib.util.find_spec(name) if name != "__main__" else None
+            places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+            place = next((Path(place).resolve() for place in places if place and Path(place).exists()), None)
+            if place and not any(place.is_relative_to(folder) for folder in installed):
+                new = {name: path for name, path in _files_of(name).items() if name not in files}
+                files |= new
+                waiting += new.values()
+    return files
 
 
 def _content_of(name: str) -> str:

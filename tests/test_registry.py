@@ -262,6 +262,23 @@ def test_a_checkpoint_does_not_run_by_what_has_become_of_its_code(tmp_path, monk
         way()
 
 
+def test_what_a_file_of_imports_imports_itself_counts_as_its_code(tmp_path, monkeypatch):
+    """But for what is installed, Python's own, and this repository's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("import json\n\nimport users_first\n")
+    (tmp_path / "users_first.py").write_text("import torch\n\nimport models\nfrom users_second import x\n")
+    (tmp_path / "users_second.py").write_text("x = 1\n")
+    load_imports(["mine.py"])
+    contents = imports.contents_of(["mine.py"])
+    assert {"mine.py", "users_first.py", "users_second.py"} <= imports.imported_files().keys()
+    assert not any(name.startswith(("json", "torch", "models")) for name in imports.imported_files())
+    monkeypatch.setattr(imports, "_given", set())  # another program, later
+    load_imports(["mine.py"], stored_in="theirs", contents=contents)
+    (tmp_path / "users_second.py").write_text("x = 2\n")
+    with pytest.raises(ValueError, match=r"--imports mine.py: theirs was made with other code of that name"):
+        load_imports(["mine.py"], stored_in="theirs", contents=contents)
+
+
 def test_configurations_of_before_say_null_for_the_settings_of_other_kinds():
     nulls = dict.fromkeys([each.name for each in fields(DiffusionConfig)])
     old = ExperimentConfig().to_dict() | {"diffusion": {**nulls, "kind": "flow", "shift": 3.0}}
