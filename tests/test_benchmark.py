@@ -1,9 +1,11 @@
 """scripts/benchmark.py as a user runs it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run, script
 
 
@@ -27,3 +29,11 @@ def test_a_folder_that_is_no_checkout_is_told_before_anything_is_measured(monkey
     for measure in (benchmark.training, benchmark.sampling, benchmark.epoch):
         with pytest.raises(FileNotFoundError, match="--compare nowhere: no models/ package there"):
             measure(compare=Path("nowhere"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux forgets the most memory that was held")
+def test_memory_of_each_program_is_its_own():
+    benchmark = script("scripts/benchmark.py")
+    programs = [({"GB": gb}, partial(torch.ones, int(gb * 2.5e8))) for gb in (0.4, 0.2)]
+    used = [row["step GB"] for row in benchmark.in_turns(programs, rounds=1, num_images=1)]
+    assert used == pytest.approx([0.4, 0.2], abs=0.05)
