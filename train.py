@@ -69,12 +69,12 @@ def train(run: Run[ExperimentConfig]) -> None:
         print(forecast(model, spec, diffusion, accelerator, len(images)))
     if config.init_from and run.checkpoint is None:
         accelerator.print(warm_start(model, config.init_from))
+    ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
+    alignment, features = open_alignment(run, model, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
-    ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
-    alignment, features = open_alignment(run, model, images)
     objective = objective_of(diffusion)(diffusion, auxiliary, alignment)
     optimizers = build_optimizers(model, objective.heads, config.optim)
     if config.train.compile:
