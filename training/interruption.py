@@ -57,6 +57,10 @@ class Interruption:
         if stops:
             raise SystemExit(EXIT_CODE) from None
 
+    def begin(self) -> None:
+        """Several processes stop together from here on: one that left alone would take the others' step with it."""
+        self.leaves = self.accelerator.num_processes == 1
+
     def reason(self, step: int, num_steps: int) -> str | None:
         """Why to stop now, the same on every process; None to go on. Call it after each step."""
         self.leaves = False

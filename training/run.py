@@ -97,6 +97,7 @@ class Run(Generic[R]):
         if self.is_main:
             write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         self.accelerator.wait_for_everyone()
+        self.interruption.begin()
         self.log = Log(self.folder, self.accelerator, self.config.to_dict(), self.step)
 
     @property
