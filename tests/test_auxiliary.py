@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from exact import randn
 from processes import TINY, log, run
 from test_backbones import SIZES, Plain
@@ -19,6 +20,7 @@ from metrics.programs import save_program
 from models import create_model
 from models.backbone import complete
 from training.batches import Batch
+from training.guard import gradient_norm
 from training.objective import AUXILIARY, Objective, Phase, build_auxiliary
 from training.optimizer import build_optimizers
 
@@ -69,6 +71,7 @@ def test_a_term_that_is_a_module_is_trained_beside_the_model(unet):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3))
+            self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
         def forward(self, predicted, x_0, y):
             return (self.weight[:, None, None] * (predicted - x_0)).square().flatten(1).mean(1)
@@ -77,9 +80,11 @@ def test_a_term_that_is_a_module_is_trained_beside_the_model(unet):
     optimizers = build_optimizers(unet, objective.heads, OptimConfig())
     batch = Batch(randn(2, 3, 16, 16), torch.tensor([0, 1]), torch.tensor([0.2, 0.9]), randn(2, 3, 16, 16, seed=1))
     objective(unet, batch, Phase(0, 0, 1, 1))["loss"].sum().backward()
+    assert gradient_norm(Accelerator(cpu=True), unet, 1.0, objective.heads) > 0
     optimizers.step()
-    assert [*objective.heads.state_dict()] == ["probe.weight"]
-    assert (objective.heads.state_dict()["probe.weight"] < 1).all()
+    state = objective.heads.state_dict()
+    assert (state["probe.weight"] < 1).all()
+    assert state["probe.frozen"].tolist() == [1, 1, 1]
 
 
 def test_features_of_the_encoder_are_those_of_a_whole_pass(unet):

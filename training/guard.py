@@ -79,7 +79,7 @@ def gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float, h
     """Norm of the whole gradient; the model's, and that of `heads`, which is averaged over processes first, are scaled
     down to `max_norm` where that is not 0."""
     if heads is not None:
-        for weight in heads.parameters():
+        for weight in [weight for weight in heads.parameters() if weight.grad is not None]:
             weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
         return math.hypot(*(gradient_norm(accelerator, part, max_norm) for part in (model, heads)))
     if max_norm:

@@ -48,7 +48,7 @@ class Optimizers(dict[str, torch.optim.Optimizer]):
 def build_optimizers(model: Backbone, heads: nn.Module, config: OptimConfig) -> Optimizers:
     """The backbone's, and AdamW for an objective's heads where there are any."""
     optimizers = Optimizers(optimizer=build_optimizer(model, config))
-    if weights := list(heads.parameters()):
+    if weights := [weight for weight in heads.parameters() if weight.requires_grad]:
         of_adamw: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
         optimizers["heads_optimizer"] = torch.optim.AdamW(weights, config.lr, **of_adamw)
     return optimizers
