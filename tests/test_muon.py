@@ -22,6 +22,16 @@ def test_directions_are_learned_alike(shape):
     assert torch.nn.functional.cosine_similarity(found.flatten(), (u @ v).flatten(), dim=0) > 0.97
 
 
+@pytest.mark.parametrize("rank", [2, 12])
+@pytest.mark.parametrize("shape", [(12, 24), (48, 12)])
+def test_a_long_matrix_takes_the_same_steps_by_its_gram_matrix(shape, rank):
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape[0], rank, generator=draw) @ torch.randn(rank, shape[1], generator=draw)
+    matrix = matrix + 1e-3 * torch.randn(shape, generator=draw)
+    in_double = orthogonalise(matrix.double(), torch.float64)  # which takes them on the matrix itself
+    torch.testing.assert_close(orthogonalise(matrix).double(), in_double, rtol=0, atol=1e-3)
+
+
 def test_steps_are_those_of_torch(monkeypatch):
     monkeypatch.setattr("training.muon.has_bf16", lambda device: (True, ""))
     draw = torch.Generator().manual_seed(0)

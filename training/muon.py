@@ -15,7 +15,7 @@ from machine.precision import has_bf16
 from machine.sharding import part_like, whole
 from models.backbone import Backbone
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at 0, so that five steps do
+STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at 0, so that five steps do
 
 
 class Muon(torch.optim.AdamW):
@@ -72,14 +72,33 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalise(matrix: Float[Tensor, "m n"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "m n"]:
     """U V^T of a matrix U S V^T, near enough: five Newton-Schulz steps leave singular values between 0.7 and 1.2."""
-    a, b, c = COEFFICIENTS
     is_wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix.to(dtype) if is_wide else matrix.to(dtype).T
     x = x / x.norm().clamp(min=1e-7)  # singular values up to 1
-    for _ in range(5):
+    x = _by_gram(x) if 2 * x.shape[0] <= x.shape[1] and dtype == torch.float32 else _newton_schulz(x)
+    return (x if is_wide else x.T).to(matrix.dtype)
+
+
+def _newton_schulz(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if is_wide else x.T).to(matrix.dtype)
+    return x
+
+
+def _by_gram(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """The same steps on the smaller Gram matrix: `X_k = Q_k X`, where all `Q_k` are polynomials of `X X^T`, which
+    commute. 1.3 to 1.8 times as fast for n = 3m and 4m; it squares the condition, for which bf16 is too short."""
+    a, b, c = COEFFICIENTS
+    gram, q, polynomial = x @ x.T, torch.eye(len(x), device=x.device), None
+    for _ in range(STEPS):
+        if polynomial is not None:
+            gram = polynomial @ gram @ polynomial
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        q = polynomial @ q
+    return q @ x
 
 
 def split_for_muon(model: Backbone) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
