@@ -8,7 +8,6 @@ demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
 app: .venv/installed
-	test -d runs/quickstart/checkpoints || $(BIN)/python scripts/demo.py
 	$(BIN)/python scripts/app.py
 
 test: .venv/installed

@@ -257,7 +257,7 @@ CODECS: dict[str, Callable[[], Codec]] = {"pixel": PixelCodec}  # by name; any o
 
 
 def create_codec(autoencoder: str) -> Codec:
-    """The codec by name: one of `CODECS`, `embedded`, a folder in diffusers' format, or a hub id."""
+    """The codec by name: one of `CODECS`, an embedded one, a folder in diffusers' format, or a hub id."""
     return CODECS[autoencoder]() if autoencoder in CODECS else LatentCodec(autoencoder)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-EMBEDDED = Path(__file__).parent.parent / "assets" / "autoencoder"
-_ALTERNATIVES = "give --autoencoder a folder in diffusers' format, or 'embedded' for the one in assets/"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+EMBEDDED = {"embedded": ASSETS / "autoencoder", "embedded-f8c16": ASSETS / "autoencoder-f8c16"}
+_ALTERNATIVES = f"give --autoencoder a folder in diffusers' format, or one of assets/: {', '.join(EMBEDDED)}"
 
 
 class AutoencoderError(ValueError):
@@ -20,8 +21,8 @@ class AutoencoderError(ValueError):
 
 
 def load_autoencoder(source: str, classes: Collection[str]) -> Any:
-    """By name, in float32: `embedded`, a folder in diffusers' format, or a hub id; of one of these `classes`."""
-    folder = EMBEDDED if source == "embedded" else Path(source)
+    """By name, in float32: one of `EMBEDDED`, a folder in diffusers' format, or a hub id; of one of these `classes`."""
+    folder = EMBEDDED.get(source, Path(source))
     if folder.is_dir():
         return _load(source, classes, folder / "config.json", folder)
     from huggingface_hub import hf_hub_download

@@ -63,7 +63,7 @@ def _whole(row: Row) -> dict[str, Score]:
 
 def outside(row: Row, codec: LatentCodec) -> str | None:
     """That the images come back worse than nine tenths of those that the autoencoder was made for, where it is so."""
-    folder, psnr = EMBEDDED if codec.source == "embedded" else Path(codec.source), row.scores["psnr"].value
+    folder, psnr = EMBEDDED.get(codec.source, Path(codec.source)), row.scores["psnr"].value
     try:
         low = float(json.loads((folder / "metrics.json").read_text())[TENTH])
     except (OSError, ValueError, TypeError, LookupError):  # of the hub, or of other authors: nobody measured it

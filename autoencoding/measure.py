@@ -234,9 +234,9 @@ def open_codec(name: str, image_size: int) -> LatentCodec:
 
 
 def default_output(codecs: Sequence[LatentCodec]) -> Path:
-    """In the folder of the autoencoder, if it is one and not the embedded one, else in the working folder."""
+    """In the folder of the autoencoder, if it is one and not an embedded one, else in the working folder."""
     folder = Path(codecs[0].source)
-    is_users = len(codecs) == 1 and folder.is_dir() and folder.resolve() != EMBEDDED.resolve()
+    is_users = len(codecs) == 1 and folder.is_dir() and folder.resolve() not in EMBEDDED.values()
     return (folder if is_users else Path()) / "autoencoder.json"
 
 

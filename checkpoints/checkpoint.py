@@ -32,6 +32,8 @@ from machine.sharding import part_like
 from models import ModelSpec
 
 WEIGHTS = "ema.safetensors"
+EMBEDDED = "embedded"  # the name of what every clone has in this folder
+_EMBEDDED_IN = Path(__file__).resolve().parent.parent / "assets" / "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class Checkpoint:
 
     @property
     def run(self) -> Path:
-        """The run's folder, or the weights' own where they lie outside one."""
+        """The run's folder, or the weights' own where they lie outside one; of the embedded ones a place in runs/."""
         folder = self.path.parent
+        if folder == _EMBEDDED_IN:
+            return Path("runs", "embedded-checkpoint")
         return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
     @property
@@ -158,8 +162,8 @@ def warm_start(model: nn.Module, path: str) -> str:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """From a run's folder (its newest), a checkpoint's folder, the weights file, or hf://owner/name; a CheckpointError
-    says why there is none."""
+    """From a run's folder (its newest), a checkpoint's folder, the weights file, hf://owner/name, or by the name
+    `embedded`; a CheckpointError says why there is none."""
     weights = find_weights(path)
     metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()
@@ -244,7 +248,7 @@ def current_commit() -> str:
 
 
 def find_weights(path: str | Path) -> Path:
-    path = local(path, WEIGHTS)
+    path = _EMBEDDED_IN if str(path) == EMBEDDED else local(path, WEIGHTS)
     if path.is_file():
         return path
     if (path / WEIGHTS).is_file():
@@ -254,5 +258,5 @@ def find_weights(path: str | Path) -> Path:
         return checkpoints[-1] / WEIGHTS
     reason = "holds no checkpoint" if path.exists() else "does not exist"
     raise CheckpointError(
-        f"--checkpoint {path} {reason}; give a run's folder, a checkpoint, {WEIGHTS} or hf://owner/name"
+        f"--checkpoint {path} {reason}; give a run's folder, a checkpoint, {WEIGHTS}, hf://owner/name or {EMBEDDED}"
     )

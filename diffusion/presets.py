@@ -32,7 +32,7 @@ def gaussian(
         prediction: what the backbone predicts: 'epsilon', 'x_0' or 'v'
         variance: of the reverse step: 'learned_range' (hybrid loss; twice the channels), 'fixed_small' or 'fixed_large'
         weighting: of the squared error: 'uniform', 'min_snr', 'p2' or 'vlb'
-        times: at which the backbone is trained: 'uniform' or 'logit_normal'
+        times: at which the backbone is trained: 'uniform', 'logit_normal' or 'cosmap'
         zero_terminal_snr: rescale the schedule to end in pure noise (Lin et al. 2023)
         model_times: what the backbone is told at both ends, where that is not 0 and T-1, such as [1, 1000]
         loss: what the squared error is counted in, by a prediction's name; null: what is predicted
@@ -88,7 +88,7 @@ def flow(
 
     Args:
         path: 'linear' or 'trigonometric'
-        times: at which the backbone is trained: 'uniform' or 'logit_normal'
+        times: at which the backbone is trained: 'uniform', 'logit_normal' or 'cosmap'
         shift: of training and sampling times alike towards the noise, for larger images; 1 shifts nothing
         model_times: what the backbone is told at the data's end and at the noise's, such as [1, 0]
         prediction: what the backbone predicts: 'velocity', 'epsilon', 'x_0' or 'v'

@@ -91,8 +91,8 @@ def weights() -> Iterator[Finding]:
 
     hub = hub_answers()
     yield Finding(f"the Hugging Face hub{'' if hub else ' does not answer'}", "" if hub else "use local files")
-    remedy = "" if EMBEDDED.is_dir() else "assets/ is not whole: clone the repository again"
-    yield Finding("the embedded autoencoder (--autoencoder embedded)", remedy)
+    remedy = "" if all(map(Path.is_dir, EMBEDDED.values())) else "assets/ is not whole: clone the repository again"
+    yield Finding(f"the embedded autoencoders (--autoencoder {', '.join(EMBEDDED)})", remedy)
     paper = f"{PAPER_AUTOENCODER}, of the paper's configurations"
     cached = isinstance(try_to_load_from_cache(PAPER_AUTOENCODER, "config.json"), str)
     if hub and not cached:

@@ -28,6 +28,7 @@ class PushConfig:
         license: of the weights, by the hub's names: 'mit', 'apache-2.0', 'cc-by-nc-4.0', 'other', ...
         private: make a new repository private
         dry_run: write what would be uploaded to this folder, and upload nothing
+        half: round the weights to float16, half the size; they are sampled from in float32 all the same
     """
 
     checkpoint: str
@@ -35,6 +36,7 @@ class PushConfig:
     license: str = "other"
     private: bool = False
     dry_run: Path | None = None
+    half: bool = False
 
 
 def main(config: PushConfig) -> None:
@@ -54,13 +56,13 @@ def main(config: PushConfig) -> None:
     card = model_card(checkpoint, config.repo, config.license, files)
     files = {WEIGHTS: checkpoint.path, **files}
     if config.dry_run:
-        write_published(files, config.dry_run)
+        write_published(files, config.dry_run, half=config.half)
         (config.dry_run / "README.md").write_text(card)
         return print(f"would upload {', '.join([*files, 'README.md'])}: {config.dry_run}")
 
     message = f"{checkpoint.spec.name}, step {checkpoint.step}"
     with tempfile.TemporaryDirectory() as folder:
-        write_published(files, Path(folder))
+        write_published(files, Path(folder), half=config.half)
         additions = [CommitOperationAdd(name, Path(folder, name)) for name in files]
         additions.append(CommitOperationAdd("README.md", card.encode()))
         try:

@@ -44,8 +44,9 @@ def _is_of(checkpoint: Checkpoint, path: Path) -> bool:
     return path.stat().st_mtime >= checkpoint.path.stat().st_mtime
 
 
-def write_published(files: dict[str, Path], folder: Path) -> None:
-    """The files as they leave this machine: paths are cut to the names at their end, wherever a file keeps them."""
+def write_published(files: dict[str, Path], folder: Path, *, half: bool = False) -> None:
+    """The files as they leave this machine: paths are cut to the names at their end, wherever a file keeps them, and
+    weights are rounded to float16 where `half` asks for it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in files.items():
         if path.suffix in (".json", ".yaml"):
@@ -53,8 +54,11 @@ def write_published(files: dict[str, Path], folder: Path) -> None:
             is_json = path.suffix == ".json"
             text = json.dumps(values, indent=2) + "\n" if is_json else yaml.safe_dump(values, sort_keys=False)
             (folder / name).write_text(text)
-        elif name == WEIGHTS and (metadata := read_metadata(path)) != (public := _without_paths_within(metadata)):
-            save_tensors(read_tensors(path), folder / name, public)
+        elif name == WEIGHTS and (half or read_metadata(path) != _without_paths_within(read_metadata(path))):
+            weights = read_tensors(path)
+            if half:
+                weights = {name: one.half() if one.is_floating_point() else one for name, one in weights.items()}
+            save_tensors(weights, folder / name, _without_paths_within(read_metadata(path)))
         else:
             shutil.copy(path, folder / name)
 

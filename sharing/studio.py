@@ -13,7 +13,7 @@ import yaml
 from jaxtyping import UInt8
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint, open_checkpoint
+from checkpoints.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from experiment.build import open_split
 from machine.accelerator import open_accelerator
 from metrics.manifold import nearest
@@ -174,14 +174,10 @@ def spelled(label: int, classes: list[str]) -> str:
 
 
 def find_runs(folder: Path) -> list[str]:
-    """Runs with a checkpoint in a folder, the newest first. Raises ValueError when there are none."""
+    """Runs with a checkpoint in a folder, the newest first, and the embedded one."""
     runs = [path.parent for path in folder.glob("*/checkpoints") if any(path.glob("[0-9]*/ema.safetensors"))]
     runs += [path.parent for path in folder.glob("*/ema.safetensors")]
-    if not runs:
-        raise ValueError(
-            f"--runs {folder}: no run with a checkpoint in it; `make demo` trains one, or give --checkpoints"
-        )
-    return [run.as_posix() for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)]
+    return [*(run.as_posix() for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)), EMBEDDED]
 
 
 class _Stopped(Exception):

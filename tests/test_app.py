@@ -226,10 +226,9 @@ def test_eight_visitors_at_once_get_their_pictures_in_turn(address, tmp_path):
         assert len(set(pool.map(visit, range(8)))) == 8
 
 
-def test_without_runs_it_says_what_to_do(tmp_path, folder):
-    with pytest.raises(ValueError, match="no run with a checkpoint in it; `make demo` trains one"):
-        find_runs(tmp_path)
-    assert (folder / "runs" / "tiny").as_posix() in find_runs(folder / "runs")
+def test_the_embedded_checkpoint_is_offered_beside_ones_own(tmp_path, folder):
+    assert find_runs(tmp_path) == ["embedded"]
+    assert {(folder / "runs" / "tiny").as_posix(), "embedded"} <= {*find_runs(folder / "runs")}
     with pytest.raises(ValueError, match="does not exist"):
         Studio([str(tmp_path / "none")])
 

@@ -249,5 +249,5 @@ def test_mistakes_name_the_flag(mistake):
 def test_records_go_to_the_autoencoders_own_folder_but_for_the_embedded_one(tmp_path):
     mine = create_codec(write("taesd", tmp_path / "mine"))
     assert default_output([mine]) == tmp_path / "mine" / "autoencoder.json"
-    for others in ([mine, mine], [create_codec("embedded")], [create_codec(str(EMBEDDED))]):
+    for others in ([mine, mine], [create_codec("embedded")], [create_codec(str(EMBEDDED["embedded"]))]):
         assert str(default_output(others)) == "autoencoder.json"

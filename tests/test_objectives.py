@@ -210,6 +210,13 @@ def test_logit_normal_times_prefer_the_middle():
         assert share.quantile(0.8413).item() == pytest.approx(torch.tensor(1.0).sigmoid().item(), abs=0.01)
 
 
+def test_cosmap_times_have_the_ratios_of_a_cosine_schedule():
+    t = FlowMatching(times="cosmap").sample_timesteps(20_000, generator())
+    for share in (0.1, 0.5, 0.8):
+        ratio = torch.tan(torch.tensor(0.5 * torch.pi * share))  # sigma / alpha of the cosine schedule at this time
+        assert t.quantile(share).item() == pytest.approx((ratio / (1 + ratio)).item(), abs=0.01)
+
+
 def test_a_shift_moves_training_and_sampling_times_alike():
     plain, shifted = FlowMatching(), FlowMatching(shift=3.0)
     for ours, theirs in [
