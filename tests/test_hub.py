@@ -180,6 +180,15 @@ def test_a_dry_run_uploads_nothing(folder, tmp_path, hub, here):
         PUSH.main(PUSH.PushConfig(checkpoint=run_folder, repo="tiny"))
 
 
+def test_weights_in_half_precision_are_half_the_size_and_sampled_from_as_before(folder, tmp_path):
+    run_folder = str(folder / "runs" / "tiny")
+    PUSH.main(PUSH.PushConfig(checkpoint=run_folder, repo=REPO, half=True, dry_run=tmp_path))
+    whole, half = open_checkpoint(run_folder), open_checkpoint(tmp_path)
+    assert half.path.stat().st_size < 0.6 * whole.path.stat().st_size
+    ours, theirs = half.load_model().state_dict(), whole.load_model().state_dict()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)  # in float32
+
+
 def test_nothing_that_is_published_names_a_folder_of_this_machine(folder, tmp_path):
     run, home = tmp_path / "run", "/home/anna/secret"
     (run / "samples").mkdir(parents=True)
