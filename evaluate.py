@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from checkpoints.hub import is_name
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig, EvaluationConfig, SamplingConfig
 from settings import set_values, unset, within
@@ -33,7 +34,7 @@ class EvaluateConfig(EvaluationFlags):
     """Score samples against real images. What a run's configuration says (`evaluation`, `sampling`) is the default.
 
     Args:
-        samples: a run or checkpoint (or hf://owner/name) to draw from, a folder or zip of images, or an npz
+        samples: a run or checkpoint (or its name) to draw from, a folder or zip of images, or an npz
         checkpoint: whose held-out images and autoencoder the samples are held against; by default samples itself
         reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images
         write_reference: write the held-out images and their moments to such an npz
@@ -265,7 +266,7 @@ def is_run(path: str) -> bool:
     """Whether samples are to be drawn from it: a run's folder, a checkpoint, or its weights."""
     folder = Path(path)
     holds = any((folder / name).exists() for name in ("checkpoints", "ema.safetensors"))
-    return holds or folder.suffix == ".safetensors" or not folder.exists()
+    return is_name(path) or holds or folder.suffix == ".safetensors"
 
 
 OF_AUTOENCODERS = {"autoencoder", "perceptual", "heads", "extractor", "weights_path", "metrics", "num_samples", "seed"}
@@ -293,10 +294,10 @@ def check(config: EvaluateConfig) -> None:
         refuse(about_samples, "it is about samples; give --samples, or leave it out to measure --autoencoder")
         return
     refuse(("perceptual", "heads"), "it measures an autoencoder; leave it out, or leave --samples out")
-    if not Path(samples).exists() and not samples.startswith("hf://"):
+    if not Path(samples).exists() and not is_name(samples):
         raise ValueError(
-            f"--samples {samples} does not exist; give a run's folder, a checkpoint, hf://owner/name, a folder or zip "
-            "of images, or an npz"
+            f"--samples {samples} does not exist; give a run's folder, a checkpoint, hf://owner/name, embedded, a "
+            "folder or zip of images, or an npz"
         )
     if not is_run(samples):
         fixed = f"{samples} is a fixed set of images, there is nothing to draw"

@@ -23,7 +23,7 @@ class SampleConfig:
     """Draw samples from a checkpoint; the checkpoint alone says what they are.
 
     Args:
-        checkpoint: a run's folder, a checkpoint, its ema.safetensors, or hf://owner/name
+        checkpoint: a run's folder, a checkpoint, its ema.safetensors, hf://owner/name, or embedded
         output: FILE.png or FILE.pdf for a grid, FILE.npz for arrays, else a folder with a subfolder a class; by default
             samples.png in the run's folder (of older weights samples-WHICH.png)
         classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same

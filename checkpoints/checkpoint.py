@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoencoders.codec import Codec, create_codec, weights_sha256
-from checkpoints.hub import local
+from checkpoints.hub import ASSET, EMBEDDED, local
 from data.latents import short
 from diffusion.diffusion import Diffusion
 from experiment.build import build_diffusion
@@ -32,8 +32,6 @@ from machine.sharding import part_like
 from models import ModelSpec
 
 WEIGHTS = "ema.safetensors"
-EMBEDDED = "embedded"  # the name of what every clone has in this folder
-_EMBEDDED_IN = Path(__file__).resolve().parent.parent / "assets" / "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Checkpoint:
     def run(self) -> Path:
         """The run's folder, or the weights' own where they lie outside one; of the embedded ones a place in runs/."""
         folder = self.path.parent
-        if folder == _EMBEDDED_IN:
+        if folder == ASSET:
             return Path("runs", "embedded-checkpoint")
         return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
@@ -248,7 +246,7 @@ def current_commit() -> str:
 
 
 def find_weights(path: str | Path) -> Path:
-    path = _EMBEDDED_IN if str(path) == EMBEDDED else local(path, WEIGHTS)
+    path = local(path, WEIGHTS)
     if path.is_file():
         return path
     if (path / WEIGHTS).is_file():

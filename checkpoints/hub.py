@@ -1,20 +1,28 @@
-"""`hf://owner/name` wherever a path to a checkpoint works: its weights from the hub, kept in `runs/owner--name`."""
+"""Names wherever a path to a checkpoint works: `hf://owner/name`, whose weights come from the hub and are kept in
+`runs/owner--name`, and `embedded`, which every clone has."""
 
 import re
 from pathlib import Path
 
 SCHEME = "hf://"
+EMBEDDED, ASSET = "embedded", Path(__file__).resolve().parent.parent / "assets" / "checkpoint"
 
 
 class HubError(ValueError):
     """What the hub did not serve, and why, in one line."""
 
 
+def is_name(path: str | Path) -> bool:
+    """Whether it is no path."""
+    return str(path) == EMBEDDED or str(path).startswith(SCHEME)
+
+
 def local(path: str | Path, file: str) -> Path:
-    """The path itself, or of `hf://owner/name[@revision]` the file, downloaded where it is not here. A HubError says
-    why not."""
-    if not str(path).startswith(SCHEME):
+    """The path itself, or of a name the file, downloaded where it is not here. A HubError says why not."""
+    if not is_name(path):
         return Path(path)
+    if str(path) == EMBEDDED:
+        return ASSET / file
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 

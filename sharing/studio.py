@@ -13,7 +13,8 @@ import yaml
 from jaxtyping import UInt8
 from torch import Tensor
 
-from checkpoints.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
+from checkpoints.checkpoint import Checkpoint, open_checkpoint
+from checkpoints.hub import EMBEDDED
 from experiment.build import open_split
 from machine.accelerator import open_accelerator
 from metrics.manifold import nearest
