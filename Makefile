@@ -5,6 +5,7 @@ BIN := .venv/bin
 .PHONY: demo app test lint soak clean
 
 demo: .venv/installed
+	$(BIN)/python sample.py --checkpoint embedded
 	$(BIN)/python scripts/demo.py
 
 app: .venv/installed

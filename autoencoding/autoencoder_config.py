@@ -123,7 +123,7 @@ class AutoencodingConfig(RunConfig):
         name: of the run's folder, runs/<name>
         resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which architecture
             and data stay; 'auto': so with the folder of this name, or else start
-        init_from: an autoencoder to start from, in place of `architecture`: 'embedded', a folder, or a hub id
+        init_from: an autoencoder to start from, in place of `architecture`: an embedded one, a folder, or a hub id
         decoder_only: leave the encoder of init_from as it was, so that caches and backbones on its latents stay valid
         half: write weights in float16, half the size
         shapes_share: share of procedural shapes, of all difficulties, in each batch of images

@@ -45,6 +45,7 @@ class ImageDataset(ImageSet):
         image_size: int | tuple[int, int] | None = None,
         test_fraction: float = 0.2,
         split_seed: int = 0,
+        classes: Sequence[str] = (),
         exclude_classes: Sequence[str] = (),
         on_error: str = "stop",
         min_size: int = 0,
@@ -62,19 +63,23 @@ class ImageDataset(ImageSet):
         except DataError as error:
             raise DataError(f"--data.path {path}: {error}") from error
         self.left_out = {"links to what is there already": self.source.repeated, **layout.left_out}
-        names, classes = list(layout.classes), sorted({*layout.classes.values()} - {""})
+        names, found = list(layout.classes), sorted({*layout.classes.values()} - {""})
         if not names:
             raise DataError(f"--data.path {path}: no images in it; give a folder with one for each class{self._less()}")
-        composed = {unicodedata.normalize("NFC", name): name for name in classes}  # macOS takes names apart
-        if len(composed) < len(classes):
-            twice = next(name for name in classes if composed[unicodedata.normalize("NFC", name)] != name)
+        composed = {unicodedata.normalize("NFC", name): name for name in found}  # macOS takes names apart
+        if len(composed) < len(found):
+            twice = next(name for name in found if composed[unicodedata.normalize("NFC", name)] != name)
             raise DataError(f"--data.path {path}: two classes are called {twice}, in two Unicode forms: rename one")
-        exclude_classes = [composed.get(unicodedata.normalize("NFC", name), name) for name in exclude_classes]
-        unknown = sorted(set(exclude_classes) - set(classes))
-        if unknown:
-            raise DataError(f"--data.exclude_classes {unknown[0]}: no such class; there are {abridged(classes)}")
-        self.classes = [name for name in classes if name not in exclude_classes]
-        used = {name: label for name, label in layout.classes.items() if label not in exclude_classes}
+
+        def known(flag: str, asked: Sequence[str]) -> set[str]:
+            asked = [composed.get(unicodedata.normalize("NFC", name), name) for name in asked]
+            if unknown := sorted({*asked} - {*found}):
+                raise DataError(f"--data.{flag} {unknown[0]}: no such class; there are {abridged(found)}")
+            return {*asked}
+
+        excluded = known("exclude_classes", exclude_classes) | ({*found} - known("classes", classes or found))
+        self.classes = [name for name in found if name not in excluded]
+        used = {name: label for name, label in layout.classes.items() if label not in excluded}
         self.left_out = {**self.left_out, "of excluded classes": [name for name in names if name not in used]}
 
         note, held_out = layout.note, set()

@@ -28,6 +28,7 @@ class DataConfig:
         test_fraction: share of each class held out, where the source has no train/ and test/ of its own
         split_seed: seed of that split
         group_near_duplicates: keep images that look alike (by a perceptual hash) on one side of that split
+        classes: class folders to keep; none named: all of them
         exclude_classes: class folders to leave out
         use_labels: false trains an unconditional model on labelled folders
         min_size: leave out images with a side below so many pixels, and say how many
@@ -43,6 +44,7 @@ class DataConfig:
     test_fraction: float = within("(0, 1)", 0.2)
     split_seed: int = within(SEEDS, 0)
     group_near_duplicates: bool = False
+    classes: list[str] = field(default_factory=list)
     exclude_classes: list[str] = field(default_factory=list)
     use_labels: bool = True
     min_size: int = within("[0, inf)", 0)
@@ -318,7 +320,7 @@ class ExperimentConfig(RunConfig):
     Args:
         model: backbone: XSwin, USwin, DiT-S/2, UViT-S/2, ... (an unknown name lists them all)
         model_args: constructor arguments of the backbone that differ from its row in the table
-        autoencoder: 'embedded', 'pixel', a folder in diffusers' format, or a hub id
+        autoencoder: 'embedded', 'embedded-f8c16', 'pixel', a folder in diffusers' format, or a hub id
         imports: Python modules, by name or as .py files, that add backbones, samplers, ... (docs/extending.md)
         name: of the run's folder, runs/<name>; by default the model's name
         resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which model,

@@ -90,6 +90,8 @@ def test_images_are_cut_to_the_centre(tmp_path):
 
 def test_excluded_classes_leave(tree):
     assert ImageDataset(tree, exclude_classes=["dog"]).classes == ["cat", "emu"]
+    assert ImageDataset(tree, classes=["emu", "cat"]).classes == ["cat", "emu"]
+    assert ImageDataset(tree, classes=["emu", "cat"], exclude_classes=["cat"]).classes == ["emu"]
 
 
 def mistake(tree, kind):
@@ -118,7 +120,7 @@ def mistake(tree, kind):
         for name in ("cat", "dog", "emu"):
             shutil.rmtree(tree / name)
         return tree, {"group_near_duplicates": kind == "grouped"}
-    return tree, {"exclude_classes": ["yak"]}
+    return tree, {"exclude_classes": ["yak"]} if kind == "unknown class" else {"classes": ["cat", "yak"]}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,7 @@ def mistake(tree, kind):
         ("grouped", r"--data.group_near_duplicates true: .*has a split of its own \(split as train/ and test/\)"),
         ("single", r"class 'fox' has one image.*--data.exclude_classes '\[fox\]'"),
         ("unknown class", r"--data.exclude_classes yak: no such class; there are cat, dog, emu"),
+        ("unknown class to keep", r"--data.classes yak: no such class; there are cat, dog, emu"),
     ],
 )
 def test_mistakes_are_told_in_words(tree, kind, message):
