@@ -49,7 +49,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from training.log import is_due
     from training.objective import build_auxiliary, objective_of, phase_at
     from training.optimizer import build_optimizers, learning_rate, num_training_steps
-    from training.preparation import compile_blocks, forecast, share_batch_norms
+    from training.preparation import compile_blocks, forecast, recompute_blocks, share_batch_norms
 
     # Data and model.
     config, accelerator = run.config, run.accelerator
@@ -77,6 +77,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
     objective = objective_of(diffusion)(diffusion, auxiliary, alignment)
     optimizers = build_optimizers(model, objective.heads, config.optim)
+    if config.train.recompute:
+        recompute_blocks(model, accelerator.device)
     if config.train.compile:
         compile_blocks(model)
     model, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])

@@ -12,6 +12,7 @@ from accelerate.utils import (
     broadcast_object_list,
     parse_flag_from_env,
 )
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
@@ -36,6 +37,11 @@ def open_accelerator(
         **options,
     )
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin is not None:
+        if accelerator.state.fsdp_plugin.activation_checkpointing:  # it draws other random numbers the second time
+            raise ValueError(
+                "fsdp_activation_checkpointing: stochastic depth and dropout would have wrong gradients; take it out "
+                "of the launcher's configuration and train with --train.recompute true"
+            )
         # Parts are gathered in float32 and autocast chooses where bf16 serves, as without FSDP: the same numbers.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     line = describe(accelerator)
@@ -61,6 +67,16 @@ def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
     if error is not None:
         raise error if accelerator.is_main_process else SystemExit(2)  # said once
     return value
+
+
+def to_main(accelerator: Accelerator, tensor: Tensor) -> list[Tensor]:
+    """What each process has, all of one shape, on the main process alone; nothing on the others."""
+    if accelerator.num_processes == 1:
+        return [tensor]
+    tensor, num = tensor.contiguous(), accelerator.num_processes if accelerator.is_main_process else 0
+    tensors = [torch.empty_like(tensor) for _ in range(num)]
+    torch.distributed.gather(tensor, tensors or None)
+    return tensors
 
 
 def default_device() -> torch.device:

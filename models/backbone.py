@@ -33,8 +33,8 @@ class Backbone(nn.Module):
     num_classes: int  # 0 makes the model unconditional: labels are ignored
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
-        """Classes of the repeated blocks: FSDP shards them and recomputes them, torch.compile compiles them, Muon takes
-        their matrices, and `features` counts depth by them. They do not lie inside one another."""
+        """Classes of the repeated blocks: FSDP shards them, `train.recompute` and `train.compile` are about them, Muon
+        takes their matrices, and `features` counts depth by them. They do not lie inside one another."""
         return ()
 
     def repeated_blocks(self) -> list[nn.Module]:

@@ -2,10 +2,13 @@
 
 import inspect
 import math
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import studies.cascade.three_stages  # noqa: F401, registers a backbone
 from models import BACKBONES, create_model, list_models
@@ -13,6 +16,7 @@ from models.backbone import Backbone, complete
 from models.layers.mlp import Mlp
 from models.layers.modulation import Modulator
 from models.layers.window import WindowAttention, WindowCrossAttention, Windows
+from training.preparation import recompute_blocks
 
 SMALL = {
     "XSwin": {"dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_global_blocks": 1},
@@ -116,6 +120,41 @@ def test_every_parameter_has_a_finite_gradient_that_is_not_zero(name, **variant)
         assert parameter.grad.isfinite().all(), key
         before_norm = key.endswith(("convs.0.bias", "convs.1.bias", "convs.2.bias", "unpatch.bias"))
         assert parameter.grad.any() or before_norm, key
+
+
+def count_bytes(counter, tensor):
+    counter["bytes"] += tensor.nbytes
+    return tensor
+
+
+RANDOM = {"XSwin": {"drop_path": 0.5}, "UNet": {"dropout": 0.5}}
+
+
+@families
+def test_recomputed_blocks_draw_the_same_masks_and_keep_less(name):
+    found = []
+    for recompute in (False, True):
+        model = wake(small(name, **RANDOM.get(BACKBONES[name][0].__name__, {}))).train()
+        if recompute:
+            recompute_blocks(model, torch.device("cpu"))
+        torch.manual_seed(3)
+        kept = Counter()
+        with saved_tensors_hooks(partial(count_bytes, kept), lambda tensor: tensor):
+            loss = model(*inputs())[:].square().mean()
+        loss.backward()
+        found.append(([parameter.grad for parameter in model.parameters()], kept.total(), torch.rand(1)))
+    (whole, all_kept, after), (again, kept, after_again) = found
+    assert all(torch.equal(*pair) for pair in zip(whole, again, strict=True))
+    assert kept < 0.7 * all_kept
+    assert torch.equal(after, after_again)
+
+
+def test_recomputing_refuses_what_would_be_another_training():
+    for layer, device, words in (("batch", "cpu", "would count each batch twice"), ("group", "mps", "again on mps")):
+        model = small("XSwin")
+        model.middle[0].norm1 = nn.BatchNorm1d(4) if layer == "batch" else nn.Identity()
+        with pytest.raises(ValueError, match=words):
+            recompute_blocks(model, torch.device(device))
 
 
 @families

@@ -121,7 +121,7 @@ def test_two_processes_and_micro_batches_equal_one(folder, model):
 
 
 def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
-    """FSDP2 as configs/accelerate/fsdp2.yaml has it: two processes with a part of the model each, recomputed blocks."""
+    """FSDP2 as configs/accelerate/fsdp2.yaml has it: two processes with a part of the model each; recomputed blocks."""
     launcher = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
     fsdp = {key.upper(): str(value) for key, value in launcher["fsdp_config"].items()}
     sharded = {"cwd": folder, "processes": 2, "ACCELERATE_USE_FSDP": "true", **fsdp}
@@ -144,7 +144,7 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
         return [weights(folder, name, file=file) for file in files]
 
     run("train.py", "--config", "sharded.yaml", "--name", "whole", cwd=folder)
-    flags = ("--config", "sharded.yaml", "--name", "sharded")
+    flags = ("--config", "sharded.yaml", "--train.recompute", "true", "--name", "sharded")
     done = run("tests/fsdp_on_cpus.py", ROOT / "train.py", *flags, **sharded)
     assert "2 x cpu:0, each with a part of the model" in done.stdout
     straight = same("sharded", atol=1e-3)
@@ -159,6 +159,15 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
         assert all(torch.equal(before[key], after[key]) for key in before)
     run("train.py", "--resume", "runs/gathered", cwd=folder)
     same("gathered", atol=1e-3)
+
+    # Stochastic depth draws its masks again as they were: moments, so gradients, are bitwise those without.
+    flags = ("tests/fsdp_on_cpus.py", ROOT / "train.py", "--config", "sharded.yaml", "--model_args.drop_path", 0.5)
+    for answer in ("true", "false"):
+        run(*flags, "--train.num_steps", 1, "--train.recompute", answer, "--name", answer, **sharded)
+    kept, again = (weights(folder, name, 1, "state/optimizer.safetensors") for name in ("false", "true"))
+    assert all(torch.equal(kept[key], again[key]) for key in kept)
+    refused = run(*flags, "--name", "no", **{**sharded, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, check=False)
+    assert "fsdp_activation_checkpointing: stochastic depth and dropout" in refused.stderr
 
 
 def test_killed_trainings_end_as_if_nothing_had_happened(folder):
