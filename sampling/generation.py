@@ -21,6 +21,7 @@ from data.subsets import stratified
 from diffusion import Diffusion, sample
 from diffusion.samplers import Callback, Staged, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
+from machine.accelerator import to_main
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch
 from sampling.checks import load_guide_model
@@ -93,27 +94,29 @@ def generator_of(
 
 
 def generate(generator: Generator, *, batch_size: int) -> UInt8[Tensor, "n 3 h w"]:
-    """All images of a generator, in order, on every process; the work is shared by all of them."""
-    return torch.cat(list(stream(generator, batch_size=batch_size)))
+    """All images of a generator, in order, on the main process; the others do their share of the work and get none."""
+    batches = list(stream(generator, batch_size=batch_size))
+    return torch.cat(batches) if batches else torch.empty(0, 3, *generator.image_size, dtype=torch.uint8)
 
 
 def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
-    """The same, a batch of each process at a time: for more images than memory holds."""
+    """The same, a batch of each process at a time: for more images than memory holds. All processes go through it."""
     accelerator, num_images = generator.accelerator, len(generator.labels)
     hidden = not accelerator.is_main_process
     with tqdm(total=num_images, desc="sampling", unit="img", disable=hidden, leave=False) as bar:
         for part in torch.arange(num_images).split(batch_size * accelerator.num_processes):
-            mine = part[accelerator.process_index :: accelerator.num_processes]
-            drawn: list[Any] = []
+            dealt = torch.arange(-(-len(part) // accelerator.num_processes) * accelerator.num_processes) % len(part)
+            mine = part[dealt[accelerator.process_index :: accelerator.num_processes]]  # as many for each: a few twice
+            drawn = part.new_empty(0)
+            failed: list[ValueError | None] = [None]
             try:
-                drawn = list(zip(mine.tolist(), generator.draw(mine).cpu(), strict=True)) if len(mine) else []
-            except ValueError as error:  # goes with the images, so that no process waits for one that is gone
-                drawn = [error]
-            gathered = gather_object(drawn)
-            for error in (item for item in gathered if isinstance(item, ValueError)):
+                drawn = generator.draw(mine)
+            except ValueError as error:
+                failed = [error]
+            for error in filter(None, gather_object(failed)):  # first, so that no process waits for one that is gone
                 raise error
-            images = dict(gathered)
-            yield torch.stack([images[index] for index in part.tolist()])
+            if images := to_main(accelerator, drawn):
+                yield torch.stack(images, dim=1).flatten(0, 1)[: len(part)].cpu()
             bar.update(len(part))
 
 

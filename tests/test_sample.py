@@ -21,6 +21,40 @@ def test_same_seed_same_images_whatever_batch_and_processes(folder):
     assert np.abs(a["arr_0"].astype(int) - c["arr_0"]).max() > 10
 
 
+GATHERED = """
+from unittest.mock import Mock
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from machine.accelerator import open_accelerator
+from sampling.generation import Generator, generate
+
+sent = 0
+
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        global sent
+        if operation.namespace == "c10d" and "gather" in operation.name():
+            sent += sum(tensor.nbytes for tensor in args[1])
+        return operation(*args, **(kwargs or {}))
+
+accelerator = open_accelerator("fp32")
+for number in (64, 3, 1, 0):
+    images = torch.randint(256, (number, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    drawing = dict(labels=torch.zeros(number, dtype=torch.int64), image_size=(64, 64), draw=lambda mine: images[mine])
+    sent = 0
+    with Counting():
+        drawn = generate(Mock(spec=Generator, accelerator=accelerator, **drawing), batch_size=8)
+    assert torch.equal(drawn, images if accelerator.is_main_process else images[:0])
+    if number == 64:
+        assert 0 < 2 * sent < 1.5 * images.nbytes, sent
+"""
+
+
+def test_images_go_to_the_main_process_alone_and_may_be_fewer_than_processes(tmp_path):
+    (tmp_path / "gathered.py").write_text(GATHERED)
+    run(tmp_path / "gathered.py", cwd=tmp_path, processes=2)
+
+
 def test_grid_folder_and_panel(folder):
     flags = ("sample.py", "--checkpoint", "runs/tiny/checkpoints/00000004", "--classes", "[star, 2]")
     run(*flags, "--output", "grid.png", "--panel", 3, cwd=folder)
