@@ -8,7 +8,7 @@ from data import open_dataset
 from data.latents import LatentCache, build_cache
 from diffusion import GaussianDiffusion
 from machine.randomness import generator_for
-from training.batches import Batches
+from training.batches import Batches, permutation, positions
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,15 @@ def test_epochs_are_permutations_laid_end_to_end(cache):
     for epoch in order.split(30):
         assert epoch.sort().values.tolist() == list(range(30))
     assert order[:30].tolist() != order[30:].tolist()
+
+
+def test_an_epoch_is_drawn_once_and_a_step_may_lie_in_several():
+    permutation.cache_clear()
+    orders = [torch.randperm(7, generator=generator_for(0, "epoch", epoch, 1)) for epoch in range(4)]
+    steps = torch.cat([positions(7, step * 4, 4, 0, "epoch", 1) for step in range(7)])
+    assert torch.equal(steps, torch.cat(orders))
+    assert torch.equal(positions(7, 5, 17, 0, "epoch", 1), torch.cat(orders)[5:22])
+    assert permutation.cache_info().misses == 4
 
 
 def test_steps_and_seeds_differ(cache):

@@ -3,6 +3,7 @@ the number of processes and micro-batches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int64
@@ -86,10 +87,14 @@ class Batches:
 
 def positions(num_images: int, start: int, num: int, seed: int, purpose: str, order: int = 0) -> Int64[Tensor, " n"]:
     """Which images stand at places `start .. start + num` of an endless stream of permuted epochs."""
-    place = torch.arange(start, start + num)
-    epoch, offset = place // num_images, place % num_images
-    index = torch.empty_like(place)
-    for number in epoch.unique().tolist():
-        permutation = torch.randperm(num_images, generator=generator_for(seed, purpose, number, order))
-        index[epoch == number] = permutation[offset[epoch == number]]
-    return index
+    parts = []
+    for epoch in range(start // num_images, -(-(start + num) // num_images)):
+        first = epoch * num_images
+        parts.append(permutation(num_images, seed, purpose, epoch, order)[max(0, start - first) : start + num - first])
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=4)  # an epoch's and the next one's, of two sources
+def permutation(num_images: int, *key: int | str) -> Int64[Tensor, " n"]:
+    """All images in the order of this key; the last ones are kept, as drawing one takes as long as a small step."""
+    return torch.randperm(num_images, generator=generator_for(*key))
