@@ -132,7 +132,7 @@ def train(run: Run[ExperimentConfig]) -> None:
                 terms = objective(model, batch, phase)
                 accelerator.backward(terms["loss"].mean())
             run.meter.add(terms, diffusion.path.noise_rank(batch.t))
-        norm = gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads)
+        norm = run.read(gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads))
         if guard.passes(norm):
             optimizers.step()
             ema.update(backbone, step)

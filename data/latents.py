@@ -63,7 +63,7 @@ class LatentCache:
 
     def to(self, device: torch.device | str) -> LatentCache:
         """Keep the cache on a device, so that no step waits for a transfer."""
-        self.stored = self.stored.to(device)
+        self.stored, self.labels = self.stored.to(device), self.labels.to(device)
         return self
 
 

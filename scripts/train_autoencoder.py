@@ -107,7 +107,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
         with accelerator.autocast():
             coded = prepared(images, batches.noise(step, latent_shape, device))
         terms = objective.backward(accelerator, coded, images, model, critic if step >= start else None)
-        norm = gradient_norm(accelerator, model, config.optim.grad_clip)
+        norm = run.read(gradient_norm(accelerator, model, config.optim.grad_clip))
         if passed := guard.passes(norm):
             optimizers.step()
             ema.update(model, step)
@@ -118,7 +118,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
             with accelerator.autocast():
                 judged = objective.tell_apart(prepared_critic, images, coded.reconstruction.detach().float())
             accelerator.backward(judged["discriminator"].mean())
-            if critic_guard.passes(gradient_norm(accelerator, critic, of_critic.grad_clip)):
+            if critic_guard.passes(run.read(gradient_norm(accelerator, critic, of_critic.grad_clip))):
                 critic_optimizer.step()
             critic_optimizer.zero_grad()
             terms |= judged

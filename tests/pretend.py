@@ -5,7 +5,8 @@ python tests/pretend.py train.py --model XSwin
 python tests/pretend.py train.py --model XSwin + sample.py --checkpoint runs/XSwin
 
 runs programs there, one after the other. It ends with a line of JSON: how often each of the project's files waited for
-the device (read a number off it, or brought a tensor back). PRETEND says which device:
+the device (read a number off it, brought a tensor back, or sent one that has axes or is made of numbers, which CUDA
+waits with too unless it is `non_blocking`). PRETEND says which device:
 
 - `gpu`, by default;
 - `mps`, Apple's: it also refuses float64 and complex128, and operations for which torch has no kernel there, as far as
@@ -39,6 +40,7 @@ BINARY = {f"aten::{name}{tail}.Tensor" for name in ("add", "sub", "mul", "div") 
 KIND = os.environ.get("PRETEND", "gpu")
 seeds: set[int] = set()  # of the generators that live there
 waits: Counter[str] = Counter()
+SENT = ", sending"
 
 
 class Elsewhere(torch.Tensor):
@@ -88,8 +90,10 @@ def run(operation, args, kwargs):
     for generator in leaves:
         if isinstance(generator, torch.Generator) and (generator.initial_seed() in seeds) != result_there:
             raise RuntimeError(f"{operation}: a generator of the other device")
-    if there and (operation is READS or not result_there):
-        waits[asker()] += 1
+    is_sent = result_there and tensors and not kwargs.get("non_blocking") and operation in (CONVERTS, *FIRST_DECIDES)
+    is_sent = is_sent and any(tensor.dim() and not isinstance(tensor, Elsewhere) for tensor in tensors)
+    if (there and (operation is READS or not result_there)) or is_sent:
+        waits[asker() + SENT * bool(is_sent)] += 1
     if operation is CHOOSES:
         return 0  # plain operations, not one of a backend
     if asked is not None and result_there:
@@ -185,6 +189,8 @@ def _make(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
 
 
 def _fill(source, target, non_blocking=False):
+    if not non_blocking:
+        waits[asker() + SENT] += 1
     target.held.copy_(source)
     return target
 

@@ -39,7 +39,8 @@ def score_values(record):
     return [row["scores"]["frechet_distance[colors]"]["value"] for row in record["rows"]]
 
 
-WAITS_OF_GUARD = TINY["train"]["num_steps"] + 5  # at three looks and two saves, whether weights are finite
+STEPS = TINY["train"]["num_steps"]
+LOOKS = 5  # at three looks and two saves, whether weights are finite
 NOW_AND_THEN = {  # lines of the log, checkpoints
     "training/meter.py",
     "training/inspection.py",
@@ -62,7 +63,10 @@ def test_training_is_that_of_the_cpu_and_waits_once_a_step(trained, folder):
         assert ours.keys() == theirs.keys()
         for name in {"loss", "gradient_norm", "validation_loss"} & ours.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
-    assert waits.pop("training/guard.py") == WAITS_OF_GUARD
+    assert (waits.pop("training/interruption.py"), waits.pop("training/guard.py")) == (STEPS, LOOKS)
+    sent = {name.partition(",")[0]: waits.pop(name) for name in list(waits) if name.endswith(", sending")}
+    assert (sent["training/batches.py"], sent["data/latents.py"]) == (1, 2)  # an epoch's order; latents and labels
+    assert "training/meter.py" not in sent
     assert set(waits) <= ONCE | NOW_AND_THEN
 
 
@@ -72,7 +76,7 @@ def test_samples_and_scores_are_those_of_the_cpu(trained, tmp_path):
     flags += ("--sampler", "ddpm,ddim,heun,dpmpp_2m_sde,unipc", "--num_steps", 3, "--guidance_scale", 2)
     flags += ("--sampling.guidance_interval", "[0, 50]")
     waits = there("evaluate.py", *flags, "--output", "ours.json", cwd=tmp_path)
-    assert not [name for name in waits if name.startswith("diffusion/")]
+    assert not [name for name in waits if name.startswith("diffusion/") and not name.endswith(", sending")]
     run("evaluate.py", *flags, "--output", "theirs.json", cwd=tmp_path)
     ours, theirs = (json.loads((tmp_path / name).read_text()) for name in ("ours.json", "theirs.json"))
     assert score_values(ours) == pytest.approx(score_values(theirs), rel=1e-3)
@@ -147,7 +151,7 @@ def test_on_a_device_without_float64_all_is_as_on_the_cpu(folder, tmp_path):
     done = pretended(*training, "+", *programs, "+", tmp_path / "bits.py", cwd=tmp_path / "mps", device="mps")
     pretended(*programs, cwd=tmp_path / "cpu", device="cpu")
 
-    assert json.loads(done.stdout.splitlines()[-1])["training/guard.py"] == WAITS_OF_GUARD
+    assert json.loads(done.stdout.splitlines()[-1])["training/interruption.py"] == STEPS
     assert losses(tmp_path / "mps", "tiny") == pytest.approx(losses(folder, "tiny"), rel=1e-5)
     ours, theirs = (json.loads((tmp_path / name / "runs/tiny/scores.json").read_text()) for name in ("mps", "cpu"))
     assert score_values(ours) == pytest.approx(score_values(theirs), rel=1e-3)

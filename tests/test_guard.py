@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
+from processes import run
 
 from machine import accelerator as machine
 from machine.stopping import SIGNALS, stops_at_once
@@ -53,7 +54,7 @@ def test_rollbacks_outlive_the_checkpoint_they_return_to():
 def test_gradient_norm_and_its_clip(accelerator, max_norm):
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert gradient_norm(accelerator, layer, max_norm) == pytest.approx(5)
+    assert gradient_norm(accelerator, layer, max_norm).item() == pytest.approx(5)
     assert layer.weight.grad.norm() == pytest.approx(max_norm or 5)
 
 
@@ -112,6 +113,27 @@ def test_signals_become_a_reason(accelerator, tmp_path, number):
         assert interruption.reason(1, 10) is None
         os.kill(os.getpid(), number)
         assert interruption.reason(2, 10) == signal.Signals(number).name
+
+
+AGREED = """
+import signal
+from pathlib import Path
+import torch
+from machine.accelerator import open_accelerator
+from training.interruption import Interruption
+
+accelerator = open_accelerator("fp32")
+for hours, received, reason in ((1.0, 0, None), (1e-12, 0, "--train.max_hours 1e-12 are over"), (1e-12, 15, "SIGTERM")):
+    interruption = Interruption(Path("."), accelerator, hours)
+    interruption.received = received * accelerator.process_index
+    assert interruption.read(torch.tensor(0.5)) == 0.5
+    assert interruption.reason(1, 10) == reason
+"""
+
+
+def test_several_processes_agree_with_the_step_on_whether_to_stop(tmp_path):
+    (tmp_path / "agreed.py").write_text(AGREED)
+    run(tmp_path / "agreed.py", cwd=tmp_path, processes=2)
 
 
 def test_nothing_is_saved_while_steps_are_skipped_nor_with_ruined_weights(accelerator):

@@ -44,7 +44,7 @@ class Batches:
     num_ranks: int = 1
     device: torch.device | str = "cpu"
     draw_more: Callable[..., dict[str, Tensor]] | None = None  # the objective's
-    features: LatentCache | None = None
+    features: LatentCache | None = None  # in main memory
 
     def __post_init__(self) -> None:
         parts = self.num_micro_batches * self.num_ranks
@@ -56,7 +56,8 @@ class Batches:
 
     def micro_batches(self, step: int, order: int = 0) -> Iterator[Batch]:
         """This process's micro-batches of an optimizer step; `order` numbers the permutations to go by."""
-        index, device = self._order(step, order), self.device
+        device = self.device
+        index, rows = self._order(step, order, self.cache.labels.device), self._order(step, order)  # rows of features
         shape = (self.batch_size, *self.codec.latent_shape(*self.cache.image_size))
         draw = generator_for(self.seed, "step", step, device=device)
         mirrored = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=device)
@@ -74,27 +75,37 @@ class Batches:
             stored = self.cache.read(index[part], mirrored[part]).to(device)
             x_0 = self.codec.draw(stored, posterior_noise[part])
             more_part = {name: values[part] for name, values in more.items()}
-            features = None if self.features is None else self.features.read(index[part], mirrored[part]).to(device)
+            features = None if self.features is None else self.features.read(rows[part], mirrored[part]).to(device)
             yield Batch(x_0, y[part], t[part], noise[part], more_part, features)
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
         """Which images of the source the global batch of a step holds."""
         return self.cache.source_indices[self._order(step, order)].tolist()
 
-    def _order(self, step: int, order: int = 0) -> Int64[Tensor, " b"]:
-        return positions(len(self.cache.labels), step * self.batch_size, self.batch_size, self.seed, "epoch", order)
+    def _order(self, step: int, order: int = 0, device: torch.device | str = "cpu") -> Int64[Tensor, " b"]:
+        start, size = step * self.batch_size, self.batch_size
+        return positions(len(self.cache), start, size, self.seed, "epoch", order, device=device)
 
 
-def positions(num_images: int, start: int, num: int, seed: int, purpose: str, order: int = 0) -> Int64[Tensor, " n"]:
+def positions(
+    num_images: int,
+    start: int,
+    num: int,
+    seed: int,
+    purpose: str,
+    order: int = 0,
+    device: torch.device | str = "cpu",
+) -> Int64[Tensor, " n"]:
     """Which images stand at places `start .. start + num` of an endless stream of permuted epochs."""
     parts = []
     for epoch in range(start // num_images, -(-(start + num) // num_images)):
-        first = epoch * num_images
-        parts.append(permutation(num_images, seed, purpose, epoch, order)[max(0, start - first) : start + num - first])
+        order_of_epoch, first = permutation(num_images, seed, purpose, epoch, order, device=device), epoch * num_images
+        parts.append(order_of_epoch[max(0, start - first) : start + num - first])
     return torch.cat(parts)
 
 
 @lru_cache(maxsize=4)  # an epoch's and the next one's, of two sources
-def permutation(num_images: int, *key: int | str) -> Int64[Tensor, " n"]:
-    """All images in the order of this key; the last ones are kept, as drawing one takes as long as a small step."""
-    return torch.randperm(num_images, generator=generator_for(*key))
+def permutation(num_images: int, *key: int | str, device: torch.device | str = "cpu") -> Int64[Tensor, " n"]:
+    """All images in the order of this key; the last ones are kept on their device, as drawing and sending one takes as
+    long as a small step."""
+    return torch.randperm(num_images, generator=generator_for(*key)).to(device)

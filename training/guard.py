@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from machine.sharding import own_part, whole
 
@@ -75,16 +76,18 @@ class Guard:
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
 
 
-def gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float, heads: nn.Module | None = None) -> float:
-    """Norm of the whole gradient; the model's, and that of `heads`, which is averaged over processes first, are scaled
-    down to `max_norm` where that is not 0."""
-    if heads is not None:
-        for weight in [weight for weight in heads.parameters() if weight.grad is not None]:
+def gradient_norm(
+    accelerator: Accelerator, model: nn.Module, max_norm: float, heads: nn.Module | None = None
+) -> Float[Tensor, ""]:
+    """Norm of the whole gradient, on its device; the model's, and that of `heads`, which is averaged over processes
+    first, are scaled down to `max_norm` where that is not 0."""
+    if heads is not None and (weights := [weight for weight in heads.parameters() if weight.grad is not None]):
+        for weight in weights:
             weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
-        return math.hypot(*(gradient_norm(accelerator, part, max_norm) for part in (model, heads)))
+        return torch.hypot(*(gradient_norm(accelerator, part, max_norm) for part in (model, heads)))
     if max_norm:
         norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     else:
         norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
     assert norm is not None  # accelerate returns none for DeepSpeed alone
-    return whole(norm).item()
+    return whole(norm)

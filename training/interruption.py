@@ -11,12 +11,16 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
 
 from machine.accelerator import from_main
 from machine.children import EXIT_CODE, STOPPED, on_stop
 from machine.lock import Lock
 from machine.stopping import BEFORE, SIGNALS
 from machine.whole_files import write_whole
+
+OVER = 1  # of what stops a run: its time; a signal, which counts more, is 1 + its number, and 0 nothing
 
 
 class Stopped(BaseException):
@@ -32,6 +36,7 @@ class Interruption:
         self.run, self.accelerator, self.max_hours = run, accelerator, max_hours
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self.received: int | None = None
+        self.agreed = 0  # what stops all processes
         self.leaves, self.alone, self.where = True, False, BEFORE
 
     def __enter__(self) -> Interruption:
@@ -61,18 +66,24 @@ class Interruption:
         """Several processes stop together from here on: one that left alone would take the others' step with it."""
         self.leaves = self.accelerator.num_processes == 1
 
+    def read(self, number: Float[Tensor, ""]) -> float:
+        """A number of each step, off the device, and in the same wait what stops any process: a signal may reach one
+        alone, and clocks differ."""
+        if self.accelerator.num_processes == 1:
+            return number.item()
+        code = torch.full_like(number, self._code())
+        torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
+        value, self.agreed = torch.stack([number, code]).tolist()
+        return value
+
     def reason(self, step: int, num_steps: int) -> str | None:
-        """Why to stop now, the same on every process; None to go on. Call it after each step."""
+        """Why to stop now, the same on every process; None to go on. Call it after each step, and `read` in it."""
         self.leaves = False
         self.where = f"after {step} of {num_steps} steps; go on with --resume {self.run}"
-        over = self.deadline is not None and time.monotonic() > self.deadline
-        code = self.received or (-1 if over else 0)
-        if self.accelerator.num_processes > 1:  # a signal may reach one process alone, and clocks differ
-            codes = self.accelerator.gather(torch.tensor([code], device=self.accelerator.device))
-            code = int(codes[codes.abs().argmax()])  # pyright: ignore
-        if code < 0:
+        code = int(self._code() if self.accelerator.num_processes == 1 else self.agreed)
+        if code == OVER:
             return f"--train.max_hours {self.max_hours} are over"
-        return signal.Signals(code).name if code else None
+        return signal.Signals(code - 1).name if code else None
 
     @contextmanager
     def at_once(self, *, can_save: bool, save: Callable[[], object] = lambda: None) -> Iterator[None]:
@@ -88,6 +99,10 @@ class Interruption:
             raise
         finally:
             self.leaves = False
+
+    def _code(self) -> int:
+        over = self.deadline is not None and time.monotonic() > self.deadline
+        return 1 + self.received if self.received else OVER * over
 
     def _open(self) -> None:
         self.lock = Lock(self.run / "training.lock")

@@ -33,7 +33,7 @@ class Meter:
         """Loss terms [b] of a micro-batch, and where its times, if any, lie from the least noise, 0, to the most, 1."""
         loss = terms["loss"].detach().float()
         new = {name: values.detach().float().sum() for name, values in terms.items()}
-        new["count"] = loss.new_tensor(float(len(loss)))
+        new["count"] = loss.new_full((), float(len(loss)))  # without a copy to the device
         if noise_rank is not None:
             bucket = (noise_rank * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
             one_hot = torch.nn.functional.one_hot(bucket, NUM_BUCKETS).float()  # [b buckets]

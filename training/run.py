@@ -11,6 +11,8 @@ from typing import Any, Generic
 import yaml
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of
@@ -134,6 +136,11 @@ class Run(Generic[R]):
             self._draw_curve()
         if self._why:
             raise Stopped(self._why)
+
+    def read(self, number: Float[Tensor, ""]) -> float:
+        """The number that decides on a step, off the device: the step's one wait; several processes agree in it on
+        whether to stop."""
+        return self.interruption.read(number)
 
     def write_means(self, **values: float) -> None:
         """To the log: means since the last time, and these values; nothing where all steps were skipped."""
