@@ -1,0 +1,51 @@
+"""The checkpoint that every clone has: what draws real pictures before anything is trained."""
+
+import pytest
+import torch
+from processes import ROOT, script
+
+from checkpoints.checkpoint import CheckpointError, open_checkpoint, read_tensors, warm_start
+from sharing.model_card import card_files
+
+EVALUATE, SAMPLE = script("evaluate.py"), script("sample.py")
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return open_checkpoint("embedded")
+
+
+def test_it_is_small_and_has_its_card_and_its_notice():
+    folder = ROOT / "assets" / "checkpoint"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000_000
+    assert "license: " in (folder / "README.md").read_text()
+    assert "assets/checkpoint/ema.safetensors" in (ROOT / "NOTICE").read_text()
+
+
+def test_it_needs_nothing_but_the_clone(embedded):
+    embedded.check_codec(embedded.open_codec(None))
+    assert all(weight.dtype == torch.float16 for weight in read_tensors(embedded.path).values() if weight.ndim)
+    assert {parameter.dtype for parameter in embedded.load_model().parameters()} == {torch.float32}
+
+
+def test_it_draws_by_name_where_it_was_called_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SAMPLE.main(SAMPLE.SampleConfig("embedded", classes=["sunflower", "airplanes"], num_per_class=1))
+    assert (tmp_path / "runs" / "embedded-checkpoint" / "samples.png").stat().st_size > 5000
+
+
+def test_it_is_scored_by_name_as_a_run_is():
+    EVALUATE.check(EVALUATE.EvaluateConfig(samples="embedded", trials=2))  # refused of a fixed set of images
+    assert EVALUATE.is_run("embedded")
+
+
+def test_a_training_starts_from_it(embedded):
+    assert "took" in (words := warm_start(embedded.spec.build(), "embedded"))
+    assert "not in" not in words
+
+
+def test_what_is_published_of_it_is_its_own(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert card_files(embedded) == {}
+    with pytest.raises(CheckpointError, match="or embedded"):
+        open_checkpoint(tmp_path / "embeded")
