@@ -13,7 +13,7 @@ import torch
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = {"embedded": ASSETS / "autoencoder", "embedded-f8c16": ASSETS / "autoencoder-f8c16"}
-_ALTERNATIVES = f"give --autoencoder a folder in diffusers' format, or one of assets/: {', '.join(EMBEDDED)}"
+_ALTERNATIVES = f"give --autoencoder a folder in diffusers' format, or one of assets/: {', '.join(map(repr, EMBEDDED))}"
 
 
 class AutoencoderError(ValueError):
