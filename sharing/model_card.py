@@ -54,10 +54,10 @@ def write_published(files: dict[str, Path], folder: Path, *, half: bool = False)
             is_json = path.suffix == ".json"
             text = json.dumps(values, indent=2) + "\n" if is_json else yaml.safe_dump(values, sort_keys=False)
             (folder / name).write_text(text)
-        elif name == WEIGHTS and (half or read_metadata(path) != _without_paths_within(read_metadata(path))):
+        elif name == WEIGHTS and (half or (metadata := read_metadata(path)) != _without_paths_within(metadata)):
             weights = read_tensors(path)
             if half:
-                weights = {name: one.half() if one.is_floating_point() else one for name, one in weights.items()}
+                weights = {key: one.half() if one.is_floating_point() else one for key, one in weights.items()}
             save_tensors(weights, folder / name, _without_paths_within(read_metadata(path)))
         else:
             shutil.copy(path, folder / name)
