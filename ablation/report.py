@@ -10,13 +10,14 @@ from ablation.tables import as_markdown, as_tex, cells, crossed, head, reference
 from evaluation.plots import page
 from evaluation.table import SIGNIFICANT, markdown, plain
 from machine.whole_files import write_whole
+from metrics.scores import digits_of, is_lower_better, title_of
 
 
 def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     """Write it all; returns what was written, in words. Raises ValueError where no run is finished."""
     results = read_results(folder)
     panels, pictures = draw_panels(results), read_pictures(results)
-    notes, facts, tables = notes_of(results), facts_of(results), crossed(results)
+    notes, facts, tables, findings = notes_of(results), facts_of(results), crossed(results), findings_of(results)
     about = results.plan["ablation"]["description"]
     title = results.plan["ablation"]["title"] or folder.name
     missing = f"Not finished, and not in this report: {'; '.join(results.missing)}." if results.missing else ""
@@ -29,6 +30,7 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
         head=head(results),
         groups={"references": reference_cells(results), "models": cells(results)},
         notes=notes,
+        findings=findings,
         crossed=tables,
         panels=[(svg, PANELS[name][1]) for name, svg in panels.items()],
         pictures=pictures,
@@ -37,6 +39,10 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
         facts_of_results=facts,
     )
     text = [f"# {plain(title)}", about, plain(missing), as_markdown(results), *map(plain, notes)]
+    if findings:
+        text.append("## What is decided")
+    for metric, sentences in findings.items():
+        text.append("\n".join([f"{plain(metric)}:\n", *(f"- {plain(sentence)}" for sentence in sentences)]))
     for metric, rows in tables:
         text += [f"## {plain(metric)}", markdown(rows)]
     text += [f"![{name}](figures/{name}.png)\n\n*{PANELS[name][1]}*" for name in panels]
@@ -62,13 +68,12 @@ def notes_of(results: Results) -> list[str]:
     num_trials = max(len(run.trials) for run in results.runs)
     notes = [
         f"Mean ± standard deviation over {num_seeds} training seed{'s' * (num_seeds > 1)} and {num_trials} generation "
-        f"trial{'s' * (num_trials > 1)} of each; bold: the best of a column, where no other is shown the same. Seeds, "
-        "data order and noise are the same for all. GFLOPs: one image, forward, counted; img/s and GB: of training, "
-        "measured.",
-        f"*: differs from {results.baseline.name} with p < {SIGNIFICANT} (two-sided t-test, paired over seeds; not "
-        "corrected for their number)."
+        f"trial{'s' * (num_trials > 1)} of each; bold: decidedly better than every other. Seeds, data order "
+        "and noise are the same for all. GFLOPs: one image, forward, counted; img/s and GB: of training, measured.",
+        f"*: differs from {results.baseline.name} with p < {SIGNIFICANT} (two-sided t-test, paired over seeds, "
+        "corrected by Holm's method for the variants compared)."
         if num_seeds > 1
-        else "One training seed: the spread is that of generation alone, and no difference is tested.",
+        else "One training seed: the spread is that of generation alone, no difference is tested, and nothing is bold.",
     ]
     of_images = ("source_hash", "split", "image_size")
     held = {str([run.record["extractor_sha256"], *map(run.record["reference"].get, of_images)]) for run in results.runs}
@@ -80,6 +85,21 @@ def notes_of(results: Results) -> list[str]:
     if extractor != "inception":
         notes.append(f"Features of {extractor}: distances compare these runs with each other, and are not FID.")
     return notes
+
+
+def findings_of(results: Results) -> dict[str, list[str]]:
+    """By the head of a metric, a sentence a variant: whether it is better than the baseline, or that this is
+    undecided."""
+    found = {}
+    for metric in results.metrics:
+        lower, differences = is_lower_better(metric), results.differences(metric)
+        if lower is not None and differences:
+            digits = 4 if (digits := digits_of(metric)) is None else digits
+            found[title_of(metric)] = [
+                difference.sentence(name, results.baseline.name, digits, lower)
+                for name, difference in differences.items()
+            ]
+    return found
 
 
 def facts_of(results: Results) -> dict[str, str]:

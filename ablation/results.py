@@ -1,7 +1,6 @@
 """What the runs of an ablation left, read from their own JSON, and what it amounts to."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,11 +8,9 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-import numpy as np
-
+from ablation.differences import Difference, corrected, paired
 from ablation.identity import is_scored
-from evaluation.table import number
-from metrics.scores import digits_of, is_lower_better
+from metrics.scores import is_lower_better
 
 
 @dataclass(frozen=True)
@@ -98,22 +95,24 @@ class Results:
         names = dict.fromkeys(name for run in self.runs for trial in run.trials for name in trial)
         return [name for name in names if any(variant.values(name) for variant in self.variants)]
 
-    def is_best(self, variant: VariantResult, metric: str) -> bool:
-        """Whether this variant's mean is better than every other's, as they are shown: a tie has no best."""
-        means = {other.name: fmean(values) for other in self.variants if (values := other.values(metric))}
-        if (lower := is_lower_better(metric)) is None or len(means) < 2:
-            return False
-        shown = {name: number(mean, digits=digits_of(metric)) for name, mean in means.items()}
-        best = (min if lower else max)(means, key=lambda name: means[name])
-        return [name for name in shown if shown[name] == shown[best]] == [variant.name]
+    def differences(self, metric: str) -> dict[str, Difference]:
+        """Of each variant to the baseline, where it can be tested; p-values are for all variants together."""
+        return self._differences_to(self.baseline, metric)
 
-    def p_value(self, variant: VariantResult, metric: str) -> float | None:
-        """Of the difference to the baseline, paired over the seeds that both have; None for fewer than two."""
-        mine, theirs = variant.by_seed(metric), self.baseline.by_seed(metric)
-        seeds = sorted(mine.keys() & theirs.keys())
-        if variant is self.baseline or len(seeds) < 2:
-            return None
-        return paired_p([mine[seed] - theirs[seed] for seed in seeds])
+    def is_best(self, variant: VariantResult, metric: str) -> bool:
+        """Whether this variant is decidedly better than every other; p-values are for all of them together."""
+        if (lower := is_lower_better(metric)) is None:
+            return False
+        rivals = {other.name for other in self.variants if other is not variant and other.values(metric)}
+        differences = self._differences_to(variant, metric).items()
+        return bool(rivals) and rivals == {
+            name for name, one in differences if one.is_decided and (one.mean > 0) == lower
+        }
+
+    def _differences_to(self, base: VariantResult, metric: str) -> dict[str, Difference]:
+        by_seed = base.by_seed(metric)
+        others = [variant for variant in self.variants if variant is not base]
+        return corrected({other.name: paired(other.by_seed(metric), by_seed) for other in others})
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
@@ -157,18 +156,3 @@ def read_results(folder: Path) -> Results:
 def spread(values: Sequence[float]) -> float | None:
     """Standard deviation (n - 1); None of a single value."""
     return stdev(values) if len(values) > 1 else None
-
-
-def paired_p(differences: Sequence[float]) -> float | None:
-    """Two-sided p of Student's t-test that the mean difference is zero; None where all differences are equal. With t =
-    sqrt(n - 1) tan(theta) the density of Student's t becomes cos(theta)^(n - 2), whose tail is integrated."""
-    n, deviation = len(differences), stdev(differences)
-    if deviation == 0:
-        return None
-    t = abs(fmean(differences)) / (deviation / math.sqrt(n))
-
-    def tail(start: float) -> float:
-        theta = np.linspace(start, math.pi / 2, 20_001)
-        return float(np.trapezoid(np.cos(theta) ** (n - 2), theta))
-
-    return tail(math.atan(t / math.sqrt(n - 1))) / tail(0.0)

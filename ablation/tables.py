@@ -22,7 +22,7 @@ def head(results: Results) -> list[str]:
 
 def cells(results: Results) -> list[list[Cell]]:
     """A row a variant: what it costs, counted and measured, beside its scores over trials and seeds."""
-    rows = []
+    rows, differences = [], {metric: results.differences(metric) for metric in results.metrics}
     for variant in results.variants:
         row, costs = [Cell(variant.name)], variant.costs
         for name, written in COSTS.values():
@@ -33,8 +33,9 @@ def cells(results: Results) -> list[list[Cell]]:
                 row.append(Cell("-"))
                 continue
             text = number(fmean(values), spread(values), digits_of(metric))
-            best, p = results.is_best(variant, metric), results.p_value(variant, metric)
-            row.append(Cell(text, fmean(values), best, p))
+            difference = differences[metric].get(variant.name)
+            p = None if difference is None else difference.p
+            row.append(Cell(text, fmean(values), results.is_best(variant, metric), p))
         rows.append(row)
     return rows
 

@@ -16,9 +16,10 @@ from PIL import Image
 from processes import run
 from scipy import stats
 
+from ablation.differences import corrected, holm, paired
 from ablation.pictures import Pictures, beside, read_pictures, save_beside
-from ablation.report import notes_of, write_report
-from ablation.results import paired_p, read_results
+from ablation.report import findings_of, notes_of, write_report
+from ablation.results import read_results
 from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
 from evaluation.plots import color, legend_columns, marker
 from evaluation.table import markdown, terminal
@@ -125,14 +126,56 @@ def values_of(ablation, variant, metric):
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
-def test_the_paired_test_is_students(differences):
+def test_a_paired_difference_is_students(differences):
     if stdev(differences) < 1e-6:
         return
-    assert paired_p(differences) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=1e-5)
+    mine, theirs = {seed: 7.0 + value for seed, value in enumerate(differences)}, dict.fromkeys(range(20), 7.0)
+    found, test = paired(mine, theirs), stats.ttest_1samp(differences, 0)
+    assert found is not None
+    assert (found.mean, found.p) == pytest.approx((fmean(differences), test.pvalue), abs=1e-5)
+    assert (found.low, found.high) == pytest.approx(test.confidence_interval(0.95), abs=1e-4, rel=1e-4)
+    assert found.num_seeds == len(differences)
 
 
-def test_differences_that_are_all_equal_are_not_tested():
-    assert paired_p([1.0, 1.0, 1.0]) is None
+def test_differences_that_are_all_equal_or_of_one_seed_are_not_tested():
+    assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) is None
+    assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 2: 2.0}) is None
+
+
+def test_p_values_are_corrected_step_by_step():
+    """The example of Holm's method: 0.01 * 4, 0.02 * 3 (0.06), 0.03 * 2 raised to 0.06, 0.5."""
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_without_any_effect_a_study_of_five_variants_errs_one_time_in_twenty():
+    """Uncorrected, one in five or so would claim something."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(120):
+        by_seed = [dict(enumerate(scores)) for scores in rng.normal(size=(6, 5))]
+        found = corrected({str(place): paired(one, by_seed[0]) for place, one in enumerate(by_seed[1:])})
+        wrong += any(one.is_decided for one in found.values())
+    assert wrong <= 10
+
+
+def test_a_real_effect_is_found_and_said_with_its_interval():
+    mine, theirs = {0: 50.0, 1: 51.0, 2: 49.5}, {0: 60.0, 1: 61.5, 2: 59.0}
+    difference = corrected({"XSwin": paired(mine, theirs)})["XSwin"]
+    assert difference.sentence("XSwin", "DiT", 2, lower_is_better=True) == (
+        "XSwin is better than DiT by 10.00 (95% interval -11.24 to -8.76, 3 seeds, corrected p = 0.00083)"
+    )
+    assert difference.sentence("XSwin", "DiT", 2, lower_is_better=False).startswith("XSwin is worse than DiT by 10.00")
+
+
+def test_what_the_seeds_do_not_decide_is_said_to_be_undecided():
+    none = corrected({"XSwin": paired({0: 50.0, 1: 61.0}, {0: 60.0, 1: 52.0})})["XSwin"]
+    assert none.sentence("XSwin", "DiT", 1, True).startswith(
+        "XSwin against DiT is undecided: the interval holds 0 (95%"
+    )
+    close = {str(place): paired({0: 1.0, 1: 2.0, 2: 1.5}, {0: 0.0, 1: 0.5, 2: 0.2}) for place in range(9)}
+    words = corrected(close)["0"].sentence("a", "b", 1, True)
+    assert words.startswith("a against b is undecided: too many comparisons for so few seeds (95% interval 0.")
 
 
 def test_the_table_is_of_the_runs_own_numbers(ablation):
@@ -140,18 +183,18 @@ def test_the_table_is_of_the_runs_own_numbers(ablation):
     metric = "frechet_distance[colors]"
     assert head(results) == ["model", "parameters", "GFLOPs", "img/s", "GB", "Fréchet ↓", "precision ↑"]
     baseline = {seed: fmean(values) for seed, values in values_of(ablation, "DiT", metric).items()}
+    uncorrected = {}
     for variant, row in zip(VARIANTS, cells(results), strict=True):
         by_seed = values_of(ablation, variant, metric)
         values = [value for trials in by_seed.values() for value in trials]
         assert row[5].value == pytest.approx(fmean(values))
         assert row[5].text == f"{fmean(values):.2f} ± {stdev(values):.2f}"
-        assert row[5].best == (variant == "XSwin with a long name")
         seeds = sorted(by_seed)  # the baseline has all of them
-        if variant == "DiT":
-            assert row[5].p is None
-        else:
-            pairs = [fmean(by_seed[seed]) for seed in seeds], [baseline[seed] for seed in seeds]
-            assert row[5].p == pytest.approx(stats.ttest_rel(*pairs).pvalue, abs=1e-5)
+        pairs = [fmean(by_seed[seed]) for seed in seeds], [baseline[seed] for seed in seeds]
+        uncorrected[variant] = stats.ttest_rel(*pairs).pvalue
+    names = list(VARIANTS)[1:]
+    shown = [row[5].p for row in cells(results)]
+    assert shown == [None, *(pytest.approx(p, abs=1e-5) for p in holm([uncorrected[name] for name in names]))]
     assert [row[3].text for row in cells(results)] == ["50.0", "51.0", "52.0", "53.0"]
 
 
@@ -192,6 +235,37 @@ def test_the_tex_table_has_the_columns_asked_for(ablation):
     assert as_tex(no_memory).splitlines()[2].startswith("model & parameters & GFLOPs & Fréchet")
     with pytest.raises(ValueError, match="columns FID: choose from parameters, GFLOPs, img/s, GB, fid"):
         check_columns(["FID"])
+
+
+def test_bold_is_what_is_decidedly_better_than_every_other(ablation):
+    results = read_results(ablation)
+    metric, (first, *_) = "frechet_distance[colors]", results.variants
+
+    def moved(name, gains):
+        """The same scores, by seed better by so much."""
+        runs = []
+        for one, gain in zip(first.runs, gains, strict=True):
+            trials = [{metric: score(trial[metric] - gain)} for trial in one.trials]
+            runs.append(replace(one, record={**one.record, "rows": [{"name": name, "scores": {}, "trials": trials}]}))
+        return replace(first, name=name, runs=runs)
+
+    def bold(*variants):
+        return [one.name for one in variants if replace(results, variants=list(variants)).is_best(one, metric)]
+
+    better, alike = moved("better", [9.0, 9.1, 9.2]), moved("alike", [8.0, 10.5, 9.0])
+    assert bold(first, better) == ["better"]
+    assert bold(first, better, alike) == []
+    assert bold(better) == []
+
+
+def test_the_report_says_what_is_decided(ablation):
+    found = findings_of(read_results(ablation))
+    assert list(found) == ["Fréchet ↓", "precision ↑"]
+    assert [len(sentences) for sentences in found.values()] == [3, 3]
+    sentence = found["Fréchet ↓"][-1]
+    assert sentence.startswith("XSwin with a long name is better than DiT by ")
+    for name in ("report.md", "report.html"):
+        assert sentence in (ablation / name).read_text()
 
 
 def test_a_tie_has_no_best(ablation):
