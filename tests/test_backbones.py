@@ -271,10 +271,11 @@ VARIANTS = [
     {"stem": "none"},
     {"conditioning": "adaln_zero"},
     {"conditioning": "tokens"},
+    {"wide_decoder": False},
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(*variant.items()))
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, *variant.items())))
 def test_a_variant_keeps_the_backbones_promises(variant):
     test_every_parameter_has_a_finite_gradient_that_is_not_zero("XSwin", **variant)
     test_samples_of_a_batch_do_not_mix("XSwin", **variant)
@@ -291,6 +292,15 @@ def test_global_cross_attention_is_the_localized_one_in_a_window_as_large_as_the
     everywhere.eval().load_state_dict(local.state_dict())
     with torch.no_grad():
         assert torch.allclose(local(*inputs()), everywhere(*inputs()), atol=1e-6)
+
+
+def test_a_narrow_decoder_has_the_blocks_of_the_encoder():
+    def sizes(stage):
+        return [[(name, parameter.shape) for name, parameter in block.named_parameters()] for block in stage.blocks]
+
+    model = small("XSwin", wide_decoder=False)
+    for encoder, decoder in zip(model.encoder, reversed(model.decoder), strict=True):
+        assert sizes(encoder) == sizes(decoder)
 
 
 def test_blocks_with_gates_add_nothing_at_first():
