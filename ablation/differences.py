@@ -1,6 +1,7 @@
 """Whether one variant is better than another: differences paired over training seeds, their intervals, and p-values
 that hold for all comparisons together."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -42,9 +43,10 @@ def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
     if len(differences) < 2 or stdev(differences) == 0:
         return None
-    test = stats.ttest_1samp(differences, 0.0)
-    low, high = test.confidence_interval(0.95)
-    return Difference(fmean(differences), float(low), float(high), float(test.pvalue), len(differences))
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    student = stats.t(len(differences) - 1)
+    margin = float(student.ppf(0.975)) * error
+    return Difference(mean, mean - margin, mean + margin, 2 * float(student.sf(abs(mean) / error)), len(differences))
 
 
 def corrected(differences: Mapping[str, Difference | None]) -> dict[str, Difference]:
