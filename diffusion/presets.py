@@ -20,6 +20,7 @@ def gaussian(
     variance: str = "learned_range",
     weighting: str = "uniform",
     times: str = "uniform",
+    times_args: dict[str, Any] | None = None,
     zero_terminal_snr: bool = False,
     model_times: Annotated[Sequence[float] | None, "(-inf, inf)"] = None,
     loss: str | None = None,
@@ -32,7 +33,9 @@ def gaussian(
         prediction: what the backbone predicts: 'epsilon', 'x_0' or 'v'
         variance: of the reverse step: 'learned_range' (hybrid loss; twice the channels), 'fixed_small' or 'fixed_large'
         weighting: of the squared error: 'uniform', 'min_snr', 'p2' or 'vlb'
-        times: at which the backbone is trained: 'uniform', 'logit_normal' or 'cosmap'
+        times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
+        times_args: of 'logit_normal': location, 0 (above: noisier; a flow's shift of s, in training alone, is log s),
+            and scale, 1; of 'mode': scale, 1.29 (above 0: more of the middle, below: of both ends)
         zero_terminal_snr: rescale the schedule to end in pure noise (Lin et al. 2023)
         model_times: what the backbone is told at both ends, where that is not 0 and T-1, such as [1, 1000]
         loss: what the squared error is counted in, by a prediction's name; null: what is predicted
@@ -42,10 +45,10 @@ def gaussian(
     from diffusion.diffusion import Diffusion
     from diffusion.paths import GaussianChain
     from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
-    from diffusion.times import TIMES, Device
+    from diffusion.times import Device, draw_times
 
     check_name("schedule", schedule, SCHEDULES)
-    check_name("times", times, TIMES)
+    draw_shares = draw_times(times, times_args)
     if num_timesteps < 2:
         raise ValueError(f"--diffusion.num_timesteps {num_timesteps} must be at least 2")
     betas = SCHEDULES[schedule](num_timesteps)
@@ -63,7 +66,7 @@ def gaussian(
     def draw(num: int, generator: torch.Generator | None, device: Device) -> torch.Tensor:
         if times == "uniform":
             return torch.randint(num_timesteps, (num,), generator=generator, device=device)
-        return (TIMES[times](num, generator, device) * num_timesteps).long()
+        return (draw_shares(num, generator, device) * num_timesteps).long()
 
     return Diffusion(
         GaussianChain(with_zero_terminal_snr(betas) if zero_terminal_snr else betas, model_times),
@@ -79,6 +82,7 @@ def gaussian(
 def flow(
     path: str = "linear",
     times: str = "uniform",
+    times_args: dict[str, Any] | None = None,
     shift: Annotated[float, "(0, inf)"] = 1.0,
     model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
     prediction: str = "velocity",
@@ -88,7 +92,9 @@ def flow(
 
     Args:
         path: 'linear' or 'trigonometric'
-        times: at which the backbone is trained: 'uniform', 'logit_normal' or 'cosmap'
+        times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
+        times_args: of 'logit_normal': location, 0 (above: noisier; a flow's shift of s, in training alone, is log s),
+            and scale, 1; of 'mode': scale, 1.29 (above 0: more of the middle, below: of both ends)
         shift: of training and sampling times alike towards the noise, for larger images; 1 shifts nothing
         model_times: what the backbone is told at the data's end and at the noise's, such as [1, 0]
         prediction: what the backbone predicts: 'velocity', 'epsilon', 'x_0' or 'v'
@@ -97,14 +103,11 @@ def flow(
     from diffusion.diffusion import Diffusion
     from diffusion.paths import CURVES, Flow
     from diffusion.schedules import check_name
-    from diffusion.times import TIMES
+    from diffusion.times import draw_times
 
     check_name("path", path, CURVES)
-    check_name("times", times, TIMES)
-    way = Flow(path, shift, model_times)
-    return Diffusion(
-        way, prediction, loss, times=lambda num, generator, device: way.shifted(TIMES[times](num, generator, device))
-    )
+    way, draw = Flow(path, shift, model_times), draw_times(times, times_args)
+    return Diffusion(way, prediction, loss, times=lambda *batch: way.shifted(draw(*batch)))
 
 
 def edm(

@@ -15,7 +15,8 @@ from experiment.build import diffusion_settings
 from experiment.config import DiffusionConfig, SamplingConfig
 from models import ModelSpec
 
-OF_TRAINING = {"loss", "weighting", "times", "shift", "P_mean", "P_std", "phases", "forcing"}  # mean no other output
+OF_TRAINING = {"loss", "weighting", "times", "times_args", "shift", "P_mean", "P_std"} | {"phases", "forcing"}
+"""Settings of a diffusion that mean no other output."""
 
 
 def resolve_sampling(

@@ -203,7 +203,9 @@ def test_each_process_has_a_sampler_of_its_own(diffusion, sampler):
 def test_flows_refuse_what_they_cannot_do_in_words():
     for arguments, words in [
         ({"path": "cubic"}, "--diffusion.path cubic: unknown, choose from linear, trigonometric"),
-        ({"times": "beta"}, "--diffusion.times beta: unknown, choose from uniform, logit_normal, cosmap"),
+        ({"times": "beta"}, "--diffusion.times beta: unknown, choose from uniform, logit_normal, mode, cosmap"),
+        ({"times_args": {"scale": 2.0}}, "--diffusion.times_args.scale: uniform takes no arguments"),
+        ({"times": "mode", "times_args": {"scale": 2}}, r"--diffusion.times_args.scale 2: must lie in \[-1, 1.7519\]"),
         ({"shift": 0.0}, r"--diffusion.shift 0.0 must be above 0"),
     ]:
         with pytest.raises(ValueError, match=words):
