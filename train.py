@@ -93,6 +93,7 @@ def train(run: Run[ExperimentConfig]) -> None:
         batch_size=config.train.batch_size,
         num_micro_batches=config.train.grad_accumulation,
         label_dropout=config.train.label_dropout,
+        class_balanced=config.train.class_balanced,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
         device=accelerator.device,

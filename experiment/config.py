@@ -173,6 +173,7 @@ class TrainConfig(AnyTrainConfig):
         num_steps: optimizer steps, in place of num_epochs
         grad_accumulation: micro-batches a step
         label_dropout: share of labels replaced by the null label, for classifier-free guidance
+        class_balanced: show every class equally often, whatever its number of images; an epoch is as many images still
         ema_profiles: relative lengths of power-function averages to keep snapshots of, such as [0.05, 0.1]; see
             scripts/reconstruct_ema.py
         recompute: compute what lies within the backbone's blocks again in the backward pass, in place of keeping it:
@@ -183,6 +184,7 @@ class TrainConfig(AnyTrainConfig):
     num_epochs: int | None = within("[1, inf)", None)
     grad_accumulation: int = within("[1, inf)", 1)
     label_dropout: float = within("[0, 1]", 0.1)
+    class_balanced: bool = False
     ema_profiles: list[float] = within("(0, 0.28)", [])
     recompute: bool = False
     compile: bool = False

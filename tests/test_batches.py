@@ -1,5 +1,7 @@
 """Training batches are a function of (seed, step, position), whatever the processes and micro-batches."""
 
+from copy import copy
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from data import open_dataset
 from data.latents import LatentCache, build_cache
 from diffusion import GaussianDiffusion
 from machine.randomness import generator_for
-from training.batches import Batches, permutation, positions
+from training.batches import Batches, Rounds, permutation, positions
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,11 @@ def joined(parts):
     return {name: torch.cat([getattr(part, name) for part in parts]) for name in ("x_0", "y", "t", "noise")}
 
 
-def test_processes_and_micro_batches_share_one_stream(cache):
-    whole = joined(batches(cache).micro_batches(3))
-    two_ranks = [list(batches(cache, rank=r, num_ranks=2, num_micro_batches=3).micro_batches(3)) for r in (0, 1)]
+@pytest.mark.parametrize("class_balanced", [False, True])
+def test_processes_and_micro_batches_share_one_stream(cache, class_balanced):
+    whole = joined(batches(cache, class_balanced=class_balanced).micro_batches(3))
+    shared = {"class_balanced": class_balanced, "num_ranks": 2, "num_micro_batches": 3}
+    two_ranks = [list(batches(cache, rank=rank, **shared).micro_batches(3)) for rank in (0, 1)]
     shared = joined([part for pair in zip(*two_ranks, strict=True) for part in pair])
     for name, expected in whole.items():
         assert torch.equal(shared[name], expected), name
@@ -51,6 +55,38 @@ def test_an_epoch_is_drawn_once_and_a_step_may_lie_in_several():
     assert torch.equal(steps, torch.cat(orders))
     assert torch.equal(positions(7, 5, 17, 0, "epoch", 1), torch.cat(orders)[5:22])
     assert permutation.cache_info().misses == 4
+
+
+UNEVEN = torch.tensor([5] + [1] * 4 + [3] * 9)  # labels of 14 images
+
+
+def test_classes_of_any_size_come_equally_often_and_each_in_permuted_epochs():
+    stream = Rounds(UNEVEN, seed=0).positions(0, 3 * 36)
+    turns = UNEVEN[stream].view(36, 3)
+    assert torch.equal(turns.sort(dim=1).values, torch.tensor([[1, 3, 5]]).expand(36, 3))
+    assert len(set(map(tuple, turns.tolist()))) > 3  # of six orders of a round
+    for label in (1, 3, 5):
+        members = UNEVEN.eq(label).nonzero().flatten()
+        epochs = stream[UNEVEN[stream] == label].view(-1, len(members))
+        assert torch.equal(epochs.sort(dim=1).values, members.expand_as(epochs))
+        assert label == 5 or not torch.equal(epochs[0], epochs[1])
+
+
+def test_a_stream_of_rounds_begins_anywhere_as_it_would_have_gone_on():
+    whole, resumed = Rounds(UNEVEN, seed=0).positions(0, 108), Rounds(UNEVEN, seed=0)
+    assert torch.equal(torch.cat([resumed.positions(step * 8, 8) for step in range(4, 9)]), whole[32:72])
+    assert not torch.equal(resumed.positions(0, 108, order=1), whole)
+    assert not torch.equal(Rounds(UNEVEN, seed=1).positions(0, 108), whole)
+
+
+def test_balanced_batches_pass_over_classes_without_images_and_refuse_unlabelled_ones(cache):
+    uneven, unlabelled = copy(cache), copy(cache)
+    uneven.labels = torch.tensor([3] * 20 + [0] * 7 + [9] * 3)
+    parts = joined(batches(uneven, class_balanced=True, label_dropout=0.0).micro_batches(2))
+    assert parts["y"].bincount().tolist() == [4, 0, 0, 4, 0, 0, 0, 0, 0, 4]
+    unlabelled.num_classes = 0
+    with pytest.raises(ValueError, match=r"--train.class_balanced true: these images have no classes; leave it out"):
+        batches(unlabelled, class_balanced=True)
 
 
 def test_steps_and_seeds_differ(cache):

@@ -3,7 +3,7 @@ the number of processes and micro-batches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from jaxtyping import Float, Int64
@@ -30,8 +30,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """The training stream over a cache: epochs are permutations, laid end to end. `batch_size` counts all processes.
-    `features` is a cache of the same images and views."""
+    """The training stream over a cache: epochs are permutations, laid end to end, or where it is `class_balanced`
+    rounds of the classes. `batch_size` counts all processes. `features` is a cache of the same images and views."""
 
     cache: LatentCache
     codec: Codec
@@ -40,6 +40,7 @@ class Batches:
     batch_size: int
     num_micro_batches: int = 1
     label_dropout: float = 0.0
+    class_balanced: bool = False
     rank: int = 0
     num_ranks: int = 1
     device: torch.device | str = "cpu"
@@ -53,6 +54,8 @@ class Batches:
                 f"--train.batch_size {self.batch_size} must be a multiple of the {self.num_ranks} processes times "
                 f"--train.grad_accumulation {self.num_micro_batches}"
             )
+        if self.class_balanced and not self.cache.num_classes:
+            raise ValueError("--train.class_balanced true: these images have no classes; leave it out")
 
     def micro_batches(self, step: int, order: int = 0) -> Iterator[Batch]:
         """This process's micro-batches of an optimizer step; `order` numbers the permutations to go by."""
@@ -84,7 +87,40 @@ class Batches:
 
     def _order(self, step: int, order: int = 0, device: torch.device | str = "cpu") -> Int64[Tensor, " b"]:
         start, size = step * self.batch_size, self.batch_size
+        if self.class_balanced:
+            return self._rounds.positions(start, size, order, device=device)
         return positions(len(self.cache), start, size, self.seed, "epoch", order, device=device)
+
+    @cached_property
+    def _rounds(self) -> "Rounds":
+        return Rounds(self.cache.labels.cpu(), self.seed)
+
+
+class Rounds:
+    """An endless stream of rounds: each has one image of every class that has any, in an order of its own. The images
+    of a class come in permutations of their own, laid end to end."""
+
+    def __init__(self, labels: Int64[Tensor, " n"], seed: int) -> None:
+        sizes = labels.bincount()
+        self.classes, self.seed = labels.argsort(stable=True).split(sizes[sizes > 0].tolist()), seed
+        self.num_at_once = -(-len(labels) // len(self.classes))  # about an epoch, which is kept
+        self._drawn = lru_cache(maxsize=4)(self._draw)
+
+    def positions(
+        self, start: int, num: int, order: int = 0, device: torch.device | str = "cpu"
+    ) -> Int64[Tensor, " num"]:
+        """Which images stand at places `start .. start + num`."""
+        length = self.num_at_once * len(self.classes)
+        return end_to_end(lambda number: self._drawn(number, order, device), length, start, num)
+
+    def _draw(self, number: int, order: int, device: torch.device | str) -> Int64[Tensor, " n"]:
+        first, num, num_classes = number * self.num_at_once, self.num_at_once, len(self.classes)
+        turns = positions(num_classes, first * num_classes, num * num_classes, self.seed, "round", order)
+        images = [
+            members[positions(len(members), first, num, self.seed, f"class {number}", order)]
+            for number, members in enumerate(self.classes)
+        ]
+        return torch.stack(images, dim=1).gather(1, turns.view(num, num_classes)).flatten().to(device)
 
 
 def positions(
@@ -97,10 +133,19 @@ def positions(
     device: torch.device | str = "cpu",
 ) -> Int64[Tensor, " n"]:
     """Which images stand at places `start .. start + num` of an endless stream of permuted epochs."""
+
+    def epoch(number: int) -> Int64[Tensor, " n"]:
+        return permutation(num_images, seed, purpose, number, order, device=device)
+
+    return end_to_end(epoch, num_images, start, num)
+
+
+def end_to_end(epoch: Callable[[int], Tensor], length: int, start: int, num: int) -> Int64[Tensor, " n"]:
+    """What stands at places `start .. start + num` of an endless stream of epochs of this length."""
     parts = []
-    for epoch in range(start // num_images, -(-(start + num) // num_images)):
-        order_of_epoch, first = permutation(num_images, seed, purpose, epoch, order, device=device), epoch * num_images
-        parts.append(order_of_epoch[max(0, start - first) : start + num - first])
+    for number in range(start // length, -(-(start + num) // length)):
+        first = number * length
+        parts.append(epoch(number)[max(0, start - first) : start + num - first])
     return torch.cat(parts)
 
 
