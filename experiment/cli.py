@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
+from typing import Any, ClassVar, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, set_loader, set_parsing_settings
@@ -66,17 +66,24 @@ class Parser(ArgumentParser):
         return script + BEHIND_LAUNCHERS if completion_type == "shtab-bash" else script
 
 
+class AsWritten(yaml.SafeLoader):
+    """Everything is the text that it is, but for what `<<` merges."""
+
+    yaml_implicit_resolvers: ClassVar = {"<": [("tag:yaml.org,2002:merge", re.compile("<<$"))]}
+
+
 def keep_names(values: Any, text: str) -> Any:
     """What YAML made of a text, with lists of names as they are written: 007, no, null and 1e3 can be names."""
 
     def kept(key: Any, value: Any, written: Any) -> Any:
         if str(key).rpartition(".")[2] in NAMES and isinstance(written, list):
             return written
-        if isinstance(value, dict):
-            return {key: kept(key, inner, written.get(str(key))) for key, inner in value.items()}
+        if isinstance(value, dict) and len(value) == len(written):  # as it is, but for keys such as yes beside true
+            pairs = zip(value.items(), written.values(), strict=True)
+            return {key: kept(key, inner, inner_written) for (key, inner), inner_written in pairs}
         return value
 
-    return kept("", values, yaml.load(text, yaml.BaseLoader))
+    return kept("", values, yaml.load(text, AsWritten))
 
 
 def load_strict_yaml(text: str) -> Any:

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from experiment.cli import parse
+from experiment.cli import keep_names, parse
 from experiment.config import ExperimentConfig
 from experiment.settings import StrictLoader
 
@@ -16,6 +16,21 @@ def test_few_aliases_are_read():
     text = "a: &a [1, 2]\nb: *a\nc: {<<: &d {e: 3}, f: *a}"
     assert yaml.load(text, StrictLoader) == {"a": [1, 2], "b": [1, 2], "c": {"e": 3, "f": [1, 2]}}
     assert yaml.load("", StrictLoader) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        (
+            "a: &a {classes: [007, no]}\nb: {<<: *a, lr: 1}",
+            {"a": {"classes": ["007", "no"]}, "b": {"classes": ["007", "no"], "lr": 1}},
+        ),
+        ("yes: {classes: [on]}\n2: {n: 1}", {True: {"classes": ["on"]}, 2: {"n": 1}}),
+        ("yes: {classes: [on]}\ntrue: {n: 1}", {True: {"n": 1}}),
+    ],
+)
+def test_names_stay_as_written_below_merges_and_odd_keys(text, read):
+    assert keep_names(yaml.load(text, yaml.SafeLoader), text) == read
 
 
 @pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "a: &a {b: {c: *a}}"])
