@@ -11,6 +11,7 @@ from data.image_set import ImageSet
 from data.subsets import by_name, stratified
 from diffusion.sde import bits_per_dimension
 from machine.randomness import generator_for
+from metrics.image_batches import in_batches
 from metrics.scores import Score
 from sampling.generation import share
 
@@ -32,7 +33,7 @@ def held_out_likelihood(
     bits_of: list[tuple[int, float]] = []  # index and bits of this process's images
     hidden = not accelerator.is_main_process
     with tqdm(total=num_images, desc="likelihood", unit="img", disable=hidden, leave=False) as bar:
-        for part in share(num_images, accelerator).split(64):
+        for part in in_batches(share(num_images, accelerator), 64):
             x_0, signs = [], []
             for index, one in zip(part.tolist(), chosen[part].tolist(), strict=True):
                 draw = generator_for(seed, "likelihood", index, device=device)

@@ -22,7 +22,7 @@ from diffusion.samplers import num_calls, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.precision import precision_of
 from machine.randomness import generator_for
-from metrics.image_batches import ImageBatch, Images, image_batches
+from metrics.image_batches import ImageBatch, Images, image_batches, in_batches
 from sampling.checks import guide_in_record, resolve_sampling
 from sampling.generation import Generator, generator_of, sample_labels
 from settings import set_values
@@ -77,7 +77,7 @@ def from_images(
 
     def batches(indices: Tensor, batch_size: int) -> Iterator[ImageBatch]:
         read = image_batches(images, batch_size, indices=chosen[indices])
-        for part, batch in zip(indices.split(batch_size), read, strict=True):
+        for part, batch in zip(in_batches(indices, batch_size), read, strict=True):
             yield replace(batch, indices=part, labels=None if chosen_labels is None else chosen_labels[part])
 
     return Source(name, len(chosen), batches, {**provenance, "num_images": len(chosen)}, chosen_labels, classes)

@@ -1,6 +1,6 @@
 """Sets of uint8 images, read in batches by index."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,18 @@ class ImageBatch:
     labels: Int64[Tensor, " b"] | None = None
 
 
+def in_batches(indices: Int64[Tensor, " n"], batch_size: int) -> Sequence[Tensor]:
+    """Parts of so many; of none, as a process's share of few images may be, no part."""
+    return indices.split(batch_size) if len(indices) else ()
+
+
 def image_batches(
     images: Images, batch_size: int = 64, *, indices: Int64[Tensor, " n"] | None = None
 ) -> Iterator[ImageBatch]:
     """A tensor's or dataset's images, or those at `indices`, in batches."""
     data: Any = images
     indices = torch.arange(len(data)) if indices is None else indices
-    for part in indices.split(batch_size) if len(indices) else ():
+    for part in in_batches(indices, batch_size):
         if isinstance(images, Tensor):
             yield ImageBatch(part, images[part])
             continue

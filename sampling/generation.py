@@ -23,7 +23,7 @@ from diffusion.samplers import Callback, Staged, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.accelerator import to_main
 from machine.randomness import generator_for
-from metrics.image_batches import ImageBatch
+from metrics.image_batches import ImageBatch, in_batches
 from sampling.checks import load_guide_model
 
 
@@ -46,7 +46,7 @@ class Generator:
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
         """The images of these indices, in order."""
-        for part in indices.split(batch_size):
+        for part in in_batches(indices, batch_size):
             yield ImageBatch(part, self.draw(part).cpu(), self.labels[part])
 
     def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:

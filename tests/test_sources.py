@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from dataclasses import asdict, replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from data.shapes import ShapesDataset
 from data.subsets import by_name
 from evaluation.record import notes, write_json
 from evaluation.scoring import Scorer, summarise
-from evaluation.sources import Source, from_dataset, like, read_samples, reconstructions
+from evaluation.sources import Source, from_dataset, from_images, like, read_samples, reconstructions
 from experiment import imports
 from experiment.build import data_of
 from experiment.cli import parse
@@ -33,7 +34,7 @@ from metrics.features import Extractor, Features
 from metrics.fidelity import compare
 from metrics.programs import save_program
 from metrics.scores import METRICS, title_of
-from sampling.generation import resolve_classes
+from sampling.generation import Generator, resolve_classes
 from sharing.studio import Studio
 from training.inspection import check_best, unless_ruined
 
@@ -388,3 +389,10 @@ def test_an_unconditional_model_has_no_class_to_ask_for():
     assert resolve_classes([], []) == [0]
     with pytest.raises(ValueError, match="--classes cat: the model has no classes; leave it out"):
         resolve_classes(["cat"], [])
+
+
+def test_a_process_whose_share_of_few_images_is_none_has_no_batches():
+    """Else it would fail on them, and the others would wait for it."""
+    none, image = torch.arange(0), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert not list(from_images(image, "one").batches(none, 8))
+    assert not list(Generator.batches(Mock(spec=Generator), none, 8))
