@@ -50,7 +50,7 @@ class Checkpoint:
     def run(self) -> Path:
         """The run's folder, or the weights' own where they lie outside one; of the embedded ones a place in runs/."""
         folder = self.path.parent
-        if folder == ASSET:
+        if folder.resolve() == ASSET:  # by whatever path
             return Path("runs", "embedded-checkpoint")
         return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 

@@ -34,6 +34,11 @@ def test_it_draws_by_name_where_it_was_called_from(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "embedded-checkpoint" / "samples.png").stat().st_size > 5000
 
 
+def test_nothing_is_written_into_the_clone_where_it_is_given_by_its_path(embedded, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert open_checkpoint("assets/checkpoint").run == embedded.run
+
+
 def test_it_is_scored_by_name_as_a_run_is():
     EVALUATE.check(EVALUATE.EvaluateConfig(samples="embedded", trials=2))  # refused of a fixed set of images
     assert EVALUATE.is_run("embedded")
