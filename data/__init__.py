@@ -7,6 +7,7 @@ from typing import Any
 
 from data.image_set import ImageSet
 from data.images import ImageDataset
+from data.layout import DataError
 from data.shapes import ShapesDataset
 
 DATASETS: dict[str, Callable[..., ImageSet]] = {"shapes": ShapesDataset}  # by name; any other path is of image files
@@ -18,6 +19,9 @@ def open_dataset(path: str, **settings: Any) -> ImageSet:
         files = {name: value for name, value in settings.items() if name not in ("num_images", "difficulty")}
         return ImageDataset(path, **files)
     taken = signature(DATASETS[path]).parameters
+    for name in ("classes", "exclude_classes"):
+        if settings.get(name) and name not in taken:
+            raise DataError(f"--data.{name} {settings[name]}: {path} keeps all of its classes; leave it out, or '[]'")
     return DATASETS[path](**{name: value for name, value in settings.items() if name in taken})
 
 

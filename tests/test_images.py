@@ -88,6 +88,13 @@ def test_images_are_cut_to_the_centre(tmp_path):
     assert ImageDataset(tmp_path, image_size=(5, 15))[0][0].shape == (3, 5, 15)
 
 
+@pytest.mark.parametrize("name", ["classes", "exclude_classes"])
+def test_a_dataset_that_keeps_all_classes_says_so(name):
+    assert open_dataset("shapes", **{name: []}).classes
+    with pytest.raises(DataError, match=rf"--data.{name} \['star'\]: shapes keeps all of its classes; leave it out"):
+        open_dataset("shapes", **{name: ["star"]})
+
+
 def test_excluded_classes_leave(tree):
     assert ImageDataset(tree, exclude_classes=["dog"]).classes == ["cat", "emu"]
     assert ImageDataset(tree, classes=["emu", "cat"]).classes == ["cat", "emu"]
