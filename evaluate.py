@@ -50,7 +50,8 @@ class EvaluateConfig(EvaluationFlags):
             about 800 calls of the model; 0: none
         self_check: check metrics and extractor on inputs with known answers, and do nothing else
         output: JSON file, pictures beside it; by default scores.json in the run's folder (of older weights
-            scores-WHICH.json), NAME-scores.json beside a fixed set, autoencoder.json in an autoencoder's own folder
+            scores-WHICH.json), NAME-scores.json beside a fixed set, autoencoder.json in an autoencoder's own folder,
+            NAMES-autoencoder.json here for several, embedded ones, or the hub's
         latex: also write the table for LaTeX (booktabs), as .tex beside the JSON; its rows bear the runs' names
         seed: of the drawn samples, and of subsets
         precision: of sampling: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'

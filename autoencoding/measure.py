@@ -234,10 +234,13 @@ def open_codec(name: str, image_size: int) -> LatentCodec:
 
 
 def default_output(codecs: Sequence[LatentCodec]) -> Path:
-    """In the folder of the autoencoder, if it is one and not an embedded one, else in the working folder."""
+    """In the folder of the autoencoder, if it is one and not an embedded one, else by their names in the working
+    folder."""
     folder = Path(codecs[0].source)
-    is_users = len(codecs) == 1 and folder.is_dir() and folder.resolve() not in EMBEDDED.values()
-    return (folder if is_users else Path()) / "autoencoder.json"
+    if len(codecs) == 1 and folder.is_dir() and folder.resolve() not in EMBEDDED.values():
+        return folder / "autoencoder.json"
+    names = [part for codec in codecs for part in Path(codec.source.strip("./")).parts[-2:]]
+    return Path("-".join([*names, "autoencoder.json"]))
 
 
 def in_words(latents: dict[str, Any]) -> str:

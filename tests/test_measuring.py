@@ -53,7 +53,7 @@ def measured(tmp_path_factory):
     flags = ("--data.num_images", 5 * NUM, "--data.image_size", SIZE, "--extractor", "colors.pt", "--batch_size", 7)
     names = ("--autoencoder", "embedded,tiny", "--perceptual", "colors.pt", "--metrics", f"[{','.join(DEFAULT)},cas]")
     done = run("evaluate.py", *names, *flags, cwd=folder)
-    return folder, done.stdout, json.loads((folder / "autoencoder.json").read_text())
+    return folder, done.stdout, json.loads((folder / "embedded-tiny-autoencoder.json").read_text())
 
 
 @pytest.mark.parametrize(("row", "name"), [(0, "embedded"), (1, "tiny")])
@@ -139,7 +139,7 @@ def test_the_score_that_decides_is_one_that_all_have():
 
 def test_pictures_stand_beside_the_record(measured):
     folder, said, _ = measured
-    names = ["autoencoder.json", "autoencoder-reconstructions.png", "autoencoder-spectrum.png"]
+    names = [f"embedded-tiny-autoencoder{end}" for end in (".json", "-reconstructions.png", "-spectrum.png")]
     assert said.strip().splitlines()[-1] == "written: " + ", ".join(names)
     with Image.open(folder / names[1]) as grid:
         rows = grid.height // (4 * SIZE)
@@ -246,8 +246,17 @@ def test_mistakes_name_the_flag(mistake):
         EVALUATE.main(EVALUATE.EvaluateConfig(**given))
 
 
-def test_records_go_to_the_autoencoders_own_folder_but_for_the_embedded_one(tmp_path):
-    mine = create_codec(write("taesd", tmp_path / "mine"))
-    assert default_output([mine]) == tmp_path / "mine" / "autoencoder.json"
-    for others in ([mine, mine], [create_codec("embedded")], [create_codec(str(EMBEDDED["embedded"]))]):
-        assert str(default_output(others)) == "autoencoder.json"
+def test_records_go_to_the_autoencoders_own_folder_or_bear_the_names_of_those_that_have_none(tmp_path):
+    def codec(source):
+        return Mock(spec=LatentCodec, source=str(source))
+
+    (tmp_path / "a" / "vae").mkdir(parents=True)
+    mine, embedded = codec(tmp_path / "a" / "vae"), codec("embedded")
+    assert default_output([mine]) == tmp_path / "a" / "vae" / "autoencoder.json"
+    for name, codecs in {
+        "a-vae-embedded": [mine, embedded],
+        "embedded": [embedded],
+        "me-vae": [codec("me/vae")],
+        "assets-autoencoder": [codec(EMBEDDED["embedded"])],
+    }.items():
+        assert str(default_output(codecs)) == f"{name}-autoencoder.json"
