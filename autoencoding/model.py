@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoencoders.codec import LatentCodec
 from autoencoding.autoencoder_config import ArchitectureConfig, AutoencoderOptimConfig, AutoencodingConfig
+from checkpoints.checkpoint import WEIGHTS, read_metadata
 from machine.whole_files import whole
 from training.muon import Muon
 from training.optimizer import Optimizers
@@ -79,8 +80,14 @@ def encoding_parts(autoencoder: Any) -> list[nn.Module]:
     return [part for part in (autoencoder.encoder, autoencoder.quant_conv) if part is not None]
 
 
-def build_autoencoder(config: AutoencodingConfig) -> Any:
-    """A fresh AutoencoderKL, or the one to start from; flags that do not go together are refused."""
+def build_autoencoder(config: AutoencodingConfig, checkpoint: Path | None = None) -> Any:
+    """A fresh AutoencoderKL, or the one to start from, or as the `checkpoint` of a run says that it was: what it began
+    from may have changed. Flags that do not go together are refused."""
+    if stored := checkpoint and read_metadata(checkpoint / WEIGHTS).get("autoencoder"):
+        from diffusers import AutoencoderKL
+
+        as_it_was: Any = AutoencoderKL.from_config(json.loads(stored))
+        return as_it_was.train()
     if config.init_from is None:
         if config.decoder_only:
             raise ValueError("--decoder_only: there is no encoder to leave as it is; give --init_from")
@@ -91,6 +98,7 @@ def build_autoencoder(config: AutoencodingConfig) -> Any:
     weights = [weight for part in encoding_parts(autoencoder) for weight in part.state_dict().values()]
     if config.decoder_only and config.half and any(not torch.equal(w.half().float(), w) for w in weights):
         raise ValueError("--half: rounding the encoder would change its latents, which --decoder_only promises not to")
+    autoencoder.register_to_config(_name_or_path="")  # diffusers would publish the folder that it began from
     return autoencoder.requires_grad_(True).train()
 
 
@@ -147,7 +155,6 @@ def finish(
         scale, shift = measure_latents(autoencoder, images)
         per_channel = {"latents_mean": None, "latents_std": None}  # of what it began from
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift, **per_channel)
-    autoencoder.register_to_config(_name_or_path="")  # diffusers would publish the folder that it began from
     kept = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
     with whole(folder) as partial:
         (autoencoder.half() if half else autoencoder).save_pretrained(partial)

@@ -7,6 +7,7 @@ python train.py --autoencoder runs/kl_f8c4/autoencoder --data.path images.zip
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,8 +55,8 @@ def train(run: Run[AutoencodingConfig]) -> None:
     run.check_identity(train=batches.sources[0].describe(), test=held_out["images"].describe())
     accelerator.print(intake(batches.sources[0], held_out["images"]))
     learned_variance, decoder_only, of_critic = config.loss.learned_variance, config.decoder_only, config.discriminator
-    model = Autoencoding(build_autoencoder(config), learned_variance=learned_variance, decoder_only=decoder_only)
-    model = model.to(device)
+    autoencoder = build_autoencoder(config, run.checkpoint)
+    model = Autoencoding(autoencoder, learned_variance=learned_variance, decoder_only=decoder_only).to(device)
     critic = PatchDiscriminator(channels=of_critic.channels, num_layers=of_critic.num_layers, norm=of_critic.norm)
     critic = critic.to(device)
     objective = build_objective(config.loss, of_critic, device)
@@ -84,6 +85,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
         {"autoencoder": guard, "discriminator": critic_guard},
         previews.due,
         num_steps,
+        autoencoder=json.loads(model.autoencoder.to_json_string()),
     )
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     accelerator.print(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -355,7 +356,12 @@ def test_two_processes_train_like_one(whole, tmp_path):
 
 def test_decoder_alone_leaves_latents_bit_identical(whole, train, tmp_path):
     start = whole / "runs" / "autoencoder" / "autoencoder"
-    train(tmp_path, *FLAGS, "--init_from", str(start), "--decoder_only", "true", "--name", "tuned")
+    shutil.copytree(start, tmp_path / "start")
+    flags = ["--init_from", "start", "--decoder_only", "true", "--name", "tuned", "--train.max_hours", "1e-9"]
+    with pytest.raises(SystemExit, match="75"):
+        train(tmp_path, *FLAGS, *flags)
+    shutil.rmtree(tmp_path / "start")  # a resumed run does not read it again
+    train(tmp_path, "--resume", "runs/tuned", "--train.max_hours", "null")
     before, after = create_codec(str(start)), create_codec(str(tmp_path / "runs" / "tuned" / "autoencoder"))
     batch = ((images(4) + 1) * 127.5).to(torch.uint8)
     assert torch.equal(before.prepare(batch), after.prepare(batch))
