@@ -22,6 +22,12 @@ def inside(folder: Path, name: str, flag: str) -> Path:
     return path
 
 
+def check_empty(folder: Path, flag: str) -> None:
+    """That nothing lies where a folder is to be written; else a FileExistsError in the words of the flag."""
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{flag} {folder} is not empty; give another folder or delete it")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write beside the file, then rename."""
     with whole(path) as partial:

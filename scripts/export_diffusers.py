@@ -42,12 +42,11 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     """Refuse what diffusers cannot follow, then write."""
     from checkpoints.checkpoint import open_checkpoint
-    from machine.whole_files import whole
+    from machine.whole_files import check_empty, whole
     from published.diffusers_pipeline import write_folder
     from sampling.checks import resolve_sampling
 
-    if config.output.exists() and any(config.output.iterdir()):
-        raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
+    check_empty(config.output, "--output")
     checkpoint = open_checkpoint(config.checkpoint)
     diffusion, num_guided = checkpoint.build_diffusion(), checkpoint.num_guided
     overrides = set_values(config.sampling)

@@ -71,10 +71,9 @@ class ImportConfig:
 
 def main(config: ImportConfig) -> None:
     """Read, rename, write, open again."""
-    from machine.whole_files import whole
+    from machine.whole_files import check_empty, whole
 
-    if config.output.exists() and any(config.output.iterdir()):
-        raise FileExistsError(f"--output {config.output} is not empty; give another folder or delete it")
+    check_empty(config.output, "--output")
     with whole(config.output) as folder:
         what = import_autoencoder(config, folder) if config.source == "tiny" else import_backbone(config, folder)
     print(f"{what}{config.output}")

@@ -46,10 +46,13 @@ def main(config: PushConfig) -> None:
 
     from checkpoints.checkpoint import WEIGHTS, open_checkpoint, read_tensors
     from checkpoints.hub import HubError, reason
+    from machine.whole_files import check_empty
     from sharing.model_card import SHOWN, card_files, model_card, write_published
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
         raise ValueError(f"--repo {config.repo}: give owner/name")
+    if config.dry_run:
+        check_empty(config.dry_run, "--dry_run")  # a run's own folder would lose what it goes on from
     checkpoint = open_checkpoint(config.checkpoint)
     read_tensors(checkpoint.path)  # nothing damaged is published
     files = card_files(checkpoint)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
+from torch import Tensor
 
 from checkpoints.checkpoint import WEIGHTS, Checkpoint, read_metadata, read_tensors, save_tensors
 from evaluation.table import code, markdown, plain
@@ -56,11 +57,19 @@ def write_published(files: dict[str, Path], folder: Path, *, half: bool = False)
             (folder / name).write_text(text)
         elif name == WEIGHTS and (half or (metadata := read_metadata(path)) != _without_paths_within(metadata)):
             weights = read_tensors(path)
-            if half:
-                weights = {key: one.half() if one.is_floating_point() else one for key, one in weights.items()}
+            weights = rounded(weights) if half else weights
             save_tensors(weights, folder / name, _without_paths_within(read_metadata(path)))
         else:
             shutil.copy(path, folder / name)
+
+
+def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """To float16; a ValueError names a tensor whose numbers it does not hold."""
+    halves = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
+    for name, half in halves.items():
+        if not half.isfinite().all():
+            raise ValueError(f"--half true: {name} has numbers beyond float16's 65504; leave it out")
+    return halves
 
 
 def _without_paths_within(metadata: dict[str, str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from processes import script
 from checkpoints.checkpoint import metadata_of, open_checkpoint, save_tensors, warm_start
 from checkpoints.hub import HubError, local
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
-from sharing.model_card import card_files, model_card, without_paths
+from sharing.model_card import card_files, model_card, rounded, without_paths
 
 PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")
 REPO = "me/tiny-shapes"
@@ -176,6 +176,10 @@ def test_a_dry_run_uploads_nothing(folder, tmp_path, hub, here):
     assert "Not scored yet" in (tmp_path / "card" / "README.md").read_text()
     assert (tmp_path / "card" / "ema.safetensors").is_file()
     assert len(hub.calls) == calls
+    before = (folder / "runs" / "tiny" / "config.yaml").read_bytes()
+    with pytest.raises(FileExistsError, match=r"--dry_run .*tiny is not empty; give another folder or delete it"):
+        PUSH.main(PUSH.PushConfig(checkpoint=run_folder, repo=REPO, dry_run=Path(run_folder)))
+    assert (folder / "runs" / "tiny" / "config.yaml").read_bytes() == before
     with pytest.raises(ValueError, match="--repo tiny: give owner/name"):
         PUSH.main(PUSH.PushConfig(checkpoint=run_folder, repo="tiny"))
 
@@ -187,6 +191,8 @@ def test_weights_in_half_precision_are_half_the_size_and_sampled_from_as_before(
     assert half.path.stat().st_size < 0.6 * whole.path.stat().st_size
     ours, theirs = half.load_model().state_dict(), whole.load_model().state_dict()
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)  # in float32
+    with pytest.raises(ValueError, match=r"--half true: norm.running_var has numbers beyond float16's 65504"):
+        rounded({"norm.running_var": torch.tensor([1.0, 1e5]), "norm.num_batches": torch.tensor(100_000)})
 
 
 def test_nothing_that_is_published_names_a_folder_of_this_machine(folder, tmp_path):
