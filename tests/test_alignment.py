@@ -75,6 +75,10 @@ def test_states_are_those_of_features_for_every_backbone(name, depth):
     torch.testing.assert_close(ours.alignment(features), aligned["alignment"])
 
 
+def test_the_grid_of_an_odd_side_is_half_of_it_rounded_up():
+    assert Alignment(small("XSwin", input_size=9), IREPA).grid == (5, 5)
+
+
 def test_gradient_reaches_the_blocks_before_it_and_the_projector_alone():
     model = wake(small("DiT-S/2")).eval()
     ours, features = objective(model, IREPA)

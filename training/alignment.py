@@ -119,5 +119,5 @@ def _block_at(backbone: Backbone, depth: float) -> tuple[nn.Module, int, tuple[i
     for handle in handles:
         handle.remove()
     height, width = backbone.input_size
-    reduction = math.isqrt(height * width // tokens.shape[1])
-    return ran[-1], tokens.shape[2], (height // reduction, width // reduction)
+    grids = ((-(-height // reduction), -(-width // reduction)) for reduction in range(1, height + 1))
+    return ran[-1], tokens.shape[2], next(grid for grid in grids if math.prod(grid) == tokens.shape[1])
