@@ -94,6 +94,7 @@ def train(run: Run[ExperimentConfig]) -> None:
         num_micro_batches=config.train.grad_accumulation,
         label_dropout=config.train.label_dropout,
         class_balanced=config.train.class_balanced,
+        negatives=diffusion.contrast > 0,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
         device=accelerator.device,

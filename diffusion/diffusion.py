@@ -94,6 +94,8 @@ class Diffusion:
             the error it expects; the loss is then `mse / e^u + u`, least where u is log mse (Kendall et al. 2018;
             Karras et al. 2024, eq. 21, where u is a small network's and knows sigma alone). The best prediction stays
             the same.
+        contrast: weight, below 1, that the distance to another sample's velocity has against that to the own one
+            (contrastive flow matching, Stoica et al. 2025), where the loss is given a `negative`.
         default_sampler, default_spacing: where none is named.
         samplers: where these alone can sample it.
     """
@@ -108,6 +110,7 @@ class Diffusion:
         weighting: str = "uniform",
         variance: str = "fixed_small",
         uncertainty: bool = False,
+        contrast: float = 0.0,
         default_sampler: str = "euler",
         default_spacing: str = "uniform",
         samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = NOTHING,
@@ -123,7 +126,12 @@ class Diffusion:
                 "leave one of them out"
             )
         self.path, self.prediction, self.loss, self.weighting = path, prediction, loss or prediction, weighting
-        self.variance, self.uncertainty = variance, uncertainty
+        if contrast and prediction != "velocity":
+            raise ValueError(
+                f"--diffusion.contrast {contrast}: is between velocities, and --diffusion.prediction is {prediction}; "
+                "leave one of them out"
+            )
+        self.variance, self.uncertainty, self.contrast = variance, uncertainty, contrast
         self._draw_times = times
         self.default_sampler, self.default_spacing, self.samplers = default_sampler, default_spacing, samplers
         self._target, self._loss_target = targets[prediction], targets[self.loss]
@@ -214,17 +222,23 @@ class Diffusion:
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
         extras: Mapping[str, Any] = NOTHING,
+        negative: Float[Tensor, "b 2 c h w"] | None = None,
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Per-sample `loss`, which is to be minimised, and the terms that it is made of, all in float32.
 
         `t` and `noise` are drawn when not given, by a generator on `x_0`'s device. An `auxiliary` term counts as the
-        signal's share `alpha^2 / (alpha^2 + sigma^2)` says. The model is called with `extras` beside (x_t, t, y).
+        signal's share `alpha^2 / (alpha^2 + sigma^2)` says. The model is called with `extras` beside (x_t, t, y). A
+        `negative` is `x_0` and noise of another sample for each, which `contrast` is to.
         """
         t, noise = self.draw(x_0, t, noise, generator)
         x_0 = x_0.float()
         x_t = self.q_sample(x_0, t, noise)
         output = self.precondition(model)(x_t, t, y, **extras).float()
         terms = self.terms(output, x_0, x_t, t, noise)
+        if negative is not None:
+            other, other_noise = negative.float().unbind(dim=1)
+            distance = mean_per_sample((self.target(other, other_noise, t) - output).square())
+            terms |= {"loss": terms["loss"] - self.contrast * self.loss_weight(t) * distance, "negative_mse": distance}
         if auxiliary:
             terms = with_auxiliary(terms, auxiliary, self.predict(output, x_t, t).x_0, x_0, y, self.signal_share(t))
         return terms

@@ -87,6 +87,7 @@ def flow(
     model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
     prediction: str = "velocity",
     loss: str | None = None,
+    contrast: Annotated[float, "[0, 1)"] = 0.0,
 ) -> "diffusion.diffusion.Diffusion":
     """flow matching: Lipman et al. 2023, Liu et al. 2023, Ma et al. 2024
 
@@ -99,6 +100,8 @@ def flow(
         model_times: what the backbone is told at the data's end and at the noise's, such as [1, 0]
         prediction: what the backbone predicts: 'velocity', 'epsilon', 'x_0' or 'v'
         loss: what the squared error is counted in, by a prediction's name; null: what is predicted
+        contrast: weight of the distance to the velocity of another sample of the batch, taken off the loss in training
+            (contrastive flow matching, Stoica et al. 2025: 0.05); with prediction 'velocity'
     """
     from diffusion.diffusion import Diffusion
     from diffusion.paths import CURVES, Flow
@@ -107,7 +110,7 @@ def flow(
 
     check_name("path", path, CURVES)
     way, draw = Flow(path, shift, model_times), draw_times(times, times_args)
-    return Diffusion(way, prediction, loss, times=lambda *batch: way.shifted(draw(*batch)))
+    return Diffusion(way, prediction, loss, times=lambda *batch: way.shifted(draw(*batch)), contrast=contrast)
 
 
 def edm(

@@ -15,7 +15,7 @@ from experiment.build import diffusion_settings
 from experiment.config import DiffusionConfig, SamplingConfig
 from models import ModelSpec
 
-OF_TRAINING = {"loss", "weighting", "times", "times_args", "shift", "P_mean", "P_std"} | {"phases", "forcing"}
+OF_TRAINING = {"loss", "weighting", "times", "times_args", "shift", "contrast", "P_mean", "P_std", "phases", "forcing"}
 """Settings of a diffusion that mean no other output."""
 
 

@@ -28,17 +28,22 @@ def batches(cache, **overrides):
 
 def joined(parts):
     parts = list(parts)
-    return {name: torch.cat([getattr(part, name) for part in parts]) for name in ("x_0", "y", "t", "noise")}
+    names = ("x_0", "y", "t", "noise")
+    return {
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
+        **{name: torch.cat([part.more[name] for part in parts]) for name in parts[0].more},
+    }
 
 
 @pytest.mark.parametrize("class_balanced", [False, True])
 def test_processes_and_micro_batches_share_one_stream(cache, class_balanced):
-    whole = joined(batches(cache, class_balanced=class_balanced).micro_batches(3))
-    shared = {"class_balanced": class_balanced, "num_ranks": 2, "num_micro_batches": 3}
-    two_ranks = [list(batches(cache, rank=rank, **shared).micro_batches(3)) for rank in (0, 1)]
+    settings = {"class_balanced": class_balanced, "negatives": True}
+    whole, shares = joined(batches(cache, **settings).micro_batches(3)), {"num_ranks": 2, "num_micro_batches": 3}
+    two_ranks = [list(batches(cache, rank=rank, **settings, **shares).micro_batches(3)) for rank in (0, 1)]
     shared = joined([part for pair in zip(*two_ranks, strict=True) for part in pair])
     for name, expected in whole.items():
         assert torch.equal(shared[name], expected), name
+    assert torch.equal(whole["negative"], torch.stack([whole["x_0"], whole["noise"]], dim=1).roll(-1, dims=0))
 
 
 def test_epochs_are_permutations_laid_end_to_end(cache):

@@ -201,6 +201,25 @@ def test_weights_leave_the_terms_as_they_are(weighting):
     torch.testing.assert_close(ours["loss"], diffusion.loss_weight(t) * ours["mse"] + ours["vb"])
 
 
+@pytest.mark.parametrize("path", ["linear", "trigonometric"])
+def test_contrast_moves_the_best_velocity_away_from_the_negative(path):
+    diffusion, t = FlowMatching(path, contrast=0.05), torch.tensor([0.2, 0.7])
+    x_0, noise, negative = randn(2, 1, 4, 4), randn(2, 1, 4, 4, seed=1), randn(2, 2, 1, 4, 4, seed=2)
+    own, other = diffusion.target(x_0, noise, t), diffusion.target(negative[:, 0], negative[:, 1], t)
+
+    def loss(velocity, **more):
+        terms = diffusion.training_loss(lambda *_: velocity, x_0, labels(2), t=t, noise=noise, **more)
+        return terms["loss"]
+
+    velocity = ((own - 0.05 * other) / 0.95).requires_grad_()
+    errors = [(target - velocity).square().mean(dim=(1, 2, 3)) for target in (own, other)]
+    contrasted = loss(velocity, negative=negative)
+    torch.testing.assert_close(contrasted, errors[0] - 0.05 * errors[1])
+    torch.testing.assert_close(loss(velocity), errors[0])  # as a validation has it
+    contrasted.sum().backward()
+    torch.testing.assert_close(velocity.grad, torch.zeros_like(velocity), atol=1e-6, rtol=0)
+
+
 def logit_normal_quantile(share, location=0.0, scale=1.0):
     return (location + scale * torch.special.ndtri(share)).sigmoid()
 

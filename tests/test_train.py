@@ -103,6 +103,7 @@ def test_two_processes_and_micro_batches_equal_one(folder, model):
     """Twenty steps at the same global batch and seed."""
     settings = {**TINY, "model": model, "model_args": EQUAL[model], "name": None}
     settings["train"] = {**TINY["train"], "num_steps": 20, "class_balanced": model == "DiT"}
+    settings["diffusion"] = {"kind": "flow", "contrast": 0.05} if model == "UViT" else {}
     settings["log"] = {"every": 1, "validate_every": 0, "trackers": []}
     settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}
     (folder / f"{model}.yaml").write_text(yaml.safe_dump(settings))

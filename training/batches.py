@@ -4,6 +4,7 @@ the number of processes and micro-batches."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -24,14 +25,15 @@ class Batch:
     y: Int64[Tensor, " b"]
     t: Tensor  # [b]
     noise: Float[Tensor, "b c h w"]
-    more: dict[str, Tensor] = field(default_factory=dict)  # what else the objective draws, [b ...]
+    more: dict[str, Any] = field(default_factory=dict)  # tensors [b ...] that the loss is given by name
     features: Float[Tensor, "b d h_out w_out"] | None = None  # of a frozen network, of the same views of the images
 
 
 @dataclass(frozen=True)
 class Batches:
     """The training stream over a cache: epochs are permutations, laid end to end, or where it is `class_balanced`
-    rounds of the classes. `batch_size` counts all processes. `features` is a cache of the same images and views."""
+    rounds of the classes. `batch_size` counts all processes. `features` is a cache of the same images and views. With
+    `negatives`, each sample has the next one of the global batch for one, whose order is random."""
 
     cache: LatentCache
     codec: Codec
@@ -41,6 +43,7 @@ class Batches:
     num_micro_batches: int = 1
     label_dropout: float = 0.0
     class_balanced: bool = False
+    negatives: bool = False
     rank: int = 0
     num_ranks: int = 1
     device: torch.device | str = "cpu"
@@ -70,16 +73,26 @@ class Batches:
         y = self.cache.labels[index].to(device)
         y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
         more = self.draw_more(shape, draw, device) if self.draw_more else {}
+        drawn = index, mirrored, posterior_noise, noise
+        following = [values.roll(-1, dims=0) for values in drawn] if self.negatives else None
 
         size = self.batch_size // (self.num_micro_batches * self.num_ranks)
         for micro in range(self.num_micro_batches):
             start = (micro * self.num_ranks + self.rank) * size
             part = slice(start, start + size)
-            stored = self.cache.read(index[part], mirrored[part]).to(device)
-            x_0 = self.codec.draw(stored, posterior_noise[part])
+            x_0, noise_part = self._data(part, *drawn)
             more_part = {name: values[part] for name, values in more.items()}
+            if following:
+                more_part["negative"] = torch.stack(self._data(part, *following), dim=1)
             features = None if self.features is None else self.features.read(rows[part], mirrored[part]).to(device)
-            yield Batch(x_0, y[part], t[part], noise[part], more_part, features)
+            yield Batch(x_0, y[part], t[part], noise_part, more_part, features)
+
+    def _data(
+        self, part: slice, index: Tensor, mirrored: Tensor, posterior_noise: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`x_0` and noise of a part of the batch."""
+        stored = self.cache.read(index[part], mirrored[part]).to(self.device)
+        return self.codec.draw(stored, posterior_noise[part]), noise[part]
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
         """Which images of the source the global batch of a step holds."""

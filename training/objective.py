@@ -73,7 +73,7 @@ class Objective:
         network = model if alignment is None else alignment.watch(model)
         auxiliary = self.auxiliary_terms(phase)
         terms = self.diffusion.training_loss(
-            network, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary
+            network, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary, **batch.more
         )
         if alignment is not None:
             terms["alignment"] = alignment(batch.features)
