@@ -10,7 +10,7 @@ python sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 
 import sys
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiment.cli import one_line_errors, parse
@@ -64,33 +64,28 @@ def main(config: SampleConfig) -> None:
     """Load a checkpoint, draw, write what was asked for."""
     import torch
 
-    from checkpoints.checkpoint import open_checkpoint
     from experiment.build import data_of, open_split
-    from machine.accelerator import open_accelerator
-    from sampling.checks import resolve_sampling
-    from sampling.generation import DenoisingPanel, StagesPanel, generator_of, resolve_classes, stream
+    from sampling.generation import DenoisingPanel, StagesPanel, stream
     from sampling.image_files import save_folder, save_grid, save_npz
     from sampling.interpolation import interpolate
+    from sampling.pipeline import load
     from sampling.reconstruction import draw_reconstructions
 
     is_picture = config.reconstruct is not None or config.interpolate is not None
     asked = Path(config.output) if config.output else None
     check_output(asked, is_picture=is_picture)
-    checkpoint = open_checkpoint(config.checkpoint)
+    pipeline = load(config.checkpoint, precision=config.precision, autoencoder=config.autoencoder)
+    checkpoint, accelerator = pipeline.checkpoint, pipeline.accelerator
 
     def output_of(name: str) -> Path:
         return asked or checkpoint.run / f"{name}{checkpoint.mark}.png"
 
-    classes = resolve_classes(config.classes, checkpoint.classes)
-    diffusion, overrides = checkpoint.build_diffusion(), set_values(config.sampling)
-    sampling = resolve_sampling(checkpoint.config.sampling, diffusion, checkpoint.num_guided, **overrides)
-    accelerator = open_accelerator(config.precision)
-    codec = checkpoint.open_codec(config.autoencoder, accelerator.print).to(accelerator.device)
-    labels = torch.tensor(classes).repeat_interleave(config.num_per_class)
-    panel = DenoisingPanel(config.panel, sampling.num_steps) if config.panel else None
-    stages = StagesPanel(diffusion) if config.stages else None
-    watching = {"callback": panel, "on_stage": stages}
-    generator = generator_of(checkpoint, sampling, codec, labels, config.seed, accelerator, **watching)
+    overrides = set_values(config.sampling)
+    generator = pipeline.generator(config.classes, config.num_per_class, seed=config.seed, **overrides)
+    labels, classes = generator.labels, generator.labels.unique_consecutive().tolist()
+    panel = DenoisingPanel(config.panel, generator.sampling.num_steps) if config.panel else None
+    stages = StagesPanel(pipeline.diffusion) if config.stages else None
+    generator = replace(generator, callback=panel, on_stage=stages)
     if config.reconstruct is not None:
         held_out, path = open_split(data_of(checkpoint.config.data, config.data), "test"), output_of("reconstruct")
         draw_reconstructions(generator, checkpoint, held_out, classes, config.num_per_class, config.reconstruct, path)
@@ -121,11 +116,11 @@ def main(config: SampleConfig) -> None:
     print(f"{len(labels)} images: {output}")
     if panel is not None:
         path = beside(output, "panel")
-        save_grid(panel.images(codec), path, columns=panel.columns, column_names=panel.names)
+        save_grid(panel.images(pipeline.codec), path, columns=panel.columns, column_names=panel.names)
         print(f"denoising panel: {path}")
     if stages is not None:
         path, names = beside(output, "stages"), stages.names * 3
-        save_grid(stages.images(codec), path, columns=len(names), column_names=names)
+        save_grid(stages.images(pipeline.codec), path, columns=len(names), column_names=names)
         print(f"stages: {path}")
 
 

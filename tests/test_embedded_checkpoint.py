@@ -1,10 +1,12 @@
 """The checkpoint that every clone has: what draws real pictures before anything is trained."""
 
+import numpy as np
 import pytest
 import torch
 from processes import ROOT, script
 
 from checkpoints.checkpoint import CheckpointError, open_checkpoint, read_tensors, warm_start
+from sampling.pipeline import load
 from sharing.model_card import card_files
 
 EVALUATE, SAMPLE = script("evaluate.py"), script("sample.py")
@@ -32,6 +34,19 @@ def test_it_draws_by_name_where_it_was_called_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     SAMPLE.main(SAMPLE.SampleConfig("embedded", classes=["sunflower", "airplanes"], num_per_class=1))
     assert (tmp_path / "runs" / "embedded-checkpoint" / "samples.png").stat().st_size > 5000
+
+
+def test_from_python_it_draws_what_the_command_draws(tmp_path):
+    SAMPLE.main(SAMPLE.SampleConfig("embedded", str(tmp_path / "a.npz"), classes=["sunflower", "2"], num_per_class=1))
+    pipeline = load("embedded")
+    drawn, images = pipeline.sample(["sunflower", 2], num_per_class=1), np.load(tmp_path / "a.npz")["arr_0"]
+    assert np.array_equal(drawn.permute(0, 2, 3, 1).numpy(), images)
+    for classes, settings, words in [
+        (["sunflwer"], {}, "did you mean sunflower"),
+        ([], {"steps": 3}, "steps: unknown"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            pipeline.sample(classes, **settings)
 
 
 def test_nothing_is_written_into_the_clone_where_it_is_given_by_its_path(embedded, monkeypatch):

@@ -141,13 +141,16 @@ def test_a_model_in_training_draws_what_it_draws_in_eval_and_trains_on():
     assert all(part.training for part in model.modules())
 
 
-def test_the_python_of_the_readme_runs():
-    code = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code) == 1
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    draw, train = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
     found: dict = {}
-    exec(code[0].replace("num_steps=50", "num_steps=2"), found)
-    assert found["x_0"].shape == (4, 4, 8, 8)
+    exec(draw.replace("num_per_class=4", "num_per_class=1, num_steps=2"), found)
+    assert found["images"].shape == (2, 3, 64, 64)
+    exec(train.replace("(64,", "(4,").replace("num_steps=8", "num_steps=2"), found)
+    assert (found["drawn"].shape, found["drawn"].dtype) == ((4, 3, 64, 64), torch.uint8)
     assert found["model"].training
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_a_killed_draw_left_is_in_no_later_one(tmp_path):
