@@ -72,6 +72,7 @@ def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, v
         "spacing": spacing,
         "guidance_scale": sampling.guidance_scale,
         "guided_channels": sampling.legacy_cfg_channels if checkpoint.num_guided else 0,
+        "predicts_data": spacing == "flow" and checkpoint.build_diffusion().prediction == "x_0",
     }
     return index, f"a program that differs from the model by {error:.1e} of its largest output"
 

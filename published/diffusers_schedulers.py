@@ -12,7 +12,11 @@ from diffusers import (
 )
 
 FOLLOWED = {"sampler", "num_steps", "spacing", "guidance_scale", "legacy_cfg_channels", "clip"}  # of sampling
-PREDICTIONS: dict[str, Any] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
+PREDICTIONS: dict[str, dict[str, Any]] = {  # of each kind, and the scheduler's word
+    "gaussian": {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"},
+    "flow": {"velocity": "velocity", "x_0": "velocity"},  # which the pipeline makes of it
+    "edm": {"F": "epsilon"},
+}
 GAUSSIAN = [("gaussian", sampler) for sampler in ("ddpm", "ddim", "dpmpp_2m")]
 SPACINGS = {  # the pipeline's word for the spacing of each diffusion, sampler and spacing
     **{(*chain, name): name for chain in GAUSSIAN for name in ("uniform", "trailing")},
@@ -38,6 +42,11 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
             f"--sampler {sampler} with --spacing {sampling.spacing}: no scheduler of diffusers walks that "
             f"chain under {kind}; there are {known}"
         )
+    if diffusion.prediction not in PREDICTIONS[kind]:
+        raise ValueError(
+            f"--diffusion.prediction {diffusion.prediction}: of a {kind} diffusers' schedulers take "
+            f"{' or '.join(PREDICTIONS[kind])} alone; sample.py draws from what predicts others"
+        )
     limit = sampling.clip or math.inf
     cuts = math.isfinite(limit)
     if cuts and sampler != "ddpm":
@@ -52,7 +61,7 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
     if kind == "edm":
         low, high = path.noise_range
         return EDMEulerScheduler(low, high, path.sigma_data), spacing
-    prediction = PREDICTIONS[diffusion.prediction]
+    prediction = PREDICTIONS[kind][diffusion.prediction]
     chain: dict[str, Any] = {"trained_betas": path.betas.tolist(), "prediction_type": prediction}
     if sampler == "ddpm":
         chain |= {"clip_sample": cuts, **({"clip_sample_range": limit} if cuts else {})}

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint
+from diffusion.presets import DIFFUSIONS
 from experiment.build import build_diffusion
 from experiment.config import (
     DataConfig,
@@ -108,6 +109,7 @@ def drawn(run, output, seed=0, **sampling):
         ("gaussian", "ddpm", "uniform", "pixel", {"schedule": "cosine"}),
         ("gaussian", "dpmpp_2m", "uniform", "pixel", {"schedule": "cosine"}),
         ("flow", "euler", None, "embedded", {"shift": 2.0}),
+        ("flow", "euler", None, "embedded", {"prediction": "x_0"}),
         ("edm", "euler", None, "pixel", {}),
     ],
 )
@@ -227,6 +229,9 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             EXPORT.main(EXPORT.ExportConfig(checkpoint=str(source), output=tmp_path / "out", **settings))
         assert not (tmp_path / "out").exists()
+    for kind, spacing, prediction in (("flow", "uniform", "epsilon"), ("edm", "karras", "x_0")):
+        with pytest.raises(ValueError, match=f"--diffusion.prediction {prediction}: of a {kind} diffusers' schedulers"):
+            scheduler_of(kind, DIFFUSIONS[kind](prediction=prediction), SamplingConfig("euler", spacing=spacing))
     guided = SamplingConfig(sampler="ddim", spacing="uniform", guidance_interval=[0.1, 2.0])
     with pytest.raises(ValueError, match=r"--sampling.guidance_interval \[0.1, 2.0\]: diffusers"):
         scheduler_of("gaussian", open_checkpoint(run).build_diffusion(), guided)

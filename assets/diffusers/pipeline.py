@@ -23,6 +23,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         spacing: of the steps, by name in `SPACINGS`.
         guidance_scale: of classifier-free guidance, by default; 1 turns it off.
         guided_channels: how many are guided, where not all; 0: none can be, as no null label was trained.
+        predicts_data: whether the denoiser of a flow puts out `x_0`, where the scheduler takes a velocity.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012  # diffusers' name and form
@@ -37,6 +38,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         spacing="uniform",
         guidance_scale=1.0,
         guided_channels=None,
+        predicts_data=False,
     ) -> None:  # arguments without types: before 0.37 diffusers stumbles over `list[str] | None`
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
@@ -46,6 +48,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             spacing=spacing,
             guidance_scale=guidance_scale,
             guided_channels=guided_channels,
+            predicts_data=predicts_data,
         )
 
     @torch.no_grad()
@@ -77,6 +80,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(**SPACINGS[self.config.spacing](num_steps or self.config.num_steps, last))
         for t in self.progress_bar(self.scheduler.timesteps):
             output = self.guided(scale_input(x_t, t), t.to(device).expand(len(y)), y, scale)
+            if self.config.predicts_data:  # x_t = x_0 + share (noise - x_0), and the velocity is noise - x_0
+                output = (x_t - output) * self.scheduler.config.num_train_timesteps / t
             x_t = self.scheduler.step(output, t, x_t, generator=generators).prev_sample
 
         images = self.decode(x_t)
