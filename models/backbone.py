@@ -24,7 +24,8 @@ class Backbone(nn.Module):
     """A network that denoises: `model(x_t, t, y, **extras) -> [b out_channels h w]`.
 
     `x_t` is [b in_channels h w], `t` [b] the time as the diffusion tells it, `y` [b] labels, of which `num_classes` is
-    the null label.
+    the null label. A backbone that is built with `second_time=True` may be given `r` [b], told alike: the end of the
+    step from `t`, over which a MeanFlow's output is the average (Geng et al. 2025); by default it is `t` itself.
     """
 
     input_size: tuple[int, int]  # height and width of the latent or image; a constructor may be given a side

@@ -61,6 +61,7 @@ class DiT(Backbone):
             `both`.
         modulation: `block` (published: each block has a modulator) or `shared` (one for all and an offset a block: a
             third of the parameters less).
+        second_time: be told of one, `r`: see `Backbone`.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class DiT(Backbone):
         mlp: str = "gelu",
         positions: str = "absolute",
         modulation: str = "block",
+        second_time: bool = False,
     ) -> None:
         super().__init__()
         check_choice("modulation", modulation, MODULATIONS)
@@ -89,7 +91,7 @@ class DiT(Backbone):
         self.patch_size = patch_size
         self.grid = self.input_size[0] // patch_size, self.input_size[1] // patch_size
 
-        self.cond = Conditioning(num_classes, dim)
+        self.cond = Conditioning(num_classes, dim, second_time=second_time)
         self.patch = nn.Linear(in_channels * patch_size**2, dim)
         absolute = sincos_2d(dim, *self.grid) if positions != "rotary" else torch.zeros(1, dim)
         self.register_buffer("positions", absolute, persistent=False)
@@ -115,8 +117,8 @@ class DiT(Backbone):
                 zero_(module)
         zero_(self.final.linear)
 
-    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
-        cond = self.cond(t, y)
+    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None) -> Output:
+        cond = self.cond(t, y, r)
         modulation = self.modulation(cond)  # what all blocks share of it
         x = self.patch(patchify(x_t, self.patch_size)) + self.positions
 

@@ -64,6 +64,7 @@ class UNet(Backbone):
         attention_axis: `pixels` attend to pixels, or `channels` to channels.
         upsampling: `transposed` convolution, or `nearest` pixel and convolution.
         stem_size: side of the first convolution's kernel, odd.
+        second_time: be told of one, `r`: see `Backbone`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class UNet(Backbone):
         upsampling: str = "transposed",
         stem_size: int = 3,
         dropout: float = 0.0,
+        second_time: bool = False,
     ) -> None:
         super().__init__()
         _check_spelling("down", down, len(channels) - 1)
@@ -101,7 +103,7 @@ class UNet(Backbone):
         level = partial(Level, cond_dim=time_dim, num_heads=num_heads, attention_axis=attention_axis, dropout=dropout)
         stem_width, *level_widths = channels
         skip_widths = list(channels[:-1])  # what each level is given
-        self.cond = Conditioning(num_classes, time_dim, std=None)
+        self.cond = Conditioning(num_classes, time_dim, std=None, second_time=second_time)
         self.stem = nn.Conv2d(in_channels, stem_width, stem_size, padding=stem_size // 2)
 
         self.encoder = nn.ModuleList(map(level, down, skip_widths, level_widths))
@@ -122,8 +124,8 @@ class UNet(Backbone):
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return ResidualBlock, ImageAttention
 
-    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
-        cond = self.cond(t, y)
+    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None) -> Output:
+        cond = self.cond(t, y, r)
         x, skips = self._down(x_t, cond)
 
         for level in self.middle:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.layers import Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention, initialise_linears_
-from models.layers.embedding import make_rotary, sinusoids
+from models.layers.embedding import IntervalEmbedding, NoInterval, make_rotary, sinusoids
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.style import BlockStyle
 
@@ -33,7 +33,8 @@ class UViTTokens(Backbone):
     """A transformer over tokens of label, time and patches, with long skips and a last convolution.
 
     Positions are learned where they are `absolute` (published) or `both`, and rotary, of the patches alone, where they
-    are `rotary` or `both`; `qk_norm`, `norm` and `mlp` are those of `BlockStyle`.
+    are `rotary` or `both`; `qk_norm`, `norm` and `mlp` are those of `BlockStyle`. A `second_time` is told by adding to
+    the first one's token.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class UViTTokens(Backbone):
         norm: str = "layer",
         mlp: str = "gelu",
         positions: str = "absolute",
+        second_time: bool = False,
     ) -> None:
         super().__init__()
         if depth % 2 == 0:
@@ -78,6 +80,7 @@ class UViTTokens(Backbone):
         self.smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.trunc_normal_(absolute, std=0.02)
         initialise_linears_(self, partial(nn.init.trunc_normal_, std=0.02))
+        self.interval = IntervalEmbedding(dim) if second_time else NoInterval()
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return (Block,)
@@ -86,9 +89,10 @@ class UViTTokens(Backbone):
         """The tokens of patches, without those of time and label."""
         return state[:, self.num_tokens :]
 
-    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
+    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None) -> Output:
         # Tokens: label, time, patches.
-        tokens = [sinusoids(t, self.dim)[:, None], self.patch(patchify(x_t, self.patch_size))]
+        time = self.interval(sinusoids(t, self.dim), t, r)
+        tokens = [time[:, None], self.patch(patchify(x_t, self.patch_size))]
         if self.label is not None:
             tokens.insert(0, self.label(y)[:, None])
         x = torch.cat(tokens, dim=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.layers import Cond, Grid, Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
-from models.layers.embedding import Conditioning, NoConditioning, sincos_2d
+from models.layers.embedding import Conditioning, IntervalEmbedding, NoConditioning, sincos_2d
 from models.layers.mlp import DropPath
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
@@ -138,6 +138,7 @@ class XSwin(Backbone):
             all, for dense prediction.
         drop_path: stochastic depth of the last block; rises from 0 over encoder and decoder.
         qk_norm, norm, mlp: as `BlockStyle` says; `layer` and `gelu` are the published ones.
+        second_time: be told of one, `r`: see `Backbone`.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class XSwin(Backbone):
         qk_norm: bool = False,
         norm: str = "layer",
         mlp: str = "gelu",
+        second_time: bool = False,
     ) -> None:
         super().__init__()
         self.input_size = height, width = check_input_size(input_size, patch_size)
@@ -175,6 +177,10 @@ class XSwin(Backbone):
         check_choice("conditioning", conditioning, INJECTIONS)
         if conditioning == "none" and num_classes:
             raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
+        if conditioning == "none" and second_time:
+            raise ValueError(
+                "conditioning=none leaves times no place, and this --diffusion.kind tells two: take another"
+            )
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
         injection, style = Injection(conditioning, dim), BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp)
@@ -192,7 +198,9 @@ class XSwin(Backbone):
             ]
 
         widths = [dim * 2**level for level in range(len(depths))]
-        self.cond = NoConditioning() if conditioning == "none" else Conditioning(num_classes, dim)
+        self.cond = (
+            NoConditioning() if conditioning == "none" else Conditioning(num_classes, dim, second_time=second_time)
+        )
         self.stem_in = STEMS[stem](in_channels, dim, injection, conv_norm)
         self.patch_modulator = injection.modulator(self.stem_in.out_channels)
         self.patch = nn.Conv2d(self.stem_in.out_channels, dim, patch_size, stride=patch_size)
@@ -233,6 +241,8 @@ class XSwin(Backbone):
         for module in self.modules():
             if isinstance(module, Modulator | Gate):
                 zero_(module.linear)
+            if isinstance(module, IntervalEmbedding):
+                module.reset()
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return SwinBlock, GlobalBlock
@@ -241,8 +251,8 @@ class XSwin(Backbone):
         """Of a grid of tokens, row by row."""
         return state.flatten(1, -2)
 
-    def forward(self, x_t: Images, t: Times, y: Labels) -> Output:
-        cond = self.cond(t, y)
+    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None) -> Output:
+        cond = self.cond(t, y, r)
 
         # Convolutional stem (if any), patches.
         stem = self.stem_in(x_t, cond)

@@ -57,7 +57,7 @@ def small(name, input_size=8, num_classes=5, **overrides):
     torch.manual_seed(0)
     shrink = SMALL[BACKBONES[name][0].__name__]
     shape = {"input_size": input_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
-    return create_model(name, **shape, **shrink, **overrides)
+    return create_model(name, **{**shape, **shrink, **overrides})
 
 
 def inputs(batch=3, size=(8, 8)):

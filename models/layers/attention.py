@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from models.layers import Tokens
 from models.layers.norm import RMSNorm
@@ -25,7 +26,8 @@ def attend(
     scale: float | None = None,
 ) -> Float[Tensor, "... n f"]:
     """`softmax(scale * q k^T + bias) v`; `scale` is `1 / sqrt(e)` unless given (Vaswani et al. 2017, eq. 1)."""
-    if q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS:
+    is_few = q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS
+    if is_few or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):  # fused ones have no such rule
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         logits = (q * factor) @ k.transpose(-2, -1)
         if bias is not None:

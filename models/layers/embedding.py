@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.layers import Labels, Times
-from models.layers.attention import check_choice
+from models.layers.attention import check_choice, zero_
 
 NUM_FREQUENCIES = 256
 SMALL = 0.02  # of transformers, whose modulators start at zero (Peebles and Xie 2023)
@@ -16,9 +16,11 @@ POSITIONS = ("absolute", "rotary", "both")  # added to the patches, turning quer
 
 
 def sinusoids(t: Times, dim: int, max_period: float = 10_000) -> Float[Tensor, "b dim"]:
-    """Cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5), in float32."""
-    steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * steps / (dim // 2))
+    """Cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5), in float32 or,
+    of such times, float64."""
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    steps = torch.arange(dim // 2, dtype=t.dtype, device=t.device)
+    angles = t[:, None] * torch.exp(-math.log(max_period) * steps / (dim // 2))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -36,29 +38,55 @@ class TimeEmbedding(nn.Module):
         return self.mlp(sinusoids(t, NUM_FREQUENCIES))
 
 
+class IntervalEmbedding(TimeEmbedding):
+    """Adds the distance `t - r` to a second time, which is `t` itself where none is given, to an embedding of the first
+    (Geng et al. 2025). It starts at zero: a model that was trained with one time goes on with two."""
+
+    def __init__(self, dim: int, std: float | None = SMALL) -> None:
+        super().__init__(dim, std)
+        self.reset()
+
+    def reset(self) -> None:
+        """To zero again, after an initialisation of all that there is."""
+        zero_(self.mlp[2])  # pyright: ignore[reportArgumentType]
+
+    def forward(self, embedded: Float[Tensor, "b d"], t: Times, r: Times | None) -> Float[Tensor, "b d"]:
+        return embedded + super().forward(t - t if r is None else t - r)
+
+
+class NoInterval(nn.Module):
+    """Of models of one time."""
+
+    def forward(self, embedded: Float[Tensor, "b d"], t: Times, r: Times | None) -> Float[Tensor, "b d"]:
+        if r is not None:
+            raise ValueError("r: this backbone is told one time; build it with second_time=True")
+        return embedded
+
+
 class Conditioning(nn.Module):
     """`silu(time + label)`: the SiLU that opens every modulator. Label `num_classes` is the null label. `std` is what
     weights start with; None, torch's own, is for blocks that add the conditioning to features, where small labels are
     not heard."""
 
-    def __init__(self, num_classes: int, dim: int, std: float | None = SMALL) -> None:
+    def __init__(self, num_classes: int, dim: int, std: float | None = SMALL, *, second_time: bool = False) -> None:
         super().__init__()
         self.time = TimeEmbedding(dim, std)
+        self.interval = IntervalEmbedding(dim, std) if second_time else NoInterval()
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
         if self.label is not None and std is not None:
             nn.init.normal_(self.label.weight, std=std)
 
-    def forward(self, t: Times, y: Labels) -> Float[Tensor, "b d"]:
-        cond = self.time(t)
+    def forward(self, t: Times, y: Labels, r: Times | None = None) -> Float[Tensor, "b d"]:
+        cond = self.interval(self.time(t), t, r)
         if self.label is not None:
             cond = cond + self.label(y)
         return nn.functional.silu(cond)
 
 
 class NoConditioning(nn.Module):
-    """In place of the embeddings of time and label: vectors of width 0."""
+    """In place of the embeddings of times and label: vectors of width 0."""
 
-    def forward(self, t: Times, y: Labels) -> Float[Tensor, "b 0"]:
+    def forward(self, t: Times, y: Labels, r: Times | None = None) -> Float[Tensor, "b 0"]:
         return torch.zeros(len(t), 0, device=t.device)
 
 
