@@ -100,6 +100,9 @@ class Diffusion:
         samplers: where these alone can sample it.
     """
 
+    is_guided = False  # as it was trained, so that samplers need not
+    learns_guidance = False  # away from the null label
+
     def __init__(
         self,
         path: Path,
@@ -242,6 +245,13 @@ class Diffusion:
         if auxiliary:
             terms = with_auxiliary(terms, auxiliary, self.predict(output, x_t, t).x_0, x_0, y, self.signal_share(t))
         return terms
+
+    def draw_more(
+        self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
+    ) -> dict[str, Tensor]:
+        """What the loss is given by name beside times and noise, drawn for a batch of this shape; the generator lies on
+        `device`."""
+        return {}
 
     def draw(
         self, x_0: Tensor, t: Tensor | None, noise: Tensor | None, generator: torch.Generator | None

@@ -40,7 +40,7 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
         known = "; ".join(", ".join(chain) for chain in SPACINGS if chain[0] == kind)
         raise ValueError(
             f"--sampler {sampler} with --spacing {sampling.spacing}: no scheduler of diffusers walks that "
-            f"chain under {kind}; there are {known}"
+            f"chain under {kind}; there are {known or 'none'}"
         )
     if diffusion.prediction not in PREDICTIONS[kind]:
         raise ValueError(

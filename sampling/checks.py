@@ -16,15 +16,16 @@ from experiment.config import DiffusionConfig, SamplingConfig
 from models import ModelSpec
 
 OF_TRAINING = {"loss", "weighting", "times", "times_args", "shift", "contrast", "P_mean", "P_std", "phases", "forcing"}
+OF_TRAINING |= {"interval_share", "adaptive_power"}
 """Settings of a diffusion that mean no other output."""
 
 
 def resolve_sampling(
     config: SamplingConfig, diffusion: Diffusion, num_guided: int, num_channels: int | None = None, **overrides: Any
 ) -> SamplingConfig:
-    """The configuration with `overrides` in place of its own settings, unguided where it has no classes to guide by and
-    none ask for it, and with the diffusion's own sampler and spacing where it names none; a ValueError names what does
-    not fit."""
+    """The configuration with `overrides` in place of its own settings, unguided where none ask for it and it has no
+    classes to guide by or is guided as it was trained, and with the diffusion's own sampler and spacing where it names
+    none; a ValueError names what does not fit."""
     names = [setting.name for setting in fields(config)]
     for name in overrides.keys() - names:
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(names)}")
@@ -32,7 +33,7 @@ def resolve_sampling(
     asked = overrides.get("sampler", config.sampler) or diffusion.default_sampler
     if asked != (config.sampler or diffusion.default_sampler):
         defaults["sampler_args"] = {}  # which are those of the sampler that is replaced
-    if not num_guided and config.guidance_checkpoint is None:
+    if (diffusion.is_guided or not num_guided) and config.guidance_checkpoint is None:
         defaults["guidance_scale"] = 1.0
     config = replace(config, **defaults | overrides)
     sampler, spacing = config.sampler or diffusion.default_sampler, config.spacing or diffusion.default_spacing

@@ -1,6 +1,7 @@
 """On the way from one class to another, or from one seed to another."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, Shaped, UInt8
@@ -20,12 +21,12 @@ class Blend(nn.Module):
         self.shares = torch.cat([shares, shares.new_zeros(1)])
 
     def forward(
-        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"]
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"], **extras: Any
     ) -> Float[Tensor, "b c_out h w"]:
         unlabelled = torch.as_tensor(getattr(self.model, "num_classes", 0), device=y.device)
         first, second = (torch.where(y == self.num_classes, unlabelled, label) for label in self.labels)
         share = self.shares[y][:, None, None, None]
-        return torch.lerp(self.model(x_t, t, first), self.model(x_t, t, second), share)
+        return torch.lerp(self.model(x_t, t, first, **extras), self.model(x_t, t, second, **extras), share)
 
 
 def interpolate(

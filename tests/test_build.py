@@ -108,7 +108,7 @@ def test_a_setting_of_another_kind_is_refused_in_words():
         (DiffusionConfig(shift=3.0), "--diffusion.shift belongs to kind flow, not to gaussian; leave it out or null"),
         (
             DiffusionConfig(kind="edm", times="uniform"),
-            "--diffusion.times belongs to kind gaussian and flow, not to edm",
+            "--diffusion.times belongs to kind gaussian and flow and meanflow, not to edm",
         ),
         (DiffusionConfig(kind="ddpm"), "--diffusion.kind ddpm: unknown, choose from gaussian, flow, edm"),
     ]:

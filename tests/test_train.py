@@ -96,26 +96,32 @@ EQUAL = {
     "DiT": {"dim": 16, "depth": 2, "num_heads": 2},
     "UViT": {"dim": 16, "depth": 3, "num_heads": 2},
 }
+OBJECTIVES = {
+    "gaussian": {},
+    "contrastive": {"kind": "flow", "contrast": 0.05},
+    "meanflow": {"kind": "meanflow", "omega": 0.5, "kappa": 0.5},
+}
+PAIRS = [("XSwin", "gaussian"), ("DiT", "gaussian"), ("UViT", "contrastive"), ("DiT", "meanflow")]
 
 
-@pytest.mark.parametrize("model", EQUAL)
-def test_two_processes_and_micro_batches_equal_one(folder, model):
+@pytest.mark.parametrize(("model", "objective"), PAIRS)
+def test_two_processes_and_micro_batches_equal_one(folder, model, objective):
     """Twenty steps at the same global batch and seed."""
-    settings = {**TINY, "model": model, "model_args": EQUAL[model], "name": None}
+    settings = {**TINY, "model": model, "model_args": EQUAL[model], "diffusion": OBJECTIVES[objective], "name": None}
     settings["train"] = {**TINY["train"], "num_steps": 20, "class_balanced": model == "DiT"}
-    settings["diffusion"] = {"kind": "flow", "contrast": 0.05} if model == "UViT" else {}
     settings["log"] = {"every": 1, "validate_every": 0, "trackers": []}
     settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}
-    (folder / f"{model}.yaml").write_text(yaml.safe_dump(settings))
-    flags = ("train.py", "--config", f"{model}.yaml", "--name")
-    run(*flags, f"{model}-one", cwd=folder)
-    run(*flags, f"{model}-two", cwd=folder, processes=2)
-    run(*flags, f"{model}-micro", "--train.grad_accumulation", 2, cwd=folder)
-    one = [event["loss"] for event in log(folder, f"{model}-one")]
+    prefix = f"{model}-{objective}"
+    (folder / f"{prefix}.yaml").write_text(yaml.safe_dump(settings))
+    flags = ("train.py", "--config", f"{prefix}.yaml", "--name")
+    run(*flags, f"{prefix}-one", cwd=folder)
+    run(*flags, f"{prefix}-two", cwd=folder, processes=2)
+    run(*flags, f"{prefix}-micro", "--train.grad_accumulation", 2, cwd=folder)
+    one = [event["loss"] for event in log(folder, f"{prefix}-one")]
     assert len(one) == 20
     for name in ("two", "micro"):
-        assert np.allclose(one, [event["loss"] for event in log(folder, f"{model}-{name}")], rtol=1e-5), name
-        ours, theirs = weights(folder, f"{model}-one", step=20), weights(folder, f"{model}-{name}", step=20)
+        assert np.allclose(one, [event["loss"] for event in log(folder, f"{prefix}-{name}")], rtol=1e-5), name
+        ours, theirs = weights(folder, f"{prefix}-one", step=20), weights(folder, f"{prefix}-{name}", step=20)
         # Adam turns rounding into whole steps where a gradient is all rounding: hence norms over all weights.
         gap = sum((ours[key].double() - theirs[key].double()).square().sum() for key in ours).sqrt()
         assert gap < 1e-3 * sum(ours[key].double().square().sum() for key in ours).sqrt(), name

@@ -4,7 +4,6 @@ sees in it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -42,7 +41,7 @@ class Alignment(nn.Module):
         except ValueError as error:
             raise ValueError(f"--alignment.depth: {error} in this --model") from error
         self.weight, self.kind = config.weight, config.kind
-        self._as_tokens, self._is_watching, self._state = backbone.as_tokens, False, None
+        self._as_tokens, self.is_watching, self._state = backbone.as_tokens, False, None
         self.projector: nn.Module
         # Before blocks are compiled: hooks that come after it are not called.
         block.register_forward_hook(self._keep)
@@ -61,17 +60,9 @@ class Alignment(nn.Module):
         first, second, third = (nn.Conv2d(*pair, 1) for pair in pairwise(widths))
         return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
 
-    def watch(self, model: nn.Module) -> Callable[..., Tensor]:
+    def watch(self, model: nn.Module) -> nn.Module:
         """The model, which leaves the states of a call here."""
-
-        def watched(*inputs: Any, **extras: Any) -> Tensor:
-            self._is_watching = True
-            try:
-                return model(*inputs, **extras)
-            finally:
-                self._is_watching = False
-
-        return watched
+        return Watched(model, self)
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, " b"]:
         """The term of each sample, of the last call that was watched."""
@@ -86,8 +77,23 @@ class Alignment(nn.Module):
         return 1 - similarity.mean((1, 2))
 
     def _keep(self, block: nn.Module, inputs: Any, state: Tensor) -> None:
-        if self._is_watching:
+        if self.is_watching:
             self._state = state
+
+
+class Watched(nn.Module):
+    """A model that leaves the states of each call in the alignment."""
+
+    def __init__(self, model: nn.Module, alignment: Alignment) -> None:
+        super().__init__()
+        self.model, self.alignment = model, alignment
+
+    def forward(self, *inputs: Any, **extras: Any) -> Tensor:
+        self.alignment.is_watching = True
+        try:
+            return self.model(*inputs, **extras)
+        finally:
+            self.alignment.is_watching = False
 
 
 def open_alignment(

@@ -65,7 +65,7 @@ class Objective:
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """What is drawn for a batch of this shape beside times and noise; the generator lies on `device`."""
-        return {}
+        return self.diffusion.draw_more(shape, generator, device)
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         """Per sample `loss`, to be minimised, and what it is made of; without a phase, what a validation reports."""

@@ -66,7 +66,7 @@ def num_calls(diffusion: Diffusion, sampler: str | None, num_steps: int) -> int:
     """How often a sampler calls the model: counted along a chain of one number."""
     times, number = [], torch.zeros(1, 1, 1, 1)
 
-    def denoise(x_t: Tensor, t: int | float, at: Transition) -> Prediction:
+    def denoise(x_t: Tensor, t: int | float, at: Transition, **more: Any) -> Prediction:
         times.append(t)
         return Prediction(x_t, x_t, x_t)
 

@@ -38,6 +38,16 @@ def euler(chain: Chain, x_t: Images) -> Moments:
         yield x_t, x_0
 
 
+def meanflow(chain: Chain, x_t: Images) -> Moments:
+    """By the average velocity of each step, `x_r = x_t - (t - r) u(x_t, r, t)` (Geng et al. 2025, algorithm 2): Euler's
+    step, exact however long it is."""
+    for t, at in chain.steps:
+        r = torch.full((len(x_t),), at.sigma_next.item(), device=x_t.device)  # on a linear path sigma is the time
+        x_0, noise, _ = chain.denoise(x_t, t, at, r=r)
+        x_t = at.alpha_next * x_0 + at.sigma_next * noise
+        yield x_t, x_0
+
+
 def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
     """Euler and Maruyama's method for the reverse-time SDE (Song et al. 2021b, eq. 6): Euler's step on the probability
     flow, and a Langevin step of the variance that the noising has added on the way, at most twice sigma_t sigma_s,

@@ -49,11 +49,6 @@ class CascadeObjective(Objective):
     def phases(self) -> Sequence[int | float]:
         return self.diffusion.phases
 
-    def draw_more(
-        self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
-    ) -> dict[str, Tensor]:
-        return self.diffusion.draw_more(shape, generator, device)
-
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         during = {} if phase is None else self.diffusion.during(phase.number, phase.progress)
         return self.diffusion.training_loss(
