@@ -19,6 +19,7 @@ TEX = {character: rf"\{character}" for character in "&%$#_{}"} | {
     "↓": r"$\downarrow$",
     "↑": r"$\uparrow$",
     "±": r"$\pm$",
+    "∞": r"$_\infty$",
 }
 
 
