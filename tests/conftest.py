@@ -83,3 +83,21 @@ def folder(tmp_path_factory) -> Path:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     run("train.py", "--config", "tiny.yaml", cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def colour_file(tmp_path_factory) -> Path:
+    """A program whose features are known without it."""
+    from mean_colour import PROBE, MeanColour
+
+    from metrics.programs import save_program
+
+    return save_program(MeanColour(), PROBE, tmp_path_factory.mktemp("extractors") / "mean_colour.pt")
+
+
+@pytest.fixture(scope="session")
+def colour(colour_file):
+    """The same as an extractor."""
+    from metrics.features import Extractor
+
+    return Extractor(colour_file)

@@ -15,3 +15,9 @@ def score(samples, reference, extractor="inception", metrics=DEFAULT, *, batch_s
         for images, desc in ((samples, "samples"), (reference, "reference"))
     ]
     return compare(*features, extractor, metrics=metrics, seed=seed)
+
+
+def value(scores, name):
+    found = scores.scores[name].value
+    assert found is not None, scores.scores[name].reason
+    return found

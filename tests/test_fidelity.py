@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-import socket
-import urllib.error
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch_fidelity
-from scoring import score
-from torch import Tensor, nn
+from mean_colour import random_images
+from scoring import score, value
+from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from metrics.classifier import train_classifier
 from metrics.extractors import ExtractorError, ProgramExtractor
 from metrics.features import Extractor, Features
-from metrics.fidelity import Scores, class_distances, classifier_score, compare, kernel_distance
+from metrics.fidelity import class_distances, classifier_score, compare, kernel_distance
 from metrics.frechet import Moments
 from metrics.image_batches import image_batches
-from metrics.manifold import count_neighbours
-from metrics.programs import load_program, save_program
-from metrics.scores import DEFAULT
 from metrics.self_check import self_check
-
-PROBE = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
-
-
-class MeanColour(nn.Module):
-    """Features: the mean of each channel. Probabilities: its share of the light, undefined in the dark."""
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        colour = images.float().mean(dim=(2, 3))  # [n 3]
-        return colour, colour / colour.sum(dim=1, keepdim=True)
-
-
-class Logits(MeanColour):
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        colour, _ = super().forward(images)
-        return colour, colour
 
 
 class TensorDataset(Dataset):
@@ -64,23 +43,6 @@ class Labelled(TensorDataset):
         return self.images[index], index
 
 
-@pytest.fixture(scope="module")
-def colour_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_program(MeanColour(), PROBE, tmp_path_factory.mktemp("extractors") / "mean_colour.pt")
-
-
-@pytest.fixture(scope="module")
-def colour(colour_file: Path) -> Extractor:
-    return Extractor(colour_file)
-
-
-def random_images(num: int, *, seed: int = 0, low: int = 0, high: int = 256) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    tint = torch.randint(low, high, (num, 3, 1, 1), generator=generator)
-    grain = torch.randint(0, 9, (num, 3, 8, 8), generator=generator)
-    return (tint + grain).clamp(1, 255).to(torch.uint8)
-
-
 def greys(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
 
@@ -92,12 +54,6 @@ def gaussian(num: int, mean: list[float], covariance: list[list[float]], *, seed
     z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / (num - 1))).T  # white to the last digit
     x = z @ torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64)).T
     return Features.of(x + torch.tensor(mean, dtype=torch.float64))
-
-
-def value(scores: Scores, name: str) -> float:
-    found = scores.scores[name].value
-    assert found is not None, scores.scores[name].reason
-    return found
 
 
 # --- known answers
@@ -334,198 +290,3 @@ def test_unknown_metric(colour: Extractor) -> None:
 def test_features_that_are_not_finite(colour: Extractor) -> None:
     with pytest.raises(ExtractorError, match=r"mean_colour: not finite on 2 of 3 images \(samples\)"):
         score(greys([0, 10, 0]), random_images(4), extractor=colour)
-
-
-def test_logits_are_refused(tmp_path: Path) -> None:
-    path = save_program(Logits(), PROBE, tmp_path / "logits.pt")
-    with pytest.raises(ExtractorError, match="--extractor logits: its second output is not class probabilities"):
-        score(random_images(4), random_images(4), extractor=path)
-
-
-class Lacking:
-    """A network on a device that cannot run it, as Apple's where float64 or an operation is asked for."""
-
-    def __init__(self, module: nn.Module, error: Exception) -> None:
-        self.module, self.error = module, error
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        if images.device.type != "cpu":
-            raise self.error
-        return self.module(images)
-
-    def to(self, device: torch.device) -> Lacking:
-        return self
-
-
-@pytest.mark.parametrize("error", [TypeError("no float64"), NotImplementedError("aten::x"), RuntimeError("float64")])
-def test_an_extractor_runs_on_the_cpu_where_its_device_lacks_what_it_needs(
-    error: Exception, colour: Extractor, colour_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    elsewhere = Extractor(colour_file)
-    elsewhere.module, elsewhere.device = Lacking(elsewhere.module, error), torch.device("meta")  # pyright: ignore
-    pair = random_images(6), random_images(6, seed=1)
-    ours, theirs = (score(*pair, extractor=each, batch_size=2) for each in (elsewhere, colour))
-    assert ours.scores == theirs.scores
-    said = "--extractor mean_colour: meta lacks what it needs; it runs on the CPU\n"
-    assert capsys.readouterr().err.count(said) == 1
-
-
-def test_another_failure_on_a_device_is_not_hidden_by_the_cpu(colour_file: Path) -> None:
-    elsewhere = Extractor(colour_file)
-    failing = Lacking(elsewhere.module, RuntimeError("two devices"))
-    elsewhere.module, elsewhere.device = failing, torch.device("meta")  # pyright: ignore
-    with pytest.raises(ExtractorError, match=r"it failed on uint8 \[n 3 h w\] images \(two devices\)"):
-        score(random_images(4), random_images(4), extractor=elsewhere)
-
-
-def test_files_that_are_no_extractor(tmp_path: Path, colour_file: Path) -> None:
-    with pytest.raises(ExtractorError, match="--extractor nothing: no such file, nor one of inception, vgg16, clip-"):
-        Extractor("nothing")
-    (tmp_path / "cut.pt").write_bytes(colour_file.read_bytes()[:500])
-    with pytest.raises(ExtractorError, match=r"--extractor .*cut\.pt: not a TorchScript file"):
-        Extractor(tmp_path / "cut.pt")
-    one_output = save_program(nn.Flatten(), PROBE, tmp_path / "flat.pt")
-    with pytest.raises(ExtractorError, match="--extractor flat: "):
-        score(random_images(4), random_images(4), extractor=one_output)
-    with pytest.raises(ExtractorError, match="brings its own weights"):
-        Extractor(colour_file, weights_path=colour_file)
-
-
-@pytest.mark.parametrize("name", ["inception", "clip-rn50"])
-def test_no_network_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        assert socket.getdefaulttimeout() is not None  # or it would hang where packets vanish
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr("torch.hub.urlopen", unreachable)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ExtractorError) as caught:
-        Extractor(name)
-    message = str(caught.value)
-    assert "\n" not in message
-    for words in (
-        f"--extractor {name}",
-        "no route to host",
-        "--weights_path FILE",
-        "FILE.pt2",
-        "make demo",
-    ):
-        assert words in message
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert socket.getdefaulttimeout() is None
-
-
-# --- Inception
-
-
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the format that torch-fidelity downloads: a state dict."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Unloaded(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *_: object, **__: object) -> None:
-            pass
-
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "empty.pth")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = Unloaded("random", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
-    torch.save(module.state_dict(), folder / "weights.pth")
-    return folder / "weights.pth"
-
-
-def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
-    samples, reference = random_images(2, seed=3), random_images(3, seed=4)
-    extractor = Extractor("inception", weights_path=inception_weights)
-    x, y = (extractor(image_batches(each, 2), len(each), progress=False) for each in (samples, reference))
-    scores = compare(x, y, extractor)
-    assert list(scores.scores) == list(DEFAULT)
-    known = {name for name, one in scores.scores.items() if one.value is not None}
-    assert known == {"fid", "sfid", "kid"}  # the others want more images
-    assert x.spatial is not None
-    assert x.spatial.mean.shape == x.spatial.covariance.shape[:1] == (7 * 17 * 17,)
-    neighbours = count_neighbours(x.features, y.features, neighbourhood=1)
-    assert neighbours["precision"].value is not None
-    assert not extractor.published_weights
-    assert classifier_score(x.logits, splits=1).value >= 1
-    assert (extractor.name, x.features.shape[1]) == ("inception", 2048)
-    assert len(extractor.sha256) == 64
-
-
-def test_weights_of_something_else(tmp_path: Path, colour_file: Path) -> None:
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ExtractorError, match=r"--weights_path .*other\.pth: these are not the weights of inception"):
-        Extractor("inception", weights_path=tmp_path / "other.pth")
-    with pytest.raises(ExtractorError, match=r"--weights_path .*nowhere\.pth: no such file"):
-        Extractor("inception", weights_path=tmp_path / "nowhere.pth")
-    with pytest.raises(ExtractorError, match="loads dinov2-vit-s-14 from torch hub's cache alone"):
-        Extractor("dinov2-vit-s-14", weights_path=colour_file)
-
-
-class Trap:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-def test_weights_are_not_unpickled(tmp_path: Path) -> None:
-    torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
-    with pytest.raises(ExtractorError, match="not the weights of inception"):
-        Extractor("inception", weights_path=tmp_path / "trap.pth")
-    assert not (tmp_path / "sprung").exists()
-
-
-# --- the classifier that stands in for Inception where there is no network
-
-
-def stripes(num: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Level, upright and slanted stripes, in any two colours."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(num) % 3
-    rows, columns = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
-    phases = torch.stack([rows, columns, rows + columns])[labels]
-    shift = torch.randint(0, 8, (num, 1, 1), generator=generator)
-    bright = ((phases + shift) % 8 < 4)[:, None]
-    light = torch.randint(160, 256, (num, 3, 1, 1), generator=generator)
-    dark = torch.randint(0, 96, (num, 3, 1, 1), generator=generator)
-    return torch.where(bright, light, dark).to(torch.uint8), labels
-
-
-def test_classifier_learns_and_serves_as_extractor(tmp_path: Path) -> None:
-    images, labels = stripes(300, seed=0)
-    held_out, held_out_labels = stripes(90, seed=1)
-    classifier = train_classifier(images, labels, 3, batch_size=30, progress=False)
-    assert (classifier.predict(held_out) == held_out_labels).float().mean() >= 0.98
-
-    path = classifier.save(tmp_path / "stripes.pt")
-    assert [found.name for found in tmp_path.iterdir()] == ["stripes.pt"]  # nothing half-written beside it
-    for mine, loaded in zip(classifier(held_out), load_program(path)(held_out), strict=True):
-        torch.testing.assert_close(mine, loaded)
-
-    scores = score(held_out, images, extractor=path)
-    assert 2.5 < value(scores, "classifier_score[stripes]") <= 3
-    noise = random_images(90)
-    worse = score(noise, images, extractor=path)
-    name = "frechet_distance[stripes]"
-    assert value(scores, name) < value(worse, name)
-
-
-def test_classifier_is_its_seed() -> None:
-    images, labels = stripes(30, seed=0)
-    one, same, other = (
-        train_classifier(images, labels, 3, seed=seed, epochs=1, progress=False).to_logits.weight for seed in (0, 0, 1)
-    )
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-
-
-def test_classifier_refuses_foreign_labels() -> None:
-    images, labels = stripes(6, seed=0)
-    with pytest.raises(ValueError, match=r"labels from 0 to 2: classes are 0\.\.1"):
-        train_classifier(images, labels, 2, progress=False)

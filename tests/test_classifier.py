@@ -1,0 +1,59 @@
+"""The classifier that stands in for Inception where there is no network."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mean_colour import random_images
+from scoring import score, value
+from torch import Tensor
+
+from metrics.classifier import train_classifier
+from metrics.programs import load_program
+
+
+def stripes(num: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Level, upright and slanted stripes, in any two colours."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num) % 3
+    rows, columns = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    phases = torch.stack([rows, columns, rows + columns])[labels]
+    shift = torch.randint(0, 8, (num, 1, 1), generator=generator)
+    bright = ((phases + shift) % 8 < 4)[:, None]
+    light = torch.randint(160, 256, (num, 3, 1, 1), generator=generator)
+    dark = torch.randint(0, 96, (num, 3, 1, 1), generator=generator)
+    return torch.where(bright, light, dark).to(torch.uint8), labels
+
+
+def test_classifier_learns_and_serves_as_extractor(tmp_path: Path) -> None:
+    images, labels = stripes(300, seed=0)
+    held_out, held_out_labels = stripes(90, seed=1)
+    classifier = train_classifier(images, labels, 3, batch_size=30, progress=False)
+    assert (classifier.predict(held_out) == held_out_labels).float().mean() >= 0.98
+
+    path = classifier.save(tmp_path / "stripes.pt")
+    assert [found.name for found in tmp_path.iterdir()] == ["stripes.pt"]  # nothing half-written beside it
+    for mine, loaded in zip(classifier(held_out), load_program(path)(held_out), strict=True):
+        torch.testing.assert_close(mine, loaded)
+
+    scores = score(held_out, images, extractor=path)
+    assert 2.5 < value(scores, "classifier_score[stripes]") <= 3
+    noise = random_images(90)
+    worse = score(noise, images, extractor=path)
+    name = "frechet_distance[stripes]"
+    assert value(scores, name) < value(worse, name)
+
+
+def test_classifier_is_its_seed() -> None:
+    images, labels = stripes(30, seed=0)
+    one, same, other = (
+        train_classifier(images, labels, 3, seed=seed, epochs=1, progress=False).to_logits.weight for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_classifier_refuses_foreign_labels() -> None:
+    images, labels = stripes(6, seed=0)
+    with pytest.raises(ValueError, match=r"labels from 0 to 2: classes are 0\.\.1"):
+        train_classifier(images, labels, 2, progress=False)
