@@ -43,7 +43,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from machine.randomness import seed_for
     from sampling.checks import load_guide_model, resolve_sampling
     from training.alignment import open_alignment
-    from training.batches import Batches
+    from training.batches import open_batches
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspection, check_best
     from training.log import is_due
@@ -85,22 +85,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     backbone = accelerator.unwrap_model(model)
     ema.shard_like(backbone)
     num_steps = num_training_steps(config.train, len(cache))
-    batches = Batches(
-        cache.to(accelerator.device),
-        codec,
-        diffusion.sample_timesteps,
-        seed=config.train.seed,
-        batch_size=config.train.batch_size,
-        num_micro_batches=config.train.grad_accumulation,
-        label_dropout=config.train.label_dropout,
-        class_balanced=config.train.class_balanced,
-        negatives=diffusion.contrast > 0,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        device=accelerator.device,
-        draw_more=objective.draw_more,
-        features=features,
-    )
+    batches = open_batches(run, cache, codec, objective, features)
 
     # A fresh run, or the newest whole checkpoint of an old one.
     guard = Guard()

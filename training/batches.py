@@ -4,7 +4,7 @@ the number of processes and micro-batches."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,6 +15,11 @@ from data.latents import LatentCache
 from diffusion.guidance import drop_labels
 from diffusion.times import DrawTimes
 from machine.randomness import generator_for
+
+if TYPE_CHECKING:
+    from experiment.config import ExperimentConfig
+    from training.objective import Objective
+    from training.run import Run
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,29 @@ class Batches:
     @cached_property
     def _rounds(self) -> "Rounds":
         return Rounds(self.cache.labels.cpu(), self.seed)
+
+
+def open_batches(
+    run: "Run[ExperimentConfig]", cache: LatentCache, codec: Codec, objective: "Objective", features: LatentCache | None
+) -> Batches:
+    """A run's, with what its objective draws, shared out over its processes; the cache moves to their devices."""
+    train, accelerator, diffusion = run.config.train, run.accelerator, objective.diffusion
+    return Batches(
+        cache.to(accelerator.device),
+        codec,
+        diffusion.sample_timesteps,
+        seed=train.seed,
+        batch_size=train.batch_size,
+        num_micro_batches=train.grad_accumulation,
+        label_dropout=train.label_dropout,
+        class_balanced=train.class_balanced,
+        negatives=diffusion.contrast > 0,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        device=accelerator.device,
+        draw_more=objective.draw_more,
+        features=features,
+    )
 
 
 class Rounds:
