@@ -121,8 +121,8 @@ class OptimConfig:
         muon_lr: learning rate of Muon (Jordan et al. 2024) on the matrices of the backbone's blocks; null: AdamW alone
         warmup_steps: optimizer steps until then
         decay: after the warm-up 'constant', 'cosine' to zero, 'linear' to zero over the last decay_share of the steps
-            (a constant run that is resumed with it needs no length in advance: Hägele et al. 2024), or 'step', by
-            decay_factor every decay_epochs; each phase of a training has its own
+            (WSD, Hu et al. 2024; a constant run that is resumed with it needs no length in advance: Hägele et al.
+            2024), or 'step', by decay_factor every decay_epochs; each phase of a training has its own
         decay_share: of 'linear'
         decay_epochs: of 'step'
         decay_factor: of 'step'

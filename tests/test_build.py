@@ -135,9 +135,11 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[9] == pytest.approx(0.5)
     assert rates[14] == pytest.approx(0.0)
     assert learning_rate(OptimConfig(lr=0.1), 10**6, 10) == 0.1
-    linear = OptimConfig(lr=1.0, decay="linear", decay_share=0.25)
+    linear = OptimConfig(lr=1.0, warmup_steps=4, decay="linear", decay_share=0.25)  # warm-up, stable, decay
     rates = [learning_rate(linear, step, 16) for step in range(17)]
-    assert rates == [1.0] * 13 + [0.75, 0.5, 0.25, 0.0]
+    assert rates == [0.25, 0.5, 0.75] + [1.0] * 10 + [0.75, 0.5, 0.25, 0.0]
+    constant = replace(linear, decay="constant")  # what was trained before its end was known goes on into the decay
+    assert [learning_rate(constant, step, 99) for step in range(13)] == rates[:13]
 
 
 def test_sampling_settings_of_a_command_take_the_place_of_a_runs(capsys):
