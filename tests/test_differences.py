@@ -1,0 +1,64 @@
+"""What seeds decide: paired differences, corrected for their number, in words."""
+
+from statistics import fmean, stdev
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from ablation.differences import corrected, holm, paired
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+def test_a_paired_difference_is_students(differences):
+    if stdev(differences) < 1e-6:
+        return
+    mine, theirs = {seed: 7.0 + value for seed, value in enumerate(differences)}, dict.fromkeys(range(20), 7.0)
+    found, test = paired(mine, theirs), stats.ttest_1samp(differences, 0)
+    assert found is not None
+    assert (found.mean, found.p) == pytest.approx((fmean(differences), test.pvalue), abs=1e-5)
+    assert (found.low, found.high) == pytest.approx(test.confidence_interval(0.95), abs=1e-4, rel=1e-4)
+    assert found.num_seeds == len(differences)
+
+
+def test_differences_that_are_all_equal_or_of_one_seed_are_not_tested():
+    assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) is None
+    assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 2: 2.0}) is None
+
+
+def test_p_values_are_corrected_step_by_step():
+    """The example of Holm's method: 0.01 * 4, 0.02 * 3 (0.06), 0.03 * 2 raised to 0.06, 0.5."""
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_without_any_effect_a_study_of_five_variants_errs_one_time_in_twenty():
+    """Uncorrected, one in five or so would claim something."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(120):
+        by_seed = [dict(enumerate(scores)) for scores in rng.normal(size=(6, 5))]
+        found = corrected({str(place): paired(one, by_seed[0]) for place, one in enumerate(by_seed[1:])})
+        wrong += any(one.is_decided for one in found.values())
+    assert wrong <= 10
+
+
+def test_a_real_effect_is_found_and_said_with_its_interval():
+    mine, theirs = {0: 50.0, 1: 51.0, 2: 49.5}, {0: 60.0, 1: 61.5, 2: 59.0}
+    difference = corrected({"XSwin": paired(mine, theirs)})["XSwin"]
+    assert difference.sentence("XSwin", "DiT", 2, lower_is_better=True) == (
+        "XSwin is better than DiT by 10.00 (95% interval -11.24 to -8.76, 3 seeds, corrected p = 0.00083)"
+    )
+    assert difference.sentence("XSwin", "DiT", 2, lower_is_better=False).startswith("XSwin is worse than DiT by 10.00")
+
+
+def test_what_the_seeds_do_not_decide_is_said_to_be_undecided():
+    none = corrected({"XSwin": paired({0: 50.0, 1: 61.0}, {0: 60.0, 1: 52.0})})["XSwin"]
+    assert none.sentence("XSwin", "DiT", 1, True).startswith(
+        "XSwin against DiT is undecided: the interval holds 0 (95%"
+    )
+    close = {str(place): paired({0: 1.0, 1: 2.0, 2: 1.5}, {0: 0.0, 1: 0.5, 2: 0.2}) for place in range(9)}
+    words = corrected(close)["0"].sentence("a", "b", 1, True)
+    assert words.startswith("a against b is undecided: too many comparisons for so few seeds (95% interval 0.")
