@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -44,12 +44,13 @@ def keys_of(config: ExperimentConfig, scoring: object, pictures: object) -> dict
     return {stage: f"{_hash(text)[:32]}-{code_hash(stage)}" for stage, text in texts.items()}
 
 
-def of_any_code(keys: dict[str, str], stored: dict[str, str]) -> dict[str, str]:
-    """The keys, with those of results that are there in the place of those that differ by the code alone."""
+def of_any_code(keys: dict[str, str], stored: dict[str, str], begun: Sequence[str]) -> dict[str, str]:
+    """The keys, with those of results that are there, of trainings those that were `begun` in any run's folder, in the
+    place of those that differ by the code alone."""
 
     def adopt(name: str, key: str) -> str:
-        known = stored.get(name) or (stored.get("began") if name == "train" else None) or ""
-        return known if known.partition("-")[0] == key.partition("-")[0] else key
+        known = [stored.get(name, ""), *([stored.get("began", ""), *begun] if name == "train" else [])]
+        return next((other for other in known if other.partition("-")[0] == key.partition("-")[0]), key)
 
     return {name: adopt(name, key) for name, key in keys.items()}
 

@@ -166,10 +166,12 @@ def make_plan(
     plan = [check(run, ablation, measured, first=run is runs[0]) for run in runs]
     if ablation.match is not None:
         plan = matched(plan, measured)
+    stored = [done_stages(planned.run.folder) for planned in plan]
+    begun = [stages["began"] for stages in stored if "began" in stages]
     for number, planned in enumerate(plan):
         config, keys = planned.run.config, planned.keys
         if any_code:
-            keys = of_any_code(keys, done_stages(planned.run.folder))
+            keys = of_any_code(keys, stored[number], begun)
         speed = measured.speed(planned.spec, config, _codec(config.autoencoder)) if timed else None
         plan[number] = replace(planned, keys=keys, speed=speed, start=start)
     plan = [replace(planned, trained_in=_owner(planned, plan)) for planned in plan]

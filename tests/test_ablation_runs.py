@@ -138,10 +138,17 @@ def test_results_of_other_code_count_where_that_is_asked_for():
     older = {name: f"{key.partition('-')[0]}-older" for name, key in planned.keys.items()}
     mark(planned.run.folder, began=older["train"], **older)
     assert not planned.done
-    again = partial(make_plan, planned.ablation, [planned.run], Path("runs/t"), open_accelerator("fp32"), timed=False)
-    (accepted,) = again(any_code=True)
+    where = {"folder": Path("runs/t"), "accelerator": open_accelerator("fp32"), "timed": False}
+    again = partial(make_plan, planned.ablation, **where)
+    (accepted,) = again([planned.run], any_code=True)
     assert accepted.done == {"train", "score", "draw"}
     assert accepted.state == "done"
+    steps = replace(planned.run.config.sampling, num_steps=2)
+    other = replace(planned.run, variant="b", config=replace(planned.run.config, name="t/b", sampling=steps))
+    (_, sharing) = again(
+        [planned.run, other], any_code=True
+    )  # a variant that was added since has no training of its own
+    assert sharing.trained_in == planned.run.folder
 
 
 def test_scores_by_hand_are_not_taken_for_the_studys():
