@@ -116,7 +116,8 @@ def main(config: EvaluateConfig) -> None:
     evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **flags)
     check_metrics(evaluation.metrics)
     if config.samples is None and not config.self_check:
-        names, network = str(config.autoencoder).split(","), (config.perceptual, config.heads)
+        names = [name.strip() for name in str(config.autoencoder).split(",")]
+        network = (config.perceptual, config.heads)
         measured = measure_autoencoders(names, config.data, evaluation, network, accelerator, config.output)
         return accelerator.print(measured)
     scorer = Scorer(evaluation, accelerator)

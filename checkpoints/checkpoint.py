@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from autoencoders.codec import Codec, create_codec, weights_sha256
 from checkpoints.hub import ASSET, EMBEDDED, local
+from data.images import abridged
 from data.latents import short
 from diffusion.diffusion import Diffusion
 from experiment.build import build_diffusion
@@ -155,7 +156,7 @@ def warm_start(model: nn.Module, path: str) -> str:
         "not in this model": weights.keys() - shapes.keys(),
         "not in the checkpoint": shapes.keys() - weights.keys(),
     }
-    reasons = "; ".join(f"{reason}: {', '.join(sorted(names))}" for reason, names in left_out.items() if names)
+    reasons = "; ".join(f"{reason}: {abridged(sorted(names))}" for reason, names in left_out.items() if names)
     return f"--init_from {path}: took {len(fitting)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
 
 

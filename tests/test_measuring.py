@@ -234,7 +234,7 @@ MISTAKES = {
     ),
     "heads": ({"samples": "runs/x", "heads": "vgg.pth"}, "--heads vgg.pth: it measures an autoencoder; leave it out"),
     "pixels": ({"autoencoder": "pixel"}, "--autoencoder pixel: pixels come back as they were"),
-    "one of two": ({"autoencoder": "embedded,./none"}, "--autoencoder ./none: no such folder"),
+    "one of two": ({"autoencoder": "embedded, ./none"}, "--autoencoder ./none: no such folder"),
     "metric": ({"autoencoder": "embedded", "metrics": ["psnr"]}, "--metrics psnr: choose from fid"),
 }
 
