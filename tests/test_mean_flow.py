@@ -6,12 +6,14 @@ from exact import generator, labels, randn
 from test_backbones import FAMILIES, RANDOM, inputs, small, wake
 from torch import nn
 
+from autoencoders.codec import PixelCodec
 from checkpoints.checkpoint import WEIGHTS, save_tensors, warm_start
 from diffusion import DIFFUSIONS, FlowMatching, sample
 from diffusion.diffusion import Auxiliary
 from diffusion.mean_flow import differentiable_forward
 from diffusion.samplers import SAMPLERS, num_calls
-from experiment.config import SamplingConfig
+from experiment.build import model_spec
+from experiment.config import DiffusionConfig, ExperimentConfig, SamplingConfig, TrainConfig
 from models import BACKBONES
 from models.layers.attention import attend
 from sampling.checks import resolve_sampling
@@ -86,6 +88,16 @@ def test_other_samplers_ask_for_the_velocity(sampler):
 def test_no_other_kind_is_sampled_by_averages():
     with pytest.raises(ValueError, match=r"--sampling\.sampler meanflow: unknown, choose from ddpm, ddim"):
         resolve_sampling(SamplingConfig(sampler="meanflow"), FlowMatching(), 10)
+
+
+def test_guidance_that_is_trained_needs_a_null_label():
+    learned = DiffusionConfig(kind="meanflow", omega=2.0)
+    for num_classes, dropout in ((0, 0.1), (5, 0.0)):
+        config = ExperimentConfig(model="DiT", diffusion=learned, train=TrainConfig(label_dropout=dropout))
+        with pytest.raises(ValueError, match=r"--diffusion\.omega and kappa: .*leave both out"):
+            model_spec(config, PixelCodec(), meanflow(omega=2.0), num_classes)
+    spec = model_spec(ExperimentConfig(model="DiT", diffusion=learned), PixelCodec(), meanflow(omega=2.0), 5)
+    assert spec.args == {"second_time": True}
 
 
 def test_it_is_guided_as_it_was_trained_unless_asked():
