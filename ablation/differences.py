@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
-from evaluation.table import SIGNIFICANT
+from evaluation.table import SIGNIFICANT, number
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,14 @@ class Difference:
         """Whether it is not zero."""
         return self.p < SIGNIFICANT
 
-    def sentence(self, name: str, other: str, digits: int, lower_is_better: bool) -> str:
+    def sentence(self, name: str, other: str, lower_is_better: bool, digits: int | None = None) -> str:
         """What may be said of `name` beside `other`."""
-        interval = f"95% interval {self.low:.{digits}f} to {self.high:.{digits}f}"
+        mean, low, high = (number(value, digits=digits) for value in (abs(self.mean), self.low, self.high))
+        interval = f"95% interval {low} to {high}"
         why = f"{interval}, {self.num_seeds} seeds, corrected p = {self.p:.2g}"
         if self.is_decided:
             verdict = "better" if (self.mean < 0) == lower_is_better else "worse"
-            return f"{name} is {verdict} than {other} by {abs(self.mean):.{digits}f} ({why})"
+            return f"{name} is {verdict} than {other} by {mean} ({why})"
         reason = "the interval holds 0" if self.low <= 0 <= self.high else "too many comparisons for so few seeds"
         return f"{name} against {other} is undecided: {reason} ({why})"
 

@@ -94,9 +94,8 @@ def findings_of(results: Results) -> dict[str, list[str]]:
     for metric in results.metrics:
         lower, differences = is_lower_better(metric), results.differences(metric)
         if lower is not None and differences:
-            digits = 4 if (digits := digits_of(metric)) is None else digits
             found[title_of(metric)] = [
-                difference.sentence(name, results.baseline.name, digits, lower)
+                difference.sentence(name, results.baseline.name, lower, digits_of(metric))
                 for name, difference in differences.items()
             ]
     return found

@@ -48,17 +48,17 @@ def test_without_any_effect_a_study_of_five_variants_errs_one_time_in_twenty():
 def test_a_real_effect_is_found_and_said_with_its_interval():
     mine, theirs = {0: 50.0, 1: 51.0, 2: 49.5}, {0: 60.0, 1: 61.5, 2: 59.0}
     difference = corrected({"XSwin": paired(mine, theirs)})["XSwin"]
-    assert difference.sentence("XSwin", "DiT", 2, lower_is_better=True) == (
+    assert difference.sentence("XSwin", "DiT", lower_is_better=True, digits=2) == (
         "XSwin is better than DiT by 10.00 (95% interval -11.24 to -8.76, 3 seeds, corrected p = 0.00083)"
     )
-    assert difference.sentence("XSwin", "DiT", 2, lower_is_better=False).startswith("XSwin is worse than DiT by 10.00")
+    assert difference.sentence("XSwin", "DiT", lower_is_better=False).startswith("XSwin is worse than DiT by 10.0")
 
 
 def test_what_the_seeds_do_not_decide_is_said_to_be_undecided():
     none = corrected({"XSwin": paired({0: 50.0, 1: 61.0}, {0: 60.0, 1: 52.0})})["XSwin"]
-    assert none.sentence("XSwin", "DiT", 1, True).startswith(
+    assert none.sentence("XSwin", "DiT", True, 1).startswith(
         "XSwin against DiT is undecided: the interval holds 0 (95%"
     )
     close = {str(place): paired({0: 1.0, 1: 2.0, 2: 1.5}, {0: 0.0, 1: 0.5, 2: 0.2}) for place in range(9)}
-    words = corrected(close)["0"].sentence("a", "b", 1, True)
+    words = corrected(close)["0"].sentence("a", "b", True, 1)
     assert words.startswith("a against b is undecided: too many comparisons for so few seeds (95% interval 0.")
