@@ -8,13 +8,14 @@ weights, which every reader checks. What resuming needs lies beside it: `checkpo
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -143,10 +144,16 @@ def metadata_of(
     return {**encoded, "commit": current_commit()}
 
 
-def warm_start(model: nn.Module, path: str) -> str:
-    """Copy the averaged weights that have a namesake of the same shape; says in words what was not taken."""
-    weights = read_tensors(find_weights(path))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+def warm_start(model: nn.Module, path: str, classes: Sequence[str] = ()) -> str:
+    """Copy the averaged weights that have a namesake of the same shape and, of a table of labels, the rows of those
+    `classes` that it knows by name; says in words what was not taken."""
+    file, state = find_weights(path), model.state_dict()
+    weights, known = read_tensors(file), json.loads(read_metadata(file).get("classes", "[]"))
+    are_others = bool(classes) and list(classes) != known
+    for name in (name for name in weights if are_others and name.endswith("label.weight") and name in state):
+        if (len(state[name]), len(weights[name])) == (len(classes) + 1, len(known) + 1):
+            weights[name] = relabelled(state[name].cpu(), list(classes), weights[name], known)
+    shapes = {name: tensor.shape for name, tensor in state.items()}
     fitting = {name: tensor for name, tensor in weights.items() if shapes.get(name) == tensor.shape}
     if not fitting:
         raise CheckpointError(f"--init_from {path}: no weight of it has the name and shape of one of this model")
@@ -157,7 +164,18 @@ def warm_start(model: nn.Module, path: str) -> str:
         "not in the checkpoint": shapes.keys() - weights.keys(),
     }
     reasons = "; ".join(f"{reason}: {abridged(sorted(names))}" for reason, names in left_out.items() if names)
-    return f"--init_from {path}: took {len(fitting)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
+    told = f"took {len(fitting)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
+    told += f"; {len({*classes} & {*known})} of {len(classes)} classes are its own" if are_others else ""
+    return f"--init_from {path}: {told}"
+
+
+def relabelled(
+    table: Float[Tensor, "n d"], classes: list[str], known_table: Float[Tensor, "m d"], known: list[str]
+) -> Float[Tensor, "n d"]:
+    """A table of labels with the known rows of classes of the same name, and of the null label, which is the last."""
+    shared = [name for name in classes if name in known]
+    rows, known_rows = ([*map(names.index, shared), len(names)] for names in (classes, known))
+    return table.index_copy(0, torch.tensor(rows), known_table[known_rows])
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -175,6 +175,17 @@ def test_warm_start_takes_what_fits_and_lists_what_does_not(saved):
         warm_start(torch.nn.Linear(2, 2), str(folder))
 
 
+def test_warm_start_takes_the_labels_of_classes_of_the_same_name(saved):
+    """Of as many classes, but others, the label of another class was taken for one's own."""
+    folder, (_, ema, _) = saved
+    known = open_checkpoint(folder).classes
+    classes = ["unheard of", known[2], known[0]]
+    fresh = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3).build()
+    before, theirs = fresh.cond.label.weight.clone(), ema.model.cond.label.weight
+    assert warm_start(fresh, str(folder), classes).endswith("; 2 of 3 classes are its own")
+    assert torch.equal(fresh.cond.label.weight, torch.stack([before[0], theirs[2], theirs[0], theirs[-1]]))
+
+
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
