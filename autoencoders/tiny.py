@@ -78,8 +78,10 @@ def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor])
 @torch.inference_mode()
 def with_statistics(autoencoder: AutoencoderTiny, images: Float[Tensor, "n 3 H W"]) -> AutoencoderTiny:
     """With mean and deviation of each latent channel over `images` in its configuration, by which the codec
-    normalises."""
+    normalises. Raises ValueError where a channel never changes."""
     latents = torch.cat([autoencoder.encode(part, return_dict=False)[0] for part in images.split(64)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    if dead := (std == 0).nonzero().flatten().tolist():
+        raise ValueError(f"--data.path: latent channels {dead} are the same in all of these images; give other ones")
     autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return autoencoder

@@ -12,7 +12,7 @@ from processes import ROOT, script
 from safetensors.torch import load_file, save_file
 
 from autoencoders.codec import KINDS, AutoencoderError, create_codec
-from autoencoders.tiny import PooledTinyAutoencoder, from_published
+from autoencoders.tiny import PooledTinyAutoencoder, from_published, with_statistics
 from diffusion import GaussianDiffusion
 from experiment.build import open_split
 from experiment.config import DataConfig, SamplingConfig
@@ -103,3 +103,12 @@ def test_what_diffusers_or_the_pipeline_lacks_is_not_exported(tmp_path):
         with pytest.raises(ValueError, match=words):
             write_folder(tmp_path / "out", checkpoint, codec, sampling, native=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_channel_that_never_changes_is_refused():
+    """Its deviation of zero would divide."""
+    autoencoder = from_published(*files(4))
+    with torch.no_grad():
+        autoencoder.encoder.layers[-1].weight[1] = 0
+    with pytest.raises(ValueError, match=r"latent channels \[1\] are the same in all of these images"):
+        with_statistics(autoencoder, torch.rand(2, 3, 16, 16))
