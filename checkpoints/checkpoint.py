@@ -149,7 +149,7 @@ def warm_start(model: nn.Module, path: str, classes: Sequence[str] = ()) -> str:
     `classes` that it knows by name; says in words what was not taken."""
     file, state = find_weights(path), model.state_dict()
     weights, known = read_tensors(file), json.loads(read_metadata(file).get("classes", "[]"))
-    are_others = bool(classes) and list(classes) != known
+    are_others = bool(classes and known) and list(classes) != known
     for name in (name for name in weights if are_others and name.endswith("label.weight") and name in state):
         if (len(state[name]), len(weights[name])) == (len(classes) + 1, len(known) + 1):
             weights[name] = relabelled(state[name].cpu(), list(classes), weights[name], known)

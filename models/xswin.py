@@ -129,7 +129,7 @@ class XSwin(Backbone):
         num_global_blocks: ViT blocks at the bottleneck.
         skip: `cross_attention` (XSwin, inside windows), `global_cross_attention`, `concat` (USwin) or `none`.
         wide_decoder: the first block of each decoder stage runs at the joint width of its input and its skip
-            (published); without, all run at the stage's own, for two fifths less arithmetic at one block a stage.
+            (published); without, all run at the stage's own, for three tenths less arithmetic at one block a stage.
         final_downsample: merge after the last stage too.
         stem: `convolutions` before patching and after unpatching (published), or `none`.
         conv_norm: `batch` (published) or `group`, which does not mix samples.
