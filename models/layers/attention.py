@@ -29,7 +29,7 @@ def attend(
     is_few = q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS
     if is_few or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):  # fused ones have no such rule
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        logits = (q * factor) @ k.transpose(-2, -1)
+        logits = (q if factor == 1 else q * factor) @ k.transpose(-2, -1)
         if bias is not None:
             logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
         return logits.softmax(dim=-1).to(v.dtype) @ v

@@ -113,13 +113,19 @@ class WindowAttention(nn.Module):
         q, k, v = rearrange(qkv, "b w n (three k e) -> three b (w k) n e", three=3, k=self.num_heads)
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
         q, k = self.q_norm(q), self.k_norm(k)
-        q, k = F.normalize(q, dim=-1) * scale.repeat(x.shape[1], 1, 1), F.normalize(k, dim=-1)
+        q, k = to_length(q, scale.repeat(x.shape[1], 1, 1)), to_length(k)
         bias = self.position_bias().expand(x.shape[1], -1, -1, -1)  # [windows k n n]
         mask = windows.mask(x.device)
         bias = bias if mask is None else bias.masked_fill(~mask[:, None], -torch.inf)
         bias = bias if token is None else F.pad(bias, (0, 1))
         x = attend(q[..., :num_queries, :], k, v, bias=rearrange(bias, "w k n m -> (w k) n m"), scale=1.0)
         return windows.merge(self.proj(rearrange(x, "b (w k) n e -> b w n (k e)", k=self.num_heads)))
+
+
+def to_length(x: Float[Tensor, "b k n e"], length: Float[Tensor, "k 1 1"] | float = 1.0) -> Float[Tensor, "b k n e"]:
+    """Vectors of a given length, by one factor each: what `F.normalize` followed by a product computes, in little more
+    than half of its time forward and backward."""
+    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12))
 
 
 class WindowCrossAttention(nn.Module):
