@@ -23,6 +23,10 @@ class AutoencoderError(ValueError):
 def load_autoencoder(source: str, classes: Collection[str]) -> Any:
     """By name, in float32: one of `EMBEDDED`, a folder in diffusers' format, or a hub id; of one of these `classes`."""
     folder = EMBEDDED.get(source, Path(source))
+    if source in EMBEDDED and (Path(source) / "config.json").exists():
+        raise AutoencoderError(
+            f"--autoencoder {source}: the clone's own, or the one in this folder? Call the folder something else"
+        )
     if folder.is_dir():
         return _load(source, classes, folder / "config.json", folder)
     from huggingface_hub import hf_hub_download

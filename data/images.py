@@ -59,7 +59,7 @@ class ImageDataset(ImageSet):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
         try:
-            layout = understand(self.source.names, self.source.read, exclude_classes)
+            layout = understand(self.source.names, self.source.read, classes, exclude_classes)
         except DataError as error:
             raise DataError(f"--data.path {path}: {error}") from error
         self.left_out = {"links to what is there already": self.source.repeated, **layout.left_out}

@@ -35,9 +35,15 @@ class Layout:
     tables: list[str]  # labels.csv, where it names the classes
 
 
-def understand(names: Iterable[str], read: Callable[[str], bytes], exclude_classes: Sequence[str] = ()) -> Layout:
+def understand(
+    names: Iterable[str],
+    read: Callable[[str], bytes],
+    classes: Sequence[str] = (),
+    exclude_classes: Sequence[str] = (),
+) -> Layout:
     """A class a folder, below a level of `train/` and `test/` (or `val/`) where there is one, all of it in folders that
-    hold nothing else; or images without class folders, whose classes `labels.csv` (file, label) may name.
+    hold nothing else; or images without class folders, whose classes `labels.csv` (file, label) may name. One class
+    may lie below another where not both are chosen.
     """
     left_out: defaultdict[str, list[str]] = defaultdict(list)
     images, tables = [], []
@@ -78,27 +84,28 @@ def understand(names: Iterable[str], read: Callable[[str], bytes], exclude_class
         loose += [name for name, path in rest.items() if not path.startswith(common)]
         rest = {name: path.removeprefix(common) for name, path in rest.items() if path.startswith(common)}
 
-    classes = {name: posixpath.dirname(path) for name, path in rest.items()}
-    if tables and len(set(classes.values())) <= 1:
-        classes = _labels(tables, read, classes)
-        left_out["not named in labels.csv"] = [name for name in rest if name not in classes]
+    labels = {name: posixpath.dirname(path) for name, path in rest.items()}
+    if tables and len(set(labels.values())) <= 1:
+        labels = _labels(tables, read, labels)
+        left_out["not named in labels.csv"] = [name for name in rest if name not in labels]
         places.append("classes from labels.csv")
     else:
         left_out["other files"] += tables
         tables = []
-        if len({*classes.values()}) > 1:
-            loose += [name for name, label in classes.items() if not label]
-            classes = {name: label for name, label in classes.items() if label}
+        if len({*labels.values()}) > 1:
+            loose += [name for name, label in labels.items() if not label]
+            labels = {name: label for name, label in labels.items() if label}
     left_out["in no class folder"] += loose
-    if len(loose) > len(classes):
+    if len(loose) > len(labels):
         raise DataError(
-            f"{len(loose)} images lie loose, such as {loose[0]}, and {len(classes)} in folders: move either away, or "
+            f"{len(loose)} images lie loose, such as {loose[0]}, and {len(labels)} in folders: move either away, or "
             "the loose ones into a folder of their class"
         )
-    _refuse_nested({*classes.values()} - {*exclude_classes})
+    found = {*labels.values()}
+    _refuse_nested((found & {*classes} if classes else found) - {*exclude_classes})
     if splits:
-        splits = {split: [name for name in group if name in classes] for split, group in splits.items()}
-    return Layout(classes, splits, {why: left for why, left in left_out.items() if left}, ", ".join(places), tables)
+        splits = {split: [name for name in group if name in labels] for split, group in splits.items()}
+    return Layout(labels, splits, {why: left for why, left in left_out.items() if left}, ", ".join(places), tables)
 
 
 def _is_hidden(name: str) -> bool:

@@ -2,9 +2,12 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 MIXED = {"fp32": "no", "bf16": "bf16"}  # our names, and Accelerate's
 # Values of ONEDNN_MAX_CPU_ISA that keep matrix products from the instructions for bf16.
@@ -23,6 +26,21 @@ def choose_precision(asked: str, device: torch.device) -> str:
 def precision_of(accelerator: Accelerator) -> str:
     """What an opened accelerator computes in, as its flag would say it."""
     return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+
+
+@contextmanager
+def autocasting(device: torch.device, precision: str, *models: nn.Module | None) -> Iterator[None]:
+    """Computes in 'bf16' or 'fp32', without gradients. Autocast keeps the bf16 form of weights
+    from one call of a model to the next if they might have gradients, and makes it anew of those that are frozen."""
+    frozen = [weight for model in filter(None, models) for weight in model.parameters() if not weight.requires_grad]
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
+        for weight in frozen:
+            weight.requires_grad_()
+        try:
+            yield
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
 
 
 def has_bf16(device: torch.device) -> tuple[bool, str]:

@@ -3,7 +3,6 @@
 import difflib
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from diffusion import Diffusion, sample
 from diffusion.samplers import Callback, Staged, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.accelerator import to_main
+from machine.precision import autocasting, precision_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, in_batches
 from sampling.checks import load_guide_model
@@ -68,8 +68,7 @@ class Generator:
         told: dict[str, Any] = {"guide_model": self.guide_model, "generator": generators, "start": start}
         told["clip"] = self.codec.limit if self.sampling.clip is None else self.sampling.clip
         told |= {"callback": self.callback, "on_stage": self.on_stage}
-        bf16 = self.accelerator.mixed_precision == "bf16"
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16) if bf16 else nullcontext():
+        with autocasting(self.accelerator.device, precision_of(self.accelerator), self.model, self.guide_model):
             x_0 = sample(self.diffusion, self.model, noise, y, self.sampling, **told)
         return self.codec.decode(x_0)
 

@@ -338,3 +338,11 @@ def test_a_backbone_is_trained_on_its_latents_resumed_bitwise_and_decoded(kind, 
     run("sample.py", "--checkpoint", "runs/tiny", "--output", "drawn.png", cwd=tmp_path)
     with Image.open(tmp_path / "drawn.png") as drawn:
         assert len(drawn.getcolors(maxcolors=1 << 20)) > 10
+
+
+def test_a_folder_with_the_name_of_an_embedded_one_is_not_passed_over_in_silence(tmp_path, monkeypatch):
+    write("sd", tmp_path / "embedded-f8c16")
+    monkeypatch.chdir(tmp_path)
+    create_codec("embedded")
+    with pytest.raises(AutoencoderError, match="embedded-f8c16: the clone's own, or the one in this folder"):
+        create_codec("embedded-f8c16")

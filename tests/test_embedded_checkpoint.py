@@ -6,6 +6,7 @@ import torch
 from processes import ROOT, script
 
 from checkpoints.checkpoint import CheckpointError, open_checkpoint, read_tensors, warm_start
+from checkpoints.hub import HubError
 from sampling.pipeline import load
 from sharing.model_card import card_files
 
@@ -52,6 +53,17 @@ def test_from_python_it_draws_what_the_command_draws(tmp_path):
 def test_nothing_is_written_into_the_clone_where_it_is_given_by_its_path(embedded, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert open_checkpoint("assets/checkpoint").run == embedded.run
+
+
+@pytest.mark.parametrize("held", ["checkpoints/00000001/ema.safetensors", "ema.safetensors"])
+def test_a_folder_of_its_name_that_holds_another_one_is_not_passed_over_in_silence(tmp_path, monkeypatch, held):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded" / "samples").mkdir(parents=True)
+    open_checkpoint("embedded")
+    (tmp_path / "embedded" / held).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "embedded" / held).touch()
+    with pytest.raises(HubError, match="embedded: the clone's own checkpoint, or the one in this folder"):
+        open_checkpoint("embedded")
 
 
 def test_it_is_scored_by_name_as_a_run_is():

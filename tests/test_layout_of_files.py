@@ -93,9 +93,15 @@ def test_the_doubtful_is_refused(names, message):
         of(*names)
 
 
-def test_nested_class_can_be_left_out():
-    layout = of("cat/0.png", "cat/thumbs/1.png", "dog/1.png", exclude_classes=["cat/thumbs"])
+@pytest.mark.parametrize("chosen", [{"exclude_classes": ["cat/thumbs"]}, {"classes": ["cat", "dog"]}])
+def test_nested_class_can_be_left_out(chosen):
+    layout = of("cat/0.png", "cat/thumbs/1.png", "dog/1.png", **chosen)
     assert layout.classes["cat/0.png"] == "cat"
+
+
+def test_nested_classes_that_are_both_chosen_are_refused():
+    with pytest.raises(DataError, match=r"in cat/ and in cat/thumbs/ below it"):
+        of("cat/0.png", "cat/thumbs/1.png", "dog/1.png", classes=["cat", "cat/thumbs"])
 
 
 @pytest.mark.parametrize("folders", [("", ""), ("images/", ""), ("pets/", "pets/"), ("pets/images/", "pets/")])

@@ -8,9 +8,10 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from processes import ROOT, script
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from machine.accelerator import describe, open_accelerator
-from machine.precision import choose_precision, has_bf16, slowdown_of_bf16
+from machine.precision import autocasting, choose_precision, has_bf16, slowdown_of_bf16
 
 CPU = torch.device("cpu")
 STATES = [PartialState._shared_state, AcceleratorState._shared_state]
@@ -99,6 +100,25 @@ def test_the_measured_ratio_leaves_the_number_of_threads():
     before = torch.get_num_threads()
     assert slowdown_of_bf16(CPU) > 0
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("precision", "casts"), [("bf16", 1), ("fp32", 0)])
+def test_calls_of_a_frozen_model_share_the_casts_of_its_weights(precision, casts):
+    """... and its weights are as frozen behind it as before."""
+
+    class Casts(TorchDispatchMode):
+        weights = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.weights += func is torch.ops.aten._to_copy.default and args[0].shape == (3, 2)
+            return func(*args, **(kwargs or {}))
+
+    model = torch.nn.Linear(2, 3).requires_grad_(False)
+    with Casts() as counted, autocasting(CPU, precision, model, None):
+        outputs = [model(torch.ones(1, 2)) for _ in range(3)]
+    assert counted.weights == casts
+    assert outputs[0].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert not any(tensor.requires_grad for tensor in [*outputs, *model.parameters()])
 
 
 def test_the_benchmark_warns_too(x86, capsys):
