@@ -12,6 +12,7 @@ from einops import reduce
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
+from diffusion.options import SamplingOptions
 from diffusion.paths import GaussianChain, Path
 from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import check_name
@@ -100,8 +101,8 @@ class Diffusion:
         samplers: where these alone can sample it.
     """
 
-    is_guided = False  # as it was trained, so that samplers need not
-    learns_guidance = False  # away from the null label
+    guided_samplers: Sequence[str] = ()  # whose samples are guided as it was trained
+    guidance_settings = ""  # by which it learns guidance, away from the null label
 
     def __init__(
         self,
@@ -165,6 +166,9 @@ class Diffusion:
             times[-1] = self._informative[1]
         chain = Transition.chain(*self.path(times))
         return [(t, Transition(*row)) for t, row in zip(times.tolist(), zip(*chain, strict=True), strict=True)][::-1]
+
+    def check_options(self, options: SamplingOptions) -> None:
+        """Refuses what its own sampler cannot do, naming the flag."""
 
     # Noise in, noise out.
 

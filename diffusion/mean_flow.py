@@ -1,50 +1,39 @@
-"""MeanFlow: a flow's average velocity from one time to another, by which one call leads from noise to data."""
+"""MeanFlow: a flow's average velocity, learned by its derivative along the path."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
+from diffusion.average_velocity import AverageVelocity, num_classes_of, over_images
+from diffusion.diffusion import Denoiser
 from diffusion.paths import Flow
-from diffusion.samplers import SAMPLERS, evaluating
-from diffusion.samplers.one_step import meanflow
-from diffusion.times import Device, DrawTimes
+from diffusion.samplers import evaluating
+from diffusion.times import DrawTimes
 from diffusion.transition import Images, Labels, Timesteps
 
-LEAST_ERROR = 1e-3  # c of the adaptive weight (Geng et al. 2025, section 4.3)
 
-
-class MeanFlow(Diffusion):
-    """The average velocity of a flow, `u(x_t, r, t) = (x_t - x_r) / (t - r)` (Geng et al. 2025).
+class MeanFlow(AverageVelocity):
+    """The average velocity `u(x_t, r, t) = (x_t - x_r) / (t - r)` (Geng et al. 2025).
 
     Differentiated along the path, `(t - r) u` says that `u = v - (t - r) du/dt`: the model is held against that, `v` of
-    the sample and `du/dt` the model's own, as constants (section 4.1). Where r is t this is flow matching, and
-    `u(x_t, t, t)` the velocity, which is all that samplers other than `meanflow` ask for.
+    the sample and `du/dt` the model's own, as constants (section 4.1).
 
     Guidance is trained: `v` is replaced by `omega v + kappa u(x_t, t, t | y) + (1 - omega - kappa) u(x_t, t, t)`, which
     is guided by the scale `omega / (1 - kappa)` (section 4.2 and appendix B.2).
 
     Args:
-        path: linear.
-        times: of which a sample gets two; t is the larger one.
-        interval_share: of the samples for whom r is not t.
-        adaptive_power: p of the weight `1 / (mse + c)^p`.
+        path, times, interval_share, adaptive_power: of `AverageVelocity`; a sample gets two times, t the larger one.
         omega, kappa: 1 and 0 are no guidance.
     """
-
-    model_args = {"second_time": True}  # noqa: RUF012
-    is_guided = True
 
     def __init__(
         self,
@@ -56,65 +45,13 @@ class MeanFlow(Diffusion):
         omega: float,
         kappa: float,
     ) -> None:
-        samplers = {"meanflow": meanflow, **SAMPLERS}
-        super().__init__(path, "velocity", times=times, default_sampler="meanflow", samplers=samplers)
-        self.interval_share, self.adaptive_power, self.omega, self.kappa = interval_share, adaptive_power, omega, kappa
+        shares = {"interval_share": interval_share, "adaptive_power": adaptive_power}
+        super().__init__(path, times=times, sampler="meanflow", **shares)
+        self.omega, self.kappa, self.guided_samplers = omega, kappa, tuple(self.samplers)
+        self.guidance_settings = "" if (omega, kappa) == (1, 0) else "omega and kappa"
 
-    @property
-    def learns_guidance(self) -> bool:
-        return (self.omega, self.kappa) != (1, 0)
-
-    def precondition(self, model: Denoiser) -> Denoiser:
-        """The model as a function of the path's own `x_t`, `t` and `r`, by default `t`."""
-        told = super().precondition(model)
-
-        def preconditioned(x_t: Tensor, t: Tensor, y: Tensor, *, r: Tensor | None = None, **extras: Any) -> Tensor:
-            return told(x_t, t, y, r=self.path.told(x_t, t if r is None else r)[1], **extras)
-
-        return preconditioned
-
-    def draw_more(
-        self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
-    ) -> dict[str, Tensor]:
-        """A second time for each sample, and whether it counts: for every so many in the order of the batch. That lies
-        on the CPU, where it is known without waiting for the device how many these are."""
-        places = torch.arange(shape[0] + 1, dtype=torch.float64)
-        counts = (places * self.interval_share).floor().diff() > 0
-        return {"second": self.sample_timesteps(shape[0], generator, device), "counts": counts}
-
-    def training_loss(
-        self,
-        model: Denoiser,
-        x_0: Images,
-        y: Labels,
-        *,
-        t: Timesteps | None = None,
-        noise: Images | None = None,
-        generator: torch.Generator | None = None,
-        auxiliary: Sequence[Auxiliary] = (),
-        second: Timesteps | None = None,
-        counts: Bool[Tensor, " b"] | None = None,
-    ) -> dict[str, Float32[Tensor, " b"]]:
-        """Per sample `mse`, and `loss`, which is it times the adaptive weight. Auxiliary terms are of those samples for
-        whom r is t, as no other output tells the data."""
-        t, noise = self.draw(x_0, t, noise, generator)
-        if second is None or counts is None:
-            second, counts = self.draw_more(x_0.shape, generator, x_0.device).values()
-        apart = counts.nonzero().flatten().to(x_0.device, non_blocking=True)
-        pair = torch.stack([t, second])[:, apart]
-        r, t = t.index_copy(0, apart, pair.amin(0)), t.index_copy(0, apart, pair.amax(0))
-
-        x_0 = x_0.float()
-        x_t, v = self.q_sample(x_0, t, noise), self.target(x_0, noise, t)
-        some = apart if len(apart) else apart.new_zeros(1)  # so that all processes call the model as often
-        target = self.average_velocity(model, x_t, r, t, y, v, some)
-        output = self.precondition(model)(x_t, t, y, r=r).float()
-        mse = mean_per_sample((target - output).square())
-        terms = {"loss": mse / (mse.detach() + LEAST_ERROR) ** self.adaptive_power, "mse": mse}
-        if auxiliary:
-            share = self.signal_share(t) * (r == t)
-            terms = with_auxiliary(terms, auxiliary, self.predict(output, x_t, t).x_0, x_0, y, share)
-        return terms
+    def step_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
+        return torch.minimum(t, second), torch.maximum(t, second)
 
     @torch.no_grad()
     def average_velocity(
@@ -129,17 +66,15 @@ class MeanFlow(Diffusion):
             now = forward_ad.make_dual(now, torch.ones_like(now))
             du_dt = forward_ad.unpack_dual(u(x, now, y[index], r=r[index])).tangent
             assert du_dt is not None
-        return v.index_copy(0, index, v[index] - rearrange((t - r)[index], "n -> n 1 1 1") * du_dt)
+        return v.index_copy(0, index, v[index] - over_images((t - r)[index]) * du_dt)
 
     def guided(self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, v: Images) -> Images:
         """The velocity under the guidance that is trained, of samples that have a label."""
-        if not self.learns_guidance:
+        if not self.guidance_settings:
             return v
-        null_label = torch.full_like(y, num_classes_of(model))
-        twice = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label])
-        labelled, unlabelled = self.precondition(model)(*twice).float().chunk(2)
+        labelled, unlabelled = self.with_and_without_label(model, x_t, t, t, y)
         mixed = self.omega * v + self.kappa * labelled + (1 - self.omega - self.kappa) * unlabelled
-        return torch.where(rearrange(y == null_label, "b -> b 1 1 1"), v, mixed)
+        return torch.where(over_images(y == num_classes_of(model)), v, mixed)
 
 
 @contextmanager
@@ -169,8 +104,3 @@ def load_forward_rules() -> None:
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=FutureWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-def num_classes_of(model: Any) -> int:
-    """The backbone's, whatever it is wrapped in."""
-    return next(part.num_classes for part in model.modules() if hasattr(part, "num_classes"))

@@ -12,9 +12,9 @@ class SamplingOptions:
 
     Args:
         sampler: null is the diffusion's own: 'ddpm' (gaussian), 'euler' (flow), 'heun' (edm: two calls a step),
-            'meanflow' (meanflow, by its averages) or 'iterated' (a cascade's 'dae' and 'resnet'); others: 'ddim',
-            'euler_maruyama' (of the reverse SDE), 'dpmpp_2m', 'dpmpp_2m_sde' and 'dpmpp_3m' (DPM-Solver++),
-            'exponential_ab3' (for many steps), 'unipc'
+            'meanflow' and 'shortcut' (of these kinds, by averages; shortcut in 1, 2, 4, ... steps) or 'iterated' (a
+            cascade's 'dae' and 'resnet'); others: 'ddim', 'euler_maruyama' (of the reverse SDE), 'dpmpp_2m',
+            'dpmpp_2m_sde' and 'dpmpp_3m' (DPM-Solver++), 'exponential_ab3' (for many steps), 'unipc'
         sampler_args: the sampler's own arguments, such as --sampling.sampler_args.eta 0.5: 'ddim' takes eta, 0 (not
             random) to 1 (as 'ddpm'); 'heun' takes churn, noise added over the whole chain (Karras et al. 2022)
         num_steps: steps a sample: calls of the model, each of both halves under guidance

@@ -197,5 +197,45 @@ def meanflow(
     )
 
 
-DIFFUSIONS: dict[str, Callable[..., Any]] = {"gaussian": gaussian, "flow": flow, "edm": edm, "meanflow": meanflow}
+def shortcut(
+    interval_share: Annotated[float, "(0, 1]"] = 0.25,
+    adaptive_power: Annotated[float, "[0, inf)"] = 0.0,
+    sections: Annotated[int, "[2, inf)"] = 128,
+    guidance_scale: Annotated[float, "[0, inf)"] = 1.0,
+    times: str = "uniform",
+    times_args: dict[str, Any] | None = None,
+    model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
+) -> "diffusion.diffusion.Diffusion":
+    """steps as two of half their length, for samples in 1, 2, 4, ... calls: Frans et al. 2024
+
+    Args:
+        interval_share: of the samples that learn an average; all others learn the velocity at a time
+        adaptive_power: p of the loss's weight 1 / (mse + 0.001)^p; 0: none
+        sections: of the path, a power of two, over which a step is Euler's; longer ones are learned from shorter ones
+        guidance_scale: guidance that is trained into all steps that are learned; 1: none
+        times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
+        times_args: of 'logit_normal': location, 0, and scale, 1; of 'mode': scale, 1.29
+        model_times: what the backbone is told at the data's end and at the noise's; a flow's, to begin with its weights
+    """
+    from diffusion.paths import Flow
+    from diffusion.shortcut import Shortcut
+    from diffusion.times import draw_times
+
+    return Shortcut(
+        Flow("linear", 1.0, model_times),
+        times=draw_times(times, times_args),
+        interval_share=interval_share,
+        adaptive_power=adaptive_power,
+        sections=sections,
+        guidance_scale=guidance_scale,
+    )
+
+
+DIFFUSIONS: dict[str, Callable[..., Any]] = {
+    "gaussian": gaussian,
+    "flow": flow,
+    "edm": edm,
+    "meanflow": meanflow,
+    "shortcut": shortcut,
+}
 GaussianDiffusion, FlowMatching, EDM = gaussian, flow, edm

@@ -92,10 +92,10 @@ def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num
     ]
     if config.model in BACKBONES and config.model not in fitting:
         raise ValueError(f"--model {config.model}: kind {config.diffusion.kind} takes --model {', '.join(fitting)}")
-    if diffusion.learns_guidance and not config.guided_classes(num_classes):
+    if diffusion.guidance_settings and not config.guided_classes(num_classes):
         raise ValueError(
-            "--diffusion.omega and kappa: without labels, or with --train.label_dropout 0, there is no null label "
-            "to be guided away from; leave both out"
+            f"--diffusion.{diffusion.guidance_settings}: without labels, or with --train.label_dropout 0, there is no "
+            "null label to be guided away from; leave it out"
         )
     channels, height, width = codec.latent_shape(config.data.image_size, config.data.image_size)
     return ModelSpec(

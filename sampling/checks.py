@@ -33,7 +33,7 @@ def resolve_sampling(
     asked = overrides.get("sampler", config.sampler) or diffusion.default_sampler
     if asked != (config.sampler or diffusion.default_sampler):
         defaults["sampler_args"] = {}  # which are those of the sampler that is replaced
-    if (diffusion.is_guided or not num_guided) and config.guidance_checkpoint is None:
+    if (asked in diffusion.guided_samplers or not num_guided) and config.guidance_checkpoint is None:
         defaults["guidance_scale"] = 1.0
     config = replace(config, **defaults | overrides)
     sampler, spacing = config.sampler or diffusion.default_sampler, config.spacing or diffusion.default_spacing

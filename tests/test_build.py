@@ -79,7 +79,7 @@ def test_every_shipped_configuration_trains_two_steps(path):
     x_0, y = torch.randn(2, spec.in_channels, *spec.input_size), torch.tensor([0, spec.num_classes])
     t, noise, losses = torch.tensor([400, 800]), torch.randn(x_0.shape), []
     t = t.clamp(max=diffusion.path.max_time) if config.diffusion.kind == "cascade" else t  # whose chain is short
-    t = t / 1000 if config.diffusion.kind == "meanflow" else t
+    t = t / 1000 if config.diffusion.kind in ("meanflow", "shortcut") else t
     for _ in range(3):
         draws = torch.Generator().manual_seed(1)  # of a cascade, the same at each step
         loss = diffusion.training_loss(model, x_0, y, t=t, noise=noise, generator=draws)["loss"].mean()
@@ -109,7 +109,7 @@ def test_a_setting_of_another_kind_is_refused_in_words():
         (DiffusionConfig(shift=3.0), "--diffusion.shift belongs to kind flow, not to gaussian; leave it out or null"),
         (
             DiffusionConfig(kind="edm", times="uniform"),
-            "--diffusion.times belongs to kind gaussian and flow and meanflow, not to edm",
+            "--diffusion.times belongs to kind gaussian and flow and meanflow and shortcut, not to edm",
         ),
         (DiffusionConfig(kind="ddpm"), "--diffusion.kind ddpm: unknown, choose from gaussian, flow, edm"),
     ]:

@@ -101,8 +101,15 @@ OBJECTIVES = {
     "gaussian": {},
     "contrastive": {"kind": "flow", "contrast": 0.05},
     "meanflow": {"kind": "meanflow", "omega": 0.5, "kappa": 0.5},
+    "shortcut": {"kind": "shortcut", "guidance_scale": 2.0},
 }
-PAIRS = [("XSwin", "gaussian"), ("DiT", "gaussian"), ("UViT", "contrastive"), ("DiT", "meanflow")]
+PAIRS = [
+    ("XSwin", "gaussian"),
+    ("DiT", "gaussian"),
+    ("UViT", "contrastive"),
+    ("DiT", "meanflow"),
+    ("UViT", "shortcut"),
+]
 
 
 @pytest.mark.parametrize(("model", "objective"), PAIRS)

@@ -16,7 +16,7 @@ from diffusion.guidance import check_guidance, guide, mix_of, scale_at
 from diffusion.options import SamplingOptions
 from diffusion.samplers.chain import Chain, Moments
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
-from diffusion.samplers.one_step import ddim, ddpm, euler, euler_maruyama, heun
+from diffusion.samplers.one_step import by_averages, ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Images, Labels, Transition
 from settings import check_arguments, check_settings
 
@@ -35,6 +35,8 @@ SAMPLERS: dict[str, Sampler] = {
     "exponential_ab3": exponential_ab3,
     "unipc": unipc,
 }
+AVERAGES: dict[str, Sampler] = {"meanflow": by_averages, "shortcut": by_averages}
+"""Of the kinds of these names alone."""
 
 
 def samplers_of(diffusion: Diffusion) -> Mapping[str, Sampler]:
@@ -80,9 +82,13 @@ def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
     check_settings(options, "--sampling.")
     check_guidance(options)
     samplers, name = samplers_of(diffusion), options.sampler or diffusion.default_sampler
+    if name in AVERAGES and name not in samplers:
+        others = f"choose from {', '.join(samplers)}"
+        raise ValueError(f"--sampling.sampler {name}: for models of --diffusion.kind {name} alone; {others}")
     if name not in samplers:
         raise ValueError(f"--sampling.sampler {name}: unknown, choose from {', '.join(samplers)}")
     check_arguments(samplers[name], options.sampler_args, "--sampling.sampler_args")
+    diffusion.check_options(options)
 
 
 Callback = Callable[[int, Tensor, Tensor], None]

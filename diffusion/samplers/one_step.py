@@ -38,9 +38,9 @@ def euler(chain: Chain, x_t: Images) -> Moments:
         yield x_t, x_0
 
 
-def meanflow(chain: Chain, x_t: Images) -> Moments:
-    """By the average velocity of each step, `x_r = x_t - (t - r) u(x_t, r, t)` (Geng et al. 2025, algorithm 2): Euler's
-    step, exact however long it is."""
+def by_averages(chain: Chain, x_t: Images) -> Moments:
+    """By the average velocity of each step, `x_r = x_t - (t - r) u(x_t, r, t)` (Geng et al. 2025, algorithm 2; Frans et
+    al. 2024, algorithm 2): Euler's step, exact however long it is."""
     for t, at in chain.steps:
         r = torch.full((len(x_t),), at.sigma_next.item(), device=x_t.device)  # on a linear path sigma is the time
         x_0, noise, _ = chain.denoise(x_t, t, at, r=r)

@@ -1,4 +1,4 @@
-"""MeanFlow: the average velocity of Gaussian data in closed form, and its derivative through every backbone."""
+"""MeanFlow and shortcuts: average velocities of Gaussian data in closed form, and of every backbone."""
 
 import pytest
 import torch
@@ -22,7 +22,9 @@ from training.objective import Objective
 from training.preparation import recompute_blocks
 
 MEAN, STD = 0.7, 0.4
-meanflow = DIFFUSIONS["meanflow"]
+meanflow, shortcut = DIFFUSIONS["meanflow"], DIFFUSIONS["shortcut"]
+KINDS = {"meanflow": meanflow, "shortcut": shortcut}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 NAMES = [*(name for name in FAMILIES if name != "Cascade"), "LightningDiT-S/2"]
 families = pytest.mark.parametrize("name", NAMES)
 
@@ -54,57 +56,126 @@ def times(*numbers, dtype=torch.float64):
     return torch.tensor(numbers, dtype=dtype)
 
 
+@kinds
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-def test_the_average_velocity_of_gaussian_data_is_its_own_target(dtype, atol):
-    r, t = times(0.0, 0.2, 0.5, 0.6, dtype=dtype), times(1.0, 0.7, 0.9, 0.6, dtype=dtype)
+def test_the_average_velocity_of_gaussian_data_is_its_own_target(kind, dtype, atol):
+    r, t = times(0.0, 0.25, 0.5, 0.6, dtype=dtype), times(1.0, 0.75, 0.9, 0.6, dtype=dtype)
     x_t = randn(4, 2, 3, 3).to(dtype)
     v = velocity(x_t, t[:, None, None, None])
-    target = meanflow().average_velocity(Perfect(), x_t, r, t, labels(4), v, torch.arange(4))
+    target = kind().average_velocity(Perfect(), x_t, r, t, labels(4), v, torch.arange(4))
     torch.testing.assert_close(target, Perfect()(x_t, 999 * t, labels(4), r=999 * r), rtol=0, atol=atol)
     assert not torch.allclose(target[:3], v[:3], atol=0.05)
 
 
+@kinds
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
-def test_any_number_of_steps_follows_the_exact_flow(num_steps):
+def test_any_number_of_steps_follows_the_exact_flow(kind, num_steps):
     noise = randn(3, 2, 4, 4)
-    drawn = sample(meanflow(), Perfect(), noise, labels(3), num_steps=num_steps)
+    drawn = sample(kind(), Perfect(), noise, labels(3), num_steps=num_steps)
     torch.testing.assert_close(drawn, MEAN + STD * noise, rtol=0, atol=1e-5)
-    assert num_calls(meanflow(), None, num_steps) == num_steps
+    assert num_calls(kind(), None, num_steps) == num_steps
 
 
+@kinds
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_other_samplers_ask_for_the_velocity(sampler):
+def test_other_samplers_ask_for_the_velocity(kind, sampler):
     steps = {"sampler": sampler, "num_steps": 6}
     ours, theirs = (
         sample(diffusion, model, randn(2, 1, 4, 4), labels(2), generator=generator(), **steps)
         for diffusion, model in (
-            (meanflow(), Perfect()),
+            (kind(), Perfect()),
             (FlowMatching(), lambda x_t, t, y: Perfect()(x_t, t, y, r=t)),
         )
     )
     torch.testing.assert_close(ours, theirs)
 
 
-def test_no_other_kind_is_sampled_by_averages():
-    with pytest.raises(ValueError, match=r"--sampling\.sampler meanflow: unknown, choose from ddpm, ddim"):
-        resolve_sampling(SamplingConfig(sampler="meanflow"), FlowMatching(), 10)
+@pytest.mark.parametrize(
+    ("sampler", "other"), [("meanflow", shortcut), ("shortcut", meanflow), ("shortcut", FlowMatching)]
+)
+def test_no_other_kind_is_sampled_by_averages(sampler, other):
+    words = rf"--sampling\.sampler {sampler}: for models of --diffusion\.kind {sampler} alone; choose from "
+    with pytest.raises(ValueError, match=words):
+        resolve_sampling(SamplingConfig(sampler=sampler), other(), 10)
 
 
-def test_guidance_that_is_trained_needs_a_null_label():
-    learned = DiffusionConfig(kind="meanflow", omega=2.0)
+LEARNED = [("meanflow", "omega and kappa", {"omega": 2.0}), ("shortcut", "guidance_scale", {"guidance_scale": 2.0})]
+
+
+@pytest.mark.parametrize(("kind", "names", "settings"), LEARNED)
+def test_guidance_that_is_trained_needs_a_null_label(kind, names, settings):
+    learned, diffusion = DiffusionConfig(kind=kind, **settings), KINDS[kind](**settings)
     for num_classes, dropout in ((0, 0.1), (5, 0.0)):
         config = ExperimentConfig(model="DiT", diffusion=learned, train=TrainConfig(label_dropout=dropout))
-        with pytest.raises(ValueError, match=r"--diffusion\.omega and kappa: .*leave both out"):
-            model_spec(config, PixelCodec(), meanflow(omega=2.0), num_classes)
-    spec = model_spec(ExperimentConfig(model="DiT", diffusion=learned), PixelCodec(), meanflow(omega=2.0), 5)
+        with pytest.raises(ValueError, match=rf"--diffusion\.{names}: .*leave it out"):
+            model_spec(config, PixelCodec(), diffusion, num_classes)
+    spec = model_spec(ExperimentConfig(model="DiT", diffusion=learned), PixelCodec(), diffusion, 5)
     assert spec.args == {"second_time": True}
 
 
-def test_it_is_guided_as_it_was_trained_unless_asked():
+@pytest.mark.parametrize("diffusion", [KINDS[kind](**settings) for kind, _, settings in LEARNED])
+def test_it_is_guided_as_it_was_trained_unless_asked(diffusion):
     config = SamplingConfig(guidance_scale=1.5)
-    assert resolve_sampling(config, meanflow(), 10).guidance_scale == 1
-    assert resolve_sampling(config, meanflow(), 10, guidance_scale=2.0).guidance_scale == 2
-    assert resolve_sampling(config, FlowMatching(), 10).guidance_scale == 1.5
+    assert resolve_sampling(config, diffusion, 10).guidance_scale == 1
+    assert resolve_sampling(config, diffusion, 10, guidance_scale=2.0).guidance_scale == 2
+    for others in (FlowMatching(), shortcut()):
+        assert resolve_sampling(config, others, 10).guidance_scale == 1.5
+    plain = resolve_sampling(config, shortcut(guidance_scale=3.0), 10, sampler="euler")
+    assert plain.guidance_scale == 1.5  # its velocity has learned none
+
+
+# Shortcuts' steps.
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_steps": 3}, r"--sampling\.num_steps 3: a shortcut's steps are 1, 2, 4, \.\.\. 64; give one of these"),
+        ({"num_steps": 4, "spacing": "karras"}, r"--sampling\.spacing karras: a shortcut's steps are uniform"),
+    ],
+)
+def test_steps_of_a_length_that_no_shortcut_has_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        resolve_sampling(SamplingConfig(**options), shortcut(), 10)
+    resolve_sampling(SamplingConfig(**options), shortcut(), 10, sampler="euler")
+    with pytest.raises(ValueError, match=r"--diffusion\.sections 100 must be a power of two"):
+        shortcut(sections=100)
+
+
+@pytest.mark.parametrize("num_steps", [64, 128, 150])
+def test_the_shortest_steps_are_told_as_the_shortest_that_is_trained(num_steps):
+    seen, noise = set(), randn(3, 2, 4, 4)
+
+    def model(x_t, t, y, *, r):
+        seen.add(round(((t - r)[0] / 999).item(), 4))
+        return Perfect()(x_t, t, y, r=r)
+
+    drawn = sample(shortcut(), model, noise, labels(3), num_steps=num_steps)
+    assert seen == {round(1 / 64, 4)}
+    torch.testing.assert_close(drawn, MEAN + STD * noise, rtol=0, atol=0.03)
+
+
+def test_steps_are_parts_of_the_path_in_which_the_times_lie():
+    diffusion, num = shortcut(sections=16), 20_000
+    t, second = (torch.rand(num, generator=generator(seed)) for seed in (1, 2))
+    r, end = diffusion.step_of(t, second)
+    assert ((r <= t) & (t <= end)).all()
+    lengths, counts = (end - r).unique(return_counts=True)
+    assert lengths.tolist() == [1 / 8, 1 / 4, 1 / 2, 1]
+    assert torch.equal(r / (end - r), (r / (end - r)).round())
+    torch.testing.assert_close(counts / num, torch.full((4,), 0.25), rtol=0, atol=0.02)
+
+
+def test_halves_of_the_shortest_step_are_eulers():
+    """With what is between off the grid: two steps of a section each."""
+    x_t, r, t = randn(2, 1, 3, 3).double(), times(0.25, 0.5), times(0.5, 0.75)
+    target = shortcut(sections=8).average_velocity(Perfect(), x_t, r, t, labels(2), x_t, torch.tensor([1]))
+    assert torch.equal(target[0], x_t[0])
+    x, now = x_t[1:], torch.full((1, 1, 1, 1), 0.75, dtype=torch.float64)
+    first = velocity(x, now)
+    expected = (first + velocity(x - first / 8, now - 1 / 8)) / 2
+    torch.testing.assert_close(target[1:], expected)
+    assert ((Perfect()(x_t, 999 * t, labels(2), r=999 * r) - target)[1].abs() > 1e-3).any()
 
 
 # Training.
@@ -123,14 +194,15 @@ def losses(model, diffusion=None, batch=8, **drawn):
     return diffusion.training_loss(model, x_0, y, t=t, noise=noise, **drawn)
 
 
-def test_where_both_times_are_equal_it_is_flow_matching():
+@kinds
+def test_where_both_times_are_equal_it_is_flow_matching(kind):
     model = prepared("DiT-S/2").eval()
     x_0, _, y = inputs(8)
     t, noise = torch.linspace(0.2, 0.9, 8), randn(*x_0.shape, seed=5)
     flow = FlowMatching().training_loss(model, x_0, y, t=t, noise=noise)["mse"]
-    alike = losses(model, meanflow(adaptive_power=0.0), counts=torch.zeros(8, dtype=torch.bool))
+    alike = losses(model, kind(adaptive_power=0.0), counts=torch.zeros(8, dtype=torch.bool))
     torch.testing.assert_close(alike["loss"], flow, rtol=1e-6, atol=0)
-    some = losses(model)
+    some = losses(model, kind(adaptive_power=1.0))
     torch.testing.assert_close(some["mse"][:4], flow[:4], rtol=1e-6, atol=0)
     assert ((some["mse"] - flow)[4:].abs() > 1e-4).all()
     torch.testing.assert_close(some["loss"], some["mse"] / (some["mse"] + 1e-3))
@@ -182,10 +254,11 @@ def test_a_backbone_of_one_time_is_not_given_another():
 
 
 @families
-def test_all_gradients_are_finite_in_bfloat16_and_reach_every_weight(name):
+@kinds
+def test_all_gradients_are_finite_in_bfloat16_and_reach_every_weight(kind, name):
     model = prepared(name).train()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = losses(model)["loss"].mean()
+        loss = losses(model, kind())["loss"].mean()
     loss.backward()
     for key, weight in model.named_parameters():
         assert weight.grad is not None, key
@@ -193,10 +266,11 @@ def test_all_gradients_are_finite_in_bfloat16_and_reach_every_weight(name):
         assert weight.grad.any() or key.endswith(("convs.0.bias", "convs.1.bias", "convs.2.bias", "unpatch.bias")), key
 
 
-def test_the_target_is_of_the_model_that_is_sampled():
+@kinds
+def test_the_target_is_of_the_model_that_is_sampled(kind):
     """Neither stochastic depth nor batch norms act in it; the loss's own call has both, once."""
     model, seen = prepared("XSwin", **RANDOM["XSwin"]).train(), []
-    diffusion = meanflow()
+    diffusion = kind()
     whole = diffusion.average_velocity
 
     def spy(*arguments):
@@ -218,23 +292,25 @@ def test_the_target_is_of_the_model_that_is_sampled():
     assert torch.equal(*seen)
 
 
+@kinds
 @pytest.mark.parametrize("name", ["DiT-S/2", "UNet-CIFAR10"])
-def test_recomputed_blocks_have_the_same_gradients(name):
+def test_recomputed_blocks_have_the_same_gradients(kind, name):
     found = []
     for change in (lambda model: None, lambda model: recompute_blocks(model, torch.device("cpu"))):
         model = prepared(name, **RANDOM.get(BACKBONES[name][0].__name__, {})).train()
         change(model)
         torch.manual_seed(3)
-        losses(model, batch=4)["loss"].sum().backward()
+        losses(model, kind(), batch=4)["loss"].sum().backward()
         found.append([weight.grad for weight in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_parts_of_a_batch_have_the_times_of_the_whole():
-    diffusion = meanflow()
+@kinds
+def test_parts_of_a_batch_have_the_times_of_the_whole(kind):
+    diffusion = kind()
     whole = diffusion.draw_more((12, 1, 2, 2), generator())["counts"]
     assert whole.nonzero().flatten().tolist() == [3, 7, 11]
-    assert meanflow(interval_share=1.0).draw_more((5, 1, 1, 1))["counts"].all()
+    assert kind(interval_share=1.0).draw_more((5, 1, 1, 1))["counts"].all()
     model = prepared("DiT-S/2").eval()
     x_0, _, y = inputs(8)
     more = diffusion.draw_more(x_0.shape, generator())
@@ -247,9 +323,10 @@ def test_parts_of_a_batch_have_the_times_of_the_whole():
         torch.testing.assert_close(alone, together[part], rtol=1e-4, atol=1e-6)
 
 
-def test_auxiliary_terms_are_of_outputs_that_tell_the_data():
+@kinds
+def test_auxiliary_terms_are_of_outputs_that_tell_the_data(kind):
     term = Auxiliary("error", 1.0, lambda predicted, x_0, y: (predicted - x_0).square().mean(dim=(1, 2, 3)))
-    error = losses(prepared("DiT-S/2"), auxiliary=[term])["error"]
+    error = losses(prepared("DiT-S/2"), kind(), auxiliary=[term])["error"]
     assert (error[:4] > 0).all()
     assert (error[4:] == 0).all()
 
@@ -258,12 +335,12 @@ def test_auxiliary_terms_are_of_outputs_that_tell_the_data():
 
 
 class Guided(nn.Module):
-    """Velocities that differ by label, the null label 3 among them, and not by place."""
+    """Velocities that differ by label, the null label 3 among them, and not by place; averages are ten times those."""
 
     num_classes = 3
 
     def forward(self, x_t, t, y, *, r):
-        return torch.zeros_like(x_t) + y[:, None, None, None]
+        return torch.zeros_like(x_t) + (y * torch.where(r < t, 10, 1))[:, None, None, None]
 
 
 def test_guidance_is_a_part_of_the_velocity_that_is_learned():
@@ -275,3 +352,10 @@ def test_guidance_is_a_part_of_the_velocity_that_is_learned():
         expected = plain if label == 3 else 0.5 * plain + 0.75 * label - 0.25 * 3
         torch.testing.assert_close(ours, expected)
     assert meanflow().guided(model, x_t, t, y, v) is v
+
+
+def test_guidance_is_a_part_of_the_velocities_that_shortcuts_are_made_of():
+    x_t, y, r = randn(3, 1, 2, 2), torch.tensor([1, 2, 3]), torch.zeros(3)
+    for length, expected in ((1 / 64, [2 * 1 - 3, 2 * 2 - 3, 3]), (1 / 32, [10, 20, 30])):
+        target = shortcut(guidance_scale=2.0).average_velocity(Guided(), x_t, r, r + length, y, x_t, torch.arange(3))
+        assert target[:, 0, 0, 0].tolist() == expected
