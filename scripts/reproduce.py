@@ -1,0 +1,141 @@
+"""The tables of docs/results.md again: their commands, what they give, and whether it agrees with what stands there.
+
+python scripts/reproduce.py                                 (all tables: cost, commit, what is superseded)
+python scripts/reproduce.py demo --only plan                (its commands)
+python scripts/reproduce.py demo                            (runs them in runs/reproduce/demo; what was cut goes on)
+python scripts/reproduce.py autoencoders --files '{caltech101.zip: photos.zip, mobilenet_v2.pt: mobilenet_v2.pt}'
+"""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from evaluation.reproduction import Table, arguments, compare, read_index
+from evaluation.table import terminal
+from experiment.cli import one_line_errors, parse
+from machine import children
+from machine.lock import Lock
+from machine.whole_files import write_whole
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Run a table's commands and compare; exit status 1 where a figure does not agree.
+
+    Args:
+        table: its name in docs/results.yaml; the flag's name may be left out; null lists all
+        files: where the data lie that the commands name, such as '{caltech101.zip: /data/photos.zip}'; by default here
+        only: 'plan' shows the commands; 'check' compares what earlier ones left; null does it all
+        output: its folder; by default runs/reproduce/TABLE. What is done there is not done again
+    """
+
+    table: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    only: Literal["plan", "check"] | None = None
+    output: Path | None = None
+
+
+def main(config: ReproduceConfig) -> int:
+    """List, plan, or run and compare; returns the exit status."""
+    known, tables = read_index()
+    if config.table is None:
+        print(listed(tables))
+        return 0
+    if config.table not in tables:
+        raise ValueError(f"--table {config.table}: no such table, choose from {', '.join(tables)}")
+    if unknown := sorted(config.files.keys() - known.keys()):
+        raise ValueError(f"--files {unknown[0]}: no table names it, choose from {', '.join(known)}")
+    table = tables[config.table]
+    folder = config.output or Path("runs", "reproduce", table.name)
+    if not table.commands:
+        raise ValueError(f"--table {table.name}: it cannot be run again ({table.superseded})")
+    measured = f"measured at {table.commit}" if table.commit else "published, not measured here"
+    print(f"{table.name} ({table.document.name}: {table.section}), {measured}; {table.cost}")
+    if table.superseded:
+        print(f"superseded: {table.superseded}; what stands there will not come out again")
+    if config.only == "plan":
+        print("\n".join(table.commands))
+        return 0
+    if config.only is None:
+        needed = {name: config.files.get(name, name) for name in known if name in " ".join(table.commands)}
+        for name, path in needed.items():
+            if not Path(path).exists():
+                raise ValueError(
+                    f"--files: {path}: no such file; {name} is {known[name]}; give --files '{{{name}: PATH}}'"
+                )
+        with Lock(folder / "lock"):
+            run(table, {name: str(Path(path).resolve()) for name, path in needed.items()}, folder)
+    if not table.figures:
+        print(f"nothing to compare by number; what came out is in {folder}")
+        return 0
+    compared, agrees = compare(table, folder)
+    print(compared)
+    print("\n".join(dict.fromkeys(f"may differ: {figure.why}" for figure in table.figures)))
+    return 0 if agrees else 1
+
+
+def listed(tables: dict[str, Table]) -> str:
+    """A row a table, those that today's code does not give last."""
+    lines = [["table", "section", "commit", "cost", "superseded by"]]
+    for table in sorted(tables.values(), key=lambda table: table.superseded is not None):
+        lines.append([table.name, table.section, table.commit or "published", table.cost, table.superseded or ""])
+    return terminal(lines)
+
+
+def run(table: Table, files: dict[str, str], folder: Path) -> None:
+    """The commands, but for those that ended well before; a SystemExit where one fails or is stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    journal, output = folder / "done.json", folder / "output.txt"
+    done = json.loads(journal.read_text()) if journal.is_file() else []
+    for command in table.commands:
+        if command in done:
+            print(f"done before: {command}")
+            continue
+        words = arguments(command, files)
+        if words[1].endswith("/train.py") and "--resume" not in words:
+            words += ["--resume", "auto"]  # or begin
+        print(f"{command}\n    in {folder}; its words go to {output.name}", flush=True)
+        began = time.time()
+        with output.open("a") as said:
+            print(f"$ {shlex.join(words)}", file=said, flush=True)
+            status = to_its_end(words, cwd=folder, stdout=said, stderr=subprocess.STDOUT)
+        if status:
+            last = output.read_text(errors="replace").strip().splitlines()[-1]
+            print(f"ended with status {status}: {last}\nthe same command goes on", file=sys.stderr)
+            raise SystemExit(status)
+        print(f"    {time.time() - began:.0f} s", flush=True)
+        done.append(command)
+        write_whole(journal, json.dumps(done, indent=2) + "\n")
+
+
+def to_its_end(words: list[str], **options: object) -> int:
+    """Exit status of a program, which a stop lets save and end."""
+    stopped: list[signal.Signals] = []
+    child = None
+
+    def stop(number: signal.Signals) -> None:
+        stopped.append(number)
+        if child is not None:
+            children.send(child, signal.SIGTERM)
+
+    with children.on_stop(stop):
+        child = children.start(words, **options)
+        if stopped:  # before it could be told
+            children.send(child, signal.SIGTERM)
+        return child.wait()
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--table")
+    with one_line_errors():
+        raise SystemExit(main(parse(ReproduceConfig, words)))

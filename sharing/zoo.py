@@ -1,0 +1,76 @@
+"""The zoo: checkpoints that come with this repository, of which an index says what they are, cost and score.
+
+`docs/zoo.yaml` says by hand what no file knows: the folder, the configuration whose head has commands and cost, and how
+many images all trainings saw at what speed. Everything else is read off the files.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from checkpoints.checkpoint import read_metadata
+from evaluation.reproduction import rows
+from evaluation.table import markdown
+from machine.whole_files import sha256_of
+
+ROOT = Path(__file__).resolve().parent.parent
+INDEX, DOCUMENT = ROOT / "docs" / "zoo.yaml", ROOT / "docs" / "zoo.md"
+BY_HAND = ("folder", "config", "images", "images_per_second")
+MARKS = "<!-- python scripts/zoo.py writes this table -->", "<!-- to here -->"
+
+
+def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
+    """A row of the index: what is said by hand, and what the weights, their card or their figures say."""
+    folder = root / by_hand["folder"]
+    (weights,) = folder.glob("*.safetensors")
+    with safe_open(weights, "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    metadata, figures = read_metadata(weights), folder / "metrics.json"
+    if figures.is_file():  # an autoencoder's
+        said = json.loads(figures.read_text())
+        scores = {name: f"{value:.2f} dB" for name, value in said.items() if re.match(r"psnr_(?!images)", name)}
+    else:
+        said = {"commit": metadata["commit"], "steps": int(metadata["step"])}
+        card = (folder / "README.md").read_text()
+        scores = {row["score"]: row["value"] for _, row in rows(card) if "halves" not in row["score"]}
+        sampling = re.search(r"^- sampling: (.+)$", card, re.MULTILINE)
+        said |= {"sampling": sampling[1].replace("\\", "")} if sampling else {}
+    head = re.match(r"(?:#.*\n)+", (root / by_hand["config"]).read_text())
+    comment = re.sub(r"^# ?", "", head[0] if head else "", flags=re.MULTILINE)
+    unbroken = comment.replace("\\\n", "")
+    cost = re.search(r"^Cost: (.+?)(?=^\w+: |\Z)", comment, re.MULTILINE | re.DOTALL)
+    return {
+        **{name: by_hand[name] for name in BY_HAND},
+        "cost": " ".join(cost[1].split()).rstrip(".") if cost else "not said",
+        "commands": [" ".join(line.split()) for line in re.findall(r"^ +(python .+)$", unbroken, re.MULTILINE)],
+        "file": weights.name,
+        "sha256": sha256_of(weights),
+        "bytes": weights.stat().st_size,
+        "precision": sorted(dtypes),
+        "parameters": sum(map(math.prod, shapes)),
+        **{name: said[name] for name in ("steps", "commit", "sampling") if name in said},
+        "scores": scores,
+    }
+
+
+def table(index: dict[str, dict[str, Any]]) -> str:
+    """Of the index, for people."""
+    lines = [["name", "parameters", "MB", "images seen", "img/s", "cost", "scores", "sha256"]]
+    for name, row in index.items():
+        scores = ", ".join(f"{score} {value}" for score, value in row["scores"].items())
+        size, parameters = f"{row['bytes'] / 1e6:.1f}", f"{row['parameters'] / 1e6:.2f}M"
+        speed = [f"{row['images']:,}", str(row["images_per_second"])]
+        lines.append([name, parameters, size, *speed, row["cost"], scores, f"{row['sha256'][:12]}..."])
+    return markdown(lines)
+
+
+def filled_in(document: str, index: dict[str, dict[str, Any]]) -> str:
+    """The document with the table between its marks."""
+    before, _, rest = document.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n\n{table(index)}\n\n{MARKS[1]}{after}"

@@ -1,0 +1,178 @@
+"""The index of docs/results.md names what stands there and what runs today, and its program says whether they agree."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import ROOT, script
+
+from evaluation import reproduction
+from evaluation.reproduction import DOCUMENT, arguments, read_index, section, standing
+from experiment.cli import parse
+from experiment.config import ExperimentConfig
+
+SCRIPT = script("scripts/reproduce.py")
+FILES, TABLES = read_index()
+CONFIGS = {
+    "train.py": ExperimentConfig,
+    "sample.py": script("sample.py").SampleConfig,
+    "evaluate.py": script("evaluate.py").EvaluateConfig,
+}
+
+
+def in_one_line(text):
+    return " ".join(text.replace("\\\n", " ").split())
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_the_index_says_stands_in_the_document(name):
+    table = TABLES[name]
+    text = section(table.document.read_text(), table.section)
+    assert table.commit is None or table.commit in text
+    for figure in table.figures:
+        assert standing(figure, text) is not None
+        assert figure.file or figure.printed
+        assert figure.why
+    if table.commit and table.commands:
+        assert any(command in in_one_line(text) for command in table.commands), "no command as the document has it"
+    assert table.commands or table.superseded
+
+
+def test_every_section_with_figures_in_a_table_is_indexed():
+    parts = re.split(r"^#{2,} +(.+)$", DOCUMENT.read_text(), flags=re.MULTILINE)
+    tables = {title for title, body in zip(parts[1::2], parts[2::2], strict=True) if "\n|---" in body}
+    assert tables - {table.section for table in TABLES.values()} == set()
+
+
+@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.commands])
+def test_commands_are_ones_that_todays_programs_take(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in TABLES[name].commands:
+        words = arguments(command, {})
+        assert words[1] == "-m" or Path(words[1]).is_file()
+        if config := CONFIGS.get(Path(words[1]).name):
+            assert parse(config, words[2:])
+
+
+def test_names_stand_for_files_wherever_a_command_has_them():
+    files = {"a.zip": "/data/some a.zip", "net.pt": "/data/net.pt"}
+    command = "python scripts/x.py configs/c.yaml --set '{data.path: a.zip, e: net.pt}' --other b-a.zip runs/net.pt"
+    words = arguments(command, files)
+    assert words[1:3] == [str(ROOT / "scripts/x.py"), str(ROOT / "configs/c.yaml")]
+    assert words[4:] == ["{data.path: /data/some a.zip, e: /data/net.pt}", "--other", "b-a.zip", "runs/net.pt"]
+
+
+TEXT = """# Results
+
+## Mine
+
+Measured at abc1234; it is right in **99.5% of
+cases**.
+
+| row | kind | score |
+|---|---|---|
+| first | a | 1.50 ± 0.10 |
+| first | b | -1,234.5 |
+| second \\| other | a | 0.5, 0.7 |
+
+## Other
+
+| row | score |
+|---|---|
+| first | 7 |
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An index of one table, whose first command wants a file."""
+    (tmp_path / "results.md").write_text(TEXT)
+    write = "import json, sys; json.dump({'rows': [{'name': 'x', 'value': 1.52}]}, open('out.json', 'w'))"
+    entry = {
+        "section": "Mine",
+        "cost": "nothing",
+        "commit": "abc1234",
+        "commands": [f'python -c "{write}" images.zip', "python -c \"print('right in 99.4% of all')\""],
+        "file": "out.json",
+        "why": "rounding",
+        "values": [
+            {"cell": ["first", "a", "score"], "key": ["rows", "x", "value"], "within": 0.05},
+            {"text": "right in **{} of cases", "printed": "right in {} of", "within": 0.002},
+        ],
+    }
+    index = {"files": {"images.zip": "a zip of your own"}, "tables": {"mine": entry}}
+    (tmp_path / "results.yaml").write_text(yaml.safe_dump(index))
+    (tmp_path / "images.zip").touch()
+    monkeypatch.setattr(SCRIPT, "read_index", lambda: reproduction.read_index(tmp_path / "results.yaml"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def reproduce(**settings):
+    return SCRIPT.main(SCRIPT.ReproduceConfig(**settings))
+
+
+def replace(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_it_runs_a_table_once_and_compares(folder, capfd):
+    assert reproduce(table="mine") == 0
+    assert "1.52" in capfd.readouterr().out
+    assert reproduce(table="mine") == 0
+    said = capfd.readouterr().out
+    assert said.count("done before") == 2
+    assert "NO" not in said
+    replace(folder / "results.md", "1.50 ±", "1.40 ±")
+    assert reproduce(table="mine", only="check") == 1
+    assert re.search(r"first, a, score +\| 1.4 +\| 1.52 +\| 0.05 +\| NO", capfd.readouterr().out)
+    (folder / "runs/reproduce/mine/out.json").unlink()
+    assert reproduce(table="mine", only="check") == 1
+
+
+def test_what_fails_ends_it_and_the_rest_waits(folder, capfd):
+    replace(folder / "results.yaml", "print('right in 99.4% of all')", "print('bad news'); raise SystemExit(75)")
+    with pytest.raises(SystemExit) as ended:
+        reproduce(table="mine")
+    assert ended.value.code == 75
+    assert "status 75: bad news" in capfd.readouterr().err
+    replace(folder / "results.yaml", "print('bad news'); raise SystemExit(75)", "print('right in 99.4% of all')")
+    assert reproduce(table="mine") == 0
+
+
+def test_lists_and_plans_start_nothing(folder, capsys):
+    assert reproduce() == reproduce(table="mine", only="plan") == 0
+    said = capsys.readouterr().out
+    assert "abc1234" in said
+    assert "images.zip" in said
+    assert not (folder / "runs").exists()
+
+
+def test_mistakes_are_told_in_words(folder):
+    with pytest.raises(ValueError, match="--table yours: no such table, choose from mine"):
+        reproduce(table="yours")
+    with pytest.raises(ValueError, match=r"--files photos\.zip: no table names it"):
+        reproduce(table="mine", files={"photos.zip": "x"})
+    (folder / "images.zip").unlink()
+    with pytest.raises(ValueError, match=r"images\.zip is a zip of your own; give --files '\{images\.zip: PATH\}'"):
+        reproduce(table="mine")
+
+
+def test_a_number_is_the_one_of_its_place():
+    text = section(TEXT, "Mine")
+
+    def figure(**place):
+        return reproduction.Figure(within=0.0, why="", **place)
+
+    assert standing(figure(cell=("first", "b", "score")), text) == -1234.5
+    assert standing(figure(cell=("second | other", "score"), number=1), text) == 0.7
+    assert standing(figure(text="it is right in **{} of cases"), text) == 0.995
+    for place in ({"cell": ("first", "score")}, {"cell": ("third", "score")}, {"text": "wrong in {} of cases"}):
+        with pytest.raises(ValueError, match="places of its section, not in one"):
+            standing(figure(**place), text)
+    with pytest.raises(ValueError, match="has no number 2"):
+        standing(figure(cell=("second | other", "score"), number=2), text)
+    with pytest.raises(ValueError, match="0 sections are called 'Nobody'"):
+        section(TEXT, "Nobody")
