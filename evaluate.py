@@ -3,7 +3,7 @@
 python evaluate.py --samples runs/XSwin
 python evaluate.py --samples runs/XSwin --guidance_scale 1,1.5,2,4 --num_steps 20,50 --trials 3 --baselines true
 python evaluate.py --samples samples.npz --data.path caltech101.zip --extractor mobilenet_v2.pt
-python evaluate.py --samples runs/XSwin --reference VIRTUAL_imagenet64.npz
+python evaluate.py --samples runs/DiT-XL-2-256 --reference VIRTUAL_imagenet256_labeled.npz --num_samples 50000
 python evaluate.py --autoencoder embedded,stabilityai/sd-vae-ft-ema --data.path caltech101.zip
 """
 
@@ -36,7 +36,8 @@ class EvaluateConfig(EvaluationFlags):
     Args:
         samples: a run or checkpoint (or its name) to draw from, a folder or zip of images, or an npz
         checkpoint: whose held-out images and autoencoder the samples are held against; by default samples itself
-        reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images
+        reference: an npz with mu and sigma, arr_0 or both (ADM's format), in place of the held-out images; ADM's own of
+            ImageNet are downloaded by their names
         write_reference: write the held-out images and their moments to such an npz
         num_samples: images to draw, or to take; by default as many as there are held-out images
         trials: repeat with the seeds after `seed` too, and report mean and standard deviation

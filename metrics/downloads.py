@@ -1,9 +1,14 @@
-"""What keeps a download from hanging where there is no network."""
+"""Downloads that do not hang where there is no network, and are whole or absent."""
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
+from http.client import HTTPException
+from pathlib import Path
 from urllib.request import Request, urlopen
+
+import torch
 
 
 @contextlib.contextmanager
@@ -28,3 +33,24 @@ def hub_answers(seconds: float = 3.0) -> bool:
             return True
     except OSError:
         return False
+
+
+def download(url: str, name: str, flag: str) -> Path:
+    """A public file, kept by this name in torch hub's folder; a ValueError of one line where it cannot be had."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.is_file():
+        return path
+    try:
+        with network_timeout(seconds=10.0):
+            with urlopen(Request(url, method="HEAD")) as reply:
+                length = reply.headers.get("Content-Length")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arriving = path.with_name(f".{name}.{os.getpid()}")
+            torch.hub.download_url_to_file(url, str(arriving))
+        if length is not None and arriving.stat().st_size != int(length):
+            arriving.unlink()
+            raise OSError("it was cut short")
+        arriving.replace(path)
+    except (OSError, HTTPException) as error:
+        raise ValueError(f"{flag}: {url} cannot be downloaded ({error}); put the file into {path.parent}") from error
+    return path

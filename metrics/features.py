@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
@@ -77,11 +78,13 @@ class Extractor:
             self.module.to(self.device)
         except (RuntimeError, TypeError) as error:
             self._move_to_cpu(error)
-        # The first seven channels of Inception's `mixed_6/conv`, [n 7*17*17] (Nash et al. 2021, as ADM's evaluation).
+        # The first seven channels of Inception's `mixed_6/conv` (Nash et al. 2021), [n 17*17*7], in ADM's order.
         self._spatial: deque[Tensor] = deque(maxlen=1)
         if self.kind == INCEPTION:
             branch: Any = self.module.get_submodule("Mixed_6d.branch1x1")
-            branch.register_forward_hook(lambda _, __, output: self._spatial.append(output[:, :7].flatten(1)))
+            branch.register_forward_hook(
+                lambda _, __, output: self._spatial.append(rearrange(output[:, :7], "n c h w -> n (h w c)"))
+            )
 
     @torch.inference_mode()
     def __call__(

@@ -14,13 +14,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from metrics.downloads import download
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
 from metrics.programs import whole_file
 from metrics.scores import INCEPTION
 
-FORMAT = 3
+FORMAT, OF_INCEPTION = 3, 4  # whose spatial features have ADM's order since 4
 PER_IMAGE = ("features", "logits", "labels", "images")
+# ADM's reference batches, as its evaluations/README.md lists them: moments of all training images, and 10,000 images.
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+PUBLIC = {
+    "VIRTUAL_imagenet64_labeled.npz": f"{ADM}/64/VIRTUAL_imagenet64_labeled.npz",
+    "VIRTUAL_imagenet128_labeled.npz": f"{ADM}/128/VIRTUAL_imagenet128_labeled.npz",
+    "VIRTUAL_imagenet256_labeled.npz": f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz",
+    "VIRTUAL_imagenet512.npz": f"{ADM}/512/VIRTUAL_imagenet512.npz",
+}
 
 
 class ReferenceError(ValueError):
@@ -29,7 +38,8 @@ class ReferenceError(ValueError):
 
 def reference_path(folder: Path, key: Mapping[str, object]) -> Path:
     """Where the features of this key lie."""
-    digest = hashlib.sha256(json.dumps({**key, "format": FORMAT}, sort_keys=True).encode()).hexdigest()
+    version = OF_INCEPTION if key.get("extractor") == INCEPTION else FORMAT
+    digest = hashlib.sha256(json.dumps({**key, "format": version}, sort_keys=True).encode()).hexdigest()
     return folder / f"{Path(str(key.get('source', 'images'))).stem}-{digest[:16]}.safetensors"
 
 
@@ -86,6 +96,7 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
         "sigma": features.moments.covariance.numpy(),
         "extractor": np.array(extractor.name),
         "extractor_sha256": np.array(extractor.sha256),
+        "format": np.array(OF_INCEPTION),
     }
     if features.spatial is not None:
         arrays |= {"mu_s": features.spatial.mean.numpy(), "sigma_s": features.spatial.covariance.numpy()}
@@ -97,8 +108,11 @@ def read_adm(
     path: Path, extractor: Extractor, image_size: tuple[int, int] | None = None
 ) -> tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None]:
     """Moments and images of a reference batch; either may be missing. A file that does not name its extractor is taken
-    for Inception's. Raises ReferenceError when it is none, or of another extractor or resolution."""
+    for Inception's, and one of ADM's, by its name, is downloaded where it is not here. Raises ReferenceError when it is
+    none, or of another extractor or resolution."""
     flag = f"--reference {path}"
+    if not path.exists() and str(path) in PUBLIC:
+        path = download(PUBLIC[str(path)], str(path), flag)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -129,6 +143,8 @@ def read_adm(
             f"{' (other weights)' if name == extractor.name else ''}, the samples' features of {extractor.name}; "
             "give the same --extractor"
         )
+    if spatial is not None and "extractor" in arrays and int(arrays.get("format", 0)) < OF_INCEPTION:
+        raise ReferenceError(f"{flag}: its mu_s and sigma_s are in an order of before; write it anew")
     return Features(moments, spatial), images
 
 

@@ -323,6 +323,7 @@ def _flatten_patch(weights: Weights) -> Weights:
 SOURCES = {
     "dit": (_read_dit, _convert_dit),
     "sit": (_read_sit, _convert_sit),
+    "repa": (_read_sit, _convert_dit),  # SiT's backbone; its velocity points from data to noise, as ours
     "lightningdit": (_read_lightningdit, _convert_lightningdit),
     "uvit-adaln": (_read_uvit_adaln, _convert_dit),
     "uvit": (_read_uvit, _convert_uvit),

@@ -1,12 +1,13 @@
 """Published weights as a checkpoint that sample.py and evaluate.py take, or as an autoencoder.
 
-    python scripts/import_checkpoint.py --source dit --weights DiT-XL-2-256x256.pt --output runs/DiT-XL-2-256
+    python scripts/import_checkpoint.py --weights DiT-XL-2-256x256 --output runs/DiT-XL-2-256     # downloads it
     python scripts/import_checkpoint.py --source uvit --weights imagenet512_uvit_huge.pth --output runs/UViT-H-4-512
     python scripts/import_checkpoint.py --source xswin --weights 0100000.pt --classes names.txt --output runs/published
     python scripts/import_checkpoint.py --source tiny --weights taef2_encoder.pth taef2_decoder.pth --data.path photos \
         --output taef2                                                        # then train.py --autoencoder taef2
 
-Sizes, classes and whether the variance is learned are read off the weights; nothing in the file is executed.
+Sizes, classes and whether the variance is learned are read off the weights; nothing in the file is executed. Public
+files (docs/zoo.md) are downloaded by their names.
 """
 
 import json
@@ -28,6 +29,7 @@ LATENT_FACTOR, OTHER_FACTORS = 8, {"lightningdit": 16}  # image over latent side
 # of LightningDiT are shifted in sampling alone, and it is guided where its time, 1 - t, is at least an eighth.
 DIFFUSION = {
     "sit": DiffusionConfig(kind="flow", model_times=[1.0, 0.0]),
+    "repa": DiffusionConfig(kind="flow", model_times=[0.0, 1.0]),
     "lightningdit": DiffusionConfig(kind="flow", model_times=[1.0, 0.0], times="logit_normal", shift=1 / 0.3),
     "uvit": DiffusionConfig(variance="fixed_large", model_times=[0.999, 999.0]),
     "uvit-huge": DiffusionConfig(schedule="scaled_linear", variance="fixed_large", model_times=[1.0, 1000.0]),
@@ -35,6 +37,9 @@ DIFFUSION = {
 SAMPLING = {
     "dit": SamplingConfig(num_steps=250, guidance_scale=1.5),
     "sit": SamplingConfig(num_steps=250, guidance_scale=1.5),
+    "repa": SamplingConfig(  # guided at times up to 0.7
+        sampler="euler_maruyama", num_steps=250, guidance_scale=1.8, guidance_interval=[0.0, 0.7 / 0.3]
+    ),
     "lightningdit": SamplingConfig(
         num_steps=250, guidance_scale=6.7, guidance_interval=[0.0, 7.0], legacy_cfg_channels=3
     ),
@@ -47,11 +52,12 @@ class ImportConfig:
     """Turn published weights into a checkpoint, or into an autoencoder.
 
     Args:
-        source: 'dit' and 'sit' (Meta's .pt), 'lightningdit' (the .pt of Yao et al.), 'uvit' (the .pth of Bao et al.),
-            'uvit-adaln', 'uswin' or 'xswin' (.pt of the XSwin authors' repository); 'tiny' (the autoencoders TAESD,
-            TAESDXL, TAESD3, TAEF1, TAEF2)
-        weights: the file: a state dict, or a training checkpoint; of 'tiny' two: the encoder's and the decoder's
+        weights: the file: a state dict, or a training checkpoint; of 'tiny' two: the encoder's and the decoder's. Where
+            no such file is here a name of docs/zoo.md, such as DiT-XL-2-256x256, is downloaded
         output: folder of the new checkpoint or autoencoder
+        source: 'dit' and 'sit' (Meta's .pt), 'repa' (the .pt of Yu et al.), 'lightningdit' (the .pt of Yao et al.),
+            'uvit' (the .pth of Bao et al.), 'uvit-adaln', 'uswin' or 'xswin' (.pt of the XSwin authors' repository);
+            'tiny' (the autoencoders TAESD, TAESDXL, TAESD3, TAEF1, TAEF2); names of public files say it
         autoencoder: whose latents the model denoises: a hub id, a folder in diffusers' format, or 'pixel'
         classes: text file with the name of a class a line; by default ImageNet's where there are 1000, else numbers
         data: the images that it was trained on (--data.path); of 'tiny' those whose latents are to be normalised
@@ -59,9 +65,9 @@ class ImportConfig:
         num_heads: where the width is none of the published sizes
     """
 
-    source: str
     weights: Path | list[Path]
     output: Path
+    source: str | None = None
     autoencoder: str = "stabilityai/sd-vae-ft-ema"
     classes: Path | None = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -85,26 +91,33 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     from experiment.build import build_diffusion
     from machine.whole_files import sha256_of
     from models import ModelSpec
+    from published.public_files import FILES, public_file
     from published.training_files import read_weights
     from published.weights import arguments_of, load_reference, row_of
 
     if isinstance(config.weights, list):
         raise ValueError(f"--weights {' '.join(map(str, config.weights))}: source {config.source} is one file")
-    weights, step = read_weights(config.weights)
-    arguments = arguments_of(config.source, weights, config.num_heads)
-    model = load_reference(config.source, weights, arguments)
+    path, public = public_file(config.weights)
+    source = config.source or (public.source if public else None)
+    if source is None:
+        raise ValueError(f"--source: whose format {path.name} is in; only {', '.join(FILES)} say it by their names")
+    weights, step = read_weights(path)
+    arguments = arguments_of(source, weights, config.num_heads)
+    model = load_reference(source, weights, arguments)
 
     side = arguments.pop("input_size")
     height, width = side if isinstance(side, tuple) else (side, side)
     sizes = {name: arguments.pop(name) for name in ("in_channels", "out_channels", "num_classes")}
     name, args = row_of(arguments.pop("name"), arguments)
     spec = ModelSpec(name=name, args=args, input_size=(height, width), **sizes)
-    kind = "uvit-huge" if config.source == "uvit" and "final_layer.weight" not in weights else config.source
+    kind = "uvit-huge" if source == "uvit" and "final_layer.weight" not in weights else source
     diffusion = DIFFUSION.get(kind, DiffusionConfig())
     if diffusion.variance is None and diffusion.kind == "gaussian" and spec.out_channels == spec.in_channels:
         diffusion = replace(diffusion, variance="fixed_large")
     build_diffusion(diffusion)
-    factor = 1 if config.autoencoder == "pixel" else OTHER_FACTORS.get(config.source, LATENT_FACTOR)
+    factor = 1 if config.autoencoder == "pixel" else OTHER_FACTORS.get(source, LATENT_FACTOR)
+    if public:
+        public.check(config.weights.name, name, factor * height)
     experiment = ExperimentConfig(
         model=spec.name,
         model_args=spec.args,
@@ -112,10 +125,10 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
         name=config.output.name,
         data=replace(config.data, image_size=config.image_size or factor * height),
         diffusion=diffusion,
-        sampling=SAMPLING.get(config.source, SamplingConfig()),
+        sampling=SAMPLING.get(source, SamplingConfig()),
     )
     metadata = metadata_of(experiment, step, spec=spec, classes=read_classes(config.classes, spec.num_classes))
-    origin = {"source": config.source, "file": config.weights.name, "sha256": sha256_of(config.weights)}
+    origin = {"source": source, "file": path.name, "sha256": sha256_of(path)}
     folder.mkdir()
     save_tensors({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / WEIGHTS, metadata)
     (folder / "imported.json").write_text(json.dumps(origin, indent=2) + "\n")

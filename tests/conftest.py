@@ -101,3 +101,22 @@ def colour(colour_file):
     from metrics.features import Extractor
 
     return Extractor(colour_file)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory) -> Path:
+    """Random weights of Inception in the format that torch-fidelity downloads: a state dict."""
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: object, **__: object) -> None:
+            pass
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Unloaded("random", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
+    torch.save(module.state_dict(), folder / "weights.pth")
+    return folder / "weights.pth"

@@ -109,24 +109,6 @@ def test_no_network_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.M
 # --- Inception
 
 
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the format that torch-fidelity downloads: a state dict."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Unloaded(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *_: object, **__: object) -> None:
-            pass
-
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "empty.pth")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = Unloaded("random", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
-    torch.save(module.state_dict(), folder / "weights.pth")
-    return folder / "weights.pth"
-
-
 def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
     samples, reference = random_images(2, seed=3), random_images(3, seed=4)
     extractor = Extractor("inception", weights_path=inception_weights)

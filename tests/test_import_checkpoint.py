@@ -107,6 +107,25 @@ def test_sit_is_a_flow_told_its_own_times(tmp_path):
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
 
 
+def test_repa_is_a_sit_whose_velocity_and_times_are_ours(tmp_path):
+    """REPA's `x_t = (1 - t) x_0 + t noise` and `v = noise - x_0`: neither is turned round, as SiT's are."""
+    tensors, weights, _ = load_fixture("dit")
+    theirs, y = load_reference("repa", weights, arguments_of("dit", weights, num_heads=4)), tensors["in/y"]
+    weights = {**weights, "final_layer.linear.weight": weights["final_layer.linear.weight"].reshape(4, 8, -1)[:, :4]}
+    weights["final_layer.linear.weight"] = weights["final_layer.linear.weight"].flatten(0, 1)
+    weights["final_layer.linear.bias"] = weights["final_layer.linear.bias"].reshape(4, 8)[:, :4].flatten()
+    x = tensors["in/x"]
+    for step in range(5, 0, -1):
+        x = x - theirs(x, torch.full((len(x),), step / 5), y)[:, :4].detach() / 5
+    projectors = {f"projectors.0.{number}.weight": torch.ones(2, 2) for number in (0, 2, 4)}
+    checkpoint = import_weights(tmp_path, {**weights, **projectors}, "repa")
+    settings = {"sampler": "euler", "num_steps": 5}
+    ours = sample(checkpoint.build_diffusion(), checkpoint.load_model(), tensors["in/x"], y, **settings)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
+    low, high = checkpoint.config.sampling.guidance_interval
+    assert (low, high) == (0, pytest.approx(0.7 / (1 - 0.7)))  # t up to 0.7
+
+
 def test_lightningdit_is_such_a_flow_with_more_steps_at_noise(tmp_path):
     """Their times of sampling run from 0 to 1, as `0.3 t / (1 - 0.7 t)`; guidance begins at an eighth."""
     checkpoint = import_weights(tmp_path, load_fixture("lightningdit")[1], "lightningdit")
@@ -174,6 +193,7 @@ def published_uvit(side, patch_size, dim, half):
         ("dit", published_dit(64, 2, 1152, 28), "DiT-XL/2", 64),
         ("sit", published_dit(32, 2, 1152, 28), "DiT-XL/2", 32),
         ("sit", published_dit(64, 4, 384, 12), "DiT-S/4", 64),
+        ("repa", published_dit(32, 2, 1152, 28), "DiT-XL/2", 32),
         ("lightningdit", published_lightningdit(1, 1152, 28, 72, 3072), "LightningDiT-XL/1", 16),
         ("lightningdit", published_lightningdit(2, 1024, 24, 64, 2730), "LightningDiT-L/2", 16),
         ("uvit", published_uvit(32, 2, 1152, 14), "UViT-tokens-XL/2", 32),
@@ -214,7 +234,7 @@ def test_what_is_wrong_with_a_file_is_told_in_words(tmp_path, capsys):
             weights,
             "mit",
             {},
-            "--source mit: unknown, choose from dit, sit, lightningdit, uvit-adaln, uvit, uswin, xswin",
+            "--source mit: unknown, choose from dit, sit, repa, lightningdit, uvit-adaln, uvit, uswin, xswin",
         ),
         ({"opt": {}}, "dit", {}, "no tensors in it"),
         ({"ema": Payload()}, "dit", {}, "not plain weights, and nothing else is unpickled"),
