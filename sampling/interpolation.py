@@ -26,20 +26,24 @@ class Blend(nn.Module):
         unlabelled = torch.as_tensor(getattr(self.model, "num_classes", 0), device=y.device)
         first, second = (torch.where(y == self.num_classes, unlabelled, label) for label in self.labels)
         share = self.shares[y][:, None, None, None]
-        return torch.lerp(self.model(x_t, t, first, **extras), self.model(x_t, t, second, **extras), share)
+        outputs = (self.model(x_t, t, labels, **extras).float() for labels in (first, second))  # of autocast in bf16
+        return torch.lerp(*outputs, share)
 
 
 def interpolate(
-    generator: Generator, labels: tuple[int, int], seeds: tuple[int, int], num_images: int
+    generator: Generator, labels: tuple[int, int], seeds: tuple[int, int], num_images: int, only: int | None = None
 ) -> UInt8[Tensor, "n 3 H W"]:
     """`num_images` in equal steps, both ends included: of the class's prediction, and of the noise along the arc
-    between the seeds' (which keeps its variance). The random steps of all are those of the first seed."""
+    between the seeds' (which keeps its variance). The random steps of all are those of the first seed. `only` one of
+    them is drawn where it is given, counted from 0."""
     if isinstance(generator.diffusion, Staged) and labels[0] != labels[1]:
         raise ValueError("--interpolate: a cascade has no one prediction to mix; give --class one class, and --to_seed")
     if num_images < 2:
         raise ValueError(f"--interpolate {num_images} must be at least 2, both ends included")
     shape, device = generator.codec.latent_shape(*generator.image_size), generator.accelerator.device
     shares = torch.linspace(0, 1, num_images, device=device)
+    if only is not None:
+        shares, num_images = shares[only : only + 1], 1
     ends = [randn_like(torch.empty(1, *shape), [generator_for(seed, "sample", 0)]).to(device) for seed in seeds]
     streams = [generator_for(seeds[0], "sample", 0) for _ in range(num_images)]
     for stream in streams:

@@ -136,12 +136,12 @@ def build_page(studio, listening: Counter[str]) -> Any:
     """The page: what to draw on the left (on a phone: above), pictures on the right."""
     import gradio as gr
 
-    from diffusion import SAMPLERS
-    from sharing.studio import MOST_IMAGES, MOST_STEPS
+    from sharing.studio import LENGTH, MOST_IMAGES, MOST_STEPS
 
     runs = list(studio.checkpoints)
     first = studio.checkpoints[runs[0]]
     as_trained, picture_of = settings_of(first), partial(gr.Image, type="pil", format="png")
+    samplers = list(dict.fromkeys(name for each in studio.checkpoints.values() for name in samplers_for(each)))
     with gr.Blocks(title="Draw from a checkpoint", delete_cache=(300, SECONDS_KEPT), analytics_enabled=False) as page:
         gr.Markdown("## Draw from a checkpoint\nThe same seeds for every backbone; each picture with its command.")
         history = gr.State([], time_to_live=SECONDS_KEPT)  # for each run its pictures, a moment each
@@ -154,11 +154,20 @@ def build_page(studio, listening: Counter[str]) -> Any:
                     number = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", min_width=140, scale=2)
                 guidance = gr.Slider(0, 10, as_trained[2], step=0.1, label="Guidance")
                 with gr.Row():
-                    sampler = gr.Dropdown(list(SAMPLERS), value=as_trained[0], label="Sampler", min_width=140)
+                    sampler = gr.Dropdown(samplers, value=as_trained[0], label="Sampler", min_width=140)
                     steps = gr.Slider(1, MOST_STEPS, as_trained[1], step=1, label="Steps", min_width=140)
                 with gr.Accordion("Walk to another class or seed", open=False):
                     to_class = gr.Dropdown(first.classes, value=None, label="To the class", allow_custom_value=True)
                     to_seed = gr.Textbox("", label="To the seed", max_lines=1)
+                way = gr.Slider(
+                    1,
+                    LENGTH,
+                    1,
+                    step=1,
+                    label="On the way, as it is moved",
+                    info="To the class and the seed above, or to the next seed",
+                    visible=studio.draws_at_once(runs[0]),
+                )
                 draw = gr.Button("Draw", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 look: Any = {"buttons": ["download", "fullscreen"], "elem_classes": "pictures", "interactive": False}
@@ -179,9 +188,11 @@ def build_page(studio, listening: Counter[str]) -> Any:
         read = partial(is_read, listening)
         draw.click(partial(draw_pictures, studio, read), wanted, outputs, api_name="draw", show_progress="minimal")
         moment.input(show_moment, [history, moment], shown, api_name="moment", queue=False, show_progress="hidden")
-        chosen.change(
-            partial(follow, studio), [chosen, of_class], [of_class, to_class, sampler, steps, guidance], queue=False
-        )
+        live: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
+        for slider, name in ((way, "way"), (guidance, False)):
+            slider.input(partial(draw_on_the_way, studio), [*wanted, way], outputs, api_name=name, **live)
+        followed = [of_class, to_class, sampler, steps, guidance, way]
+        chosen.change(partial(follow, studio), [chosen, of_class], followed, queue=False)
         find.click(partial(look_up, studio, read), wanted, near, api_name="nearest")
     return page
 
@@ -217,6 +228,24 @@ def draw_pictures(studio, is_read, *wanted) -> Iterator[tuple[Any, ...]]:
     num = max(map(len, drawn))
     slider = gr.Slider(1, num, num, step=1, visible=num > 1)
     yield drawn, slider, commands, *views(drawn, [request.run for request in requests])
+
+
+def draw_on_the_way(studio, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed, place) -> Any:
+    """The one picture at this place of a walk, where a call or a few draw it; of other checkpoints nothing."""
+    import gradio as gr
+
+    from sharing.studio import LENGTH
+
+    runs = [runs] if isinstance(runs, str) else runs
+    with in_words():
+        if len(runs or []) != 1 or not studio.draws_at_once(runs[0]):
+            return [gr.skip()] * (3 + MOST_RUNS)
+        if not to_class and not str(to_seed or "").strip():
+            to_seed = whole("Seed", seed) + 1
+        (request,) = requests_of(studio, runs, of_class, seed, 2, guidance, sampler, steps, to_class, to_seed)
+        drawn = picture(studio, request, studio.on_the_way(request, whole("On the way", place) - 1))
+        command = studio.command(replace(request, num_images=LENGTH), f"{_slug(request.run)}.png")
+    return [], gr.Slider(visible=False), command, *views([[drawn]], [f"{request.run}: {place} of {LENGTH}"])
 
 
 def show_moment(history: list[list[Any]], moment: float) -> list[Any]:
@@ -255,7 +284,7 @@ def follow(studio, runs: list[str], of_class: str) -> list[Any]:
     import gradio as gr
 
     if len(runs) != 1:
-        return [gr.skip()] * 5
+        return [*[gr.skip()] * 5, gr.Slider(visible=False)]
     with in_words():
         checkpoint = studio.checkpoint(runs[0])
     classes, (sampler, steps, guidance) = checkpoint.classes, settings_of(checkpoint)
@@ -263,17 +292,28 @@ def follow(studio, runs: list[str], of_class: str) -> list[Any]:
     return [
         gr.Dropdown(classes, value=kept, visible=bool(classes)),
         gr.Dropdown(classes, value=None, visible=bool(classes)),
-        gr.Dropdown(value=sampler),
+        gr.Dropdown(samplers_for(checkpoint), value=sampler),
         gr.Slider(value=steps),
         gr.Slider(value=guidance, visible=bool(classes)),
+        gr.Slider(value=1, visible=studio.draws_at_once(runs[0])),
     ]
 
 
 def settings_of(checkpoint) -> tuple[str, int, float]:
     """Sampler, steps and guidance of a checkpoint's own configuration."""
-    sampling = checkpoint.config.sampling
-    sampler = sampling.sampler or checkpoint.build_diffusion().default_sampler
-    return sampler, min(50, sampling.num_steps), sampling.guidance_scale if checkpoint.classes else 1.0
+    from diffusion.samplers import AVERAGES
+    from sampling.checks import resolve_sampling
+
+    sampling = resolve_sampling(checkpoint.config.sampling, checkpoint.build_diffusion(), checkpoint.num_guided)
+    most = 4 if sampling.sampler in AVERAGES else 50
+    return sampling.sampler, min(most, sampling.num_steps), sampling.guidance_scale
+
+
+def samplers_for(checkpoint) -> list[str]:
+    """Names of those that it can be sampled by."""
+    from diffusion.samplers import samplers_of
+
+    return list(samplers_of(checkpoint.build_diffusion()))
 
 
 def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed) -> list[Any]:

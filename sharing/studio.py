@@ -15,6 +15,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint, open_checkpoint
 from checkpoints.hub import EMBEDDED
+from diffusion.samplers import AVERAGES
 from experiment.build import open_split
 from machine.accelerator import open_accelerator
 from metrics.manifold import nearest
@@ -24,6 +25,7 @@ from sampling.interpolation import interpolate
 
 MOST_IMAGES, MOST_STEPS, MOST_MOMENTS = 8, 250, 12
 MODELS_KEPT = 3
+LENGTH = 21  # pictures of a walk that is followed one by one
 LAYOUT = 16  # pixels a side that nearest training images are looked for by
 
 
@@ -73,19 +75,30 @@ class Studio:
     def draw(self, request: Request) -> Iterator[tuple[int, UInt8[Tensor, "n 3 h w"]]]:
         """(steps done, pictures): some moments of predicted `x_0` on the way, and at last the pictures themselves."""
         generator = self.generator(request)
-        labels = int(generator.labels[0]), self.label(request.run, request.to_class or request.of_class)
-        seeds = request.seed, request.seed if request.to_seed is None else request.to_seed
 
         def work(callback: Callable[[int, Tensor, Tensor], None]) -> Tensor:
             watched = replace(generator, callback=callback)
             if request.interpolates:
-                return interpolate(watched, labels, seeds, request.num_images)
+                return interpolate(watched, *self.ends(request), request.num_images)
             return generate(watched, batch_size=64)
 
         num_steps = generator.sampling.num_steps
         kept = torch.linspace(0, num_steps - 1, min(num_steps, MOST_MOMENTS)).round().long().tolist()[:-1]
         for step, x_0 in _watch(work, set(kept), num_steps):
             yield step, x_0 if step == num_steps else generator.codec.decode(x_0).cpu()
+
+    def draws_at_once(self, run: str) -> bool:
+        """Whether its own sampler takes one call, or a few, so that pictures can follow a slider."""
+        return self.checkpoint(run).build_diffusion().default_sampler in AVERAGES
+
+    def on_the_way(self, request: Request, place: int) -> UInt8[Tensor, "1 3 h w"]:
+        """The picture at this place, from 0, of a walk of `LENGTH`, alone."""
+        return interpolate(self.generator(replace(request, num_images=1)), *self.ends(request), LENGTH, only=place)
+
+    def ends(self, request: Request) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Labels and seeds of a walk."""
+        labels = (self.label(request.run, name) for name in (request.of_class, request.to_class or request.of_class))
+        return tuple(labels), (request.seed, request.seed if request.to_seed is None else request.to_seed)
 
     def generator(self, request: Request) -> Generator:
         """The generator of a request, as sample.py makes it."""

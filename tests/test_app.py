@@ -16,7 +16,7 @@ import pytest
 import torch
 from browser import WIDTHS, needs_chromium, page_of
 from PIL import Image
-from processes import ROOT, environment_of, script
+from processes import ROOT, environment_of, run, script
 
 from experiment.cli import parse
 from sharing.studio import Studio, find_runs, spelled
@@ -48,11 +48,14 @@ def temporary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folder, temporary):
-    """Of the page, serving the tiny run's two checkpoints."""
+    """Of the page, serving the tiny run's two checkpoints, and one that draws in one call."""
+    at_once = ("--diffusion.kind", "shortcut", "--sampling.sampler", "shortcut", "--sampling.num_steps", 1)
+    flags = ("--name", "at-once", "--train.num_steps", 1, "--log.validate_every", 0)
+    run("train.py", "--config", "tiny.yaml", *at_once, *flags, cwd=folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    checkpoints = "[runs/tiny, runs/tiny/checkpoints/00000002]"
+    checkpoints = "[runs/tiny, runs/tiny/checkpoints/00000002, runs/at-once]"
     command = [sys.executable, str(ROOT / "scripts" / "app.py"), "--port", str(port), "--checkpoints", checkpoints]
     log = (folder / "app.log").open("w")
     environment = environment_of(GRADIO_ANALYTICS_ENABLED="False", TMPDIR=str(temporary))
@@ -116,6 +119,27 @@ def test_two_checkpoints_side_by_side_and_back_through_the_steps(client):
     for early, late in zip(before, pictures, strict=True):
         assert pixels(early).shape == pixels(late).shape
         assert not np.array_equal(pixels(early), pixels(late))
+
+
+@pytest.mark.parametrize("to_class", ["ring", None])
+def test_one_call_follows_a_slider_by_the_pictures_of_a_walk(client, folder, to_class, monkeypatch):
+    settings = {**DRAW, "guidance": 1.0, "sampler": "shortcut", "steps": 1, "to_class": to_class}
+    monkeypatch.chdir(folder)
+    studio, found = Studio(["runs/at-once"]), []
+    for place in (1, 15):
+        slider, command, *shown = client.predict(["runs/at-once"], *settings.values(), place, api_name="/way")
+        assert not slider["visible"]
+        assert [each["visible"] for each in shown] == [True, False, False]
+        assert f"--interpolate 21 --seed 3 {'--sampler' if to_class else '--to_seed 4'}" in command
+        found.append(pixels(shown[0]["value"]))
+    SAMPLE.main(parse(SAMPLE.SampleConfig, shlex.split(command)[2:]))
+    row = pixels(folder / "at-once.png").astype(int)
+    for number, one in zip((0, 14), found, strict=True):
+        assert np.abs(row[:, 66 * number : 66 * number + 68][2:-2, 2:-2] - one[2:-2, 2:-2]).max() <= 1
+    assert to_class or np.abs(found[0] - found[1].astype(int)).max() > 20
+    with pytest.raises(Exception, match="did you mean star"):
+        client.predict(["runs/at-once"], *{**settings, "of_class": "starr"}.values(), 1, api_name="/way")
+    assert studio.draws_at_once("runs/at-once")
 
 
 def test_nearest_training_images_are_shown_below(client):
@@ -272,3 +296,23 @@ def test_a_visitor_draws_slides_back_and_compares(address, width):
         assert all(
             page.evaluate("[...document.querySelectorAll('.pictures img')].map(image => image.naturalWidth > 0)")
         )
+
+
+@needs_chromium
+def test_the_picture_follows_a_slider(address):
+    with page_of(address, WIDTHS["desktop"]) as page:
+        page.set_default_timeout(90_000)
+        slider = page.get_by_role("slider", name="On the way, as it is moved")
+        chosen = page.get_by_label("Checkpoints", exact=True)
+        chosen.click()
+        page.get_by_role("option", name="at-once").click()
+        page.locator(".token-remove").first.click()
+        page.get_by_role("button", name="Walk to another class or seed").click()
+        slider.wait_for()  # which the run that draws in one call has
+        source, seen = "document.querySelector('.pictures img')?.getAttribute('src')", [None]
+        for _ in range(2):
+            slider.focus()
+            slider.press("ArrowRight")
+            page.wait_for_function(f"src => ({source} ?? null) !== src", arg=seen[-1])
+            seen.append(page.evaluate(source))
+        assert "--interpolate 21" in page.locator(".command textarea").input_value()

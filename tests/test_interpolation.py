@@ -45,6 +45,20 @@ def test_ends_between_classes_are_their_samples(generator):
     assert not close(images[1], images[3])
 
 
+def test_classes_are_mixed_in_bfloat16_too(generator):
+    with torch.autocast("cpu", torch.bfloat16):
+        images = interpolate(generator, (1, 3), (5, 5), 4)
+    assert not close(images[0], images[3])
+
+
+@pytest.mark.parametrize(("labels", "seeds"), [((1, 3), (5, 8)), ((1, 1), (5, 8))])
+def test_one_of_the_pictures_alone_is_the_same(generator, labels, seeds):
+    images = interpolate(generator, labels, seeds, 4)
+    for place in (0, 2):
+        (alone,) = interpolate(generator, labels, seeds, 4, only=place)
+        assert close(alone, images[place])
+
+
 def test_a_guide_is_told_the_same_classes(generator):
     torch.manual_seed(1)
     guide = create_model(
