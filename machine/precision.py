@@ -32,8 +32,12 @@ def precision_of(accelerator: Accelerator) -> str:
 def autocasting(device: torch.device, precision: str, *models: nn.Module | None) -> Iterator[None]:
     """Computes in 'bf16' or 'fp32', without gradients. Autocast keeps the bf16 form of weights
     from one call of a model to the next if they might have gradients, and makes it anew of those that are frozen."""
+    if precision != "bf16":  # not every device that has no bf16 has autocast
+        with torch.no_grad():
+            yield
+        return
     frozen = [weight for model in filter(None, models) for weight in model.parameters() if not weight.requires_grad]
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
+    with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
         for weight in frozen:
             weight.requires_grad_()
         try:

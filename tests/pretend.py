@@ -35,6 +35,7 @@ DEVICE = torch.device("pretend:0")
 aten = torch.ops.aten
 FIRST_DECIDES = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default, aten.copy_.default}
 READS, CONVERTS, CHOOSES = aten._local_scalar_dense.default, aten._to_copy.default, aten._fused_sdp_choice.default
+NO_MEMORY = aten._efficientzerotensor.default
 WIDE = {torch.float64, torch.complex128}
 BINARY = {f"aten::{name}{tail}.Tensor" for name in ("add", "sub", "mul", "div") for tail in ("", "_")}
 KIND = os.environ.get("PRETEND", "gpu")
@@ -92,10 +93,13 @@ def run(operation, args, kwargs):
             raise RuntimeError(f"{operation}: a generator of the other device")
     is_sent = result_there and tensors and not kwargs.get("non_blocking") and operation in (CONVERTS, *FIRST_DECIDES)
     is_sent = is_sent and any(tensor.dim() and not isinstance(tensor, Elsewhere) for tensor in tensors)
-    if (there and (operation is READS or not result_there)) or is_sent:
+    goes_back = not result_there and (asked is None or torch.device(asked).type != "meta")  # which holds no numbers
+    if (there and (operation is READS or goes_back)) or is_sent:
         waits[asker() + SENT * bool(is_sent)] += 1
     if operation is CHOOSES:
         return 0  # plain operations, not one of a backend
+    if operation is NO_MEMORY and result_there:
+        operation = aten.zeros.default  # kernels below this one read it, which without memory ends the program
     if asked is not None and result_there:
         kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": False}
     result = operation(*held(args), **{name: held(value) for name, value in kwargs.items()})

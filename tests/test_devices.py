@@ -70,6 +70,30 @@ def test_training_is_that_of_the_cpu_and_waits_once_a_step(trained, folder):
     assert set(waits) <= ONCE | NOW_AND_THEN
 
 
+def test_targets_of_the_models_own_are_those_of_the_cpu_and_wait_for_nothing(tmp_path):
+    """A MeanFlow's forward derivatives, a shortcut's calls."""
+    kinds = {"meanflow": {"omega": 0.5, "kappa": 0.5}, "shortcut": {"guidance_scale": 2.0}}
+    log_nothing = {"validate_every": 0, "checkpoint_every": 0, "trackers": []}
+    for kind, settings in kinds.items():
+        config = {
+            **TINY,
+            "name": kind,
+            "sampling": {"num_steps": 2},
+            "diffusion": {"kind": kind, **settings},
+            "log": {"every": 1, **log_nothing},
+        }
+        (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump({**config, "train": {**TINY["train"], "num_steps": 2}}))
+    commands = [("train.py", "--config", tmp_path / f"{kind}.yaml") for kind in kinds]
+    for name in ("gpu", "cpu"):
+        (tmp_path / name).mkdir()
+    waits = there(*commands[0], "+", *commands[1], cwd=tmp_path / "gpu")
+    pretended(*commands[0], "+", *commands[1], cwd=tmp_path / "cpu", device="cpu")
+    for kind in kinds:
+        assert losses(tmp_path / "gpu", kind) == pytest.approx(losses(tmp_path / "cpu", kind), rel=1e-5)
+    waits.pop("diffusion/samplers/__init__.py, sending")  # the noise of samples at the end
+    assert not [name for name in waits if name.startswith(("diffusion/", "models/"))]
+
+
 def test_samples_and_scores_are_those_of_the_cpu(trained, tmp_path):
     save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
     flags = ("--samples", trained[0] / "runs/tiny", "--extractor", tmp_path / "colors.pt", "--num_samples", 20)
