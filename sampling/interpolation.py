@@ -26,8 +26,8 @@ class Blend(nn.Module):
         unlabelled = torch.as_tensor(getattr(self.model, "num_classes", 0), device=y.device)
         first, second = (torch.where(y == self.num_classes, unlabelled, label) for label in self.labels)
         share = self.shares[y][:, None, None, None]
-        outputs = (self.model(x_t, t, labels, **extras).float() for labels in (first, second))  # of autocast in bf16
-        return torch.lerp(*outputs, share)
+        first, second = (self.model(x_t, t, y, **extras).float() for y in (first, second))  # autocast puts out bf16
+        return torch.lerp(first, second, share)
 
 
 def interpolate(

@@ -189,7 +189,7 @@ def build_page(studio, listening: Counter[str]) -> Any:
         draw.click(partial(draw_pictures, studio, read), wanted, outputs, api_name="draw", show_progress="minimal")
         moment.input(show_moment, [history, moment], shown, api_name="moment", queue=False, show_progress="hidden")
         live: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
-        for slider, name in ((way, "way"), (guidance, False)):
+        for slider, name in ((way, "way"), (guidance, "guidance")):
             slider.input(partial(draw_on_the_way, studio), [*wanted, way], outputs, api_name=name, **live)
         followed = [of_class, to_class, sampler, steps, guidance, way]
         chosen.change(partial(follow, studio), [chosen, of_class], followed, queue=False)
@@ -305,8 +305,8 @@ def settings_of(checkpoint) -> tuple[str, int, float]:
     from sampling.checks import resolve_sampling
 
     sampling = resolve_sampling(checkpoint.config.sampling, checkpoint.build_diffusion(), checkpoint.num_guided)
-    most = 4 if sampling.sampler in AVERAGES else 50
-    return sampling.sampler, min(most, sampling.num_steps), sampling.guidance_scale
+    sampler = str(sampling.sampler)
+    return sampler, min(4 if sampler in AVERAGES else 50, sampling.num_steps), sampling.guidance_scale
 
 
 def samplers_for(checkpoint) -> list[str]:

@@ -97,8 +97,10 @@ class Studio:
 
     def ends(self, request: Request) -> tuple[tuple[int, int], tuple[int, int]]:
         """Labels and seeds of a walk."""
-        labels = (self.label(request.run, name) for name in (request.of_class, request.to_class or request.of_class))
-        return tuple(labels), (request.seed, request.seed if request.to_seed is None else request.to_seed)
+        first, last = (
+            self.label(request.run, name) for name in (request.of_class, request.to_class or request.of_class)
+        )
+        return (first, last), (request.seed, request.seed if request.to_seed is None else request.to_seed)
 
     def generator(self, request: Request) -> Generator:
         """The generator of a request, as sample.py makes it."""
