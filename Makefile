@@ -1,8 +1,8 @@
-# Commands for a fresh machine: `make demo`, `make app`, `make test`. Each makes .venv on first use.
+# Commands for a fresh machine: `make demo`, `make app`, `make test`, `make docs`. Each makes .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo app test lint soak clean
+.PHONY: demo app test docs lint soak clean
 
 demo: .venv/installed
 	$(BIN)/python sample.py --checkpoint embedded
@@ -13,6 +13,10 @@ app: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Pages open from the disk; the search wants a server: python3 -m http.server --directory site
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 soak: .venv/installed
 	$(BIN)/python tests/soak.py
@@ -31,4 +35,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build site *.egg-info

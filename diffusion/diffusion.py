@@ -97,7 +97,8 @@ class Diffusion:
             the same.
         contrast: weight, below 1, that the distance to another sample's velocity has against that to the own one
             (contrastive flow matching, Stoica et al. 2025), where the loss is given a `negative`.
-        default_sampler, default_spacing: where none is named.
+        default_sampler: where none is named.
+        default_spacing: where none is named.
         samplers: where these alone can sample it.
     """
 

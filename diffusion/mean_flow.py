@@ -31,8 +31,12 @@ class MeanFlow(AverageVelocity):
     is guided by the scale `omega / (1 - kappa)` (section 4.2 and appendix B.2).
 
     Args:
-        path, times, interval_share, adaptive_power: of `AverageVelocity`; a sample gets two times, t the larger one.
-        omega, kappa: 1 and 0 are no guidance.
+        path: linear.
+        times: of which a sample gets two, t the larger one.
+        interval_share: as in `AverageVelocity`.
+        adaptive_power: as in `AverageVelocity`.
+        omega: share of the sample's own velocity; 1 beside a kappa of 0 is no guidance.
+        kappa: share of the model's velocity under the label.
     """
 
     def __init__(

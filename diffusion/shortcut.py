@@ -25,7 +25,10 @@ class Shortcut(AverageVelocity):
     Guidance is trained: it is that of the velocity in these, so that all steps have it and the velocity itself has not.
 
     Args:
-        path, times, interval_share, adaptive_power: of `AverageVelocity`.
+        path: linear.
+        times: draws training times, which fall into the intervals of the grid.
+        interval_share: as in `AverageVelocity`.
+        adaptive_power: as in `AverageVelocity`.
         sections: the path's, a power of two: as many as Euler's steps in place of all.
         guidance_scale: 1 is none.
     """

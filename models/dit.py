@@ -56,7 +56,9 @@ class DiT(Backbone):
     Args:
         long_skips: join the input of each block of the second half with its mirror's output (Bao et al. 2023): the
             paper's UViT.
-        qk_norm, norm, mlp: as `BlockStyle` says; `layer` and `gelu` are the published ones.
+        qk_norm: norms of queries and keys, as `BlockStyle` says.
+        norm: `layer` (published) or `rms`.
+        mlp: `gelu` (published) or `swiglu`.
         positions: `absolute` (published: sines and cosines, added to the patches), `rotary` (queries and keys turn), or
             `both`.
         modulation: `block` (published: each block has a modulator) or `shared` (one for all and an offset a block: a

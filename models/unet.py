@@ -58,7 +58,8 @@ class UNet(Backbone):
     Args:
         channels: width of the stem, then of each level, from the finest; multiples of 8.
         down: blocks of each level on the way down, from the finest; a level ends with a convolution of stride two.
-        middle_channels, middle: width and blocks of each group in the middle, below the coarsest level.
+        middle_channels: width of each group in the middle, below the coarsest level.
+        middle: its blocks.
         up: blocks of each level on the way up, from the coarsest.
         time_dim: width of the embedding of time and label.
         attention_axis: `pixels` attend to pixels, or `channels` to channels.

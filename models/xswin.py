@@ -137,7 +137,9 @@ class XSwin(Backbone):
             (and a gate after every residual branch), `tokens` (one more token in every attention), or `none`: not at
             all, for dense prediction.
         drop_path: stochastic depth of the last block; rises from 0 over encoder and decoder.
-        qk_norm, norm, mlp: as `BlockStyle` says; `layer` and `gelu` are the published ones.
+        qk_norm: norms of queries and keys, as `BlockStyle` says.
+        norm: `layer` (published) or `rms`.
+        mlp: `gelu` (published) or `swiglu`.
         second_time: be told of one, `r`: see `Backbone`.
     """
 

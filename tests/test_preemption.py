@@ -154,7 +154,7 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
 
 def recipe(starts_with):
     """A block of shell in the documents."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/scaling.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/resuming.md").read_text(), re.DOTALL)
     return next(block for block in blocks if block.startswith(starts_with))
 
 

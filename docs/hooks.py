@@ -1,0 +1,63 @@
+"""What mkdocs is told beside docs/: the files at the root that documents link to, and a page of docstrings a room."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+AT_THE_ROOT = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
+LINK = re.compile(r"(\[[^]]*\])\((?!https?:|#)([^)#\s]+)((?:#[^)\s]*)?\))")  # text, path, anchor
+
+
+def rooms() -> list[str]:
+    """The packages, as pyproject.toml lists them."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+
+
+def page_of(room: str) -> str:
+    """A room's modules, each by its docstrings."""
+    names = sorted(path.stem for path in (ROOT / room.replace(".", "/")).glob("*.py") if path.stem != "__init__")
+    return "\n\n".join([f"# {room}", f"::: {room}", *(f"::: {room}.{name}" for name in names)])
+
+
+def title_of(path: Path) -> str:
+    """A document's first line."""
+    return path.read_text().partition("\n")[0].removeprefix("# ")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds what lies outside docs/, and the pages of the rooms."""
+    documents = [*(ROOT / name for name in AT_THE_ROOT), *(ROOT / "docs").glob("*.md")]
+    linked = {(path.parent / link[2]).resolve() for path in documents for link in LINK.finditer(path.read_text())}
+    for path in sorted({ROOT / name for name in AT_THE_ROOT} | {path for path in linked if path.is_file()}):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("docs/"):
+            files.append(File.generated(config, AT_THE_ROOT.get(name, name), abs_src_path=str(path)))
+    for room in rooms():
+        files.append(File.generated(config, f"api/{room}.md", content=page_of(room)))
+    listed = "".join(f"- [{room}]({room}.md)\n" for room in rooms())
+    where = "What each room is for stands in the [file map](../index.md#where-things-are)"
+    content = f"# Python\n\n{where}; here are its modules, by their docstrings.\n\n{listed}"
+    files.append(File.generated(config, "api/index.md", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links as they are in the repository, to where the site has what they name; a document goes by its title there."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]  # it would list this page alone
+    if page.file.src_uri.startswith("api/"):
+        return markdown
+    folder = ROOT if page.file.src_uri in AT_THE_ROOT.values() else ROOT / "docs"
+
+    def moved(link: re.Match) -> str:
+        path = (folder / link[2]).resolve()
+        text = f"[{title_of(path)}]" if link[1].endswith(".md]") and path.is_file() else link[1]
+        name = path.relative_to(ROOT).as_posix()
+        return f"{text}({AT_THE_ROOT.get(name, name.removeprefix('docs/'))}{link[3]}"
+
+    return LINK.sub(moved, markdown)
