@@ -20,13 +20,14 @@ from evaluation.table import terminal
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT, INDEX = ROOT / "docs" / "results.md", ROOT / "docs" / "results.yaml"
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?\s?%?")
+OF_INTERVAL = re.compile(r"\s*± [\d.]+\s?%")  # whose sign is that of the number before it too
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number: where it stands (`cell`, the first cells of a row and the head of a column, of
-    which the `number`-th, or `text`), and where the commands leave it (`key` of
-    the JSON `file`, row and column of a report in Markdown, or `printed`); a difference of `within` is none."""
+    """One number: where it stands (`cell`, the first cells of a row and the head of a column, of which the `number`-th,
+    or `text`), and where the commands leave it (`key` of the JSON `file`, row and column of a report in Markdown, or
+    `printed`); a difference of `within` is none."""
 
     within: float
     why: str
@@ -164,8 +165,9 @@ def _matches(pattern: str, text: str) -> list[str]:
 
 
 def _number(text: str, figure: Figure) -> float:
-    found: list[Any] = NUMBER.findall(text)
+    found = list(NUMBER.finditer(text))
     if len(found) <= (0 if figure.text or figure.printed else figure.number):
         raise ValueError(f"{figure.name!r}: {text!r} has no number {figure.number}")
-    word = found[figure.number if figure.cell else 0].replace(",", "")
-    return float(word.rstrip("% ")) / (100 if word.endswith("%") else 1)
+    match = found[figure.number if figure.cell else 0]
+    is_share = match[0].endswith("%") or OF_INTERVAL.match(text, match.end())
+    return float(match[0].replace(",", "").rstrip("% ")) / (100 if is_share else 1)
