@@ -26,9 +26,8 @@ def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, v
     unguided = "DiTPipeline guides by 4 unless told else, away from a null label that this model was not trained on;"
     _refuse(not checkpoint.num_guided, unguided)
     guided = sampling.legacy_cfg_channels
-    _refuse(
-        guided is not None, f"DiTPipeline guides all channels, not {guided} as --sampling.legacy_cfg_channels says;"
-    )
+    all_channels = f"DiTPipeline guides all channels, not {guided}; add --legacy_cfg_channels null, or"
+    _refuse(guided is not None, all_channels)
     _refuse(vae is None, "DiTPipeline needs an autoencoder, and this model denoises pixels;")
     _refuse(times is not None, "DiTPipeline tells a model its times from 0 to 999;")
     transformer, vae = to_diffusers(checkpoint.load_model()), without_shift(vae)

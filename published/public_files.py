@@ -51,8 +51,9 @@ def public_file(weights: Path) -> tuple[Path, PublicFile | None]:
     """Where the weights lie, and what they are if their name, with or without its suffix, is a public file's, which is
     downloaded where it is not here. A ValueError says in one line why it cannot be had."""
     name = next((name for name in FILES if str(weights) in (name, Path(name).stem)), None)
-    if weights.is_file() or name is None:
-        return weights, FILES.get(weights.name)
+    here = next((path for path in (weights, Path(name or weights)) if path.is_file()), None)
+    if here or name is None:
+        return here or weights, FILES.get((here or weights).name)
     public, flag = FILES[name], f"--weights {weights}"
     if public.url.startswith(DRIVE):
         raise ValueError(

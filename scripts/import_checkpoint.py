@@ -35,15 +35,15 @@ DIFFUSION = {
     "uvit-huge": DiffusionConfig(schedule="scaled_linear", variance="fixed_large", model_times=[1.0, 1000.0]),
 }
 SAMPLING = {
-    "dit": SamplingConfig(num_steps=250, guidance_scale=1.5),
-    "sit": SamplingConfig(num_steps=250, guidance_scale=1.5),
+    "dit": SamplingConfig(num_steps=250, guidance_scale=1.5, legacy_cfg_channels=3),
+    "sit": SamplingConfig(num_steps=250, guidance_scale=1.5, legacy_cfg_channels=3),
     "repa": SamplingConfig(  # guided at times up to 0.7
         sampler="euler_maruyama", num_steps=250, guidance_scale=1.8, guidance_interval=[0.0, 0.7 / 0.3]
     ),
     "lightningdit": SamplingConfig(
         num_steps=250, guidance_scale=6.7, guidance_interval=[0.0, 7.0], legacy_cfg_channels=3
     ),
-    "uvit": SamplingConfig(sampler="dpmpp_2m", num_steps=50, guidance_scale=1.4),
+    "uvit": SamplingConfig(sampler="dpmpp_2m", num_steps=50, guidance_scale=1.4),  # of 512 pixels 1.7
 }
 
 
@@ -99,6 +99,8 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
         raise ValueError(f"--weights {' '.join(map(str, config.weights))}: source {config.source} is one file")
     path, public = public_file(config.weights)
     source = config.source or (public.source if public else None)
+    if public and source != public.source:
+        raise ValueError(f"--source {source}: {path.name} is of {public.source}; leave it out, or rename your own file")
     if source is None:
         raise ValueError(f"--source: whose format {path.name} is in; only {', '.join(FILES)} say it by their names")
     weights, step = read_weights(path)
@@ -116,6 +118,9 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
         diffusion = replace(diffusion, variance="fixed_large")
     build_diffusion(diffusion)
     factor = 1 if config.autoencoder == "pixel" else OTHER_FACTORS.get(source, LATENT_FACTOR)
+    sampling = SAMPLING.get(source, SamplingConfig())
+    if source == "uvit" and factor * height == 512:
+        sampling = replace(sampling, guidance_scale=1.7)
     if public:
         public.check(config.weights.name, name, factor * height)
     experiment = ExperimentConfig(
@@ -125,7 +130,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
         name=config.output.name,
         data=replace(config.data, image_size=config.image_size or factor * height),
         diffusion=diffusion,
-        sampling=SAMPLING.get(source, SamplingConfig()),
+        sampling=sampling,
     )
     metadata = metadata_of(experiment, step, spec=spec, classes=read_classes(config.classes, spec.num_classes))
     origin = {"source": source, "file": path.name, "sha256": sha256_of(path)}

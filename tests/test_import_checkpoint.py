@@ -51,6 +51,20 @@ def test_checkpoint_puts_out_what_the_published_model_did(name, tmp_path):
     assert json.loads((tmp_path / "imported" / "imported.json").read_text())["source"] == SOURCES[name]
 
 
+def test_it_is_guided_as_its_authors_guide(tmp_path):
+    """Scale, and channels: DiT and SiT leave the fourth unguided."""
+    for number, (fixture, source, expected) in enumerate(
+        (("dit", "dit", (1.5, 3)), ("uvit_official", "uvit", (1.4, None)))
+    ):
+        weights = load_fixture(fixture)[1]
+        (tmp_path / str(number)).mkdir()
+        sampling = import_weights(tmp_path / str(number), weights, source).config.sampling
+        assert (sampling.guidance_scale, sampling.legacy_cfg_channels) == expected
+    side = 64 // weights["patch_embed.proj.weight"].shape[-1]
+    weights = {**weights, "pos_embed": torch.zeros(1, 2 + side**2, weights["pos_embed"].shape[-1])}
+    assert import_weights(tmp_path, weights, "uvit").config.sampling.guidance_scale == 1.7
+
+
 def test_averaged_weights_come_first_with_the_trained_statistics(tmp_path):
     weights = load_fixture("xswin")[1]
     half = {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in weights.items()}

@@ -57,7 +57,10 @@ def test_a_name_is_downloaded_once_and_says_its_source(hub_folder, served, name)
 def test_a_file_that_is_here_comes_first(hub_folder, served):
     served.rename("DiT-XL-2-256x256.pt")
     assert public_file(Path("DiT-XL-2-256x256.pt")) == (Path("DiT-XL-2-256x256.pt"), FILES["DiT-XL-2-256x256.pt"])
+    assert public_file(Path("DiT-XL-2-256x256"))[0] == Path("DiT-XL-2-256x256.pt")
     assert not hub_folder.exists()
+    with pytest.raises(ValueError, match=r"--source sit: DiT-XL-2-256x256\.pt is of dit; leave it out"):
+        import_named("DiT-XL-2-256x256", source="sit")
 
 
 def test_weights_of_another_model_by_that_name_are_refused(hub_folder, served, monkeypatch):
