@@ -85,7 +85,7 @@ def serve(config: AppConfig) -> None:
     listening: Counter[str] = Counter()
     hosts = None if config.share or config.host not in LOOPBACK else LOOPBACK
     page = build_page(studio, listening)
-    page.queue(max_size=config.queue, default_concurrency_limit=1)  # one at a time has all the cores
+    page.queue(max_size=config.queue)
     page.launch(
         server_name=config.host,
         server_port=config.port or None,
@@ -186,14 +186,16 @@ def build_page(studio, listening: Counter[str]) -> Any:
         wanted = [chosen, of_class, seed, number, guidance, sampler, steps, to_class, to_seed]
         outputs = [history, moment, command, *shown]
         read = partial(is_read, listening)
-        draw.click(partial(draw_pictures, studio, read), wanted, outputs, api_name="draw", show_progress="minimal")
+        alone: Any = {"concurrency_id": "cores", "concurrency_limit": 1}  # else each of these would have its own turn
+        shown_as: Any = {"api_name": "draw", "show_progress": "minimal"}
+        draw.click(partial(draw_pictures, studio, read), wanted, outputs, **shown_as, **alone)
         moment.input(show_moment, [history, moment], shown, api_name="moment", queue=False, show_progress="hidden")
-        live: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
+        live: Any = {"trigger_mode": "always_last", "show_progress": "hidden", **alone}
         for slider, name in ((way, "way"), (guidance, "guidance")):
             slider.input(partial(draw_on_the_way, studio), [*wanted, way], outputs, api_name=name, **live)
         followed = [of_class, to_class, sampler, steps, guidance, way]
         chosen.change(partial(follow, studio), [chosen, of_class], followed, queue=False)
-        find.click(partial(look_up, studio, read), wanted, near, api_name="nearest")
+        find.click(partial(look_up, studio, read), wanted, near, api_name="nearest", **alone)
     return page
 
 

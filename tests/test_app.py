@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # gradio_client leaves its event streams to the collector
     pytest.mark.filterwarnings("ignore:Exception ignored in. <socket"),
 ]
-SAMPLE = script("sample.py")
+SAMPLE, APP = script("sample.py"), script("scripts/app.py")
 DRAW = {
     "of_class": "star",
     "seed": "3",
@@ -140,6 +141,17 @@ def test_one_call_follows_a_slider_by_the_pictures_of_a_walk(client, folder, to_
     with pytest.raises(Exception, match="did you mean star"):
         client.predict(["runs/at-once"], *{**settings, "of_class": "starr"}.values(), 1, api_name="/way")
     assert studio.draws_at_once("runs/at-once")
+
+
+def test_one_request_at_a_time_has_the_cores(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    page = APP.build_page(Studio(["runs/tiny"]), Counter())
+    by_name = {event.api_name: event for event in page.fns.values()}
+    turns = {
+        (by_name[name].concurrency_id, by_name[name].concurrency_limit)
+        for name in ("draw", "way", "guidance", "nearest")
+    }
+    assert turns == {("cores", 1)}
 
 
 def test_nearest_training_images_are_shown_below(client):
