@@ -4,6 +4,7 @@ import csv
 import io
 import posixpath
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -101,8 +102,9 @@ def understand(
             f"{len(loose)} images lie loose, such as {loose[0]}, and {len(labels)} in folders: move either away, or "
             "the loose ones into a folder of their class"
         )
-    found = {*labels.values()}
-    _refuse_nested((found & {*classes} if classes else found) - {*exclude_classes})
+    wanted, unwanted = ({unicodedata.normalize("NFC", name) for name in some} for some in (classes, exclude_classes))
+    found = {label: unicodedata.normalize("NFC", label) for label in labels.values()}  # macOS takes names apart
+    _refuse_nested({label for label, name in found.items() if name in (wanted or {name}) - unwanted})
     if splits:
         splits = {split: [name for name in group if name in labels] for split, group in splits.items()}
     return Layout(labels, splits, {why: left for why, left in left_out.items() if left}, ", ".join(places), tables)

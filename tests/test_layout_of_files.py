@@ -1,5 +1,7 @@
 """Trees of images are understood as their owners mean them, or refused; nothing is left out without a word."""
 
+import unicodedata
+
 import pytest
 
 from data.layout import DataError, understand
@@ -99,9 +101,14 @@ def test_nested_class_can_be_left_out(chosen):
     assert layout.classes["cat/0.png"] == "cat"
 
 
-def test_nested_classes_that_are_both_chosen_are_refused():
-    with pytest.raises(DataError, match=r"in cat/ and in cat/thumbs/ below it"):
-        of("cat/0.png", "cat/thumbs/1.png", "dog/1.png", classes=["cat", "cat/thumbs"])
+@pytest.mark.parametrize("cat", ["cat", "chat\u00e9", "chate\u0301"])
+def test_nested_classes_that_are_both_chosen_are_refused(cat):
+    """... in either form of Unicode; folders are as macOS has them."""
+    folder, cat = unicodedata.normalize("NFD", cat), unicodedata.normalize("NFC", cat)
+    names = [f"{folder}/0.png", f"{folder}/thumbs/1.png", "dog/1.png"]
+    with pytest.raises(DataError, match=rf"in {folder}/ and in {folder}/thumbs/ below it"):
+        of(*names, classes=[cat, f"{cat}/thumbs"])
+    assert of(*names, exclude_classes=[f"{cat}/thumbs"]).classes[names[0]] == folder
 
 
 @pytest.mark.parametrize("folders", [("", ""), ("images/", ""), ("pets/", "pets/"), ("pets/images/", "pets/")])
