@@ -42,6 +42,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
     from sampling.checks import load_guide_model, resolve_sampling
+    from training.adapters import Merged, adapt
     from training.alignment import open_alignment
     from training.batches import open_batches
     from training.guard import Guard, gradient_norm
@@ -68,7 +69,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     if run.is_main and accelerator.device.type == "cpu":
         print(forecast(model, spec, diffusion, accelerator, len(images)))
     if config.init_from and run.checkpoint is None:
-        accelerator.print(warm_start(model, config.init_from, images.classes))
+        accelerator.print(warm_start(model, config.init_from, images.classes, whole=bool(config.train.adapter)))
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
     alignment, features = open_alignment(run, model, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
@@ -76,6 +77,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
     objective = objective_of(diffusion)(diffusion, auxiliary, alignment)
+    if config.train.adapter:
+        accelerator.print(adapt(model, config.train, type(objective), accelerator))
     optimizers = build_optimizers(model, objective.heads, config.optim)
     if config.train.recompute:
         recompute_blocks(model, accelerator.device)
@@ -83,6 +86,7 @@ def train(run: Run[ExperimentConfig]) -> None:
         compile_blocks(model)
     model, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
     backbone = accelerator.unwrap_model(model)
+    merged = Merged(backbone)
     ema.shard_like(backbone)
     num_steps = num_training_steps(config.train, len(cache))
     batches = open_batches(run, cache, codec, objective, features)
@@ -122,13 +126,13 @@ def train(run: Run[ExperimentConfig]) -> None:
         norm = run.read(gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads))
         if guard.passes(norm):
             optimizers.step()
-            ema.update(backbone, step)
+            ema.update(merged, step)
             run.meter.step(norm, config.optim.grad_clip, config.train.batch_size)
         else:
             run.skip(guard, batches.source_indices(step, run.rollbacks))
         optimizers.zero_grad()
         if is_due(step + 1, config.log.every) or step + 1 == phase.end:
-            run.write_means(lr=lr, ema_drift=ema.drift(backbone))
+            run.write_means(lr=lr, ema_drift=ema.drift(merged))
 
     # The end: all is saved, and what was learned is shown.
     run.look(inspection.draw)

@@ -34,6 +34,7 @@ from machine.sharding import part_like
 from models import ModelSpec
 
 WEIGHTS = "ema.safetensors"
+LABELS = "label.weight"  # how the name of a table of labels ends
 
 
 @dataclass(frozen=True)
@@ -144,19 +145,25 @@ def metadata_of(
     return {**encoded, "commit": current_commit()}
 
 
-def warm_start(model: nn.Module, path: str, classes: Sequence[str] = ()) -> str:
+def warm_start(model: nn.Module, path: str, classes: Sequence[str] = (), *, whole: bool = False) -> str:
     """Copy the averaged weights that have a namesake of the same shape and, of a table of labels, the rows of those
-    `classes` that it knows by name; says in words what was not taken."""
+    `classes` that it knows by name; says in words what was not taken. Where the `whole` model needs weights, a
+    CheckpointError names those, but for labels, that got none."""
     file, state = find_weights(path), model.state_dict()
     weights, known = read_tensors(file), json.loads(read_metadata(file).get("classes", "[]"))
     are_others = bool(classes and known) and list(classes) != known
-    for name in (name for name in weights if are_others and name.endswith("label.weight") and name in state):
+    for name in (name for name in weights if are_others and name.endswith(LABELS) and name in state):
         if (len(state[name]), len(weights[name])) == (len(classes) + 1, len(known) + 1):
             weights[name] = relabelled(state[name].cpu(), list(classes), weights[name], known)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     fitting = {name: tensor for name, tensor in weights.items() if shapes.get(name) == tensor.shape}
     if not fitting:
         raise CheckpointError(f"--init_from {path}: no weight of it has the name and shape of one of this model")
+    if whole and (lacking := sorted(name for name in shapes.keys() - fitting.keys() if not name.endswith(LABELS))):
+        raise CheckpointError(
+            f"--train.adapter: --init_from {path} has no {abridged(lacking)} of this shape, which would stay random; "
+            "take the --model and --model_args that it was trained with, or leave the adapter out"
+        )
     model.load_state_dict(fitting, strict=False)
     left_out = {
         "of another shape": weights.keys() & shapes.keys() - fitting.keys(),

@@ -179,6 +179,9 @@ class TrainConfig(AnyTrainConfig):
         recompute: compute what lies within the backbone's blocks again in the backward pass, in place of keeping it:
             less memory, a third more arithmetic, the same gradients
         compile: compile the backbone's blocks (torch.compile); see docs/performance.md for what it gives and costs
+        adapter: leave the weights of init_from as they are but for labels and 'biases', norms and scales; or train with
+            'lora' (Hu et al. 2021) these and two thin matrices for each linear of the blocks
+        adapter_rank: of 'lora': the width of these matrices
     """
 
     num_epochs: int | None = within("[1, inf)", None)
@@ -188,6 +191,8 @@ class TrainConfig(AnyTrainConfig):
     ema_profiles: list[float] = within("(0, 0.28)", [])
     recompute: bool = False
     compile: bool = False
+    adapter: Literal["lora", "biases"] | None = None
+    adapter_rank: int = within("[1, inf)", 4)
 
     def check(self, prefix: str) -> None:
         if None not in (self.num_epochs, self.num_steps):
@@ -203,9 +208,12 @@ class SamplingConfig(SamplingOptions):
 
     Args:
         guidance_checkpoint: a smaller or less trained run to be guided away from (autoguidance, Karras et al. 2024)
+        guidance_unlabelled: ask it without a label: away from the run that a fine-tuning came from, of whatever classes
+            (Domain Guidance, Zhong et al. 2025)
     """
 
     guidance_checkpoint: str | None = None
+    guidance_unlabelled: bool = False
 
 
 @unset
@@ -358,7 +366,12 @@ class ExperimentConfig(RunConfig):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(guidance_scale=1.5))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    fixed = ("model", "model_args", "data", "alignment.depth", "alignment.kind")
+    fixed = ("model", "model_args", "data", "alignment.depth", "alignment.kind", "train.adapter", "train.adapter_rank")
+
+    def check(self, prefix: str) -> None:
+        if self.train.adapter and self.init_from is None:
+            asked = f"{prefix}train.adapter {self.train.adapter}"
+            raise ValueError(f"{asked}: the weights that it leaves as they are would be random; give {prefix}init_from")
 
     @property
     def folder(self) -> Path:

@@ -5,12 +5,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints.checkpoint import open_checkpoint, read_metadata
 from data.latents import short
 from diffusion import Diffusion
-from diffusion.samplers import check_options
+from diffusion.samplers import Staged, check_options
 from experiment.build import diffusion_settings
 from experiment.config import DiffusionConfig, SamplingConfig
 from models import ModelSpec
@@ -66,17 +66,25 @@ def load_guide_model(
     identity: Mapping[str, Mapping[str, Any]],
 ) -> nn.Module | None:
     """The averaged model of `guidance_checkpoint`, if there is one: the worse model of autoguidance (Karras et al.
-    2024). A ValueError where it differs from the guided model, of which the rest is said, in more than backbone and
-    training."""
+    2024), or of Domain Guidance (Zhong et al. 2025), which is asked without a label. A ValueError where it differs from
+    the guided model, of which the rest is said, in more than backbone and training, or in the latter classes."""
     if sampling.guidance_checkpoint is None:
         return None
-    guide = open_checkpoint(sampling.guidance_checkpoint)
+    guide, unlabelled = open_checkpoint(sampling.guidance_checkpoint), sampling.guidance_unlabelled
+    if unlabelled and isinstance(guide.build_diffusion(), Staged):
+        raise ValueError("--guidance_unlabelled true: stages of a cascade are not asked without labels; leave it out")
+    if unlabelled and guide.classes and not guide.num_guided:
+        raise ValueError(
+            f"--guidance_unlabelled true: {sampling.guidance_checkpoint} was trained with --train.label_dropout 0, and "
+            "knows no null label; leave it out"
+        )
     knows_codecs = "codec" in identity and "codec" in guide.identity
 
     def meaning(diffusion: DiffusionConfig, spec: ModelSpec, classes: Sequence[str], identity: Any) -> dict[str, Any]:
         facts = {"kind": diffusion.kind, **diffusion_settings(diffusion)}
-        facts |= {name: getattr(spec, name) for name in ("input_size", "in_channels", "out_channels", "num_classes")}
-        facts["classes"] = short(list(classes))
+        facts |= {name: getattr(spec, name) for name in ("input_size", "in_channels", "out_channels")}
+        if not unlabelled:
+            facts |= {"num_classes": spec.num_classes, "classes": short(list(classes))}
         if knows_codecs:
             facts["latents"] = short({name: identity["codec"].get(name) for name in ("sha256", "scale", "shift")})
         return facts
@@ -88,5 +96,18 @@ def load_guide_model(
             raise ValueError(
                 f"--guidance_checkpoint {sampling.guidance_checkpoint}: its {name} is {theirs.get(name)}, the guided "
                 f"model's {ours[name]}; only backbone and training may differ"
+                f"{', and classes with --guidance_unlabelled true' if 'classes' in name else ''}"
             )
-    return guide.load_model(device)
+    model = guide.load_model(device)
+    return Unlabelled(model, guide.spec.num_classes) if unlabelled else model
+
+
+class Unlabelled(nn.Module):
+    """A model that is asked for its null label, whatever it is told."""
+
+    def __init__(self, model: nn.Module, null_label: int) -> None:
+        super().__init__()
+        self.model, self.null_label = model, null_label
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
+        return self.model(x_t, t, torch.full_like(y, self.null_label), **extras)

@@ -19,6 +19,7 @@ PAPER_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 EXTRAS = {  # module -> what it is for, how it is had
     "tensorboard": ("--log.trackers '[tensorboard]'", "pip install tensorboard"),
     "wandb": ("--log.trackers '[wandb]'", "pip install -e '.[wandb]'"),
+    "peft": ("--train.adapter lora", "pip install -e '.[finetune]'"),
     "gradio": ("scripts/app.py", "pip install -e '.[demo]'"),
     "submitit": ("scripts/launch_slurm.py and ablations on SLURM", "pip install -e '.[slurm]'"),
     "datasets": ("scripts/prepare_data.py from any image dataset of the hub", "pip install -e '.[hub]'"),

@@ -79,6 +79,7 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     from checkpoints.checkpoint import warm_start
     from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
+    from training.adapters import adapt
     from training.alignment import open_alignment
     from training.batches import open_batches
     from training.guard import gradient_norm
@@ -94,11 +95,13 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     if config.init_from:
-        accelerator.print(warm_start(model, config.init_from, images.classes))
+        accelerator.print(warm_start(model, config.init_from, images.classes, whole=bool(config.train.adapter)))
     alignment, features = open_alignment(run, model, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
     objective = objective_of(diffusion)(diffusion, auxiliary, alignment)
+    if config.train.adapter:
+        accelerator.print(adapt(model, config.train, type(objective), accelerator))
     optimizers = build_optimizers(model, objective.heads, config.optim)
     if config.train.recompute:
         recompute_blocks(model, accelerator.device)

@@ -1,6 +1,7 @@
 """Both halves of classifier-free guidance: dropped labels, and two predictions mixed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from exact import DIFFUSIONS, labels, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from test_backbones import wake
 
 from autoencoders.codec import PixelCodec, weights_sha256
 from checkpoints.checkpoint import metadata_of, save_tensors
@@ -16,7 +18,7 @@ from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOp
 from diffusion.guidance import drop_labels, guide, linear, projected, rescaled
 from diffusion.paths import GaussianChain
 from diffusion.samplers import check_options
-from experiment.config import ExperimentConfig, SamplingConfig
+from experiment.config import ExperimentConfig, SamplingConfig, TrainConfig
 from models import ModelSpec
 from published.weights import arguments_of, load_reference
 from sampling.checks import guide_in_record, load_guide_model
@@ -240,10 +242,38 @@ def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
 
     for known in (identity, {}):  # of older checkpoints nothing is known
         assert load(["cat", "dog"], known) is not None
-    with pytest.raises(ValueError, match=r'its classes is \["cat", "dog"\], the guided model\'s \["dog", "cat"\]'):
+    with pytest.raises(
+        ValueError, match=r'its classes is .* model\'s \["dog", "cat"\]; .* with --guidance_unlabelled true'
+    ):
         load(["dog", "cat"], identity)
     with pytest.raises(ValueError, match=r"its latents is .* only backbone and training may differ"):
         load(["cat", "dog"], {"codec": {**PixelCodec.provenance, "scale": 2.0}})
+
+
+def test_a_guide_that_is_told_no_label_may_know_other_classes(tmp_path):
+    """Domain Guidance: the model that a fine-tuning started from is asked for its own null label."""
+    spec = ModelSpec("DiT", {"dim": 8, "depth": 1, "num_heads": 1}, (4, 4), 3, 6, 2)
+    model = wake(spec.build())
+    for name, dropout in (("guide", 0.1), ("never", 0.0)):
+        config = ExperimentConfig("DiT", spec.args, "pixel", train=TrainConfig(label_dropout=dropout))
+        metadata = metadata_of(config, 5, {}, spec=spec, classes=["cat", "dog"])
+        save_tensors(model.state_dict(), tmp_path / f"{name}.safetensors", metadata)
+
+    def load(name):
+        sampling = SamplingConfig(guidance_checkpoint=str(tmp_path / f"{name}.safetensors"), guidance_unlabelled=True)
+        guided = replace(spec, num_classes=7)
+        return load_guide_model(
+            sampling, ExperimentConfig().diffusion, guided, torch.device("cpu"), list("abcdefg"), {}
+        )
+
+    x_t, t = randn(3, 3, 4, 4), torch.tensor([0, 500, 999])
+    guide = load("guide")
+    assert guide is not None
+    asked = guide(x_t, t, torch.tensor([0, 6, 7]))
+    torch.testing.assert_close(asked, model.eval()(x_t, t, torch.tensor([2, 2, 2])))
+    assert (asked - model(x_t, t, torch.tensor([0, 0, 0]))).abs().max() > 1e-4
+    with pytest.raises(ValueError, match=r"--train.label_dropout 0, and knows no null label"):
+        load("never")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from training.muon import Muon, split_for_muon
 
 
 def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, with Muon for the blocks' matrices where asked for. What decays is what the backbone says."""
+    """Fused AdamW, with Muon for the blocks' matrices where asked for, of what is not frozen. What decays is what the
+    backbone says."""
     of_adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
-    matrices, rest = ([], list(model.parameters())) if config.muon_lr is None else split_for_muon(model)
+    parts = ([], model.parameters()) if config.muon_lr is None else split_for_muon(model)
+    matrices, rest = ([weight for weight in part if weight.requires_grad] for part in parts)
     left = set(rest)
     groups = [{**group, "params": [p for p in group["params"] if p in left]} for group in model.param_groups()]
     groups = [group for group in groups if group["params"]]

@@ -82,6 +82,13 @@ class ContinuousPositionBias(nn.Module):
         return rearrange(bias[self.index], "n m k -> k n m")
 
 
+class GivenBias(nn.Linear):
+    """A linear layer whose bias is given to it at each call."""
+
+    def forward(self, x: Float[Tensor, "*axes d"], bias: Float[Tensor, " e"]) -> Float[Tensor, "*axes e"]:
+        return F.linear(x, self.weight, bias)
+
+
 class WindowAttention(nn.Module):
     """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022); keys
     have no bias. A `token` that is not part of the image may be attended to from every window.
@@ -95,7 +102,7 @@ class WindowAttention(nn.Module):
         check_heads(dim, num_heads)
         self.num_heads, self.window_size = num_heads, window_size
         self.shift = window_size // 2 if shifted else 0
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = GivenBias(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.q_norm, self.k_norm = make_qk_norms(qk_norm, dim // num_heads)
@@ -109,7 +116,7 @@ class WindowAttention(nn.Module):
         num_queries = x.shape[2]
         if token is not None:
             x = torch.cat([x, token[:, None].expand(-1, x.shape[1], -1, -1)], dim=2)
-        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        qkv = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
         q, k, v = rearrange(qkv, "b w n (three k e) -> three b (w k) n e", three=3, k=self.num_heads)
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
         q, k = self.q_norm(q), self.k_norm(k)
