@@ -182,7 +182,7 @@ def relabelled(
     """A table of labels with the known rows of classes of the same name, and of the null label, which is the last."""
     shared = [name for name in classes if name in known]
     rows, known_rows = ([*map(names.index, shared), len(names)] for names in (classes, known))
-    return table.index_copy(0, torch.tensor(rows), known_table[known_rows])
+    return table.index_copy(0, torch.tensor(rows), known_table[known_rows].to(table.dtype))  # of files in half too
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

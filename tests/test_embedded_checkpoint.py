@@ -1,5 +1,7 @@
 """The checkpoint that every clone has: what draws real pictures before anything is trained."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,12 @@ def test_it_is_scored_by_name_as_a_run_is():
 def test_a_training_starts_from_it(embedded):
     assert "took" in (words := warm_start(embedded.spec.build(), "embedded"))
     assert "not in" not in words
+    fresh, names = replace(embedded.spec, num_classes=2).build(), ["of one's own", "pizza"]
+    assert warm_start(fresh, "embedded", names, whole=True).endswith(
+        "; 1 of 2 classes are its own"
+    )  # its file is in half
+    known = embedded.load_model().cond.label.weight[[embedded.classes.index("pizza"), -1]]
+    assert torch.equal(fresh.cond.label.weight[1:], known)
 
 
 def test_what_is_published_of_it_is_its_own(embedded, tmp_path, monkeypatch):
