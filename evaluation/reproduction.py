@@ -41,7 +41,8 @@ class Figure:
     @property
     def name(self) -> str:
         """As a reader of the document finds it."""
-        return ", ".join(self.cell) if self.cell else str(self.text)
+        counted = f" ({self.number + 1}.)" if self.number else ""
+        return ", ".join(self.cell) + counted if self.cell else str(self.text)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_index(path: Path = INDEX) -> tuple[dict[str, str], dict[str, Table]]:
     index = yaml.safe_load(path.read_text())
     tables = {}
     for name, entry in index["tables"].items():
-        of_all = {key: entry.pop(key) for key in ("file", "why") if key in entry}
+        of_all = {key: entry.pop(key) for key in ("file", "key", "why") if key in entry}
         figures = tuple(_figure({**of_all, **value}) for value in entry.pop("values", []))
         document = path.parent / entry.pop("document", DOCUMENT.name)
         commands = tuple(" ".join(command.split()) for command in entry.pop("commands"))

@@ -117,7 +117,7 @@ def run(table: Table, files: dict[str, str], folder: Path) -> None:
 
 
 def to_its_end(words: list[str], **options: object) -> int:
-    """Exit status of a program, which a stop lets save and end."""
+    """Exit status of a program, which a stop lets save and end; of one that a signal ended, as shells say it."""
     stopped: list[signal.Signals] = []
     child = None
 
@@ -130,7 +130,8 @@ def to_its_end(words: list[str], **options: object) -> int:
         child = children.start(words, **options)
         if stopped:  # before it could be told
             children.send(child, signal.SIGTERM)
-        return child.wait()
+        status = child.wait()
+    return 128 - status if status < 0 else status
 
 
 if __name__ == "__main__":
