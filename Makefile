@@ -1,11 +1,13 @@
 # Commands for a fresh machine: `make demo`, `make app`, `make test`, `make docs`. Each makes .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+CLASSES := [Faces_easy, Motorbikes, stop_sign, sunflower, soccer_ball, pizza, yin_yang, dollar_bill, menorah, ketch, \
+	grand_piano, umbrella, strawberry, watch, airplanes, windsor_chair, metronome, schooner, car_side, Leopards]
 
 .PHONY: demo app test docs lint soak clean
 
 demo: .venv/installed
-	$(BIN)/python sample.py --checkpoint embedded
+	$(BIN)/python sample.py --checkpoint embedded --num_per_class 3 --classes '$(CLASSES)'
 	$(BIN)/python scripts/demo.py
 
 app: .venv/installed
