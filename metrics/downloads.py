@@ -8,8 +8,6 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-import torch
-
 
 @contextlib.contextmanager
 def network_timeout(seconds: float) -> Iterator[None]:
@@ -37,6 +35,8 @@ def hub_answers(seconds: float = 3.0) -> bool:
 
 def download(url: str, name: str, flag: str) -> Path:
     """A public file, kept by this name in torch hub's folder; a ValueError of one line where it cannot be had."""
+    import torch  # here, as `doctor.py --help` reads this module
+
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.is_file():
         return path

@@ -12,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, run_program
 from machine.whole_files import write_whole
-from sharing.zoo import DOCUMENT, INDEX, entry, filled_in
 
 
 def main() -> None:
     """Read the files and write both."""
+    from sharing.zoo import DOCUMENT, INDEX, entry, filled_in  # with torch, for which --help does not wait
+
     index = {name: entry(by_hand) for name, by_hand in yaml.safe_load(INDEX.read_text()).items()}
     comment = (
         "# Written by scripts/zoo.py from each folder's files, but for folder, config, images, images_per_second.\n"

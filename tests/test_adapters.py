@@ -99,10 +99,10 @@ def test_a_backbone_begins_as_it_is():
 def tuned(folder):
     """A run of two classes of its own, fine-tuned from the finished one by low-rank matrices and a new table."""
     for name in ("circle", "other"):
-        (folder / "two" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "tuned-on" / name).mkdir(parents=True, exist_ok=True)
         for number in range(10):
-            Image.new("RGB", (32, 32), (20 * number, 90, 30)).save(folder / "two" / name / f"{number}.png")
-    flags = ("--data.path", "two", "--init_from", "runs/tiny", "--name", "tuned", "--train.adapter", "lora")
+            Image.new("RGB", (32, 32), (20 * number, 90, 30)).save(folder / "tuned-on" / name / f"{number}.png")
+    flags = ("--data.path", "tuned-on", "--init_from", "runs/tiny", "--name", "tuned", "--train.adapter", "lora")
     flags += ("--train.ema_decay", 0.0, "--sampling.guidance_checkpoint", "runs/tiny")
     told = run("train.py", "--config", "tiny.yaml", *flags, "--sampling.guidance_unlabelled", "true", cwd=folder)
     return folder, told.stdout

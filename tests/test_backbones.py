@@ -346,8 +346,8 @@ def test_windows_equal_attention_among_the_tokens_that_share_one(size, shifted):
     x = torch.randn(1, height, width, dim)
     shifts = [window // 2 if shifted and side > window else 0 for side in size]
 
-    q, k, v = attention.qkv(x[0].flatten(0, 1)).chunk(3, dim=-1)
-    q, v = q + attention.q_bias, v + attention.v_bias
+    bias = torch.cat([attention.q_bias, torch.zeros(dim), attention.v_bias])
+    q, k, v = attention.qkv(x[0].flatten(0, 1), bias).chunk(3, dim=-1)
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k, v))
     scale = attention.logit_scale.exp()
     logits = scale * torch.nn.functional.cosine_similarity(q[:, :, None], k[:, None], dim=-1)
