@@ -97,7 +97,7 @@ def test_a_download_that_was_cut_short_is_not_kept(hub_folder, served, monkeypat
         whole(url, path, progress=False)
         Path(path).write_bytes(Path(path).read_bytes()[:-1])
 
-    monkeypatch.setattr(downloads.torch.hub, "download_url_to_file", cut)
+    monkeypatch.setattr("torch.hub.download_url_to_file", cut)
     with pytest.raises(ValueError, match="it was cut short"):
         public_file(Path("DiT-XL-2-256x256"))
     assert [*hub_folder.iterdir()] == []
