@@ -13,7 +13,7 @@ from test_reference_parity import load_fixture
 
 from checkpoints.checkpoint import open_checkpoint
 from evaluation.reproduction import rows
-from metrics import downloads, reference
+from metrics import reference
 from metrics.reference import ReferenceError, read_adm
 from published.public_files import FILES, public_file
 from published.weights import SOURCES
