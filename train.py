@@ -86,7 +86,7 @@ def train(run: Run[ExperimentConfig]) -> None:
         compile_blocks(model)
     model, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
     backbone = accelerator.unwrap_model(model)
-    merged = Merged(backbone)
+    learned = Merged(backbone) if config.train.adapter else backbone  # as averages know it
     ema.shard_like(backbone)
     num_steps = num_training_steps(config.train, len(cache))
     batches = open_batches(run, cache, codec, objective, features)
@@ -126,13 +126,13 @@ def train(run: Run[ExperimentConfig]) -> None:
         norm = run.read(gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads))
         if guard.passes(norm):
             optimizers.step()
-            ema.update(merged, step)
+            ema.update(learned, step)
             run.meter.step(norm, config.optim.grad_clip, config.train.batch_size)
         else:
             run.skip(guard, batches.source_indices(step, run.rollbacks))
         optimizers.zero_grad()
         if is_due(step + 1, config.log.every) or step + 1 == phase.end:
-            run.write_means(lr=lr, ema_drift=ema.drift(merged))
+            run.write_means(lr=lr, ema_drift=ema.drift(learned))
 
     # The end: all is saved, and what was learned is shown.
     run.look(inspection.draw)

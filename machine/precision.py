@@ -30,8 +30,8 @@ def precision_of(accelerator: Accelerator) -> str:
 
 @contextmanager
 def autocasting(device: torch.device, precision: str, *models: nn.Module | None) -> Iterator[None]:
-    """Computes in 'bf16' or 'fp32', without gradients. Autocast keeps the bf16 form of weights
-    from one call of a model to the next if they might have gradients, and makes it anew of those that are frozen."""
+    """Computes in 'bf16' or 'fp32', without gradients. Autocast keeps the bf16 form of weights from one call of a model
+    to the next if they might have gradients, and makes it anew of those that are frozen."""
     if precision != "bf16":  # not every device that has no bf16 has autocast
         with torch.no_grad():
             yield

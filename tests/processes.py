@@ -143,6 +143,16 @@ def unmeasured(folder, name):
     return [{key: value for key, value in event.items() if key not in measured} for event in log(folder, name)]
 
 
+def assert_same_training(folder, name, other):
+    """That two runs have, bit for bit, the same averages, weights and optimizer."""
+    import torch
+
+    for file in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors"):
+        ours, theirs = (weights(folder, each, file=file) for each in (name, other))
+        assert ours.keys() == theirs.keys(), file
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
+
+
 def weights(folder, name, step=4, file="ema.safetensors"):
     with safe_open(folder / "runs" / name / "checkpoints" / f"{step:08d}" / file, "pt") as tensors:
         return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118

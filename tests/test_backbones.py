@@ -15,7 +15,6 @@ from models import BACKBONES, create_model, list_models
 from models.backbone import Backbone, complete
 from models.layers.mlp import Mlp
 from models.layers.modulation import Modulator
-from models.layers.window import WindowAttention, WindowCrossAttention, Windows
 from training.preparation import recompute_blocks
 
 SMALL = {
@@ -333,66 +332,6 @@ def test_bfloat16_autocast_stays_close(name, **variant):
 def test_odd_grids_are_padded_and_cut(skip, size):
     model = wake(small("XSwin", size, skip=skip, window_size=4)).eval()
     assert model(*inputs(size=size)).shape == (3, 8, *size)
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("size", [(5, 7), (8, 8), (3, 3), (4, 10)])
-def test_windows_equal_attention_among_the_tokens_that_share_one(size, shifted):
-    """Token by token, from the definition: who shares a window after the shift, and nobody beyond the grid."""
-    torch.manual_seed(0)
-    window, heads, dim = 4, 2, 16
-    attention = WindowAttention(dim, heads, window, shifted=shifted).eval()
-    height, width = size
-    x = torch.randn(1, height, width, dim)
-    shifts = [window // 2 if shifted and side > window else 0 for side in size]
-
-    bias = torch.cat([attention.q_bias, torch.zeros(dim), attention.v_bias])
-    q, k, v = attention.qkv(x[0].flatten(0, 1), bias).chunk(3, dim=-1)
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k, v))
-    scale = attention.logit_scale.exp()
-    logits = scale * torch.nn.functional.cosine_similarity(q[:, :, None], k[:, None], dim=-1)
-    place = [(row, column) for row in range(height) for column in range(width)]
-    shared = torch.full((len(place), len(place)), -torch.inf)
-    bias = torch.zeros(heads, len(place), len(place))
-    table = attention.position_bias()
-    for i, token in enumerate(place):
-        for j, other in enumerate(place):
-            # floor division: the shift leaves a narrower window at each end, which nothing joins round the edge
-            windows = [[(p - s) // window for p, s in zip(t, shifts, strict=True)] for t in (token, other)]
-            if windows[0] == windows[1]:
-                inside = [[(p - s) % window for p, s in zip(t, shifts, strict=True)] for t in (token, other)]
-                shared[i, j] = 0
-                bias[:, i, j] = table[:, inside[0][0] * window + inside[0][1], inside[1][0] * window + inside[1][1]]
-    expected = attention.proj(((logits + bias + shared).softmax(-1) @ v).transpose(0, 1).flatten(1))
-    with torch.no_grad():
-        assert torch.allclose(attention(x)[0].flatten(0, 1), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(5, 7), (3, 3)])
-def test_cross_attention_never_looks_at_padding(size):
-    torch.manual_seed(0)
-    attention = WindowCrossAttention(16, 2, 4).eval()
-    x, context = torch.randn(1, *size, 16), torch.randn(1, *size, 16)
-    corner = context[:, 4:, 4:] if size == (5, 7) else context  # the last window, mostly padding
-    mine = x[:, 4:, 4:] if size == (5, 7) else x
-    with torch.no_grad():
-        alone = attention.attention(mine.flatten(1, 2), corner.flatten(1, 2)).unflatten(1, mine.shape[1:3])
-        together = attention(x, context)
-    assert torch.allclose(together[:, 4:, 4:] if size == (5, 7) else together, alone, atol=1e-6)
-
-
-@pytest.mark.parametrize("shift", [0, 1, 2])
-@pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 12), (3, 3)])
-def test_merge_undoes_partition(shift, size):
-    windows, x = Windows(*size, 4, shift), torch.randn(2, *size, 3)
-    assert torch.equal(windows.merge(windows.partition(x)), x)
-
-
-def test_shifted_windows_do_not_wrap_round():
-    mask = Windows(8, 8, 4, 2).mask(torch.device("cpu"))
-    assert mask[0].all()  # the first window lies inside the grid
-    assert not mask[-1].all()  # the last holds tokens from both ends
-    assert Windows(4, 4, 4, 2).mask(torch.device("cpu")) is None  # one window: no shift
 
 
 def test_modulator_is_the_identity_at_first():

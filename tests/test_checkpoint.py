@@ -367,26 +367,6 @@ def test_nothing_to_resume(tmp_path):
         to_resume(tmp_path)
 
 
-def test_average_follows_its_formula_parameters_and_buffers():
-    model = torch.nn.BatchNorm1d(2)
-    ema = EMA(model, 0.5)
-    expected, steps = model.running_mean.clone(), torch.tensor([[1.0, 2.0], [3.0, 5.0], [4.0, 4.0]])
-    for step, value in enumerate(steps):
-        model.running_mean.copy_(value)
-        model.num_batches_tracked.fill_(step)
-        ema.update(model, step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * value
-    assert torch.allclose(ema.model.running_mean, expected)
-    assert ema.model.num_batches_tracked == 2
-    assert not ema.model.training
-
-
-def test_average_needs_a_decay_below_one():
-    with pytest.raises(ValueError, match=r"--train.ema_decay 1.0 must lie in"):
-        EMA(torch.nn.Linear(1, 1), 1.0)
-
-
 def test_the_best_is_the_lowest_or_the_highest_as_the_metric_has_it():
     config, score = LogConfig(best="precision", evaluate_every=5), EvaluationConfig(extractor="colors.pt2")
     for name, kept in {"precision": 2, "frechet_distance[colors]": 1, "classifier_score[colors]": 2}.items():

@@ -43,6 +43,26 @@ def test_lengths_that_no_exponent_gives_are_told(sigma_rel):
         gamma_of(sigma_rel)
 
 
+def test_average_follows_its_formula_parameters_and_buffers():
+    model = torch.nn.BatchNorm1d(2)
+    ema = EMA(model, 0.5)
+    expected, steps = model.running_mean.clone(), torch.tensor([[1.0, 2.0], [3.0, 5.0], [4.0, 4.0]])
+    for step, value in enumerate(steps):
+        model.running_mean.copy_(value)
+        model.num_batches_tracked.fill_(step)
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    assert torch.allclose(ema.model.running_mean, expected)
+    assert ema.model.num_batches_tracked == 2
+    assert not ema.model.training
+
+
+def test_average_needs_a_decay_below_one():
+    with pytest.raises(ValueError, match=r"--train.ema_decay 1.0 must lie in"):
+        EMA(torch.nn.Linear(1, 1), 1.0)
+
+
 def test_power_average_is_the_weighted_mean_of_its_definition():
     """Of T steps, step t counts in proportion to t^gamma."""
     model, num_steps = Scalar(), 3000

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from processes import ROOT, TINY, log, run, unmeasured, weights
+from processes import ROOT, TINY, assert_same_training, log, run, unmeasured, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_alignment import edges
 
@@ -46,13 +46,10 @@ def test_weights_move_and_the_average_follows(folder):
 
 
 def test_resumed_equals_uninterrupted_bitwise(folder):
-    straight = weights(folder, "tiny")
     shutil.copytree(folder / "runs" / "tiny", folder / "runs" / "cut")
     shutil.rmtree(folder / "runs" / "cut" / "checkpoints" / "00000004")
     run("train.py", "--resume", "runs/cut", cwd=folder)
-    for file in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors"):
-        straight, resumed = weights(folder, "tiny", file=file), weights(folder, "cut", file=file)
-        assert all(torch.equal(straight[name], resumed[name]) for name in straight), file
+    assert_same_training(folder, "tiny", "cut")
     losses = [[e["loss"] for e in log(folder, name) if "loss" in e] for name in ("tiny", "cut")]
     assert losses[0] == losses[1]
 
@@ -72,9 +69,7 @@ def test_stopping_and_resuming_anywhere_loses_nothing(folder):
     last = run("train.py", "--resume", "runs/stopped", "--train.max_hours", 1, cwd=folder)
     assert "00000002 is damaged: ema.safetensors has another checksum; going back" in last.stdout
     assert unmeasured(folder, "stopped") == unmeasured(folder, "straight")
-    for file in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors"):
-        one, other = weights(folder, "straight", file=file), weights(folder, "stopped", file=file)
-        assert all(torch.equal(one[name], other[name]) for name in one), file
+    assert_same_training(folder, "straight", "stopped")
     assert (folder / "runs" / "stopped" / "loss.png").is_file()
 
 
