@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from models.layers import Tokens
 from models.layers.norm import RMSNorm
 
-FEW_TOKENS = 64  # on CPUs, up to here plain matrix products beat the fused kernel's backward
+FEW_TOKENS = {torch.bfloat16: 256}  # on CPUs, up to here plain products beat the fused kernel's backward; others, 64
 
 
 def attend(
@@ -26,7 +26,7 @@ def attend(
     scale: float | None = None,
 ) -> Float[Tensor, "... n f"]:
     """`softmax(scale * q k^T + bias) v`; `scale` is `1 / sqrt(e)` unless given (Vaswani et al. 2017, eq. 1)."""
-    is_few = q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS
+    is_few = q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS.get(q.dtype, 64)
     if is_few or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):  # fused ones have no such rule
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         logits = (q if factor == 1 else q * factor) @ k.transpose(-2, -1)
