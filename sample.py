@@ -71,9 +71,9 @@ def main(config: SampleConfig) -> None:
     from sampling.pipeline import load
     from sampling.reconstruction import draw_reconstructions
 
-    is_picture = config.reconstruct is not None or config.interpolate is not None
     asked = Path(config.output) if config.output else None
-    check_output(asked, is_picture=is_picture)
+    check(config)
+    check_output(asked, is_picture=config.reconstruct is not None or config.interpolate is not None)
     pipeline = load(config.checkpoint, precision=config.precision, autoencoder=config.autoencoder)
     checkpoint, accelerator = pipeline.checkpoint, pipeline.accelerator
 
@@ -90,8 +90,6 @@ def main(config: SampleConfig) -> None:
         held_out, path = open_split(data_of(checkpoint.config.data, config.data), "test"), output_of("reconstruct")
         draw_reconstructions(generator, checkpoint, held_out, classes, config.num_per_class, config.reconstruct, path)
         return
-    if config.to_seed is not None and config.interpolate is None:
-        raise ValueError(f"--to_seed {config.to_seed}: say how many pictures on the way, with --interpolate")
     if config.interpolate is not None:
         ends = (classes[0], classes[-1]), (config.seed, config.seed if config.to_seed is None else config.to_seed)
         images, path = interpolate(generator, *ends, config.interpolate), output_of("interpolation")
@@ -125,6 +123,22 @@ def main(config: SampleConfig) -> None:
 
 
 PICTURES = (".png", ".pdf")
+WITHOUT_EFFECT = {  # by what is drawn
+    "--reconstruct": ("interpolate", "to_seed", "panel", "stages"),
+    "--interpolate": ("num_per_class", "panel", "stages", "data"),
+    "samples": ("to_seed", "data"),
+}
+
+
+def check(config: SampleConfig) -> None:
+    """What cannot be asked for together."""
+    defaults = SampleConfig(config.checkpoint)
+    drawn = "--reconstruct" if config.reconstruct is not None else "--interpolate" if config.interpolate else "samples"
+    for flag in WITHOUT_EFFECT[drawn]:
+        if getattr(config, flag) != getattr(defaults, flag):
+            remedy = ", or give --interpolate" if (flag, drawn) == ("to_seed", "samples") else ""
+            remedy = ", or give --reconstruct" if flag == "data" else remedy
+            raise ValueError(f"--{flag}: it says nothing of {drawn}; leave it out{remedy}")
 
 
 def check_output(output: Path | None, *, is_picture: bool) -> None:

@@ -155,6 +155,8 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
     for (variant, settings), values in product((ablation.variants or {"": {}}).items(), product(*axes.values())):
         point = dict(zip(axes, values, strict=True))
         title = " ".join(filter(None, [variant, *(_word(key, value) for key, value in point.items())]))
+        if (own := merged({}, {**settings, **point}).get("train", {})) and "seed" in own:
+            raise ValueError(f"variant {title}: train.seed: every variant has the same; name them in grid: seed")
         if not title:
             raise ValueError("variants and grid are empty: there is nothing to compare")
         folder = re.sub(r"[^\w.=+-]+", "-", title).strip("-.")

@@ -74,7 +74,8 @@ class ImageDataset(ImageSet):
         def known(flag: str, asked: Sequence[str]) -> set[str]:
             asked = [composed.get(unicodedata.normalize("NFC", name), name) for name in asked]
             if unknown := sorted({*asked} - {*found}):
-                raise DataError(f"--data.{flag} {unknown[0]}: no such class; there are {abridged(found)}")
+                has = f"there are {abridged(found)}" if found else "these images have none, leave it out"
+                raise DataError(f"--data.{flag} {unknown[0]}: no such class; {has}")
             return {*asked}
 
         excluded = known("exclude_classes", exclude_classes) | ({*found} - known("classes", classes or found))

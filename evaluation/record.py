@@ -84,7 +84,8 @@ def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
                 spreads.setdefault(score.spread, {})[name] = None
     lines = [f"± of {', '.join(names)}: {spread}" for spread, names in spreads.items()]
     name, splits = metric_name("is", extractor.kind, extractor.name), first.settings.get("is", {}).get("splits")
-    if splits and (num := first.num_samples // splits) < ENOUGH_FOR_INCEPTION_SCORE:
+    is_known = name in first.scores and first.scores[name].value is not None
+    if is_known and splits and (num := first.num_samples // splits) < ENOUGH_FOR_INCEPTION_SCORE:
         lines.append(f"{name}: low by the bias of {splits} splits of {num} images; compare equal counts alone")
     return lines
 

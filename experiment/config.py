@@ -366,7 +366,10 @@ class ExperimentConfig(RunConfig):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(guidance_scale=1.5))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    fixed = ("model", "model_args", "data", "alignment.depth", "alignment.kind", "train.adapter", "train.adapter_rank")
+    fixed = (
+        *("model", "model_args", "data", "alignment.depth", "alignment.kind"),
+        *("train.adapter", "train.adapter_rank", "train.ema_profiles"),
+    )
 
     def check(self, prefix: str) -> None:
         if self.train.adapter and self.init_from is None:

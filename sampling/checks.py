@@ -33,9 +33,16 @@ def resolve_sampling(
     asked = overrides.get("sampler", config.sampler) or diffusion.default_sampler
     if asked != (config.sampler or diffusion.default_sampler):
         defaults["sampler_args"] = {}  # which are those of the sampler that is replaced
-    if (asked in diffusion.guided_samplers or not num_guided) and config.guidance_checkpoint is None:
+    guide = overrides.get("guidance_checkpoint", config.guidance_checkpoint)
+    if guide is None and config.guidance_checkpoint:
+        defaults["guidance_unlabelled"] = False  # which is of the guide that is left out
+    if (asked in diffusion.guided_samplers or not num_guided) and guide is None:
         defaults["guidance_scale"] = 1.0
+    if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
+        raise ValueError(f"--sampling.guidance_checkpoint {guide}: give --sampling.guidance_scale too; at 1 it is idle")
     config = replace(config, **defaults | overrides)
+    if config.guidance_unlabelled and config.guidance_checkpoint is None:
+        raise ValueError("--sampling.guidance_unlabelled true: of whom? give --sampling.guidance_checkpoint too")
     sampler, spacing = config.sampler or diffusion.default_sampler, config.spacing or diffusion.default_spacing
     config = replace(config, sampler=sampler, spacing=spacing)
     check_options(config, diffusion)

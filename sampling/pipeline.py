@@ -48,7 +48,7 @@ class Pipeline:
 
     def sample(
         self,
-        classes: Sequence[str | int] = (),
+        classes: Sequence[str | int] | str | int = (),
         num_per_class: int = 4,
         *,
         seed: int = 0,
@@ -63,10 +63,11 @@ class Pipeline:
         return generate(self.generator(classes, num_per_class, seed=seed, **sampling), batch_size=batch_size)
 
     def generator(
-        self, classes: Sequence[str | int] = (), num_per_class: int = 4, *, seed: int = 0, **sampling: Any
+        self, classes: Sequence[str | int] | str | int = (), num_per_class: int = 4, *, seed: int = 0, **sampling: Any
     ) -> Generator:
         """What draws them, image by image, for more than memory holds, several processes, or a look at each step."""
-        labels = torch.tensor(resolve_classes([str(name) for name in classes], self.classes))
+        asked = [classes] if isinstance(classes, str | int) else classes  # a text is a name, not its letters
+        labels = torch.tensor(resolve_classes([str(name) for name in asked], self.classes))
         labels, checkpoint = labels.repeat_interleave(num_per_class), self.checkpoint
         settings = resolve_sampling(checkpoint.config.sampling, self.diffusion, checkpoint.num_guided, **sampling)
         return generator_of(checkpoint, settings, self.codec, labels, seed, self.accelerator, model=self.model)

@@ -152,7 +152,8 @@ def build_page(studio, listening: Counter[str]) -> Any:
                 with gr.Row():
                     seed = gr.Textbox("0", label="Seed", max_lines=1, min_width=90, scale=1)
                     number = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", min_width=140, scale=2)
-                guidance = gr.Slider(0, 10, as_trained[2], step=0.1, label="Guidance")
+                guided = first.num_guided > 0
+                guidance = gr.Slider(0, 10, as_trained[2], step=0.1, label="Guidance", visible=guided)
                 with gr.Row():
                     sampler = gr.Dropdown(samplers, value=as_trained[0], label="Sampler", min_width=140)
                     steps = gr.Slider(1, MOST_STEPS, as_trained[1], step=1, label="Steps", min_width=140)
@@ -296,7 +297,7 @@ def follow(studio, runs: list[str], of_class: str) -> list[Any]:
         gr.Dropdown(classes, value=None, visible=bool(classes)),
         gr.Dropdown(samplers_for(checkpoint), value=sampler),
         gr.Slider(value=steps),
-        gr.Slider(value=guidance, visible=bool(classes)),
+        gr.Slider(value=guidance, visible=checkpoint.num_guided > 0),
         gr.Slider(value=1, visible=studio.draws_at_once(runs[0])),
     ]
 

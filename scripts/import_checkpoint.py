@@ -123,12 +123,15 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
         sampling = replace(sampling, guidance_scale=1.7)
     if public:
         public.check(config.weights.name, name, factor * height)
+    image_size = config.image_size or factor * height
+    if config.data.image_size not in (DataConfig().image_size, image_size):
+        raise ValueError(f"--data.image_size {config.data.image_size}: give it as --image_size, which is {image_size}")
     experiment = ExperimentConfig(
         model=spec.name,
         model_args=spec.args,
         autoencoder=config.autoencoder,
         name=config.output.name,
-        data=replace(config.data, image_size=config.image_size or factor * height),
+        data=replace(config.data, image_size=image_size),
         diffusion=diffusion,
         sampling=sampling,
     )

@@ -61,6 +61,9 @@ def main(config: RecogniseConfig) -> None:
             f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
             f"run up to {labels.max()}; give the images that the model was trained on"
         )
+    if config.samples and (side := config.data.image_size) != samples.shape[-1]:
+        size = samples.shape[-1]
+        raise ValueError(f"--samples {config.samples}: {size} pixels wide, not {side}; give --data.image_size {size}")
 
     def read(dataset):
         return torch.cat([batch.images for batch in image_batches(dataset, 256)])

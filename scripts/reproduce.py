@@ -34,7 +34,7 @@ class ReproduceConfig:
         table: its name in docs/results.yaml; the flag's name may be left out; null lists all
         files: where the data lie that the commands name, such as '{caltech101.zip: /data/photos.zip}'; by default here
         only: 'plan' shows the commands; 'check' compares what earlier ones left; null does it all
-        output: its folder; by default runs/reproduce/TABLE. What is done there is not done again
+        output: its folder; by default runs/reproduce/TABLE. What is done there, on the same files, is not done again
     """
 
     table: str | None = None
@@ -73,6 +73,8 @@ def main(config: ReproduceConfig) -> int:
                 )
         with Lock(folder / "lock"):
             run(table, {name: str(Path(path).resolve()) for name, path in needed.items()}, folder)
+    elif not (folder / "journal.json").is_file():
+        raise ValueError(f"--only check: nothing has been run in {folder}; leave it out, or give --output")
     if not table.figures:
         print(f"nothing to compare by number; what came out is in {folder}")
         return 0
@@ -92,14 +94,16 @@ def listed(tables: dict[str, Table]) -> str:
 
 def run(table: Table, files: dict[str, str], folder: Path) -> None:
     """The commands, but for those that ended well before; a SystemExit where one fails or is stopped."""
+    from checkpoints.checkpoint import current_commit
+
     folder.mkdir(parents=True, exist_ok=True)
-    journal, output = folder / "done.json", folder / "output.txt"
-    done = json.loads(journal.read_text()) if journal.is_file() else []
+    journal, output = folder / "journal.json", folder / "output.txt"
+    done = json.loads(journal.read_text()) if journal.is_file() else {}  # commits, by commands on these files
     for command in table.commands:
-        if command in done:
-            print(f"done before: {command}")
-            continue
         words = arguments(command, files)
+        if (line := shlex.join(words)) in done:
+            print(f"done before, at commit {done[line][:9] or 'unknown'}: {command}")
+            continue
         if words[1].endswith("/train.py") and "--resume" not in words:
             words += ["--resume", "auto"]  # or begin
         print(f"{command}\n    in {folder}; its words go to {output.name}", flush=True)
@@ -112,7 +116,7 @@ def run(table: Table, files: dict[str, str], folder: Path) -> None:
             print(f"ended with status {status}: {last}\nthe same command goes on", file=sys.stderr)
             raise SystemExit(status)
         print(f"    {time.time() - began:.0f} s", flush=True)
-        done.append(command)
+        done[line] = current_commit()
         write_whole(journal, json.dumps(done, indent=2) + "\n")
 
 

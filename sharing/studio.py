@@ -146,7 +146,7 @@ class Studio:
             "to_seed": request.to_seed,
             "sampler": request.sampler,
             "num_steps": request.num_steps,
-            "guidance_scale": f"{request.guidance_scale:g}" if classes else None,
+            "guidance_scale": request.guidance_scale if checkpoint.num_guided else None,
             "precision": None if self.precision == "auto" else self.precision,
             "autoencoder": self.autoencoder,
             "output": output,

@@ -117,6 +117,8 @@ def planned(path):
         ("variants: {a: {}}\npictures: {classes: [strr]}", "variant a: --classes strr: no such class"),
         ("variants: {a: {}}\nbaseline: b", "baseline b: no such variant; there are a"),
         ("variants: {}", "variants and grid are empty"),
+        ("variants: {a: {train.seed: 1}, b: {}}", "variant a: train.seed: every variant has the same; .* grid: seed"),
+        ("variants: {a: {}}\ngrid: {train.seed: [1, 2]}", "variant a seed=1: train.seed: every variant has the same"),
         (
             "variants: {a: {}}\ngrid: {optim.lr: [1, 2]}\nbaseline: b",
             "baseline b: no such variant; there are a lr=1, a lr=2",

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from processes import ROOT, environment_of, run, script
 
 from experiment.cli import parse
-from sharing.studio import Studio, find_runs, spelled
+from sharing.studio import Request, Studio, find_runs, spelled
 
 gradio_client = pytest.importorskip("gradio_client", reason="the page is an extra: pip install -e '.[demo]'")
 pytestmark = [
@@ -121,6 +122,17 @@ def test_two_checkpoints_side_by_side_and_back_through_the_steps(client):
     for early, late in zip(before, pictures, strict=True):
         assert pixels(early).shape == pixels(late).shape
         assert not np.array_equal(pixels(early), pixels(late))
+
+
+def test_without_a_null_label_neither_the_picture_nor_its_command_is_guided(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    studio = Studio(["runs/tiny"])
+    checkpoint, request = studio.checkpoints["runs/tiny"], Request("runs/tiny", "star", 0, 1, "ddpm", 4, 3.0)
+    assert "--guidance_scale 3.0 " in studio.command(request)
+    config = replace(checkpoint.config, train=replace(checkpoint.config.train, label_dropout=0.0))
+    studio.checkpoints["runs/tiny"] = replace(checkpoint, config=config)
+    assert studio.generator(request).sampling.guidance_scale == 1.0
+    assert "guidance" not in studio.command(request)
 
 
 @pytest.mark.parametrize("to_class", ["ring", None])

@@ -169,6 +169,21 @@ def test_without_a_trained_null_label_nothing_is_guided():
         resolve_sampling(config.sampling, diffusion, config.guided_classes(7), guidance_scale=2.0)
 
 
+def test_a_guide_that_a_command_names_guides():
+    """Also a model that has no labels, which nothing guides else; and what would not is refused."""
+    diffusion, config = build_diffusion(DiffusionConfig()), ExperimentConfig().sampling
+    guide = {"guidance_checkpoint": "runs/guide", "guidance_unlabelled": True}
+    for num_guided in (0, 7):
+        assert resolve_sampling(config, diffusion, num_guided, **guide).guidance_scale == config.guidance_scale > 1
+    assert resolve_sampling(config, diffusion, 7, **guide, guidance_scale=1.0).guidance_scale == 1.0  # of a sweep
+    guided = replace(config, **guide)
+    assert resolve_sampling(guided, diffusion, 0, guidance_checkpoint=None) == resolve_sampling(config, diffusion, 0)
+    with pytest.raises(ValueError, match=r"--sampling.guidance_checkpoint runs/guide: give --sampling.guidance_scale"):
+        resolve_sampling(SamplingConfig(), diffusion, 7, **guide)
+    with pytest.raises(ValueError, match=r"--sampling.guidance_unlabelled true: .*--sampling.guidance_checkpoint too"):
+        resolve_sampling(config, diffusion, 7, guidance_unlabelled=True)
+
+
 def test_an_argument_of_another_sampler_is_refused_and_goes_with_its_sampler():
     diffusion, config = build_diffusion(DiffusionConfig()), SamplingConfig(sampler="ddim", sampler_args={"eta": 0.5})
     assert resolve_sampling(config, diffusion, 10).sampler_args == {"eta": 0.5}

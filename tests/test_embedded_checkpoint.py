@@ -44,6 +44,8 @@ def test_from_python_it_draws_what_the_command_draws(tmp_path):
     pipeline = load("embedded")
     drawn, images = pipeline.sample(["sunflower", 2], num_per_class=1), np.load(tmp_path / "a.npz")["arr_0"]
     assert np.array_equal(drawn.permute(0, 2, 3, 1).numpy(), images)
+    for alone in ("10", 10, pipeline.classes[10]):  # a text is one class, not one for each letter
+        assert pipeline.generator(alone, num_per_class=1).labels.tolist() == [10]
     for classes, settings, words in [
         (["sunflwer"], {}, "did you mean sunflower"),
         ([], {"steps": 3}, "steps: unknown"),

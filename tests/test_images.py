@@ -127,6 +127,8 @@ def mistake(tree, kind):
         for name in ("cat", "dog", "emu"):
             shutil.rmtree(tree / name)
         return tree, {"group_near_duplicates": kind == "grouped"}
+    if kind == "no classes":
+        return tree / "cat", {"classes": ["yak"]}
     return tree, {"exclude_classes": ["yak"]} if kind == "unknown class" else {"classes": ["cat", "yak"]}
 
 
@@ -142,6 +144,7 @@ def mistake(tree, kind):
         ("single", r"class 'fox' has one image.*--data.exclude_classes '\[fox\]'"),
         ("unknown class", r"--data.exclude_classes yak: no such class; there are cat, dog, emu"),
         ("unknown class to keep", r"--data.classes yak: no such class; there are cat, dog, emu"),
+        ("no classes", r"--data.classes yak: no such class; these images have none, leave it out"),
     ],
 )
 def test_mistakes_are_told_in_words(tree, kind, message):

@@ -12,7 +12,7 @@ from test_reference_parity import SOURCES, load_fixture, relative_error
 from checkpoints.checkpoint import open_checkpoint
 from diffusion import sample
 from diffusion.paths import Flow
-from experiment.config import SamplingFlags
+from experiment.config import DataConfig, SamplingFlags
 from published.training_files import read_weights
 from published.weights import arguments_of, load_reference, row_of
 
@@ -271,3 +271,12 @@ def test_imported_weights_are_sampled_from_by_the_usual_command(tmp_path):
     sampling = SamplingFlags(num_steps=2)
     SAMPLE.main(SAMPLE.SampleConfig(checkpoint=str(checkpoint.run), num_per_class=1, sampling=sampling))
     assert (tmp_path / "imported" / "samples.png").is_file()
+
+
+def test_a_size_of_images_that_the_latents_do_not_have_is_refused(tmp_path):
+    weights = load_fixture("dit")[1]
+    with pytest.raises(ValueError, match=r"--data.image_size 128: give it as --image_size, which is 64"):
+        import_weights(tmp_path, weights, "dit", data=DataConfig(image_size=128))
+    checkpoint = import_weights(tmp_path, weights, "dit", image_size=128)
+    with pytest.raises(ValueError, match=r"--autoencoder: of images of 128x128 its latents are 4x16x16, and .* 4x8x8;"):
+        SAMPLE.main(SAMPLE.SampleConfig(checkpoint=str(checkpoint.run)))

@@ -113,6 +113,7 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
         ((), "nothing to do: give --samples NPZ, or --classifier FILE or --output JSON"),
         (("--samples", "tiny.yaml"), "--samples tiny.yaml: not an npz that sample.py wrote"),
         (("--samples", "half.npz", "--data.use_labels", "false"), "--data.path shapes: its classes are none"),
+        (("--samples", "half.npz"), "--samples half.npz: 8 pixels wide, not 64; give --data.image_size 8"),
     ],
 )
 def test_what_cannot_be_recognised_is_told(folder, arguments, message):

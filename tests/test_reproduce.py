@@ -127,13 +127,25 @@ def test_it_runs_a_table_once_and_compares(folder, capfd):
     assert "1.52" in capfd.readouterr().out
     assert reproduce(table="mine") == 0
     said = capfd.readouterr().out
-    assert said.count("done before") == 2
+    assert said.count("done before, at commit ") == 2
     assert "NO" not in said
     replace(folder / "results.md", "1.50 ±", "1.40 ±")
     assert reproduce(table="mine", only="check") == 1
     assert re.search(r"first, a, score +\| 1.4 +\| 1.52 +\| 0.05 +\| NO", capfd.readouterr().out)
     (folder / "runs/reproduce/mine/out.json").unlink()
     assert reproduce(table="mine", only="check") == 1
+
+
+def test_nothing_is_compared_before_anything_was_run(folder):
+    with pytest.raises(ValueError, match=r"--only check: nothing has been run in runs/reproduce/mine; leave it out"):
+        reproduce(table="mine", only="check")
+
+
+def test_what_was_done_on_other_files_is_done_again(folder, capfd):
+    assert reproduce(table="mine") == 0
+    (folder / "other.zip").touch()
+    assert reproduce(table="mine", files={"images.zip": "other.zip"}) == 0
+    assert capfd.readouterr().out.count("done before") == 1  # the command that reads no file
 
 
 def test_what_fails_ends_it_and_the_rest_waits(folder, capfd):

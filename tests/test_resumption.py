@@ -55,6 +55,7 @@ def asked(checkpoint, kind, *flags):
         ("diffusion", "diffusion.num_timesteps", "500"),
         ("diffusion", "diffusion.kind", "edm"),
         ("diffusion", "optim.muon_lr", "0.1"),
+        ("diffusion", "train.ema_profiles", "[0.1]"),
         ("autoencoder", "architecture.latent_channels", "8"),
         ("autoencoder", "data.image_size", "32"),
     ],

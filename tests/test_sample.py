@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
-from processes import log, run
+from processes import log, run, script
+
+from experiment.config import DataConfig
 
 
 def test_same_seed_same_images_whatever_batch_and_processes(folder):
@@ -67,6 +69,22 @@ def test_grid_folder_and_panel(folder):
         f"images/{name}/{number:06d}.png"
         for name, number in zip(["star", "star", "triangle", "triangle"], range(4), strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"reconstruct": 0.5, "interpolate": 3}, "--interpolate: it says nothing of --reconstruct; leave it out$"),
+        ({"reconstruct": 0.5, "panel": 2}, "--panel: it says nothing of --reconstruct"),
+        ({"interpolate": 3, "num_per_class": 9}, "--num_per_class: it says nothing of --interpolate"),
+        ({"to_seed": 3}, "--to_seed: it says nothing of samples; leave it out, or give --interpolate$"),
+        ({"data": DataConfig("images")}, "--data: it says nothing of samples; leave it out, or give --reconstruct$"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(settings, words):
+    sample = script("sample.py")
+    with pytest.raises(ValueError, match=words):
+        sample.main(sample.SampleConfig("runs/none", **settings))
 
 
 def test_unconditional_images_train_and_sample(folder):

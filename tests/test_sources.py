@@ -252,6 +252,8 @@ def test_a_spread_is_named_for_what_it_is(thumbnail):
     ]
     trials = notes([summarise(Source("run", 60, iter, {}), [scores, scores])], extractor)
     assert "kernel_distance[thumbnail]: standard deviation over 2 trials" in trials[0]
+    too_few = compare(Features.of(x[:1], x[:1]), reference, extractor, metrics=["is"])
+    assert notes([summarise(Source("run", 1, iter, {}), [too_few])], extractor) == []
 
 
 def test_a_checkpoints_images_may_have_moved_and_are_no_others():
