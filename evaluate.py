@@ -129,8 +129,8 @@ def main(config: EvaluateConfig) -> None:
     # What samples are held against, held-out images or a file; and the sources, one a row, each a list of trials. All
     # are opened before anything is computed.
     data = data_of(checkpoint.config.data, config.data) if checkpoint else config.data
-    held_out = None if config.reference else open_split(data, "test")
-    looked_at = held_out or (open_split(data, "test") if config.memorisation else None)
+    held_out = None if config.reference else open_split(data, "test", accelerator)
+    looked_at = held_out or (open_split(data, "test", accelerator) if config.memorisation else None)
     if checkpoint and looked_at is not None and "test" in checkpoint.identity:
         checkpoint.check_identity(test=looked_at.describe())
     size = (data.image_size, data.image_size)
@@ -160,7 +160,7 @@ def main(config: EvaluateConfig) -> None:
 
     def alike(split: str, name: str, flag: str) -> tuple[sources.Source, torch.Tensor]:
         """As many images of the same classes: a Fréchet distance depends on both."""
-        return sources.like(first, open_split(data, split), name, flag, evaluation.seed)
+        return sources.like(first, open_split(data, split, accelerator), name, flag, evaluation.seed)
 
     metrics = [evaluation.metrics] * num_drawn  # of each row
     if config.baselines:
@@ -213,13 +213,13 @@ def main(config: EvaluateConfig) -> None:
             "planted_copies_closer": nearest.copies,
             "planted_copies_found": nearest.found,
         }
+    if not accelerator.is_main_process:
+        return None
     if held_out is not None and labels is not None:
         distances = class_distances(replace(features, labels=labels), reference.features)
         extra["per_class"] = {held_out.classes[label]: asdict(score) for label, score in distances.items()}
 
     # In words, as a file that cannot be written would else take hours of scoring along.
-    if not accelerator.is_main_process:
-        return None
     swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
     columns = [*dict.fromkeys([*record.SWEPT, *swept])] if num_drawn > 1 else []
     on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"

@@ -87,7 +87,8 @@ def main(config: SampleConfig) -> None:
     stages = StagesPanel(pipeline.diffusion) if config.stages else None
     generator = replace(generator, callback=panel, on_stage=stages)
     if config.reconstruct is not None:
-        held_out, path = open_split(data_of(checkpoint.config.data, config.data), "test"), output_of("reconstruct")
+        held_out = open_split(data_of(checkpoint.config.data, config.data), "test", accelerator)
+        path = output_of("reconstruct")
         draw_reconstructions(generator, checkpoint, held_out, classes, config.num_per_class, config.reconstruct, path)
         return
     if config.interpolate is not None:

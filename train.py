@@ -57,7 +57,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     diffusion = build_diffusion(config.diffusion)
     lower_is_best = check_best(config.log, config.evaluation)
     codec = create_codec(config.autoencoder).to(accelerator.device)
-    images, held_out_images = open_split(config.data, "train"), open_split(config.data, "test")
+    images, held_out_images = (open_split(config.data, split, accelerator) for split in ("train", "test"))
     run.check_identity(codec=codec.provenance, train=images.describe(), test=held_out_images.describe())
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     num_guided = config.guided_classes(spec.num_classes)

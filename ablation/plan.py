@@ -242,7 +242,7 @@ def prepare(plan: list[Planned], accelerator: Accelerator) -> None:
     for data, name in {repr((c.data, c.autoencoder)): (c.data, c.autoencoder) for c in configs}.values():
         codec = create_codec(name).to(accelerator.device)
         for split, flips in (("train", data.flip), ("test", False)):
-            open_cache(data, codec, open_split(data, split), accelerator, flips=flips)
+            open_cache(data, codec, open_split(data, split, accelerator), accelerator, flips=flips)
     for data, scoring in {repr((c.data, c.evaluation)): (c.data, c.evaluation) for c in configs}.values():
         open_scorer(data, accelerator, scoring)
 

@@ -6,6 +6,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -66,23 +67,24 @@ class ImageBatches:
         return torch.randn(self.batch_size, *shape, generator=draw, device=device)[self.rank :: self.num_ranks]
 
 
-def open_batches(config: AutoencodingConfig, rank: int, num_ranks: int) -> ImageBatches:
+def open_batches(config: AutoencodingConfig, accelerator: Accelerator) -> ImageBatches:
     """The training images, joined by procedural shapes where a share of them is asked for."""
     batch_size = config.train.batch_size
     num_shapes = round(config.shapes_share * batch_size)
     if num_shapes == batch_size:
         raise ValueError(f"--shapes_share {config.shapes_share}: leaves no images in a batch of {batch_size}")
-    sources: list[Any] = [open_split(config.data, "train")]
+    sources: list[Any] = [open_split(config.data, "train", accelerator)]
     if num_shapes:
         sources.append(ConcatDataset(list(open_shapes(config, "train").values())))
     sizes = [batch_size - num_shapes, num_shapes][: len(sources)]
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
     return ImageBatches(sources, sizes, config.train.seed, rank, num_ranks, config.train.num_workers)
 
 
-def open_held_out(config: AutoencodingConfig) -> dict[str, Any]:
+def open_held_out(config: AutoencodingConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Images to measure on, by name: the test split, and shapes of each difficulty where they were trained on."""
     shapes = open_shapes(config, "test") if config.shapes_share else {}
-    return {"images": open_split(config.data, "test"), **shapes}
+    return {"images": open_split(config.data, "test", accelerator), **shapes}
 
 
 def open_shapes(config: AutoencodingConfig, split: str) -> dict[str, Dataset]:

@@ -168,7 +168,8 @@ def measure_autoencoders(
     distance = open_distance(*perceptual, accelerator.device)
     scorer, reference = open_scorer(data, accelerator, evaluation)
     extractor = scorer.extractor
-    images = from_dataset(open_split(data, "test"), "held-out images", evaluation.num_samples, evaluation.seed)
+    held_out = open_split(data, "test", accelerator)
+    images = from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)
     batch = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
 
     asked = [name for name in evaluation.metrics if not METRICS[name].teaches]

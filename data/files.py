@@ -3,15 +3,19 @@
 import hashlib
 import os
 import stat
+import time
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from data.layout import DataError
 from data.pixels import SUFFIXES
 
 MOST_BYTES = 2**30  # of one file
+KEPT, LONG = "latent-diffusion-backbones/hashes", 2.0  # of folders, below the user's cache, that took so many seconds
+SETTLED = 10 * 10**9  # nanoseconds since the last change, more than any file system's grain
 
 
 class Folder:
@@ -52,6 +56,19 @@ class Folder:
             raise OSError("it is no regular file")
         _check_size(status.st_size)
         return path.read_bytes()
+
+    def stamp(self, names: Sequence[str]) -> str | None:
+        """Differs where any of these files does, as sizes and times tell; None where one is missing, or so new that it
+        may change again at the same time."""
+        digest, newest = hashlib.sha256(str(self.path.resolve()).encode()), 0
+        for name in names:
+            try:
+                status = (self.path / name).stat()
+            except OSError:
+                return None
+            digest.update(f"{name}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}\n".encode())
+            newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
+        return digest.hexdigest() if newest < time.time_ns() - SETTLED else None
 
     def checksum(self, name: str) -> tuple[int, int]:
         """Size and CRC; a file that cannot be read counts as empty, and is told of where it is used."""
@@ -106,12 +123,25 @@ def _plain(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def content_hash(files: Folder | Zip, names: Iterable[str]) -> str:
-    """Of these files: the same for a folder and for a zip of it."""
-    digest = hashlib.sha256()
+def content_hash(files: Folder | Zip, names: Sequence[str]) -> str:
+    """Of these files: the same for a folder and for a zip of it. What of a folder took long is kept, and taken again as
+    long as no file has another size or time."""
+    stamp, began = files.stamp(names) if isinstance(files, Folder) else None, time.monotonic()
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", KEPT, stamp) if stamp else None
+    if kept:
+        with suppress(OSError):
+            return kept.read_text()
+    digest, is_read = hashlib.sha256(), True
     for name in names:
         num_bytes, checksum = files.checksum(name)
         digest.update(f"{name}:{num_bytes}:{checksum:08x}\n".encode())
+        is_read &= num_bytes > 0
+    if kept and is_read and time.monotonic() - began > LONG:
+        with suppress(OSError):  # where nothing can be kept it takes long again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(digest.hexdigest())
+            partial.replace(kept)
     return digest.hexdigest()
 
 

@@ -157,7 +157,7 @@ class ImageDataset(ImageSet):
         return True
 
     def _near_duplicates(self, names: Iterable[str], on_error: str) -> dict[str, str]:
-        key = content_hash(self.source, names)
+        key = content_hash(self.source, list(names))
         if key not in _NEAR_DUPLICATES:
             readable = [name for name in names if on_error == "stop" or self._is_readable(name)]
             _NEAR_DUPLICATES[key] = near_duplicates(readable, lambda name: self._of_image(name, to_rgb))

@@ -77,10 +77,10 @@ def build_cache(
     batch_size: int = 128,
     rank: int = 0,
     num_ranks: int = 1,
-    progress: bool = True,
+    wait: Callable[[], object] = lambda: None,
 ) -> None:
     """Encode a dataset into `folder`; shards that are there already are kept. They are dealt out over `num_ranks`
-    processes, and whoever finds all present writes the manifest, which `provenance` joins."""
+    processes, which `wait` for each other; then the first one writes the manifest, which `provenance` joins."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), IMAGES_PER_SHARD)
     names = [f"shard-{number:05d}.safetensors" for number in range(len(starts))]
@@ -91,7 +91,7 @@ def build_cache(
         total=sum(min(IMAGES_PER_SHARD, len(dataset) - start) for start, _ in missing),
         desc="encoding images",
         unit="img",
-        disable=not progress or not missing,
+        disable=rank > 0 or not missing,
     ) as bar:
         for start, path in missing:
             part = slice(start, min(start + IMAGES_PER_SHARD, len(dataset)))
@@ -107,7 +107,13 @@ def build_cache(
                 "source_indices": dataset.source_indices[part].clone(),
             }
             _write(path, lambda partial, shard=shard: save_file(shard, partial, metadata={"sha256": _checksum(shard)}))
-    if all((folder / name).exists() for name in names):
+    wait()
+    if rank == 0:
+        if absent := [name for name in names if not (folder / name).exists()]:
+            raise DataError(
+                f"--data.cache {folder}: {absent[0]}, which another process wrote, is not here; give a folder that all "
+                "processes share, or encode with one process on each machine first"
+            )
         manifest = {"format": FORMAT, **provenance, **dataset.describe(), "flips": flips, "shards": names}
         text = json.dumps(manifest, indent=2) + "\n"
         _write(folder / "manifest.json", lambda partial: partial.write_text(text))

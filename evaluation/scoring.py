@@ -59,7 +59,7 @@ class Memorisation:
 
 
 class Scorer:
-    """Sources of images to features and scores, on every process; the work is shared by all of them."""
+    """Sources of images to features, by all processes, and to scores, by the main one for all."""
 
     def __init__(self, evaluation: EvaluationConfig, accelerator: Accelerator) -> None:
         check_metrics(evaluation.metrics)
@@ -82,7 +82,7 @@ class Scorer:
     def reference(self, data: DataConfig, split: str = "test", codec: Codec | None = None) -> Reference:
         """Features of a split, or of what a codec makes of it, computed once and kept in the cache folder. Where
         metrics ask for classes, held-out images have a probe of the training images beside them."""
-        dataset = open_split(data, split)
+        dataset = open_split(data, split, self.accelerator)
         for words in left_out(dataset):
             self.accelerator.print(f"{split} images: {words}")
         key = {
@@ -103,7 +103,8 @@ class Scorer:
         features = load_features(path, key)
         if split == "test" and "labelled" in key["needs"] and dataset.classes:
             train: Any = self.reference(data, "train").features
-            features = replace(features, probe=fit_probe(train.features, train.labels, len(dataset.classes)))
+            probe = from_main(self.accelerator, lambda: fit_probe(train.features, train.labels, len(dataset.classes)))
+            features = replace(features, probe=probe)
         return Reference(features, {**key, "features": path.name}, dataset.classes)
 
     def npz_reference(self, path: str, moments: Features | None, images: UInt8[Tensor, "n 3 h w"] | None) -> Reference:
@@ -121,19 +122,23 @@ class Scorer:
     ) -> tuple[Scores, Features]:
         """Scores of a source against a reference, and the features that they came from. Beside the Fréchet distance
         stands that of half the images: mean and half the difference of two halves."""
-        metrics, extractor = metrics or self.evaluation.metrics, self.extractor
+        metrics = metrics or self.evaluation.metrics
         features = self.extract(source)
         if "labelled" in needs_of(metrics) and features.labels is not None and reference.classes:
             names = source.classes, reference.classes
             same = by_name(features.labels, *names, "--metrics agreement") if source.classes else None
             features = replace(features, labels=same)
+        return from_main(self.accelerator, lambda: self._scores(features, reference, metrics)), features
+
+    def _scores(self, features: Features, reference: Reference, metrics: Sequence[str]) -> Scores:
+        extractor = self.extractor
         scores = compare(features, reference.features, extractor, metrics=metrics, seed=self.evaluation.seed)
         if "fid" in metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:
             first, second = (frechet_distance(half, reference.features.moments) for half in features.halves)
             scores.scores[f"{metric_name('fid', extractor.kind, extractor.name)}, halves"] = Score(
                 (first + second) / 2, abs(first - second) / 2, spread="half the difference of two random halves"
             )
-        return scores, features
+        return scores
 
     def memorisation(
         self,
@@ -150,8 +155,9 @@ class Scorer:
         train: Any = self.reference(data, "train", codec).features.features
 
         def nearest_to(features: Features) -> tuple[Tensor, Tensor]:
-            assert features.features is not None
-            return nearest(features.features, train)
+            device, mine = self.extractor.device, features.features
+            assert mine is not None
+            return from_main(self.accelerator, lambda: nearest(mine.to(device), train.to(device)))
 
         def through_codec(source: Source) -> Features:
             return self.extract(reconstructions(source, codec, self.accelerator.device, seed=self.evaluation.seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -56,10 +57,11 @@ def data_of(trained_on: DataConfig, asked: DataConfig) -> DataConfig:
     return replace(trained_on, **changed)
 
 
-def open_split(config: DataConfig, split: str):
-    """The training or test split of the configured images."""
+def open_split(config: DataConfig, split: str, accelerator: Accelerator | None = None) -> Any:
+    """The training or test split of the configured images; with an accelerator its main process looks for all."""
     settings = {name: value for name, value in vars(config).items() if name not in ("path", "cache", "flip")}
-    return open_dataset(config.path, split=split, **settings)
+    look = partial(open_dataset, config.path, split=split, **settings)
+    return from_main(accelerator, look) if accelerator else look()
 
 
 def open_cache(
@@ -78,7 +80,7 @@ def open_cache(
             batch_size=128,
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
-            progress=accelerator.is_main_process,
+            wait=accelerator.wait_for_everyone,
         )
         accelerator.wait_for_everyone()
     return LatentCache(folder, expected)

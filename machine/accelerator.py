@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     broadcast_object_list,
     parse_flag_from_env,
 )
@@ -20,6 +22,7 @@ from machine.precision import MIXED, choose_precision, has_bf16, precision_of, w
 from machine.threads import deal_out_cores, start_waiting
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # while one process encodes its share, or scores for all; NCCL's own is ten minutes
 
 
 def open_accelerator(
@@ -29,11 +32,15 @@ def open_accelerator(
     is. The launcher decides where to compute, and nothing else. `flag` is what the command calls its precision;
     `in_parts` trains parts of the model at a time."""
     device = default_device()
+    # Buffers that change are batch norms', which agree by themselves where they are synchronised (`share_batch_norms`).
+    ddp = DistributedDataParallelKwargs(
+        find_unused_parameters=in_parts, broadcast_buffers=device.type != "cuda", gradient_as_bucket_view=True
+    )
     accelerator = Accelerator(
         mixed_precision=MIXED[choose_precision(precision, device)],
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accumulation),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=in_parts)],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=PATIENCE)],
         **options,
     )
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin is not None:

@@ -12,6 +12,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from metrics.features import Extractor, Features
 from metrics.frechet import frechet_distance, moments_of
+from metrics.pixelwise import exact
 from metrics.scores import DEFAULT, METRICS, MISSING, Score, check_metrics, metric_name, too_few
 
 
@@ -38,8 +39,9 @@ def compare(
             continue
         call = metric.compute, metric.needs  # some compute several scores at once
         if call not in answers:
-            exact = [one.double() for one in inputs] if metric.needs == "features" else inputs
-            answers[call] = metric.call(exact, seed)
+            if metric.needs == "features":
+                inputs = [exact(one.to(extractor.device)) for one in inputs]
+            answers[call] = metric.call(inputs, seed)
         answer, settings[name] = answers[call]
         scores[printed] = metric.checked(answer[name] if isinstance(answer, dict) else answer)
     return Scores(scores, samples.num, settings)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from metrics.pixelwise import exact
 from metrics.scores import Score, too_few
 
 ROWS = 1024  # of a matrix of distances held at a time
@@ -30,7 +31,7 @@ def count_neighbours(
     radii = dict(zip(reach, neighbour_distances(reference, reach), strict=True))
     has_manifolds, has_balls = min(num, num_reference) > neighbourhood, density_neighbourhood in radii
     sample_radius = neighbour_distances(samples, [neighbourhood])[0] if has_manifolds else samples.new_zeros(num)
-    inside, precise, balls = 0, 0, torch.zeros(2, num_reference, dtype=torch.bool)
+    inside, precise, balls = 0, 0, torch.zeros(2, num_reference, dtype=torch.bool, device=reference.device)
     for start, distances in zip(range(0, num, ROWS), _rows(samples, reference), strict=True):
         if has_manifolds:
             precise += int((distances <= radii[neighbourhood]).any(dim=1).sum())
@@ -58,7 +59,7 @@ def neighbour_distances(x: Float[Tensor, "n d"], ks: list[int]) -> list[Float[Te
 def nearest(x: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " n"], Int64[Tensor, " n"]]:
     """Distance to, and index of, the nearest of `others`."""
     least = [rows.min(dim=1) for rows in _rows(x, others)]
-    return torch.cat([part.values for part in least]), torch.cat([part.indices for part in least])
+    return torch.cat([part.values for part in least]).cpu(), torch.cat([part.indices for part in least]).cpu()
 
 
 def share_of_pairs_closer(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
@@ -71,6 +72,6 @@ def share_of_pairs_closer(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> flo
 
 def _rows(x: Tensor, y: Tensor) -> Iterator[Tensor]:
     """The matrix of Euclidean distances, some rows at a time, in float64."""
-    y = y.double()
-    for part in x.double().split(ROWS):
+    y = exact(y)
+    for part in exact(x).split(ROWS):
         yield torch.cdist(part, y)

@@ -42,8 +42,8 @@ class Metric:
             the scores of several metrics by name, which it is then called for once; or where it lies, as
             "module:function". Its keyword arguments are recorded; one called `seed` is given the evaluation's
         better: "lower" or "higher"
-        needs: "features" (float64 [n d], an extractor's), "logits" (the classes' [n k]; their softmax are
-            probabilities), "images" (uint8 [n 3 h w]; all are kept in memory), "moments" or "spatial"
+        needs: "features" (an extractor's [n d] in float64, on its device where that has it), "logits" (the classes'
+            [n k]; their softmax are probabilities), "images" (uint8 [n 3 h w]; all in memory), "moments" or "spatial"
             (`metrics.frechet.Moments` of the features, or of Inception's spatial ones), or "labelled"
             (`metrics.agreement.Labelled`: features and classes; the reference's with a probe of the training images)
         title: at the head of a column; by default its name

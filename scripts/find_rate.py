@@ -91,7 +91,7 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     config, accelerator = run.config, run.accelerator
     diffusion = build_diffusion(config.diffusion)
     codec = create_codec(config.autoencoder).to(accelerator.device)
-    images = open_split(config.data, "train")
+    images = open_split(config.data, "train", accelerator)
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     if config.init_from:

@@ -38,6 +38,7 @@ class Training:
         if self.gpus > 1:
             launch += ["-m", children.LAUNCHER, "--multi_gpu", "--num_processes", str(self.gpus)]
             launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+            launch += ["--main_process_port", "0"]  # a free one: another job may share the machine
         with children.deaf_to(signal.SIGUSR2):  # SLURM sends it to all, and launchers would end by it
             self.process = children.start([*launch, str(ROOT / "train.py"), *self.arguments, "--resume", "auto"])
         stop = partial(children.send, self.process)

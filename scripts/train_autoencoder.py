@@ -50,8 +50,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
     # Images, networks, optimizers.
     config, accelerator, num_steps = run.config, run.accelerator, run.config.train.num_steps
     device = accelerator.device
-    batches = open_batches(config, accelerator.process_index, accelerator.num_processes)
-    held_out = open_held_out(config)
+    batches, held_out = open_batches(config, accelerator), open_held_out(config, accelerator)
     run.check_identity(train=batches.sources[0].describe(), test=held_out["images"].describe())
     accelerator.print(intake(batches.sources[0], held_out["images"]))
     learned_variance, decoder_only, of_critic = config.loss.learned_variance, config.decoder_only, config.discriminator

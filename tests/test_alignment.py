@@ -132,8 +132,8 @@ def test_features_of_the_views_that_a_batch_holds(tmp_path):
     """Mirrored images have features of their own, averaged to the grid."""
     maps = FeatureMaps(edges(tmp_path / "edges.pt"), None, (4, 4))
     images = ShapesDataset(12, image_size=32)
-    build_cache(tmp_path / "maps", images, maps.prepare, maps.provenance, flips=True, progress=False)
-    build_cache(tmp_path / "pixels", images, lambda images: images, PixelCodec().provenance, flips=True, progress=False)
+    build_cache(tmp_path / "maps", images, maps.prepare, maps.provenance, flips=True)
+    build_cache(tmp_path / "pixels", images, lambda images: images, PixelCodec().provenance, flips=True)
     caches = [LatentCache(tmp_path / name, {}) for name in ("pixels", "maps")]
     stream = Batches(caches[0], PixelCodec(), lambda n, draw, device: torch.zeros(n), 0, 8, features=caches[1])
     (drawn,) = stream.micro_batches(0)

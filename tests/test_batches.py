@@ -17,7 +17,7 @@ from training.batches import Batches, Rounds, permutation, positions
 def cache(tmp_path_factory):
     folder, codec = tmp_path_factory.mktemp("cache"), PixelCodec()
     dataset = open_dataset("shapes", split="train", image_size=8, num_images=30)
-    build_cache(folder, dataset, codec.prepare, codec.identity, flips=True, progress=False)
+    build_cache(folder, dataset, codec.prepare, codec.identity, flips=True)
     return LatentCache(folder, {**codec.identity, **dataset.describe(), "flips": True})
 
 

@@ -98,6 +98,29 @@ def test_processes_and_batches_do_not_change_a_score(folder, extractor):
             assert two[name]["value"] == pytest.approx(score["value"], rel=1e-3, abs=1e-6), name
 
 
+COUNTED = """
+import torch
+from experiment.config import EvaluationConfig
+from evaluation.scoring import Reference, Scorer
+from evaluation.sources import from_images
+from machine.accelerator import open_accelerator
+from metrics.scores import METRICS, Metric
+
+accelerator, calls = open_accelerator("fp32"), []
+METRICS["of"] = Metric(lambda samples, reference: calls.append(samples) or float(len(samples)), "lower")
+scorer = Scorer(EvaluationConfig(extractor="{extractor}", metrics=["of"]), accelerator)
+images = from_images(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), "black")
+scores, features = scorer.score(images, Reference(scorer.extract(images), {{}}))
+assert scores.scores["of"].value == 5
+assert len(calls) == accelerator.is_main_process
+"""
+
+
+def test_one_process_computes_scores_for_all(tmp_path, extractor):
+    (tmp_path / "counted.py").write_text(COUNTED.format(extractor=extractor))
+    run(tmp_path / "counted.py", cwd=tmp_path, processes=2)
+
+
 def test_trials_and_sweeps_are_rows_and_curves(folder, extractor):
     flags = (
         "--extractor",

@@ -8,7 +8,8 @@ import zlib
 import pytest
 from PIL import Image
 
-from data.files import open_files
+from data import files
+from data.files import Folder, content_hash, open_files
 from data.images import DataError, ImageDataset
 
 
@@ -44,6 +45,25 @@ def test_links_to_images_elsewhere_are_images(tree, tmp_path):
     (tree / "cat" / "1.png").rename(tmp_path / "emu" / "0.png")
     names = ImageDataset(tree).names
     assert names[-4:] == ["dog/link0.png", "dog/link1.png", "dog/link2.png", "emu/0.png"]
+
+
+def test_a_folders_hash_is_kept_as_long_as_no_file_changes(tree, tmp_path, monkeypatch):
+    """At the same size and time of modification too. Of new files, or in no time, nothing is kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    names = Folder(tree).names
+    first = content_hash(Folder(tree), names)
+    monkeypatch.setattr(files, "LONG", -1.0)
+    assert content_hash(Folder(tree), names) == first
+    assert not (tmp_path / "kept").exists()
+    monkeypatch.setattr(files, "SETTLED", 0)
+    assert content_hash(Folder(tree), names) == first
+    with monkeypatch.context() as patch:
+        patch.delattr(Folder, "checksum")
+        assert content_hash(Folder(tree), names) == first
+    image, before = tree / names[0], (tree / names[0]).stat()
+    image.write_bytes(image.read_bytes()[:-1] + b"?")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert content_hash(Folder(tree), names) != first
 
 
 def bomb(side):

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def dataset(monkeypatch):
 
 
 def build(folder, dataset, **arguments):
-    build_cache(folder, dataset, prepare, IDENTITY, **{"flips": True, "batch_size": 3, "progress": False, **arguments})
+    build_cache(folder, dataset, prepare, IDENTITY, **{"flips": True, "batch_size": 3, **arguments})
 
 
 def expected(dataset, **changes):
@@ -54,10 +55,17 @@ def test_missing_shards_alone_are_encoded_again(tmp_path, dataset):
 
 def test_ranks_share_the_shards(tmp_path, dataset):
     build(tmp_path / "one", dataset)
-    for rank in (0, 1):
-        build(tmp_path / "two", dataset, rank=rank, num_ranks=2)
+    second = partial(build, tmp_path / "two", dataset, rank=1, num_ranks=2)
+    build(tmp_path / "two", dataset, num_ranks=2, wait=second)
     one, two = (LatentCache(tmp_path / name, expected(dataset)) for name in ("one", "two"))
     assert torch.equal(one.stored, two.stored)
+
+
+def test_processes_that_share_no_disk_are_told(tmp_path, dataset):
+    elsewhere = partial(build, tmp_path / "elsewhere", dataset, rank=1, num_ranks=2)
+    with pytest.raises(DataError, match=r"shard-00001.safetensors, which another process wrote, is not here"):
+        build(tmp_path, dataset, num_ranks=2, wait=elsewhere)
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 @pytest.mark.parametrize(
