@@ -13,13 +13,11 @@ python scripts/benchmark.py frechet
 import itertools
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,7 @@ from experiment.cli import one_line_errors, run_program
 from machine import children
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
-NUM_CLASSES = 101
 Row = dict[str, Any]
-Program = tuple[Row, Callable[[], Any]]  # what is measured, and a call of it
 
 
 def training(
@@ -48,7 +44,8 @@ def training(
     variants: list[dict[str, Any]] = [{}],  # noqa: B006  (read only)
     output: Path | None = None,
 ) -> None:
-    """Images a second of an optimizer step (forward, hybrid loss, backward, fused AdamW, average) on random latents.
+    """Images a second of an optimizer step (forward, hybrid loss, backward, the gradient's norm, fused AdamW, average)
+    on random latents.
 
     Args:
         models: names of backbones; they take turns
@@ -64,29 +61,30 @@ def training(
         output: JSON file
     """
     from metrics.cost import cost
+    from training import speed
 
     published, precision = checkout(compare), chosen(precision)
-    peak = matrix_peak(precision)
-    x_0, y = latents(batch_size, latent_size)
-    programs: list[Program] = []
+    peak, side = speed.matrix_peak(precision)
+    x_0, y = speed.latents(batch_size, latent_size)
+    programs: list[Any] = []
     for name, variant in itertools.product(models, variants):
-        model = backbone(name, latent_size, **(model_args or {}), **variant)
-        of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=NUM_CLASSES)
+        model = speed.backbone(name, latent_size, **(model_args or {}), **variant)
+        of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=speed.NUM_CLASSES)
         row = head(name, precision + " compiled" * compile)
         row |= {"arguments": ", ".join(f"{argument} {value}" for argument, value in variant.items())} if variant else {}
         row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
-        programs.append((row, our_step(model, precision, lambda: (x_0, y), compile)))
+        programs.append((row, speed.training_step(model, precision, lambda: (x_0, y), compile=compile)))
         for theirs in dict.fromkeys(("fp32", precision)) if published else ():
-            step = published.step(name, NUM_CLASSES, the_device(), theirs, lambda: (x_0, y))
+            step = published.step(name, speed.NUM_CLASSES, speed.the_device(), theirs, lambda: (x_0, y))
             programs.append((head(name, theirs, "published"), step))
-    rows = in_turns(programs, rounds, batch_size)
+    rows = speed.in_turns(programs, rounds, batch_size)
     first: dict[str, float] = {}
     for row in rows:
         if "gflops" in row:  # backward costs about twice the forward
             row["MFU"] = round(3 * row["gflops"] * 1e9 * row["img/s"] / peak, 3)
             row["time"] = round(first.setdefault(row["model"], row["img/s"]) / row["img/s"], 3)
     what = f"optimizer step, batch {batch_size}, latents {latent_size}x{latent_size}"
-    note = f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {the_device()} matrices of side 2048."
+    note = f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {speed.the_device()} matrices of side {side}."
     report(what, rows, output, note=note)
 
 
@@ -113,21 +111,23 @@ def sampling(
         compare: checkout of the published implementation
     """
     from diffusion import GaussianDiffusion, sample
+    from training import speed
 
     published, precision = checkout(compare), chosen(precision)
-    noise, y = latents(batch_size)
+    noise, y = speed.latents(batch_size)
     settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
-    programs: list[Program] = []
+    programs: list[Any] = []
     for name in models:
-        model = backbone(name).eval()
+        model = speed.backbone(name).eval()
         draw = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
-        programs.append((head(name, precision), autocasting(precision, draw)))
+        programs.append((head(name, precision), speed.autocasting(precision, draw)))
         if published:
-            model = published.create(name, latent_size=8, num_classes=NUM_CLASSES).to(the_device()).eval()
-            theirs = {"num_classes": NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
+            model = published.create(name, latent_size=8, num_classes=speed.NUM_CLASSES)
+            model = model.to(speed.the_device()).eval()
+            theirs = {"num_classes": speed.NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
             draw = partial(published.sample, model, noise, y, **theirs)
-            programs.append((head(name, precision, "published"), autocasting(precision, draw)))
-    rows = in_turns(programs, rounds, batch_size)
+            programs.append((head(name, precision, "published"), speed.autocasting(precision, draw)))
+    rows = speed.in_turns(programs, rounds, batch_size)
     report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows)
 
 
@@ -157,9 +157,10 @@ def epoch(
     from diffusion import GaussianDiffusion
     from experiment.build import open_split
     from experiment.config import DataConfig
+    from training import speed
     from training.batches import Batches
 
-    published, precision, device = checkout(compare), chosen(precision), the_device()
+    published, precision, device = checkout(compare), chosen(precision), speed.the_device()
     codec = create_codec("embedded").to(device)
     shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
     kind = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
@@ -167,7 +168,7 @@ def epoch(
     autoencoder: Any = AutoencoderKL.from_config(kind)
     autoencoder.to(device)
     images = torch.stack([shapes[index][0] for index in range(batch_size)]).to(device).float() / 127.5 - 1
-    _, y = latents(batch_size, num_classes=10)
+    _, y = speed.latents(batch_size, num_classes=10)
 
     @torch.no_grad()
     def encoded() -> tuple[Any, Any]:
@@ -176,7 +177,7 @@ def epoch(
     with tempfile.TemporaryDirectory() as folder:
         cache_folder = Path(folder) / "cache"
         prepare = lambda batch: codec.prepare(batch.to(device)).cpu()  # noqa: E731
-        build_cache(cache_folder, shapes, prepare, codec.provenance, flips=True, batch_size=64, progress=False)
+        build_cache(cache_folder, shapes, prepare, codec.provenance, flips=True, batch_size=64)
         cache = LatentCache(cache_folder, codec.identity).to(device)
         times = GaussianDiffusion().sample_timesteps
         batches = Batches(cache, codec, times, seed=0, batch_size=batch_size, device=device)
@@ -186,13 +187,13 @@ def epoch(
             (batch,) = batches.micro_batches(next(steps))
             return batch.x_0, batch.y
 
-        programs: list[Program] = []
+        programs: list[Any] = []
         for name in models:
-            ours = our_step(backbone(name, num_classes=10), precision, cached)
+            ours = speed.training_step(speed.backbone(name, num_classes=10), precision, cached)
             theirs = published.step(name, 10, device, "fp32", encoded)
             programs.append((head(name, precision, "this one, cache warm"), ours))
             programs.append((head(name, "fp32", "published loop"), theirs))
-        rows = in_turns(programs, rounds, batch_size)
+        rows = speed.in_turns(programs, rounds, batch_size)
     report(f"training from 64x64 images, batch {batch_size}", rows)
 
 
@@ -269,20 +270,21 @@ def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, roun
 
     from metrics.features import Extractor
     from metrics.image_batches import image_batches
+    from training import speed
 
-    network = Extractor(extractor, device=str(the_device()))
+    network = Extractor(extractor, device=str(speed.the_device()))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num_images, 3, 64, 64), dtype=torch.uint8, generator=generator)
 
     @torch.inference_mode()
     def bare() -> None:
         for batch in images.split(batch_size):
-            network.module(batch.to(the_device()))[0].cpu()
+            network.module(batch.to(speed.the_device()))[0].cpu()
 
     def extract() -> None:
         network(image_batches(images, batch_size), num_images, progress=False)
 
-    rows = in_turns([({"what": "bare loop"}, bare), ({"what": "Extractor"}, extract)], rounds, num_images)
+    rows = speed.in_turns([({"what": "bare loop"}, bare), ({"what": "Extractor"}, extract)], rounds, num_images)
     report(f"{network.name}, {num_images} images of 64x64, batches of {batch_size}", rows)
 
 
@@ -311,30 +313,6 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
     report(f"two sets of {num_images} x {dim}", rows)
 
 
-def our_step(
-    model: Any, precision: str, batch: Callable[[], tuple[Any, Any]], compile: bool = False
-) -> Callable[[], None]:
-    """An optimizer step as `train.py` makes it, on what `batch` gives: latents and labels."""
-    from checkpoints.averages import EMA
-    from diffusion import GaussianDiffusion
-    from experiment.config import OptimConfig
-    from training.optimizer import build_optimizer
-    from training.preparation import compile_blocks
-
-    diffusion, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
-    if compile:
-        compile_blocks(model)
-    loss_of = autocasting(precision, lambda: diffusion.training_loss(model, *batch())["loss"].mean())
-
-    def step() -> None:
-        loss_of().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(model, 0)
-
-    return step
-
-
 def checkout(folder: Path | None) -> Any:
     from published.checkout import Published
 
@@ -345,83 +323,14 @@ def head(name: str, precision: str, implementation: str = "this one") -> Row:
     return {"model": name, "implementation": implementation, "precision": precision}
 
 
-def backbone(name: str, latent_size: int = 8, num_classes: int = NUM_CLASSES, **model_args: Any) -> Any:
-    """A registered backbone for four-channel latents and learned variances, on the device."""
-    from models import create_model
-
-    sizes = {"input_size": latent_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
-    return create_model(name, **sizes, **model_args).to(the_device())
-
-
-def latents(batch_size: int, latent_size: int = 8, num_classes: int = NUM_CLASSES) -> tuple[Any, Any]:
-    """Random latents [b 4 s s] and labels [b]."""
-    import torch
-
-    x_0 = torch.randn(batch_size, 4, latent_size, latent_size, device=the_device())
-    return x_0, torch.arange(batch_size, device=the_device()) % num_classes
-
-
-def autocasting(precision: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    import torch
-
-    return torch.autocast(the_device().type, torch.bfloat16, enabled=precision == "bf16")(function)
-
-
 def chosen(precision: str) -> str:
     """What train.precision of that name is on this machine; says what it costs where it is emulated."""
     from machine.precision import choose_precision, warning_of
+    from training.speed import the_device
 
     if warning := warning_of(precision, the_device(), "--precision"):
         print(warning, flush=True)
     return choose_precision(precision, the_device())
-
-
-def the_device() -> Any:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def matrix_peak(precision: str, side: int = 2048) -> float:
-    """FLOP/s of a large square product in this precision."""
-    import torch
-
-    from metrics.cost import throughput
-
-    a = torch.randn(side, side, device=the_device(), dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return 2 * side**3 * throughput(lambda: a @ a, batch_size=1, num_repeats=3, device=the_device())
-
-
-def in_turns(programs: Sequence[Program], rounds: int, num_images: int) -> list[Row]:
-    """Rows with images a second: the median, and the slowest and fastest round. Programs take turns, after a round
-    that does not count; `step GB` is what a program's first call adds to the most memory that was held."""
-    import torch
-
-    from training.meter import memory_gb
-
-    device = the_device()
-    seconds: list[list[float]] = [[] for _ in programs]
-    memory: list[float] = []
-    for number in range(rounds + 1):
-        for (_, program), taken in zip(programs, seconds, strict=True):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            with suppress(OSError):  # Linux: the most memory that was held so far is forgotten
-                Path("/proc/self/clear_refs").write_text("5")
-            held, began = memory_gb(device), time.perf_counter()
-            program()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number == 0:
-                memory.append(round(memory_gb(device) - held, 3))
-            else:
-                taken.append(time.perf_counter() - began)
-    rows = []
-    for (row, _), taken, used in zip(programs, seconds, memory, strict=True):
-        speed, slowest, fastest = (num_images / pick(taken) for pick in (statistics.median, max, min))
-        spread = f"{slowest:.1f} to {fastest:.1f}"
-        rows.append({**row, "img/s": float(f"{speed:.4g}"), "spread": spread, "step GB": used})
-    return rows
 
 
 def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str = "") -> None:

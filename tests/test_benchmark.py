@@ -8,6 +8,8 @@ import pytest
 import torch
 from processes import run, script
 
+from training import speed
+
 
 def test_a_table_and_json_with_every_row(tmp_path):
     flags = ("--models", "[DiT]", "--batch_size", 2, "--rounds", 1, "--output", "out.json")
@@ -25,7 +27,7 @@ def test_a_table_and_json_with_every_row(tmp_path):
 
 def test_a_folder_that_is_no_checkout_is_told_before_anything_is_measured(monkeypatch):
     benchmark = script("scripts/benchmark.py")
-    monkeypatch.delattr(benchmark, "in_turns")
+    monkeypatch.delattr(speed, "in_turns")
     for measure in (benchmark.training, benchmark.sampling, benchmark.epoch):
         with pytest.raises(FileNotFoundError, match="--compare nowhere: no models/ package there"):
             measure(compare=Path("nowhere"))
@@ -33,7 +35,6 @@ def test_a_folder_that_is_no_checkout_is_told_before_anything_is_measured(monkey
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux forgets the most memory that was held")
 def test_memory_of_each_program_is_its_own():
-    benchmark = script("scripts/benchmark.py")
     programs = [({"GB": gb}, partial(torch.ones, int(gb * 2.5e8))) for gb in (0.4, 0.2)]
-    used = [row["step GB"] for row in benchmark.in_turns(programs, rounds=1, num_images=1)]
+    used = [row["step GB"] for row in speed.in_turns(programs, rounds=1, num_images=1)]
     assert used == pytest.approx([0.4, 0.2], abs=0.05)

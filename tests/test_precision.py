@@ -124,7 +124,7 @@ def test_calls_of_a_frozen_model_share_the_casts_of_its_weights(precision, casts
 def test_the_benchmark_warns_too(x86, capsys):
     x86.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     benchmark = script("scripts/benchmark.py")
-    x86.setattr(benchmark, "the_device", lambda: CPU)
+    x86.setattr("training.speed.the_device", lambda: CPU)
     assert [benchmark.chosen(asked) for asked in ("auto", "bf16")] == ["fp32", "bf16"]
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: --precision bf16: it is emulated here")

@@ -13,7 +13,7 @@ from metrics.fidelity import compare
 from metrics.scores import METRICS, Metric, Score, check_metrics, is_lower_better, metric_name, needs_of, title_of
 
 COLOURS = Extractor.__new__(Extractor)
-COLOURS.kind, COLOURS.name = "program", "colours"  # what scores are named by
+COLOURS.kind, COLOURS.name, COLOURS.device = "program", "colours", "cpu"  # what scores are named by
 
 
 def features(shift=0.0):
