@@ -25,22 +25,17 @@ class Average:
         self.decay = decay  # of optimizer step `step`, from 0
         self.profiles: dict[float, Average] = {}  # further averages of the same weights, by length
         self._model = deepcopy(model).float().eval().requires_grad_(False)
-        self._parts: dict[str, Tensor] = {}  # of a sharded model; else the model holds the averages
-        self._is_whole = True
+        self.tensors: dict[str, Tensor] = self._model.state_dict()  # averages by name; of a sharded model, the parts
+        self._is_sharded, self._is_whole = False, True
         # Of parameters that the first step left alone: the first one that did not, as soon as it is known.
         self.began: dict[str, int | None] | None = None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Averages of parameters and buffers, by name."""
-        return self._parts or self._model.state_dict()
 
     @property
     def model(self) -> nn.Module:
         """In eval mode; of a sharded model, for which every process has to ask, until the next update."""
         if not self._is_whole:
             for name, tensor in self._model.state_dict(keep_vars=True).items():
-                tensor.data = whole(self._parts[name])
+                tensor.data = whole(self.tensors[name])
             self._is_whole = True
         return self._model
 
@@ -48,7 +43,8 @@ class Average:
         """Keep the parts that this process has of `model`, if that is sharded."""
         for average in (self, *self.profiles.values()) if is_sharded(model) else ():
             values = model.state_dict()
-            average._parts = {name: part_like(part, values[name]).clone() for name, part in average.tensors.items()}
+            average.tensors = {name: part_like(part, values[name]).clone() for name, part in average.tensors.items()}
+            average._is_sharded = True
             average.let_go()
 
     @torch.no_grad()
@@ -87,7 +83,7 @@ class Average:
 
     def let_go(self) -> None:
         """Free the whole of a sharded model; its parts stay."""
-        if self._parts:
+        if self._is_sharded:
             for tensor in self._model.state_dict(keep_vars=True).values():
                 tensor.data = tensor.new_empty(0)
             self._is_whole = False
