@@ -111,7 +111,7 @@ def main(config: EvaluateConfig) -> None:
     accelerator = open_accelerator(config.precision)
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
     with sources.blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
-        checkpoint = open_checkpoint(owner) if owner else None
+        checkpoint = open_checkpoint(owner, accelerator) if owner else None
     flags = {name: value for name, value in set_values(config).items() if name in EvaluationConfig.__dataclass_fields__}
     flags = ({"weights_path": None} if "extractor" in flags else {}) | flags  # another's are not its
     evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **flags)

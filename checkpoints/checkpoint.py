@@ -11,17 +11,19 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoencoders.codec import Codec, create_codec, weights_sha256
-from checkpoints.hub import ASSET, EMBEDDED, local
+from checkpoints.hub import ASSET, EMBEDDED, is_name, local
 from data.images import abridged
 from data.latents import short
 from diffusion.diffusion import Diffusion
@@ -29,6 +31,7 @@ from experiment.build import build_diffusion
 from experiment.config import ExperimentConfig, RunConfig
 from experiment.imports import contents_of, load_imports
 from experiment.settings import from_dict
+from machine.accelerator import from_main
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from machine.sharding import part_like
 from models import ModelSpec
@@ -185,10 +188,12 @@ def relabelled(
     return table.index_copy(0, torch.tensor(rows), known_table[known_rows].to(table.dtype))  # of files in half too
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) -> Checkpoint:
     """From a run's folder (its newest), a checkpoint's folder, the weights file, hf://owner/name, or by the name
-    `embedded`; a CheckpointError says why there is none."""
-    weights = find_weights(path)
+    `embedded`; a CheckpointError says why there is none. With an accelerator its main process says which is the newest:
+    a training may write another one meanwhile."""
+    find = partial(find_weights, path)
+    weights = from_main(accelerator, find) if accelerator and not is_name(path) else find()
     metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()
     if missing:

@@ -78,4 +78,5 @@ def load(path: str | Path, *, precision: str = "auto", autoencoder: str | None =
 
     Raises ValueError where there is none.
     """
-    return Pipeline(open_checkpoint(path), open_accelerator(precision), autoencoder)
+    accelerator = open_accelerator(precision)
+    return Pipeline(open_checkpoint(path, accelerator), accelerator, autoencoder)

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import test_backbones as promises
 import torch
 import yaml
 from exact import generator, labels, randn
@@ -77,6 +78,7 @@ def names_with_gradients(model):
 
 @pytest.mark.parametrize(("coarse", "upsampler", "refiner"), CHOICES, ids=[" ".join(choice) for choice in CHOICES])
 def test_every_choice_trains_two_steps_in_each_phase_and_samples(coarse, upsampler, refiner):
+    promises.test_every_name_builds_on_the_meta_device("Cascade", coarse=coarse, upsampler=upsampler, refiner=refiner)
     diffusion, model = cascade(coarse, upsampler, refiner)
     learned = {name for name, part in model.named_children() if any(True for _ in part.parameters())}
     expected = [{"coarse"}, learned - {"coarse"}, learned]

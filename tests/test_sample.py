@@ -57,6 +57,22 @@ def test_images_go_to_the_main_process_alone_and_may_be_fewer_than_processes(tmp
     run(tmp_path / "gathered.py", cwd=tmp_path, processes=2)
 
 
+FOUND = """
+from checkpoints import checkpoint as module
+from machine.accelerator import open_accelerator
+
+accelerator = open_accelerator("fp32")
+if not accelerator.is_main_process:
+    module.find_weights = lambda path: "nowhere"
+assert module.open_checkpoint("runs/tiny", accelerator).step == 4
+"""
+
+
+def test_one_process_says_which_checkpoint_is_the_newest(folder):
+    (folder / "found.py").write_text(FOUND)
+    run(folder / "found.py", cwd=folder, processes=2)
+
+
 def test_grid_folder_and_panel(folder):
     flags = ("sample.py", "--checkpoint", "runs/tiny/checkpoints/00000004", "--classes", "[star, 2]")
     run(*flags, "--output", "grid.png", "--panel", 3, cwd=folder)
