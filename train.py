@@ -69,7 +69,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     if run.is_main and accelerator.device.type == "cpu":
         print(forecast(model, spec, diffusion, accelerator, len(images)))
     if config.init_from and run.checkpoint is None:
-        accelerator.print(warm_start(model, config.init_from, images.classes, whole=bool(config.train.adapter)))
+        whole = bool(config.train.adapter)
+        accelerator.print(warm_start(model, config.init_from, images.classes, codec, whole=whole))
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
     alignment, features = open_alignment(run, model, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)

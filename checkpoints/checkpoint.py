@@ -148,12 +148,15 @@ def metadata_of(
     return {**encoded, "commit": current_commit()}
 
 
-def warm_start(model: nn.Module, path: str, classes: Sequence[str] = (), *, whole: bool = False) -> str:
+def warm_start(
+    model: nn.Module, path: str, classes: Sequence[str] = (), codec: Codec | None = None, *, whole: bool = False
+) -> str:
     """Copy the averaged weights that have a namesake of the same shape and, of a table of labels, the rows of those
-    `classes` that it knows by name; says in words what was not taken. Where the `whole` model needs weights, a
-    CheckpointError names those, but for labels, that got none."""
+    `classes` that it knows by name; says in words what was not taken, and where they are of another `codec`'s latents.
+    Where the `whole` model needs weights, a CheckpointError names those, but for labels, that got none."""
     file, state = find_weights(path), model.state_dict()
-    weights, known = read_tensors(file), json.loads(read_metadata(file).get("classes", "[]"))
+    weights, metadata = read_tensors(file), read_metadata(file)
+    known = json.loads(metadata.get("classes", "[]"))
     are_others = bool(classes and known) and list(classes) != known
     for name in (name for name in weights if are_others and name.endswith(LABELS) and name in state):
         if (len(state[name]), len(weights[name])) == (len(classes) + 1, len(known) + 1):
@@ -176,6 +179,11 @@ def warm_start(model: nn.Module, path: str, classes: Sequence[str] = (), *, whol
     reasons = "; ".join(f"{reason}: {abridged(sorted(names))}" for reason, names in left_out.items() if names)
     told = f"took {len(fitting)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
     told += f"; {len({*classes} & {*known})} of {len(classes)} classes are its own" if are_others else ""
+    if codec and "config" in metadata:
+        try:
+            check_identity(file, {"codec": codec.provenance})
+        except CheckpointError as error:
+            told += f"; warning: {error}"
     return f"--init_from {path}: {told}"
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from processes import ROOT, script
 
+from autoencoders.codec import create_codec
 from checkpoints.checkpoint import CheckpointError, open_checkpoint, read_tensors, warm_start
 from checkpoints.hub import HubError
 from sampling.pipeline import load
@@ -78,6 +79,10 @@ def test_it_is_scored_by_name_as_a_run_is():
 def test_a_training_starts_from_it(embedded):
     assert "took" in (words := warm_start(embedded.spec.build(), "embedded"))
     assert "not in" not in words
+    assert warm_start(embedded.spec.build(), "embedded", codec=create_codec(embedded.autoencoder)) == words
+    others = warm_start(embedded.spec.build(), "embedded", codec=create_codec("pixel"))
+    assert "; warning: --autoencoder: " in others
+    assert "was trained with another codec" in others
     fresh, names = replace(embedded.spec, num_classes=2).build(), ["of one's own", "pizza"]
     assert warm_start(fresh, "embedded", names, whole=True).endswith(
         "; 1 of 2 classes are its own"
