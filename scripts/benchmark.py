@@ -40,7 +40,6 @@ def training(
     compile: bool = False,
     rounds: int = 5,
     compare: Path | None = None,
-    model_args: dict[str, Any] | None = None,
     variants: list[dict[str, Any]] = [{}],  # noqa: B006  (read only)
     output: Path | None = None,
 ) -> None:
@@ -56,8 +55,7 @@ def training(
         rounds: steps of each that count
         compare: checkout of the published implementation: its step as shipped (float32), and, where ours computes in
             it, in bf16 with a fused optimizer
-        model_args: constructor arguments of the backbones that differ from their rows in the table
-        variants: further ones, a row of each backbone for each; `time` is a step's over that of the first
+        variants: constructor arguments, a row of each backbone for each; `time` is a step's over that of the first
         output: JSON file
     """
     from metrics.cost import cost
@@ -68,7 +66,7 @@ def training(
     x_0, y = speed.latents(batch_size, latent_size)
     programs: list[Any] = []
     for name, variant in itertools.product(models, variants):
-        model = speed.backbone(name, latent_size, **(model_args or {}), **variant)
+        model = speed.backbone(name, latent_size, **variant)
         of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=speed.NUM_CLASSES)
         row = head(name, precision + " compiled" * compile)
         row |= {"arguments": ", ".join(f"{argument} {value}" for argument, value in variant.items())} if variant else {}
@@ -150,9 +148,10 @@ def epoch(
         rounds: steps of each that count
     """
     import torch
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     from autoencoders.codec import create_codec
+    from autoencoding.autoencoder_config import ArchitectureConfig
+    from autoencoding.model import create_autoencoder
     from data.latents import LatentCache, build_cache
     from diffusion import GaussianDiffusion
     from experiment.build import open_split
@@ -163,17 +162,11 @@ def epoch(
     published, precision, device = checkout(compare), chosen(precision), speed.the_device()
     codec = create_codec("embedded").to(device)
     shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
-    kind = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
-    kind |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    autoencoder: Any = AutoencoderKL.from_config(kind)
-    autoencoder.to(device)
+    autoencoder = create_autoencoder(ArchitectureConfig(), image_size=64).to(device).eval()
     images = torch.stack([shapes[index][0] for index in range(batch_size)]).to(device).float() / 127.5 - 1
     _, y = speed.latents(batch_size, num_classes=10)
 
-    @torch.no_grad()
-    def encoded() -> tuple[Any, Any]:
-        return autoencoder.encode(images).latent_dist.sample().mul_(0.18215), y
-
+    encoded = torch.no_grad()(lambda: (0.18215 * autoencoder.encode(images).latent_dist.sample(), y))
     with tempfile.TemporaryDirectory() as folder:
         cache_folder = Path(folder) / "cache"
         prepare = lambda batch: codec.prepare(batch.to(device)).cpu()  # noqa: E731
@@ -217,43 +210,35 @@ def scaling(
         plot: picture of both
     """
     rows, precision = [], chosen(precision)
-    for name in models:
-        for side in sides:
-            batch_size = max(1, tokens // side**2)
-            with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                flags = {"models": f"[{name}]", "latent_size": side, "batch_size": batch_size, "rounds": rounds}
-                flags |= {"precision": precision, "output": file.name}
-                command = [sys.executable, __file__, "training"]
-                command += [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-                children.run(command, stdout=subprocess.DEVNULL)
-                (row,) = json.loads(Path(file.name).read_text())["rows"]
-            pixels = {"us/pixel": round(1e6 / row["img/s"] / side**2, 2)}
-            pixels |= {"kB/pixel": round(row["step GB"] * 1e6 / (batch_size * side**2), 1)}
-            rows.append({"model": name, "latent": side, "batch": batch_size, "img/s": row["img/s"], **pixels})
-            print(rows[-1], file=sys.stderr)
-    if plot is not None:
-        draw_scaling(rows, plot)
+    for name, side in itertools.product(models, sides):
+        batch_size = max(1, tokens // side**2)
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            flags = {"models": f"[{name}]", "latent_size": side, "batch_size": batch_size, "rounds": rounds}
+            words = [f"--{flag}={value}" for flag, value in flags.items()]
+            words += [f"--precision={precision}", f"--output={file.name}"]
+            children.run([sys.executable, __file__, "training", *words], stdout=subprocess.DEVNULL)
+            (row,) = json.loads(Path(file.name).read_text())["rows"]
+        micros, kilobytes = 1e6 / row["img/s"], row["step GB"] * 1e6 / batch_size  # of an image
+        rows.append({"model": name, "latent": side, "batch": batch_size, "img/s": row["img/s"]})
+        rows[-1] |= {"us/pixel": round(micros / side**2, 2), "kB/pixel": round(kilobytes / side**2, 1)}
+        print(rows[-1], file=sys.stderr)
     report(f"training step, {precision}, {tokens} latent pixels a step", rows)
-
-
-def draw_scaling(rows: Sequence[Row], path: Path) -> None:
-    """Time and memory a latent pixel against the latent's side, a line a backbone."""
+    if plot is None:
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, key, label in zip(axes, ("us/pixel", "kB/pixel"), ("time, µs", "memory, kB"), strict=True):
-        for name in dict.fromkeys(row["model"] for row in rows):
-            points = [(row["latent"], row[key]) for row in rows if row["model"] == name]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
-        sides = sorted({row["latent"] for row in rows})
-        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log")
-        axis.set_ylim(bottom=0)
-        axis.set_xticks(sides, labels=[str(side) for side in sides])
+        for name in models:
+            values = [row[key] for row in rows if row["model"] == name]
+            axis.plot(sides, values, marker="o", markersize=3, linewidth=1.2, label=name)
+        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log", ylim=(0, None))
+        axis.set_xticks(sides, labels=list(map(str, sides)))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(plot, dpi=150)
 
 
 def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, rounds: int = 5) -> None:

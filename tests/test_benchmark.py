@@ -13,7 +13,8 @@ from training import speed
 
 def test_a_table_and_json_with_every_row(tmp_path):
     flags = ("--models", "[DiT]", "--batch_size", 2, "--rounds", 1, "--output", "out.json")
-    flags += ("--model_args", "{dim: 32, depth: 2, num_heads: 2}", "--variants", "[{}, {qk_norm: true}]")
+    small = "dim: 32, depth: 2, num_heads: 2"
+    flags += ("--variants", f"[{{{small}}}, {{{small}, qk_norm: true}}]")
     done = run("scripts/benchmark.py", "training", *flags, cwd=tmp_path)
     assert "| model | implementation | precision |" in done.stdout
     row, other = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -21,7 +22,7 @@ def test_a_table_and_json_with_every_row(tmp_path):
     assert row["parameters"] < 1e6
     assert row["img/s"] > 0
     assert 0 < row["MFU"] < 1
-    assert (row["time"], other["arguments"]) == (1, "qk_norm True")
+    assert (row["time"], other["arguments"]) == (1, "dim 32, depth 2, num_heads 2, qk_norm True")
     assert other["time"] == pytest.approx(row["img/s"] / other["img/s"], rel=1e-2)
 
 

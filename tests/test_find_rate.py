@@ -7,9 +7,10 @@ import pytest
 from processes import script
 
 from experiment.cli import parse
-from training.range_test import has_diverged, rising_rates, smoothed, suggest_rate
 
 find_rate = script("scripts/find_rate.py")
+has_diverged, rising_rates, suggest_rate = find_rate.has_diverged, find_rate.rising_rates, find_rate.suggest_rate
+smoothed = find_rate.smoothed
 FLAGS = shlex.split(
     "--model DiT --model_args '{dim: 16, depth: 1, num_heads: 2, patch_size: 4}' --autoencoder pixel "
     "--diffusion.kind flow --data.image_size 8 --data.num_images 40 --train.batch_size 8 "
