@@ -13,18 +13,8 @@ if TYPE_CHECKING:
     from diffusion.samplers import SAMPLERS, sample
     from diffusion.spacings import SPACINGS
 
-__all__ = [
-    "DIFFUSIONS",
-    "EDM",
-    "SAMPLERS",
-    "SPACINGS",
-    "Diffusion",
-    "FlowMatching",
-    "GaussianDiffusion",
-    "Prediction",
-    "SamplingOptions",
-    "sample",
-]
+__all__ = ["DIFFUSIONS", "EDM", "SAMPLERS", "SPACINGS", "Diffusion", "FlowMatching", "GaussianDiffusion"]
+__all__ += ["Prediction", "SamplingOptions", "sample"]
 HOMES = ("presets", "diffusion", "samplers", "spacings", "options")
 
 

@@ -1,19 +1,23 @@
-"""Flows whose model is told both ends of a step, and puts out the average velocity from one to the other."""
+"""Flows whose model is told both ends of a step, and puts out the average velocity: MeanFlow and shortcuts."""
 
-from __future__ import annotations
-
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float32, Int64
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
+from diffusion.options import SamplingOptions
 from diffusion.paths import Flow
-from diffusion.samplers import AVERAGES, SAMPLERS
+from diffusion.samplers import AVERAGES, SAMPLERS, evaluating
 from diffusion.times import Device, DrawTimes
 from diffusion.transition import Images, Labels, Timesteps
 
@@ -51,8 +55,7 @@ class AverageVelocity(Diffusion, ABC):
     def average_velocity(
         self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
     ) -> Images:
-        """What the model is held against: of samples at `index` the average velocity, of all others the velocity. `v`
-        is that of each sample's own data and noise."""
+        """What the model is held against: the average velocity of samples at `index`, the velocity `v` of others."""
 
     def precondition(self, model: Denoiser) -> Denoiser:
         """The model as a function of the path's own `x_t`, `t` and `r`, by default `t`."""
@@ -73,7 +76,6 @@ class AverageVelocity(Diffusion, ABC):
         return {"second": self.draw_second(shape[0], generator, device), "counts": counts}
 
     def draw_second(self, num: int, generator: torch.Generator | None, device: Device) -> Tensor:
-        """The second number: another training time."""
         return self.sample_timesteps(num, generator, device)
 
     def training_loss(
@@ -126,3 +128,157 @@ def num_classes_of(model: Any) -> int:
 
 def over_images(numbers: Timesteps) -> Tensor:
     return rearrange(numbers, "b -> b 1 1 1")
+
+
+class MeanFlow(AverageVelocity):
+    """The average velocity `u(x_t, r, t) = (x_t - x_r) / (t - r)` (Geng et al. 2025).
+
+    Differentiated along the path, `(t - r) u` says that `u = v - (t - r) du/dt`: the model is held against that, `v` of
+    the sample and `du/dt` the model's own, as constants (section 4.1).
+
+    Guidance is trained: `v` is replaced by `omega v + kappa u(x_t, t, t | y) + (1 - omega - kappa) u(x_t, t, t)`, which
+    is guided by the scale `omega / (1 - kappa)` (section 4.2 and appendix B.2).
+
+    Args:
+        omega: share of the sample's own velocity; 1 beside a kappa of 0 is no guidance.
+        kappa: share of the model's velocity under the label.
+        of_flow: as of `AverageVelocity`; of two `times`, t is the larger one.
+    """
+
+    def __init__(self, path: Flow, *, omega: float, kappa: float, **of_flow: Any) -> None:
+        super().__init__(path, sampler="meanflow", **of_flow)
+        self.omega, self.kappa, self.guided_samplers = omega, kappa, tuple(self.samplers)
+        self.guidance_settings = "" if (omega, kappa) == (1, 0) else "omega and kappa"
+
+    def step_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
+        return torch.minimum(t, second), torch.maximum(t, second)
+
+    @torch.no_grad()
+    def average_velocity(
+        self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
+    ) -> Images:
+        """`v - (t - r) du/dt` of samples at `index`, and `v` of all others: a Jacobian-vector product of the model with
+        the tangent (v, 0, 1) of (x_t, r, t)."""
+        u = self.precondition(model)
+        with differentiable_forward(model):
+            v = self.guided(model, x_t, t, y, v)
+            x, now = forward_ad.make_dual(x_t[index], v[index]), t[index]
+            now = forward_ad.make_dual(now, torch.ones_like(now))
+            du_dt = forward_ad.unpack_dual(u(x, now, y[index], r=r[index])).tangent
+            assert du_dt is not None
+        return v.index_copy(0, index, v[index] - over_images((t - r)[index]) * du_dt)
+
+    def guided(self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, v: Images) -> Images:
+        """The velocity under the guidance that is trained, of samples that have a label."""
+        if not self.guidance_settings:
+            return v
+        labelled, unlabelled = self.with_and_without_label(model, x_t, t, t, y)
+        mixed = self.omega * v + self.kappa * labelled + (1 - self.omega - self.kappa) * unlabelled
+        return torch.where(over_images(y == num_classes_of(model)), v, mixed)
+
+
+@contextmanager
+def differentiable_forward(model: object) -> Iterator[None]:
+    """A place for forward derivatives of a model as samplers call it: without stochastic depth, and without norms over
+    the batch, which would mix samples; and as it is uncompiled, as generated kernels have no such derivatives. Norms of
+    bfloat16 would have them in float32, which no product takes: they are all in float32."""
+    load_forward_rules()
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    norms = [part for part in parts if isinstance(part, nn.LayerNorm | _BatchNorm)]
+    widened = lambda norm, inputs: inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # noqa: E731
+    hooks = [norm.register_forward_pre_hook(widened) for norm in norms]
+    try:
+        with evaluating(model), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@cache
+def load_forward_rules() -> None:
+    """Which torch does at the first derivative, with a warning about scripts of its own."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=FutureWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+class Shortcut(AverageVelocity):
+    """Steps of 1, 1/2, 1/4, ... of the path (Frans et al. 2024), each of which leads where two of half its length do:
+    `u(x_t, r, t) = (u(x_t, m, t) + u(x_m, r, m)) / 2`, m the middle, is what the model is held against (section 3.2).
+    Both halves are its own, without gradients. Halves of the shortest step are Euler's, by the velocity.
+
+    Guidance is trained: it is that of the velocity in these, so that all steps have it and the velocity itself has not.
+
+    Args:
+        sections: the path's, a power of two: as many as Euler's steps in place of all.
+        guidance_scale: 1 is none.
+        of_flow: as of `AverageVelocity`; `times` fall into the intervals of the grid.
+    """
+
+    def __init__(self, path: Flow, *, sections: int, guidance_scale: float, **of_flow: Any) -> None:
+        if sections < 2 or not is_power_of_two(sections):
+            raise ValueError(f"--diffusion.sections {sections} must be a power of two, such as 128")
+        super().__init__(path, sampler="shortcut", **of_flow)
+        self.sections, self.guidance_scale = sections, guidance_scale
+        if guidance_scale != 1:
+            self.guided_samplers, self.guidance_settings = ("shortcut",), "guidance_scale"
+
+    def check_options(self, options: SamplingOptions) -> None:
+        """Of its own sampler: steps of lengths that are trained, or shorter ones, which are taken for the shortest."""
+        if (options.sampler or self.default_sampler) != "shortcut":
+            return
+        most = self.sections // 2
+        if options.num_steps < most and not is_power_of_two(options.num_steps):
+            raise ValueError(
+                f"--sampling.num_steps {options.num_steps}: give 1, 2, 4, ... {most}, or --sampling.sampler euler"
+            )
+        if options.spacing not in (None, "uniform"):
+            raise ValueError(f"--sampling.spacing {options.spacing}: a shortcut's steps are uniform; leave it out")
+
+    def precondition(self, model: Denoiser) -> Denoiser:
+        """Steps shorter than any that is trained are told as the shortest."""
+        told, shortest = super().precondition(model), 2 / self.sections
+
+        def preconditioned(x_t: Tensor, t: Tensor, y: Tensor, *, r: Tensor | None = None, **extras: Any) -> Tensor:
+            r = t if r is None else torch.where(r < t, torch.minimum(r, t - shortest), t)
+            return told(x_t, t, y, r=r, **extras)
+
+        return preconditioned
+
+    def draw_second(self, num: int, generator: torch.Generator | None, device: Device) -> Tensor:
+        return torch.rand(num, generator=generator, device=device)
+
+    def step_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
+        """That in which t lies, of all those of a length; each length is as likely."""
+        num_lengths = self.sections.bit_length() - 1
+        num_steps = (num_lengths * second).floor().exp2().round()
+        end = (num_steps * t).ceil().clamp(min=1)
+        return (end - 1) / num_steps, end / num_steps
+
+    @torch.no_grad()
+    def average_velocity(
+        self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
+    ) -> Images:
+        """The mean of two half steps' of samples at `index`, and `v` of all others."""
+        x, r, t, y = x_t[index], r[index], t[index], y[index]
+        middle = (r + t) / 2
+        with evaluating(model):
+            first = self.half(model, x, middle, t, y)
+            second = self.half(model, x - over_images(t - middle) * first, r, middle, y)
+        average = torch.where(over_images(r == t), v[index], (first + second) / 2)
+        return v.index_copy(0, index, average)
+
+    def half(self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels) -> Images:
+        """A half step's average velocity, or the velocity, guided, where that is the shortest step's."""
+        is_shortest = (t - r) * self.sections <= 1
+        r = torch.where(is_shortest, t, r)
+        if self.guidance_scale == 1:
+            return self.precondition(model)(x_t, t, y, r=r).to(x_t.dtype)
+        labelled, unlabelled = self.with_and_without_label(model, x_t, r, t, y)
+        scale = torch.where(is_shortest, self.guidance_scale, 1.0).to(x_t.dtype)
+        return torch.lerp(unlabelled, labelled, over_images(scale))
+
+
+def is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0

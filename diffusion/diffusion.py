@@ -1,9 +1,8 @@
 """A diffusion: what a model learns of data and noise along a path between them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ class Prediction(NamedTuple):
     noise: Images
     log_variance: Images | None = None  # of the reverse step, where the model learns it
 
-    def clipped(self, limit: float, x_t: Images, at: AtLevel) -> Prediction:
+    def clipped(self, limit: float, x_t: Images, at: AtLevel) -> "Prediction":
         """With `x_0` cut to what data can be, and the noise that this leaves."""
         x_0 = self.x_0.clamp(-limit, limit)
         return self._replace(x_0=x_0, noise=(x_t - at.alpha * x_0) / at.sigma)
@@ -126,15 +125,11 @@ class Diffusion:
         check_name("variance", variance, VARIANCES)
         check_name("weighting", weighting, ("uniform", *WEIGHTINGS))
         if weighting != "uniform" and loss not in (None, prediction):
-            raise ValueError(
-                f"--diffusion.loss {loss} beside --diffusion.weighting {weighting}: both say what an error counts; "
-                "leave one of them out"
-            )
+            raise ValueError(f"--diffusion.loss {loss} beside --diffusion.weighting {weighting}: leave one of them out")
         self.path, self.prediction, self.loss, self.weighting = path, prediction, loss or prediction, weighting
         if contrast and prediction != "velocity":
             raise ValueError(
-                f"--diffusion.contrast {contrast}: is between velocities, and --diffusion.prediction is {prediction}; "
-                "leave one of them out"
+                f"--diffusion.contrast {contrast}: is not for --diffusion.prediction {prediction}; leave it out"
             )
         self.variance, self.uncertainty, self.contrast = variance, uncertainty, contrast
         self._draw_times = times
@@ -156,7 +151,6 @@ class Diffusion:
     def sample_timesteps(
         self, num: int, generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> Shaped[Tensor, " num"]:
-        """Training times; the generator lies on `device`."""
         return self._draw_times(num, generator, device)
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
@@ -195,8 +189,7 @@ class Diffusion:
         return self._target.read(raw, x_t, at)
 
     def predict(self, output: Output, x_t: Images, t: Timesteps, transition: Transition | None = None) -> Prediction:
-        """What a raw model output says of `x_t`; the variance is that of the step to `t - 1`, or of another
-        `transition`."""
+        """What a raw output says of `x_t`; the variance is that of the step to `t - 1` or of `transition`."""
         channels, output = x_t.shape[1], output.to(x_t.dtype)
         raw = output[:, :channels]
         if not self.learns_variance:
@@ -212,10 +205,6 @@ class Diffusion:
         if prediction.log_variance is not None:
             return prediction.log_variance
         return FIXED_LOG_VARIANCES[self.variance](transition)
-
-    def reverse_std(self, prediction: Prediction, transition: Transition) -> Tensor:
-        """Standard deviation of the noise that an ancestral step adds."""
-        return torch.exp(0.5 * self.reverse_log_variance(prediction, transition))
 
     # The objective.
 
@@ -254,14 +243,12 @@ class Diffusion:
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> dict[str, Tensor]:
-        """What the loss is given by name beside times and noise, drawn for a batch of this shape; the generator lies on
-        `device`."""
+        """What the loss is given by name beside times and noise, for a batch of this shape."""
         return {}
 
     def draw(
         self, x_0: Tensor, t: Tensor | None, noise: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Times and noise for a batch, where they are not given."""
         if t is None:
             t = self.sample_timesteps(len(x_0), generator, x_0.device)
         if noise is None:
@@ -333,7 +320,6 @@ def with_auxiliary(
 
 
 def mean_per_sample(values: Images) -> Float[Tensor, " b"]:
-    """The mean over everything but the batch."""
     return reduce(values, "b c h w -> b", "mean")
 
 
@@ -359,3 +345,23 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tens
     lower = cdf(inverse_std * (x - mean - 1 / 255))
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
+
+
+Moments = Iterator[tuple[Tensor, Tensor]]
+"""(x_t, predicted x_0) after each step."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The way from noise to data.
+
+    Args:
+        steps: each time, noisiest first, and the step from it to the next one; the last leads to the data.
+        denoise: of (x_t, time, step): calls the model, guided; keywords are passed on to it.
+        draw_noise: unit normal noise, fresh at each call.
+    """
+
+    diffusion: Diffusion
+    steps: Sequence[Step]
+    denoise: Callable[..., Prediction]
+    draw_noise: Callable[[], Tensor]

@@ -59,9 +59,7 @@ def guide(
     if scale == 1.0:
         return model
     if num_classes == 0 and guide_model is None:
-        raise ValueError(
-            f"--sampling.guidance_scale {scale}: the model is unconditional, it has no labels to be guided by; use 1"
-        )
+        raise ValueError(f"--sampling.guidance_scale {scale}: the model is unconditional, it has no labels; use 1")
     guided_channels = latent_channels if legacy_cfg_channels is None else legacy_cfg_channels
     if not 1 <= guided_channels <= latent_channels:
         raise ValueError(f"--sampling.legacy_cfg_channels {guided_channels} must lie in 1..{latent_channels}")
@@ -70,9 +68,7 @@ def guide(
         if guide_model is not None:
             return model(x_t, t, y, **extras).float(), guide_model(x_t, t, y, **extras).float()
         null_label = torch.full_like(y, num_classes)
-        twice = {
-            name: torch.cat([value, value]) if isinstance(value, Tensor) else value for name, value in extras.items()
-        }
+        twice = {key: torch.cat([one, one]) if isinstance(one, Tensor) else one for key, one in extras.items()}
         output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label]), **twice).float()
         conditional, unconditional = output.chunk(2)
         return conditional, unconditional
@@ -90,8 +86,7 @@ def check_guidance(options: SamplingOptions) -> None:
     interval = options.guidance_interval
     if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
         raise ValueError(
-            f"--sampling.guidance_interval {interval}: give the least and the largest noise level sigma / alpha, such "
-            "as [0.2, 5]"
+            f"--sampling.guidance_interval {interval}: give the least and the largest sigma / alpha, such as [0.2, 5]"
         )
 
 
@@ -102,15 +97,13 @@ def scale_at(options: SamplingOptions, ratio: float) -> float:
 
 
 def mix_of(options: SamplingOptions, diffusion: Diffusion) -> Mix:
-    """The rule by which outputs are mixed."""
     projection = options.guidance_parallel, options.guidance_radius
     rule = linear if projection == (1.0, None) else projected(diffusion, *projection)
     return rescaled(rule, options.guidance_rescale) if options.guidance_rescale else rule
 
 
 def rescaled(rule: Mix, share: float) -> Mix:
-    """The rule, its output's standard deviation brought back to the good one's by a share (Lin et al. 2023, eq. 15,
-    16)."""
+    """The rule, its output's deviation brought back to the good one's by a share (Lin et al. 2023, eq. 15, 16)."""
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         mixed = rule(good, worse, scale, x_t, t)

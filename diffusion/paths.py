@@ -77,8 +77,7 @@ class GaussianChain(Path):
         self._tables: dict[torch.device, Tensor] = {}
 
     def __call__(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """`alpha = cos(angle)` and `sigma = sin(angle)`, in float64, on the CPU where `t`'s device has none. Between
-        the chain's times the angle is linear."""
+        """`cos` and `sin` of the angle, in float64, on the CPU where needed; it is linear between the chain's times."""
         t = exact(t)
         below = t.long().clamp(max=self.num_timesteps - 2)
         table = self._angle.to(t.device)
@@ -104,7 +103,6 @@ class GaussianChain(Path):
         return torch.tensor([round(stride * i) for i in range(num_steps)])
 
     def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
-        """The time itself, or `model_times`."""
         if self.model_times is None:
             return x_t, t
         first, last = self.model_times
@@ -188,7 +186,6 @@ class Flow(Path):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def timesteps(self, num_steps: int) -> Float[Tensor, " num_steps"]:
-        """`1 / n, 2 / n, ... 1`, shifted."""
         check_num_steps(num_steps)
         return self.shifted(torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps)
 

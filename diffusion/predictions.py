@@ -19,7 +19,6 @@ class Target(NamedTuple):
     noise: Callable[[AtLevel], Tensor] | None
 
     def of(self, x_0: Images, noise: Images, at: AtLevel) -> Images:
-        """What a perfect model puts out."""
         if self.data is None or self.noise is None:
             return noise if self.data is None else x_0
         return self.data(at) * x_0 + self.noise(at) * noise

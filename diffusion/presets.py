@@ -68,15 +68,9 @@ def gaussian(
             return torch.randint(num_timesteps, (num,), generator=generator, device=device)
         return (draw_shares(num, generator, device) * num_timesteps).long()
 
-    return Diffusion(
-        GaussianChain(with_zero_terminal_snr(betas) if zero_terminal_snr else betas, model_times),
-        prediction,
-        loss,
-        times=draw,
-        weighting=weighting,
-        variance=variance,
-        default_sampler="ddpm",
-    )
+    path = GaussianChain(with_zero_terminal_snr(betas) if zero_terminal_snr else betas, model_times)
+    told: dict[str, Any] = {"weighting": weighting, "variance": variance, "default_sampler": "ddpm"}
+    return Diffusion(path, prediction, loss, times=draw, **told)
 
 
 def flow(
@@ -150,15 +144,9 @@ def edm(
     def draw(num: int, generator: torch.Generator | None, device: Device) -> torch.Tensor:
         return (P_mean + P_std * torch.randn(num, generator=generator, device=device)).exp()
 
-    return Diffusion(
-        VarianceExploding(sigma_data, sigma_min, sigma_max),
-        prediction,
-        loss,
-        times=draw,
-        uncertainty=uncertainty,
-        default_sampler="heun",
-        default_spacing="karras",
-    )
+    path = VarianceExploding(sigma_data, sigma_min, sigma_max)
+    told: dict[str, Any] = {"uncertainty": uncertainty, "default_sampler": "heun", "default_spacing": "karras"}
+    return Diffusion(path, prediction, loss, times=draw, **told)
 
 
 def meanflow(
@@ -181,20 +169,15 @@ def meanflow(
         times_args: of 'logit_normal': location, here -0.4 as published, and scale, 1; of 'mode': scale, 1.29
         model_times: what the backbone is told at the data's end and at the noise's; a flow's, to begin with its weights
     """
-    from diffusion.mean_flow import MeanFlow
+    from diffusion.average_velocity import MeanFlow
     from diffusion.paths import Flow
     from diffusion.times import draw_times
 
     if times == "logit_normal":
         times_args = {"location": -0.4, **(times_args or {})}
-    return MeanFlow(
-        Flow("linear", 1.0, model_times),
-        times=draw_times(times, times_args),
-        interval_share=interval_share,
-        adaptive_power=adaptive_power,
-        omega=omega,
-        kappa=kappa,
-    )
+    learned: dict[str, Any] = {"interval_share": interval_share, "adaptive_power": adaptive_power}
+    learned["times"] = draw_times(times, times_args)
+    return MeanFlow(Flow("linear", 1.0, model_times), omega=omega, kappa=kappa, **learned)
 
 
 def shortcut(
@@ -217,25 +200,15 @@ def shortcut(
         times_args: of 'logit_normal': location, 0, and scale, 1; of 'mode': scale, 1.29
         model_times: what the backbone is told at the data's end and at the noise's; a flow's, to begin with its weights
     """
+    from diffusion.average_velocity import Shortcut
     from diffusion.paths import Flow
-    from diffusion.shortcut import Shortcut
     from diffusion.times import draw_times
 
-    return Shortcut(
-        Flow("linear", 1.0, model_times),
-        times=draw_times(times, times_args),
-        interval_share=interval_share,
-        adaptive_power=adaptive_power,
-        sections=sections,
-        guidance_scale=guidance_scale,
-    )
+    learned: dict[str, Any] = {"interval_share": interval_share, "adaptive_power": adaptive_power}
+    learned |= {"times": draw_times(times, times_args), "guidance_scale": guidance_scale}
+    return Shortcut(Flow("linear", 1.0, model_times), sections=sections, **learned)
 
 
-DIFFUSIONS: dict[str, Callable[..., Any]] = {
-    "gaussian": gaussian,
-    "flow": flow,
-    "edm": edm,
-    "meanflow": meanflow,
-    "shortcut": shortcut,
-}
+DIFFUSIONS: dict[str, Callable[..., Any]] = {"gaussian": gaussian, "flow": flow, "edm": edm}
+DIFFUSIONS |= {"meanflow": meanflow, "shortcut": shortcut}
 GaussianDiffusion, FlowMatching, EDM = gaussian, flow, edm

@@ -40,11 +40,7 @@ def sigmoid(num_timesteps: int) -> Float64[Tensor, " T"]:
 
 
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
-    "linear": linear,
-    "scaled_linear": scaled_linear,
-    "linear_unscaled": linear_unscaled,
-    "cosine": cosine,
-    "sigmoid": sigmoid,
+    schedule.__name__: schedule for schedule in (linear, scaled_linear, linear_unscaled, cosine, sigmoid)
 }
 
 

@@ -22,9 +22,7 @@ def spaced_times(path: Path, num_steps: int, spacing: str) -> Shaped[Tensor, " n
         return uniform_times if spacing == "uniform" else SPACINGS[spacing](path, num_steps)
     if File(spacing).is_file():
         return at_ratios(path, interpolate(read_table(spacing), num_steps))
-    raise ValueError(
-        f"--spacing {spacing}: unknown, choose from {', '.join(SPACINGS)}, or give a text file of noise levels"
-    )
+    raise ValueError(f"--spacing {spacing}: unknown, choose from {', '.join(SPACINGS)}, or a text file of noise levels")
 
 
 def uniform(path: Path, num_steps: int) -> Shaped[Tensor, " num_steps"]:
@@ -61,11 +59,7 @@ def log_snr(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
 
 
 SPACINGS: dict[str, Callable[[Path, int], Tensor]] = {
-    "uniform": uniform,
-    "trailing": trailing,
-    "quadratic": quadratic,
-    "karras": karras,
-    "log_snr": log_snr,
+    spacing.__name__: spacing for spacing in (uniform, trailing, quadratic, karras, log_snr)
 }
 
 

@@ -48,12 +48,7 @@ def cosmap(num: int, generator: torch.Generator | None, device: Device) -> Float
     return tangent / (tangent + 1)
 
 
-TIMES: dict[str, Callable[..., Tensor]] = {
-    "uniform": uniform,
-    "logit_normal": logit_normal,
-    "mode": mode,
-    "cosmap": cosmap,
-}
+TIMES: dict[str, Callable[..., Tensor]] = {draw.__name__: draw for draw in (uniform, logit_normal, mode, cosmap)}
 
 
 def draw_times(name: str, arguments: Mapping[str, Any] | None = None) -> DrawTimes:

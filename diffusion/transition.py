@@ -1,7 +1,5 @@
 """Numbers of a path: its level at a time, and the step from one level to another, with the posterior between them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -39,25 +37,16 @@ class Transition(NamedTuple):
     log_variance_max: Tensor  # of q(x_t | x_s): log beta
 
     @classmethod
-    def between(cls, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Transition:
-        """The step between two points of a path."""
+    def between(cls, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> "Transition":
         kept = alpha / alpha_next
         beta = sigma**2 - (kept * sigma_next) ** 2
         variance = beta * (sigma_next / sigma) ** 2
-        return cls(
-            alpha=alpha,
-            sigma=sigma,
-            alpha_next=alpha_next,
-            sigma_next=sigma_next,
-            x_0_weight=alpha_next * beta / sigma**2,
-            x_t_weight=kept * (sigma_next / sigma) ** 2,
-            posterior_std=variance.sqrt(),
-            log_variance_min=variance.log(),
-            log_variance_max=beta.log(),
-        )
+        x_0_weight, x_t_weight = alpha_next * beta / sigma**2, kept * (sigma_next / sigma) ** 2
+        spread = variance.sqrt(), variance.log(), beta.log()
+        return cls(alpha, sigma, alpha_next, sigma_next, x_0_weight, x_t_weight, *spread)
 
     @classmethod
-    def chain(cls, alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> Transition:
+    def chain(cls, alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> "Transition":
         """The steps down a chain of ascending noise, each [n]: from every level to the one before, at last to the
         data."""
         alpha_next = torch.cat([alpha.new_ones(1), alpha[:-1]])
@@ -79,7 +68,6 @@ class Transition(NamedTuple):
         return -self.contraction.log()
 
     def posterior_mean(self, x_0: Images, x_t: Images) -> Images:
-        """Mean of `q(x_s | x_t, x_0)`."""
         return self.x_0_weight * x_0 + self.x_t_weight * x_t
 
 

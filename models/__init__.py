@@ -11,6 +11,7 @@ from torch import nn
 
 from models import dit, unet, uvit, xswin
 from models.backbone import SIZES, Backbone, complete
+from models.layers import Size
 
 # By name: class, and arguments that differ from its own.
 BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {**xswin.MODELS, **dit.MODELS, **uvit.MODELS, **unet.MODELS}
@@ -19,7 +20,6 @@ MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout"}
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows."""
     return list(BACKBONES)
 
 
@@ -32,13 +32,7 @@ def model_arguments(name: str, **overrides: object) -> dict[str, object]:
 
 
 def create_model(
-    name: str,
-    *,
-    input_size: int | tuple[int, int],
-    in_channels: int,
-    out_channels: int,
-    num_classes: int,
-    **overrides: object,
+    name: str, *, input_size: Size, in_channels: int, out_channels: int, num_classes: int, **overrides: object
 ) -> Backbone:
     """A backbone `model(x_t, t, y) -> [b out_channels h w]`; `overrides` change arguments of its row in the table. A
     plain `nn.Module` from outside is given what it lacks of the contract (see `models.backbone`)."""

@@ -39,12 +39,10 @@ class Backbone(nn.Module):
         return ()
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The modules of these classes."""
         return [module for module in self.modules() if isinstance(module, self.block_types())]
 
     def features(self, x_t: Images, t: Times, y: Labels, depths: Sequence[float]) -> list[Tokens]:
-        """Hidden states after these shares of the blocks, in (0, 1], which representation alignment (Yu et al. 2025,
-        REPA) and feature matching compare. No further block is run."""
+        """Hidden states after these shares of the blocks, in (0, 1] (REPA: Yu et al. 2025); no further block is run."""
         num_blocks = len(self.repeated_blocks())
         if not num_blocks or not all(0 < depth <= 1 for depth in depths):
             raise ValueError(f"features at depths {list(depths)}: give shares in (0, 1]; there are {num_blocks} blocks")
@@ -85,7 +83,6 @@ class Backbone(nn.Module):
         return [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
 
     def extras(self) -> tuple[str, ...]:
-        """Names of further inputs that `forward` takes: its keywords."""
         parameters = inspect.signature(self.forward).parameters.values()
         return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 

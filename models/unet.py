@@ -166,30 +166,19 @@ def _check_spelling(name: str, words: Sequence[str], num_levels: int) -> None:
 # parameters of its 10M, 50.1 of 49, 77.0 of 74, 83.0 of 85 (its strided convolutions are 4x4, and its last level ends
 # narrower). Giga's table and text disagree on the middle: three blocks a group, as its three letters say.
 _ANIME = {"channels": (32, 64, 128, 256, 512), "middle_channels": (512, 256)}
+_GIGA = {"channels": (128, 256, 256, 512), "middle_channels": (512, 256), "dropout": 0.1}
 _CIFAR10 = {"channels": (64, 64, 128, 256), "middle_channels": (512,), "num_heads": 8, "stem_size": 7}
+_MNIST = {"channels": (64, 64, 128, 256), "middle_channels": (256,)}
 _ROWS = {
     "UNet-Mini": {},
     "UNet-Simple": {**_ANIME, "down": ("AAA",) * 4, "middle": ("AA", "AA"), "up": ("AAA",) * 4},
     "UNet-Mega": {**_ANIME, "down": ("AAAAA",) * 4, "middle": ("AAA",) * 2, "up": ("AAAAA",) * 4, "dropout": 0.1},
-    "UNet-Giga": {
-        "channels": (128, 256, 256, 512),
-        "down": ("RARAA",) * 3,
-        "middle_channels": (512, 256),
-        "middle": ("RAR", "RAR"),
-        "up": ("RARAR",) * 3,
-        "dropout": 0.1,
-    },
+    "UNet-Giga": {**_GIGA, "down": ("RARAA",) * 3, "middle": ("RAR", "RAR"), "up": ("RARAR",) * 3},
     # CIFAR-10 at 32x32: multipliers 1, 2, 4 and, in the middle, 8; attention at 16x16 and 8x8. -S, a block a level, is
     # its variant for MNIST: 16.9M of about 15M; the study gives no more of its layout than the multipliers.
     "UNet-CIFAR10": {**_CIFAR10, "down": ("RR", "AA", "AA"), "middle": ("RR",), "up": ("AA", "AA", "RR")},
     "UNet-CIFAR10-S": {**_CIFAR10, "down": ("R", "A", "A"), "middle": ("RR",), "up": ("A", "A", "R")},
     # Class-conditional MNIST at 28x28, small enough for two CPU cores; attention at 7x7 and 4x4.
-    "UNet-MNIST": {
-        "channels": (64, 64, 128, 256),
-        "down": ("R", "R", "A"),
-        "middle_channels": (256,),
-        "middle": ("A",),
-        "up": ("A", "R", "R"),
-    },
+    "UNet-MNIST": {**_MNIST, "down": ("R", "R", "A"), "middle": ("A",), "up": ("A", "R", "R")},
 }
 MODELS = {name: (UNet, row) for name, row in _ROWS.items()}

@@ -12,10 +12,9 @@ from models.backbone import Backbone
 from models.layers import Cond, Grid, Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
 from models.layers.embedding import Conditioning, IntervalEmbedding, NoConditioning, sincos_2d
-from models.layers.mlp import DropPath
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
-from models.layers.style import BlockStyle
+from models.layers.style import BlockStyle, DropPath
 from models.layers.window import SKIPS, WindowAttention
 
 
@@ -180,9 +179,7 @@ class XSwin(Backbone):
         if conditioning == "none" and num_classes:
             raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
         if conditioning == "none" and second_time:
-            raise ValueError(
-                "conditioning=none leaves times no place, and this --diffusion.kind tells two: take another"
-            )
+            raise ValueError("conditioning=none leaves times no place, of which this kind tells two: take another")
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
         injection, style = Injection(conditioning, dim), BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp)
@@ -194,10 +191,7 @@ class XSwin(Backbone):
         swin_block = partial(SwinBlock, injection=injection, style=style, window_size=window_size, mlp_ratio=mlp_ratio)
 
         def make_blocks(depth: int, width: int, heads: int, rates: list[float], first: int = 0) -> list[SwinBlock]:
-            return [
-                swin_block(width, heads, shifted=number % 2 == 1, drop_path=rates[number])
-                for number in range(first, depth)
-            ]
+            return [swin_block(width, heads, shifted=n % 2 == 1, drop_path=rates[n]) for n in range(first, depth)]
 
         widths = [dim * 2**level for level in range(len(depths))]
         self.cond = (
@@ -250,7 +244,6 @@ class XSwin(Backbone):
         return SwinBlock, GlobalBlock
 
     def as_tokens(self, state: Float[Tensor, "b ... d"]) -> Tokens:
-        """Of a grid of tokens, row by row."""
         return state.flatten(1, -2)
 
     def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None) -> Output:

@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import studies.cascade.three_stages  # noqa: F401, registers a backbone
 from models import BACKBONES, create_model, list_models
 from models.backbone import Backbone, complete
-from models.layers.mlp import Mlp
 from models.layers.modulation import Modulator
+from models.layers.style import Mlp
 from training.preparation import recompute_blocks
 
 SMALL = {
@@ -30,7 +30,7 @@ SMALL = {
         "time_dim": 16,
     },
     "Cascade": {
-        "coarse_args": {"width": 8, "latent": 16, "num_blocks": 2, "time_dim": 16},
+        "coarse_args": {"width": 8, "latent": 16, "num_blocks": 2},
         "upsampler_args": {"width": 8},
         "refiner_args": {"width": 16, "depth": 1, "num_heads": 2},
     },

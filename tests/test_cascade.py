@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,14 +29,14 @@ from training.objective import phase_at
 from training.optimizer import build_optimizer, learning_rate
 
 SMALL = {
-    "diffusion": {"width": 8, "latent": 16, "num_blocks": 2, "time_dim": 16},
-    "dae": {"width": 8, "latent": 16, "time_dim": 16},
-    "resnet": {"width": 8, "latent": 16, "num_blocks": 2, "time_dim": 16},
+    "diffusion": {"width": 8, "latent": 16, "num_blocks": 2},
+    "dae": {"width": 8, "latent": 16},
+    "resnet": {"width": 8, "latent": 16, "num_blocks": 2},
     "pixelshuffle": {"width": 8},
     "upsampler resnet": {"width": 8},
     "vit": {"width": 16, "depth": 1, "num_heads": 2},
     "conv": {"width": 8},
-    "refiner diffusion": {"width": 8, "num_blocks": 1, "time_dim": 16},
+    "refiner diffusion": {"width": 8, "num_blocks": 1},
 }
 CHOICES = [
     *((name, "pixelshuffle", "vit") for name in COARSE),
@@ -256,10 +257,10 @@ def test_super_resolution_is_told_how_much_noise_the_coarse_image_holds():
         told.append((level.tolist(), len(up)))
         return images.target(up, (x_t - images.path.levels(t).alpha * up) / images.path.levels(t).sigma, t)
 
-    upsample = partial(nn.functional.interpolate, scale_factor=2.0)
+    model = SimpleNamespace(upsampler=partial(nn.functional.interpolate, scale_factor=2.0), refiner=refiner)
     for scale in (1.0, 2.0):
         walk = Walk(SamplingOptions(num_steps=5, guidance_scale=scale), 3, {}, None, None, None, None)
-        up, drawn = stage.generate(walk, upsample, refiner, low[:2], labels(2), torch.zeros_like)
+        up, drawn = stage.generate(walk, model, low[:2], labels(2), torch.zeros_like)
         torch.testing.assert_close(drawn, up, atol=1e-4, rtol=1e-4)
         assert told[-1] == ([9, 9], 2) if scale == 1 else ([9] * 4, 4)
 
@@ -297,18 +298,18 @@ MISTAKES = {
     "path": (lambda: Cascade().q_sample(X_0, torch.zeros(4), X_0), "leave --reconstruct or --likelihood out"),
     "upsampler": (
         lambda: cascade(upsampler="bicubic"),
-        "upsampler=bicubic: there is no such stage, choose from pixelshuffle, bilinear, resnet, interpolation",
+        "upsampler=bicubic must be one of pixelshuffle, bilinear, resnet, interpolation",
     ),
-    "refiner": (lambda: cascade(refiner="gan"), "refiner=gan: .* choose from vit, conv, none, diffusion"),
+    "refiner": (lambda: cascade(refiner="gan"), "refiner=gan must be one of vit, conv, none, diffusion"),
     "argument": (
         lambda: create_model(
             "Cascade", input_size=8, in_channels=3, out_channels=3, num_classes=0, refiner_args={"widht": 3}
         ),
-        "--model_args.refiner_args.widht: vit has no such argument; it takes width, depth",
+        "--model_args.refiner_args.widht: vit takes width, depth",
     ),
     "factor": (
         lambda: create_model("Cascade", input_size=9, in_channels=3, out_channels=3, num_classes=0),
-        "factor=2 must divide the 9x9 image",
+        "factor=2 must divide the 9x9 input",
     ),
 }
 

@@ -272,7 +272,7 @@ def test_a_guide_that_is_told_no_label_may_know_other_classes(tmp_path):
     asked = guide(x_t, t, torch.tensor([0, 6, 7]))
     torch.testing.assert_close(asked, model.eval()(x_t, t, torch.tensor([2, 2, 2])))
     assert (asked - model(x_t, t, torch.tensor([0, 0, 0]))).abs().max() > 1e-4
-    with pytest.raises(ValueError, match=r"--train.label_dropout 0, and knows no null label"):
+    with pytest.raises(ValueError, match=r"knows no null label; leave it out"):
         load("never")
 
 

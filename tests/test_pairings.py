@@ -208,7 +208,7 @@ def test_flows_refuse_what_they_cannot_do_in_words():
         ({"times": "mode", "times_args": {"scale": 2}}, r"--diffusion.times_args.scale 2: must lie in \[-1, 1.7519\]"),
         (
             {"contrast": 0.05, "prediction": "v"},
-            "--diffusion.contrast 0.05: is between velocities, and .*prediction is v",
+            "--diffusion.contrast 0.05: is not for --diffusion.prediction v",
         ),
         ({"shift": 0.0}, r"--diffusion.shift 0.0 must be above 0"),
     ]:

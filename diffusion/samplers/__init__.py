@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion.diffusion import NOTHING, Denoiser, Diffusion, Prediction
+from diffusion.diffusion import NOTHING, Chain, Denoiser, Diffusion, Moments, Prediction
 from diffusion.guidance import check_guidance, guide, mix_of, scale_at
 from diffusion.options import SamplingOptions
-from diffusion.samplers.chain import Chain, Moments
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import by_averages, ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Images, Labels, Transition
@@ -23,20 +22,20 @@ from settings import check_arguments, check_settings
 Sampler = Callable[..., Moments]
 """Of (chain, x_t), and keyword arguments of its own, whose ranges stand in its signature (`settings`)."""
 
-SAMPLERS: dict[str, Sampler] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "euler": euler,
-    "euler_maruyama": euler_maruyama,
-    "heun": heun,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "dpmpp_3m": dpmpp_3m,
-    "exponential_ab3": exponential_ab3,
-    "unipc": unipc,
-}
+ONE_STEP = (ddpm, ddim, euler, euler_maruyama, heun)
+MULTISTEP = (dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc)
+SAMPLERS: dict[str, Sampler] = {sampler.__name__: sampler for sampler in (*ONE_STEP, *MULTISTEP)}
 AVERAGES: dict[str, Sampler] = {"meanflow": by_averages, "shortcut": by_averages}
 """Of the kinds of these names alone."""
+
+Callback = Callable[[int, Tensor, Tensor], None]
+"""Called with (step, x_t after the step, x_0 predicted in it)."""
+
+OnStage = Callable[[str, Tensor], None]
+"""Called with (name of a stage, what it put out)."""
+
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One for the batch, or one a sample."""
 
 
 def samplers_of(diffusion: Diffusion) -> Mapping[str, Sampler]:
@@ -46,22 +45,12 @@ def samplers_of(diffusion: Diffusion) -> Mapping[str, Sampler]:
 
 @runtime_checkable
 class Staged(Protocol):
-    """A diffusion whose samples are made in several stages, of which a walk down a chain is one. `draw_noise` gives
-    more noise like what it is given, `on_stage` is to be told what each stage puts out."""
+    """A diffusion whose samples are made in several stages, of which a walk down a chain is one. It is told a
+    `guide_model`, `draw_noise` for more noise like what that is given, and `on_stage` for what each stage puts out."""
 
     stages: Sequence[str]
 
-    def generate(
-        self,
-        walk: "Walk",
-        model: Any,
-        noise: Images,
-        y: Labels,
-        *,
-        guide_model: Any | None,
-        draw_noise: Callable[[Tensor], Tensor],
-        on_stage: Callable[[str, Tensor], None],
-    ) -> Images: ...
+    def generate(self, walk: "Walk", model: Any, noise: Images, y: Labels, **told: Any) -> Images: ...
 
 
 def num_calls(diffusion: Diffusion, sampler: str | None, num_steps: int) -> int:
@@ -91,13 +80,6 @@ def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
     diffusion.check_options(options)
 
 
-Callback = Callable[[int, Tensor, Tensor], None]
-"""Called with (step, x_t after the step, x_0 predicted in it)."""
-
-Generators = torch.Generator | Sequence[torch.Generator]
-"""One for the batch, or one a sample."""
-
-
 @torch.no_grad()
 def sample(
     diffusion: Diffusion,
@@ -113,7 +95,7 @@ def sample(
     step_noise: Float[Tensor, "num_steps b c h w"] | None = None,
     generator: Generators | None = None,
     callback: Callback | None = None,
-    on_stage: Callable[[str, Tensor], None] | None = None,
+    on_stage: OnStage | None = None,
     **settings: Any,
 ) -> Images:
     """From unit normal `noise` to data, `x_0`, as `options` say, or keywords by the names of `SamplingOptions`:
@@ -141,15 +123,8 @@ def sample(
     with evaluating(model, guide_model):
         if not isinstance(diffusion, Staged):
             return walk(diffusion, model, noise, y, guide_model=guide_model)
-        return diffusion.generate(
-            walk,
-            model,
-            noise,
-            y,
-            guide_model=guide_model,
-            draw_noise=lambda like: randn_like(like, generator),
-            on_stage=on_stage or (lambda name, x_0: None),
-        )
+        told: dict[str, Any] = {"guide_model": guide_model, "draw_noise": lambda like: randn_like(like, generator)}
+        return diffusion.generate(walk, model, noise, y, on_stage=on_stage or (lambda name, x_0: None), **told)
 
 
 @dataclass(frozen=True)
@@ -167,19 +142,14 @@ class Walk:
     def __call__(
         self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels, *, guide_model: Denoiser | None
     ) -> Images:
-        options, mix = self.options, mix_of(self.options, diffusion)
+        options, told, worse = self.options, diffusion.precondition(model), guide_model
+        rule: dict[str, Any] = {"mix": mix_of(options, diffusion), "latent_channels": noise.shape[1]}
+        rule |= {"legacy_cfg_channels": options.legacy_cfg_channels}
+        rule |= {"guide_model": None if worse is None else diffusion.precondition(worse)}
 
         @cache
         def guided(scale: float) -> Denoiser:
-            return guide(
-                diffusion.precondition(model),
-                self.num_classes,
-                scale,
-                latent_channels=noise.shape[1],
-                legacy_cfg_channels=options.legacy_cfg_channels,
-                guide_model=None if guide_model is None else diffusion.precondition(guide_model),
-                mix=mix,
-            )
+            return guide(told, self.num_classes, scale, **rule)
 
         guided(options.guidance_scale)  # refuses what cannot be guided before the first step
 

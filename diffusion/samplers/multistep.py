@@ -7,7 +7,7 @@ put through the predictions of `x_0`. To the data h is infinite, and the polynom
 
 from torch import Tensor
 
-from diffusion.samplers.chain import Chain, Moments
+from diffusion.diffusion import Chain, Moments
 from diffusion.transition import Images, Transition
 
 Earlier = tuple[Tensor, Tensor]
@@ -40,8 +40,7 @@ def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Moments:
 
 def dpmpp_3m(chain: Chain, x_t: Images) -> Moments:
     """DPM-Solver++(3M) as published (Lu et al. 2022b, appendix B, and its code): a parabola through the last three
-    predictions, with half its bend. That leaves order 2, and in 20 to 40 steps a smaller error than
-    `exponential_ab3`."""
+    predictions, with half its bend: order 2, and in 20 to 40 steps less error than `exponential_ab3`."""
     return along_parabolas(chain, x_t, share_of_bend=0.5)
 
 

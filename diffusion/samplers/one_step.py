@@ -5,7 +5,7 @@ from typing import Annotated
 
 import torch
 
-from diffusion.samplers.chain import Chain, Moments
+from diffusion.diffusion import Chain, Moments
 from diffusion.transition import Images, Transition
 
 
@@ -15,7 +15,7 @@ def ddpm(chain: Chain, x_t: Images) -> Moments:
         prediction = chain.denoise(x_t, t, at)
         x_t = at.posterior_mean(prediction.x_0, x_t)
         if at.sigma_next > 0:  # the step to the data is not random
-            x_t = x_t + chain.diffusion.reverse_std(prediction, at) * chain.draw_noise()
+            x_t = x_t + torch.exp(0.5 * chain.diffusion.reverse_log_variance(prediction, at)) * chain.draw_noise()
         yield x_t, prediction.x_0
 
 
@@ -50,8 +50,7 @@ def by_averages(chain: Chain, x_t: Images) -> Moments:
 
 def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
     """Euler and Maruyama's method for the reverse-time SDE (Song et al. 2021b, eq. 6): Euler's step on the probability
-    flow, and a Langevin step of the variance that the noising has added on the way, at most twice sigma_t sigma_s,
-    which replaces all noise that there is."""
+    flow and a Langevin step of the variance that the noising added, at most twice sigma_t sigma_s."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_t = at.alpha_next * x_0 + at.sigma_next * noise

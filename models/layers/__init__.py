@@ -8,6 +8,7 @@ once, at the top.
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+Size = int | tuple[int, int]  # a side, or height and width
 Images = Float[Tensor, "b c h w"]
 Output = Float[Tensor, "b c_out h w"]
 Grid = Float[Tensor, "b h w d"]

@@ -38,16 +38,14 @@ def attend(
 
 
 def make_qk_norms(wanted: bool, head_dim: int) -> tuple[nn.Module, nn.Module]:
-    """Root mean square norms of a head's queries and keys, each with a learned scale a channel: logits stay bounded at
-    rates at which they otherwise grow until attention is one-hot and training diverges (Dehghani et al. 2023, section
-    2; Esser et al. 2024, section 5.3.2). Unless wanted, both are the identity."""
+    """Norms of queries and keys, a learned scale a channel (Dehghani et al. 2023, section 2; Esser et al. 2024, section
+    5.3.2): logits stay bounded at rates where they would make attention one-hot. Else identities."""
     make = partial(RMSNorm, head_dim, eps=1e-6) if wanted else nn.Identity
     return make(), make()
 
 
 class SelfAttention(nn.Module):
-    """Global multi-head self-attention, of queries and keys that `rotary` has turned; all may also attend to a `token`
-    that is not part of the image."""
+    """Global multi-head self-attention, of queries and keys turned by `rotary`; all may also attend to a `token`."""
 
     def __init__(
         self, dim: int, num_heads: int, *, qkv_bias: bool = True, qk_norm: bool = False, rotary: nn.Module | None = None

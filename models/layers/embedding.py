@@ -65,8 +65,7 @@ class NoInterval(nn.Module):
 
 class Conditioning(nn.Module):
     """`silu(time + label)`: the SiLU that opens every modulator. Label `num_classes` is the null label. `std` is what
-    weights start with; None, torch's own, is for blocks that add the conditioning to features, where small labels are
-    not heard."""
+    weights start with; None, torch's own, is for blocks that add it to features."""
 
     def __init__(self, num_classes: int, dim: int, std: float | None = SMALL, *, second_time: bool = False) -> None:
         super().__init__()

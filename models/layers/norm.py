@@ -6,9 +6,8 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """Divides by the root of the mean square, and takes no mean away (Zhang and Sennrich 2019). The scale follows the
-    features' type under autocast, as weights of products do: torch's own then leaves its fused kernel, with a
-    warning."""
+    """Divides by the root of the mean square (Zhang and Sennrich 2019). Under autocast the scale follows the features'
+    type: torch's own leaves its fused kernel, with a warning."""
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         weight = None if self.weight is None else self.weight.to(x.dtype)

@@ -16,16 +16,15 @@ def patchify(x: Images, patch_size: int) -> Float[Tensor, "b n patch"]:
 
 
 def unpatchify(x: Float[Tensor, "b n patch"], grid: tuple[int, int], patch_size: int) -> Images:
-    """Vectors of rows, columns and channels back to an image."""
     p = patch_size
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
 
 
-def check_input_size(input_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+def check_input_size(input_size: int | tuple[int, int], patch_size: int, name: str = "patch_size") -> tuple[int, int]:
     """Height and width, which the patch must divide."""
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     if height % patch_size or width % patch_size:
-        raise ValueError(f"patch_size={patch_size} must divide the {height}x{width} input")
+        raise ValueError(f"{name}={patch_size} must divide the {height}x{width} input")
     return height, width
 
 

@@ -130,8 +130,7 @@ class WindowAttention(nn.Module):
 
 
 def to_length(x: Float[Tensor, "b k n e"], length: Float[Tensor, "k 1 1"] | float = 1.0) -> Float[Tensor, "b k n e"]:
-    """Vectors of a given length, by one factor each: what `F.normalize` followed by a product computes, in little more
-    than half of its time forward and backward."""
+    """Vectors of a given length: as `F.normalize` and a product, in little more than half of the time."""
     return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12))
 
 

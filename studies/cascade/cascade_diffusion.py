@@ -25,8 +25,6 @@ from training.objective import Objective, Phase
 
 
 class Trained(NamedTuple):
-    """The parts that a phase of the training trains."""
-
     coarse: bool
     others: bool  # upsampler and refiner
 
@@ -51,16 +49,8 @@ class CascadeObjective(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         during = {} if phase is None else self.diffusion.during(phase.number, phase.progress)
-        return self.diffusion.training_loss(
-            model,
-            batch.x_0,
-            batch.y,
-            t=batch.t,
-            noise=batch.noise,
-            auxiliary=self.auxiliary_terms(phase),
-            draws=batch.more,
-            **during,
-        )
+        during |= {"t": batch.t, "noise": batch.noise, "draws": batch.more, "auxiliary": self.auxiliary_terms(phase)}
+        return self.diffusion.training_loss(model, batch.x_0, batch.y, **during)
 
 
 class Cascade(Diffusion):
@@ -96,13 +86,8 @@ class Cascade(Diffusion):
         forcing: Sequence[Sequence[int | float]],
         model_args: Mapping[str, Any],
     ) -> None:
-        super().__init__(
-            coarse.path,
-            coarse.prediction,
-            times=coarse.sample_timesteps,
-            default_sampler=coarse.default_sampler,
-            samplers=coarse.samplers,
-        )
+        sampled: dict[str, Any] = {"default_sampler": coarse.default_sampler, "samplers": coarse.samplers}
+        super().__init__(coarse.path, coarse.prediction, times=coarse.sample_timesteps, **sampled)
         self.coarse, self.refinement, self.factor = coarse, refinement, factor
         self.phases, self.forcing, self.model_args = phases, forcing, model_args
 
@@ -135,8 +120,7 @@ class Cascade(Diffusion):
         trained: Trained = PHASES[-1],
         forcing: float = 1.0,
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """`loss` and, as the phase has them: `mse` of the coarse stage, `upsampled`, `refined`, auxiliary terms,
-        `forced`."""
+        """`loss` and, by phase, `mse` of the coarse stage, `upsampled`, `refined`, auxiliary terms, `forced`."""
         t, noise = self.draw(x_0, t, noise, generator)
         draws = draws or self.draw_more(x_0.shape, generator, x_0.device)
         x_0 = x_0.float()
@@ -175,25 +159,16 @@ class Cascade(Diffusion):
     # Sampling.
 
     def generate(
-        self,
-        walk: Walk,
-        model: Any,
-        noise: Images,
-        y: Labels,
-        *,
-        guide_model: Any | None,
-        draw_noise: Callable[[Tensor], Tensor],
-        on_stage: Callable[[str, Tensor], None],
+        self, walk: Walk, model: Any, noise: Images, y: Labels, *, guide_model: Any, draw_noise: Any, on_stage: Any
     ) -> Images:
-        """A coarse image down its chain, upsampled, refined. A refiner that denoises is guided by the null label
-        alone."""
+        """A coarse image down its chain, upsampled, refined; a refiner that denoises is guided by the null label."""
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
         low = walk(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
         changed: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
         if self.samplers:  # those are for the coarse stage alone
             changed |= {"sampler": "ddpm", "sampler_args": {}}
         rest = replace(walk, options=replace(walk.options, **changed))
-        up, refined = self.refinement.generate(rest, model.upsampler, model.refiner, low, y, draw_noise)
+        up, refined = self.refinement.generate(rest, model, low, y, draw_noise)
         for name, image in zip(self.stages, (low, up, refined), strict=True):
             on_stage(name, image.to(noise.dtype))
         return refined.to(noise.dtype)

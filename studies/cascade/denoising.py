@@ -4,9 +4,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from diffusion.diffusion import Diffusion, Step
+from diffusion.diffusion import Chain, Diffusion, Moments, Step
 from diffusion.paths import Path, check_num_steps
-from diffusion.samplers.chain import Chain, Moments
 from diffusion.transition import Images, Level, Timesteps, Transition
 
 
@@ -56,8 +55,7 @@ class SingleLevel(Path):
 
 
 class Denoising(Diffusion):
-    """A denoising autoencoder (Vincent et al. 2008), trained by the squared error of `x_0`. With `alpha = 0` it is
-    given noise alone, and learns the mean image."""
+    """A denoising autoencoder (Vincent et al. 2008), by the squared error of `x_0`; of pure noise if `alpha = 0`."""
 
     def __init__(self, alpha: float = 1.0, sigma: float = 0.5) -> None:
         super().__init__(

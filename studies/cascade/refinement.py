@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,8 @@ from diffusion.transition import Images, Labels
 
 Condition = tuple[Tensor, Tensor, Tensor, Tensor]
 """(x_t, t, level, y): what a refiner that denoises is given beside the upsampled image."""
+DrawNoise = Callable[[Tensor], Tensor]
+Ends = tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]
 
 
 class Refined(NamedTuple):
@@ -42,21 +44,12 @@ class Refinement:
         return None
 
     def read(self, output: Images, x_0: Images, draws: Mapping[str, Tensor]) -> Refined:
-        """The loss of the refiner's output, and what it says of `x_0`."""
         return Refined(mean_per_sample((output - x_0).square()), output, torch.ones(len(x_0), device=x_0.device))
 
-    def generate(
-        self,
-        walk: Walk,
-        upsampler: Callable[[Tensor], Tensor],
-        refiner: Callable[[Tensor, Condition | None], Tensor],
-        low: Images,
-        y: Labels,
-        draw_noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
-        """What upsampler and refiner make of a coarse image."""
-        up = upsampler(low)
-        return up, refiner(up, None)
+    def generate(self, walk: Walk, model: Any, low: Images, y: Labels, draw_noise: DrawNoise) -> Ends:
+        """What the model's upsampler and refiner make of a coarse image."""
+        up = model.upsampler(low)
+        return up, model.refiner(up, None)
 
 
 class SuperResolution(Refinement):
@@ -108,21 +101,13 @@ class SuperResolution(Refinement):
         loss = self.diffusion.terms(output, x_0, x_t, t, noise)["loss"]
         return Refined(loss, self.diffusion.predict(output, x_t, t).x_0, self.diffusion.signal_share(t))
 
-    def generate(
-        self,
-        walk: Walk,
-        upsampler: Callable[[Tensor], Tensor],
-        refiner: Callable[[Tensor, Condition | None], Tensor],
-        low: Images,
-        y: Labels,
-        draw_noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]:
+    def generate(self, walk: Walk, model: Any, low: Images, y: Labels, draw_noise: DrawNoise) -> Ends:
         level = self.level(torch.full((len(low),), float(self.at_sampling), device=low.device))
-        up = upsampler(self.diffusion.q_sample(low, level, draw_noise(low)) if self.in_training else low)
+        up = model.upsampler(self.diffusion.q_sample(low, level, draw_noise(low)) if self.in_training else low)
 
         def denoise(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
             halves = len(x_t) // len(up)  # under guidance two, with and without label
-            return refiner(up.repeat(halves, 1, 1, 1), (x_t, t, level.repeat(halves), y))
+            return model.refiner(up.repeat(halves, 1, 1, 1), (x_t, t, level.repeat(halves), y))
 
         silent = replace(walk, callback=None)
         return up, silent(self.diffusion, denoise, draw_noise(up), y, guide_model=None)

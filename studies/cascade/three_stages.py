@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from models import BACKBONES
 from models.backbone import Backbone
 from models.layers import Images, Labels, Output, Times
-from models.layers.attention import check_heads, zero_
+from models.layers.attention import check_choice, check_heads, zero_
 from models.layers.embedding import Conditioning, TimeEmbedding, sincos_2d
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.residual import Downsample, NearestUpsample, ResidualBlock, group_norm
+
+TIME_DIM = 128  # of the embedding of time and label
 
 # The coarse stage: (x_t, t, y) -> [b c_out h w], at the coarse size.
 
@@ -24,22 +26,14 @@ class ResidualNet(nn.Module):
     """Convolutions two by two, each pair with a skip and time and label between them, from `width` to `latent`."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_classes: int,
-        *,
-        width: int = 128,
-        latent: int = 256,
-        num_blocks: int = 3,
-        time_dim: int = 128,
+        self, in_channels: int, out_channels: int, num_classes: int, *, width=128, latent=256, num_blocks=3
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         widths = [width, *[latent] * (num_blocks - 1)]
-        self.cond = Conditioning(num_classes, time_dim, std=None)
+        self.cond = Conditioning(num_classes, TIME_DIM, std=None)
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(ResidualBlock(channels, latent, time_dim, dropout=0.0) for channels in widths)
+        self.blocks = nn.ModuleList(ResidualBlock(channels, latent, TIME_DIM, dropout=0.0) for channels in widths)
         self.norm = group_norm(latent)
         self.head = zero_(nn.Conv2d(latent, out_channels, 3, padding=1))
 
@@ -55,24 +49,17 @@ class Autoencoder(nn.Module):
     """Down to half the side, where it is widest, and up again: nothing goes past the bottleneck."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_classes: int,
-        *,
-        width: int = 128,
-        latent: int = 256,
-        time_dim: int = 128,
+        self, in_channels: int, out_channels: int, num_classes: int, *, width: int = 128, latent: int = 256
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.cond = Conditioning(num_classes, time_dim, std=None)
+        self.cond = Conditioning(num_classes, TIME_DIM, std=None)
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.encoder = ResidualBlock(width, width, time_dim, dropout=0.0)
+        self.encoder = ResidualBlock(width, width, TIME_DIM, dropout=0.0)
         self.downsample = Downsample(width)
-        self.bottleneck = ResidualBlock(width, latent, time_dim, dropout=0.0)
+        self.bottleneck = ResidualBlock(width, latent, TIME_DIM, dropout=0.0)
         self.upsample = NearestUpsample(latent)
-        self.decoder = ResidualBlock(latent, width, time_dim, dropout=0.0)
+        self.decoder = ResidualBlock(latent, width, TIME_DIM, dropout=0.0)
         self.norm = group_norm(width)
         self.head = zero_(nn.Conv2d(width, out_channels, 3, padding=1))
 
@@ -91,22 +78,14 @@ class PlainBlock(nn.Sequential):
     """Two convolutions and a skip, without conditioning; starts as the identity."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(
-            group_norm(channels),
-            nn.SiLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            group_norm(channels),
-            nn.SiLU(),
-            zero_(nn.Conv2d(channels, channels, 3, padding=1)),
-        )
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        super().__init__(group_norm(channels), nn.SiLU(), first, group_norm(channels), nn.SiLU(), zero_(second))
 
     def forward(self, x: Images) -> Images:
         return x + super().forward(x)
 
 
 class Interpolation(nn.Module):
-    """Bilinear interpolation, in which nothing is learned."""
-
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
         self.factor = factor
@@ -206,8 +185,6 @@ class ViTRefiner(nn.Module):
 
 
 class ConvRefiner(Residual):
-    """What residual blocks add to the image, at first nothing."""
-
     def __init__(
         self, channels: int, size: tuple[int, int], num_classes: int, *, width: int = 128, num_blocks: int = 2
     ) -> None:
@@ -218,8 +195,6 @@ class ConvRefiner(Residual):
 
 
 class NoRefiner(nn.Module):
-    """The image as it is."""
-
     def __init__(self, channels: int, size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
 
@@ -231,20 +206,13 @@ class DiffusionRefiner(nn.Module):
     """A denoiser that sees the image to refine beside the noisy one, and both noise levels (Ho et al. 2021)."""
 
     def __init__(
-        self,
-        channels: int,
-        size: tuple[int, int],
-        num_classes: int,
-        *,
-        width: int = 128,
-        num_blocks: int = 3,
-        time_dim: int = 128,
+        self, channels: int, size: tuple[int, int], num_classes: int, *, width: int = 128, num_blocks: int = 3
     ) -> None:
         super().__init__()
-        self.cond = Conditioning(num_classes, time_dim, std=None)
-        self.level = TimeEmbedding(time_dim, std=None)
+        self.cond = Conditioning(num_classes, TIME_DIM, std=None)
+        self.level = TimeEmbedding(TIME_DIM, std=None)
         self.stem = nn.Conv2d(2 * channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(ResidualBlock(width, width, time_dim, dropout=0.0) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(width, width, TIME_DIM, dropout=0.0) for _ in range(num_blocks))
         self.norm = group_norm(width)
         self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
 
@@ -258,19 +226,13 @@ class DiffusionRefiner(nn.Module):
         return self.head(F.silu(self.norm(x)))
 
 
-COARSE: dict[str, type[nn.Module]] = {"diffusion": ResidualNet, "dae": Autoencoder, "resnet": ResidualNet}
-UPSAMPLERS: dict[str, type[nn.Module]] = {
-    "pixelshuffle": PixelShuffle,
-    "bilinear": Bilinear,
-    "resnet": ResNet,
-    "interpolation": Interpolation,
-}
-REFINERS: dict[str, type[nn.Module]] = {
-    "vit": ViTRefiner,
-    "conv": ConvRefiner,
-    "none": NoRefiner,
-    "diffusion": DiffusionRefiner,
-}
+COARSE = {"diffusion": ResidualNet, "dae": Autoencoder, "resnet": ResidualNet}
+UPSAMPLERS = {"pixelshuffle": PixelShuffle, "bilinear": Bilinear, "resnet": ResNet, "interpolation": Interpolation}
+REFINERS = {"vit": ViTRefiner, "conv": ConvRefiner, "none": NoRefiner, "diffusion": DiffusionRefiner}
+
+
+Connect = Callable[[Tensor], Tensor | None] | None
+"""From what the coarse stage puts out to what the upsampler is given; None where no more is asked for."""
 
 
 class Stages(NamedTuple):
@@ -313,10 +275,7 @@ class Cascade(Backbone):
         refiner_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height % factor or width % factor:
-            raise ValueError(f"factor={factor} must divide the {height}x{width} image")
-        self.input_size, self.factor = (height, width), factor
+        self.input_size, self.factor = check_input_size(input_size, factor, "factor"), factor
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
         self.coarse = _build("coarse", COARSE, coarse, coarse_args, in_channels, out_channels, num_classes)
         self.upsampler = _build("upsampler", UPSAMPLERS, upsampler, upsampler_args, out_channels, factor)
@@ -328,14 +287,7 @@ class Cascade(Backbone):
         return ResidualBlock, PlainBlock, Block
 
     def forward(
-        self,
-        x_t: Float[Tensor, "b c _ _"],
-        t: Times,
-        y: Labels,
-        *,
-        connect: Callable[[Tensor], Tensor | None] | None = None,
-        condition: Condition = None,
-        frozen: bool = False,
+        self, x_t: Images, t: Times, y: Labels, *, connect: Connect = None, condition: Condition = None, frozen=False
     ) -> Tensor | Stages:
         if connect is None:
             small = F.avg_pool2d(x_t, self.factor)
@@ -352,17 +304,13 @@ class Cascade(Backbone):
 
 
 def _build(
-    stage: str, table: dict[str, type[nn.Module]], name: str, arguments: Mapping[str, Any] | None, *fixed: Any
+    stage: str, table: Mapping[str, type[nn.Module]], name: str, arguments: Mapping[str, Any] | None, *fixed: Any
 ) -> nn.Module:
     """A stage by its name, with its own arguments on top of what follows from the others."""
-    if name not in table:
-        raise ValueError(f"{stage}={name}: there is no such stage, choose from {', '.join(table)}")
+    check_choice(stage, name, table)
     accepted = list(inspect.signature(table[name]).parameters)[len(fixed) :]
     for argument in (arguments or {}).keys() - set(accepted):
-        raise ValueError(
-            f"--model_args.{stage}_args.{argument}: {name} has no such argument; it takes "
-            f"{', '.join(accepted) or 'none'}"
-        )
+        raise ValueError(f"--model_args.{stage}_args.{argument}: {name} takes {', '.join(accepted) or 'no arguments'}")
     return table[name](*fixed, **(arguments or {}))
 
 
