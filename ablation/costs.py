@@ -39,7 +39,6 @@ class Measured:
         self.known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def get(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
-        """What is known, or else what measuring gives."""
         name = json.dumps(key, sort_keys=True, default=str)
         if name not in self.known:
             self.known[name] = measure()
@@ -47,7 +46,6 @@ class Measured:
         return self.known[name]
 
     def cost(self, spec: ModelSpec) -> Cost:
-        """Of a backbone, counted once."""
         key = repr(spec)
         if key not in self.counted:
             self.counted[key] = count(spec)

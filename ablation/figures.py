@@ -56,10 +56,10 @@ def validation(results: Results, axes: Any) -> bool:
 
 
 def score_by_compute(results: Results, axes: Any) -> bool:
-    """Where none was scored during training, the final scores."""
+    """By the first metric that was scored at two steps or more of a training; else the final scores."""
     axes.set(xlabel="arithmetic of training")
     axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
-    if metric := _logged_metric(results):
+    if metric := next((m for m in results.metrics if any(len(run.series(m)[0]) > 1 for run in results.runs)), None):
         axes.set_ylabel(title_of(metric))
         return _lines(results, axes, metric, arithmetic)
     return _final_scores(results, axes, results.metrics[0], lambda v: arithmetic(v.runs[0], v.plan["num_steps"]))
@@ -118,11 +118,6 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _logged_metric(results: Results) -> str | None:
-    """The first metric of the table that some log holds at two steps or more."""
-    return next((m for m in results.metrics if any(len(run.series(m)[0]) > 1 for run in results.runs)), None)
-
-
 def _runs_of(results: Results) -> Iterator[tuple[int, RunResult, str | None]]:
     """All runs, each with its variant's place and, the first of a variant, with its name for the legend."""
     for number, variant in enumerate(results.variants):
@@ -150,14 +145,8 @@ def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[Variant
 
 PANELS: dict[str, tuple[Panel, str]] = {  # and their captions
     "loss": (loss, "Training loss: every interval of the log, pale, and its running mean."),
-    "validation": (
-        validation,
-        "Loss on held-out images of the averaged weights: the same images, times and noise for all.",
-    ),
-    "score-by-compute": (
-        score_by_compute,
-        "Score against the arithmetic of training (three forward passes a step and image).",
-    ),
+    "validation": (validation, "Loss of the averaged weights on held-out images, times and noise that all share."),
+    "score-by-compute": (score_by_compute, "Score against the training's arithmetic (three forward passes an image)."),
     "score-by-parameters": (score_by_parameters, "Final score against the number of parameters."),
     "per-class": (per_class, "Fréchet distance within each class that has 50 images, less the baseline's."),
 }

@@ -1,7 +1,5 @@
 """What a result is a result of: a hash of the configuration, and one of the code that made it."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json
@@ -59,8 +57,7 @@ def of_any_code(keys: dict[str, str], stored: dict[str, str], begun: Sequence[st
 
 
 def done_stages(folder: Path) -> dict[str, str]:
-    """Hashes of what a run's folder holds: `train`, `score`, `draw`, `began` of the training in it, and its `scores`
-    by content."""
+    """Keys of what a run's folder holds: `train`, `score`, `draw`; `began` of the training; `scores`, by content."""
     return _read_json(folder / "stages.json")
 
 
@@ -157,8 +154,7 @@ def code_hash(stage: str, *, afresh: bool = False) -> str:
 
 @cache
 def code_of(stage: str, root: Path = ROOT) -> dict[str, str]:
-    """Hashes of the files that a stage's results follow from: of all that its program imports, wherever it does, of
-    the training's, and of `--imports`. By their syntax: comments, docstrings and layout do not count."""
+    """Hashes of the syntax, without docstrings, of all files that the training, this stage and `--imports` import."""
     files = _imported(PROGRAMS["train"], root, ONLOOKERS)
     files |= _imported(PROGRAMS[stage], root, ONLOOKERS if stage == "train" else ELSEWHERE)
     paths = {name: root / name for name in files} | {f"--imports {name}": f for name, f in imported_files().items()}

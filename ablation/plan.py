@@ -51,12 +51,10 @@ class Planned:
 
     @property
     def trains(self) -> bool:
-        """Whether the training is its own."""
         return self.trained_in == self.run.folder
 
     @property
     def pictured(self) -> list[str]:
-        """Names of the classes in the pictures."""
         return pictured(self.ablation.pictures.classes, self.classes)
 
     @property
@@ -75,7 +73,6 @@ class Planned:
 
     @property
     def all_done(self) -> bool:
-        """Whether nothing is left to do."""
         return self.done.issuperset(self.keys)
 
     @property
@@ -115,8 +112,7 @@ class Planned:
 
     @property
     def changes(self) -> list[str]:
-        """Files and settings by which the training in the folder, or what lies at its paths, differs from the
-        plan's."""
+        """By which files and settings the training there, or what lies at its paths, differs from the plan's."""
         config, key = self.run.config, self.keys["train"]
         if self.trains and (others := changes(self.run.folder, key, config)):
             return others
@@ -138,7 +134,6 @@ class Planned:
 
     @property
     def state(self) -> str:
-        """What is done of it, or why not, in words."""
         if self.all_done:
             return "done"
         if others := self.changes:
@@ -194,20 +189,9 @@ def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool
     keys = keys_of(config, scoring, asdict(ablation.pictures))
     if not ablation.pictures.num_per_class:
         del keys["draw"]
-    return Planned(
-        run,
-        ablation,
-        spec,
-        sampling,
-        list(images.classes),
-        num_training_steps(config.train, len(images)),
-        len(held_out),
-        {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()},
-        measured.cost(spec),
-        run.folder,
-        first,
-        keys,
-    )
+    identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
+    of_images = list(images.classes), num_training_steps(config.train, len(images)), len(held_out), identity
+    return Planned(run, ablation, spec, sampling, *of_images, measured.cost(spec), run.folder, first, keys)
 
 
 def matched(plan: list[Planned], measured: Measured) -> list[Planned]:
@@ -279,30 +263,17 @@ def duration(seconds: float | None) -> str:
 
 
 def as_record(plan: list[Planned]) -> dict[str, Any]:
-    """What the report needs to know of the plan."""
     ablation = plan[0].ablation
     baseline = next((planned.run.variant for planned in plan if planned.run.is_of(ablation.baseline)), None)
-    return {
-        "ablation": {**asdict(ablation), "baseline": baseline},
-        "runs": [
-            {
-                "variant": planned.run.variant,
-                "point": planned.run.point,
-                "seed": planned.run.seed,
-                "folder": planned.run.folder.as_posix(),
-                "trained_in": planned.trained_in.as_posix(),
-                "parameters": planned.cost.parameters,
-                "gflops": planned.cost.gflops,
-                "num_steps": planned.num_steps,
-                "batch_size": planned.run.config.train.batch_size,
-                "classes": planned.classes,
-                "model": planned.spec.name,
-                "model_args": planned.spec.args,
-                "keys": planned.keys,
-            }
-            for planned in plan
-        ],
-    }
+
+    def row(planned: Planned) -> dict[str, Any]:
+        run, spec, cost = planned.run, planned.spec, planned.cost
+        about = {"variant": run.variant, "point": run.point, "seed": run.seed, "folder": run.folder.as_posix()}
+        about |= {"trained_in": planned.trained_in.as_posix(), "keys": planned.keys, "classes": planned.classes}
+        about |= {"model": spec.name, "model_args": spec.args, "parameters": cost.parameters, "gflops": cost.gflops}
+        return {**about, "num_steps": planned.num_steps, "batch_size": run.config.train.batch_size}
+
+    return {"ablation": {**asdict(ablation), "baseline": baseline}, "runs": [row(planned) for planned in plan]}
 
 
 def _owner(planned: Planned, plan: list[Planned]) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ablation.figures import PANELS, draw_panels
 from ablation.pictures import beside, data_uri, read_pictures, save_beside
@@ -22,22 +23,12 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     title = results.plan["ablation"]["title"] or folder.name
     missing = f"Not finished, and not in this report: {'; '.join(results.missing)}." if results.missing else ""
 
-    html = page(  # one file that a browser reads without a network
-        "report.html",
-        title=title,
-        description=about,
-        missing=missing,
-        head=head(results),
-        groups={"references": reference_cells(results), "models": cells(results)},
-        notes=notes,
-        findings=findings,
-        crossed=tables,
-        panels=[(svg, PANELS[name][1]) for name, svg in panels.items()],
-        pictures=pictures,
-        beside=beside(pictures),
-        data_uri=data_uri,
-        facts_of_results=facts,
-    )
+    groups = {"references": reference_cells(results), "models": cells(results)}
+    captioned = [(svg, PANELS[name][1]) for name, svg in panels.items()]
+    shown: dict[str, Any] = {"title": title, "description": about, "missing": missing, "notes": notes}
+    shown |= {"head": head(results), "groups": groups, "findings": findings, "crossed": tables, "panels": captioned}
+    shown |= {"pictures": pictures, "beside": beside(pictures), "data_uri": data_uri, "facts_of_results": facts}
+    html = page("report.html", **shown)  # one file that a browser reads without a network
     text = [f"# {plain(title)}", about, plain(missing), as_markdown(results), *map(plain, notes)]
     if findings:
         text.append("## What is decided")
@@ -88,8 +79,7 @@ def notes_of(results: Results) -> list[str]:
 
 
 def findings_of(results: Results) -> dict[str, list[str]]:
-    """By the head of a metric, a sentence a variant: whether it is better than the baseline, or that this is
-    undecided."""
+    """By the head of a metric, a sentence a variant: whether it is better than the baseline, or undecided."""
     found = {}
     for metric in results.metrics:
         lower, differences = is_lower_better(metric), results.differences(metric)

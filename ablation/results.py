@@ -1,16 +1,69 @@
-"""What the runs of an ablation left, read from their own JSON, and what it amounts to."""
+"""What an ablation's runs left, read from their own JSON, and whether one variant is better than another: differences
+paired over training seeds, their intervals, and p-values that hold for all comparisons together."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from ablation.differences import Difference, corrected, paired
 from ablation.identity import is_scored
+from evaluation.table import SIGNIFICANT, number
 from metrics.scores import is_lower_better
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two means of scores, over the training seeds that both have."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    num_seeds: int
+
+    @property
+    def is_decided(self) -> bool:
+        return self.p < SIGNIFICANT
+
+    def sentence(self, name: str, other: str, lower_is_better: bool, digits: int | None = None) -> str:
+        mean, low, high = (number(value, digits=digits) for value in (abs(self.mean), self.low, self.high))
+        interval = f"95% interval {low} to {high}"
+        why = f"{interval}, {self.num_seeds} seeds, corrected p = {self.p:.2g}"
+        if self.is_decided:
+            verdict = "better" if (self.mean < 0) == lower_is_better else "worse"
+            return f"{name} is {verdict} than {other} by {mean} ({why})"
+        reason = "the interval holds 0" if self.low <= 0 <= self.high else "too many comparisons for so few seeds"
+        return f"{name} against {other} is undecided: {reason} ({why})"
+
+
+def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+    """Student's paired t-test over the common seeds, two-sided; None for fewer than two, or where all differ alike."""
+    from scipy import stats
+
+    differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    if len(differences) < 2 or stdev(differences) == 0:
+        return None
+    test: Any = stats.ttest_1samp(differences, 0)
+    low, high = map(float, test.confidence_interval(0.95))
+    return Difference(fmean(differences), low, high, float(test.pvalue), len(differences))
+
+
+def corrected(differences: Mapping[str, Difference | None]) -> dict[str, Difference]:
+    """Those that could be tested, with p-values for all of them together."""
+    tested = {name: difference for name, difference in differences.items() if difference is not None}
+    p_values = holm([difference.p for difference in tested.values()])
+    return {name: replace(difference, p=p) for (name, difference), p in zip(tested.items(), p_values, strict=True)}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values such that among all tests one is below a bound by chance with at most that probability (Holm 1979)."""
+    found, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = found[place] = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -28,11 +81,9 @@ class RunResult:
         return [{name: one["value"] for name, one in trial.items() if ", " not in name} for trial in trials]
 
     def values(self, metric: str) -> list[float]:
-        """Of the trials that have a value."""
         return [value for trial in self.trials if (value := trial.get(metric)) is not None]
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of something in the log."""
         points = [(event["step"], event[name]) for event in self.events if event.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -46,13 +97,11 @@ class VariantResult:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """The row of `plan.json` of its first run."""
         return self.runs[0].plan
 
     @property
     def costs(self) -> dict[str, int | float | None]:
-        """Parameters and GFLOPs of a forward pass; of training, from its log, median images a second and most
-        memory."""
+        """Parameters and GFLOPs of a forward pass; of training, logged, median images a second and most memory."""
         counted = {name: self.plan[name] for name in ("parameters", "gflops")}
         logged = {"images_per_second": median, "memory_gb": max}
         for name, summary in logged.items():
@@ -61,11 +110,9 @@ class VariantResult:
         return counted
 
     def values(self, metric: str) -> list[float]:
-        """Of every trial of every seed."""
         return [value for run in self.runs for value in run.values(metric)]
 
     def by_seed(self, metric: str) -> dict[int, float]:
-        """The mean over trials, for each seed."""
         return {run.plan["seed"]: fmean(values) for run in self.runs if (values := run.values(metric))}
 
 
@@ -80,12 +127,10 @@ class Results:
 
     @property
     def runs(self) -> list[RunResult]:
-        """The finished runs of all variants."""
         return [run for variant in self.variants for run in variant.runs]
 
     @property
     def baseline(self) -> VariantResult:
-        """What the others are tested against."""
         asked = self.plan["ablation"]["baseline"]
         return next((variant for variant in self.variants if variant.name == asked), self.variants[0])
 
@@ -105,9 +150,8 @@ class Results:
             return False
         rivals = {other.name for other in self.variants if other is not variant and other.values(metric)}
         differences = self._differences_to(variant, metric).items()
-        return bool(rivals) and rivals == {
-            name for name, one in differences if one.is_decided and (one.mean > 0) == lower
-        }
+        beaten = {name for name, one in differences if one.is_decided and (one.mean > 0) == lower}
+        return bool(rivals) and rivals == beaten
 
     def _differences_to(self, base: VariantResult, metric: str) -> dict[str, Difference]:
         by_seed = base.by_seed(metric)
@@ -116,13 +160,10 @@ class Results:
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
-        """The scores of training images (the floor) and reconstructions (the ceiling), by name and, where not all are
-        scored alike, by variant."""
-        of_scores, of_samples = ("num_samples", "reference", "extractor_sha256"), ("labels", "autoencoder")
-        scored_as = [
-            [*map(run.record.get, of_scores), *map(run.record["samples"].get, of_samples)] for run in self.runs
-        ]
-        alike = all(other == scored_as[0] for other in scored_as)
+        """Scores of training images (floor) and reconstructions (ceiling); by variant where scored differently."""
+        of_run, of_samples = ("num_samples", "reference", "extractor_sha256"), ("labels", "autoencoder")
+        kinds = [[*map(run.record.get, of_run), *map(run.record["samples"].get, of_samples)] for run in self.runs]
+        alike = all(other == kinds[0] for other in kinds)
         rows = {row["name"]: (run.plan["variant"], row) for run in self.runs for row in run.record["rows"][1:]}
         references = {}
         for name, what in (("training images", "floor"), ("reconstructions", "ceiling")):

@@ -1,5 +1,8 @@
-"""Who does the runs: each stage is a process of its own, so that a failure stays where it is."""
+"""Who does the runs: each is three commands, as a user would type them, processes of their own, so that a failure stays
+where it is; one after the other, side by side, or as jobs of a cluster's scheduler."""
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -7,25 +10,65 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
 
 from ablation.identity import PROGRAMS, ROOT, code_hash, done_stages, mark
 from ablation.plan import Planned, duration
-from ablation.stages import STAGES
+from ablation.study import ClusterConfig
 from machine import children
 from machine.children import EXIT_CODE, STOPPED
+from machine.cluster import open_executor, requeue
 from machine.lock import InUse, Lock
 from machine.whole_files import write_whole
 
 _PRINTING = threading.Lock()
+FRECHET_ONLY = {"fid", "sfid"}  # for these alone, features are not kept, and there is no distance within classes
+
+
+def train(planned: Planned) -> list[str]:
+    return ["train.py", "--config", str(planned.run.folder / "variant.yaml"), "--resume", "auto"]
+
+
+def score(planned: Planned) -> list[str]:
+    evaluation, scoring = planned.run.config.evaluation, planned.ablation.scoring
+    flags = {name: value for name, value in asdict(evaluation).items() if value is not None}
+    flags |= {"samples": planned.trained_in, "output": planned.run.folder / "scores.json"}
+    flags |= {"num_samples": planned.num_samples, "trials": scoring.trials}
+    flags |= {"baselines": scoring.baselines and planned.first}
+    has_features = not set(evaluation.metrics) <= FRECHET_ONLY
+    flags |= {"per_class": scoring.per_class and planned.spec.num_classes > 0 and has_features}
+    return ["evaluate.py", *_as_flags(planned, flags)]
+
+
+def draw(planned: Planned) -> list[str]:
+    """Pictures of chosen classes, from noise that all variants share."""
+    pictures = planned.ablation.pictures
+    flags = {"checkpoint": planned.trained_in, "output": planned.run.folder / "pictures.npz"}
+    flags |= {"seed": pictures.seed, "num_per_class": pictures.num_per_class}
+    flags |= {"classes": planned.pictured} if planned.classes else {}
+    return ["sample.py", *_as_flags(planned, flags)]
+
+
+def _as_flags(planned: Planned, values: dict[str, Any]) -> list[str]:
+    """`--name value`, lists and mappings as JSON; all of the sampling, as the training's own may have changed."""
+    sampling = yaml.safe_dump(asdict(planned.sampling), default_flow_style=True, width=math.inf).strip()
+    values = {**values, "precision": planned.run.config.train.precision, "sampling": sampling}
+    values |= {"imports": planned.run.config.imports} if planned.run.config.imports else {}  # whose syntax counts
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", str(value) if isinstance(value, str | Path) else json.dumps(value)]
+    return words
+
+
+STAGES = {"train": train, "score": score, "draw": draw}
 
 
 class Outcome(NamedTuple):
@@ -117,13 +160,9 @@ class Runner:
             flags += ["--train.max_hours", f"{max(0.01, self.deadline - time.time()) / 3600:.6f}"]
         launch = [] if self.launcher is None else ["-m", children.LAUNCHER, "--config_file", self.launcher]
         with output.open("a") as file:
-            child = children.start(
-                [sys.executable, *launch, str(ROOT / script), *flags],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                pass_fds=(lock.file.fileno(),),
-            )
+            options = {"stdout": file, "stderr": subprocess.STDOUT, "env": {**os.environ, **environment}}
+            command = [sys.executable, *launch, str(ROOT / script), *flags]
+            child = children.start(command, pass_fds=(lock.file.fileno(),), **options)
             self.children.add(child)
             if self.reason:  # since it was last asked for
                 children.send(child, signal.SIGTERM)
@@ -137,7 +176,6 @@ Jobs = list[list[Planned]]
 
 
 def jobs_of(plan: list[Planned]) -> Jobs:
-    """Runs by their training, in the order of the plan."""
     jobs: dict[Path, list[Planned]] = {}
     for planned in plan:
         jobs.setdefault(planned.trained_in, []).append(planned)
@@ -152,8 +190,7 @@ class Place(NamedTuple):
 
 
 def places(workers: int) -> list[Place]:
-    """A GPU each; without any, the CPU for one worker, or a share of its cores for each. Raises ValueError for more
-    workers than cores."""
+    """A GPU each, or the CPU, or a share of its cores for each worker: a ValueError where there are fewer cores."""
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else map(str, range(gpus))
@@ -191,6 +228,57 @@ def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
     return outcomes
 
 
+def submit(
+    jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
+) -> list[Outcome]:
+    """A job each through submitit, waited for. A stop is passed on to jobs that are processes here."""
+    executor = open_executor(scheduler, logs, name="ablation", **asdict(cluster))
+    here = scheduler == "local"
+    submitted: list[tuple[list[Planned], Any]] = []
+    stopped: list[str] = []
+
+    def stop(number: signal.Signals) -> None:
+        children.stop_jobs([handle.job_id for _, handle in submitted], here=here, number=number)
+        say_stopped(number)
+        stopped.append(number.name)
+
+    outcomes: list[Outcome] = []
+    with children.on_stop(stop):
+        for job in jobs:
+            with children.deaf_to(signal.SIGINT):  # the terminal's, which is for this process to pass on
+                submitted.append((job, executor.submit(Work(runner, job, here))))
+        for job, handle in submitted:
+            say(f"{job[0].run.name}: job {handle.job_id}, {handle.paths.stdout}")
+        for job, handle in submitted:
+            try:
+                outcomes += handle.result()
+            except Exception as error:  # whatever ended the scheduler's process
+                lines = str(error).strip().splitlines()
+                why = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else repr(error))
+                ended = ("stopped", stopped[0]) if stopped else ("failed", why)
+                outcomes += [Outcome(planned.run.name, *ended) for planned in job]
+    return outcomes
+
+
+@dataclass
+class Work:
+    """A job as submitit calls it, requeued when its time is up. One that runs `here` is stopped as any program is."""
+
+    runner: Runner
+    job: list[Planned]
+    here: bool = False
+
+    def __call__(self) -> list[Outcome]:
+        with stopping(self.runner) if self.here else nullcontext():
+            return self.runner(self.job)
+
+    def checkpoint(self) -> Any:
+        self.runner.stop("preempted")
+        for child in list(self.runner.children):
+            children.await_end(child)
+        return requeue(replace(self, runner=replace(self.runner, children=set(), reason=None)))
+
+
 def stopping(runner: Runner) -> AbstractContextManager[None]:
     """A stop lets the trainings save, and the rest wait for the next time."""
 
@@ -202,7 +290,6 @@ def stopping(runner: Runner) -> AbstractContextManager[None]:
 
 
 def say_stopped(number: signal.Signals) -> None:
-    """What a stop means here."""
     say(f"{number.name}: what runs is saved, the rest waits for the next time")
 
 

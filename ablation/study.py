@@ -10,7 +10,8 @@ import yaml
 
 from experiment.cli import keep_names, parse_mapping
 from experiment.config import ExperimentConfig
-from experiment.settings import SEEDS, StrictLoader, within
+from experiment.settings import StrictLoader
+from settings import SEEDS, within
 
 ROOT = Path(__file__).parents[1]
 
@@ -131,7 +132,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Variant and seed, to be read."""
         return f"{self.variant}, seed {self.seed}"
 
 
@@ -145,8 +145,7 @@ def read_ablation(path: Path, overrides: dict[str, Any]) -> AblationConfig:
 
 
 def expand(ablation: AblationConfig, name: str) -> list[Run]:
-    """Every variant under every seed; folders are `runs/<name>/<variant>/seed<n>`. Raises ValueError for an unknown
-    key, a name or folder that two variants share, or no variant."""
+    """Every variant under every seed, in `runs/<name>/<variant>/seed<n>`. A ValueError names what is wrong with one."""
     base = merged(_read_base(ablation.base), ablation.set)
     axes = {key: values for key, values in ablation.grid.items() if key != "seed"}
     seeds = ablation.grid.get("seed") or [base.get("train", {}).get("seed", 0)]
@@ -178,7 +177,6 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
 
 
 def pictured(asked: list[str], classes: list[str]) -> list[str]:
-    """Names of the classes in the pictures."""
     return list(asked or classes[:8])
 
 

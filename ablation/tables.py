@@ -16,7 +16,6 @@ COSTS = {  # by their columns' heads: names, and how they are written
 
 
 def head(results: Results) -> list[str]:
-    """Names that stand above the columns."""
     return ["model", *COSTS, *map(title_of, results.metrics)]
 
 
@@ -103,7 +102,6 @@ def as_tex(results: Results, columns: Sequence[str] = ()) -> str:
 
 
 def trials_csv(results: Results) -> str:
-    """Every trial of every run, in full precision."""
     rows: list[list[object]] = [["variant", "seed", "trial", *(name for name, _ in COSTS.values()), *results.metrics]]
     for variant in results.variants:
         for run in variant.runs:

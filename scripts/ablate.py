@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ablation.study import AblationConfig, ClusterConfig, expand, read_ablation
 from experiment.cli import one_line_errors, parse
-from experiment.settings import within
 from machine.children import EXIT_CODE
 from machine.whole_files import inside
+from settings import within
 
 STARTED = time.time()
 
@@ -74,7 +74,6 @@ def main(config: AblateConfig) -> int:
 
 
 def report(folder: Path, ablation: AblationConfig) -> int:
-    """Write the report of the runs that are done."""
     from ablation.report import write_report
     from ablation.tables import check_columns
 
@@ -84,10 +83,8 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 
 
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
-    """What is left to do, then the report."""
-    from ablation.executors import submit
     from ablation.plan import make_plan, prepare, refuse_changed, table
-    from ablation.runner import Runner, jobs_of, places, run_here
+    from ablation.runner import Runner, jobs_of, places, run_here, submit
     from ablation.tables import check_columns
     from machine.accelerator import open_accelerator
     from machine.lock import Lock
@@ -127,8 +124,5 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--ablation")
     with one_line_errors():
-        raise SystemExit(main(parse(AblateConfig, arguments)))
+        raise SystemExit(main(parse(AblateConfig, first="ablation")))

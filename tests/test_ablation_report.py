@@ -14,10 +14,9 @@ from PIL import Image
 from processes import run
 from scipy import stats
 
-from ablation.differences import holm
 from ablation.pictures import Pictures, beside, read_pictures, save_beside
 from ablation.report import findings_of, notes_of, write_report
-from ablation.results import read_results
+from ablation.results import holm, read_results
 from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
 from evaluation.plots import color, legend_columns, marker
 from evaluation.table import markdown, terminal

@@ -16,11 +16,10 @@ import torch
 from ablations import execute, plan_of
 from processes import ROOT
 
-from ablation import identity, stages
-from ablation.executors import submit
+from ablation import identity, runner
 from ablation.identity import done_stages, is_scored, mark
 from ablation.plan import make_plan, refuse_changed
-from ablation.runner import Runner, jobs_of, last_line
+from ablation.runner import Runner, jobs_of, last_line, submit
 from ablation.study import ClusterConfig, ScoringConfig, merged
 from checkpoints.checkpoint import WEIGHTS, metadata_of, save_tensors
 from experiment.cli import parse, parse_mapping
@@ -189,8 +188,8 @@ def scripted(monkeypatch, tmp_path):
     def command(stage, planned):
         return [str(tmp_path / "script.py"), stage, str(planned.run.folder)]
 
-    for stage in stages.STAGES:
-        monkeypatch.setitem(stages.STAGES, stage, partial(command, stage))
+    for stage in runner.STAGES:
+        monkeypatch.setitem(runner.STAGES, stage, partial(command, stage))
 
 
 def calls():
@@ -294,7 +293,7 @@ def test_another_order_of_the_variants_leaves_their_training_where_it_is(scripte
 
 def test_code_that_changes_after_the_plan_makes_no_result_of_it(scripted):
     plan = plan_of({"a": {}})
-    (outcome,) = Runner(code=dict.fromkeys(stages.STAGES, "older"))(plan)
+    (outcome,) = Runner(code=dict.fromkeys(runner.STAGES, "older"))(plan)
     assert (outcome.status, outcome.why.partition(":")[0]) == ("failed", "train")
     assert calls() == []
     assert not done_stages(plan[0].run.folder)
@@ -381,11 +380,11 @@ def test_the_commands_are_ones_that_their_scripts_accept():
 
     asked = {"sampler": "ddim", "sampler_args": {"eta": 0.5}, "guidance_interval": [0.2, 5.0], "clip": math.inf}
     planned, unguided = plan_of({"a": {"sampling": asked}, "b": {"train.label_dropout": 0.0}})
-    scoring = parse(EvaluateConfig, stages.score(planned)[1:])
+    scoring = parse(EvaluateConfig, runner.score(planned)[1:])
     expected = {**asdict(planned.run.config.sampling), "spacing": "uniform"}
     assert (asdict(scoring.sampling), scoring.num_samples) == (expected, 12)  # null too
     assert (scoring.baselines, scoring.per_class, scoring.metrics) == (True, True, ["fid", "precision"])
-    drawing = parse(SampleConfig, stages.draw(planned)[1:])
+    drawing = parse(SampleConfig, runner.draw(planned)[1:])
     assert drawing.classes == list(planned.classes[:8])
     assert drawing.output == "runs/t/a/seed0/pictures.npz"
-    assert parse(SampleConfig, stages.draw(unguided)[1:]).sampling.guidance_scale == 1.0
+    assert parse(SampleConfig, runner.draw(unguided)[1:]).sampling.guidance_scale == 1.0

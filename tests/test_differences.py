@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ablation.differences import corrected, holm, paired
+from ablation.results import corrected, holm, paired
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
