@@ -142,16 +142,9 @@ def main(config: EvaluateConfig) -> None:
         real, reference_labels = images if held_out is None else held_out, None
         if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
             reference_labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
-        groups = sources.from_checkpoint(
-            checkpoint,
-            sources.sweep(config.sampling),
-            evaluation,
-            codec,
-            accelerator,
-            num_trials=config.trials,
-            num_reference=0 if real is None else len(real),
-            reference_labels=reference_labels,
-        )
+        drawn = sources.sweep(config.sampling), evaluation, codec, accelerator
+        drawing: dict[str, Any] = {"num_trials": config.trials, "num_reference": 0 if real is None else len(real)}
+        groups = sources.from_checkpoint(checkpoint, *drawn, reference_labels=reference_labels, **drawing)
     else:
         groups = [[sources.read_samples(str(config.samples), data.image_size, evaluation.num_samples, evaluation.seed)]]
         for words in groups[0][0].provenance.get("left_out", ()):
@@ -208,11 +201,8 @@ def main(config: EvaluateConfig) -> None:
     nearest = None
     if copies and unseen:
         nearest = scorer.memorisation(features, *copies, unseen, data, codec)
-        extra["memorisation"] = {
-            "closer_to_training_than_held_out": nearest.closer,
-            "planted_copies_closer": nearest.copies,
-            "planted_copies_found": nearest.found,
-        }
+        planted = {"planted_copies_closer": nearest.copies, "planted_copies_found": nearest.found}
+        extra["memorisation"] = {"closer_to_training_than_held_out": nearest.closer, **planted}
     if not accelerator.is_main_process:
         return None
     if held_out is not None and labels is not None:
@@ -277,7 +267,6 @@ OF_AUTOENCODERS |= {"batch_size", "output", "imports", "data"}
 
 
 def check(config: EvaluateConfig) -> None:
-    """What cannot be asked for together."""
     defaults, samples = EvaluateConfig(), config.samples
     asked = [flag for flag in asdict(defaults) if getattr(config, flag) != getattr(defaults, flag)]
 

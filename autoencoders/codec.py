@@ -8,11 +8,9 @@ half drawn anew every epoch:
     images = codec.decode(x_0)
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -51,35 +49,33 @@ def _posterior_sample(moments: Float[Tensor, "b moments h w"], noise: Latents) -
     return mean + torch.exp(0.5 * log_variance) * noise
 
 
+def _halvings(blocks: Sequence[Any], by: int = 2) -> int:
+    return by ** (len(blocks) - 1)
+
+
+ENCODER = frozenset({"encoder"})
 _TINY = Kind(  # takes and gives images in [-1, 1] like the others
-    encoding=frozenset({"encoder"}),
-    factors=lambda config: (
-        2 ** (len(config.num_encoder_blocks) - 1),
-        config.upsampling_scaling_factor ** (len(config.num_decoder_blocks) - 1),
-    ),
+    ENCODER,
+    lambda c: (_halvings(c.num_encoder_blocks), _halvings(c.num_decoder_blocks, c.upsampling_scaling_factor)),
     store=lambda encoded: encoded.latents,
-    draw=lambda latents, noise: latents,
 )
 KINDS = {
     "AutoencoderKL": Kind(
-        encoding=frozenset({"encoder", "quant_conv"}),
-        factors=lambda config: (2 ** (len(config.block_out_channels) - 1),) * 2,
+        ENCODER | {"quant_conv"},
+        lambda c: (_halvings(c.block_out_channels), _halvings(c.block_out_channels)),
         store=lambda encoded: torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1),
         draw=_posterior_sample,
     ),
     "AutoencoderTiny": _TINY,
     "PooledTinyAutoencoder": _TINY,
     "AutoencoderDC": Kind(  # Chen et al. 2025: a factor of 32 and more
-        encoding=frozenset({"encoder"}),
-        factors=lambda config: (
-            2 ** (len(config.encoder_block_out_channels) - 1),
-            2 ** (len(config.decoder_block_out_channels) - 1),
-        ),
+        ENCODER,
+        lambda c: (_halvings(c.encoder_block_out_channels), _halvings(c.decoder_block_out_channels)),
         store=lambda encoded: encoded.latent,
     ),
     "AutoencoderRAE": Kind(  # Zheng et al. 2025
-        encoding=frozenset({"encoder", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std"}),
-        factors=lambda config: (config.patch_size, config.patch_size),
+        ENCODER | {"encoder_mean", "encoder_std", "_latents_mean", "_latents_std"},
+        lambda c: (c.patch_size, c.patch_size),
         store=lambda encoded: encoded.latent,
         representation=True,
     ),
@@ -118,7 +114,6 @@ class Codec(nn.Module):
         return self.draw(self.prepare(images), noise)
 
     def decode(self, x_0: Latents) -> Images:
-        """The images that an `x_0` stands for."""
         raise NotImplementedError
 
 
@@ -159,7 +154,7 @@ class LatentCodec(Codec):
             self.register_buffer(name, per_channel[:, None, None].clone(), persistent=False)
         super().train(False)
 
-    def train(self, mode: bool = True) -> LatentCodec:
+    def train(self, mode: bool = True) -> "LatentCodec":
         """Stay in eval mode: a frozen autoencoder has no other."""
         return self
 
@@ -198,8 +193,7 @@ class LatentCodec(Codec):
             )
         if self.only_size and (height, width) != (self.only_size, self.only_size):
             raise AutoencoderError(
-                f"--data.image_size {height}x{width}: the autoencoder '{self.source}' gives images of "
-                f"{self.only_size}x{self.only_size} pixels alone; take --data.image_size {self.only_size}"
+                f"--data.image_size {height}x{width}: '{self.source}' gives images of {self.only_size} pixels alone"
             )
         return super().latent_shape(height, width)
 
@@ -216,7 +210,6 @@ class LatentCodec(Codec):
 
     @torch.inference_mode()
     def decode(self, x_0: Latents) -> Images:
-        """Images of a latent, rounded to the nearest of 256 levels."""
         pixels = self.autoencoder.decode(x_0.float() / self.scale + self.shift).sample
         return _to_uint8(2 * pixels - 1 if self.kind.representation else pixels)
 
@@ -229,14 +222,8 @@ class PixelCodec(Codec):
     factor = 1
     density_offset = math.log2(127.5)
     limit = 1.0
-    identity: ClassVar[dict[str, Any]] = {
-        "codec": "pixel",
-        "sha256": "",
-        "input_range": "[-1, 1]",
-        "scale": 1.0,
-        "shift": 0.0,
-    }
-    provenance: ClassVar[dict[str, Any]] = {**identity, "autoencoder": "pixel", "decoder_sha256": ""}
+    identity: ClassVar[dict] = {"codec": "pixel", "sha256": "", "input_range": "[-1, 1]", "scale": 1.0, "shift": 0.0}
+    provenance: ClassVar[dict] = {**identity, "autoencoder": "pixel", "decoder_sha256": ""}
 
     def draw(self, stored: Images, noise: Latents) -> Latents:
         return stored.float() / 127.5 - 1
@@ -287,7 +274,7 @@ def _normalisation(source: str, config: Any) -> dict[str, float | list[float]]:
         return {"scale": scale, "shift": shift}
     if shift or mean is None or std is None or {len(mean), len(std)} != {int(config.latent_channels)}:
         raise AutoencoderError(
-            f"--autoencoder {source}: config.json has to give latents_mean and latents_std together, a number for each "
-            f"of {config.latent_channels} channels, and no shift_factor; mend it, or set both to null"
+            f"--autoencoder {source}: config.json has to give latents_mean and latents_std together, of "
+            f"{config.latent_channels} channels, and no shift_factor; mend it, or set both to null"
         )
     return {"scale": [scale / float(value) for value in std], "shift": [float(value) for value in mean]}

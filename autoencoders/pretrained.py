@@ -25,7 +25,7 @@ def load_autoencoder(source: str, classes: Collection[str]) -> Any:
     folder = EMBEDDED.get(source, Path(source))
     if source in EMBEDDED and (Path(source) / "config.json").exists():
         raise AutoencoderError(
-            f"--autoencoder {source}: the clone's own, or the one in this folder? Call the folder something else"
+            f"--autoencoder {source}: the clone's own, or this folder's? Call the folder something else"
         )
     if folder.is_dir():
         return _load(source, classes, folder / "config.json", folder)
@@ -37,7 +37,7 @@ def load_autoencoder(source: str, classes: Collection[str]) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise AutoencoderError(
-            f"--autoencoder {source}: not a local folder, and the hub did not serve it ({reason}); {_ALTERNATIVES}"
+            f"--autoencoder {source}: no folder, and the hub did not serve it ({reason}); {_ALTERNATIVES}"
         ) from error
     return _load(source, classes, config, repo, subfolder=subfolder)
 
@@ -57,15 +57,9 @@ def _load(source: str, classes: Collection[str], config: Path, place: str | Path
     except (OSError, ValueError, AttributeError) as error:
         raise AutoencoderError(f"--autoencoder {source}: {config.name} is missing or not JSON") from error
     if name == "AutoencoderRAE" and find_spec("transformers") is None:
-        raise AutoencoderError(
-            f"--autoencoder {source}: its encoder is one of transformers', which is not installed: "
-            "pip install -e '.[rae]'"
-        )
+        raise AutoencoderError(f"--autoencoder {source}: its encoder needs transformers: pip install -e '.[rae]'")
     if name not in classes:
-        raise AutoencoderError(
-            f"--autoencoder {source}: {config.name} describes {name}, which is not supported; give one of "
-            f"{', '.join(classes)}"
-        )
+        raise AutoencoderError(f"--autoencoder {source}: {name} is not supported; give one of {', '.join(classes)}")
     files = [file.name for file in Path(place).glob("diffusion_pytorch_model*")]  # none where it is a hub's
     variant = "fp16" if files and all(".fp16." in file for file in files) else None
     try:

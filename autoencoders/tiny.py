@@ -42,7 +42,6 @@ class PooledBlock(nn.Module):
         self.fuse: nn.Module = block.fuse
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """What the block makes of `x + pool(x)`."""
         x = x + self.pool(x)
         return self.fuse(self.conv(x) + self.skip(x))
 
@@ -61,10 +60,8 @@ def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor])
         hint = "they are exchanged, the encoder comes first" if exchanged else "give ENCODER DECODER as published"
         raise AutoencoderError(f"--weights: not the encoder and the decoder of a tiny autoencoder; {hint}")
     if len(to_latent) != of_latent.shape[1]:
-        raise AutoencoderError(
-            f"--weights: the encoder makes {len(to_latent)} channels and the decoder reads {of_latent.shape[1]}; "
-            "take both of one version"
-        )
+        channels = f"the encoder makes {len(to_latent)} channels and the decoder reads {of_latent.shape[1]}"
+        raise AutoencoderError(f"--weights: {channels}; take both of one version")
     pooled = any(".pool." in name for name in encoder)
     autoencoder = (PooledTinyAutoencoder if pooled else AutoencoderTiny)(latent_channels=len(to_latent))
     try:
@@ -77,8 +74,7 @@ def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor])
 
 @torch.inference_mode()
 def with_statistics(autoencoder: AutoencoderTiny, images: Float[Tensor, "n 3 H W"]) -> AutoencoderTiny:
-    """With mean and deviation of each latent channel over `images` in its configuration, by which the codec
-    normalises. Raises ValueError where a channel never changes."""
+    """With mean and deviation of each latent channel of `images` in its configuration: ValueError where one is 0."""
     latents = torch.cat([autoencoder.encode(part, return_dict=False)[0] for part in images.split(64)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3))
     if dead := (std == 0).nonzero().flatten().tolist():

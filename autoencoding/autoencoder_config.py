@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from experiment.config import AnyLogConfig, AnyTrainConfig, DataConfig, OptimConfig, RunConfig
-from experiment.settings import within
+from settings import within
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,6 @@ class ImageBatches:
 
     @property
     def batch_size(self) -> int:
-        """Over all sources and processes."""
         return sum(self.sizes)
 
     def __call__(self, step: int, order: int = 0) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
@@ -88,8 +87,5 @@ def open_held_out(config: AutoencodingConfig, accelerator: Accelerator) -> dict[
 
 
 def open_shapes(config: AutoencodingConfig, split: str) -> dict[str, Dataset]:
-    """A data set of procedural shapes for each difficulty, by name."""
     settings: dict[str, Any] = {"split": split, "image_size": config.data.image_size, "num_images": NUM_SHAPES}
-    return {
-        f"shapes_{difficulty}": open_dataset("shapes", difficulty=difficulty, **settings) for difficulty in DIFFICULTIES
-    }
+    return {f"shapes_{kind}": open_dataset("shapes", difficulty=kind, **settings) for kind in DIFFICULTIES}

@@ -27,9 +27,8 @@ NORMS: dict[str, Callable[[nn.Conv2d], list[nn.Module]]] = {
 class PatchDiscriminator(nn.Module):
     """Judges overlapping patches, one logit each, positive for real ones (PatchGAN: Isola et al. 2017, section 3.2.2).
 
-    `num_layers` convolutions of stride two, each twice as wide as the one before up to eight times `channels`, then two
-    of stride one: with three a logit sees 70 pixels. Norms are `group`, or `spectral`: of the convolutions' weights
-    (Miyato et al. 2018). No layer mixes images.
+    `num_layers` convolutions of stride two, each wider up to eight times `channels`, then two of stride one: with three
+    a logit sees 70 pixels. Norms are `group`, or `spectral` (Miyato et al. 2018). No layer mixes images.
     """
 
     def __init__(self, *, channels: int = 64, num_layers: int = 3, norm: str = "group") -> None:
@@ -53,8 +52,7 @@ def _conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
 
 
 class Adversarial(NamedTuple):
-    """What the discriminator minimises, of real and reconstructed patches' logits, and the autoencoder, of the
-    latter."""
+    """What the discriminator minimises, of logits of real and fake patches, and the autoencoder, of fake ones."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     autoencoder: Callable[[Tensor], Tensor]
@@ -77,9 +75,8 @@ class AutoencoderObjective:
     def likelihood(
         self, reconstruction: Float[Tensor, "b 3 h w"], images: Float[Tensor, "b 3 h w"], s: Tensor
     ) -> dict[str, Float[Tensor, " b"]]:
-        """`(error + perceptual) / exp(s) + s`: but for the perceptual part and a constant, the negative log-likelihood
-        of the pixels under a Laplace distribution of scale exp(s) (of l2: twice that under a normal one of variance
-        exp(s))."""
+        """`(error + perceptual) / exp(s) + s`: with the error alone, up to a constant, the negative log-likelihood of
+        the pixels under a Laplace distribution of scale exp(s); of l2, twice that under a normal of variance exp(s)."""
         difference = reconstruction - images
         error = _mean(difference.abs() if self.config.error == "l1" else difference.square())
         perceptual = torch.zeros_like(error)

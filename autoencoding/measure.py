@@ -1,10 +1,11 @@
 """What autoencoders lose of held-out images, and what their latents are like: `evaluate.py --autoencoder`."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite
+from math import hypot, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoders.codec import EMBEDDED, LatentCodec, weights_sha256
-from autoencoding.advice import advice
 from data.subsets import stratified
 from evaluation.record import provenance, table, write_json
-from evaluation.scoring import open_scorer, summarise
+from evaluation.scoring import Row, open_scorer, summarise
 from evaluation.sources import Source, from_dataset, reconstructions
+from evaluation.table import number
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, exact, psnr, spatial_frequencies, spectrum, ssim
-from metrics.scores import METRICS, Score, metric_name
+from metrics.scores import METRICS, Score, metric_name, row_of
 from sampling.generation import share
 from sampling.image_files import save_labelled
 
 ACTIVE = 0.01  # a unit whose posterior mean varies less over images is dead (Burda et al. 2016, section 5.2)
 AMPLIFIED = 3  # times that differences are drawn of what they are, around grey
 COLUMNS = 10
+DECIDING = {"agreement": True, "fid": False, "lpips": False, "psnr": True}  # the first that all have; is more better?
+TENTH = "psnr_images_tenth"  # of an autoencoder's metrics.json: a tenth of the images it was made for come back worse
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,10 @@ class Distance:
 
 
 def open_distance(network: str, heads: str | None, device: torch.device) -> Distance:
-    """By `--perceptual` and `--heads`: with the reason where weights cannot be downloaded; a missing file is a
-    ValueError."""
+    """By `--perceptual` and `--heads`, or why it cannot be downloaded; a missing file is a ValueError."""
     if network not in NETWORKS and not Path(network).is_file():
         raise ValueError(
-            f"--perceptual {network}: no such file; choose from {', '.join(NETWORKS)}, or give a program that you "
-            "trust, a .pt2 or TorchScript file"
+            f"--perceptual {network}: no such file; give {', '.join(NETWORKS)}, or a program (.pt2) that you trust"
         )
     if heads is not None and network != "lpips":
         raise ValueError(f"--heads {heads}: they are of --perceptual lpips, not of {network}; leave them out")
@@ -142,16 +143,10 @@ def latent_statistics(codec: LatentCodec, means: dict[str, Tensor]) -> dict[str,
     correlation = covariance / (std[:, None] * std).clamp(min=1e-12)
     variance = (means["square"] - means["mean"] ** 2) / codec.scale.cpu().double() ** 2
     activity = reduce(variance, "c h w -> c", "mean")
-    return {
-        "channels": codec.channels,
-        "factor": codec.factor,
-        "mean": mean.tolist(),
-        "std": std.tolist(),
-        "posterior_std": means["within"].sqrt().tolist(),
-        "correlation": correlation.tolist(),
-        "activity": activity.tolist(),
-        "dead_channels": (activity < ACTIVE).double().mean().item(),
-    }
+    by_channel = {"mean": mean, "std": std, "posterior_std": means["within"].sqrt(), "correlation": correlation}
+    statistics = {name: values.tolist() for name, values in {**by_channel, "activity": activity}.items()}
+    dead = (activity < ACTIVE).double().mean().item()
+    return {"channels": codec.channels, "factor": codec.factor, **statistics, "dead_channels": dead}
 
 
 def measure_autoencoders(
@@ -235,8 +230,7 @@ def open_codec(name: str, image_size: int) -> LatentCodec:
 
 
 def default_output(codecs: Sequence[LatentCodec]) -> Path:
-    """In the folder of the autoencoder, if it is one and not an embedded one, else by their names in the working
-    folder."""
+    """In the autoencoder's own folder, but for an embedded one, else by their names in the working folder."""
     folder = Path(codecs[0].source)
     if len(codecs) == 1 and folder.is_dir() and folder.resolve() not in EMBEDDED.values():
         return folder / "autoencoder.json"
@@ -245,7 +239,6 @@ def default_output(codecs: Sequence[LatentCodec]) -> Path:
 
 
 def in_words(latents: dict[str, Any]) -> str:
-    """The statistics of all channels in a line."""
     correlation = torch.tensor(latents["correlation"]).fill_diagonal_(0).abs().max().item()
     ranges = [
         f"{name.replace('_', ' ')} {min(latents[name]):.3f} to {max(latents[name]):.3f}"
@@ -293,3 +286,63 @@ def draw_spectra(frequencies: Sequence[float], powers: Mapping[str, Sequence[flo
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def advice(rows: Sequence[Row], codecs: Sequence[LatentCodec], image_size: int) -> list[str]:
+    """Sentences to close a measurement with, of rows and their autoencoders."""
+    shapes = {codec.source: codec.latent_shape(image_size, image_size) for codec in codecs}
+    lines = [choice(rows, shapes)] if len(rows) > 1 else []
+    return lines + [line for row, codec in zip(rows, codecs, strict=True) if (line := outside(row, codec))]
+
+
+def choice(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
+    """The fastest decoder of those within two standard errors of the best by the first score of `DECIDING`."""
+    scores = {row.name: {row_of(title)[0]: score for title, score in _whole(row).items()} for row in rows}
+    known = [{name for name in of if of[name].value is not None} for of in scores.values()]
+    metric = next((name for name in DECIDING if all(name in names for names in known)), None)
+    if metric is None:
+        return "No score that all of them have says which to take."
+    title = next(title for title in _whole(rows[0]) if row_of(title)[0] == metric)
+
+    def value(row: Row) -> float:
+        return scores[row.name][metric].value or 0.0
+
+    def error(row: Row) -> float:
+        return scores[row.name][metric].std or 0.0
+
+    def speed(row: Row) -> float:
+        return row.settings["decode img/s"]
+
+    best = (max if DECIDING[metric] else min)(rows, key=value)
+    alike = [row for row in rows if abs(value(row) - value(best)) <= 2 * hypot(error(row), error(best))]
+    taken = max(alike, key=speed)
+
+    def beside(describe: Callable[[Row], str]) -> str:
+        others = ", ".join(f"{row.name} {describe(row)}" for row in rows if row is not taken)
+        return f"{describe(taken)} ({others})"
+
+    why = f"the fastest of {len(alike)} that {title} does not tell apart" if len(alike) > 1 else title
+    return (
+        f"Take {taken.name}: {why}, {beside(lambda row: number(value(row), error(row) or None))}. It decodes "
+        f"{beside(lambda row: f'{speed(row):g} img/s')} from latents of "
+        f"{beside(lambda row: 'x'.join(map(str, shapes[row.name])))}; the more channels, the longer a backbone learns."
+    )
+
+
+def _whole(row: Row) -> dict[str, Score]:
+    return {title: score for title, score in row.scores.items() if not title.endswith(", halves")}
+
+
+def outside(row: Row, codec: LatentCodec) -> str | None:
+    """That the images come back worse than nine tenths of those that the autoencoder was made for, where it is so."""
+    folder, psnr = EMBEDDED.get(codec.source, Path(codec.source)), row.scores["psnr"].value
+    try:
+        low = float(json.loads((folder / "metrics.json").read_text())[TENTH])
+    except (OSError, ValueError, TypeError, LookupError):  # of the hub, or of other authors: nobody measured it
+        return None
+    if psnr is None or psnr >= low:
+        return None
+    return (
+        f"These images lie outside of what {row.name} was made for: they come back at {psnr:.1f} dB, and nine tenths "
+        f"of its own held-out images at more than {low:.1f}. Take another, or train one: scripts/train_autoencoder.py."
+    )

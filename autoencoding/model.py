@@ -49,8 +49,7 @@ class Autoencoding(nn.Module):
         factor = 2 ** (len(config.block_out_channels) - 1)
         if image_size % factor:
             raise ValueError(
-                f"--data.image_size {image_size}: this autoencoder reduces by {factor}, which must divide it; take a "
-                "multiple, or fewer --architecture.channels"
+                f"--data.image_size {image_size}: this autoencoder reduces by {factor}, take a multiple of that"
             )
         return config.latent_channels, image_size // factor, image_size // factor
 
@@ -108,18 +107,13 @@ def create_autoencoder(config: ArchitectureConfig, image_size: int) -> Any:
 
     for width in config.channels:
         if width % config.norm_groups:
-            raise ValueError(
-                f"--architecture.norm_groups {config.norm_groups} must divide --architecture.channels {width}"
-            )
-    shape: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * len(config.channels),
-        "up_block_types": ("UpDecoderBlock2D",) * len(config.channels),
-        "block_out_channels": tuple(config.channels),
-        "layers_per_block": config.layers_per_block,
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.norm_groups,
-        "mid_block_add_attention": config.attention,
-    }
+            flag = f"--architecture.norm_groups {config.norm_groups}"
+            raise ValueError(f"{flag} must divide --architecture.channels {width}")
+    num = len(config.channels)
+    shape: dict[str, Any] = {"block_out_channels": tuple(config.channels)}
+    shape |= {"down_block_types": ("DownEncoderBlock2D",) * num, "up_block_types": ("UpDecoderBlock2D",) * num}
+    shape |= {"layers_per_block": config.layers_per_block, "latent_channels": config.latent_channels}
+    shape |= {"norm_num_groups": config.norm_groups, "mid_block_add_attention": config.attention}
     autoencoder: Any = AutoencoderKL(sample_size=image_size, **shape)
     # A posterior that starts narrow: otherwise the first hundreds of steps go into escaping its noise.
     nn.init.constant_(autoencoder.quant_conv.bias[config.latent_channels :], -5.0)
@@ -140,17 +134,10 @@ def measure_latents(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"]) -> tuple
 
 
 def finish(
-    folder: Path,
-    autoencoder: Any,
-    images: UInt8[Tensor, "n 3 h w"],
-    metrics: dict[str, Any],
-    *,
-    measure: bool,
-    half: bool,
+    folder: Path, autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], metrics: dict, *, measure: bool, half: bool
 ) -> None:
-    """Write diffusers' folder format, and `metrics.json`; whole, or as it was. Another autoencoder that is there
-    already is kept beside it; the same one stays. With `measure` scale and shift of latents are those of `images`, else
-    the autoencoder's own."""
+    """Write diffusers' folder format and `metrics.json`, whole or as it was; another autoencoder there is kept beside
+    it. With `measure`, scale and shift of latents are those of `images`, else the autoencoder's own."""
     if measure:
         scale, shift = measure_latents(autoencoder, images)
         per_channel = {"latents_mean": None, "latents_std": None}  # of what it began from

@@ -22,9 +22,7 @@ def held_out_likelihood(
     """Bits per dimension of held-out images given their labels, of each class its share: mean and standard error. In
     latent space it is of the latents' density. Image `i`'s draws are a function of (seed, i)."""
     if not 2 <= num_images <= len(held_out):
-        raise ValueError(
-            f"--likelihood {num_images} must lie in 2..{len(held_out)}, the held-out images; 0 leaves it out"
-        )
+        raise ValueError(f"--likelihood {num_images} must lie in 2..{len(held_out)}, the held-out images; 0: none")
     diffusion, device = checkpoint.build_diffusion(), accelerator.device
     model, labels = checkpoint.load_model(device), held_out.labels
     chosen = stratified(labels, num_images, seed)

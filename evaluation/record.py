@@ -26,23 +26,13 @@ LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity"
 
 def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dict[str, Any]:
     """The first row's scores, all rows, and what it takes to derive them again."""
-    first = rows[0].trials[0]
-    return {
-        "scores": rows[0].to_dict()["scores"],
-        "num_samples": first.num_samples,
-        "num_reference": reference.features.num,
-        "num_trials": len(rows[0].trials),
-        "extractor": scorer.extractor.name,
-        "extractor_sha256": scorer.extractor.sha256,
-        "settings": first.settings,
-        "samples": rows[0].settings,
-        "reference": reference.provenance,
-        "evaluation": asdict(scorer.evaluation),
-        "rows": [row.to_dict() for row in rows],
-        "machine": describe(scorer.accelerator),
-        "commit": current_commit(),
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
+    first, trials, extractor = rows[0], rows[0].trials, scorer.extractor
+    record: dict[str, Any] = {"scores": first.to_dict()["scores"], "num_samples": trials[0].num_samples}
+    record |= {"num_reference": reference.features.num, "num_trials": len(trials)}
+    record |= {"extractor": extractor.name, "extractor_sha256": extractor.sha256, "settings": trials[0].settings}
+    record |= {"samples": first.settings, "reference": reference.provenance, "evaluation": asdict(scorer.evaluation)}
+    record |= {"rows": [row.to_dict() for row in rows], "machine": describe(scorer.accelerator)}
+    return {**record, "commit": current_commit(), "versions": {name: version(name) for name in LIBRARIES}}
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:

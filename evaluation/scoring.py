@@ -70,14 +70,9 @@ class Scorer:
     def extract(self, source: Source) -> Features:
         """A source's features, with what the metrics need of them."""
         mine = share(source.num_images, self.accelerator)
-        return self.extractor(
-            source.batches(mine, self.evaluation.batch_size),
-            len(mine),
-            metrics=self.evaluation.metrics,
-            gather=gather_object,
-            progress=self.accelerator.is_main_process,
-            desc=source.name,
-        )
+        how: dict[str, Any] = {"gather": gather_object, "progress": self.accelerator.is_main_process}
+        how |= {"metrics": self.evaluation.metrics, "desc": source.name}
+        return self.extractor(source.batches(mine, self.evaluation.batch_size), len(mine), **how)
 
     def reference(self, data: DataConfig, split: str = "test", codec: Codec | None = None) -> Reference:
         """Features of a split, or of what a codec makes of it, computed once and kept in the cache folder. Where
@@ -149,9 +144,8 @@ class Scorer:
         data: DataConfig,
         codec: Codec,
     ) -> Memorisation:
-        """Nearest neighbours among the training images, decoded from their posteriors' means, of samples, whose
-        features these are; of `copies` of training images, with the indices of their `originals`, and of held-out
-        images, decoded draws."""
+        """Nearest training images, decoded from posteriors' means, of samples with these features; of `copies` of
+        training images (their `originals` by index); of held-out images, decoded draws."""
         train: Any = self.reference(data, "train", codec).features.features
 
         def nearest_to(features: Features) -> tuple[Tensor, Tensor]:
@@ -165,13 +159,9 @@ class Scorer:
         distances, index = nearest_to(features)
         of_copies, nearest_to_copies = nearest_to(through_codec(copies))
         of_held_out, _ = nearest_to(through_codec(held_out))
-        return Memorisation(
-            closer=share_of_pairs_closer(distances, of_held_out),
-            copies=share_of_pairs_closer(of_copies, of_held_out),
-            found=(nearest_to_copies == originals).double().mean().item(),
-            distances=distances,
-            nearest=index,
-        )
+        closer, copied = (share_of_pairs_closer(each, of_held_out) for each in (distances, of_copies))
+        found = (nearest_to_copies == originals).double().mean().item()
+        return Memorisation(closer, copied, found, distances, index)
 
 
 def open_scorer(data: DataConfig, accelerator: Accelerator, evaluation: EvaluationConfig) -> tuple[Scorer, Reference]:
@@ -190,7 +180,6 @@ class Row:
     trials: list[Scores]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, as JSON takes them."""
         return {
             "name": self.name,
             "scores": {name: asdict(score) for name, score in self.scores.items()},

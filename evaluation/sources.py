@@ -40,24 +40,17 @@ class Source:
     classes: Sequence[str] = ()
 
     def images(self, indices: Tensor) -> UInt8[Tensor, "n 3 h w"]:
-        """Some of them, to look at."""
         return torch.cat([batch.images for batch in self.batches(indices, 64)])
 
 
 def from_generator(generator: Generator, name: str, classes: Sequence[str] = (), **provenance: object) -> Source:
     """Samples drawn as they are scored."""
     sampling = generator.sampling
-    provenance = {
-        "kind": "samples",
-        "seed": generator.seed,
-        "weights": "ema",
-        "autoencoder": generator.codec.provenance,
-        "precision": precision_of(generator.accelerator),
-        "model_calls": num_calls(generator.diffusion, sampling.sampler, sampling.num_steps),
-        **asdict(sampling),
-        **guide_in_record(sampling),
-        **provenance,
-    }
+    about: dict[str, Any] = {"kind": "samples", "seed": generator.seed, "weights": "ema"}
+    calls = num_calls(generator.diffusion, sampling.sampler, sampling.num_steps)
+    about |= {"autoencoder": generator.codec.provenance, "precision": precision_of(generator.accelerator)}
+    about["model_calls"] = calls
+    provenance = {**about, **asdict(sampling), **guide_in_record(sampling), **provenance}
     labels = generator.labels if classes else None
     return Source(name, len(generator.labels), generator.batches, provenance, labels, classes)
 
@@ -90,9 +83,8 @@ def from_dataset(dataset: Any, name: str, num: int | None = None, seed: int = 0,
 
 
 def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> tuple[Source, Int64[Tensor, " n"]]:
-    """As many of a dataset's images as there are samples, of the samples' own classes, by name, and where they stand in
-    it. Where either has no classes, of each its share. An image comes twice where its class has fewer than are asked
-    for."""
+    """As many of a dataset's images as there are samples, of the same classes by name (else of each its share), and
+    where they stand. One comes twice where its class has too few."""
     if samples.labels is None or not dataset.classes:
         index = stratified(dataset.labels, samples.num_images, seed)
     else:
@@ -138,8 +130,7 @@ def blaming(flag: str, instead_of: str) -> Iterator[None]:
 
 
 def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> Source:
-    """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's format), whose labels count if they have
-    names."""
+    """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's), with its labels if they have names."""
     if Path(path).suffix != ".npz":
         with blaming("--samples", "--data.path"):
             dataset = ImageDataset(path, image_size=image_size)  # a folder, even where it is called shapes
@@ -158,8 +149,7 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
         raise ValueError(f"--samples {path}: not an npz with images in arr_0 ({error})") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (image_size, image_size, 3):
         raise ValueError(
-            f"--samples {path}: arr_0 is {array.dtype} {list(array.shape)}, the reference needs uint8 "
-            f"[n, {image_size}, {image_size}, 3]"
+            f"--samples {path}: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n {image_size} {image_size} 3]"
         )
     images = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
     classes = [str(name) for name in names]
@@ -182,19 +172,13 @@ def from_checkpoint(
     num_reference: int,
     reference_labels: Tensor | None,
 ) -> list[list[Source]]:
-    """Samples of a checkpoint: for each of these settings, in place of its own, a list of trials, whose seeds count up.
-    The reference's labels are the checkpoint's own numbers."""
+    """Samples of a checkpoint: for each of these settings a list of trials, whose seeds count up."""
     diffusion, trained_with = checkpoint.build_diffusion(), checkpoint.config.sampling
     resolved = [resolve_sampling(trained_with, diffusion, checkpoint.num_guided, **overrides) for overrides in settings]
     model = checkpoint.load_model(accelerator.device)
-    provenance = {
-        "checkpoint": checkpoint.path.as_posix(),
-        "model": checkpoint.spec.name,
-        "step": checkpoint.step,
-        "weights_sha256": read_metadata(checkpoint.path).get("weights_sha256"),
-        "trained_at_commit": checkpoint.commit,
-        "labels": evaluation.labels,
-    }
+    provenance: dict[str, Any] = {"checkpoint": checkpoint.path.as_posix(), "model": checkpoint.spec.name}
+    provenance |= {"step": checkpoint.step, "trained_at_commit": checkpoint.commit, "labels": evaluation.labels}
+    provenance["weights_sha256"] = read_metadata(checkpoint.path).get("weights_sha256")
 
     def trial(sampling: SamplingConfig, number: int) -> Source:
         labels = sample_labels(evaluation, num_reference, len(checkpoint.classes), reference_labels, number)

@@ -33,7 +33,6 @@ class Cell(NamedTuple):
 
     @property
     def star(self) -> str:
-        """What marks a significant difference, else nothing."""
         return "*" if self.p is not None and self.p < SIGNIFICANT else ""
 
 

@@ -63,15 +63,10 @@ def class_agreement(samples: Labelled, reference: Labelled) -> dict[str, Score]:
     hits = guesses == samples.labels[:, None]
     of_samples = fit_probe(samples.features, samples.labels, num_classes)
     named = of_samples(reference.features).argmax(dim=1) == reference.labels
-    return {
-        "agreement": _share(hits[:, 0]),
-        "agreement_top5": _share(hits.any(dim=1)),
-        "cas": _share(named),
-    }
+    return {"agreement": _share(hits[:, 0]), "agreement_top5": _share(hits.any(dim=1)), "cas": _share(named)}
 
 
 def _share(hits: Tensor) -> Score:
-    """With its standard error, of draws that are independent."""
     share = hits.double().mean().item()
     return Score(share, (share * (1 - share) / len(hits)) ** 0.5, spread=f"standard error over {len(hits)} images")
 
@@ -79,7 +74,6 @@ def _share(hits: Tensor) -> Score:
 def _regress(
     x: Tensor, labels: Tensor, num_classes: int, decay: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The minimum of cross-entropy + decay / 2 * squared weights."""
     weight = (x.new_zeros(num_classes, x.shape[1]) if weight is None else weight.clone()).requires_grad_()
     bias = (x.new_zeros(num_classes) if bias is None else bias.clone()).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=10, line_search_fn="strong_wolfe")

@@ -38,12 +38,10 @@ class SmallClassifier(nn.Module):
         return F.interpolate(pixels, size=(self.side, self.side), mode="bilinear", antialias=True)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """[n d] of preprocessed images."""
         return self.to_features(self.stages(pixels).mean(dim=(2, 3)))
 
     @torch.no_grad()
     def predict(self, images: UInt8[Tensor, "n 3 h w"]) -> Int64[Tensor, " n"]:
-        """The likeliest class of each image."""
         return torch.cat([self(batch)[1].argmax(dim=1) for batch in images.split(256)])
 
     def save(self, path: str | Path) -> Path:

@@ -20,8 +20,7 @@ class Cost:
 
 
 def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: int = 0) -> Cost:
-    """Count a backbone on one image of `latent_shape` (c, h, w), on any device: products, convolutions and
-    attention."""
+    """Count a backbone on one image of `latent_shape` (c, h, w): products, convolutions and attention."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = next(model.parameters(), torch.zeros(()))
     x_t = torch.zeros(1, *latent_shape, device=first.device, dtype=first.dtype)

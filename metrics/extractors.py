@@ -39,8 +39,7 @@ class ExtractorError(ValueError):
 
 
 class ProgramExtractor(nn.Module):
-    """A program of uint8 RGB [n 3 h w] to features [n d] and class probabilities [n k], of which this gives the
-    logarithms."""
+    """A program of uint8 RGB [n 3 h w] to features [n d] and class probabilities [n k], here in logarithms."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -69,9 +68,8 @@ class Resized(nn.Module):
 
 
 def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[nn.Module, str, bool]:
-    """By name, with downloaded weights or a file of them, or the path of a program: a network of uint8 images to
-    features [n d] and, if it has classes, logits [n k]; the hash of its file or weights; whether published scores are
-    on them. An ExtractorError names the flag and what to give it."""
+    """By name, with downloaded weights or a file's, or by a program's path: a network of uint8 images to features [n d]
+    and perhaps logits [n k]; its hash; whether published scores are on it. Or an ExtractorError."""
     kind, short_name = naming(name)
     if kind == PROGRAM:
         if not Path(name).is_file():
@@ -120,9 +118,7 @@ def _load_timm(name: str, weights_path: str | Path | None) -> nn.Module:
         why = " ".join(str(error).split())[:200]
         if weights_path is None:
             raise ExtractorError(f"{flag}: its weights cannot be had ({why}); {give}") from error
-        raise ExtractorError(
-            f"--weights_path {weights_path}: these are not weights of timm's {name} ({why})"
-        ) from error
+        raise ExtractorError(f"--weights_path {weights_path}: not weights of timm's {name} ({why})") from error
 
 
 def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorBase:
@@ -143,8 +139,7 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
     except UNREADABLE as error:
         if path:
             raise ExtractorError(
-                f"--weights_path {path}: these are not the weights of {name} ({one_line(error)}); "
-                "give the file that torch-fidelity would download"
+                f"--weights_path {path}: not the weights of {name} that torch-fidelity downloads ({one_line(error)})"
             ) from error
         weights_of = f"torch-fidelity's {Path(URL_INCEPTION_V3).name}" if name == INCEPTION else f"of {name}"
         file = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "

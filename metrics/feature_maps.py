@@ -1,7 +1,5 @@
 """Features of images at their places, of the networks that representation alignment looks up to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +25,7 @@ class FeatureMaps:
         self.name, self.grid, kind = extractor, (grid[0], grid[1]), naming(extractor)[0]
         if kind not in ("timm", PROGRAM):
             raise ExtractorError(
-                f"--alignment.extractor {extractor}: made for scores, without features at their places; give timm:NAME "
-                "or FILE.pt2 (a program: one that you trust)"
+                f"--alignment.extractor {extractor}: has no features at places; give timm:NAME or a FILE.pt2 you trust"
             )
         try:
             network, sha256, _ = load_extractor(extractor, weights_path)
@@ -42,7 +39,6 @@ class FeatureMaps:
 
     @torch.inference_mode()
     def prepare(self, images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n d h w"]:
-        """The maps of these images, on the network's device."""
         flag = f"--alignment.extractor {self.name}"
         output = self.maps(images.to(self.device).float())
         maps = output[0] if isinstance(output, tuple | list) else output

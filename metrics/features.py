@@ -1,7 +1,5 @@
 """Images to features, once for all scores."""
 
-from __future__ import annotations
-
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +34,7 @@ class Features:
     probe: Probe | None = None  # of a reference with classes: of its training images
 
     @staticmethod
-    def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> Features:
+    def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> "Features":
         """Moments and features of those at hand."""
         second = in_second_half(len(features))
         halves = (moments_of(features[~second]), moments_of(features[second])) if len(features) > 1 else None
@@ -44,7 +42,6 @@ class Features:
 
     @property
     def labelled(self) -> Labelled | None:
-        """Features and classes, where there are both."""
         if self.features is None or self.labels is None:
             return None
         return Labelled(self.features, self.labels, self.probe)
@@ -97,9 +94,8 @@ class Extractor:
         progress: bool = True,
         desc: str = "features",
     ) -> Features:
-        """Features of this process's `num_images` images, put together with the other processes' by `gather`; what
-        `metrics` need of them. Raises ValueError for an empty set, or images that are not uint8 RGB; ExtractorError for
-        features that are not finite, or a file without the interface."""
+        """Features of this process's `num_images` images and the others', put together by `gather`, with what `metrics`
+        need. A ValueError for no images or other than uint8 RGB; an ExtractorError for other failures."""
         needs = needs_of(metrics)
         part = _Part(in_second_half(sum(gather([num_images]))), keep=bool(needs & PER_IMAGE))
         try:

@@ -71,11 +71,10 @@ def kernel_distance(
         return too_few(smaller, 2)
     size = min(subset_size, smaller)
     subsets = subsets if size < larger else 1
-    result = kid_features_to_metric(
-        samples, reference, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
-    )
-    over = f"{subsets} subsets of {size} images, no standard error"
-    return _mean(result, "kernel_inception_distance", subsets, over)
+    over: dict[str, Any] = {"kid_subsets": subsets, "kid_subset_size": size, "rng_seed": seed}
+    result = kid_features_to_metric(samples, reference, verbose=False, **over)
+    spread = f"{subsets} subsets of {size} images, no standard error"
+    return _mean(result, "kernel_inception_distance", subsets, spread)
 
 
 def _mean(result: dict[str, float], name: str, num: int, over: str) -> Score:

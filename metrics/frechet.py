@@ -1,7 +1,5 @@
 """The Fréchet distance between Gaussians, and their moments taken in one pass, whatever the number of images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,7 +26,6 @@ class RunningMoments:
         self.num, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
 
     def update(self, features: Float[Tensor, "n d"]) -> None:
-        """Take in the features of a batch."""
         if len(features):
             x = features.cpu().double()
             mean = x.mean(dim=0)
@@ -43,8 +40,7 @@ class RunningMoments:
         self.num, self.mean = total, self.mean + gap * (num / total)
 
     @staticmethod
-    def merged(parts: Iterable[RunningMoments]) -> RunningMoments:
-        """The moments of all parts together."""
+    def merged(parts: Iterable["RunningMoments"]) -> "RunningMoments":
         whole = RunningMoments()
         for part in parts:
             if part.num:

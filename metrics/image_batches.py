@@ -15,8 +15,6 @@ Images = Dataset | UInt8[Tensor, "_ 3 _ _"]
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Some images of a set, by their indices in it."""
-
     indices: Int64[Tensor, " b"]
     images: Tensor  # [b 3 h w]; that they are uint8 is for the extractor to say, in words
     labels: Int64[Tensor, " b"] | None = None

@@ -101,21 +101,17 @@ def _read_heads(path: str | None) -> list[Tensor]:
     except UNREADABLE as error:
         what = f"network lpips: its heads could not be downloaded; put them into {folder}/{LPIPS_FILE}"
         what = f"heads {path}: not the file of LPIPS's heads for VGG16" if path else what
-        raise ValueError(
-            f"{what} ({error}); give heads the lpips package's weights/v0.1/vgg.pth, or another network"
-        ) from error
+        raise ValueError(f"{what} ({error}); give heads the lpips package's weights/v0.1/vgg.pth") from error
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"vgg19": VGG19Features, "lpips": LPIPSFeatures}
 
 
 def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
-    """A frozen network of images in [-1, 1], by its name in `NETWORKS` or from a program's file. A ValueError says what
-    can be used in its place."""
+    """A frozen network of images in [-1, 1], of `NETWORKS` or a program's file; a ValueError says what else will do."""
     if name not in NETWORKS and not Path(name).is_file():
         raise ValueError(
-            f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or give a program that you trust, "
-            "a .pt2 or TorchScript file"
+            f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or a program (.pt2) that you trust"
         )
     if heads is not None and name != "lpips":
         raise ValueError(f"--auxiliary heads {heads}: network {name} has none; leave it out, or use network lpips")

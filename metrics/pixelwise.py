@@ -39,7 +39,6 @@ def ssim(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> 
 
 
 def _windowed(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h_out w_out"]:
-    """Weighted means of the windows."""
     offsets = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
     weights = torch.softmax(-offsets.square() / (2 * SIGMA**2), dim=0)
     rows = F.conv2d(rearrange(x, "b c h w -> (b c) 1 h w"), weights[None, None, None, :])

@@ -5,8 +5,6 @@ Both may call any of torch's operations, those that read files among them, so ru
 inputs of tensors, so an archive with any other pickle, or compiled code, is refused before it is loaded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -25,9 +23,7 @@ from torch.export.passes import move_to_device_pass
 from torch.export.pt2_archive import PT2ArchiveReader
 
 SIZES = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # of images [n c h w]
-HOW = (
-    "torch.export.export(module.eval(), (images,), dynamic_shapes=({0: D, 2: D, 3: D},)), D = torch.export.Dim.DYNAMIC"
-)
+HOW = "torch.export.export(module.eval(), (images,), dynamic_shapes=({0: D, 2: D, 3: D},)), D = Dim.DYNAMIC"
 PLAIN = re.compile(  # what the archive of a plain network holds; `sample_inputs` is the one pickle
     r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
     r"|data/constants/(tensor_\d+|model_constants_config\.json)|data/sample_inputs/model\.pt"
@@ -66,8 +62,7 @@ def save_exported(program: ExportedProgram, path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path of the same name, which both formats write into the file, in a folder of this writer's own; what is
-    written there takes the place of `path`."""
+    """A path of the same name in a folder of this writer's own; what is written there takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         partial = Path(folder) / path.name
@@ -76,8 +71,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 class ExportedNetwork(nn.Module):
-    """A loaded program of one batch of images, in the mode that it was exported in. Moving it moves the devices that
-    are written into its graph."""
+    """A loaded program of a batch of images, in its mode; moving it moves the devices written into its graph."""
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
@@ -92,11 +86,11 @@ class ExportedNetwork(nn.Module):
                 raise ValueError(f"it was exported for a {name} of {fixed}, and here it is {size}: export it by {HOW}")
         return self.network(images)
 
-    def train(self, mode: bool = True) -> ExportedNetwork:
+    def train(self, mode: bool = True) -> "ExportedNetwork":
         """Nothing: an exported program has no modes, and torch refuses to be asked."""
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExportedNetwork:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExportedNetwork":
         device = fn(torch.zeros(())).device
         if device != self.device:
             tensors = [*self.program.state_dict.values(), *self.program.constants.values()]
@@ -123,8 +117,7 @@ def load_exported(path: str | Path) -> ExportedNetwork:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # torch's readers raise whatever the damage makes them stumble over
         raise ValueError(
-            f"{path}: torch {torch.__version__} cannot read this program ({one_line(error)}); export it anew on the "
-            "CPU, with this version"
+            f"{path}: torch {torch.__version__} cannot read this program ({one_line(error)}); export it anew on the CPU"
         ) from error
 
 

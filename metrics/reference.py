@@ -24,12 +24,8 @@ FORMAT, OF_INCEPTION = 3, 4  # whose spatial features have ADM's order since 4
 PER_IMAGE = ("features", "logits", "labels", "images")
 # ADM's reference batches, as its evaluations/README.md lists them: moments of all training images, and 10,000 images.
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
-PUBLIC = {
-    "VIRTUAL_imagenet64_labeled.npz": f"{ADM}/64/VIRTUAL_imagenet64_labeled.npz",
-    "VIRTUAL_imagenet128_labeled.npz": f"{ADM}/128/VIRTUAL_imagenet128_labeled.npz",
-    "VIRTUAL_imagenet256_labeled.npz": f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz",
-    "VIRTUAL_imagenet512.npz": f"{ADM}/512/VIRTUAL_imagenet512.npz",
-}
+NAMES = {side: f"VIRTUAL_imagenet{side}{'_labeled' if side < 512 else ''}.npz" for side in (64, 128, 256, 512)}
+PUBLIC = {name: f"{ADM}/{side}/{name}" for side, name in NAMES.items()}
 
 
 class ReferenceError(ValueError):
@@ -37,14 +33,12 @@ class ReferenceError(ValueError):
 
 
 def reference_path(folder: Path, key: Mapping[str, object]) -> Path:
-    """Where the features of this key lie."""
     version = OF_INCEPTION if key.get("extractor") == INCEPTION else FORMAT
     digest = hashlib.sha256(json.dumps({**key, "format": version}, sort_keys=True).encode()).hexdigest()
     return folder / f"{Path(str(key.get('source', 'images'))).stem}-{digest[:16]}.safetensors"
 
 
 def save_features(features: Features, path: Path, key: Mapping[str, object]) -> None:
-    """Write features and what they are of, whole or not at all."""
     first, second = features.halves or (None, None)
     named = {"whole": features.moments, "spatial": features.spatial, "first": first, "second": second}
     moments = {name: one for name, one in named.items() if one is not None}
@@ -90,14 +84,10 @@ def _sha256(tensors: Mapping[str, Tensor], counts: str) -> str:
 def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], extractor: Extractor) -> None:
     """ADM's reference batch (Dhariwal and Nichol 2021): `arr_0` [n h w 3], `mu`, `sigma`, and where the extractor has
     spatial features `mu_s`, `sigma_s`; beside them the extractor's name and hash, which ADM's own files lack."""
-    arrays: dict[str, Any] = {
-        "arr_0": images.permute(0, 2, 3, 1).numpy(),
-        "mu": features.moments.mean.numpy(),
-        "sigma": features.moments.covariance.numpy(),
-        "extractor": np.array(extractor.name),
-        "extractor_sha256": np.array(extractor.sha256),
-        "format": np.array(OF_INCEPTION),
-    }
+    about = {"extractor": extractor.name, "extractor_sha256": extractor.sha256, "format": OF_INCEPTION}
+    arrays: dict[str, Any] = {name: np.array(value) for name, value in about.items()}
+    arrays |= {"arr_0": images.permute(0, 2, 3, 1).numpy()}
+    arrays |= {"mu": features.moments.mean.numpy(), "sigma": features.moments.covariance.numpy()}
     if features.spatial is not None:
         arrays |= {"mu_s": features.spatial.mean.numpy(), "sigma_s": features.spatial.covariance.numpy()}
     with whole_file(path) as partial:
@@ -107,9 +97,8 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
 def read_adm(
     path: Path, extractor: Extractor, image_size: tuple[int, int] | None = None
 ) -> tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None]:
-    """Moments and images of a reference batch; either may be missing. A file that does not name its extractor is taken
-    for Inception's, and one of ADM's, by its name, is downloaded where it is not here. Raises ReferenceError when it is
-    none, or of another extractor or resolution."""
+    """Moments and images of a reference batch, either of which may be missing; without a name of its extractor,
+    Inception's. ADM's own, by name, are downloaded. Another extractor or resolution is a ReferenceError."""
     flag = f"--reference {path}"
     if not path.exists() and str(path) in PUBLIC:
         path = download(PUBLIC[str(path)], str(path), flag)
@@ -155,6 +144,6 @@ def _moments_in(arrays: Mapping[str, np.ndarray], names: tuple[str, str], num: i
     is_pair = mean.dtype.kind == covariance.dtype.kind == "f" and mean.ndim == 1 and covariance.shape == mean.shape * 2
     if not is_pair or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ReferenceError(
-            f"{flag}: {' and '.join(names)} are not a mean [d] and a covariance [d d] of finite numbers; write it anew"
+            f"{flag}: {' and '.join(names)} are not a finite mean [d] and covariance [d d]; write it anew"
         )
     return Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), num)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from pkgutil import resolve_name
 from typing import Any
@@ -90,72 +90,38 @@ class Metric:
 
 SHARE, POSITIVE = (0.0, 1.0), (0.0, math.inf)
 FRECHET, NEIGHBOURS = "metrics.frechet:frechet_score", "metrics.manifold:count_neighbours"
-PROBE = "metrics.agreement:class_agreement"
-
+CLASSIFIER, KERNEL = "metrics.fidelity:classifier_score", "metrics.fidelity:kernel_distance"
+EXTRAPOLATED, PROBE = "metrics.frechet:extrapolated_distance", "metrics.agreement:class_agreement"
+INFINITY, CLASSES = ("frechet_distance_infinity", "Fréchet∞"), {"needs": "labelled", "bounds": SHARE, "digits": 4}
+SUMMARIES = {
+    "fid": "Fréchet distance of Gaussians fitted to the features",
+    "sfid": "the same on Inception's spatial features",
+    "is": "sure of each image, and of all classes as often",
+    "kid": "unbiased squared MMD with a cubic kernel",
+    "precision": "share of the samples in the reference's manifold",
+    "recall": "share of the reference in the samples' manifold",
+    "density": "how many balls around reference images hold a sample",
+    "coverage": "share of these balls that hold any sample",
+    "fid_infinity": "the Fréchet distance that endlessly many samples would have",
+    "agreement": "share of the samples that a linear probe of the training images takes for their class",
+    "agreement_top5": "share whose class is among its five best guesses",
+    "cas": "share of the held-out images that a linear probe of the samples takes for their class",
+}
 METRICS: dict[str, Metric] = {
-    "fid": Metric(
-        FRECHET,
-        better="lower",
-        needs="moments",
-        title="FID",
-        elsewhere=("frechet_distance", "Fréchet"),
-        bounds=POSITIVE,
-        summary="Fréchet distance of Gaussians fitted to the features",
-    ),
-    "sfid": Metric(
-        FRECHET,
-        better="lower",
-        needs="spatial",
-        title="sFID",
-        elsewhere=("spatial_frechet_distance", "spatial Fréchet"),
-        bounds=POSITIVE,
-        summary="the same on Inception's spatial features",
-    ),
-    "is": Metric(
-        "metrics.fidelity:classifier_score",
-        better="higher",
-        needs="logits",
-        title="IS",
-        elsewhere=("classifier_score", "classifier score"),
-        bounds=POSITIVE,
-        reference=False,
-        summary="sure of each image, and of all classes as often",
-    ),
-    "kid": Metric(
-        "metrics.fidelity:kernel_distance",
-        better="lower",
-        title="KID",
-        elsewhere=("kernel_distance", "kernel distance"),
-        summary="unbiased squared MMD with a cubic kernel",
-    ),
-} | {
-    name: Metric(NEIGHBOURS, "higher", bounds=bounds, digits=4, summary=summary)
-    for name, bounds, summary in (
-        ("precision", SHARE, "share of the samples in the reference's manifold"),
-        ("recall", SHARE, "share of the reference in the samples' manifold"),
-        ("density", POSITIVE, "how many balls around reference images hold a sample"),
-        ("coverage", SHARE, "share of these balls that hold any sample"),
-    )
+    "fid": Metric(FRECHET, "lower", "moments", "FID", ("frechet_distance", "Fréchet"), POSITIVE),
+    "sfid": Metric(FRECHET, "lower", "spatial", "sFID", ("spatial_frechet_distance", "spatial Fréchet"), POSITIVE),
+    "is": Metric(CLASSIFIER, "higher", "logits", "IS", ("classifier_score", "classifier score"), POSITIVE, None, False),
+    "kid": Metric(KERNEL, "lower", title="KID", elsewhere=("kernel_distance", "kernel distance")),
+    "precision": Metric(NEIGHBOURS, "higher", bounds=SHARE, digits=4),
+    "recall": Metric(NEIGHBOURS, "higher", bounds=SHARE, digits=4),
+    "density": Metric(NEIGHBOURS, "higher", bounds=POSITIVE, digits=4),
+    "coverage": Metric(NEIGHBOURS, "higher", bounds=SHARE, digits=4),
+    "fid_infinity": Metric(EXTRAPOLATED, "lower", title="FID∞", elsewhere=INFINITY, bounds=POSITIVE),
+    **{name: Metric(PROBE, "higher", elsewhere=(name, name), **CLASSES) for name in ("agreement", "agreement_top5")},
+    "cas": Metric(PROBE, "higher", elsewhere=("cas", "cas"), teaches=True, **CLASSES),
 }
-DEFAULT = tuple(METRICS)  # without what takes long or needs classes, and rows that are added from outside
-METRICS["fid_infinity"] = Metric(
-    "metrics.frechet:extrapolated_distance",
-    better="lower",
-    title="FID∞",
-    elsewhere=("frechet_distance_infinity", "Fréchet∞"),
-    bounds=POSITIVE,
-    summary="the Fréchet distance that endlessly many samples would have",
-)
-METRICS |= {
-    name: Metric(
-        PROBE, "higher", "labelled", elsewhere=(name, name), bounds=SHARE, digits=4, teaches=teaches, summary=summary
-    )
-    for name, teaches, summary in (
-        ("agreement", False, "share of the samples that a linear probe of the training images takes for their class"),
-        ("agreement_top5", False, "share whose class is among its five best guesses"),
-        ("cas", True, "share of the held-out images that a linear probe of the samples takes for their class"),
-    )
-}
+METRICS = {name: replace(row, summary=SUMMARIES[name]) for name, row in METRICS.items()}
+DEFAULT = tuple(METRICS)[:8]  # without what takes long or needs classes, and rows that are added from outside
 HELP = "of " + "; ".join(f"{name} ({row.better} is better): {row.summary}" for name, row in METRICS.items())
 
 
@@ -167,7 +133,6 @@ def check_metrics(names: Iterable[str]) -> None:
 
 
 def needs_of(names: Iterable[str]) -> set[str]:
-    """What these metrics need between them."""
     names = list(names)
     check_metrics(names)
     return {METRICS[name].needs for name in names}
@@ -206,6 +171,5 @@ def title_of(score: str) -> str:
 
 
 def digits_of(score: str) -> int | None:
-    """After the point, where its metric says."""
     row = row_of(score)[1]
     return row.digits if row else None

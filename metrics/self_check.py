@@ -18,8 +18,7 @@ class SelfCheckError(ValueError):
 
 
 def self_check(extractor: Extractor) -> str:
-    """Run every check: a line each, and what may be compared with the literature. A SelfCheckError names what
-    failed."""
+    """Run every check, a line each, and what compares with the literature. A SelfCheckError names what failed."""
     few, line = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), _line(*range(40))
     half_near = count_neighbours(_line(*range(20), *range(100, 120)), line)
     first_ten = count_neighbours(_line(*range(10)), line)  # which reach to 12, three neighbours beyond their edge

@@ -18,9 +18,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 
 class TimmFeatures(nn.Module):
-    """A model on uint8 images of any size: features before the classifier, and the logarithms of its probabilities.
-    Preprocessing is timm's for evaluation (`timm.data.create_transform`) in float32, where timm's goes through PIL's 8
-    bits."""
+    """A model on uint8 images of any size: features before the classifier, log-probabilities. Preprocessing is timm's
+    for evaluation, in float32, where timm's own goes through PIL's 8 bits."""
 
     mean: Tensor
     std: Tensor

@@ -75,17 +75,10 @@ def train(run: Run[AutoencodingConfig]) -> None:
     # A fresh run, or the newest whole checkpoint of an old one.
     guard, critic_guard = Guard(), Guard("discriminator")
     previews = Previews(run, ema, held_out)
-    run.begin(
-        TrainingState(
-            {"autoencoder": model, "discriminator": critic},
-            {f"optimizer-{name}": optimizer for name, optimizer in all_optimizers.items()},
-            ema,
-        ),
-        {"autoencoder": guard, "discriminator": critic_guard},
-        previews.due,
-        num_steps,
-        autoencoder=json.loads(model.autoencoder.to_json_string()),
-    )
+    named = {f"optimizer-{name}": optimizer for name, optimizer in all_optimizers.items()}
+    state = TrainingState({"autoencoder": model, "discriminator": critic}, named, ema)
+    guards = {"autoencoder": guard, "discriminator": critic_guard}
+    run.begin(state, guards, previews.due, num_steps, autoencoder=json.loads(model.autoencoder.to_json_string()))
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     accelerator.print(
         f"{run.folder.name}: {num_trained / 1e6:.1f}M parameters to train, latents {list(latent_shape)}, "
@@ -145,14 +138,9 @@ def train(run: Run[AutoencodingConfig]) -> None:
         for name, images in held_out.items():
             of_each = decibels(autoencoder, pick(images, 1024), 64)
             psnr |= {f"psnr_{name}": of_each.mean().item(), f"psnr_{name}_tenth": of_each.quantile(0.1).item()}
-        finish(
-            run.folder / "autoencoder",
-            autoencoder,
-            pick(batches.sources[0], 2048),
-            {**psnr, "steps": run.step, "config": config.to_dict(), "commit": current_commit()},
-            measure=not decoder_only,
-            half=config.half,
-        )
+        metrics = {**psnr, "steps": run.step, "config": config.to_dict(), "commit": current_commit()}
+        how = {"measure": not decoder_only, "half": config.half}
+        finish(run.folder / "autoencoder", autoencoder, pick(batches.sources[0], 2048), metrics, **how)
     print(f"autoencoder: {run.folder}/autoencoder")
 
 

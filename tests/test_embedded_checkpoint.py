@@ -67,7 +67,7 @@ def test_a_folder_of_its_name_that_holds_another_one_is_not_passed_over_in_silen
     open_checkpoint("embedded")
     (tmp_path / "embedded" / held).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "embedded" / held).touch()
-    with pytest.raises(HubError, match="embedded: the clone's own checkpoint, or the one in this folder"):
+    with pytest.raises(HubError, match="embedded: the clone's own checkpoint, or this folder's"):
         open_checkpoint("embedded")
 
 

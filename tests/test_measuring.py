@@ -14,8 +14,7 @@ from small_autoencoders import create, write
 
 from autoencoders.codec import EMBEDDED, LatentCodec, create_codec
 from autoencoding import measure as measuring
-from autoencoding.advice import choice, outside
-from autoencoding.measure import Distance, default_output, measure, open_distance, posterior
+from autoencoding.measure import Distance, choice, default_output, measure, open_distance, outside, posterior
 from data import open_dataset
 from evaluation.scoring import Row
 from evaluation.sources import from_images
