@@ -7,7 +7,7 @@ python train.py --resume runs/XSwin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiment.cli import one_line_errors, parse_run
 from experiment.config import ExperimentConfig
@@ -95,17 +95,10 @@ def train(run: Run[ExperimentConfig]) -> None:
     # A fresh run, or the newest whole checkpoint of an old one.
     guard = Guard()
     inspection = Inspection(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
-    run.begin(
-        TrainingState({"model": backbone, "heads": objective.heads}, optimizers, ema),
-        {"model": guard},
-        inspection.due,
-        num_steps,
-        best=config.log.best,
-        lower_is_best=lower_is_best,
-        keep_every=config.log.keep_every,
-        spec=spec,
-        classes=cache.classes,
-    )
+    state = TrainingState({"model": backbone, "heads": objective.heads}, optimizers, ema)
+    kept: dict[str, Any] = {"best": config.log.best, "lower_is_best": lower_is_best}
+    kept["keep_every"] = config.log.keep_every
+    run.begin(state, {"model": guard}, inspection.due, num_steps, spec=spec, classes=cache.classes, **kept)
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
         f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"

@@ -15,10 +15,9 @@ from machine.sharding import is_sharded, own_part, part_like, whole
 class Average:
     """`average <- decay(step) * average + (1 - decay(step)) * value`, of parameters and floating buffers.
 
-    Parameters that a step left alone, as it gave gradients to others only, stay as they are, and their steps count from
-    the first that trained them: each stage of a model that is trained in stages has an average of its own training.
-    Where training shards the model, each process averages its parts. What is done to an average is done to its
-    `profiles` too.
+    Parameters without a gradient, where others have one, stay as they are; their steps count from the first that
+    trained them, so each stage of a model has an average of its own training. Of a sharded model each process averages
+    its parts. `profiles` follow in all.
     """
 
     def __init__(self, model: nn.Module, decay: Callable[[int], float]) -> None:

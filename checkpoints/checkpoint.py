@@ -86,7 +86,6 @@ class Checkpoint:
         return self.config.guided_classes(len(self.classes))
 
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The averaged backbone in eval mode."""
         model = self.spec.build()
         load_weights(model.state_dict(), read_tensors(self.path), self.path)
         return model.eval().requires_grad_(False).to(device)
@@ -151,9 +150,9 @@ def metadata_of(
 def warm_start(
     model: nn.Module, path: str, classes: Sequence[str] = (), codec: Codec | None = None, *, whole: bool = False
 ) -> str:
-    """Copy the averaged weights that have a namesake of the same shape and, of a table of labels, the rows of those
-    `classes` that it knows by name; says in words what was not taken, and where they are of another `codec`'s latents.
-    Where the `whole` model needs weights, a CheckpointError names those, but for labels, that got none."""
+    """Copy averaged weights by name and shape and, of tables of labels, the rows of `classes` by name; says what was
+    not taken, and where they are of another `codec`'s latents. What a `whole` model lacks is a CheckpointError, but for
+    labels."""
     file, state = find_weights(path), model.state_dict()
     weights, metadata = read_tensors(file), read_metadata(file)
     known = json.loads(metadata.get("classes", "[]"))
@@ -270,8 +269,7 @@ def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: P
     ours, theirs = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (tensors, weights))
     if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise CheckpointError(
-            f"{path} is of another model: {len(wrong)} tensors are missing, unknown or of another shape, "
-            f"such as {', '.join(wrong[:3])}"
+            f"{path} is of another model: {len(wrong)} tensors do not fit, such as {', '.join(wrong[:3])}"
         )
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -23,9 +23,7 @@ def local(path: str | Path, file: str) -> Path:
         return Path(path)
     if str(path) == EMBEDDED:
         if any((Path(EMBEDDED) / name).exists() for name in ("checkpoints", file)):
-            raise HubError(
-                f"{path}: the clone's own checkpoint, or the one in this folder? Call the folder something else"
-            )
+            raise HubError(f"{path}: the clone's own checkpoint, or this folder's? Call the folder something else")
         return ASSET / file
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError

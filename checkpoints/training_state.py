@@ -27,8 +27,7 @@ SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never d
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a training changes, by the names that it has in a checkpoint. `others` have a `state()` in JSON's types,
-    which all processes ask for, and `restore(state)`."""
+    """What a training changes, by names in a checkpoint. `others` have `state()`, as JSON, and `restore(state)`."""
 
     networks: Mapping[str, nn.Module]
     optimizers: Mapping[str, torch.optim.Optimizer]
@@ -99,12 +98,8 @@ def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
     for name, optimizer in training.optimizers.items():
         load_optimizer(optimizer, read_tensors(checkpoint / _state_file(name)))
     progress = json.loads((checkpoint / "state" / "progress.json").read_text())
-    # As older checkpoints have it, in today's terms.
-    guards = progress.pop("guards", {"model": progress.pop("guard")} if "guard" in progress else {})
-    progress = {"inspected": True, "ema": {}, **{f"guard.{name}": state for name, state in guards.items()}, **progress}
     for name, part in training.others.items():
-        if name in progress:
-            part.restore(progress[name])
+        part.restore(progress[name])
     return progress
 
 
@@ -115,7 +110,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index_of = {number: index for index, number in enumerate(_numbers_of(optimizer))}
     state: dict[int, dict[str, Any]] = {}
@@ -148,8 +142,7 @@ def drop_snapshots(run: Path, *, after: int) -> None:
 
 
 def _keep_snapshot(profiles: Path, snapshot: Path) -> None:
-    """A second name for the profiles' file, which rotation leaves alone; there is no checkpoint without its
-    snapshot."""
+    """A second name for the profiles' file, which rotation leaves alone."""
     snapshot.parent.mkdir(exist_ok=True)
     partial = snapshot.with_suffix(".partial")
     partial.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from data.image_set import ImageSet
-from data.images import ImageDataset
+from data.images import ImageDataset, abridged
 from data.layout import DataError
 from data.shapes import ShapesDataset
 
@@ -28,7 +28,7 @@ def open_dataset(path: str, **settings: Any) -> ImageSet:
 def intake(train, held_out) -> str:
     """What was understood, in words: images, split, classes, what was left out and what is enlarged."""
     of = f"{len(train)} training and {len(held_out)} held-out images"
-    classes = f"{len(train.classes)} classes ({_abridged(train.classes)})" if train.classes else "no classes"
+    classes = f"{len(train.classes)} classes ({abridged(train.classes)})" if train.classes else "no classes"
     about = train.describe()
     words = [f"{about['source']} ({train.note}): {of} of {classes}", *left_out(train, held_out)]
     if enlarged := train.num_enlarged():
@@ -42,8 +42,4 @@ def left_out(*splits) -> list[str]:
         why: sorted({*chain.from_iterable(split.left_out.get(why, ()) for split in splits)})
         for why in chain.from_iterable(split.left_out for split in splits)
     }
-    return [f"left out {len(names)} {why} ({_abridged(names)})" for why, names in reasons.items() if names]
-
-
-def _abridged(names: list[str], at_most: int = 5) -> str:
-    return ", ".join(names[:at_most]) + ", ..." * (len(names) > at_most)
+    return [f"left out {len(names)} {why} ({abridged(names)})" for why, names in reasons.items() if names]

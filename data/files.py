@@ -41,9 +41,7 @@ class Folder:
                     continue
                 seen.add((status.st_dev, status.st_ino))
             if stat.S_ISDIR(status.st_mode):
-                below = sorted(
-                    (entry for entry in os.scandir(place) if entry.name[0] != "."), key=lambda entry: entry.name
-                )
+                below = sorted((one for one in os.scandir(place) if one.name[0] != "."), key=lambda one: one.name)
                 links += [Path(entry.path) for entry in below if entry.is_symlink()]
                 places += [Path(entry.path) for entry in reversed(below) if not entry.is_symlink()]
             else:
@@ -101,7 +99,6 @@ class Zip:
         return self._handle[1].read(self.entries[name])
 
     def checksum(self, name: str) -> tuple[int, int]:
-        """Size and CRC, as the zip holds them."""
         return self.entries[name].file_size, self.entries[name].CRC
 
     def __getstate__(self) -> dict[str, object]:
@@ -113,9 +110,7 @@ def open_files(path: Path) -> Folder | Zip:
         return Folder(path)
     if path.is_file():
         return Zip(path)
-    raise DataError(
-        f"--data.path {path}: is neither a folder nor a file; give a folder or zip with a class a folder, or 'shapes'"
-    )
+    raise DataError(f"--data.path {path}: is neither a folder nor a file; give a folder or zip of images, or 'shapes'")
 
 
 def _plain(name: str) -> str:

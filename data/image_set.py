@@ -13,9 +13,7 @@ from torch.utils.data import Dataset
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
     """`dataset[i] -> (uint8 [3 h w], label)` of one split; a subclass sets the attributes without a value and reads.
-
-    Latent caches, checkpoints and scores compare `describe()`: `source_hash` must tell other images from these.
-    """
+    Caches, checkpoints and scores compare `describe()`: `source_hash` must tell other images from these."""
 
     split: str  # "train", "test" or "all"
     image_size: tuple[int, int] | None  # height and width; None where each image has its own
@@ -43,16 +41,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def describe(self) -> dict[str, Any]:
         """What a cache of these images must agree on."""
-        return {
-            "source": self.source_name,
-            "source_hash": self.source_hash,
-            "split": f"{self.split}-{hashlib.sha256(self.source_indices.numpy().tobytes()).hexdigest()[:16]}",
-            "image_size": list(self.image_size or ()),
-            "crop": self.crop,
-            "classes": self.classes,
-            "num_images": len(self),
-        }
+        split = f"{self.split}-{hashlib.sha256(self.source_indices.numpy().tobytes()).hexdigest()[:16]}"
+        about: dict[str, Any] = {"source": self.source_name, "source_hash": self.source_hash, "split": split}
+        about |= {"image_size": list(self.image_size or ()), "crop": self.crop}
+        return {**about, "classes": self.classes, "num_images": len(self)}
 
     def num_enlarged(self) -> int:
-        """How many images are smaller than what is made of them."""
         return 0

@@ -169,7 +169,6 @@ class ImageDataset(ImageSet):
         return kept
 
     def _less(self) -> str:
-        """What was left out, in words."""
         words = [f"{len(names)} {why} ({abridged(names, 3)})" for why, names in self.left_out.items() if names]
         return f"; left out: {', '.join(words)}" if words else ""
 

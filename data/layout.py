@@ -37,15 +37,11 @@ class Layout:
 
 
 def understand(
-    names: Iterable[str],
-    read: Callable[[str], bytes],
-    classes: Sequence[str] = (),
-    exclude_classes: Sequence[str] = (),
+    names: Iterable[str], read: Callable[[str], bytes], classes: Sequence[str] = (), exclude_classes: Sequence[str] = ()
 ) -> Layout:
-    """A class a folder, below a level of `train/` and `test/` (or `val/`) where there is one, all of it in folders that
-    hold nothing else; or images without class folders, whose classes `labels.csv` (file, label) may name. One class
-    may lie below another where not both are chosen.
-    """
+    """A class a folder, below a level of `train/` and `test/` (or `val/`) where there is one; or images without class
+    folders, whose classes `labels.csv` (file, label) may name. One class may lie below another where not both are
+    chosen."""
     left_out: defaultdict[str, list[str]] = defaultdict(list)
     images, tables = [], []
     for name in sorted(name for name in names if not _is_hidden(name)):
@@ -141,13 +137,11 @@ def _levels(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _refuse_other_levels(paths: Collection[str]) -> None:
-    """A level called as splits often are, whose folders hold the same classes or no folders, would mix held-out images
-    into training."""
+    """Levels called as splits often are, of the same classes or no folders, would mix held-out images into training."""
     flat = sorted({path.partition("/")[0] for path in paths if path.count("/") == 1})
     if "train" in "".join(flat).casefold() and flat[1:] and all(LIKE_A_SPLIT.search(head.casefold()) for head in flat):
         raise DataError(
-            f"{', '.join(f'{head}/' for head in flat[:8])}: a split, or classes? call its folders train/ and test/ (or "
-            "val/); else rename them"
+            f"{', '.join(f'{head}/' for head in flat[:8])}: a split, or classes? call its folders train/ and test/"
         )
     below: defaultdict[str, set[str]] = defaultdict(set)
     for path in paths:
@@ -189,9 +183,7 @@ def _labels(tables: list[str], read: Callable[[str], bytes], images: dict[str, s
             has = ", ".join(map(str, rows[0])) if rows else "nothing"
             raise DataError(f"{table} must have columns file and label, and has {has}; rename them or move it away")
         if "split" in rows[0]:
-            raise DataError(
-                f"{table} has a column split, which is not read; move the images into train/ and test/, or leave it out"
-            )
+            raise DataError(f"{table} has a column split, which is not read; move the images into train/ and test/")
         beside = posixpath.dirname(table)
         places = sorted({posixpath.dirname(name) for name in images if name.startswith(beside)} - {beside})
         for row in rows:

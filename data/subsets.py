@@ -25,8 +25,7 @@ def by_name(labels: Int64[Tensor, " n"], of: Sequence[str], into: Sequence[str],
     lacking = [of[label] for label in labels.unique().tolist() if of[label] not in into]
     if lacking:
         raise ValueError(
-            f"{flag}: the class {lacking[0]} ({len(lacking)} such) has no namesake among {', '.join(into[:5])}, "
-            "and labels go by name"
+            f"{flag}: the class {lacking[0]} ({len(lacking)} such) has no namesake among {', '.join(into[:5])}"
         )
     numbers = {name: number for number, name in enumerate(into)}
     return torch.tensor([numbers.get(name, -1) for name in of], dtype=torch.int64)[labels]

@@ -14,18 +14,15 @@ LINK = re.compile(r"(\[[^]]*\])\((?!https?:|#)([^)#\s]+)((?:#[^)\s]*)?\))")  # t
 
 
 def rooms() -> list[str]:
-    """The packages, as pyproject.toml lists them."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 
 
 def page_of(room: str) -> str:
-    """A room's modules, each by its docstrings."""
     names = sorted(path.stem for path in (ROOT / room.replace(".", "/")).glob("*.py") if path.stem != "__init__")
     return "\n\n".join([f"# {room}", f"::: {room}", *(f"::: {room}.{name}" for name in names)])
 
 
 def title_of(path: Path) -> str:
-    """A document's first line."""
     return path.read_text().partition("\n")[0].removeprefix("# ")
 
 

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, se
 
 from experiment.config import R, resuming
 from experiment.imports import load_imports
-from experiment.settings import StrictLoader, of_today
+from experiment.settings import StrictLoader
 from machine import children
 from settings import check_settings
 
@@ -89,28 +89,26 @@ def keep_names(values: Any, text: str) -> Any:
 def load_strict_yaml(text: str) -> Any:
     """As jsonargparse reads it, once it is known to be no bomb and to say each thing once, and with names kept."""
     yaml.load(text, StrictLoader)
-    return of_today(keep_names(load_yaml(text), text))
+    return keep_names(load_yaml(text), text)
 
 
 set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
 
 
-def parse(config_class: type[T], arguments: list[str] | None = None, *, stored_in: Path | None = None) -> T:
+def parse(
+    config_class: type[T], arguments: list[str] | None = None, *, stored_in: Path | None = None, first: str = ""
+) -> T:
     """Flags and `--config FILE.yaml` into a frozen dataclass; what does not fit ends the program with a message.
-    `imports` are loaded first, which are the user's own or `stored_in` a run."""
-    arguments = written_out(config_class, sys.argv[1:] if arguments is None else arguments)
+    `imports` are loaded first, the user's own or those `stored_in` a run. The flag `first` may go without its name."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if first and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{first}", *arguments]
+    arguments = written_out(config_class, arguments)
     quoted = quote_names(config_class, arguments)
     load_imports(named_imports(quoted), stored_in=stored_in)  # what they register has settings, which are flags
-    config = auto_cli(
-        config_class,
-        args=quoted,
-        as_positional=False,
-        return_instance=True,
-        parser_class=Parser,
-        version=version("latent-diffusion-backbones"),
-        allow_abbrev=False,
-        usage="%(prog)s [settings]",
-    )
+    told: dict[str, Any] = {"as_positional": False, "return_instance": True, "parser_class": Parser}
+    told |= {"version": version("latent-diffusion-backbones"), "usage": "%(prog)s [settings]", "allow_abbrev": False}
+    config = auto_cli(config_class, args=quoted, **told)
     check_settings(config)
     return cast(T, expand_home(config))
 
@@ -192,7 +190,7 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
         parser_of.cache_clear()
     parser = parser_of(config_class)
     try:
-        config = config_class(**vars(parser.instantiate(parser.parse_object(of_today(values)))))
+        config = config_class(**vars(parser.instantiate(parser.parse_object(values))))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     check_settings(config, prefix="")
@@ -216,13 +214,8 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
     stored = Path(config.resume) / "config.yaml"
     if not stored.is_file():
         raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist")
-    flags = ["--config", str(stored)]
-    with suppress(yaml.YAMLError, LookupError, TypeError):  # which reading it will tell
-        length = yaml.safe_load(stored.read_text())["train"]
-        if length.get("num_steps") and length.get("num_epochs"):  # older runs wrote both; the steps counted
-            flags += ["--train.num_epochs", "null"]
     named_by = None if getattr(config, "imports", ()) else stored
-    return parse(config_class, [*flags, *arguments], stored_in=named_by)
+    return parse(config_class, ["--config", str(stored), *arguments], stored_in=named_by)
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """The one configuration: frozen dataclasses, read from YAML and flags. Values that follow from others are never written
 down. Nothing heavy is imported here, so that `--help` answers at once."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -304,7 +302,6 @@ class RunConfig:
         return Path(self.resume) if self.resume else inside(Path("runs"), str(self.name), "--name")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, fit for YAML and JSON."""
         values = asdict(self)  # pyright: ignore[reportArgumentType]
         values["optim"]["betas"] = list(values["optim"]["betas"])
         return values
@@ -378,7 +375,6 @@ class ExperimentConfig(RunConfig):
 
     @property
     def folder(self) -> Path:
-        """Where the run is written, below `runs`."""
         return super().folder if self.resume or self.name else Path("runs") / self.model.replace("/", "-")
 
     def to_dict(self) -> dict[str, Any]:

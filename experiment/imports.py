@@ -27,9 +27,8 @@ _given: set[str] = set()  # of these, by the user
 def load_imports(
     names: Sequence[str], *, stored_in: Path | str | None = None, contents: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Import modules by name and .py files; a ValueError says why one cannot be had. `stored_in` is the run or
-    checkpoint that names them, None where the user does, and `contents` what they were when it was made; a file of the
-    same name that the user has loaded will do."""
+    """Import modules by name and .py files, or ValueError. `stored_in` is the run or checkpoint that names them, None
+    where the user does; `contents` what they were then. A loaded file of the same name will do."""
     for name in names:
         file = Path(name).expanduser() if name.endswith(".py") else None
         key = file.name if file else name

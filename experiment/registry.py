@@ -30,9 +30,8 @@ TABLES = {  # of each kind: its table's module and name; the module is imported 
 
 
 def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
-    """A decorator that adds a class or function to the table of its kind; `name` then works as a flag's value, unless
-    it is taken. A backbone takes `arguments` of its constructor along, so that one class has rows of several sizes; a
-    metric takes those of `metrics.scores.Metric`, such as `better="lower"`."""
+    """A decorator that adds a class or function to its kind's table by a `name` that is not taken. A backbone takes
+    `arguments` of its constructor along, a metric those of `metrics.scores.Metric`, such as `better="lower"`."""
     if kind not in TABLES:
         raise ValueError(f"register({kind!r}, {name!r}): no such kind, choose from {', '.join(TABLES)}")
     if arguments and kind not in ("backbone", "metric"):

@@ -32,28 +32,15 @@ class Published:
             return constructor(input_size=latent_size, num_classes=num_classes).train()
         if name not in ("XSwin", "USwin"):
             raise ValueError(f"--models {name}: the published implementation has XSwin, USwin, DiT and UViT")
-        return self.models.XNetSwinTransformerDiffusion(
-            [1, 1],
-            192,
-            [3, 3],
-            [6, 12],
-            [2, 2],
-            num_classes=num_classes,
-            global_stages=3,
-            input_size=[latent_size, latent_size],
-            final_downsample=False,
-            residual_cross_attention=name == "XSwin",
-            input_channels=4,
-            output_channels=8,
-            class_dropout_prob=0.1,
-            smooth_conv=True,
-        ).train()
+        sizes = {"num_classes": num_classes, "input_size": [latent_size] * 2, "input_channels": 4, "output_channels": 8}
+        parts = {"global_stages": 3, "final_downsample": False, "smooth_conv": True, "class_dropout_prob": 0.1}
+        parts["residual_cross_attention"] = name == "XSwin"
+        return self.models.XNetSwinTransformerDiffusion([1, 1], 192, [3, 3], [6, 12], [2, 2], **sizes, **parts).train()
 
     def step(
         self, name: str, num_classes: int, device: torch.device, precision: str, batch: Callable[[], tuple[Any, Any]]
     ) -> Callable[[], None]:
-        """An optimizer step as their training script makes it, on what `batch` gives: latents and labels. In bf16 under
-        autocast with the fused optimizer."""
+        """An optimizer step as their script makes it, on `batch()`: latents and labels; in bf16 with fused AdamW."""
         model = self.create(name, latent_size=8, num_classes=num_classes).to(device)
         average = deepcopy(model).requires_grad_(False).eval()
         averages = dict(average.named_parameters())
@@ -79,14 +66,8 @@ class Published:
         diffusion = self.diffusion.create_diffusion(str(num_steps))
         labels = torch.cat([y, torch.full_like(y, num_classes)])
         doubled = torch.cat([noise, noise])
-        return diffusion.p_sample_loop(
-            model.forward_with_cfg,
-            doubled.shape,
-            doubled,
-            clip_denoised=False,
-            model_kwargs={"y": labels, "cfg_scale": scale},
-            device=noise.device,
-        ).chunk(2)[0]
+        told = {"clip_denoised": False, "model_kwargs": {"y": labels, "cfg_scale": scale}, "device": noise.device}
+        return diffusion.p_sample_loop(model.forward_with_cfg, doubled.shape, doubled, **told).chunk(2)[0]
 
 
 def _load_package(name: str, folder: Path) -> ModuleType:

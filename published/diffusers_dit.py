@@ -15,14 +15,11 @@ NULL_LABEL = 1000  # diffusers' DiTPipeline knows no other
 
 
 def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, vae: Any) -> dict[str, Any]:
-    """The parts of a `DiTPipeline`, and its index; a ValueError says what that pipeline cannot follow: it asks
-    schedulers for their own times and no variance."""
+    """The parts of a `DiTPipeline`, and its index; a ValueError says what that pipeline cannot follow."""
     kind, times = checkpoint.config.diffusion.kind, checkpoint.build_diffusion().path.model_times
-    _refuse(
-        kind != "gaussian" or sampling.sampler == "ddpm" or sampling.spacing != "trailing",
-        f"DiTPipeline cannot walk {kind}, {sampling.sampler}, {sampling.spacing}; add --sampler ddim --spacing "
-        "trailing, or",
-    )
+    chain = f"DiTPipeline cannot walk {kind}, {sampling.sampler}, {sampling.spacing};"
+    walks = kind == "gaussian" and sampling.sampler != "ddpm" and sampling.spacing == "trailing"
+    _refuse(not walks, f"{chain} add --sampler ddim --spacing trailing, or")
     unguided = "DiTPipeline guides by 4 unless told else, away from a null label that this model was not trained on;"
     _refuse(not checkpoint.num_guided, unguided)
     guided = sampling.legacy_cfg_channels
@@ -43,8 +40,7 @@ def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, v
 
 
 def native_names(classes: list[str]) -> list[str]:
-    """By which DiTPipeline tells all classes apart: semicolons for commas, which to it part names of one class, and the
-    label behind a name that others have too."""
+    """Names that DiTPipeline tells apart: semicolons for commas, and the label behind a name that others have."""
     names = [" ".join(name.replace(",", ";").split()) for name in classes]
     return [name if names.count(name) == 1 else f"{name} ({label})" for label, name in enumerate(names)]
 
@@ -58,40 +54,26 @@ def to_diffusers(model: nn.Module) -> Any:
     from diffusers import DiTTransformer2DModel
 
     if not isinstance(model, DiT) or len(model.joins):
-        raise ValueError(
-            f"--native: diffusers has no {type(model).__name__} with long skips or windows; leave --native out"
-        )
+        raise ValueError(f"--native: diffusers has no {type(model).__name__} with long skips or windows; leave it out")
     height, width = model.input_size
-    _refuse(
-        not 0 < model.num_classes <= NULL_LABEL or height != width,
-        f"diffusers' DiT has 1 to 1000 classes and a square latent, this model {model.num_classes} and "
-        f"{height}x{width};",
-    )
+    shape = f"this model {model.num_classes} and {height}x{width};"
+    fits = 0 < model.num_classes <= NULL_LABEL and height == width
+    _refuse(not fits, f"diffusers' DiT has 1 to 1000 classes and a square latent, {shape}")
     first: Any = model.blocks[0]
     dim, num_heads = model.patch.out_features, first.attention.num_heads
     kinds = [[type(module) for module in block.modules()] for block in (first, DiTBlock(dim, num_heads, BlockStyle()))]
-    _refuse(
-        kinds[0] != kinds[1], "diffusers' DiT has the published blocks, whatever qk_norm, norm, mlp and others say;"
-    )
+    _refuse(kinds[0] != kinds[1], "diffusers' DiT has the published blocks, without qk_norm, other norms, mlp, ...;")
     _refuse(first.mlp.fc1.out_features != 4 * dim, "diffusers' DiT has an mlp_ratio of 4;")
-    theirs = DiTTransformer2DModel(
-        num_attention_heads=num_heads,
-        attention_head_dim=dim // num_heads,
-        in_channels=model.in_channels,
-        out_channels=model.out_channels,
-        num_layers=len(model.blocks),
-        sample_size=height,
-        patch_size=model.patch_size,
-        num_embeds_ada_norm=NULL_LABEL,
-        norm_eps=1e-6,
-    )
+    sizes: dict[str, Any] = {"num_attention_heads": num_heads, "attention_head_dim": dim // num_heads}
+    sizes |= {"in_channels": model.in_channels, "out_channels": model.out_channels, "num_layers": len(model.blocks)}
+    sizes |= {"sample_size": height, "patch_size": model.patch_size, "num_embeds_ada_norm": NULL_LABEL}
+    theirs = DiTTransformer2DModel(**sizes, norm_eps=1e-6)
     theirs.load_state_dict({name: tensor.contiguous() for name, tensor in _weights(model).items()})
     return theirs.eval()
 
 
 def without_shift(autoencoder: Any) -> Any:
-    """A copy whose latents are centred by its own layers, as DiTPipeline takes no notice of `shift_factor`; a
-    ValueError where they cannot be, or channels have scales of their own."""
+    """A copy whose own layers centre latents, as DiTPipeline ignores `shift_factor`; a ValueError where they cannot."""
     of_one_scale = type(autoencoder).__name__ == "AutoencoderKL" and autoencoder.config.get("latents_std") is None
     _refuse(not of_one_scale, "DiTPipeline wants an AutoencoderKL of one scale for all channels;")
     shift = autoencoder.config.shift_factor

@@ -24,10 +24,7 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, 
         if not type(vae).__module__.startswith("diffusers."):
             raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have")
         if codec.kind.representation:
-            raise ValueError(
-                f"--checkpoint: its autoencoder is a {type(vae).__name__}, which the pipeline cannot use: it scales "
-                "latents itself, and gives pixels from 0 to 1"
-            )
+            raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which the pipeline cannot use")
         vae.register_to_config(_name_or_path=None)  # a folder of this machine
     folder.mkdir()
     if native:
@@ -48,17 +45,9 @@ def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, v
     denoiser.mkdir()
     save_exported(program, denoiser / "denoiser.pt2")
     offset, rate = told_times(checkpoint.config.diffusion.kind, checkpoint.build_diffusion())
-    settings = {
-        "_class_name": "ExportedDenoiser",
-        "num_classes": spec.num_classes,
-        "channels": spec.in_channels,
-        "out_channels": spec.out_channels,
-        "height": spec.input_size[0],
-        "width": spec.input_size[1],
-        "time_offset": offset,
-        "time_rate": rate,
-    }
-    _write_json(denoiser / "config.json", settings)
+    settings = {"_class_name": "ExportedDenoiser", "num_classes": spec.num_classes, "channels": spec.in_channels}
+    settings |= {"out_channels": spec.out_channels, "height": spec.input_size[0], "width": spec.input_size[1]}
+    _write_json(denoiser / "config.json", {**settings, "time_offset": offset, "time_rate": rate})
     shutil.copy(PARTS / "denoiser.py", denoiser)
     shutil.copy(PARTS / "pipeline.py", folder)
     if vae is not None:
@@ -98,7 +87,6 @@ def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
 
 
 def readme(checkpoint: Any, sampling: Any, *, native: bool) -> str:
-    """How to load it, and what to expect."""
     classes = native_names(checkpoint.classes) if native else checkpoint.classes
     text = (PARTS / ("native.md" if native else "pipeline.md")).read_text()
     return f"# {checkpoint.spec.name}, step {checkpoint.step}\n\n" + text.format(

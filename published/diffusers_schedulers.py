@@ -4,12 +4,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 FOLLOWED = {"sampler", "num_steps", "spacing", "guidance_scale", "legacy_cfg_channels", "clip"}  # of sampling
 PREDICTIONS: dict[str, dict[str, Any]] = {  # of each kind, and the scheduler's word
@@ -26,21 +21,18 @@ SPACINGS = {  # the pipeline's word for the spacing of each diffusion, sampler a
 
 
 def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
-    """diffusers' scheduler that walks the same chain, and the pipeline's word for its spacing; a ValueError names the
-    setting that none follows."""
+    """diffusers' scheduler of the same chain, and the pipeline's word for its spacing; a ValueError where none is."""
     defaults = asdict(type(sampling)())
     for name, value in asdict(sampling).items():
         if name not in FOLLOWED and value != defaults[name]:
-            raise ValueError(
-                f"--sampling.{name} {value}: diffusers' schedulers do not have it; train or sample without"
-            )
+            raise ValueError(f"--sampling.{name} {value}: diffusers' schedulers do not have it; sample without")
     sampler, path = sampling.sampler, diffusion.path
     spacing = SPACINGS.get((kind, sampler, sampling.spacing))
     if spacing is None:
         known = "; ".join(", ".join(chain) for chain in SPACINGS if chain[0] == kind)
         raise ValueError(
-            f"--sampler {sampler} with --spacing {sampling.spacing}: no scheduler of diffusers walks that "
-            f"chain under {kind}; there are {known or 'none'}"
+            f"--sampler {sampler} with --spacing {sampling.spacing}: no scheduler in diffusers; there are "
+            + (known or "none")
         )
     if diffusion.prediction not in PREDICTIONS[kind]:
         raise ValueError(
@@ -68,15 +60,9 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
         return DDPMScheduler(path.num_timesteps, **chain, variance_type=diffusion.variance), spacing
     if path.alphas_cumprod[-1] == 0:
         raise ValueError("--diffusion.zero_terminal_snr true: diffusers' DPM-Solver starts at 1 / 0; --sampler ddpm")
-    scheduler = DPMSolverMultistepScheduler(
-        path.num_timesteps,
-        **chain,
-        solver_order=1 if sampler == "ddim" else 2,  # DDIM is DPM-Solver++ of order 1
-        solver_type="midpoint",
-        final_sigmas_type="zero",
-        lower_order_final=False,
-    )
-    return scheduler, spacing
+    chain |= {"solver_order": 1 if sampler == "ddim" else 2, "solver_type": "midpoint"}  # DDIM is of order 1
+    chain |= {"final_sigmas_type": "zero", "lower_order_final": False}
+    return DPMSolverMultistepScheduler(path.num_timesteps, **chain), spacing
 
 
 def told_times(kind: str, diffusion) -> tuple[float, float]:

@@ -56,16 +56,13 @@ def public_file(weights: Path) -> tuple[Path, PublicFile | None]:
         return here or weights, FILES.get((here or weights).name)
     public, flag = FILES[name], f"--weights {weights}"
     if public.url.startswith(DRIVE):
-        raise ValueError(
-            f"{flag}: open {public.url}/view in a browser, and give the downloaded file as --weights {name}"
-        )
+        raise ValueError(f"{flag}: open {public.url}/view in a browser, and give the file as --weights {name}")
     if public.url.startswith("hf://"):
         return from_hub(public.url.removeprefix("hf://"), name, flag), public
     return download(public.url, name, flag), public
 
 
 def from_hub(repo: str, name: str, flag: str) -> Path:
-    """A file of the hub, kept in its own cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 

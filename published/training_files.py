@@ -19,8 +19,7 @@ OUTER = {"model", "net", "network", "denoiser", "ema_model", "model_ema", "ema"}
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], int]:
-    """The averaged weights of a published file, and the step; a ValueError where it holds none, or more than plain
-    data."""
+    """Averaged weights of a published file, and the step; a ValueError for none, or more than plain data."""
     if not path.is_file():
         raise ValueError(f"--weights {path}: no such file")
     try:
@@ -45,16 +44,13 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def parts_of(saved: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Averaged and trained weights of a checkpoint or bare state dict; an average (ema, model_ema, params_ema, ...) may
-    be a part or a common prefix."""
+    """Averaged and trained weights of a checkpoint; an average (ema, params_ema, ...) may be a part or a prefix."""
     if not isinstance(saved, dict):
         return {}, {}
     parts: dict[str, dict[str, Any]] = {"": strip(saved)}
     for name, part in saved.items():
         if isinstance(part, dict) and not OTHERS.search(str(name)):
-            parts[str(name)] = strip(part) or next(
-                (tensors for inner in part.values() if (tensors := strip(inner))), {}
-            )
+            parts[str(name)] = strip(part) or next((found for inner in part.values() if (found := strip(inner))), {})
     averaged: dict[str, Any] = {}
     trained: dict[str, Any] = {}
     for name, tensors in parts.items():

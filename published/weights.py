@@ -66,8 +66,7 @@ DERIVED = re.compile(r"pos_embed|feat_rope\..*|.*\.relative_(position_index|coor
 
 
 def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> nn.Module:
-    """Our backbone, in eval mode, with a published implementation's weights; a ValueError lists keys that do not
-    fit."""
+    """Our backbone, in eval mode, with published weights; a ValueError lists keys that do not fit."""
     _, convert = _of_source(source)
     model = create_model(**arguments)
     converted = convert(dict(weights), arguments)
@@ -82,8 +81,7 @@ def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mappin
 
 
 def arguments_of(source: str, weights: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """What `create_model` is to be given, `name` included. Raises ValueError for weights of another source, or where
-    `num_heads` has to say what the width does not."""
+    """What `create_model` is given, `name` too; a ValueError for another source, or heads that width does not say."""
     read, _ = _of_source(source)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
@@ -147,10 +145,6 @@ def _read_lightningdit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
         "mlp": "swiglu",
         "positions": "both",
     }
-
-
-def _read_uvit_adaln(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
-    return {**_read_dit(shapes, num_heads), "name": "UViT"}
 
 
 def _read_uvit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
@@ -232,9 +226,7 @@ def _convert_lightningdit(weights: Weights, arguments: Mapping[str, Any]) -> Wei
     head that turn together are neighbours there, and half a head apart here."""
     weights = _convert_sit(weights, arguments)
     norms = [("final", "norm_final", 1)]  # the norm's place, name, and which of the modulation's vectors is its scale
-    norms += [
-        (f"blocks.{block}", *norm) for block in range(arguments["depth"]) for norm in (("norm1", 1), ("norm2", 4))
-    ]
+    norms += [(f"blocks.{n}", *norm) for n in range(arguments["depth"]) for norm in (("norm1", 1), ("norm2", 4))]
     for place, norm, number in norms:
         scale = weights.pop(f"{place}.{norm}.weight")
         rows = slice(number * len(scale), (number + 1) * len(scale))
@@ -325,7 +317,7 @@ SOURCES = {
     "sit": (_read_sit, _convert_sit),
     "repa": (_read_sit, _convert_dit),  # SiT's backbone; its velocity points from data to noise, as ours
     "lightningdit": (_read_lightningdit, _convert_lightningdit),
-    "uvit-adaln": (_read_uvit_adaln, _convert_dit),
+    "uvit-adaln": (lambda *weights: {**_read_dit(*weights), "name": "UViT"}, _convert_dit),
     "uvit": (_read_uvit, _convert_uvit),
     "uswin": (_read_xswin, _convert_xswin),
     "xswin": (_read_xswin, _convert_xswin),

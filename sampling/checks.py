@@ -23,9 +23,8 @@ OF_TRAINING |= {"interval_share", "adaptive_power"}
 def resolve_sampling(
     config: SamplingConfig, diffusion: Diffusion, num_guided: int, num_channels: int | None = None, **overrides: Any
 ) -> SamplingConfig:
-    """The configuration with `overrides` in place of its own settings, unguided where none ask for it and it has no
-    classes to guide by or is guided as it was trained, and with the diffusion's own sampler and spacing where it names
-    none; a ValueError names what does not fit."""
+    """The configuration with `overrides`, the diffusion's own sampler and spacing where it names none, and unguided
+    where it has no classes to guide by or was trained guided; a ValueError names what does not fit."""
     names = [setting.name for setting in fields(config)]
     for name in overrides.keys() - names:
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(names)}")
@@ -82,8 +81,7 @@ def load_guide_model(
         raise ValueError("--guidance_unlabelled true: stages of a cascade are not asked without labels; leave it out")
     if unlabelled and guide.classes and not guide.num_guided:
         raise ValueError(
-            f"--guidance_unlabelled true: {sampling.guidance_checkpoint} was trained with --train.label_dropout 0, and "
-            "knows no null label; leave it out"
+            f"--guidance_unlabelled true: {sampling.guidance_checkpoint} knows no null label; leave it out"
         )
     knows_codecs = "codec" in identity and "codec" in guide.identity
 

@@ -29,8 +29,7 @@ from sampling.checks import load_guide_model
 
 @dataclass(frozen=True)
 class Generator:
-    """Images by index: image `i` is a function of (seed, i, its label) alone, whatever batches, processes and
-    devices."""
+    """Images by index: image `i` is a function of (seed, i, its label) alone, whatever batches and devices."""
 
     model: nn.Module
     diffusion: Diffusion
@@ -45,12 +44,10 @@ class Generator:
     on_stage: Callable[[str, Tensor], None] | None = None
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
-        """The images of these indices, in order."""
         for part in in_batches(indices, batch_size):
             yield ImageBatch(part, self.draw(part).cpu(), self.labels[part])
 
     def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
-        """The images of these indices, as one batch."""
         device = self.accelerator.device
         generators = [generator_for(self.seed, "sample", index) for index in indices.tolist()]
         shape = self.codec.latent_shape(*self.image_size)

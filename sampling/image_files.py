@@ -5,17 +5,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from machine.whole_files import inside, whole
+from machine.whole_files import check_empty, inside, whole
 
 SMALL, LARGE = ImageFont.load_default(size=9), ImageFont.load_default(size=22)
 GAP = 2  # pixels between images
+Names = list[str] | None
 
 
-def save_grid(images: UInt8[Tensor, "n 3 h w"], path: Path, *, columns: int, **names: list[str] | None) -> None:
+def save_grid(images: UInt8[Tensor, "n 3 h w"], path: Path, *, columns: int, **names: Names) -> None:
     """A grid (see `draw_grid`) as PNG or PDF."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     with whole(path) as partial:
@@ -23,11 +25,7 @@ def save_grid(images: UInt8[Tensor, "n 3 h w"], path: Path, *, columns: int, **n
 
 
 def draw_grid(
-    images: UInt8[Tensor, "n 3 h w"],
-    columns: int,
-    *,
-    column_names: list[str] | None = None,
-    captions: list[str] | None = None,
+    images: UInt8[Tensor, "n 3 h w"], columns: int, *, column_names: Names = None, captions: Names = None
 ) -> Image.Image:
     """Images row by row, with a name above each column or a caption under each image."""
     height, width = images.shape[-2:]
@@ -53,12 +51,9 @@ def tile(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray
     """Side by side, row by row; what is in between is white, and transparent where there is a fourth channel."""
     n, h, w, channels = images.shape
     columns = min(columns, n)
-    size = -(-n // columns) * (h + GAP) - GAP, columns * (w + GAP) - GAP, channels
-    canvas = np.full(size, [255, 255, 255, 0][:channels], np.uint8)
-    for number, image in enumerate(images):
-        top, left = number // columns * (h + GAP), number % columns * (w + GAP)
-        canvas[top : top + h, left : left + w] = image
-    return canvas
+    tiles = np.full((-(-n // columns) * columns, h + GAP, w + GAP, channels), [255, 255, 255, 0][:channels], np.uint8)
+    tiles[:n, :h, :w] = images
+    return rearrange(tiles, "(rows columns) h w c -> (rows h) (columns w) c", columns=columns)[:-GAP, :-GAP]
 
 
 def save_labelled(
@@ -93,8 +88,7 @@ def width_of(name: str) -> float:
 
 def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[str], folder: Path) -> None:
     """`class/000123.png`, numbered by the image's index; two draws are never mixed in a folder."""
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"--output {folder} is not empty; give another folder or delete it")
+    check_empty(folder, "--output")
     with whole(folder) as partial:
         paths = [inside(partial, f"./{name}/{number:06d}.png", "--output") for number, name in enumerate(class_names)]
         for path, image in zip(paths, (image for images in batches for image in images), strict=True):
@@ -103,8 +97,7 @@ def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[s
 
 
 def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classes: list[str], path: Path) -> None:
-    """`arr_0` [n h w 3] and `arr_1` [n], as ADM's evaluation reads them, and the `classes` that labels number. Memory
-    holds a batch."""
+    """`arr_0` [n h w 3] and `arr_1` [n] as ADM has them, and `classes` that labels number; memory holds a batch."""
     with whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for number, images in enumerate(batches):

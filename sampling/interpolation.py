@@ -33,9 +33,8 @@ class Blend(nn.Module):
 def interpolate(
     generator: Generator, labels: tuple[int, int], seeds: tuple[int, int], num_images: int, only: int | None = None
 ) -> UInt8[Tensor, "n 3 H W"]:
-    """`num_images` in equal steps, both ends included: of the class's prediction, and of the noise along the arc
-    between the seeds' (which keeps its variance). The random steps of all are those of the first seed. `only` one of
-    them is drawn where it is given, counted from 0."""
+    """`num_images` in equal steps, ends included: of the classes' predictions, and of noise along the arc between the
+    seeds'. Random steps are the first seed's. `only` one is drawn where given, counted from 0."""
     if isinstance(generator.diffusion, Staged) and labels[0] != labels[1]:
         raise ValueError("--interpolate: a cascade has no one prediction to mix; give --class one class, and --to_seed")
     if num_images < 2:

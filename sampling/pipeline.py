@@ -18,6 +18,8 @@ from machine.accelerator import open_accelerator
 from sampling.checks import resolve_sampling
 from sampling.generation import Generator, generate, generator_of, resolve_classes
 
+Classes = Sequence[str | int] | str | int  # names or labels
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -34,7 +36,6 @@ class Pipeline:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The averaged backbone in eval mode."""
         return self.checkpoint.load_model(self.accelerator.device)
 
     @cached_property
@@ -47,13 +48,7 @@ class Pipeline:
         return self.checkpoint.open_codec(self.autoencoder, self.accelerator.print).to(self.accelerator.device)
 
     def sample(
-        self,
-        classes: Sequence[str | int] | str | int = (),
-        num_per_class: int = 4,
-        *,
-        seed: int = 0,
-        batch_size: int = 64,
-        **sampling: Any,
+        self, classes: Classes = (), num_per_class: int = 4, *, seed: int = 0, batch_size: int = 64, **sampling: Any
     ) -> UInt8[Tensor, "n 3 h w"]:
         """Images of these classes (names or labels; of all by default), one class after the other: those of sample.py.
 
@@ -62,9 +57,7 @@ class Pipeline:
         """
         return generate(self.generator(classes, num_per_class, seed=seed, **sampling), batch_size=batch_size)
 
-    def generator(
-        self, classes: Sequence[str | int] | str | int = (), num_per_class: int = 4, *, seed: int = 0, **sampling: Any
-    ) -> Generator:
+    def generator(self, classes: Classes = (), num_per_class: int = 4, *, seed: int = 0, **sampling: Any) -> Generator:
         """What draws them, image by image, for more than memory holds, several processes, or a look at each step."""
         asked = [classes] if isinstance(classes, str | int) else classes  # a text is a name, not its letters
         labels = torch.tensor(resolve_classes([str(name) for name in asked], self.classes))

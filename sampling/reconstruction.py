@@ -48,9 +48,7 @@ def reconstruct(
     diffusion, codec, sampling = generator.diffusion, generator.codec, generator.sampling
     times = [time for time, _ in diffusion.reverse_steps(sampling.num_steps, sampling.spacing)]
     if not times[-1] <= t <= times[0]:
-        raise ValueError(
-            f"--reconstruct {t:g} must lie in {times[-1]:g}..{times[0]:g}, the times that the sampler visits"
-        )
+        raise ValueError(f"--reconstruct {t:g} must lie in {times[-1]:g}..{times[0]:g}, times of the sampler")
     start = next(time for time in times if time <= t)
     streams = [generator_for(generator.seed, "reconstruct", index) for index in range(len(images))]
     y, x_0 = labels.to(generator.accelerator.device), codec.encode(images.to(generator.accelerator.device))

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
-from experiment.settings import within
+from settings import within
 
 MOST_RUNS = 3  # side by side
 SECONDS_KEPT = 1800  # of pictures in files, and of what a visitor has seen
@@ -72,7 +72,6 @@ def main(config: AppConfig) -> None:
 
 
 def serve(config: AppConfig) -> None:
-    """Open the checkpoints, serve the page."""
     try:
         import gradio as gr
     except ImportError:
@@ -86,15 +85,10 @@ def serve(config: AppConfig) -> None:
     hosts = None if config.share or config.host not in LOOPBACK else LOOPBACK
     page = build_page(studio, listening)
     page.queue(max_size=config.queue)
-    page.launch(
-        server_name=config.host,
-        server_port=config.port or None,
-        share=config.share,
-        footer_links=[],
-        css=STYLE,
-        theme=gr.themes.Soft(primary_hue="indigo", font=FONTS[:2], font_mono=FONTS[2:]),
-        app_kwargs={"middleware": [Middleware(Door, listening, hosts, not config.share)]},
-    )
+    theme = gr.themes.Soft(primary_hue="indigo", font=FONTS[:2], font_mono=FONTS[2:])
+    place: Any = {"server_name": config.host, "server_port": config.port or None, "share": config.share}
+    door = {"middleware": [Middleware(Door, listening, hosts, not config.share)]}
+    page.launch(**place, footer_links=[], css=STYLE, theme=theme, app_kwargs=door)
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -160,15 +154,8 @@ def build_page(studio, listening: Counter[str]) -> Any:
                 with gr.Accordion("Walk to another class or seed", open=False):
                     to_class = gr.Dropdown(first.classes, value=None, label="To the class", allow_custom_value=True)
                     to_seed = gr.Textbox("", label="To the seed", max_lines=1)
-                way = gr.Slider(
-                    1,
-                    LENGTH,
-                    1,
-                    step=1,
-                    label="On the way, as it is moved",
-                    info="To the class and the seed above, or to the next seed",
-                    visible=studio.draws_at_once(runs[0]),
-                )
+                words: Any = {"label": "On the way, as it is moved", "info": "To that class and seed, or the next seed"}
+                way = gr.Slider(1, LENGTH, 1, step=1, visible=studio.draws_at_once(runs[0]), **words)
                 draw = gr.Button("Draw", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 look: Any = {"buttons": ["download", "fullscreen"], "elem_classes": "pictures", "interactive": False}
@@ -260,8 +247,7 @@ def show_moment(history: list[list[Any]], moment: float) -> list[Any]:
 
 
 def look_up(studio, is_read, *wanted) -> Iterator[Any]:
-    """The first run's pictures above the training images most like them; it stops, when told to, between two
-    moments."""
+    """The first run's pictures above the training images most like them; stops, when told, between two moments."""
     import gradio as gr
     import torch
 
@@ -313,7 +299,6 @@ def settings_of(checkpoint) -> tuple[str, int, float]:
 
 
 def samplers_for(checkpoint) -> list[str]:
-    """Names of those that it can be sampled by."""
     from diffusion.samplers import samplers_of
 
     return list(samplers_of(checkpoint.build_diffusion()))
@@ -326,17 +311,9 @@ def requests_of(studio, runs, of_class, seed, number, guidance, sampler, steps, 
     runs = [runs] if isinstance(runs, str) else runs
     if not 1 <= len(runs or []) <= MOST_RUNS:
         raise ValueError(f"choose one to {MOST_RUNS} checkpoints")
-    request = Request(
-        run="",
-        of_class=str(of_class),
-        seed=whole("Seed", seed),
-        num_images=whole("Pictures", number),
-        sampler=str(sampler),
-        num_steps=whole("Steps", steps),
-        guidance_scale=float(guidance),
-        to_class=str(to_class) if to_class else None,
-        to_seed=whole("To the seed", to_seed) if str(to_seed or "").strip() else None,
-    )
+    drawn = whole("Seed", seed), whole("Pictures", number), str(sampler), whole("Steps", steps), float(guidance)
+    to_seed = whole("To the seed", to_seed) if str(to_seed or "").strip() else None
+    request = Request("", str(of_class), *drawn, to_class=str(to_class) if to_class else None, to_seed=to_seed)
     if request.interpolates and request.num_images < 2:
         raise ValueError("To the class, To the seed: a walk has both ends; ask for 2 pictures or more")
     requests = [replace(request, run=run) for run in runs]

@@ -71,8 +71,7 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
 
 
 class Programs:
-    """Runs the project's programs, one after the other. A stop is passed on to the one that runs; a last line says how
-    to go on."""
+    """Runs programs one after the other. A stop is passed on to the one that runs; a last line says how to go on."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -80,7 +79,6 @@ class Programs:
         self.stopped: signal.Signals | None = None
 
     def __call__(self, program: str, *arguments: object) -> None:
-        """Run one to its end."""
         self.name = Path(program).name
         self.exit_if_stopped()
         self.running = children.start([sys.executable, str(ROOT / program), *map(str, arguments)])
@@ -122,7 +120,6 @@ launch = Programs()
 
 
 def say(part: str, what: str) -> None:
-    """A heading between the programs' own output."""
     print(f"\n[{part}] {what}", flush=True)
 
 

@@ -34,7 +34,6 @@ class Finding(NamedTuple):
 
     @property
     def works(self) -> bool:
-        """Whether there is nothing to be done."""
         return not self.remedy
 
     def __str__(self) -> str:
@@ -70,7 +69,6 @@ def machine() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Which of the optional packages are installed."""
     for module, (purpose, remedy) in EXTRAS.items():
         try:
             yield Finding(f"{module} {version(module)}: {purpose}")

@@ -31,7 +31,6 @@ class Run(NamedTuple):
     grid: Path | None
 
     def last(self, name: str) -> float | None:
-        """The newest value in the log."""
         return next((event[name] for event in reversed(self.events) if name in event), None)
 
 
@@ -47,9 +46,7 @@ def main(folder: Path, output: Path | None = None) -> None:
 
     runs = [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
     if not runs:
-        raise ValueError(
-            f"{folder}: no run in it, a folder with config.yaml; train.py and `make demo` make them in runs/"
-        )
+        raise ValueError(f"{folder}: no run in it; train.py and `make demo` make them in runs/")
     differing, scores = differences(runs), list(dict.fromkeys(name for run in runs for name in run.scores))
     logged = {"loss": "loss", "held-out loss": "validation_loss", "images/s": "images_per_second"}
     rows = [
@@ -57,24 +54,15 @@ def main(folder: Path, output: Path | None = None) -> None:
         + [run.config.get(name) for name in differing]
         for run in runs
     ]
-    cards = [
-        {
-            "name": run.name,
-            "picture": run.grid and "data:image/png;base64," + base64.b64encode(run.grid.read_bytes()).decode(),
-            "differences": {name: json.dumps(run.config.get(name)) for name in differing},
-        }
-        for run in runs
-    ]
-    text = page(
-        "gallery.html",
-        title=f"{len(runs)} runs in {folder.resolve().name}",
-        head=["run", "steps", *logged, *scores, *differing],
-        rows=[[cell(value) for value in row] for row in rows],
-        panels=curves(runs),
-        runs=cards,
-    )
+    cards = []
+    for run in runs:
+        picture = run.grid and "data:image/png;base64," + base64.b64encode(run.grid.read_bytes()).decode()
+        settings = {name: json.dumps(run.config.get(name)) for name in differing}
+        cards.append({"name": run.name, "picture": picture, "differences": settings})
+    title, head = f"{len(runs)} runs in {folder.resolve().name}", ["run", "steps", *logged, *scores, *differing]
+    table = [[cell(value) for value in row] for row in rows]
     path = output or folder / "gallery.html"
-    write_whole(path, text)
+    write_whole(path, page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards))
     print(f"{len(runs)} runs: {path}")
 
 
@@ -86,16 +74,14 @@ def read_run(folder: Path) -> Run:
     record = json.loads(scores.read_text()) if scores.is_file() else {}
     about = {"scored at step": record.get("samples", {}).get("step"), "samples scored": record.get("num_samples")}
     known = {**{name: {"value": value} for name, value in about.items()}, **record.get("scores", {})}
-    values = {
-        name: one["value"] for name, one in known.items() if isinstance(one, dict) and one.get("value") is not None
-    }
+    scored = {name: one.get("value") for name, one in known.items() if isinstance(one, dict)}
+    values = {name: value for name, value in scored.items() if value is not None}
     grids = [*sorted((folder / "samples").glob("[0-9]*.png"))[-1:], *folder.glob("samples.png")]
     grid = max(grids, key=lambda grid: grid.stat().st_mtime, default=None)
     return Run(folder.name, config, [json.loads(line) for line in lines if line.endswith("}")], values, grid)
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """Settings in which runs differ."""
     names = sorted({name for run in runs for name in run.config if not name.startswith(LEFT_OUT)})
     return [name for name in names if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
-from experiment.settings import within
+from settings import within
 
 LATENT_FACTOR, OTHER_FACTORS = 8, {"lightningdit": 16}  # image over latent side of the published autoencoders
 
@@ -126,15 +126,9 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     image_size = config.image_size or factor * height
     if config.data.image_size not in (DataConfig().image_size, image_size):
         raise ValueError(f"--data.image_size {config.data.image_size}: give it as --image_size, which is {image_size}")
-    experiment = ExperimentConfig(
-        model=spec.name,
-        model_args=spec.args,
-        autoencoder=config.autoencoder,
-        name=config.output.name,
-        data=replace(config.data, image_size=image_size),
-        diffusion=diffusion,
-        sampling=sampling,
-    )
+    data = replace(config.data, image_size=image_size)
+    experiment = ExperimentConfig(spec.name, spec.args, config.autoencoder, name=config.output.name, data=data)
+    experiment = replace(experiment, diffusion=diffusion, sampling=sampling)
     metadata = metadata_of(experiment, step, spec=spec, classes=read_classes(config.classes, spec.num_classes))
     origin = {"source": source, "file": path.name, "sha256": sha256_of(path)}
     folder.mkdir()

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
-from experiment.settings import within
+from settings import within
 
 TORCHVISION = {"caltech101": "Caltech101", "cifar10": "CIFAR10", "mnist": "MNIST"}
 Item = tuple[str, str, Any]  # split ('' where there is none), class name, PIL image
@@ -67,8 +67,7 @@ def fetched(items: Iterator[Item], config: PrepareConfig) -> Iterator[Item]:
     except (OSError, RuntimeError) as error:  # torchvision and the hub raise either when they cannot download
         reason = " ".join(str(error).split())[:160]
         raise OSError(
-            f"--dataset {config.dataset} could not be fetched ({reason}); there is no network, or put the originals "
-            f"into --root {config.root}"
+            f"--dataset {config.dataset} could not be fetched ({reason}); put the originals into --root {config.root}"
         ) from error
 
 
@@ -105,14 +104,9 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
                 classes[name] += 1
         if not counts:
             raise ValueError(f"--dataset {source}: no images in it, or none in train, test or validation")
-        manifest = {
-            "source": source,
-            "sha256": sha256_of(partial),
-            "num_images": sum(counts.values()),
-            "image_size": image_size,
-            "classes": dict(sorted(classes.items())),
-            "folders": dict(sorted(counts.items())),
-        }
+        manifest: dict[str, Any] = {"source": source, "sha256": sha256_of(partial), "num_images": sum(counts.values())}
+        manifest |= {"image_size": image_size, "classes": dict(sorted(classes.items()))}
+        manifest["folders"] = dict(sorted(counts.items()))
         beside.unlink(missing_ok=True)  # of what was there before: none rather than another's
         partial.replace(output)
     write_whole(beside, json.dumps(manifest, indent=2) + "\n")
@@ -162,7 +156,4 @@ def hub_items(config: PrepareConfig) -> Iterator[Item]:
 
 if __name__ == "__main__":
     with one_line_errors():
-        arguments = sys.argv[1:]
-        if arguments and not arguments[0].startswith("-"):
-            arguments = ["--dataset", *arguments]
-        main(parse(PrepareConfig, arguments))
+        main(parse(PrepareConfig, first="dataset"))

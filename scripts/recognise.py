@@ -16,7 +16,7 @@ import numpy as np
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig
-from experiment.settings import SEEDS, within
+from settings import SEEDS, within
 
 
 @dataclass(frozen=True)

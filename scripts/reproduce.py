@@ -68,9 +68,7 @@ def main(config: ReproduceConfig) -> int:
         needed = {name: config.files.get(name, name) for name in known if name in " ".join(table.commands)}
         for name, path in needed.items():
             if not Path(path).exists():
-                raise ValueError(
-                    f"--files: {path}: no such file; {name} is {known[name]}; give --files '{{{name}: PATH}}'"
-                )
+                raise ValueError(f"--files: {path}: no such file; {name} is {known[name]}; --files '{{{name}: PATH}}'")
         with Lock(folder / "lock"):
             run(table, {name: str(Path(path).resolve()) for name, path in needed.items()}, folder)
     elif not (folder / "journal.json").is_file():
@@ -139,8 +137,5 @@ def to_its_end(words: list[str], **options: object) -> int:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--table")
     with one_line_errors():
-        raise SystemExit(main(parse(ReproduceConfig, words)))
+        raise SystemExit(main(parse(ReproduceConfig, first="table")))

@@ -22,11 +22,7 @@ SWIN |= {"conditioning": "none", "conv_norm": "group", "drop_path": 0.0}
 UNET = {"channels": [16, 32, 64, 96], "down": ["R", "R", "RA"], "middle_channels": [96], "middle": ["AR"]}
 UNET |= {"up": ["RA", "R", "R"], "time_dim": 32}
 BATCH_SIZE = 16
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "XSwin": ("XSwin", SWIN),
-    "USwin": ("USwin", SWIN),
-    "UNet": ("UNet-Mini", UNET),
-}
+MODELS: dict[str, tuple[str, Any]] = {"XSwin": ("XSwin", SWIN), "USwin": ("USwin", SWIN), "UNet": ("UNet-Mini", UNET)}
 COLORS = [(235, 235, 235), (68, 119, 170), (238, 102, 119), (34, 136, 51), (204, 187, 68), (102, 204, 238)]
 COLORS += [(170, 51, 119), (136, 136, 136), (204, 136, 0), (102, 85, 204), (153, 102, 51)]
 
@@ -58,9 +54,8 @@ def main(
         if name not in MODELS:
             raise ValueError(f"--models {name}: choose from {', '.join(MODELS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, held_out = (
-        ShapesDataset(4000, split=s, image_size=image_size, difficulty=difficulty) for s in ("train", "test")
-    )
+    kind: Any = {"image_size": image_size, "difficulty": difficulty}
+    train, held_out = (ShapesDataset(4000, split=split, **kind) for split in ("train", "test"))
     images, masks = (part.to(device) for part in segmentation(held_out, range(len(held_out) // 2)))
     num_classes = 1 + len(train.classes)
 

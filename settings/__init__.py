@@ -32,8 +32,7 @@ def check_settings(config: Any, prefix: str = "--") -> None:
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], flag: str) -> None:
-    """That a function takes these keyword arguments, numbers in their `Annotated[float, "[0, 1]"]`; else a
-    ValueError."""
+    """That a function takes these keywords, numbers in their `Annotated[float, "[0, 1]"]`; else a ValueError."""
     names = [name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
     kinds = get_type_hints(function, include_extras=True)
     for name, value in arguments.items():

@@ -35,8 +35,7 @@ def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
 
 
 def _is_of(checkpoint: Checkpoint, path: Path) -> bool:
-    """Whether a file was made from these weights: it names their hash or, of before, their step, or else is no older
-    than they are."""
+    """Whether a file is of these weights, by their hash or, of before, their step; or else no older than they."""
     samples = json.loads(path.read_text()).get("samples", {}) if path.suffix == ".json" else {}
     if known := samples.get("weights_sha256"):  # a step may have been taken again, with other settings
         return known == read_metadata(checkpoint.path).get("weights_sha256")
@@ -46,8 +45,7 @@ def _is_of(checkpoint: Checkpoint, path: Path) -> bool:
 
 
 def write_published(files: dict[str, Path], folder: Path, *, half: bool = False) -> None:
-    """The files as they leave this machine: paths are cut to the names at their end, wherever a file keeps them, and
-    weights are rounded to float16 where `half` asks for it."""
+    """The files as they leave this machine: paths are cut to their last names, weights `half` in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in files.items():
         if path.suffix in (".json", ".yaml"):
@@ -132,6 +130,5 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
 
 
 def _listed(settings: dict[str, Any], *names: str) -> str:
-    """The settings of these names, or all, that are set."""
     chosen = {name: settings.get(name) for name in names or settings}
     return ", ".join(f"{name} {plain(str(value))}" for name, value in chosen.items() if value is not None)

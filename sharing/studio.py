@@ -45,7 +45,6 @@ class Request:
 
     @property
     def interpolates(self) -> bool:
-        """Whether there is a way to go."""
         return self.to_class is not None or self.to_seed is not None
 
 
@@ -59,7 +58,6 @@ class Studio:
         self.codecs, self.models, self.layouts = {}, {}, {}
 
     def classes(self, run: str) -> list[str]:
-        """Names of a run's classes."""
         return self.checkpoint(run).classes
 
     def checkpoint(self, run: str) -> Checkpoint:
@@ -96,14 +94,11 @@ class Studio:
         return interpolate(self.generator(replace(request, num_images=1)), *self.ends(request), LENGTH, only=place)
 
     def ends(self, request: Request) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Labels and seeds of a walk."""
-        first, last = (
-            self.label(request.run, name) for name in (request.of_class, request.to_class or request.of_class)
-        )
+        first = self.label(request.run, request.of_class)
+        last = self.label(request.run, request.to_class or request.of_class)
         return (first, last), (request.seed, request.seed if request.to_seed is None else request.to_seed)
 
     def generator(self, request: Request) -> Generator:
-        """The generator of a request, as sample.py makes it."""
         checkpoint = self.checkpoint(request.run)
         if not 1 <= request.num_images <= MOST_IMAGES or not 1 <= request.num_steps <= MOST_STEPS:
             raise ValueError(f"1 to {MOST_IMAGES} pictures of 1 to {MOST_STEPS} steps, not {request}")
@@ -155,8 +150,7 @@ class Studio:
         return "python sample.py " + " ".join(words)
 
     def nearest(self, run: str, pictures: UInt8[Tensor, "n 3 h w"]) -> tuple[UInt8[Tensor, "n 3 h w"], list[float]]:
-        """For each picture the training image whose colours and layout (at 16x16 pixels) are closest, and the root of
-        the mean squared difference of their levels."""
+        """For each picture the training image of the closest colours and layout (16x16 pixels), and their distance."""
         for _ in self.read_layouts(run):
             pass
         images, layouts = self.layouts[run]

@@ -59,7 +59,6 @@ def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
 
 
 def table(index: dict[str, dict[str, Any]]) -> str:
-    """Of the index, for people."""
     lines = [["name", "parameters", "MB", "images seen", "img/s", "cost", "scores", "sha256"]]
     for name, row in index.items():
         scores = ", ".join(f"{score} {value}" for score, value in row["scores"].items())
@@ -70,7 +69,6 @@ def table(index: dict[str, dict[str, Any]]) -> str:
 
 
 def filled_in(document: str, index: dict[str, dict[str, Any]]) -> str:
-    """The document with the table between its marks."""
     before, _, rest = document.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     return f"{before}{MARKS[0]}\n\n{table(index)}\n\n{MARKS[1]}{after}"

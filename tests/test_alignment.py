@@ -202,7 +202,7 @@ def test_features_that_do_not_fit_are_refused_in_words(network, words, tmp_path)
     ("extractor", "weights_path", "words"),
     [
         ("nowhere.pt2", None, r"--alignment.extractor nowhere.pt2: no such file"),
-        ("inception", None, r"--alignment.extractor inception: made for scores, .* timm:NAME or FILE.pt2"),
+        ("inception", None, r"--alignment.extractor inception: has no features at places; give timm:NAME"),
         ("timm:nothing", None, r"--alignment.extractor timm:nothing: timm .* has no such model"),
         ("timm:test_vit", "none.pth", r"--alignment.weights_path none.pth: no such file"),
     ],

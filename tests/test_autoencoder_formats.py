@@ -229,7 +229,7 @@ def test_a_folder_of_half_precision_alone_is_read_in_float32(tmp_path):
 
 def test_another_class_is_refused_by_name(tmp_path):
     VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path)
-    words = "config.json describes VQModel, which is not supported; give one of AutoencoderKL, AutoencoderTiny"
+    words = "VQModel is not supported; give one of AutoencoderKL, AutoencoderTiny"
     with pytest.raises(AutoencoderError, match=words):
         create_codec(str(tmp_path))
 
@@ -298,7 +298,7 @@ def test_the_hub_is_asked_for_the_configuration_first(hub, folders, codecs, tmp_
     codec = create_codec("me/flux/vae")
     assert codec.identity == codecs["taef1"].identity
     assert codec.provenance["autoencoder"] == "me/flux/vae"
-    with pytest.raises(AutoencoderError, match=r"--autoencoder me/video: .* describes AutoencoderKLWan"):
+    with pytest.raises(AutoencoderError, match=r"--autoencoder me/video: AutoencoderKLWan is not supported"):
         create_codec("me/video")
     assert {call.split()[1] for call in hub.calls if "me/video" in call} == {"/me/video/resolve/main/config.json"}
     for missing in ("me/nothing", "me/flux/other"):

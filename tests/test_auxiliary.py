@@ -170,7 +170,7 @@ MISTAKES = {
     "latents": ([{"kind": "perceptual", "weight": 1.0}], "looks at images, not at latents; use --autoencoder pixel"),
     "no encoder": (
         [{"kind": "feature_matching", "weight": 1.0}],
-        "Plain names no blocks whose features to compare",
+        "Plain has no block_types; take another --model",
     ),
     "twice": ([{"kind": "feature_matching", "weight": 1.0}] * 2, "--auxiliary feature_matching: given twice"),
 }

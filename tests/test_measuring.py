@@ -209,7 +209,7 @@ def test_weights_that_cannot_be_downloaded_are_a_reason_and_files_that_are_none_
         assert "could not be downloaded; put" in found.reason or "could not be downloaded (no network)" in found.reason
     (tmp_path / "text.pt").write_text("no network")
     for network, heads, words in (
-        ("none.pt", None, "--perceptual none.pt: no such file; choose from vgg19, lpips"),
+        ("none.pt", None, "--perceptual none.pt: no such file; give vgg19, lpips"),
         (str(tmp_path / "text.pt"), None, "--perceptual .*text.pt: not a TorchScript file"),
         ("vgg19", "vgg.pth", "--heads vgg.pth: they are of --perceptual lpips, not of vgg19"),
         ("lpips", "none.pth", "--heads none.pth: no such file; give the lpips package's"),

@@ -304,7 +304,7 @@ def test_a_loss_counted_in_a_paths_own_target_is_that_of_predicting_it(kind, own
 def test_pairs_have_finite_weights_at_the_ends_and_say_what_contradicts():
     flow = FlowMatching(prediction="x_0", loss="v")
     assert flow.loss_weight(torch.tensor([0.0, 1.0])).isfinite().all()
-    with pytest.raises(ValueError, match=r"--diffusion.loss v beside --diffusion.weighting min_snr: both say"):
+    with pytest.raises(ValueError, match=r"--diffusion.loss v beside --diffusion.weighting min_snr: leave one"):
         GaussianDiffusion(loss="v", weighting="min_snr")
     with pytest.raises(ValueError, match=r"--diffusion.loss score: unknown, choose from epsilon, x_0, v, velocity"):
         FlowMatching(loss="score")

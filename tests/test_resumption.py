@@ -142,12 +142,3 @@ def test_a_refused_change_leaves_every_byte_of_the_run(folder, flags, message):
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert hashes(folder / "runs" / "tiny") == before
-
-
-def test_a_run_of_before_that_wrote_down_epochs_and_steps_goes_on(stored):
-    path = stored["diffusion"].parent.parent / "config.yaml"
-    values = yaml.safe_load(path.read_text())
-    values["train"] |= {"num_epochs": 100, "num_steps": 500}
-    path.write_text(yaml.safe_dump(values))
-    length = asked(stored["diffusion"], "diffusion").train
-    assert (length.num_epochs, length.num_steps) == (None, 500)

@@ -1,8 +1,6 @@
 """Representation alignment: what a backbone knows of an image halfway through is pulled towards what a frozen network
 sees in it."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import Any
@@ -46,23 +44,17 @@ class Alignment(nn.Module):
         # Before blocks are compiled: hooks that come after it are not called.
         block.register_forward_hook(self._keep)
 
-    def build_projector(self, num_features: int, seed: int) -> Alignment:
+    def build_projector(self, num_features: int, seed: int) -> "Alignment":
         """For features of this width; its weights are drawn by this seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.projector = self._new_projector(num_features)
+            if self.kind == "irepa":
+                self.projector = nn.Conv2d(self.width, num_features, 3, padding=1)
+            else:
+                widths = (self.width, PROJECTOR_WIDTH, PROJECTOR_WIDTH, num_features)
+                first, second, third = (nn.Conv2d(*pair, 1) for pair in pairwise(widths))
+                self.projector = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
         return self
-
-    def _new_projector(self, num_features: int) -> nn.Module:
-        if self.kind == "irepa":
-            return nn.Conv2d(self.width, num_features, 3, padding=1)
-        widths = (self.width, PROJECTOR_WIDTH, PROJECTOR_WIDTH, num_features)
-        first, second, third = (nn.Conv2d(*pair, 1) for pair in pairwise(widths))
-        return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
-
-    def watch(self, model: nn.Module) -> nn.Module:
-        """The model, which leaves the states of a call here."""
-        return Watched(model, self)
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, " b"]:
         """The term of each sample, of the last call that was watched."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from autoencoders.codec import Codec
 from data.latents import LatentCache
 from diffusion.guidance import drop_labels
-from diffusion.times import DrawTimes
+from diffusion.times import Device, DrawTimes
 from machine.randomness import generator_for
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """The training stream over a cache: epochs are permutations, laid end to end, or where it is `class_balanced`
-    rounds of the classes. `batch_size` counts all processes. `features` is a cache of the same images and views. With
-    `negatives`, each sample has the next one of the global batch for one, whose order is random."""
+    """The training stream over a cache: permuted epochs laid end to end, or if `class_balanced` rounds of the classes.
+    `batch_size` counts all processes, `features` is a cache of the same views, `negatives` are next samples."""
 
     cache: LatentCache
     codec: Codec
@@ -51,7 +50,7 @@ class Batches:
     negatives: bool = False
     rank: int = 0
     num_ranks: int = 1
-    device: torch.device | str = "cpu"
+    device: Device = "cpu"
     draw_more: Callable[..., dict[str, Tensor]] | None = None  # the objective's
     features: LatentCache | None = None  # in main memory
 
@@ -95,15 +94,13 @@ class Batches:
     def _data(
         self, part: slice, index: Tensor, mirrored: Tensor, posterior_noise: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`x_0` and noise of a part of the batch."""
         stored = self.cache.read(index[part], mirrored[part]).to(self.device)
         return self.codec.draw(stored, posterior_noise[part]), noise[part]
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
-        """Which images of the source the global batch of a step holds."""
         return self.cache.source_indices[self._order(step, order)].tolist()
 
-    def _order(self, step: int, order: int = 0, device: torch.device | str = "cpu") -> Int64[Tensor, " b"]:
+    def _order(self, step: int, order: int = 0, device: Device = "cpu") -> Int64[Tensor, " b"]:
         start, size = step * self.batch_size, self.batch_size
         if self.class_balanced:
             return self._rounds.positions(start, size, order, device=device)
@@ -119,27 +116,15 @@ def open_batches(
 ) -> Batches:
     """A run's, with what its objective draws, shared out over its processes; the cache moves to their devices."""
     train, accelerator, diffusion = run.config.train, run.accelerator, objective.diffusion
-    return Batches(
-        cache.to(accelerator.device),
-        codec,
-        diffusion.sample_timesteps,
-        seed=train.seed,
-        batch_size=train.batch_size,
-        num_micro_batches=train.grad_accumulation,
-        label_dropout=train.label_dropout,
-        class_balanced=train.class_balanced,
-        negatives=diffusion.contrast > 0,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        device=accelerator.device,
-        draw_more=objective.draw_more,
-        features=features,
-    )
+    told = {name: getattr(train, name) for name in ("seed", "batch_size", "label_dropout", "class_balanced")}
+    told |= {"num_micro_batches": train.grad_accumulation, "negatives": diffusion.contrast > 0}
+    told |= {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes, "device": accelerator.device}
+    told |= {"draw_more": objective.draw_more, "features": features}
+    return Batches(cache.to(accelerator.device), codec, diffusion.sample_timesteps, **told)
 
 
 class Rounds:
-    """An endless stream of rounds: each has one image of every class that has any, in an order of its own. The images
-    of a class come in permutations of their own, laid end to end."""
+    """An endless stream of rounds: an image of every class, in an order of its own; each class in permuted epochs."""
 
     def __init__(self, labels: Int64[Tensor, " n"], seed: int) -> None:
         sizes = labels.bincount()
@@ -147,14 +132,12 @@ class Rounds:
         self.num_at_once = -(-len(labels) // len(self.classes))  # about an epoch, which is kept
         self._drawn = lru_cache(maxsize=4)(self._draw)
 
-    def positions(
-        self, start: int, num: int, order: int = 0, device: torch.device | str = "cpu"
-    ) -> Int64[Tensor, " num"]:
+    def positions(self, start: int, num: int, order: int = 0, device: Device = "cpu") -> Int64[Tensor, " num"]:
         """Which images stand at places `start .. start + num`."""
         length = self.num_at_once * len(self.classes)
         return end_to_end(lambda number: self._drawn(number, order, device), length, start, num)
 
-    def _draw(self, number: int, order: int, device: torch.device | str) -> Int64[Tensor, " n"]:
+    def _draw(self, number: int, order: int, device: Device) -> Int64[Tensor, " n"]:
         first, num, num_classes = number * self.num_at_once, self.num_at_once, len(self.classes)
         turns = positions(num_classes, first * num_classes, num * num_classes, self.seed, "round", order)
         images = [
@@ -165,13 +148,7 @@ class Rounds:
 
 
 def positions(
-    num_images: int,
-    start: int,
-    num: int,
-    seed: int,
-    purpose: str,
-    order: int = 0,
-    device: torch.device | str = "cpu",
+    num_images: int, start: int, num: int, seed: int, purpose: str, order: int = 0, device: Device = "cpu"
 ) -> Int64[Tensor, " n"]:
     """Which images stand at places `start .. start + num` of an endless stream of permuted epochs."""
 
@@ -191,7 +168,6 @@ def end_to_end(epoch: Callable[[int], Tensor], length: int, start: int, num: int
 
 
 @lru_cache(maxsize=4)  # an epoch's and the next one's, of two sources
-def permutation(num_images: int, *key: int | str, device: torch.device | str = "cpu") -> Int64[Tensor, " n"]:
-    """All images in the order of this key; the last ones are kept on their device, as drawing and sending one takes as
-    long as a small step."""
+def permutation(num_images: int, *key: int | str, device: Device = "cpu") -> Int64[Tensor, " n"]:
+    """All images in the order of this key, kept on their device: drawing takes as long as a small step."""
     return torch.randperm(num_images, generator=generator_for(*key)).to(device)

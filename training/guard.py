@@ -28,7 +28,6 @@ class Guard:
     rollbacks: int = 0
 
     def passes(self, norm: float) -> bool:
-        """Whether a step with this gradient norm may be taken."""
         if math.isfinite(norm):
             self.in_a_row = 0
             return True
@@ -79,8 +78,7 @@ class Guard:
 def gradient_norm(
     accelerator: Accelerator, model: nn.Module, max_norm: float, heads: nn.Module | None = None
 ) -> Float[Tensor, ""]:
-    """Norm of the whole gradient, on its device; the model's, and that of `heads`, which is averaged over processes
-    first, are scaled down to `max_norm` where that is not 0."""
+    """Norm of the whole gradient; the model's, and the `heads`' mean over processes, are cut to `max_norm` if not 0."""
     if heads is not None and (weights := [weight for weight in heads.parameters() if weight.grad is not None]):
         for weight in weights:
             weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]

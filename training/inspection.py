@@ -70,11 +70,8 @@ class Inspection:
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
         """What to look at after a step; the last grid is drawn when all is saved."""
         log = self.run.config.log
-        looks = {
-            self.draw: log.sample_every if step < num_steps else 0,
-            self.validate: log.validate_every,
-            self.score: log.evaluate_every,
-        }
+        looks = {self.draw: log.sample_every if step < num_steps else 0}
+        looks |= {self.validate: log.validate_every, self.score: log.evaluate_every}
         return [look for look, every in looks.items() if is_due(step, every)]
 
     @torch.no_grad()
@@ -93,13 +90,10 @@ class Inspection:
         share = torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
         for part in share.split(config.batch_size):
             stored = cache.read(index[part], torch.zeros_like(part)).to(device)
-            batch = Batch(
-                self.codec.draw(stored, posterior_noise[part].to(device)),
-                cache.labels[index[part]].to(device),
-                t[part].to(device),
-                noise[part].to(device),
-                {name: values[part].to(device) for name, values in more.items()},
-            )
+            x_0 = self.codec.draw(stored, posterior_noise[part].to(device))
+            y = cache.labels[index[part]].to(device)
+            more_part = {name: values[part].to(device) for name, values in more.items()}
+            batch = Batch(x_0, y, t[part].to(device), noise[part].to(device), more_part)
             with accelerator.autocast():
                 terms = self.objective(self.ema.model, batch)
             for name, values in terms.items():
@@ -109,7 +103,6 @@ class Inspection:
 
     @unless_ruined
     def score(self, step: int) -> dict[str, float]:
-        """Scores of samples, as `evaluation` says."""
         assert self.scorer is not None
         evaluation = self.run.config.evaluation
         labels = sample_labels(evaluation, len(self.held_out), self.held_out.num_classes, self.held_out.labels)
@@ -133,14 +126,6 @@ class Inspection:
         return {}
 
     def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:
-        return Generator(
-            self.ema.model,
-            self.objective.diffusion,
-            self.codec,
-            labels,
-            self.sampling,
-            self.held_out.image_size,
-            seed,
-            self.run.accelerator,
-            guide_model=self.guide_model,
-        )
+        model, diffusion, size = self.ema.model, self.objective.diffusion, self.held_out.image_size
+        drawn = labels, self.sampling, size, seed, self.run.accelerator
+        return Generator(model, diffusion, self.codec, *drawn, guide_model=self.guide_model)

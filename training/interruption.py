@@ -1,7 +1,5 @@
 """Stopping before the end, so that a run can be gone on with, when a scheduler or a person asks for it."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +37,7 @@ class Interruption:
         self.agreed = 0  # what stops all processes
         self.leaves, self.alone, self.where = True, False, BEFORE
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> "Interruption":
         from_main(self.accelerator, self._open)
         self.handling = on_stop(self._receive, SIGNALS, stays_ignored=[signal.SIGHUP])
         self.handling.__enter__()
@@ -67,8 +65,7 @@ class Interruption:
         self.leaves = self.accelerator.num_processes == 1
 
     def read(self, number: Float[Tensor, ""]) -> float:
-        """A number of each step, off the device, and in the same wait what stops any process: a signal may reach one
-        alone, and clocks differ."""
+        """A number of each step, off the device, and in the same wait what stops any process, on which all agree."""
         if self.accelerator.num_processes == 1:
             return number.item()
         code = torch.full_like(number, self._code())
@@ -87,8 +84,7 @@ class Interruption:
 
     @contextmanager
     def at_once(self, *, can_save: bool, save: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """For what takes long and can be done again: a signal breaks it off and saves, where this process can by
-        itself."""
+        """For what takes long and can be done again: a signal breaks it off and saves, if this process can."""
         self.leaves = can_save
         try:
             if self.received and can_save:

@@ -22,7 +22,6 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new interval of the measurement."""
         self.sums: dict[str, Tensor] = {}
         self.pending: dict[str, Tensor] = {}
         self.norms: list[float] = []
@@ -87,12 +86,10 @@ class Meter:
         return {"shares": {name: share.tolist() for name, share in shares.items()}, **counts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on in the middle of an interval, each process with its own sums, or of another number the first with
-        all."""
+        """Go on in an interval, each process with its own sums, or of another number the first with all."""
         self.reset()
         rank, num = self.accelerator.process_index, self.accelerator.num_processes
-        earlier = {name: [total] for name, total in state.get("sums", {}).items()}  # as checkpoints once had them
-        for name, shares in state.get("shares", earlier).items():
+        for name, shares in state["shares"].items():
             share = torch.tensor(shares, device=self.accelerator.device)
             self.sums[name] = share[rank] if len(share) == num else share.sum(dim=0) * float(rank == 0)
         self.norms, self.num_clipped, self.num_images = state["norms"], state["num_clipped"], state["num_images"]

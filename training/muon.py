@@ -19,9 +19,8 @@ STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration: 
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for matrices, AdamW for the rest, which may come in groups. Each group's rate is `lr` times its `lr_scale`.
-    Steps have AdamW's root mean square (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), whose rates
-    fit."""
+    """Muon for matrices, AdamW for the rest, which may come in groups; a group's rate is `lr` times its `lr_scale`.
+    Steps have AdamW's root mean square (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4)."""
 
     def __init__(
         self,

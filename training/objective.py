@@ -13,7 +13,7 @@ from diffusion.diffusion import Auxiliary, Diffusion
 from experiment.config import AuxiliaryConfig
 from metrics.perceptual import perceptual_network
 from models.backbone import Backbone
-from training.alignment import Alignment
+from training.alignment import Alignment, Watched
 from training.batches import Batch
 
 
@@ -28,7 +28,6 @@ class Phase:
 
     @property
     def progress(self) -> float:
-        """0 at its first step, 1 at its last."""
         return self.step / max(1, self.num_steps - 1)
 
 
@@ -70,7 +69,7 @@ class Objective:
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         """Per sample `loss`, to be minimised, and what it is made of; without a phase, what a validation reports."""
         alignment = None if phase is None else self.alignment
-        network = model if alignment is None else alignment.watch(model)
+        network = model if alignment is None else Watched(model, alignment)
         auxiliary = self.auxiliary_terms(phase)
         terms = self.diffusion.training_loss(
             network, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary, **batch.more
@@ -118,8 +117,7 @@ class FeatureMatching:
     def __init__(self, config: AuxiliaryConfig, model: Backbone, codec: Codec, device: torch.device) -> None:
         if type(model).encode is Backbone.encode and not model.repeated_blocks():
             raise ValueError(
-                f"--auxiliary feature_matching: {type(model).__name__} names no blocks whose features to compare; "
-                "give it block_types (models/backbone.py), or use another --model"
+                f"--auxiliary feature_matching: {type(model).__name__} has no block_types; take another --model"
             )
         self.encode = model.encode
 

@@ -12,8 +12,7 @@ from training.muon import Muon, split_for_muon
 
 
 def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, with Muon for the blocks' matrices where asked for, of what is not frozen. What decays is what the
-    backbone says."""
+    """Fused AdamW, with Muon for the blocks' matrices where asked for; what decays is what the backbone says."""
     of_adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     parts = ([], model.parameters()) if config.muon_lr is None else split_for_muon(model)
     matrices, rest = ([weight for weight in part if weight.requires_grad] for part in parts)
@@ -57,8 +56,7 @@ def build_optimizers(model: Backbone, heads: nn.Module, config: OptimConfig) -> 
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: float = 1.0) -> float:
-    """Linear warm-up, then the configured decay until the last step, in each phase. An epoch has `epoch_steps` of
-    them."""
+    """Linear warm-up, then the decay until a phase's last step; an epoch has `epoch_steps` of them."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "cosine":

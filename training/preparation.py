@@ -32,9 +32,8 @@ def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
 
 
 def recompute_blocks(model: Backbone, device: torch.device) -> None:
-    """Leave what lies within the backbone's repeated blocks to the backward pass, which computes it again from what
-    went in, with the same random numbers (Chen et al. 2016): less memory for a third more arithmetic. A ValueError
-    where that would be another training."""
+    """Have the backward pass compute the backbone's blocks again, with the same random numbers (Chen et al. 2016): less
+    memory, a third more arithmetic. A ValueError where that would be another training."""
     blocks = model.repeated_blocks()
     if any(isinstance(module, _BatchNorm) for block in blocks for module in block.modules()):
         raise ValueError("--train.recompute true: batch norms in this --model's blocks would count each batch twice")

@@ -19,8 +19,7 @@ LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progr
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
-    """The configuration of a fresh run, or of a resumed one and its checkpoint; a FileExistsError where there is
-    one."""
+    """The configuration of a fresh run, or of a resumed one and its checkpoint; or a FileExistsError."""
     run = config.folder
     if (run / "plan.json").is_file():
         raise FileExistsError(f"{run} holds an ablation; give another --name")
@@ -53,11 +52,8 @@ def _aside(path: Path) -> Path:
 
 
 def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
-    """The configuration of a run that goes on from this checkpoint. A CheckpointError names the flag that would change
-    what the weights mean, or what `config.yaml` has lost."""
+    """The configuration of a resumed run; a CheckpointError names a flag that changes its meaning, or what is lost."""
     metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
-    if "config" not in metadata:  # an autoencoder's, before it kept it
-        return resuming(config, None)
     contents = json.loads(metadata.get("imports", "{}"))
     load_imports(getattr(config, "imports", ()), stored_in=run, contents=contents)
     values, written = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))

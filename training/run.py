@@ -1,7 +1,5 @@
 """A training from its empty folder, or its newest checkpoint, to its last step, whatever is trained."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +32,7 @@ Look = Callable[[int], Mapping[str, float]]  # at what there is after a step: wh
 
 
 @contextmanager
-def open_run(config: R, **options: Any) -> Iterator[Run[R]]:
+def open_run(config: R, **options: Any) -> Iterator["Run[R]"]:
     """A training's devices, its folder for as long as it lasts, and the checkpoint that it goes on from."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for tracker in config.log.trackers:
@@ -150,7 +148,6 @@ class Run(Generic[R]):
             self.meter.reset()
 
     def skip(self, guard: Guard, source_indices: list[int]) -> None:
-        """The step under way was not taken, for these images."""
         self.meter.skip()
         self.log.write(self.step + 1, skipped=guard.skipped, source_indices=source_indices)
 
@@ -182,8 +179,7 @@ class Run(Generic[R]):
             self.log.picture(self.step, path)
 
     def save(self, *, last: bool = False, progress: Mapping[str, Any] | None = None) -> None:
-        """A checkpoint of this step, unless there is one or it is not worth it. By all processes; by the main one alone
-        with the `progress` of all, and whole tensors."""
+        """A checkpoint of this step, if worth it: by all processes, or by the main one with all's `progress`."""
         if self._saved == self.step or (progress is None and not self._is_sound(last=last)):
             return
         metadata = metadata_of(self.config, self.step, self.identity, **self.metadata)
