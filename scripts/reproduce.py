@@ -68,7 +68,9 @@ def main(config: ReproduceConfig) -> int:
         needed = {name: config.files.get(name, name) for name in known if name in " ".join(table.commands)}
         for name, path in needed.items():
             if not Path(path).exists():
-                raise ValueError(f"--files: {path}: no such file; {name} is {known[name]}; --files '{{{name}: PATH}}'")
+                raise ValueError(
+                    f"--files: {path}: no such file; {name} is {known[name]}; give --files '{{{name}: PATH}}'"
+                )
         with Lock(folder / "lock"):
             run(table, {name: str(Path(path).resolve()) for name, path in needed.items()}, folder)
     elif not (folder / "journal.json").is_file():
