@@ -28,6 +28,7 @@ def pick(images: Any, at_most: int) -> UInt8[Tensor, "n 3 h w"]:
 
 @torch.inference_mode()
 def reconstruct(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> UInt8[Tensor, "n 3 h w"]:
+    """From the posterior's mean, rounded to 256 levels."""
     parts = []
     for batch in tqdm(images.split(batch_size), desc="reconstructing", unit="batch", leave=False):
         mean = autoencoder.encode(batch.to(autoencoder.device).float() / 127.5 - 1).latent_dist.mean

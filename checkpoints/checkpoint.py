@@ -148,12 +148,18 @@ def metadata_of(
 
 
 def warm_start(
-    model: nn.Module, path: str, classes: Sequence[str] = (), codec: Codec | None = None, *, whole: bool = False
+    model: nn.Module,
+    path: str,
+    classes: Sequence[str] = (),
+    codec: Codec | None = None,
+    accelerator: Accelerator | None = None,
+    *,
+    whole: bool = False,
 ) -> str:
     """Copy averaged weights by name and shape and, of tables of labels, the rows of `classes` by name; says what was
     not taken, and where they are of another `codec`'s latents. What a `whole` model lacks is a CheckpointError, but for
     labels."""
-    file, state = find_weights(path), model.state_dict()
+    file, state = find_weights(path, accelerator), model.state_dict()
     weights, metadata = read_tensors(file), read_metadata(file)
     known = json.loads(metadata.get("classes", "[]"))
     are_others = bool(classes and known) and list(classes) != known
@@ -197,10 +203,8 @@ def relabelled(
 
 def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) -> Checkpoint:
     """From a run's folder (its newest), a checkpoint's folder, the weights file, hf://owner/name, or by the name
-    `embedded`; a CheckpointError says why there is none. With an accelerator its main process says which is the newest:
-    a training may write another one meanwhile."""
-    find = partial(find_weights, path)
-    weights = from_main(accelerator, find) if accelerator and not is_name(path) else find()
+    `embedded`; a CheckpointError says why there is none. For an accelerator see `find_weights`."""
+    weights = find_weights(path, accelerator)
     metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()
     if missing:
@@ -282,7 +286,11 @@ def current_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def find_weights(path: str | Path) -> Path:
+def find_weights(path: str | Path, accelerator: Accelerator | None = None) -> Path:
+    """The file; with an accelerator its main process says which is the newest, as a training may write another one
+    meanwhile."""
+    if accelerator and not is_name(path):
+        return from_main(accelerator, partial(find_weights, path))
     path = local(path, WEIGHTS)
     if path.is_file():
         return path

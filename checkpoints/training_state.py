@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from checkpoints.averages import EMA
 from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_tensors
-from machine.checkpoint_folder import checkpoint_path, write_checkpoint
+from machine.checkpoint_folder import CheckpointError, checkpoint_path, write_checkpoint
 from machine.sharding import gather, part_like
 
 PROFILES = "state/profiles.safetensors"
@@ -98,6 +98,11 @@ def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
     for name, optimizer in training.optimizers.items():
         load_optimizer(optimizer, read_tensors(checkpoint / _state_file(name)))
     progress = json.loads((checkpoint / "state" / "progress.json").read_text())
+    if missing := training.others.keys() - progress.keys():
+        raise CheckpointError(
+            f"--resume {checkpoint.parent.parent}: its training state is of an earlier commit, without "
+            f"{', '.join(sorted(missing))}; go on with that commit, or begin another run with --init_from"
+        )
     for name, part in training.others.items():
         part.restore(progress[name])
     return progress

@@ -122,7 +122,9 @@ def content_hash(files: Folder | Zip, names: Sequence[str]) -> str:
     """Of these files: the same for a folder and for a zip of it. What of a folder took long is kept, and taken again as
     long as no file has another size or time."""
     stamp, began = files.stamp(names) if isinstance(files, Folder) else None, time.monotonic()
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", KEPT, stamp) if stamp else None
+    kept = None
+    with suppress(RuntimeError):  # of a user without a home
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", KEPT, stamp) if stamp else None
     if kept:
         with suppress(OSError):
             return kept.read_text()

@@ -186,6 +186,7 @@ class Flow(Path):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def timesteps(self, num_steps: int) -> Float[Tensor, " num_steps"]:
+        """`1 / n, 2 / n, ... 1`, shifted."""
         check_num_steps(num_steps)
         return self.shifted(torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps)
 

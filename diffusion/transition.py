@@ -68,6 +68,7 @@ class Transition(NamedTuple):
         return -self.contraction.log()
 
     def posterior_mean(self, x_0: Images, x_t: Images) -> Images:
+        """Mean of `q(x_s | x_t, x_0)`."""
         return self.x_0_weight * x_0 + self.x_t_weight * x_t
 
 

@@ -151,7 +151,7 @@ class Scorer:
         def nearest_to(features: Features) -> tuple[Tensor, Tensor]:
             device, mine = self.extractor.device, features.features
             assert mine is not None
-            return from_main(self.accelerator, lambda: nearest(mine.to(device), train.to(device)))
+            return from_main(self.accelerator, lambda: nearest(mine.to(device), train))
 
         def through_codec(source: Source) -> Features:
             return self.extract(reconstructions(source, codec, self.accelerator.device, seed=self.evaluation.seed))

@@ -74,6 +74,7 @@ def _share(hits: Tensor) -> Score:
 def _regress(
     x: Tensor, labels: Tensor, num_classes: int, decay: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """The minimum of cross-entropy + decay / 2 * squared weights."""
     weight = (x.new_zeros(num_classes, x.shape[1]) if weight is None else weight.clone()).requires_grad_()
     bias = (x.new_zeros(num_classes) if bias is None else bias.clone()).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=10, line_search_fn="strong_wolfe")

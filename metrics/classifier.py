@@ -38,6 +38,7 @@ class SmallClassifier(nn.Module):
         return F.interpolate(pixels, size=(self.side, self.side), mode="bilinear", antialias=True)
 
     def features(self, pixels: Tensor) -> Tensor:
+        """[n d] of preprocessed images."""
         return self.to_features(self.stages(pixels).mean(dim=(2, 3)))
 
     @torch.no_grad()

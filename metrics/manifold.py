@@ -9,7 +9,7 @@ from torch import Tensor
 from metrics.pixelwise import exact
 from metrics.scores import Score, too_few
 
-ROWS = 1024  # of a matrix of distances held at a time
+ROWS, AT_ONCE = 1024, 65536  # rows of a matrix of distances held at a time, and of its columns where all may be many
 
 
 def count_neighbours(
@@ -57,9 +57,14 @@ def neighbour_distances(x: Float[Tensor, "n d"], ks: list[int]) -> list[Float[Te
 
 
 def nearest(x: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " n"], Int64[Tensor, " n"]]:
-    """Distance to, and index of, the nearest of `others`."""
-    least = [rows.min(dim=1) for rows in _rows(x, others)]
-    return torch.cat([part.values for part in least]).cpu(), torch.cat([part.indices for part in least]).cpu()
+    """Distance to, and index of, the nearest of `others`, which come to the device of `x` a part at a time."""
+    least, index = torch.full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.int64)
+    for number, part in enumerate(others.split(AT_ONCE)):
+        found = [rows.min(dim=1) for rows in _rows(x, part.to(x.device))]
+        distances, places = (torch.cat([getattr(rows, name) for rows in found]).cpu() for name in ("values", "indices"))
+        index = torch.where(distances < least, places + number * AT_ONCE, index)
+        least = torch.minimum(distances, least)
+    return least, index
 
 
 def share_of_pairs_closer(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:

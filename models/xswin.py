@@ -179,7 +179,7 @@ class XSwin(Backbone):
         if conditioning == "none" and num_classes:
             raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
         if conditioning == "none" and second_time:
-            raise ValueError("conditioning=none leaves times no place, of which this kind tells two: take another")
+            raise ValueError("conditioning=none leaves times no place, and --diffusion.kind tells two: take another")
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
         injection, style = Injection(conditioning, dim), BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp)

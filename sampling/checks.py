@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import open_checkpoint, read_metadata
@@ -67,7 +68,7 @@ def load_guide_model(
     sampling: SamplingConfig,
     diffusion: DiffusionConfig,
     spec: ModelSpec,
-    device: torch.device,
+    accelerator: Accelerator,
     classes: Sequence[str],
     identity: Mapping[str, Mapping[str, Any]],
 ) -> nn.Module | None:
@@ -76,7 +77,7 @@ def load_guide_model(
     the guided model, of which the rest is said, in more than backbone and training, or in the latter classes."""
     if sampling.guidance_checkpoint is None:
         return None
-    guide, unlabelled = open_checkpoint(sampling.guidance_checkpoint), sampling.guidance_unlabelled
+    guide, unlabelled = open_checkpoint(sampling.guidance_checkpoint, accelerator), sampling.guidance_unlabelled
     if unlabelled and isinstance(guide.build_diffusion(), Staged):
         raise ValueError("--guidance_unlabelled true: stages of a cascade are not asked without labels; leave it out")
     if unlabelled and guide.classes and not guide.num_guided:
@@ -103,7 +104,7 @@ def load_guide_model(
                 f"model's {ours[name]}; only backbone and training may differ"
                 f"{', and classes with --guidance_unlabelled true' if 'classes' in name else ''}"
             )
-    model = guide.load_model(device)
+    model = guide.load_model(accelerator.device)
     return Unlabelled(model, guide.spec.num_classes) if unlabelled else model
 
 

@@ -82,16 +82,16 @@ def generator_of(
     **callbacks: Any,
 ) -> Generator:
     """Of a checkpoint's averaged weights, which `model` holds where they are loaded, with its guide."""
-    device, diffusion, size = accelerator.device, checkpoint.build_diffusion(), checkpoint.image_size
+    diffusion, size = checkpoint.build_diffusion(), checkpoint.image_size
     theirs, ours = codec.latent_shape(*size), (checkpoint.spec.in_channels, *checkpoint.spec.input_size)
     if theirs != ours:
         raise ValueError(
             f"--autoencoder: of images of {size[0]}x{size[1]} its latents are {'x'.join(map(str, theirs))}, and "
             f"{checkpoint.path} denoises {'x'.join(map(str, ours))}; give the one that it was trained with"
         )
-    trained = (checkpoint.config.diffusion, checkpoint.spec, device, checkpoint.classes, checkpoint.identity)
+    trained = (checkpoint.config.diffusion, checkpoint.spec, accelerator, checkpoint.classes, checkpoint.identity)
     callbacks["guide_model"] = load_guide_model(sampling, *trained)
-    model = model or checkpoint.load_model(device)
+    model = model or checkpoint.load_model(accelerator.device)
     return Generator(model, diffusion, codec, labels, sampling, size, seed, accelerator, **callbacks)
 
 

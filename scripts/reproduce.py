@@ -73,7 +73,7 @@ def main(config: ReproduceConfig) -> int:
                 )
         with Lock(folder / "lock"):
             run(table, {name: str(Path(path).resolve()) for name, path in needed.items()}, folder)
-    elif not (folder / "journal.json").is_file():
+    elif not (folder / "output.txt").is_file():
         raise ValueError(f"--only check: nothing has been run in {folder}; leave it out, or give --output")
     if not table.figures:
         print(f"nothing to compare by number; what came out is in {folder}")

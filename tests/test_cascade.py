@@ -32,10 +32,8 @@ SMALL = {
     "diffusion": {"width": 8, "latent": 16, "num_blocks": 2},
     "dae": {"width": 8, "latent": 16},
     "resnet": {"width": 8, "latent": 16, "num_blocks": 2},
-    "pixelshuffle": {"width": 8},
-    "upsampler resnet": {"width": 8},
+    **{name: {"width": 8} for name in ("pixelshuffle", "upsampler resnet", "conv")},
     "vit": {"width": 16, "depth": 1, "num_heads": 2},
-    "conv": {"width": 8},
     "refiner diffusion": {"width": 8, "num_blocks": 1},
 }
 CHOICES = [
@@ -281,6 +279,7 @@ def test_a_sample_depends_on_its_own_stream_alone(refiner):
     assert (alone - together[:1]).abs().max() > 1e-2 * size
 
 
+SIZES = {"in_channels": 3, "out_channels": 3, "num_classes": 0}
 MISTAKES = {
     "coarse": (lambda: Cascade("gan"), "--diffusion.coarse gan: unknown, choose from diffusion, dae, resnet"),
     "phases": (lambda: Cascade(phases=[1, 2]), r"--diffusion.phases \[1, 2\]: give the lengths of three phases"),
@@ -302,13 +301,11 @@ MISTAKES = {
     ),
     "refiner": (lambda: cascade(refiner="gan"), "refiner=gan must be one of vit, conv, none, diffusion"),
     "argument": (
-        lambda: create_model(
-            "Cascade", input_size=8, in_channels=3, out_channels=3, num_classes=0, refiner_args={"widht": 3}
-        ),
+        partial(create_model, "Cascade", input_size=8, **SIZES, refiner_args={"widht": 3}),
         "--model_args.refiner_args.widht: vit takes width, depth",
     ),
     "factor": (
-        lambda: create_model("Cascade", input_size=9, in_channels=3, out_channels=3, num_classes=0),
+        partial(create_model, "Cascade", input_size=9, **SIZES),
         "factor=2 must divide the 9x9 input",
     ),
 }

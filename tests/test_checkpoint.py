@@ -11,14 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoints.averages import EMA
-from checkpoints.checkpoint import (
-    metadata_of,
-    open_checkpoint,
-    read_metadata,
-    read_tensors,
-    save_tensors,
-    warm_start,
-)
+from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
 from checkpoints.training_state import TrainingState, resume, save_checkpoint
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, OptimConfig
 from machine.checkpoint_folder import (
@@ -360,6 +353,8 @@ def test_checkpoint_of_another_model_is_told(saved):
     other = objects(ModelSpec("DiT", {"dim": 32, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3))
     with pytest.raises(CheckpointError, match=r"is of another model: \d+ tensors"):
         resume(folder, state(*other))
+    with pytest.raises(CheckpointError, match=r"is of an earlier commit, without guard.critic; .* --init_from"):
+        resume(folder, state(*objects(), **{"guard.critic": Guard()}))
 
 
 def test_nothing_to_resume(tmp_path):

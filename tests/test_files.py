@@ -4,6 +4,7 @@ import os
 import struct
 import zipfile
 import zlib
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -52,6 +53,10 @@ def test_a_folders_hash_is_kept_as_long_as_no_file_changes(tree, tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
     names = Folder(tree).names
     first = content_hash(Folder(tree), names)
+    with monkeypatch.context() as patch:
+        patch.delenv("XDG_CACHE_HOME")
+        patch.setattr("pathlib.Path.home", Mock(side_effect=RuntimeError))  # of a user without a home
+        assert content_hash(Folder(tree), names) == first
     monkeypatch.setattr(files, "LONG", -1.0)
     assert content_hash(Folder(tree), names) == first
     assert not (tmp_path / "kept").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from exact import DIFFUSIONS, labels, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -238,7 +239,7 @@ def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
     assert guide_in_record(SamplingConfig()) == {}
 
     def load(classes, identity):
-        return load_guide_model(sampling, config.diffusion, spec, torch.device("cpu"), classes, identity)
+        return load_guide_model(sampling, config.diffusion, spec, Accelerator(cpu=True), classes, identity)
 
     for known in (identity, {}):  # of older checkpoints nothing is known
         assert load(["cat", "dog"], known) is not None
@@ -263,7 +264,7 @@ def test_a_guide_that_is_told_no_label_may_know_other_classes(tmp_path):
         sampling = SamplingConfig(guidance_checkpoint=str(tmp_path / f"{name}.safetensors"), guidance_unlabelled=True)
         guided = replace(spec, num_classes=7)
         return load_guide_model(
-            sampling, ExperimentConfig().diffusion, guided, torch.device("cpu"), list("abcdefg"), {}
+            sampling, ExperimentConfig().diffusion, guided, Accelerator(cpu=True), list("abcdefg"), {}
         )
 
     x_t, t = randn(3, 3, 4, 4), torch.tensor([0, 500, 999])

@@ -43,6 +43,7 @@ def test_rows_at_a_time_change_nothing(monkeypatch):
     x, y = torch.randn(50, 4, generator=generator), torch.randn(40, 4, generator=generator)
     whole = count_neighbours(x, y), nearest(x, y)[1].tolist()
     monkeypatch.setattr(manifold, "ROWS", 7)
+    monkeypatch.setattr(manifold, "AT_ONCE", 9)
     assert (count_neighbours(x, y), nearest(x, y)[1].tolist()) == whole
 
 

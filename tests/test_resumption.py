@@ -65,6 +65,12 @@ def test_what_weights_mean_cannot_change(stored, kind, flag, value):
         go_on(asked(stored[kind], kind, f"--{flag}", value), stored[kind], print)
 
 
+def test_what_an_earlier_commit_wrote_without_a_configuration_is_told(stored):
+    save_tensors({"weight": torch.zeros(1)}, stored["autoencoder"] / WEIGHTS, {})
+    with pytest.raises(CheckpointError, match="00000001 is of an earlier commit, without its configuration"):
+        go_on(asked(stored["autoencoder"], "autoencoder"), stored["autoencoder"], print)
+
+
 def test_a_configuration_is_read_back_as_it_was():
     config = ExperimentConfig(
         model_args={"norm": "no", "depths": [1, 1], "rate": "1e-3"},

@@ -59,12 +59,18 @@ def test_images_go_to_the_main_process_alone_and_may_be_fewer_than_processes(tmp
 
 FOUND = """
 from checkpoints import checkpoint as module
+from experiment.config import SamplingConfig
 from machine.accelerator import open_accelerator
+from sampling.checks import load_guide_model
 
 accelerator = open_accelerator("fp32")
 if not accelerator.is_main_process:
-    module.find_weights = lambda path: "nowhere"
-assert module.open_checkpoint("runs/tiny", accelerator).step == 4
+    module.list_checkpoints = lambda folder: []
+checkpoint = module.open_checkpoint("runs/tiny", accelerator)
+assert checkpoint.step == 4
+assert "took" in module.warm_start(checkpoint.spec.build(), "runs/tiny", accelerator=accelerator)
+told = checkpoint.config.diffusion, checkpoint.spec, accelerator, checkpoint.classes, checkpoint.identity
+assert load_guide_model(SamplingConfig(guidance_checkpoint="runs/tiny"), *told) is not None
 """
 
 
