@@ -129,7 +129,7 @@ def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
 
 def test_weights_of_something_else(tmp_path: Path, colour_file: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ExtractorError, match=r"--weights_path .*other\.pth: these are not the weights of inception"):
+    with pytest.raises(ExtractorError, match=r"--weights_path .*other\.pth: not the weights of inception"):
         Extractor("inception", weights_path=tmp_path / "other.pth")
     with pytest.raises(ExtractorError, match=r"--weights_path .*nowhere\.pth: no such file"):
         Extractor("inception", weights_path=tmp_path / "nowhere.pth")

@@ -137,7 +137,7 @@ def test_weights_of_something_else(weights, tmp_path):
     other = weights(model_of("test_resnet"), "resnet.safetensors")
     for path in (tmp_path / "trap.pth", tmp_path / "tensor.pth", tmp_path / "text.safetensors", other):
         with pytest.raises(
-            ExtractorError, match=rf"^--weights_path .*{path.name}: these are not weights of timm's test_vit \(.+\)$"
+            ExtractorError, match=rf"^--weights_path .*{path.name}: not weights of timm's test_vit \(.+\)$"
         ) as caught:
             Extractor("timm:test_vit", weights_path=path)
         assert "\n" not in str(caught.value)
