@@ -228,7 +228,9 @@ def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) ->
         if checkpoint.classes != classes or len(classes) != checkpoint.spec.num_classes:
             raise ValueError(f"{checkpoint.spec.num_classes} classes, named {short(classes)}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"--checkpoint {weights}: its metadata are malformed ({error})") from error
+        raise CheckpointError(
+            f"--checkpoint {weights}: its metadata are malformed, or of an earlier commit ({error})"
+        ) from error
     return checkpoint
 
 
