@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -63,17 +63,20 @@ def open_accelerator(
 
 
 def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
-    """What the main process finds, for all; its errors too. Were each to look for itself, one might wait for ever."""
-    outcome: list[Any] = [None, None]  # a value, or an error
+    """What the main process finds, for all; its errors end the others too, without words. Were each to look for itself,
+    one might wait for ever."""
+    value, error = None, None
     if accelerator.is_main_process:
         try:
-            outcome[0] = find()
-        except (ValueError, OSError) as error:
-            outcome[1] = error
-    value, error = broadcast_object_list(outcome) if accelerator.num_processes > 1 else outcome
-    if error is not None:
-        raise error if accelerator.is_main_process else SystemExit(2)  # said once
-    return value
+            value = find()
+        except Exception as caught:  # of any kind: the others wait
+            error = caught
+    has_failed = error is not None
+    if accelerator.num_processes > 1:
+        value, has_failed = broadcast_object_list([value, has_failed])
+    if has_failed:
+        raise error or SystemExit(2)
+    return cast("T", value)
 
 
 def to_main(accelerator: Accelerator, tensor: Tensor) -> list[Tensor]:

@@ -200,7 +200,13 @@ def test_what_the_main_process_finds_goes_for_all(accelerator, monkeypatch):
     monkeypatch.setattr(Accelerator, "is_main_process", False)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
 
-    assert broadcast([False, None]) is False
+    assert broadcast([False, False]) is False
     with pytest.raises(SystemExit) as ended:
-        broadcast([None, ValueError("said")])
+        broadcast([None, True])
     assert ended.value.code == 2
+    monkeypatch.setattr(Accelerator, "is_main_process", True)
+    told = []
+    monkeypatch.setattr(machine, "broadcast_object_list", lambda found: told.extend(found) or found)
+    with pytest.raises(ZeroDivisionError):
+        machine.from_main(accelerator, lambda: 1 / 0)
+    assert told == [None, True]
