@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from checkpoints.averages import EMA
 from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_tensors
-from machine.checkpoint_folder import CheckpointError, checkpoint_path, write_checkpoint
+from machine.checkpoint_folder import checkpoint_path, write_checkpoint
 from machine.sharding import gather, part_like
 
 PROFILES = "state/profiles.safetensors"
@@ -98,13 +98,12 @@ def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
     for name, optimizer in training.optimizers.items():
         load_optimizer(optimizer, read_tensors(checkpoint / _state_file(name)))
     progress = json.loads((checkpoint / "state" / "progress.json").read_text())
-    if missing := training.others.keys() - progress.keys():
-        raise CheckpointError(
-            f"--resume {checkpoint.parent.parent}: its training state is of an earlier commit, without "
-            f"{', '.join(sorted(missing))}; go on with that commit, or begin another run with --init_from"
-        )
+    # As older checkpoints have it, in today's terms.
+    guards = progress.pop("guards", {"model": progress.pop("guard")} if "guard" in progress else {})
+    progress = {"inspected": True, "ema": {}, **{f"guard.{name}": state for name, state in guards.items()}, **progress}
     for name, part in training.others.items():
-        part.restore(progress[name])
+        if name in progress:
+            part.restore(progress[name])
     return progress
 
 

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, se
 
 from experiment.config import R, resuming
 from experiment.imports import load_imports
-from experiment.settings import StrictLoader
+from experiment.settings import StrictLoader, of_today
 from machine import children
 from settings import check_settings
 
@@ -89,7 +89,7 @@ def keep_names(values: Any, text: str) -> Any:
 def load_strict_yaml(text: str) -> Any:
     """As jsonargparse reads it, once it is known to be no bomb and to say each thing once, and with names kept."""
     yaml.load(text, StrictLoader)
-    return keep_names(load_yaml(text), text)
+    return of_today(keep_names(load_yaml(text), text))
 
 
 set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
@@ -190,7 +190,7 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
         parser_of.cache_clear()
     parser = parser_of(config_class)
     try:
-        config = config_class(**vars(parser.instantiate(parser.parse_object(values))))
+        config = config_class(**vars(parser.instantiate(parser.parse_object(of_today(values)))))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     check_settings(config, prefix="")
@@ -214,8 +214,13 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
     stored = Path(config.resume) / "config.yaml"
     if not stored.is_file():
         raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist")
+    flags = ["--config", str(stored)]
+    with suppress(yaml.YAMLError, LookupError, TypeError):  # which reading it will tell
+        length = yaml.safe_load(stored.read_text())["train"]
+        if length.get("num_steps") and length.get("num_epochs"):  # older runs wrote both; the steps counted
+            flags += ["--train.num_epochs", "null"]
     named_by = None if getattr(config, "imports", ()) else stored
-    return parse(config_class, ["--config", str(stored), *arguments], stored_in=named_by)
+    return parse(config_class, [*flags, *arguments], stored_in=named_by)
 
 
 @contextmanager

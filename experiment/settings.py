@@ -1,4 +1,4 @@
-"""The way from and to plain mappings, and YAML that says each thing once."""
+"""The way from and to plain mappings, from configurations of before, and YAML that says each thing once."""
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -19,10 +19,34 @@ def from_dict(kind: Any, values: Any) -> Any:
     """A configuration again, from `to_dict`: no value is read anew. Settings that it lacks are their defaults."""
     if is_dataclass(kind):
         kinds = get_type_hints(kind)
-        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in values.items()})
+        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in of_today(values).items()})
     if get_origin(kind) is list:
         return [from_dict(get_args(kind)[0], value) for value in values]
     return tuple(values) if get_origin(kind) is tuple else values
+
+
+FORMER = {  # settings that went, and the values at which nothing goes with them
+    ("diffusion", "times"): ["importance"],  # of training alone
+    ("sampling", "guidance_schedule"): [None, "constant"],
+    ("sampling", "guidance_momentum"): [None, 0],
+}
+
+
+def of_today(values: Any) -> Any:
+    """A whole configuration, as files of before have it, in the settings of today. Samplers own their arguments, where
+    `sampling` had `eta` (of ddim) and `churn` (of heun), 0 for all others."""
+    if not isinstance(values, Mapping):
+        return values
+    groups = {name: dict(group) if isinstance(group, Mapping) else group for name, group in values.items()}
+    for (name, setting), harmless in FORMER.items():
+        group = groups.get(name)
+        if isinstance(group, dict) and setting in group and group[setting] in harmless:
+            del group[setting]
+    sampling = groups.get("sampling")
+    if isinstance(sampling, dict) and not sampling.keys().isdisjoint(("eta", "churn")):
+        arguments = {name: value for name in ("eta", "churn") if (value := sampling.pop(name, None))}
+        sampling |= {"sampler_args": arguments} if arguments else {}
+    return groups
 
 
 MOST_VALUES = 100_000

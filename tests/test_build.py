@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from processes import script
 from test_backbones import SMALL
@@ -19,6 +20,7 @@ from diffusion.times import TIMES
 from experiment.build import build_diffusion, model_spec
 from experiment.cli import parse, parse_mapping
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
+from experiment.settings import from_dict
 from models import BACKBONES
 from sampling.checks import resolve_sampling
 from settings import set_values
@@ -192,7 +194,17 @@ def test_an_argument_of_another_sampler_is_refused_and_goes_with_its_sampler():
         resolve_sampling(config, diffusion, 10, sampler_args={"churn": 20})
 
 
-def test_settings_that_went_are_refused():
+def test_settings_that_went_are_read_where_they_changed_nothing(tmp_path):
+    """From a checkpoint, a file and an ablation."""
+    before = {"sampling": {"sampler": "ddim", "eta": 0.5, "churn": 0.0, "guidance_schedule": "constant"}}
+    before |= {"train": {"seed": 3}, "diffusion": {"times": "importance"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    for config in (
+        from_dict(ExperimentConfig, before),
+        parse(ExperimentConfig, ["--config", str(tmp_path / "config.yaml")]),
+        parse_mapping(ExperimentConfig, before),
+    ):
+        assert (config.sampling.sampler_args, config.train.seed, config.diffusion.times) == ({"eta": 0.5}, 3, None)
     with pytest.raises(ValueError, match="guidance_schedule"):
         parse_mapping(ExperimentConfig, {"sampling": {"guidance_schedule": "linear"}})
 

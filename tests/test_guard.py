@@ -103,6 +103,8 @@ def test_each_process_goes_on_with_its_own_sums(accelerator, monkeypatch):
 
     assert [restored(rank, 2, state) for rank in range(2)] == [1, 2]
     assert [restored(rank, 3, state) for rank in range(3)] == [3, 0, 0]
+    del state["shares"]
+    assert restored(0, 1, {**state, "sums": {"loss": 3.0}}) == 3
 
 
 @pytest.mark.parametrize("number", SIGNALS)

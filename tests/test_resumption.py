@@ -65,10 +65,10 @@ def test_what_weights_mean_cannot_change(stored, kind, flag, value):
         go_on(asked(stored[kind], kind, f"--{flag}", value), stored[kind], print)
 
 
-def test_what_an_earlier_commit_wrote_without_a_configuration_is_told(stored):
+def test_an_autoencoder_of_before_that_kept_no_configuration_goes_on(stored):
     save_tensors({"weight": torch.zeros(1)}, stored["autoencoder"] / WEIGHTS, {})
-    with pytest.raises(CheckpointError, match="00000001 is of an earlier commit, without its configuration"):
-        go_on(asked(stored["autoencoder"], "autoencoder"), stored["autoencoder"], print)
+    asked_for = asked(stored["autoencoder"], "autoencoder")
+    assert go_on(asked_for, stored["autoencoder"], print) == resuming(asked_for, None)
 
 
 def test_a_configuration_is_read_back_as_it_was():
@@ -148,3 +148,12 @@ def test_a_refused_change_leaves_every_byte_of_the_run(folder, flags, message):
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert hashes(folder / "runs" / "tiny") == before
+
+
+def test_a_run_of_before_that_wrote_down_epochs_and_steps_goes_on(stored):
+    path = stored["diffusion"].parent.parent / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["train"] |= {"num_epochs": 100, "num_steps": 500}
+    path.write_text(yaml.safe_dump(values))
+    length = asked(stored["diffusion"], "diffusion").train
+    assert (length.num_epochs, length.num_steps) == (None, 500)

@@ -89,7 +89,8 @@ class Meter:
         """Go on in an interval, each process with its own sums, or of another number the first with all."""
         self.reset()
         rank, num = self.accelerator.process_index, self.accelerator.num_processes
-        for name, shares in state["shares"].items():
+        earlier = {name: [total] for name, total in state.get("sums", {}).items()}  # as checkpoints once had them
+        for name, shares in state.get("shares", earlier).items():
             share = torch.tensor(shares, device=self.accelerator.device)
             self.sums[name] = share[rank] if len(share) == num else share.sum(dim=0) * float(rank == 0)
         self.norms, self.num_clipped, self.num_images = state["norms"], state["num_clipped"], state["num_images"]

@@ -54,8 +54,8 @@ def _aside(path: Path) -> Path:
 def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     """The configuration of a resumed run; a CheckpointError names a flag that changes its meaning, or what is lost."""
     metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
-    if "config" not in metadata:
-        raise CheckpointError(f"--resume {run}: {checkpoint.name} is of an earlier commit, without its configuration")
+    if "config" not in metadata:  # an autoencoder's, before it kept it
+        return resuming(config, None)
     contents = json.loads(metadata.get("imports", "{}"))
     load_imports(getattr(config, "imports", ()), stored_in=run, contents=contents)
     values, written = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))
