@@ -9,8 +9,9 @@ from processes import ROOT, log, run
 from metrics.cost import cost
 from models import create_model
 
-LEAST_SHARE = 1 / 5
-"""Of the machine's float32 speed, that a step of the demo must reach."""
+LEAST_SHARE = 1 / 20
+"""Of the machine's float32 speed, that a step of the demo must reach. About a fifth is usual, of which other work may
+take a part; emulated bf16 reaches a fiftieth or less, which is what this is to catch."""
 
 
 def flops_per_second(side: int = 512, products: int = 50) -> float:
@@ -25,7 +26,7 @@ def flops_per_second(side: int = 512, products: int = 50) -> float:
     return products * 2 * side**3 / min(times)
 
 
-def test_a_step_of_the_demo_runs_at_a_fifth_of_a_float32_product_or_faster(tmp_path):
+def test_a_step_of_the_demo_runs_at_a_twentieth_of_a_float32_product_or_faster(tmp_path):
     path = ROOT / "configs" / "quickstart.yaml"
     never = {"validate_every": 0, "sample_every": 0, "checkpoint_every": 0}
     flags = {"data.num_images": 80, "train.num_steps": 4, "optim.warmup_steps": 0, "sampling.num_steps": 1}
