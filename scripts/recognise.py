@@ -1,7 +1,8 @@
 """Are samples recognised as the class that was asked for? By a small classifier trained on the real training images.
 
 python scripts/recognise.py --samples samples.npz --data.path mnist.zip --data.image_size 28
-python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --perceptual features.pt2
+python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --width 48 --mirror true --epochs 12 \
+    --classifier cifar10.pt2 --perceptual cifar10-features.pt2
 """
 
 import json
@@ -27,9 +28,13 @@ class RecogniseConfig:
         samples: an npz of sample.py; without it the classifier is made alone
         data: the real images
         classifier: file to keep the classifier in, which also serves as --extractor: .pt2, or .pt (TorchScript)
-        perceptual: such a file to keep its first four convolutions in, for --auxiliary's `network`
+        perceptual: such a file to keep the features of its stages in, for --auxiliary's `network` and an autoencoder's
+            --loss.perceptual
         output: JSON file of the figures; by default only printed
         epochs: passes over the real images
+        side: pixels of what the classifier sees, a power of two; large ones tell more classes apart
+        width: channels of its first stage; 48 is four times as much work as 24
+        mirror: train on mirrored images too; not for digits and letters
         seed: of the classifier
     """
 
@@ -39,6 +44,9 @@ class RecogniseConfig:
     perceptual: Path | None = None
     output: Path | None = None
     epochs: int = within("[1, inf)", 4)
+    side: int = within("[8, 512]", 32)
+    width: int = within("[1, 1024]", 24)
+    mirror: bool = False
     seed: int = within(SEEDS, 0)
 
 
@@ -68,7 +76,8 @@ def main(config: RecogniseConfig) -> None:
     def read(dataset):
         return torch.cat([batch.images for batch in image_batches(dataset, 256)])
 
-    classifier = train_classifier(read(real), real.labels, len(classes), seed=config.seed, epochs=config.epochs)
+    how = {"epochs": config.epochs, "side": config.side, "width": config.width, "mirror": config.mirror}
+    classifier = train_classifier(read(real), real.labels, len(classes), seed=config.seed, **how)
     if config.classifier:
         classifier.save(config.classifier)
     if config.perceptual:
