@@ -22,7 +22,7 @@ class SmallClassifier(nn.Module):
     def __init__(self, num_classes: int, *, side: int = 32, width: int = 24) -> None:
         super().__init__()
         if side < 8 or side & (side - 1):
-            raise ValueError(f"side {side}: a power of two from 8 on")
+            raise ValueError(f"--side {side}: give a power of two, from 8 on")
         self.side = side
         widths = [3, *(width << level for level in range(side.bit_length() - 3))]
         self.stages = nn.Sequential(*map(_stage, widths[:-1], widths[1:]))

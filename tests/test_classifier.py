@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mean_colour import random_images
 from scoring import score, value
 from torch import Tensor
 
 from metrics.classifier import train_classifier
+from metrics.perceptual import perceptual_network
 from metrics.programs import load_program
 
 
@@ -51,6 +53,32 @@ def test_classifier_is_its_seed() -> None:
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_a_larger_classifier_learns_too_and_mirrors_its_images() -> None:
+    images, labels = stripes(300, seed=0)
+    held_out, held_out_labels = stripes(90, seed=1)
+    mirrored = held_out.flip(-1)  # slanted the other way, which it has seen
+    how = {"side": 16, "width": 32, "batch_size": 30, "progress": False}
+    classifier = train_classifier(images, labels, 3, mirror=True, **how)
+    assert len(classifier.stages) == 2
+    assert (classifier.predict(torch.cat([held_out, mirrored])) == held_out_labels.repeat(2)).float().mean() >= 0.95
+    with pytest.raises(ValueError, match="--side 24: give a power of two, from 8 on"):
+        train_classifier(images, labels, 3, side=24, progress=False)
+
+
+def test_perceptual_features_add_up_the_distances_of_all_stages(tmp_path: Path) -> None:
+    images, labels = stripes(60, seed=0)
+    classifier = train_classifier(images, labels, 3, epochs=1, progress=False)
+    network = perceptual_network(str(classifier.save_perceptual(tmp_path / "features.pt2")))
+    one, other = (images[at : at + 2].float() / 127.5 - 1 for at in (0, 2))
+    found = (network(one) - network(other)).square().mean(dim=1)
+    expected = torch.zeros(2)
+    for stage in classifier.stages:
+        one, other = stage(one), stage(other)
+        between = F.normalize(one, dim=1, eps=1e-6) - F.normalize(other, dim=1, eps=1e-6)
+        expected += between.square().sum(dim=1).mean(dim=(1, 2))
+    torch.testing.assert_close(found, expected)
 
 
 def test_classifier_refuses_foreign_labels() -> None:
