@@ -127,13 +127,15 @@ class _StageFeatures(nn.Module):
     def __init__(self, stages: nn.Sequential) -> None:
         super().__init__()
         self.stages = stages
+        # A product with it is in float32 whatever autocast made of the stage; a program's own casts are checks.
+        self.register_buffer("one", torch.ones(1, 1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         x, features = images / 127.5 - 1, []  # of 0 to 255
         for stage in self.stages:
             x = stage(x)
             num_places = x.shape[-2] * x.shape[-1]
-            features.append((F.normalize(x.float(), dim=1, eps=1e-6) / num_places**0.5).flatten(1))
+            features.append((F.normalize(self.one * x, dim=1, eps=1e-6) / num_places**0.5).flatten(1))
         joined = torch.cat(features, dim=1)
         return joined * joined.shape[1] ** 0.5
 

@@ -79,6 +79,11 @@ def test_perceptual_features_add_up_the_distances_of_all_stages(tmp_path: Path) 
         between = F.normalize(one, dim=1, eps=1e-6) - F.normalize(other, dim=1, eps=1e-6)
         expected += between.square().sum(dim=1).mean(dim=(1, 2))
     torch.testing.assert_close(found, expected)
+    first = images[:2].float() / 127.5 - 1
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        roughly = network(first)
+    assert roughly.dtype == torch.float32
+    torch.testing.assert_close(roughly, network(first), rtol=0.1, atol=0.1)
 
 
 def test_classifier_refuses_foreign_labels() -> None:
