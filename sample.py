@@ -83,7 +83,7 @@ def main(config: SampleConfig) -> None:
     overrides = set_values(config.sampling)
     generator = pipeline.generator(config.classes, config.num_per_class, seed=config.seed, **overrides)
     labels, classes = generator.labels, generator.labels.unique_consecutive().tolist()
-    panel = DenoisingPanel(config.panel, generator.sampling.num_steps) if config.panel else None
+    panel = DenoisingPanel(config.panel, generator.num_steps) if config.panel else None
     stages = StagesPanel(pipeline.diffusion) if config.stages else None
     generator = replace(generator, callback=panel, on_stage=stages)
     if config.reconstruct is not None:

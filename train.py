@@ -61,7 +61,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     run.check_identity(codec=codec.provenance, train=images.describe(), test=held_out_images.describe())
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     num_guided = config.guided_classes(spec.num_classes)
-    sampling = resolve_sampling(config.sampling, diffusion, num_guided, spec.in_channels)
+    sampling = resolve_sampling(config.sampling, diffusion, num_guided, spec.in_channels, say=accelerator.print)
     meant = (config.diffusion, spec, accelerator, images.classes, run.identity)
     guide_model = load_guide_model(sampling, *meant)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
@@ -70,7 +70,8 @@ def train(run: Run[ExperimentConfig]) -> None:
         print(forecast(model, spec, diffusion, accelerator, len(images)))
     if config.init_from and run.checkpoint is None:
         whole = bool(config.train.adapter)
-        accelerator.print(warm_start(model, config.init_from, images.classes, codec, accelerator, whole=whole))
+        start = model, config.init_from, images.classes, codec, accelerator
+        accelerator.print(warm_start(*start, diffusion=config.diffusion, whole=whole))
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
     alignment, features = open_alignment(run, model, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)

@@ -21,7 +21,8 @@ from machine.whole_files import sha256_of, write_whole
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": "train.py", "score": "evaluate.py", "draw": "sample.py"}
 ELSEWHERE = ("ablation/", "autoencoding/")  # what evaluate.py does besides, and this package
-NAMING = {"extractor", "weights_path", "network", "heads", "guidance_checkpoint", "init_from"}  # files or checkpoints
+NAMING = {"extractor", "weights_path", "network", "heads", "guidance_checkpoint", "init_from"}
+NAMING |= {"spacing"}  # settings that may name files or checkpoints
 ONLOOKERS = (  # of a training: they change no weight
     "experiment/cli.py",
     "evaluation/",
@@ -159,6 +160,17 @@ def code_of(stage: str, root: Path = ROOT) -> dict[str, str]:
     files |= _imported(PROGRAMS[stage], root, ONLOOKERS if stage == "train" else ELSEWHERE)
     paths = {name: root / name for name in files} | {f"--imports {name}": f for name, f in imported_files().items()}
     return {name: _read(path.read_text())[1] for name, path in sorted(paths.items())}
+
+
+def code_of_command(words: Sequence[str], root: Path = ROOT) -> dict[str, str]:
+    """Hashes of the code of a command that names a program of this repository, and of the programs that it may start;
+    and of the configurations that it names."""
+    known = {Path(word).resolve() for word in words if Path(word).is_absolute() and Path(word).is_file()}
+    inside = sorted(path.relative_to(root).as_posix() for path in known if path.is_relative_to(root))
+    programs = [name for name in inside if name.endswith(".py")]
+    files = {file for name in [*programs, *(programs and PROGRAMS.values())] for file in _imported(name, root, ())}
+    hashes = {name: _read((root / name).read_text())[1] for name in sorted(files)}
+    return hashes | {name: sha256_of(root / name) for name in inside if name.endswith(".yaml")}
 
 
 def _imported(program: str, root: Path, without: tuple[str, ...]) -> set[str]:

@@ -48,6 +48,7 @@ class Planned:
     keys: dict[str, str] = field(default_factory=dict)  # of the stages
     speed: Speed | None = None
     start: float = 0.0  # seconds that a program takes until it does something
+    told: tuple[str, ...] = ()  # of settings that do nothing
 
     @property
     def trains(self) -> bool:
@@ -81,7 +82,7 @@ class Planned:
         if self.speed is None:
             return None
         speed, config, log = self.speed, self.run.config, self.run.config.log
-        calls = num_calls(build_diffusion(config.diffusion), self.sampling.sampler, self.sampling.num_steps)
+        calls = num_calls(build_diffusion(config.diffusion), self.sampling)
         calls *= 2 if self.sampling.guidance_scale != 1 else 1
         drawing = calls / speed.calls + 1 / speed.decoding  # an image
         steps = self.num_steps - self.step
@@ -176,13 +177,14 @@ def make_plan(
 
 def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool) -> Planned:
     """A run with all that it is of, built and counted; a ValueError names the variant that cannot be."""
-    config = run.config
+    config, told = run.config, list[str]()
     with _of_variant(run):
         diffusion, codec = build_diffusion(config.diffusion), _codec(config.autoencoder)
         images, held_out = _open_splits(config.data)
         spec = model_spec(config, codec, diffusion, len(images.classes))
         spec.build_on_meta()
-        sampling = resolve_sampling(config.sampling, diffusion, config.guided_classes(spec.num_classes))
+        num_guided = config.guided_classes(spec.num_classes)
+        sampling = resolve_sampling(config.sampling, diffusion, num_guided, say=told.append)
         check_metrics(config.evaluation.metrics)
         resolve_classes(list(ablation.pictures.classes), images.classes)
     scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and first}
@@ -191,7 +193,8 @@ def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool
         del keys["draw"]
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
     of_images = list(images.classes), num_training_steps(config.train, len(images)), len(held_out), identity
-    return Planned(run, ablation, spec, sampling, *of_images, measured.cost(spec), run.folder, first, keys)
+    planned = Planned(run, ablation, spec, sampling, *of_images, measured.cost(spec), run.folder, first, keys)
+    return replace(planned, told=tuple(f"variant {run.variant}: {words}" for words in told))
 
 
 def matched(plan: list[Planned], measured: Measured) -> list[Planned]:
@@ -240,7 +243,8 @@ def table(plan: list[Planned]) -> str:
         rows.append([planned.run.name, *cost, str(planned.num_steps), duration(planned.seconds), planned.state])
     seconds = [planned.seconds for planned in plan]
     total = None if None in seconds else sum(filter(None, seconds))
-    return f"{terminal(rows)}\nabout {duration(total)} to go, without features"
+    told = dict.fromkeys(words for planned in plan for words in planned.told)
+    return "\n".join([terminal(rows), *told, f"about {duration(total)} to go, without features"])
 
 
 def refuse_changed(plan: list[Planned]) -> None:

@@ -27,7 +27,7 @@ from machine import children
 from machine.children import EXIT_CODE, STOPPED
 from machine.cluster import open_executor, requeue
 from machine.lock import InUse, Lock
-from machine.whole_files import write_whole
+from machine.whole_files import beside, write_whole
 
 _PRINTING = threading.Lock()
 FRECHET_ONLY = {"fid", "sfid"}  # for these alone, features are not kept, and there is no distance within classes
@@ -312,7 +312,7 @@ def _failed(planned: Planned, error: Exception) -> Outcome:
 def _set_aside(planned: Planned) -> None:
     """What is in the folder from another configuration, other code or other images is kept beside it."""
     folder, why = planned.run.folder, ", ".join(planned.changes)
-    kept = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    kept = beside(folder)
     with Lock(folder / "lock"), Lock(folder / "training.lock"):  # one may be gone on with by hand
         kept.mkdir()
         paths = [path for path in folder.iterdir() if not path.name.endswith("lock")]

@@ -99,6 +99,7 @@ class Codec(nn.Module):
 
     def prepare(self, images: Images) -> Shaped[Tensor, "b ..."]:
         """What is stored of images: by default they themselves."""
+        check_images(images)
         return images
 
     def draw(self, stored: Shaped[Tensor, "b ..."], noise: Latents) -> Latents:
@@ -200,6 +201,7 @@ class LatentCodec(Codec):
     @torch.inference_mode()
     def prepare(self, images: Images) -> Float[Tensor, "b moments h w"]:
         """Of an AutoencoderKL the posterior's mean and log-variance along the channels, else the latents."""
+        check_images(images)
         self.latent_shape(*images.shape[-2:])
         pixels = images.float() / 127.5 - 1
         return self.kind.store(self.autoencoder.encode((pixels + 1) / 2 if self.kind.representation else pixels))
@@ -230,6 +232,7 @@ class PixelCodec(Codec):
 
     def encode(self, images: Images, generator: torch.Generator | None = None) -> Latents:
         """[0, 255] to [-1, 1]; a generator draws from each level's width (Theis et al. 2016), which gives a density."""
+        check_images(images)
         levels = images.float()
         if generator is not None:
             levels = levels + torch.rand(images.shape, generator=generator, device=images.device) - 0.5
@@ -246,6 +249,13 @@ CODECS: dict[str, Callable[[], Codec]] = {"pixel": PixelCodec}  # by name; any o
 def create_codec(autoencoder: str) -> Codec:
     """The codec by name: one of `CODECS`, an embedded one, a folder in diffusers' format, or a hub id."""
     return CODECS[autoencoder]() if autoencoder in CODECS else LatentCodec(autoencoder)
+
+
+def check_images(images: Tensor) -> None:
+    """Numbers from 0 to 1, or -1 to 1, would be taken for all but black. Raises AutoencoderError."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        kind = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+        raise AutoencoderError(f"images are {kind}; a codec takes RGB from 0 to 255 in uint8, [n, 3, h, w]")
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:

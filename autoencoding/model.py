@@ -3,7 +3,6 @@
 import filecmp
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from autoencoders.codec import LatentCodec
 from autoencoding.autoencoder_config import ArchitectureConfig, AutoencoderOptimConfig, AutoencodingConfig
 from checkpoints.checkpoint import WEIGHTS, read_metadata
-from machine.whole_files import whole
+from machine.whole_files import beside, whole
 from training.muon import Muon
 from training.optimizer import Optimizers
 
@@ -142,7 +141,7 @@ def finish(
         scale, shift = measure_latents(autoencoder, images)
         per_channel = {"latents_mean": None, "latents_std": None}  # of what it began from
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift, **per_channel)
-    kept = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    kept = beside(folder)
     with whole(folder) as partial:
         (autoencoder.half() if half else autoencoder).save_pretrained(partial)
         (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

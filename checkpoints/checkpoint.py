@@ -27,8 +27,8 @@ from checkpoints.hub import ASSET, EMBEDDED, is_name, local
 from data.images import abridged
 from data.latents import short
 from diffusion.diffusion import Diffusion
-from experiment.build import build_diffusion
-from experiment.config import ExperimentConfig, RunConfig
+from experiment.build import build_diffusion, meaning_of
+from experiment.config import DiffusionConfig, ExperimentConfig, RunConfig
 from experiment.imports import contents_of, load_imports
 from experiment.settings import from_dict
 from machine.accelerator import from_main
@@ -116,24 +116,32 @@ FLAGS = {"codec": "--autoencoder", "alignment": "--alignment.extractor"}  # of p
 
 
 def check_identity(
-    weights: Path, here: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Mapping[str, Any]] | None = None
+    weights: Path,
+    here: Mapping[str, Mapping[str, Any]],
+    identity: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    any_decoder: bool = False,
 ) -> None:
     """That an autoencoder (`{"codec": codec.provenance}`) and splits (`{"test": dataset.describe()}`) are by content
     those that a checkpoint was trained with; of older ones only name and classes are known. A CheckpointError names the
-    flag, and what differs. `identity` is read off the weights where it is not at hand."""
+    flag, and what differs. `identity` is read off the weights where it is not at hand; with `any_decoder` latents alone
+    have to be the same."""
     metadata = read_metadata(weights)
     trained_with = json.loads(metadata.get("identity", "{}")) if identity is None else identity
     older = {"codec": {"autoencoder": json.loads(metadata.get("config", "{}")).get("autoencoder")}}
     if "classes" in metadata:
         older |= {part: {"classes": json.loads(metadata["classes"])} for part in ("train", "test")}
     for part, values in here.items():
-        places = ("source", "autoencoder") if part in trained_with else ()
+        places = {"source", "autoencoder"} if part in trained_with else set[str]()
+        places |= {"decoder_sha256"} if any_decoder else set()
         for name, value in trained_with.get(part, older.get(part, {})).items():
             if name not in places and values.get(name) != value:
-                flag = FLAGS.get(part, "--data.path")
+                flag, remedy = FLAGS.get(part, "--data.path"), "give the one that it was trained with"
+                if name == "decoder_sha256":  # the last of a codec's: its latents are the same
+                    remedy += f", or this one by --autoencoder {values.get('autoencoder')}, as its latents are the same"
                 raise CheckpointError(
                     f"{flag}: {weights} was trained with another {part}, whose {name} was {short(value)}, here "
-                    f"{short(values.get(name))}; give the one that it was trained with"
+                    f"{short(values.get(name))}; {remedy}"
                 )
 
 
@@ -154,11 +162,12 @@ def warm_start(
     codec: Codec | None = None,
     accelerator: Accelerator | None = None,
     *,
+    diffusion: DiffusionConfig | None = None,
     whole: bool = False,
 ) -> str:
     """Copy averaged weights by name and shape and, of tables of labels, the rows of `classes` by name; says what was
-    not taken, and where they are of another `codec`'s latents. What a `whole` model lacks is a CheckpointError, but for
-    labels."""
+    not taken, and where they are of another `codec`'s latents or put out what means something else under `diffusion`.
+    What a `whole` model lacks is a CheckpointError, but for labels."""
     file, state = find_weights(path, accelerator), model.state_dict()
     weights, metadata = read_tensors(file), read_metadata(file)
     known = json.loads(metadata.get("classes", "[]"))
@@ -186,10 +195,23 @@ def warm_start(
     told += f"; {len({*classes} & {*known})} of {len(classes)} classes are its own" if are_others else ""
     if codec and "config" in metadata:
         try:
-            check_identity(file, {"codec": codec.provenance})
+            check_identity(file, {"codec": codec.provenance}, any_decoder=True)
         except CheckpointError as error:
             told += f"; warning: {error}"
+    if diffusion and (others := other_meaning(diffusion, metadata)):
+        told += f"; its output had another meaning, which has to be learned anew: {', '.join(others)}"
     return f"--init_from {path}: {told}"
+
+
+def other_meaning(diffusion: DiffusionConfig, metadata: Mapping[str, str]) -> list[str]:
+    """In which settings of its diffusion a checkpoint's output means something else."""
+    before: dict[str, Any] = {}
+    with suppress(ValueError, TypeError, KeyError, AttributeError):  # of an autoencoder, or of settings that went
+        before = meaning_of(from_dict(DiffusionConfig, json.loads(metadata["config"])["diffusion"]))
+    now = meaning_of(diffusion)
+    if before and before["kind"] != now["kind"]:
+        return [f"--diffusion.kind {before['kind']}"]
+    return [f"--diffusion.{name} {before[name]}" for name in now if name in before and before[name] != now[name]]
 
 
 def relabelled(

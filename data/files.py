@@ -122,13 +122,14 @@ def content_hash(files: Folder | Zip, names: Sequence[str]) -> str:
     """Of these files: the same for a folder and for a zip of it. What of a folder took long is kept, and taken again as
     long as no file has another size or time."""
     stamp, began = files.stamp(names) if isinstance(files, Folder) else None, time.monotonic()
-    kept = None
+    digest, kept = hashlib.sha256(), None
     with suppress(RuntimeError):  # of a user without a home
         kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", KEPT, stamp) if stamp else None
     if kept:
-        with suppress(OSError):
-            return kept.read_text()
-    digest, is_read = hashlib.sha256(), True
+        with suppress(OSError, ValueError):
+            if len(bytes.fromhex(text := kept.read_text())) == digest.digest_size:  # else it was cut short
+                return text
+    is_read = True
     for name in names:
         num_bytes, checksum = files.checksum(name)
         digest.update(f"{name}:{num_bytes}:{checksum:08x}\n".encode())

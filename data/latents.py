@@ -130,7 +130,10 @@ def cache_name(expected: Mapping[str, object]) -> str:
 
 def _compact(stored: Tensor) -> Tensor:
     """Posterior moments in half precision: their rounding is far below the posterior's own spread."""
-    return stored.half() if stored.is_floating_point() else stored
+    compact = stored.half() if stored.is_floating_point() else stored
+    if not compact.isfinite().all():
+        raise DataError("--autoencoder: what it makes of images is not finite in half precision; take another one")
+    return compact
 
 
 def _check_room(folder: Path, dataset: ImageSet, prepare: Callable, flips: bool) -> None:

@@ -22,7 +22,8 @@ def by_name(labels: Int64[Tensor, " n"], of: Sequence[str], into: Sequence[str],
     """Labels of some class names, as the numbers that another list of names has for them."""
     if not of:
         raise ValueError(f"{flag}: the images have no classes by name")
-    lacking = [of[label] for label in labels.unique().tolist() if of[label] not in into]
+    known = {*into}
+    lacking = [of[label] for label in labels.unique().tolist() if of[label] not in known]
     if lacking:
         raise ValueError(
             f"{flag}: the class {lacking[0]} ({len(lacking)} such) has no namesake among {', '.join(into[:5])}"

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
 from diffusion.options import SamplingOptions
 from diffusion.paths import Flow
-from diffusion.samplers import AVERAGES, SAMPLERS, evaluating
+from diffusion.samplers import AVERAGES, SAMPLERS, evaluating, num_steps_of
 from diffusion.times import Device, DrawTimes
 from diffusion.transition import Images, Labels, Timesteps
 
@@ -228,11 +228,9 @@ class Shortcut(AverageVelocity):
         """Of its own sampler: steps of lengths that are trained, or shorter ones, which are taken for the shortest."""
         if (options.sampler or self.default_sampler) != "shortcut":
             return
-        most = self.sections // 2
-        if options.num_steps < most and not is_power_of_two(options.num_steps):
-            raise ValueError(
-                f"--sampling.num_steps {options.num_steps}: give 1, 2, 4, ... {most}, or --sampling.sampler euler"
-            )
+        most, num_steps = self.sections // 2, num_steps_of(options, self)
+        if num_steps < most and not is_power_of_two(num_steps):
+            raise ValueError(f"--sampling.num_steps {num_steps}: give 1, 2, 4, ... {most}, or --sampling.sampler euler")
         if options.spacing not in (None, "uniform"):
             raise ValueError(f"--sampling.spacing {options.spacing}: a shortcut's steps are uniform; leave it out")
 

@@ -17,7 +17,8 @@ class SamplingOptions:
             'dpmpp_2m_sde' and 'dpmpp_3m' (DPM-Solver++), 'exponential_ab3' (for many steps), 'unipc'
         sampler_args: the sampler's own arguments, such as --sampling.sampler_args.eta 0.5: 'ddim' takes eta, 0 (not
             random) to 1 (as 'ddpm'); 'heun' takes churn, noise added over the whole chain (Karras et al. 2022)
-        num_steps: steps a sample: calls of the model, each of both halves under guidance
+        num_steps: steps a sample: calls of the model, each of both halves under guidance; null: 150, of 'meanflow' and
+            'shortcut' 1
         spacing: of the steps: null is the diffusion's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
             'trailing', 'quadratic', 'log_snr'; or a text file of noise levels sigma / alpha
         guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
@@ -32,7 +33,7 @@ class SamplingOptions:
 
     sampler: str | None = None
     sampler_args: dict[str, Any] = field(default_factory=dict)
-    num_steps: int = within("[1, inf)", 150)
+    num_steps: int | None = within("[1, inf)", None)
     spacing: str | None = None
     guidance_scale: float = within("[0, inf)", 1.0)
     guidance_interval: list[float] | None = within("[0, inf]", None)

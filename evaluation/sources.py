@@ -23,7 +23,7 @@ from experiment.config import EvaluationConfig, SamplingConfig
 from machine.precision import precision_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, Images, image_batches, in_batches
-from sampling.checks import guide_in_record, resolve_sampling
+from sampling.checks import files_in_record, resolve_sampling
 from sampling.generation import Generator, generator_of, sample_labels
 from settings import set_values
 
@@ -45,12 +45,12 @@ class Source:
 
 def from_generator(generator: Generator, name: str, classes: Sequence[str] = (), **provenance: object) -> Source:
     """Samples drawn as they are scored."""
-    sampling = generator.sampling
+    sampling = replace(generator.sampling, num_steps=generator.num_steps)
     about: dict[str, Any] = {"kind": "samples", "seed": generator.seed, "weights": "ema"}
-    calls = num_calls(generator.diffusion, sampling.sampler, sampling.num_steps)
+    calls = num_calls(generator.diffusion, sampling)
     about |= {"autoencoder": generator.codec.provenance, "precision": precision_of(generator.accelerator)}
     about["model_calls"] = calls
-    provenance = {**about, **asdict(sampling), **guide_in_record(sampling), **provenance}
+    provenance = {**about, **asdict(sampling), **files_in_record(sampling), **provenance}
     labels = generator.labels if classes else None
     return Source(name, len(generator.labels), generator.batches, provenance, labels, classes)
 
@@ -174,7 +174,8 @@ def from_checkpoint(
 ) -> list[list[Source]]:
     """Samples of a checkpoint: for each of these settings a list of trials, whose seeds count up."""
     diffusion, trained_with = checkpoint.build_diffusion(), checkpoint.config.sampling
-    resolved = [resolve_sampling(trained_with, diffusion, checkpoint.num_guided, **overrides) for overrides in settings]
+    told = trained_with, diffusion, checkpoint.num_guided
+    resolved = [resolve_sampling(*told, say=accelerator.print, **overrides) for overrides in settings]
     model = checkpoint.load_model(accelerator.device)
     provenance: dict[str, Any] = {"checkpoint": checkpoint.path.as_posix(), "model": checkpoint.spec.name}
     provenance |= {"step": checkpoint.step, "trained_at_commit": checkpoint.commit, "labels": evaluation.labels}

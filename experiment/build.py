@@ -47,6 +47,17 @@ def diffusion_settings(config: DiffusionConfig) -> dict[str, Any]:
     return defaults | asked
 
 
+OF_TRAINING = {"loss", "weighting", "times", "times_args", "shift", "contrast", "P_mean", "P_std", "phases", "forcing"}
+OF_TRAINING |= {"interval_share", "adaptive_power"}
+"""Settings of a diffusion that mean no other output."""
+
+
+def meaning_of(config: DiffusionConfig) -> dict[str, Any]:
+    """What the output of a model of this diffusion depends on."""
+    settings = {"kind": config.kind, **diffusion_settings(config)}
+    return {name: value for name, value in settings.items() if name not in OF_TRAINING}
+
+
 def data_of(trained_on: DataConfig, asked: DataConfig) -> DataConfig:
     """A checkpoint's images, where they lie now: `path`, `cache` and `on_error` may change, and nothing else."""
     changed = {name: value for name, value in asdict(asked).items() if value != getattr(DataConfig(), name)}

@@ -372,6 +372,9 @@ class ExperimentConfig(RunConfig):
         if self.train.adapter and self.init_from is None:
             asked = f"{prefix}train.adapter {self.train.adapter}"
             raise ValueError(f"{asked}: the weights that it leaves as they are would be random; give {prefix}init_from")
+        if self.train.label_dropout == 1 and self.data.use_labels:
+            remedy = f"give less, or {prefix}data.use_labels false"
+            raise ValueError(f"{prefix}train.label_dropout 1: no class would ever be trained; {remedy}")
 
     @property
     def folder(self) -> Path:
@@ -379,9 +382,8 @@ class ExperimentConfig(RunConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Of the diffusion what it was told, without the settings of other kinds."""
-        values = super().to_dict()
-        values["diffusion"] = {name: value for name, value in values["diffusion"].items() if value is not None}
-        return values
+        diffusion = {name: value for name, value in asdict(self.diffusion).items() if value is not None}
+        return super().to_dict() | {"diffusion": diffusion}
 
     def identity(self) -> dict[str, Any]:
         """With the diffusion's settings in full: what is null is their default."""
@@ -389,6 +391,7 @@ class ExperimentConfig(RunConfig):
 
         diffusion = {"kind": self.diffusion.kind, **diffusion_settings(self.diffusion)}
         values = {f"diffusion.{name}": value for name, value in diffusion.items()}
+        values["train.label_dropout"] = 0 if self.train.label_dropout == 0 else "set"
         values["alignment.extractor"] = "null" if self.alignment.extractor is None else "set"  # its content is compared
         return super().identity() | values
 

@@ -2,10 +2,12 @@
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +52,13 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         _remove(partial)
+
+
+def beside(path: Path) -> Path:
+    """A name of this moment for what lies there and is to be kept; free, whatever the clock says."""
+    name = f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
+    free = (path.with_name(f"{name}{f'-{number}' if number else ''}") for number in itertools.count())
+    return next(kept for kept in free if not kept.exists() and not kept.is_symlink())
 
 
 def sha256_of(path: Path) -> str:

@@ -75,6 +75,8 @@ def train_classifier(
     easy `shapes` 12 s on one CPU core, all held-out ones right. `mirror` turns every other image around."""
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels: give as many labels as images, at least one")
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {str(images.dtype).removeprefix('torch.')}; give uint8, from 0 to 255")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels from {labels.min()} to {labels.max()}: classes are 0..{num_classes - 1}")
 

@@ -1,7 +1,8 @@
 """What a sampler is told: completed by what the model is, and checked before the first step; and its guide."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,21 +12,27 @@ from torch import Tensor, nn
 from checkpoints.checkpoint import open_checkpoint, read_metadata
 from data.latents import short
 from diffusion import Diffusion
-from diffusion.samplers import Staged, check_options
-from experiment.build import diffusion_settings
-from experiment.config import DiffusionConfig, SamplingConfig
+from diffusion.samplers import Staged, check_options, num_steps_of
+from experiment.build import meaning_of
+from experiment.config import DiffusionConfig, ExperimentConfig, SamplingConfig
+from machine.whole_files import sha256_of
 from models import ModelSpec
 
-OF_TRAINING = {"loss", "weighting", "times", "times_args", "shift", "contrast", "P_mean", "P_std", "phases", "forcing"}
-OF_TRAINING |= {"interval_share", "adaptive_power"}
-"""Settings of a diffusion that mean no other output."""
+USUAL_GUIDANCE = ExperimentConfig().sampling.guidance_scale  # of a training that says nothing of it
 
 
 def resolve_sampling(
-    config: SamplingConfig, diffusion: Diffusion, num_guided: int, num_channels: int | None = None, **overrides: Any
+    config: SamplingConfig,
+    diffusion: Diffusion,
+    num_guided: int,
+    num_channels: int | None = None,
+    *,
+    say: Callable[[str], None] = lambda words: None,
+    **overrides: Any,
 ) -> SamplingConfig:
-    """The configuration with `overrides`, the diffusion's own sampler and spacing where it names none, and unguided
-    where it has no classes to guide by or was trained guided; a ValueError names what does not fit."""
+    """The configuration with `overrides`, the diffusion's own sampler, steps and spacing where it names none, and
+    unguided where it has no classes to guide by or was trained guided, which is said of a scale that somebody chose; a
+    ValueError names what does not fit."""
     names = [setting.name for setting in fields(config)]
     for name in overrides.keys() - names:
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(names)}")
@@ -38,6 +45,9 @@ def resolve_sampling(
         defaults["guidance_unlabelled"] = False  # which is of the guide that is left out
     if (asked in diffusion.guided_samplers or not num_guided) and guide is None:
         defaults["guidance_scale"] = 1.0
+        if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, USUAL_GUIDANCE):
+            why = "guidance is part of its training" if num_guided else "it has no null label to be guided away from"
+            say(f"--sampling.guidance_scale {config.guidance_scale:g} of the model's training: without effect, {why}")
     if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
         raise ValueError(f"--sampling.guidance_checkpoint {guide}: give --sampling.guidance_scale too; at 1 it is idle")
     config = replace(config, **defaults | overrides)
@@ -53,15 +63,18 @@ def resolve_sampling(
         )
     if num_channels is not None and (config.legacy_cfg_channels or 1) > num_channels:
         raise ValueError(f"--sampling.legacy_cfg_channels {config.legacy_cfg_channels}: there are {num_channels}")
-    diffusion.reverse_steps(config.num_steps, config.spacing)
+    config = replace(config, num_steps=num_steps_of(config, diffusion))
+    diffusion.reverse_steps(num_steps_of(config, diffusion), config.spacing)
     return config
 
 
-def guide_in_record(sampling: SamplingConfig) -> dict[str, str | None]:
-    """The guide's weights by content, for records; without a guide nothing."""
-    if sampling.guidance_checkpoint is None:
-        return {}
-    return {"guide_sha256": read_metadata(open_checkpoint(sampling.guidance_checkpoint).path).get("weights_sha256")}
+def files_in_record(sampling: SamplingConfig) -> dict[str, str | None]:
+    """By content, for records, the guide's weights and a file of noise levels; without these nothing."""
+    found, table = {}, Path(sampling.spacing or "")
+    if sampling.guidance_checkpoint is not None:
+        guide = open_checkpoint(sampling.guidance_checkpoint)
+        found["guide_sha256"] = read_metadata(guide.path).get("weights_sha256")
+    return found | ({"spacing_sha256": sha256_of(table)} if table.is_file() else {})
 
 
 def load_guide_model(
@@ -87,7 +100,7 @@ def load_guide_model(
     knows_codecs = "codec" in identity and "codec" in guide.identity
 
     def meaning(diffusion: DiffusionConfig, spec: ModelSpec, classes: Sequence[str], identity: Any) -> dict[str, Any]:
-        facts = {"kind": diffusion.kind, **diffusion_settings(diffusion)}
+        facts = meaning_of(diffusion)
         facts |= {name: getattr(spec, name) for name in ("input_size", "in_channels", "out_channels")}
         if not unlabelled:
             facts |= {"num_classes": spec.num_classes, "classes": short(list(classes))}
@@ -97,7 +110,7 @@ def load_guide_model(
 
     ours = meaning(diffusion, spec, classes, identity)
     theirs = meaning(guide.config.diffusion, guide.spec, guide.classes, guide.identity)
-    for name in (name for name in ours if name not in OF_TRAINING):
+    for name in ours:
         if theirs.get(name) != ours[name]:
             raise ValueError(
                 f"--guidance_checkpoint {sampling.guidance_checkpoint}: its {name} is {theirs.get(name)}, the guided "

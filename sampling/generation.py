@@ -2,7 +2,7 @@
 
 import difflib
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from autoencoders.codec import Codec
 from checkpoints.checkpoint import Checkpoint
 from data.subsets import stratified
 from diffusion import Diffusion, sample
-from diffusion.samplers import Callback, Staged, randn_like
+from diffusion.samplers import Callback, Staged, num_steps_of, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.accelerator import to_main
 from machine.precision import autocasting, precision_of
@@ -42,6 +42,10 @@ class Generator:
     callback: Callback | None = None
     guide_model: nn.Module | None = None  # of autoguidance
     on_stage: Callable[[str, Tensor], None] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return num_steps_of(self.sampling, self.diffusion)
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
         for part in in_batches(indices, batch_size):
@@ -168,20 +172,21 @@ class StagesPanel:
         return torch.stack(enlarged, dim=1).flatten(0, 1)
 
 
-def resolve_classes(asked: list[str], classes: list[str]) -> list[int]:
-    """Labels of class names or numbers; all of them when none are asked for, 0 for an unconditional model."""
+def resolve_classes(asked: Sequence[str | int], classes: list[str]) -> list[int]:
+    """Labels of class names, or of numbers in words where no class is called so, and labels themselves; all of them
+    when none are asked for, 0 for an unconditional model."""
     if not asked:
         return list(range(max(1, len(classes))))
     labels, composed = [], [unicodedata.normalize("NFC", name) for name in classes]
     for name in asked:
         if not classes:
             raise ValueError(f"--classes {name}: the model has no classes; leave it out")
-        if (same := unicodedata.normalize("NFC", name)) in composed:  # macOS takes names apart
+        if isinstance(name, str) and (same := unicodedata.normalize("NFC", name)) in composed:  # macOS takes them apart
             labels.append(composed.index(same))
-        elif name in map(str, range(len(classes))):
+        elif str(name) in map(str, range(len(classes))):
             labels.append(int(name))
         else:
-            close = difflib.get_close_matches(name, classes, n=3, cutoff=0.4)
+            close = difflib.get_close_matches(str(name), classes, n=3, cutoff=0.4)
             known = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(classes[:10])}, ..."
             raise ValueError(f"--classes {name}: no such class among the {len(classes)}; {known}")
     return labels

@@ -91,6 +91,11 @@ def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[s
     check_empty(folder, "--output")
     with whole(folder) as partial:
         paths = [inside(partial, f"./{name}/{number:06d}.png", "--output") for number, name in enumerate(class_names)]
+        names = {path.parent: name for path, name in zip(paths, class_names, strict=True)}
+        for path, name in zip(paths, class_names, strict=True):
+            if names[path.parent] != name or any(part[0] == "." for part in path.parent.relative_to(partial).parts):
+                why = "is hidden" if names[path.parent] == name else f"is that of {names[path.parent]!r} too"
+                raise ValueError(f"--output {folder}: the folder of the class {name!r} {why}; give FILE.npz")
         for path, image in zip(paths, (image for images in batches for image in images), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             _picture(image).save(path)

@@ -17,6 +17,7 @@ from diffusion import Diffusion
 from machine.accelerator import open_accelerator
 from sampling.checks import resolve_sampling
 from sampling.generation import Generator, generate, generator_of, resolve_classes
+from settings import SEEDS, check_interval
 
 Classes = Sequence[str | int] | str | int  # names or labels
 
@@ -55,13 +56,17 @@ class Pipeline:
         `sampling` stands in place of the checkpoint's settings: `guidance_scale=2.0, num_steps=16, sampler="heun"`.
         Raises ValueError for a class that there is not, or settings that do not fit.
         """
+        check_interval("batch_size", batch_size, "[1, inf)")
         return generate(self.generator(classes, num_per_class, seed=seed, **sampling), batch_size=batch_size)
 
     def generator(self, classes: Classes = (), num_per_class: int = 4, *, seed: int = 0, **sampling: Any) -> Generator:
         """What draws them, image by image, for more than memory holds, several processes, or a look at each step."""
         asked = [classes] if isinstance(classes, str | int) else classes  # a text is a name, not its letters
-        labels = torch.tensor(resolve_classes([str(name) for name in asked], self.classes))
+        check_interval("num_per_class", num_per_class, "[1, inf)")
+        check_interval("seed", seed, SEEDS)
+        labels = torch.tensor(resolve_classes(asked, self.classes))
         labels, checkpoint = labels.repeat_interleave(num_per_class), self.checkpoint
+        sampling["say"] = self.accelerator.print
         settings = resolve_sampling(checkpoint.config.sampling, self.diffusion, checkpoint.num_guided, **sampling)
         return generator_of(checkpoint, settings, self.codec, labels, seed, self.accelerator, model=self.model)
 

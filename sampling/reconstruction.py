@@ -46,7 +46,7 @@ def reconstruct(
     """For each image: itself, noised, `x_0` predicted from there in one step, and by the rest of the sampler's chain;
     and the time, the last that the chain visits up to `t`. Image `i` is a function of (seed, i, image, label) alone."""
     diffusion, codec, sampling = generator.diffusion, generator.codec, generator.sampling
-    times = [time for time, _ in diffusion.reverse_steps(sampling.num_steps, sampling.spacing)]
+    times = [time for time, _ in diffusion.reverse_steps(generator.num_steps, sampling.spacing)]
     if not times[-1] <= t <= times[0]:
         raise ValueError(f"--reconstruct {t:g} must lie in {times[-1]:g}..{times[0]:g}, times of the sampler")
     start = next(time for time in times if time <= t)

@@ -290,12 +290,13 @@ def follow(studio, runs: list[str], of_class: str) -> list[Any]:
 
 def settings_of(checkpoint) -> tuple[str, int, float]:
     """Sampler, steps and guidance of a checkpoint's own configuration."""
-    from diffusion.samplers import AVERAGES
+    from diffusion.samplers import AVERAGES, num_steps_of
     from sampling.checks import resolve_sampling
 
-    sampling = resolve_sampling(checkpoint.config.sampling, checkpoint.build_diffusion(), checkpoint.num_guided)
-    sampler = str(sampling.sampler)
-    return sampler, min(4 if sampler in AVERAGES else 50, sampling.num_steps), sampling.guidance_scale
+    diffusion = checkpoint.build_diffusion()
+    sampling = resolve_sampling(checkpoint.config.sampling, diffusion, checkpoint.num_guided)
+    sampler, num_steps = str(sampling.sampler), num_steps_of(sampling, diffusion)
+    return sampler, min(4 if sampler in AVERAGES else 50, num_steps), sampling.guidance_scale
 
 
 def samplers_for(checkpoint) -> list[str]:

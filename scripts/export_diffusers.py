@@ -50,7 +50,7 @@ def main(config: ExportConfig) -> None:
     checkpoint = open_checkpoint(config.checkpoint)
     diffusion, num_guided = checkpoint.build_diffusion(), checkpoint.num_guided
     overrides = set_values(config.sampling)
-    sampling = resolve_sampling(checkpoint.config.sampling, diffusion, num_guided, **overrides)
+    sampling = resolve_sampling(checkpoint.config.sampling, diffusion, num_guided, say=print, **overrides)
     codec = checkpoint.open_codec(config.autoencoder)
     if sampling.clip is None:
         sampling = replace(sampling, clip=codec.limit)

@@ -179,7 +179,10 @@ def read_classes(path: Path | None, num_classes: int) -> list[str]:
     """A name for each class, no two alike."""
     names = [str(number) for number in range(num_classes)]
     if path is not None:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        try:
+            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"--classes {path}: not a text file with a class a line ({error})") from error
     elif num_classes == 1000:
         from torchvision.models import ResNet18_Weights
 

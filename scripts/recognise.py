@@ -103,6 +103,11 @@ def read_samples(path: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray
             names = [str(file["classes"][label]) for label in labels] if "classes" in file else None
     except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
         raise ValueError(f"--samples {path}: not an npz that sample.py wrote ({error})") from error
+    if images.dtype != np.uint8 or images.shape[1] != 3 or len(labels) != len(images) or min(labels, default=0) < 0:
+        raise ValueError(
+            f"--samples {path}: arr_0 is {images.dtype} {list(images.transpose(0, 2, 3, 1).shape)} and arr_1 "
+            f"{len(labels)} labels, not uint8 [n h w 3] and a label of each, 0 or more"
+        )
     if names is not None:
         if unknown := sorted({*names} - {*classes}):
             raise ValueError(f"--samples {path}: --data.path has no class {unknown[0]}; give the images trained on")

@@ -6,6 +6,7 @@ python scripts/reproduce.py demo                            (runs them in runs/r
 python scripts/reproduce.py autoencoders --files '{caltech101.zip: photos.zip, mobilenet_v2.pt: mobilenet_v2.pt}'
 """
 
+import hashlib
 import json
 import shlex
 import signal
@@ -34,13 +35,16 @@ class ReproduceConfig:
         table: its name in docs/results.yaml; the flag's name may be left out; null lists all
         files: where the data lie that the commands name, such as '{caltech101.zip: /data/photos.zip}'; by default here
         only: 'plan' shows the commands; 'check' compares what earlier ones left; null does it all
-        output: its folder; by default runs/reproduce/TABLE. What is done there, on the same files, is not done again
+        output: its folder; by default runs/reproduce/TABLE. What is done there, by the same code on the same files, is
+            not done again
+        any_code: take for done what was done by other code too, or on other contents of the files
     """
 
     table: str | None = None
     files: dict[str, str] = field(default_factory=dict)
     only: Literal["plan", "check"] | None = None
     output: Path | None = None
+    any_code: bool = False
 
 
 def main(config: ReproduceConfig) -> int:
@@ -72,7 +76,8 @@ def main(config: ReproduceConfig) -> int:
                     f"--files: {path}: no such file; {name} is {known[name]}; give --files '{{{name}: PATH}}'"
                 )
         with Lock(folder / "lock"):
-            run(table, {name: str(Path(path).resolve()) for name, path in needed.items()}, folder)
+            files = {name: str(Path(path).resolve()) for name, path in needed.items()}
+            run(table, files, folder, any_code=config.any_code)
     elif not (folder / "output.txt").is_file():
         raise ValueError(f"--only check: nothing has been run in {folder}; leave it out, or give --output")
     if not table.figures:
@@ -92,17 +97,28 @@ def listed(tables: dict[str, Table]) -> str:
     return terminal(lines)
 
 
-def run(table: Table, files: dict[str, str], folder: Path) -> None:
-    """The commands, but for those that ended well before; a SystemExit where one fails or is stopped."""
+def run(table: Table, files: dict[str, str], folder: Path, *, any_code: bool) -> None:
+    """The commands, but for those that ended well before; a SystemExit where one fails or is stopped, a ValueError
+    where one was done by other code or on other contents."""
     from checkpoints.checkpoint import current_commit
 
     folder.mkdir(parents=True, exist_ok=True)
     journal, output = folder / "journal.json", folder / "output.txt"
-    done = json.loads(journal.read_text()) if journal.is_file() else {}  # commits, by commands on these files
-    for command in table.commands:
-        words = arguments(command, files)
+    done = json.loads(journal.read_text()) if journal.is_file() else {}  # commit and hash, by commands on these files
+    done = {line: value if isinstance(value, dict) else {"commit": value} for line, value in done.items()}
+    every = {command: arguments(command, files) for command in table.commands}
+    keys = {command: key_of(words, files) for command, words in every.items()}
+    for command, words in every.items():
+        before = done.get(shlex.join(words), {"of": keys[command]})
+        if before.get("of") != keys[command] and not any_code:
+            commit = before["commit"][:9] or "unknown"
+            raise ValueError(
+                f"--output {folder}: what is there was done at commit {commit}, by other code or on other contents of "
+                f"the files: {command}; give another --output, or --any_code true to take it"
+            )
+    for command, words in every.items():
         if (line := shlex.join(words)) in done:
-            print(f"done before, at commit {done[line][:9] or 'unknown'}: {command}")
+            print(f"done before, at commit {done[line]['commit'][:9] or 'unknown'}: {command}")
             continue
         if words[1].endswith("/train.py") and "--resume" not in words:
             words += ["--resume", "auto"]  # or begin
@@ -116,8 +132,21 @@ def run(table: Table, files: dict[str, str], folder: Path) -> None:
             print(f"ended with status {status}: {last}\nthe same command goes on", file=sys.stderr)
             raise SystemExit(status)
         print(f"    {time.time() - began:.0f} s", flush=True)
-        done[line] = current_commit()
+        done[line] = {"commit": current_commit(), "of": keys[command]}
         write_whole(journal, json.dumps(done, indent=2) + "\n")
+
+
+def key_of(words: list[str], files: dict[str, str]) -> str:
+    """A hash of the code of a command and of the files that it names; of a folder the names and sizes in it."""
+    from ablation.identity import code_of_command
+    from machine.whole_files import sha256_of
+
+    contents: dict[str, object] = {}
+    for name, path in files.items():
+        if path in " ".join(words):
+            inside = sorted(Path(path).rglob("*")) if Path(path).is_dir() else []
+            contents[name] = [(each.as_posix(), each.stat().st_size) for each in inside] or sha256_of(Path(path))
+    return hashlib.sha256(json.dumps([code_of_command(words), contents]).encode()).hexdigest()
 
 
 def to_its_end(words: list[str], **options: object) -> int:

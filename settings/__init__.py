@@ -26,7 +26,7 @@ def check_settings(config: Any, prefix: str = "--") -> None:
             if is_dataclass(part):
                 check_settings(part, f"{flag}.")
         if "interval" in setting.metadata and value != UNSET:
-            _check_interval(flag, value, setting.metadata["interval"])
+            check_interval(flag, value, setting.metadata["interval"])
     if hasattr(config, "check"):
         config.check(prefix)
 
@@ -43,7 +43,7 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
         if isinstance(expected, type | tuple) and not isinstance(value, expected):
             raise ValueError(f"{flag}.{name} {value}: {function.__name__} takes a {kind.__name__} there")
         for interval in intervals:
-            _check_interval(f"{flag}.{name}", value, interval)
+            check_interval(f"{flag}.{name}", value, interval)
 
 
 def unset(config: type[T], *, several: bool = False) -> type[T]:
@@ -64,7 +64,8 @@ def set_values(config: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != UNSET}
 
 
-def _check_interval(flag: str, value: Any, interval: str) -> None:
+def check_interval(flag: str, value: Any, interval: str) -> None:
+    """A ValueError names the flag of a number, or of one in a list, outside an interval."""
     low, high = map(float, interval[1:-1].split(","))
     for number in _numbers(value):
         above = number >= low if interval[0] == "[" else number > low

@@ -80,7 +80,7 @@ class Studio:
                 return interpolate(watched, *self.ends(request), request.num_images)
             return generate(watched, batch_size=64)
 
-        num_steps = generator.sampling.num_steps
+        num_steps = generator.num_steps
         kept = torch.linspace(0, num_steps - 1, min(num_steps, MOST_MOMENTS)).round().long().tolist()[:-1]
         for step, x_0 in _watch(work, set(kept), num_steps):
             yield step, x_0 if step == num_steps else generator.codec.decode(x_0).cpu()

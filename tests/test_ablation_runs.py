@@ -56,7 +56,7 @@ def test_a_key_is_of_what_lies_where_settings_say():
         {
             "auxiliary": [{"kind": "perceptual", "weight": 0.1, "network": "net.pt"}],
             "evaluation": {"extractor": "judge.pt"},
-            "sampling": {"guidance_checkpoint": "guide"},
+            "sampling": {"guidance_checkpoint": "guide", "spacing": "levels.txt"},
         },
     )
 
@@ -74,6 +74,7 @@ def test_a_key_is_of_what_lies_where_settings_say():
         assert changed(train_guide, value) == {"score", "draw"}
         assert changed(train_guide, value) == set()
         assert changed(Path("judge.pt").write_text, f"{value}") == {"score"}
+        assert changed(Path("levels.txt").write_text, f"{value} 1 2") == {"score", "draw"}
         assert changed(Path("net.pt").write_text, f"{value}") == {"train", "score", "draw"}
 
 

@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import pytest
@@ -101,3 +102,12 @@ def test_weights_cut_short(tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(AutoencoderError, match="do not load"):
         create_codec(str(tmp_path))
+
+
+@pytest.mark.parametrize("read", [LatentCodec.prepare, PixelCodec.prepare, PixelCodec.encode])
+def test_images_that_are_not_bytes_from_0_to_255_are_refused(codec, read):
+    """From 0 to 1 they would be all but black; only tests check signatures."""
+    batch = images(2)
+    for wrong in (batch / 255, batch[0], batch.movedim(1, -1)):
+        with pytest.raises(AutoencoderError, match=r"a codec takes RGB from 0 to 255 in uint8, \[n, 3, h, w\]"):
+            inspect.unwrap(read)(codec if read is LatentCodec.prepare else PixelCodec(), wrong)

@@ -1,5 +1,7 @@
 """MeanFlow and shortcuts: average velocities of Gaussian data in closed form, and of every backbone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from exact import generator, labels, randn
@@ -11,6 +13,7 @@ from checkpoints.checkpoint import WEIGHTS, save_tensors, warm_start
 from diffusion import DIFFUSIONS, FlowMatching, sample
 from diffusion.average_velocity import differentiable_forward
 from diffusion.diffusion import Auxiliary
+from diffusion.options import SamplingOptions
 from diffusion.samplers import SAMPLERS, num_calls
 from experiment.build import model_spec
 from experiment.config import DiffusionConfig, ExperimentConfig, SamplingConfig, TrainConfig
@@ -73,7 +76,7 @@ def test_any_number_of_steps_follows_the_exact_flow(kind, num_steps):
     noise = randn(3, 2, 4, 4)
     drawn = sample(kind(), Perfect(), noise, labels(3), num_steps=num_steps)
     torch.testing.assert_close(drawn, MEAN + STD * noise, rtol=0, atol=1e-5)
-    assert num_calls(kind(), None, num_steps) == num_steps
+    assert num_calls(kind(), SamplingOptions(num_steps=num_steps)) == num_steps
 
 
 @kinds
@@ -122,6 +125,32 @@ def test_it_is_guided_as_it_was_trained_unless_asked(diffusion):
         assert resolve_sampling(config, others, 10).guidance_scale == 1.5
     plain = resolve_sampling(config, shortcut(guidance_scale=3.0), 10, sampler="euler")
     assert plain.guidance_scale == 1.5  # its velocity has learned none
+
+
+@kinds
+def test_one_step_is_what_samplers_by_averages_take_unless_asked(kind):
+    """In what is resolved and recorded, in what is drawn, and in what a plan counts; null takes an override back."""
+    config, noise = SamplingConfig(guidance_scale=1.0), randn(2, 1, 4, 4)
+    for options, num_steps in [({}, 1), ({"sampler": "euler"}, 150), ({"num_steps": 4}, 4), ({"num_steps": None}, 1)]:
+        resolved = resolve_sampling(config, kind(), 10, **options)
+        assert (resolved.num_steps, num_calls(kind(), resolved)) == (num_steps, num_steps)
+        told = [sample(kind(), Perfect(), noise, labels(2), one) for one in (SamplingOptions(**options), resolved)]
+        torch.testing.assert_close(*told, rtol=0, atol=0)
+    assert resolve_sampling(replace(config, num_steps=150), kind(), 10).num_steps == 150
+    assert resolve_sampling(config, FlowMatching(), 10).num_steps == 150
+
+
+@pytest.mark.parametrize("diffusion", [KINDS[kind](**settings) for kind, _, settings in LEARNED])
+def test_a_scale_that_guidance_in_training_leaves_without_effect_is_said(diffusion):
+    def said(scale, num_guided=10, **overrides):
+        words = []
+        resolve_sampling(SamplingConfig(guidance_scale=scale), diffusion, num_guided, say=words.append, **overrides)
+        return words
+
+    without = "--sampling.guidance_scale 3 of the model's training: without effect, "
+    assert said(3.0) == [f"{without}guidance is part of its training"]
+    assert said(3.0, num_guided=0) == [f"{without}it has no null label to be guided away from"]
+    assert said(1.0) == said(1.5) == said(3.0, guidance_scale=2.0) == []  # 1.5 is what nobody asked for
 
 
 # Shortcuts' steps.

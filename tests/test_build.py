@@ -152,7 +152,6 @@ def test_sampling_settings_of_a_command_take_the_place_of_a_runs(capsys):
     expected = SamplingConfig("ddpm", num_steps=5, spacing="uniform")
     assert resolve_sampling(own, diffusion, 7, **overrides) == expected
     for flags, words in [
-        (["--sampling.num_steps", "null"], "Expected a int"),
         (["--sampling.steps", "5"], "unrecognized arguments: --sampling.steps"),
     ]:
         with pytest.raises(SystemExit):
@@ -225,8 +224,9 @@ def test_unknown_sampler_and_too_many_steps_are_told():
         resolve_sampling(SamplingConfig(), diffusion, 0, guidance_scale=3.0)
     resolved = resolve_sampling(SamplingConfig(guidance_scale=3.0), diffusion, 0, num_steps=7)
     assert resolved == SamplingConfig("ddpm", num_steps=7, spacing="uniform", guidance_scale=1.0)
-    own = SamplingConfig(sampler="ddim", clip=1.0)  # a run's, which null takes back
-    assert resolve_sampling(own, diffusion, 10, sampler=None, clip=None) == SamplingConfig("ddpm", spacing="uniform")
+    own = SamplingConfig(sampler="ddim", num_steps=7, clip=1.0)  # a run's, which null takes back
+    taken_back = resolve_sampling(own, diffusion, 10, sampler=None, num_steps=None, clip=None)
+    assert taken_back == SamplingConfig("ddpm", num_steps=150, spacing="uniform")
 
 
 @pytest.mark.parametrize("argument", ["--modell", "--data.pth", "--optim.lr=fast", "--data.difficulty=brutal"])

@@ -10,6 +10,7 @@ from processes import ROOT, script
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import CheckpointError, open_checkpoint, read_tensors, warm_start
 from checkpoints.hub import HubError
+from experiment.config import DiffusionConfig
 from sampling.pipeline import load
 from sharing.model_card import card_files
 
@@ -49,6 +50,10 @@ def test_from_python_it_draws_what_the_command_draws(tmp_path):
         assert pipeline.generator(alone, num_per_class=1).labels.tolist() == [10]
     for classes, settings, words in [
         (["sunflwer"], {}, "did you mean sunflower"),
+        ([101], {}, "--classes 101: no such class"),
+        ([], {"num_per_class": -1}, r"num_per_class -1: must lie in \[1, inf\)"),
+        ([], {"batch_size": 0}, r"batch_size 0: must lie in \[1, inf\)"),
+        ([], {"seed": -1}, "seed -1: must lie in"),
         ([], {"steps": 3}, "steps: unknown"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -83,6 +88,11 @@ def test_a_training_starts_from_it(embedded):
     others = warm_start(embedded.spec.build(), "embedded", codec=create_codec("pixel"))
     assert "; warning: --autoencoder: " in others
     assert "was trained with another codec" in others
+    same = replace(embedded.config.diffusion, times="uniform")  # of training alone
+    assert warm_start(embedded.spec.build(), "embedded", diffusion=same) == words
+    for diffusion, what in [(replace(same, prediction="velocity"), "prediction x_0"), (DiffusionConfig(), "kind flow")]:
+        others = warm_start(embedded.spec.build(), "embedded", diffusion=diffusion)
+        assert others == f"{words}; its output had another meaning, which has to be learned anew: --diffusion.{what}"
     fresh, names = replace(embedded.spec, num_classes=2).build(), ["of one's own", "pizza"]
     assert warm_start(fresh, "embedded", names, whole=True).endswith(
         "; 1 of 2 classes are its own"

@@ -1,5 +1,6 @@
 """Both halves of classifier-free guidance: dropped labels, and two predictions mixed."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig, TrainConfig
 from models import ModelSpec
 from published.weights import arguments_of, load_reference
-from sampling.checks import guide_in_record, load_guide_model
+from sampling.checks import files_in_record, load_guide_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"
 NUM_CLASSES = 10
@@ -235,8 +236,11 @@ def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
     metadata = metadata_of(config, 5, identity, spec=spec, classes=["cat", "dog"])
     save_tensors(weights := spec.build().state_dict(), tmp_path / "guide.safetensors", metadata)
     sampling = SamplingConfig(guidance_checkpoint=str(tmp_path / "guide.safetensors"))
-    assert guide_in_record(sampling) == {"guide_sha256": weights_sha256(weights)}
-    assert guide_in_record(SamplingConfig()) == {}
+    assert files_in_record(sampling) == {"guide_sha256": weights_sha256(weights)}
+    assert files_in_record(SamplingConfig()) == files_in_record(SamplingConfig(spacing="karras")) == {}
+    (tmp_path / "levels.txt").write_bytes(b"1 2")
+    table = SamplingConfig(spacing=str(tmp_path / "levels.txt"))
+    assert files_in_record(table) == {"spacing_sha256": hashlib.sha256(b"1 2").hexdigest()}
 
     def load(classes, identity):
         return load_guide_model(sampling, config.diffusion, spec, Accelerator(cpu=True), classes, identity)

@@ -230,6 +230,10 @@ def test_classes_have_names_of_their_own(tmp_path):
     assert SCRIPT.read_classes(tmp_path / "names.txt", 3) == ["cat 0", "dog", "cat 2"]
     with pytest.raises(ValueError, match="3 names, and the model has 11 classes"):
         SCRIPT.read_classes(tmp_path / "names.txt", 11)
+    (tmp_path / "table.xls").write_bytes(b"\xff\xfe\x00")
+    for name in ("nothere.txt", "table.xls", "."):
+        with pytest.raises(ValueError, match=r"--classes .*: not a text file with a class a line"):
+            SCRIPT.read_classes(tmp_path / name, 3)
 
 
 class Payload:

@@ -158,3 +158,9 @@ def test_names_differ_with_the_settings(dataset):
     names = {cache_name(expected(dataset)), cache_name(expected(dataset, sha256="1"))}
     assert len(names) == 2
     json.dumps(expected(dataset))
+
+
+def test_what_half_precision_does_not_hold_is_refused(tmp_path, dataset):
+    with pytest.raises(DataError, match="--autoencoder: what it makes of images is not finite in half precision"):
+        build_cache(tmp_path, dataset, lambda images: images.float() * 1e4, {}, flips=False)
+    assert not list(tmp_path.glob("*.safetensors"))

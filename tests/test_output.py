@@ -19,7 +19,7 @@ from torch import nn
 
 from autoencoders.codec import AutoencoderError
 from diffusion import GaussianDiffusion, sample
-from machine.whole_files import whole, write_whole
+from machine.whole_files import beside, whole, write_whole
 from sampling import generation
 from sampling.generation import Generator, resolve_classes
 from sampling.image_files import save_folder, save_grid, save_npz
@@ -60,6 +60,9 @@ def test_a_class_writes_into_the_folder_alone(name, tmp_path):
     with pytest.raises(ValueError, match=r"--output: the name .* leads out of"):
         save_folder(iter(IMAGES.split(5)), ["a", "a", "a", "a", name], tmp_path / "in" / "images")
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    for names, why in [([".net"] * 5, "'.net' is hidden"), (["a/"] * 4 + ["a"], "the class 'a/' is that of 'a' too")]:
+        with pytest.raises(ValueError, match=rf"--output .*: the folder of .*{why}; give FILE.npz"):
+            save_folder(iter(IMAGES.split(5)), names, tmp_path / "images")  # which would be read back as another
     save_folder(iter(IMAGES.split(5)), ["/abs"] * 5, tmp_path / "images")
     assert (tmp_path / "images" / "abs" / "000000.png").is_file()
 
@@ -108,6 +111,7 @@ def test_classes_are_found_by_names_however_they_are_written():
     composed, apart = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
     assert resolve_classes([composed], ["x", apart]) == resolve_classes([apart], ["x", composed]) == [1]
     assert resolve_classes(["007", "7", "no"], ["7", "no", "007"]) == [2, 0, 1]
+    assert resolve_classes(["2", 2], ["0", "1", "10", "2"]) == [3, 2]  # a name, and from Python a label
     with pytest.raises(ValueError, match="--classes 01: no such class"):
         resolve_classes(["01"], ["a", "b"])
 
@@ -196,3 +200,13 @@ def test_a_process_that_cannot_draw_says_so_to_all(monkeypatch):
     with pytest.raises(AutoencoderError, match="not finite"):
         list(generation.stream(drawing, batch_size=2))
     assert sent[-1] is error
+
+
+def test_what_is_kept_aside_never_takes_the_place_of_what_was_kept_before(tmp_path, monkeypatch):
+    """A clock may stand still for a second, or go back an hour."""
+    monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
+    path = tmp_path / "log.jsonl"
+    for text in "abc":
+        path.write_text(text)
+        path.rename(beside(path))
+    assert sorted(kept.read_text() for kept in tmp_path.iterdir()) == ["a", "b", "c"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from processes import run, weights
+from processes import run, script, weights
 
 from data import open_dataset
 from metrics.perceptual import perceptual_network
@@ -121,3 +121,10 @@ def test_what_cannot_be_recognised_is_told(folder, arguments, message):
     done = run("scripts/recognise.py", *arguments, cwd=folder, check=False)
     assert done.returncode == 2
     assert message in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("wrong", [{"arr_0": np.zeros((2, 8, 8, 3))}, {"arr_1": np.array([0, -1])}])
+def test_samples_in_other_units_and_labels_that_count_from_behind_are_not_recognised(tmp_path, wrong):
+    np.savez(tmp_path / "x.npz", **{"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.arange(2), **wrong})
+    with pytest.raises(ValueError, match=r"not uint8 \[n h w 3\] and a label of each, 0 or more"):
+        script("scripts/recognise.py").read_samples(tmp_path / "x.npz", ["a", "b"])

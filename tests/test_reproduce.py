@@ -1,12 +1,15 @@
 """The index of docs/results.md names what stands there and what runs today, and its program says whether they agree."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from processes import ROOT, script
 
+from ablation.identity import code_of_command
 from evaluation import reproduction
 from evaluation.reproduction import DOCUMENT, arguments, read_index, section, standing
 from experiment.cli import parse
@@ -146,6 +149,37 @@ def test_what_was_done_on_other_files_is_done_again(folder, capfd):
     (folder / "other.zip").touch()
     assert reproduce(table="mine", files={"images.zip": "other.zip"}) == 0
     assert capfd.readouterr().out.count("done before") == 1  # the command that reads no file
+
+
+def test_what_was_done_by_other_code_or_on_other_contents_is_not_taken_for_this(folder, capfd, monkeypatch):
+    """Unless it is asked for."""
+    assert reproduce(table="mine") == 0
+    journal = folder / "runs/reproduce/mine/journal.json"
+    refused = r"--output runs/reproduce/mine: what is there was done at commit .*give another --output, or --any_code"
+    (folder / "images.zip").write_text("others")
+    with pytest.raises(ValueError, match=refused):
+        reproduce(table="mine")
+    assert reproduce(table="mine", any_code=True) == 0
+    (folder / "images.zip").write_text("")
+    assert reproduce(table="mine") == 0
+    done = journal.read_text()
+    journal.write_text(json.dumps(dict.fromkeys(json.loads(done), "abc")))  # as they were before
+    with pytest.raises(ValueError, match="done at commit abc"):
+        reproduce(table="mine")
+    journal.write_text(done)
+    monkeypatch.setattr("ablation.identity.code_of_command", lambda words: {"train.py": "edited"})
+    with pytest.raises(ValueError, match=refused):
+        reproduce(table="mine")
+    capfd.readouterr()
+
+
+def test_a_commands_code_is_what_it_may_start_and_the_configurations_that_it_names():
+    root = SCRIPT.Path(SCRIPT.__file__).parents[1]
+    words = [sys.executable, str(root / "scripts/ablate.py"), "--x", str(root / "configs/quickstart.yaml")]
+    code = code_of_command(words)
+    assert code.keys() >= {"scripts/ablate.py", "ablation/runner.py", "evaluate.py", "configs/quickstart.yaml"}
+    assert not any(name.startswith(("tests/", "docs/")) for name in code)
+    assert code_of_command([sys.executable, "-c", "print()"]) == {}
 
 
 def test_what_fails_ends_it_and_the_rest_waits(folder, capfd):

@@ -11,12 +11,12 @@ from PIL import Image
 from processes import run
 
 from autoencoding.autoencoder_config import AutoencodingConfig
-from checkpoints.checkpoint import WEIGHTS, save_tensors
+from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of, save_tensors
 from experiment.cli import parse, parse_run
 from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig, resuming
 from experiment.settings import from_dict
 from machine.checkpoint_folder import CheckpointError
-from training.resumption import go_on
+from training.resumption import go_on, other_measure
 
 CLASSES = {"diffusion": ExperimentConfig, "autoencoder": AutoencodingConfig}
 
@@ -56,6 +56,7 @@ def asked(checkpoint, kind, *flags):
         ("diffusion", "diffusion.kind", "edm"),
         ("diffusion", "optim.muon_lr", "0.1"),
         ("diffusion", "train.ema_profiles", "[0.1]"),
+        ("diffusion", "train.label_dropout", "0"),
         ("autoencoder", "architecture.latent_channels", "8"),
         ("autoencoder", "data.image_size", "32"),
     ],
@@ -92,11 +93,39 @@ def test_a_configuration_edited_by_hand_cannot_change_it_either(stored):
 
 def test_rate_length_log_and_defaults_by_their_names_pass(stored):
     flags = ("--optim.lr", "1e-3", "--train.num_steps", "9", "--log.every", "3", "--sampling.num_steps", "9")
+    flags += ("--train.label_dropout", "0.2")
     same = ("--diffusion.prediction", "epsilon", "--data.cache", "elsewhere", "--data.path", "moved.zip")
     config = asked(stored["diffusion"], "diffusion", *flags, *same)
     told = []
     assert go_on(config, stored["diffusion"], told.append) == resuming(config, None)
     assert told == []
+
+
+def test_a_best_value_of_another_measure_does_not_compare(stored, values):
+    """What the loss does not depend on changes nothing of it; scores are of samples, and seen through a decoder."""
+    checkpoint, seen = stored["diffusion"], {"codec": {"sha256": "a", "decoder_sha256": "b"}}
+
+    def of(settings):
+        whole = {name: dict(part) if isinstance(part, dict) else part for name, part in values["diffusion"].items()}
+        for flag, value in settings.items():
+            group, _, name = flag.partition(".")
+            whole[group][name] = value
+        return from_dict(ExperimentConfig, whole)
+
+    def others(before, now, decoder="b"):
+        metadata = metadata_of(of(before), 1, seen)
+        save_tensors({"weight": torch.zeros(1)}, checkpoint / WEIGHTS, metadata)
+        return other_measure(checkpoint, of(now), {"codec": {**seen["codec"], "decoder_sha256": decoder}})
+
+    loss, score, steps = {"log.best": "validation_loss"}, {"log.best": "fid"}, {"sampling.num_steps": 9}
+    assert others({}, steps) == others(score, {}) == []  # nothing is to be the best
+    assert others({}, loss) == ["--log.best None"]
+    assert others(loss, score) == ["--log.best validation_loss"]
+    assert others(loss, loss | steps) == others(loss, loss, decoder="c") == []
+    assert others(score, score | {"optim.lr": 1e-3, "evaluation.batch_size": 2}) == []
+    assert others(score, score | steps) == ["--sampling.num_steps None"]
+    assert others(score, score | {"evaluation.num_samples": 9}) == ["--evaluation.num_samples None"]
+    assert others(score, score, decoder="c") == ["decoder of --autoencoder"]
 
 
 def test_another_name_or_start_is_said_to_have_no_effect(stored):
@@ -157,3 +186,13 @@ def test_a_run_of_before_that_wrote_down_epochs_and_steps_goes_on(stored):
     path.write_text(yaml.safe_dump(values))
     length = asked(stored["diffusion"], "diffusion").train
     assert (length.num_epochs, length.num_steps) == (None, 500)
+
+
+def test_another_decoder_of_the_same_latents_passes_where_latents_count_and_is_told_of_its_flag_elsewhere(stored):
+    weights, known = stored["diffusion"] / WEIGHTS, {"codec": {"sha256": "c", "decoder_sha256": "d"}}
+    other = {"codec": {"sha256": "c", "decoder_sha256": "e", "autoencoder": "tuned"}}
+    check_identity(weights, other, known, any_decoder=True)
+    with pytest.raises(CheckpointError, match=r"whose decoder_sha256 was .* or this one by --autoencoder tuned"):
+        check_identity(weights, other, known)
+    with pytest.raises(CheckpointError, match="another codec, whose sha256 was"):
+        check_identity(weights, {"codec": {**other["codec"], "sha256": "f"}}, known, any_decoder=True)

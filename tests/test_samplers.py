@@ -9,6 +9,7 @@ from exact import backbone, gaussian_data, generator, labels, randn
 
 from diffusion import SAMPLERS, GaussianDiffusion, sample
 from diffusion.diffusion import VARIANCES
+from diffusion.options import SamplingOptions
 from diffusion.predictions import PREDICTIONS
 from diffusion.samplers import num_calls, randn_like
 from diffusion.schedules import SCHEDULES
@@ -256,7 +257,7 @@ def test_calls_of_the_model_are_counted(sampler):
 
     diffusion = GaussianDiffusion(variance="fixed_small")
     sample(diffusion, model, randn(1, 1, 2, 2), labels(1), sampler=sampler, num_steps=5, generator=generator())
-    assert num_calls(diffusion, sampler, 5) == len(calls) == (9 if sampler == "heun" else 5)
+    assert num_calls(diffusion, SamplingOptions(sampler, num_steps=5)) == len(calls) == (9 if sampler == "heun" else 5)
 
 
 def test_sampling_keeps_no_gradient_but_its_result_can_be_trained_on():

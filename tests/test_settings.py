@@ -225,3 +225,9 @@ def test_flags_are_completed_behind_python_and_launchers(tmp_path):
     bash = f"source {tmp_path / 'script'}; {typed}; _behind_launcher; echo ${{COMPREPLY[@]}}"
     done = subprocess.run(["bash", "-c", bash], capture_output=True, text=True, check=True)
     assert sorted(done.stdout.split()) == ["--train.num_epochs", "--train.num_steps"]
+
+
+def test_a_class_that_would_never_be_trained_is_refused():
+    with pytest.raises(ValueError, match=r"--train.label_dropout 1: no class .* or --data.use_labels false"):
+        parse(ExperimentConfig, ["--train.label_dropout", "1.0"])
+    assert parse(ExperimentConfig, ["--train.label_dropout", "1.0", "--data.use_labels", "false"])

@@ -156,7 +156,7 @@ def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thum
 
 def test_scores_are_not_lost_for_a_setting_or_a_file(tmp_path, monkeypatch, drawn, thumbnail, capsys):
     """`--clip .inf` had no place in strict JSON; what was scored is said before any file is written."""
-    no_limit = asdict(SamplingConfig(clip=math.inf, guidance_interval=[0.2, math.inf]))
+    no_limit = asdict(SamplingConfig(num_steps=150, clip=math.inf, guidance_interval=[0.2, math.inf]))
     write_json({"samples": no_limit}, tmp_path / "scores.json")
     samples = json.loads((tmp_path / "scores.json").read_text())["samples"]
     assert (samples["clip"], samples["guidance_interval"], samples["num_steps"]) == ("inf", [0.2, "inf"], 150)

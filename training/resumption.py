@@ -1,19 +1,20 @@
 """Going on with a run: what its weights mean stays, anything else may change."""
 
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from checkpoints.training_state import SNAPSHOTS, drop_snapshots
-from experiment.config import R, resuming
+from experiment.config import R, RunConfig, resuming
 from experiment.imports import load_imports
 from experiment.settings import flatten, from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
+from machine.whole_files import beside
 
 LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.*", "ema-*.safetensors")
 
@@ -48,7 +49,7 @@ def take_back(run: Path, step: int, say: Callable[[str], None] = print) -> None:
 
 
 def _aside(path: Path) -> Path:
-    return path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+    return path.rename(beside(path))
 
 
 def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
@@ -74,3 +75,19 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
             say(f"--{flag} {getattr(config, flag)}: without effect on {run}, which is resumed")
     config = replace(config, name=stored.name, init_from=stored.init_from)  # pyright: ignore[reportArgumentType]
     return resuming(config, None)
+
+
+def other_measure(checkpoint: Path, config: RunConfig, identity: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What `log.best` was measured by, and is not any more: a best value from then compares with none to come."""
+    metadata, flags = read_metadata(checkpoint / WEIGHTS), flatten(json.loads(json.dumps(config.to_dict())))
+    if flags.get("log.best") is None or "config" not in metadata:
+        return []
+    before, is_loss = flatten(json.loads(metadata["config"])), flags["log.best"] == "validation_loss"
+    by = ("log.num_validation", "train.seed", "auxiliary") if is_loss else ("evaluation.", "sampling.")
+    idle = {"evaluation.batch_size", "evaluation.weights_path"}
+    named = [flag for flag in flags if flag.startswith(("log.best", *by)) and flag not in idle and flag in before]
+    others = [f"--{flag} {before[flag]}" for flag in named if before[flag] != flags[flag]]
+    codec = json.loads(metadata.get("identity", "{}")).get("codec", {})
+    decoder = {"decoder_sha256"} & codec.keys() & identity.get("codec", {}).keys()
+    has_other = not is_loss and any(codec[name] != identity["codec"][name] for name in decoder)
+    return [*others, *["decoder of --autoencoder"] * has_other]

@@ -25,7 +25,7 @@ from training.guard import Guard
 from training.interruption import Interruption, Stopped
 from training.log import Log, draw_curve, is_due, warns_only
 from training.meter import Meter
-from training.resumption import start_or_go_on, take_back
+from training.resumption import other_measure, start_or_go_on, take_back
 
 SECONDS_BETWEEN_CURVES = 10.0  # drawing takes as long as many a short training's saves
 Look = Callable[[int], Mapping[str, float]]  # at what there is after a step: what it measured
@@ -64,10 +64,10 @@ class Run(Generic[R]):
         self._drawn = time.monotonic()  # the curve, or else when the run began
 
     def check_identity(self, **parts: Mapping[str, Any]) -> None:
-        """That the autoencoder and splits are those of the run so far; see `checkpoints.checkpoint.check_identity`."""
+        """That latents and splits are those of the run so far; see `checkpoints.checkpoint.check_identity`."""
         self.identity = parts
         if self.checkpoint is not None:
-            check_identity(self.checkpoint / WEIGHTS, parts)
+            check_identity(self.checkpoint / WEIGHTS, parts, any_decoder=True)
 
     def begin(
         self,
@@ -92,8 +92,12 @@ class Run(Generic[R]):
         named_guards = {f"guard.{name}": guard for name, guard in guards.items()}
         training.others.update({"meter": self.meter, "best": self.best, **named_guards})
         self.is_sharded = any(is_sharded(network) for network in training.networks.values())
-        if self.checkpoint is not None:
-            self._restore(self.checkpoint)
+        if (checkpoint := self.checkpoint) is not None:
+            self._restore(checkpoint)
+            if others := from_main(self.accelerator, lambda: other_measure(checkpoint, self.config, self.identity)):
+                self.best.value = None
+                words = f"{self.checkpoints}/best is kept until there is another: values so far do not compare"
+                self.accelerator.print(f"{words}, they are of other {', '.join(others)}")
         if self.is_main:
             write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         self.accelerator.wait_for_everyone()

@@ -53,7 +53,13 @@ class Staged(Protocol):
     def generate(self, walk: "Walk", model: Any, noise: Images, y: Labels, **told: Any) -> Images: ...
 
 
-def num_calls(diffusion: Diffusion, sampler: str | None, num_steps: int) -> int:
+def num_steps_of(options: SamplingOptions, diffusion: Diffusion) -> int:
+    """As asked for; else one of a sampler by averages, for which they are trained, and 150 of all others."""
+    sampler = options.sampler or diffusion.default_sampler
+    return options.num_steps or (1 if sampler in AVERAGES else 150)
+
+
+def num_calls(diffusion: Diffusion, options: SamplingOptions) -> int:
     """How often a sampler calls the model: counted along a chain of one number."""
     times, number = [], torch.zeros(1, 1, 1, 1)
 
@@ -61,8 +67,8 @@ def num_calls(diffusion: Diffusion, sampler: str | None, num_steps: int) -> int:
         times.append(t)
         return Prediction(x_t, x_t, x_t)
 
-    chain = Chain(diffusion, diffusion.reverse_steps(num_steps), denoise, lambda: number)
-    deque(samplers_of(diffusion)[sampler or diffusion.default_sampler](chain, number), maxlen=0)
+    chain = Chain(diffusion, diffusion.reverse_steps(num_steps_of(options, diffusion)), denoise, lambda: number)
+    deque(samplers_of(diffusion)[options.sampler or diffusion.default_sampler](chain, number), maxlen=0)
     return len(times)
 
 
@@ -115,8 +121,8 @@ def sample(
     """
     options = replace(options or SamplingOptions(), **settings)
     check_options(options, diffusion)
-    if step_noise is not None and step_noise.shape != (options.num_steps, *noise.shape):
-        expected = [options.num_steps, *noise.shape]
+    expected = [num_steps_of(options, diffusion), *noise.shape]
+    if step_noise is not None and list(step_noise.shape) != expected:
         raise ValueError(f"step_noise {list(step_noise.shape)} must be {expected}: a slice a step")
     null_label = getattr(model, "num_classes", 0) if num_classes is None else num_classes
     walk = Walk(options, null_label, extras, start, step_noise, generator, callback)
@@ -165,7 +171,8 @@ class Walk:
         def draw_noise() -> Tensor:
             return randn_like(noise, self.generator) if slices is None else next(slices)
 
-        steps, x_t = diffusion.reverse_steps(options.num_steps, options.spacing), diffusion.path.prior_std * noise
+        num_steps = num_steps_of(options, diffusion)
+        steps, x_t = diffusion.reverse_steps(num_steps, options.spacing), diffusion.path.prior_std * noise
         if self.start is not None:
             steps, x_t = [step for step in steps if step[0] <= self.start], noise
         sampler = samplers_of(diffusion)[options.sampler or diffusion.default_sampler]
