@@ -94,7 +94,8 @@ class Run(Generic[R]):
         self.is_sharded = any(is_sharded(network) for network in training.networks.values())
         if (checkpoint := self.checkpoint) is not None:
             self._restore(checkpoint)
-            if others := from_main(self.accelerator, lambda: other_measure(checkpoint, self.config, self.identity)):
+            others = from_main(self.accelerator, lambda: other_measure(checkpoint, self.config, self.identity))
+            if others and self.best.value is not None:
                 self.best.value = None
                 words = f"{self.checkpoints}/best is kept until there is another: values so far do not compare"
                 self.accelerator.print(f"{words}, they are of other {', '.join(others)}")
