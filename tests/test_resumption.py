@@ -145,6 +145,9 @@ def test_half_a_configuration_is_refused(stored):
         match=r"config.yaml is cut short, put back log.evaluate_every: 0, log.keep_every",
     ):
         go_on(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
+    path.write_text("")
+    with pytest.raises(CheckpointError, match=r"config.yaml is cut short, put back model: XSwin, .* in all"):
+        go_on(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path, capsys):

@@ -10,6 +10,7 @@ import yaml
 
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from checkpoints.training_state import SNAPSHOTS, drop_snapshots
+from data.images import abridged
 from experiment.config import R, RunConfig, resuming
 from experiment.imports import load_imports
 from experiment.settings import flatten, from_dict
@@ -59,9 +60,9 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
         return resuming(config, None)
     contents = json.loads(metadata.get("imports", "{}"))
     load_imports(getattr(config, "imports", ()), stored_in=run, contents=contents)
-    values, written = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    values, written = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()) or {})
     if lost := [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in written]:
-        raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {', '.join(lost)}")
+        raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {abridged(lost, 8)}")
     stored = from_dict(type(config), values)
     before, asked = stored.identity(), config.identity()
     for flag in {**before, **asked}:
