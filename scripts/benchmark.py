@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluation.table import terminal
 from experiment.cli import one_line_errors, run_program
 from machine import children
+from machine.whole_files import write_whole
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
 Row = dict[str, Any]
@@ -328,7 +329,7 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
     cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
     print(f"\n{title}\n\n{terminal(cells)}\n\n{note}")
     if output is not None:
-        output.write_text(json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
+        write_whole(output, json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
