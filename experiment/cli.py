@@ -214,6 +214,8 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
     stored = Path(config.resume) / "config.yaml"
     if not stored.is_file():
         raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist")
+    if not stored.read_text().strip():
+        raise ValueError(f"--resume {config.resume}: {stored} is empty; put a copy of it back")
     flags = ["--config", str(stored)]
     with suppress(yaml.YAMLError, LookupError, TypeError):  # which reading it will tell
         length = yaml.safe_load(stored.read_text())["train"]

@@ -60,7 +60,7 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
         return resuming(config, None)
     contents = json.loads(metadata.get("imports", "{}"))
     load_imports(getattr(config, "imports", ()), stored_in=run, contents=contents)
-    values, written = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()) or {})
+    values, written = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))
     if lost := [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in written]:
         raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {abridged(lost, 8)}")
     stored = from_dict(type(config), values)
