@@ -73,6 +73,11 @@ def notes_of(results: Results) -> list[str]:
             f"The runs were scored against {len(held)} different references, or with extractors of different weights: "
             "only scores of the same can be compared."
         )
+    records = [run.record for run in results.runs]
+    drawn = [(one.get("num_samples"), *map(one["samples"].get, ("labels", "precision"))) for one in records]
+    if len(kinds := dict.fromkeys(drawn)) > 1:
+        each = "; ".join(f"{num}, labels {labels}, {precision}" for num, labels, precision in kinds)
+        notes.append(f"The runs were scored by different samples ({each}): only scores of the same can be compared.")
     if extractor != "inception":
         notes.append(f"Features of {extractor}: distances compare these runs with each other, and are not FID.")
     return notes
