@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 
 from autoencoders.codec import Codec
 from data import open_dataset
+from data.augmentation import NUM_CHANGES
 from data.latents import LatentCache, build_cache, cache_name
 from diffusion.diffusion import Diffusion
 from diffusion.presets import DIFFUSIONS
@@ -99,12 +99,16 @@ def open_cache(
 
 def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num_classes: int) -> ModelSpec:
     """The backbone that fits codec, diffusion and data; one without the parts that the diffusion trains is refused."""
-    parts: Mapping[str, Any] = getattr(diffusion, "model_args", {})  # of a backbone that is trained part by part
+    parts: dict[str, Any] = dict(getattr(diffusion, "model_args", {}))  # of a backbone that is trained part by part
+    asks = f"kind {config.diffusion.kind}"
+    if config.train.augment:
+        check_augment(config, codec, diffusion)
+        parts["augment_dim"], asks = NUM_CHANGES, f"{asks} with --train.augment"
     fitting = [
         name for name, (backbone, _) in BACKBONES.items() if parts.keys() <= signature(backbone).parameters.keys()
     ]
     if config.model in BACKBONES and config.model not in fitting:
-        raise ValueError(f"--model {config.model}: kind {config.diffusion.kind} takes --model {', '.join(fitting)}")
+        raise ValueError(f"--model {config.model}: {asks} takes --model {', '.join(fitting)}")
     if diffusion.guidance_settings and not config.guided_classes(num_classes):
         raise ValueError(
             f"--diffusion.{diffusion.guidance_settings}: without labels, or with --train.label_dropout 0, there is no "
@@ -119,3 +123,21 @@ def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num
         out_channels=diffusion.output_channels(channels),
         num_classes=num_classes,
     )
+
+
+def check_augment(config: ExperimentConfig, codec: Codec, diffusion: Diffusion) -> None:
+    """That images can be changed as they are drawn, and the backbone be told: a ValueError says what does not fit."""
+    asked = f"--train.augment {config.train.augment}"
+    if type(codec).prepare is not Codec.prepare:
+        raise ValueError(
+            f"{asked}: images are changed at every step, and latents of them are encoded once, unchanged; take "
+            "--autoencoder pixel, or 0"
+        )
+    if "extras" not in signature(diffusion.training_loss).parameters:
+        raise ValueError(
+            f"{asked}: the loss of --diffusion.kind {config.diffusion.kind} tells no backbone of changes; take 0"
+        )
+    if config.alignment.extractor:
+        raise ValueError(
+            f"{asked}: the features of --alignment.extractor are those of unchanged images; leave one of them out"
+        )

@@ -172,8 +172,9 @@ class TrainConfig(AnyTrainConfig):
         grad_accumulation: micro-batches a step
         label_dropout: share of labels replaced by the null label, for classifier-free guidance
         class_balanced: show every class equally often, whatever its number of images; an epoch is as many images still
-        ema_profiles: relative lengths of power-function averages to keep snapshots of, such as [0.05, 0.1]; see
-            scripts/reconstruct_ema.py
+        augment: probability that an image in pixel space is turned over, moved, resized, turned, stretched, each of
+            which the backbone is told, so that samples are not (Karras et al. 2022: 0.12); 0: never
+        ema_profiles: lengths of power-function averages to keep, such as [0.05, 0.1]; see scripts/reconstruct_ema.py
         recompute: compute what lies within the backbone's blocks again in the backward pass, in place of keeping it:
             less memory, a third more arithmetic, the same gradients
         compile: compile the backbone's blocks (torch.compile); see docs/performance.md for what it gives and costs
@@ -186,6 +187,7 @@ class TrainConfig(AnyTrainConfig):
     grad_accumulation: int = within("[1, inf)", 1)
     label_dropout: float = within("[0, 1]", 0.1)
     class_balanced: bool = False
+    augment: float = within("[0, 1]", 0.0)
     ema_profiles: list[float] = within("(0, 0.28)", [])
     recompute: bool = False
     compile: bool = False
@@ -194,10 +196,8 @@ class TrainConfig(AnyTrainConfig):
 
     def check(self, prefix: str) -> None:
         if None not in (self.num_epochs, self.num_steps):
-            raise ValueError(
-                f"{prefix}num_epochs {self.num_epochs} beside {prefix}num_steps {self.num_steps}: one of them says how "
-                f"long; leave the other out, or null where a file has it"
-            )
+            both = f"{prefix}num_epochs {self.num_epochs} beside {prefix}num_steps {self.num_steps}"
+            raise ValueError(f"{both}: one of them says how long; leave the other out, or null where a file has it")
 
 
 @dataclass(frozen=True)
@@ -391,7 +391,7 @@ class ExperimentConfig(RunConfig):
 
         diffusion = {"kind": self.diffusion.kind, **diffusion_settings(self.diffusion)}
         values = {f"diffusion.{name}": value for name, value in diffusion.items()}
-        values["train.label_dropout"] = 0 if self.train.label_dropout == 0 else "set"
+        values |= {f"train.{name}": "set" if getattr(self.train, name) else 0 for name in ("label_dropout", "augment")}
         values["alignment.extractor"] = "null" if self.alignment.extractor is None else "set"  # its content is compared
         return super().identity() | values
 

@@ -16,7 +16,7 @@ from models.layers import Size
 # By name: class, and arguments that differ from its own.
 BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {**xswin.MODELS, **dit.MODELS, **uvit.MODELS, **unet.MODELS}
 BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "UViT-tokens")}
-MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout"}
+MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout", "augment_dim"}
 
 
 def list_models() -> list[str]:

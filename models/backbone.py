@@ -25,7 +25,9 @@ class Backbone(nn.Module):
 
     `x_t` is [b in_channels h w], `t` [b] the time as the diffusion tells it, `y` [b] labels, of which `num_classes` is
     the null label. A backbone that is built with `second_time=True` may be given `r` [b], told alike: the end of the
-    step from `t` that an average velocity is of (Geng et al. 2025, Frans et al. 2024); by default it is `t` itself.
+    step from `t` that an average velocity is of (Geng et al. 2025, Frans et al. 2024); by default it is `t` itself. One
+    that is built with `augment_dim=k` may be given `augment` [b k], how images were changed that it is trained on
+    (Karras et al. 2022); by default all 0, which is not at all.
     """
 
     input_size: tuple[int, int]  # height and width of the latent or image; a constructor may be given a side

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Cond, Images, Labels, Output, Times, Tokens
+from models.layers import Changes, Cond, Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
 from models.layers.embedding import Conditioning, TimeEmbedding, make_rotary, sincos_2d
 from models.layers.modulation import Offset, modulate
@@ -64,6 +64,7 @@ class DiT(Backbone):
         modulation: `block` (published: each block has a modulator) or `shared` (one for all and an offset a block: a
             third of the parameters less).
         second_time: be told of one, `r`: see `Backbone`.
+        augment_dim: be told of changes of images by so many numbers, `augment`: see `Backbone`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class DiT(Backbone):
         positions: str = "absolute",
         modulation: str = "block",
         second_time: bool = False,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         check_choice("modulation", modulation, MODULATIONS)
@@ -93,7 +95,7 @@ class DiT(Backbone):
         self.patch_size = patch_size
         self.grid = self.input_size[0] // patch_size, self.input_size[1] // patch_size
 
-        self.cond = Conditioning(num_classes, dim, second_time=second_time)
+        self.cond = Conditioning(num_classes, dim, second_time=second_time, augment_dim=augment_dim)
         self.patch = nn.Linear(in_channels * patch_size**2, dim)
         absolute = sincos_2d(dim, *self.grid) if positions != "rotary" else torch.zeros(1, dim)
         self.register_buffer("positions", absolute, persistent=False)
@@ -119,8 +121,8 @@ class DiT(Backbone):
                 zero_(module)
         zero_(self.final.linear)
 
-    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None) -> Output:
-        cond = self.cond(t, y, r)
+    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
+        cond = self.cond(t, y, r, augment)
         modulation = self.modulation(cond)  # what all blocks share of it
         x = self.patch(patchify(x_t, self.patch_size)) + self.positions
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Cond, Images, Labels, Output, Times
+from models.layers import Changes, Cond, Images, Labels, Output, Times
 from models.layers.attention import check_choice, zero_
 from models.layers.embedding import Conditioning
 from models.layers.patch import check_input_size
@@ -66,6 +66,7 @@ class UNet(Backbone):
         upsampling: `transposed` convolution, or `nearest` pixel and convolution.
         stem_size: side of the first convolution's kernel, odd.
         second_time: be told of one, `r`: see `Backbone`.
+        augment_dim: be told of changes of images by so many numbers, `augment`: see `Backbone`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class UNet(Backbone):
         stem_size: int = 3,
         dropout: float = 0.0,
         second_time: bool = False,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         _check_spelling("down", down, len(channels) - 1)
@@ -104,7 +106,7 @@ class UNet(Backbone):
         level = partial(Level, cond_dim=time_dim, num_heads=num_heads, attention_axis=attention_axis, dropout=dropout)
         stem_width, *level_widths = channels
         skip_widths = list(channels[:-1])  # what each level is given
-        self.cond = Conditioning(num_classes, time_dim, std=None, second_time=second_time)
+        self.cond = Conditioning(num_classes, time_dim, std=None, second_time=second_time, augment_dim=augment_dim)
         self.stem = nn.Conv2d(in_channels, stem_width, stem_size, padding=stem_size // 2)
 
         self.encoder = nn.ModuleList(map(level, down, skip_widths, level_widths))
@@ -125,8 +127,8 @@ class UNet(Backbone):
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return ResidualBlock, ImageAttention
 
-    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None) -> Output:
-        cond = self.cond(t, y, r)
+    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
+        cond = self.cond(t, y, r, augment)
         x, skips = self._down(x_t, cond)
 
         for level in self.middle:

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Images, Labels, Output, Times, Tokens
+from models.layers import Changes, Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention, initialise_linears_
-from models.layers.embedding import IntervalEmbedding, NoInterval, make_rotary, sinusoids
+from models.layers.embedding import IntervalEmbedding, NoInterval, make_augment, make_rotary, sinusoids
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.style import BlockStyle
 
@@ -34,7 +34,7 @@ class UViTTokens(Backbone):
 
     Positions are learned where they are `absolute` (published) or `both`, and rotary, of the patches alone, where they
     are `rotary` or `both`; `qk_norm`, `norm` and `mlp` are those of `BlockStyle`. A `second_time` is told by adding to
-    the first one's token.
+    the first one's token, and so are changes of images by `augment_dim` numbers.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class UViTTokens(Backbone):
         mlp: str = "gelu",
         positions: str = "absolute",
         second_time: bool = False,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         if depth % 2 == 0:
@@ -81,6 +82,7 @@ class UViTTokens(Backbone):
         nn.init.trunc_normal_(absolute, std=0.02)
         initialise_linears_(self, partial(nn.init.trunc_normal_, std=0.02))
         self.interval = IntervalEmbedding(dim) if second_time else NoInterval()
+        self.augment = make_augment(augment_dim, dim)
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return (Block,)
@@ -89,9 +91,9 @@ class UViTTokens(Backbone):
         """The tokens of patches, without those of time and label."""
         return state[:, self.num_tokens :]
 
-    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None) -> Output:
+    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
         # Tokens: label, time, patches.
-        time = self.interval(sinusoids(t, self.dim), t, r)
+        time = self.augment(self.interval(sinusoids(t, self.dim), t, r), augment)
         tokens = [time[:, None], self.patch(patchify(x_t, self.patch_size))]
         if self.label is not None:
             tokens.insert(0, self.label(y)[:, None])

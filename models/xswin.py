@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Cond, Grid, Images, Labels, Output, Times, Tokens
+from models.layers import Changes, Cond, Grid, Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
 from models.layers.embedding import Conditioning, IntervalEmbedding, NoConditioning, sincos_2d
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator
@@ -140,6 +140,7 @@ class XSwin(Backbone):
         norm: `layer` (published) or `rms`.
         mlp: `gelu` (published) or `swiglu`.
         second_time: be told of one, `r`: see `Backbone`.
+        augment_dim: be told of changes of images by so many numbers, `augment`: see `Backbone`.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class XSwin(Backbone):
         norm: str = "layer",
         mlp: str = "gelu",
         second_time: bool = False,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         self.input_size = height, width = check_input_size(input_size, patch_size)
@@ -180,6 +182,8 @@ class XSwin(Backbone):
             raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
         if conditioning == "none" and second_time:
             raise ValueError("conditioning=none leaves times no place, and --diffusion.kind tells two: take another")
+        if conditioning == "none" and augment_dim:
+            raise ValueError("conditioning=none leaves changes of images no place: --train.augment 0, or another one")
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
         injection, style = Injection(conditioning, dim), BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp)
@@ -194,9 +198,8 @@ class XSwin(Backbone):
             return [swin_block(width, heads, shifted=n % 2 == 1, drop_path=rates[n]) for n in range(first, depth)]
 
         widths = [dim * 2**level for level in range(len(depths))]
-        self.cond = (
-            NoConditioning() if conditioning == "none" else Conditioning(num_classes, dim, second_time=second_time)
-        )
+        told = {"second_time": second_time, "augment_dim": augment_dim}
+        self.cond = NoConditioning() if conditioning == "none" else Conditioning(num_classes, dim, **told)
         self.stem_in = STEMS[stem](in_channels, dim, injection, conv_norm)
         self.patch_modulator = injection.modulator(self.stem_in.out_channels)
         self.patch = nn.Conv2d(self.stem_in.out_channels, dim, patch_size, stride=patch_size)
@@ -246,8 +249,8 @@ class XSwin(Backbone):
     def as_tokens(self, state: Float[Tensor, "b ... d"]) -> Tokens:
         return state.flatten(1, -2)
 
-    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None) -> Output:
-        cond = self.cond(t, y, r)
+    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
+        cond = self.cond(t, y, r, augment)
 
         # Convolutional stem (if any), patches.
         stem = self.stem_in(x_t, cond)

@@ -43,7 +43,7 @@ pytestmark = [
 CLASSES = [f"class {number}" for number in range(10)]
 BACKBONES = {
     "DiT": TINY_DIT,
-    "LightningDiT-S/2": {**TINY_DIT, "qk_norm": True, "modulation": "shared"},
+    "LightningDiT-S/2": {**TINY_DIT, "qk_norm": True, "modulation": "shared", "augment_dim": 11},
     "UViT-tokens": {**TINY_DIT, "depth": 3},
     "XSwin": {"dim": 16, "depths": [2], "num_heads": [2], "num_global_blocks": 1},
 }

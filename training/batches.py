@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from autoencoders.codec import Codec
+from data.augmentation import change, draw_changes
 from data.latents import LatentCache
 from diffusion.guidance import drop_labels
 from diffusion.times import Device, DrawTimes
@@ -30,14 +31,15 @@ class Batch:
     y: Int64[Tensor, " b"]
     t: Tensor  # [b]
     noise: Float[Tensor, "b c h w"]
-    more: dict[str, Any] = field(default_factory=dict)  # tensors [b ...] that the loss is given by name
+    more: dict[str, Any] = field(default_factory=dict)  # that the loss is given by name: tensors [b ...], extras
     features: Float[Tensor, "b d h_out w_out"] | None = None  # of a frozen network, of the same views of the images
 
 
 @dataclass(frozen=True)
 class Batches:
     """The training stream over a cache: permuted epochs laid end to end, or if `class_balanced` rounds of the classes.
-    `batch_size` counts all processes, `features` is a cache of the same views, `negatives` are next samples."""
+    `batch_size` counts all processes, `features` is a cache of the same views, `negatives` are next samples; `augment`
+    is the probability of each change of an image, of a codec that stores images."""
 
     cache: LatentCache
     codec: Codec
@@ -47,6 +49,7 @@ class Batches:
     num_micro_batches: int = 1
     label_dropout: float = 0.0
     class_balanced: bool = False
+    augment: float = 0.0
     negatives: bool = False
     rank: int = 0
     num_ranks: int = 1
@@ -77,7 +80,10 @@ class Batches:
         y = self.cache.labels[index].to(device)
         y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
         more = self.draw_more(shape, draw, device) if self.draw_more else {}
-        drawn = index, mirrored, posterior_noise, noise
+        drawn = [index, mirrored, posterior_noise, noise]
+        if self.augment:
+            alone = generator_for(self.seed, "augment", step, device=device)  # so that nothing else is drawn otherwise
+            drawn.append(draw_changes(self.augment, mirrored, self.cache.image_size, alone))
         following = [values.roll(-1, dims=0) for values in drawn] if self.negatives else None
 
         size = self.batch_size // (self.num_micro_batches * self.num_ranks)
@@ -85,16 +91,26 @@ class Batches:
             start = (micro * self.num_ranks + self.rank) * size
             part = slice(start, start + size)
             x_0, noise_part = self._data(part, *drawn)
-            more_part = {name: values[part] for name, values in more.items()}
+            more_part: dict[str, Any] = {name: values[part] for name, values in more.items()}
+            if self.augment:
+                more_part["extras"] = {"augment": drawn[-1][part]}
             if following:
                 more_part["negative"] = torch.stack(self._data(part, *following), dim=1)
             features = None if self.features is None else self.features.read(rows[part], mirrored[part]).to(device)
             yield Batch(x_0, y[part], t[part], noise_part, more_part, features)
 
     def _data(
-        self, part: slice, index: Tensor, mirrored: Tensor, posterior_noise: Tensor, noise: Tensor
+        self,
+        part: slice,
+        index: Tensor,
+        mirrored: Tensor,
+        posterior_noise: Tensor,
+        noise: Tensor,
+        changes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         stored = self.cache.read(index[part], mirrored[part]).to(self.device)
+        if changes is not None:
+            stored = change(stored, changes[part])
         return self.codec.draw(stored, posterior_noise[part]), noise[part]
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
@@ -116,7 +132,7 @@ def open_batches(
 ) -> Batches:
     """A run's, with what its objective draws, shared out over its processes; the cache moves to their devices."""
     train, accelerator, diffusion = run.config.train, run.accelerator, objective.diffusion
-    told = {name: getattr(train, name) for name in ("seed", "batch_size", "label_dropout", "class_balanced")}
+    told = {name: getattr(train, name) for name in ("seed", "batch_size", "label_dropout", "class_balanced", "augment")}
     told |= {"num_micro_batches": train.grad_accumulation, "negatives": diffusion.contrast > 0}
     told |= {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes, "device": accelerator.device}
     told |= {"draw_more": objective.draw_more, "features": features}

@@ -16,3 +16,4 @@ Tokens = Float[Tensor, "b n d"]
 Cond = Float[Tensor, "b cond"]
 Times = Shaped[Tensor, " b"]
 Labels = Int64[Tensor, " b"]
+Changes = Float[Tensor, "b augment"] | None  # of images, by numbers; None: none

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.layers import Labels, Times
+from models.layers import Changes, Labels, Times
 from models.layers.attention import check_choice, zero_
 
 NUM_FREQUENCIES = 256
@@ -63,20 +63,57 @@ class NoInterval(nn.Module):
         return embedded
 
 
+class AugmentEmbedding(nn.Module):
+    """Adds a linear map of how the image was changed, which starts at zero, to an embedding of the time (Karras et al.
+    2022, appendix F.2); nothing of an image as it is. No `nn.Linear`, whose weights backbones initialise."""
+
+    def __init__(self, augment_dim: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(augment_dim, dim))
+
+    def forward(self, embedded: Float[Tensor, "b d"], augment: Changes) -> Float[Tensor, "b d"]:
+        if augment is None:
+            augment = self.weight.new_zeros(embedded.shape[0], len(self.weight))
+        return embedded + augment @ self.weight
+
+
+class NoAugment(nn.Module):
+    """Of models of images as they are."""
+
+    def forward(self, embedded: Float[Tensor, "b d"], augment: Changes) -> Float[Tensor, "b d"]:
+        if augment is not None:
+            raise ValueError("augment: this backbone is told of no changes of images; build it with augment_dim")
+        return embedded
+
+
+def make_augment(augment_dim: int, dim: int) -> nn.Module:
+    """For so many numbers that say how an image was changed; 0: it was not."""
+    return AugmentEmbedding(augment_dim, dim) if augment_dim else NoAugment()
+
+
 class Conditioning(nn.Module):
     """`silu(time + label)`: the SiLU that opens every modulator. Label `num_classes` is the null label. `std` is what
     weights start with; None, torch's own, is for blocks that add it to features."""
 
-    def __init__(self, num_classes: int, dim: int, std: float | None = SMALL, *, second_time: bool = False) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        std: float | None = SMALL,
+        *,
+        second_time: bool = False,
+        augment_dim: int = 0,
+    ) -> None:
         super().__init__()
         self.time = TimeEmbedding(dim, std)
         self.interval = IntervalEmbedding(dim, std) if second_time else NoInterval()
+        self.augment = make_augment(augment_dim, dim)
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
         if self.label is not None and std is not None:
             nn.init.normal_(self.label.weight, std=std)
 
-    def forward(self, t: Times, y: Labels, r: Times | None = None) -> Float[Tensor, "b d"]:
-        cond = self.interval(self.time(t), t, r)
+    def forward(self, t: Times, y: Labels, r: Times | None = None, augment: Changes = None) -> Float[Tensor, "b d"]:
+        cond = self.augment(self.interval(self.time(t), t, r), augment)
         if self.label is not None:
             cond = cond + self.label(y)
         return nn.functional.silu(cond)
@@ -85,7 +122,7 @@ class Conditioning(nn.Module):
 class NoConditioning(nn.Module):
     """In place of the embeddings of times and label: vectors of width 0."""
 
-    def forward(self, t: Times, y: Labels, r: Times | None = None) -> Float[Tensor, "b 0"]:
+    def forward(self, t: Times, y: Labels, r: Times | None = None, augment: Changes = None) -> Float[Tensor, "b 0"]:
         return torch.zeros(len(t), 0, device=t.device)
 
 
