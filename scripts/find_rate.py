@@ -98,8 +98,8 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     if config.init_from:
-        whole = bool(config.train.adapter)
-        accelerator.print(warm_start(model, config.init_from, images.classes, codec, accelerator, whole=whole))
+        start, whole = (model, config.init_from, images.classes, codec, accelerator), bool(config.train.adapter)
+        accelerator.print(warm_start(*start, diffusion=config.diffusion, whole=whole))
     alignment, features = open_alignment(run, model, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
