@@ -176,6 +176,10 @@ def from_checkpoint(
     diffusion, trained_with = checkpoint.build_diffusion(), checkpoint.config.sampling
     told = trained_with, diffusion, checkpoint.num_guided
     resolved = [resolve_sampling(*told, say=accelerator.print, **overrides) for overrides in settings]
+    num, num_classes = evaluation.num_samples or num_reference, len(checkpoint.classes)
+    if evaluation.labels == "balanced" and num < num_classes:
+        words = f"--num_samples {num}: of {num_classes} classes the first {num} alone are drawn and held against all"
+        accelerator.print(f"{words}; --labels random draws of all, as does --labels reference")
     model = checkpoint.load_model(accelerator.device)
     provenance: dict[str, Any] = {"checkpoint": checkpoint.path.as_posix(), "model": checkpoint.spec.name}
     provenance |= {"step": checkpoint.step, "trained_at_commit": checkpoint.commit, "labels": evaluation.labels}

@@ -36,6 +36,7 @@ def test_scores_carry_their_provenance(folder, extractor):
     done = run("evaluate.py", "--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 10, cwd=folder)
     assert "frechet_distance[colors]" in done.stdout
     assert "not FID" in done.stdout
+    assert "alone are drawn" not in done.stdout
     record = scores(folder, "runs/tiny/scores.json")
     assert record["num_samples"] == 10
     assert record["samples"]["sampler"] == "ddpm"
@@ -172,7 +173,8 @@ def test_references_are_written_read_and_reused(folder, extractor):
     cached = list((folder / "cache" / "references").glob("shapes-*.safetensors"))
     assert cached
     before = [path.stat().st_mtime_ns for path in cached]
-    run(*flags, "--output", "c.json", cwd=folder)
+    done = run(*flags[:-1], 7, "--output", "c.json", cwd=folder)
+    assert "--num_samples 7: of 10 classes the first 7 alone are drawn and held against all" in done.stdout
     assert [path.stat().st_mtime_ns for path in cached] == before
 
 
