@@ -1,5 +1,6 @@
 """Files that are whole or absent, whatever kills the process."""
 
+import errno
 import glob
 import hashlib
 import itertools
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of disks
 
 
 def inside(folder: Path, name: str, flag: str) -> Path:
@@ -50,6 +53,10 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:  # of a write, which knows no name
+            raise OSError(error.errno, f"{path} could not be written ({error.strerror}); make room") from error
+        raise
     finally:
         _remove(partial)
 

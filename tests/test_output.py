@@ -1,5 +1,6 @@
 """What sampling writes: whole, in its folder, a batch at a time, and in modes that it leaves as they were."""
 
+import errno
 import os
 import re
 import subprocess
@@ -52,6 +53,13 @@ def test_what_is_interrupted_leaves_nothing(tmp_path):
         save_npz(interrupted(), torch.arange(5), [], tmp_path / "x.npz")
     with pytest.raises(OSError, match="no space"):
         save_folder(interrupted(), ["a"] * 5, tmp_path / "images")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_with_what_had_no_room(tmp_path):
+    words = r"x\.json could not be written \(No space left on device\); make room"
+    with pytest.raises(OSError, match=words), whole(tmp_path / "x.json"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
 
 
