@@ -259,7 +259,10 @@ def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) ->
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """A safetensors file whose metadata carry checksums of themselves and of the tensors, wherever it goes."""
     sealed = {**metadata, "weights_sha256": weights_sha256(tensors)}
-    save_file(dict(tensors), path, metadata={**sealed, "metadata_sha256": _sha256(sealed)})
+    try:
+        save_file(dict(tensors), path, metadata={**sealed, "metadata_sha256": _sha256(sealed)})
+    except SafetensorError as error:  # of the disk
+        raise OSError(f"{path} could not be written ({error}); see to the disk") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

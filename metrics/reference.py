@@ -47,8 +47,13 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
         tensors |= {f"{name}.mean": one.mean.contiguous(), f"{name}.covariance": one.covariance.contiguous()}
     counts = json.dumps({name: one.num for name, one in moments.items()})
     metadata = {"key": json.dumps(key, sort_keys=True), "counts": counts, "sha256": _sha256(tensors, counts)}
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    try:
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
+    except SafetensorError as error:
+        raise ReferenceError(
+            f"--data.cache: reference {path} could not be written ({error}); see to the disk"
+        ) from error
 
 
 def load_features(path: Path, key: Mapping[str, object]) -> Features:

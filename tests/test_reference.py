@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from checkpoints.checkpoint import save_tensors
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
 from metrics.programs import save_program
@@ -138,3 +140,16 @@ def test_a_reference_of_images_alone(tmp_path, extractor):
     found, images = read_adm(tmp_path / "images.npz", extractor)
     assert found is None
     assert images.shape == (4, 3, 8, 8)
+
+
+def test_a_full_disk_is_told_in_words_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("metrics.reference.save_file", full)
+    monkeypatch.setattr("checkpoints.checkpoint.save_file", full)
+    with pytest.raises(ReferenceError, match=r"--data.cache: .* could not be written .*No space left"):
+        save_features(Features.of(torch.zeros(3, 2)), tmp_path / "x.safetensors", {})
+    with pytest.raises(OSError, match=r"y.safetensors could not be written \(I/O error: No space left"):
+        save_tensors({"weight": torch.zeros(1)}, tmp_path / "y.safetensors", {})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
