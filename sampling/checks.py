@@ -46,7 +46,9 @@ def resolve_sampling(
     if (asked in diffusion.guided_samplers or not num_guided) and guide is None:
         defaults["guidance_scale"] = 1.0
         if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, USUAL_GUIDANCE):
-            why = "guidance is part of its training" if num_guided else "it has no null label to be guided away from"
+            why = f"{asked} is guided by a command alone"
+            why = "guidance is part of its training" if diffusion.guidance_settings else why
+            why = why if num_guided else "it has no null label to be guided away from"
             say(f"--sampling.guidance_scale {config.guidance_scale:g} of the model's training: without effect, {why}")
     if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
         raise ValueError(f"--sampling.guidance_checkpoint {guide}: give --sampling.guidance_scale too; at 1 it is idle")

@@ -150,6 +150,9 @@ def test_a_scale_that_guidance_in_training_leaves_without_effect_is_said(diffusi
     without = "--sampling.guidance_scale 3 of the model's training: without effect, "
     assert said(3.0) == [f"{without}guidance is part of its training"]
     assert said(3.0, num_guided=0) == [f"{without}it has no null label to be guided away from"]
+    plain = []
+    resolve_sampling(SamplingConfig(guidance_scale=3.0), meanflow(), 10, say=plain.append)
+    assert plain == [f"{without}meanflow is guided by a command alone"]
     assert said(1.0) == said(1.5) == said(3.0, guidance_scale=2.0) == []  # 1.5 is what nobody asked for
 
 
