@@ -50,7 +50,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from training.log import is_due
     from training.objective import build_auxiliary, objective_of, phase_at
     from training.optimizer import build_optimizers, learning_rate, num_training_steps
-    from training.preparation import compile_blocks, forecast, recompute_blocks, share_batch_norms
+    from training.preparation import compile_blocks, forecast, join_casts, recompute_blocks, share_batch_norms
 
     # Data and model.
     config, accelerator = run.config, run.accelerator
@@ -86,6 +86,7 @@ def train(run: Run[ExperimentConfig]) -> None:
         recompute_blocks(model, accelerator.device)
     if config.train.compile:
         compile_blocks(model)
+    join_casts(model, config.train, accelerator)
     model, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
     backbone = accelerator.unwrap_model(model)
     learned = Merged(backbone) if config.train.adapter else backbone  # as averages know it

@@ -47,8 +47,9 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Grid, cond: Cond) -> Grid:
         mixed = self.norm1(self.attention(self.modulator1(x, cond), self.token(cond)))
-        x = x + self.drop_path(self.gate1(mixed, cond))
-        return x + self.drop_path(self.gate2(self.norm2(self.mlp(self.modulator2(x, cond))), cond))
+        x = self.drop_path(x, self.gate1(mixed, cond))
+        thought = self.norm2(self.mlp(self.modulator2(x, cond)))
+        return self.drop_path(x, self.gate2(thought, cond))
 
 
 class GlobalBlock(nn.Module):
@@ -186,7 +187,8 @@ class XSwin(Backbone):
             raise ValueError("conditioning=none leaves changes of images no place: --train.augment 0, or another one")
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
-        injection, style = Injection(conditioning, dim), BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp)
+        self.injection = injection = Injection(conditioning, dim)
+        style = BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp)
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path} must lie in [0, 1)")
         rates = torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist()
@@ -250,7 +252,7 @@ class XSwin(Backbone):
         return state.flatten(1, -2)
 
     def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
-        cond = self.cond(t, y, r, augment)
+        cond = self.injection(self.cond(t, y, r, augment))
 
         # Convolutional stem (if any), patches.
         stem = self.stem_in(x_t, cond)

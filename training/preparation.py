@@ -6,13 +6,17 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import Diffusion
+from experiment.config import TrainConfig
+from machine.precision import precision_of
 from models import ModelSpec
-from models.backbone import Backbone
+from models.backbone import MULTIPLYING, Backbone
+from models.layers.launches import AT_ONCE, Casting, Uncast
 
 LONG = 600  # seconds of an epoch
 
@@ -48,6 +52,26 @@ def compile_blocks(model: Backbone) -> None:
     torch._dynamo.config.recompile_limit = 64
     for block in model.repeated_blocks():
         block.compile(dynamic=False)  # symbolic widths and grids take minutes to reason about
+
+
+def join_casts(model: Backbone, config: TrainConfig, accelerator: Accelerator) -> None:
+    """Cast weights for autocast by the block, where each cast is a launch (`models.layers.launches`). Compiled blocks
+    join theirs themselves; blocks that are computed again, parts of weights and adapters keep autocast's own."""
+    joined = accelerator.device.type in AT_ONCE and precision_of(accelerator) == "bf16"
+    apart = config.compile or config.recompute or config.adapter
+    if joined and not apart and accelerator.distributed_type is not DistributedType.FSDP:
+        cast_at_once(model)
+
+
+def cast_at_once(model: Backbone) -> None:
+    """`Casting` of the layers of each block, and of those that lie in none."""
+    placed: set[nn.Module] = set()
+    for module in (*model.repeated_blocks(), model):
+        uncast = {part for each in module.modules() if isinstance(each, Uncast) for part in each.modules()}
+        layers = [part for part in module.modules() if isinstance(part, MULTIPLYING) and part not in placed | uncast]
+        placed.update(layers)
+        if layers:
+            Casting(module, layers)
 
 
 def forecast(model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, num_images: int) -> str:

@@ -17,9 +17,10 @@ from experiment.config import OptimConfig
 from metrics.cost import throughput
 from models import create_model
 from models.backbone import Backbone
+from models.layers.launches import AT_ONCE
 from training.meter import memory_gb
 from training.optimizer import build_optimizer
-from training.preparation import compile_blocks
+from training.preparation import cast_at_once, compile_blocks
 
 NUM_CLASSES = 101
 CALLS = 10  # of a program before a GPU is waited for
@@ -62,6 +63,8 @@ def training_step(
         group["capturable"] = not reads
     if compile:
         compile_blocks(model)
+    elif precision == "bf16" and the_device().type in AT_ONCE:
+        cast_at_once(model)
     loss_of = autocasting(precision, lambda: diffusion.training_loss(model, *batch())["loss"].mean())
 
     def step() -> None:

@@ -67,7 +67,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention whose queries come from `x`, keys and values from `context`."""
+    """Multi-head attention whose queries come from `x`, keys and values from `context`: within each tile, if there are
+    such. A mask of each, or one for all, is added."""
 
     def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
@@ -79,12 +80,17 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "*b n d"], context: Float[Tensor, "*b m d"], bias: Tensor | None = None
-    ) -> Float[Tensor, "*b n d"]:
-        q = rearrange(self.q(x), "... n (k e) -> ... k n e", k=self.num_heads)
-        k, v = rearrange(self.kv(context), "... m (two k e) -> two ... k m e", two=2, k=self.num_heads)
+        self,
+        x: Float[Tensor, "b *t n d"],
+        context: Float[Tensor, "b *t m d"],
+        mask: Float[Tensor, "tiles n m"] | None = None,
+    ) -> Float[Tensor, "b *t n d"]:
+        q = rearrange(self.q(x), "b ... n (k e) -> b (... k) n e", k=self.num_heads)  # four axes: fused kernels' own
+        k, v = rearrange(self.kv(context), "b ... m (two k e) -> two b (... k) m e", two=2, k=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
-        return self.proj(rearrange(attend(q, k, v, bias=bias), "... k n e -> ... n (k e)"))
+        mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(self.num_heads, dim=0)
+        heads = attend(q, k, v, bias=mask)
+        return self.proj(rearrange(heads, "b (t k) n e -> b t n (k e)", k=self.num_heads).view(x.shape))
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -97,7 +103,7 @@ def check_choice(name: str, value: str, known: Collection[str]) -> None:
         raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
 
 
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 
 
 def zero_(layer: Layer) -> Layer:

@@ -1,14 +1,14 @@
 """How conditioning enters a layer: adaptive modulation (adaLN, Peebles and Xie 2023), gates, or tokens."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models.layers import Cond
 from models.layers.attention import zero_
+from models.layers.launches import Uncast, at_once
 
 Features = Float[Tensor, "b *axes d"]
 
@@ -22,16 +22,31 @@ def _spread(values: Float[Tensor, "b d"], x: Features) -> Tensor:
     return values.view(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])  # not len(x): that is a number to torch.export
 
 
+class Told(nn.Linear, Uncast):
+    """What a layer is told of the conditioning: a linear of it, added to what it is `at_rest`, told by weights of zero.
+    Where `Injection` has told all layers at once, it is cut out there."""
+
+    at_rest: Float[Tensor, " e"]
+    place: slice  # among the features that all layers are told
+
+    def __init__(self, cond_dim: int, *at_rest: Float[Tensor, " d"]) -> None:
+        super().__init__(cond_dim, sum(map(len, at_rest)))
+        self.register_buffer("at_rest", torch.cat(at_rest), persistent=False)
+
+    def forward(self, cond: Cond) -> Float[Tensor, "b e"]:
+        return super().forward(cond) + self.at_rest if cond.shape[-1] == self.in_features else cond[:, self.place]
+
+
 class Modulator(nn.Module):
     """Shift and scale by a zero-initialised linear of the conditioning: the identity at first."""
 
     def __init__(self, cond_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear = zero_(nn.Linear(cond_dim, 2 * dim))
+        self.linear = zero_(Told(cond_dim, torch.zeros(dim), torch.ones(dim)))
 
     def forward(self, x: Features, cond: Cond) -> Features:
-        shift, scale = self.linear(cond).chunk(2, dim=-1)
-        return modulate(x, shift, scale)
+        shift, scale = self.linear(cond).to(x.dtype).chunk(2, dim=-1)
+        return torch.addcmul(_spread(shift, x), x, _spread(scale, x))
 
 
 class Offset(nn.Module):
@@ -50,7 +65,7 @@ class Gate(nn.Module):
 
     def __init__(self, cond_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear = zero_(nn.Linear(cond_dim, dim))
+        self.linear = zero_(Told(cond_dim, torch.zeros(dim)))
 
     def forward(self, x: Features, cond: Cond) -> Features:
         return x * _spread(self.linear(cond), x)
@@ -61,7 +76,7 @@ class CondToken(nn.Module):
 
     def __init__(self, cond_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(cond_dim, dim)
+        self.linear = Told(cond_dim, torch.zeros(dim))
 
     def forward(self, cond: Cond) -> Float[Tensor, "b 1 d"]:
         return self.linear(cond)[:, None]
@@ -81,15 +96,47 @@ class NoToken(nn.Identity):
         return None
 
 
-class Injection:
+class Injection(nn.Module):
     """Makes what conditioning enters by: `modulator(dim)` before a layer and `gate(dim)` after a residual branch, both
-    `(x, cond) -> x`; `token(dim)` for an attention, `cond -> [b 1 d]` or None."""
+    `(x, cond) -> x`; `token(dim)` for an attention, `cond -> [b 1 d]` or None.
+
+    Called with the conditioning, it tells all of them at once by one product, where that pays (`launches`). Adapters
+    stand before their linears and FSDP has the weights of a block only inside it: then each asks by itself.
+    """
 
     def __init__(self, kind: str, cond_dim: int) -> None:
-        modulator, gate, token = INJECTIONS[kind]
-        self.modulator: Callable[[int], nn.Module] = partial(modulator, cond_dim)
-        self.gate: Callable[[int], nn.Module] = partial(gate, cond_dim)
-        self.token: Callable[[int], nn.Module] = partial(token, cond_dim)
+        super().__init__()
+        self.cond_dim, self.makers = cond_dim, INJECTIONS[kind]
+        self.parts: list[Modulator | Gate | CondToken] = []  # of the network, and none of this
+        self.width = 0
+
+    def modulator(self, dim: int) -> nn.Module:
+        return self._placed(self.makers[0](self.cond_dim, dim))
+
+    def gate(self, dim: int) -> nn.Module:
+        return self._placed(self.makers[1](self.cond_dim, dim))
+
+    def token(self, dim: int) -> nn.Module:
+        return self._placed(self.makers[2](self.cond_dim, dim))
+
+    def _placed(self, part: nn.Module) -> nn.Module:
+        if isinstance(part, Modulator | Gate | CondToken):
+            start, self.width = self.width, self.width + part.linear.out_features
+            part.linear.place = slice(start, self.width)
+            self.parts.append(part)
+        return part
+
+    def forward(self, cond: Cond) -> Float[Tensor, "b told"]:
+        linears = [part.linear for part in self.parts]
+        if not at_once(cond) or not linears or not all(isinstance(linear, Told) for linear in linears):
+            return cond
+        if any(isinstance(linear.weight, DTensor) for linear in linears):
+            self.parts = []  # for good: FSDP may leave weights whole for a while, and would not hear of gradients
+            return cond
+        weight, bias, at_rest = (
+            torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias", "at_rest")
+        )
+        return F.linear(cond, weight, bias) + at_rest
 
 
 INJECTIONS = {

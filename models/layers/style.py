@@ -49,17 +49,17 @@ MLPS: dict[str, Callable[[int, int, nn.Module | None], nn.Module]] = {
 
 
 class DropPath(nn.Module):
-    """Leaves a residual branch out for a share `drop_prob` of the samples while training (Huang et al. 2016)."""
+    """Adds a residual branch, while training for all but a share `drop_prob` of the samples (Huang et al. 2016)."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+    def forward(self, x: Float[Tensor, "b ..."], branch: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         if not self.training or self.drop_prob == 0:
-            return x
+            return x + branch
         kept = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.drop_prob)
-        return x * kept.div_(1 - self.drop_prob)
+        return torch.addcmul(x, branch, kept, value=1 / (1 - self.drop_prob))
 
 
 @dataclass(frozen=True)

@@ -7,79 +7,117 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from models.layers import Cond, Grid
 from models.layers.attention import CrossAttention, attend, check_heads, make_qk_norms
+from models.layers.launches import Uncast, at_once
 from models.layers.modulation import Injection
 from models.layers.style import BlockStyle
 
+TILE = 8  # the side, in tokens, of what attends in one go on devices where launches count
+
+
+def tile_side(window_size: int, x: Tensor) -> int:
+    """Side of the tiles of windows of this size: a window, or as many as fit."""
+    return max(1, TILE // window_size) * window_size if at_once(x) else window_size
+
 
 class Windows:
-    """The windows of an `h x w` grid, shifted by `shift` along each axis that holds more than one. Far edges are
-    padded. Tokens attend to those of their window that were neighbours before the shift; nothing attends to padding."""
+    """The windows of an `h x w` grid, shifted by `shift` along each axis that holds more than one. Tokens attend to
+    those of their window; nothing attends to what is beyond the grid.
 
-    def __init__(self, height: int, width: int, window_size: int, shift: int = 0) -> None:
+    They are dealt out in tiles of one window each, or of as many as fit into `tile` tokens along an axis. A grid that
+    fits is a tile as it is; of others far edges are padded.
+    """
+
+    def __init__(self, height: int, width: int, window_size: int, shift: int = 0, tile: int | None = None) -> None:
         self.height, self.width, self.size = height, width, window_size
-        self.padded = tuple(math.ceil(side / window_size) * window_size for side in (height, width))
-        self.shifts = tuple(shift if side > window_size else 0 for side in self.padded)
+        sides, tile = (height, width), tile or window_size
+        self.tile = tuple(min(side, tile) for side in sides)
+        self.padded = tuple(math.ceil(side / part) * part for side, part in zip(sides, self.tile, strict=True))
+        self.shifts = tuple(shift if side > window_size else 0 for side in sides)
+        self.rolls = tuple(shift if side > tile else 0 for side in sides)
 
-    def partition(self, x: Grid) -> Float[Tensor, "b windows n d"]:
-        """The windows of each image, row by row, each a sequence of tokens."""
-        x = F.pad(x, (0, 0, 0, self.padded[1] - self.width, 0, self.padded[0] - self.height))
-        if any(self.shifts):
-            x = x.roll((-self.shifts[0], -self.shifts[1]), dims=(1, 2))
-        return rearrange(x, "b (nh p) (nw q) d -> b (nh nw) (p q) d", p=self.size, q=self.size)
+    def partition(self, x: Grid) -> Float[Tensor, "b tiles n d"]:
+        """The tiles of each image, row by row, each a sequence of tokens."""
+        if self.padded != (self.height, self.width):
+            x = F.pad(x, (0, 0, 0, self.padded[1] - self.width, 0, self.padded[0] - self.height))
+        if any(self.rolls):
+            x = x.roll((-self.rolls[0], -self.rolls[1]), dims=(1, 2))
+        p, q = self.tile
+        return rearrange(x, "b (nh p) (nw q) d -> b (nh nw) (p q) d", p=p, q=q)
 
-    def merge(self, x: Float[Tensor, "b windows n d"]) -> Grid:
+    def merge(self, x: Float[Tensor, "b tiles n d"]) -> Grid:
         """The inverse of `partition`, padding cut off."""
-        nh, nw = (side // self.size for side in self.padded)
-        x = rearrange(x, "b (nh nw) (p q) d -> b (nh p) (nw q) d", nh=nh, nw=nw, p=self.size)
-        if any(self.shifts):
-            x = x.roll(self.shifts, dims=(1, 2))
+        p, q = self.tile
+        x = rearrange(x, "b (nh nw) (p q) d -> b (nh p) (nw q) d", nh=self.padded[0] // p, p=p, q=q)
+        if any(self.rolls):
+            x = x.roll(self.rolls, dims=(1, 2))
         return x[:, : self.height, : self.width]
 
-    def mask(self, device: torch.device) -> Bool[Tensor, "windows n n"] | None:
-        """Which tokens of a window may attend to which; None where all may."""
-        if not any(self.shifts) and self.padded == (self.height, self.width):
+    def mask(self, device: torch.device) -> Float[Tensor, "tiles n n"] | None:
+        """To be added to logits: 0 where a token of a tile may attend to another, else -inf; None where all may."""
+        if max(self.tile) <= self.size and not any(self.rolls) and self.padded == (self.height, self.width):
             return None
-        return _mask(self.height, self.width, self.size, self.padded, self.shifts, device)
+        sides = (self.height, self.width), self.padded, self.tile, self.shifts, self.rolls
+        return _mask(self.size, tuple(zip(*sides, strict=True)), device)
+
+    def offsets(self, device: torch.device) -> Int64[Tensor, "n n"]:
+        """How far each token of a tile lies from each other one, as a number; of a window's tokens, that of the offset
+        among the `(2 size - 1)^2` that there are, row by row."""
+        return _offsets(self.size, self.tile, device)
+
+
+Axis = tuple[int, int, int, int, int]  # length, padded length, tile, shift of the windows, roll of the grid
 
 
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
-def _mask(
-    height: int, width: int, size: int, padded: tuple[int, int], shifts: tuple[int, int], device: torch.device
-) -> Bool[Tensor, "windows n n"]:
+def _mask(size: int, axes: tuple[Axis, Axis], device: torch.device) -> Float[Tensor, "tiles n n"]:
     with torch.inference_mode(False):  # kept for training, even when first needed while sampling
-        regions = []
-        for side, full, shift in zip((height, width), padded, shifts, strict=True):
-            position = (torch.arange(full) + shift) % full
-            wrapped = torch.arange(full) >= full - shift
-            regions.append(torch.where(position >= side, 2, wrapped.long()))
-        region = 3 * regions[0][:, None] + regions[1]
-        region = rearrange(region, "(nh p) (nw q) -> (nh nw) (p q)", p=size, q=size)
-        return (region[:, :, None] == region[:, None, :]).to(device)
+        windows = []  # of each place along an axis; what lies beyond the grid is in one of its own
+        for side, padded, _, shift, roll in axes:
+            position = (torch.arange(padded) + roll) % padded
+            windows.append(torch.where(position < side, (position - shift) // size, padded))
+        rows, columns = windows
+        window = rows[:, None] * 2 * len(columns) + columns
+        window = rearrange(window, "(nh p) (nw q) -> (nh nw) (p q)", p=axes[0][2], q=axes[1][2])
+        if all(side == padded and not roll for side, padded, _, _, roll in axes):
+            window = window[:1]  # all tiles are alike
+        together = window[:, :, None] == window[:, None, :]
+        return torch.zeros(together.shape).masked_fill(~together, -torch.inf).to(device)
 
 
-class ContinuousPositionBias(nn.Module):
-    """Log-spaced continuous position bias of Swin V2 (Liu et al. 2022, section 3.3): `16 sigmoid(mlp(offset))`."""
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def _offsets(size: int, tile: tuple[int, int], device: torch.device) -> Int64[Tensor, "n n"]:
+    with torch.inference_mode(False):
+        row, column = torch.cartesian_prod(*map(torch.arange, tile)).T
+        row, column = ((axis[:, None] - axis).clamp(1 - size, size - 1) + size - 1 for axis in (row, column))
+        return (row * (2 * size - 1) + column).to(device)
+
+
+class ContinuousPositionBias(nn.Module, Uncast):
+    """Log-spaced continuous position bias of Swin V2 (Liu et al. 2022, section 3.3): `16 sigmoid(mlp(offset))`, of the
+    `offsets` between tokens as `Windows` numbers them, and a mask that is added."""
+
+    table: Float[Tensor, "offsets 2"]
 
     def __init__(self, window_size: int, num_heads: int, hidden_dim: int = 512) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_heads, bias=False))
-        w = window_size
-        offsets = torch.arange(1 - w, w, dtype=torch.float32) * 8 / max(1, w - 1)
-        offsets = offsets.sign() * torch.log2(offsets.abs() + 1) / 3  # log2(8) = 3
-        row, column = torch.arange(w).repeat_interleave(w), torch.arange(w).repeat(w)
-        index = (row[:, None] - row + w - 1) * (2 * w - 1) + (column[:, None] - column + w - 1)
-        self.register_buffer("table", torch.cartesian_prod(offsets, offsets), persistent=False)
-        self.register_buffer("index", index, persistent=False)
+        steps = torch.arange(1 - window_size, window_size, dtype=torch.float32) * 8 / max(1, window_size - 1)
+        steps = steps.sign() * torch.log2(steps.abs() + 1) / 3  # log2(8) = 3
+        self.register_buffer("table", torch.cartesian_prod(steps, steps), persistent=False)
 
-    def forward(self) -> Float[Tensor, "k n n"]:
-        bias = 16 * self.mlp(self.table).float().sigmoid()  # [offsets k]
-        return rearrange(bias[self.index], "n m k -> k n m")
+    def forward(
+        self, offsets: Int64[Tensor, "n n"], mask: Float[Tensor, "tiles n n"] | None = None
+    ) -> Float[Tensor, "tiles k n n"]:
+        with torch.autocast(offsets.device.type, enabled=False):  # of few numbers, each cast costs a GPU as much
+            shares = self.mlp(self.table).sigmoid().T[:, offsets]  # [k n n]
+        return 16 * shares[None] if mask is None else torch.add(mask[:, None], shares, alpha=16)
 
 
 class GivenBias(nn.Linear):
@@ -97,6 +135,8 @@ class WindowAttention(nn.Module):
     a scale a channel.
     """
 
+    k_bias: Tensor  # zeros
+
     def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool, qk_norm: bool = False) -> None:
         super().__init__()
         check_heads(dim, num_heads)
@@ -105,33 +145,40 @@ class WindowAttention(nn.Module):
         self.qkv = GivenBias(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("k_bias", torch.zeros(dim), persistent=False)
         self.q_norm, self.k_norm = make_qk_norms(qk_norm, dim // num_heads)
         self.proj = nn.Linear(dim, dim)
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
         self.position_bias = ContinuousPositionBias(window_size, num_heads)
 
     def forward(self, x: Grid, token: Float[Tensor, "b 1 d"] | None = None) -> Grid:
-        windows = Windows(x.shape[1], x.shape[2], self.window_size, self.shift)
-        x = windows.partition(x)  # [b windows n d]
-        num_queries = x.shape[2]
+        windows = Windows(x.shape[1], x.shape[2], self.window_size, self.shift, tile_side(self.window_size, x))
+        x = windows.partition(x)  # [b tiles n d]
+        num_tiles, num_queries = x.shape[1:3]
         if token is not None:
-            x = torch.cat([x, token[:, None].expand(-1, x.shape[1], -1, -1)], dim=2)
-        qkv = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
-        q, k, v = rearrange(qkv, "b w n (three k e) -> three b (w k) n e", three=3, k=self.num_heads)
-        scale = self.logit_scale.clamp(max=math.log(100)).exp()
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k = to_length(q, scale.repeat(x.shape[1], 1, 1)), to_length(k)
-        bias = self.position_bias().expand(x.shape[1], -1, -1, -1)  # [windows k n n]
-        mask = windows.mask(x.device)
-        bias = bias if mask is None else bias.masked_fill(~mask[:, None], -torch.inf)
+            x = torch.cat([x, token[:, None].expand(-1, num_tiles, -1, -1)], dim=2)
+        qkv = self.qkv(x, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
+        q, k, v = rearrange(qkv, "b t n (three k e) -> three b (t k) n e", three=3, k=self.num_heads)
+        temperature = self.logit_scale.clamp(max=math.log(100)).exp().expand(num_tiles, -1, -1, -1).flatten(0, 1)
+        q, k, scale = cosine(self.q_norm(q), self.k_norm(k), temperature)
+        bias = self.position_bias(windows.offsets(x.device), windows.mask(x.device)).expand(num_tiles, -1, -1, -1)
         bias = bias if token is None else F.pad(bias, (0, 1))
-        x = attend(q[..., :num_queries, :], k, v, bias=rearrange(bias, "w k n m -> (w k) n m"), scale=1.0)
-        return windows.merge(self.proj(rearrange(x, "b (w k) n e -> b w n (k e)", k=self.num_heads)))
+        x = attend(q[..., :num_queries, :], k, v, bias=rearrange(bias, "t k n m -> (t k) n m"), scale=scale)
+        return windows.merge(self.proj(rearrange(x, "b (t k) n e -> b t n (k e)", k=self.num_heads)))
 
 
-def to_length(x: Float[Tensor, "b k n e"], length: Float[Tensor, "k 1 1"] | float = 1.0) -> Float[Tensor, "b k n e"]:
-    """Vectors of a given length: as `F.normalize` and a product, in little more than half of the time."""
-    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12))
+Heads = Float[Tensor, "b k n e"]
+
+
+def cosine(q: Heads, k: Heads, temperature: Float[Tensor, "k 1 1"]) -> tuple[Heads, Heads, float]:
+    """Queries and keys whose products, times a scale that is given too, are the cosines of their angles, times a
+    temperature. On GPUs by a norm that is one kernel; on CPUs in little more than half of what `F.normalize` takes."""
+    if at_once(q):
+        with torch.autocast(q.device.type, enabled=False):  # which would have it compute in float32, and cast
+            q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-24) for x in (q, k))
+        return q * temperature, k, 1 / q.shape[-1]
+    lengths = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k))
+    return q * (temperature / next(lengths)), k * (1 / next(lengths)), 1.0
 
 
 class WindowCrossAttention(nn.Module):
@@ -143,10 +190,10 @@ class WindowCrossAttention(nn.Module):
         self.attention = CrossAttention(dim, num_heads, qk_norm=qk_norm)
 
     def forward(self, x: Grid, context: Grid) -> Grid:
-        windows = Windows(x.shape[1], x.shape[2], self.window_size or max(x.shape[1:3]))
-        x, context = windows.partition(x), windows.partition(context)
+        window_size = self.window_size or max(x.shape[1:3])
+        windows = Windows(x.shape[1], x.shape[2], window_size, tile=tile_side(window_size, x))
         mask = windows.mask(x.device)
-        return windows.merge(self.attention(x, context, None if mask is None else mask[:, None]))
+        return windows.merge(self.attention(windows.partition(x), windows.partition(context), mask))
 
 
 class CrossAttentionSkip(nn.Module):

@@ -1,0 +1,146 @@
+"""What a GPU is told to do: how many launches, which kernels, and that operations put together compute the same."""
+
+from itertools import product
+
+import pytest
+import torch
+from launches import count_launches
+from test_backbones import inputs, small, wake
+
+from diffusion.average_velocity import load_forward_rules
+from models import create_model
+from models.layers import launches
+from models.layers.modulation import Modulator
+from models.layers.window import WindowAttention, WindowCrossAttention, Windows
+from training.preparation import cast_at_once
+
+TRAINING, SAMPLING = 575, 525  # launches of XSwin's forward pass, of which there were 1,323 and 972
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """A switch: the CPU puts operations together as a GPU does, or not."""
+    return lambda on: monkeypatch.setattr(launches, "AT_ONCE", {"cpu"} if on else set())
+
+
+def test_xswin_tells_a_gpu_little_and_all_attention_is_fused():
+    model = create_model("XSwin", input_size=8, in_channels=4, out_channels=8, num_classes=101).train()
+    cast_at_once(model)
+    found = count_launches(model)
+    assert sum(found.names.values()) <= TRAINING, found.lines.most_common(20)
+    swin = {"efficient 6 x 64": 5, "efficient 12 x 16": 5, "efficient 12 x 64": 1, "efficient 24 x 16": 1}
+    swin["efficient 6 x 64"] += 1  # the skips' cross-attention, by windows
+    swin["efficient 12 x 16"] += 1
+    assert found.attention == {**swin, "flash 12 x 16": 3}
+    assert not any(name in found.names for name in ("roll", "bmm", "_safe_softmax")), "windows are not moved about"
+    assert found.names["_foreach_copy_"] == 16, "weights are cast by the block: 15, and what lies in none"
+
+
+def test_sampling_casts_no_weights_from_one_call_to_the_next():
+    model = create_model("XSwin", input_size=8, in_channels=4, out_channels=8, num_classes=101).eval()
+    found = count_launches(model)
+    assert sum(found.names.values()) <= SAMPLING, found.lines.most_common(20)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(("size", "window"), [*product([(8, 8), (5, 7), (12, 20), (9, 3)], [2, 3, 4]), ((3, 3), 4)])
+def test_windows_that_share_a_tile_attend_as_alone(size, window, shifted, at_once):
+    torch.manual_seed(0)
+    attention = WindowAttention(16, 2, window, shifted=shifted).double()
+    skip = WindowCrossAttention(16, 2, window).double()
+    x, token = torch.randn(2, *size, 16, dtype=torch.float64), torch.randn(2, 1, 16, dtype=torch.float64)
+    found = []
+    for on in (False, True):
+        at_once(on)
+        found.append((attention(x), attention(x, token), skip(x, x.roll(1, dims=0))))
+    for alone, shared in zip(*found, strict=True):
+        assert torch.allclose(alone, shared, atol=1e-9, rtol=1e-6)
+
+
+def test_a_grid_of_one_tile_is_left_as_it_is():
+    windows, x = Windows(8, 8, 2, 1, tile=8), torch.randn(2, 8, 8, 3)
+    tiles = windows.partition(x)
+    assert tiles.shape == (2, 1, 64, 3)
+    assert tiles.data_ptr() == x.data_ptr() == windows.merge(tiles).data_ptr()
+    reached = windows.mask(x.device).eq(0).sum(dim=-1)[0].unflatten(0, (8, 8))
+    assert reached[0, 0] == 1, "a corner, which the shift leaves alone"
+    assert reached[0, 1] == 2
+    assert reached[1, 1] == 4
+
+
+VARIANTS = [
+    {},
+    {"conditioning": "adaln_zero"},
+    {"conditioning": "tokens", "skip": "global_cross_attention"},
+    {"skip": "none", "qk_norm": True, "norm": "rms"},
+    {"drop_path": 0.5, "final_downsample": True},
+]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 20)])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_xswin_is_the_same_with_operations_put_together(variant, size, at_once):
+    model, (x, t, y) = wake(small("XSwin", size, **variant)).double().train(), inputs(size=size)
+    found = []
+    for on in (False, True):
+        at_once(on)
+        torch.manual_seed(3)
+        model.zero_grad()
+        output = model(x.double(), t.double(), y)
+        output.square().mean().backward()
+        found.append([output.detach(), *(parameter.grad for parameter in model.parameters())])
+    for apart, together in zip(*found, strict=True):
+        assert torch.allclose(apart, together, rtol=1e-5, atol=1e-9)
+
+
+def test_a_derivative_along_time_passes_what_is_put_together(at_once):
+    model, (x, t, y) = wake(small("XSwin")).double().eval(), inputs()
+    load_forward_rules()
+    found = []
+    for on in (False, True):
+        at_once(on)
+        with torch.autograd.forward_ad.dual_level():
+            now = torch.autograd.forward_ad.make_dual(t.double(), torch.ones(len(t), dtype=torch.float64))
+            found.append(torch.autograd.forward_ad.unpack_dual(model(x.double(), now, y)).tangent)
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-12)
+    assert found[0].any()
+
+
+def test_an_adapter_before_a_modulators_linear_is_heard(at_once):
+    """A linear that something stands before is asked by itself, and with it all others."""
+    at_once(True)
+    model, (x, t, y) = wake(small("XSwin")).eval(), inputs()
+    modulator = next(module for module in model.modules() if isinstance(module, Modulator))
+    with torch.no_grad():
+        plain = model(x, t, y)
+        modulator.linear = torch.nn.Sequential(modulator.linear, torch.nn.Identity())
+        assert torch.allclose(model(x, t, y), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["XSwin", "DiT-S/2", "UNet-Mini"])
+def test_weights_that_are_cast_by_the_block_give_the_same_gradients(name):
+    found, (x, t, y) = [], inputs()
+    for joined in (False, True):
+        model = wake(small(name)).train()
+        if joined:
+            cast_at_once(model)
+        before = dict(model.named_parameters())
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(x, t, y)
+        output.float().square().mean().backward()
+        assert all(parameter is before[key] for key, parameter in model.named_parameters()), "they are put back"
+        found.append([output.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_weights_are_put_back_when_a_block_fails():
+    model = small("XSwin")
+    cast_at_once(model)
+    before = list(model.parameters())
+    model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ZeroDivisionError):
+        model(*inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(model.features(*inputs(), (0.5,))) == 1  # which stops halfway by an exception
+    assert all(one is other for one, other in zip(before, model.parameters(), strict=True))
