@@ -7,6 +7,7 @@ Both ways compute the same. `Casting` puts together what autocast does to the we
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ AT_ONCE = {"cuda"}
 
 def at_once(x: Tensor) -> bool:
     return x.device.type in AT_ONCE
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """In which autocast, where it is on, leaves types as they are; else none: exported programs would keep it."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class Uncast:

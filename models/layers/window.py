@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.layers import Cond, Grid
 from models.layers.attention import CrossAttention, attend, check_heads, make_qk_norms
-from models.layers.launches import Uncast, at_once
+from models.layers.launches import Uncast, at_once, without_autocast
 from models.layers.modulation import Injection
 from models.layers.style import BlockStyle
 
@@ -115,7 +115,7 @@ class ContinuousPositionBias(nn.Module, Uncast):
     def forward(
         self, offsets: Int64[Tensor, "n n"], mask: Float[Tensor, "tiles n n"] | None = None
     ) -> Float[Tensor, "tiles k n n"]:
-        with torch.autocast(offsets.device.type, enabled=False):  # of few numbers, each cast costs a GPU as much
+        with without_autocast(self.table):  # of few numbers, each cast costs a GPU as much
             shares = self.mlp(self.table).sigmoid().T[:, offsets]  # [k n n]
         return 16 * shares[None] if mask is None else torch.add(mask[:, None], shares, alpha=16)
 
@@ -174,7 +174,7 @@ def cosine(q: Heads, k: Heads, temperature: Float[Tensor, "k 1 1"]) -> tuple[Hea
     """Queries and keys whose products, times a scale that is given too, are the cosines of their angles, times a
     temperature. On GPUs by a norm that is one kernel; on CPUs in little more than half of what `F.normalize` takes."""
     if at_once(q):
-        with torch.autocast(q.device.type, enabled=False):  # which would have it compute in float32, and cast
+        with without_autocast(q):  # which would have it compute in float32, and cast
             q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-24) for x in (q, k))
         return q * temperature, k, 1 / q.shape[-1]
     lengths = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k))
