@@ -55,19 +55,6 @@ class Folder:
         _check_size(status.st_size)
         return path.read_bytes()
 
-    def stamp(self, names: Sequence[str]) -> str | None:
-        """Differs where any of these files does, as sizes and times tell; None where one is missing, or so new that it
-        may change again at the same time."""
-        digest, newest = hashlib.sha256(str(self.path.resolve()).encode()), 0
-        for name in names:
-            try:
-                status = (self.path / name).stat()
-            except OSError:
-                return None
-            digest.update(f"{name}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}\n".encode())
-            newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
-        return digest.hexdigest() if newest < time.time_ns() - SETTLED else None
-
     def checksum(self, name: str) -> tuple[int, int]:
         """Size and CRC; a file that cannot be read counts as empty, and is told of where it is used."""
         try:
@@ -118,13 +105,27 @@ def _plain(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
+def stamp(folder: Path, names: Sequence[str], of: str = "") -> str | None:
+    """Differs where any of these files does, as sizes and times tell; None where one is missing, or so new that it may
+    change again at the same time."""
+    digest, newest = hashlib.sha256(of.encode()), 0
+    for name in names:
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            return None
+        digest.update(f"{name}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}\n".encode())
+        newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
+    return digest.hexdigest() if newest < time.time_ns() - SETTLED else None
+
+
 def content_hash(files: Folder | Zip, names: Sequence[str]) -> str:
     """Of these files: the same for a folder and for a zip of it. What of a folder took long is kept, and taken again as
     long as no file has another size or time."""
-    stamp, began = files.stamp(names) if isinstance(files, Folder) else None, time.monotonic()
-    digest, kept = hashlib.sha256(), None
-    with suppress(RuntimeError):  # of a user without a home
-        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", KEPT, stamp) if stamp else None
+    began, digest, kept = time.monotonic(), hashlib.sha256(), None
+    if isinstance(files, Folder) and (found := stamp(files.path, names, of=str(files.path.resolve()))):
+        with suppress(RuntimeError):  # of a user without a home
+            kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", KEPT, found)
     if kept:
         with suppress(OSError, ValueError):
             if len(bytes.fromhex(text := kept.read_text())) == digest.digest_size:  # else it was cut short

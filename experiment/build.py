@@ -14,12 +14,15 @@ from accelerate import Accelerator
 from autoencoders.codec import Codec
 from data import open_dataset
 from data.augmentation import NUM_CHANGES
-from data.latents import LatentCache, build_cache, cache_name
+from data.encoding import build_cache
+from data.latents import LatentCache, cache_name, num_bytes
 from diffusion.diffusion import Diffusion
 from diffusion.presets import DIFFUSIONS
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig
 from experiment.open_section import settings_of
-from machine.accelerator import from_main
+from machine.accelerator import from_main, num_processes_here
+from machine.memory import free_memory
+from machine.threads import allowed_cores
 from models import BACKBONES, ModelSpec
 
 if TYPE_CHECKING:
@@ -78,23 +81,28 @@ def open_split(config: DataConfig, split: str, accelerator: Accelerator | None =
 def open_cache(
     config: DataConfig, codec: Codec | FeatureMaps, dataset, accelerator: Accelerator, *, flips: bool
 ) -> LatentCache:
-    """The encoded images, or features of them, from the cache folder or, on first use, made there by all processes."""
+    """The encoded images, or features of them, from the cache folder or, on first use, made there by all processes.
+    They lie on the device where they take less than a quarter of what is free there, else they stay in their files."""
     expected = {**codec.identity, **dataset.describe(), "flips": flips}
-    folder = Path(config.cache) / cache_name(expected)
+    folder, device = Path(config.cache) / cache_name(expected), accelerator.device
+    num_sharing = num_processes_here(accelerator)
     if from_main(accelerator, lambda: not (folder / "manifest.json").exists()):
         build_cache(
             folder,
             dataset,
-            lambda images: codec.prepare(images.to(accelerator.device)).cpu(),
+            codec.prepare,
             codec.provenance,
             flips=flips,
-            batch_size=128,
+            device=device,
+            num_threads=min(max(1, len(allowed_cores()) // num_sharing), 16),  # each has a batch in memory
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
             wait=accelerator.wait_for_everyone,
         )
         accelerator.wait_for_everyone()
-    return LatentCache(folder, expected)
+    fits = from_main(accelerator, lambda: num_bytes(folder) < free_memory(device, num_sharing) / 4)
+    with accelerator.local_main_process_first():  # files are checked once a machine
+        return LatentCache(folder, expected, device if fits else None)
 
 
 def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num_classes: int) -> ModelSpec:

@@ -53,7 +53,7 @@ def open_accelerator(
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     line = describe(accelerator)
     if device.type == "cpu":
-        deal_out_cores(int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes))  # those on this machine
+        deal_out_cores(num_processes_here(accelerator))
         say = tqdm.write if accelerator.is_main_process else lambda line: None
         line += f", {start_waiting(say)}"
     accelerator.print(line)
@@ -87,6 +87,11 @@ def to_main(accelerator: Accelerator, tensor: Tensor) -> list[Tensor]:
     tensors = [torch.empty_like(tensor) for _ in range(num)]
     torch.distributed.gather(tensor, tensors or None)
     return tensors
+
+
+def num_processes_here(accelerator: Accelerator) -> int:
+    """The run's, on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
 
 
 def default_device() -> torch.device:

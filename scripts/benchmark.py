@@ -5,6 +5,7 @@ python scripts/benchmark.py training --compare ../XSwinDiffusion      (beside th
 python scripts/benchmark.py training --models [DiT] --variants '[{}, {qk_norm: true}, {mlp: swiglu}]'
 python scripts/benchmark.py sampling --models [XSwin,DiT]
 python scripts/benchmark.py epoch --compare ../XSwinDiffusion         (from images: theirs encodes at each step)
+python scripts/benchmark.py cache                                     (ImageNet's latents, left in their files)
 python scripts/benchmark.py scaling --plot scaling.png                (time and memory against the side of the latent)
 python scripts/benchmark.py extraction --extractor mobilenet_v2.pt
 python scripts/benchmark.py frechet
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,7 +155,8 @@ def epoch(
     from autoencoders.codec import create_codec
     from autoencoding.autoencoder_config import ArchitectureConfig
     from autoencoding.model import create_autoencoder
-    from data.latents import LatentCache, build_cache
+    from data.encoding import build_cache
+    from data.latents import LatentCache
     from diffusion import GaussianDiffusion
     from experiment.build import open_split
     from experiment.config import DataConfig
@@ -170,9 +173,8 @@ def epoch(
     encoded = torch.no_grad()(lambda: (0.18215 * autoencoder.encode(images).latent_dist.sample(), y))
     with tempfile.TemporaryDirectory() as folder:
         cache_folder = Path(folder) / "cache"
-        prepare = lambda batch: codec.prepare(batch.to(device)).cpu()  # noqa: E731
-        build_cache(cache_folder, shapes, prepare, codec.provenance, flips=True, batch_size=64)
-        cache = LatentCache(cache_folder, codec.identity).to(device)
+        build_cache(cache_folder, shapes, codec.prepare, codec.provenance, flips=True, device=device)
+        cache = LatentCache(cache_folder, codec.identity, device)
         times = GaussianDiffusion().sample_timesteps
         batches = Batches(cache, codec, times, seed=0, batch_size=batch_size, device=device)
         steps = itertools.count()
@@ -189,6 +191,66 @@ def epoch(
             programs.append((head(name, "fp32", "published loop"), theirs))
         rows = speed.in_turns(programs, rounds, batch_size)
     report(f"training from 64x64 images, batch {batch_size}", rows)
+
+
+def cache(
+    num_images: int = 1_281_167,
+    model: str = "DiT-S/2",
+    model_args: dict[str, Any] = {},  # noqa: B006  (read only)
+    batch_size: int = 16,
+    precision: str = "auto",
+    rounds: int = 20,
+) -> None:
+    """A training step on latents that are read from a cache's files, beside one on latents that cost nothing to read,
+    with the same losses. The cache lies in the working folder, of zeros, which take no room on disks that keep none.
+
+    Args:
+        num_images: of 256 pixels in the cache, 33 KB each with its mirror image
+        model: name of a backbone
+        model_args: its constructor's arguments
+        batch_size: images a step
+        precision: as train.precision
+        rounds: steps of each that count
+    """
+    import torch
+
+    from autoencoders.codec import create_codec
+    from data.latents import LatentCache, num_bytes
+    from diffusion import GaussianDiffusion
+    from training import speed
+    from training.batches import Batches
+    from training.meter import memory_gb
+
+    precision, device, times = chosen(precision), speed.the_device(), GaussianDiffusion().sample_timesteps
+    codec = create_codec("embedded").to(device)
+    with tempfile.TemporaryDirectory(dir=".") as made:
+        speed.sparse_cache(Path(made) / "sparse", num_images)
+        began = time.perf_counter()
+        files = LatentCache(Path(made) / "sparse", {}, device=None)
+        checked, at_first = time.perf_counter() - began, memory_gb(torch.device("cpu"))
+        (at_hand := copy(files)).stored = torch.zeros((), dtype=torch.float16, device=device).expand(files.stored.shape)
+        losses: dict[str, list[Any]] = {"from files": [], "at hand": []}
+
+        def training_on(name: str, latents: LatentCache) -> Any:
+            torch.manual_seed(0)
+            drawing = Batches(latents, codec, times, seed=0, batch_size=batch_size, device=device).micro_batches
+            steps = map(drawing, itertools.count())
+
+            def batch() -> tuple[Any, Any]:
+                (drawn,) = next(steps)
+                torch.manual_seed(0)  # of the noise, which the step draws
+                return drawn.x_0, drawn.y
+
+            step = speed.training_step(speed.backbone(model, 32, 1, **model_args), precision, batch)
+            return head(model, precision, f"latents {name}"), lambda: losses[name].append(step())
+
+        rows = speed.in_turns([training_on("from files", files), training_on("at hand", at_hand)], rounds, batch_size)
+        gb, then = num_bytes(files.folder) / 1e9, memory_gb(torch.device("cpu"))
+    equal = torch.equal(*map(torch.stack, losses.values()))
+    rows[0]["speed"] = round(rows[0]["img/s"] / rows[1]["img/s"], 3)
+    held = f"Held at most: {at_first:.2f} GB while files were checked, {then:.2f} GB in training."
+    note = f"Checked in {checked:.0f} s. Losses are {'equal' if equal else 'DIFFERENT'}. {held}"
+    report(f"optimizer step, batch {batch_size}, a cache of {gb:.1f} GB", rows, note=note)
 
 
 def scaling(
@@ -334,4 +396,4 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
 
 if __name__ == "__main__":
     with one_line_errors():
-        run_program([training, sampling, epoch, scaling, extraction, frechet])
+        run_program([training, sampling, epoch, cache, scaling, extraction, frechet])

@@ -43,12 +43,12 @@ class Sizes:
     calls: int = 50  # steps before the device is waited for
     num_steps: int = 10  # of sampling
     features: tuple[int, int] = (10_000, 2048)  # images, and features of each
-    encoded: int = 4096  # images
-    workers: tuple[int, ...] = (0, 4, 12)
+    encoded: int = 2048  # images
+    threads: tuple[int, ...] = (1, 4, 12)
     trained: int = 400  # steps of a training that is killed
 
 
-TINY = Sizes((("XSwin", 8, 2), ("DiT-XL/2", 8, 2)), 1, 2, (200, 8), 16, (0, 1), 8)
+TINY = Sizes((("XSwin", 8, 2), ("DiT-XL/2", 8, 2)), 1, 2, (200, 8), 4, (1, 2), 8)
 
 
 def main(compare: Path | None = None, only: list[str] | None = None, minutes: float = 10.0, tiny: bool = False) -> None:
@@ -115,7 +115,7 @@ def steps(sizes: Sizes, compare: Path | None, *, tiny: bool) -> Iterator[tuple[s
     yield "resume", partial(killed_and_resumed, sizes.trained)
     yield "sampling", partial(sampling, *cases[0], num_steps=sizes.num_steps)
     yield "scores", partial(scores, *sizes.features)
-    yield "encoding", partial(encoding, sizes.encoded, sizes.workers)
+    yield "encoding", partial(encoding, sizes.encoded, sizes.threads)
 
 
 def machine() -> dict[str, Any]:
@@ -277,20 +277,28 @@ def scores(num: int, dim: int) -> dict[str, Any]:
     return {"seconds on the CPU": seconds[0], "on the device": seconds[1], "off by": gap, "scores": sorted(found[0])}
 
 
-def encoding(num: int, workers: tuple[int, ...]) -> dict[str, Any]:
-    """Images a second that so many workers draw and the device encodes, one batch after the other."""
-    from torch.utils.data import DataLoader
+def encoding(num: int, threads: tuple[int, ...]) -> dict[str, Any]:
+    """Images a second from JPEG files to a latent cache of 256 pixels, by the number of threads that decode them."""
+    import numpy as np
+    from PIL import Image
 
     from autoencoders.codec import create_codec
-    from data.shapes import ShapesDataset
+    from data.encoding import build_cache
+    from data.images import ImageDataset
     from training.speed import the_device
 
-    codec, images, rates = create_codec("embedded").to(the_device()), ShapesDataset(num), {}
-    for number in workers:
-        began = time.perf_counter()
-        for batch, _ in DataLoader(images, batch_size=128, num_workers=number):
-            codec.prepare(batch.to(the_device())).cpu()
-        rates[f"{number} workers"] = round(num / (time.perf_counter() - began), 1)
+    codec, rates, rng = create_codec("embedded").to(the_device()), {}, np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "files"
+        files.mkdir()
+        for number in range(num):
+            blurred = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375))
+            blurred.save(files / f"{number}.jpg", quality=90)
+        images = ImageDataset(files, image_size=256)
+        for number in threads:
+            began, cache = time.perf_counter(), Path(folder) / f"{number}"
+            build_cache(cache, images, codec.prepare, {}, flips=True, device=the_device(), num_threads=number)
+            rates[f"{number} threads"] = round(num / (time.perf_counter() - began), 1)
     return {"img/s": rates}
 
 

@@ -38,6 +38,14 @@ TINY = {
     "log": {"every": 1, "validate_every": 2, "sample_every": 0, "checkpoint_every": 2},
 }
 
+IN_FILES = f"""
+import runpy
+import experiment.build
+
+experiment.build.free_memory = lambda *_: 0
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""  # training on latents that are left in their files, as where no memory is free
+
 
 def run(*arguments, cwd, processes=1, check=True, **settings):
     """A program in a process of its own, as a user starts it; `settings` are added to its environment.

@@ -14,7 +14,8 @@ from test_backbones import FAMILIES, SIZES, Plain, small, wake
 from torch import nn
 
 from autoencoders.codec import PixelCodec
-from data.latents import LatentCache, build_cache
+from data.encoding import build_cache
+from data.latents import LatentCache
 from data.shapes import ShapesDataset
 from diffusion.presets import DIFFUSIONS
 from experiment.config import AlignmentConfig, AuxiliaryConfig

@@ -7,10 +7,12 @@ import torch
 
 from autoencoders.codec import PixelCodec
 from data import open_dataset
-from data.latents import LatentCache, build_cache
+from data.encoding import build_cache
+from data.latents import LatentCache
+from data.lookahead import Lookahead
 from diffusion import GaussianDiffusion
 from machine.randomness import generator_for
-from training.batches import Batches, Rounds, permutation, positions
+from training.batches import STEPS_AHEAD, Batches, Rounds, permutation, positions
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,20 @@ def cache(tmp_path_factory):
     dataset = open_dataset("shapes", split="train", image_size=8, num_images=30)
     build_cache(folder, dataset, codec.prepare, codec.identity, flips=True)
     return LatentCache(folder, {**codec.identity, **dataset.describe(), "flips": True})
+
+
+@pytest.fixture(scope="module")
+def in_files(cache):
+    return LatentCache(cache.folder, {}, device=None)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """Of the same images: in files, and in memory."""
+    folder = tmp_path_factory.mktemp("features")
+    dataset = open_dataset("shapes", split="train", image_size=8, num_images=30)
+    build_cache(folder, dataset, lambda images: images.float().square(), {}, flips=True)
+    return [LatentCache(folder, {}, device) for device in (None, "cpu")]
 
 
 def batches(cache, **overrides):
@@ -44,6 +60,50 @@ def test_processes_and_micro_batches_share_one_stream(cache, class_balanced):
     for name, expected in whole.items():
         assert torch.equal(shared[name], expected), name
     assert torch.equal(whole["negative"], torch.stack([whole["x_0"], whole["noise"]], dim=1).roll(-1, dims=0))
+
+
+@pytest.mark.parametrize("settings", [{}, {"class_balanced": True}, {"negatives": True, "num_micro_batches": 2}])
+def test_what_is_read_from_files_is_what_lies_in_memory(cache, in_files, features, settings):
+    """Step after step, over the ends of epochs, after going back to a step in another order, and features too."""
+    places = [(0, 0), (1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (9, 1)]
+    shares = {"num_ranks": 2, "rank": 1}
+    caches = zip((in_files, cache), features, strict=True)
+    ours, theirs = (batches(latents, features=more, **shares, **settings) for latents, more in caches)
+    for place in places:
+        found, expected = (list(stream.micro_batches(*place)) for stream in (ours, theirs))
+        assert len(found) == settings.get("num_micro_batches", 1)
+        for one, other in zip(found, expected, strict=True):
+            for name in ("x_0", "y", "t", "noise", "features"):
+                assert torch.equal(getattr(one, name), getattr(other, name)), name
+            assert set(one.more) == set(other.more) == ({"negative"} if "negatives" in settings else set())
+            assert all(torch.equal(one.more[name], other.more[name]) for name in one.more)
+
+
+def test_files_are_read_steps_ahead_once_a_step_and_in_whatever_order_steps_come(in_files, monkeypatch):
+    read, asked = in_files.stored.read, []
+
+    def reads(index, **settings):
+        asked.append(index.tolist())
+        return read(index, **settings)
+
+    monkeypatch.setattr(in_files.stored, "read", reads)
+    stream = batches(in_files)
+    for step in range(3):
+        list(stream.micro_batches(step))
+    stream._latents._ahead._threads.shutdown()
+    assert sorted(asked) == sorted(stream._order(step).tolist() for step in range(3 + STEPS_AHEAD))
+
+
+def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for():
+    def invert(step):
+        return 1 / (step - 2)
+
+    ahead = Lookahead(invert, 2, end=5)
+    assert [ahead(0), ahead(1)] == [-0.5, -1.0]
+    with pytest.raises(ZeroDivisionError):
+        ahead(2)
+    assert [ahead(4), ahead(3)] == [0.5, 1.0]
+    assert ahead._results.keys() == {(3,), (4,)}
 
 
 def test_epochs_are_permutations_laid_end_to_end(cache):

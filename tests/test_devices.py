@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from processes import TINY, log, run
+from processes import IN_FILES, TINY, log, run
 from test_backbones import SMALL
 
 from experiment.settings import flatten
@@ -47,7 +47,7 @@ NOW_AND_THEN = {  # lines of the log, checkpoints
     "checkpoints/averages.py",
     "machine/sharding.py",
 }
-ONCE = {"experiment/build.py", "autoencoders/codec.py", "sampling/generation.py"}  # encoding, samples that are there
+ONCE = {"data/encoding.py", "autoencoders/codec.py", "sampling/generation.py"}  # encoding, samples that are there
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,19 @@ def test_training_is_that_of_the_cpu_and_waits_once_a_step(trained, folder):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
     assert (waits.pop("training/interruption.py"), waits.pop("training/guard.py")) == (STEPS, LOOKS)
     sent = {name.partition(",")[0]: waits.pop(name) for name in list(waits) if name.endswith(", sending")}
-    assert (sent["training/batches.py"], sent["data/latents.py"]) == (1, 2)  # an epoch's order; latents and labels
+    assert sent["training/batches.py"] == 2  # labels, an epoch's order
+    assert sent["data/latents.py"] == 2 + 8  # latents of both splits; images and views of two batches of two looks
     assert "training/meter.py" not in sent
     assert set(waits) <= ONCE | NOW_AND_THEN
+
+
+def test_latents_that_stay_in_their_files_are_those_of_memory_and_waited_for_by_nobody(folder, tmp_path):
+    (tmp_path / "in_files.py").write_text(IN_FILES)
+    waits = there(tmp_path / "in_files.py", "--config", folder / "tiny.yaml", cwd=tmp_path)
+    assert losses(tmp_path, "tiny") == pytest.approx(losses(folder, "tiny"), rel=1e-5)
+    assert waits.pop("training/interruption.py") == STEPS
+    assert waits.pop("training/batches.py, sending") == 2  # labels, an epoch's order
+    assert not [name for name in waits if name.startswith(("training/batches.py", "data/shards.py"))]
 
 
 def test_targets_of_the_models_own_are_those_of_the_cpu_and_wait_for_nothing(tmp_path):

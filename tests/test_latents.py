@@ -1,13 +1,22 @@
 import json
+import os
+import resource
+import threading
 from functools import partial
+from unittest.mock import Mock
 
+import psutil
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from data.encoding import build_cache
 from data.images import DataError
-from data.latents import LatentCache, build_cache, cache_name
+from data.latents import LatentCache, cache_name
 from data.shapes import ShapesDataset
+from data.shards import CHECKED, Rows, write_shard
+from training.speed import sparse_cache
 
 IDENTITY = {"autoencoder": "toy", "sha256": "0", "input_range": "[-1, 1]", "scale": 1.0, "shift": 0.0}
 
@@ -18,7 +27,7 @@ def prepare(images):
 
 @pytest.fixture
 def dataset(monkeypatch):
-    monkeypatch.setattr("data.latents.IMAGES_PER_SHARD", 8)
+    monkeypatch.setattr("data.encoding.IMAGES_PER_SHARD", 8)
     return ShapesDataset(30, image_size=8)
 
 
@@ -91,17 +100,114 @@ def test_damaged_shard_is_named(tmp_path, dataset):
         LatentCache(tmp_path, expected(dataset))
 
 
+@pytest.mark.parametrize("device", ["cpu", None])
 @pytest.mark.parametrize("name", ["stored", "labels", "source_indices"])
-def test_one_flipped_bit_of_a_shard_is_found(tmp_path, dataset, name):
+def test_one_flipped_bit_of_a_shard_is_found(tmp_path, dataset, name, device):
     build(tmp_path, dataset)
-    path = tmp_path / "shard-00002.safetensors"
+    flip(tmp_path / "shard-00002.safetensors", name)
+    with pytest.raises(DataError, match=r"shard-00002.safetensors is damaged \(its checksum is another\); delete it"):
+        LatentCache(tmp_path, expected(dataset), device)
+
+
+def flip(path, name):
+    """A bit of this tensor."""
     content = bytearray(path.read_bytes())
     length = int.from_bytes(content[:8], "little")
     place = json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
     content[8 + length + place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"shard-00002.safetensors is damaged \(its checksum is another\); delete it"):
-        LatentCache(tmp_path, expected(dataset))
+
+
+def test_shards_in_their_files_are_checked_once_and_again_when_one_is_touched(tmp_path, dataset, monkeypatch):
+    """Those that are so new that they may change again at the same time at every start."""
+    build(tmp_path, dataset)
+    open_in_files = partial(LatentCache, tmp_path, expected(dataset), None)
+    open_in_files()
+    assert not (tmp_path / CHECKED).exists()
+    monkeypatch.setattr("data.files.SETTLED", 0)
+    open_in_files()
+    with monkeypatch.context() as patch:
+        patch.delattr("data.shards.read_shard")
+        assert len(open_in_files()) == 30
+    path = tmp_path / "shard-00001.safetensors"
+    before = path.stat()
+    flip(path, "stored")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match=r"shard-00001.safetensors is damaged"):
+        open_in_files()
+
+
+def test_a_cache_that_cannot_be_marked_is_checked_at_every_start(tmp_path, dataset, monkeypatch):
+    build(tmp_path, dataset)
+    monkeypatch.setattr("data.files.SETTLED", 0)
+    (tmp_path / CHECKED).mkdir()
+    for _ in range(2):
+        LatentCache(tmp_path, expected(dataset), None)
+    flip(tmp_path / "shard-00000.safetensors", "labels")
+    with pytest.raises(DataError, match=r"shard-00000.safetensors is damaged"):
+        LatentCache(tmp_path, expected(dataset), None)
+
+
+def test_images_are_read_from_their_files_as_from_memory(tmp_path, dataset):
+    build(tmp_path, dataset)
+    files, memory = (LatentCache(tmp_path, expected(dataset), device) for device in (None, "cpu"))
+    assert (files.stored.shape, files.num_views, len(files)) == (memory.stored.shape, 2, 30)
+    for name in ("labels", "source_indices"):
+        assert torch.equal(getattr(files, name), getattr(memory, name))
+    index = torch.tensor([29, 0, 7, 8, 8, 23, 15, 16])
+    assert torch.equal(files.stored.read(index), memory.stored[index])
+    assert files.stored.read(index[:0]).shape == (0, 2, 1, 8, 8)
+    view = torch.arange(8) % 2
+    assert torch.equal(files.read(index, view), memory.read(index, view))
+
+
+def test_what_happens_to_a_shard_while_it_is_read_is_told(tmp_path, dataset):
+    build(tmp_path, dataset)
+    rows = LatentCache(tmp_path, expected(dataset), None).stored
+    os.truncate(tmp_path / "shard-00003.safetensors", 600)
+    with pytest.raises(DataError, match=r"shard-00003.safetensors is damaged \(it has become shorter\); delete it"):
+        rows.read(torch.tensor([1, 29]))
+
+
+def test_shards_of_other_latents_are_no_part_of_a_cache(tmp_path, dataset):
+    build(tmp_path, dataset)
+    path = tmp_path / "shard-00001.safetensors"
+    write_shard(path, {**load_file(path), "stored": torch.zeros(8, 2, 1, 4, 4)})
+    with pytest.raises(DataError, match=r"shard-00001.safetensors is damaged \(it stores torch.float32 \[2, 1, 4, 4\]"):
+        LatentCache(tmp_path, expected(dataset), None)
+
+
+def test_more_files_than_a_process_may_have_open_are_opened_or_told_of(tmp_path, dataset, monkeypatch):
+    build(tmp_path, dataset)
+    paths = sorted(tmp_path.glob("shard*"))
+    num_open, limits = psutil.Process().num_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.open(tmp_path, os.O_RDONLY))
+    few = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (lowest + 3, limits[1]))
+    try:
+        few()
+        rows = Rows(paths)
+        assert rows.read(torch.arange(30)).shape == rows.shape
+        del rows
+        assert psutil.Process().num_fds() == num_open
+        few()
+        monkeypatch.setattr(resource, "setrlimit", Mock(side_effect=ValueError))
+        with pytest.raises(DataError, match=r"of 4 shards \d could be opened .*more files \(`ulimit -n`\)"):
+            Rows(paths)
+    finally:
+        monkeypatch.undo()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert psutil.Process().num_fds() == num_open
+
+
+def test_a_cache_of_gigabytes_is_read_in_a_few_megabytes(tmp_path):
+    """2 GB of zeros, which take no room on the disk; nothing of them stays in memory."""
+    sparse_cache(tmp_path / "sparse", 61_000)
+    rows = Rows(sorted((tmp_path / "sparse").glob("*-*.safetensors")))
+    assert rows.shape == (61_000, 2, 8, 32, 32)
+    held = psutil.Process().memory_info().rss
+    for index in torch.randperm(61_000, generator=torch.Generator().manual_seed(0)).split(256):
+        assert not rows.read(index).any()
+    assert psutil.Process().memory_info().rss - held < 100e6
 
 
 @pytest.mark.parametrize(
@@ -122,7 +228,7 @@ def full_disk(*arguments, **more):
 
 
 def test_full_disk_in_a_shard_is_told_and_leaves_nothing(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr("data.latents.save_file", full_disk)
+    monkeypatch.setattr("data.shards.save_file", full_disk)
     with pytest.raises(DataError, match=r"--data.cache .*shard-00000.safetensors cannot be written .*No space left"):
         build(tmp_path, dataset)
     assert list(tmp_path.iterdir()) == []
@@ -142,13 +248,13 @@ def test_shard_that_another_process_finished_first_is_no_error(tmp_path, dataset
         path = partial.with_name(f"{partial.name.split('.')[0]}.safetensors")
         path.write_bytes((tmp_path / "other" / path.name).read_bytes())
 
-    monkeypatch.setattr("data.latents.save_file", overtaken)
+    monkeypatch.setattr("data.shards.save_file", overtaken)
     build(tmp_path / "ours", dataset)
     assert len(LatentCache(tmp_path / "ours", expected(dataset))) == 30
 
 
 def test_full_disk_is_told_before_encoding(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr("data.latents.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr("data.encoding.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(DataError, match=r"--data.cache .*: encoding needs .* MB free"):
         build(tmp_path, dataset)
     assert not list(tmp_path.glob("*.safetensors"))
@@ -164,3 +270,53 @@ def test_what_half_precision_does_not_hold_is_refused(tmp_path, dataset):
     with pytest.raises(DataError, match="--autoencoder: what it makes of images is not finite in half precision"):
         build_cache(tmp_path, dataset, lambda images: images.float() * 1e4, {}, flips=False)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_threads_and_processes_change_no_bit_of_what_is_encoded(tmp_path, dataset):
+    """Nor is the encoder given more images at once than asked for, mirrored ones included."""
+    sizes = set()
+
+    def normalised(images):  # differs with what comes together
+        sizes.add(len(images))
+        return prepare(images) / images.float().mean()
+
+    for name, settings in {"one": {}, "five": {"num_threads": 5}}.items():
+        build_cache(tmp_path / name, dataset, normalised, IDENTITY, flips=True, batch_size=6, **settings)
+    assert sizes <= {1, 2, 4, 6}
+    for path in sorted((tmp_path / "one").iterdir()):
+        assert path.read_bytes() == (tmp_path / "five" / path.name).read_bytes()
+
+
+def test_images_are_decoded_while_those_before_are_encoded(tmp_path, dataset, monkeypatch):
+    decoded, last = threading.Event(), 29
+    read = type(dataset).read
+
+    def reads(self, index):
+        if index == last:
+            decoded.set()
+        return read(self, index)
+
+    def waits(images):
+        seen.append(len(images))
+        assert len(seen) != 5 or decoded.wait(60)  # the last batch but one, after one for the room on the disk
+        return prepare(images)
+
+    seen = []
+    monkeypatch.setattr(type(dataset), "read", reads)
+    monkeypatch.setattr("data.encoding.IMAGES_PER_SHARD", 30)
+    build_cache(tmp_path, dataset, waits, IDENTITY, flips=False, batch_size=6)
+    assert seen == [1, 6, 6, 6, 6, 6]
+
+
+def test_an_image_that_cannot_be_decoded_is_told_of_as_without_threads(tmp_path, dataset, monkeypatch):
+    read = type(dataset).read
+
+    def damaged(self, index):
+        if index == 17:
+            raise DataError("--data.path shapes: 17 is damaged")
+        return read(self, index)
+
+    monkeypatch.setattr(type(dataset), "read", damaged)
+    with pytest.raises(DataError, match=r"^--data.path shapes: 17 is damaged$"):
+        build(tmp_path, dataset, num_threads=3)
+    assert not list(tmp_path.rglob("manifest.json"))

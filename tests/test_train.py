@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from processes import ROOT, TINY, assert_same_training, log, run, unmeasured, weights
+from processes import IN_FILES, ROOT, TINY, assert_same_training, log, run, unmeasured, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_alignment import edges
 
@@ -52,6 +52,13 @@ def test_resumed_equals_uninterrupted_bitwise(folder):
     assert_same_training(folder, "tiny", "cut")
     losses = [[e["loss"] for e in log(folder, name) if "loss" in e] for name in ("tiny", "cut")]
     assert losses[0] == losses[1]
+
+
+def test_latents_left_in_their_files_train_the_same_model_bitwise(folder):
+    (folder / "in_files.py").write_text(IN_FILES)
+    run(folder / "in_files.py", "--config", "tiny.yaml", "--name", "in_files", cwd=folder)
+    assert unmeasured(folder, "in_files") == unmeasured(folder, "tiny")
+    assert_same_training(folder, "tiny", "in_files")
 
 
 def test_stopping_and_resuming_anywhere_loses_nothing(folder):

@@ -7,15 +7,19 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from autoencoders.codec import Codec
 from data.augmentation import change, draw_changes
 from data.latents import LatentCache
+from data.lookahead import Lookahead
 from diffusion.guidance import drop_labels
 from diffusion.times import Device, DrawTimes
 from machine.randomness import generator_for
+
+STEPS_AHEAD = 4  # that files are read before they are needed, each by a thread
 
 if TYPE_CHECKING:
     from experiment.config import ExperimentConfig
@@ -55,7 +59,7 @@ class Batches:
     num_ranks: int = 1
     device: Device = "cpu"
     draw_more: Callable[..., dict[str, Tensor]] | None = None  # the objective's
-    features: LatentCache | None = None  # in main memory
+    features: LatentCache | None = None
 
     def __post_init__(self) -> None:
         parts = self.num_micro_batches * self.num_ranks
@@ -70,51 +74,51 @@ class Batches:
     def micro_batches(self, step: int, order: int = 0) -> Iterator[Batch]:
         """This process's micro-batches of an optimizer step; `order` numbers the permutations to go by."""
         device = self.device
-        index, rows = self._order(step, order, self.cache.labels.device), self._order(step, order)  # rows of features
         shape = (self.batch_size, *self.codec.latent_shape(*self.cache.image_size))
         draw = generator_for(self.seed, "step", step, device=device)
-        mirrored = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=device)
+        views = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=device)
         posterior_noise, noise = (torch.randn(shape, generator=draw, device=device) for _ in range(2))
         t = self.times(self.batch_size, draw, device)
         uniform = torch.rand(self.batch_size, generator=draw, device=device)
-        y = self.cache.labels[index].to(device)
+        y = self._labels[self._order(step, order, device)]
         y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
         more = self.draw_more(shape, draw, device) if self.draw_more else {}
-        drawn = [index, mirrored, posterior_noise, noise]
+        drawn = [views, posterior_noise, noise]
         if self.augment:
             alone = generator_for(self.seed, "augment", step, device=device)  # so that nothing else is drawn otherwise
-            drawn.append(draw_changes(self.augment, mirrored, self.cache.image_size, alone))
-        following = [values.roll(-1, dims=0) for values in drawn] if self.negatives else None
+            drawn.append(draw_changes(self.augment, views, self.cache.image_size, alone))
 
-        size = self.batch_size // (self.num_micro_batches * self.num_ranks)
+        mine = self._share
+        samples = [[self._latents(step, order, views), *map(mine, drawn[1:])]]
+        if self.negatives:  # the next samples
+            views_after, *after = (values.roll(-1, dims=0) for values in drawn)
+            samples.append([self._following(step, order, views_after), *map(mine, after)])
+        features = self._features(step, order, views) if self._features else None
+        y, t, more = mine(y), mine(t), {name: mine(values) for name, values in more.items()}
         for micro in range(self.num_micro_batches):
-            start = (micro * self.num_ranks + self.rank) * size
-            part = slice(start, start + size)
-            x_0, noise_part = self._data(part, *drawn)
-            more_part: dict[str, Any] = {name: values[part] for name, values in more.items()}
+            (x_0, noise_part), *negative = (self._data(*(values[micro] for values in each)) for each in samples)
+            more_part: dict[str, Any] = {name: values[micro] for name, values in more.items()}
             if self.augment:
-                more_part["extras"] = {"augment": drawn[-1][part]}
-            if following:
-                more_part["negative"] = torch.stack(self._data(part, *following), dim=1)
-            features = None if self.features is None else self.features.read(rows[part], mirrored[part]).to(device)
-            yield Batch(x_0, y[part], t[part], noise_part, more_part, features)
+                more_part["extras"] = {"augment": samples[0][-1][micro]}
+            if negative:
+                more_part["negative"] = torch.stack(negative[0], dim=1)
+            features_part = None if features is None else features[micro]
+            yield Batch(x_0, y[micro], t[micro], noise_part, more_part, features_part)
 
     def _data(
-        self,
-        part: slice,
-        index: Tensor,
-        mirrored: Tensor,
-        posterior_noise: Tensor,
-        noise: Tensor,
-        changes: Tensor | None = None,
+        self, stored: Tensor, posterior_noise: Tensor, noise: Tensor, changes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        stored = self.cache.read(index[part], mirrored[part]).to(self.device)
         if changes is not None:
-            stored = change(stored, changes[part])
-        return self.codec.draw(stored, posterior_noise[part]), noise[part]
+            stored = change(stored, changes)
+        return self.codec.draw(stored, posterior_noise), noise
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
         return self.cache.source_indices[self._order(step, order)].tolist()
+
+    def _share(self, values: Tensor) -> Tensor:
+        """Of values of the global batch those of this process, a row a micro-batch."""
+        split = {"micro": self.num_micro_batches, "rank": self.num_ranks}
+        return rearrange(values, "(micro rank b) ... -> micro rank b ...", **split)[:, self.rank]
 
     def _order(self, step: int, order: int = 0, device: Device = "cpu") -> Int64[Tensor, " b"]:
         start, size = step * self.batch_size, self.batch_size
@@ -122,21 +126,63 @@ class Batches:
             return self._rounds.positions(start, size, order, device=device)
         return positions(len(self.cache), start, size, self.seed, "epoch", order, device=device)
 
+    def _reader(self, cache: LatentCache, shift: int = 0) -> "Reader":
+        return Reader(cache, lambda *place: self._order(*place).roll(-shift), self._share, self.device)
+
+    @cached_property
+    def _latents(self) -> "Reader":
+        return self._reader(self.cache)
+
+    @cached_property
+    def _following(self) -> "Reader":
+        return self._reader(self.cache, shift=1)
+
+    @cached_property
+    def _features(self) -> "Reader | None":
+        return None if self.features is None else self._reader(self.features)
+
+    @cached_property
+    def _labels(self) -> Int64[Tensor, " n"]:
+        return self.cache.labels.to(self.device)
+
     @cached_property
     def _rounds(self) -> "Rounds":
-        return Rounds(self.cache.labels.cpu(), self.seed)
+        return Rounds(self.cache.labels, self.seed)
 
 
 def open_batches(
     run: "Run[ExperimentConfig]", cache: LatentCache, codec: Codec, objective: "Objective", features: LatentCache | None
 ) -> Batches:
-    """A run's, with what its objective draws, shared out over its processes; the cache moves to their devices."""
+    """A run's, with what its objective draws, shared out over its processes."""
     train, accelerator, diffusion = run.config.train, run.accelerator, objective.diffusion
     told = {name: getattr(train, name) for name in ("seed", "batch_size", "label_dropout", "class_balanced", "augment")}
     told |= {"num_micro_batches": train.grad_accumulation, "negatives": diffusion.contrast > 0}
     told |= {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes, "device": accelerator.device}
     told |= {"draw_more": objective.draw_more, "features": features}
-    return Batches(cache.to(accelerator.device), codec, diffusion.sample_timesteps, **told)
+    return Batches(cache, codec, diffusion.sample_timesteps, **told)
+
+
+class Reader:
+    """What a cache stores of a step's samples, this process's `share` of `order(step, number, device)`. Of a cache in
+    files, threads read all views of the images some steps before they are asked for: the view is drawn on the device,
+    and nothing waits to know it."""
+
+    def __init__(self, cache: LatentCache, order: Callable[..., Tensor], share: Callable, device: Device) -> None:
+        self.cache, self.order, self.share, self.device = cache, order, share, torch.device(device)
+        self._ahead = Lookahead(self._read, STEPS_AHEAD)
+
+    def __call__(self, step: int, number: int, view: Int64[Tensor, " b"]) -> Tensor:
+        """[micro b ...] of these views of the whole batch, on the device."""
+        view = self.share(view)
+        if isinstance(self.cache.stored, Tensor):
+            return self.cache.stored[self.share(self.order(step, number, self.device)), view]
+        rows = self._ahead(step, number).to(self.device, non_blocking=True)  # [(micro b) v ...]
+        stored = rows[torch.arange(len(rows), device=self.device), view.flatten()]
+        return stored.unflatten(0, view.shape)
+
+    def _read(self, step: int, number: int) -> Tensor:
+        rows: Any = self.cache.stored
+        return rows.read(self.share(self.order(step, number, "cpu")).flatten(), pinned=self.device.type == "cuda")
 
 
 class Rounds:

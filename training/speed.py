@@ -1,5 +1,6 @@
 """How fast this machine makes an optimizer step, and other programs that are to be compared."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from checkpoints.averages import EMA
+from data.encoding import IMAGES_PER_SHARD
+from data.latents import FORMAT
+from data.shards import write_shard
 from diffusion import GaussianDiffusion
 from experiment.config import OptimConfig
 from metrics.cost import throughput
@@ -55,9 +59,10 @@ def training_step(
     *,
     compile: bool = False,
     reads: bool = True,
-) -> Callable[[], None]:
-    """An optimizer step as `train.py` makes it, on what `batch` gives: latents and labels. The gradient's norm is read
-    off the device, unless the step is to be captured in a graph, which has the optimizer count its steps there too."""
+) -> Callable[[], Tensor]:
+    """An optimizer step as `train.py` makes it, on what `batch` gives, latents and labels; it gives the loss. The
+    gradient's norm is read off the device, unless the step is to be captured in a graph, which has the optimizer count
+    its steps there too."""
     diffusion, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
     for group in optimizer.param_groups:
         group["capturable"] = not reads
@@ -67,16 +72,37 @@ def training_step(
         cast_at_once(model)
     loss_of = autocasting(precision, lambda: diffusion.training_loss(model, *batch())["loss"].mean())
 
-    def step() -> None:
-        loss_of().backward()
+    def step() -> Tensor:
+        loss = loss_of()
+        loss.backward()
         norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
         if reads:
             norm.item()
         optimizer.step()
         ema.update(model, 0)
         optimizer.zero_grad()
+        return loss.detach()
 
     return step
+
+
+def sparse_cache(folder: Path, num_images: int, image_size: int = 256, channels: int = 8, factor: int = 8) -> None:
+    """A latent cache of nothing but zeros, of two views, which takes no room on disks that keep no zeros."""
+    folder.mkdir(parents=True)
+    side, names = image_size // factor, []
+    for first in range(0, num_images, IMAGES_PER_SHARD):
+        num = min(IMAGES_PER_SHARD, num_images - first)
+        names.append(f"{num}-{first:08d}.safetensors")
+        about = {name: torch.zeros(num, dtype=torch.int64) for name in ("labels", "source_indices")}
+        if not (whole := folder / f"{num}").exists():
+            write_shard(whole, {"stored": torch.zeros(num, 2, channels, side, side, dtype=torch.float16), **about})
+        with whole.open("rb") as like, (folder / names[-1]).open("wb") as file:
+            length = like.read(8)
+            file.write(length + like.read(int.from_bytes(length, "little")))
+            file.truncate(whole.stat().st_size)
+    classes, size = ["0"], [image_size, image_size]
+    manifest = {"format": FORMAT, "classes": classes, "image_size": size, "shards": names}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def matrix_peak(precision: str) -> tuple[float, int]:
@@ -124,7 +150,7 @@ def in_turns(programs: Sequence[Program], rounds: int, num_images: int, calls: i
     return rows
 
 
-def graphed(step: Callable[[], None]) -> Callable[[], None]:
+def graphed(step: Callable[[], Any]) -> Callable[[], None]:
     """The same kernels, told to a CUDA device at once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

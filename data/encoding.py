@@ -1,0 +1,108 @@
+"""Encoding a data set into a latent cache: threads decode image files while the device encodes the images before."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from data.image_set import ImageSet
+from data.latents import FORMAT
+from data.layout import DataError
+from data.lookahead import Lookahead
+from data.shards import write_aside, write_shard
+
+IMAGES_PER_SHARD = 2048
+
+
+def build_cache(
+    folder: Path,
+    dataset: ImageSet,
+    prepare: Callable[[UInt8[Tensor, "b 3 h w"]], Tensor],
+    provenance: Mapping[str, object],
+    *,
+    flips: bool,
+    device: torch.device | str = "cpu",
+    batch_size: int = 128,
+    num_threads: int = 1,
+    rank: int = 0,
+    num_ranks: int = 1,
+    wait: Callable[[], object] = lambda: None,
+) -> None:
+    """Encode a dataset into `folder`; shards that are there already are kept. They are dealt out over `num_ranks`
+    processes, which `wait` for each other; then the first one writes the manifest, which `provenance` joins.
+
+    `prepare` is given at most `batch_size` images on the device, with `flips` half of them mirrored; which ones come
+    together depends on nothing else, so that it does not matter how many threads and processes there are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(dataset), IMAGES_PER_SHARD)
+    names = [f"shard-{number:05d}.safetensors" for number in range(len(starts))]
+    shards = [range(len(dataset))[start : start + IMAGES_PER_SHARD] for start in starts]
+    mine = list(zip(shards, names, strict=True))[rank::num_ranks]
+    missing = [(shard, folder / name) for shard, name in mine if not (folder / name).exists()]
+    at_once = max(1, batch_size // (1 + flips))
+    batches = [shard[start : start + at_once] for shard, _ in missing for start in range(0, len(shard), at_once)]
+
+    def decode(number: int) -> Tensor:
+        images = torch.stack([dataset[index][0] for index in batches[number]])
+        return images.pin_memory() if torch.device(device).type == "cuda" else images
+
+    decoded = Lookahead(decode, num_threads, end=len(batches))
+
+    def encode(number: int) -> Tensor:
+        images = decoded(number).to(device, non_blocking=True)
+        views = torch.stack([images, images.flip(-1)], dim=1) if flips else images[:, None]
+        bar.update(len(images))
+        return _compact(prepare(views.flatten(0, 1)).unflatten(0, views.shape[:2]))
+
+    _check_room(folder, dataset, lambda images: prepare(images.to(device)), flips)
+    num_missing = sum(len(shard) for shard, _ in missing)
+    with tqdm(total=num_missing, desc="encoding images", unit="img", disable=rank > 0 or not missing) as bar:
+        encoded = map(encode, range(len(batches)))
+        for shard, path in missing:
+            stored = torch.cat([*islice(encoded, -(-len(shard) // at_once))]).cpu()  # the only wait for a GPU
+            _check_finite(stored)
+            part = slice(shard.start, shard.stop)
+            about = {"labels": dataset.labels[part].clone(), "source_indices": dataset.source_indices[part].clone()}
+            write_shard(path, {"stored": stored.contiguous(), **about})
+    wait()
+    if rank == 0:
+        if absent := [name for name in names if not (folder / name).exists()]:
+            raise DataError(
+                f"--data.cache {folder}: {absent[0]}, which another process wrote, is not here; give a folder that all "
+                "processes share, or encode with one process on each machine first"
+            )
+        manifest = {"format": FORMAT, **provenance, **dataset.describe(), "flips": flips, "shards": names}
+        text = json.dumps(manifest, indent=2) + "\n"
+        write_aside(folder / "manifest.json", lambda partial: partial.write_text(text))
+        for left in folder.glob("*.partial"):  # of a process that was killed; or at work, on what is there now
+            left.unlink(missing_ok=True)
+
+
+def _compact(stored: Tensor) -> Tensor:
+    """Posterior moments in half precision: their rounding is far below the posterior's own spread."""
+    return stored.half() if stored.is_floating_point() else stored
+
+
+def _check_finite(stored: Tensor) -> None:
+    if not stored.isfinite().all():
+        raise DataError("--autoencoder: what it makes of images is not finite in half precision; take another one")
+
+
+def _check_room(folder: Path, dataset: ImageSet, prepare: Callable, flips: bool) -> None:
+    sample = _compact(prepare(dataset[0][0][None]))
+    _check_finite(sample)
+    present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    needed = sample.numel() * sample.element_size() * len(dataset) * (1 + flips) - present
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"--data.cache {folder}: encoding needs {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; "
+            "make room or give another --data.cache"
+        )
