@@ -112,7 +112,6 @@ class AutoencoderLogConfig(AnyLogConfig):
 
     sample_every: int = within("[0, inf)", 1000)
     num_validation: int = within("[1, inf)", 512)
-    checkpoint_every: int = within("[0, inf)", 1000)
 
 
 @dataclass(frozen=True)

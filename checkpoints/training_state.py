@@ -7,7 +7,7 @@ as `<name>.safetensors`, power-function averages as `profiles.safetensors`, and 
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class TrainingState:
     optimizers: Mapping[str, torch.optim.Optimizer]
     ema: EMA
     others: dict[str, Any] = field(default_factory=dict)
+    copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by file, in main memory, of the last save
 
     def __post_init__(self) -> None:
         self.others["ema"] = self.ema
@@ -62,32 +63,44 @@ def save_checkpoint(
     training: TrainingState,
     metadata: Mapping[str, str],
     progress: Mapping[str, Any] | None = None,
-    *,
-    write: bool = True,
 ) -> Path:
-    """Write `folder/<step>` whole or not at all (OSError). All processes have to call, as each may have a part of the
-    tensors; one has to `write`."""
-    progress = training.progress() if progress is None else progress
-    files = {file: gather(tensors, keep=write) for file, tensors in training.modules().items()}
-    for name, optimizer in training.optimizers.items():
-        files[_state_file(name)] = gather(optimizer_tensors(optimizer), keep=write)
+    """Write `folder/<step>` whole or not at all (OSError)."""
+    copy_checkpoint(folder, step, training, metadata, progress)()
+    return checkpoint_path(folder, step)
+
+
+def copy_checkpoint(
+    folder: Path,
+    step: int,
+    training: TrainingState,
+    metadata: Mapping[str, str],
+    progress: Mapping[str, Any] | None = None,
+    *,
+    keep: bool = True,
+) -> Callable[[], None]:
+    """Copy all that `folder/<step>` is to hold, so that training may go on, and leave its writing, whole or not at all
+    (OSError), to be done before the next copy. All processes have to call, as each may have a part of the tensors; one
+    has to `keep` them, and to write."""
+    own = {"step": step, **(training.progress() if progress is None else progress)}
+    texts = {"progress": json.dumps(own), "began": json.dumps(training.ema.began or {})}
+    states = {_state_file(name): optimizer_tensors(optimizer) for name, optimizer in training.optimizers.items()}
+    for file, tensors in {**training.modules(), **states}.items():
+        gather(tensors, training.copies.setdefault(file, {}), keep=keep)
     target = checkpoint_path(folder, step)
 
     def fill(checkpoint: Path) -> None:
         (checkpoint / "state").mkdir()
-        for file, tensors in files.items():
+        for file, tensors in training.copies.items():
             if file == WEIGHTS:
                 save_tensors(tensors, checkpoint / file, metadata)
             elif file == PROFILES:
-                save_tensors(tensors, checkpoint / file, {**metadata, "began": json.dumps(training.ema.began or {})})
+                save_tensors(tensors, checkpoint / file, {**metadata, "began": texts["began"]})
                 _keep_snapshot(checkpoint / file, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
             else:
                 save_file(tensors, checkpoint / file)
-        (checkpoint / "state" / "progress.json").write_text(json.dumps({"step": step, **progress}))
+        (checkpoint / "state" / "progress.json").write_text(texts["progress"])
 
-    if write:
-        write_checkpoint(target, fill)
-    return target
+    return lambda: write_checkpoint(target, fill)
 
 
 def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:

@@ -21,7 +21,8 @@ class DataConfig:
 
     Args:
         path: folder or zip with a class a folder (a train/ and test/ or val/ level is used where it exists), or with
-            a labels.csv (file,label), or with neither; or 'shapes' for the embedded procedural dataset
+            a labels.csv (file,label), or with neither; or tar shards of samples; or 'shapes', the embedded
+            procedural dataset
         image_size: side in pixels; images are cropped to the centre square and resized where needed
         test_fraction: share of each class held out, where the source has no train/ and test/ of its own
         split_seed: seed of that split
@@ -249,13 +250,14 @@ EvaluationConfig.__doc__ = str(EvaluationConfig.__doc__).format(metrics=HELP)
 
 @dataclass(frozen=True)
 class AnyLogConfig:
-    """What is written on the way, and how often (in optimizer steps; 0: never).
+    """What is written on the way, and how often (in optimizer steps, or as named; 0: never).
 
     Args:
         every: losses and speed, to log.jsonl and the trackers
         sample_every: a grid of samples
         num_validation: at most so many held-out images are used for validation
-        checkpoint_every: a checkpoint; the last step always writes one
+        checkpoint_minutes: a checkpoint, so long after the last one; the last step always writes one
+        checkpoint_every: a checkpoint at these steps too
         keep_checkpoints: the newest so many whole ones stay; each is read back at a save
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
@@ -263,7 +265,8 @@ class AnyLogConfig:
     every: int = within("[0, inf)", 20)
     sample_every: int = within("[0, inf)", 2000)
     num_validation: int = within("[1, inf)", 1024)
-    checkpoint_every: int = within("[0, inf)", 2000)
+    checkpoint_minutes: float = within("[0, inf)", 15.0)
+    checkpoint_every: int = within("[0, inf)", 0)
     keep_checkpoints: int = within("[1, inf)", 2)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
@@ -275,7 +278,7 @@ class LogConfig(AnyLogConfig):
     Args:
         validate_every: loss of the averaged weights on the held-out split
         evaluate_every: scores of the averaged weights' samples, as `evaluation` says
-        keep_every: every checkpoint whose step is a multiple of it stays too; 0: none
+        keep_every: a checkpoint that stays
         best: whose best checkpoint stays too, as checkpoints/best: 'validation_loss', or a score such as 'fid'
     """
 

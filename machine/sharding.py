@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,10 +24,21 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Whole contiguous copies on the CPU, one at a time; a process that does not `keep` them only takes part."""
-    full = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
-    return {name: tensor.cpu().contiguous() for name, tensor in full if keep}
+def gather(tensors: Mapping[str, Tensor], memory: dict[str, Tensor], *, keep: bool) -> None:
+    """Whole contiguous copies on the CPU, one at a time; a process that does not `keep` them only takes part. `memory`
+    has them, where it had those of before, whose pages are used again: pinned ones of a GPU's tensors."""
+    for name in memory.keys() - tensors.keys():
+        del memory[name]
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if not keep:
+            continue
+        copy = memory.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (full.shape, full.dtype):
+            copy = memory[name] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
+        copy.copy_(full, non_blocking=full.is_cuda)
+    if keep and torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -74,4 +74,5 @@ def sha256_of(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    is_folder = path.is_dir() and not path.is_symlink()
+    shutil.rmtree(path, ignore_errors=True) if is_folder else path.unlink(missing_ok=True)

@@ -1,10 +1,11 @@
 """Make an average of any length from a finished run's snapshots (EDM2: Karras et al. 2024, section 3.2).
 
-    python train.py --config EXPERIMENT.yaml --train.ema_profiles '[0.05, 0.1]'
+    python train.py --config EXPERIMENT.yaml --train.ema_profiles '[0.05, 0.1]' --log.checkpoint_every 2000
     python scripts/reconstruct_ema.py --run runs/XSwin --sigma_rel 0.08
     python evaluate.py --samples runs/XSwin/ema-0.08.safetensors
 
-Snapshots are written with every checkpoint, `log.checkpoint_every`; sixteen or more over a run do well.
+Snapshots are written with every checkpoint, `log.checkpoint_every`; sixteen or more over a run do well, evenly spread
+with `log.checkpoint_minutes 0`.
 """
 
 import json

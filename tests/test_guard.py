@@ -126,12 +126,14 @@ accelerator = open_accelerator("fp32")
 for hours, received, reason in ((1.0, 0, None), (1e-12, 0, "--train.max_hours 1e-12 are over"), (1e-12, 15, "SIGTERM")):
     interruption = Interruption(Path("."), accelerator, hours)
     interruption.received = received * accelerator.process_index
-    assert interruption.read(torch.tensor(0.5)) == 0.5
-    assert interruption.reason(1, 10) == reason
+    for due in (True, False):  # by the main process's clock, whatever the others' says; who stops saves anyhow
+        assert interruption.read(torch.tensor(0.5), saves=due == accelerator.is_main_process) == 0.5
+        assert interruption.saves == due or reason == "SIGTERM"
+        assert interruption.reason(1, 10) == reason
 """
 
 
-def test_several_processes_agree_with_the_step_on_whether_to_stop(tmp_path):
+def test_several_processes_agree_with_the_step_on_whether_to_stop_or_save(tmp_path):
     (tmp_path / "agreed.py").write_text(AGREED)
     run(tmp_path / "agreed.py", cwd=tmp_path, processes=2)
 

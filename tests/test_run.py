@@ -1,15 +1,22 @@
 """The scaffold under both trainings, around a layer that learns nothing much."""
 
 import shutil
+import threading
+import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from processes import log
+from safetensors.torch import load_file
 
 from checkpoints.averages import EMA
 from checkpoints.training_state import TrainingState
 from experiment.config import ExperimentConfig, LogConfig, TrainConfig
+from machine.checkpoint_folder import damage, list_checkpoints
+from training import run as run_module
 from training.guard import Guard
 from training.run import open_run
 
@@ -25,15 +32,15 @@ def train(tmp_path, monkeypatch):
     logged = LogConfig(every=1, checkpoint_every=2, keep_checkpoints=1, keep_every=2, trackers=[])
     config = ExperimentConfig(name="run", log=logged, train=TrainConfig(precision="fp32", max_hours=None))
 
-    def training(norm_of, *, looks={}, resume=None):  # noqa: B006
+    def training(norm_of, *, looks={}, resume=None, **written):  # noqa: B006
         def due(step, num_steps):
             return [lambda step: {"score": looks[step]}] if step in looks else []
 
-        with open_run(replace(config, resume=resume)) as run:
+        with open_run(replace(config, resume=resume, log=replace(logged, **written))) as run:
             layer = torch.nn.Linear(1, 1)
             optimizer, guard = torch.optim.AdamW(layer.parameters()), Guard(patience=2)
             state = TrainingState({"model": layer}, {"optimizer": optimizer}, EMA(layer, 0.9))
-            run.begin(state, {"model": guard}, due, 6, best="score", keep_every=2)
+            run.begin(state, {"model": guard}, due, 6, best="score", keep_every=run.config.log.keep_every)
             for step in run.steps():
                 if guard.passes(norm_of(run, step)):
                     layer.weight.data += 1
@@ -93,3 +100,103 @@ def test_the_curve_is_drawn_now_and_then_and_at_the_end(train, monkeypatch, seco
     monkeypatch.setattr("training.run.draw_curve", drawn.append)
     train(lambda run, step: 1.0)
     assert len(drawn) == times
+
+
+@pytest.fixture
+def writing(monkeypatch):
+    """What holds up the writing of checkpoints until it is set, and fails it if told an error."""
+    gate = SimpleNamespace(may_end=threading.Event(), began=threading.Event(), error=None, most=0, now=0)
+    write = run_module.copy_checkpoint
+
+    def slowly(*arguments, **options):
+        job = write(*arguments, **options)
+
+        def run():
+            gate.now += 1
+            gate.most = max(gate.most, gate.now)
+            gate.began.set()
+            assert gate.may_end.wait(60)
+            if gate.error:
+                raise gate.error
+            job()
+            gate.now -= 1
+
+        return run
+
+    monkeypatch.setattr(run_module, "copy_checkpoint", slowly)
+    return gate
+
+
+def weight_of(checkpoint):
+    return load_file(checkpoint / "state" / "model.safetensors")["weight"].item()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(train, writing, tmp_path):
+    """Which is of the step that it was begun at; the next one waits for it, and so does the end."""
+    folder, weights, seen = tmp_path / "runs/run/checkpoints", {}, {}
+
+    def norm_of(run, step):
+        weights[step] = run.training.networks["model"].weight.item()
+        seen[step] = [path.name for path in list_checkpoints(folder)]
+        if step == 3:  # the next save is at the end of this step
+            assert writing.began.is_set()
+            writing.may_end.set()
+        return 1.0
+
+    train(norm_of)
+    assert (seen[2], seen[3], writing.most) == ([], [], 1)
+    assert [path.name for path in list_checkpoints(folder)] == ["00000002", "00000004", "00000006"]
+    for step in (2, 4):
+        assert weight_of(folder / f"{step:08d}") == weights[step]
+        assert damage(folder / f"{step:08d}") is None
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(train, writing):
+    steps = []
+
+    def norm_of(run, step):
+        steps.append(step)
+        if step == 2:
+            writing.error = OSError("checkpoint X could not be written")
+            writing.may_end.set()
+            run.writing._newest.join()
+        return 1.0
+
+    with pytest.raises(OSError, match="checkpoint X could not be written"):
+        train(norm_of)
+    assert steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ends", ["diverges", "stopped", "killed"])
+def test_whatever_ends_a_run_lets_the_checkpoint_be_written(train, writing, tmp_path, ends):
+    """A rollback goes back to it, a stop saves after it; an error of another kind leaves it whole."""
+    gone_back = []
+
+    def norm_of(run, step):
+        threading.Timer(0.2, writing.may_end.set).start()
+        if ends == "stopped":
+            run.interruption.deadline = 0.0 if step == 2 else None
+        elif ends == "killed" and step == 2:
+            raise Killed
+        elif run.rollbacks:
+            gone_back.append(step)
+        return float("nan") if ends == "diverges" and step in (2, 3) and not run.rollbacks else 1.0
+
+    expected = {"diverges": None, "stopped": SystemExit, "killed": Killed}[ends]
+    with pytest.raises(expected) if expected else nullcontext():
+        train(norm_of)
+    kept = {"diverges": [2, 4, 6], "stopped": [2, 3], "killed": [2]}[ends]
+    assert [int(path.name) for path in list_checkpoints(tmp_path / "runs/run/checkpoints")] == kept
+    assert gone_back == ([2, 3, 4, 5] if ends == "diverges" else [])
+
+
+def test_checkpoints_come_by_the_clock(train, monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
+
+    def norm_of(run, step):
+        now[0] += 60 * (14 if step in (0, 1, 4) else 1)  # since the last save 14, 28; 1, 2, 16; 1
+        return run.read(torch.ones(()))
+
+    train(norm_of, checkpoint_every=0, keep_every=0, keep_checkpoints=9)
+    assert [int(path.name) for path in list_checkpoints(tmp_path / "runs/run/checkpoints")] == [2, 5, 6]

@@ -35,6 +35,7 @@ class Interruption:
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self.received: int | None = None
         self.agreed = 0  # what stops all processes
+        self.saves = False  # whether it is time for a checkpoint, on all
         self.leaves, self.alone, self.where = True, False, BEFORE
 
     def __enter__(self) -> "Interruption":
@@ -64,20 +65,23 @@ class Interruption:
         """Several processes stop together from here on: one that left alone would take the others' step with it."""
         self.leaves = self.accelerator.num_processes == 1
 
-    def read(self, number: Float[Tensor, ""]) -> float:
-        """A number of each step, off the device, and in the same wait what stops any process, on which all agree."""
+    def read(self, number: Float[Tensor, ""], *, saves: bool = False) -> float:
+        """A number of each step, off the device, and in the same wait what stops any process, and whether the main one
+        `saves`, on which all agree."""
         if self.accelerator.num_processes == 1:
+            self.saves = saves
             return number.item()
-        code = torch.full_like(number, self._code())
+        code = torch.full_like(number, 2 * self._code() + (saves and self.accelerator.is_main_process))
         torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
-        value, self.agreed = torch.stack([number, code]).tolist()
+        value, agreed = torch.stack([number, code]).tolist()
+        self.agreed, self.saves = divmod(int(agreed), 2)  # who stops saves anyhow
         return value
 
     def reason(self, step: int, num_steps: int) -> str | None:
         """Why to stop now, the same on every process; None to go on. Call it after each step, and `read` in it."""
         self.leaves = False
         self.where = f"after {step} of {num_steps} steps; go on with --resume {self.run}"
-        code = int(self._code() if self.accelerator.num_processes == 1 else self.agreed)
+        code = self._code() if self.accelerator.num_processes == 1 else self.agreed
         if code == OVER:
             return f"--train.max_hours {self.max_hours} are over"
         return signal.Signals(code - 1).name if code else None

@@ -1,8 +1,10 @@
 """A training from its empty folder, or its newest checkpoint, to its last step, whatever is trained."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
@@ -14,9 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of
-from checkpoints.training_state import TrainingState, resume, save_checkpoint
+from checkpoints.training_state import TrainingState, copy_checkpoint, resume
 from experiment.config import R, resuming
 from machine.accelerator import from_main, open_accelerator
+from machine.background import Background
 from machine.checkpoint_folder import Best, mark_best, rotate, to_resume
 from machine.sharding import is_sharded
 from machine.whole_files import write_whole
@@ -44,7 +47,9 @@ def open_run(config: R, **options: Any) -> Iterator["Run[R]"]:
     with Interruption(config.folder, accelerator, config.train.max_hours) as interruption:
         config, checkpoint = from_main(accelerator, lambda: start_or_go_on(config, accelerator.print))
         set_seed(config.train.seed)
-        yield Run(resuming(config, None), checkpoint, interruption)
+        run = Run(resuming(config, None), checkpoint, interruption)
+        with run.writing:
+            yield run
 
 
 class Run(Generic[R]):
@@ -55,10 +60,10 @@ class Run(Generic[R]):
         self.config, self.checkpoint, self.interruption = config, checkpoint, interruption
         self.folder, self.accelerator = interruption.run, interruption.accelerator
         self.is_main, self.checkpoints = self.accelerator.is_main_process, self.folder / "checkpoints"
-        self.meter, self.best = Meter(self.accelerator), Best()
+        self.meter, self.best, self.writing = Meter(self.accelerator), Best(), Background()
         self.step = 0  # optimizer steps that were taken
         self.identity: dict[str, Mapping[str, Any]] = {}
-        self._saved: int | None = None
+        self._saved: int | None = None  # the step of the newest checkpoint, which may still be being written
         self._inspected = True  # else what is due at this step was broken off, and a resumed run begins with it
         self._why: str | None = None  # to stop before the end
         self._drawn = time.monotonic()  # the curve, or else when the run began
@@ -88,7 +93,8 @@ class Run(Generic[R]):
         of themselves.
         """
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
-        self.watched, self.lower_is_best, self.keep_every, self.metadata = best, lower_is_best, keep_every, metadata
+        self.watched, self.lower_is_best, self.keep_every = best, lower_is_best, keep_every
+        self.metadata = metadata_of(self.config, self.step, self.identity, **metadata)  # of the code that was loaded
         named_guards = {f"guard.{name}": guard for name, guard in guards.items()}
         training.others.update({"meter": self.meter, "best": self.best, **named_guards})
         self.is_sharded = any(is_sharded(network) for network in training.networks.values())
@@ -103,6 +109,7 @@ class Run(Generic[R]):
             write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         self.accelerator.wait_for_everyone()
         self.interruption.begin()
+        self._saved_at = time.monotonic()
         self.log = Log(self.folder, self.accelerator, self.config.to_dict(), self.step)
 
     @property
@@ -128,13 +135,15 @@ class Run(Generic[R]):
             began = time.perf_counter()
             if not self._why:
                 self.look(*self.due(self.step, self.num_steps))
-            if is_due(self.step, self.config.log.checkpoint_every) and self.step < self.num_steps:
+            by_step = any(is_due(self.step, every) for every in (self.config.log.checkpoint_every, self.keep_every))
+            if (by_step or self.interruption.saves) and self.step < self.num_steps:
                 self.save()
+            self.writing.check()
             self.meter.paused += time.perf_counter() - began
             if any(guard.must_roll_back(can=self._saved is not None) for guard in self.guards.values()):
                 self._roll_back()
         self.bar.close()
-        self.save(last=True)
+        self._save_at_once(last=True)
         if self.is_main:
             self._draw_curve()
         if self._why:
@@ -142,8 +151,9 @@ class Run(Generic[R]):
 
     def read(self, number: Float[Tensor, ""]) -> float:
         """The number that decides on a step, off the device: the step's one wait; several processes agree in it on
-        whether to stop."""
-        return self.interruption.read(number)
+        whether to stop, and whether it is time to save."""
+        seconds, minutes = time.monotonic() - self._saved_at, self.config.log.checkpoint_minutes
+        return self.interruption.read(number, saves=seconds > 60 * minutes > 0)
 
     def write_means(self, **values: float) -> None:
         """To the log: means since the last time, and these values; nothing where all steps were skipped."""
@@ -174,7 +184,7 @@ class Run(Generic[R]):
         if value is not None and is_sound and self.best.improves(value, self.step, lower=self.lower_is_best):
             self.save()
             if self.is_main:
-                mark_best(self.checkpoints, self.step)
+                self.writing.start(partial(mark_best, self.checkpoints, self.step))
 
     def show(self, images: Any, **layout: Any) -> None:
         """A grid, as samples/<step>.png and in the trackers. What goes wrong there is said, and training goes on."""
@@ -184,20 +194,30 @@ class Run(Generic[R]):
             self.log.picture(self.step, path)
 
     def save(self, *, last: bool = False, progress: Mapping[str, Any] | None = None) -> None:
-        """A checkpoint of this step, if worth it: by all processes, or by the main one with all's `progress`."""
+        """A checkpoint of this step, if worth it: by all processes, and written while training goes on; or by the main
+        one with all's `progress`, at once."""
         if self._saved == self.step or (progress is None and not self._is_sound(last=last)):
             return
-        metadata = metadata_of(self.config, self.step, self.identity, **self.metadata)
-        state = progress or self._progress()
-        save_checkpoint(self.checkpoints, self.step, self.training, metadata, state, write=self.is_main)
-        self._saved = self.step
+        self.writing.wait()  # until then the copy is of the one before
+        metadata, state = {**self.metadata, "step": json.dumps(self.step)}, progress or self._progress()
+        write = copy_checkpoint(self.checkpoints, self.step, self.training, metadata, state, keep=self.is_main)
+        self._saved, self._saved_at = self.step, time.monotonic()
         if self.is_main:
-            if not self._is_skipping:
-                rotate(self.checkpoints, keep=self.config.log.keep_checkpoints, keep_every=self.keep_every)
-            if time.monotonic() - self._drawn > SECONDS_BETWEEN_CURVES:
-                self._draw_curve()
-        if progress is None:
-            self.accelerator.wait_for_everyone()
+            self.writing.start(partial(self._write, write, rotates=not self._is_skipping))
+        if progress is not None:
+            self.writing.wait()
+
+    def _save_at_once(self, *, last: bool = False) -> None:
+        self.save(last=last)
+        self.writing.wait()
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, write: Callable[[], None], *, rotates: bool) -> None:
+        write()
+        if rotates:
+            rotate(self.checkpoints, keep=self.config.log.keep_checkpoints, keep_every=self.keep_every)
+        if time.monotonic() - self._drawn > SECONDS_BETWEEN_CURVES:
+            self._draw_curve()
 
     def _draw_curve(self) -> None:
         draw_curve(self.folder)
@@ -205,7 +225,7 @@ class Run(Generic[R]):
 
     def _save_again(self) -> None:
         self._saved = None
-        self.save()
+        self._save_at_once()
 
     @property
     def _is_skipping(self) -> bool:
@@ -219,6 +239,7 @@ class Run(Generic[R]):
         return {"inspected": self._inspected and not self._why, **self.training.progress()}
 
     def _roll_back(self) -> None:
+        self.writing.wait()
         self._restore(from_main(self.accelerator, lambda: to_resume(self.folder)))
         self._save_again()  # a kill does not forget that it went back
         self.bar.reset(total=self.num_steps)
