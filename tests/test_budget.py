@@ -1,0 +1,43 @@
+"""The arithmetic of a training of ImageNet's size, against itself by hand and the document that shows it."""
+
+import pytest
+from processes import ROOT, script
+
+BUDGET = script("scripts/budget.py")
+
+
+def table(capsys, **settings):
+    BUDGET.main(**settings)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return lines, [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def test_hours_by_hand(capsys):
+    """DiT-XL/2 has 118.64 billion multiply-adds an image (Peebles and Xie 2023, table 4) and 675 million parameters."""
+    _, (one, many) = table(capsys, models=["DiT-XL/2"], gpus=[1, 64], num_steps=1000, mfu=0.5, bus_gb=100.0)
+    assert (one["parameters"], one["GFLOP"]) == ("675M", "237")
+    assert float(one["train"]) == pytest.approx(1000 * 256 * 3 * 2 * 118.64 / (989e3 * 0.5 * 3600), rel=0.01)
+    assert float(one["sample"]) == pytest.approx(50_000 * 500 * 2 * 118.64 / (989e3 * 0.5 * 3600), rel=0.02)
+    assert float(one["read"]) == pytest.approx(1_281_167 / 135 / 3600, rel=0.01)
+    assert one["limit"] == "arithmetic"
+    assert many["limit"] == "sums"
+    assert float(many["train"]) == pytest.approx(1000 * 2 * 4 * 675e6 * 63 / 64 / 100e9 / 3600, rel=0.01)
+
+
+def test_the_document_shows_what_the_command_prints(capsys):
+    lines, _ = table(capsys)
+    assert "\n".join(lines) in (ROOT / "docs" / "scaling.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reading": 0.0}, "--reading 0.0: must be above 0"),
+        ({"mfu": 40.0}, "--mfu 40.0: a share"),
+        ({"gpus": [0]}, "--gpus"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        BUDGET.main(**settings)
