@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
-from machine.precision import MIXED, choose_precision, has_bf16, precision_of, warning_of
+from machine.precision import MIXED, choose_precision, has_bf16, precision_of, set_float32, warning_of
 from machine.threads import deal_out_cores, start_waiting
 
 T = TypeVar("T")
@@ -51,6 +51,8 @@ def open_accelerator(
             )
         # Parts are gathered in float32 and autocast chooses where bf16 serves, as without FSDP: the same numbers.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if device.type == "cuda":
+        set_float32(precision_of(accelerator))
     line = describe(accelerator)
     if device.type == "cpu":
         deal_out_cores(num_processes_here(accelerator))

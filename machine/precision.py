@@ -28,6 +28,15 @@ def precision_of(accelerator: Accelerator) -> str:
     return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
 
 
+def set_float32(precision: str) -> None:
+    """How CUDA computes what stays in float32. Beside bf16, convolutions (the autoencoder's, Inception's) may round
+    what they multiply to TF32's 10 bits; products of matrices may not, which scores, Muon and likelihoods are made of;
+    with 'fp32' nothing may. For each shape of a convolution cuDNN tries its kernels, and takes the fastest."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @contextmanager
 def autocasting(device: torch.device, precision: str, *models: nn.Module | None) -> Iterator[None]:
     """Computes in 'bf16' or 'fp32', without gradients. Autocast keeps the bf16 form of weights from one call of a model

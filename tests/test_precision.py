@@ -11,7 +11,7 @@ from processes import ROOT, script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from machine.accelerator import describe, open_accelerator
-from machine.precision import autocasting, choose_precision, has_bf16, slowdown_of_bf16
+from machine.precision import autocasting, choose_precision, has_bf16, set_float32, slowdown_of_bf16
 
 CPU = torch.device("cpu")
 STATES = [PartialState._shared_state, AcceleratorState._shared_state]
@@ -146,3 +146,28 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *SHIPPED
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_no_documented_command_asks_for_bf16(path: Path):
     assert not re.search(r"precision[ =]bf16", path.read_text())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tf32_is_for_convolutions_beside_bf16_alone(precision):
+    """Distances of features, Muon and likelihoods are products of float32 matrices, and are to be exact in it."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
+    cudnn.benchmark, products.allow_tf32 = False, True
+    try:
+        set_float32(precision)
+        assert (cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32) == (True, precision == "bf16", False)
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = before
+
+
+def test_cuda_is_told_so_where_it_is_opened(x86):
+    told = []
+    x86.setattr("machine.accelerator.set_float32", told.append)
+    open_accelerator("fp32")
+    assert told == []  # a CPU has no TF32
+    x86.setattr("machine.accelerator.default_device", lambda: torch.device("cuda", 0))
+    x86.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    x86.setattr("machine.accelerator.warning_of", lambda *asked: None)
+    open_accelerator("fp32")
+    assert told == ["fp32"]
