@@ -1,14 +1,18 @@
-"""The files of a dataset: a folder's or a zip's, by their paths from its root."""
+"""The files of a dataset: a folder's, a zip's or those in tar files, by their paths from its root."""
 
 import hashlib
 import os
 import stat
+import tarfile
 import time
 import zipfile
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+
+from tqdm import tqdm
 
 from data.layout import DataError
 from data.pixels import SUFFIXES
@@ -55,6 +59,10 @@ class Folder:
         _check_size(status.st_size)
         return path.read_bytes()
 
+    def stamp(self, names: Sequence[str]) -> str | None:
+        """Differs where any of these files does; see `stamp` below."""
+        return stamp(self.path, names, of=str(self.path.resolve()))
+
     def checksum(self, name: str) -> tuple[int, int]:
         """Size and CRC; a file that cannot be read counts as empty, and is told of where it is used."""
         try:
@@ -76,7 +84,7 @@ class Zip:
         except Exception as error:  # a damaged directory raises whatever its numbers lead to
             raise DataError(f"--data.path {path}: neither a folder nor a whole zip file ({error})") from error
         by_name = {entry.filename.replace("\\", "/"): entry for entry in entries}  # as Windows writes them
-        self.entries = {_plain(name): entry for name, entry in by_name.items() if not name.endswith("/")}
+        self.entries = {plain(name): entry for name, entry in by_name.items() if not name.endswith("/")}
         self.names = list(self.entries)
 
     def read(self, name: str) -> bytes:
@@ -88,19 +96,91 @@ class Zip:
     def checksum(self, name: str) -> tuple[int, int]:
         return self.entries[name].file_size, self.entries[name].CRC
 
+    def stamp(self, names: Sequence[str]) -> str | None:
+        """None: its directory has every file's CRC."""
+        return None
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": None}
 
 
-def open_files(path: Path) -> Folder | Zip:
+class Tars:
+    """Tar files below a folder, or one, in the order of their names: `shard.tar/cat.jpg` is a file in the first. Their
+    headers are read once, front to back; what they hold is read where it lies."""
+
+    def __init__(self, path: Path, shards: Sequence[str]) -> None:
+        self.path, self.shards, self.repeated = path, list(shards), []
+        paths = [self._of(number) for number in range(len(self.shards))]
+        # By name: number of the shard, offset and size in it. Both splits ask for them.
+        self.places = _places(tuple(zip(paths, self.shards, map(_changed, paths), strict=True)))
+        self.names = list(self.places)
+
+    def _of(self, number: int) -> Path:
+        return self.path / self.shards[number] if self.path.is_dir() else self.path
+
+    def read(self, name: str) -> bytes:
+        number, offset, size = self.places[name]
+        _check_size(size)
+        with self._of(number).open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+        if len(content) < size:
+            raise OSError("its shard ends before it")
+        return content
+
+    def stamp(self, names: Sequence[str]) -> str | None:
+        """As a folder's, of all shards: it stands for whatever they hold."""
+        shards, named = (self.shards, self.path) if self.path.is_dir() else ([self.path.name], self.path.parent)
+        return stamp(named, shards, of="\n".join([str(self.path.resolve()), *names]))
+
+    def checksum(self, name: str) -> tuple[int, int]:
+        content = self.read(name)
+        return len(content), zlib.crc32(content)
+
+
+@lru_cache(maxsize=1)
+def _places(shards: tuple[tuple[Path, str, tuple[int, ...]], ...]) -> dict[str, tuple[int, int, int]]:
+    places: dict[str, tuple[int, int, int]] = {}
+    for number, (path, shard, _) in enumerate(tqdm(shards, desc="reading shards", leave=False)):
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for entry in archive:
+                    name = f"{shard}/{plain(entry.name)}"
+                    if name in places:
+                        raise DataError(f"--data.path {path}: it holds {entry.name} twice; write it anew")
+                    if entry.isreg() and not entry.issparse():
+                        places[name] = (number, entry.offset_data, entry.size)
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(
+                f"--data.path {path}: not a whole, uncompressed tar file ({error}); fetch it again, or unpack it"
+            ) from error
+    return places
+
+
+def _changed(path: Path) -> tuple[int, ...]:
+    with suppress(OSError):  # a link to nothing, which is told of where it is opened
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return ()
+
+
+def open_files(path: Path) -> Folder | Zip | Tars:
     if path.is_dir():
-        return Folder(path)
+        folder = Folder(path)
+        shards = sorted(name for name in folder.names if name.lower().endswith(".tar"))
+        holds_images = any(Path(name).suffix.lower() in SUFFIXES for name in folder.names)
+        return Tars(path, shards) if shards and not holds_images else folder
     if path.is_file():
-        return Zip(path)
-    raise DataError(f"--data.path {path}: is neither a folder nor a file; give a folder or zip of images, or 'shapes'")
+        kinds = [suffix.lower() for suffix in path.suffixes]
+        if kinds[-1:] == [".tgz"] or ".tar" in kinds[:-1]:
+            raise DataError(f"--data.path {path}: a compressed tar file is read from its front alone; decompress it")
+        return Tars(path, [path.name]) if kinds[-1:] == [".tar"] else Zip(path)
+    raise DataError(
+        f"--data.path {path}: is neither a folder nor a file; give a folder, a zip or tar shards of images, or 'shapes'"
+    )
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Without what says nothing: `./cat//0.png`, as some archivers write it, is no hidden file."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
@@ -119,11 +199,11 @@ def stamp(folder: Path, names: Sequence[str], of: str = "") -> str | None:
     return digest.hexdigest() if newest < time.time_ns() - SETTLED else None
 
 
-def content_hash(files: Folder | Zip, names: Sequence[str]) -> str:
-    """Of these files: the same for a folder and for a zip of it. What of a folder took long is kept, and taken again as
-    long as no file has another size or time."""
+def content_hash(files: Folder | Zip | Tars, names: Sequence[str]) -> str:
+    """Of these files: the same for a folder and for a zip of it. What took long is kept, and taken again as long as no
+    file of the folder, or shard, has another size or time."""
     began, digest, kept = time.monotonic(), hashlib.sha256(), None
-    if isinstance(files, Folder) and (found := stamp(files.path, names, of=str(files.path.resolve()))):
+    if found := files.stamp(names):
         with suppress(RuntimeError):  # of a user without a home
             kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", KEPT, found)
     if kept:

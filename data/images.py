@@ -1,4 +1,4 @@
-"""Images from a folder or a zip of one, read in place."""
+"""Images from a folder, a zip of one, or tar shards, read in place."""
 
 import hashlib
 import math
@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.duplicates import near_duplicates
-from data.files import content_hash, open_files
+from data.files import Tars, content_hash, open_files
 from data.image_set import ImageSet
-from data.layout import DataError, understand
+from data.layout import DataError, Layout, understand
 from data.pixels import fit, open_image, to_rgb
+from data.tars import NAMES, understand_tars
 
 SPLITS = ("train", "test", "all")
 T = TypeVar("T")
@@ -28,7 +29,8 @@ _NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash: both sp
 
 
 class ImageDataset(ImageSet):
-    """`dataset[i] -> (uint8 [3 h w], label)` over a tree of images, or a zip of one, understood by `data.layout`.
+    """`dataset[i] -> (uint8 [3 h w], label)` over a tree of images or a zip of one, understood by `data.layout`,
+    or over tar shards (`data.tars`).
 
     Where the tree has no split of its own, `test_fraction` of each class is held out, a function of `split_seed` and
     names alone. Images are fitted to `image_size` (side, or height and width); None keeps each as it is. Without
@@ -59,7 +61,7 @@ class ImageDataset(ImageSet):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
         try:
-            layout = understand(self.source.names, self.source.read, classes, exclude_classes)
+            layout = self._understand(classes, exclude_classes)
         except DataError as error:
             raise DataError(f"--data.path {path}: {error}") from error
         self.left_out = {"links to what is there already": self.source.repeated, **layout.left_out}
@@ -119,6 +121,17 @@ class ImageDataset(ImageSet):
         if not use_labels:
             self.classes, self.labels = [], torch.zeros_like(self.labels)
         self.source_hash = content_hash(self.source, [*names, *layout.tables])
+        if isinstance(self.source, Tars):  # where no name of an image or a table says its class
+            said = "".join(f"{name}:{label}\n" for name, label in layout.classes.items())
+            self.source_hash = hashlib.sha256(f"{self.source_hash}\n{said}".encode()).hexdigest()
+
+    def _understand(self, classes: Sequence[str], exclude_classes: Sequence[str]) -> Layout:
+        files, chosen = self.source, (classes, exclude_classes)
+        if not isinstance(files, Tars):
+            return understand(files.names, files.read, *chosen)
+        beside = (files.path if files.path.is_dir() else files.path.parent) / NAMES
+        class_names = beside.read_text(encoding="utf-8-sig") if beside.is_file() else None
+        return understand_tars(files.names, files.read, class_names, *chosen)
 
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
         return self._read(self.names[index])

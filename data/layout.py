@@ -44,7 +44,7 @@ def understand(
     chosen."""
     left_out: defaultdict[str, list[str]] = defaultdict(list)
     images, tables = [], []
-    for name in sorted(name for name in names if not _is_hidden(name)):
+    for name in sorted(name for name in names if not is_hidden(name)):
         suffix = posixpath.splitext(name)[1].lower()
         if suffix in SUFFIXES:
             images.append(name)
@@ -106,7 +106,7 @@ def understand(
     return Layout(labels, splits, {why: left for why, left in left_out.items() if left}, ", ".join(places), tables)
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
 
 

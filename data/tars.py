@@ -1,0 +1,145 @@
+"""What tar files are understood to be: WebDataset's samples, or a tree of images.
+
+A sample is the files that share a path up to the first dot of its last part, its key: `0001.jpg` beside `0001.cls`, the
+class as a number or a name, or beside `0001.json`, whose `label` is (the webdataset library's format). Shards whose
+name or folder says train, test or val are the split.
+"""
+
+import json
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from data.layout import LEVELS, DataError, Layout, is_hidden, understand
+from data.pixels import SUFFIXES
+
+NAMES = "classnames.txt"  # beside the shards: a class a line, from that of number 0
+LABELS = (".cls", ".json")
+
+
+def understand_tars(
+    names: Sequence[str],
+    read: Callable[[str], bytes],
+    class_names: str | None,
+    classes: Sequence[str] = (),
+    exclude_classes: Sequence[str] = (),
+) -> Layout:
+    """Of files `shard.tar/key.jpg`, in their order. Shards without labels whose images lie in folders are read as one
+    tree, as a zip is."""
+    images: dict[str, str] = {}  # by key
+    labels: dict[str, str] = {}
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        shard, inner = _parts(name)
+        if is_hidden(inner):
+            continue
+        folder, last = posixpath.split(inner)
+        stem, _, field = last.partition(".")
+        key, suffix = posixpath.join(shard, folder, stem), f".{field.lower()}"
+        if suffix in SUFFIXES:
+            if key in images:
+                raise DataError(f"{name}: its sample has another image, {images[key]}; keep one in each")
+            images[key] = name
+        elif suffix in LABELS:
+            if suffix == ".cls" or key not in labels:
+                labels[key] = name
+        else:
+            left_out["other files"].append(name)
+    found = {name: _label(labels[key], read) if key in labels else None for key, name in images.items()}
+    labelled = [name for name, label in found.items() if label is not None]
+    if not labelled and any("/" in _parts(name)[1] for name in images.values()):
+        return _as_tree(list(images.values()), classes, exclude_classes)
+    if labelled and len(labelled) < len(found):
+        lacking = next(name for name, label in found.items() if label is None)
+        raise DataError(
+            f"{lacking} has no label, neither .cls nor 'label' in .json, and {labelled[0]} has; give all one"
+        )
+    left_out["labels without an image"] = [name for key, name in labels.items() if key not in images]
+    splits, note = _splits(list(found))
+    if splits:
+        kept = {*splits["train"], *splits["test"]}
+        left_out["in val shards, beside train and test"] = [name for name in found if name not in kept]
+        found = {name: label for name, label in found.items() if name in kept}
+    named = _named({name: label or "" for name, label in found.items()}, class_names)
+    shards = len({_parts(name)[0] for name in found})
+    note = ", ".join(filter(None, [f"in {shards} tar shard{'s' * (shards != 1)}", note]))
+    return Layout(named, splits, {why: left for why, left in left_out.items() if left}, note, [])
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The shard, and the path in it."""
+    end = name.lower().index(".tar/") + 4
+    return name[:end], name[end + 1 :]
+
+
+def _label(name: str, read: Callable[[str], bytes]) -> str | None:
+    """What a .cls file says, or a .json file under `label`; None where the latter says nothing."""
+    try:
+        text = read(name).decode("utf-8-sig").strip()
+        if not name.lower().endswith(".json"):
+            label = text
+        elif (label := json.loads(text).get("label")) is None:
+            return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{name} is no label that can be read ({error}); mend it") from error
+    if isinstance(label, bool) or not isinstance(label, int | str) or not str(label) or str(label).startswith("-"):
+        raise DataError(
+            f"{name} has the label {label!r}, which is no class (withheld?); leave its shard out, or mend it"
+        )
+    return str(label)
+
+
+def _named(labels: dict[str, str], class_names: str | None) -> dict[str, str]:
+    """Numbers become the lines of `classnames.txt`, or all of one width, so that sorted classes keep their numbers."""
+    found = {*labels.values()} - {""}
+    if not found or not all(re.fullmatch(r"[0-9]+", label) for label in found):
+        return labels
+    most = max(map(int, found))
+    if class_names is None:
+        return {name: label.lstrip("0").zfill(len(str(most))) for name, label in labels.items()}
+    lines = [line.strip() for line in class_names.strip().splitlines()]
+    if len(lines) <= most or len({*lines}) < len(lines) or not all(lines):
+        raise DataError(
+            f"{NAMES} has {len(lines)} lines, {len({*lines} - {''})} of them unlike, for labels up to {most}: "
+            "give a name a line, from that of 0, or take it away"
+        )
+    return {name: lines[int(label)] for name, label in labels.items()}
+
+
+def _splits(names: list[str]) -> tuple[dict[str, list[str]] | None, str]:
+    """The images of train and test (or val), where the names of their shards say so; and this in words."""
+    level_of: dict[str, str | None] = {}
+    for shard in dict.fromkeys(_parts(name)[0] for name in names):
+        words = {LEVELS[word] for word in re.split(r"[^a-z]+", shard[:-4].casefold()) if word in LEVELS}
+        if len(words) > 1:
+            raise DataError(f"{shard}: its name says {' and '.join(sorted(words))}; rename it")
+        level_of[shard] = words.pop() if words else None
+    levels = {*level_of.values()}
+    if len(levels) < 2:
+        return None, ""
+    if None in levels or "train" not in levels:
+        odd = next(shard for shard, level in level_of.items() if level != "train")
+        raise DataError(
+            f"{odd} lies among shards that are called {' and '.join(sorted(filter(None, levels)))}: a split is shards "
+            "called train and test (or val); rename it, or move it away"
+        )
+    held_out = "test" if "test" in levels else "val"
+    of_level = {
+        split: [name for name in names if level_of[_parts(name)[0]] == level]
+        for split, level in (("train", "train"), ("test", held_out))
+    }
+    return of_level, f"split by shards called train and {held_out}"
+
+
+def _as_tree(names: list[str], classes: Sequence[str], exclude_classes: Sequence[str]) -> Layout:
+    inner: dict[str, str] = {}
+    for name in names:
+        path = _parts(name)[1]
+        if path in inner:
+            raise DataError(f"{path} lies in two shards, as {inner[path]} and {name}; move one away")
+        inner[path] = name
+    layout = understand(inner, lambda path: b"", classes, exclude_classes)
+    splits = layout.splits and {split: [inner[path] for path in paths] for split, paths in layout.splits.items()}
+    left_out = {why: [inner[path] for path in paths] for why, paths in layout.left_out.items()}
+    return Layout({inner[path]: label for path, label in layout.classes.items()}, splits, left_out, layout.note, [])
