@@ -21,8 +21,7 @@ class DataConfig:
 
     Args:
         path: folder or zip with a class a folder (a train/ and test/ or val/ level is used where it exists), or with
-            a labels.csv (file,label), or with neither; or tar shards of samples; or 'shapes', the embedded
-            procedural dataset
+            a labels.csv (file,label), or with neither; tar shards; or 'shapes' for the embedded procedural dataset
         image_size: side in pixels; images are cropped to the centre square and resized where needed
         test_fraction: share of each class held out, where the source has no train/ and test/ of its own
         split_seed: seed of that split
@@ -366,10 +365,8 @@ class ExperimentConfig(RunConfig):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(guidance_scale=1.5))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    fixed = (
-        *("model", "model_args", "data", "alignment.depth", "alignment.kind"),
-        *("train.adapter", "train.adapter_rank", "train.ema_profiles"),
-    )
+    fixed = ("model", "model_args", "data", "alignment.depth", "alignment.kind")
+    fixed += ("train.adapter", "train.adapter_rank", "train.ema_profiles")
 
     def check(self, prefix: str) -> None:
         if self.train.adapter and self.init_from is None:
