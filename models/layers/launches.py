@@ -23,7 +23,8 @@ def at_once(x: Tensor) -> bool:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """In which autocast, where it is on, leaves types as they are; else none: exported programs would keep it."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors know of none
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 class Uncast:
