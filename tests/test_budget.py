@@ -15,11 +15,13 @@ def table(capsys, **settings):
 
 def test_hours_by_hand(capsys):
     """DiT-XL/2 has 118.64 billion multiply-adds an image (Peebles and Xie 2023, table 4) and 675 million parameters."""
-    _, (one, many) = table(capsys, models=["DiT-XL/2"], gpus=[1, 64], num_steps=1000, mfu=0.5, bus_gb=100.0)
+    _, (one, many) = table(
+        capsys, models=["DiT-XL/2"], gpus=[1, 64], num_steps=1000, mfu=0.5, bus_gb=100.0, reading=135
+    )
     assert (one["parameters"], one["GFLOP"]) == ("675M", "237")
     assert float(one["train"]) == pytest.approx(1000 * 256 * 3 * 2 * 118.64 / (989e3 * 0.5 * 3600), rel=0.01)
     assert float(one["sample"]) == pytest.approx(50_000 * 500 * 2 * 118.64 / (989e3 * 0.5 * 3600), rel=0.02)
-    assert float(one["read"]) == pytest.approx(1_281_167 / 135 / 3600, rel=0.01)
+    assert float(one["encode"]) == pytest.approx(1_281_167 / 135 / 3600, rel=0.01)
     assert one["limit"] == "arithmetic"
     assert many["limit"] == "sums"
     assert float(many["train"]) == pytest.approx(1000 * 2 * 4 * 675e6 * 63 / 64 / 100e9 / 3600, rel=0.01)
