@@ -12,7 +12,11 @@ from typing import Any
 import torch
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-EMBEDDED = {"embedded": ASSETS / "autoencoder", "embedded-f8c16": ASSETS / "autoencoder-f8c16"}
+EMBEDDED = {
+    "embedded": ASSETS / "autoencoder",
+    "embedded-f8c16": ASSETS / "autoencoder-f8c16",
+    "embedded-taef2": ASSETS / "autoencoder-taef2",
+}
 _ALTERNATIVES = f"give --autoencoder a folder in diffusers' format, or one of assets/: {', '.join(map(repr, EMBEDDED))}"
 
 

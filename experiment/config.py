@@ -332,7 +332,7 @@ class ExperimentConfig(RunConfig):
     Args:
         model: backbone: XSwin, USwin, DiT-S/2, UViT-S/2, ... (an unknown name lists them all)
         model_args: constructor arguments of the backbone that differ from its row in the table
-        autoencoder: 'embedded', 'embedded-f8c16', 'pixel', a folder in diffusers' format, or a hub id
+        autoencoder: 'embedded', 'embedded-f8c16', 'embedded-taef2', 'pixel', a folder in diffusers' format, or a hub id
         imports: Python modules, by name or as .py files, that add backbones, samplers, ... (docs/extending.md)
         name: of the run's folder, runs/<name>; by default the model's name
         resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which model,

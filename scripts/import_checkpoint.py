@@ -157,6 +157,8 @@ def import_autoencoder(config: ImportConfig, folder: Path, num_images: int = 102
     some = stratified(images.labels, min(num_images, len(images)), seed=0).tolist()
     pixels = torch.stack([images[index][0] for index in some])
     with_statistics(autoencoder, pixels.float() / 127.5 - 1)
+    if all(weight.half().float().equal(weight) for weight in autoencoder.parameters()):
+        autoencoder.half()  # as TAEF2 is published: nothing is lost, and it is computed in float32
     autoencoder.save_pretrained(folder)
     size = sum(parameter.numel() for parameter in autoencoder.parameters()) / 1e6
     return (

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import small_autoencoders
 from ablations import BASE
 from processes import ROOT, TINY, script
 
@@ -29,8 +28,6 @@ SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_ablation_builds(path, monkeypatch):
-    if path.stem == "latents":
-        small_autoencoders.write("taef1", "autoencoders/taef2")
     shapes = {"data.path": "shapes", "data.exclude_classes": [], "autoencoder": "embedded"}
     ablation = read_ablation(path, shapes)
     labelled = expand(ablation, path.stem)[0].config.data.use_labels

@@ -17,7 +17,7 @@ def test_the_doctor_says_what_works_and_what_to_do_about_the_rest(monkeypatch, t
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert {"Machine", "Packages", "Weights"} <= set(lines)
-    assert "ok  the embedded autoencoders (--autoencoder embedded, embedded-f8c16)" in lines
+    assert "ok  the embedded autoencoders (--autoencoder embedded, embedded-f8c16, embedded-taef2)" in lines
     (hub,) = (line for line in lines if "hub does not answer" in line)
     assert hub.startswith("--")
     (inception,) = (line for line in lines if "Inception, for FID" in line)
