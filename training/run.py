@@ -64,6 +64,7 @@ class Run(Generic[R]):
         self.step = 0  # optimizer steps that were taken
         self.identity: dict[str, Mapping[str, Any]] = {}
         self._saved: int | None = None  # the step of the newest checkpoint, which may still be being written
+        self._saved_at = time.monotonic()  # that one, or else when the run was opened
         self._inspected = True  # else what is due at this step was broken off, and a resumed run begins with it
         self._why: str | None = None  # to stop before the end
         self._drawn = time.monotonic()  # the curve, or else when the run began

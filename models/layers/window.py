@@ -79,7 +79,7 @@ def _mask(size: int, axes: tuple[Axis, Axis], device: torch.device) -> Float[Ten
     with torch.inference_mode(False):  # kept for training, even when first needed while sampling
         windows = []  # of each place along an axis; what lies beyond the grid is in one of its own
         for side, padded, _, shift, roll in axes:
-            position = (torch.arange(padded) + roll) % padded
+            position = (torch.arange(padded, device=device) + roll) % padded
             windows.append(torch.where(position < side, (position - shift) // size, padded))
         rows, columns = windows
         window = rows[:, None] * 2 * len(columns) + columns
@@ -87,16 +87,16 @@ def _mask(size: int, axes: tuple[Axis, Axis], device: torch.device) -> Float[Ten
         if all(side == padded and not roll for side, padded, _, _, roll in axes):
             window = window[:1]  # all tiles are alike
         together = window[:, :, None] == window[:, None, :]
-        return torch.zeros(together.shape).masked_fill(~together, -torch.inf).to(device)
+        return torch.zeros(together.shape, device=device).masked_fill(~together, -torch.inf)
 
 
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def _offsets(size: int, tile: tuple[int, int], device: torch.device) -> Int64[Tensor, "n n"]:
     with torch.inference_mode(False):
-        row, column = torch.cartesian_prod(*map(torch.arange, tile)).T
+        row, column = torch.cartesian_prod(*(torch.arange(side, device=device) for side in tile)).T
         row, column = ((axis[:, None] - axis).clamp(1 - size, size - 1) + size - 1 for axis in (row, column))
-        return (row * (2 * size - 1) + column).to(device)
+        return row * (2 * size - 1) + column
 
 
 class ContinuousPositionBias(nn.Module, Uncast):
