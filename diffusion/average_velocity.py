@@ -18,9 +18,11 @@ from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample,
 from diffusion.options import SamplingOptions
 from diffusion.paths import Flow
 from diffusion.samplers import AVERAGES, SAMPLERS, evaluating, num_steps_of
+from diffusion.schedules import check_name
 from diffusion.times import Device, DrawTimes
 from diffusion.transition import Images, Labels, Timesteps
 
+TANGENTS = ("sample", "model")
 LEAST_ERROR = 1e-3  # c of the adaptive weight (Geng et al. 2025, section 4.3)
 
 
@@ -139,15 +141,20 @@ class MeanFlow(AverageVelocity):
     Guidance is trained: `v` is replaced by `omega v + kappa u(x_t, t, t | y) + (1 - omega - kappa) u(x_t, t, t)`, which
     is guided by the scale `omega / (1 - kappa)` (section 4.2 and appendix B.2).
 
+    A sample's own velocity varies among all that pass through `x_t`, and a derivative along it varies more. Along the
+    model's, which learns their mean, the target varies by `v` alone: improved MeanFlow (Geng et al. 2025b).
+
     Args:
         omega: share of the sample's own velocity; 1 beside a kappa of 0 is no guidance.
         kappa: share of the model's velocity under the label.
+        tangent: the velocity along which `du/dt` is taken, of `TANGENTS`.
         of_flow: as of `AverageVelocity`; of two `times`, t is the larger one.
     """
 
-    def __init__(self, path: Flow, *, omega: float, kappa: float, **of_flow: Any) -> None:
+    def __init__(self, path: Flow, *, omega: float, kappa: float, tangent: str, **of_flow: Any) -> None:
+        check_name("tangent", tangent, TANGENTS)
         super().__init__(path, sampler="meanflow", **of_flow)
-        self.omega, self.kappa, self.guided_samplers = omega, kappa, tuple(self.samplers)
+        self.omega, self.kappa, self.tangent, self.guided_samplers = omega, kappa, tangent, tuple(self.samplers)
         self.guidance_settings = "" if (omega, kappa) == (1, 0) else "omega and kappa"
 
     def step_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
@@ -160,13 +167,16 @@ class MeanFlow(AverageVelocity):
         """`v - (t - r) du/dt` of samples at `index`, and `v` of all others: a Jacobian-vector product of the model with
         the tangent (v, 0, 1) of (x_t, r, t)."""
         u = self.precondition(model)
+        x, start, end, label = x_t[index], r[index], t[index], y[index]
         with differentiable_forward(model):
             v = self.guided(model, x_t, t, y, v)
-            x, now = forward_ad.make_dual(x_t[index], v[index]), t[index]
-            now = forward_ad.make_dual(now, torch.ones_like(now))
-            du_dt = forward_ad.unpack_dual(u(x, now, y[index], r=r[index])).tangent
+            along = v[index]
+            if self.tangent == "model":
+                along = self.guided(model, x, end, label, u(x, end, label, r=end).to(x.dtype))
+            moving, ending = forward_ad.make_dual(x, along), forward_ad.make_dual(end, torch.ones_like(end))
+            du_dt = forward_ad.unpack_dual(u(moving, ending, label, r=start)).tangent
             assert du_dt is not None
-        return v.index_copy(0, index, v[index] - over_images((t - r)[index]) * du_dt)
+        return v.index_copy(0, index, v[index] - over_images(end - start) * du_dt)
 
     def guided(self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, v: Images) -> Images:
         """The velocity under the guidance that is trained, of samples that have a label."""

@@ -1,6 +1,7 @@
 """MeanFlow and shortcuts: average velocities of Gaussian data in closed form, and of every backbone."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from training.preparation import recompute_blocks
 
 MEAN, STD = 0.7, 0.4
 meanflow, shortcut = DIFFUSIONS["meanflow"], DIFFUSIONS["shortcut"]
+improved = partial(meanflow, tangent="model")
 KINDS = {"meanflow": meanflow, "shortcut": shortcut}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 NAMES = [*(name for name in FAMILIES if name != "Cascade"), "LightningDiT-S/2"]
@@ -59,7 +61,7 @@ def times(*numbers, dtype=torch.float64):
     return torch.tensor(numbers, dtype=dtype)
 
 
-@kinds
+@pytest.mark.parametrize("kind", [*KINDS.values(), improved], ids=[*KINDS, "improved"])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_the_average_velocity_of_gaussian_data_is_its_own_target(kind, dtype, atol):
     r, t = times(0.0, 0.25, 0.5, 0.6, dtype=dtype), times(1.0, 0.75, 0.9, 0.6, dtype=dtype)
@@ -251,6 +253,27 @@ def test_the_derivative_along_the_path_is_that_of_finite_differences(name):
         ends = [u(x_t + sign * step * v, t + sign * step, y, r=r) for sign in (1, -1)]
     derivative = (ends[0] - ends[1]) / (2 * step)
     torch.testing.assert_close((v - target) / 0.4, derivative, rtol=1e-4, atol=1e-4 * derivative.abs().max().item())
+
+
+@pytest.mark.parametrize("guidance", [{}, {"omega": 0.5, "kappa": 0.75}], ids=["plain", "guided"])
+def test_improved_meanflow_differentiates_along_the_velocity_of_the_model(guidance):
+    """Whatever the sample's own is; that of the null label is unguided."""
+    model, diffusion = prepared("DiT-S/2").eval().double(), improved(**guidance)
+    x_t, y = randn(3, 4, 8, 8).double(), torch.tensor([1, 5, model.num_classes])
+    r, t, step = times(0.1, 0.4, 0.0), times(0.5, 0.8, 0.4), 1e-6
+    u, zeros = diffusion.precondition(model), torch.zeros_like(x_t)
+    with torch.no_grad():
+        labelled, unlabelled = u(x_t, t, y), u(x_t, t, torch.full_like(y, model.num_classes))
+        mixed = 1.25 * labelled - 0.25 * unlabelled if guidance else labelled
+        along = torch.where(y[:, None, None, None] == model.num_classes, labelled, mixed)
+        ends = [u(x_t + sign * step * along, t + sign * step, y, r=r) for sign in (1, -1)]
+    derivative = (ends[0] - ends[1]) / (2 * step)
+    for v in (zeros, randn(*x_t.shape, seed=1).double()):
+        target = diffusion.average_velocity(model, x_t, r, t, y, v, torch.arange(3))
+        away = diffusion.guided(model, x_t, t, y, v) - target
+        torch.testing.assert_close(away / 0.4, derivative, rtol=1e-4, atol=1e-4 * derivative.abs().max().item())
+    with pytest.raises(ValueError, match=r"--diffusion\.tangent up: unknown, choose from sample, model"):
+        meanflow(tangent="up")
 
 
 @pytest.mark.parametrize("num_tokens", [16, 80])
