@@ -9,8 +9,10 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,6 +20,7 @@ from data.layout import DataError
 from data.pixels import SUFFIXES
 
 MOST_BYTES = 2**30  # of one file
+NAMES = "classnames.txt"  # beside tar shards: a class a line, from that of number 0
 KEPT, LONG = "latent-diffusion-backbones/hashes", 2.0  # of folders, below the user's cache, that took so many seconds
 SETTLED = 10 * 10**9  # nanoseconds since the last change, more than any file system's grain
 
@@ -108,11 +111,11 @@ class Tars:
     """Tar files below a folder, or one, in the order of their names: `shard.tar/cat.jpg` is a file in the first. Their
     headers are read once, front to back; what they hold is read where it lies."""
 
-    def __init__(self, path: Path, shards: Sequence[str]) -> None:
-        self.path, self.shards, self.repeated = path, list(shards), []
+    def __init__(self, path: Path, shards: Sequence[str], beside: Sequence[str] = ()) -> None:
+        self.path, self.shards, self.beside = path, list(shards), list(beside)
         paths = [self._of(number) for number in range(len(self.shards))]
         # By name: number of the shard, offset and size in it. Both splits ask for them.
-        self.places = _places(tuple(zip(paths, self.shards, map(_changed, paths), strict=True)))
+        self.places, self.repeated = _places(tuple(zip(paths, self.shards, map(_changed, paths), strict=True)))
         self.names = list(self.places)
 
     def _of(self, number: int) -> Path:
@@ -139,8 +142,12 @@ class Tars:
 
 
 @lru_cache(maxsize=1)
-def _places(shards: tuple[tuple[Path, str, tuple[int, ...]], ...]) -> dict[str, tuple[int, int, int]]:
+def _places(
+    shards: tuple[tuple[Path, str, tuple[int, ...]], ...],
+) -> tuple[dict[str, tuple[int, int, int]], list[str]]:
+    """Of files, and the names of images that are links to others."""
     places: dict[str, tuple[int, int, int]] = {}
+    links: list[str] = []
     for number, (path, shard, _) in enumerate(tqdm(shards, desc="reading shards", leave=False)):
         try:
             with tarfile.open(path, "r:") as archive:
@@ -148,13 +155,28 @@ def _places(shards: tuple[tuple[Path, str, tuple[int, ...]], ...]) -> dict[str, 
                     name = f"{shard}/{plain(entry.name)}"
                     if name in places:
                         raise DataError(f"--data.path {path}: it holds {entry.name} twice; write it anew")
-                    if entry.isreg() and not entry.issparse():
+                    if entry.issparse():
+                        raise tarfile.ReadError(f"{entry.name} is stored in parts, as a sparse file")
+                    if entry.isreg():
                         places[name] = (number, entry.offset_data, entry.size)
+                    elif entry.islnk() or entry.issym():
+                        links += [name] * (Path(name).suffix.lower() in SUFFIXES)
+                _check_end(archive)
         except (tarfile.TarError, OSError) as error:
             raise DataError(
                 f"--data.path {path}: not a whole, uncompressed tar file ({error}); fetch it again, or unpack it"
             ) from error
-    return places
+    return places, links
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Behind a header that is damaged or cut short tarfile reads on no further, and says nothing."""
+    file: Any = archive.fileobj
+    file.seek(archive.offset)
+    rest = iter(partial(file.read, 2**20), b"")
+    first = next(rest, b"")
+    if len(first) < tarfile.BLOCKSIZE or any(map(any, chain([first], rest))):
+        raise tarfile.ReadError(f"at byte {archive.offset} there is neither a file's header nor the end")
 
 
 def _changed(path: Path) -> tuple[int, ...]:
@@ -169,7 +191,9 @@ def open_files(path: Path) -> Folder | Zip | Tars:
         folder = Folder(path)
         shards = sorted(name for name in folder.names if name.lower().endswith(".tar"))
         holds_images = any(Path(name).suffix.lower() in SUFFIXES for name in folder.names)
-        return Tars(path, shards) if shards and not holds_images else folder
+        if not shards or holds_images:
+            return folder
+        return Tars(path, shards, sorted({*folder.names} - {*shards, NAMES}))
     if path.is_file():
         kinds = [suffix.lower() for suffix in path.suffixes]
         if kinds[-1:] == [".tgz"] or ".tar" in kinds[:-1]:

@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.duplicates import near_duplicates
-from data.files import Tars, content_hash, open_files
+from data.files import NAMES, Tars, content_hash, open_files
 from data.image_set import ImageSet
 from data.layout import DataError, Layout, understand
 from data.pixels import fit, open_image, to_rgb
-from data.tars import NAMES, understand_tars
+from data.tars import understand_tars
 
 SPLITS = ("train", "test", "all")
 T = TypeVar("T")
@@ -64,7 +64,9 @@ class ImageDataset(ImageSet):
             layout = self._understand(classes, exclude_classes)
         except DataError as error:
             raise DataError(f"--data.path {path}: {error}") from error
-        self.left_out = {"links to what is there already": self.source.repeated, **layout.left_out}
+        beside = self.source.beside if isinstance(self.source, Tars) else []
+        self.left_out = {"links to what is there already": self.source.repeated, "beside the shards": beside}
+        self.left_out |= layout.left_out
         names, found = list(layout.classes), sorted({*layout.classes.values()} - {""})
         if not names:
             raise DataError(f"--data.path {path}: no images in it; give a folder with one for each class{self._less()}")

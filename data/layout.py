@@ -18,6 +18,7 @@ LEVELS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
+TABLE = "labels.csv"  # of files and their labels
 LIKE_A_SPLIT = re.compile(r"^(train|test|val|dev|eval|hold|held)|(train|test|val|dev|eval|out)$")
 
 
@@ -48,7 +49,7 @@ def understand(
         suffix = posixpath.splitext(name)[1].lower()
         if suffix in SUFFIXES:
             images.append(name)
-        elif posixpath.basename(name).lower() == "labels.csv":
+        elif posixpath.basename(name).lower() == TABLE:
             tables.append(name)
         elif suffix in NOT_READ:
             left_out[f"of kind {suffix}, which is not read: convert it to PNG"].append(name)

@@ -11,10 +11,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from data.layout import LEVELS, DataError, Layout, is_hidden, understand
+from data.files import NAMES
+from data.layout import LEVELS, TABLE, DataError, Layout, is_hidden, understand
 from data.pixels import SUFFIXES
 
-NAMES = "classnames.txt"  # beside the shards: a class a line, from that of number 0
 LABELS = (".cls", ".json")
 
 
@@ -25,21 +25,20 @@ def understand_tars(
     classes: Sequence[str] = (),
     exclude_classes: Sequence[str] = (),
 ) -> Layout:
-    """Of files `shard.tar/key.jpg`, in their order. Shards without labels whose images lie in folders are read as one
-    tree, as a zip is."""
+    """Of files `shard.tar/key.jpg`, in their order. Shards without labels whose images lie in folders, or are named in
+    a labels.csv, are read as one tree, as a zip is."""
     images: dict[str, str] = {}  # by key
     labels: dict[str, str] = {}
+    again: list[str] = []  # what is to be said of samples that have several
     left_out: defaultdict[str, list[str]] = defaultdict(list)
+    names = [name for name in names if not is_hidden(_parts(name)[1])]
     for name in names:
         shard, inner = _parts(name)
-        if is_hidden(inner):
-            continue
         folder, last = posixpath.split(inner)
         stem, _, field = last.partition(".")
         key, suffix = posixpath.join(shard, folder, stem), f".{field.lower()}"
         if suffix in SUFFIXES:
-            if key in images:
-                raise DataError(f"{name}: its sample has another image, {images[key]}; keep one in each")
+            again += [f"{name}: its sample has another image, {images[key]}; keep one in each"] if key in images else []
             images[key] = name
         elif suffix in LABELS:
             if suffix == ".cls" or key not in labels:
@@ -48,8 +47,11 @@ def understand_tars(
             left_out["other files"].append(name)
     found = {name: _label(labels[key], read) if key in labels else None for key, name in images.items()}
     labelled = [name for name, label in found.items() if label is not None]
-    if not labelled and any("/" in _parts(name)[1] for name in images.values()):
-        return _as_tree(list(images.values()), classes, exclude_classes)
+    paths = [_parts(name)[1] for name in names]
+    if not labelled and any(_is_table(path) or ("/" in path and _is_image(path)) for path in paths):
+        return _as_tree(names, read, classes, exclude_classes)
+    if again:
+        raise DataError(again[0])
     if labelled and len(labelled) < len(found):
         lacking = next(name for name, label in found.items() if label is None)
         raise DataError(
@@ -98,7 +100,7 @@ def _named(labels: dict[str, str], class_names: str | None) -> dict[str, str]:
     most = max(map(int, found))
     if class_names is None:
         return {name: label.lstrip("0").zfill(len(str(most))) for name, label in labels.items()}
-    lines = [line.strip() for line in class_names.strip().splitlines()]
+    lines = [line.strip() for line in class_names.rstrip().split("\n")]  # a first one without a name is that of 0 too
     if len(lines) <= most or len({*lines}) < len(lines) or not all(lines):
         raise DataError(
             f"{NAMES} has {len(lines)} lines, {len({*lines} - {''})} of them unlike, for labels up to {most}: "
@@ -132,14 +134,28 @@ def _splits(names: list[str]) -> tuple[dict[str, list[str]] | None, str]:
     return of_level, f"split by shards called train and {held_out}"
 
 
-def _as_tree(names: list[str], classes: Sequence[str], exclude_classes: Sequence[str]) -> Layout:
+def _is_image(path: str) -> bool:
+    """Whatever dots its name has."""
+    return posixpath.splitext(path)[1].lower() in SUFFIXES
+
+
+def _is_table(path: str) -> bool:
+    return posixpath.basename(path).lower() == TABLE
+
+
+def _as_tree(
+    names: Sequence[str], read: Callable[[str], bytes], classes: Sequence[str], exclude_classes: Sequence[str]
+) -> Layout:
     inner: dict[str, str] = {}
     for name in names:
         path = _parts(name)[1]
-        if path in inner:
+        if inner.setdefault(path, name) != name and (_is_image(path) or _is_table(path)):
             raise DataError(f"{path} lies in two shards, as {inner[path]} and {name}; move one away")
-        inner[path] = name
-    layout = understand(inner, lambda path: b"", classes, exclude_classes)
+    layout = understand(inner, lambda path: read(inner[path]), classes, exclude_classes)
     splits = layout.splits and {split: [inner[path] for path in paths] for split, paths in layout.splits.items()}
     left_out = {why: [inner[path] for path in paths] for why, paths in layout.left_out.items()}
-    return Layout({inner[path]: label for path, label in layout.classes.items()}, splits, left_out, layout.note, [])
+    named, tables = (
+        {inner[path]: label for path, label in layout.classes.items()},
+        [inner[path] for path in layout.tables],
+    )
+    return Layout(named, splits, left_out, layout.note, tables)

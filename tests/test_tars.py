@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+import zipfile
 
 import pytest
 import yaml
@@ -203,3 +204,60 @@ def test_a_training_reads_them_in_place(tmp_path):
     assert "shards (in 2 tar shards, split by --data.test_fraction 0.2): 12 training and 4 held-out" in done.stdout
     assert len([event for event in log(tmp_path, "tiny") if "loss" in event]) == TINY["train"]["num_steps"]
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["0.tar", "1.tar"]
+
+
+def test_what_is_behind_damage_is_never_left_out_in_silence(shards):
+    path = shards / "data-1.tar"
+    content, second = path.read_bytes(), 2 * 1024  # where the second sample's header is
+    with tarfile.open(path) as archive:
+        assert archive.getmembers()[2].offset == second
+    flipped = bytearray(content)
+    flipped[second + 148] ^= 1  # in the header's checksum
+    damaged = {"flipped": bytes(flipped), "between two files": content[:second], "in a header": content[: second + 99]}
+    damaged["two archives in one"] = content[:second] + bytes(1024) + content
+    for written in damaged.values():
+        path.write_bytes(written)
+        with pytest.raises(DataError, match=r"data-1.tar: not a whole, uncompressed tar file \(at byte 2048"):
+            ImageDataset(shards)
+    path.write_bytes(content[: second + 4 * 1024] + bytes(512))  # one block of zeros is an end, too
+    assert len(ImageDataset(shards)) == 6
+
+
+def test_links_and_files_beside_the_shards_are_said(shards):
+    (shards / "more").mkdir()
+    (shards / "more" / "data-2.tar.gz").touch()
+    with tarfile.open(shards / "data-0.tar", "a") as archive:
+        link = tarfile.TarInfo("00009.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "00000.png"
+        archive.addfile(link)
+    left_out = ImageDataset(shards).left_out
+    assert left_out["links to what is there already"] == ["data-0.tar/00009.png"]
+    assert left_out["beside the shards"] == ["more/data-2.tar.gz"]
+
+
+def test_a_class_without_a_name_is_none_of_the_others(shards):
+    (shards / "classnames.txt").write_text("\n" + "".join(f"name {number}\n" for number in range(1, 12)))
+    with pytest.raises(DataError, match=r"classnames.txt has 12 lines, 11 of them unlike"):
+        ImageDataset(shards)
+
+
+def test_a_tree_is_read_as_in_a_zip(tmp_path):
+    """Names with dots, images of one name, tables of labels, files of other kinds."""
+    dotted = [(f"{kind}/img.{number}.png", picture(number)) for number in range(3) for kind in ("cat", "dog")]
+    trees = {
+        "dots": [*dotted, ("cat/a.png", picture(9)), ("cat/a.bmp", picture(8)), ("dog/a.heic", b""), ("b.txt", b"")]
+    }
+    table = "file,label\n" + "".join(f"{number}.png,{'ab'[number % 2]}\n" for number in range(4))
+    loose = [(f"{number}.png", picture(number)) for number in range(4)]
+    trees["table"] = [*loose, ("labels.csv", table.encode())]
+    for name, files in trees.items():
+        pack(tmp_path / name / "tree.tar", *files)
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            for path, content in files:
+                archive.writestr(path, content)
+        packed, zipped = ImageDataset(tmp_path / name), ImageDataset(tmp_path / f"{name}.zip")
+        assert (packed.classes, packed.note) == (zipped.classes, zipped.note)
+        assert packed.names == [f"tree.tar/{path}" for path in zipped.names]
+        assert packed.labels.equal(zipped.labels)
+        found, expected = packed.left_out, zipped.left_out
+        assert found == {why: [f"tree.tar/{path}" for path in left] for why, left in expected.items()}
