@@ -19,9 +19,9 @@ from diffusion.samplers import AVERAGES
 from experiment.build import open_split
 from machine.accelerator import open_accelerator
 from metrics.manifold import nearest
-from sampling.checks import resolve_sampling
-from sampling.generation import Generator, generate, generator_of, resolve_classes
+from sampling.generation import Generator, generate, resolve_classes
 from sampling.interpolation import interpolate
+from sampling.pipeline import Pipeline
 
 MOST_IMAGES, MOST_STEPS, MOST_MOMENTS = 8, 250, 12
 MODELS_KEPT = 3
@@ -55,7 +55,8 @@ class Studio:
         self.checkpoints: dict[str, Checkpoint] = {path: open_checkpoint(path) for path in paths}
         self.precision, self.autoencoder = precision, autoencoder
         self.accelerator = open_accelerator(precision)
-        self.codecs, self.models, self.layouts = {}, {}, {}
+        self.pipelines: dict[str, Pipeline] = {}
+        self.layouts = {}
 
     def classes(self, run: str) -> list[str]:
         return self.checkpoint(run).classes
@@ -99,33 +100,21 @@ class Studio:
         return (first, last), (request.seed, request.seed if request.to_seed is None else request.to_seed)
 
     def generator(self, request: Request) -> Generator:
-        checkpoint = self.checkpoint(request.run)
         if not 1 <= request.num_images <= MOST_IMAGES or not 1 <= request.num_steps <= MOST_STEPS:
             raise ValueError(f"1 to {MOST_IMAGES} pictures of 1 to {MOST_STEPS} steps, not {request}")
-        diffusion, num_guided = checkpoint.build_diffusion(), checkpoint.num_guided
-        overrides: dict[str, Any] = {"sampler": request.sampler, "num_steps": request.num_steps}
-        overrides |= {"guidance_scale": request.guidance_scale} if num_guided else {}
-        sampling = resolve_sampling(checkpoint.config.sampling, diffusion, num_guided, **overrides)
-        labels = torch.full((request.num_images,), self.label(request.run, request.of_class))
-        where = (self.codec(checkpoint), labels, request.seed, self.accelerator)
-        return generator_of(checkpoint, sampling, *where, model=self.model(request.run))
+        pipeline = self.pipeline(request.run)
+        sampling: dict[str, Any] = {"sampler": request.sampler, "num_steps": request.num_steps}
+        sampling |= {"guidance_scale": request.guidance_scale} if pipeline.checkpoint.num_guided else {}
+        asked = [request.of_class] if pipeline.classes else []
+        return pipeline.generator(asked, request.num_images, seed=request.seed, **sampling)
 
-    def model(self, run: str):
-        """Loaded on first use; the one used longest ago gives way."""
-        model = self.models.pop(run, None) or self.checkpoint(run).load_model(self.accelerator.device)
-        self.models[run] = model
-        if len(self.models) > MODELS_KEPT:
-            del self.models[next(iter(self.models))]
-        return model
-
-    def codec(self, checkpoint: Checkpoint):
-        """One for all checkpoints that share it."""
-        name = self.autoencoder or checkpoint.autoencoder
-        if name not in self.codecs:
-            self.codecs[name] = checkpoint.open_codec(self.autoencoder).to(self.accelerator.device)
-        if self.autoencoder is None:
-            checkpoint.check_codec(self.codecs[name])
-        return self.codecs[name]
+    def pipeline(self, run: str) -> Pipeline:
+        """With its model and autoencoder, loaded on first use; the one used longest ago gives way."""
+        made = self.pipelines.pop(run, None) or Pipeline(self.checkpoint(run), self.accelerator, self.autoencoder)
+        self.pipelines[run] = made
+        if len(self.pipelines) > MODELS_KEPT:
+            del self.pipelines[next(iter(self.pipelines))]
+        return made
 
     def command(self, request: Request, output: str = "picture.png") -> str:
         """The line of shell that writes the same file."""
