@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # gradio_client leaves its event streams to the collector
     pytest.mark.filterwarnings("ignore:Exception ignored in. <socket"),
 ]
-SAMPLE, APP = script("sample.py"), script("scripts/app.py")
+SAMPLE = script("sample.py")
 DRAW = {
     "of_class": "star",
     "seed": "3",
@@ -157,10 +157,12 @@ def test_one_call_follows_a_slider_by_the_pictures_of_a_walk(client, folder, to_
 
 
 def test_one_request_at_a_time_has_the_cores(folder, monkeypatch):
+    from sharing.page import Page  # gradio is an extra
+
     monkeypatch.chdir(folder)
 
     async def built():  # in a loop that is closed: gradio opens some where none runs, and leaves them open
-        return APP.build_page(Studio(["runs/tiny"]), Counter())
+        return Page(Studio(["runs/tiny"]), Counter()).build()
 
     page = asyncio.run(built())
     by_name = {event.api_name: event for event in page.fns.values()}
@@ -252,14 +254,18 @@ def test_a_look_up_stops_between_two_moments():
             for self.read in range(9):
                 yield self.read
 
-    studio, app = Slow(), script("scripts/app.py")
-    app.requests_of = lambda studio, *wanted: [SimpleNamespace(run="a")]
-    looking = app.look_up(studio, lambda: True)
+    from sharing.page import Page
+
+    page = Page(Studio([]), Counter())
+    page.studio = Slow()
+    page.requests_of = lambda *wanted: [SimpleNamespace(run="a")]
+    looking = page.look_up()
     for _ in range(4):
         next(looking)
     looking.close()
-    assert studio.read == 2
-    assert list(app.look_up(studio, lambda: False)) == []
+    assert page.studio.read == 2
+    page.is_read = lambda: False
+    assert list(page.look_up()) == []
 
 
 def test_nothing_is_left_in_the_folder_for_temporary_files(temporary, client):
