@@ -129,7 +129,8 @@ def named_imports(arguments: list[str]) -> list[str]:
 
 def run_program(program: Callable[..., Any] | list[Callable[..., Any]], *, as_positional: bool = False) -> None:
     """A function, or one of several by its name, whose arguments are flags; what does not fit is told as by `parse`."""
-    auto_cli(program, as_positional=as_positional, parser_class=Parser, allow_abbrev=False)
+    with one_line_errors():
+        auto_cli(program, as_positional=as_positional, parser_class=Parser, allow_abbrev=False)
 
 
 def written_out(config_class: type, arguments: list[str]) -> list[str]:

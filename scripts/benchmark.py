@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.table import terminal
-from experiment.cli import one_line_errors, run_program
+from experiment.cli import run_program
 from machine import children
 from machine.whole_files import write_whole
 
@@ -395,5 +395,4 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        run_program([training, sampling, epoch, cache, scaling, extraction, frechet])
+    run_program([training, sampling, epoch, cache, scaling, extraction, frechet])

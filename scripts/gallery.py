@@ -15,6 +15,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.table import Cell
+from experiment.cli import run_program
 from experiment.settings import flatten
 
 LEFT_OUT = ("name", "resume", "log.", "data.cache")  # of what differs: it changes no result
@@ -113,7 +114,4 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    from experiment.cli import one_line_errors, run_program
-
-    with one_line_errors():
-        run_program(main, as_positional=True)
+    run_program(main, as_positional=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, run_program
+from experiment.cli import run_program
 from machine import children
 
 Args = dict[str, Any]
@@ -303,5 +303,4 @@ def encoding(num: int, threads: tuple[int, ...]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        run_program(main)
+    run_program(main)

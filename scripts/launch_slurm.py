@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse_run, run_program
+from experiment.cli import parse_run, run_program
 from experiment.config import ExperimentConfig
 from machine import children
 from machine.children import EXIT_CODE, STOPPED
@@ -101,5 +101,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        run_program(main)
+    run_program(main)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiment.cli import run_program
+
 
 def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | None = None) -> None:
     """Combine snapshots into one checkpoint file.
@@ -69,7 +71,4 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
 
 
 if __name__ == "__main__":
-    from experiment.cli import one_line_errors, run_program
-
-    with one_line_errors():
-        run_program(main)
+    run_program(main)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, run_program
+from experiment.cli import run_program
 
 SWIN = {"dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2, "num_global_blocks": 2}
 SWIN |= {"conditioning": "none", "conv_norm": "group", "drop_path": 0.0}
@@ -133,5 +133,4 @@ def scores(predicted: Any, masks: Any, num_classes: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        run_program(main)
+    run_program(main)

@@ -25,7 +25,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, run_program
+from experiment.cli import run_program
 from machine import children
 
 ROOT = Path(__file__).parent.parent
@@ -195,5 +195,4 @@ def tensors_of(path: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        run_program(soak)
+    run_program(soak)
