@@ -1,31 +1,94 @@
 """Bring docs/zoo.yaml and the table of docs/zoo.md up to date with the checkpoints that come with this repository.
 
-python scripts/zoo.py            (after one of them was replaced; `images` and `images_per_second` are said by hand)
+python scripts/zoo.py            (after one of them was replaced)
+
+docs/zoo.yaml says by hand what no file knows: the folder, the configuration whose head has commands and cost, and how
+many images all trainings saw at what speed. Everything else is read off the files.
 """
 
+import json
+import math
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, run_program
-from machine.whole_files import write_whole
+from evaluation.reproduction import rows
+from evaluation.table import markdown
+from experiment.cli import run_program
+from machine.whole_files import sha256_of, write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+INDEX, DOCUMENT = ROOT / "docs" / "zoo.yaml", ROOT / "docs" / "zoo.md"
+HEAD = "# Written by scripts/zoo.py from each folder's files, but for folder, config, images, images_per_second.\n"
+BY_HAND = ("folder", "config", "images", "images_per_second")
+MARKS = "<!-- python scripts/zoo.py writes this table -->", "<!-- to here -->"
 
 
 def main() -> None:
     """Read the files and write both."""
-    from sharing.zoo import DOCUMENT, INDEX, entry, filled_in  # with torch, for which --help does not wait
-
     index = {name: entry(by_hand) for name, by_hand in yaml.safe_load(INDEX.read_text()).items()}
-    comment = (
-        "# Written by scripts/zoo.py from each folder's files, but for folder, config, images, images_per_second.\n"
-    )
-    write_whole(INDEX, comment + yaml.safe_dump(index, sort_keys=False, width=120, allow_unicode=True))
+    write_whole(INDEX, HEAD + yaml.safe_dump(index, sort_keys=False, width=120, allow_unicode=True))
     write_whole(DOCUMENT, filled_in(DOCUMENT.read_text(), index))
 
 
+def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
+    """A row of the index: what is said by hand, and what the weights, their card or their figures say."""
+    from checkpoints.checkpoint import read_metadata  # with torch, for which --help does not wait
+
+    folder = root / by_hand["folder"]
+    (weights,) = folder.glob("*.safetensors")
+    with safe_open(weights, "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    metadata, figures = read_metadata(weights), folder / "metrics.json"
+    if figures.is_file():  # an autoencoder's
+        said = json.loads(figures.read_text())
+        scores = {name: f"{value:.2f} dB" for name, value in said.items() if re.match(r"psnr_(?!images)", name)}
+    else:
+        said = {"commit": metadata["commit"], "steps": int(metadata["step"])}
+        card = (folder / "README.md").read_text()
+        scores = {row["score"]: row["value"] for _, row in rows(card) if "halves" not in row["score"]}
+        sampling = re.search(r"^- sampling: (.+)$", card, re.MULTILINE)
+        said |= {"sampling": sampling[1].replace("\\", "")} if sampling else {}
+    head = re.match(r"(?:#.*\n)+", (root / by_hand["config"]).read_text())
+    comment = re.sub(r"^# ?", "", head[0] if head else "", flags=re.MULTILINE)
+    unbroken = comment.replace("\\\n", "")
+    cost = re.search(r"^Cost: (.+?)(?=^\w+: |\Z)", comment, re.MULTILINE | re.DOTALL)
+    return {
+        **{name: by_hand[name] for name in BY_HAND},
+        "cost": " ".join(cost[1].split()).rstrip(".") if cost else "not said",
+        "commands": [" ".join(line.split()) for line in re.findall(r"^ +(python .+)$", unbroken, re.MULTILINE)],
+        "file": weights.name,
+        "sha256": sha256_of(weights),
+        "bytes": weights.stat().st_size,
+        "precision": sorted(dtypes),
+        "parameters": sum(map(math.prod, shapes)),
+        **{name: said[name] for name in ("steps", "commit", "sampling") if name in said},
+        "scores": scores,
+    }
+
+
+def table(index: dict[str, dict[str, Any]]) -> str:
+    lines = [["name", "parameters", "MB", "images seen", "img/s", "cost", "scores", "sha256"]]
+    for name, row in index.items():
+        scores = ", ".join(f"{score} {value}" for score, value in row["scores"].items())
+        size, parameters = f"{row['bytes'] / 1e6:.1f}", f"{row['parameters'] / 1e6:.2f}M"
+        speed = [f"{row['images']:,}", str(row["images_per_second"])]
+        lines.append([name, parameters, size, *speed, row["cost"], scores, f"{row['sha256'][:12]}..."])
+    return markdown(lines)
+
+
+def filled_in(document: str, index: dict[str, dict[str, Any]]) -> str:
+    before, _, rest = document.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n\n{table(index)}\n\n{MARKS[1]}{after}"
+
+
 if __name__ == "__main__":
-    with one_line_errors():
-        run_program(main)
+    run_program(main)

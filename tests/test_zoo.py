@@ -7,9 +7,10 @@ import yaml
 from processes import ROOT, script
 
 from checkpoints.checkpoint import open_checkpoint, read_tensors
-from sharing.zoo import BY_HAND, DOCUMENT, INDEX, entry, filled_in
 
-INDEXED = yaml.safe_load(INDEX.read_text())
+ZOO = script("scripts/zoo.py")
+BY_HAND, DOCUMENT, entry, filled_in = ZOO.BY_HAND, ZOO.DOCUMENT, ZOO.entry, ZOO.filled_in
+INDEXED = yaml.safe_load(ZOO.INDEX.read_text())
 PUSH = script("scripts/push_to_hub.py")
 
 
