@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.table import terminal
-from experiment.cli import one_line_errors, run_program
+from experiment.cli import run_program
 
 INCEPTION = 11.4  # GFLOP of Inception v3 for an image of 299x299, multiply-adds as two (Szegedy et al. 2016)
 POSITIVE = ["num_images", "num_steps", "batch_size", "num_samples", "num_calls"]
@@ -94,13 +94,13 @@ def main(
 def autoencoder_gflops(image_size: int) -> tuple[float, float]:
     """Of encoder and decoder, for an image, in Stable Diffusion's shape."""
     import torch
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from torch.utils.flop_counter import FlopCounterMode
 
-    shape: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
-    shape |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    from autoencoding.autoencoder_config import ArchitectureConfig
+    from autoencoding.model import create_autoencoder
+
     with torch.device("meta"):
-        autoencoder = AutoencoderKL(**shape).eval()
+        autoencoder = create_autoencoder(ArchitectureConfig(), image_size).eval()
         image, latent = torch.zeros(1, 3, image_size, image_size), torch.zeros(1, 4, image_size // 8, image_size // 8)
     counted = []
     for half, data in ((autoencoder.encoder, image), (autoencoder.decoder, latent)):
@@ -111,5 +111,4 @@ def autoencoder_gflops(image_size: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        run_program(main)
+    run_program(main)
