@@ -155,19 +155,21 @@ def main(config: EvaluateConfig) -> None:
         """As many images of the same classes: a Fréchet distance depends on both."""
         return sources.like(first, open_split(data, split, accelerator), name, flag, evaluation.seed)
 
-    metrics = [evaluation.metrics] * num_drawn  # of each row
+    scored = [(trials, evaluation.metrics) for trials in groups]  # a row's trials, and what is asked of them
     if config.baselines:
         asks = {name: METRICS[name] for name in evaluation.metrics}
-        of_classes = [name for name, metric in asks.items() if metric.needs == "labelled" and not metric.teaches]
-        others = [name for name in evaluation.metrics if name not in of_classes]
-        floors = {"reconstructions": (alike("train", "training images", "--baselines")[0], others)}
-        if of_classes:  # of images that the probe has not seen
+        by_class = [name for name, metric in asks.items() if metric.needs == "labelled" and not metric.teaches]
+        floors: list[tuple[sources.Source, str, list[str]]] = []  # with what their reconstructions are called
+        if others := [name for name in asks if name not in by_class]:
+            floors.append((alike("train", "training images", "--baselines")[0], "reconstructions", others))
+        if by_class:  # of images that the probe has not seen
             photographs = sources.from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)
-            floors["reconstructions of held-out images"] = (photographs, of_classes)
-        for name, (floor, names) in floors.items() if others else [*floors.items()][1:]:
-            decoded = sources.reconstructions(floor, codec, accelerator.device, evaluation.seed)
-            added = [[floor], *([] if codec.source == "pixel" else [[replace(decoded, name=name)]])]
-            groups, metrics = groups + added, metrics + [names] * len(added)
+            floors.append((photographs, "reconstructions of held-out images", by_class))
+        for floor, name, names in floors:
+            scored.append(([floor], names))
+            if codec.source != "pixel":
+                decoded = sources.reconstructions(floor, codec, accelerator.device, evaluation.seed)
+                scored.append(([replace(decoded, name=name)], names))
     if (config.memorisation or config.per_class) and not needs_of(evaluation.metrics) & PER_IMAGE:
         flag = "--memorisation" if config.memorisation else "--per_class"
         raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
@@ -191,7 +193,7 @@ def main(config: EvaluateConfig) -> None:
     in_file = scorer.npz_reference(config.reference, moments, images) if config.reference else None
     reference = in_file or scorer.reference(data)
     rows, features = [], None  # features of the first row's first trial
-    for trials, names in zip(groups, metrics, strict=True):
+    for trials, names in scored:
         scores = []
         for source in trials:
             score, of_source = scorer.score(source, reference, names)
@@ -209,25 +211,10 @@ def main(config: EvaluateConfig) -> None:
         distances = class_distances(replace(features, labels=labels), reference.features)
         extra["per_class"] = {held_out.classes[label]: asdict(score) for label, score in distances.items()}
 
-    # In words, as a file that cannot be written would else take hours of scoring along.
+    # In words first, as a file that cannot be written would else take hours of scoring along.
     swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
     columns = [*dict.fromkeys([*record.SWEPT, *swept])] if num_drawn > 1 else []
-    on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
-    print(f"{rows[0].trials[0].num_samples} samples against {reference.features.num} images, on {on}")
-    print(f"reference: {reference.provenance.get('split', 'a file')}, {reference.provenance['source']}")
-    print(record.table(rows, columns))
-    print(*record.notes(rows, extractor), sep="\n")
-    if nearest is not None:
-        print(
-            f"A sample lies closer to the training images than a held-out image does {nearest.closer:.1%} of the time; "
-            f"of copies of training images planted in their place, {nearest.copies:.1%} ({nearest.found:.1%} found "
-            f"their own original)" + ("." if nearest.copies > 0.9 else ": here the figure tells nothing.")
-        )
-    if "bits_per_dimension" in extra:
-        likelihood = "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images"
-        print(likelihood.format(**extra["bits_per_dimension"]))
-    if extractor.kind != "inception":
-        print(f"Distances on {on} compare runs with each other; they are not FID.")
+    print(record.in_words(rows, columns, reference, extractor, extra))
 
     # The files: a record with all that it takes to derive it again, pictures of what was scored.
     samples = Path(str(config.samples)).resolve()

@@ -64,6 +64,32 @@ def table(
     return form(cells)
 
 
+def in_words(
+    rows: Sequence[Row], columns: Sequence[str], reference: Reference, extractor: Extractor, extra: Mapping[str, Any]
+) -> str:
+    """What came out, and what is to be known of it; `extra` is of the record, beside the rows."""
+    on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
+    lines = [
+        f"{rows[0].trials[0].num_samples} samples against {reference.features.num} images, on {on}",
+        f"reference: {reference.provenance.get('split', 'a file')}, {reference.provenance['source']}",
+        table(rows, columns),
+        *notes(rows, extractor),
+    ]
+    if found := extra.get("memorisation"):
+        closer, copies = found["closer_to_training_than_held_out"], found["planted_copies_closer"]
+        lines.append(
+            f"A sample lies closer to the training images than a held-out image does {closer:.1%} of the time; "
+            f"of copies of training images planted in their place, {copies:.1%} ({found['planted_copies_found']:.1%} "
+            "found their own original)" + ("." if copies > 0.9 else ": here the figure tells nothing.")
+        )
+    if bits := extra.get("bits_per_dimension"):
+        likelihood = "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images"
+        lines.append(likelihood.format(**bits))
+    if extractor.kind != "inception":
+        lines.append(f"Distances on {on} compare runs with each other; they are not FID.")
+    return "\n".join(lines)
+
+
 def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
     """What is to be known of the numbers in a table: what each ± is, and which of them a few images do not give."""
     first = rows[0].trials[0]

@@ -47,9 +47,8 @@ def from_generator(generator: Generator, name: str, classes: Sequence[str] = (),
     """Samples drawn as they are scored."""
     sampling = replace(generator.sampling, num_steps=generator.num_steps)
     about: dict[str, Any] = {"kind": "samples", "seed": generator.seed, "weights": "ema"}
-    calls = num_calls(generator.diffusion, sampling)
     about |= {"autoencoder": generator.codec.provenance, "precision": precision_of(generator.accelerator)}
-    about["model_calls"] = calls
+    about["model_calls"] = num_calls(generator.diffusion, sampling)
     provenance = {**about, **asdict(sampling), **files_in_record(sampling), **provenance}
     labels = generator.labels if classes else None
     return Source(name, len(generator.labels), generator.batches, provenance, labels, classes)
