@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import io
 import warnings
+from collections import OrderedDict
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from jaxtyping import UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -18,7 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2 import Resize
 
 from metrics.downloads import hub_answers, network_timeout
 from metrics.programs import load_program, one_line
@@ -27,6 +27,7 @@ from metrics.scores import INCEPTION
 PROGRAM = "program"
 TIMM = "timm:"
 REGISTERED = {INCEPTION: "inception-v3-compat"}  # our name -> torch-fidelity's; the others are the same
+PUBLISHED = Path(URL_INCEPTION_V3).stem.split("-")[-1]  # the file of Inception's weights is named by its hash
 NAMES = (INCEPTION, *(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in REGISTERED.values()))
 UNREADABLE = (  # what resolving, connecting, reading and unpacking a file of weights raise, or what is no state dict
     *(OSError, HTTPException, RuntimeError, ValueError, EOFError, UnpicklingError),
@@ -56,15 +57,9 @@ class ProgramExtractor(nn.Module):
         return features, probabilities.float().clamp(min=1e-30).log()
 
 
-class Resized(nn.Module):
-    """A network behind PIL's bicubic resizing, as DINOv2 is scored on (dgm-eval, Stein et al. 2023; EDM2)."""
-
-    def __init__(self, network: nn.Module, size: int) -> None:
-        super().__init__()
-        self.network, self.size = network, [size, size]
-
-    def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> tuple[Tensor, ...]:
-        return self.network(resize(images, self.size, InterpolationMode.BICUBIC, antialias=True))
+def resized(network: nn.Module, side: int) -> nn.Module:
+    """Behind PIL's bicubic resizing, as DINOv2 is scored on (dgm-eval, Stein et al. 2023; EDM2)."""
+    return nn.Sequential(OrderedDict(resize=Resize([side, side], InterpolationMode.BICUBIC), network=network))
 
 
 def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[nn.Module, str, bool]:
@@ -88,8 +83,8 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[n
         module, published = _load_timm(short_name, weights_path), False
     else:
         module = _load_named(name, weights_path)
-        module = Resized(module, FeatureExtractorDinoV2.INPUT_IMAGE_SIZE) if name.startswith("dinov2") else module
-        published = weights_path is None or _is_published(name, weights_path)
+        module = resized(module, FeatureExtractorDinoV2.INPUT_IMAGE_SIZE) if name.startswith("dinov2") else module
+        published = weights_path is None or (name == INCEPTION and _file_sha256(weights_path).startswith(PUBLISHED))
     return module, _state_sha256(module), published
 
 
@@ -153,11 +148,6 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
 def _file_sha256(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_published(name: str, path: str | Path) -> bool:
-    """torch-fidelity names its file of Inception weights by the first digits of the file's hash."""
-    return name == INCEPTION and Path(URL_INCEPTION_V3).stem.split("-")[-1] == _file_sha256(path)[:8]
 
 
 def _state_sha256(module: nn.Module) -> str:
