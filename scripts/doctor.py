@@ -32,12 +32,8 @@ class Finding(NamedTuple):
     what: str
     remedy: str = ""
 
-    @property
-    def works(self) -> bool:
-        return not self.remedy
-
     def __str__(self) -> str:
-        return f"ok  {self.what}" if self.works else f"--  {self.what}: {self.remedy}"
+        return f"--  {self.what}: {self.remedy}" if self.remedy else f"ok  {self.what}"
 
 
 def machine() -> Iterator[Finding]:

@@ -88,7 +88,6 @@ def main(config: ImportConfig) -> None:
 def import_backbone(config: ImportConfig, folder: Path) -> str:
     """Weights as a checkpoint; returns what they are."""
     from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
-    from experiment.build import build_diffusion
     from machine.whole_files import sha256_of
     from models import ModelSpec
     from published.public_files import FILES, public_file
@@ -116,7 +115,6 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     diffusion = DIFFUSION.get(kind, DiffusionConfig())
     if diffusion.variance is None and diffusion.kind == "gaussian" and spec.out_channels == spec.in_channels:
         diffusion = replace(diffusion, variance="fixed_large")
-    build_diffusion(diffusion)
     factor = 1 if config.autoencoder == "pixel" else OTHER_FACTORS.get(source, LATENT_FACTOR)
     sampling = SAMPLING.get(source, SamplingConfig())
     if source == "uvit" and factor * height == 512:
@@ -167,11 +165,11 @@ def import_autoencoder(config: ImportConfig, folder: Path, num_images: int = 102
     )
 
 
-def as_list(arguments: list[str], flag: str = "--weights") -> list[str]:
-    """The flag's values, where several stand behind it, as one."""
-    if flag not in arguments:
+def as_list(arguments: list[str]) -> list[str]:
+    """The values of --weights, where several stand behind it, as one."""
+    if "--weights" not in arguments:
         return arguments
-    first = arguments.index(flag) + 1
+    first = arguments.index("--weights") + 1
     values = list(takewhile(lambda word: not word.startswith("--"), arguments[first:]))
     together = [json.dumps(values)] if len(values) > 1 else values
     return [*arguments[:first], *together, *arguments[first + len(values) :]]
