@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from machine.precision import precision_of
 from machine.whole_files import write_whole
 from metrics.cost import Cost, cost, throughput
 from models import ModelSpec, model_arguments
+from training.speed import autocasting, training_step
 
 TIMED_BATCH = {"cpu": 16, "cuda": 128}
 
@@ -73,29 +75,14 @@ def count(spec: ModelSpec) -> Cost:
 
 def _time(spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, batch_size: int) -> tuple[float, float]:
     """A few steps and calls on random latents: enough to tell an hour from three."""
-    device = accelerator.device
-    model = spec.build().to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    draw = torch.Generator().manual_seed(0)
-    x_0 = torch.randn(batch_size, spec.in_channels, *spec.input_size, generator=draw).to(device)
-    y = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    t = diffusion.sample_timesteps(batch_size, generator=draw).to(device)
-
-    def train() -> None:
-        with accelerator.autocast():
-            loss = diffusion.training_loss(model, x_0, y, t=t, noise=x_0)["loss"].mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    @torch.no_grad()
-    def call() -> None:
-        with accelerator.autocast():
-            model(x_0, torch.zeros(batch_size, device=device), y)
-
-    training = throughput(train, batch_size=batch_size, num_repeats=3, device=device)
-    model.eval()
-    return training, throughput(call, batch_size=batch_size, num_repeats=3, device=device)
+    device, precision = accelerator.device, precision_of(accelerator)
+    timed: dict[str, Any] = {"batch_size": batch_size, "num_repeats": 3, "device": device}
+    model = spec.build().to(device)
+    x_0 = torch.randn(batch_size, spec.in_channels, *spec.input_size, device=device)
+    t, y = torch.zeros(batch_size, device=device), torch.zeros(batch_size, dtype=torch.int64, device=device)
+    calls = throughput(torch.no_grad()(autocasting(precision, partial(model.eval(), x_0, t, y))), **timed)
+    step = training_step(model.train(), precision, lambda: (x_0, y), diffusion=diffusion)
+    return throughput(step, **timed), calls
 
 
 def _time_decoder(codec: Codec, shape: tuple[int, ...], device: torch.device) -> float:

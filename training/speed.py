@@ -16,7 +16,7 @@ from checkpoints.averages import EMA
 from data.encoding import IMAGES_PER_SHARD
 from data.latents import FORMAT
 from data.shards import write_shard
-from diffusion import GaussianDiffusion
+from diffusion import Diffusion, GaussianDiffusion
 from experiment.config import OptimConfig
 from metrics.cost import throughput
 from models import create_model
@@ -27,6 +27,7 @@ from training.optimizer import build_optimizer
 from training.preparation import cast_at_once, compile_blocks
 
 NUM_CLASSES = 101
+GAUSSIAN = GaussianDiffusion()
 CALLS = 10  # of a program before a GPU is waited for
 Row = dict[str, Any]
 Program = tuple[Row, Callable[[], Any]]  # what is measured, and a call of it
@@ -57,13 +58,14 @@ def training_step(
     precision: str,
     batch: Callable[[], tuple[Tensor, Tensor]],
     *,
+    diffusion: Diffusion = GAUSSIAN,
     compile: bool = False,
     reads: bool = True,
 ) -> Callable[[], Tensor]:
     """An optimizer step as `train.py` makes it, on what `batch` gives, latents and labels; it gives the loss. The
     gradient's norm is read off the device, unless the step is to be captured in a graph, which has the optimizer count
     its steps there too."""
-    diffusion, optimizer, ema = GaussianDiffusion(), build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
+    optimizer, ema = build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
     for group in optimizer.param_groups:
         group["capturable"] = not reads
     if compile:
