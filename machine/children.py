@@ -26,23 +26,30 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
     return subprocess.Popen([*asking, *command], process_group=0, **options)
 
 
+class Ended(SystemExit):
+    """By a stop: the status is the one that shells give to the signal."""
+
+
 def run(command: Sequence[str], **options: Any) -> None:
-    """A program, to its end; a stop ends it and this one. A SystemExit has its status, or the signal's."""
-    stopped: list[int] = []
+    """A program, to its end; a SystemExit has its status where that is not 0. A stop lets it save and end, a second one
+    ends it at once, and either ends this one."""
+    stops: list[signal.Signals] = []
     child: subprocess.Popen | None = None
 
     def stop(number: signal.Signals) -> None:
-        stopped.append(128 + number)
+        stops.append(number)
         if child is not None:
-            kill(child)
+            send(child, signal.SIGTERM) if len(stops) == 1 else kill(child)
 
     with on_stop(stop):
         child = start(command, **options)
-        if stopped:  # before it could be told
-            kill(child)
+        if stops:  # before it could be told
+            send(child, signal.SIGTERM)
         status = child.wait()
-    if stopped or status:
-        raise SystemExit(stopped[0] if stopped else status)
+    if stops:
+        raise Ended(128 + stops[0])
+    if status:
+        raise SystemExit(status if status > 0 else 128 - status)
 
 
 def send(process: subprocess.Popen, number: int) -> None:

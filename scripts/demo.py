@@ -8,8 +8,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -17,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, run_program
+from experiment.cli import run_program
 from machine import children
 from machine.lock import Lock
 
@@ -70,53 +68,26 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
     print(f"The demo took {(time.time() - began) / 60:.1f} minutes.")
 
 
-class Programs:
-    """Runs programs one after the other. A stop is passed on to the one that runs; a last line says how to go on."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self.running: subprocess.Popen | None = None
-        self.stopped: signal.Signals | None = None
-
-    def __call__(self, program: str, *arguments: object) -> None:
-        self.name = Path(program).name
-        self.exit_if_stopped()
-        self.running = children.start([sys.executable, str(ROOT / program), *map(str, arguments)])
-        if self.stopped is not None:  # while it was being started
-            children.send(self.running, signal.SIGTERM)
-        status = self.running.wait()
-        self.exit_if_stopped()
-        if status:
-            raise SystemExit(status)
-
-    def stop(self, number: signal.Signals) -> None:
-        """Let what runs save and end; a second time, end it at once."""
-        if self.running is not None and self.stopped is None:
-            children.send(self.running, signal.SIGTERM)
-        elif self.running is not None:
-            children.kill(self.running)
-        self.stopped = number
-
-    def exit_if_stopped(self) -> None:
-        """With the status that shells give to the signal."""
-        if self.stopped is not None:
-            with suppress(OSError):  # the terminal may be gone
-                print(f"\nstopped; {self.how_to_go_on()}", flush=True)
-            raise SystemExit(128 + self.stopped)
-
-    def how_to_go_on(self) -> str:
-        """Of the training; what comes after it takes less time than it."""
-        again = shlex.join([shown(Path(sys.executable)), *sys.argv])
-        if not any(RUN.glob("checkpoints/[0-9]*")):
-            return f"nothing was saved yet; begin again with: {again}"
-        if self.name != "train.py":
-            return f"the trained model is in {shown(RUN)}; begin again with: {again}"
-        if Path.cwd() == STARTED:
-            return f"go on with: {shown(Path(sys.executable))} {shown(ROOT / 'train.py')} --resume {RUN}"
-        return f"go on with: cd {shlex.quote(str(Path.cwd()))} && {sys.executable} {ROOT / 'train.py'} --resume {RUN}"
+def launch(program: str, *arguments: object) -> None:
+    """Run one to its end. A stop lets it save, and a last line says how to go on."""
+    try:
+        children.run([sys.executable, str(ROOT / program), *map(str, arguments)])
+    except children.Ended:
+        with suppress(OSError):  # the terminal may be gone
+            print(f"\nstopped; {how_to_go_on(program)}", flush=True)
+        raise
 
 
-launch = Programs()
+def how_to_go_on(program: str) -> str:
+    """With the training; what comes after it takes less time than it."""
+    again = shlex.join([shown(Path(sys.executable)), *sys.argv])
+    if not any(RUN.glob("checkpoints/[0-9]*")):
+        return f"nothing was saved yet; begin again with: {again}"
+    if program != "train.py":
+        return f"the trained model is in {shown(RUN)}; begin again with: {again}"
+    if Path.cwd() == STARTED:
+        return f"go on with: {shown(Path(sys.executable))} {shown(ROOT / 'train.py')} --resume {RUN}"
+    return f"go on with: cd {shlex.quote(str(Path.cwd()))} && {sys.executable} {ROOT / 'train.py'} --resume {RUN}"
 
 
 def say(part: str, what: str) -> None:
@@ -130,5 +101,4 @@ def shown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    with children.on_stop(launch.stop), one_line_errors():
-        run_program(main)
+    run_program(main)

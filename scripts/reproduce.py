@@ -9,7 +9,6 @@ python scripts/reproduce.py autoencoders --files '{caltech101.zip: photos.zip, m
 import hashlib
 import json
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -126,11 +125,12 @@ def run(table: Table, files: dict[str, str], folder: Path, *, any_code: bool) ->
         began = time.time()
         with output.open("a") as said:
             print(f"$ {shlex.join(words)}", file=said, flush=True)
-            status = to_its_end(words, cwd=folder, stdout=said, stderr=subprocess.STDOUT)
-        if status:
-            last = output.read_text(errors="replace").strip().splitlines()[-1]
-            print(f"ended with status {status}: {last}\nthe same command goes on", file=sys.stderr)
-            raise SystemExit(status)
+            try:
+                children.run(words, cwd=folder, stdout=said, stderr=subprocess.STDOUT)
+            except SystemExit as ended:
+                last = output.read_text(errors="replace").strip().splitlines()[-1]
+                print(f"ended with status {ended.code}: {last}\nthe same command goes on", file=sys.stderr)
+                raise
         print(f"    {time.time() - began:.0f} s", flush=True)
         done[line] = {"commit": current_commit(), "of": keys[command]}
         write_whole(journal, json.dumps(done, indent=2) + "\n")
@@ -147,24 +147,6 @@ def key_of(words: list[str], files: dict[str, str]) -> str:
             inside = sorted(Path(path).rglob("*")) if Path(path).is_dir() else []
             contents[name] = [(each.as_posix(), each.stat().st_size) for each in inside] or sha256_of(Path(path))
     return hashlib.sha256(json.dumps([code_of_command(words), contents]).encode()).hexdigest()
-
-
-def to_its_end(words: list[str], **options: object) -> int:
-    """Exit status of a program, which a stop lets save and end; of one that a signal ended, as shells say it."""
-    stopped: list[signal.Signals] = []
-    child = None
-
-    def stop(number: signal.Signals) -> None:
-        stopped.append(number)
-        if child is not None:
-            children.send(child, signal.SIGTERM)
-
-    with children.on_stop(stop):
-        child = children.start(words, **options)
-        if stopped:  # before it could be told
-            children.send(child, signal.SIGTERM)
-        status = child.wait()
-    return 128 - status if status < 0 else status
 
 
 if __name__ == "__main__":

@@ -203,3 +203,18 @@ def test_a_stop_ends_the_program_that_is_run_too():
     assert not any(child.is_running() for child in started)
     with pytest.raises(SystemExit, match="3"):
         children.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_program_may_save_at_a_stop_and_a_second_one_ends_it(tmp_path):
+    script = "import pathlib, signal, time; touch = lambda name: pathlib.Path(name).touch()\n"
+    script += "signal.signal(signal.SIGTERM, lambda *_: touch('saved')); touch('began')\nwhile True: time.sleep(0.1)"
+
+    def stop_twice():
+        for name in ("began", "saved"):
+            while not (tmp_path / name).exists():
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_twice).start()
+    with pytest.raises(children.Ended, match="143"):
+        children.run([sys.executable, "-c", script], cwd=tmp_path)
