@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoints.hub import is_name
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataConfig, EvaluationConfig, SamplingConfig
+from experiment.config import DataFlags, EvaluationConfig, SamplingConfig
 from settings import set_values, unset, within
 
 
@@ -82,7 +82,7 @@ class EvaluateConfig(EvaluationFlags):
     perceptual: str = "lpips"
     heads: str | None = None
     imports: list[str] = field(default_factory=list)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataFlags = field(default_factory=DataFlags)
 
 
 def main(config: EvaluateConfig) -> None:
@@ -116,10 +116,11 @@ def main(config: EvaluateConfig) -> None:
     flags = ({"weights_path": None} if "extractor" in flags else {}) | flags  # another's are not its
     evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **flags)
     check_metrics(evaluation.metrics)
+    data = data_of(checkpoint.config.data if checkpoint else None, config.data)
     if config.samples is None and not config.self_check:
         names = [name.strip() for name in str(config.autoencoder).split(",")]
         network = (config.perceptual, config.heads)
-        measured = measure_autoencoders(names, config.data, evaluation, network, accelerator, config.output)
+        measured = measure_autoencoders(names, data, evaluation, network, accelerator, config.output)
         return accelerator.print(measured)
     scorer = Scorer(evaluation, accelerator)
     extractor = scorer.extractor
@@ -128,7 +129,6 @@ def main(config: EvaluateConfig) -> None:
 
     # What samples are held against, held-out images or a file; and the sources, one a row, each a list of trials. All
     # are opened before anything is computed.
-    data = data_of(checkpoint.config.data, config.data) if checkpoint else config.data
     held_out = None if config.reference else open_split(data, "test", accelerator)
     looked_at = held_out or (open_split(data, "test", accelerator) if config.memorisation else None)
     if checkpoint and looked_at is not None and "test" in checkpoint.identity:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataConfig, SamplingFlags
+from experiment.config import DataFlags, SamplingFlags
 from settings import SEEDS, set_values, within
 
 
@@ -57,13 +57,14 @@ class SampleConfig:
     precision: str = "auto"
     autoencoder: str | None = None
     imports: list[str] = field(default_factory=list)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataFlags = field(default_factory=DataFlags)
 
 
 def main(config: SampleConfig) -> None:
     """Load a checkpoint, draw, write what was asked for."""
     import torch
 
+    from checkpoints.checkpoint import read_metadata
     from experiment.build import data_of, open_split
     from sampling.generation import DenoisingPanel, StagesPanel, stream
     from sampling.image_files import save_folder, save_grid, save_npz
@@ -107,7 +108,8 @@ def main(config: SampleConfig) -> None:
     if output.suffix.lower() in PICTURES:
         columns = 12 if len(classes) == 1 else config.num_per_class * max(1, 12 // config.num_per_class)
         captions = names if checkpoint.classes else None
-        save_grid(torch.cat(list(batches)), output, columns=columns, captions=captions)
+        weights = read_metadata(checkpoint.path).get("weights_sha256")
+        save_grid(torch.cat(list(batches)), output, columns=columns, weights=weights, captions=captions)
     elif output.suffix.lower() == ".npz":
         save_npz(batches, labels, checkpoint.classes, output)
     else:

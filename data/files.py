@@ -86,8 +86,11 @@ class Zip:
                 entries = archive.infolist()
         except Exception as error:  # a damaged directory raises whatever its numbers lead to
             raise DataError(f"--data.path {path}: neither a folder nor a whole zip file ({error})") from error
-        by_name = {entry.filename.replace("\\", "/"): entry for entry in entries}  # as Windows writes them
-        self.entries = {plain(name): entry for name, entry in by_name.items() if not name.endswith("/")}
+        self.entries: dict[str, zipfile.ZipInfo] = {}
+        for entry in entries:
+            name = entry.filename.replace("\\", "/")  # as Windows writes them
+            if not name.endswith("/") and self.entries.setdefault(plain(name), entry) is not entry:
+                raise DataError(f"--data.path {path}: it holds {name} twice; write it anew")
         self.names = list(self.entries)
 
     def read(self, name: str) -> bytes:

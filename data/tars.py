@@ -9,7 +9,7 @@ import json
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from data.files import NAMES
 from data.layout import LEVELS, TABLE, DataError, Layout, is_hidden, understand
@@ -111,6 +111,19 @@ def _named(labels: dict[str, str], class_names: str | None) -> dict[str, str]:
 
 def _splits(names: list[str]) -> tuple[dict[str, list[str]] | None, str]:
     """The images of train and test (or val), where the names of their shards say so; and this in words."""
+    level_of = _levels(names)
+    if not level_of:
+        return None, ""
+    held_out = "test" if "test" in level_of.values() else "val"
+    of_level = {
+        split: [name for name in names if level_of[_parts(name)[0]] == level]
+        for split, level in (("train", "train"), ("test", held_out))
+    }
+    return of_level, f"split by shards called train and {held_out}"
+
+
+def _levels(names: Iterable[str]) -> dict[str, str | None]:
+    """Of these files' shards, whether they are train, test or val, where their names say so; else nothing."""
     level_of: dict[str, str | None] = {}
     for shard in dict.fromkeys(_parts(name)[0] for name in names):
         words = {LEVELS[word] for word in re.split(r"[^a-z]+", shard[:-4].casefold()) if word in LEVELS}
@@ -119,19 +132,14 @@ def _splits(names: list[str]) -> tuple[dict[str, list[str]] | None, str]:
         level_of[shard] = words.pop() if words else None
     levels = {*level_of.values()}
     if len(levels) < 2:
-        return None, ""
+        return {}
     if None in levels or "train" not in levels:
         odd = next(shard for shard, level in level_of.items() if level != "train")
         raise DataError(
             f"{odd} lies among shards that are called {' and '.join(sorted(filter(None, levels)))}: a split is shards "
             "called train and test (or val); rename it, or move it away"
         )
-    held_out = "test" if "test" in levels else "val"
-    of_level = {
-        split: [name for name in names if level_of[_parts(name)[0]] == level]
-        for split, level in (("train", "train"), ("test", held_out))
-    }
-    return of_level, f"split by shards called train and {held_out}"
+    return level_of
 
 
 def _is_image(path: str) -> bool:
@@ -146,16 +154,20 @@ def _is_table(path: str) -> bool:
 def _as_tree(
     names: Sequence[str], read: Callable[[str], bytes], classes: Sequence[str], exclude_classes: Sequence[str]
 ) -> Layout:
+    """What shards are called, train and test or val, is a level of folders, where the tree has none."""
+    counted = [name for name in names if _is_image(_parts(name)[1]) or _is_table(name)]
+    level_of = _levels(counted)
+    heads = {name: _parts(name)[1].partition("/")[0].casefold() for name in counted}
+    if all(LEVELS.get(head) == level_of.get(_parts(name)[0]) for name, head in heads.items()):
+        level_of = {}
     inner: dict[str, str] = {}
     for name in names:
-        path = _parts(name)[1]
-        if inner.setdefault(path, name) != name and (_is_image(path) or _is_table(path)):
+        shard, path = _parts(name)
+        path = posixpath.join(level_of.get(shard) or "", path)
+        if inner.setdefault(path, name) != name and name in heads:
             raise DataError(f"{path} lies in two shards, as {inner[path]} and {name}; move one away")
     layout = understand(inner, lambda path: read(inner[path]), classes, exclude_classes)
     splits = layout.splits and {split: [inner[path] for path in paths] for split, paths in layout.splits.items()}
     left_out = {why: [inner[path] for path in paths] for why, paths in layout.left_out.items()}
-    named, tables = (
-        {inner[path]: label for path, label in layout.classes.items()},
-        [inner[path] for path in layout.tables],
-    )
-    return Layout(named, splits, left_out, layout.note, tables)
+    named = {inner[path]: label for path, label in layout.classes.items()}
+    return Layout(named, splits, left_out, layout.note, [inner[path] for path in layout.tables])

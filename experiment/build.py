@@ -18,12 +18,13 @@ from data.encoding import build_cache
 from data.latents import LatentCache, cache_name, num_bytes
 from diffusion.diffusion import Diffusion
 from diffusion.presets import DIFFUSIONS
-from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig
+from experiment.config import DataConfig, DataFlags, DiffusionConfig, ExperimentConfig
 from experiment.open_section import settings_of
 from machine.accelerator import from_main, num_processes_here
 from machine.memory import free_memory
 from machine.threads import allowed_cores
 from models import BACKBONES, ModelSpec
+from settings import set_values
 
 if TYPE_CHECKING:
     from metrics.feature_maps import FeatureMaps
@@ -51,7 +52,7 @@ def diffusion_settings(config: DiffusionConfig) -> dict[str, Any]:
 
 
 OF_TRAINING = {"loss", "weighting", "times", "times_args", "shift", "contrast", "P_mean", "P_std", "phases", "forcing"}
-OF_TRAINING |= {"interval_share", "adaptive_power"}
+OF_TRAINING |= {"interval_share", "adaptive_power", "tangent"}
 """Settings of a diffusion that mean no other output."""
 
 
@@ -61,9 +62,12 @@ def meaning_of(config: DiffusionConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in OF_TRAINING}
 
 
-def data_of(trained_on: DataConfig, asked: DataConfig) -> DataConfig:
-    """A checkpoint's images, where they lie now: `path`, `cache` and `on_error` may change, and nothing else."""
-    changed = {name: value for name, value in asdict(asked).items() if value != getattr(DataConfig(), name)}
+def data_of(trained_on: DataConfig | None, asked: DataFlags) -> DataConfig:
+    """A checkpoint's images, where they lie now: `path`, `cache` and `on_error` may change, and nothing else. Without
+    one those that are asked for."""
+    changed = set_values(asked)
+    if trained_on is None:
+        return DataConfig(**changed)
     for name, value in changed.items():
         trained = getattr(trained_on, name)
         if name not in ("path", "cache", "on_error") and value != trained:

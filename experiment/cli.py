@@ -163,7 +163,7 @@ def lists_of_names(config_class: type, prefix: str = "") -> Iterator[str]:
     for name, kind in get_type_hints(config_class).items():
         if is_dataclass(kind):
             yield from lists_of_names(cast(type, kind), f"{prefix}{name}.")
-        elif name in NAMES and get_args(kind) == (str,):
+        elif name in NAMES and list[str] in (kind, *get_args(kind)):  # or unset
             yield f"{prefix}{name}"
 
 

@@ -53,6 +53,11 @@ class DataConfig:
     cache: str = "cache"
 
 
+@unset
+class DataFlags(DataConfig):
+    """What a command says of images in place of a checkpoint's, or of the defaults."""
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
     """The diffusion and its objective: settings of all kinds. What is null is the kind's own default."""

@@ -2,26 +2,42 @@
 
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from machine.whole_files import check_empty, inside, whole
 
 SMALL, LARGE = ImageFont.load_default(size=9), ImageFont.load_default(size=22)
 GAP = 2  # pixels between images
+DRAWN_BY = "weights_sha256"  # of a PNG's texts
 Names = list[str] | None
 
 
-def save_grid(images: UInt8[Tensor, "n 3 h w"], path: Path, *, columns: int, **names: Names) -> None:
-    """A grid (see `draw_grid`) as PNG or PDF."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
+def save_grid(
+    images: UInt8[Tensor, "n 3 h w"], path: Path, *, columns: int, weights: str | None = None, **names: Names
+) -> None:
+    """A grid (see `draw_grid`) as PNG, which says the hash of the `weights` that drew it, or PDF."""
+    kind, about = Image.registered_extensions().get(path.suffix.lower()), PngInfo()
+    if weights is not None:
+        about.add_text(DRAWN_BY, weights)
+    how: dict[str, Any] = {"quality": 95, "subsampling": 0, "pnginfo": about}  # a PDF holds a JPEG
     with whole(path) as partial:
-        draw_grid(images, columns, **names).save(partial, format=kind, quality=95, subsampling=0)  # a PDF holds a JPEG
+        draw_grid(images, columns, **names).save(partial, format=kind, **how)
+
+
+def drawn_by(path: Path) -> str | None:
+    """The hash of the weights that drew a grid, where it says so."""
+    with suppress(OSError), Image.open(path, formats=("PNG",)) as image:
+        return image.info.get(DRAWN_BY)
+    return None
 
 
 def draw_grid(

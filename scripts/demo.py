@@ -18,11 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiment.cli import run_program
 from machine import children
 from machine.lock import Lock
+from machine.whole_files import beside
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = Path.cwd()
 RUN = Path("runs", "quickstart")
 CONFIG = ROOT / "configs" / "quickstart.yaml"
+MADE = "demo"  # in its run: a file that says so
 PER_CLASS = 20
 
 
@@ -31,7 +33,8 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
 
     Args:
         experiment: its YAML
-        folder: where runs/ and cache/ are; runs/quickstart in it is deleted first
+        folder: where runs/ and cache/ are; what a demo made in its runs/quickstart is deleted first, and a training of
+            yours there gets another name
     """
     began, experiment = time.time(), experiment.resolve()
     if not experiment.is_file():
@@ -39,7 +42,11 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     with Lock(RUN / "training.lock"):  # not below a training that goes on there
+        if any(RUN.glob("checkpoints/[0-9]*")) and not (RUN / MADE).exists():
+            print(f"{RUN} is a training that no demo began, and is now {RUN.rename(beside(RUN))}")
         shutil.rmtree(RUN, ignore_errors=True)
+    RUN.mkdir(parents=True)
+    (RUN / MADE).touch()
 
     say("1/4", f"training {shown(experiment)}")
     launch("train.py", "--config", experiment, "--name", RUN.name)

@@ -65,7 +65,7 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
     path = output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
     with whole(path) as partial:
-        save_tensors(rounded, partial, {**metadata, "step": str(last)})
+        save_tensors(rounded, partial, {**metadata, "step": str(last), "sigma_rel": f"{sigma_rel:g}"})
     open_checkpoint(path)
     print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(files) * len(lengths)} snapshots: {path}")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import WEIGHTS, Checkpoint, read_metadata, read_tensors, save_tensors
 from evaluation.table import code, markdown, plain
+from sampling.image_files import drawn_by
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
 PLACES = {"path", "cache", "resume", "init_from", "guidance_checkpoint", "weights_path", "checkpoint"}  # of settings
@@ -37,7 +38,7 @@ def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
 def _is_of(checkpoint: Checkpoint, path: Path) -> bool:
     """Whether a file is of these weights, by their hash or, of before, their step; or else no older than they."""
     samples = json.loads(path.read_text()).get("samples", {}) if path.suffix == ".json" else {}
-    if known := samples.get("weights_sha256"):  # a step may have been taken again, with other settings
+    if known := samples.get("weights_sha256") or drawn_by(path):  # a step may have been taken again, differently
         return known == read_metadata(checkpoint.path).get("weights_sha256")
     if "step" in samples:
         return samples["step"] == checkpoint.step
@@ -126,7 +127,17 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
         record=record,
         scores=markdown([["score", "value"], *scores]),
         origin=origin,
+        averaged=averaged(checkpoint),
     )
+
+
+def averaged(checkpoint: Checkpoint) -> str:
+    """How the weights were."""
+    if length := read_metadata(checkpoint.path).get("sigma_rel"):
+        return f"averaged by a power function of length {length} (sigma_rel; Karras et al. 2024)"
+    if checkpoint.path.name != WEIGHTS:
+        return "averaged after training"
+    return f"averaged at {checkpoint.config.train.ema_decay:g}"
 
 
 def _listed(settings: dict[str, Any], *names: str) -> str:

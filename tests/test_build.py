@@ -17,7 +17,7 @@ from diffusion.paths import CURVES
 from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import SCHEDULES
 from diffusion.times import TIMES
-from experiment.build import build_diffusion, model_spec
+from experiment.build import build_diffusion, meaning_of, model_spec
 from experiment.cli import parse, parse_mapping
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from experiment.settings import from_dict
@@ -115,6 +115,12 @@ def test_a_setting_of_another_kind_is_refused_in_words():
     ]:
         with pytest.raises(ValueError, match=words):
             build_diffusion(config)
+
+
+def test_along_what_averages_are_differentiated_means_no_other_output():
+    """A guide, or weights to begin with, may have been trained either way."""
+    plain, improved = (DiffusionConfig(kind="meanflow", tangent=tangent) for tangent in ("sample", "model"))
+    assert meaning_of(plain) == meaning_of(improved) != meaning_of(DiffusionConfig(kind="meanflow", kappa=0.5))
 
 
 def test_every_setting_of_every_process_is_a_flag():

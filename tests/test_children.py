@@ -8,6 +8,7 @@ import threading
 import time
 import types
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import psutil
 import pytest
@@ -180,6 +181,29 @@ def test_a_demo_that_cannot_begin_deletes_nothing(tmp_path, monkeypatch, mistake
     with Lock(tmp_path / "runs/quickstart/training.lock"), pytest.raises(ValueError, match=words):
         script("scripts/demo.py").main(tmp_path / path, tmp_path)
     assert weights.is_file()
+
+
+def test_a_demo_deletes_what_a_demo_made_and_keeps_the_users_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo, launched = script("scripts/demo.py"), []
+
+    class Launched(Exception):
+        pass
+
+    def launch(*command):
+        launched.append(command)
+        raise Launched
+
+    monkeypatch.setattr(demo, "launch", launch)
+    weights = Path("runs/quickstart/checkpoints/00000500/ema.safetensors")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    for kept in ([b"the user's"], [b"the user's"]):  # the second time what is there is the demo's
+        weights.parent.mkdir(parents=True)
+        weights.write_bytes(b"the demo's" if launched else b"the user's")
+        with pytest.raises(Launched):
+            demo.main(tmp_path / "tiny.yaml", tmp_path)
+        assert [path.read_bytes() for path in Path("runs").glob("quickstart.before-*/checkpoints/*/*")] == kept
+        assert not weights.exists()
 
 
 def test_the_demos_help_is_help(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from checkpoints.averages import EMA, Average, gamma_of, power_decay, reconstruction_weights
-from checkpoints.checkpoint import metadata_of, open_checkpoint
+from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata
 from checkpoints.training_state import TrainingState, list_snapshots, save_checkpoint
 from experiment.cli import parse_run
 from experiment.config import ExperimentConfig
@@ -159,6 +159,7 @@ def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkey
     made = open_checkpoint(tmp_path / "ema-0.08.safetensors")
     shorter, longer = (average.model.patch.weight.max() for average in ema.profiles.values())
     assert made.step == 2
+    assert read_metadata(made.path)["sigma_rel"] == "0.08"
     assert longer < made.load_model().patch.weight.mean() < shorter
 
     def disk_full(*_):

@@ -171,3 +171,13 @@ def test_one_name_in_two_unicode_forms_is_no_two_classes(tmp_path):
             archive.writestr(f"{name}/0.png", b"")
     with pytest.raises(DataError, match=r"two classes are called .*, in two Unicode forms: rename one"):
         ImageDataset(tmp_path / "x.zip")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("again", ["cat/0.png", "./cat/0.png"])
+def test_two_images_of_one_name_in_a_zip_are_not_one(tree, tmp_path, again):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("cat/0.png", "cat/1.png", again):
+            archive.write(tree / name, name)
+    with pytest.raises(DataError, match=r"a.zip: it holds .*cat/0.png twice; write it anew"):
+        ImageDataset(tmp_path / "a.zip")

@@ -15,9 +15,10 @@ from hub_stub import TOKEN, Hub
 from huggingface_hub import constants
 from processes import script
 
-from checkpoints.checkpoint import metadata_of, open_checkpoint, save_tensors, warm_start
+from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
 from checkpoints.hub import HubError, local
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
+from sampling.image_files import drawn_by, save_grid
 from sharing.model_card import card_files, model_card, rounded, without_paths
 
 PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")
@@ -131,7 +132,8 @@ def test_a_name_on_the_hub_works_where_a_path_does(pushed, hub, here):
 def test_sample_draws_from_the_hub(pushed, here):
     settings = {"classes": ["circle"], "num_per_class": 1}
     SAMPLE.main(SAMPLE.SampleConfig(checkpoint=f"hf://{REPO}", **settings))
-    assert Path("runs/me--tiny-shapes/samples.png").is_file()
+    weights = read_metadata(Path("runs/me--tiny-shapes/ema.safetensors"))["weights_sha256"]
+    assert drawn_by(Path("runs/me--tiny-shapes/samples.png")) == weights
 
 
 def test_without_a_network_what_was_downloaded_before_serves(pushed, hub, here, monkeypatch):
@@ -255,6 +257,32 @@ def test_a_card_shows_no_scores_or_samples_of_other_weights(folder, tmp_path):
     assert "scores.json" in card_files(checkpoint)
     os.utime(run / "scores.json", (0, 0))
     assert "scores.json" not in card_files(checkpoint)
+
+
+def test_a_card_shows_samples_by_whose_they_are_not_by_when_they_were_copied(folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "runs" / "tiny", run)
+    checkpoint, picture = open_checkpoint(run), run / "samples.png"
+    own = read_metadata(checkpoint.path)["weights_sha256"]
+    for weights, time, shown in (("another's", 2**31, False), (own, 0, True)):
+        save_grid(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), picture, columns=1, weights=weights)
+        os.utime(picture, (time, time))
+        assert (card_files(checkpoint).get("samples.png") == picture) is shown
+
+
+def test_a_card_says_how_its_own_weights_came_to_be(folder, tmp_path):
+    """Of an older checkpoint its steps, not the run's; of an average made after training its length."""
+    checkpoint = open_checkpoint(folder / "runs" / "tiny" / "checkpoints" / "00000002")
+    assert "\n2 steps of batches of" in model_card(checkpoint, REPO, "mit", {})
+    assert "averaged at 0.99" in model_card(checkpoint, REPO, "mit", {})
+    train = replace(checkpoint.config.train, adapter="lora")
+    begun = replace(checkpoint, config=replace(checkpoint.config, init_from="/home/anna/other", train=train))
+    assert "begun with the weights of `other`, of which lora alone and labels" in model_card(begun, REPO, "mit", {})
+    weights, metadata = read_tensors(checkpoint.path), read_metadata(checkpoint.path)
+    save_tensors(weights, tmp_path / "ema.safetensors", {**metadata, "sigma_rel": "0.08"})
+    card = model_card(open_checkpoint(tmp_path / "ema.safetensors"), REPO, "mit", {})
+    assert "averaged by a power function of length 0.08" in card
+    assert "averaged at" not in card
 
 
 def test_names_that_users_choose_are_text_in_a_card(folder):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from processes import log, run, script
 
-from experiment.config import DataConfig
+from experiment.config import DataFlags
 
 
 def test_same_seed_same_images_whatever_batch_and_processes(folder):
@@ -100,7 +100,10 @@ def test_grid_folder_and_panel(folder):
         ({"reconstruct": 0.5, "panel": 2}, "--panel: it says nothing of --reconstruct"),
         ({"interpolate": 3, "num_per_class": 9}, "--num_per_class: it says nothing of --interpolate"),
         ({"to_seed": 3}, "--to_seed: it says nothing of samples; leave it out, or give --interpolate$"),
-        ({"data": DataConfig("images")}, "--data: it says nothing of samples; leave it out, or give --reconstruct$"),
+        (
+            {"data": DataFlags(path="images")},
+            "--data: it says nothing of samples; leave it out, or give --reconstruct$",
+        ),
     ],
 )
 def test_what_would_change_nothing_is_refused(settings, words):

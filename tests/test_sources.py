@@ -29,7 +29,7 @@ from evaluation.sources import Source, from_dataset, from_images, like, read_sam
 from experiment import imports
 from experiment.build import data_of
 from experiment.cli import parse
-from experiment.config import DataConfig, EvaluationConfig, LogConfig, SamplingConfig
+from experiment.config import DataConfig, DataFlags, EvaluationConfig, LogConfig, SamplingConfig
 from metrics.features import Extractor, Features
 from metrics.fidelity import compare
 from metrics.programs import save_program
@@ -258,10 +258,15 @@ def test_a_spread_is_named_for_what_it_is(thumbnail):
 
 def test_a_checkpoints_images_may_have_moved_and_are_no_others():
     trained_on = DataConfig(path="a.zip", image_size=32, split_seed=3)
-    moved = data_of(trained_on, DataConfig(path="b.zip", cache="elsewhere"))
+    moved = data_of(trained_on, DataFlags(path="b.zip", cache="elsewhere"))
     assert moved == DataConfig(path="b.zip", cache="elsewhere", image_size=32, split_seed=3)
     with pytest.raises(ValueError, match=r"--data\.image_size 128: the checkpoint's images have 32; leave it out"):
-        data_of(trained_on, DataConfig(image_size=128))
+        data_of(trained_on, DataFlags(image_size=128))
+    usual = DataConfig()
+    with pytest.raises(ValueError, match=r"--data\.image_size 64: the checkpoint's images have 32"):
+        data_of(trained_on, DataFlags(image_size=usual.image_size))
+    assert data_of(trained_on, DataFlags(path=usual.path)).path == usual.path
+    assert data_of(None, DataFlags(image_size=32)) == DataConfig(image_size=32)
 
 
 def test_samples_are_opened_before_the_reference_is_computed(tmp_path, monkeypatch, drawn, thumbnail):

@@ -261,3 +261,18 @@ def test_a_tree_is_read_as_in_a_zip(tmp_path):
         assert packed.labels.equal(zipped.labels)
         found, expected = packed.left_out, zipped.left_out
         assert found == {why: [f"tree.tar/{path}" for path in left] for why, left in expected.items()}
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["class folders", "below train/ and val/"])
+def test_shards_of_class_folders_that_are_called_train_and_val_are_the_split(tmp_path, nested):
+    """Held-out images would else be trained on, and images of one name in both be refused."""
+    for shard, first in (("train", 0), ("val", 4)):
+        above = f"{shard}/" if nested else ""
+        files = [
+            (f"{above}{kind}/{number}.png", picture(first + number)) for kind in ("cat", "dog") for number in (0, 1)
+        ]
+        pack(tmp_path / f"{shard}.tar", *files)
+    train, test = (ImageDataset(tmp_path, split=split) for split in ("train", "test"))
+    assert {name.partition("/")[0] for name in train.names} == {"train.tar"}
+    assert {name.partition("/")[0] for name in test.names} == {"val.tar"}
+    assert (train.classes, len(train), len(test)) == (["cat", "dog"], 4, 4)
