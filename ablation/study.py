@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from experiment.cli import keep_names, parse_mapping
+from experiment.cli import parse_mapping
 from experiment.config import ExperimentConfig
 from experiment.settings import StrictLoader
 from settings import SEEDS, within
@@ -208,8 +208,7 @@ def _read_base(base: str | dict[str, Any]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """A mapping, in which nothing is named twice."""
     try:
-        text = path.read_text()
-        values = keep_names(yaml.load(text, StrictLoader), text)
+        values = yaml.load(path.read_text(), StrictLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):

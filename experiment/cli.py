@@ -11,22 +11,20 @@ from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar, cast, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, auto_cli, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, auto_cli, set_loader, set_parsing_settings
 
 from experiment.config import R, resuming
 from experiment.imports import load_imports
-from experiment.settings import StrictLoader, of_today
+from experiment.settings import NAMES, StrictLoader, of_today
 from machine import children
 from settings import check_settings
 
 set_parsing_settings(add_print_completion_argument=True)  # tab completion for shells, a schema for editors of YAML
 
 T = TypeVar("T")
-NAMES = {"classes", "exclude_classes", "imports"}  # of settings that are lists of names
-load_yaml = get_loader("yaml")
 
 # A program is seldom typed alone: bash finds its name among the words behind `python` or a launcher.
 BEHIND_LAUNCHERS = r"""
@@ -66,33 +64,7 @@ class Parser(ArgumentParser):
         return script + BEHIND_LAUNCHERS if completion_type == "shtab-bash" else script
 
 
-class AsWritten(yaml.SafeLoader):
-    """Everything is the text that it is, but for what `<<` merges."""
-
-    yaml_implicit_resolvers: ClassVar = {"<": [("tag:yaml.org,2002:merge", re.compile("<<$"))]}
-
-
-def keep_names(values: Any, text: str) -> Any:
-    """What YAML made of a text, with lists of names as they are written: 007, no, null and 1e3 can be names."""
-
-    def kept(key: Any, value: Any, written: Any) -> Any:
-        if str(key).rpartition(".")[2] in NAMES and isinstance(written, list):
-            return written
-        if isinstance(value, dict) and len(value) == len(written):  # as it is, but for keys such as yes beside true
-            pairs = zip(value.items(), written.values(), strict=True)
-            return {key: kept(key, inner, inner_written) for (key, inner), inner_written in pairs}
-        return value
-
-    return kept("", values, yaml.load(text, AsWritten))
-
-
-def load_strict_yaml(text: str) -> Any:
-    """As jsonargparse reads it, once it is known to be no bomb and to say each thing once, and with names kept."""
-    yaml.load(text, StrictLoader)
-    return of_today(keep_names(load_yaml(text), text))
-
-
-set_loader("yaml", load_strict_yaml, exceptions=(yaml.YAMLError,))
+set_loader("yaml", lambda text: of_today(yaml.load(text, StrictLoader)), exceptions=(yaml.YAMLError,))
 
 
 def parse(

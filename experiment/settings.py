@@ -1,8 +1,9 @@
 """The way from and to plain mappings, from configurations of before, and YAML that says each thing once."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -50,10 +51,18 @@ def of_today(values: Any) -> Any:
 
 
 MOST_VALUES = 100_000
+NAMES = {"classes", "exclude_classes", "imports"}  # settings that are lists of names
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, and aliases that unfold into more than `MOST_VALUES` values."""
+    """Refuses a key that stands twice, and aliases that unfold into more than `MOST_VALUES` values. Names
+    in lists are the text that they are: 007, no, null and 1e3 can be names. Elsewhere 1e3 is a number, and no text is a
+    date."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, form) for tag, form in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -77,4 +86,13 @@ class StrictLoader(yaml.SafeLoader):
         for number, (key, _) in enumerate(node.value):
             if key.value in keys[:number]:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        for key, names in node.value:  # those that `<<` merges among them
+            if key.value.rpartition(".")[2] in NAMES and isinstance(names, yaml.SequenceNode):
+                mapping[key.value] = [self.construct_scalar(name) for name in names.value]
+        return mapping
+
+
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

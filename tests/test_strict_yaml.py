@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from experiment.cli import keep_names, parse
+from experiment.cli import parse
 from experiment.config import ExperimentConfig
 from experiment.settings import StrictLoader
 
@@ -30,7 +30,7 @@ def test_few_aliases_are_read():
     ],
 )
 def test_names_stay_as_written_below_merges_and_odd_keys(text, read):
-    assert keep_names(yaml.load(text, yaml.SafeLoader), text) == read
+    assert yaml.load(text, StrictLoader) == read
 
 
 @pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "a: &a {b: {c: *a}}"])
