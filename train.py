@@ -44,7 +44,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from sampling.checks import load_guide_model, resolve_sampling
     from training.adapters import Merged, adapt
     from training.alignment import open_alignment
-    from training.batches import open_batches
+    from training.batches import Batches
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspection, check_best
     from training.log import is_due
@@ -92,7 +92,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     learned = Merged(backbone) if config.train.adapter else backbone  # as averages know it
     ema.shard_like(backbone)
     num_steps = num_training_steps(config.train, len(cache))
-    batches = open_batches(run, cache, codec, objective, features)
+    share = accelerator.process_index, accelerator.num_processes, accelerator.device
+    batches = Batches(cache, codec, objective, config.train, features, *share)
 
     # A fresh run, or the newest whole checkpoint of an old one.
     guard = Guard()

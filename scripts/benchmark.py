@@ -159,9 +159,10 @@ def epoch(
     from data.latents import LatentCache
     from diffusion import GaussianDiffusion
     from experiment.build import open_split
-    from experiment.config import DataConfig
+    from experiment.config import DataConfig, TrainConfig
     from training import speed
     from training.batches import Batches
+    from training.objective import Objective
 
     published, precision, device = checkout(compare), chosen(precision), speed.the_device()
     codec = create_codec("embedded").to(device)
@@ -175,8 +176,8 @@ def epoch(
         cache_folder = Path(folder) / "cache"
         build_cache(cache_folder, shapes, codec.prepare, codec.provenance, flips=True, device=device)
         cache = LatentCache(cache_folder, codec.identity, device)
-        times = GaussianDiffusion().sample_timesteps
-        batches = Batches(cache, codec, times, seed=0, batch_size=batch_size, device=device)
+        config = TrainConfig(batch_size=batch_size, label_dropout=0.0)
+        batches = Batches(cache, codec, Objective(GaussianDiffusion()), config, device=device)
         steps = itertools.count()
 
         def cached() -> tuple[Any, Any]:
@@ -217,11 +218,14 @@ def cache(
     from autoencoders.codec import create_codec
     from data.latents import LatentCache, num_bytes
     from diffusion import GaussianDiffusion
+    from experiment.config import TrainConfig
     from training import speed
     from training.batches import Batches
     from training.meter import memory_gb
+    from training.objective import Objective
 
-    precision, device, times = chosen(precision), speed.the_device(), GaussianDiffusion().sample_timesteps
+    precision, device = chosen(precision), speed.the_device()
+    objective, config = Objective(GaussianDiffusion()), TrainConfig(batch_size=batch_size, label_dropout=0.0)
     codec = create_codec("embedded").to(device)
     with tempfile.TemporaryDirectory(dir=".") as made:
         speed.sparse_cache(Path(made) / "sparse", num_images)
@@ -233,7 +237,7 @@ def cache(
 
         def training_on(name: str, latents: LatentCache) -> Any:
             torch.manual_seed(0)
-            drawing = Batches(latents, codec, times, seed=0, batch_size=batch_size, device=device).micro_batches
+            drawing = Batches(latents, codec, objective, config, device=device).micro_batches
             steps = map(drawing, itertools.count())
 
             def batch() -> tuple[Any, Any]:

@@ -85,7 +85,7 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     from machine.randomness import seed_for
     from training.adapters import adapt
     from training.alignment import open_alignment
-    from training.batches import open_batches
+    from training.batches import Batches
     from training.guard import gradient_norm
     from training.objective import build_auxiliary, objective_of, phase_at
     from training.optimizer import build_optimizers
@@ -110,7 +110,8 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     if config.train.recompute:
         recompute_blocks(model, accelerator.device)
     model, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
-    batches = open_batches(run, cache, codec, objective, features)
+    share = accelerator.process_index, accelerator.num_processes, accelerator.device
+    batches = Batches(cache, codec, objective, config.train, features, *share)
     phase, losses = phase_at(objective.phases, 0, len(rates)), []
     for step, lr in enumerate(tqdm(rates, desc=run.folder.name, unit="step", disable=not run.is_main)):
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))

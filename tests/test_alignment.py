@@ -17,8 +17,9 @@ from autoencoders.codec import PixelCodec
 from data.encoding import build_cache
 from data.latents import LatentCache
 from data.shapes import ShapesDataset
+from diffusion import GaussianDiffusion
 from diffusion.presets import DIFFUSIONS
-from experiment.config import AlignmentConfig, AuxiliaryConfig
+from experiment.config import AlignmentConfig, AuxiliaryConfig, TrainConfig
 from metrics.extractors import ExtractorError
 from metrics.feature_maps import FeatureMaps
 from metrics.programs import save_program
@@ -136,7 +137,7 @@ def test_features_of_the_views_that_a_batch_holds(tmp_path):
     build_cache(tmp_path / "maps", images, maps.prepare, maps.provenance, flips=True)
     build_cache(tmp_path / "pixels", images, lambda images: images, PixelCodec().provenance, flips=True)
     caches = [LatentCache(tmp_path / name, {}) for name in ("pixels", "maps")]
-    stream = Batches(caches[0], PixelCodec(), lambda n, draw, device: torch.zeros(n), 0, 8, features=caches[1])
+    stream = Batches(caches[0], PixelCodec(), Objective(GaussianDiffusion()), TrainConfig(batch_size=8), caches[1])
     (drawn,) = stream.micro_batches(0)
     assert drawn.features.shape == (8, 4, 4, 4)
     pixels = (drawn.x_0 * 127.5 + 127.5).round().to(torch.uint8)

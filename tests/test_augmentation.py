@@ -210,7 +210,7 @@ def test_changes_disturb_no_other_draw_and_are_a_function_of_seed_step_and_place
     assert torch.equal(is_same, (ours["augment"][:, 1:] == 0).all(dim=1))
     assert torch.equal(ours["augment"][:, 0], (is_mirrored(cache, 3)).float())
     assert ours["x_0"].abs().max() <= 1
-    shares = {"num_ranks": 2, "num_micro_batches": 3, "augment": 0.5}
+    shares = {"num_ranks": 2, "grad_accumulation": 3, "augment": 0.5}
     ranks = [list(batches(cache, rank=rank, **shares).micro_batches(3)) for rank in (0, 1)]
     shared = joined_extras([part for pair in zip(*ranks, strict=True) for part in pair])
     assert all(torch.equal(shared[name], ours[name]) for name in ours)

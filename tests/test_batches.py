@@ -10,9 +10,11 @@ from data import open_dataset
 from data.encoding import build_cache
 from data.latents import LatentCache
 from data.lookahead import Lookahead
-from diffusion import GaussianDiffusion
+from diffusion import FlowMatching, GaussianDiffusion
+from experiment.config import TrainConfig
 from machine.randomness import generator_for
 from training.batches import STEPS_AHEAD, Batches, Rounds, permutation, positions
+from training.objective import Objective
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,10 @@ def features(tmp_path_factory):
     return [LatentCache(folder, {}, device) for device in (None, "cpu")]
 
 
-def batches(cache, **overrides):
-    arguments = {"seed": 0, "batch_size": 12, "label_dropout": 0.5, **overrides}
-    return Batches(cache, PixelCodec(), GaussianDiffusion().sample_timesteps, **arguments)
+def batches(cache, features=None, *, negatives=False, rank=0, num_ranks=1, **settings):
+    objective = Objective(FlowMatching(contrast=0.05) if negatives else GaussianDiffusion())
+    train = TrainConfig(**{"batch_size": 12, "label_dropout": 0.5, **settings})
+    return Batches(cache, PixelCodec(), objective, train, features, rank, num_ranks)
 
 
 def joined(parts):
@@ -54,7 +57,7 @@ def joined(parts):
 @pytest.mark.parametrize("class_balanced", [False, True])
 def test_processes_and_micro_batches_share_one_stream(cache, class_balanced):
     settings = {"class_balanced": class_balanced, "negatives": True}
-    whole, shares = joined(batches(cache, **settings).micro_batches(3)), {"num_ranks": 2, "num_micro_batches": 3}
+    whole, shares = joined(batches(cache, **settings).micro_batches(3)), {"num_ranks": 2, "grad_accumulation": 3}
     two_ranks = [list(batches(cache, rank=rank, **settings, **shares).micro_batches(3)) for rank in (0, 1)]
     shared = joined([part for pair in zip(*two_ranks, strict=True) for part in pair])
     for name, expected in whole.items():
@@ -62,7 +65,7 @@ def test_processes_and_micro_batches_share_one_stream(cache, class_balanced):
     assert torch.equal(whole["negative"], torch.stack([whole["x_0"], whole["noise"]], dim=1).roll(-1, dims=0))
 
 
-@pytest.mark.parametrize("settings", [{}, {"class_balanced": True}, {"negatives": True, "num_micro_batches": 2}])
+@pytest.mark.parametrize("settings", [{}, {"class_balanced": True}, {"negatives": True, "grad_accumulation": 2}])
 def test_what_is_read_from_files_is_what_lies_in_memory(cache, in_files, features, settings):
     """Step after step, over the ends of epochs, after going back to a step in another order, and features too."""
     places = [(0, 0), (1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (9, 1)]
@@ -71,7 +74,7 @@ def test_what_is_read_from_files_is_what_lies_in_memory(cache, in_files, feature
     ours, theirs = (batches(latents, features=more, **shares, **settings) for latents, more in caches)
     for place in places:
         found, expected = (list(stream.micro_batches(*place)) for stream in (ours, theirs))
-        assert len(found) == settings.get("num_micro_batches", 1)
+        assert len(found) == settings.get("grad_accumulation", 1)
         for one, other in zip(found, expected, strict=True):
             for name in ("x_0", "y", "t", "noise", "features"):
                 assert torch.equal(getattr(one, name), getattr(other, name)), name
@@ -169,7 +172,7 @@ def test_labels_are_dropped_and_images_mirrored(cache):
 
 def test_batch_that_does_not_divide_names_the_flags(cache):
     with pytest.raises(ValueError, match=r"--train.batch_size 12 must be a multiple.*--train.grad_accumulation 5"):
-        batches(cache, num_micro_batches=5)
+        batches(cache, grad_accumulation=5)
 
 
 def test_streams_depend_on_their_whole_key():

@@ -3,7 +3,7 @@ the number of processes and micro-batches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,15 +16,14 @@ from data.augmentation import change, draw_changes
 from data.latents import LatentCache
 from data.lookahead import Lookahead
 from diffusion.guidance import drop_labels
-from diffusion.times import Device, DrawTimes
+from diffusion.times import Device
+from experiment.config import TrainConfig
 from machine.randomness import generator_for
 
 STEPS_AHEAD = 4  # that files are read before they are needed, each by a thread
 
 if TYPE_CHECKING:
-    from experiment.config import ExperimentConfig
     from training.objective import Objective
-    from training.run import Run
 
 
 @dataclass(frozen=True)
@@ -39,66 +38,63 @@ class Batch:
     features: Float[Tensor, "b d h_out w_out"] | None = None  # of a frozen network, of the same views of the images
 
 
-@dataclass(frozen=True)
 class Batches:
     """The training stream over a cache: permuted epochs laid end to end, or if `class_balanced` rounds of the classes.
-    `batch_size` counts all processes, `features` is a cache of the same views, `negatives` are next samples; `augment`
-    is the probability of each change of an image, of a codec that stores images."""
+    `features` is a cache of the same views; this process is the one of this rank among so many."""
 
-    cache: LatentCache
-    codec: Codec
-    times: DrawTimes
-    seed: int
-    batch_size: int
-    num_micro_batches: int = 1
-    label_dropout: float = 0.0
-    class_balanced: bool = False
-    augment: float = 0.0
-    negatives: bool = False
-    rank: int = 0
-    num_ranks: int = 1
-    device: Device = "cpu"
-    draw_more: Callable[..., dict[str, Tensor]] | None = None  # the objective's
-    features: LatentCache | None = None
-
-    def __post_init__(self) -> None:
-        parts = self.num_micro_batches * self.num_ranks
-        if self.batch_size < parts or self.batch_size % parts:
+    def __init__(
+        self,
+        cache: LatentCache,
+        codec: Codec,
+        objective: "Objective",
+        train: TrainConfig,
+        features: LatentCache | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+        device: Device = "cpu",
+    ) -> None:
+        if train.batch_size % (train.grad_accumulation * num_ranks):
             raise ValueError(
-                f"--train.batch_size {self.batch_size} must be a multiple of the {self.num_ranks} processes times "
-                f"--train.grad_accumulation {self.num_micro_batches}"
+                f"--train.batch_size {train.batch_size} must be a multiple of the {num_ranks} processes times "
+                f"--train.grad_accumulation {train.grad_accumulation}"
             )
-        if self.class_balanced and not self.cache.num_classes:
+        if train.class_balanced and not cache.num_classes:
             raise ValueError("--train.class_balanced true: these images have no classes; leave it out")
+        self.cache, self.codec, self.objective, self.train = cache, codec, objective, train
+        self.rank, self.num_ranks, self.device = rank, num_ranks, device
+        self._labels = cache.labels.to(device)
+        self._rounds = Rounds(cache.labels, train.seed) if train.class_balanced else None
+        self._latents = Reader(cache, self._order, self._share, device)
+        self._following = Reader(cache, lambda *place: self._order(*place).roll(-1), self._share, device)
+        self._features = None if features is None else Reader(features, self._order, self._share, device)
 
     def micro_batches(self, step: int, order: int = 0) -> Iterator[Batch]:
         """This process's micro-batches of an optimizer step; `order` numbers the permutations to go by."""
-        device = self.device
-        shape = (self.batch_size, *self.codec.latent_shape(*self.cache.image_size))
-        draw = generator_for(self.seed, "step", step, device=device)
-        views = torch.randint(self.cache.num_views, (self.batch_size,), generator=draw, device=device)
+        train, diffusion, device = self.train, self.objective.diffusion, self.device
+        shape = (train.batch_size, *self.codec.latent_shape(*self.cache.image_size))
+        draw = generator_for(train.seed, "step", step, device=device)
+        views = torch.randint(self.cache.num_views, (train.batch_size,), generator=draw, device=device)
         posterior_noise, noise = (torch.randn(shape, generator=draw, device=device) for _ in range(2))
-        t = self.times(self.batch_size, draw, device)
-        uniform = torch.rand(self.batch_size, generator=draw, device=device)
+        t = diffusion.sample_timesteps(train.batch_size, draw, device)
+        uniform = torch.rand(train.batch_size, generator=draw, device=device)
         y = self._labels[self._order(step, order, device)]
-        y = drop_labels(y, self.label_dropout, self.cache.num_classes, uniform=uniform)
-        more = self.draw_more(shape, draw, device) if self.draw_more else {}
-        drawn = [views, posterior_noise, noise]
-        if self.augment:
-            alone = generator_for(self.seed, "augment", step, device=device)  # so that nothing else is drawn otherwise
-            drawn.append(draw_changes(self.augment, views, self.cache.image_size, alone))
+        y = drop_labels(y, train.label_dropout, self.cache.num_classes, uniform=uniform)
+        more = self.objective.draw_more(shape, draw, device)
+        drawn = [posterior_noise, noise]
+        if train.augment:
+            alone = generator_for(train.seed, "augment", step, device=device)  # so that nothing else is drawn otherwise
+            drawn.append(draw_changes(train.augment, views, self.cache.image_size, alone))
 
-        mine = self._share
-        samples = [[self._latents(step, order, views), *map(mine, drawn[1:])]]
-        if self.negatives:  # the next samples
-            views_after, *after = (values.roll(-1, dims=0) for values in drawn)
-            samples.append([self._following(step, order, views_after), *map(mine, after)])
+        samples = [[self._latents(step, order, views), *map(self._share, drawn)]]
+        if diffusion.contrast:  # the next samples
+            views_after, *after = (values.roll(-1, dims=0) for values in (views, *drawn))
+            samples.append([self._following(step, order, views_after), *map(self._share, after)])
         features = self._features(step, order, views) if self._features else None
-        y, t, more = mine(y), mine(t), {name: mine(values) for name, values in more.items()}
-        for micro in range(self.num_micro_batches):
+        y, t, more = self._share(y), self._share(t), {name: self._share(values) for name, values in more.items()}
+        for micro in range(train.grad_accumulation):
             (x_0, noise_part), *negative = (self._data(*(values[micro] for values in each)) for each in samples)
             more_part: dict[str, Any] = {name: values[micro] for name, values in more.items()}
-            if self.augment:
+            if train.augment:
                 more_part["extras"] = {"augment": samples[0][-1][micro]}
             if negative:
                 more_part["negative"] = torch.stack(negative[0], dim=1)
@@ -117,49 +113,14 @@ class Batches:
 
     def _share(self, values: Tensor) -> Tensor:
         """Of values of the global batch those of this process, a row a micro-batch."""
-        split = {"micro": self.num_micro_batches, "rank": self.num_ranks}
+        split = {"micro": self.train.grad_accumulation, "rank": self.num_ranks}
         return rearrange(values, "(micro rank b) ... -> micro rank b ...", **split)[:, self.rank]
 
     def _order(self, step: int, order: int = 0, device: Device = "cpu") -> Int64[Tensor, " b"]:
-        start, size = step * self.batch_size, self.batch_size
-        if self.class_balanced:
+        start, size = step * self.train.batch_size, self.train.batch_size
+        if self._rounds:
             return self._rounds.positions(start, size, order, device=device)
-        return positions(len(self.cache), start, size, self.seed, "epoch", order, device=device)
-
-    def _reader(self, cache: LatentCache, shift: int = 0) -> "Reader":
-        return Reader(cache, lambda *place: self._order(*place).roll(-shift), self._share, self.device)
-
-    @cached_property
-    def _latents(self) -> "Reader":
-        return self._reader(self.cache)
-
-    @cached_property
-    def _following(self) -> "Reader":
-        return self._reader(self.cache, shift=1)
-
-    @cached_property
-    def _features(self) -> "Reader | None":
-        return None if self.features is None else self._reader(self.features)
-
-    @cached_property
-    def _labels(self) -> Int64[Tensor, " n"]:
-        return self.cache.labels.to(self.device)
-
-    @cached_property
-    def _rounds(self) -> "Rounds":
-        return Rounds(self.cache.labels, self.seed)
-
-
-def open_batches(
-    run: "Run[ExperimentConfig]", cache: LatentCache, codec: Codec, objective: "Objective", features: LatentCache | None
-) -> Batches:
-    """A run's, with what its objective draws, shared out over its processes."""
-    train, accelerator, diffusion = run.config.train, run.accelerator, objective.diffusion
-    told = {name: getattr(train, name) for name in ("seed", "batch_size", "label_dropout", "class_balanced", "augment")}
-    told |= {"num_micro_batches": train.grad_accumulation, "negatives": diffusion.contrast > 0}
-    told |= {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes, "device": accelerator.device}
-    told |= {"draw_more": objective.draw_more, "features": features}
-    return Batches(cache, codec, diffusion.sample_timesteps, **told)
+        return positions(len(self.cache), start, size, self.train.seed, "epoch", order, device=device)
 
 
 class Reader:
