@@ -81,8 +81,6 @@ def build_cache(
         manifest = {"format": FORMAT, **provenance, **dataset.describe(), "flips": flips, "shards": names}
         text = json.dumps(manifest, indent=2) + "\n"
         write_aside(folder / "manifest.json", lambda partial: partial.write_text(text))
-        for left in folder.glob("*.partial"):  # of a process that was killed; or at work, on what is there now
-            left.unlink(missing_ok=True)
 
 
 def _compact(stored: Tensor) -> Tensor:

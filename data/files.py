@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data.layout import DataError
 from data.pixels import SUFFIXES
+from machine.whole_files import write_whole
 
 MOST_BYTES = 2**30  # of one file
 NAMES = "classnames.txt"  # beside tar shards: a class a line, from that of number 0
@@ -244,10 +245,7 @@ def content_hash(files: Folder | Zip | Tars, names: Sequence[str]) -> str:
         is_read &= num_bytes > 0
     if kept and is_read and time.monotonic() - began > LONG:
         with suppress(OSError):  # where nothing can be kept it takes long again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(digest.hexdigest())
-            partial.replace(kept)
+            write_whole(kept, digest.hexdigest())
     return digest.hexdigest()
 
 

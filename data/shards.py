@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data.files import stamp
 from data.layout import DataError
+from machine.whole_files import whole
 
 TENSORS = ("stored", "labels", "source_indices")
 CHECKED = "checked"  # beside the shards: their stamp when they were found whole
@@ -95,17 +96,14 @@ def check_once(paths: Sequence[Path]) -> None:
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Aside, then renamed; whatever another process has brought there meanwhile is the same."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        write(partial)
-        partial.replace(path)
+        with whole(path) as partial:
+            write(partial)
     except (OSError, SafetensorError) as error:
         if not path.exists():
             raise DataError(
                 f"--data.cache {path} cannot be written ({error}); see to the disk, or give another --data.cache"
             ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path, *names: str) -> tuple[dict[str, Tensor], str | None]:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -255,8 +256,9 @@ def test_full_disk_in_a_shard_is_told_and_leaves_nothing(tmp_path, dataset, monk
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path, dataset):
-    (tmp_path / "shard-00001.123.partial").write_bytes(b"half")
-    (tmp_path / "manifest.123.partial").write_text("{")
+    host = re.sub(r"[^\w-]", "-", socket.gethostname())
+    for name in ("shard-00000.safetensors", "manifest.json"):
+        (tmp_path / f".{name}.{host}.{2**22 + 1}.0123abcd.partial").write_bytes(b"half")
     build(tmp_path, dataset)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -265,7 +267,7 @@ def test_shard_that_another_process_finished_first_is_no_error(tmp_path, dataset
     build(tmp_path / "other", dataset)
 
     def overtaken(shard, partial, **more):
-        path = partial.with_name(f"{partial.name.split('.')[0]}.safetensors")
+        path = partial.with_name(f"{partial.name.split('.')[1]}.safetensors")
         path.write_bytes((tmp_path / "other" / path.name).read_bytes())
 
     monkeypatch.setattr("data.shards.save_file", overtaken)
