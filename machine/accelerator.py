@@ -14,7 +14,6 @@ from accelerate.utils import (
     broadcast_object_list,
     parse_flag_from_env,
 )
-from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
@@ -79,16 +78,6 @@ def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
     if has_failed:
         raise error or SystemExit(2)
     return cast("T", value)
-
-
-def to_main(accelerator: Accelerator, tensor: Tensor) -> list[Tensor]:
-    """What each process has, all of one shape, on the main process alone; nothing on the others."""
-    if accelerator.num_processes == 1:
-        return [tensor]
-    tensor, num = tensor.contiguous(), accelerator.num_processes if accelerator.is_main_process else 0
-    tensors = [torch.empty_like(tensor) for _ in range(num)]
-    torch.distributed.gather(tensor, tensors or None)
-    return tensors
 
 
 def num_processes_here(accelerator: Accelerator) -> int:

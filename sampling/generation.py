@@ -20,7 +20,6 @@ from data.subsets import stratified
 from diffusion import Diffusion, sample
 from diffusion.samplers import Callback, Staged, num_steps_of, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
-from machine.accelerator import to_main
 from machine.precision import autocasting, precision_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, in_batches
@@ -121,8 +120,9 @@ def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "
                 failed = [error]
             for error in filter(None, gather_object(failed)):  # first, so that no process waits for one that is gone
                 raise error
-            if images := to_main(accelerator, drawn):
-                yield torch.stack(images, dim=1).flatten(0, 1)[: len(part)].cpu()
+            images: Any = accelerator.gather(drawn)
+            if accelerator.is_main_process:
+                yield rearrange(images, "(p b) ... -> (b p) ...", p=accelerator.num_processes)[: len(part)].cpu()
             bar.update(len(part))
 
 
