@@ -57,32 +57,19 @@ def _state_file(name: str) -> str:
     return f"state/{name}.safetensors"
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    training: TrainingState,
-    metadata: Mapping[str, str],
-    progress: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write `folder/<step>` whole or not at all (OSError)."""
-    copy_checkpoint(folder, step, training, metadata, progress)()
-    return checkpoint_path(folder, step)
-
-
 def copy_checkpoint(
     folder: Path,
     step: int,
     training: TrainingState,
     metadata: Mapping[str, str],
-    progress: Mapping[str, Any] | None = None,
+    progress: Mapping[str, Any],
     *,
     keep: bool = True,
 ) -> Callable[[], None]:
     """Copy all that `folder/<step>` is to hold, so that training may go on, and leave its writing, whole or not at all
     (OSError), to be done before the next copy. All processes have to call, as each may have a part of the tensors; one
     has to `keep` them, and to write."""
-    own = {"step": step, **(training.progress() if progress is None else progress)}
-    texts = {"progress": json.dumps(own), "began": json.dumps(training.ema.began or {})}
+    texts = {"progress": json.dumps({"step": step, **progress}), "began": json.dumps(training.ema.began or {})}
     states = {_state_file(name): optimizer_tensors(optimizer) for name, optimizer in training.optimizers.items()}
     for file, tensors in {**training.modules(), **states}.items():
         gather(tensors, training.copies.setdefault(file, {}), keep=keep)

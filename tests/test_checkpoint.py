@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from checkpoints.averages import EMA
 from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
-from checkpoints.training_state import TrainingState, resume, save_checkpoint
+from checkpoints.training_state import TrainingState, copy_checkpoint, resume
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, OptimConfig
 from machine.checkpoint_folder import (
     Best,
     CheckpointError,
+    checkpoint_path,
     list_checkpoints,
     mark_best,
     newest_whole,
@@ -54,9 +55,10 @@ def state(model, ema, optimizer, **others):
 
 def save(folder, step, *trained, keep=2, keep_every=0):
     metadata = metadata_of(ExperimentConfig(), step, IDENTITY, spec=SPEC, classes=["a", "b", "c"])
-    saved = save_checkpoint(folder, step, state(*trained, **{"guard.model": Guard(skipped=3)}), metadata)
+    training = state(*trained, **{"guard.model": Guard(skipped=3)})
+    copy_checkpoint(folder, step, training, metadata, training.progress())()
     rotate(folder, keep=keep, keep_every=keep_every)
-    return saved
+    return checkpoint_path(folder, step)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import nn
 
 from checkpoints.averages import EMA, Average, gamma_of, power_decay, reconstruction_weights
 from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata
-from checkpoints.training_state import TrainingState, list_snapshots, save_checkpoint
+from checkpoints.training_state import TrainingState, copy_checkpoint, list_snapshots
 from experiment.cli import parse_run
 from experiment.config import ExperimentConfig
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
@@ -133,7 +133,7 @@ def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation(tmp_pa
             ema.restore(began)
         if (step + 1) % 20 == 0 and step > 600:
             metadata = metadata_of(ExperimentConfig(), step + 1, spec=spec, classes=[])
-            save_checkpoint(tmp_path / "checkpoints", step + 1, training, metadata)
+            copy_checkpoint(tmp_path / "checkpoints", step + 1, training, metadata, training.progress())()
     for name in ("weight", "running_var"):
         assert ema.tensors[f"second.{name}"].item() == pytest.approx(alone.tensors["weight"].item(), rel=1e-6)
     script("scripts/reconstruct_ema.py").main(tmp_path, 0.15)
@@ -151,7 +151,8 @@ def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkey
             model.patch.weight.fill_(step)
         ema.update(model, step - 1)
         metadata = metadata_of(ExperimentConfig(), step, spec=spec, classes=[])
-        save_checkpoint(tmp_path / "checkpoints", step, TrainingState({"model": model}, {}, ema), metadata)
+        training = TrainingState({"model": model}, {}, ema)
+        copy_checkpoint(tmp_path / "checkpoints", step, training, metadata, training.progress())()
 
     reconstruct = script("scripts/reconstruct_ema.py").main
     reconstruct(tmp_path, 0.08)
