@@ -12,6 +12,7 @@ import torch
 from processes import log
 from safetensors.torch import load_file
 
+from autoencoders.codec import create_codec
 from checkpoints.averages import EMA
 from checkpoints.training_state import TrainingState
 from experiment.config import ExperimentConfig, LogConfig, TrainConfig
@@ -34,7 +35,8 @@ def train(tmp_path, monkeypatch):
 
     def training(norm_of, *, looks={}, resume=None, **written):  # noqa: B006
         def due(step, num_steps):
-            return [lambda step: {"score": looks[step]}] if step in looks else []
+            look = looks.get(step)
+            return [look] if callable(look) else [lambda step: {"score": look}] if look else []
 
         with open_run(replace(config, resume=resume, log=replace(logged, **written))) as run:
             layer = torch.nn.Linear(1, 1)
@@ -62,6 +64,14 @@ def test_a_kill_does_not_forget_that_training_went_back(train):
     orders = []
     train(lambda run, step: orders.append((step, run.rollbacks)) or 1.0, resume="runs/run")
     assert orders == [(2, 1), (3, 1), (4, 1), (5, 1)]
+
+
+def test_ruined_images_end_no_training(train, capsys):
+    def draw(step):
+        return create_codec("pixel").decode(torch.full((1, 3, 2, 2), torch.nan))
+
+    assert train(lambda run, step: 1.0, looks={2: draw}).step == 6
+    assert "step 2: nothing to draw: images came out as numbers that are not finite" in capsys.readouterr().out
 
 
 def test_the_best_is_one_that_is_still_there(train, tmp_path):

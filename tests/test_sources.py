@@ -6,7 +6,6 @@ import math
 import shutil
 import zipfile
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -36,7 +35,7 @@ from metrics.programs import save_program
 from metrics.scores import METRICS, title_of
 from sampling.generation import Generator, resolve_classes
 from sharing.studio import Studio
-from training.inspection import check_best, unless_ruined
+from training.inspection import check_best
 
 CPU = torch.device("cpu")
 DATA = DataConfig(num_images=60, image_size=32, difficulty="hard")
@@ -377,19 +376,6 @@ def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):
     with pytest.raises(ValueError, match="not finite"):
         evaluate("--samples", path, "--extractor", thumbnail, "--num_samples", 4)
     assert not (tmp_path / "ruined" / "scores.json").exists()
-
-
-def test_ruined_images_end_no_training(capsys):
-    class Look:
-        run = SimpleNamespace(accelerator=Accelerator(cpu=True))
-
-        @unless_ruined
-        def draw(self, step):
-            return {"step": step} if step else create_codec("pixel").decode(torch.full((1, 3, 2, 2), torch.nan))
-
-    assert Look().draw(3) == {"step": 3}
-    assert Look().draw(0) == {}
-    assert "step 0: nothing to draw: images came out as numbers that are not finite" in capsys.readouterr().out
 
 
 def test_an_unconditional_model_has_no_class_to_ask_for():

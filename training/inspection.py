@@ -3,14 +3,13 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from autoencoders.codec import AutoencoderError, Codec
+from autoencoders.codec import Codec
 from checkpoints.averages import EMA
 from data.latents import LatentCache
 from data.subsets import stratified
@@ -25,20 +24,6 @@ from training.batches import Batch
 from training.log import draw_progress, is_due
 from training.objective import Objective
 from training.run import Run
-
-
-def unless_ruined(look: Callable) -> Callable:
-    """A look at images; where they are not finite it says so in place of ending the training, on all processes."""
-
-    @wraps(look)
-    def tried(self: Any, step: int) -> Any:
-        try:
-            return look(self, step)
-        except AutoencoderError as error:
-            self.run.accelerator.print(f"step {step}: nothing to {look.__name__}: {error}")
-            return {}
-
-    return tried
 
 
 def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
@@ -101,7 +86,6 @@ class Inspection:
         totals: Any = accelerator.reduce(dict(sums), "sum")
         return {f"validation_{name}": total.item() / num_images for name, total in totals.items()}
 
-    @unless_ruined
     def score(self, step: int) -> dict[str, float]:
         assert self.scorer is not None
         evaluation = self.run.config.evaluation
@@ -112,7 +96,6 @@ class Inspection:
         scores, _ = scorer.score(source, reference)
         return {name: score.value for name, score in scores.scores.items() if score.value is not None}
 
-    @unless_ruined
     def draw(self, step: int) -> dict[str, float]:
         """A grid: four samples of each of the first ten classes, or forty of a model without."""
         classes = self.held_out.classes[:10]

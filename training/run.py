@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from autoencoders.codec import AutoencoderError
 from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of
 from checkpoints.training_state import TrainingState, copy_checkpoint, resume
 from experiment.config import R, resuming
@@ -177,7 +178,10 @@ class Run(Generic[R]):
         can_save = self.is_main and not self.is_sharded  # without the others, who may be anywhere
         with self.interruption.at_once(can_save=can_save, save=lambda: is_sound and self.save(progress=progress)):
             for look in looks:
-                measured |= look(self.step)
+                try:
+                    measured |= look(self.step)
+                except AutoencoderError as error:  # images that are not finite, on all processes
+                    self.accelerator.print(f"step {self.step}: nothing to {look.__name__}: {error}")
         self._inspected = True
         if measured:
             self.log.write(self.step, **measured)
