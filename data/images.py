@@ -22,8 +22,8 @@ from data.image_set import ImageSet
 from data.layout import DataError, Layout, understand
 from data.pixels import fit, open_image, to_rgb
 from data.tars import understand_tars
+from settings import check_name
 
-SPLITS = ("train", "test", "all")
 T = TypeVar("T")
 _NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash: both splits ask for them
 
@@ -54,8 +54,7 @@ class ImageDataset(ImageSet):
         use_labels: bool = True,
         group_near_duplicates: bool = False,
     ) -> None:
-        if split not in SPLITS:
-            raise DataError(f"split {split}: unknown, choose from {', '.join(SPLITS)}")
+        check_name("split", split, ("train", "test", "all"))
         self.source = open_files(Path(path))
         self.source_name, self.split = self.source.path.name, split
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from data.image_set import ImageSet
+from settings import check_name
 
 Field = np.ndarray  # [h w], a signed distance in units of the shape's radius
 MOST_IMAGES = 10**8
@@ -55,14 +56,12 @@ class ShapesDataset(ImageSet):
         seed: int = 0,
         use_labels: bool = True,
     ) -> None:
-        if difficulty not in DIFFICULTIES:
-            raise ValueError(f"--data.difficulty {difficulty}: unknown, choose from {', '.join(DIFFICULTIES)}")
+        check_name("--data.difficulty", difficulty, DIFFICULTIES)
         if not len(SHAPES) <= num_images <= MOST_IMAGES:
             raise ValueError(f"--data.num_images {num_images}: must lie in {len(SHAPES)}..{MOST_IMAGES}, one a class")
         num_test = max(len(SHAPES), num_images // 5)
         ranges = {"train": (0, num_images), "test": (num_images, num_test), "all": (0, num_images + num_test)}
-        if split not in ranges:
-            raise ValueError(f"split {split}: unknown, choose from {', '.join(ranges)}")
+        check_name("split", split, ranges)
         self.first, num_images = ranges[split]
         self.split, self.side, self.difficulty, self.seed = split, image_size, difficulty, seed
         self.image_size = (image_size, image_size)

@@ -14,10 +14,10 @@ from torch import Tensor
 from diffusion.options import SamplingOptions
 from diffusion.paths import GaussianChain, Path
 from diffusion.predictions import PREDICTIONS
-from diffusion.schedules import check_name
 from diffusion.spacings import spaced_times
 from diffusion.times import Device, DrawTimes
 from diffusion.transition import AtLevel, Images, Labels, Output, Timesteps, Transition
+from settings import check_name
 
 Denoiser = Callable[..., Tensor]
 """A backbone, guided or not: a pure function of `(x_t [b c h w], t [b], y [b], **extras)`."""
@@ -120,10 +120,10 @@ class Diffusion:
         samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = NOTHING,
     ) -> None:
         targets = {**PREDICTIONS, **path.targets}
-        check_name("prediction", prediction, targets)
-        check_name("loss", loss or prediction, targets)
-        check_name("variance", variance, VARIANCES)
-        check_name("weighting", weighting, ("uniform", *WEIGHTINGS))
+        check_name("--diffusion.prediction", prediction, targets)
+        check_name("--diffusion.loss", loss or prediction, targets)
+        check_name("--diffusion.variance", variance, VARIANCES)
+        check_name("--diffusion.weighting", weighting, ("uniform", *WEIGHTINGS))
         if weighting != "uniform" and loss not in (None, prediction):
             raise ValueError(f"--diffusion.loss {loss} beside --diffusion.weighting {weighting}: leave one of them out")
         self.path, self.prediction, self.loss, self.weighting = path, prediction, loss or prediction, weighting

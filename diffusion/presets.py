@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+from settings import check_name
+
 if TYPE_CHECKING:
     import diffusion.diffusion
 
@@ -44,10 +46,10 @@ def gaussian(
 
     from diffusion.diffusion import Diffusion
     from diffusion.paths import GaussianChain
-    from diffusion.schedules import SCHEDULES, check_name, with_zero_terminal_snr
+    from diffusion.schedules import SCHEDULES, with_zero_terminal_snr
     from diffusion.times import Device, draw_times
 
-    check_name("schedule", schedule, SCHEDULES)
+    check_name("--diffusion.schedule", schedule, SCHEDULES)
     draw_shares = draw_times(times, times_args)
     if num_timesteps < 2:
         raise ValueError(f"--diffusion.num_timesteps {num_timesteps} must be at least 2")
@@ -99,10 +101,9 @@ def flow(
     """
     from diffusion.diffusion import Diffusion
     from diffusion.paths import CURVES, Flow
-    from diffusion.schedules import check_name
     from diffusion.times import draw_times
 
-    check_name("path", path, CURVES)
+    check_name("--diffusion.path", path, CURVES)
     way, draw = Flow(path, shift, model_times), draw_times(times, times_args)
     return Diffusion(way, prediction, loss, times=lambda *batch: way.shifted(draw(*batch)), contrast=contrast)
 

@@ -1,7 +1,7 @@
 """Noise schedules of discrete-time diffusion: the variance `beta_t` added at each of T steps, in float64."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float64
@@ -50,9 +50,3 @@ def with_zero_terminal_snr(betas: Float64[Tensor, " T"]) -> Float64[Tensor, " T"
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2
     return 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-
-
-def check_name(flag: str, name: str, known: Iterable[str]) -> None:
-    """Refuses a name that a table has not."""
-    if name not in known:
-        raise ValueError(f"--diffusion.{flag} {name}: unknown, choose from {', '.join(known)}")

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion.schedules import check_name
-from settings import check_arguments
+from settings import check_arguments, check_name
 
 Device = torch.device | str
 DrawTimes = Callable[[int, torch.Generator | None, Device], Tensor]
@@ -53,7 +52,7 @@ TIMES: dict[str, Callable[..., Tensor]] = {draw.__name__: draw for draw in (unif
 
 def draw_times(name: str, arguments: Mapping[str, Any] | None = None) -> DrawTimes:
     """A row of `TIMES` with arguments of its own; a ValueError names the flag of one that does not fit."""
-    check_name("times", name, TIMES)
+    check_name("--diffusion.times", name, TIMES)
     check_arguments(TIMES[name], arguments or {}, "--diffusion.times_args")
 
     def draw(num: int, generator: torch.Generator | None, device: Device) -> Float[Tensor, " num"]:

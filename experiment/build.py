@@ -24,7 +24,7 @@ from machine.accelerator import from_main, num_processes_here
 from machine.memory import free_memory
 from machine.threads import allowed_cores
 from models import BACKBONES, ModelSpec
-from settings import set_values
+from settings import check_name, set_values
 
 if TYPE_CHECKING:
     from metrics.feature_maps import FeatureMaps
@@ -34,14 +34,12 @@ import_module("studies.cascade.three_stages")  # registers its backbone, as a mo
 
 def build_diffusion(config: DiffusionConfig) -> Diffusion:
     """The diffusion of a configuration; a ValueError names the setting that does not fit."""
-    settings = diffusion_settings(config)
-    return DIFFUSIONS[config.kind](**settings)
+    return DIFFUSIONS[config.kind](**diffusion_settings(config))
 
 
 def diffusion_settings(config: DiffusionConfig) -> dict[str, Any]:
     """All that a diffusion of this kind can be told: what the configuration says, and the kind's defaults."""
-    if config.kind not in DIFFUSIONS:
-        raise ValueError(f"--diffusion.kind {config.kind}: unknown, choose from {', '.join(DIFFUSIONS)}")
+    check_name("--diffusion.kind", config.kind, DIFFUSIONS)
     settings = {kind: settings_of(preset) for kind, preset in DIFFUSIONS.items()}
     defaults = {name: parameter.default for name, parameter in settings[config.kind].items()}
     asked = {name: value for name, value in asdict(config).items() if name != "kind" and value is not None}

@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from settings import check_name
+
 MIXED = {"fp32": "no", "bf16": "bf16"}  # our names, and Accelerate's
 # Values of ONEDNN_MAX_CPU_ISA that keep matrix products from the instructions for bf16.
 WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -16,10 +18,9 @@ WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE
 
 def choose_precision(asked: str, device: torch.device) -> str:
     """'fp32' and 'bf16' (autocast) as asked for; 'auto' is bf16 where the device has instructions for it."""
+    check_name("precision", asked, ("auto", *MIXED))
     if asked == "auto":
         return "bf16" if has_bf16(device)[0] else "fp32"
-    if asked not in MIXED:
-        raise ValueError(f"precision {asked}: unknown, choose from auto, {', '.join(MIXED)}")
     return asked
 
 

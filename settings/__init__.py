@@ -1,6 +1,7 @@
-"""Ranges of numbers, which every room declares its settings with. No torch here, so that `--help` answers at once."""
+"""Ranges of numbers and tables of names, which every room declares its settings with. No torch here, so that `--help`
+answers at once."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from inspect import signature
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -62,6 +63,12 @@ def set_values(config: Any) -> dict[str, Any]:
     """Of a configuration by `unset` the settings that are set, by name."""
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
     return {name: value for name, value in values.items() if value != UNSET}
+
+
+def check_name(flag: str, name: str, known: Iterable[str]) -> None:
+    """A ValueError names the flag of a name that a table has not."""
+    if name not in known:
+        raise ValueError(f"{flag} {name}: unknown, choose from {', '.join(known)}")
 
 
 def check_interval(flag: str, value: Any, interval: str) -> None:

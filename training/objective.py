@@ -13,6 +13,7 @@ from diffusion.diffusion import Auxiliary, Diffusion
 from experiment.config import AuxiliaryConfig
 from metrics.perceptual import perceptual_network
 from models.backbone import Backbone
+from settings import check_name
 from training.alignment import Alignment, Watched
 from training.batches import Batch
 
@@ -137,8 +138,7 @@ def build_auxiliary(
     """The auxiliary terms of a configuration, which may look into the backbone; a ValueError says what does not fit."""
     terms: dict[str, Auxiliary] = {}
     for config in configs:
-        if config.kind not in AUXILIARY:
-            raise ValueError(f"--auxiliary {config.kind}: unknown, choose from {', '.join(AUXILIARY)}")
+        check_name("--auxiliary", config.kind, AUXILIARY)
         if config.kind in terms:
             raise ValueError(f"--auxiliary {config.kind}: given twice")
         if not config.weight > 0:

@@ -17,7 +17,7 @@ from diffusion.options import SamplingOptions
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import by_averages, ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Images, Labels, Transition
-from settings import check_arguments, check_settings
+from settings import check_arguments, check_name, check_settings
 
 Sampler = Callable[..., Moments]
 """Of (chain, x_t), and keyword arguments of its own, whose ranges stand in its signature (`settings`)."""
@@ -80,8 +80,7 @@ def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
     if name in AVERAGES and name not in samplers:
         others = f"choose from {', '.join(samplers)}"
         raise ValueError(f"--sampling.sampler {name}: for models of --diffusion.kind {name} alone; {others}")
-    if name not in samplers:
-        raise ValueError(f"--sampling.sampler {name}: unknown, choose from {', '.join(samplers)}")
+    check_name("--sampling.sampler", name, samplers)
     check_arguments(samplers[name], options.sampler_args, "--sampling.sampler_args")
     diffusion.check_options(options)
 

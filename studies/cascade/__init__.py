@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from diffusion.presets import DIFFUSIONS, gaussian
+from settings import check_name
 
 if TYPE_CHECKING:
     import studies.cascade.cascade_diffusion
@@ -41,12 +42,11 @@ def cascade(
         forcing: probability of the true small image at the beginning and end of the second phase and of the third
         augmentation: of the refiner 'diffusion': noise of its image in training and at sampling, as shares of times
     """
-    from diffusion.schedules import check_name
     from studies.cascade.cascade_diffusion import PHASES, Cascade
     from studies.cascade.denoising import Denoising
     from studies.cascade.refinement import Refinement, SuperResolution
 
-    check_name("coarse", coarse, COARSE)
+    check_name("--diffusion.coarse", coarse, COARSE)
     if len(phases) != len(PHASES) or min(phases) < 0 or not sum(phases) > 0:
         raise ValueError(f"--diffusion.phases {list(phases)}: give the lengths of three phases, such as [35, 35, 30]")
     if len(forcing) != 2 or any(len(ends) != 2 or not all(0 <= p <= 1 for p in ends) for ends in forcing):
