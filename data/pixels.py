@@ -50,11 +50,4 @@ def _to_8_bits(image: Image.Image, format: str | None) -> Image.Image:
 
 def fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """The centre rectangle of the shape of `size` (height, width), resized to it (Lanczos)."""
-    if size is None or image.size == (size[1], size[0]):
-        return image
-    height, width = size
-    scale = min(image.width / width, image.height / height)
-    crop_width, crop_height = width * scale, height * scale
-    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    box = (left, top, left + crop_width, top + crop_height)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return image if size is None else ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)

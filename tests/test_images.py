@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from data import intake, open_dataset
 from data.images import DataError, ImageDataset, hold_out
+from data.pixels import fit
 
 
 @pytest.fixture
@@ -77,6 +78,12 @@ def test_levels_are_the_split_where_they_exist(tree):
     dataset = ImageDataset(tree.parent / "levels", split="test")
     assert dataset.names == ["test/cat/0.png"]
     assert dataset.classes == ["cat", "dog", "emu"]
+
+
+def test_images_of_any_size_are_cut_to_any_other():
+    """By rounding, the part that is cut out may be wider than the image by a little."""
+    for side, width, height in [(28, 212, 116), (28, 116, 332), (28, 221, 29), (100, 110, 174)]:
+        assert fit(Image.new("L", (width, height)), (side, side)).size == (side, side)
 
 
 def test_images_are_cut_to_the_centre(tmp_path):
