@@ -26,10 +26,11 @@ from evaluation.sources import Source, from_dataset, reconstructions
 from evaluation.table import number
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
+from machine.precision import exact
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.perceptual import NETWORKS, perceptual_network
-from metrics.pixelwise import WINDOW, exact, psnr, spatial_frequencies, spectrum, ssim
+from metrics.pixelwise import WINDOW, psnr, spatial_frequencies, spectrum, ssim
 from metrics.scores import METRICS, Score, metric_name, row_of
 from sampling.generation import share
 from sampling.image_files import save_labelled

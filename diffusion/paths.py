@@ -13,16 +13,9 @@ from torch import Tensor
 
 from diffusion.predictions import Target
 from diffusion.transition import Images, Level, Timesteps, Transition
+from machine.precision import exact
 
 HALF_PI = math.pi / 2
-
-
-def exact(values: Tensor) -> Tensor:
-    """In float64: where the values are, or on the CPU if they lie on a device that has none, as Apple's."""
-    try:
-        return values.double()
-    except TypeError:
-        return values.cpu().double()
 
 
 class Path(ABC):

@@ -4,12 +4,15 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from settings import check_name
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # seconds, for a name
 
 MIXED = {"fp32": "no", "bf16": "bf16"}  # our names, and Accelerate's
 # Values of ONEDNN_MAX_CPU_ISA that keep matrix products from the instructions for bf16.
@@ -24,7 +27,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return asked
 
 
-def precision_of(accelerator: Accelerator) -> str:
+def precision_of(accelerator: "Accelerator") -> str:
     """What an opened accelerator computes in, as its flag would say it."""
     return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
 
@@ -36,6 +39,14 @@ def set_float32(precision: str) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = precision == "bf16"
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def exact(values: Tensor) -> Tensor:
+    """In float64: where the values are, or on the CPU if they lie on a device that has none, as Apple's."""
+    try:
+        return values.double()
+    except TypeError:
+        return values.cpu().double()
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
+from machine.precision import exact
 from metrics.features import Extractor, Features
 from metrics.frechet import frechet_distance, moments_of
-from metrics.pixelwise import exact
 from metrics.scores import DEFAULT, METRICS, MISSING, Score, check_metrics, metric_name, too_few
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from metrics.pixelwise import exact
+from machine.precision import exact
 from metrics.scores import Score, too_few
 
 ROWS, AT_ONCE = 1024, 65536  # rows of a matrix of distances held at a time, and of its columns where all may be many

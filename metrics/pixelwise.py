@@ -6,16 +6,10 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from machine.precision import exact
+
 WINDOW, SIGMA = 11, 1.5  # of SSIM: pixels a side, and the Gaussian's width
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-
-
-def exact(values: Tensor) -> Tensor:
-    """In float64: where the values are, or on the CPU if they lie on a device that has none, as Apple's."""
-    try:
-        return values.double()
-    except TypeError:
-        return values.cpu().double()
 
 
 def psnr(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
