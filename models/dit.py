@@ -5,9 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Cond, Images, Labels, Output, Times, Tokens
-from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
+from models.layers import Changes, Cond, Images, Labels, Output, Times, Tokens, check_choice
+from models.layers.attention import SelfAttention
 from models.layers.embedding import Conditioning, TimeEmbedding, make_rotary, sincos_2d
+from models.layers.initialisation import initialise_linears_, zero_
 from models.layers.modulation import Offset, modulate
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.style import BlockStyle

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Cond, Images, Labels, Output, Times
-from models.layers.attention import check_choice, zero_
+from models.layers import Changes, Cond, Images, Labels, Output, Times, check_choice
 from models.layers.embedding import Conditioning
+from models.layers.initialisation import zero_
 from models.layers.patch import check_input_size
 from models.layers.residual import ATTENTIONS, UPSAMPLERS, Downsample, ImageAttention, ResidualBlock, group_norm
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.layers import Changes, Images, Labels, Output, Times, Tokens
-from models.layers.attention import SelfAttention, initialise_linears_
+from models.layers.attention import SelfAttention
 from models.layers.embedding import IntervalEmbedding, NoInterval, make_augment, make_rotary, sinusoids
+from models.layers.initialisation import initialise_linears_
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.style import BlockStyle
 

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Cond, Grid, Images, Labels, Output, Times, Tokens
-from models.layers.attention import SelfAttention, check_choice, initialise_linears_, zero_
+from models.layers import Changes, Cond, Grid, Images, Labels, Output, Times, Tokens, check_choice
+from models.layers.attention import SelfAttention
 from models.layers.embedding import Conditioning, IntervalEmbedding, NoConditioning, sincos_2d
+from models.layers.initialisation import initialise_linears_, zero_
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
 from models.layers.style import BlockStyle, DropPath

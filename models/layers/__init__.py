@@ -5,6 +5,8 @@ Axis letters, here and in the backbones: `b` batch, `c` channels, `h w` grid, `n
 once, at the top.
 """
 
+from collections.abc import Collection
+
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
@@ -17,3 +19,8 @@ Cond = Float[Tensor, "b cond"]
 Times = Shaped[Tensor, " b"]
 Labels = Int64[Tensor, " b"]
 Changes = Float[Tensor, "b augment"] | None  # of images, by numbers; None: none
+
+
+def check_choice(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value} must be one of {', '.join(known)}")

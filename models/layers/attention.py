@@ -1,8 +1,6 @@
 """Scaled dot-product attention: the one place that chooses a kernel."""
 
-from collections.abc import Callable, Collection
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from models.layers import Tokens
-from models.layers.norm import RMSNorm
+from models.layers.style import RMSNorm
 
 FEW_TOKENS = {torch.bfloat16: 256}  # on CPUs, up to here plain products beat the fused kernel's backward; others, 64
 
@@ -96,28 +94,3 @@ class CrossAttention(nn.Module):
 def check_heads(dim: int, num_heads: int) -> None:
     if dim % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide the width {dim}")
-
-
-def check_choice(name: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
-
-
-Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
-
-
-def zero_(layer: Layer) -> Layer:
-    """Zero weights and bias: what follows starts as if the layer were not there."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def initialise_linears_(network: nn.Module, initialise_: Callable[[Tensor], Tensor], but: Collection = ()) -> None:
-    """Weights of a network's linears as `initialise_` fills them, and biases of zero; those in `but` stay."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear) and module not in but:
-            initialise_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.layers import Changes, Labels, Times
-from models.layers.attention import check_choice, zero_
+from models.layers import Changes, Labels, Times, check_choice
+from models.layers.initialisation import zero_
 
 NUM_FREQUENCIES = 256
 SMALL = 0.02  # of transformers, whose modulators start at zero (Peebles and Xie 2023)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from models.layers import Cond
-from models.layers.attention import zero_
+from models.layers.initialisation import zero_
 from models.layers.launches import Uncast, at_once
 
 Features = Float[Tensor, "b *axes d"]

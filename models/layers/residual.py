@@ -6,7 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.layers import Cond, Images, Output, Tokens
-from models.layers.attention import SelfAttention, attend, zero_
+from models.layers.attention import SelfAttention, attend
+from models.layers.initialisation import zero_
 
 NUM_GROUPS = 8  # of every group norm
 

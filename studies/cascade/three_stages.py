@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from models import BACKBONES
 from models.backbone import Backbone
-from models.layers import Images, Labels, Output, Times
-from models.layers.attention import check_choice, check_heads, zero_
+from models.layers import Images, Labels, Output, Times, check_choice
+from models.layers.attention import check_heads
 from models.layers.embedding import Conditioning, TimeEmbedding, sincos_2d
+from models.layers.initialisation import zero_
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.residual import Downsample, NearestUpsample, ResidualBlock, group_norm
 
