@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,30 +86,22 @@ class PlainBlock(nn.Sequential):
         return x + super().forward(x)
 
 
-class Interpolation(nn.Module):
-    def __init__(self, channels: int, factor: int) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Images) -> Float[Tensor, "b c h2 w2"]:
-        return F.interpolate(x, scale_factor=float(self.factor), mode="bilinear")
+def interpolation(channels: int, factor: int) -> nn.Module:
+    return nn.Upsample(scale_factor=factor, mode="bilinear")
 
 
-class Bilinear(nn.Module):
+class Bilinear(nn.Sequential):
     """Interpolated, then a convolution, at first the identity."""
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
-        self.interpolate = Interpolation(channels, factor)
+        self.interpolate = interpolation(channels, factor)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.dirac_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # pyright: ignore[reportArgumentType]
 
-    def forward(self, x: Images) -> Float[Tensor, "b c h2 w2"]:
-        return self.conv(self.interpolate(x))
 
-
-class PixelShuffle(nn.Module):
+class PixelShuffle(nn.Sequential):
     """Residual blocks at the coarse size, whose last channels become pixels (Shi et al. 2016)."""
 
     def __init__(self, channels: int, factor: int, *, width: int = 256, num_blocks: int = 2) -> None:
@@ -118,9 +110,6 @@ class PixelShuffle(nn.Module):
         self.blocks = nn.Sequential(*(PlainBlock(width) for _ in range(num_blocks)))
         self.head = nn.Conv2d(width, channels * factor**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(factor)
-
-    def forward(self, x: Images) -> Float[Tensor, "b c h2 w2"]:
-        return self.shuffle(self.head(self.blocks(self.stem(x))))
 
 
 class Residual(nn.Module):
@@ -141,7 +130,7 @@ class ResNet(Residual):
 
     def __init__(self, channels: int, factor: int, *, width: int = 128, num_blocks: int = 2) -> None:
         super().__init__(channels, width, num_blocks)
-        self.interpolate = Interpolation(channels, factor)
+        self.interpolate = interpolation(channels, factor)
 
     def forward(self, image: Images) -> Float[Tensor, "b c h2 w2"]:
         return super().forward(self.interpolate(image))
@@ -228,7 +217,7 @@ class DiffusionRefiner(nn.Module):
 
 
 COARSE = {"diffusion": ResidualNet, "dae": Autoencoder, "resnet": ResidualNet}
-UPSAMPLERS = {"pixelshuffle": PixelShuffle, "bilinear": Bilinear, "resnet": ResNet, "interpolation": Interpolation}
+UPSAMPLERS = {"pixelshuffle": PixelShuffle, "bilinear": Bilinear, "resnet": ResNet, "interpolation": interpolation}
 REFINERS = {"vit": ViTRefiner, "conv": ConvRefiner, "none": NoRefiner, "diffusion": DiffusionRefiner}
 
 
@@ -236,12 +225,8 @@ Connect = Callable[[Tensor], Tensor | None] | None
 """From what the coarse stage puts out to what the upsampler is given; None where no more is asked for."""
 
 
-class Stages(NamedTuple):
-    """What the three stages put out, as far as they were asked."""
-
-    coarse: Tensor
-    upsampled: Tensor | None
-    refined: Tensor | None
+Stages = tuple[Tensor, Tensor | None, Tensor | None]
+"""What coarse stage, upsampler and refiner put out, as far as they were asked."""
 
 
 class Cascade(Backbone):
@@ -299,13 +284,17 @@ class Cascade(Backbone):
             coarse = self.coarse(x_t, t, y)
         image = connect(coarse)
         if image is None:
-            return Stages(coarse, None, None)
+            return coarse, None, None
         up = self.upsampler(image)
-        return Stages(coarse, up, self.refiner(up, condition))
+        return coarse, up, self.refiner(up, condition)
 
 
 def _build(
-    stage: str, table: Mapping[str, type[nn.Module]], name: str, arguments: Mapping[str, Any] | None, *fixed: Any
+    stage: str,
+    table: Mapping[str, Callable[..., nn.Module]],
+    name: str,
+    arguments: Mapping[str, Any] | None,
+    *fixed: Any,
 ) -> nn.Module:
     """A stage by its name, with its own arguments on top of what follows from the others."""
     check_choice(stage, name, table)
