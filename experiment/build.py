@@ -34,7 +34,8 @@ import_module("studies.cascade.three_stages")  # registers its backbone, as a mo
 
 def build_diffusion(config: DiffusionConfig) -> Diffusion:
     """The diffusion of a configuration; a ValueError names the setting that does not fit."""
-    return DIFFUSIONS[config.kind](**diffusion_settings(config))
+    settings = diffusion_settings(config)  # first: it refuses a kind that there is not
+    return DIFFUSIONS[config.kind](**settings)
 
 
 def diffusion_settings(config: DiffusionConfig) -> dict[str, Any]:
