@@ -14,7 +14,7 @@ import yaml
 from checkpoints.checkpoint import find_weights, read_metadata
 from experiment.config import ExperimentConfig
 from experiment.imports import imported_files
-from experiment.settings import flatten
+from experiment.mappings import flatten
 from machine.checkpoint_folder import CheckpointError
 from machine.whole_files import sha256_of, write_whole
 

@@ -10,7 +10,7 @@ import yaml
 
 from experiment.cli import parse_mapping
 from experiment.config import ExperimentConfig
-from experiment.settings import StrictLoader
+from experiment.mappings import StrictLoader
 from settings import SEEDS, within
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ from diffusion.diffusion import Diffusion
 from experiment.build import build_diffusion, meaning_of
 from experiment.config import DiffusionConfig, ExperimentConfig, RunConfig
 from experiment.imports import contents_of, load_imports
-from experiment.settings import from_dict
+from experiment.mappings import from_dict
 from machine.accelerator import from_main
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from machine.sharding import part_like

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, auto_cli, set_loader, se
 
 from experiment.config import R, resuming
 from experiment.imports import load_imports
-from experiment.settings import NAMES, StrictLoader, of_today
+from experiment.mappings import NAMES, StrictLoader, of_today
 from machine import children
 from settings import check_settings
 

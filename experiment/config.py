@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from diffusion.options import SamplingOptions
 from diffusion.presets import DIFFUSIONS
+from experiment.mappings import flatten
 from experiment.open_section import open_section
-from experiment.settings import flatten
 from machine.whole_files import inside
 from metrics.scores import DEFAULT, HELP
 from settings import SEEDS, unset, within

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.table import Cell
 from experiment.cli import run_program
-from experiment.settings import flatten
+from experiment.mappings import flatten
 
 LEFT_OUT = ("name", "resume", "log.", "data.cache")  # of what differs: it changes no result
 CAPTIONS = {"loss": "Training loss.", "validation_loss": "Loss on held-out images, of the averaged weights."}

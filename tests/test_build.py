@@ -20,7 +20,7 @@ from diffusion.times import TIMES
 from experiment.build import build_diffusion, meaning_of, model_spec
 from experiment.cli import parse, parse_mapping
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
-from experiment.settings import from_dict
+from experiment.mappings import from_dict
 from models import BACKBONES
 from sampling.checks import resolve_sampling
 from settings import set_values

@@ -10,7 +10,7 @@ import yaml
 from processes import IN_FILES, TINY, log, run
 from test_backbones import SMALL
 
-from experiment.settings import flatten
+from experiment.mappings import flatten
 from metrics.programs import save_program
 from models import BACKBONES
 

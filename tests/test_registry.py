@@ -17,9 +17,9 @@ from experiment.build import build_diffusion
 from experiment.cli import parse
 from experiment.config import DiffusionConfig, ExperimentConfig
 from experiment.imports import load_imports
+from experiment.mappings import from_dict
 from experiment.open_section import open_section
 from experiment.registry import TABLES, register
-from experiment.settings import from_dict
 from metrics.scores import Metric
 from models import ModelSpec
 from training.resumption import go_on

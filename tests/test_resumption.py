@@ -14,7 +14,7 @@ from autoencoding.autoencoder_config import AutoencodingConfig
 from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of, save_tensors
 from experiment.cli import parse, parse_run
 from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig, resuming
-from experiment.settings import from_dict
+from experiment.mappings import from_dict
 from machine.checkpoint_folder import CheckpointError
 from training.resumption import go_on, other_measure
 

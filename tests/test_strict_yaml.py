@@ -5,7 +5,7 @@ import yaml
 
 from experiment.cli import parse
 from experiment.config import ExperimentConfig
-from experiment.settings import StrictLoader
+from experiment.mappings import StrictLoader
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 9)

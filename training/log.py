@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
 
-from experiment.settings import flatten
+from experiment.mappings import flatten
 from machine.whole_files import write_whole
 
 

@@ -13,7 +13,7 @@ from checkpoints.training_state import SNAPSHOTS, drop_snapshots
 from data.images import abridged
 from experiment.config import R, RunConfig, resuming
 from experiment.imports import load_imports
-from experiment.settings import flatten, from_dict
+from experiment.mappings import flatten, from_dict
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
 from machine.whole_files import beside
 
