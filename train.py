@@ -62,8 +62,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     num_guided = config.guided_classes(spec.num_classes)
     sampling = resolve_sampling(config.sampling, diffusion, num_guided, spec.in_channels, say=accelerator.print)
-    meant = (config.diffusion, spec, accelerator, images.classes, run.identity)
-    guide_model = load_guide_model(sampling, *meant)
+    guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator, images.classes, run.identity)
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     accelerator.print(intake(images, held_out_images))
     if run.is_main and accelerator.device.type == "cpu":
