@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from checkpoints.averages import EMA
 from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_tensors
-from machine.checkpoint_folder import checkpoint_path, write_checkpoint
+from machine.checkpoint_folder import by_step, checkpoint_path, write_checkpoint
 from machine.sharding import gather, part_like
 
 PROFILES = "state/profiles.safetensors"
@@ -134,15 +134,7 @@ def _numbers_of(optimizer: torch.optim.Optimizer) -> list[int]:
 
 def list_snapshots(run: Path) -> dict[int, Path]:
     """The power-function averages of a run by their steps, in order."""
-    paths = [path for path in (run / SNAPSHOTS).glob("[0-9]*.safetensors") if path.stem.isdecimal()]
-    return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
-
-
-def drop_snapshots(run: Path, *, after: int) -> None:
-    """Those of steps that a resumed run takes again: with other settings they would be of another training."""
-    for step, path in list_snapshots(run).items():
-        if step > after:
-            path.unlink()
+    return by_step(run / SNAPSHOTS, ".safetensors")
 
 
 def _keep_snapshot(profiles: Path, snapshot: Path) -> None:

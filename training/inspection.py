@@ -16,6 +16,7 @@ from data.subsets import stratified
 from evaluation.scoring import Reference, Scorer
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
+from machine.checkpoint_folder import by_step
 from machine.randomness import generator_for
 from metrics.extractors import naming
 from metrics.scores import is_lower_better, metric_name
@@ -104,7 +105,7 @@ class Inspection:
         images = generate(self._generator(labels, self.run.config.train.seed), batch_size=len(labels))
         if self.run.is_main:
             self.run.show(images, columns=columns, column_names=classes)
-            if len(list((self.run.folder / "samples").glob("[0-9]*.png"))) > 1:
+            if len(by_step(self.run.folder / "samples", ".png")) > 1:
                 draw_progress(self.run.folder)
         return {}
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
 
 from experiment.mappings import flatten
+from machine.checkpoint_folder import by_step
 from machine.whole_files import write_whole
 
 
@@ -111,11 +112,11 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
 
     font, left = ImageFont.load_default(size=11), 80
     frames = []
-    for path in sorted((run / "samples").glob("[0-9]*.png")):
+    for step, path in by_step(run / "samples", ".png").items():
         with warns_only(path), Image.open(path, formats=("PNG",)) as grid:
             frame = Image.new("RGB", (grid.width + left, grid.height), "white")
             frame.paste(grid, (left, 0))
-            ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {int(path.stem)}", fill="black", font=font)
+            ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {step}", fill="black", font=font)
             frames.append(frame)
 
     durations = [500] * (len(frames) - 1) + [2000]  # milliseconds; the last one stays

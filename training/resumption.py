@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from checkpoints.checkpoint import WEIGHTS, read_metadata
-from checkpoints.training_state import SNAPSHOTS, drop_snapshots
+from checkpoints.training_state import SNAPSHOTS, list_snapshots
 from data.images import abridged
 from experiment.config import R, RunConfig, resuming
 from experiment.imports import load_imports
 from experiment.mappings import flatten, from_dict
-from machine.checkpoint_folder import CheckpointError, list_checkpoints, to_resume
+from machine.checkpoint_folder import CheckpointError, by_step, list_checkpoints, to_resume
 from machine.whole_files import beside
 
 LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.*", "ema-*.safetensors")
@@ -38,12 +38,12 @@ def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | Non
 
 
 def take_back(run: Path, step: int, say: Callable[[str], None] = print) -> None:
-    """What there is of steps after this one, which a run takes again: snapshots and grids go; checkpoints, which are
-    damaged, get another name, as they would go on being the newest to whoever reads the run."""
-    drop_snapshots(run, after=step)
-    for grid in (run / "samples").glob("[0-9]*.png"):
-        if grid.stem.isdecimal() and int(grid.stem) > step:
-            grid.unlink()
+    """What there is of steps after this one, which a run takes again: snapshots, which with other settings would be of
+    another training, and grids go; checkpoints, which are damaged, get another name, as they would go on being the
+    newest to whoever reads the run."""
+    for number, path in [*list_snapshots(run).items(), *by_step(run / "samples", ".png").items()]:
+        if number > step:
+            path.unlink()
     for checkpoint in list_checkpoints(run / "checkpoints"):
         if int(checkpoint.name) > step:
             say(f"{checkpoint} is damaged, and is now {_aside(checkpoint)}")
