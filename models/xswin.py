@@ -13,7 +13,7 @@ from models.layers import Changes, Cond, Grid, Images, Labels, Output, Times, To
 from models.layers.attention import SelfAttention
 from models.layers.embedding import Conditioning, IntervalEmbedding, NoConditioning, sincos_2d
 from models.layers.initialisation import initialise_linears_, zero_
-from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator
+from models.layers.modulation import INJECTIONS, AsItIs, Gate, Injection, Modulator
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
 from models.layers.style import BlockStyle, DropPath
 from models.layers.window import SKIPS, WindowAttention
@@ -213,7 +213,7 @@ class XSwin(Backbone):
             stage_rates, rates = rates[:depth], rates[depth:]
             self.encoder.append(EncoderStage(make_blocks(depth, widths[level], heads, stage_rates)))
             merged = level < len(depths) - 1 or final_downsample
-            self.merges.append(PatchMerging(widths[level], injection, style) if merged else nn.Identity())
+            self.merges.append(PatchMerging(widths[level], injection, style) if merged else AsItIs())
 
         factor = patch_size * 2 ** (len(depths) - (not final_downsample))
         middle_dim = widths[-1] * (2 if final_downsample else 1)
@@ -226,7 +226,7 @@ class XSwin(Backbone):
             depth, heads, width = depths[level], num_heads[level], widths[level]
             stage_rates, rates = rates[:depth], rates[depth:]
             merged = level < len(depths) - 1 or final_downsample
-            self.expands.append(PatchExpanding(2 * width, injection, style) if merged else nn.Identity())
+            self.expands.append(PatchExpanding(2 * width, injection, style) if merged else AsItIs())
             taken = SKIPS[skip](width, heads, injection, style, window_size)
             joined = width + taken.dim
             wide = make_blocks(1, joined, heads * joined // width, stage_rates)[0] if wide_decoder else None
@@ -265,7 +265,7 @@ class XSwin(Backbone):
         for stage, merge in zip(self.encoder, self.merges, strict=True):
             x = stage(x, cond)
             skips.append(x)
-            x = merge(x, cond) if isinstance(merge, PatchMerging) else x
+            x = merge(x, cond)
 
         # Bottleneck: global attention over all tokens.
         height = x.shape[1]
@@ -276,7 +276,7 @@ class XSwin(Backbone):
 
         # Decoder: each stage takes its skip.
         for expand, stage, skip in zip(self.expands, self.decoder, reversed(skips), strict=True):
-            x = expand(x, cond, skip.shape[1:3]) if isinstance(expand, PatchExpanding) else x
+            x = expand(x, cond, skip.shape[1:3])
             x = stage(x, skip, cond)
 
         # Patches to pixels, convolutional stem, head.

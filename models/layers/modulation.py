@@ -83,9 +83,9 @@ class CondToken(nn.Module):
 
 
 class AsItIs(nn.Identity):
-    """A place that the conditioning does not enter."""
+    """A place that the conditioning does not enter, or a step that is not taken."""
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *others: object) -> Tensor:
         return x
 
 

@@ -15,6 +15,7 @@ from models.layers import Images, Labels, Output, Times, check_choice
 from models.layers.attention import check_heads
 from models.layers.embedding import Conditioning, TimeEmbedding, sincos_2d
 from models.layers.initialisation import zero_
+from models.layers.modulation import AsItIs
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.residual import Downsample, NearestUpsample, ResidualBlock, group_norm
 
@@ -184,12 +185,8 @@ class ConvRefiner(Residual):
         return super().forward(image)
 
 
-class NoRefiner(nn.Module):
-    def __init__(self, channels: int, size: tuple[int, int], num_classes: int) -> None:
-        super().__init__()
-
-    def forward(self, image: Images, condition: Condition) -> Images:
-        return image
+def no_refiner(channels: int, size: tuple[int, int], num_classes: int) -> nn.Module:
+    return AsItIs()
 
 
 class DiffusionRefiner(nn.Module):
@@ -218,7 +215,7 @@ class DiffusionRefiner(nn.Module):
 
 COARSE = {"diffusion": ResidualNet, "dae": Autoencoder, "resnet": ResidualNet}
 UPSAMPLERS = {"pixelshuffle": PixelShuffle, "bilinear": Bilinear, "resnet": ResNet, "interpolation": interpolation}
-REFINERS = {"vit": ViTRefiner, "conv": ConvRefiner, "none": NoRefiner, "diffusion": DiffusionRefiner}
+REFINERS = {"vit": ViTRefiner, "conv": ConvRefiner, "none": no_refiner, "diffusion": DiffusionRefiner}
 
 
 Connect = Callable[[Tensor], Tensor | None] | None
