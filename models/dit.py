@@ -128,14 +128,14 @@ class DiT(Backbone):
         x = self.patch(patchify(x_t, self.patch_size)) + self.positions
 
         # The first blocks leave skips, the last ones take them back in reverse.
-        skips, num_skips = [], len(self.joins)
-        for number, block in enumerate(self.blocks):
-            taker = number - (len(self.blocks) - num_skips)
-            if taker >= 0:
-                x = self.joins[taker](torch.cat([x, skips.pop()], dim=-1))
+        blocks, skips, num_skips = list(self.blocks), [], len(self.joins)
+        for block in blocks[:num_skips]:
             x = block(x, modulation)
-            if number < num_skips:
-                skips.append(x)
+            skips.append(x)
+        for block in blocks[num_skips : len(blocks) - num_skips]:
+            x = block(x, modulation)
+        for join, block in zip(self.joins, blocks[len(blocks) - num_skips :], strict=True):
+            x = block(join(torch.cat([x, skips.pop()], dim=-1)), modulation)
 
         return unpatchify(self.final(x, cond), self.grid, self.patch_size)
 
