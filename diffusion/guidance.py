@@ -81,15 +81,6 @@ def guide(
     return guided
 
 
-def check_guidance(options: SamplingOptions) -> None:
-    """What of guidance is no number in a range."""
-    interval = options.guidance_interval
-    if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
-        raise ValueError(
-            f"--sampling.guidance_interval {interval}: give the least and the largest sigma / alpha, such as [0.2, 5]"
-        )
-
-
 def scale_at(options: SamplingOptions, ratio: float) -> float:
     """The scale at this noise level sigma / alpha; 1 outside the interval (Kynkäänniemi et al. 2024)."""
     low, high = options.guidance_interval or (0.0, math.inf)

@@ -42,3 +42,10 @@ class SamplingOptions:
     guidance_radius: float | None = within("(0, inf)", None)
     legacy_cfg_channels: int | None = within("[1, inf)", None)
     clip: float | None = within("(0, inf]", None)
+
+    def check(self, prefix: str) -> None:
+        interval = self.guidance_interval
+        if isinstance(interval, list) and (len(interval) != 2 or interval[0] >= interval[1]):
+            raise ValueError(
+                f"{prefix}guidance_interval {interval}: give the least and the largest sigma / alpha, such as [0.2, 5]"
+            )

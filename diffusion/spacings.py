@@ -15,11 +15,11 @@ RHO = 7  # Karras et al. 2022, table 1
 
 def spaced_times(path: Path, num_steps: int, spacing: str) -> Shaped[Tensor, " num_steps"]:
     """The times of a chain by its spacing's name, or a file of noise levels; a single step is the last time's."""
-    uniform_times = uniform(path, num_steps)  # every spacing is refused what this one is
+    path.timesteps(num_steps)  # every spacing is refused what uniform times are
     if num_steps == 1:
         return torch.tensor([path.max_time])
     if spacing in SPACINGS:
-        return uniform_times if spacing == "uniform" else SPACINGS[spacing](path, num_steps)
+        return SPACINGS[spacing](path, num_steps)
     if File(spacing).is_file():
         return at_ratios(path, interpolate(read_table(spacing), num_steps))
     raise ValueError(f"--spacing {spacing}: unknown, choose from {', '.join(SPACINGS)}, or a text file of noise levels")

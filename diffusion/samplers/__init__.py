@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffusion.diffusion import NOTHING, Chain, Denoiser, Diffusion, Moments, Prediction
-from diffusion.guidance import check_guidance, guide, mix_of, scale_at
+from diffusion.guidance import guide, mix_of, scale_at
 from diffusion.options import SamplingOptions
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import by_averages, ddim, ddpm, euler, euler_maruyama, heun
@@ -75,7 +75,6 @@ def num_calls(diffusion: Diffusion, options: SamplingOptions) -> int:
 def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
     """Refuses what can be seen to be wrong with options before the first step, naming the flag."""
     check_settings(options, "--sampling.")
-    check_guidance(options)
     samplers, name = samplers_of(diffusion), options.sampler or diffusion.default_sampler
     if name in AVERAGES and name not in samplers:
         others = f"choose from {', '.join(samplers)}"
