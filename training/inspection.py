@@ -20,7 +20,7 @@ from machine.checkpoint_folder import by_step
 from machine.randomness import generator_for
 from metrics.extractors import naming
 from metrics.scores import is_lower_better, metric_name
-from sampling.generation import Generator, balanced_labels, generate, sample_labels
+from sampling.generation import Generator, balanced_labels, generate, sample_labels, share
 from training.batches import Batch
 from training.log import draw_progress, is_due
 from training.objective import Objective
@@ -73,8 +73,7 @@ class Inspection:
         more = self.objective.draw_more(shape, draw)
 
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-        share = torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
-        for part in share.split(config.batch_size):
+        for part in share(num_images, accelerator).split(config.batch_size):
             stored = cache.read(index[part], torch.zeros_like(part)).to(device)
             x_0 = self.codec.draw(stored, posterior_noise[part].to(device))
             y = cache.labels[index[part]].to(device)
