@@ -20,6 +20,7 @@ from checkpoints.averages import EMA
 from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_tensors
 from machine.checkpoint_folder import by_step, checkpoint_path, write_checkpoint
 from machine.sharding import gather, part_like
+from machine.whole_files import whole
 
 PROFILES = "state/profiles.safetensors"
 SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
@@ -139,11 +140,8 @@ def list_snapshots(run: Path) -> dict[int, Path]:
 
 def _keep_snapshot(profiles: Path, snapshot: Path) -> None:
     """A second name for the profiles' file, which rotation leaves alone."""
-    snapshot.parent.mkdir(exist_ok=True)
-    partial = snapshot.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        partial.hardlink_to(profiles)
-    except OSError:  # a file system without such links
-        shutil.copy(profiles, partial)
-    partial.replace(snapshot)
+    with whole(snapshot) as partial:
+        try:
+            partial.hardlink_to(profiles)
+        except OSError:  # a file system without such links
+            shutil.copy(profiles, partial)

@@ -41,24 +41,25 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside, to write a file or a folder to, which takes its place at the end. Each writer has its own; what a
-    killed one left behind is removed."""
+    """A path of the same name, to write a file or a folder to, which takes its place at the end. It lies in a folder of
+    each writer's own; what a killed one left behind is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, host = f".{path.name}.", re.sub(r"[^\w-]", "-", socket.gethostname())
     for left_over in path.parent.glob(f"{glob.escape(beside)}*.partial"):
         writer = re.fullmatch(rf"{host}\.(\d+)\.\w+\.partial", left_over.name.removeprefix(beside))
         if writer and not psutil.pid_exists(int(writer[1])):
             _remove(left_over)
-    partial = path.with_name(f"{beside}{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
+    aside = path.with_name(f"{beside}{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        yield partial
-        partial.replace(path)
+        aside.mkdir()
+        yield aside / path.name
+        (aside / path.name).replace(path)
     except OSError as error:
         if error.errno in FULL and error.filename is None:  # of a write, which knows no name
             raise OSError(error.errno, f"{path} could not be written ({error.strerror}); make room") from error
         raise
     finally:
-        _remove(partial)
+        _remove(aside)
 
 
 def beside(path: Path) -> Path:

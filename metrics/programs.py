@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 from torch.export.pt2_archive import PT2ArchiveReader
+
+from machine.whole_files import whole
 
 SIZES = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # of images [n c h w]
 HOW = "torch.export.export(module.eval(), (images,), dynamic_shapes=({0: D, 2: D, 3: D},)), D = Dim.DYNAMIC"
@@ -44,7 +45,7 @@ def load_program(path: str | Path) -> nn.Module:
 
 def save_program(module: nn.Module, example: Tensor, path: str | Path) -> Path:
     """Write a module of images [n c h w], of any n, h and w, in the format that the suffix names."""
-    with whole_file(Path(path)) as partial:
+    with whole(Path(path)) as partial:
         if partial.suffix == ".pt2":
             save_exported(torch.export.export(module, (example,), dynamic_shapes=(SIZES,)), partial)
         else:
@@ -58,16 +59,6 @@ def save_exported(program: ExportedProgram, path: Path) -> None:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     torch.export.save(program, str(path))
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path of the same name in a folder of this writer's own; what is written there takes the place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        partial = Path(folder) / path.name
-        yield partial
-        partial.replace(path)
 
 
 class ExportedNetwork(nn.Module):

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from machine.whole_files import whole
 from metrics.downloads import download
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
-from metrics.programs import whole_file
 from metrics.scores import INCEPTION
 
 FORMAT, OF_INCEPTION = 3, 4  # whose spatial features have ADM's order since 4
@@ -48,7 +48,7 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
     counts = json.dumps({name: one.num for name, one in moments.items()})
     metadata = {"key": json.dumps(key, sort_keys=True), "counts": counts, "sha256": _sha256(tensors, counts)}
     try:
-        with whole_file(path) as partial:
+        with whole(path) as partial:
             save_file(tensors, partial, metadata=metadata)
     except SafetensorError as error:
         raise ReferenceError(
@@ -95,7 +95,7 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
     arrays |= {"mu": features.moments.mean.numpy(), "sigma": features.moments.covariance.numpy()}
     if features.spatial is not None:
         arrays |= {"mu_s": features.spatial.mean.numpy(), "sigma_s": features.spatial.covariance.numpy()}
-    with whole_file(path) as partial:
+    with whole(path) as partial:
         np.savez(partial, **arrays)
 
 

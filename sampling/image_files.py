@@ -25,12 +25,12 @@ def save_grid(
     images: UInt8[Tensor, "n 3 h w"], path: Path, *, columns: int, weights: str | None = None, **names: Names
 ) -> None:
     """A grid (see `draw_grid`) as PNG, which says the hash of the `weights` that drew it, or PDF."""
-    kind, about = Image.registered_extensions().get(path.suffix.lower()), PngInfo()
+    about = PngInfo()
     if weights is not None:
         about.add_text(DRAWN_BY, weights)
     how: dict[str, Any] = {"quality": 95, "subsampling": 0, "pnginfo": about}  # a PDF holds a JPEG
     with whole(path) as partial:
-        draw_grid(images, columns, **names).save(partial, format=kind, **how)
+        draw_grid(images, columns, **names).save(partial, **how)
 
 
 def drawn_by(path: Path) -> str | None:

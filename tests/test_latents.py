@@ -267,8 +267,7 @@ def test_shard_that_another_process_finished_first_is_no_error(tmp_path, dataset
     build(tmp_path / "other", dataset)
 
     def overtaken(shard, partial, **more):
-        path = partial.with_name(f"{partial.name.split('.')[1]}.safetensors")
-        path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+        (tmp_path / "ours" / partial.name).write_bytes((tmp_path / "other" / partial.name).read_bytes())
 
     monkeypatch.setattr("data.shards.save_file", overtaken)
     build(tmp_path / "ours", dataset)

@@ -170,7 +170,7 @@ def test_what_a_killed_draw_left_is_in_no_later_one(tmp_path):
     with subprocess.Popen([sys.executable, "-c", kill]) as killed:
         killed.wait()
     with whole(tmp_path / "images") as partial:
-        left_over = partial.with_name(partial.name.replace(f".{os.getpid()}.", f".{killed.pid}."))
+        left_over = Path(str(partial).replace(f".{os.getpid()}.", f".{killed.pid}."))
         (left_over / "a").mkdir(parents=True)
         (left_over / "a" / "000004.png").touch()
         partial.mkdir()
