@@ -160,7 +160,8 @@ class Diffusion:
         if self._target.data is None and not self.path(times[-1:]).alpha > 0:
             times[-1] = self._informative[1]
         chain = Transition.chain(*self.path(times))
-        return [(t, Transition(*row)) for t, row in zip(times.tolist(), zip(*chain, strict=True), strict=True)][::-1]
+        steps = [Transition(*numbers) for numbers in zip(*chain, strict=True)]
+        return list(zip(times.tolist(), steps, strict=True))[::-1]
 
     def check_options(self, options: SamplingOptions) -> None:
         """Refuses what its own sampler cannot do, naming the flag."""
