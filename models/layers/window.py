@@ -61,8 +61,7 @@ class Windows:
         """To be added to logits: 0 where a token of a tile may attend to another, else -inf; None where all may."""
         if max(self.tile) <= self.size and not any(self.rolls) and self.padded == (self.height, self.width):
             return None
-        sides = (self.height, self.width), self.padded, self.tile, self.shifts, self.rolls
-        return _mask(self.size, tuple(zip(*sides, strict=True)), device)
+        return _mask(self.size, (self.height, self.width), self.padded, self.tile, self.shifts, self.rolls, device)
 
     def offsets(self, device: torch.device) -> Int64[Tensor, "n n"]:
         """How far each token of a tile lies from each other one, as a number; of a window's tokens, that of the offset
@@ -70,21 +69,23 @@ class Windows:
         return _offsets(self.size, self.tile, device)
 
 
-Axis = tuple[int, int, int, int, int]  # length, padded length, tile, shift of the windows, roll of the grid
+Pair = tuple[int, ...]  # of rows and columns
 
 
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
-def _mask(size: int, axes: tuple[Axis, Axis], device: torch.device) -> Float[Tensor, "tiles n n"]:
+def _mask(
+    size: int, sides: Pair, padded: Pair, tile: Pair, shifts: Pair, rolls: Pair, device: torch.device
+) -> Float[Tensor, "tiles n n"]:
     with torch.inference_mode(False):  # kept for training, even when first needed while sampling
         windows = []  # of each place along an axis; what lies beyond the grid is in one of its own
-        for side, padded, _, shift, roll in axes:
-            position = (torch.arange(padded, device=device) + roll) % padded
-            windows.append(torch.where(position < side, (position - shift) // size, padded))
+        for side, length, shift, roll in zip(sides, padded, shifts, rolls, strict=True):
+            position = (torch.arange(length, device=device) + roll) % length
+            windows.append(torch.where(position < side, (position - shift) // size, length))
         rows, columns = windows
         window = rows[:, None] * 2 * len(columns) + columns
-        window = rearrange(window, "(nh p) (nw q) -> (nh nw) (p q)", p=axes[0][2], q=axes[1][2])
-        if all(side == padded and not roll for side, padded, _, _, roll in axes):
+        window = rearrange(window, "(nh p) (nw q) -> (nh nw) (p q)", p=tile[0], q=tile[1])
+        if sides == padded and not any(rolls):
             window = window[:1]  # all tiles are alike
         together = window[:, :, None] == window[:, None, :]
         return torch.zeros(together.shape, device=device).masked_fill(~together, -torch.inf)
@@ -92,7 +93,7 @@ def _mask(size: int, axes: tuple[Axis, Axis], device: torch.device) -> Float[Ten
 
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
-def _offsets(size: int, tile: tuple[int, int], device: torch.device) -> Int64[Tensor, "n n"]:
+def _offsets(size: int, tile: Pair, device: torch.device) -> Int64[Tensor, "n n"]:
     with torch.inference_mode(False):
         row, column = torch.cartesian_prod(*(torch.arange(side, device=device) for side in tile)).T
         row, column = ((axis[:, None] - axis).clamp(1 - size, size - 1) + size - 1 for axis in (row, column))
