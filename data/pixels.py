@@ -50,4 +50,4 @@ def _to_8_bits(image: Image.Image, format: str | None) -> Image.Image:
 
 def fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """The centre rectangle of the shape of `size` (height, width), resized to it (Lanczos)."""
-    return image if size is None else ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+    return image if size is None else ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)

@@ -18,9 +18,9 @@ from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample,
 from diffusion.options import SamplingOptions
 from diffusion.paths import Flow
 from diffusion.samplers import AVERAGES, SAMPLERS, evaluating, num_steps_of
-from diffusion.schedules import check_name
 from diffusion.times import Device, DrawTimes
 from diffusion.transition import Images, Labels, Timesteps
+from settings import check_name
 
 TANGENTS = ("sample", "model")
 LEAST_ERROR = 1e-3  # c of the adaptive weight (Geng et al. 2025, section 4.3)
@@ -152,7 +152,7 @@ class MeanFlow(AverageVelocity):
     """
 
     def __init__(self, path: Flow, *, omega: float, kappa: float, tangent: str, **of_flow: Any) -> None:
-        check_name("tangent", tangent, TANGENTS)
+        check_name("--diffusion.tangent", tangent, TANGENTS)
         super().__init__(path, sampler="meanflow", **of_flow)
         self.omega, self.kappa, self.tangent, self.guided_samplers = omega, kappa, tangent, tuple(self.samplers)
         self.guidance_settings = "" if (omega, kappa) == (1, 0) else "omega and kappa"
