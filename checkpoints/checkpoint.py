@@ -94,18 +94,14 @@ class Checkpoint:
         return build_diffusion(self.config.diffusion)
 
     def open_codec(self, asked: str | None, say: Callable[[str], None] = print) -> Codec:
-        """Its own autoencoder, checked, or what is asked for in its place: one of other latents is told of."""
+        """Its own autoencoder, checked, or what is asked for in its place: one of other latents is told of. Older
+        checkpoints know of none, and take any."""
         codec, known = create_codec(asked or self.autoencoder), self.identity.get("codec", {})
-        if asked is None:
-            self.check_codec(codec)
+        if known and asked is None:
+            self.check_identity(codec=codec.provenance)
         elif known and any(known.get(name) != value for name, value in codec.identity.items()):
             say(f"--autoencoder {asked}: its latents are others than those that {self.path} was trained on")
         return codec
-
-    def check_codec(self, codec: Codec) -> None:
-        """That it is the one that it was trained with; older checkpoints, which know of none, take any."""
-        if "codec" in self.identity:
-            self.check_identity(codec=codec.provenance)
 
     def check_identity(self, **here: Mapping[str, Any]) -> None:
         """That these are the parts that it was trained with: see `check_identity` below."""
