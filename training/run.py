@@ -147,7 +147,7 @@ class Run(Generic[R]):
         self.bar.close()
         self._save_at_once(last=True)
         if self.is_main:
-            self._draw_curve()
+            draw_curve(self.folder)
         if self._why:
             raise Stopped(self._why)
 
@@ -222,11 +222,8 @@ class Run(Generic[R]):
         if rotates:
             rotate(self.checkpoints, keep=self.config.log.keep_checkpoints, keep_every=self.keep_every)
         if time.monotonic() - self._drawn > SECONDS_BETWEEN_CURVES:
-            self._draw_curve()
-
-    def _draw_curve(self) -> None:
-        draw_curve(self.folder)
-        self._drawn = time.monotonic()
+            draw_curve(self.folder)
+            self._drawn = time.monotonic()
 
     def _save_again(self) -> None:
         self._saved = None
