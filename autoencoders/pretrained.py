@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = {
@@ -96,3 +98,16 @@ def quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@torch.inference_mode()
+def with_statistics(autoencoder: Any, images: Float[Tensor, "n 3 H W"]) -> Any:
+    """With mean and deviation of each latent channel of `images` in its configuration: ValueError where one is 0."""
+    generator = torch.Generator().manual_seed(0)
+    encoded = [autoencoder.encode(part) for part in images.split(64)]
+    drawn = [e.latent_dist.sample(generator) if hasattr(e, "latent_dist") else e.latents for e in encoded]
+    std, mean = torch.std_mean(torch.cat(drawn), dim=(0, 2, 3))
+    if dead := (std == 0).nonzero().flatten().tolist():
+        raise ValueError(f"--data.path: latent channels {dead} are the same in all of these images; give other ones")
+    autoencoder.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
+    return autoencoder

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers import AutoencoderTiny
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
@@ -70,14 +69,3 @@ def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor])
         first = str(error).split("\n")[1].strip()
         raise AutoencoderError(f"--weights: not the encoder and the decoder of a tiny autoencoder ({first})") from None
     return autoencoder.eval()
-
-
-@torch.inference_mode()
-def with_statistics(autoencoder: AutoencoderTiny, images: Float[Tensor, "n 3 H W"]) -> AutoencoderTiny:
-    """With mean and deviation of each latent channel of `images` in its configuration: ValueError where one is 0."""
-    latents = torch.cat([autoencoder.encode(part, return_dict=False)[0] for part in images.split(64)])
-    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
-    if dead := (std == 0).nonzero().flatten().tolist():
-        raise ValueError(f"--data.path: latent channels {dead} are the same in all of these images; give other ones")
-    autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    return autoencoder

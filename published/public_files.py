@@ -45,6 +45,16 @@ FILES = {
     "imagenet512_uvit_large.pth": PublicFile("uvit", f"{DRIVE}/1mkj4aN2utHMBTWQX9l1nYue9vleL7ZSB", UVIT, 512),
     "imagenet512_uvit_huge.pth": PublicFile("uvit", f"{DRIVE}/1uegr2o7cuKXtf2akWGAN2Vnlrtw5YKQq", f"{UVIT}-XL/4", 512),
 }
+VA_VAE = (
+    "vavae-imagenet256-f16d32-dinov2"  # hustvl/LightningDiT, README.md: the autoencoder, and its latents' statistics
+)
+
+
+def public_autoencoder(weights: Path, source: str | None) -> list[Path]:
+    """VA-VAE and the statistics of its latents by its name, downloaded where it is not here; or what was given."""
+    if source not in (None, "ldm") or str(weights) not in (VA_VAE, f"{VA_VAE}.pt") or weights.is_file():
+        return [weights]
+    return [from_hub(f"hustvl/{VA_VAE}", name, f"--weights {weights}") for name in (f"{VA_VAE}.pt", "latents_stats.pt")]
 
 
 def public_file(weights: Path) -> tuple[Path, PublicFile | None]:

@@ -5,6 +5,8 @@
     python scripts/import_checkpoint.py --source xswin --weights 0100000.pt --classes names.txt --output runs/published
     python scripts/import_checkpoint.py --source tiny --weights taef2_encoder.pth taef2_decoder.pth --data.path photos \
         --output taef2                                                        # then train.py --autoencoder taef2
+    python scripts/import_checkpoint.py --weights vavae-imagenet256-f16d32-dinov2 --output vavae
+    python scripts/import_checkpoint.py --weights lightningdit-xl-imagenet256-800ep --autoencoder vavae --output runs/XL
 
 Sizes, classes and whether the variance is learned are read off the weights; nothing in the file is executed. Public
 files (docs/zoo.md) are downloaded by their names.
@@ -52,15 +54,17 @@ class ImportConfig:
     """Turn published weights into a checkpoint, or into an autoencoder.
 
     Args:
-        weights: the file: a state dict, or a training checkpoint; of 'tiny' two: the encoder's and the decoder's. Where
-            no such file is here a name of docs/zoo.md, such as DiT-XL-2-256x256, is downloaded
+        weights: the file: a state dict, or a training checkpoint; of 'tiny' two: the encoder's and the decoder's; of
+            'ldm' perhaps a second one: mean and std of its latents. Where no such file is here a name of docs/zoo.md,
+            such as DiT-XL-2-256x256, is downloaded
         output: folder of the new checkpoint or autoencoder
         source: 'dit' and 'sit' (Meta's .pt), 'repa' (the .pt of Yu et al.), 'lightningdit' (the .pt of Yao et al.),
             'uvit' (the .pth of Bao et al.), 'uvit-adaln', 'uswin' or 'xswin' (.pt of the XSwin authors' repository);
-            'tiny' (the autoencoders TAESD, TAESDXL, TAESD3, TAEF1, TAEF2); names of public files say it
+            'tiny' (the autoencoders TAESD, TAESDXL, TAESD3, TAEF1, TAEF2), 'ldm' (autoencoders in the format of
+            latent-diffusion's code, such as VA-VAE); names of public files say it
         autoencoder: whose latents the model denoises: a hub id, a folder in diffusers' format, or 'pixel'
         classes: text file with the name of a class a line; by default ImageNet's where there are 1000, else numbers
-        data: the images that it was trained on (--data.path); of 'tiny' those whose latents are to be normalised
+        data: the images that it was trained on (--data.path); an autoencoder's latents are normalised by them
         image_size: side in pixels; by default 8 times the latent's, of 'lightningdit' 16 times
         num_heads: where the width is none of the published sizes
     """
@@ -78,10 +82,13 @@ class ImportConfig:
 def main(config: ImportConfig) -> None:
     """Read, rename, write, open again."""
     from machine.whole_files import check_empty, whole
+    from published.public_files import public_autoencoder
 
     check_empty(config.output, "--output")
+    files = config.weights if isinstance(config.weights, list) else public_autoencoder(config.weights, config.source)
+    is_autoencoder = config.source in ("tiny", "ldm") or (config.source is None and files != [config.weights])
     with whole(config.output) as folder:
-        what = import_autoencoder(config, folder) if config.source == "tiny" else import_backbone(config, folder)
+        what = import_autoencoder(config, files, folder) if is_autoencoder else import_backbone(config, folder)
     print(f"{what}{config.output}")
 
 
@@ -139,30 +146,38 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     )
 
 
-def import_autoencoder(config: ImportConfig, folder: Path, num_images: int = 1024) -> str:
-    """A tiny autoencoder in diffusers' format, with statistics of its latents; returns what it is."""
+def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, num_images: int = 1024) -> str:
+    """An autoencoder in diffusers' format, with statistics of its latents; returns what it is."""
     import torch
 
-    from autoencoders.tiny import from_published, with_statistics
+    from autoencoders.ldm import from_ldm, statistics_of
+    from autoencoders.pretrained import with_statistics
+    from autoencoders.tiny import from_published
     from data.subsets import stratified
     from experiment.build import open_split
     from published.training_files import read_weights
 
-    if not isinstance(config.weights, list) or len(config.weights) != 2:
+    if config.source == "tiny" and len(files) != 2:
         raise ValueError("--weights: source tiny is two files, --weights ENCODER DECODER")
-    autoencoder = from_published(*(read_weights(path)[0] for path in config.weights))
-    images = open_split(config.data, "train")
-    some = stratified(images.labels, min(num_images, len(images)), seed=0).tolist()
-    pixels = torch.stack([images[index][0] for index in some])
-    with_statistics(autoencoder, pixels.float() / 127.5 - 1)
+    if len(files) > 2:
+        raise ValueError("--weights: source ldm is one file, or two: --weights AUTOENCODER STATISTICS")
+    first, *second = (read_weights(path)[0] for path in files)
+    autoencoder = from_published(first, second[0]) if config.source == "tiny" else from_ldm(first)
+    channels = autoencoder.config["latent_channels"]
+    if second and config.source != "tiny":
+        autoencoder.register_to_config(scaling_factor=1.0, **statistics_of(second[0], channels))
+        by = files[1].name
+    else:
+        images = open_split(config.data, "train")
+        some = stratified(images.labels, min(num_images, len(images)), seed=0).tolist()
+        with_statistics(autoencoder, torch.stack([images[index][0] for index in some]).float() / 127.5 - 1)
+        by = f"{len(some)} images of {config.data.path}"
     if all(weight.half().float().equal(weight) for weight in autoencoder.parameters()):
         autoencoder.half()  # as TAEF2 is published: nothing is lost, and it is computed in float32
     autoencoder.save_pretrained(folder)
     size = sum(parameter.numel() for parameter in autoencoder.parameters()) / 1e6
-    return (
-        f"{type(autoencoder).__name__}: {size:.1f}M parameters, {autoencoder.config['latent_channels']} channels, "
-        f"normalised by {len(some)} images of {config.data.path}: --autoencoder "
-    )
+    what = f"{type(autoencoder).__name__}: {size:.1f}M parameters, {channels} channels"
+    return f"{what}, normalised by {by}: --autoencoder "
 
 
 def as_list(arguments: list[str]) -> list[str]:

@@ -12,7 +12,8 @@ from processes import ROOT, script
 from safetensors.torch import load_file, save_file
 
 from autoencoders.codec import KINDS, AutoencoderError, create_codec
-from autoencoders.tiny import PooledTinyAutoencoder, from_published, with_statistics
+from autoencoders.pretrained import with_statistics
+from autoencoders.tiny import PooledTinyAutoencoder, from_published
 from diffusion import GaussianDiffusion
 from experiment.build import open_split
 from experiment.config import DataConfig, SamplingConfig

@@ -1,0 +1,88 @@
+"""Autoencoders in the format of latent-diffusion's code (Rombach et al. 2022): Stable Diffusion's, VA-VAE (Yao et al.
+2025), and whatever else was trained there with a KL term."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from autoencoders.pretrained import AutoencoderError
+
+PARTS = re.compile(r"(?:first_stage_model\.)?((?:encoder|decoder|quant_conv|post_quant_conv)\..+)")
+RENAMED = (
+    (r"\.down\.(\d+)\.", r".down_blocks.\1."),
+    (r"\.(block|attn)\.(\d+)\.", lambda found: f".{'resnets' if found[1] == 'block' else 'attentions'}.{found[2]}."),
+    (r"\.mid\.block_(\d)\.", lambda found: f".mid_block.resnets.{int(found[1]) - 1}."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.(down|up)sample\.conv\.", r".\1samplers.0.conv."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+)  # of weights, in this order, after the decoder's levels
+
+
+def from_ldm(weights: Mapping[str, Tensor]) -> AutoencoderKL:
+    """diffusers' class with these weights; widths, depth and places of attention are read off them.
+
+    Raises:
+        AutoencoderError: they are of no such autoencoder, or of one without a posterior.
+    """
+    found = {part[1]: weight for name, weight in weights.items() if (part := PARTS.fullmatch(name))}
+    try:
+        autoencoder = AutoencoderKL(**arguments_of(found))
+        levels = len(autoencoder.config["block_out_channels"])
+        renamed = {diffusers_name(name, levels): weight for name, weight in found.items()}
+        as_linear = {
+            name: weight.flatten(1) if ".attentions." in name and weight.dim() == 4 else weight
+            for name, weight in renamed.items()
+        }
+        autoencoder.load_state_dict(as_linear)
+    except (KeyError, ValueError, RuntimeError) as error:
+        why = (
+            f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).strip().split("\n")[-1].strip()
+        )
+        raise AutoencoderError(f"--weights: not an autoencoder of latent-diffusion's format ({why})") from None
+    return autoencoder.eval()
+
+
+def arguments_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of diffusers' class."""
+
+    def count(pattern: str) -> int:
+        return len({found[1] for name in weights if (found := re.match(pattern, name))})
+
+    levels, depth = count(r"encoder\.down\.(\d+)\."), count(r"encoder\.down\.0\.block\.(\d+)\.")
+    latent_channels = weights["decoder.conv_in.weight"].shape[1]
+    if weights["encoder.conv_out.weight"].shape[0] != 2 * latent_channels:
+        raise ValueError("its encoder gives no mean and variance, as those of VQ do not")
+    attends = [any(name.startswith(f"encoder.down.{level}.attn.") for name in weights) for level in range(levels)]
+    return {
+        "block_out_channels": [len(weights[f"encoder.down.{level}.block.0.conv2.weight"]) for level in range(levels)],
+        "down_block_types": ["AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in attends],
+        "up_block_types": ["AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in attends[::-1]],
+        "layers_per_block": depth,
+        "latent_channels": latent_channels,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
+    }
+
+
+def diffusers_name(name: str, levels: int) -> str:
+    """The decoder's levels are counted from the coarsest one there."""
+    name = re.sub(r"\.up\.(\d+)\.", lambda found: f".up_blocks.{levels - 1 - int(found[1])}.", name)
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def statistics_of(saved: Mapping[str, Tensor], channels: int) -> dict[str, list[float]]:
+    """Mean and deviation of each latent channel, as VA-VAE's authors publish them beside it."""
+    found = [saved.get(name, torch.empty(0)).flatten() for name in ("mean", "std")]
+    if any(len(values) != channels for values in found) or not (found[1] > 0).all():
+        raise AutoencoderError(f"--weights: statistics want a mean and a positive std of each of {channels} channels")
+    return {"latents_mean": found[0].tolist(), "latents_std": found[1].tolist()}
