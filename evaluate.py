@@ -16,6 +16,7 @@ from typing import Any
 from checkpoints.hub import is_name
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataFlags, EvaluationConfig, SamplingConfig
+from machine.stopping import importing
 from settings import set_values, unset, within
 
 
@@ -87,24 +88,25 @@ class EvaluateConfig(EvaluationFlags):
 
 def main(config: EvaluateConfig) -> None:
     """Open the reference and the sources, score them, write the files."""
-    import torch
+    with importing():
+        import torch
 
-    from autoencoders.codec import create_codec
-    from autoencoding.measure import measure_autoencoders
-    from checkpoints.checkpoint import open_checkpoint
-    from data.subsets import by_name
-    from evaluation import record, sources
-    from evaluation.likelihood import held_out_likelihood
-    from evaluation.scoring import Scorer, summarise
-    from evaluation.table import latex
-    from experiment.build import data_of, open_split
-    from machine.accelerator import open_accelerator
-    from machine.whole_files import write_whole
-    from metrics.fidelity import class_distances
-    from metrics.reference import read_adm, write_adm
-    from metrics.scores import METRICS, PER_IMAGE, check_metrics, needs_of
-    from metrics.self_check import self_check
-    from sampling.image_files import save_grid
+        from autoencoders.codec import create_codec
+        from autoencoding.measure import measure_autoencoders
+        from checkpoints.checkpoint import open_checkpoint
+        from data.subsets import by_name
+        from evaluation import record, sources
+        from evaluation.likelihood import held_out_likelihood
+        from evaluation.scoring import Scorer, summarise
+        from evaluation.table import latex
+        from experiment.build import data_of, open_split
+        from machine.accelerator import open_accelerator
+        from machine.whole_files import write_whole
+        from metrics.fidelity import class_distances
+        from metrics.reference import read_adm, write_adm
+        from metrics.scores import METRICS, PER_IMAGE, check_metrics, needs_of
+        from metrics.self_check import self_check
+        from sampling.image_files import save_grid
 
     # What is asked for; a run's own configuration says the rest.
     check(config)

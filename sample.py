@@ -15,6 +15,7 @@ from pathlib import Path
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataFlags, SamplingFlags
+from machine.stopping import importing
 from settings import SEEDS, set_values, within
 
 
@@ -62,15 +63,16 @@ class SampleConfig:
 
 def main(config: SampleConfig) -> None:
     """Load a checkpoint, draw, write what was asked for."""
-    import torch
+    with importing():
+        import torch
 
-    from checkpoints.checkpoint import read_metadata
-    from experiment.build import data_of, open_split
-    from sampling.generation import DenoisingPanel, StagesPanel, stream
-    from sampling.image_files import save_folder, save_grid, save_npz
-    from sampling.interpolation import interpolate
-    from sampling.pipeline import load
-    from sampling.reconstruction import draw_reconstructions
+        from checkpoints.checkpoint import read_metadata
+        from experiment.build import data_of, open_split
+        from sampling.generation import DenoisingPanel, StagesPanel, stream
+        from sampling.image_files import save_folder, save_grid, save_npz
+        from sampling.interpolation import interpolate
+        from sampling.pipeline import load
+        from sampling.reconstruction import draw_reconstructions
 
     asked = Path(config.output) if config.output else None
     check(config)

@@ -203,16 +203,21 @@ def _read(source: str) -> tuple[list[str], str]:
 def _modules(node: ast.AST) -> Iterator[str]:
     """What is imported below, by `import_module` too; of `from a import b` both, as b may be a module. Not what is
     there for types alone."""
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+    if isinstance(node, ast.If) and any(_name(part) == "TYPE_CHECKING" for part in ast.walk(node.test)):
         return
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     if isinstance(node, ast.ImportFrom) and node.module:
         yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+    if isinstance(node, ast.Call) and _name(node.func) == "import_module":
         yield from (str(name.value) for name in node.args if isinstance(name, ast.Constant))
     for child in ast.iter_child_nodes(node):
         yield from _modules(child)
+
+
+def _name(node: ast.AST) -> str:
+    """The last of a name's words, `c` of `a.b.c`."""
+    return getattr(node, "attr", getattr(node, "id", ""))
 
 
 def _hash(text: str) -> str:

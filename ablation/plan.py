@@ -182,7 +182,7 @@ def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool
         diffusion, codec = build_diffusion(config.diffusion), _codec(config.autoencoder)
         images, held_out = _open_splits(config.data)
         spec = model_spec(config, codec, diffusion, len(images.classes))
-        spec.build_on_meta()
+        cost = measured.cost(spec)
         num_guided = config.guided_classes(spec.num_classes)
         sampling = resolve_sampling(config.sampling, diffusion, num_guided, say=told.append)
         check_metrics(config.evaluation.metrics)
@@ -193,7 +193,7 @@ def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool
         del keys["draw"]
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
     of_images = list(images.classes), num_training_steps(config.train, len(images)), len(held_out), identity
-    planned = Planned(run, ablation, spec, sampling, *of_images, measured.cost(spec), run.folder, first, keys)
+    planned = Planned(run, ablation, spec, sampling, *of_images, cost, run.folder, first, keys)
     return replace(planned, told=tuple(f"variant {run.variant}: {words}" for words in told))
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ablation.study import AblationConfig, ClusterConfig, expand, read_ablation
 from experiment.cli import one_line_errors, parse
 from machine.children import EXIT_CODE
+from machine.stopping import importing
 from machine.whole_files import inside
 from settings import within
 
@@ -83,11 +84,12 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 
 
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
-    from ablation.plan import make_plan, prepare, refuse_changed, table
-    from ablation.runner import Runner, jobs_of, places, run_here, submit
-    from ablation.tables import check_columns
-    from machine.accelerator import open_accelerator
-    from machine.lock import Lock
+    with importing():
+        from ablation.plan import make_plan, prepare, refuse_changed, table
+        from ablation.runner import Runner, jobs_of, places, run_here, submit
+        from ablation.tables import check_columns
+        from machine.accelerator import open_accelerator
+        from machine.lock import Lock
 
     # What is to be done.
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours

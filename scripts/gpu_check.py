@@ -32,7 +32,10 @@ TINY_MODELS = {  # arguments that leave a backbone its parts and few weights
     "DiT-XL/2": {"dim": 32, "depth": 1, "num_heads": 2},
 }
 TRAIN = [sys.executable, str(Path(__file__).resolve().parent.parent / "train.py")]
-SMALL = ["--model", "XSwin-S", "--data.num_images", "100", "--train.batch_size", "8", "--sampling.num_steps", "2"]
+SMALL = ("--model", "XSwin-S", "--data.num_images", "100", "--train.batch_size", "8", "--sampling.num_steps", "2")
+SMALL += ("--log.trackers", "[]")
+TINY_ARGS = json.dumps({**TINY_MODELS["XSwin"], "patch_size": 4})
+TINY_TRAINING = (*SMALL, "--model_args", TINY_ARGS, "--autoencoder", "pixel", "--data.image_size", "16")
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,11 @@ class Sizes:
     encoded: int = 2048  # images
     threads: tuple[int, ...] = (1, 4, 12)
     trained: int = 400  # steps of a training that is killed
+    training: tuple[str, ...] = SMALL  # its flags
+    product: int | None = None  # side of the matrices whose product tells the peak
 
 
-TINY = Sizes((("XSwin", 8, 2), ("DiT-XL/2", 8, 2)), 1, 2, (200, 8), 4, (1, 2), 8)
+TINY = Sizes((("XSwin", 8, 2), ("DiT-XL/2", 8, 2)), 1, 2, (200, 8), 4, (1, 2), 8, TINY_TRAINING, 512)
 
 
 def main(compare: Path | None = None, only: list[str] | None = None, minutes: float = 10.0, tiny: bool = False) -> None:
@@ -100,32 +105,32 @@ def report(name: str, step: Step, deadline: float) -> bool:
 def steps(sizes: Sizes, compare: Path | None, *, tiny: bool) -> Iterator[tuple[str, Step]]:
     """What to run, by its name in the report."""
     cases = [(*case, TINY_MODELS[case[0]] if tiny else {}) for case in sizes.speeds]
-    yield "machine", machine
+    yield "machine", partial(machine, sizes.product)
     for name in [] if tiny else ("USwin", "DiT", "UViT", "UViT-tokens-S/2", "LightningDiT-S/1", "UNet"):
         yield f"numbers {name}", partial(numbers, name, 8, 8, {})
     for case in cases:
         yield f"numbers {case[0]}", partial(numbers, *case)
         yield f"attention {case[0]}", partial(attention, *case)
         for how in ("eager",) if tiny else ("eager", "compiled", "graphed"):
-            yield f"speed {case[0]} {how}", partial(speed_of, *case, how=how, calls=sizes.calls)
+            yield f"speed {case[0]} {how}", partial(speed_of, *case, how=how, sizes=sizes)
         if compare is not None and case[0] == "XSwin":
             for how in ("fp32", "bf16"):
-                yield f"speed published {how}", partial(speed_of, *case, how=how, calls=sizes.calls, checkout=compare)
+                yield f"speed published {how}", partial(speed_of, *case, how=how, sizes=sizes, checkout=compare)
         yield f"profile {case[0]}", partial(profile_of, *case)
-    yield "resume", partial(killed_and_resumed, sizes.trained)
+    yield "resume", partial(killed_and_resumed, sizes.training, sizes.trained)
     yield "sampling", partial(sampling, *cases[0], num_steps=sizes.num_steps)
     yield "scores", partial(scores, *sizes.features)
     yield "encoding", partial(encoding, sizes.encoded, sizes.threads)
 
 
-def machine() -> dict[str, Any]:
+def machine(side: int | None) -> dict[str, Any]:
     """Device, versions, and the speed of products of matrices."""
     import torch
 
     from training.speed import matrix_peak, the_device
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else the_device().type
-    peaks = {f"{each} TFLOP/s": round(matrix_peak(each)[0] / 1e12, 2) for each in ("fp32", "bf16")}
+    peaks = {f"{each} TFLOP/s": round(matrix_peak(each, side)[0] / 1e12, 2) for each in ("fp32", "bf16")}
     return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, **peaks}
 
 
@@ -182,7 +187,7 @@ def attention(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
 
 
 def speed_of(
-    name: str, side: int, batch: int, args: Args, *, how: str, calls: int, checkout: Path | None = None
+    name: str, side: int, batch: int, args: Args, *, how: str, sizes: Sizes, checkout: Path | None = None
 ) -> dict[str, Any]:
     """Images a second, share of the matrix peak and memory of a step: plain, compiled, in a graph, or the published."""
     from metrics.cost import cost
@@ -196,8 +201,8 @@ def speed_of(
     else:
         compiled, reads = how == "compiled", how != "graphed"
         step = speed.training_step(model, "bf16", lambda: data, compile=compiled, reads=reads)
-    (row,) = speed.in_turns([({}, speed.graphed(step) if how == "graphed" else step)], 1, batch, calls)
-    peak, _ = speed.matrix_peak("fp32" if how == "fp32" else "bf16")
+    (row,) = speed.in_turns([({}, speed.graphed(step) if how == "graphed" else step)], 1, batch, sizes.calls)
+    peak, _ = speed.matrix_peak("fp32" if how == "fp32" else "bf16", sizes.product)
     return {"latents": side, "batch": batch, **row, "MFU": round(flops * row["img/s"] / peak, 3)}
 
 
@@ -218,7 +223,7 @@ def profile_of(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
     return {"launches": sum(one.count for one in events), "busy": round(busy, 3), "longest, microseconds": longest}
 
 
-def killed_and_resumed(num_steps: int) -> dict[str, Any]:
+def killed_and_resumed(training: tuple[str, ...], num_steps: int) -> dict[str, Any]:
     """A training that is killed and goes on, beside one that is not: the largest difference of their averages."""
     from safetensors.torch import load_file
 
@@ -228,7 +233,7 @@ def killed_and_resumed(num_steps: int) -> dict[str, Any]:
         def train(*flags: str) -> subprocess.Popen:
             return children.start([*TRAIN, *flags], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-        new = [*SMALL, "--train.num_steps", str(num_steps), "--log.checkpoint_every", str(num_steps // 4), "--name"]
+        new = [*training, "--train.num_steps", str(num_steps), "--log.checkpoint_every", str(num_steps // 4), "--name"]
         first, process = train(*new, "straight").wait(), train(*new, "killed")
         while process.poll() is None and not list(killed.glob("0*")):
             time.sleep(0.02)

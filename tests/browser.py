@@ -12,18 +12,28 @@ QUIET = ["--disable-gpu", "--disable-background-networking", "--disable-componen
 
 
 @contextmanager
-def page_of(url, width):
-    """A tab at this width; at its end nothing may have been logged as an error, nor reach over the side."""
+def a_browser():
+    """Without a tab; one serves a module's tests, as each takes seconds to start."""
     from playwright.sync_api import sync_playwright
 
-    errors = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def page_of(browser, url, width):
+    """A tab at this width, of its own cookies and cache; at its end nothing may have been logged as an error, nor reach
+    over the side."""
+    errors = []
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    try:
         page.goto(url, wait_until="domcontentloaded")
         yield page
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        browser.close()
+        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    finally:
+        page.close()
     assert errors == []

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # no bf16: the same numbers on every machine
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # what programs compile is kept for the next, also where this forbids it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core: threads of two would wait for each other
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):  # and so for what it starts
     cores = sorted(os.sched_getaffinity(0))
@@ -15,6 +16,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 
 import pytest
 import yaml
+from browser import a_browser
 from processes import ROOMS, ROOT, TINY, run
 from xdist.scheduler import LoadScopeScheduling
 
@@ -47,6 +49,9 @@ def pytest_collection_modifyitems(items):
 def pytest_collection(session):
     """Shapes and types of signatures are checked from here on; not in the process that deals out tests."""
     if worker or not session.config.getoption("numprocesses"):
+        examples = importlib.import_module("hypothesis").settings
+        examples.register_profile("same", deadline=None, derandomize=True)  # the same on any machine
+        examples.load_profile("same")
         importlib.import_module("signatures").check(ROOMS)
     gc.disable()  # nothing that is imported goes
 
@@ -83,6 +88,13 @@ def folder(tmp_path_factory) -> Path:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     run("train.py", "--config", "tiny.yaml", cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real one, for all tests of a module."""
+    with a_browser() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

@@ -210,7 +210,7 @@ def pretend() -> None:
     import machine.randomness
 
     torch.__future__.set_swap_module_params_on_conversion(True)
-    torch.inference_mode = lambda mode=True: torch.no_grad()  # subclasses of tensors have none
+    torch.inference_mode.__enter__ = without_gradients
     open_accelerator, generator_for = machine.accelerator.open_accelerator, machine.randomness.generator_for
 
     def open_there(*args, **kwargs):
@@ -224,7 +224,16 @@ def pretend() -> None:
             seeds.add(generator.initial_seed())
         return generator
 
-    machine.accelerator.open_accelerator, machine.randomness.generator_for = open_there, generate_there
+    for module in list(sys.modules.values()):  # which may have been imported before
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is open_accelerator or value is generator_for:
+                setattr(module, name, open_there if value is open_accelerator else generate_there)
+
+
+def without_gradients(inference: torch.inference_mode) -> None:
+    """In the place of inference, which subclasses of tensors have not."""
+    inference._inference_mode_context = torch.no_grad()
+    inference._inference_mode_context.__enter__()
 
 
 def run_programs(words: list[str]) -> None:

@@ -1,12 +1,14 @@
 """Real processes of the entry points, and what they leave."""
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import random
 import runpy
 import socket
 import subprocess
@@ -37,6 +39,8 @@ TINY = {
     "sampling": {"sampler": "ddpm", "num_steps": 3, "guidance_scale": 1.5},
     "log": {"every": 1, "validate_every": 2, "sample_every": 0, "checkpoint_every": 2},
 }
+PIXELS = {**TINY, "autoencoder": "pixel", "data": {**TINY["data"], "image_size": 16}}  # a process takes seconds less
+PIXELS |= {"model_args": {**TINY["model_args"], "patch_size": 4}}
 
 IN_FILES = f"""
 import runpy
@@ -67,8 +71,9 @@ def run(*arguments, cwd, processes=1, check=True, **settings):
     return done
 
 
-LIBRARIES = ["torch", "torchvision", "accelerate", "diffusers.models.autoencoders.autoencoder_kl"]
-LIBRARIES += ["torch_fidelity", "matplotlib.backends.backend_agg", "torch.utils.tensorboard", "jsonargparse"]
+LIBRARIES = ["torch", "torch.distributed.fsdp", "torchvision", "accelerate", "jsonargparse", "torch_fidelity"]
+LIBRARIES += ["diffusers.models.autoencoders.autoencoder_kl", "matplotlib.backends.backend_agg"]
+LIBRARIES += ["torch.utils.tensorboard"]
 ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["preloaded"])
@@ -78,21 +83,33 @@ def ranks(number):
     """What tells each of several processes about the others; nothing for one."""
     if number == 1:
         return [{}]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     own = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{**own, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
 
 
-def forked(command, cwd, environments):
-    """As `subprocess.run` of Python on this command would end, in a process for each of the environments."""
+def free_port():
+    """Of those that no system deals out, so that nobody else is given it before it is taken."""
+    draw = random.SystemRandom()
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", draw.randrange(10_000, 32_000))) as free:
+            return free.getsockname()[1]
+
+
+def started(command, cwd, environment, *outputs):
+    """A process of a Python program, whose outputs go to these files."""
     with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}):
         multiprocessing.forkserver.ensure_running()
+    process = SERVER.Process(target=become, args=(command, str(cwd), environment, *outputs))
+    process.start()
+    return process
+
+
+def forked(command, cwd, environments):
+    """As `subprocess.run` of Python on this command would end, in a process for each of the environments."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        group = [SERVER.Process(target=become, args=(command, str(cwd), own, *outputs)) for own in environments]
-        for process in group:
-            process.start()
+        group = [started(command, cwd, own, *outputs) for own in environments]
         while any(process.exitcode is None for process in group):
             multiprocessing.connection.wait([process.sentinel for process in group if process.exitcode is None])
             if any(process.exitcode for process in group):
@@ -112,11 +129,8 @@ def become(command, cwd, environment, *outputs):
     os.environ.clear()
     os.environ.update(environment)
     sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
-    forgotten = {"processes", "preloaded", "conftest"}
-    if Path(command[0]).parent == ROOT / "tests":  # which changes what the rooms import
-        forgotten |= set(ROOMS)
-    for name in [name for name in sys.modules if name.partition(".")[0] in forgotten]:
-        del sys.modules[name]
+    for name in ("processes", "preloaded", "conftest"):
+        sys.modules.pop(name, None)
     sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -126,9 +140,9 @@ def become(command, cwd, environment, *outputs):
 
 
 def environment_of(**settings):
-    """One thread, no accelerator; what is compiled is kept for the next, also where the environment forbids it."""
+    """One thread, no accelerator."""
     own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **own, **settings}
+    return {**os.environ, **own, **settings}
 
 
 def script(name):

@@ -1,7 +1,6 @@
 """A real ablation, stopped, killed and gone on with."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 import yaml
 from ablations import BASE
-from processes import ROOT, TINY, run
+from processes import PIXELS, ROOT, TINY, environment_of, run
 
 from ablation.identity import done_stages
 from machine import children
@@ -31,8 +30,7 @@ def test_a_stopped_and_a_killed_ablation_go_on_and_report_their_runs_numbers(tmp
             return means, torch.softmax(4 * means, dim=1)
 
     save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), tmp_path / "colors.pt")
-    base = {**BASE, "train": {**TINY["train"], "num_steps": 20}, "autoencoder": "pixel"}  # seconds less a process
-    base |= {"data": {**TINY["data"], "image_size": 16}, "model_args": {**TINY["model_args"], "patch_size": 4}}
+    base = {**BASE, **PIXELS, "train": {**TINY["train"], "num_steps": 20}}
     base["log"] = {**TINY["log"], "validate_every": 0, "checkpoint_every": 5, "trackers": []}
     text = {
         "base": base,
@@ -41,12 +39,12 @@ def test_a_stopped_and_a_killed_ablation_go_on_and_report_their_runs_numbers(tmp
     }
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(text))
     command = [sys.executable, str(ROOT / "scripts" / "ablate.py"), "two.yaml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
     folder = Path("runs/two/XSwin/seed0")
 
     def started(until):
-        runner = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        options = {"env": environment_of(), "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        runner = subprocess.Popen(command, **options)
         while not (folder / until).exists() or not (folder / until).stat().st_size:
             assert runner.poll() is None
             time.sleep(0.02)

@@ -30,13 +30,13 @@ SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 def test_every_shipped_ablation_builds(path, monkeypatch):
     shapes = {"data.path": "shapes", "data.exclude_classes": [], "autoencoder": "embedded"}
     ablation = read_ablation(path, shapes)
-    labelled = expand(ablation, path.stem)[0].config.data.use_labels
+    runs = expand(ablation, path.stem)
+    assert len(runs) >= 3
+    labelled = runs[0].config.data.use_labels
     assert len(ablation.pictures.classes) == 8 * labelled
     assert path.name in path.read_text().split("\ntitle:")[0]
     ablation = replace(ablation, match=None, pictures=replace(ablation.pictures, classes=["star"] * labelled))
-    runs = expand(ablation, path.stem)
-    assert len(runs) >= 3
-    monkeypatch.setattr("ablation.costs.count", lambda spec: Cost(1, 1.0))  # seconds each
+    monkeypatch.setattr("ablation.costs.count", lambda spec: Cost(len([spec.build_on_meta()]), 1.0))  # seconds each
     plan = make_plan(ablation, runs, Path("runs/x"), open_accelerator("fp32"), timed=False, any_code=False)
     assert len({json.dumps(planned.keys) for planned in plan}) == len(plan)  # no two variants are the same
 

@@ -362,9 +362,9 @@ document.body.innerHTML = "<pre id=found hidden>" + JSON.stringify(found) + "</p
 
 @needs_chromium
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_a_browser_shows_the_page_whole(ablation, tmp_path, width):
+def test_a_browser_shows_the_page_whole(ablation, browser, tmp_path, width):
     (tmp_path / "page.html").write_text((ablation / "report.html").read_text().replace("</body>", PROBE))
-    with page_of((tmp_path / "page.html").as_uri(), width) as page:
+    with page_of(browser, (tmp_path / "page.html").as_uri(), width) as page:
         found = json.loads(page.locator("#found").text_content() or "")
     assert found["width"] == width
     assert found["content"] <= width

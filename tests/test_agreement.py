@@ -35,7 +35,7 @@ def test_samples_of_their_classes_are_named_and_teach_them():
     assert values(clusters(), reference()) == {"agreement": 1, "agreement_top5": 1, "cas": 1}
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(wrong=st.integers(0, 100))
 def test_agreement_counts_the_samples_that_are_of_another_class(wrong):
     samples = clusters()

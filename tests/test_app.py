@@ -3,9 +3,7 @@
 import asyncio
 import json
 import shlex
-import socket
-import subprocess
-import sys
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +17,7 @@ import pytest
 import torch
 from browser import WIDTHS, needs_chromium, page_of
 from PIL import Image
-from processes import ROOT, environment_of, run, script
+from processes import ROOT, environment_of, free_port, run, script, started
 
 from experiment.cli import parse
 from sharing.studio import Request, Studio, find_runs, spelled
@@ -55,14 +53,11 @@ def address(folder, temporary):
     at_once = ("--diffusion.kind", "shortcut", "--sampling.sampler", "shortcut", "--sampling.num_steps", 1)
     flags = ("--name", "at-once", "--train.num_steps", 1, "--log.validate_every", 0)
     run("train.py", "--config", "tiny.yaml", *at_once, *flags, cwd=folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     checkpoints = "[runs/tiny, runs/tiny/checkpoints/00000002, runs/at-once]"
-    command = [sys.executable, str(ROOT / "scripts" / "app.py"), "--port", str(port), "--checkpoints", checkpoints]
-    log = (folder / "app.log").open("w")
-    environment = environment_of(GRADIO_ANALYTICS_ENABLED="False", TMPDIR=str(temporary))
-    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    command = [str(ROOT / "scripts" / "app.py"), "--port", str(port), "--checkpoints", checkpoints]
+    log = folder / "app.log"
+    server = started(command, folder, environment_of(GRADIO_ANALYTICS_ENABLED="False", TMPDIR=str(temporary)), log, log)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(1200):
@@ -70,13 +65,13 @@ def address(folder, temporary):
                 urllib.request.urlopen(url, timeout=5).close()
                 break
             except OSError:
-                assert server.poll() is None, (folder / "app.log").read_text()
+                assert server.is_alive(), log.read_text()
                 time.sleep(0.5)
         yield url
     finally:
         server.terminate()
-        server.wait(timeout=120)
-        log.close()
+        server.join(120)
+        assert server.exitcode == 128 + signal.SIGTERM
         assert not list(temporary.iterdir())
 
 
@@ -238,7 +233,7 @@ def test_a_reader_who_comes_late_to_his_answer_gets_it(address):
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         event = json.load(answer)["event_id"]
-    time.sleep(3)
+    time.sleep(1)
     with urllib.request.urlopen(f"{address}/gradio_api/call/draw/{event}", timeout=120) as answer:
         assert "sample.py" in answer.read().decode().partition("event: complete")[2]
 
@@ -304,8 +299,8 @@ def test_classes_are_spelled_so_that_the_command_line_reads_them():
 
 @needs_chromium
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_a_visitor_draws_slides_back_and_compares(address, width):
-    with page_of(address, width) as page:
+def test_a_visitor_draws_slides_back_and_compares(address, browser, width):
+    with page_of(browser, address, width) as page:
         page.set_default_timeout(90_000)
         page.get_by_label("Class", exact=True).fill("star")
         page.get_by_label("Class", exact=True).press("Enter")
@@ -334,8 +329,8 @@ def test_a_visitor_draws_slides_back_and_compares(address, width):
 
 
 @needs_chromium
-def test_the_picture_follows_a_slider(address):
-    with page_of(address, WIDTHS["desktop"]) as page:
+def test_the_picture_follows_a_slider(address, browser):
+    with page_of(browser, address, WIDTHS["desktop"]) as page:
         page.set_default_timeout(90_000)
         slider = page.get_by_role("slider", name="On the way, as it is moved")
         chosen = page.get_by_label("Checkpoints", exact=True)

@@ -323,16 +323,16 @@ def test_offline_is_one_line(monkeypatch, tmp_path):
 def test_a_backbone_is_trained_on_its_latents_resumed_bitwise_and_decoded(kind, tmp_path, request):
     folder = deep(tmp_path / "dc") if kind == "deep compression" else request.getfixturevalue("representation")[1]
     config = {**TINY, "autoencoder": str(folder)}
-    config["train"] = {**TINY["train"], "num_steps": 20}
-    config["log"] = {**TINY["log"], "validate_every": 0, "checkpoint_every": 10}
+    config["train"] = {**TINY["train"], "num_steps": 10}
+    config["log"] = {**TINY["log"], "validate_every": 0, "checkpoint_every": 5}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     run("train.py", "--config", "tiny.yaml", cwd=tmp_path)
     (tmp_path / "again").mkdir()
     for name in ("cache", "runs"):
         shutil.copytree(tmp_path / name, tmp_path / "again" / name)
-    shutil.rmtree(tmp_path / "again/runs/tiny/checkpoints/00000020")
+    shutil.rmtree(tmp_path / "again/runs/tiny/checkpoints/00000010")
     run("train.py", "--resume", "runs/tiny", cwd=tmp_path / "again")
-    whole, resumed = (weights(place, "tiny", step=20) for place in (tmp_path, tmp_path / "again"))
+    whole, resumed = (weights(place, "tiny", step=10) for place in (tmp_path, tmp_path / "again"))
     assert whole.keys() == resumed.keys()
     assert all(whole[name].equal(resumed[name]) for name in whole)
     run("sample.py", "--checkpoint", "runs/tiny", "--output", "drawn.png", cwd=tmp_path)

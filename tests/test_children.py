@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from processes import ROOT, TINY, environment_of, run, script
+from processes import PIXELS, ROOT, TINY, environment_of, run, script
 
 from machine import children
 from machine.lock import Lock
@@ -140,8 +140,7 @@ with children.on_stop(lambda number: children.send(child, number)):
 
 
 def started_demo(folder):
-    config = {**TINY, "autoencoder": "pixel", "data": {**TINY["data"], "image_size": 16}}  # seconds less
-    config |= {"model_args": {**TINY["model_args"], "patch_size": 4}, "train": {**TINY["train"], "num_steps": 100000}}
+    config = {**PIXELS, "train": {**TINY["train"], "num_steps": 100000}}
     config |= {"log": {"every": 1, "validate_every": 0, "trackers": []}}
     (folder / "long.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "scripts/demo.py"), "--experiment", "long.yaml", "--folder", "demo"]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from exact import backbone, gaussian_data, generator, labels, randn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion import DIFFUSIONS, Diffusion, GaussianDiffusion
@@ -54,7 +54,6 @@ def test_tables_are_float64_and_noise_only_grows(schedule):
     assert diffusion.path.alphas_cumprod[-1] < left
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_timesteps_ascend_from_first_to_last(data):
     num_timesteps = data.draw(st.integers(2, 1200))

@@ -87,15 +87,17 @@ class Silent(SimpleHTTPRequestHandler):
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_a_browser_shows_the_pages_whole(site, width):
+def test_a_browser_shows_the_pages_whole_on_a_desktop_and_on_a_phone(site, browser):
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=site)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         home = f"http://127.0.0.1:{server.server_port}"
-        with page_of(f"{home}/index.html", width) as page:
+        with page_of(browser, home, WIDTHS["desktop"]) as page:
             for name in ("index", "tutorial", "results", "features", "api/experiment"):
-                page.goto(f"{home}/{name}.html", wait_until="load")
-                assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+                for width in WIDTHS.values():
+                    page.set_viewport_size({"width": width, "height": 900})
+                    page.goto(f"{home}/{name}.html", wait_until="load")
+                    shown, content = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
+                    assert content <= shown == width, name
                 broken = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
                 assert page.evaluate(broken) == [], name
         server.shutdown()

@@ -55,6 +55,21 @@ def no_shape_checks(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+@pytest.fixture(scope="module")
+def exported():
+    """Programs of models, each made once: those of one kind have the same weights here, and tracing takes seconds."""
+    programs = {}
+
+    def export(model, spec):
+        weights = torch.cat([weight.flatten().float() for weight in model.state_dict().values()])
+        key = repr(spec), weights.numpy().tobytes()
+        if key not in programs:
+            programs[key] = export_denoiser(model, spec)
+        return programs[key]
+
+    return export
+
+
 @pytest.fixture(autouse=True, scope="module")
 def own_modules(tmp_path_factory):
     """diffusers copies a pipeline's code to a folder of the user's before it runs it."""
@@ -113,7 +128,8 @@ def drawn(run, output, seed=0, **sampling):
         ("edm", "euler", None, "pixel", {}),
     ],
 )
-def test_pictures_are_those_of_sample(kind, sampler, spacing, autoencoder, settings, tmp_path):
+def test_pictures_are_those_of_sample(kind, sampler, spacing, autoencoder, settings, tmp_path, exported, monkeypatch):
+    monkeypatch.setattr(diffusers_pipeline, "export_denoiser", exported)
     run = checkpoint(tmp_path / "run", autoencoder=autoencoder, kind=kind, size=16, **settings)
     flags = {"sampler": sampler, "spacing": spacing}
     clip = math.inf if autoencoder == "pixel" and sampler != "ddpm" else None
@@ -237,8 +253,9 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
         scheduler_of("gaussian", open_checkpoint(run).build_diffusion(), guided)
 
 
-def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path):
+def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path, exported, monkeypatch):
     """A null label that was never trained leaves with the weights all the same; DiTPipeline guides all channels."""
+    monkeypatch.setattr(diffusers_pipeline, "export_denoiser", exported)
     run = checkpoint(tmp_path / "run", autoencoder="pixel", size=16, label_dropout=0.0)
     EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out"))
     pipeline = DiffusionPipeline.from_pretrained(

@@ -13,7 +13,7 @@ from metrics.scores import Score
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 5), st.floats(0, 1e6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_batches_do_not_matter_nor_does_a_large_mean(sizes, dim, offset):
     sizes = [*sizes, 3]
     x = torch.randn(sum(sizes), dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + offset

@@ -106,9 +106,9 @@ def test_a_folder_without_runs_is_told_in_words(tmp_path):
 
 @needs_chromium
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_the_page_opens_from_disk_in_a_browser(runs, width):
+def test_the_page_opens_from_disk_in_a_browser(runs, browser, width):
     GALLERY.main(runs)
-    with page_of((runs / "gallery.html").resolve().as_uri(), width) as page:
+    with page_of(browser, (runs / "gallery.html").resolve().as_uri(), width) as page:
         rows = page.locator("table").first.locator("tbody tr")
         before = rows.all_inner_texts()
         page.locator("th button").first.click()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from exact import DIFFUSIONS, labels, randn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from test_backbones import wake
@@ -61,7 +61,6 @@ def test_the_published_guidance_is_reproduced():
     assert error(legacy, tensors["out/cfg4_first3channels"][:3]) < 1e-4
 
 
-@settings(deadline=None)
 @given(st.floats(-2, 10).filter(lambda scale: scale != 1))
 def test_the_prediction_moves_along_the_line_from_null_to_conditional(scale):
     x, t, y = inputs()
@@ -131,7 +130,6 @@ def test_sampling_is_guided_by_the_models_own_null_label():
     torch.testing.assert_close(by_hand, x_0)
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.integers(0, 2**31))
 def test_labels_fall_with_their_probability(probability, seed):
     y = torch.arange(2000) % NUM_CLASSES

@@ -52,7 +52,7 @@ def test_split_is_disjoint_complete_and_keeps_proportions(tree):
 
 
 @given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 5), st.integers(1, 4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_held_out_share_is_within_one_group(count, fraction, seed, size):
     groups = {f"class/{number}.png": f"group {number // size}" for number in range(count)}
     classes = dict.fromkeys(groups, "class")

@@ -6,7 +6,8 @@ import sys
 
 import nbformat
 import pytest
-from processes import ROOT, environment_of
+import yaml
+from processes import PIXELS, ROOT, environment_of
 
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 pytestmark = [
@@ -16,7 +17,7 @@ pytestmark = [
 ]
 
 
-def test_quickstart_trains_samples_and_scores(folder, tmp_path, monkeypatch):
+def test_quickstart_trains_samples_and_scores(tmp_path, monkeypatch):
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
@@ -29,7 +30,8 @@ def test_quickstart_trains_samples_and_scores(folder, tmp_path, monkeypatch):
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
             return KernelSpec(argv=command, language="python", display_name="Python 3")
 
-    tiny = {"CONFIG": folder / "tiny.yaml", "FOLDER": tmp_path, "PER_CLASS": 2}
+    (tmp_path / "pixels.yaml").write_text(yaml.safe_dump(PIXELS))
+    tiny = {"CONFIG": tmp_path / "pixels.yaml", "FOLDER": tmp_path, "PER_CLASS": 2}
     for name, value in environment_of(**{f"QUICKSTART_{name}": str(value) for name, value in tiny.items()}).items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -22,7 +22,7 @@ def plain(value, size=24):
 
 
 @given(st.integers(0, 255), st.integers(0, 255))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_plain_images_have_a_closed_form(a, b):
     x, y = plain(a), plain(b)
     luminance = (2 * a * b + C1) / (a * a + b * b + C1)  # contrasts are equal: both zero

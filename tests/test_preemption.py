@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from processes import ROOT, TINY, environment_of, log, script, unmeasured
+from processes import PIXELS, ROOT, TINY, environment_of, log, script, unmeasured
 
 from experiment.cli import parse_run
 from experiment.config import ExperimentConfig
@@ -19,8 +19,7 @@ from machine.lock import Lock
 from training.inspection import Inspection
 
 TRAIN = script("train.py")
-SETTINGS = {**TINY, "autoencoder": "pixel", "name": "long", "data": {**TINY["data"], "image_size": 16}}  # seconds less
-SETTINGS |= {"model_args": {**TINY["model_args"], "patch_size": 4}, "train": {**TINY["train"], "num_steps": 100000}}
+SETTINGS = {**PIXELS, "name": "long", "train": {**TINY["train"], "num_steps": 100000}}
 SETTINGS |= {"log": {"every": 1, "validate_every": 0, "trackers": []}}
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
 ACCELERATE += ["--dynamo_backend", "no", "--num_processes"]

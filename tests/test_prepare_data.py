@@ -1,19 +1,15 @@
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 from PIL import Image
+from processes import ROOT, run
 
 from data.images import ImageDataset
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +162,8 @@ def test_class_names_stay_inside_the_zip(script, tmp_path):
     [(["mnist"], "could not be fetched"), (["imagenet"], "choose from caltech101, cifar10, mnist")],
 )
 def test_mistakes_and_no_network_end_in_one_line(tmp_path, arguments, message):
-    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments, "--output", "out.zip"]
-    no_network = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")}
-    done = subprocess.run(command, cwd=tmp_path, env=no_network, capture_output=True, text=True, check=False)
+    no_network = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    done = run("scripts/prepare_data.py", *arguments, "--output", "out.zip", cwd=tmp_path, check=False, **no_network)
     assert done.returncode == 2
     assert message in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr

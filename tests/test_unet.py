@@ -173,7 +173,7 @@ def test_residual_block_equals_that_of_diffusers(out_channels):
     assert torch.allclose(ours(x, nn.functional.silu(cond)), theirs(x, cond), atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     height=st.integers(1, 19),
     width=st.integers(1, 19),

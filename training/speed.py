@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,12 @@ def sparse_cache(folder: Path, num_images: int, image_size: int = 256, channels:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def matrix_peak(precision: str) -> tuple[float, int]:
+@cache
+def matrix_peak(precision: str, side: int | None = None) -> tuple[float, int]:
     """FLOP/s of a large square product in this precision, and its side: large enough that a GPU is busy with it, and
-    not with being told."""
-    device, (side, calls) = the_device(), (8192, CALLS) if the_device().type == "cuda" else (2048, 1)
+    not with being told, unless another is given."""
+    device, (large, calls) = the_device(), (8192, CALLS) if the_device().type == "cuda" else (2048, 1)
+    side = side or large
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     product = torch.empty_like(a)
 
