@@ -1,5 +1,6 @@
 """What watches a training: skipped steps, rollbacks, means between log lines, signals."""
 
+import gc
 import os
 import signal
 
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from processes import run
 
 from machine import accelerator as machine
-from machine.stopping import SIGNALS, stops_at_once
+from machine.stopping import SIGNALS, importing, stops_at_once
 from training.guard import Guard, TrainingDivergedError, gradient_norm
 from training.interruption import Interruption, Stopped
 from training.meter import Meter
@@ -177,6 +178,15 @@ def test_a_signal_while_libraries_are_imported_stops_too(tmp_path):
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
     assert (tmp_path / "stopped").read_text().startswith("SIGTERM: stopped before the first step; run it again")
+
+
+def test_the_garbage_collector_rests_while_libraries_are_imported_and_goes_on():
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), importing():
+        raise ImportError
+    assert gc.isenabled()
 
 
 def test_a_closed_terminal_is_nothing_to_what_nohup_started(accelerator, tmp_path):
