@@ -132,7 +132,7 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
 
 
 def averaged(checkpoint: Checkpoint) -> str:
-    """How the weights were."""
+    """By what, or when, in the words of a card."""
     if length := read_metadata(checkpoint.path).get("sigma_rel"):
         return f"averaged by a power function of length {length} (sigma_rel; Karras et al. 2024)"
     if checkpoint.path.name != WEIGHTS:
