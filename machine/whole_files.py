@@ -55,7 +55,7 @@ def whole(path: Path) -> Iterator[Path]:
         yield aside / path.name
         (aside / path.name).replace(path)
     except OSError as error:
-        if error.errno in FULL and error.filename is None:  # of a write, which knows no name
+        if error.errno in FULL:  # of a write, which knows no name, or of the folder, whose name says little
             raise OSError(error.errno, f"{path} could not be written ({error.strerror}); make room") from error
         raise
     finally:

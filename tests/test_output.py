@@ -56,10 +56,11 @@ def test_what_is_interrupted_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_named_with_what_had_no_room(tmp_path):
+@pytest.mark.parametrize("named", [[], [".x.json.partial"]])
+def test_a_full_disk_is_named_with_what_had_no_room(tmp_path, named):
     words = r"x\.json could not be written \(No space left on device\); make room"
     with pytest.raises(OSError, match=words), whole(tmp_path / "x.json"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *named)
     assert list(tmp_path.iterdir()) == []
 
 
