@@ -55,9 +55,8 @@ NAMES = {"classes", "exclude_classes", "imports"}  # settings that are lists of 
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, and aliases that unfold into more than `MOST_VALUES` values. Names
-    in lists are the text that they are: 007, no, null and 1e3 can be names. Elsewhere 1e3 is a number, and no text is a
-    date."""
+    """Refuses a key that stands twice, and aliases that unfold into more than `MOST_VALUES` values. Names in lists are
+    the text that they are: 007, no, null and 1e3 can be names. Elsewhere 1e3 is a number, and no text is a date."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, form) for tag, form in resolvers if not tag.endswith(":timestamp")]
