@@ -1,12 +1,13 @@
 """Downloads that do not hang where there is no network, and are whole or absent."""
 
 import contextlib
-import os
 import socket
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
+
+from machine.whole_files import whole
 
 
 @contextlib.contextmanager
@@ -44,13 +45,10 @@ def download(url: str, name: str, flag: str) -> Path:
         with network_timeout(seconds=10.0):
             with urlopen(Request(url, method="HEAD")) as reply:
                 length = reply.headers.get("Content-Length")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            arriving = path.with_name(f".{name}.{os.getpid()}")
-            torch.hub.download_url_to_file(url, str(arriving))
-        if length is not None and arriving.stat().st_size != int(length):
-            arriving.unlink()
-            raise OSError("it was cut short")
-        arriving.replace(path)
+            with whole(path) as arriving:
+                torch.hub.download_url_to_file(url, str(arriving))
+                if length is not None and arriving.stat().st_size != int(length):
+                    raise OSError("it was cut short")
     except (OSError, HTTPException) as error:
         raise ValueError(f"{flag}: {url} cannot be downloaded ({error}); put the file into {path.parent}") from error
     return path

@@ -20,6 +20,7 @@ from torch_fidelity.utils import create_feature_extractor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import Resize
 
+from machine.whole_files import sha256_of
 from metrics.downloads import hub_answers, network_timeout
 from metrics.programs import load_program, one_line
 from metrics.scores import INCEPTION
@@ -72,7 +73,7 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[n
         if weights_path is not None:
             raise ExtractorError(f"--weights_path {weights_path}: --extractor {name} brings its own weights")
         try:
-            return ProgramExtractor(name), _file_sha256(name), False
+            return ProgramExtractor(name), sha256_of(Path(name)), False
         except ValueError as error:
             raise ExtractorError(f"--extractor {error}") from error
     if weights_path is not None and name.startswith("dinov2"):
@@ -84,7 +85,7 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[n
     else:
         module = _load_named(name, weights_path)
         module = resized(module, FeatureExtractorDinoV2.INPUT_IMAGE_SIZE) if name.startswith("dinov2") else module
-        published = weights_path is None or (name == INCEPTION and _file_sha256(weights_path).startswith(PUBLISHED))
+        published = weights_path is None or (name == INCEPTION and sha256_of(Path(weights_path)).startswith(PUBLISHED))
     return module, _state_sha256(module), published
 
 
@@ -143,11 +144,6 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
             "--extractor timm:NAME or FILE.pt2 (a program: one that you trust), such as the small classifier that "
             "`make demo` trains: its scores compare runs with each other, not with published ones"
         ) from error
-
-
-def _file_sha256(path: str | Path) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state_sha256(module: nn.Module) -> str:

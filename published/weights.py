@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models import BACKBONES, create_model, model_arguments
+from settings import check_name
 
 Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
@@ -67,7 +68,8 @@ DERIVED = re.compile(r"pos_embed|feat_rope\..*|.*\.relative_(position_index|coor
 
 def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> nn.Module:
     """Our backbone, in eval mode, with published weights; a ValueError lists keys that do not fit."""
-    _, convert = _of_source(source)
+    check_name("--source", source, SOURCES)
+    _, convert = SOURCES[source]
     model = create_model(**arguments)
     converted = convert(dict(weights), arguments)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -82,7 +84,8 @@ def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mappin
 
 def arguments_of(source: str, weights: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
     """What `create_model` is given, `name` too; a ValueError for another source, or heads that width does not say."""
-    read, _ = _of_source(source)
+    check_name("--source", source, SOURCES)
+    read, _ = SOURCES[source]
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
         return read(shapes, num_heads)
@@ -103,12 +106,6 @@ def row_of(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if family is BACKBONES[name][0] and whole(row) == wanted:
             return row, {}
     return name, arguments
-
-
-def _of_source(source: str) -> tuple[Callable[..., dict[str, Any]], Callable[[Weights, Mapping[str, Any]], Weights]]:
-    if source not in SOURCES:
-        raise ValueError(f"--source {source}: unknown, choose from {', '.join(SOURCES)}")
-    return SOURCES[source]
 
 
 def _read_dit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
