@@ -75,11 +75,11 @@ def train(run: Run[ExperimentConfig]) -> None:
     alignment, features = open_alignment(run, model, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
-    scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
     objective = objective_of(diffusion)(diffusion, auxiliary, alignment)
     if config.train.adapter:
         accelerator.print(adapt(model, config.train, type(objective), accelerator))
+    scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     optimizers = build_optimizers(model, objective.heads, config.optim)
     if config.train.recompute:
         recompute_blocks(model, accelerator.device)

@@ -86,7 +86,8 @@ class Checkpoint:
         return self.config.guided_classes(len(self.classes))
 
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
-        model = self.spec.build()
+        with torch.random.fork_rng(devices=[]):  # a guide is none of what a training's seed is for
+            model = self.spec.build()
         load_weights(model.state_dict(), read_tensors(self.path), self.path)
         return model.eval().requires_grad_(False).to(device)
 

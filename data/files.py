@@ -21,13 +21,14 @@ from data.pixels import SUFFIXES
 from machine.whole_files import write_whole
 
 MOST_BYTES = 2**30  # of one file
+READ = SUFFIXES | {".tar"}
 NAMES = "classnames.txt"  # beside tar shards: a class a line, from that of number 0
 KEPT, LONG = "latent-diffusion-backbones/hashes", 2.0  # of folders, below the user's cache, that took so many seconds
 SETTLED = 10 * 10**9  # nanoseconds since the last change, more than any file system's grain
 
 
 class Folder:
-    """Links are followed; an image or folder that is there already, by another name, is in `repeated`."""
+    """Links are followed; an image, a shard or a folder that is there already, by another name, is in `repeated`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,7 +44,7 @@ class Folder:
             except OSError:  # a link to nothing: told of where it is read
                 self.names.append(name)
                 continue
-            if stat.S_ISDIR(status.st_mode) or place.suffix.lower() in SUFFIXES:
+            if stat.S_ISDIR(status.st_mode) or place.suffix.lower() in READ:
                 if (status.st_dev, status.st_ino) in seen:
                     self.repeated.append(name)
                     continue
@@ -115,11 +116,14 @@ class Tars:
     """Tar files below a folder, or one, in the order of their names: `shard.tar/cat.jpg` is a file in the first. Their
     headers are read once, front to back; what they hold is read where it lies."""
 
-    def __init__(self, path: Path, shards: Sequence[str], beside: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: Path, shards: Sequence[str], beside: Sequence[str] = (), repeated: Sequence[str] = ()
+    ) -> None:
         self.path, self.shards, self.beside = path, list(shards), list(beside)
         paths = [self._of(number) for number in range(len(self.shards))]
         # By name: number of the shard, offset and size in it. Both splits ask for them.
-        self.places, self.repeated = _places(tuple(zip(paths, self.shards, map(_changed, paths), strict=True)))
+        self.places, links = _places(tuple(zip(paths, self.shards, map(_changed, paths), strict=True)))
+        self.repeated = [*repeated, *links]
         self.names = list(self.places)
 
     def _of(self, number: int) -> Path:
@@ -197,7 +201,7 @@ def open_files(path: Path) -> Folder | Zip | Tars:
         holds_images = any(Path(name).suffix.lower() in SUFFIXES for name in folder.names)
         if not shards or holds_images:
             return folder
-        return Tars(path, shards, sorted({*folder.names} - {*shards, NAMES}))
+        return Tars(path, shards, sorted({*folder.names} - {*shards, NAMES}), folder.repeated)
     if path.is_file():
         kinds = [suffix.lower() for suffix in path.suffixes]
         if kinds[-1:] == [".tgz"] or ".tar" in kinds[:-1]:

@@ -70,6 +70,20 @@ def test_frozen_weights_stay_and_the_merged_backbone_is_the_adapted_one(name, ki
         torch.testing.assert_close(out, model.eval()(*inputs()), rtol=1e-5, atol=1e-5)
 
 
+def test_an_adapter_begins_by_its_seed_whatever_was_drawn_before():
+    """Such as the weights of an extractor, which only a training that is scored on the way has built by then."""
+    begun = []
+    for drawn in (0, 7):
+        model = small("DiT")
+        torch.rand(drawn)
+        state = torch.get_rng_state()
+        adapted(model)
+        assert torch.equal(torch.get_rng_state(), state)
+        begun.append({name: value for name, value in model.state_dict().items() if ".lora_A." in name})
+    assert begun[0]
+    assert all(torch.equal(value, begun[1][name]) for name, value in begun[0].items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["XSwin", "DiT-S/2", "DiT-XL/2", "UViT-S/2"])
 def test_less_than_a_fiftieth_of_a_published_size_is_trained(name, kind):

@@ -74,7 +74,9 @@ def test_weights_file_alone_brings_the_model_back(saved, tmp_path):
     checkpoint = open_checkpoint(lone)
     assert (checkpoint.step, checkpoint.classes, checkpoint.spec) == (1, ["a", "b", "c"], SPEC)
     assert checkpoint.config == ExperimentConfig()
+    state = torch.get_rng_state()
     loaded = checkpoint.load_model().state_dict()
+    assert torch.equal(torch.get_rng_state(), state)  # a training with a guide begins as one without
     assert all(torch.equal(loaded[name], tensor) for name, tensor in ema.model.state_dict().items())
 
 

@@ -230,8 +230,9 @@ def test_links_and_files_beside_the_shards_are_said(shards):
         link = tarfile.TarInfo("00009.png")
         link.type, link.linkname = tarfile.LNKTYPE, "00000.png"
         archive.addfile(link)
+    (shards / "again.tar").symlink_to("data-0.tar")  # half of whose images would be held out, and half trained on
     left_out = ImageDataset(shards).left_out
-    assert left_out["links to what is there already"] == ["data-0.tar/00009.png"]
+    assert left_out["links to what is there already"] == ["again.tar", "data-0.tar/00009.png"]
     assert left_out["beside the shards"] == ["more/data-2.tar.gz"]
 
 

@@ -194,10 +194,12 @@ def test_killed_trainings_end_as_if_nothing_had_happened(folder):
     assert "equal bitwise" in done.stdout
 
 
-def test_batch_norms_on_several_cpu_processes_are_spoken_of(folder):
+def test_batch_norms_and_masks_on_several_cpu_processes_are_spoken_of(folder):
     flags = ("--model_args.conv_norm", "batch", "--train.num_steps", 1, "--name", "batchnorm")
-    done = run("train.py", "--config", "tiny.yaml", *flags, cwd=folder, processes=2)
+    done = run("train.py", "--config", "tiny.yaml", *flags, "--train.grad_accumulation", 2, cwd=folder, processes=2)
+    assert done.stdout.count("Batch norms see each micro-batch by itself") == 1
     assert done.stdout.count("Batch norms see each process's own share") == 1
+    assert done.stdout.count("Stochastic depth and dropout draw other masks") == 1
 
 
 def test_help_teaches(folder):

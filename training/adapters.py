@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from checkpoints.checkpoint import LABELS
 from experiment.config import TrainConfig
+from machine.randomness import seed_for
 from models.backbone import Backbone
 from training.objective import Objective
 
@@ -32,7 +33,7 @@ def adapt(model: Backbone, config: TrainConfig, objective: type[Objective], acce
     num_frozen = count(model.parameters())
     model.requires_grad_(False)
     if config.adapter == "lora":
-        add_lora(model, config.adapter_rank)
+        add_lora(model, config.adapter_rank, seed_for(config.seed, "adapter"))
     for group in model.param_groups():
         for weight in group["params"] if group.get("weight_decay") == 0 else ():
             weight.requires_grad_(True)
@@ -44,8 +45,9 @@ def adapt(model: Backbone, config: TrainConfig, objective: type[Objective], acce
     return f"{asked}: trains {num_trained / 1e6:.2f}M weights, {share:.1%} of {num_frozen / 1e6:.1f}M{of_labels}"
 
 
-def add_lora(model: Backbone, rank: int) -> None:
-    """To each linear of the repeated blocks that has more weights than its two matrices would have."""
+def add_lora(model: Backbone, rank: int, seed: int) -> None:
+    """To each linear of the repeated blocks that has more weights than its two matrices would have. Their first values
+    are drawn by the seed."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -58,7 +60,9 @@ def add_lora(model: Backbone, rank: int) -> None:
             "smaller --train.adapter_rank, or --train.adapter biases"
         )
     names = [name for name, part in model.named_modules() if part in thick]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model, NAME)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model, NAME)
 
 
 class Merged(nn.Module):

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import Diffusion
@@ -17,13 +18,21 @@ from machine.precision import precision_of
 from models import ModelSpec
 from models.backbone import MULTIPLYING, Backbone
 from models.layers.launches import AT_ONCE, Casting, Uncast
+from models.layers.style import DropPath
 
 LONG = 600  # seconds of an epoch
 
 
 def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
-    """With several processes, batch norms see the whole batch on GPUs; on CPUs it says that each sees its own share."""
+    """With several processes, batch norms see the whole batch on GPUs; on CPUs it says that each sees its own share.
+    Says also what else depends on how many there are."""
+    tell_of_draws(model, accelerator)
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if accelerator.gradient_accumulation_steps > 1 and has_batch_norm:
+        accelerator.print(
+            "Batch norms see each micro-batch by itself: results depend on --train.grad_accumulation. XSwin with "
+            "--model_args.conv_norm group does not."
+        )
     if accelerator.num_processes == 1 or not has_batch_norm:
         return model
     if accelerator.device.type == "cuda":
@@ -33,6 +42,18 @@ def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
         "XSwin with --model_args.conv_norm group does not."
     )
     return model
+
+
+def tell_of_draws(model: Backbone, accelerator: Accelerator) -> None:
+    """Where a batch comes in several parts, that each draws its masks of stochastic depth and dropout by itself."""
+    parts = list(model.modules())
+    shares = [part.drop_prob for part in parts if isinstance(part, DropPath)]
+    shares += [part.p for part in parts if isinstance(part, _DropoutNd)]
+    if accelerator.num_processes * accelerator.gradient_accumulation_steps > 1 and any(shares):
+        accelerator.print(
+            "Stochastic depth and dropout draw other masks in another number of processes or micro-batches: results "
+            "depend on it, by chance. Without them (--model_args.drop_path 0) they do not."
+        )
 
 
 def recompute_blocks(model: Backbone, device: torch.device) -> None:
