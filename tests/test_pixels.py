@@ -88,7 +88,7 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
     labels = shapes.labels[:100].numpy()
     asked = np.where(np.arange(100) < 50, labels, (labels + 1) % 10)
     np.savez(folder / "half.npz", arr_0=images, arr_1=9 - asked, classes=shapes.classes[::-1])  # labels go by name
-    flags = ("--data.num_images", 500, "--data.image_size", 32, "--epochs", 10)
+    flags = ("--data.num_images", 500, "--data.image_size", 32, "--epochs", 10, "--width", 16)
     command = ("scripts/recognise.py", "--samples", "half.npz", *flags)
     files = ("--output", "recognised.json", "--classifier", "shapes.pt2", "--perceptual", "features.pt2")
     done = run(*command, *files, cwd=folder)

@@ -179,6 +179,7 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
 
     # Stochastic depth draws its masks again as they were: moments, so gradients, are bitwise those without.
     flags = ("tests/fsdp_on_cpus.py", ROOT / "train.py", "--config", "sharded.yaml", "--model_args.drop_path", 0.5)
+    flags += ("--sampling.num_steps", 1, "--sampling.guidance_scale", 1)
     for answer in ("true", "false"):
         run(*flags, "--train.num_steps", 1, "--train.recompute", answer, "--name", answer, **sharded)
     kept, again = (weights(folder, name, 1, "state/optimizer.safetensors") for name in ("false", "true"))
