@@ -14,6 +14,7 @@ from accelerate.utils import (
     broadcast_object_list,
     parse_flag_from_env,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 from machine.precision import MIXED, choose_precision, has_bf16, precision_of, set_float32, warning_of
@@ -47,8 +48,6 @@ def open_accelerator(
                 "fsdp_activation_checkpointing: stochastic depth and dropout would have wrong gradients; take it out "
                 "of the launcher's configuration and train with --train.recompute true"
             )
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
         # Parts are gathered in float32 and autocast chooses where bf16 serves, as without FSDP: the same numbers.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if device.type == "cuda":

@@ -1,38 +1,26 @@
 """FSDP2 leaves each process a part of every tensor: whole tensors from parts, and back. Plain tensors pass through."""
 
-import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-
-def is_part(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether this process has only a part of it. Who has made none has not imported what takes a second."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which this process has a part; every process has to ask."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part, as a plain tensor that shares its memory."""
-    return tensor.to_local() if is_part(tensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Of a tensor that every process has whole, the part that it has of `like`."""
-    if not is_part(like):
+    if not isinstance(like, DTensor):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -55,4 +43,4 @@ def gather(tensors: Mapping[str, Tensor], memory: dict[str, Tensor], *, keep: bo
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process has only a part of the parameters."""
-    return any(is_part(parameter) for parameter in model.parameters())
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -71,7 +71,7 @@ def run(*arguments, cwd, processes=1, check=True, **settings):
     return done
 
 
-LIBRARIES = ["torch", "torch.distributed.fsdp", "torchvision", "accelerate", "jsonargparse", "torch_fidelity"]
+LIBRARIES = ["torch", "torchvision", "accelerate", "jsonargparse", "torch_fidelity"]
 LIBRARIES += ["diffusers.models.autoencoders.autoencoder_kl", "matplotlib.backends.backend_agg"]
 LIBRARIES += ["torch.utils.tensorboard"]
 ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]

@@ -5,14 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from machine.sharding import own_part, whole
-
-# Each process has all of the gradient, which torch cuts; Accelerate would first import what it cuts sharded ones with.
-BY_ITSELF = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class TrainingDivergedError(ValueError):
@@ -88,9 +84,7 @@ def gradient_norm(
             weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
         return torch.hypot(*(gradient_norm(accelerator, part, max_norm) for part in (model, heads)))
     if max_norm:
-        by_itself = accelerator.distributed_type in BY_ITSELF
-        clip = nn.utils.clip_grad_norm_ if by_itself else accelerator.clip_grad_norm_
-        norm = clip(model.parameters(), max_norm)
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     else:
         norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
     assert norm is not None  # accelerate returns none for DeepSpeed alone

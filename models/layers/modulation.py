@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models.layers import Cond
 from models.layers.initialisation import zero_
@@ -129,7 +130,7 @@ class Injection(nn.Module):
         linears = [part.linear for part in self.parts]
         if not at_once(cond) or not linears or not all(isinstance(linear, Told) for linear in linears):
             return cond
-        if any(hasattr(linear.weight, "device_mesh") for linear in linears):  # DTensors, slow to import
+        if any(isinstance(linear.weight, DTensor) for linear in linears):
             self.parts = []  # for good: FSDP may leave weights whole for a while, and would not hear of gradients
             return cond
         weight, bias, at_rest = (
