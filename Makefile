@@ -28,7 +28,7 @@ soak: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --threads 2
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
