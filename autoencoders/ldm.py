@@ -3,13 +3,15 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from autoencoders.pretrained import AutoencoderError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 PARTS = re.compile(r"(?:first_stage_model\.)?((?:encoder|decoder|quant_conv|post_quant_conv)\..+)")
 RENAMED = (
@@ -26,12 +28,14 @@ RENAMED = (
 )  # of weights, in this order, after the decoder's levels
 
 
-def from_ldm(weights: Mapping[str, Tensor]) -> AutoencoderKL:
+def from_ldm(weights: Mapping[str, Tensor]) -> "AutoencoderKL":
     """diffusers' class with these weights; widths, depth and places of attention are read off them.
 
     Raises:
         AutoencoderError: they are of no such autoencoder, or of one without a posterior.
     """
+    from diffusers import AutoencoderKL
+
     found = {part[1]: weight for name, weight in weights.items() if (part := PARTS.fullmatch(name))}
     try:
         autoencoder = AutoencoderKL(**arguments_of(found))
@@ -51,7 +55,7 @@ def from_ldm(weights: Mapping[str, Tensor]) -> AutoencoderKL:
 
 
 def arguments_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of diffusers' class."""
+    """Of diffusers' class, by the names and shapes of weights."""
 
     def count(pattern: str) -> int:
         return len({found[1] for name in weights if (found := re.match(pattern, name))})
