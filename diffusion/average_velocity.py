@@ -172,7 +172,7 @@ class MeanFlow(AverageVelocity):
             v = self.guided(model, x_t, t, y, v)
             along = v[index]
             if self.tangent == "model":
-                along = self.guided(model, x, end, label, u(x, end, label, r=end).to(x.dtype))
+                along = u(x, end, label, r=end).to(x.dtype)  # which has learned the guidance
             moving, ending = forward_ad.make_dual(x, along), forward_ad.make_dual(end, torch.ones_like(end))
             du_dt = forward_ad.unpack_dual(u(moving, ending, label, r=start)).tangent
             assert du_dt is not None
