@@ -71,9 +71,9 @@ def run(*arguments, cwd, processes=1, check=True, **settings):
     return done
 
 
-LIBRARIES = ["torch", "torchvision", "accelerate", "jsonargparse", "torch_fidelity"]
-LIBRARIES += ["diffusers.models.autoencoders.autoencoder_kl", "matplotlib.backends.backend_agg"]
-LIBRARIES += ["torch.utils.tensorboard"]
+LIBRARIES = ["torch", "torch.utils.tensorboard", "torchvision", "torch_fidelity", "accelerate", "einops.layers.torch"]
+LIBRARIES += ["diffusers.models.autoencoders.autoencoder_kl", "jsonargparse", "attr", "shtab"]
+LIBRARIES += ["matplotlib.figure", "matplotlib.backends.backend_agg"]
 ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["preloaded"])
