@@ -186,7 +186,8 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
         return config
     stored = Path(config.resume) / "config.yaml"
     if not stored.is_file():
-        raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist")
+        words = "give the folder of a training that has begun, or --resume auto with the first one's flags"
+        raise FileNotFoundError(f"--resume {config.resume}: nothing to resume, {stored} does not exist; {words}")
     if not stored.read_text().strip():
         raise ValueError(f"--resume {config.resume}: {stored} is empty; put a copy of it back")
     flags = ["--config", str(stored)]

@@ -156,7 +156,8 @@ def to_resume(run: Path) -> Path:
     """The checkpoint that `--resume RUN` goes on from."""
     if checkpoint := newest_whole(run / "checkpoints"):
         return checkpoint
-    raise CheckpointError(f"--resume {run}: nothing to resume, {run / 'checkpoints'} holds no whole checkpoint")
+    words = f"{run / 'checkpoints'} holds no whole checkpoint; start again with --resume auto and the first one's flags"
+    raise CheckpointError(f"--resume {run}: nothing to resume, {words}")
 
 
 def _to_disk(path: Path) -> None:
