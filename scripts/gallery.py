@@ -7,6 +7,7 @@ import base64
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,9 +78,23 @@ def read_run(folder: Path) -> Run:
     known = {**{name: {"value": value} for name, value in about.items()}, **record.get("scores", {})}
     scored = {name: one.get("value") for name, one in known.items() if isinstance(one, dict)}
     values = {name: value for name, value in scored.items() if value is not None}
-    grids = [*sorted((folder / "samples").glob("[0-9]*.png"))[-1:], *folder.glob("samples.png")]
-    grid = max(grids, key=lambda grid: grid.stat().st_mtime, default=None)
-    return Run(folder.name, config, [json.loads(line) for line in lines if line.endswith("}")], values, grid)
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    return Run(folder.name, config, events, values, newest_picture(folder))
+
+
+def newest_picture(run: Path) -> Path | None:
+    """The last step's grid, or samples.png where the newest weights drew it. What does not say whose it is, as those of
+    before, is newest by the time of its file, which a copy of the run may not keep."""
+    from checkpoints.checkpoint import WEIGHTS, CheckpointError, read_metadata
+    from machine.checkpoint_folder import by_step, list_checkpoints
+    from sampling.image_files import drawn_by
+
+    pictures = [*[*by_step(run / "samples", ".png").values()][-1:], *run.glob("samples.png")]
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if len(pictures) == 2 and checkpoints and (weights := drawn_by(pictures[1])):
+        with suppress(CheckpointError):
+            return pictures[read_metadata(checkpoints[-1] / WEIGHTS).get("weights_sha256") == weights]
+    return max(pictures, key=lambda picture: picture.stat().st_mtime, default=None)
 
 
 def differences(runs: Sequence[Run]) -> list[str]:

@@ -7,9 +7,14 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+import torch
 import yaml
 from browser import WIDTHS, needs_chromium, page_of
 from processes import script
+from safetensors.torch import save_file
+
+from checkpoints.checkpoint import WEIGHTS
+from sampling.image_files import save_grid
 
 GALLERY = script("scripts/gallery.py")
 pytestmark = pytest.mark.filterwarnings("ignore:Glyph")
@@ -85,6 +90,23 @@ def test_of_grids_and_samples_the_newest_is_shown(tmp_path):
         grid.touch()
         os.utime(grid, (age, age))
         assert GALLERY.read_run(tmp_path).grid == grid
+
+
+def test_samples_are_shown_where_the_newest_weights_drew_them_whatever_the_time_of_files(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: XSwin\n")
+    samples, grid = tmp_path / "samples.png", tmp_path / "samples" / "00000004.png"
+    for age, (path, weights) in enumerate([(samples, "b"), (grid, None)]):
+        save_grid(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), path, columns=1, weights=weights)
+        os.utime(path, (age, age))
+    for step, weights in enumerate("abc"):
+        checkpoint = tmp_path / "checkpoints" / f"{step:08d}"
+        checkpoint.mkdir(parents=True)
+        save_file({"x": torch.zeros(1)}, checkpoint / WEIGHTS, {"weights_sha256": weights})
+        assert GALLERY.read_run(tmp_path).grid == (samples if weights == "b" else grid)
+    os.utime(samples, (2, 2))  # drawn before the training went on, and copied last
+    assert GALLERY.read_run(tmp_path).grid == grid
+    (tmp_path / "checkpoints" / "00000002" / WEIGHTS).write_bytes(b"cut short")
+    assert GALLERY.read_run(tmp_path).grid == samples
 
 
 def test_the_page_needs_no_other_file(runs):
