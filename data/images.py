@@ -77,7 +77,8 @@ class ImageDataset(ImageSet):
         def known(flag: str, asked: Sequence[str]) -> set[str]:
             asked = [composed.get(unicodedata.normalize("NFC", name), name) for name in asked]
             if unknown := sorted({*asked} - {*found}):
-                has = f"there are {abridged(found)}" if found else "these images have none, leave it out"
+                everything = "'[]' leaves out none" if flag == "exclude_classes" else "null takes all"
+                has = f"there are {abridged(found)}; {everything}" if found else "these images have none, leave it out"
                 raise DataError(f"--data.{flag} {unknown[0]}: no such class; {has}")
             return {*asked}
 

@@ -43,19 +43,33 @@ complete -o default -o filenames -F _behind_launcher python python3 accelerate t
 """
 
 
+UNION = r"Does not .* Union subtypes .* Errors: - (.*?)(?: - Expected (?:a )?NoneType)? Given value.*?Given value: "
+
+
+def suggestion(words: str, parser: ArgumentParser, dashes: str = "--") -> str:
+    """Which settings of the parser are meant, where its `words` say that there is none of some name."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|ption '([\w.]+)'", words)
+    if unknown is None:
+        return ""
+    flags = [flag.removeprefix("--") for flag in parser._option_string_actions]
+    asked = unknown[1] or unknown[2]
+    last, first = asked.rpartition(".")[2], asked.partition(".")[0]
+    nearest = (
+        difflib.get_close_matches(asked, flags, 1)
+        or [flag for flag in flags if difflib.get_close_matches(last, [flag.rpartition(".")[2]])]
+        or difflib.get_close_matches(first, [flag.partition(".")[0] for flag in flags], 1)
+    )
+    return f"; did you mean {' or '.join(dashes + flag for flag in nearest[:2])}?" if nearest else ""
+
+
 class Parser(ArgumentParser):
     """Says in two lines what does not fit, with the nearest flag, where jsonargparse prints the usage of all."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         words = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(message.split()))
         words = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", words)
-        if unknown := re.search(r"unrecognized arguments: --([\w.]+)|ption '([\w.]+)'", words):
-            flags = [flag.removeprefix("--") for flag in self._option_string_actions]
-            asked = (unknown[1] or unknown[2]).rpartition(".")
-            nearest = difflib.get_close_matches("".join(asked), flags, 1) or [
-                flag for flag in flags if difflib.get_close_matches(asked[2], [flag.rpartition(".")[2]])
-            ]
-            words += f"; did you mean {' or '.join(f'--{flag}' for flag in nearest[:2])}?" if nearest else ""
+        words = re.sub(UNION, r"\1; given ", words)
+        words += suggestion(words, self)
         print(f"{self.prog}: error: {words[:1000]}\n{self.prog} --help lists all settings", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -165,7 +179,7 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
     try:
         config = config_class(**vars(parser.instantiate(parser.parse_object(of_today(values)))))
     except ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{error}{suggestion(str(error), parser, dashes='')}") from error
     check_settings(config, prefix="")
     return config
 

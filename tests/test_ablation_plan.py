@@ -105,9 +105,12 @@ def planned(path):
     [
         ("variants: {a: {}, b: {}, a: {}}", "a stands twice"),
         ("variants: {a b: {}, a-b: {}}", "variants a b, seed 0 and a-b, seed 0 are of one name"),
-        ("variants: {a: {model_arg.dim: 3}}", "variant a: Option 'model_arg.dim' is not accepted"),
+        (
+            "variants: {a: {model_arg.dim: 3}}",
+            r"variant a: Option 'model_arg.dim' is not accepted; did you mean model_args\?",
+        ),
         ("variants: {a: {optim.lr: fast}}", "variant a: .*optim.lr"),
-        ("variants: {a: {}}\nmach: {by: flops}", "Option .mach.by. is not accepted"),
+        ("variants: {a: {}}\nmach: {by: flops}", r"Option .mach.by. is not accepted; did you mean match\?"),
         ("variants: {a: {model_args.window: 3}}", "variant a: --model_args.window: XSwin has no such argument"),
         ("variants: {a: {model_args.num_heads: [3, 4]}}", "variant a: num_heads=3 must divide the width 16"),
         ("variants: {a: {sampling.sampler: dppm}}", "variant a: --sampling.sampler dppm: unknown"),

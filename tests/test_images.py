@@ -149,8 +149,11 @@ def mistake(tree, kind):
         ("untrained", r"class 'cat' has held-out images and none to train on"),
         ("grouped", r"--data.group_near_duplicates true: .*has a split of its own \(split as train/ and test/\)"),
         ("single", r"class 'fox' has one image.*--data.exclude_classes '\[fox\]'"),
-        ("unknown class", r"--data.exclude_classes yak: no such class; there are cat, dog, emu"),
-        ("unknown class to keep", r"--data.classes yak: no such class; there are cat, dog, emu"),
+        (
+            "unknown class",
+            r"--data.exclude_classes yak: no such class; there are cat, dog, emu; '\[\]' leaves out none",
+        ),
+        ("unknown class to keep", r"--data.classes yak: no such class; there are cat, dog, emu; null takes all"),
         ("no classes", r"--data.classes yak: no such class; these images have none, leave it out"),
     ],
 )

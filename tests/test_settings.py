@@ -162,6 +162,7 @@ def test_of_epochs_and_steps_one_says_how_long(tmp_path):
         (["--optim.lr", "fast"], "--optim.lr: Expected a float. Got value: fast"),
         (["--data.difficulty", "brutal"], "--data.difficulty: Expected a Literal['easy', 'medium', 'hard']"),
         (["--train.seed", "null"], "--train.seed: Expected a int"),
+        (["--train.max_hours", "a"], "--train.max_hours: Expected float; given a\n"),  # which may be unset
         (["--config", "none.yaml"], "--config: File does not exist"),
     ],
 )
