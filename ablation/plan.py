@@ -44,7 +44,7 @@ class Planned:
     identity: dict[str, dict[str, Any]]  # what autoencoder and splits are by their content; see `check_identity`
     cost: Cost
     trained_in: Path  # another run's folder where both differ in sampling or scoring alone
-    first: bool  # of the ablation: the one that baselines are scored with
+    first: bool  # of those with its images, autoencoder and scoring: the one that baselines are scored with
     keys: dict[str, str] = field(default_factory=dict)  # of the stages
     speed: Speed | None = None
     start: float = 0.0  # seconds that a program takes until it does something
@@ -159,7 +159,10 @@ def make_plan(
     """Validated, matched, timed; what is measured is kept in `measured.json`, so that a later plan is the same. Raises
     ValueError that names the variant that cannot be."""
     measured = Measured(folder / "measured.json", accelerator)
-    plan = [check(run, ablation, measured, first=run is runs[0]) for run in runs]
+    firsts: dict[str, Run] = {}
+    for run in runs:
+        firsts.setdefault(repr((run.config.data, run.config.autoencoder, run.config.evaluation)), run)
+    plan = [check(run, ablation, measured, first=run in firsts.values()) for run in runs]
     if ablation.match is not None:
         plan = matched(plan, measured)
     stored = [done_stages(planned.run.folder) for planned in plan]

@@ -160,16 +160,22 @@ class Results:
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
-        """Scores of training images (floor) and reconstructions (ceiling); by variant where scored differently."""
-        of_run, of_samples = ("num_samples", "reference", "extractor_sha256"), ("labels", "autoencoder")
-        kinds = [[*map(run.record.get, of_run), *map(run.record["samples"].get, of_samples)] for run in self.runs]
-        alike = all(other == kinds[0] for other in kinds)
-        rows = {row["name"]: (run.plan["variant"], row) for run in self.runs for row in run.record["rows"][1:]}
+        """Scores of training images (floor) and of reconstructions (ceiling): of each way of scoring, and of each
+        autoencoder, the first run's; by its variant where there are several."""
         references = {}
-        for name, what in (("training images", "floor"), ("reconstructions", "ceiling")):
-            if name in rows:
-                variant, row = rows[name]
-                references[f"{name} ({what}{'' if alike else f' of {variant}'})"] = row["scores"]
+        for name, what, of_samples in (
+            ("training images", "floor", ("labels",)),
+            ("reconstructions", "ceiling", ("labels", "autoencoder")),
+        ):
+            found: dict[str, RunResult] = {}
+            for run in self.runs:
+                of_run = map(run.record.get, ("num_samples", "reference", "extractor_sha256"))
+                found.setdefault(repr([*of_run, *map(run.record["samples"].get, of_samples)]), run)
+            for run in found.values():
+                row = next((row for row in run.record["rows"][1:] if row["name"] == name), None)
+                if row is not None:
+                    of_variant = f" of {run.plan['variant']}" if len(found) > 1 else ""
+                    references[f"{name} ({what}{of_variant})"] = row["scores"]
         return references
 
 

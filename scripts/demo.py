@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STARTED = Path.cwd()
 RUN = Path("runs", "quickstart")
 CONFIG = ROOT / "configs" / "quickstart.yaml"
-MADE = "demo"  # in its run: a file that says so
+MADE = "demo"  # in its run: a file of the checkpoints that are its own
 PER_CLASS = 20
 
 
@@ -42,14 +42,14 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     with Lock(RUN / "training.lock"):  # not below a training that goes on there
-        if any(RUN.glob("checkpoints/[0-9]*")) and not (RUN / MADE).exists():
-            print(f"{RUN} is a training that no demo began, and is now {RUN.rename(beside(RUN))}")
+        made = (RUN / MADE).read_text().split() if (RUN / MADE).exists() else []
+        if checkpoints().difference(made):
+            print(f"{RUN} is a training that no demo has made, and is now {RUN.rename(beside(RUN))}")
         shutil.rmtree(RUN, ignore_errors=True)
-    RUN.mkdir(parents=True)
-    (RUN / MADE).touch()
 
     say("1/4", f"training {shown(experiment)}")
     launch("train.py", "--config", experiment, "--name", RUN.name)
+    (RUN / MADE).write_text("\n".join(checkpoints()))
 
     say("2/4", "drawing samples of every class")
     drawn, classifier, recognised = RUN / "samples.npz", RUN / "classifier.pt", RUN / "recognised.json"
@@ -73,6 +73,11 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
     print(f"picture: {shown(RUN / 'samples.png')}")
     print(f"scores:  {shown(RUN / 'scores.json')}")
     print(f"The demo took {(time.time() - began) / 60:.1f} minutes.")
+
+
+def checkpoints() -> set[str]:
+    """Of its run, by name."""
+    return {path.name for path in RUN.glob("checkpoints/[0-9]*")}
 
 
 def launch(program: str, *arguments: object) -> None:

@@ -108,7 +108,14 @@ def test_a_ceiling_is_of_its_own_autoencoder(ablation):
     assert list(results.references) == ["training images (floor)", "reconstructions (ceiling)"]
     last = results.variants[-1].runs[-1].record
     last["samples"]["autoencoder"] = {"sha256": "another"}
-    assert list(results.references) == ["training images (floor of DiT)", "reconstructions (ceiling of DiT)"]
+    assert list(results.references) == ["training images (floor)", "reconstructions (ceiling of DiT)"]
+    name = results.variants[-1].name
+    last["rows"].append({"name": "reconstructions", "scores": {}, "trials": []})
+    ceilings = ["reconstructions (ceiling of DiT)", f"reconstructions (ceiling of {name})"]
+    assert list(results.references) == ["training images (floor)", *ceilings]
+    last["samples"]["labels"] = "random"
+    floor, *others = results.references
+    assert (floor, others) == ("training images (floor of DiT)", ceilings)
 
 
 def values_of(ablation, variant, metric):

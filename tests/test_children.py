@@ -184,25 +184,35 @@ def test_a_demo_that_cannot_begin_deletes_nothing(tmp_path, monkeypatch, mistake
 
 def test_a_demo_deletes_what_a_demo_made_and_keeps_the_users_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    demo, launched = script("scripts/demo.py"), []
+    demo = script("scripts/demo.py")
+    run, kept = (
+        Path("runs/quickstart"),
+        lambda: sorted(path.name for path in Path("runs").glob("*.before-*/checkpoints/*")),
+    )
 
-    class Launched(Exception):
+    class Drawn(Exception):
         pass
 
-    def launch(*command):
-        launched.append(command)
-        raise Launched
+    def launch(program, *_):
+        if program != "train.py":
+            raise Drawn
+        (run / "checkpoints/00000500").mkdir(parents=True)
+
+    def begin():
+        with pytest.raises(Drawn):
+            demo.main(tmp_path / "tiny.yaml", tmp_path)
+        assert [path.name for path in run.glob("checkpoints/*")] == ["00000500"]
 
     monkeypatch.setattr(demo, "launch", launch)
-    weights = Path("runs/quickstart/checkpoints/00000500/ema.safetensors")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    for kept in ([b"the user's"], [b"the user's"]):  # the second time what is there is the demo's
-        weights.parent.mkdir(parents=True)
-        weights.write_bytes(b"the demo's" if launched else b"the user's")
-        with pytest.raises(Launched):
-            demo.main(tmp_path / "tiny.yaml", tmp_path)
-        assert [path.read_bytes() for path in Path("runs").glob("quickstart.before-*/checkpoints/*/*")] == kept
-        assert not weights.exists()
+    (run / "checkpoints/00000400").mkdir(parents=True)  # the user's
+    begin()
+    assert kept() == ["00000400"]
+    begin()  # on what a demo has made
+    assert kept() == ["00000400"]
+    (run / "checkpoints/00000900").mkdir()  # the demo's, that the user has gone on with
+    begin()
+    assert kept() == ["00000400", "00000500", "00000900"]
 
 
 def test_the_demos_help_is_help(tmp_path):
