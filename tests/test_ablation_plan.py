@@ -224,3 +224,15 @@ def test_an_estimate_has_all_that_a_run_does():
     image = 2 * 3 / 10 + 1 / 5  # guided, three steps
     grids, scored, pictures = 3 * 40 * image, 12 * image, 8 * 8 * image
     assert planned.seconds == pytest.approx(300 + 4 * 8 / 16 + 2 * 5 / 10 + grids + 3 * scored + pictures)
+
+
+def test_baselines_are_scored_once_for_each_autoencoder():
+    grid = {"autoencoder": ["embedded", "pixel"], "seed": [0, 1]}
+    ablation = AblationConfig(base=TINY, variants={"a": {}, "b": {"sampling.num_steps": 2}}, grid=grid)
+    runs, accelerator = expand(ablation, "x"), open_accelerator("fp32")
+    plan = make_plan(ablation, runs, Path("runs/x"), accelerator, timed=False, any_code=False)
+    first = [planned.run for planned in plan if planned.first]
+    assert [(run.point["variant"], run.config.autoencoder, run.seed) for run in first] == [
+        ("a", "embedded", 0),
+        ("a", "pixel", 0),
+    ]
