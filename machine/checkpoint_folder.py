@@ -57,12 +57,13 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished ones, oldest first."""
     _put_back(folder)
-    return [path for path in by_step(folder).values() if path.is_dir()]
+    return [*by_step(folder).values()]
 
 
 def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """What is called by its step alone, in order: `00000100`, or with a suffix `00000100.png`."""
+    """What is called by its step alone, in order: folders, `00000100`, or with a suffix files, `00000100.png`."""
     paths = [path for path in folder.glob(f"[0-9]*{suffix}") if path.name.removesuffix(suffix).isdecimal()]
+    paths = [path for path in paths if path.is_dir() != bool(suffix)]
     return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
 
 

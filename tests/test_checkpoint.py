@@ -243,6 +243,7 @@ def test_rotation_counts_whole_checkpoints_alone(saved):
         spoiled = folder.parent / f"{step:08d}" / "state" / "progress.json"
         spoiled.write_text(spoiled.read_text()[:-1])
     (folder.parent / "00000002.bak").mkdir()
+    (folder.parent / "2").touch()
     save(folder.parent, 4, *trained, keep=2)
     assert [int(path.name) for path in list_checkpoints(folder.parent)] == [1, 2, 3, 4]
     save(folder.parent, 5, *trained, keep=2)
