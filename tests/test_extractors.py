@@ -122,7 +122,7 @@ def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
     neighbours = count_neighbours(x.features, y.features, neighbourhood=1)
     assert neighbours["precision"].value is not None
     assert not extractor.published_weights
-    assert classifier_score(x.logits, splits=1).value >= 1
+    assert classifier_score(x.logits, splits=1).value >= 1 - 1e-9  # up to rounding
     assert (extractor.name, x.features.shape[1]) == ("inception", 2048)
     assert len(extractor.sha256) == 64
 
