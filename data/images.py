@@ -55,85 +55,114 @@ class ImageDataset(ImageSet):
         group_near_duplicates: bool = False,
     ) -> None:
         check_name("split", split, ("train", "test", "all"))
-        self.source = open_files(Path(path))
+        self.source, self._flag = open_files(Path(path)), f"--data.path {path}"
         self.source_name, self.split = self.source.path.name, split
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
+        layout = self._understand(classes, exclude_classes)
+        label_of = self._of_classes(layout, classes, exclude_classes)
+        if layout.splits and group_near_duplicates:
+            has = f"{path} has a split of its own ({layout.note})"
+            raise DataError(f"--data.group_near_duplicates true: {has}; leave it out")
+        grouped = group_near_duplicates and split != "all"
+        groups = self._near_duplicates(label_of, on_error) if grouped else None
+        in_split = self._of_split(layout, label_of, test_fraction, split_seed, groups)
+        self.names = self._usable(in_split, on_error, min_size)
+
+        if not use_labels:
+            self.classes = []
+        elif split != "test":
+            self._refuse_lost_classes({label_of[name] for name in self.names})
+        labels = {name: label for label, name in enumerate(self.classes)}
+        numbers = {name: number for number, name in enumerate(layout.classes)}
+        self.labels = torch.tensor([labels.get(label_of[name], 0) for name in self.names])
+        self.source_indices = torch.tensor([numbers[name] for name in self.names])
+        self.source_hash = self._hash(layout)
+
+    def _understand(self, classes: Sequence[str], exclude_classes: Sequence[str]) -> Layout:
+        files, chosen, beside = self.source, (classes, exclude_classes), []
         try:
-            layout = self._understand(classes, exclude_classes)
+            if isinstance(files, Tars):
+                beside, table = files.beside, (files.path if files.path.is_dir() else files.path.parent) / NAMES
+                class_names = table.read_text(encoding="utf-8-sig") if table.is_file() else None
+                layout = understand_tars(files.names, files.read, class_names, *chosen)
+            else:
+                layout = understand(files.names, files.read, *chosen)
         except DataError as error:
-            raise DataError(f"--data.path {path}: {error}") from error
-        beside = self.source.beside if isinstance(self.source, Tars) else []
-        self.left_out = {"links to what is there already": self.source.repeated, "beside the shards": beside}
-        self.left_out |= layout.left_out
-        names, found = list(layout.classes), sorted({*layout.classes.values()} - {""})
-        if not names:
-            raise DataError(f"--data.path {path}: no images in it; give a folder with one for each class{self._less()}")
+            raise DataError(f"{self._flag}: {error}") from error
+        unread = {"links to what is there already": files.repeated, "beside the shards": beside}
+        self.left_out = unread | layout.left_out
+        if not layout.classes:
+            raise DataError(f"{self._flag}: no images in it; give a folder with one for each class{self._less()}")
+        return layout
+
+    def _of_classes(self, layout: Layout, classes: Sequence[str], exclude_classes: Sequence[str]) -> dict[str, str]:
+        """The images of the classes that are asked for, all of them by default, and of each its class."""
+        found = sorted({*layout.classes.values()} - {""})
         composed = {unicodedata.normalize("NFC", name): name for name in found}  # macOS takes names apart
         if len(composed) < len(found):
             twice = next(name for name in found if composed[unicodedata.normalize("NFC", name)] != name)
-            raise DataError(f"--data.path {path}: two classes are called {twice}, in two Unicode forms: rename one")
+            raise DataError(f"{self._flag}: two classes are called {twice}, in two Unicode forms: rename one")
 
-        def known(flag: str, asked: Sequence[str]) -> set[str]:
+        def known(flag: str, asked: Sequence[str], otherwise: str) -> set[str]:
             asked = [composed.get(unicodedata.normalize("NFC", name), name) for name in asked]
             if unknown := sorted({*asked} - {*found}):
-                everything = "'[]' leaves out none" if flag == "exclude_classes" else "null takes all"
-                has = f"there are {abridged(found)}; {everything}" if found else "these images have none, leave it out"
+                has = f"there are {abridged(found)}; {otherwise}" if found else "these images have none, leave it out"
                 raise DataError(f"--data.{flag} {unknown[0]}: no such class; {has}")
             return {*asked}
 
-        excluded = known("exclude_classes", exclude_classes) | ({*found} - known("classes", classes or found))
+        excluded = known("exclude_classes", exclude_classes, "'[]' leaves out none")
+        excluded |= {*found} - known("classes", classes or found, "null takes all")
         self.classes = [name for name in found if name not in excluded]
-        used = {name: label for name, label in layout.classes.items() if label not in excluded}
-        self.left_out = {**self.left_out, "of excluded classes": [name for name in names if name not in used]}
+        self._leave_out("of excluded classes", [name for name, label in layout.classes.items() if label in excluded])
+        return {name: label for name, label in layout.classes.items() if label not in excluded}
 
-        note, held_out = layout.note, set()
-        if layout.splits and group_near_duplicates:
-            raise DataError(f"--data.group_near_duplicates true: {path} has a split of its own ({note}); leave it out")
-        if layout.splits:
-            held_out = set(layout.splits["test"])
-        elif split != "all":
-            groups = self._near_duplicates(used, on_error) if group_near_duplicates else {}
-            held_out = hold_out(used, test_fraction, split_seed, groups)
-            how = f"split by --data.test_fraction {test_fraction}"
-            together = f", {len(groups)} near-duplicates in {len(set(groups.values()))} groups kept together"
-            note = ", ".join(filter(None, [note, how + together * group_near_duplicates]))
-        untrained = set(self.classes) - {label for name, label in used.items() if name not in held_out}
+    def _of_split(
+        self,
+        layout: Layout,
+        label_of: Mapping[str, str],
+        test_fraction: float,
+        split_seed: int,
+        groups: Mapping[str, str] | None,
+    ) -> list[str]:
+        """The images of the split: the tree's own, or by a hash of names, near-duplicates by that of their group."""
+        held_out, self.note = {*(layout.splits or {}).get("test", ())}, layout.note
+        if not layout.splits and self.split != "all":
+            held_out = hold_out(label_of, test_fraction, split_seed, groups or {})
+            words = [self.note, f"split by --data.test_fraction {test_fraction}"]
+            if groups is not None:
+                num_groups = len({*groups.values()})
+                words.append(f"{len(groups)} near-duplicates in {num_groups} groups kept together")
+            self.note = ", ".join(filter(None, words))
+        untrained = {*self.classes} - {label for name, label in label_of.items() if name not in held_out}
         if untrained:
-            raise DataError(f"--data.path {path}: class '{min(untrained)}' has held-out images and none to train on")
-        self.note = note
-        chosen = [name for name in used if split == "all" or (name in held_out) == (split == "test")]
+            raise DataError(f"{self._flag}: class '{min(untrained)}' has held-out images and none to train on")
+        return [name for name in label_of if self.split == "all" or (name in held_out) == (self.split == "test")]
+
+    def _usable(self, names: list[str], on_error: str, min_size: int) -> list[str]:
         if on_error == "skip":
-            chosen = self._keep("damaged", chosen, self._is_readable)
+            names = self._keep("damaged", names, self._is_readable)
         if min_size:
-            chosen = self._keep(f"smaller than {min_size}", chosen, lambda name: min(self._size(name)) >= min_size)
-        if not chosen:
-            raise DataError(f"--data.path {path}: no images left in the {split} split{self._less()}")
-        gone = {*self.classes} - {used[name] for name in chosen} if use_labels and split != "test" else ()
-        if gone:  # a class that is asked of the model, and was never shown to it
+            names = self._keep(f"smaller than {min_size}", names, lambda name: min(self._size(name)) >= min_size)
+        if not names:
+            raise DataError(f"{self._flag}: no images left in the {self.split} split{self._less()}")
+        return names
+
+    def _refuse_lost_classes(self, left: set[str]) -> None:
+        """A class would be asked of the model, and was never shown to it."""
+        if gone := {*self.classes} - left:
             raise DataError(
-                f"--data.path {path}: class '{min(gone)}' has no images left in the {split} split{self._less()}; "
+                f"{self._flag}: class '{min(gone)}' has no images left in the {self.split} split{self._less()}; "
                 f"--data.exclude_classes '[{min(gone)}]'"
             )
-        self.names = chosen
-        order = {name: position for position, name in enumerate(names)}
-        numbered = {name: number for number, name in enumerate(self.classes)}
-        self.source_indices = torch.tensor([order[name] for name in chosen])
-        self.labels = torch.tensor([numbered.get(used[name], 0) for name in chosen])
-        if not use_labels:
-            self.classes, self.labels = [], torch.zeros_like(self.labels)
-        self.source_hash = content_hash(self.source, [*names, *layout.tables])
-        if isinstance(self.source, Tars):  # where no name of an image or a table says its class
-            said = "".join(f"{name}:{label}\n" for name, label in layout.classes.items())
-            self.source_hash = hashlib.sha256(f"{self.source_hash}\n{said}".encode()).hexdigest()
 
-    def _understand(self, classes: Sequence[str], exclude_classes: Sequence[str]) -> Layout:
-        files, chosen = self.source, (classes, exclude_classes)
-        if not isinstance(files, Tars):
-            return understand(files.names, files.read, *chosen)
-        beside = (files.path if files.path.is_dir() else files.path.parent) / NAMES
-        class_names = beside.read_text(encoding="utf-8-sig") if beside.is_file() else None
-        return understand_tars(files.names, files.read, class_names, *chosen)
+    def _hash(self, layout: Layout) -> str:
+        files = content_hash(self.source, [*layout.classes, *layout.tables])
+        if not isinstance(self.source, Tars):
+            return files
+        # Where no name of an image or a table says its class.
+        said = "".join(f"{name}:{label}\n" for name, label in layout.classes.items())
+        return hashlib.sha256(f"{files}\n{said}".encode()).hexdigest()
 
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
         return self._read(self.names[index])
@@ -180,8 +209,11 @@ class ImageDataset(ImageSet):
 
     def _keep(self, otherwise: str, names: list[str], fits: Callable[[str], bool]) -> list[str]:
         kept = [name for name in tqdm(names, desc="checking images", leave=False) if fits(name)]
-        self.left_out = {**self.left_out, otherwise: sorted({*names} - {*kept})}
+        self._leave_out(otherwise, sorted({*names} - {*kept}))
         return kept
+
+    def _leave_out(self, why: str, names: Sequence[str]) -> None:
+        self.left_out = {**self.left_out, why: names}
 
     def _less(self) -> str:
         words = [f"{len(names)} {why} ({abridged(names, 3)})" for why, names in self.left_out.items() if names]
