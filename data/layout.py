@@ -43,8 +43,50 @@ def understand(
     """A class a folder, below a level of `train/` and `test/` (or `val/`) where there is one; or images without class
     folders, whose classes `labels.csv` (file, label) may name. One class may lie below another where not both are
     chosen."""
-    left_out: defaultdict[str, list[str]] = defaultdict(list)
-    images, tables = [], []
+    images, tables, left_out = _by_kind(names)
+    root, paths, loose = _common_folder({name: name for name in images})
+    splits, places = None, [f"in {root}"] if root else []
+    if levels := _levels(paths.values()):
+        train, held_out = levels["train"], levels.get("test") or levels["val"]
+        places.append(f"split as {train}/ and {held_out}/")
+        loose += [name for name, path in paths.items() if "/" not in path]
+        of = {
+            level: [name for name, path in paths.items() if path.startswith(f"{level}/")] for level in levels.values()
+        }
+        splits = {"train": of.pop(train), "test": of.pop(held_out)}
+        left_out |= {f"in {level}/, beside {train}/ and {held_out}/": rest for level, rest in of.items()}
+        below = {name: paths[name].partition("/")[2] for name in sorted(splits["train"] + splits["test"])}
+        _, paths, outside = _common_folder(below)
+        loose += outside
+    else:
+        _refuse_other_levels(paths.values())
+
+    labels = {name: posixpath.dirname(path) for name, path in paths.items()}
+    if tables and len({*labels.values()}) <= 1:
+        labels = _labels(tables, read, labels)
+        left_out["not named in labels.csv"] = [name for name in paths if name not in labels]
+        places.append("classes from labels.csv")
+    else:
+        left_out["other files"] += tables
+        tables = []
+        if any(labels.values()):
+            loose += [name for name, label in labels.items() if not label]
+            labels = {name: label for name, label in labels.items() if label}
+    left_out["in no class folder"] += loose
+    if len(loose) > len(labels):
+        raise DataError(
+            f"{len(loose)} images lie loose, such as {loose[0]}, and {len(labels)} in folders: move either away, or "
+            "the loose ones into a folder of their class"
+        )
+    _refuse_nested({*labels.values()}, classes, exclude_classes)
+    if splits:
+        splits = {split: [name for name in group if name in labels] for split, group in splits.items()}
+    return Layout(labels, splits, {why: left for why, left in left_out.items() if left}, ", ".join(places), tables)
+
+
+def _by_kind(names: Iterable[str]) -> tuple[list[str], list[str], defaultdict[str, list[str]]]:
+    """Images, tables of labels, and what is left out, by the reason."""
+    images, tables, left_out = [], [], defaultdict[str, list[str]](list)
     for name in sorted(name for name in names if not is_hidden(name)):
         suffix = posixpath.splitext(name)[1].lower()
         if suffix in SUFFIXES:
@@ -55,71 +97,25 @@ def understand(
             left_out[f"of kind {suffix}, which is not read: convert it to PNG"].append(name)
         else:
             left_out["other files"].append(name)
-
-    root = _common_folder(images)
-    loose = [name for name in images if not name.startswith(root)]
-    rest = {name: name.removeprefix(root) for name in images if name.startswith(root)}
-    levels = _levels(rest.values())
-    if not levels:
-        _refuse_other_levels(rest.values())
-    held_out = "test" if "test" in levels else "val"
-    splits, places = None, [f"in {root}"] if root else []
-    if levels:
-        splits = {"train": [], "test": []}
-        places.append(f"split as {levels['train']}/ and {levels[held_out]}/")
-        for name, path in rest.items():
-            level, _, below = path.partition("/")
-            if not below:
-                loose.append(name)
-            elif level == levels["train"]:
-                splits["train"].append(name)
-            elif level == levels[held_out]:
-                splits["test"].append(name)
-            else:
-                left_out[f"in {level}/, beside {levels['train']}/ and {levels[held_out]}/"].append(name)
-        rest = {name: rest[name].partition("/")[2] for name in sorted(splits["train"] + splits["test"])}
-        common = _common_folder(rest.values())
-        loose += [name for name, path in rest.items() if not path.startswith(common)]
-        rest = {name: path.removeprefix(common) for name, path in rest.items() if path.startswith(common)}
-
-    labels = {name: posixpath.dirname(path) for name, path in rest.items()}
-    if tables and len(set(labels.values())) <= 1:
-        labels = _labels(tables, read, labels)
-        left_out["not named in labels.csv"] = [name for name in rest if name not in labels]
-        places.append("classes from labels.csv")
-    else:
-        left_out["other files"] += tables
-        tables = []
-        if len({*labels.values()}) > 1:
-            loose += [name for name, label in labels.items() if not label]
-            labels = {name: label for name, label in labels.items() if label}
-    left_out["in no class folder"] += loose
-    if len(loose) > len(labels):
-        raise DataError(
-            f"{len(loose)} images lie loose, such as {loose[0]}, and {len(labels)} in folders: move either away, or "
-            "the loose ones into a folder of their class"
-        )
-    wanted, unwanted = ({unicodedata.normalize("NFC", name) for name in some} for some in (classes, exclude_classes))
-    found = {label: unicodedata.normalize("NFC", label) for label in labels.values()}  # macOS takes names apart
-    _refuse_nested({label for label, name in found.items() if name in (wanted or {name}) - unwanted})
-    if splits:
-        splits = {split: [name for name in group if name in labels] for split, group in splits.items()}
-    return Layout(labels, splits, {why: left for why, left in left_out.items() if left}, ", ".join(places), tables)
+    return images, tables, left_out
 
 
 def is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
 
 
-def _common_folder(paths: Iterable[str]) -> str:
-    """The folder above all class folders: the longest that holds every image in folders of its own."""
-    nested, root = [path for path in paths if "/" in path], ""
+def _common_folder(paths: dict[str, str]) -> tuple[str, dict[str, str], list[str]]:
+    """The folder above all class folders, the longest that holds every image in folders of its own; by their names the
+    paths below it; and what lies outside."""
+    nested, root = [path for path in paths.values() if "/" in path], ""
     while True:
         below = {path[len(root) :].partition("/")[0] for path in nested}
         deeper = [path for path in nested if path[len(root) :].count("/") > 1]
         if len(below) != 1 or not deeper:
-            return root
+            break
         root, nested = f"{root}{below.pop()}/", deeper
+    inside = {name: path.removeprefix(root) for name, path in paths.items() if path.startswith(root)}
+    return root, inside, [name for name in paths if name not in inside]
 
 
 def _levels(paths: Iterable[str]) -> dict[str, str]:
@@ -158,7 +154,11 @@ def _refuse_other_levels(paths: Collection[str]) -> None:
             )
 
 
-def _refuse_nested(classes: set[str]) -> None:
+def _refuse_nested(found: set[str], wanted: Sequence[str], unwanted: Sequence[str]) -> None:
+    """Of the classes that are chosen none lies in another, nor a split in one."""
+    composed = {label: unicodedata.normalize("NFC", label) for label in found}  # macOS takes names apart
+    wanted, unwanted = ([unicodedata.normalize("NFC", name) for name in some] for some in (wanted, unwanted))
+    classes = {label for label, name in composed.items() if name in (wanted or [name]) and name not in unwanted}
     for label in sorted(classes):
         above = next((str(path) for path in PurePosixPath(label).parents if str(path) in classes), None)
         if above:
