@@ -68,7 +68,7 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         words = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(message.split()))
         words = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", words)
-        words = re.sub(UNION, r"\1; given ", words)
+        words = re.sub(UNION, r"\1; given ", words).replace("Expected a int", "Expected an int")
         words += suggestion(words, self)
         print(f"{self.prog}: error: {words[:1000]}\n{self.prog} --help lists all settings", file=sys.stderr)
         raise SystemExit(2) from None

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -19,7 +20,7 @@ class Lock:
 
     def __init__(self, path: Path, *, waits: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a+")
+        self.path, self.file = path, path.open("a+")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -36,6 +37,13 @@ class Lock:
 
     def __enter__(self) -> Lock:
         return self
+
+    def leave_no_trace(self) -> None:
+        """Delete the folder if it holds nothing but this file."""
+        if [*self.path.parent.iterdir()] == [self.path]:
+            self.path.unlink()
+            with suppress(OSError):  # something was added in the meantime
+                self.path.parent.rmdir()
 
     def __exit__(self, *_: object) -> None:
         self.file.truncate(0)

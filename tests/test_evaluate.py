@@ -234,8 +234,10 @@ def test_an_npz_is_scored_and_the_self_check_passes(folder, extractor):
     ],
 )
 def test_mistakes_end_in_one_line(folder, extractor, arguments, message):
+    before = {*(folder / "runs").iterdir()}
     done = run(*arguments, cwd=folder, check=False)
     assert done.returncode != 0
+    assert {*(folder / "runs").iterdir()} == before  # no empty folder of a training that was refused
     last = done.stderr.strip().splitlines()[-1]
     assert "error:" in last
     assert message in last

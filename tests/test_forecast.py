@@ -16,7 +16,7 @@ def test_an_epoch_is_forecast_and_the_model_stays_as_it_is():
     model = spec.build()
     before, random = {name: each.clone() for name, each in model.state_dict().items()}, torch.get_rng_state()
     few, many = (forecast(model, spec, diffusion, Accelerator(cpu=True), num) for num in (1, 10**9))
-    assert few.startswith("an epoch takes about 0 seconds on this CPU")
+    assert few.startswith("an epoch takes about 0 s on this CPU")
     assert many.endswith("hours on this CPU; made for CPUs are --config configs/quickstart.yaml and --model XSwin-S")
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training

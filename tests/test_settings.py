@@ -122,7 +122,7 @@ def test_settings_of_sampling_have_a_short_spelling_and_may_be_several(capsys):
     sample = script("sample.py").SampleConfig
     flags = ["--checkpoint", "x", "--num_steps", "7", "--sampling.guidance_interval", "[0, 2]"]
     assert set_values(parse(sample, flags).sampling) == {"num_steps": 7, "guidance_interval": [0.0, 2.0]}
-    for mistake, words in {"--num_steps=many": "Expected a int", "--eta=1": "--eta=1"}.items():
+    for mistake, words in {"--num_steps=many": "Expected an int", "--eta=1": "--eta=1"}.items():
         with pytest.raises(SystemExit):
             parse(sample, ["--checkpoint", "x", mistake])
         assert words in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_of_epochs_and_steps_one_says_how_long(tmp_path):
         (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
         (["--optim.lr", "fast"], "--optim.lr: Expected a float. Got value: fast"),
         (["--data.difficulty", "brutal"], "--data.difficulty: Expected a Literal['easy', 'medium', 'hard']"),
-        (["--train.seed", "null"], "--train.seed: Expected a int"),
+        (["--train.seed", "null"], "--train.seed: Expected an int"),
         (["--train.max_hours", "a"], "--train.max_hours: Expected float; given a\n"),  # which may be unset
         (["--config", "none.yaml"], "--config: File does not exist"),
     ],

@@ -57,6 +57,8 @@ class Interruption:
                 self.accelerator.print(words)
         self.handling.__exit__(None, None, None)
         if main:
+            if isinstance(error, Exception):  # which may have refused the very first step
+                self.lock.leave_no_trace()
             self.lock.__exit__()
         if stops:
             raise SystemExit(EXIT_CODE) from None

@@ -107,7 +107,7 @@ def forecast(model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerato
             seconds = 3 * (time.perf_counter() - began) / batch_size * num_images / accelerator.num_processes
         model.train()
     duration = f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
-    words = f"an epoch takes about {duration if seconds > 90 else f'{seconds:.0f} seconds'} on this CPU"
+    words = f"an epoch takes about {duration if seconds > 90 else f'{seconds:.0f} s'} on this CPU"
     if seconds > LONG:
         words += "; made for CPUs are --config configs/quickstart.yaml and --model XSwin-S"
     return words
