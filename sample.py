@@ -1,4 +1,4 @@
-"""Draw samples from a checkpoint: a grid, a folder a class, or an ADM-style npz.
+"""Generate samples from a checkpoint: a grid, a folder per class, or an npz in ADM's format.
 
 python sample.py --checkpoint runs/XSwin
 python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --num_per_class 8 --output out.png
@@ -21,26 +21,26 @@ from settings import SEEDS, set_values, within
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Draw samples from a checkpoint; the checkpoint alone says what they are.
+    """Generate samples from a checkpoint, with the model, diffusion, autoencoder and settings that it was trained with.
 
     Args:
-        checkpoint: a run's folder, a checkpoint, its ema.safetensors, hf://owner/name, or embedded
-        output: FILE.png or FILE.pdf for a grid, FILE.npz for arrays, else a folder with a subfolder a class; by default
-            samples.png in the run's folder (of older weights samples-WHICH.png)
-        classes: names or numbers, such as 7 or '[cat, dog]'; all of them by default; --class is the same
-        num_per_class: images of each
-        seed: image i is a function of the seed, i and its label alone
-        sampling: in place of the checkpoint's settings; --guidance_scale is short for --sampling.guidance_scale, ...
-        batch_size: images at a time, on each process
-        panel: also draw so many moments of the denoising, as a second picture: x_t above, predicted x_0 below
-        stages: also draw what each stage of a cascade put out, side by side, as another picture
-        reconstruct: in place of samples, held-out images noised to this time, and x_0 from there in one step and by all
-        interpolate: in place of samples, so many pictures on the way from the first class to the last
-        to_seed: where to go from `seed`
-        precision: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
-        autoencoder: in place of the checkpoint's (a folder, say, where there is no hub)
-        imports: modules or .py files of samplers, ... (docs/extending.md), where the checkpoint's have moved too
-        data: of the held-out images, where they have moved (--data.path)
+        checkpoint: a run's folder, a checkpoint, its ema.safetensors, hf://owner/name, or 'embedded'
+        output: FILE.png or FILE.pdf for a grid, FILE.npz for arrays, anything else for a folder with one subfolder per
+            class; by default samples.png in the run's folder (samples-WHICH.png if the weights are not the newest)
+        classes: names or numbers, such as 7 or '[cat, dog]'; all by default; --class is an alias
+        num_per_class: images per class
+        seed: image i depends only on the seed, i and its label
+        sampling: overrides of the checkpoint's settings; --guidance_scale is short for --sampling.guidance_scale, etc.
+        batch_size: images per batch, on each process
+        panel: also write a picture of this many moments of the denoising: x_t above, predicted x_0 below
+        stages: also write a picture of each cascade stage's output, side by side
+        reconstruct: instead of samples: noise held-out images to this time, and denoise them in one step and in all
+        interpolate: instead of samples: this many images between the first class and the last
+        to_seed: with --interpolate: the seed at the other end
+        precision: 'auto' (bf16 if the device has instructions for it, else fp32), 'fp32' or 'bf16'
+        autoencoder: replaces the checkpoint's, for example by a local folder when the hub is out of reach
+        imports: modules or .py files with samplers etc. of your own (docs/extending.md), if they have moved
+        data: with --reconstruct: where the held-out images are now (--data.path)
     """
 
     checkpoint: str
@@ -62,7 +62,7 @@ class SampleConfig:
 
 
 def main(config: SampleConfig) -> None:
-    """Load a checkpoint, draw, write what was asked for."""
+    """Load the checkpoint, generate, and write the output."""
     with importing():
         import torch
 
@@ -102,7 +102,7 @@ def main(config: SampleConfig) -> None:
         return
     batches = stream(generator, batch_size=config.batch_size)
     if not accelerator.is_main_process:
-        deque(batches, maxlen=0)  # what it draws is gathered by the main process
+        deque(batches, maxlen=0)  # the main process gathers the images
         return
 
     output = output_of("samples")
@@ -136,7 +136,7 @@ WITHOUT_EFFECT = {  # by what is drawn
 
 
 def check(config: SampleConfig) -> None:
-    """What cannot be asked for together."""
+    """Refuse flags that have no effect together."""
     defaults = SampleConfig(config.checkpoint)
     drawn = "--reconstruct" if config.reconstruct is not None else "--interpolate" if config.interpolate else "samples"
     for flag in WITHOUT_EFFECT[drawn]:
@@ -147,7 +147,7 @@ def check(config: SampleConfig) -> None:
 
 
 def check_output(output: Path | None, *, is_picture: bool) -> None:
-    """Before anything is drawn, that the ending says what kind of file is written."""
+    """Check, before anything is generated, that the suffix names a format."""
     ending = output.suffix.lower() if output and not output.is_dir() else ""
     if is_picture and output and ending not in PICTURES:
         raise ValueError(f"--output {output}: it is one picture, give FILE.png or FILE.pdf")
@@ -159,7 +159,7 @@ def check_output(output: Path | None, *, is_picture: bool) -> None:
 
 
 def beside(output: Path, name: str) -> Path:
-    """Where a second picture goes: beside the file or the folder, where nothing takes it for a sample."""
+    """Path of a second picture, beside the output, where it is not mistaken for a sample."""
     ending = output.suffix if output.suffix.lower() in (*PICTURES, ".npz") else ""
     return output.with_name(f"{output.name.removesuffix(ending)}-{name}{ending.replace('.npz', '') or '.png'}")
 

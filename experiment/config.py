@@ -1,5 +1,5 @@
-"""The one configuration: frozen dataclasses, read from YAML and flags. Values that follow from others are never written
-down. Nothing heavy is imported here, so that `--help` answers at once."""
+"""The configuration of a training: frozen dataclasses, filled from YAML and flags. It holds no value that follows from
+others, and imports nothing heavy, so that `--help` answers at once."""
 
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -20,21 +20,21 @@ class DataConfig:
     """Images and how they are read.
 
     Args:
-        path: folder or zip with a class a folder (a train/ and test/ or val/ level is used where it exists), or with
-            a labels.csv (file,label), or with neither; tar shards; or 'shapes' for the embedded procedural dataset
-        image_size: side in pixels; images are cropped to the centre square and resized where needed
-        test_fraction: share of each class held out, where the source has no train/ and test/ of its own
+        path: folder or zip of images: one subfolder per class (below train/ and test/ or val/, if there are such), or a
+            labels.csv (file,label), or no labels; or tar shards; or 'shapes', the built-in procedural dataset
+        image_size: side in pixels; images are cropped to their central square and resized if necessary
+        test_fraction: fraction of each class that is held out, if the source has no test split of its own
         split_seed: seed of that split
-        group_near_duplicates: keep images that look alike (by a perceptual hash) on one side of that split
-        classes: class folders to keep; none named: all of them
-        exclude_classes: class folders to leave out
-        use_labels: false trains an unconditional model on labelled folders
-        min_size: leave out images with a side below so many pixels, and say how many
-        on_error: what a damaged image does: 'stop' names it, 'skip' counts and reports
-        flip: train on mirrored images too
+        group_near_duplicates: keep near-duplicates (by perceptual hash) on the same side of that split
+        classes: classes to use; all by default
+        exclude_classes: classes to leave out
+        use_labels: set to false to ignore labels and train unconditionally
+        min_size: leave out images with a side shorter than this, in pixels, and report how many
+        on_error: at a damaged image, 'stop' with its name, or 'skip' it and report how many
+        flip: also train on horizontally flipped images
         num_images: size of the training split of 'shapes'
         difficulty: of 'shapes': 'easy', 'medium' or 'hard'
-        cache: folder for encoded datasets; each gets a folder of its own, built on first use
+        cache: folder for encoded datasets, each in a subfolder that is built on first use
     """
 
     path: str = "shapes"
@@ -55,12 +55,12 @@ class DataConfig:
 
 @unset
 class DataFlags(DataConfig):
-    """What a command says of images in place of a checkpoint's, or of the defaults."""
+    """Data settings given to a command, which override the checkpoint's or the defaults."""
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The diffusion and its objective: settings of all kinds. What is null is the kind's own default."""
+    """The diffusion and its objective. The settings are those of all kinds; null means the kind's default."""
 
     kind: str = "gaussian"
 
@@ -70,21 +70,21 @@ class DiffusionConfig:
         def __getattr__(self, name: str) -> Any: ...
 
 
-import_module("studies.cascade")  # of this repository, but no part of the core: it registers itself
+import_module("studies.cascade")  # a study outside the core, which registers itself
 open_section(DiffusionConfig, DIFFUSIONS)
 
 
 @dataclass(frozen=True)
 class AuxiliaryConfig:
-    """A further term of the loss, of the data that the backbone predicts, times alpha-bar.
+    """A further loss term, computed on the predicted x_0 and weighted by alpha-bar.
 
     Args:
-        kind: 'perceptual' (distance in a frozen network's features; in pixel space) or 'feature_matching' (in the
-            backbone's own features: of a U-Net's encoder, of others a quarter and half of the way through)
-        weight: of the term
-        network: of 'perceptual': 'vgg19' (its fourth convolution), 'lpips' (Zhang et al. 2018, on VGG16), or a .pt2 or
-            TorchScript file: images from 0 to 255 to features (a program: run only what you trust)
-        heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
+        kind: 'perceptual' (distance between a frozen network's features; for pixel space) or 'feature_matching'
+            (between the backbone's own: a U-Net's encoder, otherwise after a quarter and a half of the blocks)
+        weight: weight of the term
+        network: for 'perceptual': 'vgg19' (its fourth convolution), 'lpips' (Zhang et al. 2018, on VGG16), or a .pt2 or
+            TorchScript file that maps images in 0..255 to features (it is a program: run only what you trust)
+        heads: for 'lpips': file with its v0.1 weights for VGG16; null downloads it
     """
 
     kind: str
@@ -95,17 +95,17 @@ class AuxiliaryConfig:
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """Hidden states of the backbone that learn to resemble a frozen network's features of the clean image: REPA (Yu et
-    al. 2025), or iREPA (Singh et al. 2025). Those are computed once, into a cache beside the latents'; samplers, scores
-    and the averaged weights know nothing of it.
+    """Alignment of the backbone's hidden states with a frozen network's features of the clean image: REPA (Yu et al.
+    2025) or iREPA (Singh et al. 2025). The features are computed once and cached beside the latents; sampling, scores
+    and the averaged weights do not use them.
 
     Args:
-        extractor: the network: timm:NAME, or a .pt2 or TorchScript file (images from 0 to 255 to [n d h w]; a program:
-            run only what you trust); null: no alignment
-        weights_path: of timm:NAME: a file of weights; null: timm's own
-        depth: share of the backbone's blocks after which it looks at the hidden states
-        weight: of the term, 1 minus the mean cosine similarity
-        kind: 'irepa' (a convolution; features normalised over their places) or 'repa' (a perceptron of three layers)
+        extractor: the frozen network: timm:NAME, or a .pt2 or TorchScript file that maps images in 0..255 to
+            [n d h w] (it is a program: run only what you trust); null turns alignment off
+        weights_path: for timm:NAME: a file of weights; null uses timm's own
+        depth: fraction of the backbone's blocks after which its hidden states are aligned
+        weight: weight of the term, which is 1 minus the mean cosine similarity
+        kind: 'irepa' (convolutional projector, spatially normalised features) or 'repa' (three-layer MLP projector)
     """
 
     extractor: str | None = None
@@ -120,18 +120,18 @@ class OptimConfig:
     """AdamW, or Muon with AdamW.
 
     Args:
-        lr: learning rate, reached linearly over warmup_steps
-        muon_lr: learning rate of Muon (Jordan et al. 2024) on the matrices of the backbone's blocks; null: AdamW alone
-        warmup_steps: optimizer steps until then
-        decay: after the warm-up 'constant', 'cosine' to zero, 'linear' to zero over the last decay_share of the steps
-            (WSD, Hu et al. 2024; a constant run that is resumed with it needs no length in advance: Hägele et al.
-            2024), or 'step', by decay_factor every decay_epochs; each phase of a training has its own
-        decay_share: of 'linear'
-        decay_epochs: of 'step'
-        decay_factor: of 'step'
-        betas: decay rates of the moments
-        weight_decay: decoupled weight decay, of weights that multiply features: not of norms, biases, embeddings
-        grad_clip: largest norm of the gradient; 0 turns clipping off
+        lr: learning rate after the warm-up
+        muon_lr: learning rate of Muon (Jordan et al. 2024) on the matrices of the backbone's blocks; null: AdamW only
+        warmup_steps: optimizer steps of linear warm-up
+        decay: schedule after the warm-up: 'constant'; 'cosine' to zero; 'linear' to zero over the last decay_share of
+            the steps (WSD, Hu et al. 2024; a constant run may be resumed with it at any time: Hägele et al. 2024); or
+            'step', by decay_factor every decay_epochs. Each phase of a training has its own schedule
+        decay_share: for 'linear': fraction of the steps
+        decay_epochs: for 'step'
+        decay_factor: for 'step'
+        betas: decay rates of Adam's moments
+        weight_decay: decoupled weight decay; norms, biases and embeddings are exempt
+        grad_clip: largest gradient norm; 0 turns clipping off
     """
 
     lr: float = within("(0, inf)", 1e-4)
@@ -148,15 +148,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class AnyTrainConfig:
-    """Length, batch and numbers of a training.
+    """Length, batch size and precision of a training.
 
     Args:
         num_steps: optimizer steps
-        max_hours: save and stop after this time, with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
-        batch_size: images an optimizer step, over all processes and micro-batches
-        ema_decay: decay of the averaged weights, which is min(ema_decay, (1 + step) / (10 + step))
-        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 where the device has instructions for it, else fp32
-        seed: of weights and all that is random
+        max_hours: save and stop after this time with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
+        batch_size: images per optimizer step, over all processes and micro-batches
+        ema_decay: decay of the averaged weights (EMA); at first (1 + step) / (10 + step), while that is smaller
+        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 if the device has instructions for it, else fp32
+        seed: seed of the initial weights and of everything random in training
     """
 
     num_steps: int | None = within("[1, inf)", None)
@@ -169,23 +169,23 @@ class AnyTrainConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(AnyTrainConfig):
-    """Length, batch and numbers of the training.
+    """Length, batch size and precision of the training.
 
     Args:
-        num_epochs: passes over the training split; 100 where num_steps does not say how long either
-        num_steps: optimizer steps, in place of num_epochs
-        grad_accumulation: micro-batches a step
-        label_dropout: share of labels replaced by the null label, for classifier-free guidance
-        class_balanced: show every class equally often, whatever its number of images; an epoch is as many images still
-        augment: probability that an image in pixel space is turned over, moved, resized, turned, stretched, each of
-            which the backbone is told, so that samples are not (Karras et al. 2022: 0.12); 0: never
-        ema_profiles: lengths of power-function averages to keep, such as [0.05, 0.1]; see scripts/reconstruct_ema.py
-        recompute: compute what lies within the backbone's blocks again in the backward pass, in place of keeping it:
-            less memory, a third more arithmetic, the same gradients
-        compile: compile the backbone's blocks (torch.compile); see docs/performance.md for what it gives and costs
-        adapter: leave the weights of init_from as they are but for labels and 'biases', norms and scales; or train with
-            'lora' (Hu et al. 2021) these and two thin matrices for each linear of the blocks
-        adapter_rank: of 'lora': the width of these matrices
+        num_epochs: passes over the training split; 100 if num_steps is not given either
+        num_steps: optimizer steps, instead of num_epochs
+        grad_accumulation: micro-batches per optimizer step
+        label_dropout: probability that a label is replaced by the null label, for classifier-free guidance
+        class_balanced: sample all classes equally often, whatever their sizes; the length of an epoch stays the same
+        augment: probability of each of EDM's augmentations in pixel space (flips, translation, scaling, rotation,
+            stretching), on which the backbone is conditioned so that samples show none (Karras et al. 2022: 0.12)
+        ema_profiles: lengths of power-function EMAs to keep, such as [0.05, 0.1]; see scripts/reconstruct_ema.py
+        recompute: activation checkpointing of the backbone's blocks: less memory, a third more arithmetic, the same
+            gradients
+        compile: torch.compile the backbone's blocks; docs/performance.md has its gain and cost
+        adapter: fine-tune init_from, most of its weights frozen: 'biases' trains label embeddings, biases, norms and
+            scales; 'lora' (Hu et al. 2021) trains these and low-rank matrices for the linear layers of the blocks
+        adapter_rank: rank of 'lora'
     """
 
     num_epochs: int | None = within("[1, inf)", None)
@@ -207,12 +207,12 @@ class TrainConfig(AnyTrainConfig):
 
 @dataclass(frozen=True)
 class SamplingConfig(SamplingOptions):
-    """How samples are drawn, by sample.py, evaluate.py and the grids during training.
+    """How samples are generated, by sample.py, evaluate.py and for the grids during training.
 
     Args:
-        guidance_checkpoint: a smaller or less trained run to be guided away from (autoguidance, Karras et al. 2024)
-        guidance_unlabelled: ask it without a label: away from the run that a fine-tuning came from, of whatever classes
-            (Domain Guidance, Zhong et al. 2025)
+        guidance_checkpoint: a smaller or less trained run to guide away from (autoguidance, Karras et al. 2024)
+        guidance_unlabelled: call that run with the null label, to guide away from the model that was fine-tuned,
+            whatever its classes were (Domain Guidance, Zhong et al. 2025)
     """
 
     guidance_checkpoint: str | None = None
@@ -221,7 +221,7 @@ class SamplingConfig(SamplingOptions):
 
 @unset
 class SamplingFlags(SamplingConfig):
-    """What a command says of sampling in place of the checkpoint."""
+    """Sampling settings given to a command, which override the checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -229,15 +229,16 @@ class EvaluationConfig:
     """How samples are scored, by evaluate.py and during training alike.
 
     Args:
-        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any of timm's models), or a file, .pt2
-            (torch.export) rather than TorchScript: uint8 images to features and class probabilities. A file is a
-            program: run only what you trust
-        weights_path: weights of a named extractor, where they cannot be downloaded
+        extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any timm model), or a .pt2 (torch.export) or
+            TorchScript file that maps uint8 images to features and class probabilities. A file is a program: run only
+            what you trust
+        weights_path: weights of a named extractor, if they cannot be downloaded
         metrics: {metrics}
-        num_samples: images to draw; by default as many as there are held-out images
-        labels: of the drawn samples: 'balanced' (classes in turn), 'reference' (the held-out images' own) or 'random'
-        seed: of the drawn samples
-        batch_size: images at a time, on each process
+        num_samples: images to generate; by default as many as there are held-out images
+        labels: labels of the samples: 'balanced' (classes in turn), 'reference' (those of the held-out images) or
+            'random'
+        seed: seed of the samples
+        batch_size: images per batch, on each process
     """
 
     extractor: str = "inception"
@@ -254,15 +255,15 @@ EvaluationConfig.__doc__ = str(EvaluationConfig.__doc__).format(metrics=HELP)
 
 @dataclass(frozen=True)
 class AnyLogConfig:
-    """What is written on the way, and how often (in optimizer steps, or as named; 0: never).
+    """What is logged and saved during training, and how often (in optimizer steps unless named otherwise; 0: never).
 
     Args:
         every: losses and speed, to log.jsonl and the trackers
         sample_every: a grid of samples
-        num_validation: at most so many held-out images are used for validation
-        checkpoint_minutes: a checkpoint, so long after the last one; the last step always writes one
-        checkpoint_every: a checkpoint at these steps too
-        keep_checkpoints: the newest so many whole ones stay; each is read back at a save
+        num_validation: largest number of held-out images used for validation
+        checkpoint_minutes: a checkpoint this long after the previous one; the last step always writes one
+        checkpoint_every: a checkpoint every so many steps as well
+        keep_checkpoints: number of newest intact checkpoints to keep; saving verifies them
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
 
@@ -277,13 +278,13 @@ class AnyLogConfig:
 
 @dataclass(frozen=True)
 class LogConfig(AnyLogConfig):
-    """What is written on the way, and how often (in optimizer steps; 0: never).
+    """What is logged and saved during training, and how often (in optimizer steps; 0: never).
 
     Args:
         validate_every: loss of the averaged weights on the held-out split
-        evaluate_every: scores of the averaged weights' samples, as `evaluation` says
-        keep_every: a checkpoint that stays
-        best: whose best checkpoint stays too, as checkpoints/best: 'validation_loss', or a score such as 'fid'
+        evaluate_every: scores of samples of the averaged weights, with the settings of `evaluation`
+        keep_every: a checkpoint that is never deleted
+        best: measure whose best checkpoint is kept as checkpoints/best: 'validation_loss', or a score such as 'fid'
     """
 
     validate_every: int = within("[0, inf)", 1000)
@@ -293,19 +294,19 @@ class LogConfig(AnyLogConfig):
 
 
 class RunConfig:
-    """A training that is written to a folder of its own, from which it may be resumed: a frozen dataclass."""
+    """Base of a training's configuration, a frozen dataclass; the run has a folder, from which it can be resumed."""
 
     name: str | None
     resume: str | None
     init_from: str | None
-    if TYPE_CHECKING:  # of each training its own
+    if TYPE_CHECKING:  # which each subclass declares
         train: Any
         log: Any
-    fixed = tuple[str, ...]()  # settings and groups of them that say what the weights mean
+    fixed = tuple[str, ...]()  # settings, or groups of them, that must not change on resume
 
     @property
     def folder(self) -> Path:
-        """Where the run is written, below `runs`."""
+        """The run's folder, below `runs`."""
         return Path(self.resume) if self.resume else inside(Path("runs"), str(self.name), "--name")
 
     def to_dict(self) -> dict[str, Any]:
@@ -314,7 +315,7 @@ class RunConfig:
         return values
 
     def identity(self) -> dict[str, Any]:
-        """By flag, what a run keeps when it is resumed; where images lie, and the like, is checked by their content."""
+        """The settings, by flag, that a resumed run must keep. Paths may change: their content is checked elsewhere."""
         flags = flatten(self.to_dict())
         passing = {"data.path", "data.cache", "data.on_error"}
         kept = [flag for flag in flags if {flag, flag.partition(".")[0]} & {*self.fixed} and flag not in passing]
@@ -326,7 +327,7 @@ R = TypeVar("R", bound=RunConfig)
 
 
 def resuming(config: R, run: Path | None) -> R:
-    """The same, to go on from this run, or afresh."""
+    """The configuration with `resume` set to this run, or unset."""
     return replace(config, resume=run and str(run))  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
@@ -335,23 +336,23 @@ class ExperimentConfig(RunConfig):
     """Train a diffusion backbone on the latents of a frozen autoencoder.
 
     Args:
-        model: backbone: XSwin, USwin, DiT-S/2, UViT-S/2, ... (an unknown name lists them all)
-        model_args: constructor arguments of the backbone that differ from its row in the table
+        model: the backbone: XSwin, USwin, DiT-S/2, UViT-S/2, ... (an unknown name lists all)
+        model_args: arguments of the backbone's constructor that differ from the named model's
         autoencoder: 'embedded', 'embedded-f8c16', 'embedded-taef2', 'pixel', a folder in diffusers' format, or a hub id
         imports: Python modules, by name or as .py files, that add backbones, samplers, ... (docs/extending.md)
-        name: of the run's folder, runs/<name>; by default the model's name
-        resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which model,
-            autoencoder, diffusion and data stay; 'auto': so with the folder of this name, or else start
-        init_from: a run or checkpoint (or hf://owner/name) whose averaged weights a fresh run starts from
+        name: the run's folder is runs/<name>; by default the model's name
+        resume: a run's folder, to continue from its newest intact checkpoint and configuration (model, autoencoder,
+            diffusion and data cannot change); or 'auto', to continue this run if it exists and start it otherwise
+        init_from: a run or checkpoint (or hf://owner/name) whose averaged weights initialise a new run
         data: images and how they are read
         diffusion: the diffusion and its objective
-        auxiliary: further terms of the loss, a list such as '[{kind: perceptual, weight: 0.1}]'
-        alignment: representation alignment, a term of the loss that makes training shorter
+        auxiliary: further loss terms, as a list such as '[{kind: perceptual, weight: 0.1}]'
+        alignment: representation alignment, a loss term that shortens training
         optim: optimizer and learning rate
-        train: length, batch and numbers of the training
-        sampling: how samples are drawn
+        train: length, batch size and precision
+        sampling: how samples are generated
         evaluation: how samples are scored
-        log: what is written on the way, and how often
+        log: what is logged and saved, and how often
     """
 
     model: str = "XSwin"
@@ -386,12 +387,12 @@ class ExperimentConfig(RunConfig):
         return super().folder if self.resume or self.name else Path("runs") / self.model.replace("/", "-")
 
     def to_dict(self) -> dict[str, Any]:
-        """Of the diffusion what it was told, without the settings of other kinds."""
+        """As nested dictionaries, without the settings of other kinds of diffusion."""
         diffusion = {name: value for name, value in asdict(self.diffusion).items() if value is not None}
         return super().to_dict() | {"diffusion": diffusion}
 
     def identity(self) -> dict[str, Any]:
-        """With the diffusion's settings in full: what is null is their default."""
+        """With all settings of the diffusion, defaults filled in."""
         from experiment.build import diffusion_settings
 
         diffusion = {"kind": self.diffusion.kind, **diffusion_settings(self.diffusion)}
@@ -401,5 +402,5 @@ class ExperimentConfig(RunConfig):
         return super().identity() | values
 
     def guided_classes(self, num_classes: int) -> int:
-        """Of so many classes those that can be guided away from the null label: none where it was never trained."""
+        """Number of classes for classifier-free guidance: 0 if the null label is never trained."""
         return num_classes if self.train.label_dropout > 0 else 0
