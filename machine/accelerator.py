@@ -1,4 +1,4 @@
-"""What this machine offers to a run, found and said once: device, numbers, threads."""
+"""Open Accelerate: choose device, precision and threads, and report them in one line."""
 
 import os
 from collections.abc import Callable
@@ -21,17 +21,25 @@ from machine.precision import MIXED, choose_precision, has_bf16, precision_of, s
 from machine.threads import deal_out_cores, start_waiting
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # while one process encodes its share, or scores for all; NCCL's own is ten minutes
+TIMEOUT = timedelta(hours=2)  # the others wait while one process encodes or scores; NCCL's default is ten minutes
 
 
 def open_accelerator(
     precision: str, *, flag: str = "--precision", in_parts: bool = False, grad_accumulation: int = 1, **options: Any
 ) -> Accelerator:
-    """Accelerate as launched, in the precision asked for, with all of the machine's cores; a first line says what it
-    is. The launcher decides where to compute, and nothing else. `flag` is what the command calls its precision;
-    `in_parts` trains parts of the model at a time."""
+    """Create the Accelerator in the given precision and print a line that describes it.
+
+    The launcher only decides on devices and processes; its other settings are overridden.
+
+    Args:
+        precision: 'auto', 'fp32' or 'bf16'
+        flag: the command's name for this setting, for messages
+        in_parts: some parameters get no gradient in some steps
+        grad_accumulation: micro-batches per optimizer step
+        options: passed on to `Accelerator`
+    """
     device = default_device()
-    # Buffers that change are batch norms', which agree by themselves where they are synchronised (`share_batch_norms`).
+    # The only buffers that change are batch norms', which `share_batch_norms` synchronises on GPUs.
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=in_parts, broadcast_buffers=device.type != "cuda", gradient_as_bucket_view=True
     )
@@ -39,16 +47,16 @@ def open_accelerator(
         mixed_precision=MIXED[choose_precision(precision, device)],
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accumulation),
-        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=TIMEOUT)],
         **options,
     )
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin is not None:
-        if accelerator.state.fsdp_plugin.activation_checkpointing:  # it draws other random numbers the second time
+        if accelerator.state.fsdp_plugin.activation_checkpointing:  # recomputes with other random numbers
             raise ValueError(
                 "fsdp_activation_checkpointing: stochastic depth and dropout would have wrong gradients; take it out "
                 "of the launcher's configuration and train with --train.recompute true"
             )
-        # Parts are gathered in float32 and autocast chooses where bf16 serves, as without FSDP: the same numbers.
+        # Gather parameters in float32 and leave bf16 to autocast, so that results are the same as without FSDP.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if device.type == "cuda":
         set_float32(precision_of(accelerator))
@@ -64,13 +72,13 @@ def open_accelerator(
 
 
 def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
-    """What the main process finds, for all; its errors end the others too, without words. Were each to look for itself,
-    one might wait for ever."""
+    """Call `find` on the main process and return its result on all. If it fails, the other processes exit silently.
+    Use it for whatever depends on the file system: processes that see different files would deadlock."""
     value, error = None, None
     if accelerator.is_main_process:
         try:
             value = find()
-        except Exception as caught:  # of any kind: the others wait
+        except Exception as caught:  # of any kind, as the others wait for the broadcast
             error = caught
     has_failed = error is not None
     if accelerator.num_processes > 1:
@@ -81,19 +89,19 @@ def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
 
 
 def num_processes_here(accelerator: Accelerator) -> int:
-    """The run's, on this machine."""
+    """Number of the run's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
 
 
 def default_device() -> torch.device:
-    """What Accelerate will take: a GPU of whatever make, or the CPU."""
+    """The type of device that Accelerate will choose: any accelerator, or the CPU."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     accelerator = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
 
 
 def describe(accelerator: Accelerator) -> str:
-    """Device and numbers that a run computes in, and why those; for records."""
+    """Device and precision, with the reason for the precision; also written to records."""
     device, name = accelerator.device, precision_of(accelerator)
     native, why = has_bf16(device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""Work that goes on beside a loop."""
+"""Background jobs, run in order by threads."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -6,8 +6,8 @@ from threading import Thread
 
 
 class Background:
-    """Does jobs one after the other, in the order in which they came, until one fails: whoever next checks or waits
-    gets its error. Left at the end or by an error it waits for all of them; by Ctrl-C it does not."""
+    """Runs jobs one at a time in the order of `start`. After a failure no further job runs, and the next `check` or
+    `wait` raises the error. As a context manager it waits for all jobs on exit, except after Ctrl-C."""
 
     def __init__(self) -> None:
         self._newest: Thread | None = None
@@ -20,21 +20,21 @@ class Background:
         if error is None:
             self.wait()
         elif not isinstance(error, KeyboardInterrupt):
-            with suppress(Exception):  # the first error is the one to tell
+            with suppress(Exception):  # the first error is the one to report
                 self.wait()
 
     def start(self, job: Callable[[], object]) -> None:
-        """Have this done after what is still to be done. A process that ends does not wait for it."""
+        """Queue a job. Its thread is a daemon: the process may exit without it."""
         self._newest = Thread(target=self._do, args=(job, self._newest), daemon=True)
         self._newest.start()
 
     def check(self) -> None:
-        """Raise the error of a job that failed."""
+        """Raise the error of a failed job, if any."""
         if self._error is not None:
             raise self._error
 
     def wait(self) -> None:
-        """Until all jobs are done; raises the error of one that failed."""
+        """Block until all jobs are done, and raise the error of a failed one."""
         if self._newest is not None:
             self._newest.join()
             self._newest = None

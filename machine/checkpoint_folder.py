@@ -1,5 +1,5 @@
-"""Folders of checkpoints, `<step>` each: written aside, checksummed, renamed when whole; checked before they are
-read."""
+"""Checkpoint folders, one per step: written under a temporary name with checksums, then renamed; verified before
+they are read."""
 
 import json
 import math
@@ -18,7 +18,7 @@ BEST = "best"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, cut short or of another model, in the user's words."""
+    """A checkpoint is missing, damaged or of another model; the message is for the user."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -26,8 +26,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
-    """A checkpoint's folder, which `fill` puts files into; after an OSError older ones stay, one of the same step
-    too."""
+    """Write a checkpoint folder whose files `fill` creates. If that fails with an OSError, all older checkpoints
+    remain, including one of the same step."""
     partial, aside = _hidden(target, "partial"), _hidden(target, "aside")
     _put_back(target.parent)
     for left_over in [*target.parent.glob(".*.partial"), *target.parent.glob(".*.aside")]:
@@ -55,20 +55,21 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The finished ones, oldest first."""
+    """Complete checkpoints, oldest first."""
     _put_back(folder)
     return [*by_step(folder).values()]
 
 
 def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """What is called by its step alone, in order: folders, `00000100`, or with a suffix files, `00000100.png`."""
+    """Paths named by a step only, in order: folders such as `00000100` or, with a suffix, files such as
+    `00000100.png`."""
     paths = [path for path in folder.glob(f"[0-9]*{suffix}") if path.name.removesuffix(suffix).isdecimal()]
     paths = [path for path in paths if path.is_dir() != bool(suffix)]
     return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
 
 
 def rotate(folder: Path, *, keep: int, keep_every: int = 0) -> None:
-    """Drop all older than the newest `keep` whole ones, but those of every `keep_every` steps, and the best."""
+    """Delete all checkpoints except the newest `keep` intact ones, every `keep_every` steps' and the best."""
     if keep < 1:
         raise ValueError(f"--log.keep_checkpoints {keep} must be at least 1")
     best, num_whole = (folder / BEST).resolve(), 0
@@ -84,13 +85,13 @@ def _hidden(checkpoint: Path, what: str) -> Path:
 
 
 def _drop(checkpoint: Path, what: str) -> None:
-    """At once for all who look for checkpoints; files that cannot be removed are tried again with the next save."""
+    """Hide the checkpoint by a rename, then delete it; the next save retries files that cannot be deleted now."""
     with suppress(OSError):
         shutil.rmtree(checkpoint.rename(_hidden(checkpoint, what)), ignore_errors=True)
 
 
 def _put_back(folder: Path) -> None:
-    """What was kept aside when a kill, or an error, kept the new one from taking its place."""
+    """Restore checkpoints that were moved aside for a replacement which a kill or an error prevented."""
     for aside in folder.glob(".*.aside"):
         target = aside.with_name(aside.name.split(".")[1])
         if not target.exists():
@@ -100,13 +101,13 @@ def _put_back(folder: Path) -> None:
 
 @dataclass
 class Best:
-    """The best value of a metric so far, and its step; part of that step's checkpoint."""
+    """The best value of a metric so far and its step. The state is saved in checkpoints."""
 
     value: float | None = None
     step: int | None = None
 
     def improves(self, value: float, step: int, *, lower: bool) -> bool:
-        """Take the value in if it is the best; `lower`: the lowest one is."""
+        """Record the value if it is the best so far (the lowest one if `lower`), and return whether it is."""
         if math.isfinite(value) and (self.value is None or (value < self.value if lower else value > self.value)):
             self.value, self.step = value, step
             return True
@@ -120,7 +121,8 @@ class Best:
 
 
 def mark_best(folder: Path, step: int | None) -> bool:
-    """Let `folder/best` point to this step's checkpoint; where there is none such it points nowhere, and goes."""
+    """Point the link `folder/best` to this step's checkpoint, or remove it if there is none. Return whether it
+    exists."""
     if step is None or not checkpoint_path(folder, step).is_dir():
         (folder / BEST).unlink(missing_ok=True)
         return False
@@ -130,7 +132,7 @@ def mark_best(folder: Path, step: int | None) -> bool:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by name; None where they are as they were written."""
+    """Describe what is wrong with a checkpoint's files; None if all checksums match."""
     try:
         checksums = dict(json.loads((checkpoint / CHECKSUMS).read_text()))
     except (OSError, ValueError, TypeError):
@@ -145,7 +147,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_whole(folder: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint whose files are as they were written; those that are not are named and passed over."""
+    """The newest checkpoint whose checksums match; damaged ones are reported and skipped."""
     for checkpoint in reversed(list_checkpoints(folder)):
         if (wrong := damage(checkpoint)) is None:
             return checkpoint
@@ -154,7 +156,7 @@ def newest_whole(folder: Path, say: Callable[[str], None] = print) -> Path | Non
 
 
 def to_resume(run: Path) -> Path:
-    """The checkpoint that `--resume RUN` goes on from."""
+    """The checkpoint from which `--resume RUN` continues. Raises CheckpointError if there is none."""
     if checkpoint := newest_whole(run / "checkpoints"):
         return checkpoint
     words = f"{run / 'checkpoints'} holds no whole checkpoint; start again with --resume auto and the first one's flags"
@@ -162,7 +164,7 @@ def to_resume(run: Path) -> Path:
 
 
 def _to_disk(path: Path) -> None:
-    """So that a rename never outlives what it names."""
+    """Flush to disk, so that after a power loss a renamed folder is never empty."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,5 +1,5 @@
-"""Processes that end with the one that starts them, whatever ends it. Each has a process group of its own, so that
-Ctrl-C reaches the parent alone."""
+"""Child processes that end with their parent, however it ends. Each has its own process group, so that Ctrl-C only
+reaches the parent."""
 
 import os
 import signal
@@ -10,29 +10,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped before the end, saved; run it again with --resume auto
-STOPPED = "stopped"  # a file that says so in a run's folder: launchers make 1 of every status
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped early and saved; continue with --resume auto
+STOPPED = "stopped"  # file in a run's folder that says the same, as launchers turn every status into 1
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LAUNCHER = "accelerate.commands.launch"
 LAUNCHERS = {LAUNCHER, "accelerate.commands.accelerate_cli", "accelerate", "accelerate-launch"}
 LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch", "torchrun"}
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
-    """A program, which Linux sends SIGTERM when its parent is gone. It asks for that itself, as this file, before it
-    becomes the program: Python's own hook in new processes (`preexec_fn`) is not safe beside threads."""
+    """Start a program that Linux sends SIGTERM when its parent ends. The child requests that signal by running this
+    file first, because Python's own hook (`preexec_fn`) is unsafe in a process with threads."""
     asking = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     return subprocess.Popen([*asking, *command], process_group=0, **options)
 
 
 class Ended(SystemExit):
-    """By a stop: the status is the one that shells give to the signal."""
+    """Ended by a signal; the status is the one that shells report for it."""
 
 
 def run(command: Sequence[str], **options: Any) -> None:
-    """A program, to its end; a SystemExit has its status where that is not 0. A stop lets it save and end, a second one
-    ends it at once, and either ends this one."""
+    """Run a program and wait for it; raise SystemExit with its status unless that is 0. A signal to this process is
+    passed on as SIGTERM, so that the program can save; a second signal kills it. This process then ends too."""
     stops: list[signal.Signals] = []
     child: subprocess.Popen | None = None
 
@@ -43,7 +43,7 @@ def run(command: Sequence[str], **options: Any) -> None:
 
     with on_stop(stop):
         child = start(command, **options)
-        if stops:  # before it could be told
+        if stops:  # the signal came before the child existed
             send(child, signal.SIGTERM)
         status = child.wait()
     if stops:
@@ -53,7 +53,7 @@ def run(command: Sequence[str], **options: Any) -> None:
 
 
 def send(process: subprocess.Popen, number: int) -> None:
-    """A signal to a child; of a launcher, which passes none on, to what it launched."""
+    """Send a signal to a child or, if that is a launcher, which would not forward it, to the launcher's children."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
@@ -62,7 +62,7 @@ def send(process: subprocess.Popen, number: int) -> None:
 
 
 def end_with_launcher() -> None:
-    """Of a launcher that is ended by a signal, its processes know nothing: they would go on beside their successors."""
+    """Have this process end with the launcher that started it; otherwise it would outlive a killed launcher."""
     import psutil
 
     with suppress(psutil.Error):
@@ -71,7 +71,7 @@ def end_with_launcher() -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """At once, and all that it started."""
+    """Kill a process and all its descendants."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
@@ -88,12 +88,13 @@ def _signal(processes: Sequence[Any], number: int) -> None:
 
 
 def await_end(process: subprocess.Popen) -> None:
-    """For signal handlers: `process.wait()` would wait for the lock that the one which was interrupted holds."""
+    """Wait for a process inside a signal handler, where `process.wait()` could deadlock on the interrupted wait's
+    lock."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
         child = psutil.Process(process.pid)
-        while child.status() != psutil.STATUS_ZOMBIE:  # the interrupted one takes its status
+        while child.status() != psutil.STATUS_ZOMBIE:  # which the interrupted wait reaps
             time.sleep(0.05)
 
 
@@ -104,7 +105,8 @@ def on_stop(
     *,
     stays_ignored: Sequence[signal.Signals] = STOPS,
 ) -> Iterator[None]:
-    """Within, these signals (SIGTERM, Ctrl-C, a closed terminal) call this; what is ignored may stay so."""
+    """Context in which these signals call `handle`. Those in `stays_ignored` stay ignored if they already were, as
+    under nohup."""
     before = {number: signal.getsignal(number) for number in numbers}
     for number in stays_ignored:
         if before[number] is signal.SIG_IGN:
@@ -119,8 +121,8 @@ def on_stop(
 
 
 def stop_jobs(jobs: Sequence[str], *, here: bool, number: signal.Signals) -> None:
-    """Of submitit: those that are processes here, by which it names them, are stopped too. Those of a scheduler go on
-    without this process, which ends."""
+    """Stop submitit's jobs. Jobs that are processes `here` are sent SIGTERM; those of a scheduler continue, and this
+    process ends with a hint on how to cancel them."""
     if not here:
         print(f"{number.name}: the jobs go on; to stop them: scancel {' '.join(jobs)}", flush=True)
         raise SystemExit(128 + number)
@@ -131,7 +133,7 @@ def stop_jobs(jobs: Sequence[str], *, here: bool, number: signal.Signals) -> Non
 
 @contextmanager
 def deaf_to(number: int) -> Iterator[None]:
-    """Within, what is started is born ignoring this signal."""
+    """Context in which started processes inherit that this signal is ignored."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         yield
@@ -148,7 +150,7 @@ def _end_with(parent: int) -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # the parent ended before the request
         raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""SLURM through submitit, or processes on this machine in its place."""
+"""SLURM jobs, or local processes instead, through submitit."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ def open_executor(
     memory_gb: int,
     partition: str | None,
 ) -> Any:
-    """submitit's executor of jobs on one node, which find this project wherever they start."""
+    """Create submitit's executor for single-node jobs, with this project on their PYTHONPATH."""
     try:
         import submitit
     except ImportError as error:
@@ -33,7 +33,7 @@ def open_executor(
 
 
 def requeue(job: Any) -> Any:
-    """What a job's `checkpoint` returns to submitit to be put back into the queue as `job`."""
+    """The value that a job's `checkpoint` method returns to submitit to be requeued as `job`."""
     import submitit
 
     return submitit.helpers.DelayedSubmission(job)

@@ -1,4 +1,4 @@
-"""One program a folder."""
+"""A lock that lets one process at a time use a folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 
 class InUse(ValueError):
-    """Somebody else holds the lock."""
+    """Another process holds the lock."""
 
 
 class Lock:
-    """A file that one process holds; InUse says which, unless it `waits`. The system lets go of it with its last
-    holder: `file` may be handed on to children, so that a training that outlives its runner keeps its folder."""
+    """An exclusive lock on a file. If another process holds it, raises InUse, or waits if `waits`. The system releases
+    it when its last holder ends: children may inherit `file`, so that a training which outlives its parent keeps it."""
 
     def __init__(self, path: Path, *, waits: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ class Lock:
             holder = self.file.read().strip() or "another process"
             self.file.close()
             raise InUse(f"{path.parent} is in use by {holder} (or what it started): wait, or stop it") from None
-        except OSError as error:  # a file system without locks
+        except OSError as error:  # the file system has no locks
             print(f"warning: {path} could not be locked ({error}): start nothing else in this folder", flush=True)
         self.file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -1,4 +1,4 @@
-"""How much memory is free for a process."""
+"""Free memory of a device or of this process."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,15 +11,15 @@ GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def free_memory(device: torch.device, num_processes: int = 1) -> int:
-    """Bytes: of a CUDA device what is free there, else the share of one of so many processes in main memory, or in what
-    their control groups (a container's, a job's) may take."""
+    """Bytes of free memory: on a CUDA device, or one of `num_processes` equal shares of main memory, as limited by
+    control groups (of a container or a job)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min([psutil.virtual_memory().available, *_limits()]) // num_processes
 
 
 def _limits() -> Iterator[int]:
-    """Of the control groups that this process is in, each inside the next, of either version."""
+    """Memory limits of this process's control groups and their parents, for cgroup v1 and v2."""
     with suppress(OSError):
         for line in OWN.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -27,5 +27,5 @@ def _limits() -> Iterator[int]:
             if controllers in ("", "memory"):
                 place = root / group.lstrip("/")
                 for folder in (place, *place.parents):
-                    with suppress(OSError, ValueError):  # of none, or "max"
+                    with suppress(OSError, ValueError):  # no limit: no such file, or "max"
                         yield int((folder / name).read_text())

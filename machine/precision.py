@@ -1,4 +1,4 @@
-"""Which numbers to compute in: bf16 where the machine's instructions do it, float32 elsewhere."""
+"""Choice of precision: bf16 on devices with native bf16 instructions, float32 elsewhere."""
 
 import os
 import platform
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from settings import check_name
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator  # seconds, for a name
+    from accelerate import Accelerator  # whose import takes seconds
 
-MIXED = {"fp32": "no", "bf16": "bf16"}  # our names, and Accelerate's
-# Values of ONEDNN_MAX_CPU_ISA that keep matrix products from the instructions for bf16.
+MIXED = {"fp32": "no", "bf16": "bf16"}  # our names -> Accelerate's
+# Values of ONEDNN_MAX_CPU_ISA that disable bf16 instructions in matrix products.
 WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """'fp32' and 'bf16' (autocast) as asked for; 'auto' is bf16 where the device has instructions for it."""
+    """Resolve 'auto' to 'bf16' if the device has instructions for it, else to 'fp32'; return other choices as they
+    are."""
     check_name("precision", asked, ("auto", *MIXED))
     if asked == "auto":
         return "bf16" if has_bf16(device)[0] else "fp32"
@@ -28,21 +29,21 @@ def choose_precision(asked: str, device: torch.device) -> str:
 
 
 def precision_of(accelerator: "Accelerator") -> str:
-    """What an opened accelerator computes in, as its flag would say it."""
+    """The precision of an accelerator, 'fp32' or 'bf16'."""
     return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
 
 
 def set_float32(precision: str) -> None:
-    """How CUDA computes what stays in float32. Beside bf16, convolutions (the autoencoder's, Inception's) may round
-    what they multiply to TF32's 10 bits; products of matrices may not, which scores, Muon and likelihoods are made of;
-    with 'fp32' nothing may. For each shape of a convolution cuDNN tries its kernels, and takes the fastest."""
+    """Set how CUDA computes float32 operations. With 'bf16', convolutions (of the autoencoder and Inception) may use
+    TF32; matrix products, on which scores, Muon and likelihoods depend, never do. With 'fp32' nothing uses TF32. cuDNN
+    picks the fastest convolution kernel for each shape."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = precision == "bf16"
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def exact(values: Tensor) -> Tensor:
-    """In float64: where the values are, or on the CPU if they lie on a device that has none, as Apple's."""
+    """Convert to float64, on the CPU if the device (such as Apple's) does not support it."""
     try:
         return values.double()
     except TypeError:
@@ -51,9 +52,9 @@ def exact(values: Tensor) -> Tensor:
 
 @contextmanager
 def autocasting(device: torch.device, precision: str, *models: nn.Module | None) -> Iterator[None]:
-    """Computes in 'bf16' or 'fp32', without gradients. Autocast keeps the bf16 form of weights from one call of a model
-    to the next if they might have gradients, and makes it anew of those that are frozen."""
-    if precision != "bf16":  # not every device that has no bf16 has autocast
+    """Context of inference in 'bf16' or 'fp32', without gradients. Autocast only caches the bf16 copies of weights that
+    require gradients, so frozen weights are marked as such inside, or each call would cast them again."""
+    if precision != "bf16":  # devices without bf16 may not have autocast either
         with torch.no_grad():
             yield
         return
@@ -69,7 +70,7 @@ def autocasting(device: torch.device, precision: str, *models: nn.Module | None)
 
 
 def has_bf16(device: torch.device) -> tuple[bool, str]:
-    """Whether the device computes in bf16 by instructions of its own, and how that is known."""
+    """Whether the device has native bf16 instructions, and a phrase that says why."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return native, "this GPU has bf16" if native else "this GPU has no bf16 of its own"
@@ -86,7 +87,7 @@ def has_bf16(device: torch.device) -> tuple[bool, str]:
 
 
 def warning_of(precision: str, device: torch.device, flag: str) -> str | None:
-    """A line about bf16 where the device emulates it, with what that costs here, measured."""
+    """A warning if bf16 was requested where it is emulated, with the measured slowdown."""
     if precision != "bf16" or has_bf16(device)[0]:
         return None
     return (
@@ -96,7 +97,7 @@ def warning_of(precision: str, device: torch.device, flag: str) -> str | None:
 
 
 def slowdown_of_bf16(device: torch.device) -> float:
-    """Time of a matrix product in bf16 over that in float32, measured; hundreds where it is emulated."""
+    """Measured ratio of the times of a matrix product in bf16 and in float32; hundreds if bf16 is emulated."""
     from torch.utils.benchmark import Timer
 
     def time_of(dtype: torch.dtype) -> float:

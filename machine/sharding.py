@@ -1,4 +1,4 @@
-"""FSDP2 leaves each process a part of every tensor: whole tensors from parts, and back. Plain tensors pass through."""
+"""Conversion between FSDP2's sharded tensors and full ones. Plain tensors pass through unchanged."""
 
 from collections.abc import Mapping
 
@@ -8,25 +8,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which this process has a part; every process has to ask."""
+    """The full tensor of a sharded one. This is a collective: all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """This process's part, as a plain tensor that shares its memory."""
+    """This process's shard as a plain tensor that shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Of a tensor that every process has whole, the part that it has of `like`."""
+    """This process's shard of a full tensor, sharded like `like`."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gather(tensors: Mapping[str, Tensor], memory: dict[str, Tensor], *, keep: bool) -> None:
-    """Whole contiguous copies on the CPU, one at a time; a process that does not `keep` them only takes part. `memory`
-    has them, where it had those of before, whose pages are used again: pinned ones of a GPU's tensors."""
+    """Copy full tensors to the CPU, one at a time, into `memory`, whose buffers are reused from the previous call
+    (pinned if the tensors are on a GPU). Processes that do not `keep` the copies only take part in the collective."""
     for name in memory.keys() - tensors.keys():
         del memory[name]
     for name, tensor in tensors.items():
@@ -42,5 +42,5 @@ def gather(tensors: Mapping[str, Tensor], memory: dict[str, Tensor], *, keep: bo
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process has only a part of the parameters."""
+    """Whether the parameters are sharded over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""How a training says that it was stopped before its end, to schedulers, launchers and those that start it."""
+"""Stopping a training before its first step, and how it reports that to schedulers and launchers."""
 
 import gc
 import os
@@ -19,8 +19,8 @@ BEFORE = "before the first step; run it again with --resume auto"
 
 @contextmanager
 def stops_at_once(run: Path) -> Iterator[None]:
-    """Within, while there is nothing to save yet and libraries are imported, a signal ends the process as it ends a
-    training: status 75, and `stopped` in the run's folder."""
+    """Context for the imports at the start, when there is nothing to save: a signal ends the process with status 75 and
+    a file `stopped` in the run's folder, as it ends a training later."""
 
     def stop(number: signal.Signals) -> None:
         words = f"{number.name}: stopped {BEFORE}"
@@ -29,7 +29,7 @@ def stops_at_once(run: Path) -> Iterator[None]:
                 write_whole(run / STOPPED, f"{words}\n")
             with suppress(OSError):  # a terminal that is gone
                 print(words, file=sys.stderr, flush=True)
-        os._exit(EXIT_CODE)  # an error would be taken for one of the module that is being imported
+        os._exit(EXIT_CODE)  # an exception would look like one of the module being imported
 
     with on_stop(stop, SIGNALS, stays_ignored=[signal.SIGHUP]), importing():
         yield
@@ -37,8 +37,8 @@ def stops_at_once(run: Path) -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports of libraries. None of it goes, so the garbage collector does not look through it, then or later:
-    a seventh of the time."""
+    """Context for imports of libraries: keeps the garbage collector from scanning their objects, which are never freed,
+    now and later. Imports take a seventh less time."""
     gc.disable()
     try:
         yield
@@ -49,5 +49,5 @@ def importing() -> Iterator[None]:
 
 @cache
 def _keep() -> None:
-    """What a program begins with; later what there is may be garbage."""
+    """Freeze once: only objects of the first imports are sure to stay."""
     gc.freeze()

@@ -1,8 +1,8 @@
-"""Threads of a CPU: as many as this process may have, and how they wait for each other.
+"""Number of CPU threads, and how they wait at barriers.
 
-At a barrier those of GNU's OpenMP spin for milliseconds before they sleep: best on a machine of one's own, ruin beside
-another busy process, which is kept from its core. So while others keep cores busy that our threads would take, ours
-sleep at once (docs/performance.md). It changes no result, as another number of threads would.
+Threads of GNU's OpenMP spin at a barrier for milliseconds before they sleep. That is best on a quiet machine, but it
+slows down both sides when another process wants the core. So while other processes keep cores busy that our threads
+need, ours sleep at once (docs/performance.md). Unlike another number of threads this does not change results.
 """
 
 import os
@@ -17,26 +17,26 @@ import torch
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 FIRST_LOOK, PERIOD = 0.2, 2.0  # seconds
-FREE, TAKEN = 0.15, 0.3  # cores that are asked for beyond those there are: ours alone below, shared above
-LOOKS_TO_TRUST = 3  # a quiet moment of others is no quiet machine
+FREE, TAKEN = 0.15, 0.3  # cores wanted by all minus cores there are: below, spin; above, sleep
+LOOKS_TO_TRUST = 3  # quiet looks in a row before threads spin again
 BUSY = ("user", "nice", "system", "irq", "softirq")
 
 
 def allowed_cores() -> list[int]:
-    """Cores that this process may run on."""
+    """Numbers of the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def deal_out_cores(num_processes: int) -> None:
-    """One thread a core, shared with the run's other processes here, unless somebody asked for another number."""
+    """Use one thread per core, shared among the run's processes on this machine, unless a number was requested."""
     if torch.get_num_threads() == 1 and not _asked_for_threads():
         torch.set_num_threads(max(1, len(allowed_cores()) // num_processes))
 
 
 def _asked_for_threads() -> bool:
-    """Whether OMP_NUM_THREADS is a person's or a scheduler's: launchers set it where their own environment lacks it."""
+    """Whether the user or scheduler set OMP_NUM_THREADS, and not a launcher, which sets it if it is missing."""
     if "OMP_NUM_THREADS" not in os.environ:
         return False
     if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
@@ -48,14 +48,15 @@ def _asked_for_threads() -> bool:
 
 
 class Waiting:
-    """Has this process's threads spin or sleep at barriers, by what others do on its cores. GNU's OpenMP sleeps at once
-    while a process has more threads than cores; idle threads, held by Python threads of ours, bring that about."""
+    """Lets this process's threads spin or sleep at barriers, depending on the load of its cores by other processes.
+    GNU's OpenMP does not spin while a process has more threads than cores, so to make them sleep we hold idle extra
+    threads."""
 
     def __init__(self) -> None:
         self.num_threads, self.cores = torch.get_num_threads(), allowed_cores()
         self.process = psutil.Process()
         self.busy_with_others = 0.0  # cores
-        self._quiet = 0  # looks in a row that found the cores to be ours
+        self._quiet = 0  # looks in a row without load by others
         self._read, self._go, self._teams = self._times(), threading.Event(), []
 
     @property
@@ -63,7 +64,7 @@ class Waiting:
         return bool(self._teams)
 
     def look(self) -> bool:
-        """Choose by what others did since the last look; whether that changed anything."""
+        """Choose by the load since the last look; return whether the choice changed."""
         before, self._read = self._read, self._times()
         busy, ours, wall = (now - then for now, then in zip(self._read, before, strict=True))
         self.busy_with_others = max(0.0, busy - ours) / max(1e-3, wall)
@@ -85,7 +86,7 @@ class Waiting:
         ready = threading.Semaphore(0)
 
         def hold_a_team() -> None:
-            torch.zeros(self.num_threads << 16).add_(1)  # an operation of all threads makes a team of them
+            torch.zeros(self.num_threads << 16).add_(1)  # an operation on all threads creates a team
             ready.release()
             go.wait()
 
@@ -102,14 +103,15 @@ class Waiting:
         self._teams = []
 
     def _times(self) -> tuple[float, float, float]:
-        """Seconds that our cores were busy, that this process was, and of the clock."""
+        """Seconds: busy time of our cores, CPU time of this process, and the clock."""
         times, ours = psutil.cpu_times(percpu=True), self.process.cpu_times()
         busy = sum(getattr(times[core], name, 0.0) for core in self.cores if core < len(times) for name in BUSY)
         return busy, ours.user + ours.system, time.monotonic()
 
 
 def start_waiting(say: Callable[[str], object]) -> str:
-    """Watch over how threads wait, where no setting decides; how they do, in words. What changes is said once."""
+    """Start to adapt how threads wait, unless the environment fixes it, and describe the choice. The first later change
+    is reported through `say`."""
     if torch.get_num_threads() == 1:
         return "1 thread"
     threads = f"{torch.get_num_threads()} threads"
@@ -117,7 +119,7 @@ def start_waiting(say: Callable[[str], object]) -> str:
         return f"{threads} that wait as {' '.join(settings)} says"
     if sys.platform != "linux" or "libgomp" not in Path("/proc/self/maps").read_text():
         return threads
-    if torch.get_num_threads() > len(allowed_cores()):  # which GNU's OpenMP sees by itself
+    if torch.get_num_threads() > len(allowed_cores()):  # GNU's OpenMP adapts by itself
         return f"{threads} that sleep while they wait (more of them than cores)"
     waiting = Waiting()
     time.sleep(FIRST_LOOK)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever kills the process."""
+"""Atomic writes: a file is complete or absent, even if the process is killed."""
 
 import errno
 import glob
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import psutil
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of disks
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def inside(folder: Path, name: str, flag: str) -> Path:
-    """The path of this name below a folder; one that leads out of it is refused in the words of the flag."""
+    """Join a name to a folder. Raises ValueError, naming the flag, if the path leads out of the folder."""
     path = Path(os.path.normpath(folder / name))
     if "\0" in name or Path(os.path.normpath(folder)) not in path.parents:
         raise ValueError(f"{flag}: the name {name!r} leads out of {folder}; it may have no '..' and no leading '/'")
@@ -28,21 +28,21 @@ def inside(folder: Path, name: str, flag: str) -> Path:
 
 
 def check_empty(folder: Path, flag: str) -> None:
-    """That nothing lies where a folder is to be written; else a FileExistsError in the words of the flag."""
+    """Raise FileExistsError, naming the flag, if the folder exists and is not empty."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{flag} {folder} is not empty; give another folder or delete it")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside the file, then rename."""
+    """Write a text file atomically."""
     with whole(path) as partial:
         partial.write_text(text)
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path of the same name, to write a file or a folder to, which takes its place at the end. It lies in a folder of
-    each writer's own; what a killed one left behind is removed."""
+    """Context that yields a temporary path to write a file or folder to, and moves it into place at the end. The path
+    lies in a temporary folder of this writer; leftovers of killed writers are removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, host = f".{path.name}.", re.sub(r"[^\w-]", "-", socket.gethostname())
     for left_over in path.parent.glob(f"{glob.escape(beside)}*.partial"):
@@ -55,7 +55,7 @@ def whole(path: Path) -> Iterator[Path]:
         yield aside / path.name
         (aside / path.name).replace(path)
     except OSError as error:
-        if error.errno in FULL:  # of a write, which knows no name, or of the folder, whose name says little
+        if error.errno in DISK_FULL:  # the error names no file, or only our temporary one
             raise OSError(error.errno, f"{path} could not be written ({error.strerror}); make room") from error
         raise
     finally:
@@ -63,7 +63,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def beside(path: Path) -> Path:
-    """A name of this moment for what lies there and is to be kept; free, whatever the clock says."""
+    """An unused path, named by the time, to which an existing file can be moved to keep it."""
     name = f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
     free = (path.with_name(f"{name}{f'-{number}' if number else ''}") for number in itertools.count())
     return next(kept for kept in free if not kept.exists() and not kept.is_symlink())
