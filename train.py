@@ -20,12 +20,9 @@ if TYPE_CHECKING:
 def main(config: ExperimentConfig) -> None:
     """Open the devices and the run's folder, and train."""
     with stops_at_once(config.folder):
-        from experiment.build import build_diffusion
-        from training.objective import objective_of
-        from training.run import open_run
+        from training.assembly import open_training
 
-    in_parts = objective_of(build_diffusion(config.diffusion)).trains_in_parts
-    with open_run(config, in_parts=in_parts, grad_accumulation=config.train.grad_accumulation) as run:
+    with open_training(config) as run:
         train(run)
 
 
@@ -35,22 +32,21 @@ def train(run: Run[ExperimentConfig]) -> None:
 
     from autoencoders.codec import create_codec
     from checkpoints.averages import EMA
-    from checkpoints.checkpoint import warm_start
     from checkpoints.training_state import TrainingState
     from data import intake
     from evaluation.scoring import open_scorer
     from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
     from sampling.checks import load_guide_model, resolve_sampling
-    from training.adapters import Merged, adapt
-    from training.alignment import open_alignment
+    from training.adapters import Merged
+    from training.assembly import build_backbone, build_objective, prepare
     from training.batches import Batches
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspection, check_best
     from training.log import is_due
-    from training.objective import build_auxiliary, objective_of, phase_at
-    from training.optimizer import build_optimizers, learning_rate, num_training_steps
-    from training.preparation import compile_blocks, forecast, join_casts, recompute_blocks, share_batch_norms
+    from training.objective import phase_at
+    from training.optimizer import learning_rate, num_training_steps
+    from training.preparation import forecast
 
     # Data and model.
     config, accelerator = run.config, run.accelerator
@@ -63,30 +59,16 @@ def train(run: Run[ExperimentConfig]) -> None:
     num_guided = config.guided_classes(spec.num_classes)
     sampling = resolve_sampling(config.sampling, diffusion, num_guided, spec.in_channels, say=accelerator.print)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator, images.classes, run.identity)
-    model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     accelerator.print(intake(images, held_out_images))
+    model = build_backbone(run, spec, images.classes, codec)
     if run.is_main and accelerator.device.type == "cpu":
         print(forecast(model, spec, diffusion, accelerator, len(images)))
-    if config.init_from and run.checkpoint is None:
-        whole = bool(config.train.adapter)
-        start = model, config.init_from, images.classes, codec, accelerator
-        accelerator.print(warm_start(*start, diffusion=config.diffusion, whole=whole))
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
-    alignment, features = open_alignment(run, model, images)
+    objective, features = build_objective(run, model, diffusion, codec, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
-    auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
-    objective = objective_of(diffusion)(diffusion, auxiliary, alignment)
-    if config.train.adapter:
-        accelerator.print(adapt(model, config.train, type(objective), accelerator))
+    model, optimizers = prepare(run, model, objective)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
-    optimizers = build_optimizers(model, objective.heads, config.optim)
-    if config.train.recompute:
-        recompute_blocks(model, accelerator.device)
-    if config.train.compile:
-        compile_blocks(model)
-    join_casts(model, config.train, accelerator)
-    model, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
     backbone = accelerator.unwrap_model(model)
     learned = Merged(backbone) if config.train.adapter else backbone  # as averages know it
     ema.shard_like(backbone)

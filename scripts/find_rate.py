@@ -57,16 +57,14 @@ class FindRateConfig(ExperimentConfig):
 
 def main(config: FindRateConfig, arguments: Sequence[str] = ()) -> None:
     """Try the rates, draw the losses, and print the command line that trains with what was found."""
-    from experiment.build import build_diffusion
-    from training.objective import objective_of
-    from training.run import open_run
+    from training.assembly import open_training
 
     if config.resume:
         raise ValueError(f"--resume {config.resume}: rates are found for a training's beginning; use --init_from")
-    config = replace(config, name=f"{config.folder.relative_to('runs')}-rates")
+    name, train = f"{config.folder.relative_to('runs')}-rates", replace(config.train, compile=False)
+    config = replace(config, name=name, train=train)
     rates = rising_rates(config.rates.lowest, config.rates.highest, config.rates.num_steps)
-    in_parts = objective_of(build_diffusion(config.diffusion)).trains_in_parts
-    with open_run(config, in_parts=in_parts, grad_accumulation=config.train.grad_accumulation) as run:
+    with open_training(config) as run:
         losses = losses_at(rates, run)
         if run.is_main:
             draw_rates(run.folder / "rates.png", rates, losses)
@@ -80,36 +78,22 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     from tqdm import tqdm
 
     from autoencoders.codec import create_codec
-    from checkpoints.checkpoint import warm_start
     from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
-    from training.adapters import adapt
-    from training.alignment import open_alignment
+    from training.assembly import build_backbone, build_objective, prepare
     from training.batches import Batches
     from training.guard import gradient_norm
-    from training.objective import build_auxiliary, objective_of, phase_at
-    from training.optimizer import build_optimizers
-    from training.preparation import recompute_blocks, share_batch_norms
+    from training.objective import phase_at
 
     config, accelerator = run.config, run.accelerator
     diffusion = build_diffusion(config.diffusion)
     codec = create_codec(config.autoencoder).to(accelerator.device)
     images = open_split(config.data, "train", accelerator)
     spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
-    model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
-    if config.init_from:
-        start, whole = (model, config.init_from, images.classes, codec, accelerator), bool(config.train.adapter)
-        accelerator.print(warm_start(*start, diffusion=config.diffusion, whole=whole))
-    alignment, features = open_alignment(run, model, images)
+    model = build_backbone(run, spec, images.classes, codec)
+    objective, features = build_objective(run, model, diffusion, codec, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
-    auxiliary = build_auxiliary(config.auxiliary, model, codec, accelerator.device)
-    objective = objective_of(diffusion)(diffusion, auxiliary, alignment)
-    if config.train.adapter:
-        accelerator.print(adapt(model, config.train, type(objective), accelerator))
-    optimizers = build_optimizers(model, objective.heads, config.optim)
-    if config.train.recompute:
-        recompute_blocks(model, accelerator.device)
-    model, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
+    model, optimizers = prepare(run, model, objective)
     share = accelerator.process_index, accelerator.num_processes, accelerator.device
     batches = Batches(cache, codec, objective, config.train, features, *share)
     phase, losses = phase_at(objective.phases, 0, len(rates)), []

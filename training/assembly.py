@@ -1,0 +1,62 @@
+"""What trains a backbone, put together as the configuration says: in train.py and in the search for a learning rate."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from autoencoders.codec import Codec
+from checkpoints.checkpoint import warm_start
+from data.image_set import ImageSet
+from data.latents import LatentCache
+from diffusion import Diffusion
+from experiment.build import build_diffusion
+from experiment.config import ExperimentConfig
+from models import ModelSpec
+from models.backbone import Backbone
+from training.adapters import adapt
+from training.alignment import open_alignment
+from training.objective import Objective, build_auxiliary, objective_of
+from training.optimizer import Optimizers, build_optimizers
+from training.preparation import compile_blocks, join_casts, recompute_blocks, share_batch_norms
+from training.run import Run, open_run
+
+
+def open_training(config: ExperimentConfig) -> AbstractContextManager[Run[ExperimentConfig]]:
+    """The run of a backbone, all or some of whose weights have a gradient in each step."""
+    in_parts = objective_of(build_diffusion(config.diffusion)).trains_in_parts
+    return open_run(config, in_parts=in_parts, grad_accumulation=config.train.grad_accumulation)
+
+
+def build_backbone(run: Run[ExperimentConfig], spec: ModelSpec, classes: Sequence[str], codec: Codec) -> Backbone:
+    """On the device, with the weights of `init_from` where a run begins."""
+    config, accelerator = run.config, run.accelerator
+    model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
+    if config.init_from and run.checkpoint is None:
+        start, whole = (model, config.init_from, classes, codec, accelerator), bool(config.train.adapter)
+        accelerator.print(warm_start(*start, diffusion=config.diffusion, whole=whole))
+    return model
+
+
+def build_objective(
+    run: Run[ExperimentConfig], model: Backbone, diffusion: Diffusion, codec: Codec, images: ImageSet
+) -> tuple[Objective, LatentCache | None]:
+    """With its auxiliary terms and its alignment, and the features of these images that the latter is to."""
+    alignment, features = open_alignment(run, model, images)
+    auxiliary = build_auxiliary(run.config.auxiliary, model, codec, run.accelerator.device)
+    return objective_of(diffusion)(diffusion, auxiliary, alignment), features
+
+
+def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -> tuple[nn.Module, Optimizers]:
+    """The model adapted, recomputed, compiled and shared out among processes, as is asked for, and its optimizers."""
+    config, accelerator = run.config, run.accelerator
+    if config.train.adapter:
+        accelerator.print(adapt(model, config.train, type(objective), accelerator))
+    optimizers = build_optimizers(model, objective.heads, config.optim)
+    if config.train.recompute:
+        recompute_blocks(model, accelerator.device)
+    if config.train.compile:
+        compile_blocks(model)
+    join_casts(model, config.train, accelerator)
+    prepared, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
+    return prepared, optimizers
