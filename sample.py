@@ -68,9 +68,10 @@ def main(config: SampleConfig) -> None:
 
         from checkpoints.checkpoint import read_metadata
         from experiment.build import data_of, open_split
-        from sampling.generation import DenoisingPanel, StagesPanel, stream
+        from sampling.generation import stream
         from sampling.image_files import save_folder, save_grid, save_npz
         from sampling.interpolation import interpolate
+        from sampling.panels import DenoisingPanel, StagesPanel
         from sampling.pipeline import load
         from sampling.reconstruction import draw_reconstructions
 

@@ -26,7 +26,7 @@ from metrics.cost import Cost
 from metrics.scores import check_metrics
 from models import ModelSpec
 from sampling.checks import resolve_sampling
-from sampling.generation import resolve_classes
+from sampling.labels import resolve_classes
 from training.optimizer import num_training_steps
 
 

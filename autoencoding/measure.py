@@ -26,13 +26,13 @@ from evaluation.sources import Source, from_dataset, reconstructions
 from evaluation.table import number
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
+from machine.accelerator import share
 from machine.precision import exact
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, psnr, spatial_frequencies, spectrum, ssim
 from metrics.scores import METRICS, Score, metric_name, row_of
-from sampling.generation import share
 from sampling.image_files import save_labelled
 
 ACTIVE = 0.01  # a unit whose posterior mean varies less over images is dead (Burda et al. 2016, section 5.2)

@@ -10,10 +10,10 @@ from checkpoints.checkpoint import Checkpoint
 from data.image_set import ImageSet
 from data.subsets import by_name, stratified
 from diffusion.sde import bits_per_dimension
+from machine.accelerator import share
 from machine.randomness import generator_for
 from metrics.image_batches import in_batches
 from metrics.scores import Score
-from sampling.generation import share
 
 
 def held_out_likelihood(

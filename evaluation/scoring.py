@@ -21,7 +21,7 @@ from data.subsets import by_name
 from evaluation.sources import Source, from_dataset, from_images, reconstructions
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
-from machine.accelerator import from_main
+from machine.accelerator import from_main, share
 from metrics.agreement import fit_probe
 from metrics.features import Extractor, Features
 from metrics.fidelity import Scores, compare
@@ -29,7 +29,6 @@ from metrics.frechet import frechet_distance
 from metrics.manifold import nearest, share_of_pairs_closer
 from metrics.reference import load_features, reference_path, save_features
 from metrics.scores import Score, check_metrics, metric_name, needs_of
-from sampling.generation import share
 
 
 @dataclass(frozen=True)

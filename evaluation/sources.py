@@ -24,7 +24,8 @@ from machine.precision import precision_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, Images, image_batches, in_batches
 from sampling.checks import files_in_record, resolve_sampling
-from sampling.generation import Generator, generator_of, sample_labels
+from sampling.generation import Generator, generator_of
+from sampling.labels import sample_labels
 from settings import set_values
 
 

@@ -14,6 +14,8 @@ from accelerate.utils import (
     broadcast_object_list,
     parse_flag_from_env,
 )
+from jaxtyping import Int64
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
@@ -86,6 +88,11 @@ def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
     if has_failed:
         raise error or SystemExit(2)
     return cast("T", value)
+
+
+def share(num: int, accelerator: Accelerator) -> Int64[Tensor, " m"]:
+    """Of so many indices those that fall to this process, dealt out in turn."""
+    return torch.arange(num)[accelerator.process_index :: accelerator.num_processes]
 
 
 def num_processes_here(accelerator: Accelerator) -> int:

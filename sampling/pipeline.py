@@ -16,7 +16,8 @@ from checkpoints.checkpoint import Checkpoint, open_checkpoint
 from diffusion import Diffusion
 from machine.accelerator import open_accelerator
 from sampling.checks import resolve_sampling
-from sampling.generation import Generator, generate, generator_of, resolve_classes
+from sampling.generation import Generator, generate, generator_of
+from sampling.labels import resolve_classes
 from settings import SEEDS, check_interval
 
 Classes = Sequence[str | int] | str | int  # names or labels

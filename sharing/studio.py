@@ -19,8 +19,9 @@ from diffusion.samplers import AVERAGES
 from experiment.build import open_split
 from machine.accelerator import open_accelerator
 from metrics.manifold import nearest
-from sampling.generation import Generator, generate, resolve_classes
+from sampling.generation import Generator, generate
 from sampling.interpolation import interpolate
+from sampling.labels import resolve_classes
 from sampling.pipeline import Pipeline
 
 MOST_IMAGES, MOST_STEPS, MOST_MOMENTS = 8, 250, 12

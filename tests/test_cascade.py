@@ -20,7 +20,7 @@ from diffusion.samplers import Walk
 from experiment.build import model_spec
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig
 from models import create_model
-from sampling.generation import StagesPanel
+from sampling.panels import StagesPanel
 from studies.cascade import cascade as Cascade
 from studies.cascade.denoising import Denoising
 from studies.cascade.refinement import SuperResolution

@@ -22,8 +22,9 @@ from autoencoders.codec import AutoencoderError
 from diffusion import GaussianDiffusion, sample
 from machine.whole_files import beside, whole, write_whole
 from sampling import generation
-from sampling.generation import Generator, resolve_classes
+from sampling.generation import Generator
 from sampling.image_files import save_folder, save_grid, save_npz
+from sampling.labels import resolve_classes
 
 SAMPLE = script("sample.py")
 IMAGES = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=generator())

@@ -33,7 +33,8 @@ from metrics.features import Extractor, Features
 from metrics.fidelity import compare
 from metrics.programs import save_program
 from metrics.scores import METRICS, title_of
-from sampling.generation import Generator, resolve_classes
+from sampling.generation import Generator
+from sampling.labels import resolve_classes
 from sharing.studio import Studio
 from training.inspection import check_best
 

@@ -16,11 +16,13 @@ from data.subsets import stratified
 from evaluation.scoring import Reference, Scorer
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
+from machine.accelerator import share
 from machine.checkpoint_folder import by_step
 from machine.randomness import generator_for
 from metrics.extractors import naming
 from metrics.scores import is_lower_better, metric_name
-from sampling.generation import Generator, balanced_labels, generate, sample_labels, share
+from sampling.generation import Generator, generate
+from sampling.labels import balanced_labels, sample_labels
 from training.batches import Batch
 from training.log import draw_progress, is_due
 from training.objective import Objective

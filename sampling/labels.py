@@ -1,0 +1,59 @@
+"""The labels of samples: of classes by their names, and of as many images as are scored."""
+
+import difflib
+import unicodedata
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from data.subsets import stratified
+from experiment.config import EvaluationConfig
+from machine.randomness import generator_for
+
+
+def resolve_classes(asked: Sequence[str | int], classes: list[str]) -> list[int]:
+    """Labels of class names, or of numbers in words where no class is called so, and labels themselves; all of them
+    when none are asked for, 0 for an unconditional model."""
+    if not asked:
+        return list(range(max(1, len(classes))))
+    labels, composed = [], [unicodedata.normalize("NFC", name) for name in classes]
+    for name in asked:
+        if not classes:
+            raise ValueError(f"--classes {name}: the model has no classes; leave it out")
+        if isinstance(name, str) and (same := unicodedata.normalize("NFC", name)) in composed:  # macOS takes them apart
+            labels.append(composed.index(same))
+        elif str(name) in map(str, range(len(classes))):
+            labels.append(int(name))
+        else:
+            close = difflib.get_close_matches(str(name), classes, n=3, cutoff=0.4)
+            known = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(classes[:10])}, ..."
+            raise ValueError(f"--classes {name}: no such class among the {len(classes)}; {known}")
+    return labels
+
+
+def sample_labels(
+    evaluation: EvaluationConfig,
+    num_reference: int,
+    num_classes: int,
+    reference: Int64[Tensor, " m"] | None,
+    trial: int = 0,
+) -> Int64[Tensor, " n"]:
+    """Labels of samples to be scored, as the policy asks for: `balanced`, all classes in turn; `reference`, of each
+    class its share of the reference; `random`, each class as likely. As many as asked, else as the reference has."""
+    num_images = evaluation.num_samples or num_reference
+    if num_images < 1:
+        raise ValueError("--num_samples: the reference does not say how many images it is of; give a number")
+    if num_classes == 0 or evaluation.labels == "balanced":
+        return balanced_labels(num_images, num_classes)
+    if evaluation.labels == "reference":
+        if reference is None:
+            raise ValueError("--labels reference: the reference has no labels; choose from balanced, random")
+        return reference[stratified(reference, num_images, evaluation.seed)]
+    return torch.randint(num_classes, (num_images,), generator=generator_for(evaluation.seed + trial, "labels"))
+
+
+def balanced_labels(num_images: int, num_classes: int) -> Int64[Tensor, " n"]:
+    """Labels in turn, so that classes differ in count by one at most; all 0 for an unconditional model."""
+    return torch.arange(num_images) % max(1, num_classes)

@@ -1,0 +1,51 @@
+"""What becomes of samples on the way, as a picture: moments of the denoising, and outputs of a cascade's stages."""
+
+import torch
+from einops import rearrange
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from autoencoders.codec import Codec
+from diffusion import Diffusion
+from diffusion.samplers import Staged
+
+
+class DenoisingPanel:
+    """Keeps some moments of the first batch's denoising: as a `callback`, then as a picture."""
+
+    def __init__(self, num_moments: int, num_steps: int, num_images: int = 6) -> None:
+        if not 1 <= num_moments <= num_steps:
+            raise ValueError(f"--panel {num_moments} must lie in 1..{num_steps}, the sampling steps")
+        self.steps = torch.linspace(0, num_steps - 1, num_moments).round().long().tolist()
+        self.names = [f"step {step + 1}" for step in self.steps]
+        self.num_images, self.columns = num_images, num_moments
+        self.moments: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, step: int, x_t: Tensor, x_0: Tensor) -> None:
+        if len(self.moments) < self.columns and step == self.steps[len(self.moments)]:
+            self.moments.append((x_t[: self.num_images], x_0[: self.num_images]))
+
+    def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
+        """For each image a row of `x_t` and below it one of predicted `x_0`, decoded."""
+        moments = torch.stack([torch.stack(moment) for moment in self.moments])  # [moments 2 images c h w]
+        return codec.decode(rearrange(moments, "m kind b c h w -> (b kind m) c h w")).cpu()
+
+
+class StagesPanel:
+    """Keeps what each stage of the first batch put out: as `on_stage`, then as a picture."""
+
+    def __init__(self, diffusion: Diffusion, num_images: int = 36) -> None:
+        if not isinstance(diffusion, Staged):
+            raise ValueError("--stages true: this model draws in one stage; it is for cascades, see --panel")
+        self.names, self.num_images = list(diffusion.stages), num_images
+        self.outputs: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, x_0: Tensor) -> None:
+        self.outputs.setdefault(name, x_0[: self.num_images])
+
+    def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
+        """For each sample its stages' outputs, decoded, in squares of the largest one's size."""
+        decoded = [codec.decode(self.outputs[name]).cpu() for name in self.names]  # not all devices enlarge bytes
+        size = max(tuple(images.shape[-2:]) for images in decoded)
+        enlarged = [nn.functional.interpolate(images, size=size, mode="nearest") for images in decoded]
+        return torch.stack(enlarged, dim=1).flatten(0, 1)
