@@ -11,13 +11,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.hub import is_name
 from experiment.cli import one_line_errors, parse
-from experiment.config import DataFlags, EvaluationConfig, SamplingConfig
+from experiment.config import DataConfig, DataFlags, EvaluationConfig, SamplingConfig
 from machine.stopping import importing
+from metrics.scores import PER_IMAGE, check_metrics, needs_of
 from settings import set_values, unset, within
+
+if TYPE_CHECKING:
+    from checkpoints.checkpoint import Checkpoint
+    from evaluation.scoring import Scorer
 
 
 @partial(unset, several=True)
@@ -87,98 +92,94 @@ class EvaluateConfig(EvaluationFlags):
 
 
 def main(config: EvaluateConfig) -> None:
-    """Open the reference and the sources, score them, write the files."""
+    """Open what is asked for, of which a run's own configuration says the rest, and do it."""
     with importing():
-        import torch
-
-        from autoencoders.codec import create_codec
         from autoencoding.measure import measure_autoencoders
         from checkpoints.checkpoint import open_checkpoint
-        from data.subsets import by_name
-        from evaluation import record, sources
-        from evaluation.likelihood import held_out_likelihood
-        from evaluation.scoring import Scorer, summarise
-        from evaluation.table import latex
-        from experiment.build import data_of, open_split
+        from evaluation.scoring import Scorer
+        from evaluation.sources import blaming
+        from experiment.build import data_of
         from machine.accelerator import open_accelerator
-        from machine.whole_files import write_whole
-        from metrics.fidelity import class_distances
-        from metrics.reference import read_adm, write_adm
-        from metrics.scores import METRICS, PER_IMAGE, check_metrics, needs_of
         from metrics.self_check import self_check
-        from sampling.image_files import save_grid
 
-    # What is asked for; a run's own configuration says the rest.
     check(config)
     accelerator = open_accelerator(config.precision)
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
-    with sources.blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
+    with blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
         checkpoint = open_checkpoint(owner, accelerator) if owner else None
     flags = {name: value for name, value in set_values(config).items() if name in EvaluationConfig.__dataclass_fields__}
     flags = ({"weights_path": None} if "extractor" in flags else {}) | flags  # another's are not its
     evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **flags)
     check_metrics(evaluation.metrics)
     data = data_of(checkpoint.config.data if checkpoint else None, config.data)
-    if config.samples is None and not config.self_check:
+    if config.self_check:
+        accelerator.print(self_check(Scorer(evaluation, accelerator).extractor))
+    elif config.samples is None:
         names = [name.strip() for name in str(config.autoencoder).split(",")]
         network = (config.perceptual, config.heads)
-        measured = measure_autoencoders(names, data, evaluation, network, accelerator, config.output)
-        return accelerator.print(measured)
-    scorer = Scorer(evaluation, accelerator)
-    extractor = scorer.extractor
-    if config.self_check:
-        return accelerator.print(self_check(extractor))
+        accelerator.print(measure_autoencoders(names, data, evaluation, network, accelerator, config.output))
+    else:
+        score_samples(config, config.samples, checkpoint, data, Scorer(evaluation, accelerator))
 
-    # What samples are held against, held-out images or a file; and the sources, one a row, each a list of trials. All
-    # are opened before anything is computed.
+
+def score_samples(
+    config: EvaluateConfig, samples: str, checkpoint: "Checkpoint | None", data: DataConfig, scorer: "Scorer"
+) -> None:
+    """The whole of scoring, top to bottom."""
+    import torch
+
+    from autoencoders.codec import create_codec
+    from data.subsets import by_name
+    from evaluation import record, sources
+    from evaluation.baselines import baselines
+    from evaluation.likelihood import held_out_likelihood
+    from evaluation.scoring import summarise
+    from evaluation.table import latex
+    from experiment.build import open_split
+    from machine.whole_files import write_whole
+    from metrics.fidelity import class_distances
+    from metrics.reference import read_adm, write_adm
+    from sampling.image_files import save_grid
+
+    # What samples are held against: held-out images or a file. All is opened before anything is computed.
+    evaluation, accelerator = scorer.evaluation, scorer.accelerator
+    drawn_from = checkpoint if is_run(samples) else None
+    if (config.memorisation or config.per_class) and not needs_of(evaluation.metrics) & PER_IMAGE:
+        flag = "--memorisation" if config.memorisation else "--per_class"
+        raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
     held_out = None if config.reference else open_split(data, "test", accelerator)
     looked_at = held_out or (open_split(data, "test", accelerator) if config.memorisation else None)
     if checkpoint and looked_at is not None and "test" in checkpoint.identity:
         checkpoint.check_identity(test=looked_at.describe())
     size = (data.image_size, data.image_size)
-    moments, images = read_adm(Path(config.reference), extractor, size) if config.reference else (None, None)
+    moments, images = read_adm(Path(config.reference), scorer.extractor, size) if config.reference else (None, None)
     name = config.autoencoder
     codec = checkpoint.open_codec(name, accelerator.print) if checkpoint else create_codec(name or "pixel")
     codec = codec.to(accelerator.device)
-    if checkpoint is not None and owner == config.samples:
-        real, reference_labels = images if held_out is None else held_out, None
-        if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
-            reference_labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
-        drawn = sources.sweep(config.sampling), evaluation, codec, accelerator
-        drawing: dict[str, Any] = {"num_trials": config.trials, "num_reference": 0 if real is None else len(real)}
-        groups = sources.from_checkpoint(checkpoint, *drawn, reference_labels=reference_labels, **drawing)
+
+    # What is scored: a row a setting of the sampler, each of several trials, or a fixed set; then the baselines.
+    if drawn_from:
+        real = images if held_out is None else held_out
+        num_reference = 0 if real is None else len(real)
+        drawing: dict[str, Any] = {"num_trials": config.trials, "num_reference": num_reference, "held_out": held_out}
+        settings = sources.sweep(config.sampling)
+        groups = sources.from_checkpoint(drawn_from, settings, evaluation, codec, accelerator, **drawing)
     else:
-        groups = [[sources.read_samples(str(config.samples), data.image_size, evaluation.num_samples, evaluation.seed)]]
-        for words in groups[0][0].provenance.get("left_out", ()):
-            accelerator.print(f"--samples {config.samples}: {words}")
+        fixed = sources.read_samples(samples, data.image_size, evaluation.num_samples, evaluation.seed)
+        groups = [[fixed]]
+        for words in fixed.provenance.get("left_out", ()):
+            accelerator.print(f"--samples {samples}: {words}")
     first, num_drawn = groups[0][0], len(groups)
-
-    def alike(split: str, name: str, flag: str) -> tuple[sources.Source, torch.Tensor]:
-        """As many images of the same classes: a Fréchet distance depends on both."""
-        return sources.like(first, open_split(data, split, accelerator), name, flag, evaluation.seed)
-
-    scored = [(trials, evaluation.metrics) for trials in groups]  # a row's trials, and what is asked of them
+    scored = [(trials, evaluation.metrics) for trials in groups]  # and what is asked of them
     if config.baselines:
-        asks = {name: METRICS[name] for name in evaluation.metrics}
-        by_class = [name for name, metric in asks.items() if metric.needs == "labelled" and not metric.teaches]
-        floors: list[tuple[sources.Source, str, list[str]]] = []  # with what their reconstructions are called
-        if others := [name for name in asks if name not in by_class]:
-            floors.append((alike("train", "training images", "--baselines")[0], "reconstructions", others))
-        if by_class:  # of images that the probe has not seen
-            photographs = sources.from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)
-            floors.append((photographs, "reconstructions of held-out images", by_class))
-        for floor, name, names in floors:
-            scored.append(([floor], names))
-            if codec.source != "pixel":
-                decoded = sources.reconstructions(floor, codec, accelerator.device, evaluation.seed)
-                scored.append(([replace(decoded, name=name)], names))
-    if (config.memorisation or config.per_class) and not needs_of(evaluation.metrics) & PER_IMAGE:
-        flag = "--memorisation" if config.memorisation else "--per_class"
-        raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
-    copies = unseen = labels = None
+        assert held_out is not None  # check saw to it
+        of_images = baselines(first, data, held_out, codec, evaluation, accelerator)
+        scored += [([source], names) for source, names in of_images]
+    train = copies = unseen = labels = None
     if config.memorisation:
-        copies = alike("train", "training images", "--memorisation")
-        unseen, _ = alike("test", "held-out images", "--memorisation")
+        train = open_split(data, "train", accelerator)
+        copies = sources.like(first, train, "training images", "--memorisation", evaluation.seed)
+        unseen, _ = sources.like(first, looked_at, "held-out images", "--memorisation", evaluation.seed)
     if config.per_class:
         assert held_out is not None  # check saw to it
         if first.labels is None or not held_out.classes:
@@ -208,40 +209,43 @@ def main(config: EvaluateConfig) -> None:
         planted = {"planted_copies_closer": nearest.copies, "planted_copies_found": nearest.found}
         extra["memorisation"] = {"closer_to_training_than_held_out": nearest.closer, **planted}
     if not accelerator.is_main_process:
-        return None
+        return
     if held_out is not None and labels is not None:
         distances = class_distances(replace(features, labels=labels), reference.features)
         extra["per_class"] = {held_out.classes[label]: asdict(score) for label, score in distances.items()}
 
-    # In words first, as a file that cannot be written would else take hours of scoring along.
+    # What came out: in words first, as a file that cannot be written would else take hours of scoring along.
     swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
     columns = [*dict.fromkeys([*record.SWEPT, *swept])] if num_drawn > 1 else []
-    print(record.in_words(rows, columns, reference, extractor, extra))
+    print(record.in_words(rows, columns, reference, scorer.extractor, extra))
 
     # The files: a record with all that it takes to derive it again, pictures of what was scored.
-    samples = Path(str(config.samples)).resolve()
-    usual = checkpoint.run / f"scores{checkpoint.mark}.json" if checkpoint and owner == config.samples else None
-    name = samples.name if samples.is_dir() else samples.stem
-    output = Path(config.output or usual or samples.with_name(f"{name}-scores.json"))
-    record.write_json({**record.provenance(rows, reference, scorer), **extra}, output)
+    output = Path(config.output or output_of(samples, drawn_from))
     written = [output, output.with_suffix(".png")]
+    record.write_json({**record.provenance(rows, reference, scorer), **extra}, output)
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
     if num_drawn > 1:
         written.append(output.with_name(f"{output.stem}-sweep.png"))
         record.draw_sweep(rows[:num_drawn], written[-1])
     if nearest is not None:
         written.append(output.with_name(f"{output.stem}-nearest.png"))
-        trained_on = sources.from_dataset(open_split(data, "train"), "training images")
-        record.draw_pairs(first, trained_on, nearest, written[-1])
+        record.draw_pairs(first, sources.from_dataset(train, "training images"), nearest, written[-1])
     if config.write_reference and held_out:
-        images = sources.from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
-        write_adm(Path(config.write_reference), reference.features, images, extractor)
+        photographs = sources.from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
         written.append(Path(config.write_reference))
+        write_adm(written[-1], reference.features, photographs, scorer.extractor)
     if config.latex:
         written.append(output.with_suffix(".tex"))
         write_whole(written[-1], record.table(rows, columns, form=lambda cells: latex(cells[:1], cells[1:])))
     print("written: " + ", ".join(map(str, written)))
-    return None
+
+
+def output_of(samples: str, checkpoint: "Checkpoint | None") -> Path:
+    """Where the record goes by default: into the run that was drawn from, or beside a fixed set."""
+    if checkpoint:
+        return checkpoint.run / f"scores{checkpoint.mark}.json"
+    path = Path(samples).resolve()
+    return path.with_name(f"{path.name if path.is_dir() else path.stem}-scores.json")
 
 
 def is_run(path: str) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from autoencoders.codec import Codec
 from checkpoints.checkpoint import Checkpoint, read_metadata
 from data import left_out
+from data.image_set import ImageSet
 from data.images import ImageDataset
 from data.subsets import by_name, stratified
 from diffusion.samplers import num_calls, randn_like
@@ -170,9 +171,10 @@ def from_checkpoint(
     *,
     num_trials: int,
     num_reference: int,
-    reference_labels: Tensor | None,
+    held_out: ImageSet | None,
 ) -> list[list[Source]]:
-    """Samples of a checkpoint: for each of these settings a list of trials, whose seeds count up."""
+    """Samples of a checkpoint: for each of these settings a list of trials, whose seeds count up; as many as the
+    reference has, with the labels of the held-out images, where nothing else is asked for."""
     diffusion, trained_with = checkpoint.build_diffusion(), checkpoint.config.sampling
     told = trained_with, diffusion, checkpoint.num_guided
     resolved = [resolve_sampling(*told, say=accelerator.print, **overrides) for overrides in settings]
@@ -180,13 +182,16 @@ def from_checkpoint(
     if evaluation.labels == "balanced" and num < num_classes:
         words = f"--num_samples {num}: of {num_classes} classes the first {num} alone are drawn and held against all"
         accelerator.print(f"{words}; --labels random draws of all, as does --labels reference")
+    theirs = None
+    if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
+        theirs = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
     model = checkpoint.load_model(accelerator.device)
     provenance: dict[str, Any] = {"checkpoint": checkpoint.path.as_posix(), "model": checkpoint.spec.name}
     provenance |= {"step": checkpoint.step, "trained_at_commit": checkpoint.commit, "labels": evaluation.labels}
     provenance["weights_sha256"] = read_metadata(checkpoint.path).get("weights_sha256")
 
     def trial(sampling: SamplingConfig, number: int) -> Source:
-        labels = sample_labels(evaluation, num_reference, len(checkpoint.classes), reference_labels, number)
+        labels = sample_labels(evaluation, num_reference, num_classes, theirs, number)
         seed = evaluation.seed + number
         generator = generator_of(checkpoint, sampling, codec, labels, seed, accelerator, model=model)
         name = checkpoint.config.name or checkpoint.spec.name
