@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from experiment.config import AnyLogConfig, AnyTrainConfig, DataConfig, OptimConfig, RunConfig
+from experiment.config import DataConfig, OptimConfig
+from experiment.run_config import AnyLogConfig, AnyTrainConfig, RunConfig
 from settings import within
 
 

@@ -28,9 +28,10 @@ from data.images import abridged
 from data.latents import short
 from diffusion.diffusion import Diffusion
 from experiment.build import build_diffusion, meaning_of
-from experiment.config import DiffusionConfig, ExperimentConfig, RunConfig
+from experiment.config import DiffusionConfig, ExperimentConfig
 from experiment.imports import contents_of, load_imports
 from experiment.mappings import from_dict
+from experiment.run_config import RunConfig
 from machine.accelerator import from_main
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from machine.sharding import part_like

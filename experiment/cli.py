@@ -16,9 +16,9 @@ from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, set_loader, set_parsing_settings
 
-from experiment.config import R, resuming
 from experiment.imports import load_imports
 from experiment.mappings import NAMES, StrictLoader, of_today
+from experiment.run_config import R, resuming
 from machine import children
 from settings import check_settings
 

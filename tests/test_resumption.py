@@ -13,8 +13,9 @@ from processes import run
 from autoencoding.autoencoder_config import AutoencodingConfig
 from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of, save_tensors
 from experiment.cli import parse, parse_run
-from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig, resuming
+from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig
 from experiment.mappings import from_dict
+from experiment.run_config import resuming
 from machine.checkpoint_folder import CheckpointError
 from training.resumption import go_on, other_measure
 

@@ -11,9 +11,9 @@ import yaml
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from checkpoints.training_state import SNAPSHOTS, list_snapshots
 from data.images import abridged
-from experiment.config import R, RunConfig, resuming
 from experiment.imports import load_imports
 from experiment.mappings import flatten, from_dict
+from experiment.run_config import R, RunConfig, resuming
 from machine.checkpoint_folder import CheckpointError, by_step, list_checkpoints, to_resume
 from machine.whole_files import beside
 

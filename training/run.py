@@ -18,7 +18,7 @@ from tqdm import tqdm
 from autoencoders.codec import AutoencoderError
 from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of
 from checkpoints.training_state import TrainingState, copy_checkpoint, resume
-from experiment.config import R, resuming
+from experiment.run_config import R, resuming
 from machine.accelerator import from_main, open_accelerator
 from machine.background import Background
 from machine.checkpoint_folder import Best, mark_best, rotate, to_resume

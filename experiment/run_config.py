@@ -1,0 +1,91 @@
+"""What every training has, a backbone's and an autoencoder's: a folder, a length, a log."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from experiment.mappings import flatten
+from machine.whole_files import inside
+from settings import SEEDS, within
+
+
+@dataclass(frozen=True)
+class AnyTrainConfig:
+    """Length, batch size and precision of a training.
+
+    Args:
+        num_steps: optimizer steps
+        max_hours: save and stop after this time with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
+        batch_size: images per optimizer step, over all processes and micro-batches
+        ema_decay: decay of the averaged weights (EMA); at first (1 + step) / (10 + step), while that is smaller
+        precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 if the device has instructions for it, else fp32
+        seed: seed of the initial weights and of everything random in training
+    """
+
+    num_steps: int | None = within("[1, inf)", None)
+    max_hours: float | None = within("(0, inf)", None)
+    batch_size: int = within("[1, inf)", 128)
+    ema_decay: float = within("[0, 1)", 0.9999)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = within(SEEDS, 0)
+
+
+@dataclass(frozen=True)
+class AnyLogConfig:
+    """What is logged and saved during training, and how often (in optimizer steps unless named otherwise; 0: never).
+
+    Args:
+        every: losses and speed, to log.jsonl and the trackers
+        sample_every: a grid of samples
+        num_validation: largest number of held-out images used for validation
+        checkpoint_minutes: a checkpoint this long after the previous one; the last step always writes one
+        checkpoint_every: a checkpoint every so many steps as well
+        keep_checkpoints: number of newest intact checkpoints to keep; saving verifies them
+        trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
+    """
+
+    every: int = within("[0, inf)", 20)
+    sample_every: int = within("[0, inf)", 2000)
+    num_validation: int = within("[1, inf)", 1024)
+    checkpoint_minutes: float = within("[0, inf)", 15.0)
+    checkpoint_every: int = within("[0, inf)", 0)
+    keep_checkpoints: int = within("[1, inf)", 2)
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+class RunConfig:
+    """Base of a training's configuration, a frozen dataclass; the run has a folder, from which it can be resumed."""
+
+    name: str | None
+    resume: str | None
+    init_from: str | None
+    if TYPE_CHECKING:  # which each subclass declares
+        train: Any
+        log: Any
+    fixed = tuple[str, ...]()  # settings, or groups of them, that must not change on resume
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, below `runs`."""
+        return Path(self.resume) if self.resume else inside(Path("runs"), str(self.name), "--name")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)  # pyright: ignore[reportArgumentType]
+        values["optim"]["betas"] = list(values["optim"]["betas"])
+        return values
+
+    def identity(self) -> dict[str, Any]:
+        """The settings, by flag, that a resumed run must keep. Paths may change: their content is checked elsewhere."""
+        flags = flatten(self.to_dict())
+        passing = {"data.path", "data.cache", "data.on_error"}
+        kept = [flag for flag in flags if {flag, flag.partition(".")[0]} & {*self.fixed} and flag not in passing]
+        fixed = {flag: flags[flag] for flag in kept}
+        return fixed | {"optim.muon_lr": "null" if flags["optim.muon_lr"] is None else "set"}
+
+
+R = TypeVar("R", bound=RunConfig)
+
+
+def resuming(config: R, run: Path | None) -> R:
+    """The configuration with `resume` set to this run, or unset."""
+    return replace(config, resume=run and str(run))  # pyright: ignore[reportArgumentType, reportReturnType]
