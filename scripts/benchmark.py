@@ -13,7 +13,6 @@ python scripts/benchmark.py frechet
 
 import itertools
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,10 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluation.table import terminal
 from experiment.cli import run_program
 from machine import children
-from machine.whole_files import write_whole
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
 Row = dict[str, Any]
@@ -86,7 +83,7 @@ def training(
             row["time"] = round(first.setdefault(row["model"], row["img/s"]) / row["img/s"], 3)
     what = f"optimizer step, batch {batch_size}, latents {latent_size}x{latent_size}"
     note = f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {speed.the_device()} matrices of side {side}."
-    report(what, rows, output, note=note)
+    speed.report(what, rows, output, note=note)
 
 
 def sampling(
@@ -129,7 +126,7 @@ def sampling(
             draw = partial(published.sample, model, noise, y, **theirs)
             programs.append((head(name, precision, "published"), speed.autocasting(precision, draw)))
     rows = speed.in_turns(programs, rounds, batch_size)
-    report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows)
+    speed.report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows)
 
 
 def epoch(
@@ -191,7 +188,7 @@ def epoch(
             programs.append((head(name, precision, "this one, cache warm"), ours))
             programs.append((head(name, "fp32", "published loop"), theirs))
         rows = speed.in_turns(programs, rounds, batch_size)
-    report(f"training from 64x64 images, batch {batch_size}", rows)
+    speed.report(f"training from 64x64 images, batch {batch_size}", rows)
 
 
 def cache(
@@ -254,7 +251,7 @@ def cache(
     rows[0]["speed"] = round(rows[0]["img/s"] / rows[1]["img/s"], 3)
     held = f"Held at most: {at_first:.2f} GB while files were checked, {then:.2f} GB in training."
     note = f"Checked in {checked:.0f} s. Losses are {'equal' if equal else 'DIFFERENT'}. {held}"
-    report(f"optimizer step, batch {batch_size}, a cache of {gb:.1f} GB", rows, note=note)
+    speed.report(f"optimizer step, batch {batch_size}, a cache of {gb:.1f} GB", rows, note=note)
 
 
 def scaling(
@@ -276,6 +273,8 @@ def scaling(
         rounds: steps that count
         plot: picture of both
     """
+    from training import speed
+
     rows, precision = [], chosen(precision)
     for name, side in itertools.product(models, sides):
         batch_size = max(1, tokens // side**2)
@@ -289,23 +288,9 @@ def scaling(
         rows.append({"model": name, "latent": side, "batch": batch_size, "img/s": row["img/s"]})
         rows[-1] |= {"us/pixel": round(micros / side**2, 2), "kB/pixel": round(kilobytes / side**2, 1)}
         print(rows[-1], file=sys.stderr)
-    report(f"training step, {precision}, {tokens} latent pixels a step", rows)
-    if plot is None:
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, key, label in zip(axes, ("us/pixel", "kB/pixel"), ("time, µs", "memory, kB"), strict=True):
-        for name in models:
-            values = [row[key] for row in rows if row["model"] == name]
-            axis.plot(sides, values, marker="o", markersize=3, linewidth=1.2, label=name)
-        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log", ylim=(0, None))
-        axis.set_xticks(sides, labels=list(map(str, sides)))
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
-    figure.savefig(plot, dpi=150)
+    speed.report(f"training step, {precision}, {tokens} latent pixels a step", rows)
+    if plot is not None:
+        draw_scaling(rows, models, sides, plot)
 
 
 def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, rounds: int = 5) -> None:
@@ -337,7 +322,7 @@ def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, roun
         network(image_batches(images, batch_size), num_images, progress=False)
 
     rows = speed.in_turns([({"what": "bare loop"}, bare), ({"what": "Extractor"}, extract)], rounds, num_images)
-    report(f"{network.name}, {num_images} images of 64x64, batches of {batch_size}", rows)
+    speed.report(f"{network.name}, {num_images} images of 64x64, batches of {batch_size}", rows)
 
 
 def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
@@ -350,6 +335,7 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
     import torch
 
     from metrics.frechet import RunningMoments, frechet_distance
+    from training import speed
 
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randn(num_images, dim, generator=generator) for _ in range(2)]
@@ -362,7 +348,24 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
     frechet_distance(*(running.moments() for running in moments))
     seconds = {"moments of both": counted - began, "distance": time.perf_counter() - counted}
     rows = [{"what": what, "s": round(taken, 1)} for what, taken in seconds.items()]
-    report(f"two sets of {num_images} x {dim}", rows)
+    speed.report(f"two sets of {num_images} x {dim}", rows)
+
+
+def draw_scaling(rows: Sequence[Row], models: Sequence[str], sides: Sequence[int], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, key, label in zip(axes, ("us/pixel", "kB/pixel"), ("time, µs", "memory, kB"), strict=True):
+        for name in models:
+            values = [row[key] for row in rows if row["model"] == name]
+            axis.plot(sides, values, marker="o", markersize=3, linewidth=1.2, label=name)
+        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log", ylim=(0, None))
+        axis.set_xticks(sides, labels=list(map(str, sides)))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def checkout(folder: Path | None) -> Any:
@@ -383,19 +386,6 @@ def chosen(precision: str) -> str:
     if warning := warning_of(precision, the_device(), "--precision"):
         print(warning, flush=True)
     return choose_precision(precision, the_device())
-
-
-def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str = "") -> None:
-    """A Markdown table, headed by what was measured on which machine; and JSON."""
-    import torch
-
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    title = f"{what}; {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
-    print(f"\n{title}\n\n{terminal(cells)}\n\n{note}")
-    if output is not None:
-        write_whole(output, json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How fast this machine makes an optimizer step, and other programs that are to be compared."""
 
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,9 @@ from data.encoding import IMAGES_PER_SHARD
 from data.latents import FORMAT
 from data.shards import write_shard
 from diffusion import Diffusion, GaussianDiffusion
+from evaluation.table import terminal
 from experiment.config import OptimConfig
+from machine.whole_files import write_whole
 from metrics.cost import throughput
 from models import create_model
 from models.backbone import Backbone
@@ -153,6 +156,17 @@ def in_turns(programs: Sequence[Program], rounds: int, num_images: int, calls: i
         spread = f"{slowest:.1f} to {fastest:.1f}"
         rows.append({**row, "img/s": float(f"{speed:.4g}"), "spread": spread, "step GB": used})
     return rows
+
+
+def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str = "") -> None:
+    """A Markdown table, headed by what was measured on which machine; and JSON."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    title = f"{what}; {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    print(f"\n{title}\n\n{terminal(cells)}\n\n{note}")
+    if output is not None:
+        write_whole(output, json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
 
 
 def graphed(step: Callable[[], Any]) -> Callable[[], None]:
