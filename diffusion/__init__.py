@@ -1,6 +1,7 @@
 """Diffusions, samplers and guidance; a model is any callable `(x_t, t, y, **extras)`.
 
-What follows is imported on first use: `presets` and `options`, which command lines are built from, need no torch.
+The names in `__all__` are imported on first use, because command lines are built from `presets` and `options`, which
+do not need torch.
 """
 
 from importlib import import_module

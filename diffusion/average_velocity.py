@@ -1,4 +1,4 @@
-"""Flows whose model is told both ends of a step, and puts out the average velocity: MeanFlow and shortcuts."""
+"""Flows whose model takes both ends of a step and predicts the average velocity: MeanFlow and shortcut models."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -23,21 +23,22 @@ from diffusion.transition import Images, Labels, Timesteps
 from settings import check_name
 
 TANGENTS = ("sample", "model")
-LEAST_ERROR = 1e-3  # c of the adaptive weight (Geng et al. 2025, section 4.3)
+ADAPTIVE_EPS = 1e-3  # c of the adaptive weight (Geng et al. 2025, section 4.3)
 
 
 class AverageVelocity(Diffusion, ABC):
-    """A model of `u(x_t, r, t) = (x_t - x_r) / (t - r)`, by which a step of any length takes one call.
+    """A model of the average velocity `u(x_t, r, t) = (x_t - x_r) / (t - r)`, which takes a step of any length by one
+    call.
 
-    For a share of a batch r is not t, and the model is held against a target of its own making. For all others r is t
-    and this is flow matching: `u(x_t, t, t)` is the velocity, which is all that samplers but its own ask for.
+    For a share of each batch r differs from t, and the target is computed from the model itself. For the others r is t,
+    and training is flow matching: `u(x_t, t, t)` is the velocity, which is what general samplers use.
 
     Args:
-        path: linear.
+        path: a linear flow.
         times: draws training times.
-        sampler: its own, of `AVERAGES`.
-        interval_share: of the samples for whom r is not t.
-        adaptive_power: p of the weight `1 / (mse + c)^p`.
+        sampler: name of the sampler in `AVERAGES` that uses average velocities.
+        interval_share: share of the samples with r different from t.
+        adaptive_power: p of the loss weight `1 / (mse + c)^p`.
     """
 
     model_args = {"second_time": True}  # noqa: RUF012
@@ -50,32 +51,34 @@ class AverageVelocity(Diffusion, ABC):
         self.interval_share, self.adaptive_power = interval_share, adaptive_power
 
     @abstractmethod
-    def step_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
-        """(r, t) of a step, by a training time and the second number that was drawn for it."""
+    def interval_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
+        """Return (r, t), the interval of a step, from a training time and the second number drawn with it."""
 
     @abstractmethod
     def average_velocity(
         self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
     ) -> Images:
-        """What the model is held against: the average velocity of samples at `index`, the velocity `v` of others."""
+        """Return the training target: the average velocity for samples at `index`, the velocity `v` for others."""
 
     def precondition(self, model: Denoiser) -> Denoiser:
-        """The model as a function of the path's own `x_t`, `t` and `r`, by default `t`."""
-        told = super().precondition(model)
+        """Wrap the model as a function of the path's `x_t`, `t` and `r`; `r` is `t` by default."""
+        wrapped = super().precondition(model)
 
         def preconditioned(x_t: Tensor, t: Tensor, y: Tensor, *, r: Tensor | None = None, **extras: Any) -> Tensor:
-            return told(x_t, t, y, r=self.path.told(x_t, t if r is None else r)[1], **extras)
+            return wrapped(x_t, t, y, r=self.path.model_inputs(x_t, t if r is None else r)[1], **extras)
 
         return preconditioned
 
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> dict[str, Tensor]:
-        """A second number for each sample, and whether it counts: for every so many in the order of the batch. That
-        lies on the CPU, where it is known without waiting for the device how many these are."""
-        places = torch.arange(shape[0] + 1, dtype=torch.float64)
-        counts = (places * self.interval_share).floor().diff() > 0
-        return {"second": self.draw_second(shape[0], generator, device), "counts": counts}
+        """Draw a second number for each sample, and choose evenly spaced samples whose r differs from t.
+
+        The choice, `is_interval`, stays on the CPU, so that indexing by it does not wait for the device.
+        """
+        positions = torch.arange(shape[0] + 1, dtype=torch.float64)
+        is_interval = (positions * self.interval_share).floor().diff() > 0
+        return {"second": self.draw_second(shape[0], generator, device), "is_interval": is_interval}
 
     def draw_second(self, num: int, generator: torch.Generator | None, device: Device) -> Tensor:
         return self.sample_timesteps(num, generator, device)
@@ -91,24 +94,27 @@ class AverageVelocity(Diffusion, ABC):
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
         second: Timesteps | None = None,
-        counts: Bool[Tensor, " b"] | None = None,
+        is_interval: Bool[Tensor, " b"] | None = None,
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """Per sample `mse`, and `loss`, which is it times the adaptive weight. Auxiliary terms are of those samples for
-        whom r is t, as no other output tells the data."""
+        """Compute `mse` and `loss` for each sample; the loss is `mse` times the adaptive weight.
+
+        Auxiliary losses apply to the samples with r = t, because only their outputs predict the data.
+        """
         t, noise = self.draw(x_0, t, noise, generator)
-        if second is None or counts is None:
-            second, counts = self.draw_more(x_0.shape, generator, x_0.device).values()
-        apart = counts.nonzero().flatten().to(x_0.device, non_blocking=True)
-        r, later = self.step_of(t[apart], second[apart])
-        r, t = t.index_copy(0, apart, r), t.index_copy(0, apart, later)
+        if second is None or is_interval is None:
+            second, is_interval = self.draw_more(x_0.shape, generator, x_0.device).values()
+        index = is_interval.nonzero().flatten().to(x_0.device, non_blocking=True)
+        start, end = self.interval_of(t[index], second[index])
+        r, t = t.index_copy(0, index, start), t.index_copy(0, index, end)
 
         x_0 = x_0.float()
         x_t, v = self.q_sample(x_0, t, noise), self.target(x_0, noise, t)
-        some = apart if len(apart) else apart.new_zeros(1)  # so that all processes call the model as often
-        target = self.average_velocity(model, x_t, r, t, y, v, some)
+        if not len(index):
+            index = index.new_zeros(1)  # all processes must call the model equally often
+        target = self.average_velocity(model, x_t, r, t, y, v, index)
         output = self.precondition(model)(x_t, t, y, r=r).float()
         mse = mean_per_sample((target - output).square())
-        terms = {"loss": mse / (mse.detach() + LEAST_ERROR) ** self.adaptive_power, "mse": mse}
+        terms = {"loss": mse / (mse.detach() + ADAPTIVE_EPS) ** self.adaptive_power, "mse": mse}
         if auxiliary:
             share = self.signal_share(t) * (r == t)
             terms = with_auxiliary(terms, auxiliary, self.predict(output, x_t, t).x_0, x_0, y, share)
@@ -117,38 +123,40 @@ class AverageVelocity(Diffusion, ABC):
     def with_and_without_label(
         self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels
     ) -> tuple[Images, Images]:
-        """The model's average velocities, of a batch of twice the size."""
-        told = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, num_classes_of(model))])
-        labelled, unlabelled = self.precondition(model)(*told, r=torch.cat([r, r])).to(x_t.dtype).chunk(2)
+        """Return the model's average velocities with the labels and with the null label, by one call."""
+        doubled = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, num_classes_of(model))])
+        labelled, unlabelled = self.precondition(model)(*doubled, r=torch.cat([r, r])).to(x_t.dtype).chunk(2)
         return labelled, unlabelled
 
 
 def num_classes_of(model: Any) -> int:
-    """The backbone's, whatever it is wrapped in."""
+    """Return the backbone's number of classes, even if the backbone is wrapped."""
     return next(part.num_classes for part in model.modules() if hasattr(part, "num_classes"))
 
 
-def over_images(numbers: Timesteps) -> Tensor:
-    return rearrange(numbers, "b -> b 1 1 1")
+def broadcast(values: Timesteps) -> Tensor:
+    return rearrange(values, "b -> b 1 1 1")
 
 
 class MeanFlow(AverageVelocity):
-    """The average velocity `u(x_t, r, t) = (x_t - x_r) / (t - r)` (Geng et al. 2025).
+    """MeanFlow: the average velocity `u(x_t, r, t) = (x_t - x_r) / (t - r)` from an identity (Geng et al. 2025).
 
-    Differentiated along the path, `(t - r) u` says that `u = v - (t - r) du/dt`: the model is held against that, `v` of
-    the sample and `du/dt` the model's own, as constants (section 4.1).
+    Differentiating `(t - r) u` along the path gives `u = v - (t - r) du/dt`. The right-hand side is the target, with
+    the sample's velocity `v`, the model's own `du/dt`, and no gradient (section 4.1).
 
-    Guidance is trained: `v` is replaced by `omega v + kappa u(x_t, t, t | y) + (1 - omega - kappa) u(x_t, t, t)`, which
-    is guided by the scale `omega / (1 - kappa)` (section 4.2 and appendix B.2).
+    Guidance is part of training: `v` is replaced by `omega v + kappa u(x_t, t, t | y) + (1 - omega - kappa) u(x_t, t,
+    t)`, which corresponds to a scale of `omega / (1 - kappa)` (section 4.2 and appendix B.2).
 
-    A sample's own velocity varies among all that pass through `x_t`, and a derivative along it varies more. Along the
-    model's, which learns their mean, the target varies by `v` alone: improved MeanFlow (Geng et al. 2025b).
+    With `tangent="model"`, `du/dt` is taken along the velocity that the model predicts rather than the sample's. That
+    reduces the target's variance, as the velocities of samples that pass through `x_t` differ and the model learns
+    their mean (improved MeanFlow, Geng et al. 2025b).
 
     Args:
-        omega: share of the sample's own velocity; 1 beside a kappa of 0 is no guidance.
-        kappa: share of the model's velocity under the label.
+        path: a linear flow.
+        omega: weight of the sample's velocity; omega 1 with kappa 0 trains without guidance.
+        kappa: weight of the model's velocity given the label.
         tangent: the velocity along which `du/dt` is taken, of `TANGENTS`.
-        of_flow: as of `AverageVelocity`; of two `times`, t is the larger one.
+        of_flow: further arguments of `AverageVelocity`; t is the larger and r the smaller of two drawn `times`.
     """
 
     def __init__(self, path: Flow, *, omega: float, kappa: float, tangent: str, **of_flow: Any) -> None:
@@ -157,46 +165,51 @@ class MeanFlow(AverageVelocity):
         self.omega, self.kappa, self.tangent, self.guided_samplers = omega, kappa, tangent, tuple(self.samplers)
         self.guidance_settings = "" if (omega, kappa) == (1, 0) else "omega and kappa"
 
-    def step_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
+    def interval_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
         return torch.minimum(t, second), torch.maximum(t, second)
 
     @torch.no_grad()
     def average_velocity(
         self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
     ) -> Images:
-        """`v - (t - r) du/dt` of samples at `index`, and `v` of all others: a Jacobian-vector product of the model with
-        the tangent (v, 0, 1) of (x_t, r, t)."""
+        """Return `v - (t - r) du/dt` for samples at `index`, and `v` for others.
+
+        `du/dt` is a Jacobian-vector product of the model with the tangent (v, 0, 1) of (x_t, r, t).
+        """
         u = self.precondition(model)
         x, start, end, label = x_t[index], r[index], t[index], y[index]
         with differentiable_forward(model):
             v = self.guided(model, x_t, t, y, v)
-            along = v[index]
+            tangent = v[index]
             if self.tangent == "model":
-                along = u(x, end, label, r=end).to(x.dtype)  # which has learned the guidance
-            moving, ending = forward_ad.make_dual(x, along), forward_ad.make_dual(end, torch.ones_like(end))
-            du_dt = forward_ad.unpack_dual(u(moving, ending, label, r=start)).tangent
+                tangent = u(x, end, label, r=end).to(x.dtype)  # the model has learned the guided velocity
+            dual_x, dual_end = forward_ad.make_dual(x, tangent), forward_ad.make_dual(end, torch.ones_like(end))
+            du_dt = forward_ad.unpack_dual(u(dual_x, dual_end, label, r=start)).tangent
             assert du_dt is not None
-        return v.index_copy(0, index, v[index] - over_images(end - start) * du_dt)
+        return v.index_copy(0, index, v[index] - broadcast(end - start) * du_dt)
 
     def guided(self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, v: Images) -> Images:
-        """The velocity under the guidance that is trained, of samples that have a label."""
+        """Return the guided velocity of samples with a label, and `v` for those with the null label."""
         if not self.guidance_settings:
             return v
         labelled, unlabelled = self.with_and_without_label(model, x_t, t, t, y)
-        mixed = self.omega * v + self.kappa * labelled + (1 - self.omega - self.kappa) * unlabelled
-        return torch.where(over_images(y == num_classes_of(model)), v, mixed)
+        guided = self.omega * v + self.kappa * labelled + (1 - self.omega - self.kappa) * unlabelled
+        return torch.where(broadcast(y == num_classes_of(model)), v, guided)
 
 
 @contextmanager
 def differentiable_forward(model: object) -> Iterator[None]:
-    """A place for forward derivatives of a model as samplers call it: without stochastic depth, and without norms over
-    the batch, which would mix samples; and as it is uncompiled, as generated kernels have no such derivatives. Norms of
-    bfloat16 would have them in float32, which no product takes: they are all in float32."""
+    """A context in which the model's forward pass supports forward-mode differentiation.
+
+    The model is in eval mode, as in sampling: stochastic depth is off, and batch norms do not mix samples. It runs
+    uncompiled, because generated kernels have no forward-mode derivatives. Norms run in float32, because the tangents
+    of bfloat16 norms are float32, which matrix products with bfloat16 reject.
+    """
     load_forward_rules()
     parts = model.modules() if isinstance(model, nn.Module) else ()
     norms = [part for part in parts if isinstance(part, nn.LayerNorm | _BatchNorm)]
-    widened = lambda norm, inputs: inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # noqa: E731
-    hooks = [norm.register_forward_pre_hook(widened) for norm in norms]
+    to_float32 = lambda norm, inputs: inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # noqa: E731
+    hooks = [norm.register_forward_pre_hook(to_float32) for norm in norms]
     try:
         with evaluating(model), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
             yield
@@ -207,23 +220,27 @@ def differentiable_forward(model: object) -> Iterator[None]:
 
 @cache
 def load_forward_rules() -> None:
-    """Which torch does at the first derivative, with a warning about scripts of its own."""
+    """Have torch load its rules of forward-mode differentiation, and ignore the warning that this raises in torch."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=FutureWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 class Shortcut(AverageVelocity):
-    """Steps of 1, 1/2, 1/4, ... of the path (Frans et al. 2024), each of which leads where two of half its length do:
-    `u(x_t, r, t) = (u(x_t, m, t) + u(x_m, r, m)) / 2`, m the middle, is what the model is held against (section 3.2).
-    Both halves are its own, without gradients. Halves of the shortest step are Euler's, by the velocity.
+    """Shortcut model: steps of length 1, 1/2, 1/4, ..., each consistent with two steps of half its length (Frans et al.
+    2024).
 
-    Guidance is trained: it is that of the velocity in these, so that all steps have it and the velocity itself has not.
+    The target is `u(x_t, r, t) = (u(x_t, m, t) + u(x_m, r, m)) / 2`, with the middle m and both half steps by the model
+    itself, without gradient (section 3.2). The halves of the shortest step are Euler steps by the velocity.
+
+    Guidance is part of training: it is applied to the velocity in these Euler steps and so passes on to all longer
+    steps, while the velocity itself stays unguided.
 
     Args:
-        sections: the path's, a power of two: as many as Euler's steps in place of all.
-        guidance_scale: 1 is none.
-        of_flow: as of `AverageVelocity`; `times` fall into the intervals of the grid.
+        path: a linear flow.
+        sections: number of Euler steps that the path is divided into, a power of two.
+        guidance_scale: scale of the guidance in training; 1 is none.
+        of_flow: further arguments of `AverageVelocity`; the interval of a step is the one that contains the drawn time.
     """
 
     def __init__(self, path: Flow, *, sections: int, guidance_scale: float, **of_flow: Any) -> None:
@@ -235,7 +252,10 @@ class Shortcut(AverageVelocity):
             self.guided_samplers, self.guidance_settings = ("shortcut",), "guidance_scale"
 
     def check_options(self, options: SamplingOptions) -> None:
-        """Of its own sampler: steps of lengths that are trained, or shorter ones, which are taken for the shortest."""
+        """Refuse numbers of steps and spacings that the sampler `shortcut` does not support.
+
+        Step lengths must be trained ones, or shorter than all of these.
+        """
         if (options.sampler or self.default_sampler) != "shortcut":
             return
         most, num_steps = self.sections // 2, num_steps_of(options, self)
@@ -245,20 +265,21 @@ class Shortcut(AverageVelocity):
             raise ValueError(f"--sampling.spacing {options.spacing}: a shortcut's steps are uniform; leave it out")
 
     def precondition(self, model: Denoiser) -> Denoiser:
-        """Steps shorter than any that is trained are told as the shortest."""
-        told, shortest = super().precondition(model), 2 / self.sections
+        """Wrap the model as a function of the path's `x_t`, `t` and `r`; steps shorter than any in training are passed
+        to it as the shortest."""
+        wrapped, shortest = super().precondition(model), 2 / self.sections
 
         def preconditioned(x_t: Tensor, t: Tensor, y: Tensor, *, r: Tensor | None = None, **extras: Any) -> Tensor:
             r = t if r is None else torch.where(r < t, torch.minimum(r, t - shortest), t)
-            return told(x_t, t, y, r=r, **extras)
+            return wrapped(x_t, t, y, r=r, **extras)
 
         return preconditioned
 
     def draw_second(self, num: int, generator: torch.Generator | None, device: Device) -> Tensor:
         return torch.rand(num, generator=generator, device=device)
 
-    def step_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
-        """That in which t lies, of all those of a length; each length is as likely."""
+    def interval_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
+        """Return the step that contains t, of a length chosen by `second`; all lengths are equally likely."""
         num_lengths = self.sections.bit_length() - 1
         num_steps = (num_lengths * second).floor().exp2().round()
         end = (num_steps * t).ceil().clamp(min=1)
@@ -268,24 +289,24 @@ class Shortcut(AverageVelocity):
     def average_velocity(
         self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
     ) -> Images:
-        """The mean of two half steps' of samples at `index`, and `v` of all others."""
+        """Return the mean of two half steps' velocities for samples at `index`, and `v` for others."""
         x, r, t, y = x_t[index], r[index], t[index], y[index]
         middle = (r + t) / 2
         with evaluating(model):
-            first = self.half(model, x, middle, t, y)
-            second = self.half(model, x - over_images(t - middle) * first, r, middle, y)
-        average = torch.where(over_images(r == t), v[index], (first + second) / 2)
+            first = self.half_step_velocity(model, x, middle, t, y)
+            second = self.half_step_velocity(model, x - broadcast(t - middle) * first, r, middle, y)
+        average = torch.where(broadcast(r == t), v[index], (first + second) / 2)
         return v.index_copy(0, index, average)
 
-    def half(self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels) -> Images:
-        """A half step's average velocity, or the velocity, guided, where that is the shortest step's."""
+    def half_step_velocity(self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels) -> Images:
+        """Return the average velocity of half a step; for half the shortest step, the guided velocity at t."""
         is_shortest = (t - r) * self.sections <= 1
         r = torch.where(is_shortest, t, r)
         if self.guidance_scale == 1:
             return self.precondition(model)(x_t, t, y, r=r).to(x_t.dtype)
         labelled, unlabelled = self.with_and_without_label(model, x_t, r, t, y)
         scale = torch.where(is_shortest, self.guidance_scale, 1.0).to(x_t.dtype)
-        return torch.lerp(unlabelled, labelled, over_images(scale))
+        return torch.lerp(unlabelled, labelled, broadcast(scale))
 
 
 def is_power_of_two(number: int) -> bool:

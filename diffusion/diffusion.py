@@ -1,4 +1,4 @@
-"""A diffusion: what a model learns of data and noise along a path between them."""
+"""A diffusion: a path from data to noise, the model's prediction target on it, and its training loss."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,31 +23,31 @@ Denoiser = Callable[..., Tensor]
 """A backbone, guided or not: a pure function of `(x_t [b c h w], t [b], y [b], **extras)`."""
 
 Step = tuple[int | float, Transition]
-"""A time at which a sampler calls the model, and the step from it to the next lower one."""
+"""A time at which a sampler calls the model, and the transition from there to the next lower time."""
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Prediction(NamedTuple):
-    """The one currency between model and sampler: what a raw model output says of `x_t`."""
+    """The data and noise predicted for `x_t`; all that samplers see of a model's output."""
 
     x_0: Images
     noise: Images
     log_variance: Images | None = None  # of the reverse step, where the model learns it
 
     def clipped(self, limit: float, x_t: Images, at: AtLevel) -> "Prediction":
-        """With `x_0` cut to what data can be, and the noise that this leaves."""
+        """Clamp `x_0` to [-limit, limit] and recompute the noise to match `x_t`."""
         x_0 = self.x_0.clamp(-limit, limit)
         return self._replace(x_0=x_0, noise=(x_t - at.alpha * x_0) / at.sigma)
 
 
 class Auxiliary(NamedTuple):
-    """A further term of the loss, of what the model says of the data."""
+    """An auxiliary loss on the predicted data."""
 
     name: str
     weight: float
     term: Callable[[Tensor, Tensor, Tensor], Tensor]  # (predicted x_0, x_0, y) -> [b]
-    is_fixed: bool = True  # or it changes with training, so that its values at two steps do not compare
+    is_fixed: bool = True  # False: the loss itself changes in training, so values of different steps do not compare
 
 
 FIXED_LOG_VARIANCES: dict[str, Callable[[Transition], Tensor]] = {  # Ho et al. 2020, section 3.2
@@ -58,19 +58,21 @@ VARIANCES = ("learned_range", *FIXED_LOG_VARIANCES)
 
 
 def snr(path: Path, t: Tensor) -> Tensor:
+    """Signal-to-noise ratio `(alpha / sigma)^2`, as [b 1 1 1]."""
     at = path.levels(t)
     return (at.alpha / at.sigma) ** 2
 
 
 def bound_weight(path: Path, t: Tensor) -> Tensor:
-    """The variational bound of a chain, in nats: T terms of a sum (Kingma et al. 2021, eq. 14); t = 0 counts like 1."""
+    """Weight of the error of `x_0` in the variational bound of a chain, in nats: T times a term of its sum over t
+    (Kingma et al. 2021, eq. 14). t = 0 has the weight of t = 1."""
     assert isinstance(path, GaussianChain)
     at = path.transition(t.clamp(min=1))
     return 0.5 * path.num_timesteps * at.x_0_weight**2 * torch.exp(-at.log_variance_min)
 
 
 WEIGHTINGS: dict[str, Callable[[Path, Tensor], Tensor]] = {
-    # What the squared error of x_0 counts at a time, [b 1 1 1].
+    # Weight of the squared error of x_0 at times t, [b 1 1 1].
     "min_snr": lambda path, t: snr(path, t).clamp(max=5),  # Hang et al. 2023, gamma = 5
     "p2": lambda path, t: snr(path, t) / (1 + snr(path, t)),  # Choi et al. 2022, k = gamma = 1
     "vlb": bound_weight,
@@ -78,31 +80,30 @@ WEIGHTINGS: dict[str, Callable[[Path, Tensor], Tensor]] = {
 
 
 class Diffusion:
-    """A path `x_t = alpha(t) x_0 + sigma(t) noise`, what a model puts out for `x_t`, and what its error counts.
+    """A path `x_t = alpha(t) x_0 + sigma(t) noise`, the target that a model predicts from `x_t`, and the loss.
 
     Args:
-        path: from data to noise; times are its own.
-        prediction: what the model puts out: a name in `PREDICTIONS`, or of the path's own `targets`.
-        loss: the target that the squared error is counted in, by the same names; by default the prediction.
+        path: the path from data to noise; it defines the time variable.
+        prediction: the target that the model predicts: a name in `PREDICTIONS` or in `path.targets`.
+        loss: the target in which the squared error is measured, by the same names; by default the prediction.
         times: draws training times: `(num, generator, device) -> [num]`.
-        weighting: a name in `WEIGHTINGS`: what the squared error of `x_0` counts, whatever is predicted; in place of
-            `loss`.
-        variance: of the reverse step. `learned_range` has the model interpolate, in log space, between the posterior
-            variance and beta (Nichol and Dhariwal 2021, eq. 15), for which it has twice the channels; of a chain.
-            `fixed_small` and `fixed_large` are these two bounds themselves.
-        uncertainty: have the model say in one more channel, of which the mean over the image counts, the logarithm u of
-            the error it expects; the loss is then `mse / e^u + u`, least where u is log mse (Kendall et al. 2018;
-            Karras et al. 2024, eq. 21, where u is a small network's and knows sigma alone). The best prediction stays
-            the same.
-        contrast: weight, below 1, that the distance to another sample's velocity has against that to the own one
-            (contrastive flow matching, Stoica et al. 2025), where the loss is given a `negative`.
-        default_sampler: where none is named.
-        default_spacing: where none is named.
-        samplers: where these alone can sample it.
+        weighting: a name in `WEIGHTINGS`, a weight of the squared error of `x_0` whatever the prediction; not to be
+            combined with another `loss`.
+        variance: variance of the reverse step. With `learned_range`, for Gaussian chains only, the model interpolates
+            in log space between the posterior variance and beta (Nichol and Dhariwal 2021, eq. 15) by as many further
+            channels. `fixed_small` and `fixed_large` are these two bounds.
+        uncertainty: have the model predict the logarithm u of its own error as the mean of one more channel. The loss
+            is then `mse / e^u + u`, minimal at u = log mse (Kendall et al. 2018; in Karras et al. 2024, eq. 21, u is
+            a small network's function of sigma alone). The optimal prediction is unchanged.
+        contrast: weight below 1 of the distance to another sample's velocity, which is subtracted from the loss where
+            `training_loss` is given a `negative` (contrastive flow matching, Stoica et al. 2025).
+        default_sampler: name of the sampler to use where none is given.
+        default_spacing: name of the spacing to use where none is given.
+        samplers: the only samplers that support this diffusion; empty: all in `SAMPLERS`.
     """
 
-    guided_samplers: Sequence[str] = ()  # whose samples are guided as it was trained
-    guidance_settings = ""  # by which it learns guidance, away from the null label
+    guided_samplers: Sequence[str] = ()  # samplers whose samples are already guided, because training included it
+    guidance_settings = ""  # names of the settings that train guidance, if they are on
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class Diffusion:
         contrast: float = 0.0,
         default_sampler: str = "euler",
         default_spacing: str = "uniform",
-        samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = NOTHING,
+        samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = EMPTY,
     ) -> None:
         targets = {**PREDICTIONS, **path.targets}
         check_name("--diffusion.prediction", prediction, targets)
@@ -135,15 +136,15 @@ class Diffusion:
         self._draw_times = times
         self.default_sampler, self.default_spacing, self.samplers = default_sampler, default_spacing, samplers
         self._target, self._loss_target = targets[prediction], targets[self.loss]
-        self._informative = path.time_at(torch.tensor(path.noise_range, dtype=torch.float64)).tolist()
+        self._finite_times = path.time_at(torch.tensor(path.noise_range, dtype=torch.float64)).tolist()
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the model puts out a second half of channels that sets the variance."""
+        """Whether the second half of the model's output channels sets the variance."""
         return self.variance not in FIXED_LOG_VARIANCES
 
     def output_channels(self, in_channels: int) -> int:
-        """Channels that the backbone has to put out for data of `in_channels`."""
+        """Number of channels that the backbone must output for data of `in_channels`."""
         return in_channels * (1 + self.learns_variance) + self.uncertainty
 
     # Times.
@@ -154,55 +155,58 @@ class Diffusion:
         return self._draw_times(num, generator, device)
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
-        """The chain that a sampler walks down to the data, in float64 scalars on the CPU. Where the noise is predicted,
-        which says nothing of the data at pure noise, it starts at the path's largest finite ratio."""
+        """Return a sampler's times and transitions, noisiest first, as float64 scalars on the CPU.
+
+        A model that predicts the noise cannot tell `x_0` at pure noise; there the chain starts at the last time with a
+        finite ratio sigma / alpha.
+        """
         times = spaced_times(self.path, num_steps, spacing or self.default_spacing)
         if self._target.data is None and not self.path(times[-1:]).alpha > 0:
-            times[-1] = self._informative[1]
+            times[-1] = self._finite_times[1]
         chain = Transition.chain(*self.path(times))
-        steps = [Transition(*numbers) for numbers in zip(*chain, strict=True)]
+        steps = [Transition(*scalars) for scalars in zip(*chain, strict=True)]
         return list(zip(times.tolist(), steps, strict=True))[::-1]
 
     def check_options(self, options: SamplingOptions) -> None:
-        """Refuses what its own sampler cannot do, naming the flag."""
+        """Raise `ValueError`, naming the flag, for options that this diffusion's own sampler does not support."""
 
-    # Noise in, noise out.
+    # The forward process, and what a model's output means.
 
     def q_sample(self, x_0: Images, t: Timesteps, noise: Images) -> Images:
-        """`x_t`, a draw from `q(x_t | x_0)` by way of unit normal `noise`."""
+        """Sample `x_t` from `q(x_t | x_0)`, given unit normal `noise`."""
         alpha, sigma = self.path.levels(t)
         return alpha * x_0 + sigma * noise
 
     def precondition(self, model: Denoiser) -> Denoiser:
-        """The model as a function of the path's own `x_t` and `t`; extras pass through."""
+        """Wrap the model as a function of the path's `x_t` and `t`, which are converted to the model's inputs."""
 
         def preconditioned(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
-            return model(*self.path.told(x_t, t), y, **extras)
+            return model(*self.path.model_inputs(x_t, t), y, **extras)
 
         return preconditioned
 
     def target(self, x_0: Images, noise: Images, t: Timesteps) -> Images:
-        """What a perfect model puts out for `x_t` made of this `x_0` and `noise`, without its variance."""
+        """Return the model's prediction target, without the variance."""
         return self._target.of(x_0, noise, self.path.levels(t))
 
     def read(self, raw: Images, x_t: Images, at: AtLevel) -> tuple[Images, Images]:
-        """`x_0` and noise, off a raw output for `x_t`: the inverse of `target`."""
+        """Invert `target`: return the `x_0` and noise that a raw output implies at `x_t`."""
         return self._target.read(raw, x_t, at)
 
     def predict(self, output: Output, x_t: Images, t: Timesteps, transition: Transition | None = None) -> Prediction:
-        """What a raw output says of `x_t`; the variance is that of the step to `t - 1` or of `transition`."""
+        """Convert a raw output at `x_t` to a `Prediction` with the variance of `transition`, by default to t - 1."""
         channels, output = x_t.shape[1], output.to(x_t.dtype)
         raw = output[:, :channels]
         if not self.learns_variance:
             return Prediction(*self.read(raw, x_t, self.path.levels(t) if transition is None else transition))
         at = self._transition(t) if transition is None else transition
-        # The model's -1 is the smallest variance, its 1 the largest (Nichol and Dhariwal 2021, eq. 15).
+        # An output of -1 stands for the smallest variance, 1 for the largest (Nichol and Dhariwal 2021, eq. 15).
         fraction = (output[:, channels : 2 * channels] + 1) / 2
         log_variance = fraction * at.log_variance_max + (1 - fraction) * at.log_variance_min
         return Prediction(*self.read(raw, x_t, at), log_variance)
 
     def reverse_log_variance(self, prediction: Prediction, transition: Transition) -> Tensor:
-        """Log-variance of the model's own reverse step, learned or fixed."""
+        """Return the log-variance of the reverse step, learned or fixed."""
         if prediction.log_variance is not None:
             return prediction.log_variance
         return FIXED_LOG_VARIANCES[self.variance](transition)
@@ -219,14 +223,21 @@ class Diffusion:
         noise: Images | None = None,
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
-        extras: Mapping[str, Any] = NOTHING,
+        extras: Mapping[str, Any] = EMPTY,
         negative: Float[Tensor, "b 2 c h w"] | None = None,
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """Per-sample `loss`, which is to be minimised, and the terms that it is made of, all in float32.
+        """Compute the per-sample `loss` to minimise, and the terms that it is made of, all in float32.
 
-        `t` and `noise` are drawn when not given, by a generator on `x_0`'s device. An `auxiliary` term counts as the
-        signal's share `alpha^2 / (alpha^2 + sigma^2)` says. The model is called with `extras` beside (x_t, t, y). A
-        `negative` is `x_0` and noise of another sample for each, which `contrast` is to.
+        Args:
+            model: the raw model, before `precondition`.
+            x_0: data.
+            y: labels.
+            t: times; drawn by default.
+            noise: unit normal noise; drawn by default.
+            generator: draws `t` and `noise`, on the device of `x_0`.
+            auxiliary: further losses, each weighted by the signal's share `alpha^2 / (alpha^2 + sigma^2)` too.
+            extras: keyword arguments for the model.
+            negative: `x_0` and noise of another sample for each, for the contrastive term.
         """
         t, noise = self.draw(x_0, t, noise, generator)
         x_0 = x_0.float()
@@ -234,8 +245,8 @@ class Diffusion:
         output = self.precondition(model)(x_t, t, y, **extras).float()
         terms = self.terms(output, x_0, x_t, t, noise)
         if negative is not None:
-            other, other_noise = negative.float().unbind(dim=1)
-            distance = mean_per_sample((self.target(other, other_noise, t) - output).square())
+            negative_x_0, negative_noise = negative.float().unbind(dim=1)
+            distance = mean_per_sample((self.target(negative_x_0, negative_noise, t) - output).square())
             terms |= {"loss": terms["loss"] - self.contrast * self.loss_weight(t) * distance, "negative_mse": distance}
         if auxiliary:
             terms = with_auxiliary(terms, auxiliary, self.predict(output, x_t, t).x_0, x_0, y, self.signal_share(t))
@@ -244,12 +255,13 @@ class Diffusion:
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> dict[str, Tensor]:
-        """What the loss is given by name beside times and noise, for a batch of this shape."""
+        """Draw further random arguments of `training_loss` for a batch of this shape, by name: none by default."""
         return {}
 
     def draw(
         self, x_0: Tensor, t: Tensor | None, noise: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
+        """Return times and float32 noise for a batch; whichever is None is drawn."""
         if t is None:
             t = self.sample_timesteps(len(x_0), generator, x_0.device)
         if noise is None:
@@ -259,11 +271,11 @@ class Diffusion:
     def terms(
         self, output: Output, x_0: Images, x_t: Images, t: Timesteps, noise: Images
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """`loss`, `mse`, the squared error of the model's output, and where they are learned `vb` and `uncertainty`.
+        """Compute `loss` and its parts: `mse` and, where the model learns them, `vb` and `uncertainty`.
 
-        `mse` is the simple loss (Ho et al. 2020, eq. 14), `vb` the bound's term at `t` in bits per dimension, with the
-        mean frozen. The hybrid loss is `mse + T / 1000 * vb`: eq. 16 of Nichol and Dhariwal 2021, as `vb` is one of T
-        terms.
+        `mse` is the squared error of the output (the simple loss, Ho et al. 2020, eq. 14). `vb` is the term of the
+        variational bound at `t`, in bits per dimension, without gradient to the mean. As `vb` is one of T terms, the
+        hybrid loss `mse + T / 1000 * vb` is eq. 16 of Nichol and Dhariwal 2021.
         """
         channels = x_0.shape[1]
         mse = mean_per_sample((self.target(x_0, noise, t) - output[:, :channels]).square())
@@ -278,29 +290,32 @@ class Diffusion:
         return terms
 
     def loss_weight(self, t: Timesteps) -> Float32[Tensor, " b"]:
-        """What the squared error of the output at `t` counts, as the weighting or the loss's target says. Where that
-        grows without bound towards an end of a continuous path, it is that of the last time in `noise_range`."""
+        """Return the weight of the squared error of the output at `t`, which follows from `weighting` or `loss`.
+
+        Times of a continuous path are clamped to its `noise_range`, since the weight may diverge at the ends.
+        """
         if self.weighting == "uniform" and self.loss == self.prediction:
             return torch.ones(t.shape, device=t.device)
         if t.is_floating_point():
-            t = t.clamp(*self._informative)
+            t = t.clamp(*self._finite_times)
         at = self.path.levels(t)
         if self.weighting == "uniform":
             return (self._loss_target.determinant(at) / self._target.determinant(at)).square().flatten()
-        x_0_error = (at.sigma / self._target.determinant(at)).square()  # over that of the output
-        return (WEIGHTINGS[self.weighting](self.path, t) * x_0_error).flatten()
+        x_0_error_ratio = (at.sigma / self._target.determinant(at)).square()  # squared error of x_0 over the output's
+        return (WEIGHTINGS[self.weighting](self.path, t) * x_0_error_ratio).flatten()
 
     def signal_share(self, t: Timesteps) -> Float32[Tensor, " b"]:
-        """`alpha^2 / (alpha^2 + sigma^2)`."""
+        """Return `alpha^2 / (alpha^2 + sigma^2)` for each sample."""
         alpha, sigma = self.path.levels(t)
         return (alpha**2 / (alpha**2 + sigma**2)).flatten()
 
     def _transition(self, t: Labels) -> Transition:
-        assert isinstance(self.path, GaussianChain)  # the presets see to it
+        assert isinstance(self.path, GaussianChain)  # the presets learn variances of chains only
         return self.path.transition(t)
 
     def _variational_bound(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Float32[Tensor, " b"]:
-        """`L_t` in bits per dimension (Ho et al. 2020, eq. 5): a divergence, or at t = 0 a likelihood."""
+        """Return `L_t` in bits per dimension (Ho et al. 2020, eq. 5): a KL divergence or, at t = 0, a negative
+        log-likelihood."""
         at = self._transition(t)
         mean = at.posterior_mean(prediction.x_0, x_t)
         log_variance = self.reverse_log_variance(prediction, at)
@@ -313,10 +328,10 @@ class Diffusion:
 def with_auxiliary(
     terms: dict[str, Tensor], auxiliary: Sequence[Auxiliary], predicted: Tensor, x_0: Tensor, y: Tensor, share: Tensor
 ) -> dict[str, Tensor]:
-    """The terms, and auxiliary ones of the predicted `x_0`, which count in `loss` with their weights and this share."""
-    for further in auxiliary:
-        terms = {**terms, further.name: share * further.term(predicted, x_0, y).float()}
-        terms["loss"] = terms["loss"] + further.weight * terms[further.name]
+    """Add auxiliary losses on the predicted `x_0` to `terms`; each is scaled by `share` [b], and weighted in `loss`."""
+    for loss in auxiliary:
+        terms = {**terms, loss.name: share * loss.term(predicted, x_0, y).float()}
+        terms["loss"] = terms["loss"] + loss.weight * terms[loss.name]
     return terms
 
 
@@ -324,19 +339,21 @@ def mean_per_sample(values: Images) -> Float[Tensor, " b"]:
     return reduce(values, "b c h w -> b", "mean")
 
 
-# Terms of the variational bound, in nats, element by element.
+# Terms of the variational bound, elementwise and in nats.
 
 
 def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
-    """KL divergence between two normal distributions, element by element."""
+    """Return the KL divergence of one normal distribution from another, elementwise."""
     ratio = torch.exp(log_variance - other_log_variance)
     distance = (mean - other_mean).square() * torch.exp(-other_log_variance)
     return 0.5 * (other_log_variance - log_variance + ratio + distance - 1)
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-probability of `x` in bins of 2/255 over [-1, 1], open at the ends (Ho et al. 2020, eq. 13), by the tanh
-    approximation of the normal distribution function that published results were computed with."""
+    """Return the log-probability of `x` in bins of 2/255 over [-1, 1], open at the ends (Ho et al. 2020, eq. 13).
+
+    It uses the same tanh approximation of the normal distribution function as published results.
+    """
 
     def cdf(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
@@ -354,12 +371,12 @@ Moments = Iterator[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Chain:
-    """The way from noise to data.
+    """The sequence of steps from noise to data that a sampler runs, and the functions that it needs for them.
 
     Args:
-        steps: each time, noisiest first, and the step from it to the next one; the last leads to the data.
-        denoise: of (x_t, time, step): calls the model, guided; keywords are passed on to it.
-        draw_noise: unit normal noise, fresh at each call.
+        steps: times, noisiest first, each with the transition to the next; the last leads to the data.
+        denoise: `(x_t, t, transition, **extras) -> Prediction`, by the guided model; extras are passed on to it.
+        draw_noise: returns fresh unit normal noise at each call.
     """
 
     diffusion: Diffusion

@@ -1,4 +1,4 @@
-"""Guidance: dropping labels in training, and pushing samples away from a worse prediction.
+"""Guidance: label dropout in training, and extrapolation away from a worse prediction in sampling.
 
 The worse prediction is the model's own without a label (classifier-free, Ho and Salimans 2022) or that of a smaller or
 less trained model (autoguidance, Karras et al. 2024).
@@ -17,7 +17,7 @@ from diffusion.options import SamplingOptions
 from diffusion.transition import Images, Labels
 
 Mix = Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
-"""Of (good output, worse output, scale, x_t, t): the guided output."""
+"""`(good output, worse output, scale, x_t, t) -> guided output`."""
 
 
 def drop_labels(
@@ -28,15 +28,18 @@ def drop_labels(
     generator: torch.Generator | None = None,
     uniform: Float[Tensor, " b"] | None = None,
 ) -> Labels:
-    """Labels, of which those whose draw in [0, 1) is below `probability` become the null label `num_classes` (algorithm
-    1). The draws are `uniform`, or made by `generator` on `y`'s device."""
+    """Replace labels by the null label `num_classes` with a probability (Ho and Salimans 2022, algorithm 1).
+
+    A label is dropped if its number in `uniform` [0, 1) is below `probability`; by default `generator`, on the device
+    of `y`, draws these numbers.
+    """
     if uniform is None:
         uniform = torch.rand(y.shape, generator=generator, device=y.device)
     return torch.where(uniform < probability, num_classes, y)
 
 
 def linear(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
-    """`worse + scale * (good - worse)` (Ho and Salimans 2022, eq. 6)."""
+    """Return `worse + scale * (good - worse)` (Ho and Salimans 2022, eq. 6)."""
     return torch.lerp(worse, good, scale)
 
 
@@ -50,11 +53,16 @@ def guide(
     guide_model: Denoiser | None = None,
     mix: Mix = linear,
 ) -> Denoiser:
-    """The model pushed away from a worse prediction: by default `null + scale * (conditional - null)`, as one batch.
+    """Wrap a model with guidance: by default `null + scale * (conditional - null)`, both computed in one batch.
 
-    `scale` is 1 + w in the paper's letters: 1 is the conditional model, returned as it is. A learned variance stays the
-    conditional one; `legacy_cfg_channels=3` guides the first three channels only, as published DiT samplers do. A
-    `guide_model`, given the same label, takes the place of the unlabelled half.
+    Args:
+        model: the conditional model; returned unchanged if `scale` is 1.
+        num_classes: the null label.
+        scale: 1 + w in the notation of Ho and Salimans 2022.
+        latent_channels: number of output channels to guide; a learned variance stays the conditional one.
+        legacy_cfg_channels: guide only so many channels; published DiT samplers guide 3.
+        guide_model: a worse model, called with the same labels, in place of the null label (autoguidance).
+        mix: computes the guided from the good and the worse output.
     """
     if scale == 1.0:
         return model
@@ -64,17 +72,17 @@ def guide(
     if not 1 <= guided_channels <= latent_channels:
         raise ValueError(f"--sampling.legacy_cfg_channels {guided_channels} must lie in 1..{latent_channels}")
 
-    def both(x_t: Tensor, t: Tensor, y: Tensor, extras: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def predict_both(x_t: Tensor, t: Tensor, y: Tensor, extras: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         if guide_model is not None:
             return model(x_t, t, y, **extras).float(), guide_model(x_t, t, y, **extras).float()
         null_label = torch.full_like(y, num_classes)
-        twice = {key: torch.cat([one, one]) if isinstance(one, Tensor) else one for key, one in extras.items()}
-        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label]), **twice).float()
+        doubled = {key: torch.cat([value] * 2) if isinstance(value, Tensor) else value for key, value in extras.items()}
+        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label]), **doubled).float()
         conditional, unconditional = output.chunk(2)
         return conditional, unconditional
 
     def guided(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
-        good, worse = both(x_t, t, y, extras)
+        good, worse = predict_both(x_t, t, y, extras)
         part = slice(guided_channels)
         return torch.cat([mix(good[:, part], worse[:, part], scale, x_t[:, part], t), good[:, guided_channels:]], dim=1)
 
@@ -82,32 +90,39 @@ def guide(
 
 
 def scale_at(options: SamplingOptions, ratio: float) -> float:
-    """The scale at this noise level sigma / alpha; 1 outside the interval (Kynkäänniemi et al. 2024)."""
+    """Return the guidance scale at a noise level sigma / alpha: 1 outside the interval (Kynkäänniemi et al. 2024)."""
     low, high = options.guidance_interval or (0.0, math.inf)
     return options.guidance_scale if low <= ratio <= high else 1.0
 
 
 def mix_of(options: SamplingOptions, diffusion: Diffusion) -> Mix:
+    """Return the rule by which `options` combine the good and the worse output."""
     projection = options.guidance_parallel, options.guidance_radius
     rule = linear if projection == (1.0, None) else projected(diffusion, *projection)
     return rescaled(rule, options.guidance_rescale) if options.guidance_rescale else rule
 
 
-def rescaled(rule: Mix, share: float) -> Mix:
-    """The rule, its output's deviation brought back to the good one's by a share (Lin et al. 2023, eq. 15, 16)."""
+def rescaled(rule: Mix, strength: float) -> Mix:
+    """Rescale the rule's output towards the standard deviation of the good output (Lin et al. 2023, eq. 15 and 16).
+
+    `strength` is 0 for the rule itself, 1 for the full correction.
+    """
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
-        mixed = rule(good, worse, scale, x_t, t)
-        spread = mixed.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)  # an untrained model puts out zeros
-        ratio = good.std(dim=(1, 2, 3), keepdim=True) / spread
-        return mixed * (share * ratio + (1 - share))
+        guided = rule(good, worse, scale, x_t, t)
+        std = guided.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)  # an untrained model may output zeros
+        ratio = good.std(dim=(1, 2, 3), keepdim=True) / std
+        return guided * (strength * ratio + (1 - strength))
 
     return mix
 
 
 def projected(diffusion: Diffusion, parallel: float, radius: float | None) -> Mix:
-    """Adaptive projection (Sadat et al. 2024, algorithm 1): the push, in `x_0`, is limited in its norm to `radius`, and
-    of its part along the prediction, which saturates images, the share `parallel` is kept."""
+    """Adaptive projected guidance (Sadat et al. 2024, algorithm 1).
+
+    The push, the difference of the two predictions of `x_0`, is clipped to the norm `radius`. Its component along the
+    prediction, which saturates images, is scaled by `parallel`.
+    """
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         at = diffusion.path.levels(t)
@@ -124,5 +139,5 @@ def projected(diffusion: Diffusion, parallel: float, radius: float | None) -> Mi
 
 
 def norm(x: Images) -> Float[Tensor, "b 1 1 1"]:
-    """Of each sample; never quite 0, to divide by."""
+    """Return the norm of each sample, at least 1e-12, so that it can be divided by."""
     return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)

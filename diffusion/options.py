@@ -1,4 +1,4 @@
-"""How samples are drawn, as one object from a command line to `sample`. No torch here: see `settings`."""
+"""The options of sampling, one object from the command line to `sample`. It does not import torch: see `settings`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,25 +8,26 @@ from settings import within
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Which sampler takes which steps, and what guides them.
+    """The sampler, its steps and its guidance.
 
     Args:
-        sampler: null is the diffusion's own: 'ddpm' (gaussian), 'euler' (flow), 'heun' (edm: two calls a step),
-            'meanflow' and 'shortcut' (of these kinds, by averages; shortcut in 1, 2, 4, ... steps) or 'iterated' (a
-            cascade's 'dae' and 'resnet'); others: 'ddim', 'euler_maruyama' (of the reverse SDE), 'dpmpp_2m',
-            'dpmpp_2m_sde' and 'dpmpp_3m' (DPM-Solver++), 'exponential_ab3' (for many steps), 'unipc'
-        sampler_args: the sampler's own arguments, such as --sampling.sampler_args.eta 0.5: 'ddim' takes eta, 0 (not
-            random) to 1 (as 'ddpm'); 'heun' takes churn, noise added over the whole chain (Karras et al. 2022)
-        num_steps: steps a sample: calls of the model, each of both halves under guidance; null: 150, of 'meanflow' and
-            'shortcut' 1
-        spacing: of the steps: null is the diffusion's own: 'uniform' in time (gaussian, flow) or 'karras' (edm);
+        sampler: null is the diffusion's default: 'ddpm' (gaussian), 'euler' (flow), 'heun' (edm: two calls a step),
+            'meanflow' and 'shortcut' (average velocities, for these kinds only; shortcut in 1, 2, 4, ... steps) or
+            'iterated' (a cascade's 'dae' and 'resnet'); others: 'ddim', 'euler_maruyama' (for the reverse SDE),
+            'dpmpp_2m', 'dpmpp_2m_sde' and 'dpmpp_3m' (DPM-Solver++), 'exponential_ab3' (for many steps), 'unipc'
+        sampler_args: arguments of the sampler, such as --sampling.sampler_args.eta 0.5: 'ddim' takes eta, from 0
+            (deterministic) to 1 (as 'ddpm'); 'heun' takes churn, the noise added over all steps (Karras et al. 2022)
+        num_steps: number of sampling steps; under classifier-free guidance each calls the model on twice the batch;
+            null: 150, or 1 for 'meanflow' and 'shortcut'
+        spacing: of the steps: null is the diffusion's default: 'uniform' in time (gaussian, flow) or 'karras' (edm);
             'trailing', 'quadratic', 'log_snr'; or a text file of noise levels sigma / alpha
-        guidance_scale: classifier-free guidance (Ho and Salimans 2022): 1 turns it off
-        guidance_interval: least and largest noise level sigma / alpha at which to guide (Kynkäänniemi et al. 2024)
-        guidance_rescale: 0 to 1: how far to bring the output's standard deviation back (Lin et al. 2023: 0.7)
-        guidance_parallel: share of the push along the predicted image that is kept; 0: projected (Sadat et al. 2024)
-        guidance_radius: largest norm of the push; null: none
-        legacy_cfg_channels: guide the first channels only, as published samplers did (3); null: all
+        guidance_scale: scale of classifier-free guidance (Ho and Salimans 2022); 1 turns it off
+        guidance_interval: smallest and largest noise level sigma / alpha at which to guide (Kynkäänniemi et al. 2024)
+        guidance_rescale: 0 to 1: how far to restore the standard deviation of the output (Lin et al. 2023: 0.7)
+        guidance_parallel: share kept of the guidance's component along the predicted image; 0: projected (Sadat et al.
+            2024)
+        guidance_radius: largest norm of the guidance's change of the predicted image; null: no limit
+        legacy_cfg_channels: guide only the first channels, as published samplers did (3); null: all
         clip: largest absolute value of each step's predicted data (Ho et al. 2020); null: 1 in pixel space, no limit
             for latents; .inf: no limit
     """

@@ -1,4 +1,4 @@
-"""Paths from data to noise, `x_t = alpha(t) x_0 + sigma(t) noise`, each in its own time, which grows with the noise."""
+"""Paths from data to noise, `x_t = alpha(t) x_0 + sigma(t) noise`. Each defines its time, which grows with noise."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,58 +19,62 @@ HALF_PI = math.pi / 2
 
 
 class Path(ABC):
-    """Alpha and sigma at each time, and what else follows from a choice of time."""
+    """Alpha and sigma as functions of time, and whatever else depends on the definition of time."""
 
-    max_time: int | float  # the last, where the noise is
-    noise_range: tuple[float, float]  # of sigma / alpha, both finite and above 0
-    prior_std: float = 1.0  # of `x_t` at the last time
-    targets: Mapping[str, Target] = MappingProxyType({})  # that mean something here alone
+    max_time: int | float  # the last time, that of the noise
+    noise_range: tuple[float, float]  # smallest and largest sigma / alpha, both finite and above 0
+    prior_std: float = 1.0  # standard deviation of `x_t` at the last time
+    targets: Mapping[str, Target] = MappingProxyType({})  # prediction targets beside those of all paths
 
     @abstractmethod
     def __call__(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """`alpha` and `sigma` at times `t`; they may lie on the CPU."""
+        """Return `alpha` and `sigma` at times `t`, possibly on the CPU."""
 
     @abstractmethod
     def time_at(self, ratio: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """The times at which sigma / alpha is `ratio`."""
+        """Return the times at which sigma / alpha is `ratio`."""
 
     @abstractmethod
     def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Where a time lies on the way from the least noise, 0, to the most, 1."""
+        """Map times to a scale from 0, least noise, to 1, most noise."""
 
     @abstractmethod
     def timesteps(self, num_steps: int) -> Shaped[Tensor, " num_steps"]:
-        """Evenly spread times for a sampler, ascending."""
+        """Return evenly spaced times for a sampler, ascending."""
 
     @abstractmethod
-    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
-        """`x_t` and `t` as a backbone is given them: by default times from 0 to 999."""
+    def model_inputs(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
+        """Convert `x_t` and `t` to the inputs of a backbone, whose times run from 0 to 999 by default."""
 
     def levels(self, t: Timesteps) -> Level:
-        """`alpha` and `sigma` in float32 as `[b 1 1 1]` on `t`'s device."""
+        """Return `alpha` and `sigma` at times `t` in float32, as `[b 1 1 1]` on `t`'s device."""
         return Level(*(rearrange(number.float().to(t.device), "b -> b 1 1 1") for number in self(t)))
 
 
 class GaussianChain(Path):
-    """`q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)`, `alpha_t^2 = alpha_bar_t = 1 - sigma_t^2`, for t in 0..T-1, least
-    noise first; the step from t = 0 leads to the data itself (Ho et al. 2020).
+    """The discrete-time chain of DDPM (Ho et al. 2020): `q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)`.
+
+    `alpha_t^2 = alpha_bar_t = 1 - sigma_t^2`. Times are 0..T-1, least noise first; the step from t = 0 leads to the
+    data.
 
     Args:
         betas: variance added at each time, in float64.
-        model_times: what the backbone is given at 0 and at T-1, where that is not the time itself.
+        model_times: the backbone's time inputs at 0 and T-1, if not 0 and T-1; linear in between.
     """
 
     def __init__(self, betas: Float64[Tensor, " T"], model_times: Sequence[float] | None = None) -> None:
         self.betas, self.num_timesteps, self.max_time = betas, len(betas), len(betas) - 1
         self.model_times = None if model_times is None else check_model_times(model_times)
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # [T]
-        self._angle = torch.atan2((1 - self.alphas_cumprod).sqrt(), self.alphas_cumprod.sqrt())  # [T], up to pi / 2
+        # alpha = cos(angle), sigma = sin(angle).
+        self._angle = torch.atan2((1 - self.alphas_cumprod).sqrt(), self.alphas_cumprod.sqrt())  # [T]
         ratios = self._angle[self.alphas_cumprod > 0].tan()
         self.noise_range = (ratios[0].item(), ratios[-1].item())
         self._tables: dict[torch.device, Tensor] = {}
 
     def __call__(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """`cos` and `sin` of the angle, in float64, on the CPU where needed; it is linear between the chain's times."""
+        """Return `alpha` and `sigma` in float64, on the CPU where the device has none. Between the chain's times, their
+        angle is interpolated linearly."""
         t = exact(t)
         below = t.long().clamp(max=self.num_timesteps - 2)
         table = self._angle.to(t.device)
@@ -87,7 +91,7 @@ class GaussianChain(Path):
         return t / self.num_timesteps
 
     def timesteps(self, num_steps: int) -> Int64[Tensor, " num_steps"]:
-        """Evenly spread over 0..T-1, both ends included; a single step is taken from T-1, where the noise is."""
+        """Return evenly spaced times in 0..T-1, with both ends; a single step starts at T-1, the noise."""
         if not 1 <= num_steps <= self.num_timesteps:
             raise ValueError(f"--num_steps {num_steps} must lie in 1..{self.num_timesteps}, the training timesteps")
         if num_steps == 1:
@@ -95,18 +99,18 @@ class GaussianChain(Path):
         stride = self.max_time / (num_steps - 1)
         return torch.tensor([round(stride * i) for i in range(num_steps)])
 
-    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
+    def model_inputs(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
         if self.model_times is None:
             return x_t, t
         first, last = self.model_times
         return x_t, first + (last - first) / self.max_time * t
 
     def levels(self, t: Timesteps) -> Level:
-        """Looked up at the chain's own times."""
+        """Return `alpha` and `sigma` in float32; integer times are looked up in a table on `t`'s device."""
         return super().levels(t) if t.is_floating_point() else Level(*self.transition(t)[:2])
 
     def transition(self, t: Int64[Tensor, " b"]) -> Transition:
-        """The step from each `t` to `t - 1`, in float32 as `[b 1 1 1]` on `t`'s device."""
+        """Return the step from each `t` to `t - 1` in float32, as `[b 1 1 1]` on `t`'s device."""
         if t.device not in self._tables:
             chain = Transition.chain(*self(torch.arange(self.num_timesteps)))
             self._tables[t.device] = torch.stack([*chain], dim=1).float().to(t.device)
@@ -114,7 +118,8 @@ class GaussianChain(Path):
 
 
 def check_model_times(model_times: Sequence[float]) -> tuple[float, float]:
-    """What a backbone is given at the first and at the last time of a diffusion: two different numbers."""
+    """Return the backbone's time inputs at a diffusion's first and last time; raise `ValueError` unless they are two
+    different finite numbers."""
     if len(model_times) != 2 or not math.isfinite(sum(model_times)) or model_times[0] == model_times[1]:
         raise ValueError(f"--diffusion.model_times {list(model_times)}: give two different numbers, such as [0, 999]")
     return model_times[0], model_times[1]
@@ -126,10 +131,10 @@ def check_num_steps(num_steps: int) -> None:
 
 
 class Curve(NamedTuple):
-    """A flow's path over times from 0 to 1, and its velocity `d x_t / dt = alpha' x_0 + sigma' noise`."""
+    """The path of a flow over times from 0 to 1, and its velocity `d x_t / dt = alpha' x_0 + sigma' noise`."""
 
     level: Callable[[Tensor], Level]
-    time_at: Callable[[Tensor], Tensor]  # of sigma / alpha
+    time_at: Callable[[Tensor], Tensor]  # sigma / alpha -> time
     velocity: Target
 
 
@@ -151,12 +156,13 @@ class Flow(Path):
     """A straight or circular path, from the data at t = 0 to the noise at t = 1 (Lipman et al. 2023).
 
     Args:
-        curve: by its name in `CURVES`.
-        shift: of times, `t -> shift t / (1 + (shift - 1) t)`: above 1 towards the noise (Esser et al. 2024, eq. 23).
-        model_times: what the backbone is given at t = 0 and at t = 1.
+        curve: a name in `CURVES`.
+        shift: maps times by `t -> shift t / (1 + (shift - 1) t)`, towards the noise if above 1 (Esser et al. 2024, eq.
+            23).
+        model_times: the backbone's time inputs at t = 0 and t = 1; linear in between.
     """
 
-    noise_range = (0.002, 80.0)  # of spacings by noise level: EDM's; the last time is 1 all the same
+    noise_range = (0.002, 80.0)  # for spacings by noise level, as in EDM; their last time is still 1
     max_time = 1.0
 
     def __init__(self, curve: str, shift: float, model_times: Sequence[float]) -> None:
@@ -175,25 +181,25 @@ class Flow(Path):
         return t
 
     def shifted(self, t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Times that were spread evenly."""
+        """Apply the shift to times."""
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def timesteps(self, num_steps: int) -> Float[Tensor, " num_steps"]:
-        """`1 / n, 2 / n, ... 1`, shifted."""
+        """Return `1 / n, 2 / n, ... 1`, shifted."""
         check_num_steps(num_steps)
         return self.shifted(torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps)
 
-    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
+    def model_inputs(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
         first, last = self.model_times
         return x_t, first + (last - first) * t
 
 
 class VarianceExploding(Path):
-    """`x_t = x_0 + sigma noise`, with the time sigma itself (Karras et al. 2022).
+    """The path of EDM, `x_t = x_0 + sigma noise`, with sigma as its time (Karras et al. 2022).
 
-    A backbone F sees its input scaled to unit variance and learns a target of unit variance at every noise level:
-    `x_0 = c_skip x_t + c_out F(c_in x_t, c_noise)` (eq. 7 and table 1). `c_noise` is linear in log sigma as published,
-    but runs from 0 at `sigma_min` to 999 at `sigma_max`.
+    The backbone F has inputs and targets of unit variance at every noise level: `x_0 = c_skip x_t + c_out F(c_in x_t,
+    c_noise)` (eq. 7 and table 1). `c_noise` is linear in log sigma as published, but runs from 0 at `sigma_min` to 999
+    at `sigma_max`.
     """
 
     def __init__(self, sigma_data: float, sigma_min: float, sigma_max: float) -> None:
@@ -204,7 +210,7 @@ class VarianceExploding(Path):
             raise ValueError(f"--diffusion.sigma_max {sigma_max} must lie above --diffusion.sigma_min {sigma_min}")
         self.sigma_data, self.noise_range = sigma_data, (sigma_min, sigma_max)
         self.prior_std = self.max_time = sigma_max
-        # (x_0 - c_skip x_t) / c_out (eq. 8), without the cancellation at weak noise.
+        # F = (x_0 - c_skip x_t) / c_out (eq. 8), in a form without cancellation at small sigma.
         F = Target(
             data=lambda at: at.sigma / (sigma_data * (at.sigma**2 + sigma_data**2).sqrt()),
             noise=lambda at: -sigma_data * (at.sigma**2 + sigma_data**2).rsqrt(),
@@ -218,16 +224,16 @@ class VarianceExploding(Path):
         return ratio
 
     def noise_rank(self, t: Shaped[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Where log sigma lies between those of `sigma_min` and `sigma_max`."""
+        """Map log sigma linearly to 0 at `sigma_min` and 1 at `sigma_max`."""
         low, high = map(math.log, self.noise_range)
         return (t.log() - low) / (high - low)
 
     def timesteps(self, num_steps: int) -> Float[Tensor, " num_steps"]:
-        """Evenly from `sigma_min` to `sigma_max`; the spacing `karras` spends few on strong noise."""
+        """Return evenly spaced sigmas from `sigma_min` to `sigma_max`; unlike `karras`, most at strong noise."""
         check_num_steps(num_steps)
         return torch.linspace(*self.noise_range, num_steps, dtype=torch.float64)
 
-    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
-        """The input scaled by `c_in`, and `c_noise` in place of sigma (Karras et al. 2022, table 1)."""
+    def model_inputs(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
+        """Return `c_in x_t` and `c_noise` (Karras et al. 2022, table 1)."""
         c_in = (self.levels(t).sigma ** 2 + self.sigma_data**2).rsqrt()
         return c_in * x_t, 999 * self.noise_rank(t).float()

@@ -1,8 +1,8 @@
-"""Kinds of diffusion by name: what their settings mean, and what these make of `Diffusion`.
+"""Presets: functions that build a `Diffusion` of a named kind from its settings.
 
-A preset is any function that returns a `Diffusion`. Its parameters are the settings of its kind, for a command line
-too: their annotations hold the types and, as text, the interval that numbers lie in, and the docstring says what they
-are. Nothing heavy is imported before one is called, so that `--help` answers at once.
+The parameters of a preset are the settings of its kind on the command line. Annotations hold their types and, as text,
+the interval that numbers must lie in; the docstring is their help text. A preset imports torch only when it is called,
+so that `--help` is fast.
 """
 
 import math
@@ -30,7 +30,7 @@ def gaussian(
     """discrete time: Ho et al. 2020, Nichol and Dhariwal 2021
 
     Args:
-        schedule: 'linear', 'scaled_linear', 'linear_unscaled' (whatever T), 'cosine' or 'sigmoid'
+        schedule: 'linear', 'scaled_linear', 'linear_unscaled' (the same for any T), 'cosine' or 'sigmoid'
         num_timesteps: T
         prediction: what the backbone predicts: 'epsilon', 'x_0' or 'v'
         variance: of the reverse step: 'learned_range' (hybrid loss; twice the channels), 'fixed_small' or 'fixed_large'
@@ -39,8 +39,8 @@ def gaussian(
         times_args: of 'logit_normal': location, 0 (above: noisier; a flow's shift of s, in training alone, is log s),
             and scale, 1; of 'mode': scale, 1.29 (above 0: more of the middle, below: of both ends)
         zero_terminal_snr: rescale the schedule to end in pure noise (Lin et al. 2023)
-        model_times: what the backbone is told at both ends, where that is not 0 and T-1, such as [1, 1000]
-        loss: what the squared error is counted in, by a prediction's name; null: what is predicted
+        model_times: the backbone's time inputs at both ends, if not 0 and T-1, such as [1, 1000]
+        loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
     """
     import torch
 
@@ -71,8 +71,7 @@ def gaussian(
         return (draw_shares(num, generator, device) * num_timesteps).long()
 
     path = GaussianChain(with_zero_terminal_snr(betas) if zero_terminal_snr else betas, model_times)
-    told: dict[str, Any] = {"weighting": weighting, "variance": variance, "default_sampler": "ddpm"}
-    return Diffusion(path, prediction, loss, times=draw, **told)
+    return Diffusion(path, prediction, loss, times=draw, weighting=weighting, variance=variance, default_sampler="ddpm")
 
 
 def flow(
@@ -92,20 +91,22 @@ def flow(
         times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
         times_args: of 'logit_normal': location, 0 (above: noisier; a flow's shift of s, in training alone, is log s),
             and scale, 1; of 'mode': scale, 1.29 (above 0: more of the middle, below: of both ends)
-        shift: of training and sampling times alike towards the noise, for larger images; 1 shifts nothing
-        model_times: what the backbone is told at the data's end and at the noise's, such as [1, 0]
+        shift: of training and sampling times towards the noise, for larger images; 1 shifts nothing
+        model_times: the backbone's time inputs at the data and at the noise, such as [1, 0]
         prediction: what the backbone predicts: 'velocity', 'epsilon', 'x_0' or 'v'
-        loss: what the squared error is counted in, by a prediction's name; null: what is predicted
-        contrast: weight of the distance to the velocity of another sample of the batch, taken off the loss in training
-            (contrastive flow matching, Stoica et al. 2025: 0.05); with prediction 'velocity'
+        loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
+        contrast: weight of the distance to the velocity of another sample of the batch, subtracted from the training
+            loss (contrastive flow matching, Stoica et al. 2025: 0.05); with prediction 'velocity'
     """
     from diffusion.diffusion import Diffusion
     from diffusion.paths import CURVES, Flow
     from diffusion.times import draw_times
 
     check_name("--diffusion.path", path, CURVES)
-    way, draw = Flow(path, shift, model_times), draw_times(times, times_args)
-    return Diffusion(way, prediction, loss, times=lambda *batch: way.shifted(draw(*batch)), contrast=contrast)
+    flow_path, draw = Flow(path, shift, model_times), draw_times(times, times_args)
+    return Diffusion(
+        flow_path, prediction, loss, times=lambda *batch: flow_path.shifted(draw(*batch)), contrast=contrast
+    )
 
 
 def edm(
@@ -120,18 +121,18 @@ def edm(
 ) -> "diffusion.diffusion.Diffusion":
     """Karras et al. 2022
 
-    The weight `(sigma^2 + sigma_data^2) / (sigma sigma_data)^2` of the error of `x_0` makes that of F count alike at
-    all levels: it is what a loss counted in F means. Published: `P_mean` -1.2 for data of 0.5, which is -0.5 for 1.
+    The published weight of the error of `x_0`, `(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`, is a weight of 1 of
+    the error of F, which is the default loss. The published `P_mean` is -1.2 for sigma_data 0.5, hence -0.5 for 1.
 
     Args:
         sigma_data: standard deviation of the data
         P_mean: mean of log sigma in training
-        P_std: its standard deviation
-        sigma_min: least noise of a sampler
+        P_std: standard deviation of log sigma in training
+        sigma_min: smallest noise of a sampler
         sigma_max: noise that a sampler starts from
-        uncertainty: have the model learn how large its error is, and weigh it by that
+        uncertainty: have the model learn how large its error is, and weight the loss by it
         prediction: what the backbone predicts: 'F', 'epsilon', 'x_0' or 'v'
-        loss: what the squared error is counted in, by a prediction's name; null: what is predicted
+        loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
     """
     import torch
 
@@ -146,8 +147,8 @@ def edm(
         return (P_mean + P_std * torch.randn(num, generator=generator, device=device)).exp()
 
     path = VarianceExploding(sigma_data, sigma_min, sigma_max)
-    told: dict[str, Any] = {"uncertainty": uncertainty, "default_sampler": "heun", "default_spacing": "karras"}
-    return Diffusion(path, prediction, loss, times=draw, **told)
+    defaults: dict[str, Any] = {"default_sampler": "heun", "default_spacing": "karras"}
+    return Diffusion(path, prediction, loss, times=draw, uncertainty=uncertainty, **defaults)
 
 
 def meanflow(
@@ -160,18 +161,18 @@ def meanflow(
     times_args: dict[str, Any] | None = None,
     model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
 ) -> "diffusion.diffusion.Diffusion":
-    """average velocities, for samples in one call: Geng et al. 2025
+    """average velocities, for sampling in one call: Geng et al. 2025
 
     Args:
-        interval_share: of the samples that learn an average; all others learn the velocity at a time
-        adaptive_power: p of the loss's weight 1 / (mse + 0.001)^p; 0: none
-        omega: guidance that is trained: its scale is omega / (1 - kappa); 1 and a kappa of 0: none
-        kappa: share of the backbone's own prediction in guidance
-        tangent: the velocity that averages are differentiated along: 'sample', each one's own, or 'model', what the
-            backbone predicts, which varies less (improved MeanFlow, Geng et al. 2025b)
+        interval_share: share of the batch that learns average velocities; the rest learns the velocity
+        adaptive_power: p of the loss weight 1 / (mse + 0.001)^p; 0: none
+        omega: guidance in training, with a scale of omega / (1 - kappa); omega 1 and kappa 0: none
+        kappa: weight of the backbone's own prediction in this guidance
+        tangent: the velocity along which the average is differentiated: 'sample', that of the sample, or 'model', the
+            backbone's prediction, which has less variance (improved MeanFlow, Geng et al. 2025b)
         times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
         times_args: of 'logit_normal': location, here -0.4 as published, and scale, 1; of 'mode': scale, 1.29
-        model_times: what the backbone is told at the data's end and at the noise's; a flow's, to begin with its weights
+        model_times: the backbone's time inputs at the data and at the noise; to fine-tune a flow's weights, the flow's
     """
     from diffusion.average_velocity import MeanFlow
     from diffusion.paths import Flow
@@ -179,9 +180,9 @@ def meanflow(
 
     if times == "logit_normal":
         times_args = {"location": -0.4, **(times_args or {})}
-    learned: dict[str, Any] = {"interval_share": interval_share, "adaptive_power": adaptive_power}
-    learned["times"] = draw_times(times, times_args)
-    return MeanFlow(Flow("linear", 1.0, model_times), omega=omega, kappa=kappa, tangent=tangent, **learned)
+    common: dict[str, Any] = {"interval_share": interval_share, "adaptive_power": adaptive_power}
+    common["times"] = draw_times(times, times_args)
+    return MeanFlow(Flow("linear", 1.0, model_times), omega=omega, kappa=kappa, tangent=tangent, **common)
 
 
 def shortcut(
@@ -193,24 +194,25 @@ def shortcut(
     times_args: dict[str, Any] | None = None,
     model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
 ) -> "diffusion.diffusion.Diffusion":
-    """steps as two of half their length, for samples in 1, 2, 4, ... calls: Frans et al. 2024
+    """each step consistent with two of half its length, for sampling in 1, 2, 4, ... calls: Frans et al. 2024
 
     Args:
-        interval_share: of the samples that learn an average; all others learn the velocity at a time
-        adaptive_power: p of the loss's weight 1 / (mse + 0.001)^p; 0: none
-        sections: of the path, a power of two, over which a step is Euler's; longer ones are learned from shorter ones
-        guidance_scale: guidance that is trained into all steps that are learned; 1: none
+        interval_share: share of the batch that learns average velocities; the rest learns the velocity
+        adaptive_power: p of the loss weight 1 / (mse + 0.001)^p; 0: none
+        sections: number of Euler steps that the path is divided into, a power of two; longer steps are learned from
+            shorter ones
+        guidance_scale: scale of the guidance that longer steps learn in training; 1: none
         times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
         times_args: of 'logit_normal': location, 0, and scale, 1; of 'mode': scale, 1.29
-        model_times: what the backbone is told at the data's end and at the noise's; a flow's, to begin with its weights
+        model_times: the backbone's time inputs at the data and at the noise; to fine-tune a flow's weights, the flow's
     """
     from diffusion.average_velocity import Shortcut
     from diffusion.paths import Flow
     from diffusion.times import draw_times
 
-    learned: dict[str, Any] = {"interval_share": interval_share, "adaptive_power": adaptive_power}
-    learned |= {"times": draw_times(times, times_args), "guidance_scale": guidance_scale}
-    return Shortcut(Flow("linear", 1.0, model_times), sections=sections, **learned)
+    common: dict[str, Any] = {"interval_share": interval_share, "adaptive_power": adaptive_power}
+    common["times"] = draw_times(times, times_args)
+    return Shortcut(Flow("linear", 1.0, model_times), sections=sections, guidance_scale=guidance_scale, **common)
 
 
 DIFFUSIONS: dict[str, Callable[..., Any]] = {"gaussian": gaussian, "flow": flow, "edm": edm}

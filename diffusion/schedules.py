@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def linear(num_timesteps: int) -> Float64[Tensor, " T"]:
-    """From 1e-4 to 0.02 in equal steps (Ho et al. 2020, section 4); for T other than 1000, times 1000 / T."""
+    """Betas from 1e-4 to 0.02 in equal steps, scaled by 1000 / T (Ho et al. 2020, section 4, where T = 1000)."""
     scale = 1000 / num_timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
 
 
 def scaled_linear(num_timesteps: int) -> Float64[Tensor, " T"]:
-    """Square roots from 0.00085^0.5 to 0.012^0.5 in equal steps (Rombach et al. 2022), whatever T."""
+    """Square roots of betas from 0.00085^0.5 to 0.012^0.5 in equal steps, for any T (Rombach et al. 2022)."""
     return torch.linspace(0.00085**0.5, 0.012**0.5, num_timesteps, dtype=torch.float64).square()
 
 
 def linear_unscaled(num_timesteps: int) -> Float64[Tensor, " T"]:
-    """From 1e-4 to 0.02 whatever T: short chains then end far from noise, 25 steps at an alpha_bar of 0.78."""
+    """Betas from 1e-4 to 0.02 for any T. Short chains then do not reach the noise: 25 steps end at alpha_bar 0.78."""
     return torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)
 
 
@@ -45,7 +45,7 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {
 
 
 def with_zero_terminal_snr(betas: Float64[Tensor, " T"]) -> Float64[Tensor, " T"]:
-    """The schedule scaled so that its last `alpha_bar` is 0 and its first stays (Lin et al. 2023, algorithm 1)."""
+    """Rescale a schedule such that its last `alpha_bar` is 0 and its first unchanged (Lin et al. 2023, algorithm 1)."""
     root = torch.cumprod(1 - betas, dim=0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2

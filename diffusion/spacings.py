@@ -1,4 +1,4 @@
-"""Which times a sampler visits: each spacing one function `(path, num_steps) -> ascending times`."""
+"""Spacings of a sampler's times, each a function `(path, num_steps) -> ascending times`."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,9 @@ RHO = 7  # Karras et al. 2022, table 1
 
 
 def spaced_times(path: Path, num_steps: int, spacing: str) -> Shaped[Tensor, " num_steps"]:
-    """The times of a chain by its spacing's name, or a file of noise levels; a single step is the last time's."""
-    path.timesteps(num_steps)  # every spacing is refused what uniform times are
+    """Return ascending times by the name of a spacing, or by a text file of noise levels; a single step starts at the
+    last time."""
+    path.timesteps(num_steps)  # validates num_steps, for all spacings
     if num_steps == 1:
         return torch.tensor([path.max_time])
     if spacing in SPACINGS:
@@ -26,34 +27,34 @@ def spaced_times(path: Path, num_steps: int, spacing: str) -> Shaped[Tensor, " n
 
 
 def uniform(path: Path, num_steps: int) -> Shaped[Tensor, " num_steps"]:
-    """Evenly over the path's own time, both ends of a discrete chain included."""
+    """Space times evenly; in a discrete chain both ends are included."""
     return path.timesteps(num_steps)
 
 
 def trailing(path: Path, num_steps: int) -> Shaped[Tensor, " num_steps"]:
-    """Equal steps counted from the last time down to the data (Lin et al. 2023, table 2)."""
+    """Space times evenly from the last time down to the data (Lin et al. 2023, table 2)."""
     last = path.max_time
     fraction = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
-    if isinstance(last, int):  # 0 is a time of its own there, one above the data
+    if isinstance(last, int):  # a discrete chain, whose time 0 is one step from the data
         return (fraction * (last + 1)).round().long() - 1
     return fraction * last
 
 
 def quadratic(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
-    """Time grows with the square of the step's number (Song et al. 2021, appendix D.2): denser near the data."""
+    """Space square roots of the time evenly (Song et al. 2021, appendix D.2): denser near the data."""
     low = path.time_at(torch.tensor(path.noise_range[0], dtype=torch.float64))
     root = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     return low + (path.max_time - low) * root**2
 
 
 def karras(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
-    """`(sigma / alpha)^(1 / rho)` evenly, rho = 7 (Karras et al. 2022, eq. 5)."""
+    """Space `(sigma / alpha)^(1 / rho)` evenly, with rho = 7 (Karras et al. 2022, eq. 5)."""
     low, high = (ratio ** (1 / RHO) for ratio in path.noise_range)
     return at_ratios(path, torch.linspace(low, high, num_steps, dtype=torch.float64) ** RHO)
 
 
 def log_snr(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
-    """`log(sigma / alpha)` evenly (Lu et al. 2022a, section 3.4)."""
+    """Space `log(sigma / alpha)` evenly (Lu et al. 2022a, section 3.4)."""
     low, high = (math.log(ratio) for ratio in path.noise_range)
     return at_ratios(path, torch.linspace(low, high, num_steps, dtype=torch.float64).exp())
 
@@ -64,7 +65,8 @@ SPACINGS: dict[str, Callable[[Path, int], Tensor]] = {
 
 
 def at_ratios(path: Path, ratios: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The times of these sigma / alpha; the noisiest is the path's last, where the ratio may be infinite."""
+    """Convert ascending ratios sigma / alpha to times; the last is set to the path's last time, where the ratio may be
+    infinite."""
     low, high = path.noise_range
     times = path.time_at(ratios.clamp(low, high)).double()
     times[-1] = path.max_time
@@ -72,7 +74,7 @@ def at_ratios(path: Path, ratios: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 def read_table(path: str) -> Float[Tensor, " n"]:
-    """Noise levels sigma / alpha from a text file, in either order; a 0 for the data may be among them."""
+    """Read noise levels sigma / alpha from a text file, in either order, and sort them; a 0 for the data is dropped."""
     try:
         numbers = sorted({float(word) for word in File(path).read_text().replace(",", " ").split()} - {0.0})
     except ValueError as error:
@@ -83,7 +85,7 @@ def read_table(path: str) -> Float[Tensor, " n"]:
 
 
 def interpolate(levels: Float[Tensor, " n"], num_steps: int) -> Float[Tensor, " num_steps"]:
-    """A table of noise levels for another number of steps: log-linearly (Sabour et al. 2024, section 4)."""
+    """Interpolate a table of noise levels log-linearly to another number of steps (Sabour et al. 2024, section 4)."""
     position = torch.linspace(0, len(levels) - 1, num_steps, dtype=torch.float64)
     below = position.long().clamp(max=len(levels) - 2)
     return torch.lerp(levels.log()[below], levels.log()[below + 1], position - below).exp()

@@ -1,4 +1,4 @@
-"""Numbers of a path: its level at a time, and the step from one level to another, with the posterior between them."""
+"""Coefficients of a path: alpha and sigma at a time, and a reverse step between two times with its posterior."""
 
 from typing import NamedTuple
 
@@ -13,17 +13,17 @@ Labels = Int64[Tensor, " b"]
 
 
 class Level(NamedTuple):
-    """A point of the path `x_t = alpha x_0 + sigma noise`."""
+    """The coefficients of `x_t = alpha x_0 + sigma noise` at a time."""
 
     alpha: Tensor
     sigma: Tensor
 
 
 class Transition(NamedTuple):
-    """A reverse step from time t to an earlier time s; everything follows from alpha and sigma at both.
+    """A reverse step from time t to an earlier time s; all coefficients follow from alpha and sigma at both.
 
-    The posterior is `q(x_s | x_t, x_0) = N(x_0_weight x_0 + x_t_weight x_t, posterior_std^2)` (Ho et al. 2020, eq. 7,
-    for any path: Kingma et al. 2021, appendix A). The numbers broadcast over `[b c h w]`.
+    The posterior is `q(x_s | x_t, x_0) = N(x_0_weight x_0 + x_t_weight x_t, posterior_std^2)` (Ho et al. 2020, eq. 7;
+    for any path, Kingma et al. 2021, appendix A). Coefficients are scalars or broadcast over `[b c h w]`.
     """
 
     alpha: Tensor  # at t
@@ -33,43 +33,45 @@ class Transition(NamedTuple):
     x_0_weight: Tensor
     x_t_weight: Tensor
     posterior_std: Tensor  # 0 when s is the data
-    log_variance_min: Tensor  # of the posterior, kept finite
-    log_variance_max: Tensor  # of q(x_t | x_s): log beta
+    log_variance_min: Tensor  # of the posterior; finite even where its variance is 0
+    log_variance_max: Tensor  # log beta, of q(x_t | x_s)
 
     @classmethod
     def between(cls, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> "Transition":
-        kept = alpha / alpha_next
-        beta = sigma**2 - (kept * sigma_next) ** 2
+        """Compute the step from (alpha, sigma) at t to (alpha_next, sigma_next) at s."""
+        alpha_ratio = alpha / alpha_next  # q(x_t | x_s) = N(alpha_ratio x_s, beta)
+        beta = sigma**2 - (alpha_ratio * sigma_next) ** 2
         variance = beta * (sigma_next / sigma) ** 2
-        x_0_weight, x_t_weight = alpha_next * beta / sigma**2, kept * (sigma_next / sigma) ** 2
-        spread = variance.sqrt(), variance.log(), beta.log()
-        return cls(alpha, sigma, alpha_next, sigma_next, x_0_weight, x_t_weight, *spread)
+        x_0_weight, x_t_weight = alpha_next * beta / sigma**2, alpha_ratio * (sigma_next / sigma) ** 2
+        std, log_variance_min, log_variance_max = variance.sqrt(), variance.log(), beta.log()
+        posterior = x_0_weight, x_t_weight, std, log_variance_min, log_variance_max
+        return cls(alpha, sigma, alpha_next, sigma_next, *posterior)
 
     @classmethod
     def chain(cls, alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> "Transition":
-        """The steps down a chain of ascending noise, each [n]: from every level to the one before, at last to the
+        """Return the steps between adjacent levels of ascending noise, each coefficient [n]; the first leads to the
         data."""
         alpha_next = torch.cat([alpha.new_ones(1), alpha[:-1]])
         sigma_next = torch.cat([sigma.new_zeros(1), sigma[:-1]])
         steps = cls.between(alpha, sigma, alpha_next, sigma_next)
-        # The step to the data has no variance. Its logarithm, which the likelihood there needs, is taken from the step
-        # above it, as in the published code.
+        # The step to the data has variance 0, but the likelihood there needs a finite log-variance: as in the
+        # published code, it is that of the next step.
         floor = steps.log_variance_min[1:2] if len(sigma) > 1 else steps.log_variance_max
         return steps._replace(log_variance_min=torch.cat([floor, steps.log_variance_min[1:]]))
 
     @property
     def contraction(self) -> Tensor:
-        """`e^-rise`: 0 to the data, and from pure noise."""
+        """`e^-rise`: 0 for a step to the data or from pure noise."""
         return self.alpha * self.sigma_next / (self.sigma * self.alpha_next)
 
     @property
     def rise(self) -> Tensor:
-        """How far `log(alpha / sigma)` rises in the step; often called h."""
+        """The increase of `log(alpha / sigma)` in the step, often called h."""
         return -self.contraction.log()
 
     def posterior_mean(self, x_0: Images, x_t: Images) -> Images:
-        """Mean of `q(x_s | x_t, x_0)`."""
+        """Return the mean of `q(x_s | x_t, x_0)`."""
         return self.x_0_weight * x_0 + self.x_t_weight * x_t
 
 
-AtLevel = Level | Transition  # whose upper end is one
+AtLevel = Level | Transition  # both have alpha and sigma at t

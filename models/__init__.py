@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from models import dit, unet, uvit, xswin
-from models.backbone import SIZES, Backbone, complete
+from models.backbone import SIZES, Backbone, as_backbone
 from models.layers import Size
 
-# By name: class, and arguments that differ from its own.
+# Each name maps to a class and the constructor arguments that differ from the class's own defaults.
 BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {**xswin.MODELS, **dit.MODELS, **uvit.MODELS, **unet.MODELS}
 BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "UViT-tokens")}
 MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout", "augment_dim"}
@@ -24,27 +24,30 @@ def list_models() -> list[str]:
 
 
 def model_arguments(name: str, **overrides: object) -> dict[str, object]:
-    """What a backbone of this name is built with: overrides, its row in the table, its constructor's defaults."""
-    backbone, row = complete(BACKBONES[name][0]), BACKBONES[name][1]
-    accepted = inspect.signature(backbone).parameters.items()
-    defaults = {argument: kind.default for argument, kind in accepted if kind.default is not kind.empty}
+    """Merge the constructor's defaults, the row of `BACKBONES` and `overrides`; later ones win."""
+    backbone, row = as_backbone(BACKBONES[name][0]), BACKBONES[name][1]
+    parameters = inspect.signature(backbone).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     return {**defaults, **row, **overrides}
 
 
 def create_model(
     name: str, *, input_size: Size, in_channels: int, out_channels: int, num_classes: int, **overrides: object
 ) -> Backbone:
-    """A backbone `model(x_t, t, y) -> [b out_channels h w]`; `overrides` change arguments of its row in the table. A
-    plain `nn.Module` from outside is given what it lacks of the contract (see `models.backbone`)."""
+    """Build a backbone `model(x_t, t, y) -> [b out_channels h w]` with fresh weights.
+
+    `overrides` replace constructor arguments of the row of `BACKBONES`. A plain `nn.Module` from outside gets the
+    defaults of `models.backbone.Backbone`. An unknown name or argument, or one out of range, raises `ValueError`.
+    """
     if name not in BACKBONES:
         close = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"--model {name}: unknown; {hint}there are {', '.join(BACKBONES)}")
-    backbone, row = complete(BACKBONES[name][0]), BACKBONES[name][1]
-    accepted = inspect.signature(backbone).parameters
-    unknown = sorted(overrides.keys() - accepted.keys())
+    backbone, row = as_backbone(BACKBONES[name][0]), BACKBONES[name][1]
+    parameters = inspect.signature(backbone).parameters
+    unknown = sorted(overrides.keys() - parameters.keys())
     if unknown:
-        raise ValueError(f"--model_args.{unknown[0]}: {name} has no such argument; it takes {', '.join(accepted)}")
+        raise ValueError(f"--model_args.{unknown[0]}: {name} has no such argument; it takes {', '.join(parameters)}")
     for argument, value in overrides.items():
         smallest = 0 if argument in MAY_BE_ZERO else 1
         numbers = value if isinstance(value, list | tuple) else [value]
@@ -62,7 +65,7 @@ def create_model(
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What it takes to build a backbone again: the configuration's part, and what followed from the data."""
+    """All that is needed to rebuild a backbone: name and arguments from the configuration, sizes from the data."""
 
     name: str
     args: dict[str, Any]
@@ -72,12 +75,12 @@ class ModelSpec:
     num_classes: int
 
     def build(self) -> Backbone:
-        """The backbone with fresh weights; nothing is allocated before its arguments are known to fit."""
+        """Build the backbone with fresh weights, after validating the arguments without allocating memory."""
         self.build_on_meta()
         return self._create()
 
     def build_on_meta(self) -> Backbone:
-        """The backbone without memory for its weights: validates the arguments, counts parameters."""
+        """Build the backbone on the meta device, to validate the arguments or count parameters."""
         with torch.device("meta"):
             return self._create()
 

@@ -13,13 +13,13 @@ from models.layers.modulation import Offset, modulate
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.style import BlockStyle
 
-# What makes six vectors of the conditioning, once for all blocks and then in each: a linear a block (adaLN-zero), or
-# one linear and an offset a block (adaLN-single, Chen et al. 2023).
+# The six modulation vectors come from a layer that all blocks share, followed by one in each block: nothing and a
+# linear layer (adaLN-zero), or a linear layer and a learned offset (adaLN-single, Chen et al. 2023).
 MODULATIONS = {"block": (nn.Identity, nn.Linear), "shared": (nn.Linear, Offset)}
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP with adaLN-zero: conditioning sets shift, scale and gate of each; all start at zero."""
+    """Attention and MLP with adaLN-zero: the conditioning sets shift, scale and gate of each, all zero at first."""
 
     def __init__(
         self, dim: int, num_heads: int, style: BlockStyle, *, mlp_ratio: float = 4.0, modulation: str = "block"
@@ -38,7 +38,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm, modulation and a linear to the pixels of each patch."""
+    """Norm, modulation and a linear layer that maps each token to the pixels of its patch."""
 
     def __init__(self, dim: int, patch_dim: int, style: BlockStyle) -> None:
         super().__init__()
@@ -55,17 +55,17 @@ class DiT(Backbone):
     """A plain transformer over patches of `patch_size` pixels a side.
 
     Args:
-        long_skips: join the input of each block of the second half with its mirror's output (Bao et al. 2023): the
-            paper's UViT.
-        qk_norm: norms of queries and keys, as `BlockStyle` says.
+        long_skips: concatenate the input of each block in the second half with the output of its mirror in the first
+            (Bao et al. 2023); this makes the XSwin paper's UViT.
+        qk_norm: normalise queries and keys, see `BlockStyle`.
         norm: `layer` (published) or `rms`.
         mlp: `gelu` (published) or `swiglu`.
-        positions: `absolute` (published: sines and cosines, added to the patches), `rotary` (queries and keys turn), or
-            `both`.
-        modulation: `block` (published: each block has a modulator) or `shared` (one for all and an offset a block: a
-            third of the parameters less).
-        second_time: be told of one, `r`: see `Backbone`.
-        augment_dim: be told of changes of images by so many numbers, `augment`: see `Backbone`.
+        positions: `absolute` (published: fixed sin-cos embeddings added to the patches), `rotary` (applied to queries
+            and keys), or `both`.
+        modulation: `block` (published: a linear layer in each block) or `shared` (one linear layer for all blocks and
+            an offset in each, which saves a third of the parameters).
+        second_time: accept a second time `r`, see `Backbone`.
+        augment_dim: width of the keyword `augment`, see `Backbone`; 0: do not accept it.
     """
 
     def __init__(
@@ -115,8 +115,9 @@ class DiT(Backbone):
         return (DiTBlock,)
 
     def _initialise(self) -> None:
-        time = [module for module in self.modules() if isinstance(module, TimeEmbedding)]
-        initialise_linears_(self, nn.init.xavier_uniform_, but={layer for module in time for layer in module.modules()})
+        embeddings = [module for module in self.modules() if isinstance(module, TimeEmbedding)]
+        exclude = {layer for embedding in embeddings for layer in embedding.modules()}
+        initialise_linears_(self, nn.init.xavier_uniform_, exclude=exclude)
         for name, module in self.named_modules():
             if name.endswith("modulation") and isinstance(module, nn.Linear):
                 zero_(module)
@@ -124,10 +125,10 @@ class DiT(Backbone):
 
     def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
         cond = self.cond(t, y, r, augment)
-        modulation = self.modulation(cond)  # what all blocks share of it
+        modulation = self.modulation(cond)  # shared by all blocks
         x = self.patch(patchify(x_t, self.patch_size)) + self.positions
 
-        # The first blocks leave skips, the last ones take them back in reverse.
+        # Blocks of the first half push skips, mirrored blocks of the second half pop them (none without long skips).
         blocks, skips, num_skips = list(self.blocks), [], len(self.joins)
         for block in blocks[:num_skips]:
             x = block(x, modulation)
@@ -146,14 +147,14 @@ SIZES = {
     "L": {"dim": 1024, "depth": 24, "num_heads": 16},
     "XL": {"dim": 1152, "depth": 28, "num_heads": 16},
 }
-FAMILIES = {  # what they differ in from the rows above, and sides of a patch
+FAMILIES = {  # arguments that differ from the defaults, and patch sizes
     "DiT": ({}, (2, 4, 8)),
     "UViT": ({"long_skips": True}, (2, 4, 8)),
     "LightningDiT": ({"norm": "rms", "mlp": "swiglu", "positions": "both"}, (1, 2)),  # Yao et al. 2025
 }
 MODELS = {
-    f"{family}-{size}/{patch_size}": (DiT, {**row, **others, "patch_size": patch_size})
-    for family, (others, patch_sizes) in FAMILIES.items()
+    f"{family}-{size}/{patch_size}": (DiT, {**row, **arguments, "patch_size": patch_size})
+    for family, (arguments, patch_sizes) in FAMILIES.items()
     for size, row in SIZES.items()
     for patch_size in patch_sizes
 }

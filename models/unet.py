@@ -1,4 +1,4 @@
-"""Convolutional U-Nets with attention where it is asked for: the backbones of denoising in pixel space."""
+"""Convolutional U-Nets with optional attention: the backbones for diffusion in pixel space."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,11 +15,11 @@ from models.layers.initialisation import zero_
 from models.layers.patch import check_input_size
 from models.layers.residual import ATTENTIONS, UPSAMPLERS, Downsample, ImageAttention, ResidualBlock, group_norm
 
-LETTERS = {"R": False, "A": True}  # of a level's blocks: whether attention follows
+LETTERS = {"R": False, "A": True}  # a residual block, and whether attention follows it
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, spelled: `RA` is one without and one with attention after it."""
+    """Residual blocks at one resolution. `spelling` has a letter for each: `R` without, `A` with attention after it."""
 
     def __init__(
         self,
@@ -47,26 +47,26 @@ class Level(nn.Module):
 
 
 class UNet(Backbone):
-    """Levels down, a middle, levels up, each of which is given its mirror's input (Ronneberger et al. 2015, Ho et al.
-    2020).
+    """Encoder levels, a middle and decoder levels; the input of each encoder level is the skip to its mirror in the
+    decoder (Ronneberger et al. 2015, Ho et al. 2020).
 
-    Images may have any size: a side is halved to its half rounded up, and doubled to the size it had there. Nothing is
-    padded, so norms and attention see the image alone.
+    Images may have any size: downsampling rounds a side up, and upsampling restores the size of the skip. Images are
+    not padded to a multiple, so norms and attention see no padding.
 
-    Blocks are spelled, a word a level and a letter a block: `R` a residual block, `A` one with attention after it.
+    Each level is spelled as a word with a letter for each block: `R` for a residual block, `A` for one with attention.
 
     Args:
         channels: width of the stem, then of each level, from the finest; multiples of 8.
-        down: blocks of each level on the way down, from the finest; a level ends with a convolution of stride two.
-        middle_channels: width of each group in the middle, below the coarsest level.
-        middle: its blocks.
-        up: blocks of each level on the way up, from the coarsest.
-        time_dim: width of the embedding of time and label.
+        down: words of the encoder levels, from the finest; each level ends with a convolution of stride two.
+        middle_channels: width of each group of blocks in the middle, below the coarsest level.
+        middle: words of these groups.
+        up: words of the decoder levels, from the coarsest.
+        time_dim: width of the conditioning, the embedding of time and label.
         attention_axis: `pixels` attend to pixels, or `channels` to channels.
-        upsampling: `transposed` convolution, or `nearest` pixel and convolution.
+        upsampling: `transposed` convolution, or `nearest` neighbour followed by a convolution.
         stem_size: side of the first convolution's kernel, odd.
-        second_time: be told of one, `r`: see `Backbone`.
-        augment_dim: be told of changes of images by so many numbers, `augment`: see `Backbone`.
+        second_time: accept a second time `r`, see `Backbone`.
+        augment_dim: width of the keyword `augment`, see `Backbone`; 0: do not accept it.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class UNet(Backbone):
 
         level = partial(Level, cond_dim=time_dim, num_heads=num_heads, attention_axis=attention_axis, dropout=dropout)
         stem_width, *level_widths = channels
-        skip_widths = list(channels[:-1])  # what each level is given
+        skip_widths = list(channels[:-1])  # skips are the inputs of the encoder levels
         self.cond = Conditioning(num_classes, time_dim, std=None, second_time=second_time, augment_dim=augment_dim)
         self.stem = nn.Conv2d(in_channels, stem_width, stem_size, padding=stem_size // 2)
 
@@ -115,11 +115,11 @@ class UNet(Backbone):
         middle_inputs = [channels[-1], *middle_channels[:-1]]
         self.middle = nn.ModuleList(map(level, middle, middle_inputs, middle_channels))
 
-        outputs = skip_widths[::-1]  # of the levels on the way up: as their mirrors were given
+        outputs = skip_widths[::-1]  # a decoder level returns the width that its mirror in the encoder was given
         inputs = [middle_channels[-1], *outputs[:-1]]
-        joined = [width + skip for width, skip in zip(inputs, outputs, strict=True)]
+        joint_widths = [width + skip for width, skip in zip(inputs, outputs, strict=True)]
         self.upsamples = nn.ModuleList(map(UPSAMPLERS[upsampling], inputs))
-        self.decoder = nn.ModuleList(map(level, up, joined, outputs))
+        self.decoder = nn.ModuleList(map(level, up, joint_widths, outputs))
 
         self.norm = group_norm(stem_width)
         self.head = zero_(nn.Conv2d(stem_width, out_channels, 3, padding=1))
@@ -129,26 +129,28 @@ class UNet(Backbone):
 
     def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
         cond = self.cond(t, y, r, augment)
-        x, skips = self._down(x_t, cond)
+        x, skips = self._run_encoder(x_t, cond)
 
         for level in self.middle:
             x = level(x, cond)
 
-        # Up: the skip's size decides how far.
+        # Decoder: upsample to the size of the skip, concatenate it.
         for upsample, level, skip in zip(self.upsamples, self.decoder, reversed(skips), strict=True):
             x = upsample(x, skip.shape[-2:])
             x = level(torch.cat([x, skip], dim=1), cond)
 
-        return self.head(F.silu(self.norm(x))).contiguous()  # as it came: noise drawn like it follows its memory format
+        # Contiguous like the input: noise drawn with the output's memory format would have other values.
+        return self.head(F.silu(self.norm(x))).contiguous()
 
     def encode(self, x_t: Images, t: Times, y: Labels) -> list[Float[Tensor, "b _ _ _"]]:
-        """The encoder's features: what each level is given, from the finest, and what the middle is."""
-        x, skips = self._down(x_t, self.cond(t, y))
+        """Return the encoder's activations: the inputs of its levels, from the finest, and of the middle."""
+        x, skips = self._run_encoder(x_t, self.cond(t, y))
         return [*skips, x]
 
-    def _down(self, x_t: Tensor, cond: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The way down: what the middle is given, and each level, which is its mirror's skip."""
-        x = self.stem(x_t.contiguous(memory_format=torch.channels_last))  # tokens are then a view of it
+    def _run_encoder(self, x_t: Tensor, cond: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the input of the middle, and the skips: the input of each level."""
+        # In channels_last, attention's tokens are a view of the feature map.
+        x = self.stem(x_t.contiguous(memory_format=torch.channels_last))
         skips = []
         for level, downsample in zip(self.encoder, self.downsamples, strict=True):
             skips.append(x)
@@ -164,9 +166,10 @@ def _check_spelling(name: str, words: Sequence[str], num_levels: int) -> None:
             raise ValueError(f"{name}={word}: a letter a block, R for a residual block, A for one with attention")
 
 
-# Three studies in pixel space. The first four rows are of anime faces at 64x64, after their published table: 10.2M
-# parameters of its 10M, 50.1 of 49, 77.0 of 74, 83.0 of 85 (its strided convolutions are 4x4, and its last level ends
-# narrower). Giga's table and text disagree on the middle: three blocks a group, as its three letters say.
+# Models of three studies in pixel space. The first four follow a published table for anime faces at 64x64; they have
+# 10.2M, 50.1M, 77.0M and 83.0M parameters where it states 10M, 49M, 74M and 85M (its strided convolutions are 4x4, and
+# its last level ends narrower). Its table and text disagree on Giga's middle; we use three blocks a group, as in the
+# table's three letters.
 _ANIME = {"channels": (32, 64, 128, 256, 512), "middle_channels": (512, 256)}
 _GIGA = {"channels": (128, 256, 256, 512), "middle_channels": (512, 256), "dropout": 0.1}
 _CIFAR10 = {"channels": (64, 64, 128, 256), "middle_channels": (512,), "num_heads": 8, "stem_size": 7}
@@ -176,8 +179,9 @@ _ROWS = {
     "UNet-Simple": {**_ANIME, "down": ("AAA",) * 4, "middle": ("AA", "AA"), "up": ("AAA",) * 4},
     "UNet-Mega": {**_ANIME, "down": ("AAAAA",) * 4, "middle": ("AAA",) * 2, "up": ("AAAAA",) * 4, "dropout": 0.1},
     "UNet-Giga": {**_GIGA, "down": ("RARAA",) * 3, "middle": ("RAR", "RAR"), "up": ("RARAR",) * 3},
-    # CIFAR-10 at 32x32: multipliers 1, 2, 4 and, in the middle, 8; attention at 16x16 and 8x8. -S, a block a level, is
-    # its variant for MNIST: 16.9M of about 15M; the study gives no more of its layout than the multipliers.
+    # CIFAR-10 at 32x32: channel multipliers 1, 2, 4 and, in the middle, 8; attention at 16x16 and 8x8. The study's
+    # variant for MNIST, -S, has one block a level and 16.9M parameters where the study states about 15M; it publishes
+    # only the multipliers.
     "UNet-CIFAR10": {**_CIFAR10, "down": ("RR", "AA", "AA"), "middle": ("RR",), "up": ("AA", "AA", "RR")},
     "UNet-CIFAR10-S": {**_CIFAR10, "down": ("R", "A", "A"), "middle": ("RR",), "up": ("A", "A", "R")},
     # Class-conditional MNIST at 28x28, small enough for two CPU cores; attention at 7x7 and 4x4.

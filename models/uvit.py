@@ -1,4 +1,4 @@
-"""U-ViT as published: time and label are tokens among the patches (Bao et al. 2023)."""
+"""U-ViT as published: time and label enter as tokens beside the patches (Bao et al. 2023)."""
 
 from functools import partial
 
@@ -31,11 +31,11 @@ class Block(nn.Module):
 
 
 class UViTTokens(Backbone):
-    """A transformer over tokens of label, time and patches, with long skips and a last convolution.
+    """A transformer over a label token, a time token and the patches, with long skips and a final convolution.
 
-    Positions are learned where they are `absolute` (published) or `both`, and rotary, of the patches alone, where they
-    are `rotary` or `both`; `qk_norm`, `norm` and `mlp` are those of `BlockStyle`. A `second_time` is told by adding to
-    the first one's token, and so are changes of images by `augment_dim` numbers.
+    `positions` are `absolute` (published; learned), `rotary` (patches only) or `both`. `qk_norm`, `norm` and `mlp` are
+    those of `BlockStyle`. The embeddings of a second time `r` and of `augment` (see `Backbone`) are added to the time
+    token.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class UViTTokens(Backbone):
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
         self.patch_size, self.dim = patch_size, dim
         self.grid = self.input_size[0] // patch_size, self.input_size[1] // patch_size
-        self.num_tokens = 2 if num_classes else 1  # of label and time
+        self.num_tokens = 2 if num_classes else 1  # label and time
 
         rotary = make_rotary(positions, dim // num_heads, self.grid, num_others=self.num_tokens)
         style = BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp, rotary=rotary)
@@ -89,7 +89,7 @@ class UViTTokens(Backbone):
         return (Block,)
 
     def as_tokens(self, state: Float[Tensor, "b _ d"]) -> Tokens:
-        """The tokens of patches, without those of time and label."""
+        """Return the patch tokens, without those of time and label."""
         return state[:, self.num_tokens :]
 
     def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
@@ -101,7 +101,7 @@ class UViTTokens(Backbone):
         x = torch.cat(tokens, dim=1)
         x = x if self.positions is None else x + self.positions
 
-        # A U of transformer blocks.
+        # Transformer blocks with long skips from the first half to the second.
         skips = []
         for block in self.encoder:
             x = block(x)

@@ -13,14 +13,14 @@ from models.layers import Changes, Cond, Grid, Images, Labels, Output, Times, To
 from models.layers.attention import SelfAttention
 from models.layers.embedding import Conditioning, IntervalEmbedding, NoConditioning, sincos_2d
 from models.layers.initialisation import initialise_linears_, zero_
-from models.layers.modulation import INJECTIONS, AsItIs, Gate, Injection, Modulator
+from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, PassThrough
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
 from models.layers.style import BlockStyle, DropPath
 from models.layers.window import SKIPS, WindowAttention
 
 
 class SwinBlock(nn.Module):
-    """Swin V2 block: window attention and MLP, each modulated before and normalised after (res-post-norm)."""
+    """Swin V2 block: window attention and MLP, each with modulation before and a norm after it (res-post-norm)."""
 
     def __init__(
         self,
@@ -47,14 +47,14 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Grid, cond: Cond) -> Grid:
-        mixed = self.norm1(self.attention(self.modulator1(x, cond), self.token(cond)))
-        x = self.drop_path(x, self.gate1(mixed, cond))
-        thought = self.norm2(self.mlp(self.modulator2(x, cond)))
-        return self.drop_path(x, self.gate2(thought, cond))
+        branch = self.norm1(self.attention(self.modulator1(x, cond), self.token(cond)))
+        x = self.drop_path(x, self.gate1(branch, cond))
+        branch = self.norm2(self.mlp(self.modulator2(x, cond)))
+        return self.drop_path(x, self.gate2(branch, cond))
 
 
 class GlobalBlock(nn.Module):
-    """ViT block: global attention and MLP, each modulated, then normalised, before."""
+    """ViT block: global attention and MLP, each with modulation and a norm before it (pre-norm)."""
 
     def __init__(self, dim: int, num_heads: int, *, injection: Injection, style: BlockStyle, mlp_ratio: float) -> None:
         super().__init__()
@@ -69,13 +69,14 @@ class GlobalBlock(nn.Module):
         self.gate2 = injection.gate(dim)
 
     def forward(self, x: Tokens, cond: Cond) -> Tokens:
-        mixed = self.attention(self.norm1(self.modulator1(x, cond)), self.token(cond))
-        x = x + self.gate1(mixed, cond)
-        return x + self.gate2(self.mlp(self.norm2(self.modulator2(x, cond))), cond)
+        branch = self.attention(self.norm1(self.modulator1(x, cond)), self.token(cond))
+        x = x + self.gate1(branch, cond)
+        branch = self.mlp(self.norm2(self.modulator2(x, cond)))
+        return x + self.gate2(branch, cond)
 
 
 class EncoderStage(nn.Module):
-    """Swin blocks, every second one shifted by half a window."""
+    """Swin blocks at one resolution."""
 
     def __init__(self, blocks: Sequence[SwinBlock]) -> None:
         super().__init__()
@@ -88,26 +89,29 @@ class EncoderStage(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Joins the skip: the first block runs at the joint width, if it is a wide one, a pointwise layer goes back to the
-    stage's, the other blocks follow."""
+    """Concatenates input and skip, then applies an optional Swin block at the joint width, a linear projection back to
+    the stage's width, and the other Swin blocks."""
 
     def __init__(
         self,
         skip: nn.Module,
         wide: SwinBlock | None,
         blocks: Sequence[SwinBlock],
-        widths: tuple[int, int],
+        *,
+        joint_width: int,
+        width: int,
         injection: Injection,
     ) -> None:
         super().__init__()
         self.skip, self.wide = skip, wide
-        self.modulator = injection.modulator(widths[0])
-        self.halve = nn.Linear(*widths)
+        self.modulator = injection.modulator(joint_width)
+        self.halve = nn.Linear(joint_width, width)
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Grid, skip: Grid, cond: Cond) -> Grid:
         x = torch.cat([x, self.skip(x, skip, cond)], dim=-1)
-        x = self.wide(x, cond) if self.wide else x
+        if self.wide is not None:
+            x = self.wide(x, cond)
         x = self.halve(self.modulator(x, cond))
         for block in self.blocks:
             x = block(x, cond)
@@ -115,34 +119,34 @@ class DecoderStage(nn.Module):
 
 
 class XSwin(Backbone):
-    """Hierarchical U-Net vision transformer with residual cross attention.
+    """A hierarchical U-Net of Swin V2 blocks with cross-attention skips.
 
-    Images pass a convolutional stem, are cut into patches, encoded by stages of Swin V2 blocks with patch merging in
-    between, mixed by global ViT blocks, decoded stage by stage with the encoder's skips, and smoothed by a second
-    stem that also sees the first one's output.
+    The input passes a convolutional stem and is split into patches. Encoder stages of Swin V2 blocks alternate with
+    patch merging; global ViT blocks form the bottleneck; decoder stages alternate with patch expanding and receive the
+    encoder's skips. A second stem, which also sees the output of the first, turns patches back into pixels.
 
     Args:
-        dim: width of the first stage, and of the conditioning; each stage doubles it.
-        depths: Swin blocks of each stage, encoder and decoder alike.
-        num_heads: heads of each stage.
+        dim: width of the first stage and of the conditioning; each further stage doubles the width.
+        depths: number of Swin blocks in each stage, the same in encoder and decoder.
+        num_heads: attention heads of each stage.
         window_size: side of the attention windows, in tokens.
         patch_size: side of a patch, in latent pixels; must divide the input.
-        num_global_blocks: ViT blocks at the bottleneck.
+        num_global_blocks: number of ViT blocks at the bottleneck.
         skip: `cross_attention` (XSwin, inside windows), `global_cross_attention`, `concat` (USwin) or `none`.
-        wide_decoder: the first block of each decoder stage runs at the joint width of its input and its skip
-            (published); without, all run at the stage's own, for three tenths less arithmetic at one block a stage.
-        final_downsample: merge after the last stage too.
+        wide_decoder: run the first block of each decoder stage at the joint width of input and skip (published). False
+            runs all blocks at the stage's width, with 30% fewer FLOPs at one block a stage.
+        final_downsample: apply patch merging after the last stage too.
         stem: `convolutions` before patching and after unpatching (published), or `none`.
-        conv_norm: `batch` (published) or `group`, which does not mix samples.
-        conditioning: how time and label enter: `adaln` (published: before every layer, shift and scale), `adaln_zero`
-            (and a gate after every residual branch), `tokens` (one more token in every attention), or `none`: not at
-            all, for dense prediction.
-        drop_path: stochastic depth of the last block; rises from 0 over encoder and decoder.
-        qk_norm: norms of queries and keys, as `BlockStyle` says.
+        conv_norm: norm of the convolutions, `batch` (published) or `group`, which is independent of the batch.
+        conditioning: how time and label enter: `adaln` (published: shift and scale before every layer), `adaln_zero`
+            (also a gate on every residual branch), `tokens` (one more token in every attention), or `none`, for dense
+            prediction.
+        drop_path: stochastic depth rate of the last block; rates rise linearly from 0 through encoder and decoder.
+        qk_norm: normalise queries and keys, see `BlockStyle`.
         norm: `layer` (published) or `rms`.
         mlp: `gelu` (published) or `swiglu`.
-        second_time: be told of one, `r`: see `Backbone`.
-        augment_dim: be told of changes of images by so many numbers, `augment`: see `Backbone`.
+        second_time: accept a second time `r`, see `Backbone`.
+        augment_dim: width of the keyword `augment`, see `Backbone`; 0: do not accept it.
     """
 
     def __init__(
@@ -198,11 +202,14 @@ class XSwin(Backbone):
         swin_block = partial(SwinBlock, injection=injection, style=style, window_size=window_size, mlp_ratio=mlp_ratio)
 
         def make_blocks(depth: int, width: int, heads: int, rates: list[float], first: int = 0) -> list[SwinBlock]:
+            """Blocks `first` to `depth` of a stage; every second one shifts its windows."""
             return [swin_block(width, heads, shifted=n % 2 == 1, drop_path=rates[n]) for n in range(first, depth)]
 
         widths = [dim * 2**level for level in range(len(depths))]
-        told = {"second_time": second_time, "augment_dim": augment_dim}
-        self.cond = NoConditioning() if conditioning == "none" else Conditioning(num_classes, dim, **told)
+        if conditioning == "none":
+            self.cond = NoConditioning()
+        else:
+            self.cond = Conditioning(num_classes, dim, second_time=second_time, augment_dim=augment_dim)
         self.stem_in = STEMS[stem](in_channels, dim, injection, conv_norm)
         self.patch_modulator = injection.modulator(self.stem_in.out_channels)
         self.patch = nn.Conv2d(self.stem_in.out_channels, dim, patch_size, stride=patch_size)
@@ -213,7 +220,7 @@ class XSwin(Backbone):
             stage_rates, rates = rates[:depth], rates[depth:]
             self.encoder.append(EncoderStage(make_blocks(depth, widths[level], heads, stage_rates)))
             merged = level < len(depths) - 1 or final_downsample
-            self.merges.append(PatchMerging(widths[level], injection, style) if merged else AsItIs())
+            self.merges.append(PatchMerging(widths[level], injection, style) if merged else PassThrough())
 
         factor = patch_size * 2 ** (len(depths) - (not final_downsample))
         middle_dim = widths[-1] * (2 if final_downsample else 1)
@@ -226,12 +233,13 @@ class XSwin(Backbone):
             depth, heads, width = depths[level], num_heads[level], widths[level]
             stage_rates, rates = rates[:depth], rates[depth:]
             merged = level < len(depths) - 1 or final_downsample
-            self.expands.append(PatchExpanding(2 * width, injection, style) if merged else AsItIs())
-            taken = SKIPS[skip](width, heads, injection, style, window_size)
-            joined = width + taken.dim
-            wide = make_blocks(1, joined, heads * joined // width, stage_rates)[0] if wide_decoder else None
+            self.expands.append(PatchExpanding(2 * width, injection, style) if merged else PassThrough())
+            skip_layer = SKIPS[skip](width, heads, injection, style, window_size)
+            joint_width = width + skip_layer.dim
+            wide = make_blocks(1, joint_width, heads * joint_width // width, stage_rates)[0] if wide_decoder else None
             blocks = make_blocks(depth, width, heads, stage_rates, first=int(wide_decoder))
-            self.decoder.append(DecoderStage(taken, wide, blocks, (joined, width), injection))
+            stage = DecoderStage(skip_layer, wide, blocks, joint_width=joint_width, width=width, injection=injection)
+            self.decoder.append(stage)
 
         self.unpatch_modulator = injection.modulator(dim)
         self.unpatch = nn.ConvTranspose2d(dim, dim, patch_size, stride=patch_size)
@@ -255,12 +263,12 @@ class XSwin(Backbone):
     def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
         cond = self.injection(self.cond(t, y, r, augment))
 
-        # Convolutional stem (if any), patches.
+        # Convolutional stem (if any), patch embedding.
         stem = self.stem_in(x_t, cond)
         x = self.patch(modulate_image(self.patch_modulator, stem, cond))
         x = self.patch_norm(rearrange(x, "b d h w -> b h w d"))
 
-        # Encoder: each stage leaves a skip.
+        # Encoder: the output of each stage is a skip.
         skips = []
         for stage, merge in zip(self.encoder, self.merges, strict=True):
             x = stage(x, cond)
@@ -274,7 +282,7 @@ class XSwin(Backbone):
             x = block(x, cond)
         x = rearrange(x, "b (h w) d -> b h w d", h=height)
 
-        # Decoder: each stage takes its skip.
+        # Decoder: each stage receives the skip of its mirror.
         for expand, stage, skip in zip(self.expands, self.decoder, reversed(skips), strict=True):
             x = expand(x, cond, skip.shape[1:3])
             x = stage(x, skip, cond)

@@ -16,7 +16,7 @@ from checkpoints.averages import EMA
 from checkpoints.checkpoint import CheckpointError, warm_start
 from experiment.config import ExperimentConfig, OptimConfig, TrainConfig
 from models import ModelSpec
-from models.backbone import complete
+from models.backbone import as_backbone
 from settings import check_settings
 from studies.cascade.cascade_diffusion import CascadeObjective
 from training.adapters import Merged, adapt
@@ -190,7 +190,7 @@ def test_what_cannot_be_adapted_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match=r"the blocks of Plain have no linear of rank above 4; .*--train.adapter biases"
     ):
-        adapted(complete(Plain)(**SIZES))
+        adapted(as_backbone(Plain)(**SIZES))
     with pytest.raises(ValueError, match=r"the blocks of DiT have no linear of rank above 500"):
         adapted(small("DiT-S/2"), rank=500)
     monkeypatch.setitem(sys.modules, "peft", None)

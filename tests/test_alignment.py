@@ -23,7 +23,7 @@ from experiment.config import AlignmentConfig, AuxiliaryConfig, TrainConfig
 from metrics.extractors import ExtractorError
 from metrics.feature_maps import FeatureMaps
 from metrics.programs import save_program
-from models.backbone import Backbone, complete
+from models.backbone import Backbone, as_backbone
 from studies.cascade.cascade_diffusion import CascadeObjective
 from training.alignment import Alignment
 from training.batches import Batch, Batches
@@ -71,7 +71,7 @@ def test_states_are_those_of_features_for_every_backbone(name, depth):
     plain = Objective(ours.diffusion)(model, batch(), PHASE)
     torch.testing.assert_close(aligned["loss"], plain["loss"] + 0.5 * aligned["alignment"])
     x_t = ours.diffusion.q_sample(batch().x_0, batch().t, batch().noise)
-    (tokens,) = model.features(*ours.diffusion.path.told(x_t, batch().t), batch().y, [depth])
+    (tokens,) = model.features(*ours.diffusion.path.model_inputs(x_t, batch().t), batch().y, [depth])
     ours.alignment._state = tokens
     ours.alignment._as_tokens = lambda state: state
     torch.testing.assert_close(ours.alignment(features), aligned["alignment"])
@@ -215,7 +215,7 @@ def test_networks_that_cannot_be_had_are_refused_in_words(extractor, weights_pat
 
 
 def test_backbones_that_cannot_be_aligned_are_refused_in_words():
-    plain = complete(Plain)(**SIZES)
+    plain = as_backbone(Plain)(**SIZES)
     vars(plain).update(SIZES)  # as `create_model` does
     with pytest.raises(ValueError, match=r"--alignment.depth: .*there are 0 blocks in this --model"):
         Alignment(plain, IREPA)

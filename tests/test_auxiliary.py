@@ -18,7 +18,7 @@ from experiment.config import AuxiliaryConfig, OptimConfig
 from metrics.perceptual import LPIPSFeatures, VGG19Features, perceptual_network
 from metrics.programs import save_program
 from models import create_model
-from models.backbone import complete
+from models.backbone import as_backbone
 from training.batches import Batch
 from training.guard import gradient_norm
 from training.objective import AUXILIARY, Objective, Phase, build_auxiliary
@@ -179,7 +179,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_what_does_not_fit_is_refused_in_words(mistake, unet):
     given, words = MISTAKES[mistake]
-    model = complete(Plain)(**SIZES)
+    model = as_backbone(Plain)(**SIZES)
     codec = LatentCodec() if mistake == "latents" else PixelCodec()
     configs = [AuxiliaryConfig(**each) for each in given]
     with pytest.raises(ValueError, match=words):

@@ -192,7 +192,7 @@ def test_the_shortest_steps_are_told_as_the_shortest_that_is_trained(num_steps):
 def test_steps_are_parts_of_the_path_in_which_the_times_lie():
     diffusion, num = shortcut(sections=16), 20_000
     t, second = (torch.rand(num, generator=generator(seed)) for seed in (1, 2))
-    r, end = diffusion.step_of(t, second)
+    r, end = diffusion.interval_of(t, second)
     assert ((r <= t) & (t <= end)).all()
     lengths, counts = (end - r).unique(return_counts=True)
     assert lengths.tolist() == [1 / 8, 1 / 4, 1 / 2, 1]
@@ -223,7 +223,8 @@ def prepared(name, **overrides):
 def losses(model, diffusion=None, batch=8, **drawn):
     """Of a batch in which the second half's times differ."""
     diffusion, (x_0, _, y) = diffusion or meanflow(), inputs(batch)
-    drawn = {"counts": torch.arange(batch) >= batch // 2, "second": times(*[0.1] * batch, dtype=torch.float32)} | drawn
+    drawn = {"is_interval": torch.arange(batch) >= batch // 2} | drawn
+    drawn = {"second": times(*[0.1] * batch, dtype=torch.float32)} | drawn
     t, noise = torch.linspace(0.2, 0.9, batch), randn(*x_0.shape, seed=5)
     return diffusion.training_loss(model, x_0, y, t=t, noise=noise, **drawn)
 
@@ -234,7 +235,7 @@ def test_where_both_times_are_equal_it_is_flow_matching(kind):
     x_0, _, y = inputs(8)
     t, noise = torch.linspace(0.2, 0.9, 8), randn(*x_0.shape, seed=5)
     flow = FlowMatching().training_loss(model, x_0, y, t=t, noise=noise)["mse"]
-    alike = losses(model, kind(adaptive_power=0.0), counts=torch.zeros(8, dtype=torch.bool))
+    alike = losses(model, kind(adaptive_power=0.0), is_interval=torch.zeros(8, dtype=torch.bool))
     torch.testing.assert_close(alike["loss"], flow, rtol=1e-6, atol=0)
     some = losses(model, kind(adaptive_power=1.0))
     torch.testing.assert_close(some["mse"][:4], flow[:4], rtol=1e-6, atol=0)
@@ -361,9 +362,9 @@ def test_recomputed_blocks_have_the_same_gradients(kind, name):
 @kinds
 def test_parts_of_a_batch_have_the_times_of_the_whole(kind):
     diffusion = kind()
-    whole = diffusion.draw_more((12, 1, 2, 2), generator())["counts"]
+    whole = diffusion.draw_more((12, 1, 2, 2), generator())["is_interval"]
     assert whole.nonzero().flatten().tolist() == [3, 7, 11]
-    assert kind(interval_share=1.0).draw_more((5, 1, 1, 1))["counts"].all()
+    assert kind(interval_share=1.0).draw_more((5, 1, 1, 1))["is_interval"].all()
     model = prepared("DiT-S/2").eval()
     x_0, _, y = inputs(8)
     more = diffusion.draw_more(x_0.shape, generator())

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import studies.cascade.three_stages  # noqa: F401, registers a backbone
 from models import BACKBONES, create_model, list_models
-from models.backbone import Backbone, complete
+from models.backbone import Backbone, as_backbone
 from models.layers.modulation import Modulator
 from models.layers.style import Mlp
 from training.preparation import recompute_blocks
@@ -247,7 +247,7 @@ class NoLabels(Plain):
 
 
 def test_further_inputs_are_the_keywords_of_forward():
-    assert complete(Extra)(**SIZES).extras() == ("t_next",)
+    assert as_backbone(Extra)(**SIZES).extras() == ("t_next",)
 
 
 @pytest.mark.parametrize(

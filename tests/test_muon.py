@@ -8,7 +8,7 @@ from torch import nn
 
 from checkpoints.training_state import load_optimizer, optimizer_tensors
 from experiment.config import OptimConfig
-from models.backbone import complete
+from models.backbone import as_backbone
 from training.muon import Muon, orthogonalise, split_for_muon
 from training.optimizer import Optimizers, build_optimizer
 
@@ -121,7 +121,7 @@ def test_weights_that_multiply_decay_alone_and_files_number_parameters_as_withou
 
 def test_a_model_without_blocks_is_told():
     with pytest.raises(ValueError, match=r"--optim.muon_lr: Muon takes matrices, and this model has none"):
-        build_optimizer(complete(Plain)(**SIZES), OptimConfig(muon_lr=0.01))
+        build_optimizer(as_backbone(Plain)(**SIZES), OptimConfig(muon_lr=0.01))
 
 
 SHARDED = """

@@ -1,4 +1,4 @@
-"""Samplers: each one function that reads like its paper's algorithm; `sample` calls them by name."""
+"""Samplers, each a function that follows its paper's algorithm, and `sample`, which runs one by name."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion.diffusion import NOTHING, Chain, Denoiser, Diffusion, Moments, Prediction
+from diffusion.diffusion import EMPTY, Chain, Denoiser, Diffusion, Moments, Prediction
 from diffusion.guidance import guide, mix_of, scale_at
 from diffusion.options import SamplingOptions
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
@@ -20,65 +20,68 @@ from diffusion.transition import Images, Labels, Transition
 from settings import check_arguments, check_name, check_settings
 
 Sampler = Callable[..., Moments]
-"""Of (chain, x_t), and keyword arguments of its own, whose ranges stand in its signature (`settings`)."""
+"""`(chain, x_t, **arguments) -> Moments`; the ranges of its own arguments are in its signature (see `settings`)."""
 
 ONE_STEP = (ddpm, ddim, euler, euler_maruyama, heun)
 MULTISTEP = (dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc)
 SAMPLERS: dict[str, Sampler] = {sampler.__name__: sampler for sampler in (*ONE_STEP, *MULTISTEP)}
 AVERAGES: dict[str, Sampler] = {"meanflow": by_averages, "shortcut": by_averages}
-"""Of the kinds of these names alone."""
+"""Samplers by average velocities; each is only for the kind of diffusion of its name."""
 
 Callback = Callable[[int, Tensor, Tensor], None]
-"""Called with (step, x_t after the step, x_0 predicted in it)."""
+"""Called after each step with (step, x_t, predicted x_0)."""
 
 OnStage = Callable[[str, Tensor], None]
-"""Called with (name of a stage, what it put out)."""
+"""Called with (name of a stage, its output)."""
 
 Generators = torch.Generator | Sequence[torch.Generator]
-"""One for the batch, or one a sample."""
+"""One generator for the batch, or one for each sample."""
 
 
 def samplers_of(diffusion: Diffusion) -> Mapping[str, Sampler]:
-    """The samplers that a diffusion can be sampled by: its own, where it has some, else all."""
+    """Return the samplers that support a diffusion: the ones it names, or all."""
     return diffusion.samplers or SAMPLERS
 
 
 @runtime_checkable
 class Staged(Protocol):
-    """A diffusion whose samples are made in several stages, of which a walk down a chain is one. It is told a
-    `guide_model`, `draw_noise` for more noise like what that is given, and `on_stage` for what each stage puts out."""
+    """A diffusion that generates samples in several stages, of which some run a sampler, `walk`.
+
+    `generate` is also passed `guide_model`; `draw_noise(like)`, which returns fresh noise; and `on_stage`, to be called
+    with each stage's output.
+    """
 
     stages: Sequence[str]
 
-    def generate(self, walk: "Walk", model: Any, noise: Images, y: Labels, **told: Any) -> Images: ...
+    def generate(self, walk: "Walk", model: Any, noise: Images, y: Labels, **extras: Any) -> Images: ...
 
 
 def num_steps_of(options: SamplingOptions, diffusion: Diffusion) -> int:
-    """As asked for; else one of a sampler by averages, for which they are trained, and 150 of all others."""
+    """Return the number of steps: by default 1 for samplers by average velocities, 150 for all others."""
     sampler = options.sampler or diffusion.default_sampler
     return options.num_steps or (1 if sampler in AVERAGES else 150)
 
 
 def num_calls(diffusion: Diffusion, options: SamplingOptions) -> int:
-    """How often a sampler calls the model: counted along a chain of one number."""
-    times, number = [], torch.zeros(1, 1, 1, 1)
+    """Count a sampler's calls of the model, by running it on a single number."""
+    times, pixel = [], torch.zeros(1, 1, 1, 1)
 
-    def denoise(x_t: Tensor, t: int | float, at: Transition, **more: Any) -> Prediction:
+    def denoise(x_t: Tensor, t: int | float, at: Transition, **extras: Any) -> Prediction:
         times.append(t)
         return Prediction(x_t, x_t, x_t)
 
-    chain = Chain(diffusion, diffusion.reverse_steps(num_steps_of(options, diffusion)), denoise, lambda: number)
-    deque(samplers_of(diffusion)[options.sampler or diffusion.default_sampler](chain, number), maxlen=0)
+    chain = Chain(diffusion, diffusion.reverse_steps(num_steps_of(options, diffusion)), denoise, lambda: pixel)
+    deque(samplers_of(diffusion)[options.sampler or diffusion.default_sampler](chain, pixel), maxlen=0)
     return len(times)
 
 
 def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
-    """Refuses what can be seen to be wrong with options before the first step, naming the flag."""
+    """Validate options before sampling; a `ValueError` names the flag."""
     check_settings(options, "--sampling.")
     samplers, name = samplers_of(diffusion), options.sampler or diffusion.default_sampler
     if name in AVERAGES and name not in samplers:
-        others = f"choose from {', '.join(samplers)}"
-        raise ValueError(f"--sampling.sampler {name}: for models of --diffusion.kind {name} alone; {others}")
+        hint = f"choose from {', '.join(samplers)}"
+        raise ValueError(f"--sampling.sampler {name}: for models of --diffusion.kind {name} alone; {hint}")
     check_name("--sampling.sampler", name, samplers)
     check_arguments(samplers[name], options.sampler_args, "--sampling.sampler_args")
     diffusion.check_options(options)
@@ -94,7 +97,7 @@ def sample(
     *,
     guide_model: Denoiser | None = None,
     num_classes: int | None = None,
-    extras: Mapping[str, Any] = NOTHING,
+    extras: Mapping[str, Any] = EMPTY,
     start: int | float | None = None,
     step_noise: Float[Tensor, "num_steps b c h w"] | None = None,
     generator: Generators | None = None,
@@ -102,20 +105,26 @@ def sample(
     on_stage: OnStage | None = None,
     **settings: Any,
 ) -> Images:
-    """From unit normal `noise` to data, `x_0`, as `options` say, or keywords by the names of `SamplingOptions`:
-    `sample(..., sampler="ddim", num_steps=50)`.
+    """Generate data `x_0` from unit normal `noise`.
 
-    Random steps take their noise from `step_noise`, one slice a step in order, else from `generator`. With a
-    generator for each sample, a sample depends on its own noise, label and stream alone, whatever batch it is
-    in. A model that is training is evaluated, and left as it was. ValueErrors name the flag of an option.
+    The model runs in eval mode and is left in the mode it had. With a generator for each sample, a sample depends only
+    on its own noise, label and generator, not on the batch. Invalid options raise `ValueError`, naming the flag.
 
     Args:
-        guide_model: the worse model of autoguidance, in place of the unlabelled half of classifier-free guidance.
-        num_classes: the null label that guidance needs; by default the model's attribute of that name.
-        extras: what the model is called with beside (x_t, t, y); tensors have a row a sample.
-        start: a time of the chain to begin at; `noise` is then the `x_t` there.
+        diffusion: the diffusion that the model was trained with.
+        model: the raw model.
+        noise: unit normal noise.
+        y: labels.
+        options: sampler, steps and guidance.
+        guide_model: the worse model of autoguidance, in place of the model without a label.
+        num_classes: the null label for guidance; by default the model's attribute of that name.
+        extras: keyword arguments for the model; tensors have a row for each sample.
+        start: a time at which the chain starts; `noise` is then `x_t` at that time.
+        step_noise: noise of stochastic steps, a slice for each in order; by default drawn from `generator`.
+        generator: draws the noise of stochastic steps.
         callback: called after each step with (step, `x_t`, predicted `x_0`).
-        on_stage: called after each stage of a diffusion that has several, with (its name, what it put out).
+        on_stage: called after each stage of a diffusion that has several, with (its name, its output).
+        settings: options by their names in `SamplingOptions`, such as `sampler="ddim", num_steps=50`.
     """
     options = replace(options or SamplingOptions(), **settings)
     check_options(options, diffusion)
@@ -127,13 +136,20 @@ def sample(
     with evaluating(model, guide_model):
         if not isinstance(diffusion, Staged):
             return walk(diffusion, model, noise, y, guide_model=guide_model)
-        told: dict[str, Any] = {"guide_model": guide_model, "draw_noise": lambda like: randn_like(like, generator)}
-        return diffusion.generate(walk, model, noise, y, on_stage=on_stage or (lambda name, x_0: None), **told)
+        return diffusion.generate(
+            walk,
+            model,
+            noise,
+            y,
+            guide_model=guide_model,
+            draw_noise=lambda like: randn_like(like, generator),
+            on_stage=on_stage or (lambda name, x_0: None),
+        )
 
 
 @dataclass(frozen=True)
 class Walk:
-    """Down one chain from noise to data, as `sample` was told to."""
+    """Runs a sampler from noise to data, with the arguments of `sample`."""
 
     options: SamplingOptions
     num_classes: int
@@ -146,21 +162,24 @@ class Walk:
     def __call__(
         self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels, *, guide_model: Denoiser | None
     ) -> Images:
-        options, told, worse = self.options, diffusion.precondition(model), guide_model
-        rule: dict[str, Any] = {"mix": mix_of(options, diffusion), "latent_channels": noise.shape[1]}
-        rule |= {"legacy_cfg_channels": options.legacy_cfg_channels}
-        rule |= {"guide_model": None if worse is None else diffusion.precondition(worse)}
+        options, preconditioned = self.options, diffusion.precondition(model)
+        guidance: dict[str, Any] = {
+            "latent_channels": noise.shape[1],
+            "legacy_cfg_channels": options.legacy_cfg_channels,
+            "guide_model": None if guide_model is None else diffusion.precondition(guide_model),
+            "mix": mix_of(options, diffusion),
+        }
 
         @cache
         def guided(scale: float) -> Denoiser:
-            return guide(told, self.num_classes, scale, **rule)
+            return guide(preconditioned, self.num_classes, scale, **guidance)
 
-        guided(options.guidance_scale)  # refuses what cannot be guided before the first step
+        guided(options.guidance_scale)  # validates the guidance before the first step
 
-        def denoise(x_t: Tensor, t: int | float, at: Transition, **more: Any) -> Prediction:
+        def denoise(x_t: Tensor, t: int | float, at: Transition, **extras: Any) -> Prediction:
             times = torch.full((len(x_t),), t, device=x_t.device)
             scale = scale_at(options, (at.sigma / at.alpha).item())
-            output = guided(scale)(x_t, times, y, **self.extras, **more)
+            output = guided(scale)(x_t, times, y, **self.extras, **extras)
             prediction = diffusion.predict(output, x_t, times, at)
             return prediction if options.clip is None else prediction.clipped(options.clip, x_t, at)
 
@@ -183,7 +202,7 @@ class Walk:
 
 @contextmanager
 def evaluating(*models: object) -> Iterator[None]:
-    """Those that are modules in eval mode, without dropout; afterwards each part is in its own mode again."""
+    """A context in which models are in eval mode; afterwards each submodule is back in its own mode."""
     parts = [part for model in models if isinstance(model, nn.Module) for part in model.modules() if part.training]
     for part in parts:
         part.training = False
@@ -195,7 +214,7 @@ def evaluating(*models: object) -> Iterator[None]:
 
 
 def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:
-    """Unit normal noise on `like`'s device, drawn on the generator's; of several, each draws for one sample."""
+    """Return unit normal noise on `like`'s device, drawn on the generator's; several generators draw a sample each."""
     if isinstance(generator, Sequence):
         if len(generator) != len(like):
             raise ValueError(f"{len(generator)} generators for {len(like)} samples: pass one, or one for each")

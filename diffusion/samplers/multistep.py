@@ -1,8 +1,8 @@
-"""Samplers that remember the predictions of earlier steps: exponential integrators in `lambda = log(alpha / sigma)`.
+"""Multistep samplers, which reuse earlier predictions: exponential integrators in `lambda = log(alpha / sigma)`.
 
-With `h` the rise of lambda in a step, the exact solution is `x_s = sigma_s / sigma_t x_t + alpha_s h integral of
-e^(-h (1 - u)) x_0(u) du`, u from 0 at t to 1 at s (Lu et al. 2022b, eq. 8); samplers differ in the polynomial that they
-put through the predictions of `x_0`. To the data h is infinite, and the polynomial a constant.
+With `h` the increase of lambda in a step, the exact solution is `x_s = sigma_s / sigma_t x_t + alpha_s h integral of
+e^(-h (1 - u)) x_0(u) du`, u from 0 at t to 1 at s (Lu et al. 2022b, eq. 8). Samplers differ in the polynomial that they
+fit to the predictions of `x_0`. In the step to the data, h is infinite and the polynomial a constant.
 """
 
 from torch import Tensor
@@ -15,7 +15,7 @@ Earlier = tuple[Tensor, Tensor]
 
 
 def dpmpp_2m(chain: Chain, x_t: Images) -> Moments:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): each step also uses the `x_0` of the one before."""
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): each step also uses the previous prediction of `x_0`."""
     earlier = None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
@@ -30,51 +30,58 @@ def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Moments:
     earlier = None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
-        constant, kept = extrapolated(x_0, at, earlier), at.contraction**2
-        x_t = at.sigma_next / at.sigma * at.contraction * x_t + at.alpha_next * (1 - kept) * constant
+        constant, decay = extrapolated(x_0, at, earlier), at.contraction**2  # e^-2h
+        x_t = at.sigma_next / at.sigma * at.contraction * x_t + at.alpha_next * (1 - decay) * constant
         if at.sigma_next > 0:
-            x_t = x_t + at.sigma_next * (1 - kept).sqrt() * chain.draw_noise()
+            x_t = x_t + at.sigma_next * (1 - decay).sqrt() * chain.draw_noise()
         earlier = x_0, at.rise
         yield x_t, x_0
 
 
 def dpmpp_3m(chain: Chain, x_t: Images) -> Moments:
-    """DPM-Solver++(3M) as published (Lu et al. 2022b, appendix B, and its code): a parabola through the last three
-    predictions, with half its bend: order 2, and in 20 to 40 steps less error than `exponential_ab3`."""
-    return along_parabolas(chain, x_t, share_of_bend=0.5)
+    """DPM-Solver++(3M) as published (Lu et al. 2022b, appendix B, and its code).
+
+    It fits a parabola to the last three predictions and halves its quadratic term. That makes it of order 2, but with
+    less error than `exponential_ab3` at 20 to 40 steps.
+    """
+    return along_parabolas(chain, x_t, curvature_weight=0.5)
 
 
 def exponential_ab3(chain: Chain, x_t: Images) -> Moments:
-    """Exponential Adams-Bashforth of order 3 (Hochbruck and Ostermann 2010, section 2.5): the whole parabola."""
-    return along_parabolas(chain, x_t, share_of_bend=1.0)
+    """Exponential Adams-Bashforth method of order 3 (Hochbruck and Ostermann 2010, section 2.5)."""
+    return along_parabolas(chain, x_t, curvature_weight=1.0)
 
 
-def along_parabolas(chain: Chain, x_t: Images, share_of_bend: float) -> Moments:
-    """Through the last three predictions. The first two steps and the step to the data are of lower order."""
+def along_parabolas(chain: Chain, x_t: Images, curvature_weight: float) -> Moments:
+    """Integrate a parabola through the last three predictions, its quadratic term scaled by `curvature_weight`. The
+    first two steps and the step to the data are of lower order."""
     earlier: list[Earlier] = []  # newest first
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
-        slope = bend = 0.0
+        slope = curvature = 0.0
         if earlier and at.sigma_next > 0:
             (x_0_1, h_1), *older = earlier
             slope = (x_0 - x_0_1) * (at.rise / h_1)
             if older:
                 ((x_0_2, h_2),) = older
-                slope, bend = parabola(x_0, (-h_1 / at.rise, x_0_1), (-(h_1 + h_2) / at.rise, x_0_2))
-        x_t = integrated(x_t, at, x_0, slope, share_of_bend * bend)
+                slope, curvature = parabola(x_0, (-h_1 / at.rise, x_0_1), (-(h_1 + h_2) / at.rise, x_0_2))
+        x_t = integrated(x_t, at, x_0, slope, curvature_weight * curvature)
         earlier = [(x_0, at.rise), *earlier[:1]]
         yield x_t, x_0
 
 
 def unipc(chain: Chain, x_t: Images) -> Moments:
-    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2): DPM-Solver++(2M), corrected by the
-    prediction at the end of the step, at no further call."""
-    earlier, done = None, None
+    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2).
+
+    The predictor is DPM-Solver++(2M). The corrector reuses the prediction at the end of the step, without a further
+    call of the model.
+    """
+    earlier, last_step = None, None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
-        if done is not None:
-            x_t = corrected(*done, x_0)
-        done = x_t, at, x_0, earlier
+        if last_step is not None:
+            x_t = corrected(*last_step, x_0)
+        last_step = x_t, at, x_0, earlier
         constant = extrapolated(x_0, at, earlier)
         x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * constant
         earlier = x_0, at.rise
@@ -82,7 +89,7 @@ def unipc(chain: Chain, x_t: Images) -> Moments:
 
 
 def extrapolated(x_0: Tensor, at: Transition, earlier: Earlier | None) -> Tensor:
-    """`x_0` in the middle of a step, on the line through its predictions here and one step earlier."""
+    """Extrapolate `x_0` linearly, from its predictions here and one step earlier, to the middle of the step."""
     if earlier is None or at.sigma_next == 0:
         return x_0
     x_0_before, h_before = earlier
@@ -90,7 +97,7 @@ def extrapolated(x_0: Tensor, at: Transition, earlier: Earlier | None) -> Tensor
 
 
 def corrected(x_t: Tensor, at: Transition, x_0: Tensor, earlier: Earlier | None, x_0_after: Tensor) -> Tensor:
-    """The end of a step from `x_t`, the prediction there now known."""
+    """Repeat a step from `x_t`, now that the prediction at its end, `x_0_after`, is known."""
     if earlier is None:
         return at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * (x_0 + x_0_after) / 2
     x_0_before, h_before = earlier
@@ -100,16 +107,19 @@ def corrected(x_t: Tensor, at: Transition, x_0: Tensor, earlier: Earlier | None,
 def parabola(
     x_0: Tensor, near: tuple[Tensor | float, Tensor], far: tuple[Tensor | float, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Slope and bend of `x_0 + slope u + bend u^2` through two more points (u, value); the far u may be infinite."""
+    """Return slope and curvature of `x_0 + slope u + curvature u^2` through two more points (u, value).
+
+    The u of `far` may be infinite.
+    """
     (u_1, x_0_1), (u_2, x_0_2) = near, far
     first, second = (x_0_1 - x_0) / u_1, (x_0_2 - x_0) / u_2
-    bend = (second - first) / (u_2 - u_1)
-    return first - u_1 * bend, bend
+    curvature = (second - first) / (u_2 - u_1)
+    return first - u_1 * curvature, curvature
 
 
-def integrated(x_t: Tensor, at: Transition, x_0: Tensor, slope: Tensor | float, bend: Tensor | float) -> Tensor:
-    """The exact solution of a step along which `x_0` is a parabola."""
+def integrated(x_t: Tensor, at: Transition, x_0: Tensor, slope: Tensor | float, curvature: Tensor | float) -> Tensor:
+    """Return the exact solution of a step along which `x_0` is a parabola in u."""
     phi_1 = 1 - at.contraction  # integrals of h e^(-h (1 - u)) times 1, u and u^2
     phi_2 = 1 - phi_1 / at.rise
     phi_3 = 1 - 2 * phi_2 / at.rise
-    return at.sigma_next / at.sigma * x_t + at.alpha_next * (phi_1 * x_0 + phi_2 * slope + phi_3 * bend)
+    return at.sigma_next / at.sigma * x_t + at.alpha_next * (phi_1 * x_0 + phi_2 * slope + phi_3 * curvature)

@@ -1,4 +1,4 @@
-"""Samplers that look at one step at a time."""
+"""One-step samplers, which do not reuse earlier predictions."""
 
 import math
 from typing import Annotated
@@ -14,13 +14,13 @@ def ddpm(chain: Chain, x_t: Images) -> Moments:
     for t, at in chain.steps:
         prediction = chain.denoise(x_t, t, at)
         x_t = at.posterior_mean(prediction.x_0, x_t)
-        if at.sigma_next > 0:  # the step to the data is not random
+        if at.sigma_next > 0:  # the step to the data is deterministic
             x_t = x_t + torch.exp(0.5 * chain.diffusion.reverse_log_variance(prediction, at)) * chain.draw_noise()
         yield x_t, prediction.x_0
 
 
 def ddim(chain: Chain, x_t: Images, *, eta: Annotated[float, "[0, 1]"] = 0.0) -> Moments:
-    """The implicit sampler (Song et al. 2021, eq. 12), as random as ancestral sampling at `eta` 1 (eq. 16)."""
+    """DDIM (Song et al. 2021, eq. 12); `eta` scales its noise from 0 to that of ancestral sampling at 1 (eq. 16)."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
         std = eta * at.posterior_std
@@ -31,7 +31,7 @@ def ddim(chain: Chain, x_t: Images, *, eta: Annotated[float, "[0, 1]"] = 0.0) ->
 
 
 def euler(chain: Chain, x_t: Images) -> Moments:
-    """Euler's method for the probability flow `dx = x_0 dalpha + noise dsigma`: where DDIM without randomness leads."""
+    """Euler's method for the probability flow `dx = x_0 dalpha + noise dsigma`; the same as DDIM at `eta` 0."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_t = at.alpha_next * x_0 + at.sigma_next * noise
@@ -39,8 +39,8 @@ def euler(chain: Chain, x_t: Images) -> Moments:
 
 
 def by_averages(chain: Chain, x_t: Images) -> Moments:
-    """By the average velocity of each step, `x_r = x_t - (t - r) u(x_t, r, t)` (Geng et al. 2025, algorithm 2; Frans et
-    al. 2024, algorithm 2): Euler's step, exact however long it is."""
+    """Steps by the average velocity, `x_r = x_t - (t - r) u(x_t, r, t)`, exact for any length (Geng et al. 2025,
+    algorithm 2; Frans et al. 2024, algorithm 2)."""
     for t, at in chain.steps:
         r = torch.full((len(x_t),), at.sigma_next.item(), device=x_t.device)  # on a linear path sigma is the time
         x_0, noise, _ = chain.denoise(x_t, t, at, r=r)
@@ -49,8 +49,11 @@ def by_averages(chain: Chain, x_t: Images) -> Moments:
 
 
 def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
-    """Euler and Maruyama's method for the reverse-time SDE (Song et al. 2021b, eq. 6): Euler's step on the probability
-    flow and a Langevin step of the variance that the noising added, at most twice sigma_t sigma_s."""
+    """Euler-Maruyama method for the reverse-time SDE (Song et al. 2021b, eq. 6).
+
+    It is an Euler step on the probability flow, followed by a Langevin step with the variance of q(x_t | x_s), at most
+    2 sigma_t sigma_s.
+    """
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_t = at.alpha_next * x_0 + at.sigma_next * noise
@@ -62,18 +65,21 @@ def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
 
 
 def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0) -> Moments:
-    """Heun's method for `dx = x_0 dalpha + noise dsigma` (Karras et al. 2022, algorithm 2), with `churn`, noise added
-    over the whole chain. Two calls of the model a step; one in the step to the data."""
-    afterwards = [*chain.steps[1:], None]
-    for (t, at), after in zip(chain.steps, afterwards, strict=True):
+    """Heun's method for `dx = x_0 dalpha + noise dsigma` (Karras et al. 2022, algorithm 2).
+
+    `churn` is the amount of noise added over all steps, S_churn of the paper. Each step calls the model twice, except
+    that to the data.
+    """
+    next_steps = [*chain.steps[1:], None]
+    for (t, at), next_step in zip(chain.steps, next_steps, strict=True):
         if churn:
             x_t, t, at = churned(chain, x_t, t, at, churn / len(chain.steps))
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_s = at.alpha_next * x_0 + at.sigma_next * noise
-        if after is not None:
-            x_0_after, noise_after, _ = chain.denoise(x_s, *after)
+        if next_step is not None:
+            x_0_end, noise_end, _ = chain.denoise(x_s, *next_step)
             dalpha, dsigma = at.alpha_next - at.alpha, at.sigma_next - at.sigma
-            x_s = x_t + dalpha * (x_0 + x_0_after) / 2 + dsigma * (noise + noise_after) / 2
+            x_s = x_t + dalpha * (x_0 + x_0_end) / 2 + dsigma * (noise + noise_end) / 2
         x_t = x_s
         yield x_t, x_0
 
@@ -81,13 +87,16 @@ def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0
 def churned(
     chain: Chain, x_t: Images, t: int | float, at: Transition, share: float
 ) -> tuple[Images, int | float, Transition]:
-    """Noise added, and the step that leads from there (Karras et al. 2022, algorithm 2, lines 4 to 6, S_noise = 1):
-    sigma / alpha rises by this share, at most sqrt(2) - 1, as far as the diffusion goes."""
+    """Add noise to `x_t`, and return it with its time and the step from there (Karras et al. 2022, algorithm 2, lines 4
+    to 6, with S_noise = 1).
+
+    The noise level sigma / alpha grows by the factor `1 + share`, at most sqrt(2), up to the end of the path.
+    """
     ratio = (at.sigma / at.alpha).item()
     raised = min(ratio * (1 + min(share, math.sqrt(2) - 1)), chain.diffusion.path.noise_range[1])
     if raised <= ratio:
         return x_t, t, at
     time = chain.diffusion.path.time_at(torch.tensor([raised], dtype=torch.float64))[0]
-    alpha, sigma = (number[0] for number in chain.diffusion.path(time[None]))  # scalars leave x_t in its precision
+    alpha, sigma = (coefficient[0] for coefficient in chain.diffusion.path(time[None]))  # scalars keep x_t's dtype
     x_t = alpha / at.alpha * x_t + alpha * math.sqrt(raised**2 - ratio**2) * chain.draw_noise()
     return x_t, time.item(), Transition.between(alpha, sigma, at.alpha_next, at.sigma_next)

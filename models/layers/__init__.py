@@ -1,8 +1,8 @@
-"""Bricks of the backbones, and the shapes that their signatures name.
+"""Layers of the backbones, and the tensor shapes that their signatures name.
 
 Axis letters, here and in the backbones: `b` batch, `c` channels, `h w` grid, `n` tokens, `m` tokens attended to,
-`d` width, `k` attention heads, `e` width of one head, `p q` sides of a patch. Conditioning has gone through its SiLU
-once, at the top.
+`d` width, `k` attention heads, `e` width of one head, `p q` sides of a patch. The conditioning `Cond` is passed after
+its SiLU, so layers apply none.
 """
 
 from collections.abc import Collection
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-Size = int | tuple[int, int]  # a side, or height and width
+Size = int | tuple[int, int]  # one side, or height and width
 Images = Float[Tensor, "b c h w"]
 Output = Float[Tensor, "b c_out h w"]
 Grid = Float[Tensor, "b h w d"]
@@ -18,9 +18,10 @@ Tokens = Float[Tensor, "b n d"]
 Cond = Float[Tensor, "b cond"]
 Times = Shaped[Tensor, " b"]
 Labels = Int64[Tensor, " b"]
-Changes = Float[Tensor, "b augment"] | None  # of images, by numbers; None: none
+Changes = Float[Tensor, "b augment"] | None  # a description of each image's augmentation; None: not augmented
 
 
-def check_choice(name: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise `ValueError` unless the argument `name` has one of the values in `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value} must be one of {', '.join(choices)}")

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the one place that chooses a kernel."""
+"""Scaled dot-product attention, and the choice of its kernel."""
 
 from functools import partial
 
@@ -12,7 +12,9 @@ from torch.autograd import forward_ad
 from models.layers import Tokens
 from models.layers.style import RMSNorm
 
-FEW_TOKENS = {torch.bfloat16: 256}  # on CPUs, up to here plain products beat the fused kernel's backward; others, 64
+# Up to so many keys, explicit matrix products are faster on CPUs than the fused kernel with its backward pass.
+FEW_TOKENS = {torch.bfloat16: 256}
+FEW_TOKENS_DEFAULT = 64
 
 
 def attend(
@@ -20,12 +22,21 @@ def attend(
     k: Float[Tensor, "... m e"],
     v: Float[Tensor, "... m f"],
     *,
-    bias: Tensor | None = None,  # to add, or where it is boolean, which may attend to which; broadcasts to [... n m]
+    bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "... n f"]:
-    """`softmax(scale * q k^T + bias) v`; `scale` is `1 / sqrt(e)` unless given (Vaswani et al. 2017, eq. 1)."""
-    is_few = q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS.get(q.dtype, 64)
-    if is_few or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):  # fused ones have no such rule
+    """Compute `softmax(scale * q k^T + bias) v` (Vaswani et al. 2017, eq. 1).
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        bias: broadcasts to [... n m]; added to the logits or, if boolean, True where a query may attend to a key.
+        scale: `1 / sqrt(e)` by default.
+    """
+    few_tokens = q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS.get(q.dtype, FEW_TOKENS_DEFAULT)
+    # The fused kernels have no rule for forward-mode differentiation.
+    if few_tokens or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         logits = (q if factor == 1 else q * factor) @ k.transpose(-2, -1)
         if bias is not None:
@@ -35,15 +46,19 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def make_qk_norms(wanted: bool, head_dim: int) -> tuple[nn.Module, nn.Module]:
-    """Norms of queries and keys, a learned scale a channel (Dehghani et al. 2023, section 2; Esser et al. 2024, section
-    5.3.2): logits stay bounded at rates where they would make attention one-hot. Else identities."""
-    make = partial(RMSNorm, head_dim, eps=1e-6) if wanted else nn.Identity
+def make_qk_norms(qk_norm: bool, head_dim: int) -> tuple[nn.Module, nn.Module]:
+    """Make the norms of queries and keys, with a learned scale for each channel; identities if not `qk_norm`.
+
+    They bound the logits, which otherwise grow at high learning rates until attention is one-hot (Dehghani et al. 2023,
+    section 2; Esser et al. 2024, section 5.3.2).
+    """
+    make = partial(RMSNorm, head_dim, eps=1e-6) if qk_norm else nn.Identity
     return make(), make()
 
 
 class SelfAttention(nn.Module):
-    """Global multi-head self-attention, of queries and keys turned by `rotary`; all may also attend to a `token`."""
+    """Global multi-head self-attention; `rotary` is applied to queries and keys. An extra `token` adds a key and a
+    value, but no query."""
 
     def __init__(
         self, dim: int, num_heads: int, *, qkv_bias: bool = True, qk_norm: bool = False, rotary: nn.Module | None = None
@@ -65,8 +80,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention whose queries come from `x`, keys and values from `context`: within each tile, if there are
-    such. A mask of each, or one for all, is added."""
+    """Multi-head attention with queries from `x`, keys and values from `context`.
+
+    With an axis of tiles, tokens attend within their tile. `mask` is added to the logits; it has an entry for each tile
+    or one for all.
+    """
 
     def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
@@ -83,7 +101,8 @@ class CrossAttention(nn.Module):
         context: Float[Tensor, "b *t m d"],
         mask: Float[Tensor, "tiles n m"] | None = None,
     ) -> Float[Tensor, "b *t n d"]:
-        q = rearrange(self.q(x), "b ... n (k e) -> b (... k) n e", k=self.num_heads)  # four axes: fused kernels' own
+        # Tiles and heads share an axis, as the fused kernels want four axes.
+        q = rearrange(self.q(x), "b ... n (k e) -> b (... k) n e", k=self.num_heads)
         k, v = rearrange(self.kv(context), "b ... m (two k e) -> two b (... k) m e", two=2, k=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(self.num_heads, dim=0)

@@ -1,4 +1,4 @@
-"""Time, label and position to vectors."""
+"""Embeddings of times, labels, augmentations and positions."""
 
 import math
 
@@ -11,13 +11,15 @@ from models.layers import Changes, Labels, Times, check_choice
 from models.layers.initialisation import zero_
 
 NUM_FREQUENCIES = 256
-SMALL = 0.02  # of transformers, whose modulators start at zero (Peebles and Xie 2023)
-POSITIONS = ("absolute", "rotary", "both")  # added to the patches, turning queries and keys, or both
+SMALL = 0.02  # standard deviation of initial weights in transformers (Peebles and Xie 2023)
+POSITIONS = ("absolute", "rotary", "both")
 
 
 def sinusoids(t: Times, dim: int, max_period: float = 10_000) -> Float[Tensor, "b dim"]:
-    """Cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5), in float32 or,
-    of such times, float64."""
+    """Embed times as cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5).
+
+    The result is float64 for times in float64, otherwise float32.
+    """
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     steps = torch.arange(dim // 2, dtype=t.dtype, device=t.device)
     angles = t[:, None] * torch.exp(-math.log(max_period) * steps / (dim // 2))
@@ -25,7 +27,8 @@ def sinusoids(t: Times, dim: int, max_period: float = 10_000) -> Float[Tensor, "
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the time through a two-layer perceptron, whose weights start with this standard deviation."""
+    """A two-layer MLP on the sinusoids of the time. `std` is the standard deviation of its initial weights; None keeps
+    torch's initialisation."""
 
     def __init__(self, dim: int, std: float | None = SMALL) -> None:
         super().__init__()
@@ -39,15 +42,17 @@ class TimeEmbedding(nn.Module):
 
 
 class IntervalEmbedding(TimeEmbedding):
-    """Adds the distance `t - r` to a second time, which is `t` itself where none is given, to an embedding of the first
-    (Geng et al. 2025). It starts at zero: a model that was trained with one time goes on with two."""
+    """Adds an embedding of the interval `t - r` to the embedding of `t`; `r` is `t` by default (Geng et al. 2025).
+
+    Its last layer starts at zero, so a model trained without `r` can be fine-tuned with it.
+    """
 
     def __init__(self, dim: int, std: float | None = SMALL) -> None:
         super().__init__(dim, std)
         self.reset()
 
     def reset(self) -> None:
-        """To zero again, after an initialisation of all that there is."""
+        """Zero the last layer again, after a backbone has initialised all its linears."""
         zero_(self.mlp[2])  # pyright: ignore[reportArgumentType]
 
     def forward(self, embedded: Float[Tensor, "b d"], t: Times, r: Times | None) -> Float[Tensor, "b d"]:
@@ -55,7 +60,7 @@ class IntervalEmbedding(TimeEmbedding):
 
 
 class NoInterval(nn.Module):
-    """Of models of one time."""
+    """Stands for `IntervalEmbedding` in models without a second time."""
 
     def forward(self, embedded: Float[Tensor, "b d"], t: Times, r: Times | None) -> Float[Tensor, "b d"]:
         if r is not None:
@@ -64,12 +69,12 @@ class NoInterval(nn.Module):
 
 
 class AugmentEmbedding(nn.Module):
-    """Adds a linear map of how the image was changed, which starts at zero, to an embedding of the time (Karras et al.
-    2022, appendix F.2); nothing of an image as it is. No `nn.Linear`, whose weights backbones initialise."""
+    """Adds a linear map of the augmentation vector to the embedding of the time (Karras et al. 2022, appendix F.2). The
+    map has no bias and starts at zero, so it adds nothing for an image without augmentation."""
 
     def __init__(self, augment_dim: int, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(augment_dim, dim))
+        self.weight = nn.Parameter(torch.zeros(augment_dim, dim))  # backbones would re-initialise an nn.Linear
 
     def forward(self, embedded: Float[Tensor, "b d"], augment: Changes) -> Float[Tensor, "b d"]:
         if augment is None:
@@ -78,7 +83,7 @@ class AugmentEmbedding(nn.Module):
 
 
 class NoAugment(nn.Module):
-    """Of models of images as they are."""
+    """Stands for `AugmentEmbedding` in models without augmentation."""
 
     def forward(self, embedded: Float[Tensor, "b d"], augment: Changes) -> Float[Tensor, "b d"]:
         if augment is not None:
@@ -87,13 +92,16 @@ class NoAugment(nn.Module):
 
 
 def make_augment(augment_dim: int, dim: int) -> nn.Module:
-    """For so many numbers that say how an image was changed; 0: it was not."""
+    """Make the embedding of augmentation vectors of this width; with width 0, one that accepts none."""
     return AugmentEmbedding(augment_dim, dim) if augment_dim else NoAugment()
 
 
 class Conditioning(nn.Module):
-    """`silu(time + label)`: the SiLU that opens every modulator. Label `num_classes` is the null label. `std` is what
-    weights start with; None, torch's own, is for blocks that add it to features."""
+    """The conditioning vector `silu(time + label)`; modulators need no SiLU of their own.
+
+    Label `num_classes` is the null label. `std` is the standard deviation of the initial weights. None keeps torch's
+    initialisation, for backbones that add the conditioning to features rather than modulate them.
+    """
 
     def __init__(
         self,
@@ -120,17 +128,20 @@ class Conditioning(nn.Module):
 
 
 class NoConditioning(nn.Module):
-    """In place of the embeddings of times and label: vectors of width 0."""
+    """Stands for `Conditioning` in unconditional models: returns vectors of width 0."""
 
     def forward(self, t: Times, y: Labels, r: Times | None = None, augment: Changes = None) -> Float[Tensor, "b 0"]:
         return torch.zeros(len(t), 0, device=t.device)
 
 
 class Rotary2d(nn.Module):
-    """Rotary positions of a grid, row by row: pairs of channels of queries and keys turn by angles that are
-    proportional to the token's place, so that a logit depends on how far two tokens are apart (Su et al. 2021). Half
-    the pairs turn by the row, half by the column (Lu et al. 2024, FiT), with the frequencies of `sincos_2d`. Channel i
-    is paired with i + e / 2. Others, such as a token of the time, come first and do not turn."""
+    """Rotary position embedding of an `h x w` grid in row-major order, applied to queries and keys (Su et al. 2021).
+
+    Pairs of channels are rotated by angles proportional to the token's position, so logits depend on the distance of
+    two tokens. Half the pairs rotate by the row, half by the column (Lu et al. 2024, FiT), with the frequencies of
+    `sincos_2d`. Channel i is paired with channel i + e / 2. The first `num_others` tokens, such as that of the time,
+    are not rotated.
+    """
 
     cos: Float[Tensor, "n e"]
     sin: Float[Tensor, "n e"]
@@ -147,18 +158,19 @@ class Rotary2d(nn.Module):
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1).float(), persistent=False)
 
     def forward(self, x: Float[Tensor, "... n e"]) -> Float[Tensor, "... n e"]:
-        turned = x * self.cos + x.roll(x.shape[-1] // 2, dims=-1) * self.sin  # in float32
-        return turned.to(x.dtype)
+        rotated = x * self.cos + x.roll(x.shape[-1] // 2, dims=-1) * self.sin  # in float32
+        return rotated.to(x.dtype)
 
 
 def make_rotary(positions: str, head_dim: int, grid: tuple[int, int], num_others: int = 0) -> nn.Module:
-    """What turns queries and keys where positions are `rotary` or `both`, and leaves them where they are `absolute`."""
+    """Make the rotary embedding of queries and keys; an identity if `positions` is `absolute`."""
     check_choice("positions", positions, POSITIONS)
     return nn.Identity() if positions == "absolute" else Rotary2d(head_dim, *grid, num_others)
 
 
 def sincos_2d(dim: int, height: int, width: int) -> Float[Tensor, "n dim"]:
-    """Fixed sin-cos positions of a grid, row by row: half the width for the column, half for the row."""
+    """Return fixed sin-cos embeddings of a grid in row-major order: half the channels for the column, half for the
+    row."""
     if dim % 4:
         raise ValueError(f"dim={dim} must be a multiple of 4 for 2-D sin-cos positions")
     omega = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))

@@ -1,9 +1,9 @@
-"""Where operations are put together: a GPU is told of each by a launch, which takes as long as the arithmetic of many
-small ones; a CPU calls a function, and what counts there is arithmetic.
+"""Batching of small operations, to save kernel launches on GPUs.
 
-On devices of the types below windows share tiles (`window.Windows`), queries and keys get their length by one kernel
-(`window.cosine`), and all that layers are told of the conditioning comes from one product (`modulation.Injection`).
-Both ways compute the same. `Casting` puts together what autocast does to the weights of a block.
+Where operations are small, a GPU spends its time on kernel launches and a CPU on arithmetic. On the device types in
+`AT_ONCE`, several windows share a tile (`window.Windows`), one kernel normalises queries and keys (`window.cosine`),
+and one matrix product computes the modulation of all layers (`modulation.Injection`). Results are the same on all
+devices, to rounding. `Casting` batches the casts that autocast makes of a block's weights.
 """
 
 from collections.abc import Sequence
@@ -17,65 +17,69 @@ AT_ONCE = {"cuda"}
 
 
 def at_once(x: Tensor) -> bool:
+    """Whether the device of `x` is one where launches are batched."""
     return x.device.type in AT_ONCE
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """In which autocast, where it is on, leaves types as they are; else none: exported programs would keep it."""
-    kind = x.device.type
-    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors know of none
-    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
+    """Return a context that disables autocast on the device of `x`; a null context where autocast is off, because
+    exported programs would record the other one."""
+    device_type = x.device.type
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # not on meta
+    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
 
 
 class Uncast:
-    """Modules whose weights are used in their own type, or together with others': `Casting` leaves them alone."""
+    """Mixin of modules whose weights `Casting` must not cast."""
 
 
 class Casting:
-    """While a module runs under autocast, the weights of these layers inside it are of autocast's type, all cast by one
-    launch; autocast itself casts one after the other. Between calls they are as they were."""
+    """Casts the weights of some layers inside a module by one launch, while the module runs under autocast.
+
+    Autocast itself casts weights one by one. The layers keep their float32 parameters between calls.
+    """
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
-        self.taken: list[tuple[dict[str, Any], str, Tensor]] = []  # a layer's parameters, the name of one, and it
-        module.register_forward_pre_hook(self.take)
-        module.register_forward_hook(self.give_back, always_call=True)
+        self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []  # a layer's `_parameters`, a key, its parameter
+        module.register_forward_pre_hook(self._replace_weights)
+        module.register_forward_hook(self._restore_weights, always_call=True)
 
-    def take(self, *_: Any) -> None:
-        found: list[tuple[dict[str, Any], str, Tensor]] = [
+    def _replace_weights(self, *_: Any) -> None:
+        weights: list[tuple[dict[str, Any], str, Tensor]] = [
             (layer._parameters, name, weight)
             for layer in self.layers
             for name, weight in layer._parameters.items()
             if weight is not None and weight.dtype == torch.float32
         ]
-        device = found[0][2].device.type if found else "cpu"
-        if found and torch.is_autocast_enabled(device):
-            casts = Cast.apply(torch.get_autocast_dtype(device), *(weight for _, _, weight in found))
-            for (parameters, name, _weight), cast in zip(found, casts, strict=True):
+        device_type = weights[0][2].device.type if weights else "cpu"
+        if weights and torch.is_autocast_enabled(device_type):
+            casts = Cast.apply(torch.get_autocast_dtype(device_type), *(weight for _, _, weight in weights))
+            for (parameters, name, _weight), cast in zip(weights, casts, strict=True):
                 parameters[name] = cast
-            self.taken = found
+            self.replaced = weights
 
-    def give_back(self, *_: Any) -> None:
-        for parameters, name, weight in self.taken:
+    def _restore_weights(self, *_: Any) -> None:
+        for parameters, name, weight in self.replaced:
             parameters[name] = weight
-        self.taken = []
+        self.replaced = []
 
 
 class Cast(torch.autograd.Function):
-    """Tensors of float32 in another type, and their gradients back in float32."""
+    """Casts float32 tensors to another dtype in one launch, and their gradients back to float32."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return copies(tensors, dtype)
+        return cast_all(tensors, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        there = iter(copies([each for each in gradients if each is not None], torch.float32))
-        return None, *(None if each is None else next(there) for each in gradients)
+        casts = iter(cast_all([gradient for gradient in gradients if gradient is not None], torch.float32))
+        return None, *(None if gradient is None else next(casts) for gradient in gradients)
 
 
-def copies(tensors: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    made = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    torch._foreach_copy_(made, tensors)
-    return tuple(made)
+def cast_all(tensors: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(casts, tensors)
+    return tuple(casts)

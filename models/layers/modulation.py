@@ -14,43 +14,47 @@ Features = Float[Tensor, "b *axes d"]
 
 
 def modulate(x: Features, shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]) -> Features:
-    """`x * (1 + scale) + shift`, the same for all positions."""
-    return x * (1 + _spread(scale, x)) + _spread(shift, x)
+    """Return `x * (1 + scale) + shift`, with one shift and scale for all positions of a sample."""
+    return x * (1 + _broadcast(scale, x)) + _broadcast(shift, x)
 
 
-def _spread(values: Float[Tensor, "b d"], x: Features) -> Tensor:
-    return values.view(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])  # not len(x): that is a number to torch.export
+def _broadcast(values: Float[Tensor, "b d"], x: Features) -> Tensor:
+    return values.view(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])  # torch.export would take len(x) for a constant
 
 
-class Told(nn.Linear, Uncast):
-    """What a layer is told of the conditioning: a linear of it, added to what it is `at_rest`, told by weights of zero.
-    Where `Injection` has told all layers at once, it is cut out there."""
+class CondLinear(nn.Linear, Uncast):
+    """A linear layer of the conditioning, plus a constant `base` that is its output while its weights are zero.
 
-    at_rest: Float[Tensor, " e"]
-    place: slice  # among the features that all layers are told
+    Where `Injection` has computed these layers for the whole network, `cond` holds the outputs of all of them, and this
+    one only takes its slice.
+    """
 
-    def __init__(self, cond_dim: int, *at_rest: Float[Tensor, " d"]) -> None:
-        super().__init__(cond_dim, sum(map(len, at_rest)))
-        self.register_buffer("at_rest", torch.cat(at_rest), persistent=False)
+    base: Float[Tensor, " e"]
+    output_slice: slice  # of the outputs that `Injection` computes
+
+    def __init__(self, cond_dim: int, *base: Float[Tensor, " d"]) -> None:
+        super().__init__(cond_dim, sum(map(len, base)))
+        self.register_buffer("base", torch.cat(base), persistent=False)
 
     def forward(self, cond: Cond) -> Float[Tensor, "b e"]:
-        return super().forward(cond) + self.at_rest if cond.shape[-1] == self.in_features else cond[:, self.place]
+        is_computed = cond.shape[-1] != self.in_features
+        return cond[:, self.output_slice] if is_computed else super().forward(cond) + self.base
 
 
 class Modulator(nn.Module):
-    """Shift and scale by a zero-initialised linear of the conditioning: the identity at first."""
+    """Shift and scale by a linear layer of the conditioning (adaLN); zero-initialised, so the identity at first."""
 
     def __init__(self, cond_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear = zero_(Told(cond_dim, torch.zeros(dim), torch.ones(dim)))
+        self.linear = zero_(CondLinear(cond_dim, torch.zeros(dim), torch.ones(dim)))
 
     def forward(self, x: Features, cond: Cond) -> Features:
         shift, scale = self.linear(cond).to(x.dtype).chunk(2, dim=-1)
-        return torch.addcmul(_spread(shift, x), x, _spread(scale, x))
+        return torch.addcmul(_broadcast(shift, x), x, _broadcast(scale, x))
 
 
 class Offset(nn.Module):
-    """What a block adds to a modulation that all blocks share (adaLN-single, Chen et al. 2023)."""
+    """A learned offset that a block adds to a modulation shared by all blocks (adaLN-single, Chen et al. 2023)."""
 
     def __init__(self, cond_dim: int, dim: int) -> None:
         super().__init__()
@@ -61,14 +65,15 @@ class Offset(nn.Module):
 
 
 class Gate(nn.Module):
-    """Scale by a zero-initialised linear of the conditioning: a residual branch adds nothing at first (adaLN-zero)."""
+    """Scales a residual branch by a linear layer of the conditioning; zero-initialised, so the branch is off at first
+    (adaLN-zero)."""
 
     def __init__(self, cond_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear = zero_(Told(cond_dim, torch.zeros(dim)))
+        self.linear = zero_(CondLinear(cond_dim, torch.zeros(dim)))
 
     def forward(self, x: Features, cond: Cond) -> Features:
-        return x * _spread(self.linear(cond), x)
+        return x * _broadcast(self.linear(cond), x)
 
 
 class CondToken(nn.Module):
@@ -76,72 +81,77 @@ class CondToken(nn.Module):
 
     def __init__(self, cond_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear = Told(cond_dim, torch.zeros(dim))
+        self.linear = CondLinear(cond_dim, torch.zeros(dim))
 
     def forward(self, cond: Cond) -> Float[Tensor, "b 1 d"]:
         return self.linear(cond)[:, None]
 
 
-class AsItIs(nn.Identity):
-    """A place that the conditioning does not enter, or a step that is not taken."""
+class PassThrough(nn.Identity):
+    """An identity that ignores further arguments, in the place of a module that takes the conditioning."""
 
     def forward(self, x: Tensor, *others: object) -> Tensor:
         return x
 
 
 class NoToken(nn.Identity):
-    """Nothing to attend to beside the image."""
+    """Returns None in the place of a conditioning token."""
 
     def forward(self, cond: Tensor) -> None:
         return None
 
 
 class Injection(nn.Module):
-    """Makes what conditioning enters by: `modulator(dim)` before a layer and `gate(dim)` after a residual branch, both
-    `(x, cond) -> x`; `token(dim)` for an attention, `cond -> [b 1 d]` or None.
+    """Makes the modules by which the conditioning enters a network.
 
-    Called with the conditioning, it tells all of them at once by one product, where that pays (`launches`). Adapters
-    stand before their linears and FSDP has the weights of a block only inside it: then each asks by itself.
+    `modulator(dim)` goes before a layer and `gate(dim)` after a residual branch, both `(x, cond) -> x`; `token(dim)` is
+    for attention, `cond -> [b 1 d]` or None.
+
+    Called with the conditioning, it computes the linear layers of all these modules by one matrix product, where that
+    saves launches (see `launches`); otherwise it returns the conditioning, and each module computes its own. The latter
+    holds under LoRA, which wraps the linear layers, and under FSDP, which gathers weights block by block.
     """
 
     def __init__(self, kind: str, cond_dim: int) -> None:
         super().__init__()
         self.cond_dim, self.makers = cond_dim, INJECTIONS[kind]
-        self.parts: list[Modulator | Gate | CondToken] = []  # of the network, and none of this
+        self.parts: list[Modulator | Gate | CondToken] = []  # a list, since they are submodules of the network
         self.width = 0
 
     def modulator(self, dim: int) -> nn.Module:
-        return self._placed(self.makers[0](self.cond_dim, dim))
+        return self._register(self.makers[0](self.cond_dim, dim))
 
     def gate(self, dim: int) -> nn.Module:
-        return self._placed(self.makers[1](self.cond_dim, dim))
+        return self._register(self.makers[1](self.cond_dim, dim))
 
     def token(self, dim: int) -> nn.Module:
-        return self._placed(self.makers[2](self.cond_dim, dim))
+        return self._register(self.makers[2](self.cond_dim, dim))
 
-    def _placed(self, part: nn.Module) -> nn.Module:
+    def _register(self, part: nn.Module) -> nn.Module:
         if isinstance(part, Modulator | Gate | CondToken):
             start, self.width = self.width, self.width + part.linear.out_features
-            part.linear.place = slice(start, self.width)
+            part.linear.output_slice = slice(start, self.width)
             self.parts.append(part)
         return part
 
-    def forward(self, cond: Cond) -> Float[Tensor, "b told"]:
+    def forward(self, cond: Cond) -> Float[Tensor, "b outputs"]:
         linears = [part.linear for part in self.parts]
-        if not at_once(cond) or not linears or not all(isinstance(linear, Told) for linear in linears):
+        if not at_once(cond) or not linears or not all(isinstance(linear, CondLinear) for linear in linears):
             return cond
         if any(isinstance(linear.weight, DTensor) for linear in linears):
-            self.parts = []  # for good: FSDP may leave weights whole for a while, and would not hear of gradients
+            # From now on each module computes its own: FSDP may leave weights unsharded for a while, but does not
+            # reduce the gradients of weights that are used outside their block.
+            self.parts = []
             return cond
-        weight, bias, at_rest = (
-            torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias", "at_rest")
+        weight, bias, base = (
+            torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias", "base")
         )
-        return F.linear(cond, weight, bias) + at_rest
+        return F.linear(cond, weight, bias) + base
 
 
 INJECTIONS = {
-    "adaln": (Modulator, AsItIs, NoToken),
+    "adaln": (Modulator, PassThrough, NoToken),
     "adaln_zero": (Modulator, Gate, NoToken),
-    "tokens": (AsItIs, AsItIs, CondToken),
-    "none": (AsItIs, AsItIs, NoToken),
+    "tokens": (PassThrough, PassThrough, CondToken),
+    "none": (PassThrough, PassThrough, NoToken),
 }

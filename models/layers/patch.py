@@ -1,4 +1,4 @@
-"""Between images and tokens: patches, their merging and its mirror, and convolutions around a transformer."""
+"""Conversions between images and tokens: patches, patch merging and expanding, and convolutional stems."""
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -11,17 +11,18 @@ from models.layers.style import BlockStyle
 
 
 def patchify(x: Images, patch_size: int) -> Float[Tensor, "b n patch"]:
-    """Patches, row by row, as vectors of channels, rows and columns."""
+    """Flatten each patch to a vector in the order (channel, row, column); patches are in row-major order."""
     return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
 def unpatchify(x: Float[Tensor, "b n patch"], grid: tuple[int, int], patch_size: int) -> Images:
+    """Assemble an image from patches, each a vector in the order (row, column, channel), unlike in `patchify`."""
     p = patch_size
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
 
 
 def check_input_size(input_size: int | tuple[int, int], patch_size: int, name: str = "patch_size") -> tuple[int, int]:
-    """Height and width, which the patch must divide."""
+    """Return height and width; raise `ValueError` unless `patch_size` divides both."""
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     if height % patch_size or width % patch_size:
         raise ValueError(f"{name}={patch_size} must divide the {height}x{width} input")
@@ -29,7 +30,8 @@ def check_input_size(input_size: int | tuple[int, int], patch_size: int, name: s
 
 
 class PatchMerging(nn.Module):
-    """Half the side, twice the width: four neighbours joined, a linear, a norm (Swin V2). Odd sides are padded."""
+    """Halves the grid and doubles the width: concatenates 2x2 neighbours, then a linear layer and a norm (Swin V2). Odd
+    sides are padded."""
 
     def __init__(self, dim: int, injection: Injection, style: BlockStyle) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class PatchMerging(nn.Module):
 
 
 class PatchExpanding(nn.Module):
-    """Twice the side, half the width: a linear, a norm, a pixel shuffle; cut to the grid that was merged."""
+    """Doubles the grid and halves the width: a linear layer, a norm and a pixel shuffle, cropped to `size`."""
 
     def __init__(self, dim: int, injection: Injection, style: BlockStyle) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class PatchExpanding(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Three modulated 3x3 convolutions, each with its norm and a leaky ReLU."""
+    """Three modulated 3x3 convolutions, each followed by a norm and a leaky ReLU."""
 
     def __init__(self, in_channels: int, dim: int, injection: Injection, norm: str) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class ConvStem(nn.Module):
 
 
 class NoStem(nn.Module):
-    """The image as it is."""
+    """Returns the image unchanged, in the place of a stem."""
 
     def __init__(self, in_channels: int, dim: int, injection: Injection, norm: str) -> None:
         super().__init__()
@@ -93,5 +95,5 @@ CONV_NORMS = {"batch": nn.BatchNorm2d, "group": lambda dim: nn.GroupNorm(min(32,
 
 
 def modulate_image(modulator: nn.Module, x: Images, cond: Cond) -> Images:
-    """A modulator over the channels of an image."""
+    """Apply a modulator, which expects channels last, to an image."""
     return rearrange(modulator(rearrange(x, "b c h w -> b h w c"), cond), "b h w c -> b c h w")

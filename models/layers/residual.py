@@ -1,4 +1,4 @@
-"""Bricks of U-Nets: the residual block, attention over an image, and the steps between resolutions."""
+"""Layers of U-Nets: residual block, attention over an image, downsampling and upsampling."""
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,19 +9,19 @@ from models.layers import Cond, Images, Output, Tokens
 from models.layers.attention import SelfAttention, attend
 from models.layers.initialisation import zero_
 
-NUM_GROUPS = 8  # of every group norm
+NUM_GROUPS = 8
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Norm over groups of channels (Wu and He 2018): unlike a batch norm, the same for one image and for many."""
+    """Make a group norm (Wu and He 2018), which unlike a batch norm does not depend on the other images of a batch."""
     if channels % NUM_GROUPS:
         raise ValueError(f"{channels} channels: every width of a U-Net must be a multiple of {NUM_GROUPS}")
     return nn.GroupNorm(NUM_GROUPS, channels)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after norm and SiLU; the conditioning is added between them (Ho et al. 2020). The
-    second one starts at zero: at first the block is its shortcut."""
+    """Two 3x3 convolutions, each after a norm and SiLU; the conditioning is added between them (Ho et al. 2020). The
+    second convolution is zero-initialised, so the block starts as its shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, cond_dim: int, *, dropout: float) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ class ResidualBlock(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Self-attention whose tokens are the channels and whose width is the pixels: maps of `d x d`.
+    """Self-attention among channels, with attention maps of `d x d`.
 
-    Queries, keys and values are pointwise in the pixels, so the parameters are those of `SelfAttention`, and images may
-    have any size. Heads take bands of pixels, the last one filled up with zeros, which change no product.
+    Queries, keys and values are computed pixel by pixel, so the parameters are those of `SelfAttention` and images may
+    have any size. Each head takes a band of pixels; the last band is padded with zeros, which change no product.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -66,7 +66,7 @@ ATTENTIONS = {"pixels": SelfAttention, "channels": ChannelAttention}
 
 
 class ImageAttention(nn.Module):
-    """Norm, self-attention along an axis of `ATTENTIONS`, residual; starts as the identity."""
+    """A residual branch of a norm and self-attention over pixels or channels; starts as the identity."""
 
     def __init__(self, channels: int, num_heads: int, axis: str) -> None:
         super().__init__()
@@ -80,14 +80,14 @@ class ImageAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Half the side, rounded up: a 3x3 convolution of stride two."""
+    """A 3x3 convolution of stride two: halves each side, rounding up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
 
 class TransposedUpsample(nn.Module):
-    """Twice the side by a transposed convolution, cut to the size that was halved."""
+    """A transposed convolution that doubles each side, cropped to `size`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -98,7 +98,8 @@ class TransposedUpsample(nn.Module):
 
 
 class NearestUpsample(nn.Module):
-    """The nearest pixel, then a 3x3 convolution: no chequerboards (Odena et al. 2016)."""
+    """Nearest-neighbour upsampling to `size` and a 3x3 convolution, free of checkerboard artefacts (Odena et al.
+    2016)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

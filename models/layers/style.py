@@ -1,4 +1,4 @@
-"""What the blocks of a transformer are made of, where the field has more than one answer; named as timm's."""
+"""Norms, MLPs and stochastic depth of transformer blocks; layers are named as in timm."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from models.layers import check_choice
 
 
 class RMSNorm(nn.RMSNorm):
-    """Divides by the root of the mean square (Zhang and Sennrich 2019). Under autocast the scale follows the features'
-    type: torch's own leaves its fused kernel, with a warning."""
+    """RMS norm (Zhang and Sennrich 2019) whose scale is cast to the input's dtype; under autocast, `nn.RMSNorm` would
+    warn and not use its fused kernel."""
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         weight = None if self.weight is None else self.weight.to(x.dtype)
@@ -24,7 +24,7 @@ NORMS: dict[str, type[nn.LayerNorm | nn.RMSNorm]] = {"layer": nn.LayerNorm, "rms
 
 
 class Mlp(nn.Sequential):
-    """Two linear layers, an activation between."""
+    """Two linear layers with an activation between them."""
 
     def __init__(self, dim: int, hidden_dim: int, act: nn.Module | None = None) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Mlp(nn.Sequential):
 
 
 class SiluGate(nn.Module):
-    """`silu(gate) * value`, of the two halves of the width."""
+    """Returns `silu(gate) * value`, where gate and value are the two halves of the channels."""
 
     def forward(self, x: Float[Tensor, "... two_d"]) -> Float[Tensor, "... d"]:
         gate, value = x.chunk(2, dim=-1)
@@ -42,8 +42,8 @@ class SiluGate(nn.Module):
 
 
 class SwiGlu(nn.Sequential):
-    """An MLP whose activation is gated by a linear of its own (SwiGLU, Shazeer 2020). Two thirds of the hidden width
-    leave it the parameters of an MLP of the whole."""
+    """An MLP with a gated activation (SwiGLU, Shazeer 2020). Its hidden width is 2/3 of `hidden_dim`, so it has as many
+    parameters as `Mlp`."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -60,7 +60,8 @@ MLPS: dict[str, Callable[[int, int, nn.Module | None], nn.Module]] = {
 
 
 class DropPath(nn.Module):
-    """Adds a residual branch, while training for all but a share `drop_prob` of the samples (Huang et al. 2016)."""
+    """Stochastic depth (Huang et al. 2016): adds a residual branch to `x`; in training, drops the branch of each sample
+    with probability `drop_prob`."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -69,19 +70,19 @@ class DropPath(nn.Module):
     def forward(self, x: Float[Tensor, "b ..."], branch: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         if not self.training or self.drop_prob == 0:
             return x + branch
-        kept = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.drop_prob)
-        return torch.addcmul(x, branch, kept, value=1 / (1 - self.drop_prob))
+        mask = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.drop_prob)
+        return torch.addcmul(x, branch, mask, value=1 / (1 - self.drop_prob))
 
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """Makes the bricks of a backbone's blocks; by default those of the published ones.
+    """The choice of norm, MLP and attention variant in a backbone's blocks; the defaults are the published ones.
 
     Args:
         qk_norm: attention normalises queries and keys (Dehghani et al. 2023, Esser et al. 2024)
         norm: `layer`, or `rms` (Zhang and Sennrich 2019)
-        mlp: `gelu`, or `swiglu` (Shazeer 2020), of as many parameters
-        rotary: what turns queries and keys by their place in the image
+        mlp: `gelu`, or `swiglu` (Shazeer 2020) with as many parameters
+        rotary: position embedding applied to queries and keys; the identity by default
     """
 
     qk_norm: bool = False
@@ -94,9 +95,9 @@ class BlockStyle:
         check_choice("mlp", self.mlp, MLPS)
 
     def make_norm(self, dim: int, *, eps: float = 1e-5, affine: bool = True) -> nn.Module:
-        """A norm over the width; where a modulation follows, that has scale and shift."""
+        """Make a norm over the channels. Pass `affine=False` where a modulation follows, which has scale and shift."""
         return NORMS[self.norm](dim, eps=eps, elementwise_affine=affine)
 
     def make_mlp(self, dim: int, hidden_dim: int, act: nn.Module | None = None) -> nn.Module:
-        """An MLP with the parameters of one of this hidden width; `act` is for those that are not gated."""
+        """Make an MLP with the parameter count of hidden width `hidden_dim`; gated MLPs ignore `act`."""
         return MLPS[self.mlp](dim, hidden_dim, act)

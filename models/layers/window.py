@@ -1,4 +1,4 @@
-"""Windows over a grid of tokens: partition, shift, padding, attention inside them, and what skips say to them."""
+"""Windows over a grid of tokens: partitioning, attention inside windows, and the skips of XSwin's decoder."""
 
 import math
 from collections.abc import Callable
@@ -16,20 +16,20 @@ from models.layers.launches import Uncast, at_once, without_autocast
 from models.layers.modulation import Injection
 from models.layers.style import BlockStyle
 
-TILE = 8  # the side, in tokens, of what attends in one go on devices where launches count
+TILE = 8  # side, in tokens, of the tiles in which windows are batched where launches count
 
 
 def tile_side(window_size: int, x: Tensor) -> int:
-    """Side of the tiles of windows of this size: a window, or as many as fit."""
+    """Return the side of a tile for windows of this size: one window, or as many as fit into `TILE`."""
     return max(1, TILE // window_size) * window_size if at_once(x) else window_size
 
 
 class Windows:
-    """The windows of an `h x w` grid, shifted by `shift` along each axis that holds more than one. Tokens attend to
-    those of their window; nothing attends to what is beyond the grid.
+    """A partition of an `h x w` grid into windows, shifted by `shift` along each axis that has more than one window.
 
-    They are dealt out in tiles of one window each, or of as many as fit into `tile` tokens along an axis. A grid that
-    fits is a tile as it is; of others far edges are padded.
+    Attention runs in tiles of one window each or, with a larger `tile` (a side, in tokens), of several windows. The
+    mask keeps tokens from attending to other windows and to padding. A grid no larger than a tile is one tile, without
+    padding; larger ones are padded at the bottom and right to a multiple of the tile.
     """
 
     def __init__(self, height: int, width: int, window_size: int, shift: int = 0, tile: int | None = None) -> None:
@@ -41,7 +41,7 @@ class Windows:
         self.rolls = tuple(shift if side > tile else 0 for side in sides)
 
     def partition(self, x: Grid) -> Float[Tensor, "b tiles n d"]:
-        """The tiles of each image, row by row, each a sequence of tokens."""
+        """Split each image into tiles in row-major order, each a sequence of tokens."""
         if self.padded != (self.height, self.width):
             x = F.pad(x, (0, 0, 0, self.padded[1] - self.width, 0, self.padded[0] - self.height))
         if any(self.rolls):
@@ -50,7 +50,7 @@ class Windows:
         return rearrange(x, "b (nh p) (nw q) d -> b (nh nw) (p q) d", p=p, q=q)
 
     def merge(self, x: Float[Tensor, "b tiles n d"]) -> Grid:
-        """The inverse of `partition`, padding cut off."""
+        """Invert `partition`, removing the padding."""
         p, q = self.tile
         x = rearrange(x, "b (nh nw) (p q) d -> b (nh p) (nw q) d", nh=self.padded[0] // p, p=p, q=q)
         if any(self.rolls):
@@ -58,18 +58,21 @@ class Windows:
         return x[:, : self.height, : self.width]
 
     def mask(self, device: torch.device) -> Float[Tensor, "tiles n n"] | None:
-        """To be added to logits: 0 where a token of a tile may attend to another, else -inf; None where all may."""
+        """Return the mask to add to the logits: 0 inside a window, -inf elsewhere; None if no pair is masked."""
         if max(self.tile) <= self.size and not any(self.rolls) and self.padded == (self.height, self.width):
             return None
         return _mask(self.size, (self.height, self.width), self.padded, self.tile, self.shifts, self.rolls, device)
 
     def offsets(self, device: torch.device) -> Int64[Tensor, "n n"]:
-        """How far each token of a tile lies from each other one, as a number; of a window's tokens, that of the offset
-        among the `(2 size - 1)^2` that there are, row by row."""
+        """Return for each pair of tokens in a tile the index of their relative offset.
+
+        Inside a window there are `(2 size - 1)^2` offsets, numbered in row-major order. Larger ones, between windows of
+        a tile, are clamped; the mask excludes these pairs.
+        """
         return _offsets(self.size, self.tile, device)
 
 
-Pair = tuple[int, ...]  # of rows and columns
+Pair = tuple[int, ...]  # rows and columns
 
 
 @torch.compiler.assume_constant_result
@@ -77,8 +80,8 @@ Pair = tuple[int, ...]  # of rows and columns
 def _mask(
     size: int, sides: Pair, padded: Pair, tile: Pair, shifts: Pair, rolls: Pair, device: torch.device
 ) -> Float[Tensor, "tiles n n"]:
-    with torch.inference_mode(False):  # kept for training, even when first needed while sampling
-        windows = []  # of each place along an axis; what lies beyond the grid is in one of its own
+    with torch.inference_mode(False):  # the cached tensor may first be made in sampling and later used in training
+        windows = []  # the window index of each position along an axis; padding has an index of its own
         for side, length, shift, roll in zip(sides, padded, shifts, rolls, strict=True):
             position = (torch.arange(length, device=device) + roll) % length
             windows.append(torch.where(position < side, (position - shift) // size, length))
@@ -86,9 +89,9 @@ def _mask(
         window = rows[:, None] * 2 * len(columns) + columns
         window = rearrange(window, "(nh p) (nw q) -> (nh nw) (p q)", p=tile[0], q=tile[1])
         if sides == padded and not any(rolls):
-            window = window[:1]  # all tiles are alike
-        together = window[:, :, None] == window[:, None, :]
-        return torch.zeros(together.shape, device=device).masked_fill(~together, -torch.inf)
+            window = window[:1]  # all tiles have the same mask
+        same_window = window[:, :, None] == window[:, None, :]
+        return torch.zeros(same_window.shape, device=device).masked_fill(~same_window, -torch.inf)
 
 
 @torch.compiler.assume_constant_result
@@ -101,8 +104,10 @@ def _offsets(size: int, tile: Pair, device: torch.device) -> Int64[Tensor, "n n"
 
 
 class ContinuousPositionBias(nn.Module, Uncast):
-    """Log-spaced continuous position bias of Swin V2 (Liu et al. 2022, section 3.3): `16 sigmoid(mlp(offset))`, of the
-    `offsets` between tokens as `Windows` numbers them, and a mask that is added."""
+    """Log-spaced continuous position bias of Swin V2, `16 sigmoid(mlp(offset))` (Liu et al. 2022, section 3.3).
+
+    `offsets` are the indices of `Windows.offsets`; `mask`, if any, is added to the bias.
+    """
 
     table: Float[Tensor, "offsets 2"]
 
@@ -116,24 +121,25 @@ class ContinuousPositionBias(nn.Module, Uncast):
     def forward(
         self, offsets: Int64[Tensor, "n n"], mask: Float[Tensor, "tiles n n"] | None = None
     ) -> Float[Tensor, "tiles k n n"]:
-        with without_autocast(self.table):  # of few numbers, each cast costs a GPU as much
-            shares = self.mlp(self.table).sigmoid().T[:, offsets]  # [k n n]
-        return 16 * shares[None] if mask is None else torch.add(mask[:, None], shares, alpha=16)
+        with without_autocast(self.table):  # the table is small: a cast would cost a GPU as much as the product
+            bias = self.mlp(self.table).sigmoid().T[:, offsets]  # [k n n]
+        return 16 * bias[None] if mask is None else torch.add(mask[:, None], bias, alpha=16)
 
 
-class GivenBias(nn.Linear):
-    """A linear layer whose bias is given to it at each call."""
+class LinearWithBias(nn.Linear):
+    """A linear layer whose bias is an argument of `forward`."""
 
     def forward(self, x: Float[Tensor, "*axes d"], bias: Float[Tensor, " e"]) -> Float[Tensor, "*axes e"]:
         return F.linear(x, self.weight, bias)
 
 
 class WindowAttention(nn.Module):
-    """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022); keys
-    have no bias. A `token` that is not part of the image may be attended to from every window.
+    """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022).
 
-    Lengths of queries and keys are one at any rate, and a temperature for each head is learned: what `qk_norm` adds is
-    a scale a channel.
+    As published, the keys' projection has no bias. An extra `token` is a key and value in every window.
+
+    Cosine attention already normalises queries and keys and learns a temperature for each head; `qk_norm` adds a
+    learned scale for each channel.
     """
 
     k_bias: Tensor  # zeros
@@ -143,7 +149,7 @@ class WindowAttention(nn.Module):
         check_heads(dim, num_heads)
         self.num_heads, self.window_size = num_heads, window_size
         self.shift = window_size // 2 if shifted else 0
-        self.qkv = GivenBias(dim, 3 * dim, bias=False)
+        self.qkv = LinearWithBias(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("k_bias", torch.zeros(dim), persistent=False)
@@ -172,10 +178,14 @@ Heads = Float[Tensor, "b k n e"]
 
 
 def cosine(q: Heads, k: Heads, temperature: Float[Tensor, "k 1 1"]) -> tuple[Heads, Heads, float]:
-    """Queries and keys whose products, times a scale that is given too, are the cosines of their angles, times a
-    temperature. On GPUs by a norm that is one kernel; on CPUs in little more than half of what `F.normalize` takes."""
+    """Prepare queries and keys for cosine attention: return `q`, `k` and `scale` such that `scale * q k^T` is their
+    cosine similarity times `temperature`.
+
+    On GPUs it uses RMS norm, which is a single kernel; the variant for CPUs takes little more than half the time of
+    `F.normalize`.
+    """
     if at_once(q):
-        with without_autocast(q):  # which would have it compute in float32, and cast
+        with without_autocast(q):  # autocast would run the norm in float32
             q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-24) for x in (q, k))
         return q * temperature, k, 1 / q.shape[-1]
     lengths = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k))
@@ -183,7 +193,7 @@ def cosine(q: Heads, k: Heads, temperature: Float[Tensor, "k 1 1"]) -> tuple[Hea
 
 
 class WindowCrossAttention(nn.Module):
-    """Queries from `x`, keys and values from the same window of `context`; without a window size, of the whole grid."""
+    """Cross-attention from `x` to the same window of `context`; with `window_size=None`, to the whole grid."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int | None, *, qk_norm: bool = False) -> None:
         super().__init__()
@@ -198,7 +208,7 @@ class WindowCrossAttention(nn.Module):
 
 
 class CrossAttentionSkip(nn.Module):
-    """What the encoder's skip says to each window of the decoder: cross attention, normalised."""
+    """XSwin's skip: cross-attention from the decoder's tokens to the encoder's, followed by a norm."""
 
     def __init__(
         self, dim: int, num_heads: int, injection: Injection, style: BlockStyle, window_size: int | None
@@ -215,7 +225,7 @@ class CrossAttentionSkip(nn.Module):
 
 
 class ConcatSkip(nn.Module):
-    """The encoder's skip as it is (Ronneberger et al. 2015)."""
+    """Returns the encoder's output unchanged, to be concatenated (Ronneberger et al. 2015)."""
 
     def __init__(self, dim: int, num_heads: int, injection: Injection, style: BlockStyle, window_size: int) -> None:
         super().__init__()
@@ -226,7 +236,7 @@ class ConcatSkip(nn.Module):
 
 
 class NoSkip(ConcatSkip):
-    """Nothing of the encoder's: an hourglass."""
+    """Returns a tensor of width 0: the decoder sees nothing of the encoder's stages."""
 
     def __init__(self, dim: int, num_heads: int, injection: Injection, style: BlockStyle, window_size: int) -> None:
         super().__init__(0, num_heads, injection, style, window_size)

@@ -50,7 +50,7 @@ class SingleLevel(Path):
         check_num_steps(num_steps)
         return torch.zeros(num_steps, dtype=torch.int64)
 
-    def told(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
+    def model_inputs(self, x_t: Images, t: Timesteps) -> tuple[Images, Timesteps]:
         return x_t, t
 
 

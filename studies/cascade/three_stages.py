@@ -15,7 +15,7 @@ from models.layers import Images, Labels, Output, Times, check_choice
 from models.layers.attention import check_heads
 from models.layers.embedding import Conditioning, TimeEmbedding, sincos_2d
 from models.layers.initialisation import zero_
-from models.layers.modulation import AsItIs
+from models.layers.modulation import PassThrough
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.residual import Downsample, NearestUpsample, ResidualBlock, group_norm
 
@@ -186,7 +186,7 @@ class ConvRefiner(Residual):
 
 
 def no_refiner(channels: int, size: tuple[int, int], num_classes: int) -> nn.Module:
-    return AsItIs()
+    return PassThrough()
 
 
 class DiffusionRefiner(nn.Module):
