@@ -1,7 +1,7 @@
-"""Codecs: what stands between images and the space a backbone denoises.
+"""Codecs, which convert between images and the space in which a backbone denoises.
 
-A codec splits encoding in two, so that the costly, deterministic half can be cached and the cheap, random
-half drawn anew every epoch:
+Encoding has two steps. The first is expensive and deterministic, so it can be cached; the second is cheap and random,
+and runs anew in every epoch:
 
     stored = codec.prepare(images)      # once: posterior moments, latents, or the pixels themselves
     x_0 = codec.draw(stored, noise)     # every time: about zero mean and unit variance
@@ -29,40 +29,45 @@ Images = UInt8[Tensor, "b 3 H W"]
 
 @dataclass(frozen=True)
 class Kind:
-    """How one of diffusers' autoencoders is used.
+    """How to use one of diffusers' autoencoder classes.
 
-    `encoding` names the modules that latents depend on; `factors` of its configuration says by how much it reduces
-    images and enlarges latents; `store` takes what its `encode` returns. A `representation` autoencoder has the
-    features of a frozen network for latents, normalises them itself, and takes and gives images in [0, 1] of one size.
+    Args:
+        encoding: names of the modules that latents depend on.
+        factors: computes from its configuration the factors of downsampling and upsampling.
+        store: extracts the tensor to store from the result of its `encode`.
+        draw: computes a latent from what is stored and noise; the default is for autoencoders without a posterior.
+        representation: its latents are the features of a frozen network; it normalises them itself, and its images are
+            in [0, 1] and of one size.
     """
 
     encoding: frozenset[str]
     factors: Callable[[Any], tuple[int, int]]
     store: Callable[[Any], Tensor]
-    draw: Callable[[Tensor, Tensor], Tensor] = lambda latents, noise: latents  # without a posterior
+    draw: Callable[[Tensor, Tensor], Tensor] = lambda latents, noise: latents
     representation: bool = False
 
 
 def _posterior_sample(moments: Float[Tensor, "b moments h w"], noise: Latents) -> Latents:
-    """Reparameterised (Kingma and Welling 2014, eq. 10)."""
+    """Sample the posterior by reparameterisation (Kingma and Welling 2014, eq. 10)."""
     mean, log_variance = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance) * noise
 
 
-def _halvings(blocks: Sequence[Any], by: int = 2) -> int:
-    return by ** (len(blocks) - 1)
+def _total_factor(levels: Sequence[Any], factor: int = 2) -> int:
+    """The factor between the first and the last of several levels, of which adjacent ones differ by `factor`."""
+    return factor ** (len(levels) - 1)
 
 
 ENCODER = frozenset({"encoder"})
-_TINY = Kind(  # takes and gives images in [-1, 1] like the others
+_TINY = Kind(  # in diffusers, its images are in [-1, 1] too
     ENCODER,
-    lambda c: (_halvings(c.num_encoder_blocks), _halvings(c.num_decoder_blocks, c.upsampling_scaling_factor)),
+    lambda c: (_total_factor(c.num_encoder_blocks), _total_factor(c.num_decoder_blocks, c.upsampling_scaling_factor)),
     store=lambda encoded: encoded.latents,
 )
 KINDS = {
     "AutoencoderKL": Kind(
         ENCODER | {"quant_conv"},
-        lambda c: (_halvings(c.block_out_channels), _halvings(c.block_out_channels)),
+        lambda c: (_total_factor(c.block_out_channels), _total_factor(c.block_out_channels)),
         store=lambda encoded: torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1),
         draw=_posterior_sample,
     ),
@@ -70,7 +75,7 @@ KINDS = {
     "PooledTinyAutoencoder": _TINY,
     "AutoencoderDC": Kind(  # Chen et al. 2025: a factor of 32 and more
         ENCODER,
-        lambda c: (_halvings(c.encoder_block_out_channels), _halvings(c.decoder_block_out_channels)),
+        lambda c: (_total_factor(c.encoder_block_out_channels), _total_factor(c.decoder_block_out_channels)),
         store=lambda encoded: encoded.latent,
     ),
     "AutoencoderRAE": Kind(  # Zheng et al. 2025
@@ -83,34 +88,34 @@ KINDS = {
 
 
 class Codec(nn.Module):
-    """What every codec is: frozen, in eval mode, and without trainable parameters."""
+    """Base class of codecs: frozen, always in eval mode, without trainable parameters."""
 
-    source: str  # as `--autoencoder` names it
-    channels: int  # of `x_0`
-    factor: int  # by how much it reduces the sides of an image
-    identity: Any  # what latent caches must agree on: all that `x_0` depends on, weights by content
-    provenance: Any  # for records: the identity, and where it came from
-    density_offset: float = 0.0  # bits per dimension from the density of `x_0` to what is coded
-    limit: float | None = None  # of the absolute values of `x_0`
+    source: str  # its name in `--autoencoder`
+    channels: int  # channels of `x_0`
+    factor: int  # downsampling factor of the sides of an image
+    identity: Any  # all that `x_0` depends on, weights by hash; latent caches must match it
+    provenance: Any  # the identity and where it came from, for records
+    density_offset: float = 0.0  # added to bits per dimension of `x_0`'s density, to get bits per 8-bit pixel value
+    limit: float | None = None  # largest absolute value of `x_0`
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height and width of `x_0` of an image of this size."""
+        """Return channels, height and width of `x_0` for an image of this size."""
         return self.channels, height // self.factor, width // self.factor
 
     def prepare(self, images: Images) -> Shaped[Tensor, "b ..."]:
-        """What is stored of images: by default they themselves."""
+        """Return what is stored for images: by default, the images themselves."""
         check_images(images)
         return images
 
     def draw(self, stored: Shaped[Tensor, "b ..."], noise: Latents) -> Latents:
-        """`x_0` of what is stored; `noise` is of its shape."""
+        """Compute `x_0` from what is stored and unit normal `noise` of the shape of `x_0`."""
         raise NotImplementedError
 
     def encode(self, images: Images, generator: torch.Generator | None = None) -> Latents:
-        """`draw(prepare(images))`, without a generator with no noise."""
+        """Prepare images and draw `x_0`; without a generator, the noise is zero."""
         shape, device = (len(images), *self.latent_shape(*images.shape[-2:])), images.device
         noise = torch.zeros(shape, device=device)
-        if generator is not None:  # not in place: the order of normal_ follows the memory format
+        if generator is not None:  # not by normal_, whose values depend on the memory format
             noise = torch.randn(shape, generator=generator, device=device)
         return self.draw(self.prepare(images), noise)
 
@@ -121,8 +126,8 @@ class Codec(nn.Module):
 class LatentCodec(Codec):
     """A frozen autoencoder in diffusers' format (Rombach et al. 2022, section 3.1): `x_0 = (z - shift) * scale`.
 
-    `z` is drawn from the posterior of an `AutoencoderKL`, or is what others encode to. `scale` and `shift` are the
-    autoencoder's `scaling_factor` and `shift_factor`, or its `latents_mean` and `latents_std` of each channel.
+    `z` is a sample of the posterior of an `AutoencoderKL`, or the latent of another class. `scale` and `shift` are the
+    autoencoder's `scaling_factor` and `shift_factor`, or follow from its `latents_mean` and `latents_std` per channel.
     """
 
     scale: Tensor
@@ -136,18 +141,18 @@ class LatentCodec(Codec):
         config = self.autoencoder.config
         is_representation = self.kind.representation
         self.channels = int(config.encoder_hidden_size if is_representation else config.latent_channels)
-        self.factor, enlarged = self.kind.factors(config)
+        self.factor, upsampling = self.kind.factors(config)
         in_channels = config.num_channels if is_representation else config.in_channels
         out_channels = config.get("out_channels", in_channels)
-        if self.factor != enlarged or not in_channels == out_channels == 3:
+        if self.factor != upsampling or not in_channels == out_channels == 3:
             raise AutoencoderError(
                 f"--autoencoder {source}: it makes {out_channels} channels of {in_channels} and "
-                f"{enlarged} pixels of {self.factor}; images come back as RGB of the same size, take one that does so"
+                f"{upsampling} pixels of {self.factor}; images come back as RGB of the same size, take one that does so"
             )
         self.only_size = self.autoencoder.decoder_image_size if is_representation else None
         if is_representation:
             self.normalisation = {"scale": float(config.scaling_factor), "shift": 0.0}
-            self.autoencoder.register_to_config(scaling_factor=1.0)  # it would scale too
+            self.autoencoder.register_to_config(scaling_factor=1.0)  # diffusers would scale a second time
         else:
             self.normalisation = _normalisation(source, config)
         for name, values in self.normalisation.items():
@@ -156,13 +161,12 @@ class LatentCodec(Codec):
         super().train(False)
 
     def train(self, mode: bool = True) -> "LatentCodec":
-        """Stay in eval mode: a frozen autoencoder has no other."""
+        """Stay in eval mode, since the autoencoder is frozen."""
         return self
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a latent cache must agree on: all that latents depend on, by content; not the decoder, nor where it
-        lay."""
+        """All that latents depend on, which a latent cache must match; excludes the decoder and the source."""
         return {
             "codec": type(self.autoencoder).__name__,
             "sha256": self._sha256(encoding=True),
@@ -172,16 +176,17 @@ class LatentCodec(Codec):
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """For records: the identity, where the autoencoder came from, and its decoder, by content."""
+        """The identity, the source of the autoencoder and a hash of its decoder, for records."""
         return {**self.identity, "autoencoder": self.source, "decoder_sha256": self._sha256(encoding=False)}
 
     def _sha256(self, *, encoding: bool) -> str:
+        """Hash the weights that latents depend on, or all the others."""
         weights = self.autoencoder.state_dict()
         part = {name: weights[name] for name in weights if (name.partition(".")[0] in self.kind.encoding) == encoding}
         return weights_sha256(part)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height and width of the latent of an image of this size."""
+        """Return the shape of `x_0`; raise `AutoencoderError` for an image size that the autoencoder cannot encode."""
         if min(height, width) < self.factor:
             raise AutoencoderError(
                 f"--data.image_size {height}x{width} is smaller than the {self.factor}x{self.factor} pixels that the "
@@ -200,14 +205,14 @@ class LatentCodec(Codec):
 
     @torch.inference_mode()
     def prepare(self, images: Images) -> Float[Tensor, "b moments h w"]:
-        """Of an AutoencoderKL the posterior's mean and log-variance along the channels, else the latents."""
+        """Return the latents or, for an `AutoencoderKL`, the posterior's mean and log-variance along the channels."""
         check_images(images)
         self.latent_shape(*images.shape[-2:])
         pixels = images.float() / 127.5 - 1
         return self.kind.store(self.autoencoder.encode((pixels + 1) / 2 if self.kind.representation else pixels))
 
     def draw(self, stored: Float[Tensor, "b moments h w"], noise: Latents) -> Latents:
-        """A sample of the posterior, where there is one, normalised."""
+        """Sample the posterior, if there is one, and normalise the latent."""
         return (self.kind.draw(stored.float(), noise) - self.shift) * self.scale
 
     @torch.inference_mode()
@@ -217,7 +222,7 @@ class LatentCodec(Codec):
 
 
 class PixelCodec(Codec):
-    """Pixel space as one more codec: `x_0` is the image in [-1, 1], nothing is drawn."""
+    """Pixel space as a codec: `x_0` is the image in [-1, 1]."""
 
     source = "pixel"
     channels = 3
@@ -231,7 +236,7 @@ class PixelCodec(Codec):
         return stored.float() / 127.5 - 1
 
     def encode(self, images: Images, generator: torch.Generator | None = None) -> Latents:
-        """[0, 255] to [-1, 1]; a generator draws from each level's width (Theis et al. 2016), which gives a density."""
+        """Map [0, 255] to [-1, 1]; a generator adds uniform dequantisation noise, for densities (Theis et al. 2016)."""
         check_images(images)
         levels = images.float()
         if generator is not None:
@@ -239,27 +244,27 @@ class PixelCodec(Codec):
         return levels / 127.5 - 1
 
     def decode(self, x_0: Latents) -> Images:
-        """[-1, 1] to [0, 255], rounded to the nearest level."""
+        """Map [-1, 1] to [0, 255], rounded to the nearest integer."""
         return _to_uint8(x_0)
 
 
-CODECS: dict[str, Callable[[], Codec]] = {"pixel": PixelCodec}  # by name; any other is an autoencoder's
+CODECS: dict[str, Callable[[], Codec]] = {"pixel": PixelCodec}  # all other names are sources of autoencoders
 
 
 def create_codec(autoencoder: str) -> Codec:
-    """The codec by name: one of `CODECS`, an embedded one, a folder in diffusers' format, or a hub id."""
+    """Create a codec by name: one of `CODECS`, an embedded autoencoder, a folder in diffusers' format, or a hub id."""
     return CODECS[autoencoder]() if autoencoder in CODECS else LatentCodec(autoencoder)
 
 
 def check_images(images: Tensor) -> None:
-    """Numbers from 0 to 1, or -1 to 1, would be taken for all but black. Raises AutoencoderError."""
+    """Raise `AutoencoderError` unless images are RGB in uint8; floats in [0, 1] would pass for almost black ones."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         kind = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
         raise AutoencoderError(f"images are {kind}; a codec takes RGB from 0 to 255 in uint8, [n, 3, h, w]")
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """By name and content in float32, whatever file or precision they were kept in."""
+    """Hash names and float32 values of weights, independent of their file format and precision."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
@@ -268,7 +273,7 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def _to_uint8(images: Tensor) -> Tensor:
-    if not images.isfinite().all():  # as bytes they would be black
+    if not images.isfinite().all():  # NaN would silently become black
         raise AutoencoderError(
             "images came out as numbers that are not finite: the weights of the model or of --autoencoder are ruined "
             "(take an earlier checkpoint), or the sampler ran away (take more --num_steps, or another --sampler)"
@@ -277,7 +282,7 @@ def _to_uint8(images: Tensor) -> Tensor:
 
 
 def _normalisation(source: str, config: Any) -> dict[str, float | list[float]]:
-    """Scale and shift, a number for all channels or one for each, as diffusers' pipelines apply them."""
+    """Return scale and shift as diffusers' pipelines apply them: a number for all channels, or one for each."""
     scale, shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:

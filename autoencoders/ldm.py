@@ -1,5 +1,5 @@
-"""Autoencoders in the format of latent-diffusion's code (Rombach et al. 2022): Stable Diffusion's, VA-VAE (Yao et al.
-2025), and whatever else was trained there with a KL term."""
+"""Conversion of autoencoders from the format of latent-diffusion's code (Rombach et al. 2022): Stable Diffusion's,
+VA-VAE (Yao et al. 2025), and all others trained there with a KL term."""
 
 import re
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 PARTS = re.compile(r"(?:first_stage_model\.)?((?:encoder|decoder|quant_conv|post_quant_conv)\..+)")
-RENAMED = (
+RENAMES = (  # regular expressions and replacements for the names of weights, in this order
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
-    (r"\.(block|attn)\.(\d+)\.", lambda found: f".{'resnets' if found[1] == 'block' else 'attentions'}.{found[2]}."),
-    (r"\.mid\.block_(\d)\.", lambda found: f".mid_block.resnets.{int(found[1]) - 1}."),
+    (r"\.(block|attn)\.(\d+)\.", lambda match: f".{'resnets' if match[1] == 'block' else 'attentions'}.{match[2]}."),
+    (r"\.mid\.block_(\d)\.", lambda match: f".mid_block.resnets.{int(match[1]) - 1}."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
     (r"\.(down|up)sample\.conv\.", r".\1samplers.0.conv."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
@@ -25,40 +25,40 @@ RENAMED = (
     (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
     (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
-)  # of weights, in this order, after the decoder's levels
+)
 
 
 def from_ldm(weights: Mapping[str, Tensor]) -> "AutoencoderKL":
-    """diffusers' class with these weights; widths, depth and places of attention are read off them.
+    """Build diffusers' autoencoder from these weights; its widths, depth and attention follow from them.
 
     Raises:
-        AutoencoderError: they are of no such autoencoder, or of one without a posterior.
+        AutoencoderError: these are not weights of such an autoencoder, or it has no posterior.
     """
     from diffusers import AutoencoderKL
 
-    found = {part[1]: weight for name, weight in weights.items() if (part := PARTS.fullmatch(name))}
+    weights = {match[1]: weight for name, weight in weights.items() if (match := PARTS.fullmatch(name))}
     try:
-        autoencoder = AutoencoderKL(**arguments_of(found))
-        levels = len(autoencoder.config["block_out_channels"])
-        renamed = {diffusers_name(name, levels): weight for name, weight in found.items()}
-        as_linear = {
+        autoencoder = AutoencoderKL(**arguments_of(weights))
+        num_levels = len(autoencoder.config["block_out_channels"])
+        renamed = {diffusers_name(name, num_levels): weight for name, weight in weights.items()}
+        state_dict = {  # attention has pointwise convolutions there, linear layers in diffusers
             name: weight.flatten(1) if ".attentions." in name and weight.dim() == 4 else weight
             for name, weight in renamed.items()
         }
-        autoencoder.load_state_dict(as_linear)
+        autoencoder.load_state_dict(state_dict)
     except (KeyError, ValueError, RuntimeError) as error:
-        why = (
+        reason = (
             f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).strip().split("\n")[-1].strip()
         )
-        raise AutoencoderError(f"--weights: not an autoencoder of latent-diffusion's format ({why})") from None
+        raise AutoencoderError(f"--weights: not an autoencoder of latent-diffusion's format ({reason})") from None
     return autoencoder.eval()
 
 
 def arguments_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of diffusers' class, by the names and shapes of weights."""
+    """Infer the arguments of `AutoencoderKL` from the names and shapes of weights."""
 
     def count(pattern: str) -> int:
-        return len({found[1] for name in weights if (found := re.match(pattern, name))})
+        return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
     levels, depth = count(r"encoder\.down\.(\d+)\."), count(r"encoder\.down\.0\.block\.(\d+)\.")
     latent_channels = weights["decoder.conv_in.weight"].shape[1]
@@ -76,17 +76,18 @@ def arguments_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def diffusers_name(name: str, levels: int) -> str:
-    """The decoder's levels are counted from the coarsest one there."""
-    name = re.sub(r"\.up\.(\d+)\.", lambda found: f".up_blocks.{levels - 1 - int(found[1])}.", name)
-    for pattern, replacement in RENAMED:
+def diffusers_name(name: str, num_levels: int) -> str:
+    """Convert the name of a weight; diffusers counts the decoder's levels from the coarsest, latent-diffusion from the
+    finest."""
+    name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{num_levels - 1 - int(match[1])}.", name)
+    for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def statistics_of(saved: Mapping[str, Tensor], channels: int) -> dict[str, list[float]]:
-    """Mean and deviation of each latent channel, as VA-VAE's authors publish them beside it."""
-    found = [saved.get(name, torch.empty(0)).flatten() for name in ("mean", "std")]
-    if any(len(values) != channels for values in found) or not (found[1] > 0).all():
+    """Read mean and standard deviation of each latent channel, in the format that VA-VAE's authors publish."""
+    mean, std = (saved.get(name, torch.empty(0)).flatten() for name in ("mean", "std"))
+    if not len(mean) == len(std) == channels or not (std > 0).all():
         raise AutoencoderError(f"--weights: statistics want a mean and a positive std of each of {channels} channels")
-    return {"latents_mean": found[0].tolist(), "latents_std": found[1].tolist()}
+    return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}

@@ -1,4 +1,4 @@
-"""Weights of diffusers' autoencoders: the embedded ones, those of a folder, or those of the hub."""
+"""Loading of autoencoders in diffusers' format: embedded ones, those in a folder, and those of the hub."""
 
 import json
 import logging
@@ -23,11 +23,15 @@ _ALTERNATIVES = f"give --autoencoder a folder in diffusers' format, or one of as
 
 
 class AutoencoderError(ValueError):
-    """An autoencoder that cannot be had, or does not fit the images, in the user's words."""
+    """An autoencoder cannot be loaded or does not fit the images; the message is for users."""
 
 
 def load_autoencoder(source: str, classes: Collection[str]) -> Any:
-    """By name, in float32: one of `EMBEDDED`, a folder in diffusers' format, or a hub id; of one of these `classes`."""
+    """Load an autoencoder in float32 from one of `EMBEDDED`, a folder in diffusers' format, or a hub id.
+
+    Raises:
+        AutoencoderError: it cannot be loaded, or is not of one of the `classes`.
+    """
     folder = EMBEDDED.get(source, Path(source))
     if source in EMBEDDED and (Path(source) / "config.json").exists():
         raise AutoencoderError(
@@ -49,15 +53,15 @@ def load_autoencoder(source: str, classes: Collection[str]) -> Any:
 
 
 def hub_id(source: str) -> tuple[str, str | None]:
-    """The repository, and the folder in it where one follows, of `owner/name` or `owner/name/folder`."""
+    """Split `owner/name` or `owner/name/folder` into the repository and the folder in it, if any."""
     owner, *rest = source.split("/")
     if source.startswith((".", "/", "~")) or not rest or "" in (owner, *rest):
         raise AutoencoderError(f"--autoencoder {source}: no such folder; {_ALTERNATIVES}")
     return f"{owner}/{rest[0]}", "/".join(rest[1:]) or None
 
 
-def _load(source: str, classes: Collection[str], config: Path, place: str | Path, **where: str | None) -> Any:
-    """Of the class that the configuration names, from a folder or the hub."""
+def _load(source: str, classes: Collection[str], config: Path, place: str | Path, **hub_options: str | None) -> Any:
+    """Load the class that the configuration file names from `place`, a folder or a repository of the hub."""
     try:
         name = json.loads(config.read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
@@ -66,21 +70,21 @@ def _load(source: str, classes: Collection[str], config: Path, place: str | Path
         raise AutoencoderError(f"--autoencoder {source}: its encoder needs transformers: pip install -e '.[rae]'")
     if name not in classes:
         raise AutoencoderError(f"--autoencoder {source}: {name} is not supported; give one of {', '.join(classes)}")
-    files = [file.name for file in Path(place).glob("diffusion_pytorch_model*")]  # none where it is a hub's
+    files = [file.name for file in Path(place).glob("diffusion_pytorch_model*")]  # empty for a repository of the hub
     variant = "fp16" if files and all(".fp16." in file for file in files) else None
     try:
-        with warnings.catch_warnings(), quiet("diffusers.configuration_utils"):  # which speaks of statistics of latents
+        with warnings.catch_warnings(), quiet("diffusers.configuration_utils"):  # it logs latents_mean as unknown
             warnings.simplefilter("ignore", UserWarning)  # diffusers passes huggingface_hub arguments it deprecated
             return class_of(name).from_pretrained(
-                place, torch_dtype=torch.float32, low_cpu_mem_usage=False, variant=variant, **where
+                place, torch_dtype=torch.float32, low_cpu_mem_usage=False, variant=variant, **hub_options
             )
-    except Exception as error:  # diffusers raises a different type for each way a weight file can be broken
+    except Exception as error:  # diffusers raises a different type for each way in which a weight file can be broken
         reason = str(error).strip().splitlines()[0]
         raise AutoencoderError(f"--autoencoder {source}: its weights do not load ({reason})") from error
 
 
 def class_of(name: str) -> Any:
-    """diffusers' class of that name, or the one of ours that it lacks."""
+    """Return diffusers' class of that name, or ours from `autoencoders.tiny`, which diffusers lacks."""
     import diffusers
 
     from autoencoders import tiny
@@ -90,7 +94,7 @@ def class_of(name: str) -> Any:
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Keep a logger of Python's from warning meanwhile."""
+    """A context in which the logger of this name reports errors only."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -102,11 +106,15 @@ def quiet(name: str) -> Iterator[None]:
 
 @torch.inference_mode()
 def with_statistics(autoencoder: Any, images: Float[Tensor, "n 3 H W"]) -> Any:
-    """With mean and deviation of each latent channel of `images` in its configuration: ValueError where one is 0."""
+    """Measure mean and standard deviation of each latent channel on `images`, and set them in the configuration.
+
+    Raises:
+        ValueError: a channel is constant.
+    """
     generator = torch.Generator().manual_seed(0)
-    encoded = [autoencoder.encode(part) for part in images.split(64)]
-    drawn = [e.latent_dist.sample(generator) if hasattr(e, "latent_dist") else e.latents for e in encoded]
-    std, mean = torch.std_mean(torch.cat(drawn), dim=(0, 2, 3))
+    encoded = [autoencoder.encode(batch) for batch in images.split(64)]
+    latents = [e.latent_dist.sample(generator) if hasattr(e, "latent_dist") else e.latents for e in encoded]
+    std, mean = torch.std_mean(torch.cat(latents), dim=(0, 2, 3))
     if dead := (std == 0).nonzero().flatten().tolist():
         raise ValueError(f"--data.path: latent channels {dead} are the same in all of these images; give other ones")
     autoencoder.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -1,4 +1,4 @@
-"""Published tiny autoencoders (TAESD and its kin, Bohan 2023), distilled from those of Stable Diffusion and FLUX."""
+"""Published tiny autoencoders (TAESD and its family, Bohan 2023), distilled from those of Stable Diffusion and FLUX."""
 
 import re
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 from autoencoders.pretrained import AutoencoderError
 
-ENCODER_POOLED, DECODER_POOLED = range(11, 14), range(2, 5)  # layers at the smallest grid
+ENCODER_POOLED, DECODER_POOLED = range(11, 14), range(2, 5)  # indices of the layers at the lowest resolution
 
 
 class PooledTinyAutoencoder(AutoencoderTiny):
-    """TAEF2: diffusers' `AutoencoderTiny` whose blocks at the smallest grid also see the image as a whole."""
+    """TAEF2: diffusers' `AutoencoderTiny` whose blocks at the lowest resolution also see statistics of the image."""
 
     @register_to_config
     def __init__(self, latent_channels: int = 32) -> None:
         super().__init__(latent_channels=latent_channels)
         for layers, pooled in ((self.encoder.layers, ENCODER_POOLED), (self.decoder.layers, DECODER_POOLED)):
-            for number in pooled:
-                layers[number] = PooledBlock(layers[number])
+            for index in pooled:
+                layers[index] = PooledBlock(layers[index])
 
 
 class PooledBlock(nn.Module):
-    """A block whose input is first joined by group-normalised features, whose statistics are the whole image's."""
+    """A block that first adds group-normalised features to its input, whose statistics are those of the whole image."""
 
     def __init__(self, block: Any, width: int = 64, hidden: int = 256) -> None:
         super().__init__()
@@ -46,25 +46,30 @@ class PooledBlock(nn.Module):
 
 
 def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> AutoencoderTiny:
-    """The autoencoder of a published pair of files: TAESD, TAESDXL (4 channels), TAESD3, TAEF1 (16) or TAEF2 (32),
-    which number their layers; the decoder's count begins with a layer without weights."""
-    of_encoder = {f"encoder.layers.{name}": weight for name, weight in encoder.items()}
-    of_decoder = {
-        re.sub(r"^\d+", lambda number: f"decoder.layers.{int(number[0]) - 1}", name): weight
+    """Build the autoencoder of a published pair of files: TAESD, TAESDXL (4 latent channels), TAESD3, TAEF1 (16) or
+    TAEF2 (32).
+
+    Raises:
+        AutoencoderError: they are not the encoder and the decoder of such an autoencoder.
+    """
+    # The files number the layers; the decoder's first layer, a clamp, has no weights and is not one of diffusers'.
+    state_dict = {f"encoder.layers.{name}": weight.float() for name, weight in encoder.items()}
+    state_dict |= {
+        re.sub(r"^\d+", lambda match: f"decoder.layers.{int(match[0]) - 1}", name): weight.float()
         for name, weight in decoder.items()
     }
-    to_latent, of_latent = encoder.get("14.weight"), decoder.get("1.weight")
-    if to_latent is None or of_latent is None or of_latent.dim() != 4:
+    encoder_last, decoder_first = encoder.get("14.weight"), decoder.get("1.weight")
+    if encoder_last is None or decoder_first is None or decoder_first.dim() != 4:
         exchanged = "14.weight" in decoder and "0.weight" in decoder and "1.weight" in encoder
         hint = "they are exchanged, the encoder comes first" if exchanged else "give ENCODER DECODER as published"
         raise AutoencoderError(f"--weights: not the encoder and the decoder of a tiny autoencoder; {hint}")
-    if len(to_latent) != of_latent.shape[1]:
-        channels = f"the encoder makes {len(to_latent)} channels and the decoder reads {of_latent.shape[1]}"
+    if len(encoder_last) != decoder_first.shape[1]:
+        channels = f"the encoder makes {len(encoder_last)} channels and the decoder reads {decoder_first.shape[1]}"
         raise AutoencoderError(f"--weights: {channels}; take both of one version")
     pooled = any(".pool." in name for name in encoder)
-    autoencoder = (PooledTinyAutoencoder if pooled else AutoencoderTiny)(latent_channels=len(to_latent))
+    autoencoder = (PooledTinyAutoencoder if pooled else AutoencoderTiny)(latent_channels=len(encoder_last))
     try:
-        autoencoder.load_state_dict({name: weight.float() for name, weight in {**of_encoder, **of_decoder}.items()})
+        autoencoder.load_state_dict(state_dict)
     except RuntimeError as error:
         first = str(error).split("\n")[1].strip()
         raise AutoencoderError(f"--weights: not the encoder and the decoder of a tiny autoencoder ({first})") from None

@@ -1,4 +1,4 @@
-"""Averages of a model's weights: parameters and buffers, in float32."""
+"""Moving averages of a model's parameters and buffers, in float32."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,25 +13,28 @@ from machine.sharding import is_sharded, own_part, part_like, whole
 
 
 class Average:
-    """`average <- decay(step) * average + (1 - decay(step)) * value`, of parameters and floating buffers.
+    """A moving average `average <- decay(step) * average + (1 - decay(step)) * value` of parameters and float buffers.
 
-    Parameters without a gradient, where others have one, stay as they are; their steps count from the first that
-    trained them, so each stage of a model has an average of its own training. Of a sharded model each process averages
-    its parts. `profiles` follow in all.
+    Parameters that have no gradient while others do are left out. Their steps count from the first step that trains
+    them, so the average of each stage of a model covers the training of that stage. With a sharded model, each process
+    averages its own shards. Updates also apply to the averages in `profiles`.
     """
 
     def __init__(self, model: nn.Module, decay: Callable[[int], float]) -> None:
-        self.decay = decay  # of optimizer step `step`, from 0
-        self.profiles: dict[float, Average] = {}  # further averages of the same weights, by length
+        self.decay = decay  # a function of the optimizer step, from 0
+        self.profiles: dict[float, Average] = {}  # further averages of the same weights, by their relative length
         self._model = deepcopy(model).float().eval().requires_grad_(False)
-        self.tensors: dict[str, Tensor] = self._model.state_dict()  # averages by name; of a sharded model, the parts
+        self.tensors: dict[str, Tensor] = self._model.state_dict()  # averages by name, or their shards
         self._is_sharded, self._is_whole = False, True
-        # Of parameters that the first step left alone: the first one that did not, as soon as it is known.
+        # For each parameter that the first step did not train: the first step that did, or None until then.
         self.began: dict[str, int | None] | None = None
 
     @property
     def model(self) -> nn.Module:
-        """In eval mode; of a sharded model, for which every process has to ask, until the next update."""
+        """The averaged model in eval mode.
+
+        If it is sharded, this is a collective operation, and the model is valid until the next update.
+        """
         if not self._is_whole:
             for name, tensor in self._model.state_dict(keep_vars=True).items():
                 tensor.data = whole(self.tensors[name])
@@ -39,30 +42,30 @@ class Average:
         return self._model
 
     def shard_like(self, model: nn.Module) -> None:
-        """Keep the parts that this process has of `model`, if that is sharded."""
+        """Shard the averages as `model` is sharded, if it is."""
         for average in (self, *self.profiles.values()) if is_sharded(model) else ():
             values = model.state_dict()
-            average.tensors = {name: part_like(part, values[name]).clone() for name, part in average.tensors.items()}
+            average.tensors = {name: part_like(full, values[name]).clone() for name, full in average.tensors.items()}
             average._is_sharded = True
-            average.let_go()
+            average.free_whole_model()
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step `step` (from 0)."""
+        """Update the average with the weights after optimizer step `step` (from 0)."""
         for average in self.profiles.values():
             average.update(model, step)
-        self.let_go()
+        self.free_whole_model()
         current = model.state_dict(keep_vars=True)
         parameters = {name: value for name, value in current.items() if isinstance(value, nn.Parameter)}
-        left_alone = {name for name, parameter in parameters.items() if parameter.grad is None}
-        if len(left_alone) == len(parameters):
-            left_alone = set()
+        untrained = {name for name, parameter in parameters.items() if parameter.grad is None}
+        if len(untrained) == len(parameters):  # gradients have been freed: all were trained
+            untrained = set()
         if self.began is None:
-            self.began = dict.fromkeys(sorted(left_alone))
-        self.began |= {name: step for name, first in self.began.items() if first is None and name not in left_alone}
-        pairs: defaultdict[int, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+            self.began = dict.fromkeys(sorted(untrained))
+        self.began |= {name: step for name, first in self.began.items() if first is None and name not in untrained}
+        pairs: defaultdict[int, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))  # by first step
         for name, average in self.tensors.items():
-            if name in left_alone:
+            if name in untrained:
                 continue
             if average.is_floating_point():
                 averages, values = pairs[first_step(name, self.began)]
@@ -74,14 +77,16 @@ class Average:
             torch._foreach_lerp_(averages, values, 1 - self.decay(step - first))
 
     def state(self) -> dict[str, int | None] | None:
+        """The state that checkpoints save beside the tensors."""
         return self.began
 
     def restore(self, state: dict[str, int | None] | None) -> None:
+        """Load the state that `state` returned."""
         for average in (self, *self.profiles.values()):
             average.began = state and dict(state)
 
-    def let_go(self) -> None:
-        """Free the whole of a sharded model; its parts stay."""
+    def free_whole_model(self) -> None:
+        """Free the unsharded copy of a sharded model, and keep the shards."""
         if self._is_sharded:
             for tensor in self._model.state_dict(keep_vars=True).values():
                 tensor.data = tensor.new_empty(0)
@@ -89,7 +94,7 @@ class Average:
 
 
 def first_step(name: str, began: Mapping[str, int | None]) -> int:
-    """The one that began to train a parameter, or a buffer's layer."""
+    """Return the first step that trained a parameter or, for a buffer, a parameter of its layer."""
     if name in began:
         return began[name] or 0
     layer = name.rpartition(".")[0]
@@ -97,15 +102,19 @@ def first_step(name: str, began: Mapping[str, int | None]) -> int:
 
 
 def power_decay(sigma_rel: float) -> Callable[[int], float]:
-    """Weights of step t count as t^gamma, so that the average's length grows with training; `sigma_rel` is its standard
-    deviation over the length of training (EDM2: Karras et al. 2024, eq. 3)."""
+    """Return the decay of a power-function average, in which step t has a weight proportional to t^gamma.
+
+    The average's length grows with training: `sigma_rel` is the standard deviation of its profile over the length of
+    training (EDM2, Karras et al. 2024, eq. 3).
+    """
     gamma = gamma_of(sigma_rel)
     return lambda step: (1 - 1 / (step + 1)) ** (gamma + 1)
 
 
 class EMA(Average):
-    """The exponential average that is sampled and scored, whose rising decay lets short runs forget their
-    initialisation; and power-function averages, of whose snapshots `scripts/reconstruct_ema.py` makes any other."""
+    """The exponential average that is sampled and evaluated; its decay rises, so that short runs forget their
+    initialisation. `profiles` are power-function averages, from whose snapshots `scripts/reconstruct_ema.py`
+    reconstructs others."""
 
     def __init__(self, model: nn.Module, max_decay: float, profiles: Sequence[float] = ()) -> None:
         if not 0 <= max_decay < 1:
@@ -115,16 +124,16 @@ class EMA(Average):
 
     @torch.no_grad()
     def drift(self, model: nn.Module) -> float:
-        """How far the average lags behind the weights: norm of the difference over norm of the weights."""
+        """Return how far the average lags behind the weights: norm of the difference over norm of the weights."""
         averages, current = self.tensors, model.state_dict()
         names = [name for name, _ in self._model.named_parameters()]
-        gap = get_total_norm([averages[name] - current[name] for name in names])
-        return (whole(gap) / whole(get_total_norm([current[name] for name in names]))).item()
+        difference = get_total_norm([averages[name] - current[name] for name in names])
+        return (whole(difference) / whole(get_total_norm([current[name] for name in names]))).item()
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of a power-function average of this length: the positive root of `(gamma + 1) = sigma_rel^2 (gamma +
-    2)^2 (gamma + 3)` (Karras et al. 2024, appendix C)."""
+    """Return the exponent of a power-function average from its relative length: the positive root of `(gamma + 1) =
+    sigma_rel^2 (gamma + 2)^2 (gamma + 3)` (Karras et al. 2024, appendix C)."""
     if not 0 < sigma_rel < 0.28:
         raise ValueError(f"--train.ema_profiles {sigma_rel}: lengths lie between 0 and 0.28; EDM2 keeps 0.05, 0.1")
     t = sigma_rel**-2
@@ -136,8 +145,11 @@ Snapshot = tuple[int | float, float]  # (steps trained, gamma)
 
 
 def reconstruction_weights(snapshots: Sequence[Snapshot], target: Snapshot) -> list[float]:
-    """How much of each snapshot makes up a target average: least squares between their profiles over training (Karras
-    et al. 2024, section 3.2), which sum to one as in EDM2's code."""
+    """Return the weights of snapshots whose sum approximates a target average.
+
+    They are a least-squares fit of the profiles over training (Karras et al. 2024, section 3.2), scaled to sum to one
+    as in EDM2's code.
+    """
     gram = [[_overlap(a, b) for b in snapshots] for a in snapshots]
     right = [_overlap(a, target) for a in snapshots]
     weights = np.linalg.lstsq(np.array(gram), np.array(right), rcond=None)[0]
@@ -145,7 +157,7 @@ def reconstruction_weights(snapshots: Sequence[Snapshot], target: Snapshot) -> l
 
 
 def _overlap(a: Snapshot, b: Snapshot) -> float:
-    """Inner product of two profiles `(gamma + 1) tau^gamma / t^(gamma + 1)`, tau from 0 to t."""
+    """Return the inner product of two profiles `(gamma + 1) tau^gamma / t^(gamma + 1)`, tau from 0 to t."""
     (t_a, gamma_a), (t_b, gamma_b) = a, b
     shorter = min(t_a, t_b)
     scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / shorter

@@ -1,8 +1,8 @@
-"""Checkpoints as they are read: `runs/<name>/checkpoints/<step>/ema.safetensors`, or that file alone.
+"""Reading checkpoints: `runs/<name>/checkpoints/<step>/ema.safetensors`, or that file alone.
 
-It is enough to sample and to score: its metadata carries the configuration, the backbone's derived arguments, the class
-names, what autoencoder and splits it was trained with, the step, the commit, and checksums of itself and of the
-weights, which every reader checks. What resuming needs lies beside it: `checkpoints.training_state`.
+The file is all that sampling and evaluation need. Its metadata hold the configuration, the arguments of the backbone
+that follow from the data, the class names, the identity of autoencoder and splits, the step, the commit, and checksums
+of metadata and weights, which every reader verifies. Files for resuming lie beside it: `checkpoints.training_state`.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ from machine.sharding import part_like
 from models import ModelSpec
 
 WEIGHTS = "ema.safetensors"
-LABELS = "label.weight"  # how the name of a table of labels ends
+LABELS = "label.weight"  # suffix of the names of label embeddings
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What sampling and scoring need to know, read from `ema.safetensors` alone."""
+    """The contents of `ema.safetensors`: metadata, and weights that are read on demand."""
 
     path: Path
     config: ExperimentConfig
@@ -51,19 +51,19 @@ class Checkpoint:
     classes: list[str]
     step: int
     commit: str
-    identity: dict[str, dict[str, Any]]  # what `codec`, `train` and `test` were; of older checkpoints nothing
+    identity: dict[str, dict[str, Any]]  # of `codec`, `train` and `test`; empty in older checkpoints
 
     @property
     def run(self) -> Path:
-        """The run's folder, or the weights' own where they lie outside one; of the embedded ones a place in runs/."""
+        """The run's folder; that of the weights if they lie outside a run; for embedded weights, a folder in runs/."""
         folder = self.path.parent
-        if folder.resolve() == ASSET:  # by whatever path
+        if folder.resolve() == ASSET:
             return Path("runs", "embedded-checkpoint")
         return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
     @property
     def mark(self) -> str:
-        """For names of what is made from it: nothing of a run's newest checkpoint, else which weights of the run."""
+        """Suffix for names of outputs: empty for a run's newest checkpoint, otherwise it identifies the weights."""
         saved, folder = list_checkpoints(self.run / "checkpoints"), self.path.parent
         if self.path.name != WEIGHTS:
             return f"-{self.path.stem}"
@@ -76,18 +76,20 @@ class Checkpoint:
 
     @property
     def autoencoder(self) -> str:
-        """Of its configuration; a folder that is not there from here is looked for from where the run lies."""
+        """The autoencoder of its configuration; a relative folder that does not exist is looked up in the parents of
+        the run's folder."""
         name = self.config.autoencoder
         places = [] if Path(name).is_dir() else [parent / name for parent in self.run.resolve().parents]
         return next((str(place) for place in places if (place / "config.json").is_file()), name)
 
     @property
     def num_guided(self) -> int:
-        """Of its classes those that can be guided away from the null label."""
+        """Number of classes that can be guided away from the null label."""
         return self.config.guided_classes(len(self.classes))
 
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
-        with torch.random.fork_rng(devices=[]):  # a guide is none of what a training's seed is for
+        """Build the backbone and load its averaged weights, in eval mode, frozen and on `device`."""
+        with torch.random.fork_rng(devices=[]):  # loading must not advance the global random state
             model = self.spec.build()
         load_weights(model.state_dict(), read_tensors(self.path), self.path)
         return model.eval().requires_grad_(False).to(device)
@@ -96,8 +98,8 @@ class Checkpoint:
         return build_diffusion(self.config.diffusion)
 
     def open_codec(self, asked: str | None, say: Callable[[str], None] = print) -> Codec:
-        """Its own autoencoder, checked, or what is asked for in its place: one of other latents is told of. Older
-        checkpoints know of none, and take any."""
+        """Open and verify its autoencoder, or the one `asked` for in its place; a change of the latents is reported by
+        `say`. Older checkpoints have no record of their autoencoder, and accept any."""
         codec, known = create_codec(asked or self.autoencoder), self.identity.get("codec", {})
         if known and asked is None:
             self.check_identity(codec=codec.provenance)
@@ -106,11 +108,11 @@ class Checkpoint:
         return codec
 
     def check_identity(self, **here: Mapping[str, Any]) -> None:
-        """That these are the parts that it was trained with: see `check_identity` below."""
+        """Verify that these are the parts that it was trained with, see the function `check_identity`."""
         check_identity(self.path, here, self.identity)
 
 
-FLAGS = {"codec": "--autoencoder", "alignment": "--alignment.extractor"}  # of parts; the others are images
+FLAGS = {"codec": "--autoencoder", "alignment": "--alignment.extractor"}  # flags of parts; the others are images
 
 
 def check_identity(
@@ -120,22 +122,31 @@ def check_identity(
     *,
     any_decoder: bool = False,
 ) -> None:
-    """That an autoencoder (`{"codec": codec.provenance}`) and splits (`{"test": dataset.describe()}`) are by content
-    those that a checkpoint was trained with; of older ones only name and classes are known. A CheckpointError names the
-    flag, and what differs. `identity` is read off the weights where it is not at hand; with `any_decoder` latents alone
-    have to be the same."""
+    """Verify that the content of autoencoder and splits is that which a checkpoint was trained with.
+
+    Older checkpoints know only the name of the autoencoder, and the classes.
+
+    Args:
+        weights: the checkpoint's file.
+        here: the parts in use, such as `{"codec": codec.provenance, "test": dataset.describe()}`.
+        identity: the checkpoint's own; by default it is read from the file.
+        any_decoder: accept another decoder, as long as latents are the same.
+
+    Raises:
+        CheckpointError: a part differs; the message names its flag.
+    """
     metadata = read_metadata(weights)
     trained_with = json.loads(metadata.get("identity", "{}")) if identity is None else identity
     older = {"codec": {"autoencoder": json.loads(metadata.get("config", "{}")).get("autoencoder")}}
     if "classes" in metadata:
         older |= {part: {"classes": json.loads(metadata["classes"])} for part in ("train", "test")}
     for part, values in here.items():
-        places = {"source", "autoencoder"} if part in trained_with else set[str]()
-        places |= {"decoder_sha256"} if any_decoder else set()
+        ignored = {"source", "autoencoder"} if part in trained_with else set[str]()  # paths, where hashes are known
+        ignored |= {"decoder_sha256"} if any_decoder else set()
         for name, value in trained_with.get(part, older.get(part, {})).items():
-            if name not in places and values.get(name) != value:
+            if name not in ignored and values.get(name) != value:
                 flag, remedy = FLAGS.get(part, "--data.path"), "give the one that it was trained with"
-                if name == "decoder_sha256":  # the last of a codec's: its latents are the same
+                if name == "decoder_sha256":  # the last entry of a codec, so the entries about latents are the same
                     remedy += f", or this one by --autoencoder {values.get('autoencoder')}, as its latents are the same"
                 raise CheckpointError(
                     f"{flag}: {weights} was trained with another {part}, whose {name} was {short(value)}, here "
@@ -146,7 +157,8 @@ def check_identity(
 def metadata_of(
     config: RunConfig, step: int, identity: Mapping[str, Mapping[str, Any]] | None = None, **more: Any
 ) -> dict[str, str]:
-    """What makes a safetensors file of averaged weights a checkpoint; of a backbone, `more` is `spec` and `classes`."""
+    """Return the metadata that make a file of averaged weights a checkpoint; for a backbone, `more` has the entries
+    `spec` and `classes`."""
     values = {"config": config.to_dict(), "step": step, "identity": identity or {}, **more}
     values |= {"imports": contents_of(getattr(config, "imports", ()))}
     encoded = {name: json.dumps(value, default=asdict) for name, value in values.items()}
@@ -163,48 +175,61 @@ def warm_start(
     diffusion: DiffusionConfig | None = None,
     whole: bool = False,
 ) -> str:
-    """Copy averaged weights by name and shape and, of tables of labels, the rows of `classes` by name; says what was
-    not taken, and where they are of another `codec`'s latents or put out what means something else under `diffusion`.
-    What a `whole` model lacks is a CheckpointError, but for labels."""
+    """Initialise a model from the averaged weights of a checkpoint, and return a report of what was loaded.
+
+    Weights are matched by name and shape, and rows of label embeddings by class name.
+
+    Args:
+        model: the model to load weights into.
+        path: the checkpoint.
+        classes: names of the model's classes.
+        codec: the codec in use; if the checkpoint's latents were others, the report warns.
+        accelerator: see `find_weights`.
+        diffusion: the diffusion in use; the report names its settings under which the output means something else.
+        whole: require a weight for all but label embeddings.
+
+    Raises:
+        CheckpointError: no weight fits, or one is missing for a `whole` model.
+    """
     file, state = find_weights(path, accelerator), model.state_dict()
     weights, metadata = read_tensors(file), read_metadata(file)
     known = json.loads(metadata.get("classes", "[]"))
-    are_others = bool(classes and known) and list(classes) != known
-    for name in (name for name in weights if are_others and name.endswith(LABELS) and name in state):
+    classes_differ = bool(classes and known) and list(classes) != known
+    for name in (name for name in weights if classes_differ and name.endswith(LABELS) and name in state):
         if (len(state[name]), len(weights[name])) == (len(classes) + 1, len(known) + 1):
             weights[name] = relabelled(state[name].cpu(), list(classes), weights[name], known)
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    fitting = {name: tensor for name, tensor in weights.items() if shapes.get(name) == tensor.shape}
-    if not fitting:
+    matching = {name: tensor for name, tensor in weights.items() if shapes.get(name) == tensor.shape}
+    if not matching:
         raise CheckpointError(f"--init_from {path}: no weight of it has the name and shape of one of this model")
-    if whole and (lacking := sorted(name for name in shapes.keys() - fitting.keys() if not name.endswith(LABELS))):
+    if whole and (missing := sorted(name for name in shapes.keys() - matching.keys() if not name.endswith(LABELS))):
         raise CheckpointError(
-            f"--train.adapter: --init_from {path} has no {abridged(lacking)} of this shape, which would stay random; "
+            f"--train.adapter: --init_from {path} has no {abridged(missing)} of this shape, which would stay random; "
             "take the --model and --model_args that it was trained with, or leave the adapter out"
         )
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(matching, strict=False)
     left_out = {
-        "of another shape": weights.keys() & shapes.keys() - fitting.keys(),
+        "of another shape": weights.keys() & shapes.keys() - matching.keys(),
         "not in this model": weights.keys() - shapes.keys(),
         "not in the checkpoint": shapes.keys() - weights.keys(),
     }
     reasons = "; ".join(f"{reason}: {abridged(sorted(names))}" for reason, names in left_out.items() if names)
-    told = f"took {len(fitting)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
-    told += f"; {len({*classes} & {*known})} of {len(classes)} classes are its own" if are_others else ""
+    report = f"took {len(matching)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
+    report += f"; {len({*classes} & {*known})} of {len(classes)} classes are its own" if classes_differ else ""
     if codec and "config" in metadata:
         try:
             check_identity(file, {"codec": codec.provenance}, any_decoder=True)
         except CheckpointError as error:
-            told += f"; warning: {error}"
-    if diffusion and (others := other_meaning(diffusion, metadata)):
-        told += f"; its output had another meaning, which has to be learned anew: {', '.join(others)}"
-    return f"--init_from {path}: {told}"
+            report += f"; warning: {error}"
+    if diffusion and (settings := changed_meaning(diffusion, metadata)):
+        report += f"; its output had another meaning, which has to be learned anew: {', '.join(settings)}"
+    return f"--init_from {path}: {report}"
 
 
-def other_meaning(diffusion: DiffusionConfig, metadata: Mapping[str, str]) -> list[str]:
-    """In which settings of its diffusion a checkpoint's output means something else."""
+def changed_meaning(diffusion: DiffusionConfig, metadata: Mapping[str, str]) -> list[str]:
+    """Return the checkpoint's settings of diffusion by which its output means something else than under `diffusion`."""
     before: dict[str, Any] = {}
-    with suppress(ValueError, TypeError, KeyError, AttributeError):  # of an autoencoder, or of settings that went
+    with suppress(ValueError, TypeError, KeyError, AttributeError):  # an autoencoder's, or with settings since removed
         before = meaning_of(from_dict(DiffusionConfig, json.loads(metadata["config"])["diffusion"]))
     now = meaning_of(diffusion)
     if before and before["kind"] != now["kind"]:
@@ -215,25 +240,33 @@ def other_meaning(diffusion: DiffusionConfig, metadata: Mapping[str, str]) -> li
 def relabelled(
     table: Float[Tensor, "n d"], classes: list[str], known_table: Float[Tensor, "m d"], known: list[str]
 ) -> Float[Tensor, "n d"]:
-    """A table of labels with the known rows of classes of the same name, and of the null label, which is the last."""
+    """Copy rows of another label embedding for classes of the same name, and for the null label, the last row."""
     shared = [name for name in classes if name in known]
     rows, known_rows = ([*map(names.index, shared), len(names)] for names in (classes, known))
-    return table.index_copy(0, torch.tensor(rows), known_table[known_rows].to(table.dtype))  # of files in half too
+    return table.index_copy(0, torch.tensor(rows), known_table[known_rows].to(table.dtype))  # files may be in half
 
 
 def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) -> Checkpoint:
-    """From a run's folder (its newest), a checkpoint's folder, the weights file, hf://owner/name, or by the name
-    `embedded`; a CheckpointError says why there is none. For an accelerator see `find_weights`."""
+    """Open a checkpoint, without its weights.
+
+    Args:
+        path: a run's folder (for its newest checkpoint), a checkpoint's folder, the weights file, hf://owner/name, or
+            the name `embedded`.
+        accelerator: see `find_weights`.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged or malformed.
+    """
     weights = find_weights(path, accelerator)
     metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()
     if missing:
         raise CheckpointError(f"--checkpoint {weights}: not written by train.py, it lacks {sorted(missing)}")
     imports, contents = [], {}
-    with suppress(ValueError, TypeError, KeyError, AttributeError):  # which reading all of it will tell
+    with suppress(ValueError, TypeError, KeyError, AttributeError):  # malformed metadata are reported below
         imports = [str(name) for name in json.loads(metadata["config"])["imports"]]
         contents = dict(json.loads(metadata.get("imports", "{}")))
-    load_imports(imports, stored_in=weights, contents=contents)  # first: what they register has settings
+    load_imports(imports, stored_in=weights, contents=contents)  # before the configuration, to which they add settings
     try:
         spec, classes = json.loads(metadata["spec"]), json.loads(metadata["classes"])
         checkpoint = Checkpoint(
@@ -255,16 +288,20 @@ def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) ->
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """A safetensors file whose metadata carry checksums of themselves and of the tensors, wherever it goes."""
-    sealed = {**metadata, "weights_sha256": weights_sha256(tensors)}
+    """Save a safetensors file whose metadata include checksums of the metadata and of the tensors."""
+    metadata = {**metadata, "weights_sha256": weights_sha256(tensors)}
     try:
-        save_file(dict(tensors), path, metadata={**sealed, "metadata_sha256": _sha256(sealed)})
-    except SafetensorError as error:  # of the disk
+        save_file(dict(tensors), path, metadata={**metadata, "metadata_sha256": _sha256(metadata)})
+    except SafetensorError as error:  # raised for errors of the disk
         raise OSError(f"{path} could not be written ({error}); see to the disk") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Of a safetensors file, and nothing else of it; a CheckpointError where it is missing, cut short or damaged."""
+    """Read and verify the metadata of a safetensors file, without its tensors.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -276,7 +313,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Of a safetensors file; a CheckpointError where it is missing, cut short or damaged."""
+    """Read and verify the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or damaged.
+    """
     expected = read_metadata(path).get("weights_sha256")
     try:
         with safe_open(path, framework="pt") as file:
@@ -294,11 +335,15 @@ def _sha256(metadata: Mapping[str, str]) -> str:
 
 
 def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
-    """Copy weights into the tensors of a model or an average, or into parts of them; they must fit exactly."""
-    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (tensors, weights))
-    if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+    """Copy weights in place into the tensors, or shards, of a model or an average.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in named.items()} for named in (tensors, weights))
+    if mismatched := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise CheckpointError(
-            f"{path} is of another model: {len(wrong)} tensors do not fit, such as {', '.join(wrong[:3])}"
+            f"{path} is of another model: {len(mismatched)} tensors do not fit, such as {', '.join(mismatched[:3])}"
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -306,14 +351,19 @@ def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: P
 
 
 def current_commit() -> str:
-    """Commit of the code, with '+' where the tree was changed; empty outside a git checkout."""
+    """Return the commit of the code, with a '+' if the tree has changes; empty outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def find_weights(path: str | Path, accelerator: Accelerator | None = None) -> Path:
-    """The file; with an accelerator its main process says which is the newest, as a training may write another one
-    meanwhile."""
+    """Return the file of weights of a checkpoint, which for a run's folder is the newest.
+
+    With an accelerator, the main process chooses for all, because a training may be writing another checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if accelerator and not is_name(path):
         return from_main(accelerator, partial(find_weights, path))
     path = local(path, WEIGHTS)

@@ -1,5 +1,5 @@
-"""Names wherever a path to a checkpoint works: `hf://owner/name`, whose weights come from the hub and are kept in
-`runs/owner--name`, and `embedded`, which every clone has."""
+"""Names that are accepted wherever a path to a checkpoint is: `hf://owner/name`, which is downloaded from the hub to
+`runs/owner--name`, and `embedded`, the checkpoint in `assets/`."""
 
 import re
 from pathlib import Path
@@ -9,16 +9,20 @@ EMBEDDED, ASSET = "embedded", Path(__file__).resolve().parent.parent / "assets" 
 
 
 class HubError(ValueError):
-    """What the hub did not serve, and why, in one line."""
+    """A download from the hub failed; the message says why in one line."""
 
 
 def is_name(path: str | Path) -> bool:
-    """Whether it is no path."""
+    """Whether this is one of the names above rather than a path."""
     return str(path) == EMBEDDED or str(path).startswith(SCHEME)
 
 
 def local(path: str | Path, file: str) -> Path:
-    """The path itself, or of a name the file, downloaded where it is not here. A HubError says why not."""
+    """Return a path unchanged; for a name, return the path of `file`, downloaded unless it is cached.
+
+    Raises:
+        HubError: the file cannot be downloaded.
+    """
     if not is_name(path):
         return Path(path)
     if str(path) == EMBEDDED:
@@ -41,8 +45,8 @@ def local(path: str | Path, file: str) -> Path:
 
 
 def reason(error: Exception) -> str:
-    """The most telling line of a hub's error, without addresses and request numbers."""
+    """Describe an error of the hub in one line, without URLs and request ids."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = {401: "no such repository, or it is private: HF_TOKEN or `hf auth login` opens it", 404: "no such thing"}
-    first = str(error).strip().split("\n")[0]
-    return said.get(status or 0) or re.sub(r"\s*\(Request ID[^)]*\)", "", first)
+    known = {401: "no such repository, or it is private: HF_TOKEN or `hf auth login` opens it", 404: "no such thing"}
+    first_line = str(error).strip().split("\n")[0]
+    return known.get(status or 0) or re.sub(r"\s*\(Request ID[^)]*\)", "", first_line)

@@ -1,8 +1,8 @@
-"""What a training changes, in the checkpoints that it goes on from: one format, whatever is trained.
+"""Saving and resuming the state of a training, in one format for all trainings.
 
 Beside `ema.safetensors` (see `checkpoints.checkpoint`) a checkpoint has a folder `state/`: each network and optimizer
-as `<name>.safetensors`, power-function averages as `profiles.safetensors`, and all that is no tensor in
-`progress.json`. Nothing read back is ever unpickled.
+as `<name>.safetensors`, power-function averages as `profiles.safetensors`, and everything else in `progress.json`.
+Nothing is pickled.
 """
 
 import json
@@ -28,26 +28,29 @@ SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never d
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a training changes, by names in a checkpoint. `others` have `state()`, as JSON, and `restore(state)`."""
+    """All objects whose state a training changes, by their names in a checkpoint.
+
+    Objects in `others` have `state()`, which returns JSON values, and `restore(state)`.
+    """
 
     networks: Mapping[str, nn.Module]
     optimizers: Mapping[str, torch.optim.Optimizer]
     ema: EMA
     others: dict[str, Any] = field(default_factory=dict)
-    copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by file, in main memory, of the last save
+    copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # CPU tensors of the last save, by file
 
     def __post_init__(self) -> None:
         self.others["ema"] = self.ema
 
     def progress(self) -> dict[str, Any]:
-        """What resuming needs beside tensors, as JSON."""
+        """Return the state that is not in tensors, as JSON values."""
         return {name: part.state() for name, part in self.others.items()}
 
     def modules(self) -> dict[str, dict[str, Tensor]]:
-        """By file, the tensors that are copied into when a training goes on."""
+        """Return the tensors of networks and averages by file; resuming copies into them in place."""
         files = {WEIGHTS: self.ema.tensors}
         states = {name: network.state_dict() for name, network in self.networks.items()}
-        files |= {_state_file(name): state for name, state in states.items() if state}  # there may be no heads
+        files |= {_state_file(name): state for name, state in states.items() if state}  # heads may be empty
         if self.ema.profiles:
             averages = [(sigma, average.tensors.items()) for sigma, average in self.ema.profiles.items()]
             files[PROFILES] = {f"{sigma}/{name}": tensor for sigma, tensors in averages for name, tensor in tensors}
@@ -67,12 +70,16 @@ def copy_checkpoint(
     *,
     keep: bool = True,
 ) -> Callable[[], None]:
-    """Copy all that `folder/<step>` is to hold, so that training may go on, and leave its writing, whole or not at all
-    (OSError), to be done before the next copy. All processes have to call, as each may have a part of the tensors; one
-    has to `keep` them, and to write."""
-    texts = {"progress": json.dumps({"step": step, **progress}), "began": json.dumps(training.ema.began or {})}
-    states = {_state_file(name): optimizer_tensors(optimizer) for name, optimizer in training.optimizers.items()}
-    for file, tensors in {**training.modules(), **states}.items():
+    """Copy the state of a training to main memory, and return a function that writes it to `folder/<step>`.
+
+    Training may go on while that function runs, but it must end before the next copy. It writes the checkpoint
+    atomically, or raises `OSError`. As tensors may be sharded, all processes must call `copy_checkpoint`; only the one
+    with `keep` gets copies and may write.
+    """
+    progress_text = json.dumps({"step": step, **progress})
+    profile_metadata = {**metadata, "began": json.dumps(training.ema.began or {})}
+    optimizers = {_state_file(name): optimizer_tensors(optimizer) for name, optimizer in training.optimizers.items()}
+    for file, tensors in {**training.modules(), **optimizers}.items():
         gather(tensors, training.copies.setdefault(file, {}), keep=keep)
     target = checkpoint_path(folder, step)
 
@@ -82,24 +89,28 @@ def copy_checkpoint(
             if file == WEIGHTS:
                 save_tensors(tensors, checkpoint / file, metadata)
             elif file == PROFILES:
-                save_tensors(tensors, checkpoint / file, {**metadata, "began": texts["began"]})
+                save_tensors(tensors, checkpoint / file, profile_metadata)
                 _keep_snapshot(checkpoint / file, folder.parent / SNAPSHOTS / f"{target.name}.safetensors")
             else:
                 save_file(tensors, checkpoint / file)
-        (checkpoint / "state" / "progress.json").write_text(texts["progress"])
+        (checkpoint / "state" / "progress.json").write_text(progress_text)
 
     return lambda: write_checkpoint(target, fill)
 
 
 def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
-    """Put a checkpoint back into a training; returns its progress. A CheckpointError says what does not fit."""
-    training.ema.let_go()
+    """Load a checkpoint into a training, and return its progress.
+
+    Raises:
+        CheckpointError: a file is damaged, or does not fit the training.
+    """
+    training.ema.free_whole_model()
     for file, tensors in training.modules().items():
         load_weights(tensors, read_tensors(checkpoint / file), checkpoint)
     for name, optimizer in training.optimizers.items():
         load_optimizer(optimizer, read_tensors(checkpoint / _state_file(name)))
     progress = json.loads((checkpoint / "state" / "progress.json").read_text())
-    # As older checkpoints have it, in today's terms.
+    # Older checkpoints have the states of guards under other keys, and lack some keys.
     guards = progress.pop("guards", {"model": progress.pop("guard")} if "guard" in progress else {})
     progress = {"inspected": True, "ema": {}, **{f"guard.{name}": state for name, state in guards.items()}, **progress}
     for name, part in training.others.items():
@@ -109,12 +120,13 @@ def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Its state by `<number of the parameter>.<name>`."""
+    """Return an optimizer's state as tensors named `<number of the parameter>.<name>`."""
     state, numbers = optimizer.state_dict()["state"], _numbers_of(optimizer)
     return {f"{numbers[index]}.{key}": value for index, entry in state.items() for key, value in entry.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `optimizer_tensors` returned, sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index_of = {number: index for index, number in enumerate(_numbers_of(optimizer))}
     state: dict[int, dict[str, Any]] = {}
@@ -127,21 +139,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
 
 def _numbers_of(optimizer: torch.optim.Optimizer) -> list[int]:
-    """By which files know its parameters, in the order of its groups: the groups' own, or 0, 1, ..."""
+    """Return the numbers that identify parameters in files, in the order of the groups: the entries `numbers` of the
+    groups, or 0, 1, ..."""
     groups = optimizer.param_groups
     numbers = [number for group in groups for number in group.get("numbers", ())]
     return numbers or list(range(sum(len(group["params"]) for group in groups)))
 
 
 def list_snapshots(run: Path) -> dict[int, Path]:
-    """The power-function averages of a run by their steps, in order."""
+    """Return the snapshots of a run's power-function averages by step, in ascending order."""
     return by_step(run / SNAPSHOTS, ".safetensors")
 
 
 def _keep_snapshot(profiles: Path, snapshot: Path) -> None:
-    """A second name for the profiles' file, which rotation leaves alone."""
+    """Hard-link the file of profiles under a second name, which survives the deletion of old checkpoints."""
     with whole(snapshot) as partial:
         try:
             partial.hardlink_to(profiles)
-        except OSError:  # a file system without such links
+        except OSError:  # the file system has no hard links
             shutil.copy(profiles, partial)
