@@ -1,1 +1,1 @@
-"""Scores of images and cost of models; knows neither models nor data. The package itself imports nothing."""
+"""Scores of images and the cost of models. It does not import `models` or `data`."""

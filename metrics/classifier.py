@@ -1,5 +1,5 @@
-"""A classifier of images, trained in seconds to minutes: the feature extractor for where none can be downloaded. Scores
-on its features compare runs on the same data with each other and nothing else."""
+"""A small image classifier, trained in seconds to minutes, as a feature extractor where none can be downloaded. Scores
+on its features only compare with other scores on the same classifier."""
 
 from pathlib import Path
 
@@ -16,8 +16,11 @@ LR = 2e-3
 
 
 class SmallClassifier(nn.Module):
-    """Stages of two convolutions, each half as large and twice as wide, down to 4x4; a global average, a linear layer
-    to the features and one to the classes. Small images (`side`) hide an autoencoder's blur, large ones show more."""
+    """A convolutional classifier of images resized to `side` pixels.
+
+    Stages of two convolutions halve the resolution and double the width, down to 4x4. Global average pooling, a linear
+    layer to the features and one to the classes follow. A small `side` makes it insensitive to an autoencoder's blur.
+    """
 
     def __init__(self, num_classes: int, *, side: int = 32, width: int = 24) -> None:
         super().__init__()
@@ -31,18 +34,18 @@ class SmallClassifier(nn.Module):
         self.to_logits = nn.Linear(num_features, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [n d] and class probabilities [n k] of uint8 RGB images [n 3 h w] of any size."""
-        # Plain Tensor in the signature: checking axes would leave Python comparisons of shapes in the program.
+        """Return features [n d] and class probabilities [n k] of uint8 RGB images [n 3 h w] of any size."""
+        # The signature names no axes, because checks of shapes would be exported with the program.
         features = self.features(self.preprocess(images))
         return features, self.to_logits(F.relu(features)).softmax(dim=1)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 of any size to [-1, 1] at the network's own size."""
+        """Convert uint8 images of any size to [-1, 1] at the network's size."""
         pixels = images.to(self.to_logits.weight.dtype) / 127.5 - 1  # [n 3 h w]
         return F.interpolate(pixels, size=(self.side, self.side), mode="bilinear", antialias=True)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """[n d] of preprocessed images."""
+        """Return features [n d] of preprocessed images."""
         return self.to_features(self.stages(pixels).mean(dim=(2, 3)))
 
     @torch.no_grad()
@@ -50,11 +53,11 @@ class SmallClassifier(nn.Module):
         return torch.cat([self(batch)[1].argmax(dim=1) for batch in images.split(256)])
 
     def save(self, path: str | Path) -> Path:
-        """Write the extractor's file, for `--extractor`: a program of torch.export (`.pt2`), else TorchScript."""
+        """Save a file for `--extractor`: a torch.export program if it ends in `.pt2`, otherwise TorchScript."""
         return save_program(self.eval(), torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8), path)
 
     def save_perceptual(self, path: str | Path) -> Path:
-        """Write a network for perceptual losses: every stage's features, of images at their own size."""
+        """Save a network for perceptual losses: the features of all stages, without resizing images."""
         return save_program(_StageFeatures(self.stages).eval(), torch.zeros(2, 3, self.side, self.side), path)
 
 
@@ -71,8 +74,23 @@ def train_classifier(
     mirror: bool = False,
     progress: bool = True,
 ) -> SmallClassifier:
-    """Train on labelled images, shifted, blurred and noised so that an autoencoder's faults do not matter; on 5,000
-    easy `shapes` 12 s on one CPU core, all held-out ones right. `mirror` turns every other image around."""
+    """Train a classifier on labelled images.
+
+    Images are shifted, blurred and noised, so that it becomes insensitive to an autoencoder's artefacts. On 5,000 of
+    the procedural `shapes` it takes 12 s on one CPU core and classifies all held-out ones correctly.
+
+    Args:
+        images: training images.
+        labels: their classes, from 0.
+        num_classes: number of classes.
+        seed: of initialisation, order and augmentation.
+        epochs: passes over the images.
+        batch_size: images per step.
+        side: the network's input size, a power of two.
+        width: channels of its first stage.
+        mirror: flip half of the images horizontally.
+        progress: show a progress bar.
+    """
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels: give as many labels as images, at least one")
     if images.dtype != torch.uint8:
@@ -80,7 +98,7 @@ def train_classifier(
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels from {labels.min()} to {labels.max()}: classes are 0..{num_classes - 1}")
 
-    with torch.random.fork_rng(devices=[]):  # nn.Module draws its weights from the global generator
+    with torch.random.fork_rng(devices=[]):  # torch initialises weights from the global generator
         torch.manual_seed(seed)
         classifier = SmallClassifier(num_classes, side=side, width=width)
     generator = torch.Generator().manual_seed(seed)
@@ -107,15 +125,17 @@ def train_classifier(
 def augment(
     pixels: Float[Tensor, "b c h w"], generator: Generator, *, mirror: bool = False
 ) -> Float[Tensor, "b c h w"]:
-    """Shift each image by up to a sixteenth, blur every other one, add noise of a random strength up to 0.1."""
+    """Shift each image by up to a sixteenth of its height, blur half of them, and add noise of random strength up to
+    0.1; `mirror` also flips half of them."""
     b, _, h, w = pixels.shape
-    reach = h // 16
-    padded = F.pad(pixels, [reach] * 4, mode="replicate")
-    places = zip(padded, *torch.randint(0, 2 * reach + 1, (2, b), generator=generator).tolist(), strict=True)
-    shifted = torch.stack([image[:, top : top + h, left : left + w] for image, top, left in places])
+    max_shift = h // 16
+    padded = F.pad(pixels, [max_shift] * 4, mode="replicate")
+    offsets = torch.randint(0, 2 * max_shift + 1, (2, b), generator=generator).tolist()
+    crops = zip(padded, *offsets, strict=True)
+    shifted = torch.stack([image[:, top : top + h, left : left + w] for image, top, left in crops])
     if mirror:
-        as_it_is = rearrange(torch.rand(b, generator=generator) < 0.5, "b -> b 1 1 1")
-        shifted = torch.where(as_it_is, shifted, shifted.flip(-1))
+        keep = rearrange(torch.rand(b, generator=generator) < 0.5, "b -> b 1 1 1")
+        shifted = torch.where(keep, shifted, shifted.flip(-1))
     blurred = F.avg_pool2d(F.pad(shifted, [1] * 4, mode="replicate"), kernel_size=3, stride=1)
     sharp = rearrange(torch.rand(b, generator=generator) < 0.5, "b -> b 1 1 1")
     strength = 0.1 * rearrange(torch.rand(b, generator=generator), "b -> b 1 1 1")
@@ -123,26 +143,29 @@ def augment(
 
 
 class _StageFeatures(nn.Module):
-    """The outputs of all stages, each place of norm 1, side by side: their mean squared difference is the sum of the
-    stages' mean squared distances, as in LPIPS (Zhang et al. 2018, eq. 1, all channels alike)."""
+    """The outputs of all stages, normalised at each position and concatenated.
+
+    Their mean squared difference is the sum over stages of mean squared distances, as in LPIPS (Zhang et al. 2018, eq.
+    1) with equal weights of all channels.
+    """
 
     def __init__(self, stages: nn.Sequential) -> None:
         super().__init__()
         self.stages = stages
-        # A product with it is in float32 whatever autocast made of the stage; a program's own casts are checks.
+        # Multiplying by it casts a stage's output to float32 under autocast; an exported cast would only check a dtype.
         self.register_buffer("one", torch.ones(1, 1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        x, features = images / 127.5 - 1, []  # of 0 to 255
+        x, features = images / 127.5 - 1, []  # images are in [0, 255]
         for stage in self.stages:
             x = stage(x)
-            num_places = x.shape[-2] * x.shape[-1]
-            features.append((F.normalize(self.one * x, dim=1, eps=1e-6) / num_places**0.5).flatten(1))
-        joined = torch.cat(features, dim=1)
-        return joined * joined.shape[1] ** 0.5
+            num_positions = x.shape[-2] * x.shape[-1]
+            features.append((F.normalize(self.one * x, dim=1, eps=1e-6) / num_positions**0.5).flatten(1))
+        concatenated = torch.cat(features, dim=1)
+        return concatenated * concatenated.shape[1] ** 0.5
 
 
 def _stage(c_in: int, c_out: int) -> nn.Sequential:
-    halving = [nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-    keeping = [nn.Conv2d(c_out, c_out, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-    return nn.Sequential(*halving, *keeping)
+    strided = [nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+    second = [nn.Conv2d(c_out, c_out, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+    return nn.Sequential(*strided, *second)

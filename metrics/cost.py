@@ -1,4 +1,4 @@
-"""What a model costs: parameters, arithmetic for one image, images a second."""
+"""The cost of a model: parameters, FLOPs per image, and throughput."""
 
 import statistics
 import time
@@ -13,14 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward pass on one image; `gflops` counts a multiply-add as two operations, the DiT paper as one."""
+    """Cost of a forward pass on one image. `gflops` counts a multiply-add as two operations, the DiT paper as one."""
 
     parameters: int
     gflops: float
 
 
 def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: int = 0) -> Cost:
-    """Count a backbone on one image of `latent_shape` (c, h, w): products, convolutions and attention."""
+    """Count parameters and FLOPs (matrix products, convolutions and attention) for one image of `latent_shape` (c, h,
+    w)."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = next(model.parameters(), torch.zeros(()))
     x_t = torch.zeros(1, *latent_shape, device=first.device, dtype=first.dtype)
@@ -30,7 +31,7 @@ def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: i
     was_training = model.training
     model.eval()
     try:
-        # The counter knows not all of the fused kernels of attention (the CPU's is 0 to it), but what they compute.
+        # FlopCounterMode does not count all fused attention kernels (none on CPUs); the math backend is counted.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(x_t, t, y)
     finally:
@@ -41,15 +42,16 @@ def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: i
 def throughput(
     function: Callable[[], object], *, batch_size: int, num_repeats: int = 5, device: torch.device | str = "cpu"
 ) -> float:
-    """Images a second of a function that handles `batch_size` images a call: the median of `num_repeats`, after one."""
+    """Measure images per second of a function that processes `batch_size` images per call: the median of `num_repeats`
+    calls after a warm-up."""
     device = torch.device(device)
 
     def timed() -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         function()
-        if device.type in ("cuda", "mps"):  # which go on by themselves
+        if device.type in ("cuda", "mps"):  # kernels run asynchronously
             torch.accelerator.synchronize(device)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     timed()
     return batch_size / statistics.median(timed() for _ in range(num_repeats))

@@ -1,4 +1,4 @@
-"""Downloads that do not hang where there is no network, and are whole or absent."""
+"""Downloads that time out without a network, and are written atomically."""
 
 import contextlib
 import socket
@@ -12,7 +12,7 @@ from machine.whole_files import whole
 
 @contextlib.contextmanager
 def network_timeout(seconds: float) -> Iterator[None]:
-    """torch.hub opens its URLs without a timeout: where packets vanish it would wait for minutes."""
+    """A context with a timeout for sockets. torch.hub sets none, and would wait for minutes without a network."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -22,7 +22,7 @@ def network_timeout(seconds: float) -> Iterator[None]:
 
 
 def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether the Hugging Face hub is within reach; asked first, because its client tries each file for 24 s."""
+    """Whether the Hugging Face hub is reachable. Ask this first, because its client retries each file for 24 s."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -35,8 +35,12 @@ def hub_answers(seconds: float = 3.0) -> bool:
 
 
 def download(url: str, name: str, flag: str) -> Path:
-    """A public file, kept by this name in torch hub's folder; a ValueError of one line where it cannot be had."""
-    import torch  # here, as `doctor.py --help` reads this module
+    """Download a public file to torch hub's cache under this name, unless it is there, and return its path.
+
+    Raises:
+        ValueError: it cannot be downloaded; the message is one line that begins with `flag`.
+    """
+    import torch  # not at the top: `doctor.py --help` imports this module
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.is_file():
@@ -45,9 +49,9 @@ def download(url: str, name: str, flag: str) -> Path:
         with network_timeout(seconds=10.0):
             with urlopen(Request(url, method="HEAD")) as reply:
                 length = reply.headers.get("Content-Length")
-            with whole(path) as arriving:
-                torch.hub.download_url_to_file(url, str(arriving))
-                if length is not None and arriving.stat().st_size != int(length):
+            with whole(path) as partial:
+                torch.hub.download_url_to_file(url, str(partial))
+                if length is not None and partial.stat().st_size != int(length):
                     raise OSError("it was cut short")
     except (OSError, HTTPException) as error:
         raise ValueError(f"{flag}: {url} cannot be downloaded ({error}); put the file into {path.parent}") from error

@@ -1,4 +1,4 @@
-"""The networks that images are judged by, and their weights: torch-fidelity's and timm's by name, or a program."""
+"""Feature extractors and their weights: torch-fidelity's and timm's by name, or a program in a file."""
 
 import contextlib
 import hashlib
@@ -27,21 +27,22 @@ from metrics.scores import INCEPTION
 
 PROGRAM = "program"
 TIMM = "timm:"
-REGISTERED = {INCEPTION: "inception-v3-compat"}  # our name -> torch-fidelity's; the others are the same
-PUBLISHED = Path(URL_INCEPTION_V3).stem.split("-")[-1]  # the file of Inception's weights is named by its hash
+REGISTERED = {INCEPTION: "inception-v3-compat"}  # torch-fidelity's name, where it differs from ours
+PUBLISHED = Path(URL_INCEPTION_V3).stem.split("-")[-1]  # prefix of the hash of Inception's weights, in the file's name
 NAMES = (INCEPTION, *(name for name in FEATURE_EXTRACTORS_REGISTRY if name not in REGISTERED.values()))
-UNREADABLE = (  # what resolving, connecting, reading and unpacking a file of weights raise, or what is no state dict
+UNREADABLE = (  # errors of downloading and reading a file of weights, or of a file that is not a state dict
     *(OSError, HTTPException, RuntimeError, ValueError, EOFError, UnpicklingError),
     *(TypeError, KeyError, AttributeError, SafetensorError),
 )
 
 
 class ExtractorError(ValueError):
-    """A feature extractor that cannot be had or used, in the user's words."""
+    """A feature extractor cannot be loaded or used; the message is for users."""
 
 
 class ProgramExtractor(nn.Module):
-    """A program of uint8 RGB [n 3 h w] to features [n d] and class probabilities [n k], here in logarithms."""
+    """A program that maps uint8 RGB [n 3 h w] to features [n d] and class probabilities [n k]. Returns features and
+    log-probabilities."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -59,13 +60,24 @@ class ProgramExtractor(nn.Module):
 
 
 def resized(network: nn.Module, side: int) -> nn.Module:
-    """Behind PIL's bicubic resizing, as DINOv2 is scored on (dgm-eval, Stein et al. 2023; EDM2)."""
+    """Precede a network by bicubic resizing, as in published scores on DINOv2 (dgm-eval, Stein et al. 2023; EDM2)."""
     return nn.Sequential(OrderedDict(resize=Resize([side, side], InterpolationMode.BICUBIC), network=network))
 
 
 def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[nn.Module, str, bool]:
-    """By name, with downloaded weights or a file's, or by a program's path: a network of uint8 images to features [n d]
-    and perhaps logits [n k]; its hash; whether published scores are on it. Or an ExtractorError."""
+    """Load an extractor by name or by the path of a program.
+
+    Args:
+        name: one of `NAMES`, `timm:NAME`, or the path of a program.
+        weights_path: a file of weights for a named extractor; by default they are downloaded.
+
+    Returns:
+        A network from uint8 images to features [n d] and, if it is a classifier, logits [n k]; its hash; and whether
+        its weights are those of published scores.
+
+    Raises:
+        ExtractorError: it cannot be loaded.
+    """
     kind, short_name = naming(name)
     if kind == PROGRAM:
         if not Path(name).is_file():
@@ -90,44 +102,45 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[n
 
 
 def naming(extractor: str) -> tuple[str, str]:
-    """Kind of an extractor (a name of `NAMES`, `timm` or `PROGRAM`), and what its scores are called by."""
+    """Return the kind of an extractor (one of `NAMES`, `timm` or `PROGRAM`) and its name in scores."""
     if extractor in NAMES:
         return extractor, extractor
     return ("timm", extractor.removeprefix(TIMM)) if extractor.startswith(TIMM) else (PROGRAM, Path(extractor).stem)
 
 
 def _load_timm(name: str, weights_path: str | Path | None) -> nn.Module:
-    from metrics.timm_models import find_timm, is_downloaded, load_timm  # seconds to import
+    from metrics.timm_models import find_timm, is_downloaded, load_timm  # not at the top: it takes seconds
 
     flag = f"--extractor {TIMM}{name}"
-    give = "give --weights_path FILE (.safetensors, .pth or .bin), timm's weights of this model or your own"
+    remedy = "give --weights_path FILE (.safetensors, .pth or .bin), timm's weights of this model or your own"
     try:
         find_timm(name)
     except ValueError as error:
         raise ExtractorError(f"{flag}: {error}") from error
     if weights_path is None and not is_downloaded(name) and not hub_answers():
-        raise ExtractorError(f"{flag}: the hub does not answer, and has not served its weights; {give}")
+        raise ExtractorError(f"{flag}: the hub does not answer, and has not served its weights; {remedy}")
     try:
         with network_timeout(seconds=10.0):
             return load_timm(name, weights_path)
     except UNREADABLE as error:
-        why = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         if weights_path is None:
-            raise ExtractorError(f"{flag}: its weights cannot be had ({why}); {give}") from error
-        raise ExtractorError(f"--weights_path {weights_path}: not weights of timm's {name} ({why})") from error
+            raise ExtractorError(f"{flag}: its weights cannot be had ({reason}); {remedy}") from error
+        raise ExtractorError(f"--weights_path {weights_path}: not weights of timm's {name} ({reason})") from error
 
 
 def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorBase:
-    """torch-fidelity's network, without its talk: on failure, ours is the one line that the user reads."""
+    """Load a network of torch-fidelity, without its output to stderr and its warnings."""
     registered = REGISTERED.get(name, name)
     layer_for = FEATURE_EXTRACTORS_REGISTRY[registered].get_default_feature_layer_for_metric
-    # The others' default layer for the inception score holds features, of which a softmax means nothing.
+    # Only Inception has logits; the inception score's default layer of other networks holds features.
     layers = [layer_for("fid"), *([layer_for("isc")] if name == INCEPTION else [])]
     path = None if weights_path is None else str(weights_path)
     try:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(), network_timeout(seconds=10.0):
             warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=FutureWarning)  # CLIP's file
-            if path and not name.startswith("clip"):  # which is TorchScript; the others would be unpickled unchecked
+            # torch-fidelity unpickles files without checks, except CLIP's, which is TorchScript.
+            if path and not name.startswith("clip"):
                 torch.load(path, weights_only=True, map_location="cpu")
             return create_feature_extractor(
                 registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=path

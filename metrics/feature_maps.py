@@ -1,4 +1,4 @@
-"""Features of images at their places, of the networks that representation alignment looks up to."""
+"""Spatial features of frozen networks, the targets of representation alignment."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,16 @@ from metrics.extractors import PROGRAM, ExtractorError, load_extractor, naming
 
 
 class FeatureMaps:
-    """A frozen network's last features [n d h w] of whole images: `prepare` is what a latent cache is built with.
+    """The last spatial features [n d h w] of a frozen network. Like a codec, it can build a latent cache by `prepare`.
 
-    `extractor` is `timm:NAME`, with timm's weights or those in a file, or a program (.pt2 or TorchScript) of images
-    from 0 to 255 to [n d h w]. Maps are averaged down to `grid`, and cost 2 bytes a value in the cache. An
-    ExtractorError names the flag and the remedy.
+    Args:
+        extractor: `timm:NAME`, or the path of a program (.pt2 or TorchScript) from images in [0, 255] to [n d h w].
+        weights_path: a file of weights for timm's model; by default timm's own.
+        grid: height and width to which feature maps are average-pooled; they take 2 bytes per value in the cache.
+        device: where the network runs.
+
+    Raises:
+        ExtractorError: the extractor cannot be used; the message names the flag and the remedy.
     """
 
     def __init__(

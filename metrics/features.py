@@ -1,4 +1,4 @@
-"""Images to features, once for all scores."""
+"""Extraction of features from images, once for all scores."""
 
 import sys
 from collections import deque
@@ -22,22 +22,25 @@ from metrics.scores import DEFAULT, INCEPTION, PER_IMAGE, needs_of
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of images, on the CPU, in the order of their indices; None where metrics need it not."""
+    """The features of a set of images and their statistics, on the CPU, in the order of the images' indices.
+
+    What the requested metrics do not need is None.
+    """
 
     moments: Moments
-    spatial: Moments | None = None  # of Inception's spatial features, for sFID
-    halves: tuple[Moments, Moments] | None = None  # of two random halves of the images
+    spatial: Moments | None = None  # moments of Inception's spatial features, for sFID
+    halves: tuple[Moments, Moments] | None = None  # moments of two random halves of the images
     features: Float[Tensor, "n d"] | None = None
-    logits: Float[Tensor, "n k"] | None = None  # where the extractor is a classifier
+    logits: Float[Tensor, "n k"] | None = None  # if the extractor is a classifier
     labels: Int64[Tensor, " n"] | None = None
     images: UInt8[Tensor, "n 3 h w"] | None = None
-    probe: Probe | None = None  # of a reference with classes: of its training images
+    probe: Probe | None = None  # if this is a reference with classes: the probe of its training images
 
     @staticmethod
     def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> "Features":
-        """Moments and features of those at hand."""
-        second = in_second_half(len(features))
-        halves = (moments_of(features[~second]), moments_of(features[second])) if len(features) > 1 else None
+        """Compute the moments of features that are in memory."""
+        in_second = in_second_half(len(features))
+        halves = (moments_of(features[~in_second]), moments_of(features[in_second])) if len(features) > 1 else None
         return Features(moments_of(features), None, halves, features, logits, labels)
 
     @property
@@ -48,18 +51,26 @@ class Features:
 
     @property
     def num(self) -> int:
-        """Images; 0 where the moments came from a file that does not say."""
+        """Number of images; 0 if the moments are from a file that does not state it."""
         return self.moments.num or 0
 
 
 def in_second_half(num_images: int) -> Bool[Tensor, " n"]:
-    """Which images are in the second of two random halves, always the same: neighbours are often of one class."""
+    """Return a mask of the images in the second of two fixed random halves; neighbouring images often share a class."""
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(0)) < num_images // 2
 
 
 class Extractor:
-    """Images to features: one of `NAMES`, `timm:NAME`, or the path of a program (see `metrics.extractors`);
-    `weights_path` gives a named one its weights. An ExtractorError names the flag and what to give it."""
+    """A feature extractor on a device.
+
+    Args:
+        extractor: one of `NAMES`, `timm:NAME`, or the path of a program (see `metrics.extractors`).
+        weights_path: a file of weights for a named extractor; by default they are downloaded.
+        device: where it runs; it moves to the CPU if the device lacks an operation.
+
+    Raises:
+        ExtractorError: it cannot be loaded; the message names the flag and the remedy.
+    """
 
     def __init__(
         self,
@@ -75,7 +86,8 @@ class Extractor:
             self.module.to(self.device)
         except (RuntimeError, TypeError) as error:
             self._move_to_cpu(error)
-        # The first seven channels of Inception's `mixed_6/conv` (Nash et al. 2021), [n 17*17*7], in ADM's order.
+        # sFID uses the first seven channels of Inception's `mixed_6/conv` (Nash et al. 2021): [n 17*17*7], in the
+        # order of ADM's code.
         self._spatial: deque[Tensor] = deque(maxlen=1)
         if self.kind == INCEPTION:
             branch: Any = self.module.get_submodule("Mixed_6d.branch1x1")
@@ -94,8 +106,20 @@ class Extractor:
         progress: bool = True,
         desc: str = "features",
     ) -> Features:
-        """Features of this process's `num_images` images and the others', put together by `gather`, with what `metrics`
-        need. A ValueError for no images or other than uint8 RGB; an ExtractorError for other failures."""
+        """Extract the features of a set of images that is distributed over all processes.
+
+        Args:
+            batches: this process's share of the images.
+            num_images: number of images in that share.
+            metrics: names of the metrics to compute from the features, which decide what is kept.
+            gather: collects a list from all processes.
+            progress: show a progress bar.
+            desc: name of the images in the progress bar and in errors.
+
+        Raises:
+            ValueError: there are no images, or they are not uint8 RGB.
+            ExtractorError: the extractor fails on them.
+        """
         needs = needs_of(metrics)
         part = _Part(in_second_half(sum(gather([num_images]))), keep=bool(needs & PER_IMAGE))
         try:
@@ -107,9 +131,9 @@ class Extractor:
                     images = batch.images.cpu() if "images" in needs else None
                     part.add(batch.indices, features, logits[0] if logits else None, batch.labels, images)
                     bar.update(len(batch.images))
-        except ValueError as error:  # goes with the part, so that no process waits for one that is gone
+        except ValueError as error:  # raised after gathering, so that no process waits for this one
             part.error = error
-        return _joined(gather([part]), desc)
+        return _merged(gather([part]), desc)
 
     def _outputs(self, images: Tensor, desc: str) -> list[Tensor]:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -130,7 +154,7 @@ class Extractor:
         return outputs
 
     def _run(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The network, which moves to the CPU for good where its device lacks what it needs, and says so."""
+        """Run the network; if its device lacks an operation, move it to the CPU for good and print so."""
         try:
             return self.module(images.to(self.device))
         except (RuntimeError, TypeError) as error:
@@ -138,9 +162,10 @@ class Extractor:
         return self.module(images)
 
     def _move_to_cpu(self, error: Exception) -> None:
-        """Where it has no such operation, or no float64, as Apple's; TorchScript passes on the words alone."""
-        lacking = isinstance(error, NotImplementedError) or "float64" in str(error)
-        if self.device.type == "cpu" or not lacking:
+        """Move the network to the CPU if `error` says that its device lacks an operation, or float64, as Apple's do;
+        otherwise raise `error`."""
+        is_unsupported = isinstance(error, NotImplementedError) or "float64" in str(error)  # TorchScript changes types
+        if self.device.type == "cpu" or not is_unsupported:
             raise error
         first, self.device = self.device, torch.device("cpu")
         self.module.to(self.device)
@@ -148,37 +173,38 @@ class Extractor:
 
 
 class _Part:
-    """One process's share of a set's features, as it grows."""
+    """One process's share of the features: either all rows (`keep`), or running moments of both halves."""
 
-    def __init__(self, second: Tensor, *, keep: bool) -> None:
-        self.second, self.keep = second, keep  # which of all images are in the second half
+    def __init__(self, in_second: Tensor, *, keep: bool) -> None:
+        self.in_second, self.keep = in_second, keep  # mask over the images of all processes
         self.halves, self.spatial = (RunningMoments(), RunningMoments()), RunningMoments()
-        self.kept: list[tuple[Tensor | None, ...]] = []  # indices, features, logits, labels, images
+        self.batches: list[tuple[Tensor | None, ...]] = []  # indices, features, logits, labels, images
         self.error: ValueError | None = None
 
     def add(self, indices: Tensor, features: Tensor, *others: Tensor | None) -> None:
         if self.keep:
-            self.kept.append((indices, features, *others))
+            self.batches.append((indices, features, *others))
         else:
             for half, moments in enumerate(self.halves):
-                moments.update(features[self.second[indices] == half])
+                moments.update(features[self.in_second[indices] == half])
 
 
-def _joined(parts: list[_Part], desc: str) -> Features:
+def _merged(parts: list[_Part], desc: str) -> Features:
+    """Merge the shares of all processes, and raise their errors."""
     for error in filter(None, (part.error for part in parts)):
         raise error
     running = RunningMoments.merged(part.spatial for part in parts)
     spatial = running.moments() if running.num else None
-    kept = [batch for part in parts for batch in part.kept]
-    if kept:  # in the order of their indices: no sum depends on batches or processes
-        columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*kept, strict=True)]
+    rows = [batch for part in parts for batch in part.batches]
+    if rows:  # sorted by index, so that no sum depends on the number of batches or processes
+        columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*rows, strict=True)]
         order = columns[0].argsort()
         rest: Any = (None if column is None else column[order] for column in columns[1:])
         features, logits, labels, images = rest
         return replace(Features.of(features, logits, labels), spatial=spatial, images=images)
     first, second = (RunningMoments.merged(halves) for halves in zip(*(part.halves for part in parts), strict=True))
-    whole = RunningMoments.merged([first, second])
-    if whole.num == 0:
+    total = RunningMoments.merged([first, second])
+    if total.num == 0:
         raise ValueError(f"{desc}: there are no images to score")
     halves = (first.moments(), second.moments()) if first.num and second.num else None
-    return Features(whole.moments(), spatial, halves)
+    return Features(total.moments(), spatial, halves)

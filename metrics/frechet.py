@@ -1,4 +1,4 @@
-"""The Fréchet distance between Gaussians, and their moments taken in one pass, whatever the number of images."""
+"""The Fréchet distance between Gaussians, and running moments of features in constant memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from metrics.scores import Score, too_few
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and unbiased covariance of features, in float64 on the CPU; `num` is None where a file did not say."""
+    """Mean and unbiased covariance of features, in float64 on the CPU; `num` is None if a file does not state it."""
 
     mean: Float[Tensor, " d"]
     covariance: Float[Tensor, "d d"]
@@ -20,7 +20,7 @@ class Moments:
 
 
 class RunningMoments:
-    """Moments of features in batches, merged pairwise (Chan, Golub and LeVeque 1979), which keeps digits."""
+    """Moments of features that arrive in batches, by a numerically stable update (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self) -> None:
         self.num, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
@@ -35,9 +35,9 @@ class RunningMoments:
         if self.num == 0:
             self.num, self.mean, self.scatter = num, mean, scatter
             return
-        total, gap = self.num + num, mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(gap, gap) * (self.num * num / total)
-        self.num, self.mean = total, self.mean + gap * (num / total)
+        total, delta = self.num + num, mean - self.mean
+        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.num * num / total)
+        self.num, self.mean = total, self.mean + delta * (num / total)
 
     @staticmethod
     def merged(parts: Iterable["RunningMoments"]) -> "RunningMoments":
@@ -48,7 +48,7 @@ class RunningMoments:
         return whole
 
     def moments(self) -> Moments:
-        """Of what was taken in; the covariance of fewer than two images is not a number."""
+        """Return the moments so far; with fewer than two images the covariance is NaN."""
         divisor = self.num - 1 if self.num > 1 else float("nan")
         return Moments(self.mean, self.scatter / divisor, self.num)
 
@@ -60,37 +60,44 @@ def moments_of(features: Float[Tensor, "n d"]) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """`|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, squared Wasserstein-2 of two Gaussians (Heusel et al. 2017,
-    eq. 6). The root's trace is that of the eigenvalues of `R^T C_b R`, `C_a = R R^T`: symmetric, so they are real and
-    exact to rounding even where both covariances are singular; of R only columns that are more than rounding count."""
+    """Compute `|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, the squared Wasserstein-2 distance of two Gaussians
+    (Heusel et al. 2017, eq. 6).
+
+    The trace of the square root is the sum of the square roots of the eigenvalues of `R^T C_b R`, with `C_a = R R^T`.
+    This matrix is symmetric, so its eigenvalues are real and accurate even if both covariances are singular. Columns of
+    R that are zero up to rounding are left out.
+    """
     values, vectors = torch.linalg.eigh(a.covariance)
-    known = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    root = vectors[:, known] * values[known].sqrt()
+    is_nonzero = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    root = vectors[:, is_nonzero] * values[is_nonzero].sqrt()
     cross = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(distance.item(), 0.0)  # it rounds below zero where the two are equal
+    return max(distance.item(), 0.0)  # rounding may make it negative for equal Gaussians
 
 
 def frechet_score(samples: Moments, reference: Moments) -> float | Score:
-    """The distance, where both sets have a covariance, which is singular with fewer images than features."""
-    fewest = min(2 if one.num is None else one.num for one in (samples, reference))
+    """Return the Fréchet distance, or no number if a set has fewer than two images and hence no covariance."""
+    fewest = min(2 if moments.num is None else moments.num for moments in (samples, reference))
     return too_few(fewest, 2) if fewest < 2 else frechet_distance(samples, reference)
 
 
 def extrapolated_distance(
     samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], *, sizes: int = 15, seed: int = 0
 ) -> float | Score:
-    """The distance that endlessly many samples would have (Chong and Forsyth 2020): its bias falls as 1 / N, so that a
-    line through the distances of random subsets over 1 / N ends in it. Subsets have a tenth of the samples, but twice
-    as many as there are features, and more. The bias of the reference's number stays."""
+    """Extrapolate the distance to infinitely many samples (Chong and Forsyth 2020).
+
+    The bias is proportional to 1 / N, so a line is fitted to the distances of random subsets against 1 / N and
+    evaluated at 0. Subset sizes run from a tenth of the samples, or twice the number of features if that is more, to
+    all samples. The bias due to the size of the reference stays.
+    """
     num, num_features = samples.shape
     if num < 4 * num_features:
         return too_few(num, 4 * num_features)
-    generator, whole = torch.Generator().manual_seed(seed), moments_of(reference)
-    numbers = torch.linspace(max(num / 10, 2 * num_features), num, sizes).round().long().tolist()
-    subsets = (samples[torch.randperm(num, generator=generator)[:number]] for number in numbers)
-    distances = [frechet_distance(whole, moments_of(subset)) for subset in subsets]
-    inverse = 1 / torch.tensor(numbers, dtype=torch.float64)
-    line = torch.stack([torch.ones_like(inverse), inverse], dim=1)
-    found = torch.linalg.lstsq(line, torch.tensor(distances, dtype=torch.float64)[:, None]).solution
-    return max(found[0].item(), 0.0)
+    generator, reference_moments = torch.Generator().manual_seed(seed), moments_of(reference)
+    subset_sizes = torch.linspace(max(num / 10, 2 * num_features), num, sizes).round().long().tolist()
+    subsets = (samples[torch.randperm(num, generator=generator)[:size]] for size in subset_sizes)
+    distances = [frechet_distance(reference_moments, moments_of(subset)) for subset in subsets]
+    inverse = 1 / torch.tensor(subset_sizes, dtype=torch.float64)
+    design = torch.stack([torch.ones_like(inverse), inverse], dim=1)
+    intercept = torch.linalg.lstsq(design, torch.tensor(distances, dtype=torch.float64)[:, None]).solution[0]
+    return max(intercept.item(), 0.0)

@@ -1,4 +1,4 @@
-"""What neighbours say: precision, recall, density, coverage, and the nearest training image of each sample."""
+"""Metrics by nearest neighbours: precision, recall, density, coverage, and the nearest training image of a sample."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from machine.precision import exact
 from metrics.scores import Score, too_few
 
-ROWS, AT_ONCE = 1024, 65536  # rows of a matrix of distances held at a time, and of its columns where all may be many
+ROWS, AT_ONCE = 1024, 65536  # size of the blocks in which matrices of distances are computed: rows, columns
 
 
 def count_neighbours(
@@ -19,64 +19,73 @@ def count_neighbours(
     neighbourhood: int = 3,
     density_neighbourhood: int = 5,
 ) -> dict[str, Score]:
-    """Precision, recall, density and coverage, counted in balls around images that reach to their k-th neighbour.
+    """Compute precision, recall, density and coverage by balls around images, whose radius is the distance to the k-th
+    neighbour.
 
-    Precision: share of the samples in any ball around a reference image; recall: the reverse (Kynkäänniemi et al. 2019;
-    k = `neighbourhood`). Density: how many balls around reference images hold a sample, over k; coverage: share of
-    these balls that hold any (Naeem et al. 2020, eqs. 3 and 4; k = `density_neighbourhood`).
+    Precision is the share of samples inside any ball around a reference image, recall the reverse (Kynkäänniemi et al.
+    2019; k = `neighbourhood`). Density is the mean number of balls around reference images that contain a sample, over
+    k; coverage is the share of these balls that contain a sample (Naeem et al. 2020, eqs. 3 and 4; k =
+    `density_neighbourhood`).
     """
     num, num_reference = len(samples), len(reference)
     scores: dict[str, Score] = {}
-    reach = [k for k in (neighbourhood, density_neighbourhood) if k < num_reference]
-    radii = dict(zip(reach, neighbour_distances(reference, reach), strict=True))
-    has_manifolds, has_balls = min(num, num_reference) > neighbourhood, density_neighbourhood in radii
-    sample_radius = neighbour_distances(samples, [neighbourhood])[0] if has_manifolds else samples.new_zeros(num)
-    inside, precise, balls = 0, 0, torch.zeros(2, num_reference, dtype=torch.bool, device=reference.device)
-    for start, distances in zip(range(0, num, ROWS), _rows(samples, reference), strict=True):
-        if has_manifolds:
-            precise += int((distances <= radii[neighbourhood]).any(dim=1).sum())
-            balls[0] |= (distances <= sample_radius[start : start + ROWS, None]).any(dim=0)
-        if has_balls:
-            held = distances < radii[density_neighbourhood]
-            inside += int(held.sum())
-            balls[1] |= held.any(dim=0)
-    recalled, covered = balls.double().mean(dim=1).tolist()
-    if has_manifolds:
-        scores |= {"precision": Score(precise / num), "recall": Score(recalled)}
+    ks = [k for k in (neighbourhood, density_neighbourhood) if k < num_reference]
+    radii = dict(zip(ks, neighbour_distances(reference, ks), strict=True))
+    enough_for_precision, enough_for_density = min(num, num_reference) > neighbourhood, density_neighbourhood in radii
+    sample_radius = neighbour_distances(samples, [neighbourhood])[0] if enough_for_precision else samples.new_zeros(num)
+    num_precise = num_inside = 0
+    is_recalled, is_covered = torch.zeros(2, num_reference, dtype=torch.bool, device=reference.device)
+    for start, distances in zip(range(0, num, ROWS), _distance_blocks(samples, reference), strict=True):
+        if enough_for_precision:
+            num_precise += int((distances <= radii[neighbourhood]).any(dim=1).sum())
+            is_recalled |= (distances <= sample_radius[start : start + ROWS, None]).any(dim=0)
+        if enough_for_density:
+            is_inside = distances < radii[density_neighbourhood]
+            num_inside += int(is_inside.sum())
+            is_covered |= is_inside.any(dim=0)
+    recall, coverage = (mask.double().mean().item() for mask in (is_recalled, is_covered))
+    if enough_for_precision:
+        scores |= {"precision": Score(num_precise / num), "recall": Score(recall)}
     else:
         scores |= dict.fromkeys(("precision", "recall"), too_few(min(num, num_reference), neighbourhood + 1))
-    if has_balls:
-        return scores | {"density": Score(inside / (density_neighbourhood * num)), "coverage": Score(covered)}
+    if enough_for_density:
+        return scores | {"density": Score(num_inside / (density_neighbourhood * num)), "coverage": Score(coverage)}
     return scores | dict.fromkeys(("density", "coverage"), too_few(num_reference, density_neighbourhood + 1))
 
 
 def neighbour_distances(x: Float[Tensor, "n d"], ks: list[int]) -> list[Float[Tensor, " n"]]:
-    """From each point to its k-th nearest other one, for each k."""
-    rows = [torch.stack([rows.kthvalue(k + 1, dim=1).values for k in ks]) for rows in _rows(x, x)] if ks else []
-    return list(torch.cat(rows, dim=1)) if ks else []  # its own distance, 0, comes first
+    """Return the distance from each point to its k-th nearest neighbour, for each k."""
+    if not ks:
+        return []
+    # The smallest distance is that of a point to itself.
+    blocks = [torch.stack([block.kthvalue(k + 1, dim=1).values for k in ks]) for block in _distance_blocks(x, x)]
+    return list(torch.cat(blocks, dim=1))
 
 
 def nearest(x: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " n"], Int64[Tensor, " n"]]:
-    """Distance to, and index of, the nearest of `others`, which come to the device of `x` a part at a time."""
-    least, index = torch.full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.int64)
+    """Return distance and index of the nearest of `others`, which are moved to the device of `x` in parts."""
+    best, index = torch.full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.int64)
     for number, part in enumerate(others.split(AT_ONCE)):
-        found = [rows.min(dim=1) for rows in _rows(x, part.to(x.device))]
-        distances, places = (torch.cat([getattr(rows, name) for rows in found]).cpu() for name in ("values", "indices"))
-        index = torch.where(distances < least, places + number * AT_ONCE, index)
-        least = torch.minimum(distances, least)
-    return least, index
+        minima = [block.min(dim=1) for block in _distance_blocks(x, part.to(x.device))]
+        distances = torch.cat([minimum.values for minimum in minima]).cpu()
+        indices = torch.cat([minimum.indices for minimum in minima]).cpu()
+        index = torch.where(distances < best, indices + number * AT_ONCE, index)
+        best = torch.minimum(distances, best)
+    return best, index
 
 
 def share_of_pairs_closer(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
-    """The chance that a random one of `a` is smaller than a random one of `b`, ties counted half: 0.5 where they
-    are alike (the Mann-Whitney statistic over n m)."""
-    from scipy.stats import mannwhitneyu  # a second to import
+    """Return the probability that a random element of `a` is smaller than one of `b`, with ties counted half.
+
+    It is the Mann-Whitney statistic over n m, and 0.5 for equal distributions.
+    """
+    from scipy.stats import mannwhitneyu  # not at the top: it takes a second
 
     return float(mannwhitneyu(b, a, method="asymptotic").statistic) / (len(a) * len(b))
 
 
-def _rows(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """The matrix of Euclidean distances, some rows at a time, in float64."""
+def _distance_blocks(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Compute the matrix of Euclidean distances in float64, in blocks of `ROWS` rows."""
     y = exact(y)
-    for part in exact(x).split(ROWS):
-        yield torch.cdist(part, y)
+    for block in exact(x).split(ROWS):
+        yield torch.cdist(block, y)

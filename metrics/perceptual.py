@@ -1,4 +1,4 @@
-"""Frozen networks in whose features images are compared: modules of images in [-1, 1]."""
+"""Frozen networks whose features perceptual losses compare; their inputs are images in [-1, 1]."""
 
 import pickle
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from metrics.programs import load_program
 
 IMAGENET_MEAN, IMAGENET_STD = [2 * m - 1 for m in (0.485, 0.456, 0.406)], [2 * s for s in (0.229, 0.224, 0.225)]
 LPIPS_HEADS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
-LPIPS_FILE = "lpips_vgg_v0.1.pth"  # of the heads, in torch's hub folder
-UNREADABLE = (OSError, RuntimeError, KeyError, pickle.UnpicklingError)  # what reading, or a download, raises
+LPIPS_FILE = "lpips_vgg_v0.1.pth"  # the heads' file in torch hub's folder
+UNREADABLE = (OSError, RuntimeError, KeyError, pickle.UnpicklingError)  # errors of downloading or reading a file
 
 
 class VGG19Features(nn.Module):
-    """VGG19 (Simonyan and Zisserman 2015) up to its fourth convolution, before the ReLU; torchvision's weights."""
+    """VGG19 (Simonyan and Zisserman 2015) up to its fourth convolution, before the ReLU, with torchvision's weights."""
 
     def __init__(self) -> None:
         from torchvision.models import VGG19_Weights, vgg19
@@ -33,13 +33,14 @@ class VGG19Features(nn.Module):
 
 
 class LPIPSFeatures(nn.Module):
-    """Features whose mean squared difference is LPIPS, version 0.1, of VGG16 (Zhang et al. 2018, eq. 1).
+    """Features whose mean squared difference is LPIPS, version 0.1, with VGG16 (Zhang et al. 2018, eq. 1).
 
-    That adds up squared differences of features of norm 1, weighted by channel: the root of a weight may as well scale
-    its feature. torch-fidelity's LPIPS has no gradient. `heads` is the file of these weights; None downloads it.
+    LPIPS sums squared differences of normalised features, weighted by channel; here, features are scaled by the root of
+    the weight instead. (torch-fidelity's LPIPS has no gradient.) `heads` is the file of these weights; None downloads
+    it.
     """
 
-    ENDS = (4, 9, 16, 23, 30)  # of VGG16's layers: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+    ENDS = (4, 9, 16, 23, 30)  # last layers of VGG16's slices: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 
     def __init__(self, heads: str | None = None) -> None:
         from torchvision.models import VGG16_Weights, vgg16
@@ -63,7 +64,7 @@ class LPIPSFeatures(nn.Module):
 
 
 class ProgramFeatures(nn.Module):
-    """A program in a file of images from 0 to 255: its output, or the first of several."""
+    """A program that takes images in [0, 255]; its features are its output, or the first of several."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -75,40 +76,46 @@ class ProgramFeatures(nn.Module):
 
 
 def _first_layers(name: str, network: Callable[[], Any], weights: Any, num: int) -> nn.Sequential:
-    """Of torchvision's network, whose ReLUs would write over activations that the gradient needs."""
+    """Load the first `num` layers of torchvision's network, with ReLUs that are not in place."""
     with torch.device("meta"):
         layers = network().features[:num]
     try:
-        state = weights.get_state_dict(progress=True, check_hash=True)
+        state_dict = weights.get_state_dict(progress=True, check_hash=True)
     except UNREADABLE as error:
         raise ValueError(
             f"network {name}: its weights could not be downloaded ({error}); put torchvision's file into "
             f"{torch.hub.get_dir()}/checkpoints, or give network a program that you trust, a .pt2 or TorchScript file"
         ) from error
-    layers.load_state_dict({key: state[f"features.{key}"] for key in layers.state_dict()}, assign=True)
+    layers.load_state_dict({key: state_dict[f"features.{key}"] for key in layers.state_dict()}, assign=True)
     return nn.Sequential(*(nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in layers))
 
 
 def _read_heads(path: str | None) -> list[Tensor]:
-    """What each channel of each layer counts, at least 0."""
-    folder, load = f"{torch.hub.get_dir()}/checkpoints", {"map_location": "cpu", "weights_only": True}
+    """Read the nonnegative weights of each layer's channels from a file, or download them."""
+    folder, options = f"{torch.hub.get_dir()}/checkpoints", {"map_location": "cpu", "weights_only": True}
     try:
         if path is None:
-            state = torch.hub.load_state_dict_from_url(LPIPS_HEADS, file_name=LPIPS_FILE, **load)
+            heads = torch.hub.load_state_dict_from_url(LPIPS_HEADS, file_name=LPIPS_FILE, **options)
         else:
-            state = torch.load(Path(path), **load)
-        return [state[f"lin{number}.model.1.weight"].float().clamp(min=0) for number in range(len(LPIPSFeatures.ENDS))]
+            heads = torch.load(Path(path), **options)
+        return [heads[f"lin{index}.model.1.weight"].float().clamp(min=0) for index in range(len(LPIPSFeatures.ENDS))]
     except UNREADABLE as error:
-        what = f"network lpips: its heads could not be downloaded; put them into {folder}/{LPIPS_FILE}"
-        what = f"heads {path}: not the file of LPIPS's heads for VGG16" if path else what
-        raise ValueError(f"{what} ({error}); give heads the lpips package's weights/v0.1/vgg.pth") from error
+        problem = f"network lpips: its heads could not be downloaded; put them into {folder}/{LPIPS_FILE}"
+        problem = f"heads {path}: not the file of LPIPS's heads for VGG16" if path else problem
+        raise ValueError(f"{problem} ({error}); give heads the lpips package's weights/v0.1/vgg.pth") from error
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"vgg19": VGG19Features, "lpips": LPIPSFeatures}
 
 
 def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
-    """A frozen network of images in [-1, 1], of `NETWORKS` or a program's file; a ValueError says what else will do."""
+    """Load a frozen network by its name in `NETWORKS` or from the file of a program.
+
+    `heads` is the file of LPIPS's weights, by default downloaded.
+
+    Raises:
+        ValueError: there is no such network, or it cannot be loaded.
+    """
     if name not in NETWORKS and not Path(name).is_file():
         raise ValueError(
             f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or a program (.pt2) that you trust"

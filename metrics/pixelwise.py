@@ -1,4 +1,4 @@
-"""Images pixel by pixel: how far two are apart, and how much detail one has."""
+"""Metrics on pixels: PSNR and SSIM of pairs of images, and power spectra."""
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +8,21 @@ from torch import Tensor
 
 from machine.precision import exact
 
-WINDOW, SIGMA = 11, 1.5  # of SSIM: pixels a side, and the Gaussian's width
+WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian window: its side and standard deviation, in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def psnr(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-    """Peak signal-to-noise ratio of each pair in dB; infinite where they are equal."""
+    """Return the peak signal-to-noise ratio of each pair in dB; it is infinite for equal images."""
     mse = (exact(images) - exact(others)).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / mse)
 
 
 def ssim(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-    """Structural similarity of each pair, at most 1 (Wang et al. 2004, eq. 13): the mean over channels and Gaussian
-    windows. Raises ValueError for images that are smaller than the window."""
+    """Return the structural similarity of each pair, at most 1 (Wang et al. 2004, eq. 13).
+
+    It is the mean over channels and Gaussian windows. Images smaller than the window raise `ValueError`.
+    """
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM looks at windows of {WINDOW}x{WINDOW} pixels, and these images are smaller")
     x, y = exact(images), exact(others)
@@ -40,14 +42,17 @@ def _windowed(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h_out w_out"]:
 
 
 def spatial_frequencies(height: int, width: int) -> Float[Tensor, " k"]:
-    """Those of `spectrum`, in cycles a pixel: from one cycle an image to the finest of rows and columns, 0.5."""
+    """Return the frequencies of `spectrum` in cycles per pixel, from one cycle per image to the Nyquist frequency."""
     side = min(height, width)
     return torch.arange(1, side // 2 + 1) / side
 
 
 def spectrum(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
-    """Power of each image at its `spatial_frequencies`, the mean over channels and directions: the periodogram of
-    pixels from 0 to 1 without their mean, under a Hann window (Welch 1967). White noise has its variance everywhere."""
+    """Return the radial power spectrum of each image at its `spatial_frequencies`, averaged over channels.
+
+    It is the periodogram of pixels in [0, 1], without their mean and under a Hann window (Welch 1967), averaged over
+    directions. For white noise it equals the variance at all frequencies.
+    """
     x = exact(images) / 255
     x = x - x.mean(dim=(-2, -1), keepdim=True)
     height, width = x.shape[-2:]

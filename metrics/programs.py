@@ -1,8 +1,8 @@
-"""Networks of images that carry their own code: torch.export's programs (`.pt2`), else TorchScript.
+"""Networks stored with their code: torch.export programs (`.pt2`) and TorchScript.
 
-Both may call any of torch's operations, those that read files among them, so run only what you trust.
-`torch.export.load` (2.9 to 2.14) also opens pickles with `weights_only=False`. A plain network needs none but example
-inputs of tensors, so an archive with any other pickle, or compiled code, is refused before it is loaded.
+Both may call any operation of torch, including those that read files, so run only what you trust. Moreover,
+`torch.export.load` (2.9 to 2.14) opens pickles with `weights_only=False`. A plain network has no pickle except example
+inputs, which are tensors; an archive with another pickle, or with compiled code, is refused before it is loaded.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from torch.export.pt2_archive import PT2ArchiveReader
 
 from machine.whole_files import whole
 
-SIZES = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # of images [n c h w]
+SIZES = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # dynamic axes of images [n c h w]
 HOW = "torch.export.export(module.eval(), (images,), dynamic_shapes=({0: D, 2: D, 3: D},)), D = Dim.DYNAMIC"
-PLAIN = re.compile(  # what the archive of a plain network holds; `sample_inputs` is the one pickle
+PLAIN = re.compile(  # names in the archive of a plain network; `sample_inputs` is the only pickle
     r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
     r"|data/constants/(tensor_\d+|model_constants_config\.json)|data/sample_inputs/model\.pt"
     r"|archive_format|archive_version|byteorder|version|\.data/\w+|extra/.*"
@@ -33,7 +33,7 @@ PLAIN = re.compile(  # what the archive of a plain network holds; `sample_inputs
 
 
 def load_program(path: str | Path) -> nn.Module:
-    """The network in a file, on the CPU, in eval mode. Raises ValueError if the file is not what its suffix says."""
+    """Load a network on the CPU in eval mode; raise `ValueError` if the file is not what its suffix says."""
     if Path(path).suffix == ".pt2":
         return load_exported(path)
     try:
@@ -44,7 +44,7 @@ def load_program(path: str | Path) -> nn.Module:
 
 
 def save_program(module: nn.Module, example: Tensor, path: str | Path) -> Path:
-    """Write a module of images [n c h w], of any n, h and w, in the format that the suffix names."""
+    """Save a module that takes images [n c h w] of any n, h and w, in the format of the path's suffix."""
     with whole(Path(path)) as partial:
         if partial.suffix == ".pt2":
             save_exported(torch.export.export(module, (example,), dynamic_shapes=(SIZES,)), partial)
@@ -55,14 +55,14 @@ def save_program(module: nn.Module, example: Tensor, path: str | Path) -> Path:
 
 
 def save_exported(program: ExportedProgram, path: Path) -> None:
-    """Write a program; where its code lies on this machine is not in it."""
+    """Save a program without stack traces, which contain paths of this machine."""
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     torch.export.save(program, str(path))
 
 
 class ExportedNetwork(nn.Module):
-    """A loaded program of a batch of images, in its mode; moving it moves the devices written into its graph."""
+    """A loaded program that takes a batch of images. Moving it also changes the devices in the program's graph."""
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class ExportedNetwork(nn.Module):
         return self.network(images)
 
     def train(self, mode: bool = True) -> "ExportedNetwork":
-        """Nothing: an exported program has no modes, and torch refuses to be asked."""
+        """Do nothing: an exported program has no modes, and its `train` raises."""
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExportedNetwork":
@@ -86,59 +86,63 @@ class ExportedNetwork(nn.Module):
         if device != self.device:
             tensors = [*self.program.state_dict.values(), *self.program.constants.values()]
             for dtype in {tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)}:
-                fn(torch.zeros((), dtype=dtype))  # what the device lacks is told before half of it has moved
+                fn(torch.zeros((), dtype=dtype))  # fail before anything is moved, if the device lacks a dtype
             self.program = move_to_device_pass(self.program, device)
             self.network = self.program.module().requires_grad_(False)
             self.device = device
         return self
 
 
-class _Unfit(Exception):
-    """A sentence about a file."""
+class _Unsupported(Exception):
+    """A file is not a program that can be used here; the message completes a sentence about the file."""
 
 
 def load_exported(path: str | Path) -> ExportedNetwork:
-    """The network in a `.pt2` file; nothing in it is unpickled but tensors. See `load_program`."""
+    """Load a network from a `.pt2` file, of which only tensors are unpickled. See `load_program`."""
     try:
         _refuse_pickles(str(path))
         with _quiet():
             program = torch.export.load(str(path))
         return ExportedNetwork(move_to_device_pass(program, "cpu"))
-    except _Unfit as error:
+    except _Unsupported as error:
         raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # torch's readers raise whatever the damage makes them stumble over
+    except Exception as error:  # on damaged files, torch's readers raise errors of any type
         raise ValueError(
             f"{path}: torch {torch.__version__} cannot read this program ({one_line(error)}); export it anew on the CPU"
         ) from error
 
 
 def one_line(error: Exception) -> str:
-    """An error's first line, cut to a length that leaves room for a remedy."""
+    """Return the first line of an error's message, at most 160 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[0].split())[:160]
 
 
 def _refuse_pickles(path: str) -> None:
+    """Raise an error for an archive with a pickle of anything but example inputs, or with unexpected files."""
     try:
         archive = PT2ArchiveReader(path)
         names = archive.get_file_names()
     except (RuntimeError, AssertionError) as error:
-        raise _Unfit(_what_else(path)) from error
+        raise _Unsupported(_what_else(path)) from error
     for name in names:
         if not PLAIN.fullmatch(name):
-            raise _Unfit(f"it holds {name}, which a plain network does not need and which is not opened")
+            raise _Unsupported(f"it holds {name}, which a plain network does not need and which is not opened")
         if name.endswith("_config.json"):
             for entry in json.loads(archive.read_string(name))["config"].values():
                 if entry["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", entry["path_name"]):
-                    raise _Unfit(f"{entry['path_name']} in it is a pickle, which is not opened; export plain tensors")
+                    raise _Unsupported(
+                        f"{entry['path_name']} in it is a pickle, which is not opened; export plain tensors"
+                    )
         if name.startswith("data/sample_inputs/") and (inputs := archive.read_bytes(name)):
             try:
                 torch.load(io.BytesIO(inputs), weights_only=True, map_location="cpu")
             except Exception as error:
-                raise _Unfit("its example inputs are not tensors alone, and are not opened") from error
+                raise _Unsupported("its example inputs are not tensors alone, and are not opened") from error
 
 
 def _what_else(path: str) -> str:
+    """Describe a file that is not an archive of torch.export."""
     try:
         names = torch._C.PyTorchFileReader(path).get_all_records()
     except RuntimeError:
@@ -151,25 +155,25 @@ def _what_else(path: str) -> str:
 
 
 def _sizes(program: ExportedProgram) -> list[int | None]:
-    """Of each axis of the images, None where it is free."""
+    """Return the size of each axis of a program's images, None for dynamic axes, and check that it can be used."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     inputs = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].ndim != 4:
-        raise _Unfit(f"it takes other inputs than one batch of images [n 3 h w]: export it by {HOW}")
+        raise _Unsupported(f"it takes other inputs than one batch of images [n 3 h w]: export it by {HOW}")
     sizes = [size if isinstance(size, int) else None for size in inputs[0].shape]
     if sizes[0] is not None:
-        raise _Unfit(f"it was exported for batches of exactly {sizes[0]}: export it by {HOW}")
+        raise _Unsupported(f"it was exported for batches of exactly {sizes[0]}: export it by {HOW}")
     for node in program.graph.nodes:
         declared = getattr(getattr(node.target, "_schema", None), "arguments", ())
-        for argument, value in zip(declared, node.args, strict=False):  # those at the end may be left out
+        for argument, value in zip(declared, node.args, strict=False):  # trailing arguments may be left out
             if argument.name in ("train", "training") and value is True:
-                raise _Unfit(f"it was exported in training mode ({node.target}): export it by {HOW}")
+                raise _Unsupported(f"it was exported in training mode ({node.target}): export it by {HOW}")
     return sizes
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's talk of deprecation and of failures, of which ours is the one line that the user reads."""
+    """A context without torch's deprecation warnings, and without its log of failures, which are reported here."""
     logger = logging.getLogger("torch.export")
     before, logger.disabled = logger.disabled, True
     try:

@@ -1,5 +1,8 @@
-"""Features of a reference, kept in a file: our own safetensors, named by the hash of `key`, which says of which images,
-size and extractor they are, and ADM's npz. A file of another key, or with other numbers, is refused."""
+"""Files of a reference's features: our own format, in safetensors, and ADM's npz.
+
+Our files are named by a hash of their `key`, a description of the images, their size and the extractor. A file with
+another key or checksum is refused.
+"""
 
 import hashlib
 import json
@@ -20,32 +23,34 @@ from metrics.features import Extractor, Features
 from metrics.frechet import Moments
 from metrics.scores import INCEPTION
 
-FORMAT, OF_INCEPTION = 3, 4  # whose spatial features have ADM's order since 4
+FORMAT, OF_INCEPTION = 3, 4  # since version 4, Inception's spatial features are in ADM's order
 PER_IMAGE = ("features", "logits", "labels", "images")
-# ADM's reference batches, as its evaluations/README.md lists them: moments of all training images, and 10,000 images.
+# ADM's reference batches, listed in its evaluations/README.md: moments of all training images, and 10,000 images.
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 NAMES = {side: f"VIRTUAL_imagenet{side}{'_labeled' if side < 512 else ''}.npz" for side in (64, 128, 256, 512)}
 PUBLIC = {name: f"{ADM}/{side}/{name}" for side, name in NAMES.items()}
 
 
 class ReferenceError(ValueError):
-    """A reference that cannot be read, or is of other images or another extractor, in the user's words."""
+    """A reference cannot be read, or is of other images or another extractor; the message is for users."""
 
 
 def reference_path(folder: Path, key: Mapping[str, object]) -> Path:
+    """Return the path of the features with this key: the name of their source, and a hash of the key."""
     version = OF_INCEPTION if key.get("extractor") == INCEPTION else FORMAT
     digest = hashlib.sha256(json.dumps({**key, "format": version}, sort_keys=True).encode()).hexdigest()
     return folder / f"{Path(str(key.get('source', 'images'))).stem}-{digest[:16]}.safetensors"
 
 
 def save_features(features: Features, path: Path, key: Mapping[str, object]) -> None:
+    """Save features and their key, with a checksum."""
     first, second = features.halves or (None, None)
-    named = {"whole": features.moments, "spatial": features.spatial, "first": first, "second": second}
-    moments = {name: one for name, one in named.items() if one is not None}
+    candidates = {"whole": features.moments, "spatial": features.spatial, "first": first, "second": second}
+    named_moments = {name: moments for name, moments in candidates.items() if moments is not None}
     tensors = {name: tensor.contiguous() for name in PER_IMAGE if (tensor := getattr(features, name)) is not None}
-    for name, one in moments.items():
-        tensors |= {f"{name}.mean": one.mean.contiguous(), f"{name}.covariance": one.covariance.contiguous()}
-    counts = json.dumps({name: one.num for name, one in moments.items()})
+    for name, moments in named_moments.items():
+        tensors |= {f"{name}.mean": moments.mean.contiguous(), f"{name}.covariance": moments.covariance.contiguous()}
+    counts = json.dumps({name: moments.num for name, moments in named_moments.items()})
     metadata = {"key": json.dumps(key, sort_keys=True), "counts": counts, "sha256": _sha256(tensors, counts)}
     try:
         with whole(path) as partial:
@@ -57,7 +62,11 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
 
 
 def load_features(path: Path, key: Mapping[str, object]) -> Features:
-    """Raises: ReferenceError, when the file is damaged, or of other images or another extractor."""
+    """Load features that were saved with this key.
+
+    Raises:
+        ReferenceError: the file is damaged, or has another key.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -87,10 +96,13 @@ def _sha256(tensors: Mapping[str, Tensor], counts: str) -> str:
 
 
 def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], extractor: Extractor) -> None:
-    """ADM's reference batch (Dhariwal and Nichol 2021): `arr_0` [n h w 3], `mu`, `sigma`, and where the extractor has
-    spatial features `mu_s`, `sigma_s`; beside them the extractor's name and hash, which ADM's own files lack."""
-    about = {"extractor": extractor.name, "extractor_sha256": extractor.sha256, "format": OF_INCEPTION}
-    arrays: dict[str, Any] = {name: np.array(value) for name, value in about.items()}
+    """Write a reference batch in ADM's format (Dhariwal and Nichol 2021).
+
+    It holds `arr_0` [n h w 3], `mu`, `sigma` and, if the extractor has spatial features, `mu_s` and `sigma_s`. The
+    extractor's name and hash are added, which ADM's own files lack.
+    """
+    description = {"extractor": extractor.name, "extractor_sha256": extractor.sha256, "format": OF_INCEPTION}
+    arrays: dict[str, Any] = {name: np.array(value) for name, value in description.items()}
     arrays |= {"arr_0": images.permute(0, 2, 3, 1).numpy()}
     arrays |= {"mu": features.moments.mean.numpy(), "sigma": features.moments.covariance.numpy()}
     if features.spatial is not None:
@@ -102,15 +114,21 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
 def read_adm(
     path: Path, extractor: Extractor, image_size: tuple[int, int] | None = None
 ) -> tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None]:
-    """Moments and images of a reference batch, either of which may be missing; without a name of its extractor,
-    Inception's. ADM's own, by name, are downloaded. Another extractor or resolution is a ReferenceError."""
+    """Read moments and images of a reference batch in ADM's format; either may be missing.
+
+    A file that does not name its extractor is of Inception. If `path` does not exist but is the name of one of ADM's
+    own files, that is downloaded.
+
+    Raises:
+        ReferenceError: the file is damaged, or of another extractor or image size.
+    """
     flag = f"--reference {path}"
     if not path.exists() and str(path) in PUBLIC:
         path = download(PUBLIC[str(path)], str(path), flag)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
+    except Exception as error:  # on damaged files, numpy and zipfile raise errors of any type
         raise ReferenceError(f"{flag}: not a whole npz file ({error})") from error
     if not {"mu", "sigma"} <= arrays.keys() and "arr_0" not in arrays:
         raise ReferenceError(f"{flag}: it holds {sorted(arrays)}, not mu and sigma or arr_0")
@@ -143,6 +161,7 @@ def read_adm(
 
 
 def _moments_in(arrays: Mapping[str, np.ndarray], names: tuple[str, str], num: int | None, flag: str) -> Moments | None:
+    """Return the moments with these names, None if they are missing; raise `ReferenceError` if they are malformed."""
     if not arrays.keys() >= {*names}:
         return None
     mean, covariance = (arrays[name] for name in names)

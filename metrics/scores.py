@@ -1,4 +1,4 @@
-"""Metrics as rows of one table, `METRICS`, for help, checks, tables and `log.best`. Nothing heavy is imported here."""
+"""The table of metrics, `METRICS`, used by help texts, checks, tables and `log.best`. It imports nothing heavy."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,9 +7,9 @@ from inspect import Parameter, signature
 from pkgutil import resolve_name
 from typing import Any
 
-INCEPTION = "inception"  # the extractor on which alone scores bear the literature's names
-PER_IMAGE = {"features", "logits", "images", "labelled"}  # needs that memory grows with
-MISSING = {  # what a metric may need, and why its number cannot be had where that is not there
+INCEPTION = "inception"  # the extractor with which scores have the names of the literature
+PER_IMAGE = {"features", "logits", "images", "labelled"}  # needs whose memory grows with the number of images
+MISSING = {  # the possible needs of a metric, and the reason to give if they are missing
     "features": "the reference holds moments, not the features of each image",
     "logits": "{extractor} has no class probabilities",
     "images": "the reference holds no images",
@@ -21,12 +21,12 @@ MISSING = {  # what a metric may need, and why its number cannot be had where th
 
 @dataclass(frozen=True)
 class Score:
-    """One number, its spread where it has one and what that is, or the reason why there is no number."""
+    """A score, or the reason why there is none."""
 
     value: float | None
     std: float | None = None
-    reason: str | None = None
-    spread: str | None = None
+    reason: str | None = None  # why `value` is None
+    spread: str | None = None  # what `std` is, such as a standard error over so many images
 
 
 def too_few(num_images: int, needed: int) -> Score:
@@ -38,21 +38,22 @@ class Metric:
     """A score of samples against a reference.
 
     Args:
-        compute: what `needs` names, of the samples and (with `reference`) of the reference, to a number, a `Score`, or
-            the scores of several metrics by name, which it is then called for once; or where it lies, as
-            "module:function". Its keyword arguments are recorded; one called `seed` is given the evaluation's
+        compute: a function, or its place as "module:function". Its arguments are what `needs` names, for the samples
+            and (with `reference`) for the reference. It returns a number, a `Score`, or a dictionary with the scores of
+            several metrics, for which it is called once. Its keyword arguments are recorded; one named `seed` is set to
+            the evaluation's seed
         better: "lower" or "higher"
-        needs: "features" (an extractor's [n d] in float64, on its device where that has it), "logits" (the classes'
-            [n k]; their softmax are probabilities), "images" (uint8 [n 3 h w]; all in memory), "moments" or "spatial"
-            (`metrics.frechet.Moments` of the features, or of Inception's spatial ones), or "labelled"
-            (`metrics.agreement.Labelled`: features and classes; the reference's with a probe of the training images)
-        title: at the head of a column; by default its name
-        elsewhere: name and title on any extractor but Inception, where the literature's would mislead
-        bounds: no number outside of these is printed
-        digits: printed after the point; by default 4 below 10, else 2
-        reference: whether it looks at the reference
-        teaches: whether it learns from the samples what it asks of the reference's images, which they then must not be
-        summary: what it is, in a phrase
+        needs: "features" ([n d] in float64, on the extractor's device if that supports it), "logits" ([n k]), "images"
+            (uint8 [n 3 h w], all in memory), "moments" or "spatial" (`metrics.frechet.Moments` of the features, or of
+            Inception's spatial features), or "labelled" (`metrics.agreement.Labelled`: features and classes; for the
+            reference, also a probe of the training images)
+        title: heading of its column; by default its name
+        elsewhere: name and title with extractors other than Inception, where the literature's would mislead
+        bounds: a value outside is treated as no score
+        digits: decimals to print; by default 4 for values below 10, otherwise 2
+        reference: whether it uses the reference
+        teaches: whether it trains on the samples and tests on the reference; then these must not be the same images
+        summary: a phrase for help texts
     """
 
     compute: Callable[..., float | Score | dict[str, Score]] | str
@@ -72,15 +73,15 @@ class Metric:
                 raise ValueError(f"a metric's {fact} is one of {', '.join(choices)}, not {value}")
 
     def call(self, inputs: Iterable[object], seed: int) -> tuple[Any, dict[str, Any]]:
-        """What the function says of its inputs, and its keyword arguments."""
+        """Call the function; return its result and the keyword arguments that it was called with."""
         function = resolve_name(self.compute) if isinstance(self.compute, str) else self.compute
         parameters = signature(function).parameters.values()
-        settings = {one.name: one.default for one in parameters if one.kind is Parameter.KEYWORD_ONLY}
+        settings = {each.name: each.default for each in parameters if each.kind is Parameter.KEYWORD_ONLY}
         settings |= {"seed": seed} if "seed" in settings else {}
         return function(*inputs, **settings), settings
 
     def checked(self, result: Any) -> Score:
-        """As a score; a number that is not finite or out of bounds is none."""
+        """Convert a result to a score; a number that is not finite or out of bounds becomes None, with a reason."""
         score = result if isinstance(result, Score) else Score(float(result))
         low, high = self.bounds
         if score.value is None or (math.isfinite(score.value) and low <= score.value <= high):
@@ -121,12 +122,12 @@ METRICS: dict[str, Metric] = {
     "cas": Metric(PROBE, "higher", elsewhere=("cas", "cas"), teaches=True, **CLASSES),
 }
 METRICS = {name: replace(row, summary=SUMMARIES[name]) for name, row in METRICS.items()}
-DEFAULT = tuple(METRICS)[:8]  # without what takes long or needs classes, and rows that are added from outside
+DEFAULT = tuple(METRICS)[:8]  # without metrics that are slow, need classes, or are registered from outside
 HELP = "of " + "; ".join(f"{name} ({row.better} is better): {row.summary}" for name, row in METRICS.items())
 
 
 def check_metrics(names: Iterable[str]) -> None:
-    """Raises: ValueError, naming what is no metric, and those that there are."""
+    """Raise `ValueError` for names that are not in `METRICS`, or if there are no names."""
     unknown = [name for name in names if name not in METRICS]
     if unknown or not list(names):
         raise ValueError(f"--metrics {','.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}")
@@ -139,13 +140,16 @@ def needs_of(names: Iterable[str]) -> set[str]:
 
 
 def metric_name(metric: str, kind: str, extractor: str) -> str:
-    """What a metric's score is called on an extractor: FID, IS and KID are Inception's, precision is anyone's."""
+    """Return the name of a score with an extractor, such as `fid` with Inception, and `frechet_distance[vgg16]`."""
     elsewhere = METRICS[metric].elsewhere
     return metric if kind == INCEPTION or elsewhere is None else f"{elsewhere[0]}[{extractor}]"
 
 
 def row_of(score: str) -> tuple[str, Metric | None]:
-    """Name and row of the metric of a score, such as "frechet_distance[vgg16]" or "fid, halves"; None if unknown."""
+    """Return name and row of the metric behind a score such as "frechet_distance[vgg16]" or "fid, halves".
+
+    The row of an unknown metric is None.
+    """
     name = score.partition("[")[0].partition(",")[0]
     for metric, row in METRICS.items():
         if name == metric or (row.elsewhere and name == row.elsewhere[0]):
@@ -154,7 +158,7 @@ def row_of(score: str) -> tuple[str, Metric | None]:
 
 
 def is_lower_better(score: str) -> bool | None:
-    """Of a score, whatever extractor it is on, or of a loss; None where nobody knows."""
+    """Whether lower is better for a score, with any extractor, or for a validation loss; None if unknown."""
     if score.startswith("validation_"):
         return True
     row = row_of(score)[1]
@@ -162,7 +166,7 @@ def is_lower_better(score: str) -> bool | None:
 
 
 def title_of(score: str) -> str:
-    """For the head of a column, with an arrow to where it is better."""
+    """Return the heading of a score's column, with an arrow that points to better values."""
     name, row = row_of(score)
     if row is None:
         return name

@@ -1,4 +1,4 @@
-"""Are the metrics and the extractor on this machine what they should be? Inputs with known answers tell."""
+"""Checks of metrics and extractor on this machine, by inputs with known results."""
 
 import math
 
@@ -14,14 +14,18 @@ from metrics.scores import INCEPTION
 
 
 class SelfCheckError(ValueError):
-    """A check that failed: scores of this machine mean nothing until it is mended."""
+    """A check failed, so scores computed on this machine are meaningless."""
 
 
 def self_check(extractor: Extractor) -> str:
-    """Run every check, a line each, and what compares with the literature. A SelfCheckError names what failed."""
+    """Run all checks; return a line for each, and one on which scores compare with the literature.
+
+    Raises:
+        SelfCheckError: a check failed.
+    """
     few, line = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), _line(*range(40))
     half_near = count_neighbours(_line(*range(20), *range(100, 120)), line)
-    first_ten = count_neighbours(_line(*range(10)), line)  # which reach to 12, three neighbours beyond their edge
+    first_ten = count_neighbours(_line(*range(10)), line)  # their balls reach to 12, three beyond the last point
     # Two points each: means (1, 0) and (0, 0), standard deviations (8, 0)^(1/2) and (0, 2)^(1/2).
     pair = torch.tensor([[3.0, 0.0], [-1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, -1.0]])
     checks = [
@@ -29,10 +33,10 @@ def self_check(extractor: Extractor) -> str:
         ("Fréchet distance with fewer images than features", frechet_distance(moments_of(few), moments_of(few)), 0.0),
         ("precision", half_near["precision"].value, 0.5),
         ("recall", first_ten["recall"].value, 13 / 40),
-        ("coverage", first_ten["coverage"].value, 12 / 40),  # balls within 5 neighbours of a sample
+        ("coverage", first_ten["coverage"].value, 12 / 40),
         # Constant features 1 against 0: (1 + 1)^3 + 1 - 2.
         ("kernel distance", kernel_distance(torch.ones(20, 1), torch.zeros(20, 1)).value, 7.0),
-        # Sure of each image, four classes as often: the score is four.
+        # Confident predictions of four equally frequent classes have a score of four.
         ("inception score", classifier_score(1000 * torch.eye(4).repeat(10, 1), splits=1).value, 4.0),
     ]
     lines = [_verdict(*check, tolerance=1e-6) for check in checks]
@@ -41,7 +45,7 @@ def self_check(extractor: Extractor) -> str:
 
 
 def _comparable(extractor: Extractor) -> str:
-    """Which numbers compare with published ones."""
+    """Say which scores of this extractor compare with published ones."""
     if extractor.kind != INCEPTION:
         return (
             f"Extractor {extractor.name} (sha256 {extractor.sha256[:12]}): its distances compare with others on the "
@@ -66,11 +70,11 @@ def _verdict(name: str, value: float | None, expected: float, *, tolerance: floa
 
 
 def _batches_matter(extractor: Extractor) -> float:
-    """By how much the features of an image depend on the images beside it."""
+    """Return the relative difference of features between extraction in one batch and image by image."""
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     features = [extractor(image_batches(images, size), 5, progress=False).features for size in (5, 1)]
-    together, alone = (torch.zeros(0) if one is None else one for one in features)
-    return ((together - alone).norm() / together.norm().clamp(min=1e-12)).item()
+    batched, single = (torch.zeros(0) if rows is None else rows for rows in features)
+    return ((batched - single).norm() / batched.norm().clamp(min=1e-12)).item()
 
 
 def _line(*numbers: int) -> Tensor:

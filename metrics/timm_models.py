@@ -1,4 +1,4 @@
-"""Any of timm's image models as a feature extractor: what its classifier sees, and what that says."""
+"""timm's image models as feature extractors."""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 
 class TimmFeatures(nn.Module):
-    """A model on uint8 images of any size: features before the classifier, log-probabilities. Preprocessing is timm's
-    for evaluation, in float32, where timm's own goes through PIL's 8 bits."""
+    """A timm model on uint8 images of any size: returns features before the classifier and, if it has one,
+    log-probabilities. Preprocessing is timm's for evaluation, but in float32 rather than PIL's 8 bits."""
 
     mean: Tensor
     std: Tensor
@@ -43,20 +43,21 @@ class TimmFeatures(nn.Module):
         return features, self.model.forward_head(hidden).float().log_softmax(dim=1)
 
     def maps(self, images: Shaped[Tensor, "n 3 h w"]) -> Float[Tensor, "n d h_out w_out"]:
-        """Hidden states of the last layer at their places, of images from 0 to 255, of which nothing is cut off."""
+        """Return the last spatial features of images in [0, 255], which are resized without a crop."""
         pixels = transforms.resize(images.float(), list(self.size), self.interpolation, antialias=True)
         normalised = (pixels.clamp(0, 255) / 255 - self.mean) / self.std
         options = {"indices": 1, "norm": True, "output_fmt": "NCHW", "intermediates_only": True}
         return self.model.forward_intermediates(normalised, **options)[0]
 
     def preprocess(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h_out w_out"]:
-        """Scaled, antialiased, normalised, cut to the middle: what the model was trained on."""
+        """Resize with antialiasing, normalise and crop to the centre, as the model's configuration says."""
         pixels = transforms.resize(images.float(), self._scaled(images.shape[-2:]), self.interpolation, antialias=True)
         normalised = (pixels.clamp(0, 255) / 255 - self.mean) / self.std
-        return transforms.center_crop(normalised, list(self.size))  # where it is too small, in the mean's colour
+        return transforms.center_crop(normalised, list(self.size))  # pads small images with 0, the mean colour
 
     def _scaled(self, size: Sequence[int]) -> list[int]:
-        """The size before the cut: the whole of the scale, or the image's own aspect, to cover it or to fit into it."""
+        """Return the size before the crop: `scale_size` if squashed, or one of the image's aspect ratio that covers
+        `scale_size` or, with a border, fits into it."""
         if self.crop_mode == "squash":
             return list(self.scale_size)
         if self.crop_mode == "center" and len(set(self.scale_size)) == 1:
@@ -67,31 +68,33 @@ class TimmFeatures(nn.Module):
 
 
 def find_timm(name: str) -> None:
-    """Raises: ValueError, if timm has no model of this name, with those of similar names."""
+    """Raise `ValueError`, with similar names, unless timm has a model of this name."""
     architecture, _, tag = name.partition(".")
     tagged = timm.list_models(f"{architecture}.*", pretrained=True) if is_model(architecture) else []
     if not is_model(name) or (tag and name not in tagged):
-        like = get_close_matches(name, tagged or timm.list_models(), n=3)
-        raise ValueError(f"timm {timm.__version__} has no such model" + (f"; it has {', '.join(like)}" if like else ""))
+        close = get_close_matches(name, tagged or timm.list_models(), n=3)
+        hint = f"; it has {', '.join(close)}" if close else ""
+        raise ValueError(f"timm {timm.__version__} has no such model{hint}")
 
 
 def is_downloaded(name: str) -> bool:
-    """Whether the hub's cache holds weights of this model."""
+    """Whether the cache of the hub has weights of this model."""
     repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
     files = ("model.safetensors", "pytorch_model.bin")
     return bool(repository) and any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
 
 
 def load_timm(name: str, weights_path: str | Path | None = None) -> TimmFeatures:
-    """A model with a file's weights, or timm's own. A file without the classifier's gives features alone."""
+    """Load a model with timm's weights, or with those of a file; if the file lacks the classifier's, the model has
+    features only."""
     settings: dict[str, Any] = {}
     if weights_path is not None:
-        state = load_state_dict(str(weights_path), weights_only=True)
+        state_dict = load_state_dict(str(weights_path), weights_only=True)
         classifiers = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
         classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-        parts = [f"{classifier}.{part}" for classifier in classifiers for part in ("weight", "bias")]
-        num_classes = next((len(state[part]) for part in parts if part in state), 0)
-        overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0}
+        keys = [f"{classifier}.{kind}" for classifier in classifiers for kind in ("weight", "bias")]
+        num_classes = next((len(state_dict[key]) for key in keys if key in state_dict), 0)
+        overlay = {"state_dict": state_dict, "num_classes": num_classes, "label_offset": 0}
         settings = {"num_classes": num_classes, "pretrained_cfg_overlay": overlay}
     model: Any = timm.create_model(name, pretrained=True, **settings)
     model.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
