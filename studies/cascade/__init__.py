@@ -1,4 +1,4 @@
-"""Three shallow stages in place of one deep model: a small image from noise, upsampled, refined."""
+"""Cascade: three shallow stages in place of one deep model, which generate a small image, upsample it and refine it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -25,22 +25,25 @@ def cascade(
     forcing: Annotated[Sequence[Sequence[int | float]], "[0, 1]"] = ((0.9, 0.1), (0.1, 0.0)),
     augmentation: Annotated[Sequence[int | float], "[0, 1]"] = (0.5, 0.1),
 ) -> "studies.cascade.cascade_diffusion.Cascade":
-    """small images, upsampled, refined; --model Cascade
+    """small images, upsampled and refined; needs --model Cascade
 
-    A one-step `x_0` divides errors of `epsilon` by alpha: that prediction is for chains that do not end in noise.
+    The upsampler is trained on the coarse stage's one-step prediction of `x_0`. With `prediction: epsilon`, it divides
+    the model's error by alpha, so it is only useful for schedules that do not end in pure noise.
 
     Args:
-        coarse: the first stage: 'diffusion', 'dae' (a denoising autoencoder) or 'resnet' (from noise)
-        upsampler: 'pixelshuffle', 'bilinear' (and a convolution), 'resnet' or 'interpolation'
+        coarse: first stage: 'diffusion', 'dae' (a denoising autoencoder) or 'resnet' (maps noise to an image)
+        upsampler: 'pixelshuffle', 'bilinear' (followed by a convolution), 'resnet' or 'interpolation'
         refiner: 'vit', 'conv', 'none', or 'diffusion' (super-resolution: Ho et al. 2021)
-        factor: side of the images over that of the first stage's
-        schedule: of diffusions: see the gaussian's
-        num_timesteps: of diffusions: T
-        prediction: of diffusions: 'epsilon', 'x_0' or 'v'
-        sigma: of 'dae': standard deviation of its noise
-        phases: relative lengths of the training's three: the first stage, the other two, all
-        forcing: probability of the true small image at the beginning and end of the second phase and of the third
-        augmentation: of the refiner 'diffusion': noise of its image in training and at sampling, as shares of times
+        factor: side of the images divided by that of the first stage's
+        schedule: noise schedule of stages that are diffusions, as for 'gaussian'
+        num_timesteps: number of timesteps of stages that are diffusions
+        prediction: prediction of stages that are diffusions: 'epsilon', 'x_0' or 'v'
+        sigma: for 'dae': standard deviation of its noise
+        phases: relative lengths of the three training phases: first stage alone, the other two, all together
+        forcing: probability of teacher forcing (upsampling the true small image, not the first stage's) at the
+            beginning and end of the second phase, and of the third
+        augmentation: for the refiner 'diffusion': noise added to its small image, at most in training and at sampling,
+            as fractions of the timesteps
     """
     from studies.cascade.cascade_diffusion import PHASES, Cascade
     from studies.cascade.denoising import Denoising

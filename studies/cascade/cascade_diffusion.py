@@ -1,10 +1,14 @@
-"""Images in three stages: small ones from noise, upsampled, refined; trained in three phases.
+"""Diffusion and objective of the cascade: small images, upsampled and refined, trained in three phases.
 
-A model for it puts out what its stages make of a small noisy image `x_t` of the coarse size:
-`model(x_t, t, y, connect=..., condition=..., frozen=...) -> (coarse, upsampled, refined)`, where `connect` turns the
-coarse output into the image that the upsampler is given, or into None where the coarse stage is all that is asked for,
-`condition` goes to a refiner that denoises, and a `frozen` coarse stage gets no gradient. One call a step: whatever is
-wrapped around the model sees all of it. To sample, its `coarse`, `upsampler` and `refiner` are called by themselves.
+A training step calls the model once, on a noisy image `x_t` of the coarse size:
+`model(x_t, t, y, connect=..., condition=..., frozen=...) -> (coarse, upsampled, refined)`.
+
+- `connect` maps the coarse stage's output to the upsampler's input, or to None where only the coarse stage is trained.
+- `condition` is passed to a refiner that is a diffusion model.
+- `frozen` detaches the coarse stage: it gets no gradient.
+
+It is a single call so that wrappers such as DDP see one forward pass. Sampling calls the model's `coarse`, `upsampler`
+and `refiner` separately.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +29,8 @@ from training.objective import Objective, Phase
 
 
 class Trained(NamedTuple):
+    """Which stages a phase trains."""
+
     coarse: bool
     others: bool  # upsampler and refiner
 
@@ -37,7 +43,7 @@ PHASES = (Trained(True, False), Trained(False, True), Trained(True, True))
 
 
 class CascadeObjective(Objective):
-    """The coarse stage, then upsampler and refiner, then all of them (see `Cascade`); validated under full forcing."""
+    """Trains the coarse stage, then upsampler and refiner, then all stages; validation uses full teacher forcing."""
 
     trains_in_parts = True
     can_align = False
@@ -48,30 +54,34 @@ class CascadeObjective(Objective):
         return self.diffusion.phases
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
-        during = {} if phase is None else self.diffusion.during(phase.number, phase.progress)
-        during |= {"t": batch.t, "noise": batch.noise, "draws": batch.more, "auxiliary": self.auxiliary_terms(phase)}
-        return self.diffusion.training_loss(model, batch.x_0, batch.y, **during)
+        options = {} if phase is None else self.diffusion.during(phase.number, phase.progress)
+        options |= {"t": batch.t, "noise": batch.noise, "draws": batch.more, "auxiliary": self.auxiliary_terms(phase)}
+        return self.diffusion.training_loss(model, batch.x_0, batch.y, **options)
 
 
 class Cascade(Diffusion):
-    """Three shallow stages in place of one deep model. The chain that a sampler walks is the coarse stage's.
+    """Three shallow stages in place of one deep model. Samplers walk the chain of the coarse stage.
 
-    Phases: the coarse stage by its own objective; upsampler and refiner by the squared errors of the images that they
-    make, the coarse stage frozen; then all of it, by the sum of these losses. In the last two the upsampler is given,
-    with the probability of teacher forcing, the true image made small, else what the coarse stage makes of its noised
-    version in one step: the predicted `x_0`, through which, in the last phase, the gradient of upsampler and refiner
-    flows into the coarse stage. Both are made of one image, so that there is a truth to hold them against.
+    Training has three phases:
 
-    By itself, outside of a training's phases, the loss is that of all stages under full teacher forcing.
+    1. The coarse stage learns by its own objective.
+    2. Upsampler and refiner learn by the squared error of their images; the coarse stage is frozen.
+    3. All stages learn by the sum of these losses.
+
+    In phases 2 and 3 the upsampler's input is either the downsampled true image (teacher forcing) or the coarse stage's
+    one-step prediction of `x_0` from a noisy version of it. In phase 3 the gradient of upsampler and refiner flows
+    through that prediction into the coarse stage. Both inputs belong to the same image, which is the target.
+
+    Outside of a training, the loss is that of all stages under full teacher forcing.
 
     Args:
-        coarse: objective of the coarse stage.
-        refinement: of upsampler and refiner.
-        factor: side of the image over that of the coarse one.
-        phases: relative lengths of the three.
-        forcing: probability of teacher forcing at the beginning and at the end of the second and of the third phase,
-            between which it falls linearly.
-        model_args: what a backbone for it has to be built with.
+        coarse: diffusion of the coarse stage.
+        refinement: training and sampling of upsampler and refiner.
+        factor: side of the image divided by that of the coarse image.
+        phases: relative lengths of the three phases.
+        forcing: probability of teacher forcing at the beginning and the end of phase 2, and of phase 3; it changes
+            linearly in between.
+        model_args: arguments that a backbone for this diffusion has to be built with.
     """
 
     stages = ("coarse", "upsampler", "refiner")
@@ -86,8 +96,8 @@ class Cascade(Diffusion):
         forcing: Sequence[Sequence[int | float]],
         model_args: Mapping[str, Any],
     ) -> None:
-        sampled: dict[str, Any] = {"default_sampler": coarse.default_sampler, "samplers": coarse.samplers}
-        super().__init__(coarse.path, coarse.prediction, times=coarse.sample_timesteps, **sampled)
+        samplers: dict[str, Any] = {"default_sampler": coarse.default_sampler, "samplers": coarse.samplers}
+        super().__init__(coarse.path, coarse.prediction, times=coarse.sample_timesteps, **samplers)
         self.coarse, self.refinement, self.factor = coarse, refinement, factor
         self.phases, self.forcing, self.model_args = phases, forcing, model_args
 
@@ -95,14 +105,14 @@ class Cascade(Diffusion):
         return self.coarse.reverse_steps(num_steps, spacing)
 
     def during(self, phase: int, progress: float) -> dict[str, Any]:
-        """What a phase asks of `training_loss` at a share of its steps, 0 to 1."""
+        """Arguments of `training_loss` in a phase, at a fraction `progress` of its steps."""
         first, last = (1.0, 1.0) if phase == 0 else self.forcing[phase - 1]
         return {"trained": PHASES[phase], "forcing": first + (last - first) * progress}
 
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """Whether the teacher forces, as numbers in [0, 1), and what the refinement draws."""
+        """Draw the random numbers of teacher forcing, in [0, 1), and those of the refinement."""
         forcing = torch.rand(shape[0], generator=generator, device=device)
         return {"forcing": forcing, **self.refinement.draw(shape, self.factor, generator, device)}
 
@@ -120,7 +130,11 @@ class Cascade(Diffusion):
         trained: Trained = PHASES[-1],
         forcing: float = 1.0,
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """`loss` and, by phase, `mse` of the coarse stage, `upsampled`, `refined`, auxiliary terms, `forced`."""
+        """Compute `loss` and its terms for each image of a batch.
+
+        Depending on the phase, these are the terms of the coarse stage, the squared errors `upsampled` and `refined`,
+        auxiliary terms, and `forced`: whether teacher forcing was used.
+        """
         t, noise = self.draw(x_0, t, noise, generator)
         draws = draws or self.draw_more(x_0.shape, generator, x_0.device)
         x_0 = x_0.float()
@@ -135,25 +149,25 @@ class Cascade(Diffusion):
             return self.refinement.augment(torch.where(forced[:, None, None, None], low_0, predicted), draws)
 
         condition = self.refinement.condition(x_0, y, draws)
-        coarse, up, output = model(x_t, t, y, connect=connect, condition=condition, frozen=not trained.coarse)
+        coarse, upsampled, output = model(x_t, t, y, connect=connect, condition=condition, frozen=not trained.coarse)
 
         terms: dict[str, Tensor] = {"loss": torch.zeros_like(forced, dtype=torch.float32)}
         if trained.coarse:
             terms = self.coarse.terms(coarse.float(), low_0, x_t, t, low_noise)
         if trained.others:
             refined = self.refinement.read(output.float(), x_0, draws)
-            terms |= {"upsampled": mean_per_sample((up.float() - x_0).square()), "refined": refined.loss}
+            terms |= {"upsampled": mean_per_sample((upsampled.float() - x_0).square()), "refined": refined.loss}
             terms["loss"] = terms["loss"] + terms["upsampled"] + terms["refined"]
             terms["forced"] = forced.float()
             terms = with_auxiliary(terms, auxiliary, refined.x_0, x_0, y, refined.share)
         return terms
 
     def shrink(self, image: Images) -> Float[Tensor, "b c h2 w2"]:
-        """An image of the coarse size: means of squares of `factor` pixels."""
+        """Downsample images to the coarse size: the means of squares of `factor` x `factor` pixels."""
         return F.avg_pool2d(image, self.factor)
 
     def shrink_noise(self, noise: Images) -> Float[Tensor, "b c h2 w2"]:
-        """Unit normal noise of the coarse size, from noise of the image's."""
+        """Downsample noise to the coarse size, rescaled to unit variance."""
         return self.factor * self.shrink(noise)
 
     # Sampling.
@@ -161,19 +175,22 @@ class Cascade(Diffusion):
     def generate(
         self, walk: Walk, model: Any, noise: Images, y: Labels, *, guide_model: Any, draw_noise: Any, on_stage: Any
     ) -> Images:
-        """A coarse image down its chain, upsampled, refined; a refiner that denoises is guided by the null label."""
+        """Sample a coarse image by its chain, upsample and refine it.
+
+        A `guide_model` guides the coarse stage alone; without it a diffusion refiner is guided by the null label, too.
+        """
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
         low = walk(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
-        changed: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
-        if self.samplers:  # those are for the coarse stage alone
-            changed |= {"sampler": "ddpm", "sampler_args": {}}
-        rest = replace(walk, options=replace(walk.options, **changed))
-        up, refined = self.refinement.generate(rest, model, low, y, draw_noise)
-        for name, image in zip(self.stages, (low, up, refined), strict=True):
+        overrides: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
+        if self.samplers:  # the coarse stage has samplers of its own, which a diffusion refiner cannot use
+            overrides |= {"sampler": "ddpm", "sampler_args": {}}
+        refiner_walk = replace(walk, options=replace(walk.options, **overrides))
+        upsampled, refined = self.refinement.generate(refiner_walk, model, low, y, draw_noise)
+        for name, image in zip(self.stages, (low, upsampled, refined), strict=True):
             on_stage(name, image.to(noise.dtype))
         return refined.to(noise.dtype)
 
-    # There is no path from the image itself.
+    # The full-size image has no noising process, so what needs one is refused.
 
     def q_sample(self, x_0: Images, t: Timesteps, noise: Images) -> Images:
         raise ValueError(NO_CHAIN)

@@ -1,4 +1,4 @@
-"""Denoising at a single level of noise, `alpha x_0 + sigma noise`: data are drawn by denoising again and again."""
+"""Denoising autoencoder at a single noise level, `alpha x_0 + sigma noise`, sampled by repeated denoising."""
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -10,18 +10,21 @@ from diffusion.transition import Images, Level, Timesteps, Transition
 
 
 def iterated(chain: Chain, x_t: Images) -> Moments:
-    """Denoised, then noised to the same level again: a Markov chain whose stationary distribution is the data's where
-    the model draws from `p(x_0 | x_t)` (Bengio et al. 2013, theorem 1). Ours gives the mean, so it smooths."""
+    """Sample by denoising and adding noise of the same level, in turn.
+
+    If the model sampled from `p(x_0 | x_t)`, the stationary distribution of this Markov chain would be that of the data
+    (Bengio et al. 2013, theorem 1). Ours predicts the mean instead, so samples are smoother.
+    """
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
         x_t = at.alpha_next * x_0
-        if at.sigma_next > 0:  # the last step leaves what was denoised
+        if at.sigma_next > 0:  # the last step adds no noise
             x_t = x_t + at.sigma_next * chain.draw_noise()
         yield x_t, x_0
 
 
 class SingleLevel(Path):
-    """The same alpha and sigma at the only time, 0."""
+    """Path with a single time, 0, and constant alpha and sigma."""
 
     max_time = 0
 
@@ -36,7 +39,7 @@ class SingleLevel(Path):
         return Level(self.alpha * ones, self.sigma * ones)
 
     def levels(self, t: Timesteps) -> Level:
-        """Without a transfer from the CPU."""
+        """Alpha and sigma as images, made on the device of `t`, so that nothing is copied from the CPU."""
         ones = torch.ones(len(t), 1, 1, 1, device=t.device)
         return Level(self.alpha * ones, self.sigma * ones)
 
@@ -55,7 +58,7 @@ class SingleLevel(Path):
 
 
 class Denoising(Diffusion):
-    """A denoising autoencoder (Vincent et al. 2008), by the squared error of `x_0`; of pure noise if `alpha = 0`."""
+    """Denoising autoencoder (Vincent et al. 2008) that predicts `x_0`; with `alpha = 0` its input is pure noise."""
 
     def __init__(self, alpha: float = 1.0, sigma: float = 0.5) -> None:
         super().__init__(
@@ -67,9 +70,9 @@ class Denoising(Diffusion):
         )
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
-        """From the level to itself, and at last to the data; there is nothing to space."""
+        """Steps from the noise level to itself, the last one to the data; `spacing` has no effect."""
         times = self.path.timesteps(num_steps)
-        here = self.path(times[0])
-        data = Level(torch.ones_like(here.alpha), torch.zeros_like(here.sigma))
-        ends = [here] * (len(times) - 1) + [data]
-        return [(0, Transition.between(*here, *end)) for end in ends]
+        noisy = self.path(times[0])
+        data = Level(torch.ones_like(noisy.alpha), torch.zeros_like(noisy.sigma))
+        ends = [noisy] * (len(times) - 1) + [data]
+        return [(0, Transition.between(*noisy, *end)) for end in ends]

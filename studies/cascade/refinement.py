@@ -1,4 +1,4 @@
-"""How the refiner of a cascade is trained and drawn from: as a regression, or as a diffusion of its own."""
+"""Training and sampling of a cascade's upsampler and refiner: as a regression, or as a diffusion of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,54 +13,56 @@ from diffusion.samplers import Walk
 from diffusion.transition import Images, Labels
 
 Condition = tuple[Tensor, Tensor, Tensor, Tensor]
-"""(x_t, t, level, y): what a refiner that denoises is given beside the upsampled image."""
+"""(x_t, t, level, y): inputs of a diffusion refiner beside the upsampled image; `level` is that image's noise level."""
 DrawNoise = Callable[[Tensor], Tensor]
 Ends = tuple[Float[Tensor, "b c _ _"], Float[Tensor, "b c _ _"]]
 
 
 class Refined(NamedTuple):
-    """What a refiner's output says."""
+    """Loss and predicted image of a refiner's output."""
 
     loss: Float[Tensor, " b"]
     x_0: Images
-    share: Float[Tensor, " b"]  # what auxiliary terms of `x_0` count
+    share: Float[Tensor, " b"]  # weight of auxiliary loss terms on `x_0`
 
 
 class Refinement:
-    """From the image that the upsampler is given on: by itself a regression of the refiner's output."""
+    """Upsampler and refiner as a regression of the image, trained by squared error."""
 
     def draw(
         self, shape: Sequence[int], factor: int, generator: torch.Generator | None, device: torch.device | str
     ) -> dict[str, Tensor]:
-        """What training draws for a batch of images of this shape, `factor` times the side of the coarse ones."""
+        """Draw the random numbers of a training step for images of this shape, `factor` times the coarse side."""
         return {}
 
     def augment(self, low: Images, draws: Mapping[str, Tensor]) -> Images:
-        """What the upsampler is given in training for a coarse image."""
+        """Map a coarse image to the upsampler's input in training."""
         return low
 
     def condition(self, x_0: Images, y: Labels, draws: Mapping[str, Tensor]) -> Condition | None:
-        """What the refiner is given in training, beside what the upsampler made."""
+        """The refiner's inputs in training beside the upsampled image; None for a regression."""
         return None
 
     def read(self, output: Images, x_0: Images, draws: Mapping[str, Tensor]) -> Refined:
+        """Compute loss and predicted image from the refiner's output."""
         return Refined(mean_per_sample((output - x_0).square()), output, torch.ones(len(x_0), device=x_0.device))
 
     def generate(self, walk: Walk, model: Any, low: Images, y: Labels, draw_noise: DrawNoise) -> Ends:
-        """What the model's upsampler and refiner make of a coarse image."""
-        up = model.upsampler(low)
-        return up, model.refiner(up, None)
+        """Upsample and refine a coarse image; returns both results."""
+        upsampled = model.upsampler(low)
+        return upsampled, model.refiner(upsampled, None)
 
 
 class SuperResolution(Refinement):
-    """Diffusion given the upsampled coarse image, with noise-conditioning augmentation: that image is noised, as the
-    diffusion itself does it, and the refiner told how much, so that it learns to make up for what is wrong with coarse
-    images at sampling time (Ho et al. 2021, section 4).
+    """Super-resolution diffusion, conditioned on the upsampled coarse image, with noise conditioning augmentation.
+
+    The coarse image is noised by the diffusion's forward process, and the refiner is told the noise level. So it learns
+    to correct errors of the coarse images that it is given at sampling time (Ho et al. 2021, section 4).
 
     Args:
-        diffusion: of the images.
-        augmentation: the largest time of that noise in training, where each up to it is as likely, and the one at
-            sampling, as shares of the diffusion's times; zeros leave it out.
+        diffusion: diffusion of the full-size images.
+        augmentation: timestep of the noise on the coarse image, as a fraction of the diffusion's timesteps: the upper
+            end of a uniform distribution in training, and the constant at sampling. Zeros turn it off.
     """
 
     def __init__(self, diffusion: Diffusion, augmentation: Sequence[int | float]) -> None:
@@ -73,7 +75,7 @@ class SuperResolution(Refinement):
         self.in_training, self.at_sampling = augmentation
 
     def level(self, share: Float[Tensor, " b"]) -> Labels:
-        """A time of the diffusion."""
+        """Timestep of the diffusion at a fraction of its range."""
         return (share * self.diffusion.path.max_time).long()
 
     def draw(
@@ -103,11 +105,11 @@ class SuperResolution(Refinement):
 
     def generate(self, walk: Walk, model: Any, low: Images, y: Labels, draw_noise: DrawNoise) -> Ends:
         level = self.level(torch.full((len(low),), float(self.at_sampling), device=low.device))
-        up = model.upsampler(self.diffusion.q_sample(low, level, draw_noise(low)) if self.in_training else low)
+        upsampled = model.upsampler(self.diffusion.q_sample(low, level, draw_noise(low)) if self.in_training else low)
 
         def denoise(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            halves = len(x_t) // len(up)  # under guidance two, with and without label
-            return model.refiner(up.repeat(halves, 1, 1, 1), (x_t, t, level.repeat(halves), y))
+            repeats = len(x_t) // len(upsampled)  # 2 under guidance: the batch with labels and without
+            return model.refiner(upsampled.repeat(repeats, 1, 1, 1), (x_t, t, level.repeat(repeats), y))
 
-        silent = replace(walk, callback=None)
-        return up, silent(self.diffusion, denoise, draw_noise(up), y, guide_model=None)
+        refiner_walk = replace(walk, callback=None)
+        return upsampled, refiner_walk(self.diffusion, denoise, draw_noise(upsampled), y, guide_model=None)

@@ -1,4 +1,4 @@
-"""A cascade of three wide, shallow stages: a small image, upsampled, refined. Each stage is a choice from a table."""
+"""Backbone of the cascade: three wide, shallow stages (coarse, upsampler, refiner), each chosen from a table."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -19,13 +19,13 @@ from models.layers.modulation import PassThrough
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.residual import Downsample, NearestUpsample, ResidualBlock, group_norm
 
-TIME_DIM = 128  # of the embedding of time and label
+TIME_DIM = 128  # width of the embedding of time and label
 
 # The coarse stage: (x_t, t, y) -> [b c_out h w], at the coarse size.
 
 
 class ResidualNet(nn.Module):
-    """Convolutions two by two, each pair with a skip and time and label between them, from `width` to `latent`."""
+    """Residual blocks at one resolution, conditioned on time and label; their width grows from `width` to `latent`."""
 
     def __init__(
         self, in_channels: int, out_channels: int, num_classes: int, *, width=128, latent=256, num_blocks=3
@@ -48,7 +48,7 @@ class ResidualNet(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Down to half the side, where it is widest, and up again: nothing goes past the bottleneck."""
+    """Encoder to half the side, a wider bottleneck and a decoder, without skip connections around the bottleneck."""
 
     def __init__(
         self, in_channels: int, out_channels: int, num_classes: int, *, width: int = 128, latent: int = 256
@@ -77,7 +77,7 @@ class Autoencoder(nn.Module):
 
 
 class PlainBlock(nn.Sequential):
-    """Two convolutions and a skip, without conditioning; starts as the identity."""
+    """Residual block of two convolutions without conditioning; it starts as the identity."""
 
     def __init__(self, channels: int) -> None:
         first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
@@ -92,7 +92,7 @@ def interpolation(channels: int, factor: int) -> nn.Module:
 
 
 class Bilinear(nn.Sequential):
-    """Interpolated, then a convolution, at first the identity."""
+    """Bilinear interpolation followed by a convolution that starts as the identity."""
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Bilinear(nn.Sequential):
 
 
 class PixelShuffle(nn.Sequential):
-    """Residual blocks at the coarse size, whose last channels become pixels (Shi et al. 2016)."""
+    """Residual blocks at the coarse size; sub-pixel convolution then turns channels into pixels (Shi et al. 2016)."""
 
     def __init__(self, channels: int, factor: int, *, width: int = 256, num_blocks: int = 2) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class PixelShuffle(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """What residual blocks add to an image, at first nothing."""
+    """Residual blocks whose output is added to the image; it starts at zero."""
 
     def __init__(self, channels: int, width: int, num_blocks: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Residual(nn.Module):
 
 
 class ResNet(Residual):
-    """Interpolated, then refined by residual blocks at the full size."""
+    """Bilinear interpolation, corrected by residual blocks at the full size."""
 
     def __init__(self, channels: int, factor: int, *, width: int = 128, num_blocks: int = 2) -> None:
         super().__init__(channels, width, num_blocks)
@@ -137,14 +137,14 @@ class ResNet(Residual):
         return super().forward(self.interpolate(image))
 
 
-# The refiner: (image, what a denoiser is given beside it) -> [b c h w], at the full size.
+# The refiner: (image, condition) -> [b c h w], at the full size.
 
 Condition = tuple[Tensor, Tensor, Tensor, Tensor] | None
-"""(x_t, t, level, y): a noisy image, its time, the noise level of the image to refine, labels."""
+"""(x_t, t, level, y) for a diffusion refiner: noisy image, its time, noise level of the image to refine, labels."""
 
 
 class ViTRefiner(nn.Module):
-    """What a vision transformer over patches adds to the image, at first nothing."""
+    """Vision transformer over patches whose output is added to the image; it starts at zero."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class ViTRefiner(nn.Module):
         num_heads: int = 4,
         patch_size: int = 4,
     ) -> None:
-        from timm.models.vision_transformer import Block  # seconds to import
+        from timm.models.vision_transformer import Block  # here, as the import takes seconds
 
         super().__init__()
         check_heads(width, num_heads)
@@ -176,6 +176,8 @@ class ViTRefiner(nn.Module):
 
 
 class ConvRefiner(Residual):
+    """Residual blocks at the full size."""
+
     def __init__(
         self, channels: int, size: tuple[int, int], num_classes: int, *, width: int = 128, num_blocks: int = 2
     ) -> None:
@@ -186,11 +188,12 @@ class ConvRefiner(Residual):
 
 
 def no_refiner(channels: int, size: tuple[int, int], num_classes: int) -> nn.Module:
+    """A refiner that returns the upsampled image unchanged."""
     return PassThrough()
 
 
 class DiffusionRefiner(nn.Module):
-    """A denoiser that sees the image to refine beside the noisy one, and both noise levels (Ho et al. 2021)."""
+    """Denoiser of the full-size image, conditioned on the image to refine and both noise levels (Ho et al. 2021)."""
 
     def __init__(
         self, channels: int, size: tuple[int, int], num_classes: int, *, width: int = 128, num_blocks: int = 3
@@ -204,7 +207,7 @@ class DiffusionRefiner(nn.Module):
         self.head = zero_(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, image: Images, condition: Condition) -> Images:
-        assert condition is not None  # the diffusion gives it
+        assert condition is not None  # the diffusion passes it with this refiner
         x_t, t, level, y = condition
         cond = self.cond(t, y) + self.level(level)
         x = self.stem(torch.cat([x_t, image], dim=1))
@@ -219,27 +222,27 @@ REFINERS = {"vit": ViTRefiner, "conv": ConvRefiner, "none": no_refiner, "diffusi
 
 
 Connect = Callable[[Tensor], Tensor | None] | None
-"""From what the coarse stage puts out to what the upsampler is given; None where no more is asked for."""
+"""Maps the coarse stage's output to the upsampler's input, or to None where only the coarse stage is to run."""
 
 
 Stages = tuple[Tensor, Tensor | None, Tensor | None]
-"""What coarse stage, upsampler and refiner put out, as far as they were asked."""
+"""Outputs of coarse stage, upsampler and refiner; None where a stage did not run."""
 
 
 class Cascade(Backbone):
-    """A coarse stage at a fraction of the image's side, an upsampler, a refiner.
+    """Coarse stage at a fraction of the image's side, upsampler and refiner.
 
-    As any backbone, `model(x_t, t, y)` takes an image through all three. The diffusion of cascades trains the stages by
-    objectives of their own, in one call that tells how they are connected, and samples them one by one.
+    Like any backbone, `model(x_t, t, y)` passes an image through all three. The cascade's diffusion trains the stages
+    by objectives of their own, in one call that says how they are connected (`connect`), and samples them separately.
 
     Args:
         coarse: name in `COARSE`.
         upsampler: name in `UPSAMPLERS`.
         refiner: name in `REFINERS`.
-        factor: side of the image over that of the coarse one.
-        coarse_args: arguments of the coarse stage that differ from its own, such as {width: 64}.
-        upsampler_args: of the upsampler.
-        refiner_args: of the refiner.
+        factor: side of the image divided by that of the coarse image.
+        coarse_args: arguments of the coarse stage that differ from its defaults, such as {width: 64}.
+        upsampler_args: the same for the upsampler.
+        refiner_args: the same for the refiner.
     """
 
     def __init__(
@@ -265,7 +268,7 @@ class Cascade(Backbone):
         self.refiner = _build("refiner", REFINERS, refiner, refiner_args, out_channels, self.input_size, num_classes)
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
-        from timm.models.vision_transformer import Block  # seconds to import
+        from timm.models.vision_transformer import Block  # here, as the import takes seconds
 
         return ResidualBlock, PlainBlock, Block
 
@@ -274,16 +277,16 @@ class Cascade(Backbone):
     ) -> Tensor | Stages:
         if connect is None:
             small = F.avg_pool2d(x_t, self.factor)
-            up = self.upsampler(self.coarse(small, t, y))
-            return self.refiner(up, (up, t, torch.zeros_like(t), y))
+            upsampled = self.upsampler(self.coarse(small, t, y))
+            return self.refiner(upsampled, (upsampled, t, torch.zeros_like(t), y))
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             coarse = self.coarse(x_t, t, y)
         image = connect(coarse)
         if image is None:
             return coarse, None, None
-        up = self.upsampler(image)
-        return coarse, up, self.refiner(up, condition)
+        upsampled = self.upsampler(image)
+        return coarse, upsampled, self.refiner(upsampled, condition)
 
 
 def _build(
@@ -293,7 +296,10 @@ def _build(
     arguments: Mapping[str, Any] | None,
     *fixed: Any,
 ) -> nn.Module:
-    """A stage by its name, with its own arguments on top of what follows from the others."""
+    """Build a stage by its name in a table from the fixed arguments, which follow from the others, and its own.
+
+    Raises ValueError for an unknown name or argument.
+    """
     check_choice(stage, name, table)
     accepted = list(inspect.signature(table[name]).parameters)[len(fixed) :]
     for argument in (arguments or {}).keys() - set(accepted):
