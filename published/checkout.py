@@ -1,6 +1,7 @@
-"""The published implementation, from a user's own checkout of its repository, for `scripts/benchmark.py --compare`.
+"""The published XSwin implementation, from a user's checkout of its repository, for `scripts/benchmark.py --compare`.
 
-Nothing of it is kept here: its packages are loaded under other names, and trained and sampled as its scripts do.
+This repository contains none of that code: its packages are imported from the checkout under other names, and models
+are trained and sampled as its scripts do it.
 """
 
 import importlib.util
@@ -14,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = {"DiT": ("dit", "DiT_S_2"), "UViT": ("uvit", "UViT_S_2")}  # modules and constructors
+BASELINES = {"DiT": ("dit", "DiT_S_2"), "UViT": ("uvit", "UViT_S_2")}  # module and constructor
 
 
 class Published:
-    """Models and diffusion of a checkout of the XSwin authors' repository; a FileNotFoundError where it is none."""
+    """Models and diffusion of a checkout of the XSwin authors' repository. Raises FileNotFoundError if it is none."""
 
     def __init__(self, checkout: Path) -> None:
         self.models = _load_package("published_models", checkout / "models")
         self.diffusion = _load_package("published_diffusion", checkout / "diffusion")
 
     def create(self, name: str, *, latent_size: int, num_classes: int) -> Any:
-        """The paper's model of that name, in training mode; a ValueError for another."""
-        if name in PLAIN:
-            module, size = PLAIN[name]
-            constructor = getattr(importlib.import_module(f"published_models.{module}"), size)
-            return constructor(input_size=latent_size, num_classes=num_classes).train()
+        """Create a model of the paper, in training mode. Raises ValueError for an unknown name."""
+        if name in BASELINES:
+            module, constructor = BASELINES[name]
+            create_model = getattr(importlib.import_module(f"published_models.{module}"), constructor)
+            return create_model(input_size=latent_size, num_classes=num_classes).train()
         if name not in ("XSwin", "USwin"):
             raise ValueError(f"--models {name}: the published implementation has XSwin, USwin, DiT and UViT")
         sizes = {"num_classes": num_classes, "input_size": [latent_size] * 2, "input_channels": 4, "output_channels": 8}
@@ -40,10 +41,13 @@ class Published:
     def step(
         self, name: str, num_classes: int, device: torch.device, precision: str, batch: Callable[[], tuple[Any, Any]]
     ) -> Callable[[], None]:
-        """An optimizer step as their script makes it, on `batch()`: latents and labels; in bf16 with fused AdamW."""
+        """Return a function that makes one optimizer step as the authors' script does; in bf16 AdamW is fused.
+
+        `batch()` returns latents and labels.
+        """
         model = self.create(name, latent_size=8, num_classes=num_classes).to(device)
-        average = deepcopy(model).requires_grad_(False).eval()
-        averages = dict(average.named_parameters())
+        ema = deepcopy(model).requires_grad_(False).eval()
+        ema_parameters = dict(ema.named_parameters())
         bf16, diffusion = precision == "bf16", self.diffusion.create_diffusion(timestep_respacing="")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=bf16 or None)
 
@@ -55,22 +59,23 @@ class Published:
                 loss = diffusion.training_losses(model, x_0, t, {"y": y})["loss"].mean()
             loss.backward()
             optimizer.step()
-            with torch.no_grad():  # parameter by parameter
+            with torch.no_grad():
                 for key, parameter in model.named_parameters():
-                    averages[key].mul_(0.9999).add_(parameter.data, alpha=1 - 0.9999)
+                    ema_parameters[key].mul_(0.9999).add_(parameter.data, alpha=1 - 0.9999)
 
         return step
 
     def sample(self, model: Any, noise: Tensor, y: Tensor, *, num_classes: int, num_steps: int, scale: float) -> Tensor:
-        """As their scripts do: guided ancestral sampling, both halves of guidance as one batch of twice the size."""
+        """Sample as the authors' scripts do: ancestral sampling with classifier-free guidance in a doubled batch."""
         diffusion = self.diffusion.create_diffusion(str(num_steps))
         labels = torch.cat([y, torch.full_like(y, num_classes)])
         doubled = torch.cat([noise, noise])
-        told = {"clip_denoised": False, "model_kwargs": {"y": labels, "cfg_scale": scale}, "device": noise.device}
-        return diffusion.p_sample_loop(model.forward_with_cfg, doubled.shape, doubled, **told).chunk(2)[0]
+        options = {"clip_denoised": False, "model_kwargs": {"y": labels, "cfg_scale": scale}, "device": noise.device}
+        return diffusion.p_sample_loop(model.forward_with_cfg, doubled.shape, doubled, **options).chunk(2)[0]
 
 
 def _load_package(name: str, folder: Path) -> ModuleType:
+    """Import the package in a folder under another name."""
     source = folder / "__init__.py"
     if not source.is_file():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""A DiT of ours as diffusers' own in diffusers' own pipeline, so that any of its tools can read the weights."""
+"""Export of a DiT as diffusers' `DiTTransformer2DModel` in a `DiTPipeline`, which diffusers' tools can load."""
 
 import copy
 from pathlib import Path
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from models.dit import DiT, DiTBlock
 from models.layers.style import BlockStyle
 
-NULL_LABEL = 1000  # diffusers' DiTPipeline knows no other
+NULL_LABEL = 1000  # hard-coded in diffusers' DiTPipeline
 
 
 def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, vae: Any) -> dict[str, Any]:
-    """The parts of a `DiTPipeline`, and its index; a ValueError says what that pipeline cannot follow."""
+    """Write the parts of a `DiTPipeline`, and return its index.
+
+    Raises ValueError naming what that pipeline cannot reproduce.
+    """
     kind, times = checkpoint.config.diffusion.kind, checkpoint.build_diffusion().path.model_times
     chain = f"DiTPipeline cannot walk {kind}, {sampling.sampler}, {sampling.spacing};"
     walks = kind == "gaussian" and sampling.sampler != "ddpm" and sampling.spacing == "trailing"
@@ -40,16 +43,16 @@ def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, v
 
 
 def native_names(classes: list[str]) -> list[str]:
-    """Names that DiTPipeline tells apart: semicolons for commas, and the label behind a name that others have."""
+    """Make class names that DiTPipeline accepts: it splits at commas, and needs names to be unique."""
     names = [" ".join(name.replace(",", ";").split()) for name in classes]
     return [name if names.count(name) == 1 else f"{name} ({label})" for label, name in enumerate(names)]
 
 
 def to_diffusers(model: nn.Module) -> Any:
-    """A `DiTTransformer2DModel` with the model's weights, null label 1000; a ValueError says why there is none.
+    """Convert a DiT to a `DiTTransformer2DModel` whose null label is 1000. Raises ValueError saying why it cannot be.
 
-    diffusers spaces the frequencies of its time embedding by 10000^(1/127), DiT and ours by 10000^(1/128): outputs
-    agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0.
+    Outputs differ slightly: the frequencies of diffusers' time embedding are spaced by 10000^(1/127), those of DiT and
+    ours by 10000^(1/128). They agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0.
     """
     from diffusers import DiTTransformer2DModel
 
@@ -61,26 +64,30 @@ def to_diffusers(model: nn.Module) -> Any:
     _refuse(not fits, f"diffusers' DiT has 1 to 1000 classes and a square latent, {shape}")
     first: Any = model.blocks[0]
     dim, num_heads = model.patch.out_features, first.attention.num_heads
-    kinds = [[type(module) for module in block.modules()] for block in (first, DiTBlock(dim, num_heads, BlockStyle()))]
-    _refuse(kinds[0] != kinds[1], "diffusers' DiT has the published blocks, without qk_norm, other norms, mlp, ...;")
+    published = DiTBlock(dim, num_heads, BlockStyle())
+    types, expected = ([type(module) for module in block.modules()] for block in (first, published))
+    _refuse(types != expected, "diffusers' DiT has the published blocks, without qk_norm, other norms, mlp, ...;")
     _refuse(first.mlp.fc1.out_features != 4 * dim, "diffusers' DiT has an mlp_ratio of 4;")
     sizes: dict[str, Any] = {"num_attention_heads": num_heads, "attention_head_dim": dim // num_heads}
     sizes |= {"in_channels": model.in_channels, "out_channels": model.out_channels, "num_layers": len(model.blocks)}
     sizes |= {"sample_size": height, "patch_size": model.patch_size, "num_embeds_ada_norm": NULL_LABEL}
-    theirs = DiTTransformer2DModel(**sizes, norm_eps=1e-6)
-    theirs.load_state_dict({name: tensor.contiguous() for name, tensor in _weights(model).items()})
-    return theirs.eval()
+    transformer = DiTTransformer2DModel(**sizes, norm_eps=1e-6)
+    transformer.load_state_dict({name: tensor.contiguous() for name, tensor in _convert(model).items()})
+    return transformer.eval()
 
 
 def without_shift(autoencoder: Any) -> Any:
-    """A copy whose own layers centre latents, as DiTPipeline ignores `shift_factor`; a ValueError where they cannot."""
-    of_one_scale = type(autoencoder).__name__ == "AutoencoderKL" and autoencoder.config.get("latents_std") is None
-    _refuse(not of_one_scale, "DiTPipeline wants an AutoencoderKL of one scale for all channels;")
+    """Fold an autoencoder's `shift_factor`, which DiTPipeline ignores, into the convolutions around its latents.
+
+    Returns a copy, or the autoencoder itself if it has no shift. Raises ValueError where it has no such convolutions.
+    """
+    has_one_scale = type(autoencoder).__name__ == "AutoencoderKL" and autoencoder.config.get("latents_std") is None
+    _refuse(not has_one_scale, "DiTPipeline wants an AutoencoderKL of one scale for all channels;")
     shift = autoencoder.config.shift_factor
     if not shift:
         return autoencoder
-    without_layers = autoencoder.quant_conv is None or autoencoder.post_quant_conv is None
-    _refuse(without_layers, "DiTPipeline cannot shift latents, and this autoencoder needs it;")
+    has_no_convs = autoencoder.quant_conv is None or autoencoder.post_quant_conv is None
+    _refuse(has_no_convs, "DiTPipeline cannot shift latents, and this autoencoder needs it;")
     centred = copy.deepcopy(autoencoder)
     with torch.no_grad():
         centred.quant_conv.bias[: centred.config.latent_channels] -= shift
@@ -89,25 +96,27 @@ def without_shift(autoencoder: Any) -> Any:
     return centred
 
 
-def _refuse(wrong: bool, why: str) -> None:
-    if wrong:
-        raise ValueError(f"--native: {why} leave --native out")
+def _refuse(condition: bool, reason: str) -> None:
+    """Raise ValueError with a reason where a condition holds."""
+    if condition:
+        raise ValueError(f"--native: {reason} leave --native out")
 
 
-def _weights(model: DiT) -> dict[str, Tensor]:
-    ours, side = model.state_dict(), model.patch_size
-    labels = ours["cond.label.weight"]
-    table = torch.zeros(NULL_LABEL + 1, labels.shape[1])
-    table[: model.num_classes], table[NULL_LABEL] = labels[:-1], labels[-1]
+def _convert(model: DiT) -> dict[str, Tensor]:
+    """State dict of the `DiTTransformer2DModel` that equals a DiT."""
+    state_dict, side = model.state_dict(), model.patch_size
+    labels = state_dict["cond.label.weight"]
+    label_table = torch.zeros(NULL_LABEL + 1, labels.shape[1])
+    label_table[: model.num_classes], label_table[NULL_LABEL] = labels[:-1], labels[-1]
     weights = {
-        "pos_embed.proj.weight": rearrange(ours["patch.weight"], "d (c p q) -> d c p q", p=side, q=side),
-        "pos_embed.proj.bias": ours["patch.bias"],
+        "pos_embed.proj.weight": rearrange(state_dict["patch.weight"], "d (c p q) -> d c p q", p=side, q=side),
+        "pos_embed.proj.bias": state_dict["patch.bias"],
     }
     linears = {"proj_out_1": "final.modulation", "proj_out_2": "final.linear"}
     for number in range(len(model.blocks)):
         source, target = f"blocks.{number}", f"transformer_blocks.{number}"
         embedding = f"{target}.norm1.emb"
-        weights[f"{embedding}.class_embedder.embedding_table.weight"] = table
+        weights[f"{embedding}.class_embedder.embedding_table.weight"] = label_table
         linears |= {
             f"{embedding}.timestep_embedder.linear_1": "cond.time.mlp.0",
             f"{embedding}.timestep_embedder.linear_2": "cond.time.mlp.2",
@@ -117,8 +126,8 @@ def _weights(model: DiT) -> dict[str, Tensor]:
             f"{target}.ff.net.2": f"{source}.mlp.fc2",
         }
         for kind in ("weight", "bias"):
-            parts = ours[f"{source}.attention.qkv.{kind}"].chunk(3)
+            parts = state_dict[f"{source}.attention.qkv.{kind}"].chunk(3)
             weights |= {f"{target}.attn1.to_{x}.{kind}": part for x, part in zip("qkv", parts, strict=True)}
     for target, source in linears.items():
-        weights |= {f"{target}.{kind}": ours[f"{source}.{kind}"] for kind in ("weight", "bias")}
+        weights |= {f"{target}.{kind}": state_dict[f"{source}.{kind}"] for kind in ("weight", "bias")}
     return weights

@@ -1,4 +1,4 @@
-"""What diffusers' `from_pretrained` reads: a checkpoint as a folder of its format."""
+"""Export of a checkpoint as a folder that diffusers' `from_pretrained` loads."""
 
 import json
 import shutil
@@ -16,7 +16,11 @@ PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 
 
 def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, native: bool) -> str:
-    """Write all of it; returns how the backbone left. A ValueError names the setting that diffusers cannot follow."""
+    """Write scheduler, autoencoder, backbone and index, and say in what form the backbone is.
+
+    With `native` that is a `DiTPipeline`, otherwise an exported program with a pipeline of our own. Raises ValueError
+    naming the setting that diffusers cannot reproduce.
+    """
     scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
     vae = None
     if isinstance(codec, LatentCodec):
@@ -25,21 +29,21 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, 
             raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have")
         if codec.kind.representation:
             raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which the pipeline cannot use")
-        vae.register_to_config(_name_or_path=None)  # a folder of this machine
+        vae.register_to_config(_name_or_path=None)  # it may be a path on this machine
     folder.mkdir()
     if native:
-        index, how = write_native(folder, checkpoint, sampling, scheduler, vae), "DiTPipeline"
+        index, form = write_native(folder, checkpoint, sampling, scheduler, vae), "DiTPipeline"
     else:
-        index, how = _write_program(folder, checkpoint, sampling, spacing, vae)
+        index, form = _write_program(folder, checkpoint, sampling, spacing, vae)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     scheduler.save_pretrained(folder / "scheduler")
     _write_json(folder / "model_index.json", index)
     (folder / "README.md").write_text(readme(checkpoint, sampling, native=native))
-    return f"{checkpoint.spec.name} as {how}"
+    return f"{checkpoint.spec.name} as {form}"
 
 
 def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, vae: Any) -> tuple[dict[str, Any], str]:
-    """The backbone as a program, beside code that samples from it; the pipeline's index."""
+    """Export the backbone as a program, and copy the pipeline's code beside it; returns the index and a description."""
     spec, denoiser = checkpoint.spec, folder / "denoiser"
     program, error = export_denoiser(checkpoint.load_model(), spec)
     denoiser.mkdir()
@@ -67,19 +71,24 @@ def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, v
 
 
 def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
-    """The model as a program for any batch, and how far it is from the model on another; a ValueError if too far."""
+    """Export a model as a program for any batch size, traced with `batch_size` images.
 
-    def example(num: int) -> tuple:
+    Returns the program and its largest relative error on a batch of another size. Raises ValueError where the error
+    exceeds 1e-4.
+    """
+
+    def random_inputs(num: int) -> tuple:
         generator = torch.Generator().manual_seed(num)
         x_t = torch.randn(num, spec.in_channels, *spec.input_size, generator=generator)
         t = 999 * torch.rand(num, generator=generator)
         return x_t, t, torch.randint(spec.num_classes + 1, (num,), generator=generator)
 
     with torch.no_grad():
-        expected = model(*example(batch_size + 2))  # first, as what a model keeps must not be kept from tracing
+        # Called before tracing, so that tensors which a model caches at its first call are not traced ones.
+        expected = model(*random_inputs(batch_size + 2))
         batch = torch.export.Dim("batch")
-        program = torch.export.export(model, example(batch_size), dynamic_shapes=({0: batch},) * 3)
-        output = program.module()(*example(batch_size + 2))
+        program = torch.export.export(model, random_inputs(batch_size), dynamic_shapes=({0: batch},) * 3)
+        output = program.module()(*random_inputs(batch_size + 2))
     error = ((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
     if not error < 1e-4:
         raise ValueError(f"the exported program differs from the model by {error:.1e} of its largest output")
@@ -87,6 +96,7 @@ def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
 
 
 def readme(checkpoint: Any, sampling: Any, *, native: bool) -> str:
+    """README of the folder, with code that samples from it."""
     classes = native_names(checkpoint.classes) if native else checkpoint.classes
     text = (PARTS / ("native.md" if native else "pipeline.md")).read_text()
     return f"# {checkpoint.spec.name}, step {checkpoint.step}\n\n" + text.format(

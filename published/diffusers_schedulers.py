@@ -1,4 +1,4 @@
-"""diffusers' schedulers that walk the chains of our samplers."""
+"""The schedulers of diffusers that make the same steps as our samplers."""
 
 import math
 from dataclasses import asdict
@@ -6,14 +6,15 @@ from typing import Any
 
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-FOLLOWED = {"sampler", "num_steps", "spacing", "guidance_scale", "legacy_cfg_channels", "clip"}  # of sampling
-PREDICTIONS: dict[str, dict[str, Any]] = {  # of each kind, and the scheduler's word
+# Sampling settings that an exported pipeline has; all others must have their defaults.
+SUPPORTED = {"sampler", "num_steps", "spacing", "guidance_scale", "legacy_cfg_channels", "clip"}
+PREDICTIONS: dict[str, dict[str, Any]] = {  # by kind: our name of each prediction, and the scheduler's
     "gaussian": {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"},
-    "flow": {"velocity": "velocity", "x_0": "velocity"},  # which the pipeline makes of it
+    "flow": {"velocity": "velocity", "x_0": "velocity"},  # the pipeline converts x_0 to a velocity
     "edm": {"F": "epsilon"},
 }
 GAUSSIAN = [("gaussian", sampler) for sampler in ("ddpm", "ddim", "dpmpp_2m")]
-SPACINGS = {  # the pipeline's word for the spacing of each diffusion, sampler and spacing
+SPACINGS = {  # by kind, sampler and spacing: the pipeline's name of the spacing
     **{(*chain, name): name for chain in GAUSSIAN for name in ("uniform", "trailing")},
     ("flow", "euler", "uniform"): "flow",
     ("edm", "euler", "karras"): "karras",
@@ -21,10 +22,13 @@ SPACINGS = {  # the pipeline's word for the spacing of each diffusion, sampler a
 
 
 def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
-    """diffusers' scheduler of the same chain, and the pipeline's word for its spacing; a ValueError where none is."""
+    """Return the diffusers scheduler that makes the same steps, and the pipeline's name of its spacing.
+
+    Raises ValueError naming the setting for which there is none.
+    """
     defaults = asdict(type(sampling)())
     for name, value in asdict(sampling).items():
-        if name not in FOLLOWED and value != defaults[name]:
+        if name not in SUPPORTED and value != defaults[name]:
             raise ValueError(f"--sampling.{name} {value}: diffusers' schedulers do not have it; sample without")
     sampler, path = sampling.sampler, diffusion.path
     spacing = SPACINGS.get((kind, sampler, sampling.spacing))
@@ -40,8 +44,8 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
             f"{' or '.join(PREDICTIONS[kind])} alone; sample.py draws from what predicts others"
         )
     limit = sampling.clip or math.inf
-    cuts = math.isfinite(limit)
-    if cuts and sampler != "ddpm":
+    clips = math.isfinite(limit)
+    if clips and sampler != "ddpm":
         raise ValueError(
             f"--clip {limit:g}: in diffusers only the scheduler of ddpm cuts predictions to what pixels can be; "
             "--sampler ddpm, or --clip .inf where samples come out well without"
@@ -54,23 +58,23 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
         low, high = path.noise_range
         return EDMEulerScheduler(low, high, path.sigma_data), spacing
     prediction = PREDICTIONS[kind][diffusion.prediction]
-    chain: dict[str, Any] = {"trained_betas": path.betas.tolist(), "prediction_type": prediction}
+    options: dict[str, Any] = {"trained_betas": path.betas.tolist(), "prediction_type": prediction}
     if sampler == "ddpm":
-        chain |= {"clip_sample": cuts, **({"clip_sample_range": limit} if cuts else {})}
-        return DDPMScheduler(path.num_timesteps, **chain, variance_type=diffusion.variance), spacing
+        options |= {"clip_sample": clips, **({"clip_sample_range": limit} if clips else {})}
+        return DDPMScheduler(path.num_timesteps, **options, variance_type=diffusion.variance), spacing
     if path.alphas_cumprod[-1] == 0:
         raise ValueError("--diffusion.zero_terminal_snr true: diffusers' DPM-Solver starts at 1 / 0; --sampler ddpm")
-    chain |= {"solver_order": 1 if sampler == "ddim" else 2, "solver_type": "midpoint"}  # DDIM is of order 1
-    chain |= {"final_sigmas_type": "zero", "lower_order_final": False}
-    return DPMSolverMultistepScheduler(path.num_timesteps, **chain), spacing
+    options |= {"solver_order": 1 if sampler == "ddim" else 2, "solver_type": "midpoint"}  # DDIM is order 1
+    options |= {"final_sigmas_type": "zero", "lower_order_final": False}
+    return DPMSolverMultistepScheduler(path.num_timesteps, **options), spacing
 
 
 def told_times(kind: str, diffusion) -> tuple[float, float]:
-    """The scheduler's timestep to what the backbone is given: offset and rate."""
-    if kind == "flow":  # 1000 t
+    """Return offset and rate that map the scheduler's timestep to the time that the backbone is given."""
+    if kind == "flow":  # the scheduler's timestep is 1000 t
         first, last = diffusion.path.model_times
         return first, (last - first) / 1000
-    if kind == "edm":  # log(sigma) / 4
+    if kind == "edm":  # the scheduler's timestep is log(sigma) / 4
         low, high = (math.log(sigma) for sigma in diffusion.path.noise_range)
         return -999 * low / (high - low), 4 * 999 / (high - low)
     first, last = diffusion.path.model_times or (0.0, float(diffusion.path.max_time))

@@ -1,4 +1,4 @@
-"""Public files of published models, by name: where their authors' repositories say they are, and what they hold."""
+"""Weights of published models by file name: their public address, according to their authors, and their contents."""
 
 import re
 from dataclasses import dataclass
@@ -9,8 +9,14 @@ from metrics.downloads import download
 
 @dataclass(frozen=True)
 class PublicFile:
-    """Weights that anybody can have: `url` is a file's, a repository's of the hub (`hf://owner/name`), or a page for
-    people where no program gets it; `backbone` and `image_size` are what it must hold."""
+    """A public file of weights.
+
+    Args:
+        source: key of `published.weights.SOURCES`, the format of the weights
+        url: address of the file, or a repository of the hub (`hf://owner/name`), or a web page for a browser
+        backbone: backbone that the file must hold
+        image_size: image size that the weights were trained for
+    """
 
     source: str
     url: str
@@ -18,7 +24,7 @@ class PublicFile:
     image_size: int
 
     def check(self, name: str, backbone: str, image_size: int) -> None:
-        """That the weights are of this model, and not of another by its name."""
+        """Check that a file by this name holds this model. Raises ValueError if it holds another."""
         if (backbone, image_size) != (self.backbone, self.image_size):
             raise ValueError(
                 f"--weights {name}: a {backbone} of {image_size} pixels, not the published {self.backbone} of "
@@ -51,19 +57,22 @@ VA_VAE = (
 
 
 def public_autoencoder(weights: Path, source: str | None) -> list[Path]:
-    """VA-VAE and the statistics of its latents by its name, downloaded where it is not here; or what was given."""
+    """Resolve the name of VA-VAE to its weights and its latents' statistics, downloaded; other paths stay as given."""
     if source not in (None, "ldm") or str(weights) not in (VA_VAE, f"{VA_VAE}.pt") or weights.is_file():
         return [weights]
     return [from_hub(f"hustvl/{VA_VAE}", name, f"--weights {weights}") for name in (f"{VA_VAE}.pt", "latents_stats.pt")]
 
 
 def public_file(weights: Path) -> tuple[Path, PublicFile | None]:
-    """Where the weights lie, and what they are if their name, with or without its suffix, is a public file's, which is
-    downloaded where it is not here. A ValueError says in one line why it cannot be had."""
+    """Resolve a path of weights, or the name of a public file, with or without its suffix.
+
+    A public file that does not exist here is downloaded. Returns the path, and what the file should hold if its name is
+    that of a public file. Raises ValueError saying why a file cannot be downloaded.
+    """
     name = next((name for name in FILES if str(weights) in (name, Path(name).stem)), None)
-    here = next((path for path in (weights, Path(name or weights)) if path.is_file()), None)
-    if here or name is None:
-        return here or weights, FILES.get((here or weights).name)
+    existing = next((path for path in (weights, Path(name or weights)) if path.is_file()), None)
+    if existing or name is None:
+        return existing or weights, FILES.get((existing or weights).name)
     public, flag = FILES[name], f"--weights {weights}"
     if public.url.startswith(DRIVE):
         raise ValueError(f"{flag}: open {public.url}/view in a browser, and give the file as --weights {name}")
@@ -73,6 +82,7 @@ def public_file(weights: Path) -> tuple[Path, PublicFile | None]:
 
 
 def from_hub(repo: str, name: str, flag: str) -> Path:
+    """Download a file of a repository of the hub. Raises ValueError naming the flag where that fails."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 

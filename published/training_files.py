@@ -1,4 +1,4 @@
-"""The weights in what others' training scripts save: a state dict, or the averaged one of a training checkpoint."""
+"""Reading the weights in files of other training scripts: a state dict, or a training checkpoint with averages."""
 
 import argparse
 import pickle
@@ -13,20 +13,23 @@ from safetensors.torch import load_file
 
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 AVERAGE = re.compile(r"ema|averag|shadow", re.IGNORECASE)
-OTHERS = re.compile(r"opt|sched|scaler|disc", re.IGNORECASE)  # tensors that are no backbone's
+NOT_BACKBONE = re.compile(r"opt|sched|scaler|disc", re.IGNORECASE)
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 OUTER = {"model", "net", "network", "denoiser", "ema_model", "model_ema", "ema"}
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], int]:
-    """Averaged weights of a published file, and the step; a ValueError for none, or more than plain data."""
+    """Read the weights of a published file, averaged where it has averages, and the training step.
+
+    Raises ValueError where the file has no weights, or would have to be unpickled into more than plain data.
+    """
     if not path.is_file():
         raise ValueError(f"--weights {path}: no such file")
     try:
         if path.suffix == ".safetensors":
             saved = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace, *numpy_scalars()]):  # of scripts' arguments
+            with torch.serialization.safe_globals([argparse.Namespace, *numpy_scalars()]):  # types of saved arguments
                 saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
@@ -35,7 +38,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
         raise ValueError(f"--weights {path}: cut short, or not a file of torch ({error})") from None
     step = int(saved.get("train_steps", 0)) if isinstance(saved, dict) else 0
     averaged, trained = parts_of(saved)
-    # The XSwin authors' average leaves the batch norms' statistics as they began; the trained model has them.
+    # The XSwin authors do not average batch-norm statistics: their average has the initial ones, so take the trained.
     statistics = {name: value for name, value in trained.items() if name.rsplit(".", 1)[-1] in STATISTICS}
     weights = averaged | statistics if averaged else trained
     if not weights:
@@ -44,34 +47,38 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def parts_of(saved: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Averaged and trained weights of a checkpoint; an average (ema, params_ema, ...) may be a part or a prefix."""
+    """Find the averaged and the trained weights in a checkpoint.
+
+    The average (ema, params_ema, ...) may be a nested dictionary, or a prefix of names.
+    """
     if not isinstance(saved, dict):
         return {}, {}
     parts: dict[str, dict[str, Any]] = {"": strip(saved)}
     for name, part in saved.items():
-        if isinstance(part, dict) and not OTHERS.search(str(name)):
-            parts[str(name)] = strip(part) or next((found for inner in part.values() if (found := strip(inner))), {})
+        if isinstance(part, dict) and not NOT_BACKBONE.search(str(name)):
+            inner_parts = (strip(inner) for inner in part.values())
+            parts[str(name)] = strip(part) or next(filter(None, inner_parts), {})
     averaged: dict[str, Any] = {}
     trained: dict[str, Any] = {}
     for name, tensors in parts.items():
-        of_average = {key: value for key, value in tensors.items() if AVERAGE.search(name) or AVERAGE.match(key)}
-        averaged = averaged or without_outer(of_average)
-        trained = trained or without_outer({key: value for key, value in tensors.items() if key not in of_average})
+        average = {key: value for key, value in tensors.items() if AVERAGE.search(name) or AVERAGE.match(key)}
+        averaged = averaged or without_outer(average)
+        trained = trained or without_outer({key: value for key, value in tensors.items() if key not in average})
     return averaged, trained
 
 
 def strip(weights: object) -> dict[str, Any]:
-    """The tensors, in float32, without what DistributedDataParallel, FSDP and torch.compile put into names."""
+    """Keep the tensors, in float32, and remove what DistributedDataParallel, FSDP and torch.compile add to names."""
     tensors = {}
     for name, tensor in weights.items() if isinstance(weights, dict) else ():
         if isinstance(tensor, torch.Tensor) and tensor.dim() + ("num_batches" in str(name)):
-            bare = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
-            tensors[bare] = tensor.float() if tensor.is_floating_point() else tensor
+            unwrapped = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+            tensors[unwrapped] = tensor.float() if tensor.is_floating_point() else tensor
     return tensors
 
 
 def without_outer(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Without a prefix that all names share, and without REPA's projectors, which are the training's alone."""
+    """Remove a prefix that all names share, and REPA's projectors, which are only needed in training."""
     outer = {name.partition(".")[0] for name in tensors}
     if len(outer) == 1 and outer <= OUTER:
         return without_outer({name.partition(".")[2]: tensor for name, tensor in tensors.items()})
@@ -79,7 +86,7 @@ def without_outer(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def numpy_scalars() -> list[Any]:
-    """What a pickled NumPy number is made of: no code of anyone's."""
+    """List the types that unpickling a NumPy scalar needs; all are NumPy's own."""
     scalar = np.float64(0).__reduce__()[0]
     kinds = {type(np.dtype(kind)) for kind in "?bhilefdBHIL"}
     return [(scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype, *kinds]

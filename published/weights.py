@@ -1,4 +1,4 @@
-"""Weights of the published implementations into our backbones: sizes read off their shapes, names replaced."""
+"""Conversion of published weights to our backbones: arguments are inferred from shapes, and tensors are renamed."""
 
 import math
 import re
@@ -14,9 +14,9 @@ from settings import check_name
 
 Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
-Rules = list[tuple[str, str | Callable[[re.Match], str]]]  # of re.sub, in turn; names that none matches stay
+Rules = list[tuple[str, str | Callable[[re.Match], str]]]  # arguments of re.sub, applied to each name in turn
 
-# Heads cannot be seen in the weights; width says them for every published size.
+# The number of heads does not show in the weights; in all published sizes it follows from the width.
 HEADS = {384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16}
 
 CONDITIONING: Rules = [(r"^t_embedder\.", "cond.time."), (r"^y_embedder\.embedding_table\.", "cond.label.")]
@@ -41,7 +41,7 @@ UVIT: Rules = [
     (r"^decoder_pred\.", "head."),
     (r"^final_layer\.", "smooth."),
 ]
-XSWIN: Rules = [  # once the numbers of stages are ours
+XSWIN: Rules = [  # to be applied after `_stages_of_xswin`
     *CONDITIONING,
     (r"adaLN_modulation\.1\.", "linear."),
     (r"^(un)?patching\.\w+\.[01]\.", r"\1patch."),
@@ -63,11 +63,11 @@ XSWIN: Rules = [  # once the numbers of stages are ours
     (r"\.cross_attention\.in_proj_", ".attention.attention.in_proj."),
     (r"\.cross_attention\.out_proj\.", ".attention.attention.proj."),
 ]
-DERIVED = re.compile(r"pos_embed|feat_rope\..*|.*\.relative_(position_index|coords_table)")  # by our models
+DERIVED = re.compile(r"pos_embed|feat_rope\..*|.*\.relative_(position_index|coords_table)")  # our models compute these
 
 
 def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> nn.Module:
-    """Our backbone, in eval mode, with published weights; a ValueError lists keys that do not fit."""
+    """Create our backbone with published weights, in eval mode. Raises ValueError listing keys that do not fit."""
     check_name("--source", source, SOURCES)
     _, convert = SOURCES[source]
     model = create_model(**arguments)
@@ -83,7 +83,10 @@ def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mappin
 
 
 def arguments_of(source: str, weights: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """What `create_model` is given, `name` too; a ValueError for another source, or heads that width does not say."""
+    """Infer the arguments of `create_model`, `name` included, from published weights.
+
+    Raises ValueError for an unknown source, and where `num_heads` is needed: for a width that is no published one.
+    """
     check_name("--source", source, SOURCES)
     read, _ = SOURCES[source]
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -95,15 +98,18 @@ def arguments_of(source: str, weights: Mapping[str, Tensor], num_heads: int | No
 
 
 def row_of(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The row of the table of backbones that builds the same, if there is one, and what is left to say."""
+    """Find the named backbone (such as `DiT-XL/2`) that equals a family with these arguments.
 
-    def whole(row: str, **others: Any) -> dict[str, Any]:
-        arguments = {**model_arguments(row), **others}
+    Returns its name and no arguments, or the name and arguments as given where there is none.
+    """
+
+    def all_arguments(name: str, **overrides: Any) -> dict[str, Any]:
+        arguments = {**model_arguments(name), **overrides}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
 
-    wanted = whole(name, **arguments)
+    target = all_arguments(name, **arguments)
     for row, (family, _) in BACKBONES.items():
-        if family is BACKBONES[name][0] and whole(row) == wanted:
+        if family is BACKBONES[name][0] and all_arguments(row) == target:
             return row, {}
     return name, arguments
 
@@ -130,10 +136,10 @@ def _read_sit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
 
 
 def _read_lightningdit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
-    """Of its options the published recipe, with or without QK-norm."""
+    """Infer arguments of LightningDiT's published configuration, with or without QK-norm."""
     (_, head_dim), (dim, width) = shapes["feat_rope.freqs_cos"], shapes["blocks.0.mlp.w3.weight"]
-    hidden = {"blocks.0.mlp.fc1.weight": (3 * width // 2, dim)}  # of an MLP that is not gated
-    arguments = _read_sit({**shapes, **hidden}, dim // head_dim)
+    mlp = {"blocks.0.mlp.fc1.weight": (3 * width // 2, dim)}  # of an ungated MLP with as many parameters
+    arguments = _read_sit({**shapes, **mlp}, dim // head_dim)
     return {
         **arguments,
         "mlp_ratio": round(arguments["mlp_ratio"], 2),
@@ -146,11 +152,11 @@ def _read_lightningdit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
 
 def _read_uvit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
     dim, channels, patch_size, _ = shapes["patch_embed.proj.weight"]
-    num_labels = shapes.get("label_emb.weight", (0,))[0]  # the null label among them
-    num_extras = 2 if num_labels else 1
+    num_labels = shapes.get("label_emb.weight", (0,))[0]  # including the null label
+    num_extra_tokens = 2 if num_labels else 1  # time, and label
     return {
         "name": "UViT-tokens",
-        "input_size": patch_size * math.isqrt(shapes["pos_embed"][1] - num_extras),
+        "input_size": patch_size * math.isqrt(shapes["pos_embed"][1] - num_extra_tokens),
         "in_channels": channels,
         "out_channels": channels,
         "num_classes": max(0, num_labels - 1),
@@ -190,11 +196,12 @@ def _read_xswin(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest number that the pattern finds at the start of a name."""
+    """Count modules: one more than the largest index that a pattern finds at the start of names."""
     return max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1) + 1
 
 
 def _heads(dim: int, num_heads: int | None) -> int:
+    """Number of heads: as given, or that of the published model of this width."""
     heads = num_heads or HEADS.get(dim)
     if heads is None:
         raise ValueError(f"--num_heads: the weights do not say it, and width {dim} is no published size; give it")
@@ -209,7 +216,7 @@ def _convert_dit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
 
 
 def _convert_sit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
-    """SiT's velocity points from noise to data, ours from data to noise; half of its output is thrown away."""
+    """Convert SiT: negate its output, as its velocity points from noise to data, and drop the unused half of it."""
     weights = _convert_dit(weights, arguments)
     patch = {"p": arguments["patch_size"], "q": arguments["patch_size"]}
     for name in ("final.linear.weight", "final.linear.bias"):
@@ -219,17 +226,20 @@ def _convert_sit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
 
 
 def _convert_lightningdit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
-    """The scale of a norm is part of the modulation behind it: `s (1 + scale) = 1 + (s scale + s - 1)`. Channels of a
-    head that turn together are neighbours there, and half a head apart here."""
+    """Convert LightningDiT, which differs from ours in two ways.
+
+    - Its norms have weights, which are folded into the modulation after them: `s (1 + scale) = 1 + (s scale + s - 1)`.
+    - Its rotary embedding rotates neighbouring channels of a head; ours rotates channels half a head apart.
+    """
     weights = _convert_sit(weights, arguments)
-    norms = [("final", "norm_final", 1)]  # the norm's place, name, and which of the modulation's vectors is its scale
+    norms = [("final", "norm_final", 1)]  # module, name of the norm, index of its scale among the modulation's vectors
     norms += [(f"blocks.{n}", *norm) for n in range(arguments["depth"]) for norm in (("norm1", 1), ("norm2", 4))]
-    for place, norm, number in norms:
-        scale = weights.pop(f"{place}.{norm}.weight")
-        rows = slice(number * len(scale), (number + 1) * len(scale))
-        weight, bias = (weights[f"{place}.modulation.{kind}"].clone() for kind in ("weight", "bias"))
+    for module, norm, index in norms:
+        scale = weights.pop(f"{module}.{norm}.weight")
+        rows = slice(index * len(scale), (index + 1) * len(scale))
+        weight, bias = (weights[f"{module}.modulation.{kind}"].clone() for kind in ("weight", "bias"))
         weight[rows], bias[rows] = scale[:, None] * weight[rows], scale * bias[rows] + scale - 1
-        weights |= {f"{place}.modulation.weight": weight, f"{place}.modulation.bias": bias}
+        weights |= {f"{module}.modulation.weight": weight, f"{module}.modulation.bias": bias}
 
     def half_apart(rows: Tensor, num_heads: int) -> Tensor:
         return rearrange(rows, "(k hw f pair) ... -> (k pair hw f) ...", k=num_heads, hw=2, pair=2)
@@ -245,7 +255,7 @@ def _convert_lightningdit(weights: Weights, arguments: Mapping[str, Any]) -> Wei
 def _convert_uvit(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
     weights = _flatten_patch(_rename(weights, UVIT))
     weights["positions"] = weights["positions"][0]
-    if "smooth.weight" not in weights:  # the huge ones have no last convolution: ours passes the image on
+    if "smooth.weight" not in weights:  # U-ViT-H has no last convolution, so ours becomes the identity
         channels = arguments["in_channels"]
         weights["smooth.weight"] = nn.init.dirac_(torch.empty(channels, channels, 3, 3))
         weights["smooth.bias"] = torch.zeros(channels)
@@ -264,8 +274,8 @@ def _convert_xswin(weights: Weights, arguments: Mapping[str, Any]) -> Weights:
 
 
 def _stages_of_xswin(arguments: Mapping[str, Any]) -> Rules:
-    """The published stems, encoder and decoder are flat lists; what stands where follows from the arguments."""
-    decoder: list[str] = []
+    """Rules that rename the published stems, encoder and decoder, which are flat lists of modules, to our stages."""
+    decoder: list[str] = []  # our prefix of each module in the published list
     for stage in range(len(arguments["depths"])):
         decoder += [f"expands.{stage}."] * (stage > 0 or arguments["final_downsample"])
         decoder += [f"decoder.{stage}.skip."] * (arguments["skip"] == "cross_attention")
@@ -280,9 +290,9 @@ def _stages_of_xswin(arguments: Mapping[str, Any]) -> Rules:
         return f"encoder.{stage}.blocks." if match[2] else f"merges.{stage}."
 
     def in_decoder(match: re.Match) -> str:
-        number, block = int(match[1]), int(match[2] or 1)
-        place = decoder[number] if number < len(decoder) else match[0]
-        return place + ("wide." if block == 0 else "" if block == 1 else f"blocks.{block - 2}.")
+        index, block = int(match[1]), int(match[2] or 1)
+        prefix = decoder[index] if index < len(decoder) else match[0]
+        return prefix + ("wide." if block == 0 else "" if block == 1 else f"blocks.{block - 2}.")
 
     return [
         (r"^smooth_conv_(in|out)\.layers\.(\d+)\.", in_stem),
@@ -305,14 +315,14 @@ def _without_derived(weights: Weights) -> Weights:
 
 
 def _flatten_patch(weights: Weights) -> Weights:
-    """A patch convolution is a linear over the patch."""
+    """Turn the patch convolution into the equal linear layer over flattened patches."""
     return {**weights, "patch.weight": rearrange(weights["patch.weight"], "d c p q -> d (c p q)")}
 
 
 SOURCES = {
     "dit": (_read_dit, _convert_dit),
     "sit": (_read_sit, _convert_sit),
-    "repa": (_read_sit, _convert_dit),  # SiT's backbone; its velocity points from data to noise, as ours
+    "repa": (_read_sit, _convert_dit),  # SiT's backbone, but its velocity points from data to noise, as ours
     "lightningdit": (_read_lightningdit, _convert_lightningdit),
     "uvit-adaln": (lambda *weights: {**_read_dit(*weights), "name": "UViT"}, _convert_dit),
     "uvit": (_read_uvit, _convert_uvit),
