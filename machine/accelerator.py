@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
+from machine.allocator import reuse_freed_memory
 from machine.precision import MIXED, choose_precision, has_bf16, precision_of, set_float32, warning_of
 from machine.threads import deal_out_cores, start_waiting
 
@@ -64,6 +65,7 @@ def open_accelerator(
         set_float32(precision_of(accelerator))
     line = describe(accelerator)
     if device.type == "cpu":
+        reuse_freed_memory()
         deal_out_cores(num_processes_here(accelerator))
         say = tqdm.write if accelerator.is_main_process else lambda line: None
         line += f", {start_waiting(say)}"
