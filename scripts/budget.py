@@ -6,36 +6,21 @@ python scripts/budget.py --models '[XSwin-L]' --mfu 0.05
 """
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.table import terminal
-from experiment.cli import run_program
+from experiment.cli import one_line_errors, parse
+from settings import within
 
 INCEPTION = 11.4  # GFLOP of Inception v3 for an image of 299x299, multiply-adds as two (Szegedy et al. 2016)
-POSITIVE = ["num_images", "num_steps", "batch_size", "num_samples", "num_calls"]
-POSITIVE += ["peak_tflops", "float32_tflops", "reading", "bus_gb"]
 
 
-def main(
-    models: list[str] = ["DiT-XL/2", "XSwin-L"],  # noqa: B006  (read only)
-    gpus: list[int] = [1, 8, 64],  # noqa: B006
-    num_images: int = 1_281_167,
-    image_size: int = 256,
-    num_classes: int = 1000,
-    num_steps: int = 400_000,
-    batch_size: int = 256,
-    num_samples: int = 50_000,
-    num_calls: int = 250,
-    guided: bool = True,
-    peak_tflops: float = 989.0,
-    float32_tflops: float = 495.0,
-    mfu: float = 0.4,
-    reading: float = 2160.0,
-    bus_gb: float = 400.0,
-) -> None:
+@dataclass(frozen=True)
+class BudgetConfig:
     """Hours of each part. One GPU's rates are multiplied by their number, but gradients have to be summed over all.
 
     Args:
@@ -57,38 +42,67 @@ def main(
         bus_gb: GB a second at which each GPU sums gradients in float32 with the others: 400 of NVLink, or of a
             400 Gb/s network port for each of a node's eight GPUs
     """
-    values = locals()
-    if wrong := next((name for name in POSITIVE if not values[name] > 0), None):
-        raise ValueError(f"--{wrong} {values[wrong]}: must be above 0")
-    if not 0 < mfu <= 1:
-        raise ValueError(f"--mfu {mfu}: a share of the peak lies between 0 and 1")
-    if image_size < 32 or image_size % 32 or min(gpus, default=0) < 1:
-        raise ValueError(f"--image_size {image_size} has to be a multiple of 32, and of --gpus {gpus} each above 0")
+
+    models: list[str] = field(default_factory=lambda: ["DiT-XL/2", "XSwin-L"])
+    gpus: list[int] = within("[1, inf)", [1, 8, 64])
+    num_images: int = within("[1, inf)", 1_281_167)
+    image_size: int = within("[32, inf)", 256)
+    num_classes: int = within("[0, inf)", 1000)
+    num_steps: int = within("[1, inf)", 400_000)
+    batch_size: int = within("[1, inf)", 256)
+    num_samples: int = within("[1, inf)", 50_000)
+    num_calls: int = within("[1, inf)", 250)
+    guided: bool = True
+    peak_tflops: float = within("(0, inf)", 989.0)
+    float32_tflops: float = within("(0, inf)", 495.0)
+    mfu: float = within("(0, 1]", 0.4)
+    reading: float = within("(0, inf)", 2160.0)
+    bus_gb: float = within("(0, inf)", 400.0)
+
+    def check(self, prefix: str) -> None:
+        if self.image_size % 32:
+            raise ValueError(f"{prefix}image_size {self.image_size} has to be a multiple of 32")
+        if not self.gpus or not self.models:
+            raise ValueError(f"{prefix}{'models' if self.gpus else 'gpus'} []: give one at least")
+
+
+def main(config: BudgetConfig) -> None:
+    """Count what a model computes for an image, and print a row for each number of GPUs."""
     from ablation.costs import count
     from models import ModelSpec
 
-    encoder, decoder = autoencoder_gflops(image_size)
-    rate, exact = (peak * 1e3 * mfu * 3600 for peak in (peak_tflops, float32_tflops))  # GFLOP an hour on one GPU
-    rows: list[dict[str, Any]] = []
-    for name in models:
-        of_image = count(ModelSpec(name, {}, (image_size // 8, image_size // 8), 4, 8, num_classes))
-        step = 3 * of_image.gflops * batch_size / rate  # backward costs about twice the forward
-        calls = num_calls * (2 if guided else 1)
-        for number in gpus:
-            summing = 2 * 4 * of_image.parameters * (number - 1) / number / (bus_gb * 1e9) / 3600
-            hours = {
-                "encode": max(num_images / reading / 3600, 2 * num_images * encoder / exact) / number,
-                "train": num_steps * max(step / number, summing),  # gradients are summed during the backward pass
-                "sample": num_samples * (calls * of_image.gflops / rate + decoder / exact) / number,
-                "score": num_samples * INCEPTION / exact / number,
-            }
+    encoder, decoder = autoencoder_gflops(config.image_size)
+    side, rows = config.image_size // 8, []
+    for name in config.models:
+        of_image = count(ModelSpec(name, {}, (side, side), 4, 8, config.num_classes))
+        for gpus in config.gpus:
+            hours, limit = hours_of(config, of_image, encoder, decoder, gpus)
             row = {"model": name, "parameters": f"{of_image.parameters / 1e6:.0f}M"}
-            row |= {"GFLOP": f"{of_image.gflops:.0f}", "GPUs": number}
+            row |= {"GFLOP": f"{of_image.gflops:.0f}", "GPUs": gpus}
             row |= {part: f"{spent:.3g}" for part, spent in hours.items()}
-            row |= {"all": f"{sum(hours.values()):.3g}", "GPU hours": f"{number * sum(hours.values()):.3g}"}
-            rows.append(row | {"limit": "sums" if summing > step / number else "arithmetic"})
+            row |= {"all": f"{sum(hours.values()):.3g}", "GPU hours": f"{gpus * sum(hours.values()):.3g}"}
+            rows.append(row | {"limit": limit})
     print(terminal([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]))
     print(f"\nHours; GFLOP of a forward pass of an image, of the encoder {encoder:.0f}, of the decoder {decoder:.0f}.")
+
+
+def hours_of(
+    config: BudgetConfig, of_image: Any, encoder: float, decoder: float, gpus: int
+) -> tuple[dict[str, float], str]:
+    """Each part's, of what a model, an encoder and a decoder compute for an image; and what limits training."""
+    peaks = config.peak_tflops, config.float32_tflops
+    rate, exact = (peak * 1e3 * config.mfu * 3600 for peak in peaks)  # GFLOP an hour on one GPU
+    reading = config.num_images / config.reading / 3600
+    computing = 3 * of_image.gflops * config.batch_size / rate / gpus  # a step; backward costs about twice the forward
+    summing = 2 * 4 * of_image.parameters * (gpus - 1) / gpus / (config.bus_gb * 1e9) / 3600
+    drawing = config.num_calls * (2 if config.guided else 1) * of_image.gflops / rate + decoder / exact
+    hours = {
+        "encode": max(reading, 2 * config.num_images * encoder / exact) / gpus,
+        "train": config.num_steps * max(computing, summing),  # gradients are summed during the backward pass
+        "sample": config.num_samples * drawing / gpus,
+        "score": config.num_samples * INCEPTION / exact / gpus,
+    }
+    return hours, "sums" if summing > computing else "arithmetic"
 
 
 def autoencoder_gflops(image_size: int) -> tuple[float, float]:
@@ -111,4 +125,5 @@ def autoencoder_gflops(image_size: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    with one_line_errors():
+        main(parse(BudgetConfig))

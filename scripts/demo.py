@@ -11,11 +11,12 @@ import shutil
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import run_program
+from experiment.cli import one_line_errors, parse
 from machine import children
 from machine.lock import Lock
 from machine.whole_files import beside
@@ -28,7 +29,8 @@ MADE = "demo"  # in its run: a file of the checkpoints that are its own
 PER_CLASS = 20
 
 
-def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
+@dataclass(frozen=True)
+class DemoConfig:
     """Train, sample, score; a program that fails ends the demo with its status.
 
     Args:
@@ -36,11 +38,18 @@ def main(experiment: Path = CONFIG, folder: Path = ROOT) -> None:
         folder: where runs/ and cache/ are; what a demo made in its runs/quickstart is deleted first, and a training of
             yours there gets another name
     """
-    began, experiment = time.time(), experiment.resolve()
+
+    experiment: Path = CONFIG
+    folder: Path = ROOT
+
+
+def main(config: DemoConfig) -> None:
+    """One program after the other, as a user would type them."""
+    began, experiment = time.time(), config.experiment.resolve()
     if not experiment.is_file():
         raise ValueError(f"--experiment {experiment}: no such file")
-    folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(config.folder)
     with Lock(RUN / "training.lock"):  # not below a training that goes on there
         made = (RUN / MADE).read_text().split() if (RUN / MADE).exists() else []
         if checkpoints().difference(made):
@@ -113,4 +122,5 @@ def shown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    with one_line_errors():
+        main(parse(DemoConfig))

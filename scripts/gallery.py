@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.table import Cell
-from experiment.cli import run_program
+from experiment.cli import one_line_errors, parse
 from experiment.mappings import flatten
 
 LEFT_OUT = ("name", "resume", "log.", "data.cache")  # of what differs: it changes no result
@@ -36,16 +37,25 @@ class Run(NamedTuple):
         return next((event[name] for event in reversed(self.events) if name in event), None)
 
 
-def main(folder: Path, output: Path | None = None) -> None:
+@dataclass(frozen=True)
+class GalleryConfig:
     """Write one HTML page of all runs.
 
     Args:
         folder: with a run a folder
         output: the page; by default gallery.html in the folder
     """
+
+    folder: Path
+    output: Path | None = None
+
+
+def main(config: GalleryConfig) -> None:
+    """Read the runs, find what differs, fill in the page."""
     from evaluation.plots import page
     from machine.whole_files import write_whole
 
+    folder = config.folder
     runs = [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
     if not runs:
         raise ValueError(f"{folder}: no run in it; train.py and `make demo` make them in runs/")
@@ -63,7 +73,7 @@ def main(folder: Path, output: Path | None = None) -> None:
         cards.append({"name": run.name, "picture": picture, "differences": settings})
     title, head = f"{len(runs)} runs in {folder.resolve().name}", ["run", "steps", *logged, *scores, *differing]
     table = [[cell(value) for value in row] for row in rows]
-    path = output or folder / "gallery.html"
+    path = config.output or folder / "gallery.html"
     write_whole(path, page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards))
     print(f"{len(runs)} runs: {path}")
 
@@ -129,4 +139,5 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    run_program(main, as_positional=True)
+    with one_line_errors():
+        main(parse(GalleryConfig, first="folder"))

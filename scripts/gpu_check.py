@@ -22,8 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import run_program
+from experiment.cli import one_line_errors, parse
 from machine import children
+from settings import within
 
 Args = dict[str, Any]
 Step = Callable[[], dict[str, Any]]
@@ -56,7 +57,8 @@ class Sizes:
 TINY = Sizes((("XSwin", 8, 2), ("DiT-XL/2", 8, 2)), 1, 2, (200, 8), 4, (1, 2), 8, TINY_TRAINING, 512)
 
 
-def main(compare: Path | None = None, only: list[str] | None = None, minutes: float = 10.0, tiny: bool = False) -> None:
+@dataclass(frozen=True)
+class CheckConfig:
     """Run the steps, one after the other.
 
     Args:
@@ -65,16 +67,25 @@ def main(compare: Path | None = None, only: list[str] | None = None, minutes: fl
         minutes: after which the step under way is broken off, and the rest left
         tiny: sizes that a CPU can do
     """
+
+    compare: Path | None = None
+    only: list[str] | None = None
+    minutes: float = within("(0, inf)", 10.0)
+    tiny: bool = False
+
+
+def main(config: CheckConfig) -> None:
+    """A line each; the exit status is 1 where one failed."""
     import torch
 
     from training.speed import the_device
 
-    if the_device().type != "cuda" and not tiny:
+    if the_device().type != "cuda" and not config.tiny:
         raise ValueError("--tiny false: there is no CUDA device here; --tiny true runs the steps on the CPU")
     torch.manual_seed(0)
-    deadline, failed = time.monotonic() + 60 * minutes, 0
-    for name, step in steps(TINY if tiny else Sizes(), compare, tiny=tiny):
-        if only is None or any(name.startswith(start) for start in only):
+    deadline, failed = time.monotonic() + 60 * config.minutes, 0
+    for name, step in steps(TINY if config.tiny else Sizes(), config.compare, tiny=config.tiny):
+        if config.only is None or any(name.startswith(start) for start in config.only):
             failed += not report(name, step, deadline)
     raise SystemExit(int(failed > 0))
 
@@ -308,4 +319,5 @@ def encoding(num: int, threads: tuple[int, ...]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    with one_line_errors():
+        main(parse(CheckConfig))

@@ -7,18 +7,19 @@ python scripts/launch_slurm.py --experiment EXPERIMENT.yaml --cluster local     
 import signal
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import parse_run, run_program
+from experiment.cli import one_line_errors, parse, parse_run
 from experiment.config import ExperimentConfig
 from machine import children
 from machine.children import EXIT_CODE, STOPPED
 from machine.cluster import ROOT, open_executor, requeue
+from settings import within
 
 
 @dataclass
@@ -57,18 +58,8 @@ class Training:
         return requeue(Training(self.arguments, self.run, self.gpus, self.here))
 
 
-def main(
-    experiment: Path,
-    overrides: list[str] = [],  # noqa: B006  (read only)
-    gpus: int = 1,
-    hours: float = 12.0,
-    cpus_per_gpu: int = 8,
-    memory_gb: int = 64,
-    partition: str | None = None,
-    cluster: Literal["slurm", "local"] = "slurm",
-    logs: Path = Path("runs/slurm"),
-    wait: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class LaunchConfig:
     """Submit one training.
 
     Args:
@@ -83,22 +74,40 @@ def main(
         logs: folder for the job's output
         wait: stay until the job has ended
     """
-    if not experiment.is_file():
-        raise ValueError(f"--experiment {experiment}: no such file")
-    if any(flag.partition("=")[0] == "--resume" for flag in overrides):  # the last of two would count
-        raise ValueError("--overrides: --resume is auto here; the run of that name goes on, say which by --name")
-    arguments = ["--config", str(experiment), *overrides]
-    run = parse_run(ExperimentConfig, arguments).folder
-    room = {"gpus": gpus, "hours": hours, "cpus_per_gpu": cpus_per_gpu, "memory_gb": memory_gb, "partition": partition}
-    executor = open_executor(cluster, logs, name=experiment.stem, **room)
-    here = cluster == "local"
+
+    experiment: Path
+    overrides: list[str] = field(default_factory=list)
+    gpus: int = within("[1, inf)", 1)
+    hours: float = within("(0, inf)", 12.0)
+    cpus_per_gpu: int = within("[1, inf)", 8)
+    memory_gb: int = within("[1, inf)", 64)
+    partition: str | None = None
+    cluster: Literal["slurm", "local"] = "slurm"
+    logs: Path = Path("runs/slurm")
+    wait: bool = False
+
+    def check(self, prefix: str) -> None:
+        if not self.experiment.is_file():
+            raise ValueError(f"{prefix}experiment {self.experiment}: no such file")
+        if any(flag.partition("=")[0] == "--resume" for flag in self.overrides):  # the last of two would count
+            words = "--resume is auto here; the run of that name goes on, say which by --name"
+            raise ValueError(f"{prefix}overrides: {words}")
+
+
+def main(config: LaunchConfig) -> None:
+    """Check what is submitted, as train.py would, and submit it."""
+    arguments = ["--config", str(config.experiment), *config.overrides]
+    run, here = parse_run(ExperimentConfig, arguments).folder, config.cluster == "local"
+    room = {name: getattr(config, name) for name in ("gpus", "hours", "cpus_per_gpu", "memory_gb", "partition")}
+    executor = open_executor(config.cluster, config.logs, name=config.experiment.stem, **room)
     with children.deaf_to(signal.SIGINT):  # the terminal's, which is for this process to pass on
-        job = executor.submit(Training(arguments, run, gpus, here))
+        job = executor.submit(Training(arguments, run, config.gpus, here))
     print(f"job {job.job_id}; its output: {job.paths.stdout}", flush=True)
-    if wait:
+    if config.wait:
         with children.on_stop(lambda number: children.stop_jobs([job.job_id], here=here, number=number)):
             print(f"it ended with status {job.result()}")
 
 
 if __name__ == "__main__":
-    run_program(main)
+    with one_line_errors():
+        main(parse(LaunchConfig))

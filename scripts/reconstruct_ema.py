@@ -10,15 +10,18 @@ with `log.checkpoint_minutes 0`.
 
 import json
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import run_program
+from experiment.cli import one_line_errors, parse
+from settings import within
 
 
-def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | None = None) -> None:
+@dataclass(frozen=True)
+class ReconstructConfig:
     """Combine snapshots into one checkpoint file.
 
     Args:
@@ -27,6 +30,15 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
         step: the end of training to average up to; by default the last snapshot
         output: file to write; by default runs/NAME/ema-SIGMA.safetensors, with --step ema-SIGMA-STEP.safetensors
     """
+
+    run: Path
+    sigma_rel: float = within("(0, inf)")
+    step: int | None = within("[0, inf)", None)
+    output: Path | None = None
+
+
+def main(config: ReconstructConfig) -> None:
+    """Read the snapshots up to the last, add them up by their weights, write the sum."""
     from tqdm import tqdm
 
     from checkpoints.averages import first_step, gamma_of, reconstruction_weights
@@ -34,6 +46,7 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
     from checkpoints.training_state import list_snapshots
     from machine.whole_files import whole
 
+    run, sigma_rel, step = config.run, config.sigma_rel, config.step
     files = list_snapshots(run)
     if not files:
         raise ValueError(f"--run {run}: no snapshots in it; train with --train.ema_profiles '[0.05, 0.1]'")
@@ -62,7 +75,7 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
                 total[name] = total.get(name, 0.0) + part
             else:
                 total[name] = tensor
-    path = output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
+    path = config.output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
     with whole(path) as partial:
         save_tensors(rounded, partial, {**metadata, "step": str(last), "sigma_rel": f"{sigma_rel:g}"})
@@ -71,4 +84,5 @@ def main(run: Path, sigma_rel: float, step: int | None = None, output: Path | No
 
 
 if __name__ == "__main__":
-    run_program(main)
+    with one_line_errors():
+        main(parse(ReconstructConfig))

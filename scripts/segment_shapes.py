@@ -10,12 +10,14 @@ is always 0, is what to compare it with.
 
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import run_program
+from experiment.cli import one_line_errors, parse
+from settings import within
 
 SWIN = {"dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2, "num_global_blocks": 2}
 SWIN |= {"conditioning": "none", "conv_norm": "group", "drop_path": 0.0}
@@ -27,13 +29,8 @@ COLORS = [(235, 235, 235), (68, 119, 170), (238, 102, 119), (34, 136, 51), (204,
 COLORS += [(170, 51, 119), (136, 136, 136), (204, 136, 0), (102, 85, 204), (153, 102, 51)]
 
 
-def main(
-    models: list[str] = ["XSwin", "UNet"],  # noqa: B006  (read only)
-    difficulty: Literal["easy", "medium", "hard"] = "easy",
-    image_size: int = 32,
-    num_steps: int = 500,
-    output: Path = Path("runs/segmentation.png"),
-) -> None:
+@dataclass(frozen=True)
+class SegmentConfig:
     """Train each model to segment the shapes; print what it scores on held-out ones.
 
     Args:
@@ -43,6 +40,21 @@ def main(
         num_steps: optimizer steps of each
         output: picture of held-out images, their masks, and what each model makes of them
     """
+
+    models: list[str] = field(default_factory=lambda: ["XSwin", "UNet"])
+    difficulty: Literal["easy", "medium", "hard"] = "easy"
+    image_size: int = within("[1, inf)", 32)
+    num_steps: int = within("[1, inf)", 500)
+    output: Path = Path("runs/segmentation.png")
+
+    def check(self, prefix: str) -> None:
+        for name in self.models:
+            if name not in MODELS:
+                raise ValueError(f"{prefix}models {name}: choose from {', '.join(MODELS)}")
+
+
+def main(config: SegmentConfig) -> None:
+    """Train each model, and compare what they make of the same held-out images."""
     import torch
 
     from data.shapes import ShapesDataset
@@ -50,24 +62,21 @@ def main(
     from models import create_model
     from sampling.image_files import save_grid
 
-    for name in models:
-        if name not in MODELS:
-            raise ValueError(f"--models {name}: choose from {', '.join(MODELS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind: Any = {"image_size": image_size, "difficulty": difficulty}
+    kind: Any = {"image_size": config.image_size, "difficulty": config.difficulty}
     train, held_out = (ShapesDataset(4000, split=split, **kind) for split in ("train", "test"))
     images, masks = (part.to(device) for part in segmentation(held_out, range(len(held_out) // 2)))
     num_classes = 1 + len(train.classes)
 
     rows, pictures = [["model", "parameters", "img/s", "IoU of the shape", "mean IoU of the classes"]], []
-    for name in models:
+    for name in config.models:
         backbone, args = MODELS[name]
         torch.manual_seed(0)
-        shape = {"input_size": image_size, "in_channels": 3, "out_channels": num_classes, "num_classes": 0}
+        shape = {"input_size": config.image_size, "in_channels": 3, "out_channels": num_classes, "num_classes": 0}
         model = create_model(backbone, **shape, **args).to(device)
         began = time.perf_counter()
-        fit(model, train, device, num_steps)
-        speed = num_steps * BATCH_SIZE / (time.perf_counter() - began)
+        fit(model, train, device, config.num_steps)
+        speed = config.num_steps * BATCH_SIZE / (time.perf_counter() - began)
         with torch.no_grad():
             logits = [call(model.eval(), part) for part in images.split(100)]
         predicted = torch.cat(logits).argmax(dim=1)
@@ -79,9 +88,10 @@ def main(
     palette = torch.tensor(COLORS, dtype=torch.uint8)
     shown = [images[:10].cpu().mul(127.5).add(127.5).byte()]
     shown += [palette[labels[:10].cpu()].permute(0, 3, 1, 2) for labels in (masks, *pictures)]
-    save_grid(torch.cat(shown), output, columns=10, captions=[n for n in ("image", "mask", *models) for _ in range(10)])
+    captions = [name for name in ("image", "mask", *config.models) for _ in range(10)]
+    save_grid(torch.cat(shown), config.output, columns=10, captions=captions)
     print(terminal(rows))
-    print(f"{len(masks)} held-out images; picture: {output}")
+    print(f"{len(masks)} held-out images; picture: {config.output}")
 
 
 def segmentation(shapes: Any, indices: Any) -> tuple[Any, Any]:
@@ -133,4 +143,5 @@ def scores(predicted: Any, masks: Any, num_classes: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    with one_line_errors():
+        main(parse(SegmentConfig))

@@ -3,11 +3,13 @@
 import pytest
 from processes import ROOT, script
 
+from experiment.cli import parse
+
 BUDGET = script("scripts/budget.py")
 
 
 def table(capsys, **settings):
-    BUDGET.main(**settings)
+    BUDGET.main(BUDGET.BudgetConfig(**settings))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return lines, [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
@@ -33,13 +35,15 @@ def test_the_document_shows_what_the_command_prints(capsys):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("flags", "message"),
     [
-        ({"reading": 0.0}, "--reading 0.0: must be above 0"),
-        ({"mfu": 40.0}, "--mfu 40.0: a share"),
-        ({"gpus": [0]}, "--gpus"),
+        (["--reading", "0.0"], r"--reading 0.0: must lie in \(0, inf\)"),
+        (["--mfu", "40.0"], r"--mfu 40.0: must lie in \(0, 1\]"),
+        (["--gpus", "[0]"], r"--gpus \[0\]: must lie in"),
+        (["--gpus", "[]"], r"--gpus \[\]: give one at least"),
+        (["--image_size", "40"], "--image_size 40 has to be a multiple of 32"),
     ],
 )
-def test_what_cannot_be_is_refused(settings, message):
+def test_what_cannot_be_is_refused(flags, message):
     with pytest.raises(ValueError, match=message):
-        BUDGET.main(**settings)
+        parse(BUDGET.BudgetConfig, flags)

@@ -176,9 +176,10 @@ def test_a_demo_that_cannot_begin_deletes_nothing(tmp_path, monkeypatch, mistake
     weights.parent.mkdir(parents=True)
     weights.touch()
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    demo = script("scripts/demo.py")
     path, words = ("tniy.yaml", "no such file") if mistake == "a typo" else ("tiny.yaml", "in use by process")
     with Lock(tmp_path / "runs/quickstart/training.lock"), pytest.raises(ValueError, match=words):
-        script("scripts/demo.py").main(tmp_path / path, tmp_path)
+        demo.main(demo.DemoConfig(tmp_path / path, tmp_path))
     assert weights.is_file()
 
 
@@ -200,7 +201,7 @@ def test_a_demo_deletes_what_a_demo_made_and_keeps_the_users_training(tmp_path, 
 
     def begin():
         with pytest.raises(Drawn):
-            demo.main(tmp_path / "tiny.yaml", tmp_path)
+            demo.main(demo.DemoConfig(tmp_path / "tiny.yaml", tmp_path))
         assert [path.name for path in run.glob("checkpoints/*")] == ["00000500"]
 
     monkeypatch.setattr(demo, "launch", launch)

@@ -136,7 +136,8 @@ def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation(tmp_pa
             copy_checkpoint(tmp_path / "checkpoints", step + 1, training, metadata, training.progress())()
     for name in ("weight", "running_var"):
         assert ema.tensors[f"second.{name}"].item() == pytest.approx(alone.tensors["weight"].item(), rel=1e-6)
-    script("scripts/reconstruct_ema.py").main(tmp_path, 0.15)
+    program = script("scripts/reconstruct_ema.py")
+    program.main(program.ReconstructConfig(tmp_path, 0.15))
     made = load_file(tmp_path / "ema-0.15.safetensors")
     assert made["second.weight"].item() == pytest.approx(alone.profiles[0.15].tensors["weight"].item(), rel=1e-2)
 
@@ -154,8 +155,8 @@ def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkey
         training = TrainingState({"model": model}, {}, ema)
         copy_checkpoint(tmp_path / "checkpoints", step, training, metadata, training.progress())()
 
-    reconstruct = script("scripts/reconstruct_ema.py").main
-    reconstruct(tmp_path, 0.08)
+    program = script("scripts/reconstruct_ema.py")
+    program.main(program.ReconstructConfig(tmp_path, 0.08))
     assert "sigma_rel 0.08 up to step 2, from 4 snapshots" in capsys.readouterr().out
     made = open_checkpoint(tmp_path / "ema-0.08.safetensors")
     shorter, longer = (average.model.patch.weight.max() for average in ema.profiles.values())
@@ -170,8 +171,8 @@ def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkey
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", disk_full)
         with pytest.raises(OSError, match="No space"):
-            reconstruct(tmp_path, 0.08)
-    reconstruct(tmp_path, 0.08, step=1)
+            program.main(program.ReconstructConfig(tmp_path, 0.08))
+    program.main(program.ReconstructConfig(tmp_path, 0.08, step=1))
     assert open_checkpoint(tmp_path / "ema-0.08-1.safetensors").step == 1
     assert (tmp_path / "ema-0.08.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
@@ -179,7 +180,7 @@ def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkey
     first = tmp_path / "snapshots" / "00000001.safetensors"
     first.write_bytes(first.read_bytes()[:-1] + bytes([first.read_bytes()[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="its weights have another checksum"):
-        reconstruct(tmp_path, 0.08)
+        program.main(program.ReconstructConfig(tmp_path, 0.08))
 
 
 @pytest.mark.parametrize(("num", "sigmas"), [(4, (0.05, 0.1)), (1, (0.05,)), (1, (0.05, 0.1))])

@@ -66,7 +66,7 @@ class Cells(HTMLParser):
 
 
 def test_runs_scores_and_differences_are_in_the_table(runs):
-    GALLERY.main(runs)
+    GALLERY.main(GALLERY.GalleryConfig(runs))
     page = (runs / "gallery.html").read_text()
     head, *rows = Cells(page).rows
     table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
@@ -110,7 +110,7 @@ def test_samples_are_shown_where_the_newest_weights_drew_them_whatever_the_time_
 
 
 def test_the_page_needs_no_other_file(runs):
-    GALLERY.main(runs)
+    GALLERY.main(GALLERY.GalleryConfig(runs))
     page = (runs / "gallery.html").read_text()
     tags = Cells(page).tags
     sources = [attrs[name] for _, attrs in tags for name in ("src", "href") if name in attrs]
@@ -123,13 +123,13 @@ def test_the_page_needs_no_other_file(runs):
 
 def test_a_folder_without_runs_is_told_in_words(tmp_path):
     with pytest.raises(ValueError, match="no run in it"):
-        GALLERY.main(tmp_path)
+        GALLERY.main(GALLERY.GalleryConfig(tmp_path))
 
 
 @needs_chromium
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 def test_the_page_opens_from_disk_in_a_browser(runs, browser, width):
-    GALLERY.main(runs)
+    GALLERY.main(GALLERY.GalleryConfig(runs))
     with page_of(browser, (runs / "gallery.html").resolve().as_uri(), width) as page:
         rows = page.locator("table").first.locator("tbody tr")
         before = rows.all_inner_texts()

@@ -1,5 +1,6 @@
 """What a scheduler does to a training: its signals, and the launchers in between."""
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from processes import PIXELS, ROOT, TINY, environment_of, log, script, unmeasured
 
-from experiment.cli import parse_run
+from experiment.cli import parse, parse_run
 from experiment.config import ExperimentConfig
 from machine.lock import Lock
 from training.inspection import Inspection
@@ -113,9 +114,10 @@ def test_a_signalled_launchers_training_saves_and_says_that_it_stopped(tmp_path,
 def test_a_job_goes_on_with_the_run_of_its_name_alone(tmp_path):
     """Of two --resume the last one counts, which would train another run anew."""
     (tmp_path / "long.yaml").touch()
+    launch, asked = script("scripts/launch_slurm.py"), ["--experiment", str(tmp_path / "long.yaml"), "--overrides"]
     for flags in (["--resume", "runs/other"], ["--resume=runs/other"]):
         with pytest.raises(ValueError, match="--overrides: --resume is auto here"):
-            script("scripts/launch_slurm.py").main(tmp_path / "long.yaml", flags, cluster="local")
+            parse(launch.LaunchConfig, [*asked, json.dumps(flags)])
 
 
 def test_a_job_that_slurm_signals_is_requeued_and_goes_on(tmp_path):

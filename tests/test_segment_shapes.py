@@ -29,7 +29,7 @@ def test_held_out_images_are_of_every_class(monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr(segment_shapes, "fit", lambda *_: None)
     monkeypatch.setattr(segment_shapes, "scores", lambda found, masks, num: shown.append(masks) or (0.0, 0.0))
-    segment_shapes.main(["UNet"], image_size=16, output=tmp_path / "found.png")
+    segment_shapes.main(segment_shapes.SegmentConfig(["UNet"], image_size=16, output=tmp_path / "found.png"))
     assert shown[0].flatten(1).max(dim=1).values.bincount().tolist() == [0, *[40] * 10]
 
 
