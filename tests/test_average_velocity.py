@@ -1,4 +1,4 @@
-"""MeanFlow and shortcuts: average velocities of Gaussian data in closed form, and of every backbone."""
+"""MeanFlow and shortcuts: average velocities of Gaussian data in closed form, and samplers by them."""
 
 from dataclasses import replace
 from functools import partial
@@ -6,32 +6,21 @@ from functools import partial
 import pytest
 import torch
 from exact import generator, labels, randn
-from test_backbones import FAMILIES, RANDOM, inputs, small, wake
 from torch import nn
 
 from autoencoders.codec import PixelCodec
-from checkpoints.checkpoint import WEIGHTS, save_tensors, warm_start
 from diffusion import DIFFUSIONS, FlowMatching, sample
-from diffusion.average_velocity import differentiable_forward
-from diffusion.diffusion import Auxiliary
 from diffusion.options import SamplingOptions
 from diffusion.samplers import SAMPLERS, num_calls
 from experiment.build import model_spec
 from experiment.config import DiffusionConfig, ExperimentConfig, SamplingConfig, TrainConfig
-from models import BACKBONES
-from models.layers.attention import attend
 from sampling.checks import resolve_sampling
-from training.batches import Batch
-from training.objective import Objective
-from training.preparation import recompute_blocks
 
 MEAN, STD = 0.7, 0.4
 meanflow, shortcut = DIFFUSIONS["meanflow"], DIFFUSIONS["shortcut"]
 improved = partial(meanflow, tangent="model")
 KINDS = {"meanflow": meanflow, "shortcut": shortcut}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-NAMES = [*(name for name in FAMILIES if name != "Cascade"), "LightningDiT-S/2"]
-families = pytest.mark.parametrize("name", NAMES)
 
 
 def spread(t):
@@ -210,206 +199,3 @@ def test_halves_of_the_shortest_step_are_eulers():
     expected = (first + velocity(x - first / 8, now - 1 / 8)) / 2
     torch.testing.assert_close(target[1:], expected)
     assert ((Perfect()(x_t, 999 * t, labels(2), r=999 * r) - target)[1].abs() > 1e-3).any()
-
-
-# Training.
-
-
-def prepared(name, **overrides):
-    """A backbone of two times, all of whose weights say something."""
-    return wake(small(name, second_time=True, out_channels=4, **overrides))
-
-
-def losses(model, diffusion=None, batch=8, **drawn):
-    """Of a batch in which the second half's times differ."""
-    diffusion, (x_0, _, y) = diffusion or meanflow(), inputs(batch)
-    drawn = {"is_interval": torch.arange(batch) >= batch // 2} | drawn
-    drawn = {"second": times(*[0.1] * batch, dtype=torch.float32)} | drawn
-    t, noise = torch.linspace(0.2, 0.9, batch), randn(*x_0.shape, seed=5)
-    return diffusion.training_loss(model, x_0, y, t=t, noise=noise, **drawn)
-
-
-@kinds
-def test_where_both_times_are_equal_it_is_flow_matching(kind):
-    model = prepared("DiT-S/2").eval()
-    x_0, _, y = inputs(8)
-    t, noise = torch.linspace(0.2, 0.9, 8), randn(*x_0.shape, seed=5)
-    flow = FlowMatching().training_loss(model, x_0, y, t=t, noise=noise)["mse"]
-    alike = losses(model, kind(adaptive_power=0.0), is_interval=torch.zeros(8, dtype=torch.bool))
-    torch.testing.assert_close(alike["loss"], flow, rtol=1e-6, atol=0)
-    some = losses(model, kind(adaptive_power=1.0))
-    torch.testing.assert_close(some["mse"][:4], flow[:4], rtol=1e-6, atol=0)
-    assert ((some["mse"] - flow)[4:].abs() > 1e-4).all()
-    torch.testing.assert_close(some["loss"], some["mse"] / (some["mse"] + 1e-3))
-
-
-@families
-def test_the_derivative_along_the_path_is_that_of_finite_differences(name):
-    model = prepared(name).eval().double()
-    x_t, v, y = randn(2, 4, 8, 8).double(), randn(2, 4, 8, 8, seed=1).double(), torch.tensor([1, 5])
-    r, t, step = times(0.1, 0.4), times(0.5, 0.8), 1e-6
-    target = meanflow().average_velocity(model, x_t, r, t, y, v, torch.arange(2))
-    u = meanflow().precondition(model)
-    with torch.no_grad():
-        ends = [u(x_t + sign * step * v, t + sign * step, y, r=r) for sign in (1, -1)]
-    derivative = (ends[0] - ends[1]) / (2 * step)
-    torch.testing.assert_close((v - target) / 0.4, derivative, rtol=1e-4, atol=1e-4 * derivative.abs().max().item())
-
-
-@pytest.mark.parametrize("guidance", [{}, {"omega": 0.5, "kappa": 0.75}], ids=["plain", "guided"])
-def test_improved_meanflow_differentiates_along_the_velocity_of_the_model(guidance):
-    """Whatever the sample's own is; what it is under a label has learned the guidance, and is not guided again."""
-    model, diffusion = prepared("DiT-S/2").eval().double(), improved(**guidance)
-    x_t, y = randn(3, 4, 8, 8).double(), torch.tensor([1, 5, model.num_classes])
-    r, t, step = times(0.1, 0.4, 0.0), times(0.5, 0.8, 0.4), 1e-6
-    u, zeros = diffusion.precondition(model), torch.zeros_like(x_t)
-    with torch.no_grad():
-        along = u(x_t, t, y)
-        ends = [u(x_t + sign * step * along, t + sign * step, y, r=r) for sign in (1, -1)]
-    derivative = (ends[0] - ends[1]) / (2 * step)
-    for v in (zeros, randn(*x_t.shape, seed=1).double()):
-        target = diffusion.average_velocity(model, x_t, r, t, y, v, torch.arange(3))
-        away = diffusion.guided(model, x_t, t, y, v) - target
-        torch.testing.assert_close(away / 0.4, derivative, rtol=1e-4, atol=1e-4 * derivative.abs().max().item())
-    with pytest.raises(ValueError, match=r"--diffusion\.tangent up: unknown, choose from sample, model"):
-        meanflow(tangent="up")
-
-
-@pytest.mark.parametrize("num_tokens", [16, 80])
-def test_attention_among_any_number_of_tokens_has_a_forward_derivative(num_tokens):
-    q, k, v, along = (randn(2, num_tokens, 4, seed=seed).double() for seed in range(4))
-    bias = randn(num_tokens, num_tokens, seed=5).double()
-    with differentiable_forward(None):
-        dual = torch.autograd.forward_ad.make_dual(k, along)
-        derivative = torch.autograd.forward_ad.unpack_dual(attend(q, dual, v, bias=bias)).tangent
-    ends = [attend(q, k + sign * 1e-6 * along, v, bias=bias) for sign in (1, -1)]
-    torch.testing.assert_close(derivative, (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-6)
-
-
-@families
-def test_a_flows_weights_begin_as_that_flow_whatever_the_second_time(name, tmp_path):
-    flow, ours = wake(small(name, out_channels=4)).eval(), small(name, out_channels=4, second_time=True).eval()
-    save_tensors(flow.state_dict(), tmp_path / WEIGHTS, {})
-    words = warm_start(ours, str(tmp_path))
-    assert "not in the checkpoint: " in words
-    assert words.count("interval") == 4
-    x_t, t, y = inputs()
-    with torch.no_grad():
-        assert torch.equal(ours(x_t, t, y, r=t / 3), flow(x_t, t, y))
-        assert torch.equal(ours(x_t, t, y), ours(x_t, t, y, r=t))
-        assert not torch.equal(wake(ours)(x_t, t, y, r=t / 3), ours(x_t, t, y))
-
-
-def test_a_backbone_of_one_time_is_not_given_another():
-    x_t, t, y = inputs()
-    for name in ("DiT-S/2", "UViT-tokens-S/2"):
-        with pytest.raises(ValueError, match="r: this backbone is told one time"):
-            small(name)(x_t, t, y, r=t)
-
-
-@families
-@kinds
-def test_all_gradients_are_finite_in_bfloat16_and_reach_every_weight(kind, name):
-    model = prepared(name).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = losses(model, kind())["loss"].mean()
-    loss.backward()
-    for key, weight in model.named_parameters():
-        assert weight.grad is not None, key
-        assert weight.grad.isfinite().all(), key
-        assert weight.grad.any() or key.endswith(("convs.0.bias", "convs.1.bias", "convs.2.bias", "unpatch.bias")), key
-
-
-@kinds
-def test_the_target_is_of_the_model_that_is_sampled(kind):
-    """Neither stochastic depth nor batch norms act in it; the loss's own call has both, once."""
-    model, seen = prepared("XSwin", **RANDOM["XSwin"]).train(), []
-    diffusion = kind()
-    whole = diffusion.average_velocity
-
-    def spy(*arguments):
-        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        seen.append(whole(*arguments))
-        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-        return seen[-1]
-
-    diffusion.average_velocity = spy
-    for seed in range(2):
-        torch.manual_seed(seed)
-        losses(model, diffusion, batch=2)
-        assert all(part.training for part in model.modules())
-        state = model.state_dict()
-        assert {state[name].item() for name in state if "num_batches" in name} == {seed + 1}
-        for norm in (part for part in model.modules() if isinstance(part, nn.BatchNorm2d)):
-            norm.reset_running_stats()
-            norm.num_batches_tracked += seed + 1
-    assert torch.equal(*seen)
-
-
-@kinds
-@pytest.mark.parametrize("name", ["DiT-S/2", "UNet-CIFAR10"])
-def test_recomputed_blocks_have_the_same_gradients(kind, name):
-    found = []
-    for change in (lambda model: None, lambda model: recompute_blocks(model, torch.device("cpu"))):
-        model = prepared(name, **RANDOM.get(BACKBONES[name][0].__name__, {})).train()
-        change(model)
-        torch.manual_seed(3)
-        losses(model, kind(), batch=4)["loss"].sum().backward()
-        found.append([weight.grad for weight in model.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-
-
-@kinds
-def test_parts_of_a_batch_have_the_times_of_the_whole(kind):
-    diffusion = kind()
-    whole = diffusion.draw_more((12, 1, 2, 2), generator())["is_interval"]
-    assert whole.nonzero().flatten().tolist() == [3, 7, 11]
-    assert kind(interval_share=1.0).draw_more((5, 1, 1, 1))["is_interval"].all()
-    model = prepared("DiT-S/2").eval()
-    x_0, _, y = inputs(8)
-    more = diffusion.draw_more(x_0.shape, generator())
-    batch = Batch(x_0, y, torch.linspace(0.2, 0.9, 8), randn(*x_0.shape, seed=5), more)
-    objective = Objective(diffusion)
-    together = objective(model, batch)["mse"]
-    for part in (slice(0, 2), slice(2, 8)):  # in the first nobody's times differ
-        more = {name: values[part] for name, values in batch.more.items()}
-        alone = objective(model, Batch(x_0[part], y[part], batch.t[part], batch.noise[part], more))["mse"]
-        torch.testing.assert_close(alone, together[part], rtol=1e-4, atol=1e-6)
-
-
-@kinds
-def test_auxiliary_terms_are_of_outputs_that_tell_the_data(kind):
-    term = Auxiliary("error", 1.0, lambda predicted, x_0, y: (predicted - x_0).square().mean(dim=(1, 2, 3)))
-    error = losses(prepared("DiT-S/2"), kind(), auxiliary=[term])["error"]
-    assert (error[:4] > 0).all()
-    assert (error[4:] == 0).all()
-
-
-# Guidance.
-
-
-class Guided(nn.Module):
-    """Velocities that differ by label, the null label 3 among them, and not by place; averages are ten times those."""
-
-    num_classes = 3
-
-    def forward(self, x_t, t, y, *, r):
-        return torch.zeros_like(x_t) + (y * torch.where(r < t, 10, 1))[:, None, None, None]
-
-
-def test_guidance_is_a_part_of_the_velocity_that_is_learned():
-    x_t, v, y, t = randn(3, 1, 2, 2), randn(3, 1, 2, 2, seed=1), torch.tensor([1, 2, 3]), torch.full((3,), 0.5)
-    model = nn.Sequential(Guided())
-    model.forward = model[0].forward  # wrapped
-    guided = meanflow(omega=0.5, kappa=0.75).guided(model, x_t, t, y, v)
-    for label, ours, plain in zip(y.tolist(), guided, v, strict=True):
-        expected = plain if label == 3 else 0.5 * plain + 0.75 * label - 0.25 * 3
-        torch.testing.assert_close(ours, expected)
-    assert meanflow().guided(model, x_t, t, y, v) is v
-
-
-def test_guidance_is_a_part_of_the_velocities_that_shortcuts_are_made_of():
-    x_t, y, r = randn(3, 1, 2, 2), torch.tensor([1, 2, 3]), torch.zeros(3)
-    for length, expected in ((1 / 64, [2 * 1 - 3, 2 * 2 - 3, 3]), (1 / 32, [10, 20, 30])):
-        target = shortcut(guidance_scale=2.0).average_velocity(Guided(), x_t, r, r + length, y, x_t, torch.arange(3))
-        assert target[:, 0, 0, 0].tolist() == expected
