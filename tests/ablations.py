@@ -1,4 +1,4 @@
-"""Small ablations: their plans, and their runs with a script in the place of the three commands."""
+"""Small ablations for tests: their plans, and their execution."""
 
 from pathlib import Path
 from unittest import mock
@@ -15,6 +15,7 @@ BASE = {**TINY, "evaluation": {"extractor": "colors.pt", "num_samples": 12, "met
 
 
 def plan_of(variants, **settings):
+    """Plan an ablation of tiny runs with these variants."""
     ablation = AblationConfig(base=BASE, variants=variants, **settings)
     folder = Path("runs/t")
     runs = expand(ablation, "t")
@@ -22,10 +23,12 @@ def plan_of(variants, **settings):
         return make_plan(ablation, runs, folder, open_accelerator("fp32"), timed=False, any_code=False)
 
 
-def counted(spec, known={}, count=costs.count):  # noqa: B006  (each backbone once for all tests)
-    return known.setdefault(repr(spec), known.get(repr(spec)) or count(spec))
+def counted(spec, cache={}, count=costs.count):  # noqa: B006  (the cache is meant to be shared)
+    """Count the cost of a backbone once for all tests."""
+    return cache.setdefault(repr(spec), cache.get(repr(spec)) or count(spec))
 
 
 def execute(plan, deadline=None, workers=1):
+    """Execute a plan; returns status and reason by variant."""
     outcomes = run_here(jobs_of(plan), Runner(deadline), workers)
     return {outcome.run.partition(",")[0]: (outcome.status, outcome.why) for outcome in outcomes}

@@ -1,4 +1,4 @@
-"""Pages in a real browser, for tests that look at what a visitor sees."""
+"""Pages in a real browser, for tests of what a visitor sees."""
 
 import shutil
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ QUIET = ["--disable-gpu", "--disable-background-networking", "--disable-componen
 
 @contextmanager
 def a_browser():
-    """Without a tab; one serves a module's tests, as each takes seconds to start."""
+    """Start a browser without a tab. A module's tests share one, as starting it takes seconds."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -24,8 +24,10 @@ def a_browser():
 
 @contextmanager
 def page_of(browser, url, width):
-    """A tab at this width, of its own cookies and cache; at its end nothing may have been logged as an error, nor reach
-    over the side."""
+    """Open a page in a new tab of this width, with cookies and cache of its own.
+
+    At the end, it must have logged no error, and must not be wider than the tab.
+    """
     errors = []
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)

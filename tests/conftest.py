@@ -1,4 +1,4 @@
-"""What all tests share: the order they come in, checked signatures, folders."""
+"""Shared set-up of all tests: their environment, order and distribution, checked signatures, common fixtures."""
 
 import gc
 import importlib
@@ -7,10 +7,11 @@ import signal
 from functools import cache
 from pathlib import Path
 
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # no bf16: the same numbers on every machine
-os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # what programs compile is kept for the next, also where this forbids it
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core: threads of two would wait for each other
-if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):  # and so for what it starts
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # no bf16: equal numbers on every machine
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # programs share their compiled files, even where the environment forbids it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with one worker per core, more threads would wait for each other
+# Pin each worker, and the processes that it starts, to a core of its own.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
@@ -25,12 +26,12 @@ LONG = ("test_ablation", "test_train", "test_preemption", "test_devices", "test_
 
 @cache
 def shares(path: str) -> bool:
-    """Whether the tests of a file share what they look at: a server, a program's output."""
+    """Whether the tests of a file share a module-scoped fixture, such as a server or a program's output."""
     return 'scope="module"' in (ROOT / path).read_text()
 
 
 class SharedTogether(LoadScopeScheduling):
-    """Deals out test by test, but files that share something to one worker, which alone makes it."""
+    """Distributes tests one by one, but files with shared fixtures as a whole, so that one worker makes those."""
 
     def _split_scope(self, nodeid):
         path = nodeid.partition("::")[0]
@@ -42,26 +43,27 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes long comes first: what runs last is short, and no worker waits for another."""
+    """Run long tests first, so that the workers finish at about the same time."""
     items.sort(key=lambda item: item.path.stem not in LONG and not shares(item.nodeid.partition("::")[0]))
 
 
 def pytest_collection(session):
-    """Shapes and types of signatures are checked from here on; not in the process that deals out tests."""
+    """Check shapes and types of signatures in everything imported from here on, but not in xdist's controller."""
     if worker or not session.config.getoption("numprocesses"):
         examples = importlib.import_module("hypothesis").settings
-        examples.register_profile("same", deadline=None, derandomize=True)  # the same on any machine
+        examples.register_profile("same", deadline=None, derandomize=True)  # the same examples on any machine
         examples.load_profile("same")
         importlib.import_module("signatures").check(ROOMS)
-    gc.disable()  # nothing that is imported goes
+    gc.disable()  # imports leave no garbage, so collections during collection only cost time
 
 
 def pytest_collection_finish():
-    gc.freeze()  # nor is looked through from here on
+    gc.freeze()  # later collections skip the imported modules
     gc.enable()
 
 
-for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # nohup and a shell's & pass on their deafness
+# nohup and a shell's `&` start processes with signals ignored, which those of the tests would inherit.
+for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
@@ -70,20 +72,20 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.fixture
 def root() -> Path:
-    """The repository."""
+    """Root folder of the repository."""
     return Path(__file__).parent.parent
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A fresh working folder."""
+    """Change into a new, empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A working folder with a finished tiny run in it, made by each of pytest's workers for itself."""
+    """A working folder that holds a finished tiny run; each of pytest's workers makes its own."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     run("train.py", "--config", "tiny.yaml", cwd=folder)
@@ -92,14 +94,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser():
-    """A real one, for all tests of a module."""
+    """A real browser for all tests of a module."""
     with a_browser() as browser:
         yield browser
 
 
 @pytest.fixture(scope="session")
 def colour_file(tmp_path_factory) -> Path:
-    """A program whose features are known without it."""
+    """An exported program as extractor, whose features tests compute themselves: the mean colour."""
     from mean_colour import PROBE, MeanColour
 
     from metrics.programs import save_program
@@ -109,7 +111,7 @@ def colour_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def colour(colour_file):
-    """The same as an extractor."""
+    """The extractor of `colour_file`."""
     from metrics.features import Extractor
 
     return Extractor(colour_file)
@@ -117,7 +119,7 @@ def colour(colour_file):
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory) -> Path:
-    """Random weights of Inception in the format that torch-fidelity downloads: a state dict."""
+    """File with random weights of Inception, as a state dict like the one that torch-fidelity downloads."""
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

@@ -1,4 +1,4 @@
-"""Backbones that know the data: they are what a perfect training would lead to."""
+"""Exact backbones for known data distributions: the optimum that a training would converge to."""
 
 import torch
 
@@ -19,7 +19,7 @@ def labels(num: int) -> torch.Tensor:
 
 
 def own_input(diffusion, x, t):
-    """What a diffusion gave the backbone, taken back to its own `x_t` and `t`."""
+    """Invert what a diffusion does to the backbone's inputs: returns its own `x_t` and `t`."""
     if isinstance(diffusion.path, Flow):
         return x, t / 999
     if isinstance(diffusion.path, VarianceExploding):
@@ -30,7 +30,7 @@ def own_input(diffusion, x, t):
 
 
 def backbone(diffusion, posterior_mean):
-    """The model whose `x_0` is `posterior_mean(x_t, alpha, sigma, y)`."""
+    """Make the backbone whose predicted `x_0` is `posterior_mean(x_t, alpha, sigma, y)`."""
 
     def model(x, t, y):
         x_t, t = own_input(diffusion, x, t)
@@ -42,7 +42,7 @@ def backbone(diffusion, posterior_mean):
 
 
 def gaussian_data(mean: float, std: float):
-    """`E[x_0 | x_t]` for data N(mean, std^2)."""
+    """Posterior mean `E[x_0 | x_t]` of data N(mean, std^2)."""
     return lambda x_t, alpha, sigma, y: mean + std**2 * alpha / ((alpha * std) ** 2 + sigma**2) * (x_t - alpha * mean)
 
 

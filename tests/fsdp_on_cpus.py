@@ -1,7 +1,7 @@
-"""`torchrun tests/fsdp_on_cpus.py SCRIPT ARGUMENTS`: runs SCRIPT under FSDP2 on CPU processes.
+"""Run SCRIPT under FSDP2 on CPU processes: `torchrun tests/fsdp_on_cpus.py SCRIPT ARGUMENTS`.
 
-Torch shards over gloo, and Accelerate's FSDP code would run on it, but Accelerate turns FSDP on for accelerators alone.
-This lifts that one condition, so that train.py's sharded path is tested where there is no GPU.
+Torch can shard over gloo, and Accelerate's FSDP code works with it, but Accelerate turns FSDP on for accelerators only.
+This removes that condition, so that train.py's sharded path is tested without a GPU.
 """
 
 import runpy
@@ -14,9 +14,9 @@ initialise = AcceleratorState.__init__
 
 
 def initialise_for_fsdp(self, *arguments, fsdp_plugin=None, **options):
-    first = not self.initialized
+    is_first = not self.initialized
     initialise(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
-    if first and fsdp_plugin is not None:
+    if is_first and fsdp_plugin is not None:
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.fsdp_plugin = fsdp_plugin
 

@@ -1,4 +1,4 @@
-"""What a program that `processes.run` starts finds imported: the libraries, and what entry points import of ours."""
+"""Modules that the fork server of `processes.run` imports in advance: libraries, and rooms that entry points import."""
 
 import gc
 import importlib
@@ -6,17 +6,17 @@ import sys
 
 from processes import LIBRARIES, ROOMS, ROOT
 
-OURS = {"experiment", "autoencoders", "checkpoints", "data", "diffusion", "evaluation", "machine", "metrics", "models"}
-OURS |= {"sampling", "settings", "training"}
+IMPORTED = {"experiment", "autoencoders", "checkpoints", "data", "diffusion", "evaluation", "machine", "metrics"}
+IMPORTED |= {"models", "sampling", "settings", "training"}
 
-gc.disable()  # nothing that is imported goes
-sys.dont_write_bytecode = False  # as programs find it, see `processes.environment_of`
+gc.disable()  # imports leave no garbage
+sys.dont_write_bytecode = False  # write compiled files, which the programs use
 for name in LIBRARIES:
     importlib.import_module(name)
-for room in sorted(OURS & set(ROOMS)):
+for room in sorted(IMPORTED & set(ROOMS)):
     for path in sorted((ROOT / room).rglob("*.py")):
-        if path.stem != "timm_models":  # imports timm, which few use
+        if path.stem != "timm_models":  # it imports timm, which few programs need
             parts = path.relative_to(ROOT).with_suffix("").parts
             importlib.import_module(".".join(parts).removesuffix(".__init__"))
-gc.freeze()  # nor is looked through by each of the programs
+gc.freeze()  # so that the programs' collections skip these modules
 gc.enable()

@@ -1,4 +1,4 @@
-"""Real processes of the entry points, and what they leave."""
+"""Run entry points in processes of their own, and read what they write."""
 
 import atexit
 import contextlib
@@ -39,7 +39,7 @@ TINY = {
     "sampling": {"sampler": "ddpm", "num_steps": 3, "guidance_scale": 1.5},
     "log": {"every": 1, "validate_every": 2, "sample_every": 0, "checkpoint_every": 2},
 }
-PIXELS = {**TINY, "autoencoder": "pixel", "data": {**TINY["data"], "image_size": 16}}  # a process takes seconds less
+PIXELS = {**TINY, "autoencoder": "pixel", "data": {**TINY["data"], "image_size": 16}}  # saves loading an autoencoder
 PIXELS |= {"model_args": {**TINY["model_args"], "patch_size": 4}}
 
 IN_FILES = f"""
@@ -48,14 +48,14 @@ import experiment.build
 
 experiment.build.free_memory = lambda *_: 0
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
-"""  # training on latents that are left in their files, as where no memory is free
+"""  # trains on latents that are read from their files, as if no memory were free
 
 
 def run(*arguments, cwd, processes=1, check=True, **settings):
-    """A program in a process of its own, as a user starts it; `settings` are added to its environment.
+    """Run a program in a process of its own, as a user starts it; `settings` are added to its environment.
 
-    It is forked off a server that has imported the libraries and the rooms, which saves each its seconds. Several
-    `processes` find the variables that torch's launcher sets; where one fails the others are stopped, as it does.
+    The process is forked from a server that has imported the libraries and the rooms, which saves seconds. Several
+    `processes` get the variables that torchrun sets; as under torchrun, all are stopped when one fails.
     """
     command = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
     if "fork" in multiprocessing.get_all_start_methods():
@@ -64,8 +64,8 @@ def run(*arguments, cwd, processes=1, check=True, **settings):
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        piped = {"env": environment_of(**settings), "capture_output": True, "text": True}
-        done = subprocess.run([*launcher, *command], cwd=cwd, check=False, **piped)
+        options = {"env": environment_of(**settings), "capture_output": True, "text": True}
+        done = subprocess.run([*launcher, *command], cwd=cwd, check=False, **options)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -80,24 +80,26 @@ SERVER.set_forkserver_preload(["preloaded"])
 
 
 def ranks(number):
-    """What tells each of several processes about the others; nothing for one."""
+    """Environment variables of each process of a distributed run, as torchrun sets them; none for a single process."""
     if number == 1:
         return [{}]
     port = str(free_port())
-    own = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**own, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    shared = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
 
 
 def free_port():
-    """Of those that no system deals out, so that nobody else is given it before it is taken."""
-    draw = random.SystemRandom()
+    """Find a free port outside of the ephemeral range, so that the system gives it to nobody else in the meantime."""
+    generator = random.SystemRandom()
     while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", draw.randrange(10_000, 32_000))) as free:
-            return free.getsockname()[1]
+        address = "127.0.0.1", generator.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(address) as server:
+            return server.getsockname()[1]
 
 
 def started(command, cwd, environment, *outputs):
-    """A process of a Python program, whose outputs go to these files."""
+    """Start a Python program in a forked process, whose stdout and stderr are appended to these files."""
     with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}):
         multiprocessing.forkserver.ensure_running()
     process = SERVER.Process(target=become, args=(command, str(cwd), environment, *outputs))
@@ -106,10 +108,10 @@ def started(command, cwd, environment, *outputs):
 
 
 def forked(command, cwd, environments):
-    """As `subprocess.run` of Python on this command would end, in a process for each of the environments."""
+    """Run a command in a forked process per environment; the result is like that of `subprocess.run`."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        group = [started(command, cwd, own, *outputs) for own in environments]
+        group = [started(command, cwd, environment, *outputs) for environment in environments]
         while any(process.exitcode is None for process in group):
             multiprocessing.connection.wait([process.sentinel for process in group if process.exitcode is None])
             if any(process.exitcode for process in group):
@@ -120,8 +122,8 @@ def forked(command, cwd, environments):
 
 
 def become(command, cwd, environment, *outputs):
-    """Be the program: its folder, environment, arguments and outputs; what the libraries do at exit is the server's."""
-    atexit._clear()
+    """Set folder, environment, arguments and outputs of a forked process, and run a program in it."""
+    atexit._clear()  # handlers of the imported libraries belong to the server
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
@@ -140,13 +142,13 @@ def become(command, cwd, environment, *outputs):
 
 
 def environment_of(**settings):
-    """One thread, no accelerator."""
-    own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **own, **settings}
+    """The environment of a program in tests: one thread, no accelerator, and the given variables."""
+    defaults = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **defaults, **settings}
 
 
 def script(name):
-    """A program, such as scripts/gallery.py, as a module, to be tested without a process of its own."""
+    """Import a program, such as scripts/gallery.py, as a module, to test it without a process of its own."""
     path = ROOT / name
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -156,25 +158,27 @@ def script(name):
 
 
 def log(folder, name):
+    """Read the log of a run: one dictionary per line."""
     return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
 
 
 def unmeasured(folder, name):
-    """The log without what a clock or the machine says."""
+    """Read the log of a run without measured speed and memory, which differ between equal runs."""
     measured = {"images_per_second", "waiting_for_data", "memory_gb"}
     return [{key: value for key, value in event.items() if key not in measured} for event in log(folder, name)]
 
 
 def assert_same_training(folder, name, other):
-    """That two runs have, bit for bit, the same averages, weights and optimizer."""
+    """Assert that two runs ended with bitwise equal averages, weights and optimizer state."""
     import torch
 
     for file in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors"):
-        ours, theirs = (weights(folder, each, file=file) for each in (name, other))
-        assert ours.keys() == theirs.keys(), file
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
+        first, second = (weights(folder, run, file=file) for run in (name, other))
+        assert first.keys() == second.keys(), file
+        assert all(torch.equal(first[key], second[key]) for key in first), file
 
 
 def weights(folder, name, step=4, file="ema.safetensors"):
+    """Load the tensors of a file of a run's checkpoint."""
     with safe_open(folder / "runs" / name / "checkpoints" / f"{step:08d}" / file, "pt") as tensors:
         return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118

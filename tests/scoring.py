@@ -1,4 +1,4 @@
-"""Scores of two sets of images, for tests: what evaluate.py does, without its sources and files."""
+"""Scores of two sets of images for tests: the core of evaluate.py, without its sources and files."""
 
 from metrics.features import Extractor
 from metrics.fidelity import compare
@@ -7,7 +7,7 @@ from metrics.scores import DEFAULT
 
 
 def score(samples, reference, extractor="inception", metrics=DEFAULT, *, batch_size=64, weights_path=None, seed=0):
-    """`samples` and `reference` are tensors or datasets of uint8 images."""
+    """Score samples against a reference; both are tensors or datasets of uint8 images."""
     if not isinstance(extractor, Extractor):
         extractor = Extractor(extractor, weights_path=weights_path)
     features = [
@@ -18,6 +18,7 @@ def score(samples, reference, extractor="inception", metrics=DEFAULT, *, batch_s
 
 
 def value(scores, name):
-    found = scores.scores[name].value
-    assert found is not None, scores.scores[name].reason
-    return found
+    """Value of a score, which must have one."""
+    value = scores.scores[name].value
+    assert value is not None, scores.scores[name].reason
+    return value

@@ -1,8 +1,8 @@
-"""How shapes and types of signatures are checked in tests: jaxtyping reads them, beartype verifies them.
+"""Import hook that checks shapes and types of signatures in tests, with jaxtyping and beartype.
 
-`jaxtyping.install_import_hook` would check arguments twice where something is returned, give functions without shapes
-a scope of sizes too, build what it wraps functions in functions with at each call of the outer one, and compile the
-libraries that a module is the first to import from their source.
+It is faster than `jaxtyping.install_import_hook`, which checks arguments twice where there is a return annotation,
+opens a scope of axis sizes for functions without shapes too, wraps nested functions at each call of the outer one, and
+compiles libraries from source where a checked module imports them first.
 """
 
 import ast
@@ -18,55 +18,55 @@ from unittest.mock import patch
 from beartype import beartype
 from jaxtyping import AbstractArray, config, jaxtyped
 
-SIZES = jaxtyped("context")  # of axes, by name: of one call
+SIZES = jaxtyped("context")  # scope of named axis sizes; each call has its own
 
 
 def checked(function):
-    """Arguments and what is returned are as annotated, axes of one name of one size."""
+    """Check a function's arguments and result against its annotations; axes of one name must have one size."""
     hints = {name: resolved(hint, function.__globals__) for name, hint in function.__annotations__.items()}
-    if inspect.isgeneratorfunction(function):  # of which what it returns is checked, not what it yields
+    if inspect.isgeneratorfunction(function):  # of a generator the arguments are checked, not what it yields
         return jaxtyped(function, typechecker=beartype)
     annotations, function.__annotations__ = function.__annotations__, hints
-    checking = beartype(function)
-    function.__annotations__ = checking.__annotations__ = annotations
+    checked_function = beartype(function)
+    function.__annotations__ = checked_function.__annotations__ = annotations
     if not any(map(has_shape, hints.values())):
-        return checking
+        return checked_function
 
     @wraps(function)
     def in_own_scope(*args, **kwargs):
         if config.jaxtyping_disable:
             return function(*args, **kwargs)
         with SIZES:
-            return checking(*args, **kwargs)
+            return checked_function(*args, **kwargs)
 
     return in_own_scope
 
 
-def checked_class(own):
-    """What a dataclass is made of is as annotated."""
-    if "__dataclass_fields__" in vars(own) and "__init__" in vars(own):
-        own.__init__ = checked(own.__init__)
-    return own
+def checked_class(cls):
+    """Decorate a dataclass so that its fields must match their annotations when it is created."""
+    if "__dataclass_fields__" in vars(cls) and "__init__" in vars(cls):
+        cls.__init__ = checked(cls.__init__)
+    return cls
 
 
 def resolved(hint, names):
-    """An annotation that may be a string; Any, where it names what is imported for the type checker alone."""
+    """Evaluate an annotation that may be a string; Any where it names an import that only type checkers see."""
 
     def function(value: hint): ...
 
     try:
         return get_type_hints(function, names, include_extras=True)["value"]
-    except Exception:  # of whatever kind evaluating it raises
+    except Exception:  # evaluating an annotation may raise anything
         return Any
 
 
 def has_shape(hint):
+    """Whether an annotation has a jaxtyping shape in it."""
     return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(map(has_shape, get_args(hint)))
 
 
 class Checking(ast.NodeTransformer):
-    """Functions and classes of a module, and methods, are decorated; functions in functions, which no caller sees, are
-    left as they are."""
+    """Decorate the functions, classes and methods of a module, but not functions within functions."""
 
     def visit_FunctionDef(self, node):
         node.decorator_list.append(decorator("checked", node))
@@ -78,6 +78,7 @@ class Checking(ast.NodeTransformer):
 
 
 def decorator(name, node):
+    """Expression of a decorator of this module, at the place of a node."""
     expression = ast.parse(f"__import__({__name__!r}).{name}", mode="eval").body
     for part in ast.walk(expression):
         ast.copy_location(part, node)
@@ -85,19 +86,21 @@ def decorator(name, node):
 
 
 class Loader(SourceFileLoader):
+    """Loads modules with checked signatures."""
+
     def source_to_code(self, data, path, *, _optimize=-1):
         tree = compile(decode_source(data), path, "exec", ast.PyCF_ONLY_AST, dont_inherit=True, optimize=_optimize)
         return compile(Checking().visit(tree), path, "exec", dont_inherit=True, optimize=_optimize)
 
     def get_code(self, fullname):
-        """Kept beside what is compiled without checks."""
-        own = partial(cache_from_source, optimization="checked1")
-        with patch("importlib._bootstrap_external.cache_from_source", own):
+        """Cache compiled modules under names of their own, apart from those without checks."""
+        own_name = partial(cache_from_source, optimization="checked1")
+        with patch("importlib._bootstrap_external.cache_from_source", own_name):
             return super().get_code(fullname)
 
 
 class Finder(MetaPathFinder):
-    """Modules of these packages are checked."""
+    """Finds the modules of these packages with a loader that checks them."""
 
     def __init__(self, packages):
         self.packages = packages
@@ -112,4 +115,5 @@ class Finder(MetaPathFinder):
 
 
 def check(packages):
+    """Check the signatures of all modules of these packages that are imported from here on."""
     sys.meta_path.insert(0, Finder(packages))

@@ -28,13 +28,13 @@ FORMATS = {
 
 
 def create(name, seed=0, **changes):
-    """With weights of its own for each seed."""
+    """Create an autoencoder of a format, with random weights from a seed; `changes` override its configuration."""
     kind, settings = FORMATS[name]
     torch.manual_seed(seed)
     return kind(**{**settings, **changes}).eval()
 
 
 def write(name, folder, seed=0, **changes):
-    """A folder in diffusers' format."""
+    """Write an autoencoder of a format as a folder in diffusers' layout; returns its path."""
     create(name, seed, **changes).save_pretrained(folder)
     return str(folder)

@@ -1,11 +1,11 @@
-"""Kill real trainings at random moments, resume them, and compare with one that was never interrupted, bit by bit.
+"""Kill real trainings at random moments, resume them, and compare them bit by bit with an uninterrupted one.
 
-    make soak          (20 kills, and 5 of two processes under each launcher; its figures stand in docs/reliability.md)
+    make soak          (20 kills, and 5 of two processes under each launcher; docs/reliability.md has its results)
     python tests/soak.py --kills 3 --launcher torchrun
 
-Every kill is SIGKILL to the whole process group, at a moment drawn at random between the first checkpoint and the end
-of the run: in a step, in a validation, or in the middle of a save (checkpoints are written after every step).
-The resumed run must end with the same weights, average, optimizer and log.
+Each kill sends SIGKILL to the whole process group at a random moment between the first checkpoint and the end of the
+run: in a step, in a validation, or in the middle of a save (checkpoints are written after every step). The resumed run
+must end with the same weights, averages, optimizer state and log.
 """
 
 import hashlib
@@ -69,20 +69,20 @@ def soak(
     seed: int = 0,
     output: Path | None = None,
 ) -> None:
-    """Kill and resume until `kills` processes have died, as many runs as that takes.
+    """Kill and resume trainings until `kills` processes have been killed, in as many runs as that takes.
 
     Args:
-        kills: processes to kill
-        num_steps: of each training
-        precision: of training: 'auto', 'fp32' or 'bf16'
-        launcher: 'python' starts one process; 'accelerate' and 'torchrun' two
-        pixels: train on pixels in place of latents: each start takes some seconds less
-        seed: of the moments
+        kills: number of processes to kill
+        num_steps: steps of each training
+        precision: precision of training: 'auto', 'fp32' or 'bf16'
+        launcher: 'python' starts one process; 'accelerate' and 'torchrun' start two
+        pixels: train on pixels in place of latents, which saves some seconds at each start
+        seed: seed of the random moments
         output: JSON file for the figures
     """
     if kills < 1:
         raise ValueError(f"--kills {kills}: kill one process at least")
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     figures = {"kills": 0, "in_a_save": 0, "runs": 0, "resumed_steps": []}
     figures |= {"precision": precision, "launcher": launcher}
     with tempfile.TemporaryDirectory() as name, children.on_stop(stop):
@@ -90,10 +90,10 @@ def soak(
         config = {**CONFIG, "train": {**CONFIG["train"], "num_steps": num_steps, "precision": precision}}
         config |= PIXELS if pixels else {}
         (folder / "soak.yaml").write_text(yaml.safe_dump(config))
-        straight = start(folder, "straight", launcher)
-        await_checkpoint(straight, folder / "runs" / "straight" / "checkpoints")
+        uninterrupted = start(folder, "straight", launcher)
+        await_checkpoint(uninterrupted, folder / "runs" / "straight" / "checkpoints")
         began = time.time()
-        finish(straight)
+        finish(uninterrupted)
         length = time.time() - began
         expected = fingerprint(folder / "runs" / "straight")
         while figures["kills"] < kills:
@@ -103,15 +103,15 @@ def soak(
                 process = start(folder, run, launcher)
                 if figures["kills"] < kills:
                     await_checkpoint(process, checkpoints)
-                if figures["kills"] == kills or not killed(process, draw.uniform(0, length)):
+                if figures["kills"] == kills or not killed(process, generator.uniform(0, length)):
                     finish(process)
                     break
                 figures["kills"] += 1
                 figures["in_a_save"] += any(checkpoints.glob(".*.partial"))
                 figures["resumed_steps"].append(newest_step(checkpoints))
                 print(f"kill {figures['kills']} of {kills}, at step {newest_step(checkpoints)}", flush=True)
-            found = fingerprint(folder / "runs" / run)
-            different = [key for key in expected if expected[key] != found[key]]
+            resumed = fingerprint(folder / "runs" / run)
+            different = [key for key in expected if expected[key] != resumed[key]]
             if different:
                 raise SystemExit(f"soak: {run} differs from the uninterrupted run in {', '.join(different)}")
             figures["runs"] += 1
@@ -124,40 +124,40 @@ def soak(
 
 
 def start(folder: Path, name: str, launcher: str) -> subprocess.Popen:
-    """A training that ends with the soak."""
+    """Start a training, or resume it; `stop` kills it."""
     flags = ["--config", "soak.yaml", "--name", name, "--resume", "auto"]
     command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / "train.py"), *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    started[:] = [children.start(command, cwd=folder, env=environment, **quiet)]
+    outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    started[:] = [children.start(command, cwd=folder, env=environment, **outputs)]
     return started[0]
 
 
 def stop(number: signal.Signals) -> None:
-    """What runs goes, and its folder."""
+    """At a signal, kill the running training and exit, which removes the folder."""
     for process in started:
         children.kill(process)
         children.await_end(process)
     raise SystemExit(128 + number)
 
 
-started: list[subprocess.Popen] = []  # the last one: they come one after the other
+started: list[subprocess.Popen] = []  # the running training; there is one at a time
 
 
 def newest_step(checkpoints: Path) -> int:
-    """Of the finished checkpoints; 0 where there is none."""
+    """Step of the newest finished checkpoint; 0 if there is none."""
     return max((int(path.name) for path in checkpoints.glob("[0-9]*")), default=0)
 
 
 def await_checkpoint(process: subprocess.Popen, checkpoints: Path) -> None:
     """Wait for the next checkpoint, or the end of the process."""
-    before = newest_step(checkpoints)
-    while process.poll() is None and newest_step(checkpoints) == before:
+    step = newest_step(checkpoints)
+    while process.poll() is None and newest_step(checkpoints) == step:
         time.sleep(0.02)
 
 
 def killed(process: subprocess.Popen, seconds: float) -> bool:
-    """SIGKILL after so many seconds; false where the process ended before."""
+    """Kill a process after so many seconds; False if it has ended before."""
     try:
         process.wait(timeout=seconds)
         return False
@@ -168,28 +168,28 @@ def killed(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Wait for the end, which must be a good one."""
+    """Wait for a process to end; exit with its errors where it has failed."""
     _, errors = process.communicate()
     if process.returncode:
         raise SystemExit(f"soak: the training failed\n{errors[-2000:]}")
 
 
 def fingerprint(run: Path) -> dict[str, str]:
-    """Hashes of all that a finished run leaves, but what a clock says."""
+    """Hash the weights, states and log of a finished run, without measured times and memory."""
     last = sorted((run / "checkpoints").glob("[0-9]*"))[-1]
     files = {
         name: last / name for name in ("ema.safetensors", "state/model.safetensors", "state/optimizer.safetensors")
     }
     hashes = {name: hashlib.sha256(tensors_of(path)).hexdigest() for name, path in files.items()}
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    kept = [{key: value for key, value in event.items() if key not in MEASURED} for event in events]
-    hashes["log.jsonl"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    unmeasured = [{key: value for key, value in event.items() if key not in MEASURED} for event in events]
+    hashes["log.jsonl"] = hashlib.sha256(json.dumps(unmeasured).encode()).hexdigest()
     hashes["best"] = (run / "checkpoints" / "best").resolve().name
     return hashes
 
 
 def tensors_of(path: Path) -> bytes:
-    """A safetensors file without its header, which names the run."""
+    """Read a safetensors file without its header, which contains the run's name."""
     data = path.read_bytes()
     return data[8 + int.from_bytes(data[:8], "little") :]
 

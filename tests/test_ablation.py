@@ -1,4 +1,4 @@
-"""A real ablation, stopped, killed and gone on with."""
+"""A real ablation that is stopped, killed and resumed."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Ablations before anything starts: their YAML, equal cost, the plan."""
+"""The plan of an ablation: its YAML, equal cost, and what is refused before anything starts."""
 
 import json
 import re

@@ -102,8 +102,8 @@ def ablation(tmp_path_factory):
     return folder
 
 
-def test_a_ceiling_is_of_its_own_autoencoder(ablation):
-    """The first run has floor and ceiling for all, if all are decoded and scored alike."""
+def test_each_autoencoder_has_its_own_ceiling(ablation):
+    """The first run provides floor and ceiling for all runs that are decoded and scored alike."""
     results = read_results(ablation)
     assert list(results.references) == ["training images (floor)", "reconstructions (ceiling)"]
     last = results.variants[-1].runs[-1].record
@@ -119,7 +119,7 @@ def test_a_ceiling_is_of_its_own_autoencoder(ablation):
 
 
 def values_of(ablation, variant, metric):
-    """From the runs' own JSON, by seed: the values of the trials."""
+    """Values of a metric in all trials by seed, read from the runs' own JSON."""
     found = {}
     for one in json.loads((ablation / "plan.json").read_text())["runs"]:
         path = ablation / one["folder"] / "scores.json"
@@ -193,7 +193,7 @@ def test_bold_is_what_is_decidedly_better_than_every_other(ablation):
     metric, (first, *_) = "frechet_distance[colors]", results.variants
 
     def moved(name, gains):
-        """The same scores, by seed better by so much."""
+        """The first variant's scores, improved by a gain for each seed."""
         runs = []
         for one, gain in zip(first.runs, gains, strict=True):
             trials = [{metric: score(trial[metric] - gain)} for trial in one.trials]
@@ -277,8 +277,8 @@ def test_pictures_of_another_plan_are_not_shown_under_this_ones_names(ablation):
     assert [one.variant for one in read_pictures(results)] == [one.name for one in results.variants[1:]]
 
 
-def test_classes_stand_beside_their_namesakes_alone():
-    """Variants may be of other images, or of none with classes."""
+def test_pictures_of_models_are_compared_only_for_shared_classes():
+    """Variants may be trained on other images, or on images without classes."""
     images = np.stack([np.full((4, 8, 8, 3), number, np.uint8) for number in range(2)])
     one, other = Pictures("one", ["cat", "dog"], images), Pictures("other", ["ant", "cat"], images)
     assert [(name, [int(block.max()) for block in of]) for name, of in beside([one, other])] == [("cat", [0, 1])]

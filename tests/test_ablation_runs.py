@@ -1,4 +1,4 @@
-"""Runs of an ablation: what counts as done, who does the rest, how it stops."""
+"""Execution of an ablation's runs: what counts as done, what still runs, and how it stops."""
 
 import math
 import os
@@ -30,7 +30,7 @@ from machine.lock import Lock
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def test_a_key_is_of_what_matters():
+def test_keys_ignore_settings_that_cannot_change_a_result():
     plan = plan_of(
         {
             "a": {},
@@ -49,8 +49,8 @@ def test_a_key_is_of_what_matters():
     assert all(trained[stage] != a[stage] for stage in a)
 
 
-def test_a_key_is_of_what_lies_where_settings_say():
-    """A guide that was trained again, another network of the same name."""
+def test_keys_change_with_the_content_of_files_that_settings_name():
+    """For example, a guide that was trained again, or another network under the same name."""
     config = parse_mapping(
         ExperimentConfig,
         {
@@ -78,7 +78,7 @@ def test_a_key_is_of_what_lies_where_settings_say():
         assert changed(Path("net.pt").write_text, f"{value}") == {"train", "score", "draw"}
 
 
-def test_code_counts_by_its_syntax(tmp_path):
+def test_code_hashes_ignore_comments_docstrings_and_layout(tmp_path):
     def of(text):
         (tmp_path / "train.py").write_text(text)
         identity.code_of.cache_clear()
@@ -104,7 +104,7 @@ def test_the_code_of_a_training_is_what_it_imports():
 
 @pytest.fixture
 def changed_code(monkeypatch):
-    """Another version of one file of a stage's code."""
+    """Pretend that one file of the stages' code has changed."""
 
     def change(name):
         now = {stage: identity.code_of(stage) for stage in identity.PROGRAMS}
@@ -114,7 +114,7 @@ def changed_code(monkeypatch):
     return change
 
 
-def test_a_changed_file_of_the_code_makes_its_stages_due(scripted, changed_code):
+def test_a_changed_file_of_the_code_makes_its_stages_run_again(scripted, changed_code):
     (planned,) = plan_of({"a": {}})
     execute([planned])
 
@@ -133,7 +133,7 @@ def test_a_changed_file_of_the_code_makes_its_stages_due(scripted, changed_code)
         refuse_changed([now()])
 
 
-def test_results_of_other_code_count_where_that_is_asked_for():
+def test_any_code_accepts_results_of_other_code():
     (planned,) = plan_of({"a": {}})
     older = {name: f"{key.partition('-')[0]}-older" for name, key in planned.keys.items()}
     mark(planned.run.folder, began=older["train"], **older)
@@ -151,8 +151,8 @@ def test_results_of_other_code_count_where_that_is_asked_for():
     assert sharing.trained_in == planned.run.folder
 
 
-def test_scores_by_hand_are_not_taken_for_the_studys():
-    """`evaluate.py --samples RUN` writes to the run's `scores.json`, too."""
+def test_scores_that_were_overwritten_by_hand_do_not_count_as_done():
+    """`evaluate.py --samples RUN` also writes to the run's `scores.json`."""
     (planned,) = plan_of({"a": {}})
     folder = planned.run.folder
     folder.mkdir(parents=True)
@@ -197,7 +197,7 @@ def calls():
     return Path("calls.txt").read_text().splitlines() if Path("calls.txt").exists() else []
 
 
-def test_a_failed_variant_leaves_the_others_alone_and_is_tried_again(scripted):
+def test_a_failed_variant_does_not_affect_others_and_is_retried(scripted):
     found = execute(plan_of({"a": {}, "bad": {"optim.lr": 5e-4}, "c": {"optim.lr": 6e-4}}))
     assert found["a"] == found["c"] == ("done", "")
     assert found["bad"] == ("failed", "train: train.py: error: no such luck")
@@ -209,7 +209,7 @@ def test_a_failed_variant_leaves_the_others_alone_and_is_tried_again(scripted):
 
 @pytest.fixture
 def cores():
-    """All of the machine's, in place of the one that a worker of pytest keeps to."""
+    """All cores of the machine, where a worker of pytest is pinned to one."""
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     yield sorted(os.sched_getaffinity(0))
@@ -235,7 +235,7 @@ def test_variants_that_share_a_training_are_scored_from_it(scripted):
     assert [planned.state for planned in again] == ["done", "done"]
 
 
-def test_another_configuration_of_one_name_trains_anew_and_keeps_the_old(scripted):
+def test_a_changed_configuration_trains_anew_and_backs_up_the_old_run(scripted):
     execute(plan_of({"a": {}}))
     (Path("runs/t/a/seed0") / "checkpoints").mkdir()
     plan = plan_of({"a": {"optim.lr": 5e-4}})
@@ -250,7 +250,7 @@ def test_another_configuration_of_one_name_trains_anew_and_keeps_the_old(scripte
 
 
 def trained(planned, *, step=4, **changes):
-    """What a training leaves of it, as far as a plan looks."""
+    """Write the files of a finished training that a plan reads."""
     weights = planned.run.folder / "checkpoints" / f"{step:08d}" / WEIGHTS
     weights.parent.mkdir(parents=True)
     config = parse_mapping(ExperimentConfig, merged(planned.run.config.to_dict(), changes))
@@ -258,7 +258,7 @@ def trained(planned, *, step=4, **changes):
     save_tensors({"x": torch.zeros(1)}, weights, metadata)
 
 
-def test_a_training_of_what_lies_there_no_more_is_none_of_the_plans(scripted):
+def test_a_training_on_other_images_is_refused_and_redone(scripted):
     variants = {"a": {}, "b": {"sampling.num_steps": 2}}
     plan = plan_of(variants)
     execute(plan)
@@ -274,14 +274,14 @@ def test_a_training_of_what_lies_there_no_more_is_none_of_the_plans(scripted):
     assert len([*Path("runs/t").glob("*/seed0.before-*/stages.json")]) == 2
 
 
-def test_a_training_that_went_on_by_hand_is_none_of_the_plans(scripted):
+def test_a_training_that_was_continued_by_hand_with_other_settings_is_refused(scripted):
     (planned,) = plan_of({"a": {}})
     execute([planned])
     trained(planned, step=8, **{"train.num_steps": 8, "sampling.num_steps": 2, "log.every": 7})
     assert planned.state == "of other train.num_steps"
 
 
-def test_another_order_of_the_variants_leaves_their_training_where_it_is(scripted):
+def test_reordering_variants_keeps_their_shared_training(scripted):
     execute(plan_of({"a": {}, "b": {"sampling.num_steps": 2}}))
     plan = plan_of({"b": {"sampling.num_steps": 2}, "a": {}}, scoring=ScoringConfig(baselines=False))
     assert execute(plan) == {"a": ("done", ""), "b": ("done", "before")}
@@ -292,7 +292,7 @@ def test_another_order_of_the_variants_leaves_their_training_where_it_is(scripte
     assert calls()[6:] == ["train b", "score b", "draw b"]
 
 
-def test_code_that_changes_after_the_plan_makes_no_result_of_it(scripted):
+def test_code_that_changes_after_planning_is_refused(scripted):
     plan = plan_of({"a": {}})
     (outcome,) = Runner(code=dict.fromkeys(runner.STAGES, "older"))(plan)
     assert (outcome.status, outcome.why.partition(":")[0]) == ("failed", "train")
@@ -300,7 +300,7 @@ def test_code_that_changes_after_the_plan_makes_no_result_of_it(scripted):
     assert not done_stages(plan[0].run.folder)
 
 
-def test_no_foreign_training_is_touched(scripted):
+def test_a_training_that_no_ablation_began_is_left_alone(scripted):
     Path("runs/t/a/seed0/checkpoints").mkdir(parents=True)
     assert execute(plan_of({"a": {}}))["a"][1].endswith("holds a training that no ablation began; move it away")
     assert calls() == []

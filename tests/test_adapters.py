@@ -1,4 +1,4 @@
-"""Few weights trained in place of all: what stays, what is merged, and what is refused."""
+"""Adapters: which weights stay frozen, what is merged, and what is refused."""
 
 import shutil
 import sys
@@ -31,7 +31,7 @@ def adapted(model, kind="lora", rank=4, objective=Objective, accelerator=None):
 
 
 def train(model, num_steps=3, **settings):
-    """A few large steps of no matter what."""
+    """Train for a few large steps on a meaningless loss."""
     optimizer, average = build_optimizer(model, OptimConfig(lr=0.03, **settings)), Merged(model)
     for step in range(num_steps):
         model(*inputs()).square().mean().backward()
@@ -43,7 +43,7 @@ def train(model, num_steps=3, **settings):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Cascade"])
 def test_frozen_weights_stay_and_the_merged_backbone_is_the_adapted_one(name, kind):
-    """In float32: outputs to 1e-5, frozen weights to the bit, in the average too."""
+    """Outputs agree to 1e-5 in float32; frozen weights are bitwise equal, in the average too."""
     model = wake(small(name))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ema = EMA(model, 0.5)
@@ -71,7 +71,8 @@ def test_frozen_weights_stay_and_the_merged_backbone_is_the_adapted_one(name, ki
 
 
 def test_an_adapter_begins_by_its_seed_whatever_was_drawn_before():
-    """Such as the weights of an extractor, which only a training that is scored on the way has built by then."""
+    """Other random numbers are, for example, the weights of an extractor, which is only built for scores during
+    training."""
     begun = []
     for drawn in (0, 7):
         model = small("DiT")
@@ -86,7 +87,7 @@ def test_an_adapter_begins_by_its_seed_whatever_was_drawn_before():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["XSwin", "DiT-S/2", "DiT-XL/2", "UViT-S/2"])
-def test_less_than_a_fiftieth_of_a_published_size_is_trained(name, kind):
+def test_adapters_train_less_than_a_fiftieth_of_a_published_size(name, kind):
     model = ModelSpec(name, {}, (32, 32), 4, 8, 101).build_on_meta()
     total, labels = sum(weight.numel() for weight in model.parameters()), model.cond.label.weight.numel()
     words = adapted(model, kind)
@@ -101,7 +102,7 @@ def test_less_than_a_fiftieth_of_a_published_size_is_trained(name, kind):
     )
 
 
-def test_a_backbone_begins_as_it_is():
+def test_adapters_have_no_effect_at_initialisation():
     model = wake(small("DiT-S/2")).eval()
     with torch.no_grad():
         before = model(*inputs())
@@ -111,7 +112,7 @@ def test_a_backbone_begins_as_it_is():
 
 @pytest.fixture(scope="module")
 def tuned(folder):
-    """A run of two classes of its own, fine-tuned from the finished one by low-rank matrices and a new table."""
+    """A run on two other classes, fine-tuned from the finished run with LoRA and a new label table."""
     for name in ("circle", "other"):
         (folder / "tuned-on" / name).mkdir(parents=True, exist_ok=True)
         for number in range(10):
@@ -123,8 +124,8 @@ def tuned(folder):
 
 
 def test_a_fine_tuned_run_is_a_checkpoint_like_any(tuned):
-    """Its weights are a plain backbone's, of which only labels and adapted linears moved; it samples, guided away from
-    the pretrained model, of whose classes it shares one."""
+    """Its weights are those of a plain backbone, in which only labels and adapted linears have changed. It is sampled
+    with guidance away from the pretrained model, with which it shares one class."""
     folder, told = tuned
     assert "; 1 of 2 classes are its own" in told
     assert "--train.adapter lora: trains " in told

@@ -26,7 +26,8 @@ SIDE, NUM = 64, 6
 
 
 def resized(images, side=299):
-    """TensorFlow 1's bilinear resizing: output i is read at i * in / out, unsmoothed. [n h w 3] uint8 to float."""
+    """TensorFlow 1's bilinear resizing, without antialiasing: output i is read at i * in / out. [n h w 3] uint8 to
+    float."""
     place = np.arange(side, dtype=np.float32) * np.float32(images.shape[1] / side)
     low = np.floor(place).astype(int)
     high, share = np.minimum(low + 1, images.shape[1] - 1), (place - low).astype(np.float32)
@@ -37,7 +38,7 @@ def resized(images, side=299):
 
 @torch.inference_mode()
 def activations(images, weights, monkeypatch):
-    """`pool_3` [n 2048] and the first seven channels of `mixed_6/conv`, [n 17*17*7], of [n h w 3] uint8."""
+    """`pool_3` [n 2048] and the first seven channels of `mixed_6/conv` [n 17*17*7] for images [n h w 3] uint8."""
     average = F.avg_pool2d
 
     def pool(x, kernel_size, stride=None, padding=0):
@@ -62,7 +63,7 @@ def moments(x):
 
 
 def distance(x, y):
-    """Fréchet's, of the moments of few samples: the trace of the root is the nuclear norm of a small product."""
+    """Fréchet distance from moments of few samples: the trace of the root is the nuclear norm of a small product."""
     (mean, cov), (other_mean, other_cov) = moments(x), moments(y)
     a, b = ((z - z.mean(axis=0)).astype(np.float64) / np.sqrt(len(z) - 1) for z in (x, y))
     root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
@@ -70,12 +71,12 @@ def distance(x, y):
 
 
 def close(ours, theirs):
-    """To 1e-4 of the largest."""
+    """Assert equality up to 1e-4 of the largest value."""
     return np.abs(np.asarray(ours) - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
 def photographs(seed, num=NUM):
-    """Soft random images, so that features differ by more than noise."""
+    """Soft random images, whose features differ by more than noise."""
     coarse = torch.rand(num, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * 255
     images = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 255).to(torch.uint8)
     return images.permute(0, 2, 3, 1).numpy()
@@ -83,7 +84,7 @@ def photographs(seed, num=NUM):
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory, inception_weights):
-    """A reference batch as ADM's are: moments of more images than it holds, and no word of an extractor."""
+    """A reference batch like ADM's: the moments are of more images than it holds, and it names no extractor."""
     images = photographs(seed=0)
     with pytest.MonkeyPatch.context() as patch:
         pooled, spatial = activations(images, inception_weights, patch)
@@ -114,7 +115,7 @@ def test_moments_are_those_of_adms_evaluator(inception_weights, batch, tmp_path)
 
 
 def test_a_published_model_is_scored_as_adms_evaluator_would(inception_weights, batch, tmp_path, monkeypatch):
-    """Import, draw, extract, compare, by the commands of docs/zoo.md, with a small model and few samples."""
+    """Import, sample, extract and compare with the commands of docs/zoo.md, on a small model and few samples."""
     monkeypatch.chdir(tmp_path)
     torch.save(load_fixture("dit")[1], "published.pt")
     settings = {"num_heads": 4, "autoencoder": "embedded", "source": "dit"}

@@ -1,4 +1,4 @@
-"""Class agreement: what the probe says where the answer is known."""
+"""Class agreement on data for which the probe's answer is known."""
 
 from functools import cache
 
@@ -14,7 +14,7 @@ NUM_CLASSES = 4
 
 
 def clusters(num=25, spread=0.1, seed=0):
-    """So many of each class, around corners that lie apart."""
+    """Points of each class around corners that lie far apart."""
     labels = torch.arange(NUM_CLASSES).repeat_interleave(num)
     noise = torch.randn(len(labels), 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return Labelled(one_hot(labels, 6) + spread * noise, labels)
@@ -31,7 +31,7 @@ def values(samples, reference):
     return {name: score.value for name, score in class_agreement(samples, reference).items()}
 
 
-def test_samples_of_their_classes_are_named_and_teach_them():
+def test_perfect_samples_have_perfect_agreement_and_cas():
     assert values(clusters(), reference()) == {"agreement": 1, "agreement_top5": 1, "cas": 1}
 
 
@@ -47,7 +47,7 @@ def test_agreement_counts_the_samples_that_are_of_another_class(wrong):
     assert score.std == pytest.approx((share * (1 - share) / 100) ** 0.5, abs=1e-12)
 
 
-def test_samples_without_variety_agree_and_teach_their_own_class_alone():
+def test_samples_of_a_single_class_agree_but_have_a_low_cas():
     samples = clusters()
     ones = Labelled(samples.features[:25], samples.labels[:25])
     found = values(ones, reference())

@@ -1,4 +1,4 @@
-"""Representation alignment: its term by hand, whose states it sees, its features, and trainings that have it."""
+"""Representation alignment: its term by hand, the hidden states and features that it uses, and trainings with it."""
 
 import re
 from dataclasses import replace
@@ -39,13 +39,13 @@ def batch(features=None):
 
 
 def objective(backbone, config, **more):
-    """Of a flow, with features of width 3."""
+    """Objective of a flow with alignment to features of width 3."""
     alignment = Alignment(backbone, config).build_projector(3, seed=0)
     return Objective(DIFFUSIONS["flow"](), alignment=alignment, **more), randn(2, 3, *alignment.grid, seed=2)
 
 
 @pytest.mark.parametrize("kind", ["repa", "irepa"])
-def test_term_is_one_minus_the_cosine_over_places(kind):
+def test_the_alignment_term_is_one_minus_the_mean_cosine_similarity(kind):
     alignment = Alignment(small("DiT-S/2"), AlignmentConfig("some.pt2", kind=kind)).build_projector(16, seed=0)
     alignment.projector = nn.Identity()
     state, features = randn(2, 16, 16), randn(2, 16, 4, 4, seed=1)
@@ -63,8 +63,9 @@ def test_term_is_one_minus_the_cosine_over_places(kind):
 
 @pytest.mark.parametrize("depth", [0.4, 0.9])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Cascade"])
-def test_states_are_those_of_features_for_every_backbone(name, depth):
-    """As `features` gives them, of the pass that the loss needs; and the loss is the plain one and this term."""
+def test_alignment_uses_the_hidden_states_of_features_for_every_backbone(name, depth):
+    """Hidden states collected in the loss's own pass equal those of `features`; the loss is the plain one plus the
+    term."""
     model = wake(small(name)).eval()
     ours, features = objective(model, replace(IREPA, depth=depth))
     aligned = ours(model, batch(features), PHASE)
@@ -77,7 +78,7 @@ def test_states_are_those_of_features_for_every_backbone(name, depth):
     torch.testing.assert_close(ours.alignment(features), aligned["alignment"])
 
 
-def test_the_grid_of_an_odd_side_is_half_of_it_rounded_up():
+def test_the_feature_grid_of_an_odd_side_is_half_of_it_rounded_up():
     assert Alignment(small("XSwin", input_size=9), IREPA).grid == (5, 5)
 
 
@@ -90,8 +91,8 @@ def test_gradient_reaches_the_blocks_before_it_and_the_projector_alone():
     assert all(weight.grad.abs().sum() > 0 for weight in ours.heads.parameters())
 
 
-def test_other_passes_of_the_model_leave_no_states():
-    """Feature matching runs the same blocks on other images, after the pass that counts; a validation has no term."""
+def test_other_passes_of_the_model_store_no_hidden_states():
+    """Feature matching runs the same blocks on other images after the main pass; validation has no alignment term."""
     model = small("DiT-S/2").eval()
     ours, features = objective(model, IREPA)
     expected = ours(model, batch(features), PHASE)["alignment"]
@@ -103,7 +104,7 @@ def test_other_passes_of_the_model_leave_no_states():
 
 
 class Stack(Backbone):
-    """Two blocks, whose signatures nobody checks while they are compiled."""
+    """Two blocks; their signatures are not checked, as they are compiled."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +132,7 @@ def test_states_are_seen_in_compiled_blocks():
 
 
 def test_features_of_the_views_that_a_batch_holds(tmp_path):
-    """Mirrored images have features of their own, averaged to the grid."""
+    """Mirrored images have their own features, averaged over the grid."""
     maps = FeatureMaps(edges(tmp_path / "edges.pt"), None, (4, 4))
     images = ShapesDataset(12, image_size=32)
     build_cache(tmp_path / "maps", images, maps.prepare, maps.provenance, flips=True)
@@ -144,7 +145,7 @@ def test_features_of_the_views_that_a_batch_holds(tmp_path):
     torch.testing.assert_close(drawn.features.float(), maps.prepare(pixels), rtol=1e-3, atol=1e-3)
 
 
-def test_timms_maps_are_its_last_layers_of_the_whole_image(tmp_path):
+def test_timms_feature_maps_are_its_last_layer_resized_to_the_grid(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("test_vit", pretrained=False).eval()
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
@@ -160,7 +161,7 @@ def test_timms_maps_are_its_last_layers_of_the_whole_image(tmp_path):
 
 
 class Edges(nn.Module):
-    """Four features of every fourth place."""
+    """Four features for every fourth position."""
 
     def __init__(self):
         super().__init__()
@@ -171,7 +172,7 @@ class Edges(nn.Module):
 
 
 def edges(path, seed=0):
-    """A program of a small network, in a file."""
+    """A small network exported to a file."""
     torch.manual_seed(seed)
     return str(save_program(Edges(), torch.zeros(2, 3, 16, 16), path))
 

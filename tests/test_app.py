@@ -1,4 +1,4 @@
-"""The page as visitors use it: a real server on a free port, asked over its own interface."""
+"""The page as visitors use it: a real server on a free port, queried over its own interface."""
 
 import asyncio
 import json
@@ -43,13 +43,13 @@ DRAW = {
 
 @pytest.fixture(scope="module")
 def temporary(tmp_path_factory):
-    """The server's folder for temporary files."""
+    """The server's folder of temporary files."""
     return tmp_path_factory.mktemp("temporary")
 
 
 @pytest.fixture(scope="module")
 def address(folder, temporary):
-    """Of the page, serving the tiny run's two checkpoints, and one that draws in one call."""
+    """Address of the page, which serves two checkpoints of the tiny run and one that samples in a single step."""
     at_once = ("--diffusion.kind", "shortcut", "--sampling.sampler", "shortcut", "--sampling.num_steps", 1)
     flags = ("--name", "at-once", "--train.num_steps", 1, "--log.validate_every", 0)
     run("train.py", "--config", "tiny.yaml", *at_once, *flags, cwd=folder)
@@ -83,7 +83,7 @@ def client(address, tmp_path_factory):
 
 
 def draw(client, runs=("runs/tiny",), **settings):
-    """What the page shows at last: the files of all moments, the commands, the pictures."""
+    """Final outputs of the page: the files of all moments, the commands and the pictures."""
     wanted = {"runs": list(runs), **DRAW, **settings}
     slider, command, *shown = client.predict(*wanted.values(), api_name="/draw")
     return slider, command, [picture["value"] for picture in shown if picture.get("visible") and picture.get("value")]
@@ -131,7 +131,7 @@ def test_without_a_null_label_neither_the_picture_nor_its_command_is_guided(fold
 
 
 @pytest.mark.parametrize("to_class", ["ring", None])
-def test_one_call_follows_a_slider_by_the_pictures_of_a_walk(client, folder, to_class, monkeypatch):
+def test_the_slider_shows_the_pictures_of_sample_pys_interpolation(client, folder, to_class, monkeypatch):
     settings = {**DRAW, "guidance": 1.0, "sampler": "shortcut", "steps": 1, "to_class": to_class}
     monkeypatch.chdir(folder)
     studio, found = Studio(["runs/at-once"]), []
@@ -208,13 +208,13 @@ def test_no_file_but_its_pictures_can_be_fetched(address, folder):
     ],
     ids=["upload", "origin", "host"],
 )
-def test_the_page_takes_no_files_and_serves_no_other_site(address, path, headers, data):
+def test_the_page_refuses_uploads_and_requests_of_other_sites(address, path, headers, data):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(address + path, data, headers), timeout=120)
     assert refused.value.code == 403
 
 
-def test_what_nobody_reads_is_not_drawn(address, client):
+def test_nothing_is_sampled_for_visitors_who_have_left(address, client):
     long = {"data": [["runs/tiny"], *{**DRAW, "number": 8, "steps": 250}.values()]}
     for _ in range(16):
         request = urllib.request.Request(
@@ -226,7 +226,7 @@ def test_what_nobody_reads_is_not_drawn(address, client):
     assert time.monotonic() - began < 120  # ten seconds in which they may listen; many minutes where they are drawn
 
 
-def test_a_reader_who_comes_late_to_his_answer_gets_it(address):
+def test_a_visitor_who_opens_the_stream_late_gets_the_answer(address):
     asked = {"data": [["runs/tiny"], *{**DRAW, "number": 1, "steps": 2}.values()]}
     request = urllib.request.Request(
         f"{address}/gradio_api/call/draw", json.dumps(asked).encode(), {"Content-Type": "application/json"}

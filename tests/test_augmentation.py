@@ -1,5 +1,5 @@
-"""Augmentation that is told: what is drawn, each change by another library's code, what backbones make of it, and a
-training with it."""
+"""Augmentation with labels: its distribution, each transform against another library, backbones with augmentation
+labels, and a training."""
 
 import json
 import math
@@ -29,13 +29,13 @@ told = pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Ca
 
 
 def told_as(**numbers):
-    """A change by the names of its numbers."""
+    """Augmentation labels [1 n] with the named values, all others 0."""
     names = ("mirrored", "flipped", "shift_x", "shift_y", "size", "cos", "sin", "along", "across", "x", "y")
     return torch.tensor([[float(numbers.get(name, 0)) for name in names]])
 
 
 def smooth(height=32, width=24):
-    """A picture of few, slow waves, on which all interpolations agree."""
+    """A picture of a few slow waves, on which all interpolations agree."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     waves = [torch.sin(0.31 * x + 0.17 * y), torch.cos(0.23 * y - 0.11 * x), torch.sin(0.07 * x * 0.5 + 0.3 * y + 1)]
     return (127.5 + 90 * torch.stack(waves)).round().to(torch.uint8)[None]
@@ -48,7 +48,7 @@ def noise(num=64, height=16, width=16):
 # What is drawn.
 
 
-def test_each_change_has_the_probability_and_the_spread_that_are_asked_for():
+def test_augmentations_have_the_requested_probability_and_standard_deviation():
     drawn = draw_changes(0.25, torch.arange(40_000) % 2, (32, 16), generator())
     assert torch.equal(drawn[:, 0], (torch.arange(40_000) % 2).float())
     groups = {"flipped": [1], "shifted": [2, 3], "size": [4], "turned": [5, 6], "stretched": [7, 8], "moved": [9, 10]}
@@ -72,7 +72,7 @@ def test_with_probability_zero_nothing_is_drawn_but_the_mirror():
     assert torch.equal(drawn, torch.eye(NUM_CHANGES)[:1].expand(8, -1))
 
 
-def test_numbers_are_zero_exactly_where_nothing_was_changed():
+def test_augmentation_labels_are_zero_exactly_for_unchanged_images():
     images = noise(400)
     changes = draw_changes(0.1, torch.zeros(400, dtype=torch.int64), (16, 16), generator())
     is_same = (change(images, changes) == images).flatten(1).all(dim=1)
@@ -84,7 +84,7 @@ def test_numbers_are_zero_exactly_where_nothing_was_changed():
 
 
 def by_scipy(image, forward, shift):
-    """A matrix, of rows and columns from the middle, and a shift in pixels, by splines."""
+    """Transform an image with scipy's splines, by a matrix of (row, column) around the centre and a shift in pixels."""
     middle = (np.array(image.shape[-2:]) - 1) / 2
     inverse = np.linalg.inv(forward)
     offset = middle - inverse @ (middle + shift)
@@ -93,12 +93,13 @@ def by_scipy(image, forward, shift):
 
 
 def turning(angle):
-    """Of rows and columns, from the columns' direction to the rows'."""
+    """Rotation matrix for (row, column), from the direction of columns to that of rows."""
     return np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
 
 
 def stretching(along, across):
-    """By 2^(SPREAD w) along an axis and 2^(-SPREAD w) across it; w times cos and sin of twice its angle are given."""
+    """Matrix that stretches by 2^(SPREAD w) along an axis and 2^(-SPREAD w) across it, given w times cos and sin of
+    twice its angle."""
     angle, factor = math.atan2(across, along) / 2, 2 ** (SPREAD * math.hypot(along, across))
     return turning(angle) @ np.diag([1 / factor, factor]) @ turning(-angle)
 
@@ -121,7 +122,7 @@ CHANGES["all"] = (ALL, FORWARD @ np.diag([-1, 1]), FORWARD @ [-2, 2] + [-1.2, 1.
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_is_scipys_of_the_same_parameters(name):
+def test_augmentations_equal_scipys_with_the_same_parameters(name):
     numbers, forward, shift = CHANGES[name]
     image = smooth()
     ours, theirs = change(image, told_as(**numbers)), by_scipy(image, forward, shift)
@@ -132,14 +133,14 @@ def test_a_change_is_scipys_of_the_same_parameters(name):
     assert name == "nothing" or (ours.int() - image.int()).abs().float().mean() > 5
 
 
-def test_a_turn_is_torchvisions():
+def test_rotation_equals_torchvisions():
     image = smooth(48, 48)
     ours = change(image, told_as(cos=math.cos(ANGLE) - 1, sin=math.sin(ANGLE)))
     theirs = tv.rotate(image, -math.degrees(ANGLE), tv.InterpolationMode.BILINEAR)
     assert (ours.int() - theirs.int()).abs()[..., 14:-14, 14:-14].max() <= 3
 
 
-def test_flips_and_whole_pixels_move_pixels_as_they_are():
+def test_flips_and_whole_pixel_shifts_do_not_interpolate():
     images = noise(2, 16, 24)
     assert torch.equal(change(images, told_as(flipped=1).expand(2, -1)), images.flip(-2))
     moved = change(images, told_as(shift_x=1 / 3, shift_y=-1).expand(2, -1))
@@ -147,7 +148,7 @@ def test_flips_and_whole_pixels_move_pixels_as_they_are():
     assert torch.equal(moved[:, :, -2:], moved[:, :, -4:-2].flip(-2))  # the edge's reflection
 
 
-def test_each_image_has_its_own_change_whatever_is_beside_it():
+def test_augmentation_of_an_image_does_not_depend_on_its_batch():
     images, changes = noise(24), draw_changes(0.5, torch.zeros(24, dtype=torch.int64), (16, 16), generator())
     together = change(images, changes)
     assert torch.equal(
@@ -155,8 +156,8 @@ def test_each_image_has_its_own_change_whatever_is_beside_it():
     )
 
 
-def test_what_grows_smaller_keeps_no_false_waves():
-    """Waves of 2.2 pixels, made smaller by 0.6, are finer than pixels are: the filter takes them away."""
+def test_downscaling_does_not_alias():
+    """Waves of 2.2 pixels, scaled by 0.6, are finer than pixels, so the filter must remove them."""
     wave = (127.5 + 100 * torch.sin(2 * math.pi / 2.2 * torch.arange(64))).to(torch.uint8).expand(1, 3, 64, 64)
     smaller = change(wave, told_as(size=math.log2(0.6) / SPREAD)).float()
     assert smaller[..., 16:-16, 16:-16].std() < 0.35 * wave.float().std()
@@ -166,7 +167,7 @@ def test_what_grows_smaller_keeps_no_false_waves():
 
 
 @told
-def test_a_backbone_that_is_told_begins_as_one_that_is_not(name):
+def test_augmentation_labels_have_no_effect_at_initialisation(name):
     plain, ours = wake(small(name)).eval(), small(name, augment_dim=NUM_CHANGES).eval()
     lacking = ours.load_state_dict(plain.state_dict(), strict=False)
     assert len(lacking.missing_keys) == 1
@@ -183,7 +184,7 @@ def test_a_backbone_that_is_told_begins_as_one_that_is_not(name):
 
 
 @told
-def test_the_backbones_promises_hold_and_the_map_does_not_decay(name):
+def test_backbones_with_augmentation_keep_the_contract_and_the_label_map_does_not_decay(name):
     model = wake(small(name, augment_dim=NUM_CHANGES)).train()
     changes = torch.randn(6, NUM_CHANGES, generator=generator())
     with torch.autocast("cpu", torch.bfloat16):
@@ -201,7 +202,7 @@ def test_the_backbones_promises_hold_and_the_map_does_not_decay(name):
 # Batches.
 
 
-def test_changes_disturb_no_other_draw_and_are_a_function_of_seed_step_and_place(cache):  # noqa: F811
+def test_augmentation_leaves_other_random_numbers_alone_and_depends_on_seed_step_and_position(cache):  # noqa: F811
     plain, ours = (joined_extras(batches(cache, augment=share).micro_batches(3)) for share in (0.0, 0.5))
     assert "augment" not in plain
     for name in ("y", "t", "noise"):
@@ -219,12 +220,12 @@ def test_changes_disturb_no_other_draw_and_are_a_function_of_seed_step_and_place
 
 
 def joined_extras(parts):
-    """With what the backbone is told among the rest."""
+    """Join micro-batches, with the backbone's extras among the values."""
     return joined([replace(part, more=part.more.get("extras", {})) for part in parts])
 
 
 def is_mirrored(cache, step):  # noqa: F811
-    """Which images of a step are of the second view, by their pixels."""
+    """Which images of a step are mirrored, found by their pixels."""
     stream = batches(cache, augment=1e-12)
     (part,) = stream.micro_batches(step)
     first = PixelCodec().draw(cache.read(stream._order(step), torch.zeros(12, dtype=torch.int64)), part.noise)
@@ -258,7 +259,7 @@ def test_what_does_not_fit_is_refused_in_words(change_of, codec, words):
         model_spec(config, create_codec(codec), build_diffusion(config.diffusion), 5)
 
 
-def test_a_backbone_is_told_by_so_many_numbers_or_refused():
+def test_augmentation_sets_augment_dim_or_refuses_the_backbone():
     config = ExperimentConfig(model="DiT", train=TrainConfig(augment=0.12))
     spec = model_spec(config, PixelCodec(), build_diffusion(config.diffusion), 5)
     assert spec.args == {"augment_dim": NUM_CHANGES}

@@ -26,7 +26,7 @@ def test_embedded_autoencoder_reconstructs_shapes(codec, difficulty, decibels):
 
 
 @pytest.mark.parametrize(("name", "decibels"), [("embedded", 21.5), ("embedded-f8c16", 25.5), ("embedded-taef2", 24.5)])
-def test_its_own_figures_say_what_was_asked_of_it(name, decibels):
+def test_the_embedded_autoencoders_reach_their_required_psnr(name, decibels):
     figures = json.loads((EMBEDDED[name] / "metrics.json").read_text())
     assert figures["psnr_caltech101_64"] > decibels
     assert min(figures[f"psnr_shapes_{difficulty}"] for difficulty in ("easy", "medium", "hard")) > 24
@@ -106,7 +106,7 @@ def test_weights_cut_short(tmp_path):
 
 @pytest.mark.parametrize("read", [LatentCodec.prepare, PixelCodec.prepare, PixelCodec.encode])
 def test_images_that_are_not_bytes_from_0_to_255_are_refused(codec, read):
-    """From 0 to 1 they would be all but black; only tests check signatures."""
+    """Images from 0 to 1 would be almost black; only in tests are signatures checked."""
     batch = images(2)
     for wrong in (batch / 255, batch[0], batch.movedim(1, -1)):
         with pytest.raises(AutoencoderError, match=r"a codec takes RGB from 0 to 255 in uint8, \[n, 3, h, w\]"):

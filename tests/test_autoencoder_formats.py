@@ -1,4 +1,4 @@
-"""Published autoencoders' formats through the one codec, and what a latent cache must agree on with it."""
+"""Formats of published autoencoders as codecs, and what a latent cache must agree on with its codec."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def codecs(folders):
 
 
 def normalised(z, settings):
-    """As diffusers' pipelines do: that of SDXL where there are means, that of SD3 and FLUX elsewhere."""
+    """Normalise latents as diffusers' pipelines do: SDXL's where there are means, otherwise that of SD3 and FLUX."""
     if "latents_mean" in settings:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (MEAN, STD))
         return (z - mean) * settings["scaling_factor"] / std
@@ -84,7 +84,7 @@ def test_a_deep_compression_autoencoder_is_scaled_by_its_one_number(tmp_path):
 
 @pytest.fixture
 def representation(tmp_path):
-    """A small RAE with a DINOv2 of random weights, which knows images of 32 pixels."""
+    """A small RAE with a DINOv2 of random weights for images of 32 pixels."""
     pytest.importorskip(
         "transformers", reason="an AutoencoderRAE's encoder is one of transformers: pip install transformers"
     )
@@ -118,7 +118,7 @@ def test_without_transformers_a_representation_autoencoder_says_what_to_install(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_is_stored_gives_a_draw_of_the_posterior_where_there_is_one(name, codecs):
+def test_stored_moments_give_posterior_samples_where_there_is_a_posterior(name, codecs):
     codec, settings = codecs[name], FORMATS[name][1]
     stored, channels = codec.prepare(IMAGES), settings["latent_channels"]
     noise = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -136,7 +136,7 @@ def test_what_is_stored_gives_a_draw_of_the_posterior_where_there_is_one(name, c
 
 
 def test_a_tiny_encoder_sees_pixels_from_0_to_1(codecs):
-    """TAESD's own convention, which diffusers' class turns into that of the others."""
+    """This is TAESD's own convention, which diffusers' class converts to the usual one."""
     seen = []
     handle = codecs["taesd"].autoencoder.encoder.layers[0].register_forward_hook(lambda m, x, y: seen.append(x[0]))
     codecs["taesd"].prepare(IMAGES)
@@ -162,7 +162,7 @@ def test_what_diffusers_own_pipeline_of_dit_cannot_decode_is_refused(name, codec
 
 
 def with_decoder_of(seed, target):
-    """The same autoencoder with another decoder, as a fine-tuned one has."""
+    """The same autoencoder with another decoder, as if it had been fine-tuned."""
     tuned, other = create("flux"), create("flux", seed)
     assert not tuned.decoder.conv_out.weight.equal(other.decoder.conv_out.weight)
     tuned.decoder.load_state_dict(other.decoder.state_dict())
@@ -218,7 +218,7 @@ def test_a_cache_of_one_decoder_serves_another_and_no_other_encoder(folders, tmp
 # --- what is refused
 
 
-def test_a_folder_of_half_precision_alone_is_read_in_float32(tmp_path):
+def test_a_folder_with_only_fp16_weights_is_read_in_float32(tmp_path):
     model = create("sd").half()
     model.save_pretrained(tmp_path, variant="fp16")
     codec = create_codec(str(tmp_path))
@@ -244,7 +244,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_would_not_come_back_as_it_went_is_refused(case, tmp_path):
+def test_autoencoders_that_cannot_be_represented_are_refused(case, tmp_path):
     name, changes, words = REFUSED[case]
     with pytest.raises(AutoencoderError, match=words):
         create_codec(write(name, tmp_path / "odd", **changes))
@@ -272,7 +272,7 @@ def test_a_hub_id_may_have_a_folder(source, expected):
 
 
 @pytest.mark.parametrize("source", ["mine", "./a/b", "/a/b", "~/a/b", "a//b", "a/b/", ""])
-def test_a_path_is_no_hub_id(source):
+def test_paths_are_not_taken_for_hub_ids(source):
     with pytest.raises(AutoencoderError, match="no such folder; give --autoencoder a folder in diffusers' format"):
         hub_id(source)
 
@@ -340,7 +340,7 @@ def test_a_backbone_is_trained_on_its_latents_resumed_bitwise_and_decoded(kind, 
         assert len(drawn.getcolors(maxcolors=1 << 20)) > 10
 
 
-def test_a_folder_with_the_name_of_an_embedded_one_is_not_passed_over_in_silence(tmp_path, monkeypatch):
+def test_a_folder_named_like_an_embedded_autoencoder_is_refused_as_ambiguous(tmp_path, monkeypatch):
     write("sd", tmp_path / "embedded-f8c16")
     monkeypatch.chdir(tmp_path)
     create_codec("embedded")

@@ -1,4 +1,4 @@
-"""The parts of the autoencoder's training: terms by hand, gradient, discriminator, batches and optimizers."""
+"""Parts of the autoencoder's training: loss terms by hand, gradient, discriminator, batches and optimizers."""
 
 import math
 
@@ -95,7 +95,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients_and_clamped():
 
 @pytest.mark.parametrize("learned_variance", [True, False])
 def test_gradient_is_that_of_the_sum_of_terms(accelerator, learned_variance):
-    """Put together at the reconstruction, against autograd through the whole."""
+    """The gradient assembled at the reconstruction equals autograd's through the sum of all terms."""
     config, discriminator = LossConfig(kl_weight=0.3, perceptual_weight=0.1), DiscriminatorConfig(weight=0.5)
     objective = AutoencoderObjective(config, discriminator, Slope())
     model, critic, x = tiny(), PatchDiscriminator(channels=8, num_layers=1), images()
@@ -170,7 +170,7 @@ def test_any_shape_builds(factor, channels):
         model.latent_shape(66)
 
 
-def test_another_autoencoder_in_the_place_of_one_keeps_it(tmp_path):
+def test_writing_another_autoencoder_backs_up_the_previous_one(tmp_path):
     autoencoder, written = tiny().autoencoder.eval(), {"measure": False, "half": False}
     pixels = ((images() + 1) * 127.5).to(torch.uint8)
     for is_there in (False, True):  # the second as after a kill before the end was said
@@ -186,8 +186,8 @@ def test_another_autoencoder_in_the_place_of_one_keeps_it(tmp_path):
     assert (tmp_path / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes() != before
 
 
-def test_statistics_of_what_it_began_from_go(tmp_path):
-    """A mean and a deviation for each channel, which no shift may stand beside."""
+def test_statistics_of_the_initial_autoencoder_are_dropped(tmp_path):
+    """A mean and standard deviation per channel cannot stand beside a measured shift."""
     autoencoder = tiny().autoencoder.eval()
     autoencoder.register_to_config(latents_mean=[1.0] * 4, latents_std=[3.0] * 4)
     pixels = ((images() + 1) * 127.5).to(torch.uint8)
@@ -210,7 +210,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert all(matrix.grad is None for matrix in matrices)
 
 
-def test_batches_depend_on_the_step_alone_and_are_shared_out():
+def test_image_batches_depend_only_on_the_step_and_are_split_among_processes():
     def flat(*numbers):
         pixels = torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
         return TensorDataset(pixels, torch.zeros(len(numbers)))

@@ -1,4 +1,4 @@
-"""Auxiliary losses: whom their gradients reach, what their networks see, and what is refused."""
+"""Auxiliary losses: where their gradients go, what their networks see, and what is refused."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ UNET = {"channels": [8, 8, 16], "down": ["R", "A"], "middle_channels": [16], "mi
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    """A small TorchScript network of images from 0 to 255."""
+    """A small TorchScript network for images from 0 to 255."""
 
     class Edges(nn.Module):
         def __init__(self):
@@ -87,7 +87,7 @@ def test_a_term_that_is_a_module_is_trained_beside_the_model(unet):
     assert state["probe.frozen"].tolist() == [1, 1, 1]
 
 
-def test_features_of_the_encoder_are_those_of_a_whole_pass(unet):
+def test_encoder_features_equal_those_of_a_full_forward_pass(unet):
     seen, x, t, y = [], randn(2, 3, 16, 16), torch.tensor([0.0, 0.0]), torch.tensor([0, 1])
     for module in (*unet.encoder, unet.middle[0]):
         module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
@@ -108,8 +108,8 @@ def test_vgg19_is_torchvisions_up_to_its_fourth_convolution(monkeypatch):
 
 
 def test_lpips_is_its_formula(monkeypatch, tmp_path, unet):
-    """Layer by layer, from the paper: normalised, differences weighted by channel, averaged, added up; with random
-    weights in the formats of torchvision and of the lpips package."""
+    """Layer by layer, as in the paper: features are normalised, squared differences weighted by channel, averaged and
+    added up; with random weights in the formats of torchvision and of the lpips package."""
     torch.manual_seed(0)
     features = make_layers(cfgs["D"])
     state = {f"features.{name}": value for name, value in features.state_dict().items()}
@@ -139,7 +139,7 @@ def test_lpips_is_its_formula(monkeypatch, tmp_path, unet):
     assert term.term(x_0, x_0, torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
 
 
-def test_heads_that_are_none_or_cannot_be_had_are_one_clear_line(monkeypatch, tmp_path):
+def test_missing_or_wrong_lpips_heads_give_one_clear_line(monkeypatch, tmp_path):
     (tmp_path / "text.pth").write_text("not a file of weights")
     torch.save({"lin0.model.1.weight": torch.rand(1, 64, 1, 1)}, tmp_path / "other.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -156,7 +156,7 @@ def test_heads_that_are_none_or_cannot_be_had_are_one_clear_line(monkeypatch, tm
         perceptual_network("vgg19", "vgg.pth")
 
 
-def test_weights_that_cannot_be_had_are_one_clear_line(monkeypatch, tmp_path, unet):
+def test_a_failed_download_of_vgg19_gives_one_clear_line(monkeypatch, tmp_path, unet):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(ValueError, match=r"network vgg19: .* downloaded \(no network\); put .* TorchScript file$"):
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused_in_words(mistake, unet):
 
 
 def test_a_training_with_auxiliary_terms_logs_each_by_name_and_equals_two_processes(folder, network):
-    """That of the CIFAR-10 study, small; two processes reach the encoder around DDP's forward."""
+    """A small version of the CIFAR-10 study; two processes reach the encoder around DDP's forward."""
     terms = [
         {"kind": "perceptual", "weight": 0.1, "network": network},
         {"kind": "feature_matching", "weight": 0.05},

@@ -1,4 +1,4 @@
-"""MeanFlow and shortcuts: average velocities of Gaussian data in closed form, and samplers by them."""
+"""MeanFlow and shortcuts: average velocities of Gaussian data in closed form, and their samplers."""
 
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ def spread(t):
 
 
 def carried(x_t, r, t):
-    """Where the flow of N(MEAN, STD^2) leads from t to r, all [b 1 1 1]."""
+    """Where the flow of N(MEAN, STD^2) leads from t to r; all [b 1 1 1]."""
     return (1 - r) * MEAN + spread(r) / spread(t) * (x_t - (1 - t) * MEAN)
 
 
@@ -37,7 +37,7 @@ def velocity(x_t, t):
 
 
 class Perfect(nn.Module):
-    """Its average velocity, by the times that a backbone is told; where they are equal the velocity."""
+    """The exact average velocity between the times that a backbone is given; for equal times, the velocity."""
 
     def forward(self, x_t, t, y, *, r):
         r, t = (number[:, None, None, None] / 999 for number in (r, t))
@@ -87,7 +87,7 @@ def test_other_samplers_ask_for_the_velocity(kind, sampler):
 @pytest.mark.parametrize(
     ("sampler", "other"), [("meanflow", shortcut), ("shortcut", meanflow), ("shortcut", FlowMatching)]
 )
-def test_no_other_kind_is_sampled_by_averages(sampler, other):
+def test_average_velocity_samplers_refuse_other_diffusions(sampler, other):
     words = rf"--sampling\.sampler {sampler}: for models of --diffusion\.kind {sampler} alone; choose from "
     with pytest.raises(ValueError, match=words):
         resolve_sampling(SamplingConfig(sampler=sampler), other(), 10)
@@ -108,7 +108,7 @@ def test_guidance_that_is_trained_needs_a_null_label(kind, names, settings):
 
 
 @pytest.mark.parametrize("diffusion", [KINDS[kind](**settings) for kind, _, settings in LEARNED])
-def test_it_is_guided_as_it_was_trained_unless_asked(diffusion):
+def test_guidance_learned_in_training_is_not_applied_again_by_default(diffusion):
     config = SamplingConfig(guidance_scale=1.5)
     assert resolve_sampling(config, diffusion, 10).guidance_scale == 1
     assert resolve_sampling(config, diffusion, 10, guidance_scale=2.0).guidance_scale == 2
@@ -120,7 +120,7 @@ def test_it_is_guided_as_it_was_trained_unless_asked(diffusion):
 
 @kinds
 def test_one_step_is_what_samplers_by_averages_take_unless_asked(kind):
-    """In what is resolved and recorded, in what is drawn, and in what a plan counts; null takes an override back."""
+    """Holds for resolved and recorded settings, for samples, and for the cost in a plan; null undoes an override."""
     config, noise = SamplingConfig(guidance_scale=1.0), randn(2, 1, 4, 4)
     for options, num_steps in [({}, 1), ({"sampler": "euler"}, 150), ({"num_steps": 4}, 4), ({"num_steps": None}, 1)]:
         resolved = resolve_sampling(config, kind(), 10, **options)
@@ -132,7 +132,7 @@ def test_one_step_is_what_samplers_by_averages_take_unless_asked(kind):
 
 
 @pytest.mark.parametrize("diffusion", [KINDS[kind](**settings) for kind, _, settings in LEARNED])
-def test_a_scale_that_guidance_in_training_leaves_without_effect_is_said(diffusion):
+def test_a_guidance_scale_without_effect_is_reported(diffusion):
     def said(scale, num_guided=10, **overrides):
         words = []
         resolve_sampling(SamplingConfig(guidance_scale=scale), diffusion, num_guided, say=words.append, **overrides)
@@ -157,7 +157,7 @@ def test_a_scale_that_guidance_in_training_leaves_without_effect_is_said(diffusi
         ({"num_steps": 4, "spacing": "karras"}, r"--sampling\.spacing karras: a shortcut's steps are uniform"),
     ],
 )
-def test_steps_of_a_length_that_no_shortcut_has_are_refused(options, words):
+def test_step_lengths_that_no_shortcut_was_trained_on_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         resolve_sampling(SamplingConfig(**options), shortcut(), 10)
     resolve_sampling(SamplingConfig(**options), shortcut(), 10, sampler="euler")
@@ -166,7 +166,7 @@ def test_steps_of_a_length_that_no_shortcut_has_are_refused(options, words):
 
 
 @pytest.mark.parametrize("num_steps", [64, 128, 150])
-def test_the_shortest_steps_are_told_as_the_shortest_that_is_trained(num_steps):
+def test_steps_shorter_than_the_shortest_trained_one_use_that_one(num_steps):
     seen, noise = set(), randn(3, 2, 4, 4)
 
     def model(x_t, t, y, *, r):
@@ -178,7 +178,7 @@ def test_the_shortest_steps_are_told_as_the_shortest_that_is_trained(num_steps):
     torch.testing.assert_close(drawn, MEAN + STD * noise, rtol=0, atol=0.03)
 
 
-def test_steps_are_parts_of_the_path_in_which_the_times_lie():
+def test_shortcut_intervals_are_dyadic_and_contain_the_training_times():
     diffusion, num = shortcut(sections=16), 20_000
     t, second = (torch.rand(num, generator=generator(seed)) for seed in (1, 2))
     r, end = diffusion.interval_of(t, second)
@@ -189,8 +189,8 @@ def test_steps_are_parts_of_the_path_in_which_the_times_lie():
     torch.testing.assert_close(counts / num, torch.full((4,), 0.25), rtol=0, atol=0.02)
 
 
-def test_halves_of_the_shortest_step_are_eulers():
-    """With what is between off the grid: two steps of a section each."""
+def test_the_shortest_shortcut_is_two_euler_steps():
+    """Intermediate times may lie off the grid: each of its sections takes two steps."""
     x_t, r, t = randn(2, 1, 3, 3).double(), times(0.25, 0.5), times(0.5, 0.75)
     target = shortcut(sections=8).average_velocity(Perfect(), x_t, r, t, labels(2), x_t, torch.tensor([1]))
     assert torch.equal(target[0], x_t[0])

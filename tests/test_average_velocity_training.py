@@ -1,4 +1,4 @@
-"""How MeanFlow and shortcuts are trained: targets, gradients and guidance of every backbone."""
+"""Training of MeanFlow and shortcuts: targets, gradients and guidance of every backbone."""
 
 import pytest
 import torch
@@ -23,12 +23,12 @@ families = pytest.mark.parametrize("name", [*(name for name in FAMILIES if name 
 
 
 def prepared(name, **overrides):
-    """A backbone of two times, all of whose weights say something."""
+    """A backbone with a second time, all of whose weights are nonzero."""
     return wake(small(name, second_time=True, out_channels=4, **overrides))
 
 
 def losses(model, diffusion=None, batch=8, **drawn):
-    """Of a batch in which the second half's times differ."""
+    """Losses of a batch whose second half has two different times."""
     diffusion, (x_0, _, y) = diffusion or meanflow(), inputs(batch)
     drawn = {"is_interval": torch.arange(batch) >= batch // 2} | drawn
     drawn = {"second": torch.full((batch,), 0.1)} | drawn
@@ -37,7 +37,7 @@ def losses(model, diffusion=None, batch=8, **drawn):
 
 
 @kinds
-def test_where_both_times_are_equal_it_is_flow_matching(kind):
+def test_equal_times_give_the_flow_matching_loss(kind):
     model = prepared("DiT-S/2").eval()
     x_0, _, y = inputs(8)
     t, noise = torch.linspace(0.2, 0.9, 8), randn(*x_0.shape, seed=5)
@@ -65,7 +65,8 @@ def test_the_derivative_along_the_path_is_that_of_finite_differences(name):
 
 @pytest.mark.parametrize("guidance", [{}, {"omega": 0.5, "kappa": 0.75}], ids=["plain", "guided"])
 def test_improved_meanflow_differentiates_along_the_velocity_of_the_model(guidance):
-    """Whatever the sample's own is; what it is under a label has learned the guidance, and is not guided again."""
+    """The sample's own velocity plays no part. The model's velocity under a label already includes guidance, and is not
+    guided again."""
     model, diffusion = prepared("DiT-S/2").eval().double(), meanflow(tangent="model", **guidance)
     x_t, y = randn(3, 4, 8, 8).double(), torch.tensor([1, 5, model.num_classes])
     r, t, step = torch.tensor([0.1, 0.4, 0.0]).double(), torch.tensor([0.5, 0.8, 0.4]).double(), 1e-6
@@ -107,7 +108,7 @@ def test_a_flows_weights_begin_as_that_flow_whatever_the_second_time(name, tmp_p
         assert not torch.equal(wake(ours)(x_t, t, y, r=t / 3), ours(x_t, t, y))
 
 
-def test_a_backbone_of_one_time_is_not_given_another():
+def test_a_backbone_without_a_second_time_refuses_one():
     x_t, t, y = inputs()
     for name in ("DiT-S/2", "UViT-tokens-S/2"):
         with pytest.raises(ValueError, match="r: this backbone is told one time"):
@@ -129,7 +130,7 @@ def test_all_gradients_are_finite_in_bfloat16_and_reach_every_weight(kind, name)
 
 @kinds
 def test_the_target_is_of_the_model_that_is_sampled(kind):
-    """Neither stochastic depth nor batch norms act in it; the loss's own call has both, once."""
+    """Stochastic depth and batch statistics are off for the target; the loss's own call uses both, once."""
     model, seen = prepared("XSwin", **RANDOM["XSwin"]).train(), []
     diffusion = kind()
     whole = diffusion.average_velocity
@@ -167,7 +168,7 @@ def test_recomputed_blocks_have_the_same_gradients(kind, name):
 
 
 @kinds
-def test_parts_of_a_batch_have_the_times_of_the_whole(kind):
+def test_parts_of_a_batch_keep_the_times_of_the_whole_batch(kind):
     diffusion = kind()
     whole = diffusion.draw_more((12, 1, 2, 2), generator())["is_interval"]
     assert whole.nonzero().flatten().tolist() == [3, 7, 11]
@@ -185,7 +186,7 @@ def test_parts_of_a_batch_have_the_times_of_the_whole(kind):
 
 
 @kinds
-def test_auxiliary_terms_are_of_outputs_that_tell_the_data(kind):
+def test_auxiliary_terms_apply_only_where_the_output_predicts_the_data(kind):
     term = Auxiliary("error", 1.0, lambda predicted, x_0, y: (predicted - x_0).square().mean(dim=(1, 2, 3)))
     error = losses(prepared("DiT-S/2"), kind(), auxiliary=[term])["error"]
     assert (error[:4] > 0).all()
@@ -193,7 +194,7 @@ def test_auxiliary_terms_are_of_outputs_that_tell_the_data(kind):
 
 
 class Guided(nn.Module):
-    """Velocities that differ by label, the null label 3 among them, and not by place; averages are ten times those."""
+    """Velocities that depend on the label (3 is the null label) but not on position; averages are ten times larger."""
 
     num_classes = 3
 
@@ -201,7 +202,7 @@ class Guided(nn.Module):
         return torch.zeros_like(x_t) + (y * torch.where(r < t, 10, 1))[:, None, None, None]
 
 
-def test_guidance_is_a_part_of_the_velocity_that_is_learned():
+def test_meanflow_guidance_enters_the_learned_velocity():
     x_t, v, y, t = randn(3, 1, 2, 2), randn(3, 1, 2, 2, seed=1), torch.tensor([1, 2, 3]), torch.full((3,), 0.5)
     model = nn.Sequential(Guided())
     model.forward = model[0].forward  # wrapped
@@ -212,7 +213,7 @@ def test_guidance_is_a_part_of_the_velocity_that_is_learned():
     assert meanflow().guided(model, x_t, t, y, v) is v
 
 
-def test_guidance_is_a_part_of_the_velocities_that_shortcuts_are_made_of():
+def test_shortcut_guidance_enters_the_shortest_steps_only():
     x_t, y, r = randn(3, 1, 2, 2), torch.tensor([1, 2, 3]), torch.zeros(3)
     for length, expected in ((1 / 64, [2 * 1 - 3, 2 * 2 - 3, 3]), (1 / 32, [10, 20, 30])):
         target = shortcut(guidance_scale=2.0).average_velocity(Guided(), x_t, r, r + length, y, x_t, torch.arange(3))

@@ -1,4 +1,4 @@
-"""Every backbone of the registry, small: the promises that trainer and sampler build on."""
+"""The contract of backbones, on a small one of each in the registry: what trainer and samplers rely on."""
 
 import inspect
 import math
@@ -42,7 +42,7 @@ SIZES = {"input_size": (8, 8), "in_channels": 4, "out_channels": 8, "num_classes
 
 
 class Plain(nn.Module):
-    """A backbone of somebody who has not heard of the contract."""
+    """A backbone whose author does not know the contract."""
 
     def __init__(self, *, input_size, in_channels, out_channels, num_classes, width=8):
         super().__init__()
@@ -66,7 +66,7 @@ def inputs(batch=3, size=(8, 8)):
 
 
 def wake(model):
-    """Zero-initialised layers block gradients behind them: give them values."""
+    """Give zero-initialised layers values, as they block the gradients behind them."""
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if not parameter.any():
@@ -130,7 +130,7 @@ RANDOM = {"XSwin": {"drop_path": 0.5}, "UNet": {"dropout": 0.5}}
 
 
 @families
-def test_recomputed_blocks_draw_the_same_masks_and_keep_less(name):
+def test_recomputed_blocks_have_the_same_masks_and_store_less(name):
     found = []
     for recompute in (False, True):
         model = wake(small(name, **RANDOM.get(BACKBONES[name][0].__name__, {}))).train()
@@ -148,7 +148,7 @@ def test_recomputed_blocks_draw_the_same_masks_and_keep_less(name):
     assert torch.equal(after, after_again)
 
 
-def test_recomputing_refuses_what_would_be_another_training():
+def test_recomputation_is_refused_where_it_would_change_the_training():
     for layer, device, words in (("batch", "cpu", "would count each batch twice"), ("group", "mps", "again on mps")):
         model = small("XSwin")
         model.middle[0].norm1 = nn.BatchNorm1d(4) if layer == "batch" else nn.Identity()
@@ -207,7 +207,7 @@ def test_features_are_sequences_of_hidden_states_at_shares_of_the_depth(name, **
 
 @pytest.fixture
 def outside(monkeypatch):
-    """A backbone from outside."""
+    """A backbone from outside of this repository."""
     monkeypatch.setitem(BACKBONES, "Plain", (Plain, {"width": 4}))
     return create_model("Plain", **SIZES)
 
@@ -226,27 +226,27 @@ def test_a_plain_module_is_given_what_it_lacks_of_the_contract(outside):
 
 
 class Extra(Plain):
-    """With a second time."""
+    """A backbone with a second time."""
 
     def forward(self, x_t, t, y, *, t_next=None):
         return super().forward(x_t, t, y)
 
 
 class NoClasses(nn.Module):
-    """Without a place for classes."""
+    """A backbone without `num_classes`."""
 
     def __init__(self, *, input_size, in_channels, out_channels):
         super().__init__()
 
 
 class NoLabels(Plain):
-    """Without labels."""
+    """A backbone that takes no labels."""
 
     def forward(self, x_t, t):
         return super().forward(x_t, t, None)
 
 
-def test_further_inputs_are_the_keywords_of_forward():
+def test_extras_are_the_keyword_arguments_of_forward():
     assert as_backbone(Extra)(**SIZES).extras() == ("t_next",)
 
 
@@ -275,7 +275,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, *variant.items())))
-def test_a_variant_keeps_the_backbones_promises(variant):
+def test_variants_keep_the_backbones_contract(variant):
     test_every_parameter_has_a_finite_gradient_that_is_not_zero("XSwin", **variant)
     test_samples_of_a_batch_do_not_mix("XSwin", **variant)
     test_time_and_label_matter_and_the_null_label_is_one("XSwin", **variant)
@@ -293,7 +293,7 @@ def test_global_cross_attention_is_the_localized_one_in_a_window_as_large_as_the
         assert torch.allclose(local(*inputs()), everywhere(*inputs()), atol=1e-6)
 
 
-def test_a_narrow_decoder_has_the_blocks_of_the_encoder():
+def test_a_narrow_decoder_has_blocks_of_the_encoders_size():
     def sizes(stage):
         return [[(name, parameter.shape) for name, parameter in block.named_parameters()] for block in stage.blocks]
 
@@ -302,7 +302,7 @@ def test_a_narrow_decoder_has_the_blocks_of_the_encoder():
         assert sizes(encoder) == sizes(decoder)
 
 
-def test_blocks_with_gates_add_nothing_at_first():
+def test_gated_blocks_are_the_identity_at_initialisation():
     model = small("XSwin", conditioning="adaln_zero").eval()
     x, cond = torch.randn(2, 8, 8, 16), torch.randn(2, 16)
     assert torch.equal(model.encoder[0](x, cond), x)

@@ -1,4 +1,4 @@
-"""Work beside a loop, and what a kill at any of its file operations leaves."""
+"""Background work of a loop, and what a kill at any of its file operations leaves behind."""
 
 import os
 import sys
@@ -41,7 +41,7 @@ def test_jobs_are_done_in_order_until_one_fails():
 
 
 @pytest.mark.parametrize("error", [None, ValueError, SystemExit])
-def test_what_ends_the_loop_waits_for_the_job(error):
+def test_leaving_the_loop_waits_for_the_background_job(error):
     done = []
 
     def loop():
@@ -58,7 +58,7 @@ def test_what_ends_the_loop_waits_for_the_job(error):
     assert done == [1]
 
 
-def test_a_second_ctrl_c_ends_it_as_it_is():
+def test_a_second_ctrl_c_does_not_wait_for_background_work():
     gate, background = threading.Event(), Background()
     background.start(lambda: gate.wait(60))
     background.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)  # else it would wait for ever
@@ -75,7 +75,7 @@ def write(folder, step, text):
 
 
 def saves(folder, step, text):
-    """As a training does beside its loop, with one checkpoint that stays."""
+    """Save as a training does in the background, keeping one checkpoint."""
     with Background() as background:
         background.start(lambda: write(folder, step, text))
         background.start(lambda: rotate(folder, keep=1))
@@ -83,7 +83,7 @@ def saves(folder, step, text):
 
 
 def killed_at(number, job):
-    """Whether a process that does this job is gone at its file operation of this number, counted from 0."""
+    """Kill a process that does a job at a numbered file operation, counted from 0; returns whether it came that far."""
     sys.stdout.flush()
     if (child := os.fork()) == 0:
         left = [number]

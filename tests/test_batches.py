@@ -32,7 +32,7 @@ def in_files(cache):
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """Of the same images: in files, and in memory."""
+    """Features of the same images, read from files and from memory."""
     folder = tmp_path_factory.mktemp("features")
     dataset = open_dataset("shapes", split="train", image_size=8, num_images=30)
     build_cache(folder, dataset, lambda images: images.float().square(), {}, flips=True)
@@ -55,7 +55,7 @@ def joined(parts):
 
 
 @pytest.mark.parametrize("class_balanced", [False, True])
-def test_processes_and_micro_batches_share_one_stream(cache, class_balanced):
+def test_processes_and_micro_batches_take_shares_of_the_same_random_numbers(cache, class_balanced):
     settings = {"class_balanced": class_balanced, "negatives": True}
     whole, shares = joined(batches(cache, **settings).micro_batches(3)), {"num_ranks": 2, "grad_accumulation": 3}
     two_ranks = [list(batches(cache, rank=rank, **settings, **shares).micro_batches(3)) for rank in (0, 1)]
@@ -67,7 +67,7 @@ def test_processes_and_micro_batches_share_one_stream(cache, class_balanced):
 
 @pytest.mark.parametrize("settings", [{}, {"class_balanced": True}, {"negatives": True, "grad_accumulation": 2}])
 def test_what_is_read_from_files_is_what_lies_in_memory(cache, in_files, features, settings):
-    """Step after step, over the ends of epochs, after going back to a step in another order, and features too."""
+    """Checked for step after step, across epochs, after going back in another order, and for features."""
     places = [(0, 0), (1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (9, 1)]
     shares = {"num_ranks": 2, "rank": 1}
     caches = zip((in_files, cache), features, strict=True)
@@ -116,7 +116,7 @@ def test_epochs_are_permutations_laid_end_to_end(cache):
     assert order[:30].tolist() != order[30:].tolist()
 
 
-def test_an_epoch_is_drawn_once_and_a_step_may_lie_in_several():
+def test_each_epochs_permutation_is_drawn_once_and_steps_may_span_epochs():
     permutation.cache_clear()
     orders = [torch.randperm(7, generator=generator_for(0, "epoch", epoch, 1)) for epoch in range(4)]
     steps = torch.cat([positions(7, step * 4, 4, 0, "epoch", 1) for step in range(7)])
@@ -147,7 +147,7 @@ def test_a_stream_of_rounds_begins_anywhere_as_it_would_have_gone_on():
     assert not torch.equal(Rounds(UNEVEN, seed=1).positions(0, 108), whole)
 
 
-def test_balanced_batches_pass_over_classes_without_images_and_refuse_unlabelled_ones(cache):
+def test_balanced_batches_skip_empty_classes_and_refuse_unlabelled_images(cache):
     uneven, unlabelled = copy(cache), copy(cache)
     uneven.labels = torch.tensor([3] * 20 + [0] * 7 + [9] * 3)
     parts = joined(batches(uneven, class_balanced=True, label_dropout=0.0).micro_batches(2))

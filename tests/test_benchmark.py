@@ -26,7 +26,7 @@ def test_a_table_and_json_with_every_row(tmp_path):
     assert other["time"] == pytest.approx(row["img/s"] / other["img/s"], rel=1e-2)
 
 
-def test_a_folder_that_is_no_checkout_is_told_before_anything_is_measured(monkeypatch):
+def test_a_folder_that_is_not_a_checkout_is_refused_before_anything_is_measured(monkeypatch):
     benchmark = script("scripts/benchmark.py")
     monkeypatch.delattr(speed, "in_turns")
     for measure in (benchmark.training, benchmark.sampling, benchmark.epoch):

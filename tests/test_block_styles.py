@@ -1,4 +1,4 @@
-"""What the field has made of blocks since 2023, each by an argument: promises of backbones, and what each one is."""
+"""Block styles (published variations since 2023, an argument each): the backbones' contract, and each one's effect."""
 
 import pytest
 import test_backbones as promises
@@ -31,7 +31,7 @@ styles = pytest.mark.parametrize(
 
 
 @styles
-def test_a_style_keeps_the_backbones_promises(name, style):
+def test_every_block_style_keeps_the_backbones_contract(name, style):
     promises.test_every_parameter_has_a_finite_gradient_that_is_not_zero(name, **style)
     promises.test_samples_of_a_batch_do_not_mix(name, **style)
     promises.test_time_and_label_matter_and_the_null_label_is_one(name, **style)
@@ -58,7 +58,7 @@ def test_a_style_is_built_on_the_meta_device_and_its_scales_do_not_decay(name, s
     ],
 )
 def test_normalised_queries_and_keys_have_a_direction_and_a_learned_scale(attention):
-    """Ten times as large they attend the same; scales a channel are heard."""
+    """Scaling their inputs by ten changes nothing; their learned scales per channel do."""
     torch.manual_seed(0)
     attention = attention(qk_norm=True)
     x = (torch.randn(2, 8, 8, 16),) if isinstance(attention, WindowAttention) else (torch.randn(2, 5, 16),)
@@ -75,7 +75,7 @@ def test_normalised_queries_and_keys_have_a_direction_and_a_learned_scale(attent
 
 
 class Denoiser(nn.Module):
-    """A layer of attention between two linears."""
+    """An attention layer between two linear layers."""
 
     def __init__(self, qk_norm):
         super().__init__()
@@ -88,8 +88,8 @@ class Denoiser(nn.Module):
 
 
 def test_qk_norm_trains_at_a_rate_at_which_attention_is_lost_without():
-    """16 noisy copies of a vector, noise as strong: each by itself knows it up to an error of 1/2, all together up to
-    1/17. At a tenth of the rate both learn it."""
+    """The inputs are 16 noisy copies of a vector: each alone determines it up to an error of 1/2, all together up to
+    1/17. At a tenth of the rate both variants learn to use all."""
 
     def error(rate, seed, qk_norm):
         torch.manual_seed(seed)
@@ -127,7 +127,7 @@ def test_rotary_logits_depend_on_how_far_tokens_are_apart():
     assert len({round(values[0], 5) for values in of_offset.values()}) == len(of_offset)
 
 
-def test_half_of_a_head_turns_by_the_row_and_half_by_the_column():
+def test_half_of_a_head_is_rotated_by_row_and_half_by_column():
     turned = Rotary2d(8, 3, 5)(torch.ones(15, 8)).view(3, 5, 2, 2, 2)  # rows, columns, half of a pair, axis, frequency
     assert torch.equal(turned[:, :1, :, 0].expand(3, 5, 2, 2), turned[..., 0, :])
     assert torch.equal(turned[:1, ..., 1, :].expand(3, 5, 2, 2), turned[..., 1, :])
@@ -135,7 +135,7 @@ def test_half_of_a_head_turns_by_the_row_and_half_by_the_column():
 
 
 def test_rotary_positions_alone_know_places():
-    """Without any position, patches that change places change places in the output."""
+    """Without positions, exchanging patches of the input only exchanges patches of the output."""
     x, t, y = inputs()
     swapped = torch.cat([x[..., 4:], x[..., :4]], dim=-1)
     for positions in ("absolute", "rotary"):
@@ -160,8 +160,8 @@ def test_a_gated_mlp_has_as_many_parameters(name):
     assert count(name, mlp="swiglu") == pytest.approx(count(name), rel=1e-3)
 
 
-def test_shared_modulation_is_that_of_blocks_that_agree():
-    """And a third of the parameters less."""
+def test_shared_modulation_equals_separate_modulation_with_equal_weights():
+    """It also saves a third of the parameters."""
     shared, own = wake(small("DiT", modulation="shared")), small("DiT")
     weights = shared.state_dict()
     weight, bias = weights.pop("modulation.weight"), weights.pop("modulation.bias")

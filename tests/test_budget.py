@@ -1,4 +1,4 @@
-"""The arithmetic of a training of ImageNet's size, against itself by hand and the document that shows it."""
+"""Cost estimates for training at ImageNet's scale, checked by hand and against the document that shows them."""
 
 import pytest
 from processes import ROOT, script

@@ -33,7 +33,7 @@ EXPERIMENTS = [path for path in YAML if path.parent.name not in ("accelerate", "
 
 @cache
 def shipped(path):
-    """A configuration; parsing one takes long."""
+    """A shipped configuration, parsed once, as that takes long."""
     return parse(ExperimentConfig, ["--config", str(path)])
 
 
@@ -57,13 +57,14 @@ def test_every_shipped_configuration_builds(path):
 
 
 def local_codec(config):
-    """The configuration's, or where that is on the hub the embedded one, of the same shapes."""
+    """The configuration's codec if it is of pixels, otherwise the embedded autoencoder."""
     return create_codec("pixel" if config.autoencoder == "pixel" else "embedded")
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_configuration_trains_two_steps(path):
-    """Small (cascades are), on images of 16 pixels where the model takes any size: the loss falls on what was seen."""
+    """Models are made small, and images 16 pixels wide where the model takes any size; the loss on the same batch
+    falls."""
     config = shipped(path)
     config = replace(config, optim=replace(config.optim, lr=1e-3, warmup_steps=0))
     if config.model != "Cascade":
@@ -90,7 +91,7 @@ def test_every_shipped_configuration_trains_two_steps(path):
     assert losses[2] < losses[0]
 
 
-def test_model_follows_codec_process_and_data():
+def test_the_model_spec_follows_codec_diffusion_and_data():
     config = parse(ExperimentConfig, ["--data.image_size", "32", "--diffusion.variance", "fixed_small"])
     spec = model_spec(config, PixelCodec(), build_diffusion(config.diffusion), 7)
     assert (spec.input_size, spec.in_channels, spec.out_channels, spec.num_classes) == ((32, 32), 3, 3, 7)
@@ -117,18 +118,18 @@ def test_a_setting_of_another_kind_is_refused_in_words():
             build_diffusion(config)
 
 
-def test_along_what_averages_are_differentiated_means_no_other_output():
-    """A guide, or weights to begin with, may have been trained either way."""
+def test_the_tangent_of_meanflow_does_not_change_what_outputs_mean():
+    """So a guide, or weights to start from, may have been trained with either tangent."""
     plain, improved = (DiffusionConfig(kind="meanflow", tangent=tangent) for tangent in ("sample", "model"))
     assert meaning_of(plain) == meaning_of(improved) != meaning_of(DiffusionConfig(kind="meanflow", kappa=0.5))
 
 
-def test_every_setting_of_every_process_is_a_flag():
+def test_every_setting_of_every_diffusion_is_a_flag():
     flags = {each.name for each in fields(DiffusionConfig)} - {"kind"}
     assert flags == {name for preset in DIFFUSIONS.values() for name in signature(preset).parameters}
 
 
-def test_help_names_every_process_sampler_spacing_and_schedule():
+def test_help_names_every_diffusion_sampler_spacing_and_schedule():
     words = f"{DiffusionConfig.__doc__} {SamplingOptions.__doc__}"
     for table in (DIFFUSIONS, SAMPLERS, SPACINGS, SCHEDULES, WEIGHTINGS, TIMES, CURVES, PREDICTIONS):
         assert all(f"'{name}'" in words for name in table)
@@ -150,7 +151,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_sampling_settings_of_a_command_take_the_place_of_a_runs(capsys):
-    """Flags that nobody gave are none; a null that somebody gave is one."""
+    """Flags that were not given are unset; an explicit null is a value."""
     own = SamplingConfig(num_steps=9, guidance_interval=[0.1, 2.0])
     diffusion, flags = build_diffusion(DiffusionConfig()), ["--num_steps", "5", "--sampling.guidance_interval", "null"]
     sample = script("sample.py").SampleConfig
@@ -175,7 +176,7 @@ def test_without_a_trained_null_label_nothing_is_guided():
 
 
 def test_a_guide_that_a_command_names_guides():
-    """Also a model that has no labels, which nothing guides else; and what would not is refused."""
+    """A guide also works for a model without labels, which nothing else guides; guides that do not fit are refused."""
     diffusion, config = build_diffusion(DiffusionConfig()), ExperimentConfig().sampling
     guide = {"guidance_checkpoint": "runs/guide", "guidance_unlabelled": True}
     for num_guided in (0, 7):
@@ -199,8 +200,8 @@ def test_an_argument_of_another_sampler_is_refused_and_goes_with_its_sampler():
         resolve_sampling(config, diffusion, 10, sampler_args={"churn": 20})
 
 
-def test_settings_that_went_are_read_where_they_changed_nothing(tmp_path):
-    """From a checkpoint, a file and an ablation."""
+def test_removed_settings_are_read_where_they_had_no_effect(tmp_path):
+    """Old settings are read from a checkpoint, a file and an ablation."""
     before = {"sampling": {"sampler": "ddim", "eta": 0.5, "churn": 0.0, "guidance_schedule": "constant"}}
     before |= {"train": {"seed": 3}, "diffusion": {"times": "importance"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))

@@ -1,4 +1,4 @@
-"""The cascade: its stages, its three phases, and how it is drawn from."""
+"""The cascade: its stages, its three training phases, and its sampling."""
 
 import shutil
 from functools import partial
@@ -57,7 +57,7 @@ def cascade(coarse="diffusion", upsampler="pixelshuffle", refiner="vit", num_cla
 
 
 def wake(model):
-    """Zero-initialised layers block gradients behind them: give them values."""
+    """Give zero-initialised layers values, as they block the gradients behind them."""
     for parameter in model.parameters():
         if not parameter.any():
             parameter.data.normal_(std=0.1, generator=generator(2))
@@ -190,7 +190,7 @@ def test_small_noise_is_unit_normal_and_small_images_are_means():
     assert diffusion.shrink(torch.full((1, 1, 8, 8), 0.3)).tolist() == [[[[pytest.approx(0.3)] * 2] * 2]]
 
 
-def test_denoising_again_and_again_is_its_markov_chain():
+def test_repeated_denoising_has_the_variance_of_its_markov_chain():
     """On N(0, s^2) the exact denoiser shrinks by c, so the variance goes v -> c^2 v + sigma^2 in each round."""
     diffusion, s = Denoising(1.0, 0.5), 0.7
     c = s**2 / (s**2 + 0.5**2)
@@ -214,7 +214,7 @@ def test_denoising_again_and_again_is_its_markov_chain():
         sample(diffusion, lambda x, t, y: x, randn(1, 1, 2, 2), labels(1), sampler="ddim")
 
 
-def test_a_coarse_stage_from_noise_is_given_noise_alone():
+def test_a_coarse_stage_with_alpha_zero_sees_only_noise():
     diffusion = Denoising(0.0, 1.0)
     noise = randn(*X_0.shape)
     given = []
@@ -224,8 +224,8 @@ def test_a_coarse_stage_from_noise_is_given_noise_alone():
     assert torch.equal(drawn, 2 * noise)
 
 
-def test_beside_a_guide_no_stage_is_guided_by_the_null_label():
-    """It may never have been trained."""
+def test_with_a_guide_model_no_stage_uses_the_null_label():
+    """The null label may never have been trained."""
     process, model = cascade("diffusion", "interpolation", "diffusion")
     seen = []
     for stage in (model.coarse, model.refiner):
@@ -238,7 +238,7 @@ def test_beside_a_guide_no_stage_is_guided_by_the_null_label():
 
 
 def test_super_resolution_is_told_how_much_noise_the_coarse_image_holds():
-    """Training spreads it up to its largest, sampling holds it at one; a perfect denoiser then gives the image."""
+    """In training the level varies, at sampling it is constant; a perfect denoiser then returns the image."""
     images = GaussianDiffusion(num_timesteps=50, variance="fixed_small")
     stage = SuperResolution(images, [0.5, 0.2])
     draws = stage.draw((1000, 1, 4, 4), 2, generator(1), "cpu")

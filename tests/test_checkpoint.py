@@ -80,7 +80,7 @@ def test_weights_file_alone_brings_the_model_back(saved, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in ema.model.state_dict().items())
 
 
-def test_a_relative_autoencoder_is_found_from_elsewhere(saved, tmp_path, monkeypatch):
+def test_a_relative_path_of_an_autoencoder_is_resolved_from_the_runs_folder(saved, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(saved[0])
     of_own = replace(checkpoint, config=replace(checkpoint.config, autoencoder="runs/own/autoencoder"))
     folder = checkpoint.run.parent / "runs" / "own" / "autoencoder"
@@ -117,14 +117,14 @@ def test_resuming_restores_everything(saved):
     assert all(torch.equal(a, b) for a, b in zip(fresh[0].parameters(), trained[0].parameters(), strict=True))
 
 
-def test_old_checkpoints_leave(saved):
+def test_old_checkpoints_are_deleted(saved):
     folder, trained = saved
     for step in (2, 3):
         save(folder.parent, step, *trained)
     assert [path.name for path in list_checkpoints(folder.parent)] == ["00000002", "00000003"]
 
 
-def test_every_so_many_and_the_best_stay(saved):
+def test_periodic_and_best_checkpoints_are_kept(saved):
     folder, trained = saved
     mark_best(folder.parent, 1)
     for step in range(2, 9):
@@ -173,7 +173,7 @@ def test_warm_start_takes_what_fits_and_lists_what_does_not(saved):
 
 
 def test_warm_start_takes_the_labels_of_classes_of_the_same_name(saved):
-    """Of as many classes, but others, the label of another class was taken for one's own."""
+    """With as many classes but other ones, labels used to be taken over from the wrong classes."""
     folder, (_, ema, _) = saved
     known = open_checkpoint(folder).classes
     classes = ["unheard of", known[2], known[0]]
@@ -203,8 +203,8 @@ def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch, error,
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("stale file handle")])
-def test_one_of_the_same_step_is_kept_until_the_new_one_is_in(saved, monkeypatch, error):
-    """Killed, or refused, between the two renames."""
+def test_an_interrupted_overwrite_keeps_the_checkpoint_of_the_same_step(saved, monkeypatch, error):
+    """The save is killed, or fails, between its two renames."""
     folder, trained = saved
     rename, renames = Path.rename, []
 
@@ -223,7 +223,7 @@ def test_one_of_the_same_step_is_kept_until_the_new_one_is_in(saved, monkeypatch
 
 
 def test_what_cannot_be_removed_loses_nothing(saved, monkeypatch):
-    """Files that others hold open, on a network file system."""
+    """Files that others hold open on a network file system cannot be removed."""
     folder, trained = saved
     before = (folder / "ema.safetensors").stat().st_ino
     with monkeypatch.context() as patched:
@@ -261,7 +261,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 
 
 def flipped(path, where):
-    """With another byte of the first tensor, or of the classes in the metadata."""
+    """Change one byte of the first tensor, or of the classes in the metadata."""
     content = bytearray(path.read_bytes())
     start = content.index(b'"classes":"[') + 14 if where == "metadata" else 8 + int.from_bytes(content[:8], "little")
     content[start] ^= 1
@@ -379,8 +379,8 @@ def test_the_best_is_the_lowest_or_the_highest_as_the_metric_has_it():
         check_best(LogConfig(best="recall"), score)
 
 
-def test_what_is_made_of_older_or_other_weights_bears_their_name(saved, tmp_path):
-    """Scores and samples of a snapshot's average took the place of the run's own, and were published as its."""
+def test_results_of_older_or_other_weights_are_marked_with_their_name(saved, tmp_path):
+    """Scores and samples of a snapshot's average once replaced the run's own, and were published as such."""
     folder, _ = saved
     runs = folder.parent.parent
     for name in ("00000098", "00000099"):

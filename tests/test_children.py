@@ -1,4 +1,4 @@
-"""A stop is a stop: what a program started ends with it, whatever ends it."""
+"""Whatever ends a program, the processes that it started end with it."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ while True:
 
 
 def parent(folder, body, **options):
-    """A program that may start CHILD, until that has begun."""
+    """Start a program that starts CHILD, and wait until that has begun."""
     (folder / "child.py").write_text(CHILD)
     command = [sys.executable, "-c", PARENT.format(root=str(ROOT), body=body)]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, **options)
@@ -65,7 +65,7 @@ def left(processes, seconds=120):
 
 
 def launches(script):
-    """Whether a command that torch or accelerate installs starts programs."""
+    """Whether an entry point that torch or accelerate installs is a launcher of programs."""
     of_accelerate = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli")
     return script.module in ("torch.distributed.run", *of_accelerate)
 
@@ -124,7 +124,7 @@ def test_every_command_that_launches_is_known_for_one(name):
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-def test_what_is_launched_is_told_in_place_of_its_launcher(tmp_path, launcher):
+def test_signals_go_to_the_launched_process_and_not_to_its_launcher(tmp_path, launcher):
     (tmp_path / launcher).write_text("import subprocess, sys; subprocess.run([sys.executable, 'child.py'])")
     body = f"""
 child = children.start([sys.executable, {launcher!r}], stderr=subprocess.DEVNULL)

@@ -15,7 +15,7 @@ from metrics.programs import load_program
 
 
 def stripes(num: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Level, upright and slanted stripes, in any two colours."""
+    """Horizontal, vertical and diagonal stripes, in random pairs of colours."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num) % 3
     rows, columns = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
@@ -46,7 +46,7 @@ def test_classifier_learns_and_serves_as_extractor(tmp_path: Path) -> None:
     assert value(scores, name) < value(worse, name)
 
 
-def test_classifier_is_its_seed() -> None:
+def test_the_classifier_is_a_function_of_its_seed() -> None:
     images, labels = stripes(30, seed=0)
     one, same, other = (
         train_classifier(images, labels, 3, seed=seed, epochs=1, progress=False).to_logits.weight for seed in (0, 0, 1)

@@ -1,4 +1,4 @@
-"""What a model costs, against counts made by hand."""
+"""The cost of a model against counts made by hand."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from metrics.cost import cost, throughput
 
 
 class Backbone(nn.Module):
-    """One 3x3 convolution, shifted by time and label."""
+    """A single 3x3 convolution, with time and label added."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The demo's training steps cost what their arithmetic does on this machine, whatever its instructions."""
+"""The demo's training steps take the time of their arithmetic on this machine, whatever its instructions."""
 
 import time
 
@@ -15,8 +15,8 @@ take a part; emulated bf16 reaches a fiftieth or less, which is what this is to 
 
 
 def flops_per_second(side: int = 512, products: int = 50) -> float:
-    """Of the machine: float32 products of matrices, as many as take as long as a step, so that neither is spared what
-    else runs there; the fastest of five rows of them."""
+    """Speed of float32 matrix products on this machine. Each measurement takes as long as a training step, so that both
+    are disturbed alike by other processes; the fastest of five counts."""
     a, times = torch.randn(side, side), []
     for _ in range(5):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The programs on a device that refuses what GPUs refuse (tests/pretend.py), with the numbers of the CPU."""
+"""The programs on a simulated GPU (tests/pretend.py), compared with the CPU."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def pretended(*arguments, cwd, device="gpu"):
 
 
 def there(*arguments, cwd, device="gpu"):
-    """How often each file waited for the device."""
+    """Run a program on the simulated device; returns how often each file waited for it."""
     return json.loads(pretended(*arguments, cwd=cwd, device=device).stdout.splitlines()[-1])
 
 
@@ -71,7 +71,7 @@ def test_training_is_that_of_the_cpu_and_waits_once_a_step(trained, folder):
     assert set(waits) <= ONCE | NOW_AND_THEN
 
 
-def test_latents_that_stay_in_their_files_are_those_of_memory_and_waited_for_by_nobody(folder, tmp_path):
+def test_latents_read_from_files_train_as_from_memory_without_waiting_for_the_device(folder, tmp_path):
     (tmp_path / "in_files.py").write_text(IN_FILES)
     waits = there(tmp_path / "in_files.py", "--config", folder / "tiny.yaml", cwd=tmp_path)
     assert losses(tmp_path, "tiny") == pytest.approx(losses(folder, "tiny"), rel=1e-5)
@@ -80,8 +80,8 @@ def test_latents_that_stay_in_their_files_are_those_of_memory_and_waited_for_by_
     assert not [name for name in waits if name.startswith(("training/batches.py", "data/shards.py"))]
 
 
-def test_targets_of_the_models_own_are_those_of_the_cpu_and_wait_for_nothing(tmp_path):
-    """A MeanFlow's forward derivatives, a shortcut's calls."""
+def test_targets_from_the_model_itself_equal_the_cpus_without_waiting_for_the_device(tmp_path):
+    """These are MeanFlow's forward derivatives and a shortcut's own predictions."""
     kinds = {"meanflow": {"omega": 0.5, "kappa": 0.5}, "shortcut": {"guidance_scale": 2.0}}
     log_nothing = {"validate_every": 0, "checkpoint_every": 0, "trackers": []}
     for kind, settings in kinds.items():
@@ -195,7 +195,7 @@ def test_on_a_device_without_float64_all_is_as_on_the_cpu(folder, tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_a_run_of_the_cpu_goes_on_elsewhere_as_it_would_there(folder, tmp_path):
+def test_a_run_from_the_cpu_resumes_on_a_device_with_the_same_losses(folder, tmp_path):
     shutil.copytree(folder / "runs/tiny", tmp_path / "runs/tiny")
     shutil.copytree(folder / "runs/tiny", tmp_path / "cpu/runs/tiny")
     there("train.py", "--resume", "runs/tiny", "--train.num_steps", 6, cwd=tmp_path)
@@ -292,5 +292,5 @@ def test_an_autoencoder_is_trained_as_on_the_cpu(tmp_path):
 
 
 def _plain(value):
-    """Tuples as lists, for YAML."""
+    """Convert tuples to lists for YAML."""
     return [_plain(part) for part in value] if isinstance(value, tuple) else value

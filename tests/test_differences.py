@@ -1,4 +1,4 @@
-"""What seeds decide: paired differences, corrected for their number, in words."""
+"""Significance over training seeds: paired differences, Holm's correction, and their wording."""
 
 from statistics import fmean, stdev
 
@@ -35,8 +35,8 @@ def test_p_values_are_corrected_step_by_step():
     assert holm([]) == []
 
 
-def test_without_any_effect_a_study_of_five_variants_errs_one_time_in_twenty():
-    """Uncorrected, one in five or so would claim something."""
+def test_without_an_effect_five_variants_give_a_false_positive_in_one_study_of_twenty():
+    """Without correction about one study in five would claim a difference."""
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(120):
         by_seed = [dict(enumerate(scores)) for scores in rng.normal(size=(6, 5))]

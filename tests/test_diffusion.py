@@ -1,4 +1,4 @@
-"""A diffusion against closed forms: schedules, times, what a model's output says, and the loss."""
+"""Diffusions against closed forms: schedules, times, predictions and the loss."""
 
 import itertools
 import math
@@ -25,12 +25,12 @@ def zero_model(x, t, y):
 # The diffusion.
 
 
-def test_processes_meet_the_protocol():
+def test_diffusions_meet_the_protocol():
     for diffusion in DIFFUSIONS.values():
         assert isinstance(diffusion(), Diffusion)
 
 
-def test_an_unscaled_schedule_is_the_linear_one_at_1000_steps_and_falls_short_of_noise_at_25():
+def test_the_unscaled_schedule_is_linear_at_1000_steps_and_keeps_signal_at_25():
     assert torch.equal(SCHEDULES["linear_unscaled"](1000), SCHEDULES["linear"](1000))
     short = GaussianDiffusion("linear_unscaled", 25)
     assert (short.path.betas[0].item(), short.path.betas[-1].item()) == pytest.approx((1e-4, 0.02))
@@ -46,7 +46,7 @@ def test_cosine_schedule_is_the_formula():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_tables_are_float64_and_noise_only_grows(schedule):
+def test_schedules_are_float64_and_noise_increases(schedule):
     diffusion = GaussianDiffusion(schedule)
     assert diffusion.path.betas.dtype == diffusion.path.alphas_cumprod.dtype == torch.float64
     assert (diffusion.path.alphas_cumprod.diff() < 0).all()
@@ -110,7 +110,7 @@ def test_learned_variance_runs_between_its_bounds():
 # The objective.
 
 
-def test_a_model_that_says_nothing_is_charged_for_the_noise():
+def test_predicting_zero_costs_the_squared_noise():
     diffusion = GaussianDiffusion(variance="fixed_small")
     noise = randn(3, 2, 4, 4)
     terms = diffusion.training_loss(zero_model, randn(3, 2, 4, 4, seed=1), labels(3), noise=noise)
@@ -120,7 +120,7 @@ def test_a_model_that_says_nothing_is_charged_for_the_noise():
 
 
 @predictions
-def test_the_exact_denoiser_pays_the_conditional_variance(prediction):
+def test_the_loss_of_the_exact_denoiser_is_the_conditional_variance(prediction):
     diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_large")
     x_0, t = MEAN + STD * randn(2, 1, 300, 300), torch.tensor([100, 600])
     mse = diffusion.training_loss(
@@ -134,7 +134,7 @@ def test_the_exact_denoiser_pays_the_conditional_variance(prediction):
 
 
 @pytest.mark.parametrize("num_timesteps", [1000, 100])
-def test_the_bound_trains_the_variance_alone(num_timesteps):
+def test_the_variational_bound_has_gradients_for_the_variance_only(num_timesteps):
     diffusion = GaussianDiffusion(num_timesteps=num_timesteps)
     output = (0.1 * randn(4, 4, 3, 3)).requires_grad_()
     t = torch.tensor([0, 1, num_timesteps // 2, num_timesteps - 1])

@@ -1,4 +1,4 @@
-"""Gaussian diffusion and its samplers against numbers of the published implementation."""
+"""Gaussian diffusion and its samplers against outputs of the published implementation."""
 
 from pathlib import Path
 
@@ -19,19 +19,19 @@ def numbers(schedule: str, part: str) -> dict[str, torch.Tensor]:
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """Relative to the largest value; shapes equal."""
+    """Compare shapes, and values relative to the largest."""
     assert ours.shape == theirs.shape
     error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
     assert error < tolerance, f"relative error {error:.2e}"
 
 
 def assert_each_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """Relative to each value."""
+    """Compare values, each relative to its own size."""
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=tolerance, atol=0)
 
 
 def toy_model(a: torch.Tensor):
-    """The fixture's `tanh(A x) * (0.5 + t / 2000)`: channels of noise, then as many of variance."""
+    """The fixture's model `tanh(A x) * (0.5 + t / 2000)`: noise channels, followed by as many variance channels."""
 
     def model(x, t, y):
         scale = 0.5 + t.float() / 2000

@@ -1,4 +1,4 @@
-"""What a machine can do, in words, with remedies; versions and completion of the commands."""
+"""scripts/doctor.py: what a machine can do, with remedies; versions and shell completion of the commands."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def test_a_gpu_that_is_not_of_cuda_is_named(monkeypatch):
     assert findings[-1] == "ok  GPU: mps"
 
 
-def test_what_is_missing_has_a_remedy_and_what_is_there_none(monkeypatch, tmp_path):
+def test_the_doctor_gives_a_remedy_for_what_is_missing_only(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("doctor.hub_answers", lambda: False)
     for finding in [*DOCTOR.packages(), *DOCTOR.weights()]:

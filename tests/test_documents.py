@@ -1,4 +1,4 @@
-"""The documents: links that lead somewhere, numbers that were measured, and the site that is made of them."""
+"""The documents: valid links, measured numbers, and the site that is built from them."""
 
 import os
 import re
@@ -20,7 +20,7 @@ LOADED = re.compile(r"""(?:<(?:script|img|iframe)\b[^>]*\bsrc=|<link\b[^>]*\bhre
 
 @cache
 def anchors(path: Path) -> list[str]:
-    """Those of a document's headings, as they are made of their words."""
+    """Anchors of a document's headings, as GitHub derives them."""
     headings = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text()), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
@@ -57,7 +57,7 @@ def test_the_numbers_of_the_readme_are_measured_or_published():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The documents as pages; a link that leads nowhere, or a docstring of what there is not, is an error."""
+    """The built site; a broken link, or an `Args:` entry without a parameter, is an error."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]  # --quiet would count no warnings
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

@@ -35,7 +35,7 @@ def test_changed_images_are_found_and_others_not():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_split_tears_none_apart_and_says_how_many(tmp_path, seed):
+def test_near_duplicates_stay_on_one_side_of_the_split_and_are_counted(tmp_path, seed):
     for number in range(20):
         folder = tmp_path / ("cat" if number % 2 else "dog")
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Averages against closed forms, and any length of average from snapshots of two."""
+"""Weight averages against closed forms, and averages of any length from snapshots of two."""
 
 import json
 import shutil
@@ -28,17 +28,17 @@ class Scalar(nn.Module):
 
 
 def trajectory(step):
-    """Weights that wander: what an average makes of them depends on its length."""
+    """Weights that change in such a way that an average depends on its length."""
     return torch.tensor([step / 100 + torch.sin(torch.tensor(step / 30.0)).item()])
 
 
 @pytest.mark.parametrize(("gamma", "sigma_rel"), [(6.94, 0.10), (16.97, 0.05)])
-def test_gamma_is_edm2s(gamma, sigma_rel):
+def test_gamma_of_sigma_rel_equals_edm2s(gamma, sigma_rel):
     assert gamma_of(sigma_rel) == pytest.approx(gamma, abs=0.01)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, 0.5, -1.0])
-def test_lengths_that_no_exponent_gives_are_told(sigma_rel):
+def test_ema_lengths_out_of_range_are_refused(sigma_rel):
     with pytest.raises(ValueError, match=r"--train.ema_profiles .*: lengths lie between"):
         gamma_of(sigma_rel)
 
@@ -64,7 +64,7 @@ def test_average_needs_a_decay_below_one():
 
 
 def test_power_average_is_the_weighted_mean_of_its_definition():
-    """Of T steps, step t counts in proportion to t^gamma."""
+    """Of T steps, step t has a weight proportional to t^gamma."""
     model, num_steps = Scalar(), 3000
     average, gamma = Average(model, power_decay(0.1)), gamma_of(0.1)
     for step in range(num_steps):
@@ -97,16 +97,17 @@ def test_snapshots_of_two_lengths_give_any_other():
 
 
 class InStages(nn.Module):
-    """A first stage, and one that is trained later, with a layer's statistics."""
+    """A model with a first stage, and a second that is trained later and has batch statistics."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second = Scalar(), nn.BatchNorm1d(1)
 
 
-def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation(tmp_path):
-    """Nor after a resumption, nor in an average made of snapshots. By the steps of the whole training 39% of it stayed
-    in the last tenth, and all of it where the decay had reached its end."""
+def test_averages_of_a_stage_that_is_trained_late_forget_its_initialisation(tmp_path):
+    """Also after resuming, and in an average made of snapshots. When the second stage was averaged by the steps of the
+    whole training, 39% of its initial weights remained after the last tenth, and all of them once the decay had reached
+    its limit."""
     torch.manual_seed(0)
     spec = ModelSpec("DiT", {"dim": 16, "depth": 1, "num_heads": 2}, (4, 4), 4, 8, 0)
     model, num_steps = InStages(), 1000
@@ -142,7 +143,7 @@ def test_a_stage_that_is_trained_late_keeps_nothing_of_its_initialisation(tmp_pa
     assert made["second.weight"].item() == pytest.approx(alone.profiles[0.15].tensors["weight"].item(), rel=1e-2)
 
 
-def test_an_average_is_made_from_the_snapshots_of_a_run(tmp_path, capsys, monkeypatch):
+def test_reconstruct_ema_makes_an_average_from_a_runs_snapshots(tmp_path, capsys, monkeypatch):
     spec = ModelSpec("DiT", {"dim": 16, "depth": 1, "num_heads": 2}, (4, 4), 4, 8, 0)
     torch.manual_seed(0)
     model = spec.build()
@@ -190,8 +191,8 @@ def test_weights_of_snapshots_sum_to_one_however_few(num, sigmas):
     assert sum(weights) == pytest.approx(1, abs=1e-9)
 
 
-def test_snapshots_are_of_one_course_of_training(tmp_path, monkeypatch, capsys):
-    """A run that goes on from an earlier checkpoint takes its steps anew; a fresh one has nothing of another."""
+def test_snapshots_belong_to_a_single_course_of_training(tmp_path, monkeypatch, capsys):
+    """A run that resumes from an earlier checkpoint writes its steps again; a new run keeps nothing of another."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     checkpoints, snapshots = (tmp_path / "runs" / "tiny" / name for name in ("checkpoints", "snapshots"))
@@ -221,8 +222,8 @@ def test_snapshots_are_of_one_course_of_training(tmp_path, monkeypatch, capsys):
         start_or_go_on(parse_run(ExperimentConfig, fresh), print)
 
 
-def test_what_is_of_steps_that_are_taken_again_is_not_taken_for_the_runs(tmp_path):
-    """The newest checkpoint was damaged: training goes on from the one before."""
+def test_files_of_steps_after_the_resumed_checkpoint_are_moved_away(tmp_path):
+    """The newest checkpoint is damaged, so the training resumes from the one before."""
     for step in (2, 4):
         for file in ("checkpoints/{}/ema.safetensors", "samples/{}.png", "snapshots/{}.safetensors"):
             path = tmp_path / file.format(f"{step:08d}")

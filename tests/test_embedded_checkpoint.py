@@ -1,4 +1,4 @@
-"""The checkpoint that every clone has: what draws real pictures before anything is trained."""
+"""The checkpoint that comes with every clone, so that real samples can be drawn before any training."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_it_needs_nothing_but_the_clone(embedded):
     assert {parameter.dtype for parameter in embedded.load_model().parameters()} == {torch.float32}
 
 
-def test_it_draws_by_name_where_it_was_called_from(tmp_path, monkeypatch):
+def test_the_embedded_checkpoint_writes_samples_to_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     SAMPLE.main(SAMPLE.SampleConfig("embedded", classes=["sunflower", "airplanes"], num_per_class=1))
     assert (tmp_path / "runs" / "embedded-checkpoint" / "samples.png").stat().st_size > 5000
@@ -66,7 +66,7 @@ def test_nothing_is_written_into_the_clone_where_it_is_given_by_its_path(embedde
 
 
 @pytest.mark.parametrize("held", ["checkpoints/00000001/ema.safetensors", "ema.safetensors"])
-def test_a_folder_of_its_name_that_holds_another_one_is_not_passed_over_in_silence(tmp_path, monkeypatch, held):
+def test_a_folder_named_embedded_with_a_checkpoint_is_refused_as_ambiguous(tmp_path, monkeypatch, held):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "embedded" / "samples").mkdir(parents=True)
     open_checkpoint("embedded")

@@ -1,4 +1,4 @@
-"""What a shell, a notebook or a launcher's own configuration has set does not change a run in silence."""
+"""Settings of a shell, a notebook or a launcher's configuration do not silently change a run."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ STATES = [PartialState._shared_state, AcceleratorState._shared_state, GradientSt
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Accelerate as in a new process."""
+    """Accelerate's state as in a new process."""
     before = [dict(state) for state in STATES]
     for state in STATES:
         state.clear()
@@ -38,7 +38,7 @@ def test_what_is_compiled_and_accumulated_is_the_configurations(monkeypatch):
     assert accelerator.gradient_accumulation_steps == 2
 
 
-def test_a_tracker_that_is_not_there_is_missed(tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "get_available_trackers", lambda: ["tensorboard"])
     config = ExperimentConfig(resume=str(tmp_path), log=LogConfig(trackers=["wandb"]))
     with pytest.raises(ValueError, match=r"--log.trackers wandb: not installed; there are tensorboard"):

@@ -10,7 +10,7 @@ from processes import log, run
 
 @pytest.fixture(scope="module")
 def extractor(folder):
-    """A TorchScript extractor: mean colours as features, soft classes of them."""
+    """A TorchScript extractor: features are mean colours, probabilities soft classes of them."""
 
     class MeanColors(torch.nn.Module):
         def forward(self, images: torch.Tensor):
@@ -73,7 +73,7 @@ def test_floor_and_ceiling_stand_beside_an_untrained_model(folder, extractor):
     assert all(score["reason"].startswith("too few images") for score in classes.values())
 
 
-def test_classes_are_asked_of_a_probe_and_held_against_photographs_and_their_reconstructions(folder, extractor):
+def test_label_metrics_are_also_scored_on_held_out_images_and_their_reconstructions(folder, extractor):
     flags = ("--extractor", extractor, "--metrics", "[fid, agreement, agreement_top5, cas]", "--baselines", "true")
     run("evaluate.py", "--samples", "runs/tiny", *flags, "--output", "classes.json", cwd=folder)
     rows = {row["name"]: row["scores"] for row in scores(folder, "classes.json")["rows"]}

@@ -1,4 +1,4 @@
-"""What leaves for diffusers draws the pictures that sample.py draws."""
+"""Exports to diffusers draw the same pictures as sample.py."""
 
 import json
 import math
@@ -51,13 +51,13 @@ BACKBONES = {
 
 @pytest.fixture(autouse=True)
 def no_shape_checks(monkeypatch):
-    """Checks of shapes would be traced."""
+    """Turn shape checks off, as torch.export would trace them."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")
 def exported():
-    """Programs of models, each made once: those of one kind have the same weights here, and tracing takes seconds."""
+    """Cache exported programs: models of one kind have the same weights here, and tracing takes seconds."""
     programs = {}
 
     def export(model, spec):
@@ -72,21 +72,21 @@ def exported():
 
 @pytest.fixture(autouse=True, scope="module")
 def own_modules(tmp_path_factory):
-    """diffusers copies a pipeline's code to a folder of the user's before it runs it."""
+    """diffusers copies a pipeline's code to a folder of the user before it runs it; use one for the test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
 
 
 def with_our_frequencies(theirs):
-    """As the README that is exported says: the time embedding of diffusers' DiT, spaced as ours."""
+    """Set the frequencies of diffusers' time embedding to ours, as the exported README explains."""
     for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     return theirs
 
 
 def randomise(model, seed=0):
-    """Trained-like weights: what starts at zero says something."""
+    """Give all weights values like trained ones, also those that are initialised to zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -94,7 +94,7 @@ def randomise(model, seed=0):
 
 
 def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=32, label_dropout=0.1, **diffusion):
-    """A run that nobody trained."""
+    """Write an untrained run."""
     config = DiffusionConfig(**diffusion)
     codec, diffusion = create_codec(autoencoder), build_diffusion(config)
     channels, *side = codec.latent_shape(size, size)
@@ -109,7 +109,7 @@ def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=
 
 
 def drawn(run, output, seed=0, **sampling):
-    """By sample.py: classes 1 and 2, two of each."""
+    """Samples by sample.py: two each of classes 1 and 2."""
     flags = {"checkpoint": str(run), "output": str(output), "classes": ["1", "2"], "num_per_class": 2, "seed": seed}
     SAMPLE.main(SAMPLE.SampleConfig(**flags, sampling=SamplingFlags(**sampling)))
     with np.load(output) as file:
@@ -174,7 +174,7 @@ def test_a_program_that_differs_is_not_written(monkeypatch):
         export_denoiser(model, spec)
 
 
-def test_a_dit_leaves_as_diffusers_own_with_ten_classes(tmp_path):
+def test_a_dit_exports_to_diffusers_dit_pipeline_with_the_same_samples(tmp_path):
     run = checkpoint(tmp_path / "run")
     flags = {"sampler": "ddim", "spacing": "trailing"}
     asked = {"checkpoint": str(run), "output": tmp_path / "out", "native": True}
@@ -253,8 +253,8 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
         scheduler_of("gaussian", open_checkpoint(run).build_diffusion(), guided)
 
 
-def test_what_cannot_be_guided_is_not_guided_elsewhere(tmp_path, exported, monkeypatch):
-    """A null label that was never trained leaves with the weights all the same; DiTPipeline guides all channels."""
+def test_exports_refuse_guidance_that_the_model_does_not_support(tmp_path, exported, monkeypatch):
+    """The weights of an untrained null label are exported with the others; DiTPipeline guides all channels."""
     monkeypatch.setattr(diffusers_pipeline, "export_denoiser", exported)
     run = checkpoint(tmp_path / "run", autoencoder="pixel", size=16, label_dropout=0.0)
     EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""docs/extending.md as it stands: its files, one of each kind, in one training, its samples and its scores."""
+"""The examples of docs/extending.md as they stand: one of each kind in a training, its samples and its scores."""
 
 import json
 import re
@@ -14,7 +14,7 @@ FILE = re.compile(r"```python\n# (\w+\.py)\n(.*?)```", re.DOTALL)
 
 
 class Colour(torch.nn.Module):
-    """An extractor: mean colours as features, classes of them."""
+    """An extractor: features are mean colours, probabilities classes of them."""
 
     def forward(self, images: torch.Tensor):
         means = images.float().mean(dim=(2, 3)) / 255

@@ -1,4 +1,4 @@
-"""Networks that give features: files, names, weights, devices; what is none is refused in one line."""
+"""Feature extractors: files, names, weights and devices; what is not an extractor is refused in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_logits_are_refused(tmp_path: Path) -> None:
 
 
 class Lacking:
-    """A network on a device that cannot run it, as Apple's where float64 or an operation is asked for."""
+    """A network on a device that cannot run it, such as Apple's where it needs float64 or a missing operation."""
 
     def __init__(self, module: nn.Module, error: Exception) -> None:
         self.module, self.error = module, error

@@ -12,7 +12,8 @@ from diffusion import GaussianDiffusion, sample
 
 
 def final_std(std, drift, noise):
-    """Of the chain's end; `drift` and `noise` are the shares of `beta x / 2` and of `beta` that the step has."""
+    """Standard deviation at the end of the chain; `drift` and `noise` are the fractions of `beta x / 2` and `beta` in
+    the step."""
     diffusion, variance = GaussianDiffusion(), 1.0
     marginals = diffusion.path.alphas_cumprod * std**2 + 1 - diffusion.path.alphas_cumprod
     for beta, marginal in zip(reversed(diffusion.path.betas.tolist()), reversed(marginals.tolist()), strict=True):
@@ -26,17 +27,18 @@ def test_the_right_step_ends_at_the_datas_spread(std):
 
 
 @pytest.mark.parametrize(("std", "wrong"), [(0.25, 0.331), (0.5, 0.600), (2.0, 1.504)])
-def test_the_faulty_step_pulls_the_spread_towards_one(std, wrong):
+def test_the_faulty_step_drives_the_standard_deviation_towards_one(std, wrong):
     assert final_std(std, drift=0.0, noise=2.0) == pytest.approx(wrong, abs=0.001)
 
 
-def test_data_of_unit_variance_hide_the_fault():
-    """There the missing drift and the surplus noise cancel: `-beta + 2 beta / 2` is what the drift would give."""
+def test_unit_variance_hides_the_faulty_step():
+    """For unit variance the missing drift and the surplus noise cancel: `-beta + 2 beta / 2` is what the drift would
+    give."""
     assert final_std(1.0, drift=0.0, noise=2.0) == pytest.approx(1.0, abs=0.002)
 
 
 def test_the_same_chain_by_this_projects_sampler():
-    """Euler-Maruyama on the exact denoiser, sampled."""
+    """Euler-Maruyama with the exact denoiser, sampled."""
 
     diffusion = GaussianDiffusion(variance="fixed_small")
     settings = {"sampler": "euler_maruyama", "num_steps": 250, "generator": generator(1)}

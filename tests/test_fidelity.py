@@ -37,7 +37,7 @@ class TensorDataset(Dataset):
 
 
 class Labelled(TensorDataset):
-    """Images with labels beside them, as a dataset of photographs has."""
+    """Images with labels, as in a dataset of photographs."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], index
@@ -48,7 +48,7 @@ def greys(values: list[int]) -> Tensor:
 
 
 def gaussian(num: int, mean: list[float], covariance: list[list[float]], *, seed: int) -> Features:
-    """Features whose sample mean and covariance are exactly these."""
+    """Features whose sample mean and covariance are exactly as given."""
     z = torch.randn(num, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     z = z - z.mean(dim=0)
     z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / (num - 1))).T  # white to the last digit
@@ -87,7 +87,7 @@ def test_frechet_distance_of_one_feature(colour: Extractor) -> None:
 
 
 def test_precision_and_recall_are_not_swapped(colour: Extractor) -> None:
-    """9 of 15 samples lie among the reference, whose other half no sample comes near."""
+    """9 of 15 samples lie among the reference, and no sample comes near half of the reference."""
     reference = greys([*range(100, 120, 2), *range(200, 220, 2)])
     samples = greys([*range(101, 119, 2), *range(10, 22, 2)])
     scores = score(samples, reference, extractor=colour)
@@ -99,7 +99,8 @@ def test_precision_and_recall_are_not_swapped(colour: Extractor) -> None:
 
 
 def test_classifier_score_takes_probabilities(colour: Extractor) -> None:
-    """Sure of each image, and all classes as often: the score is their number. All grey: it is one."""
+    """If every image is certain and classes are equally frequent, the score is their number; if all are uniform, it is
+    1."""
     pure = torch.zeros(30, 3, 8, 8, dtype=torch.uint8)
     pure[torch.arange(30), torch.arange(30) % 3] = 200
     for images, expected in (pure, 3.0), (greys([100] * 30), 1.0):
@@ -111,7 +112,8 @@ def test_classifier_score_takes_probabilities(colour: Extractor) -> None:
 
 
 def test_kernel_distance_of_whole_sets(colour: Extractor) -> None:
-    """The unbiased estimate written out (Bińkowski et al. 2018, eq. 4); the subset is cut to the sets."""
+    """The unbiased estimate, written out (Bińkowski et al. 2018, eq. 4); the subset size is limited to that of the
+    sets."""
     x = gaussian(20, [1.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], seed=0)
     y = gaussian(20, [0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], seed=1)
 
@@ -136,7 +138,7 @@ def test_kernel_subset_is_cut_to_the_smaller_set(colour: Extractor) -> None:
 
 
 def test_agrees_with_torch_fidelity(colour_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own entry point, in float32 and from the same registered extractor."""
+    """Compared with its own entry point, in float32 and with the same registered extractor."""
     samples, reference = random_images(60), random_images(90, seed=1, low=40)
 
     class Registered(FeatureExtractorBase):
@@ -189,7 +191,7 @@ def test_agrees_with_torch_fidelity(colour_file: Path, monkeypatch: pytest.Monke
 
 
 def test_moments_alone_give_the_same_distance(colour: Extractor) -> None:
-    """Nothing is kept of single images, and the other metrics say why they are missing."""
+    """With moments alone no features of single images are kept, and the other metrics say why they are missing."""
     samples, reference = random_images(60), random_images(90, seed=1, low=40)
     both = [
         colour(image_batches(images, 7), len(images), metrics=["fid"], progress=False)
@@ -207,7 +209,7 @@ def test_moments_alone_give_the_same_distance(colour: Extractor) -> None:
 
 
 def test_spatial_distance_is_the_frechet_distance_of_spatial_features(colour: Extractor) -> None:
-    """Known Gaussians; and without spatial features on both sides, no number."""
+    """For known Gaussians; without spatial features on both sides there is no value."""
     x = gaussian(20, [0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], seed=0)
     near = Moments(torch.tensor([0.0, 0.0]).double(), torch.diag(torch.tensor([4.0, 1.0])).double(), 20)
     far = Moments(torch.tensor([3.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 1.0])).double(), 20)
@@ -275,7 +277,7 @@ def test_too_few_images_are_null_with_the_reason(colour: Extractor) -> None:
 # --- what a user can get wrong
 
 
-def test_images_that_are_none(colour: Extractor) -> None:
+def test_missing_or_malformed_images_are_refused(colour: Extractor) -> None:
     with pytest.raises(ValueError, match="samples: there are no images"):
         score(random_images(0), random_images(4), extractor=colour)
     with pytest.raises(ValueError, match=r"reference: images are float32 \[3, 8, 8\]; extractors take uint8 RGB"):

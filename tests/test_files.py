@@ -1,4 +1,4 @@
-"""Folders and zips: links, what is no file, and members that cannot be read."""
+"""Folders and zips: links, files that are not images, and members that cannot be read."""
 
 import os
 import struct
@@ -36,7 +36,7 @@ def test_loops_of_links_end_and_repeat_nothing(tree):
     assert sorted(left_out) == ["aaa", "cat/again", "dog/2.png", "dog/3.png", "dog/here"]
 
 
-def test_links_to_images_elsewhere_are_images(tree, tmp_path):
+def test_symbolic_links_to_images_elsewhere_are_followed(tree, tmp_path):
     (tree / ".store").mkdir()
     for number, place in enumerate((tree / ".store", tmp_path, tree)):
         Image.new("RGB", (8, 8)).save(place / f"blob{number}", "PNG")
@@ -49,7 +49,8 @@ def test_links_to_images_elsewhere_are_images(tree, tmp_path):
 
 
 def test_a_folders_hash_is_kept_as_long_as_no_file_changes(tree, tmp_path, monkeypatch):
-    """At the same size and time of modification too. Of new files, or in no time, nothing is kept."""
+    """A file's size and modification time may stay the same. Hashes of new files, and those computed in no time, are
+    not cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
     names = Folder(tree).names
     first = content_hash(Folder(tree), names)
@@ -158,14 +159,14 @@ def test_names_that_lead_out_of_a_zip_are_no_images(tree):
 
 @pytest.mark.parametrize("path", ["./cat/0.png", "/cat/0.png", "cat//0.png", "cat\\0.png", ".\\cat\\0.png"])
 def test_a_zips_ways_to_write_a_path_are_one(tmp_path, path):
-    """`./` at its beginning is no hidden folder: a class went without a word."""
+    """A leading `./` does not make a folder hidden: a class used to disappear without a word."""
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr(path, b"")
         archive.writestr("./cat/", b"")
     assert open_files(tmp_path / "x.zip").names == ["cat/0.png"]
 
 
-def test_one_name_in_two_unicode_forms_is_no_two_classes(tmp_path):
+def test_a_name_in_two_unicode_forms_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("caf\u00e9", "cafe\u0301"):
             archive.writestr(f"{name}/0.png", b"")

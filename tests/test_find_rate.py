@@ -1,4 +1,4 @@
-"""A learning rate is found by a short training at rates that rise."""
+"""The learning-rate finder: a short training at rising rates."""
 
 import math
 import shlex
@@ -20,7 +20,7 @@ FLAGS = shlex.split(
 
 
 def descent(rates, curvature=4.0):
-    """Losses of gradient descent on a parabola, a step at each rate, from whose bottom noise keeps away."""
+    """Losses of gradient descent on a parabola with a step at each rate; x stays above 0.1, as noise would keep it."""
     x, losses = 1.0, []
     for rate in rates:
         losses.append(0.5 * curvature * x**2)
@@ -30,7 +30,7 @@ def descent(rates, curvature=4.0):
     return losses
 
 
-def test_a_parabola_is_left_where_it_diverges_and_the_suggestion_lies_below():
+def test_the_search_stops_where_a_parabola_diverges_and_suggests_a_lower_rate():
     rates = rising_rates(1e-4, 10.0, 200)
     assert rates[0] == pytest.approx(1e-4)
     assert rates[-1] == pytest.approx(10.0)
@@ -39,7 +39,7 @@ def test_a_parabola_is_left_where_it_diverges_and_the_suggestion_lies_below():
     assert 0.01 < suggest_rate(rates, losses) < 2 / 4.0
 
 
-def test_rates_that_do_not_show_it_are_refused():
+def test_ranges_of_rates_that_do_not_show_the_divergence_are_refused():
     low, high = rising_rates(1e-6, 1e-3, 50), rising_rates(3.0, 10.0, 50)
     with pytest.raises(ValueError, match=r"--rates.highest 0.001: the loss does not diverge up to there; raise it"):
         suggest_rate(low, descent(low))

@@ -1,4 +1,4 @@
-"""What an epoch will take is said, and saying it changes nothing."""
+"""The predicted duration of an epoch is printed, and predicting it changes nothing."""
 
 import torch
 from accelerate import Accelerator
@@ -8,7 +8,7 @@ from models import ModelSpec
 from training.preparation import forecast
 
 
-def test_an_epoch_is_forecast_and_the_model_stays_as_it_is():
+def test_forecasting_an_epoch_changes_neither_model_nor_random_state():
     diffusion = GaussianDiffusion()
     spec = ModelSpec(
         "XSwin", {"dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_global_blocks": 1}, (8, 8), 4, 8, 3

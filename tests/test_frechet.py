@@ -44,14 +44,14 @@ def test_agrees_with_scipys_square_root_where_that_is_stable():
 
 
 def test_fewer_images_than_features():
-    """Singular covariances: equal sets are at 0, and a shift alone counts its square."""
+    """With singular covariances, equal sets have distance 0, and a shift alone counts by its square."""
     x = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)).double()
     assert frechet_distance(moments_of(x), moments_of(x)) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(moments_of(x), moments_of(x + 2)) == pytest.approx(4 * 50, rel=1e-6)
 
 
-def test_halves_are_random_where_classes_come_in_turn():
-    """Of labels i % 2, even and odd places would each be one class."""
+def test_halves_of_features_are_random_not_alternating():
+    """With labels i % 2, the even and the odd positions would each be a single class."""
     x = torch.tensor([0.0, 10.0]).repeat(200)[:, None]
     halves = Features.of(x).halves
     assert [half.num for half in halves] == [200, 200]
@@ -59,7 +59,7 @@ def test_halves_are_random_where_classes_come_in_turn():
 
 
 def test_an_extrapolated_distance_loses_the_bias_of_few_samples():
-    """The same Gaussian 24 wide, a shift of 1 apart: of 240 samples the plain distance is too large by a fifth."""
+    """Two Gaussians in 24 dimensions, a shift of 1 apart: from 240 samples the plain distance is a fifth too large."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(20_000, 24, generator=generator).double()
     plain, extrapolated = [], []

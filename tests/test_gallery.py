@@ -1,4 +1,4 @@
-"""One page of all runs, whole in one file."""
+"""scripts/gallery.py: a page of all runs in a single file."""
 
 import json
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Glyph")
 
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):
-    """The tiny run, one of twice the learning rate with scores, and one that was cut before its first line."""
+    """The tiny run, one with twice the learning rate and scores, and one that was killed before its first log line."""
     runs = tmp_path_factory.mktemp("gallery") / "runs"
     for name in ("tiny", "twice<b>"):
         (runs / name / "samples").mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_runs_scores_and_differences_are_in_the_table(runs):
     assert "name" not in head
 
 
-def test_of_grids_and_samples_the_newest_is_shown(tmp_path):
+def test_the_gallery_shows_the_newest_of_grids_and_samples(tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "config.yaml").write_text("model: XSwin\n")
     grids = [tmp_path / name for name in ("samples/00000002.png", "samples.png", "samples/00000004.png")]
@@ -92,7 +92,7 @@ def test_of_grids_and_samples_the_newest_is_shown(tmp_path):
         assert GALLERY.read_run(tmp_path).grid == grid
 
 
-def test_samples_are_shown_where_the_newest_weights_drew_them_whatever_the_time_of_files(tmp_path):
+def test_the_gallery_shows_samples_of_the_newest_weights_whatever_the_file_times(tmp_path):
     (tmp_path / "config.yaml").write_text("model: XSwin\n")
     samples, grid = tmp_path / "samples.png", tmp_path / "samples" / "00000004.png"
     for age, (path, weights) in enumerate([(samples, "b"), (grid, None)]):

@@ -1,8 +1,6 @@
-"""Losses of the first 20 steps, as they were when the code was last known to be right.
-
-A change that alters initialisation, data order, noise, loss or optimizer shows here. Where that is meant, write the new
-losses down: `python tests/test_golden.py`.
-"""
+"""Losses of the first 20 steps, as they were when the code was last known to be right. They reveal a change of
+initialisation, data order, noise, loss or optimizer. If it is intended, write the new losses: `python
+tests/test_golden.py`."""
 
 import json
 import os
@@ -33,7 +31,7 @@ MODELS = {
 
 
 def on_one_core():
-    """Two threads add up in another order, which twenty steps grow to 2e-4."""
+    """With two threads sums have another order, and within twenty steps the difference grows to 2e-4."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
@@ -48,7 +46,7 @@ for model in models:
 
 
 def losses(folder):
-    """Of each model, trained one after the other in one process."""
+    """Losses of all models, trained one after the other in one process."""
     for model, model_args in MODELS.items():
         (folder / f"{model}.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "model_args": model_args}))
     command = [sys.executable, "-c", TRAIN, str(ROOT / "train.py"), *MODELS]

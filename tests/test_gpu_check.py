@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py, which waits for a GPU, at sizes for a CPU."""
+"""scripts/gpu_check.py, which is made for a GPU, at sizes for a CPU."""
 
 import json
 

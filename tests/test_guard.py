@@ -1,4 +1,4 @@
-"""What watches a training: skipped steps, rollbacks, means between log lines, signals."""
+"""Guards of a training: skipped steps, rollbacks, averages between log lines, signals."""
 
 import gc
 import os
@@ -45,7 +45,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to():
         guard.must_roll_back(can=False)
 
 
-def test_rollbacks_outlive_the_checkpoint_they_return_to():
+def test_restoring_a_checkpoint_keeps_the_count_of_rollbacks():
     guard = Guard(rollbacks=2)
     guard.restore({"skipped": 1, "in_a_row": 0, "rollbacks": 0})
     assert guard.state() == {"skipped": 1, "in_a_row": 0, "rollbacks": 2}
@@ -75,7 +75,7 @@ def test_meter_means_by_term_and_quarter_without_skipped_steps(accelerator):
     assert means["memory_gb"] > 0.01
 
 
-def test_meter_goes_on_where_a_checkpoint_left_it(accelerator):
+def test_the_meter_resumes_from_a_checkpoint(accelerator):
     straight, cut = Meter(accelerator), Meter(accelerator)
     for number in range(4):
         for meter in (straight, cut):
@@ -92,7 +92,7 @@ def test_meter_goes_on_where_a_checkpoint_left_it(accelerator):
     }
 
 
-def test_each_process_goes_on_with_its_own_sums(accelerator, monkeypatch):
+def test_each_process_resumes_with_its_own_sums(accelerator, monkeypatch):
     state = {"shares": {"loss": [1.0, 2.0]}, "norms": [1.0], "num_clipped": 0, "num_images": 4}
 
     def restored(rank, num_processes, state):
@@ -158,7 +158,7 @@ def test_time_that_is_over_is_a_reason(accelerator, tmp_path):
     assert Interruption(tmp_path, accelerator, 1e-12).reason(1, 10) == "--train.max_hours 1e-12 are over"
 
 
-def test_before_the_first_step_a_signal_stops_at_once(accelerator, tmp_path):
+def test_a_signal_before_the_first_step_stops_at_once(accelerator, tmp_path):
     (tmp_path / "stopped").write_text("of the run before")
     interruption = Interruption(tmp_path, accelerator, None).__enter__()
     assert not (tmp_path / "stopped").exists()
@@ -189,14 +189,14 @@ def test_the_garbage_collector_rests_while_libraries_are_imported_and_goes_on():
     assert gc.isenabled()
 
 
-def test_a_closed_terminal_is_nothing_to_what_nohup_started(accelerator, tmp_path):
+def test_a_run_under_nohup_survives_a_closed_terminal(accelerator, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Interruption(tmp_path, accelerator, None):
         os.kill(os.getpid(), signal.SIGHUP)
     assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
 
 
-def test_a_folder_is_one_trainings(accelerator, tmp_path):
+def test_a_folder_belongs_to_one_training(accelerator, tmp_path):
     with Interruption(tmp_path, accelerator, None):
         (tmp_path / "stopped").write_text("its own")
         with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {os.getpid()}"):
@@ -204,8 +204,8 @@ def test_a_folder_is_one_trainings(accelerator, tmp_path):
         assert (tmp_path / "stopped").exists()
 
 
-def test_what_the_main_process_finds_goes_for_all(accelerator, monkeypatch):
-    """The other's own look is not asked for; an error of the main one is said by it alone."""
+def test_results_of_the_main_process_are_broadcast(accelerator, monkeypatch):
+    """The result of other processes is not used; if the main process fails, only its own error is raised."""
 
     def broadcast(sent):
         monkeypatch.setattr(machine, "broadcast_object_list", lambda found: sent)

@@ -1,4 +1,4 @@
-"""Both halves of classifier-free guidance: dropped labels, and two predictions mixed."""
+"""Classifier-free guidance: label dropout, and the combination of two predictions."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ NUM_CLASSES = 10
 
 
 def label_model(x, t, y):
-    """Every output channel c is y + c, whatever the input: twice the input's channels."""
+    """A model whose output channel c is y + c for any input; it has twice the input's channels."""
     channels = torch.arange(2 * x.shape[1], dtype=x.dtype)
     shape = (len(x), 2 * x.shape[1], *x.shape[2:])
     return (y[:, None, None, None] + channels[:, None, None]).expand(shape)
@@ -112,7 +112,7 @@ class Conditional(torch.nn.Module):
 
 
 def test_sampling_is_guided_by_the_models_own_null_label():
-    """Predicted `x_0` is -1 or 1 by label and 0 without: guidance by 3 makes it -3 or 3."""
+    """The predicted `x_0` is -1 or 1 by label and 0 without, so guidance by 3 gives -3 or 3."""
     diffusion = GaussianDiffusion(prediction="x_0", variance="fixed_small")
     noise, y = torch.randn(2, 1, 2, 2), torch.tensor([0, 1])
     x_0 = sample(diffusion, Conditional(), noise, y, num_steps=4, guidance_scale=3.0)
@@ -139,14 +139,14 @@ def test_labels_fall_with_their_probability(probability, seed):
     assert fallen.float().mean().item() == pytest.approx(probability, abs=0.07)
 
 
-def test_no_label_falls_at_zero_and_all_at_one():
+def test_label_dropout_drops_nothing_at_zero_and_all_at_one():
     y, uniform = torch.arange(4), torch.tensor([0.0, 0.3, 0.6, 1 - 2**-24])
     assert torch.equal(drop_labels(y, 0.0, NUM_CLASSES, uniform=uniform), y)
     assert drop_labels(y, 1.0, NUM_CLASSES, uniform=uniform).tolist() == [NUM_CLASSES] * 4
     assert drop_labels(y, 0.5, NUM_CLASSES, uniform=uniform).tolist() == [NUM_CLASSES, NUM_CLASSES, 2, 3]
 
 
-def test_a_share_of_the_draw_drops_that_share_of_the_labels():
+def test_label_dropout_of_parts_equals_that_of_the_whole_batch():
     y, uniform = torch.arange(8), torch.rand(8, generator=torch.Generator().manual_seed(0))
     whole = drop_labels(y, 0.5, NUM_CLASSES, uniform=uniform)
     parts = [drop_labels(y[part], 0.5, NUM_CLASSES, uniform=uniform[part]) for part in (slice(3), slice(3, 8))]
@@ -157,7 +157,7 @@ def test_a_share_of_the_draw_drops_that_share_of_the_labels():
 
 
 class Counting(torch.nn.Module):
-    """Remembers the batch of each call and the backbone's time in it."""
+    """A model that records the batch size and the time of each call."""
 
     num_classes = 2
 
@@ -171,7 +171,7 @@ class Counting(torch.nn.Module):
 
 
 @pytest.mark.parametrize("diffusion", [GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM()])
-def test_outside_the_interval_only_one_half_runs(diffusion):
+def test_outside_the_guidance_interval_only_the_conditional_half_runs(diffusion):
     model, low, high = Counting(), 0.3, 3.0
     steps = diffusion.reverse_steps(20, "log_snr")
     settings = {"sampler": "euler", "num_steps": 20, "spacing": "log_snr", "guidance_scale": 3.0}
@@ -182,7 +182,7 @@ def test_outside_the_interval_only_one_half_runs(diffusion):
 
 
 def test_rescaling_is_that_of_the_paper():
-    """Lin et al. 2023, eq. 14 to 16, sample by sample."""
+    """Lin et al. 2023, eq. 14 to 16, for each sample."""
     good, worse = randn(3, 4, 5, 5), randn(3, 4, 5, 5, seed=1)
     ours = rescaled(linear, 0.7)(good, worse, 5.0, good, labels(3))
     for index, rescaled_output in enumerate(ours):
@@ -228,7 +228,8 @@ def test_autoguidance_pushes_away_from_the_worse_model_with_the_same_label():
 
 
 def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
-    """As many classes of other names, as many channels of another autoencoder: its outputs mean something else."""
+    """A guide with as many classes of other names, or as many channels of another autoencoder, would mean something
+    else."""
     spec = ModelSpec("DiT", {"dim": 8, "depth": 1, "num_heads": 1}, (4, 4), 3, 6, 2)
     config, identity = ExperimentConfig("DiT", spec.args, "pixel"), {"codec": PixelCodec.provenance}
     metadata = metadata_of(config, 5, identity, spec=spec, classes=["cat", "dog"])
@@ -253,8 +254,8 @@ def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
         load(["cat", "dog"], {"codec": {**PixelCodec.provenance, "scale": 2.0}})
 
 
-def test_a_guide_that_is_told_no_label_may_know_other_classes(tmp_path):
-    """Domain Guidance: the model that a fine-tuning started from is asked for its own null label."""
+def test_a_guide_used_without_labels_may_have_other_classes(tmp_path):
+    """In Domain Guidance the model that a fine-tuning started from is evaluated with its own null label."""
     spec = ModelSpec("DiT", {"dim": 8, "depth": 1, "num_heads": 1}, (4, 4), 3, 6, 2)
     model = wake(spec.build())
     for name, dropout in (("guide", 0.1), ("never", 0.0)):
@@ -296,8 +297,8 @@ def test_refinements_out_of_range_are_refused_in_words(arguments, words):
 
 @pytest.mark.parametrize("worse", [False, True])
 @pytest.mark.parametrize("diffusion", [GaussianDiffusion(variance="fixed_small"), FlowMatching(), EDM()])
-def test_what_a_model_is_called_with_beside_time_and_label_reaches_both_halves(diffusion, worse, monkeypatch):
-    """Of a whole batch and of a sampler's own: tensors a row a sample, in the order of the samples."""
+def test_extras_reach_both_halves_of_a_guided_batch(diffusion, worse, monkeypatch):
+    """Extras may belong to the whole batch, or have one row per sample, in the order of the samples."""
     seen = []
 
     class Told(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Checkpoints to the hub and back, over its HTTP interface, and what is said when it cannot be reached."""
+"""Checkpoints to the hub and back over its HTTP interface, and the errors when it cannot be reached."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ def hub():
 
 @pytest.fixture(scope="module", autouse=True)
 def asked(hub):
-    """huggingface_hub asks the stub, as HF_ENDPOINT and HF_TOKEN tell it; it has read them when it was imported."""
+    """Make huggingface_hub use the stub, as HF_ENDPOINT and HF_TOKEN would; it has read those at import."""
     resolve = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.address)
@@ -96,7 +96,7 @@ def test_upload_holds_weights_card_and_what_the_card_shows(pushed, hub, folder):
         assert said in card
 
 
-def test_scores_of_weights_pushed_before_go_with_them(pushed, hub, folder, monkeypatch):
+def test_pushing_unscored_weights_removes_old_scores_and_keeps_other_files(pushed, hub, folder, monkeypatch):
     monkeypatch.setitem(hub.repos, "me/again", {**hub.repos[REPO], "notes.txt": b"the user's"})
     PUSH.main(PUSH.PushConfig(checkpoint=str(folder / "runs" / "tiny"), repo="me/again"))
     assert hub.repos[REPO].keys() ^ hub.repos["me/again"].keys() == {"scores.json", "notes.txt"}
@@ -186,7 +186,7 @@ def test_a_dry_run_uploads_nothing(folder, tmp_path, hub, here):
         PUSH.main(PUSH.PushConfig(checkpoint=run_folder, repo="tiny"))
 
 
-def test_weights_in_half_precision_are_half_the_size_and_sampled_from_as_before(folder, tmp_path):
+def test_half_precision_weights_are_half_the_size_and_load_as_float32(folder, tmp_path):
     run_folder = str(folder / "runs" / "tiny")
     PUSH.main(PUSH.PushConfig(checkpoint=run_folder, repo=REPO, half=True, dry_run=tmp_path))
     whole, half = open_checkpoint(run_folder), open_checkpoint(tmp_path)
@@ -270,8 +270,8 @@ def test_a_card_shows_samples_by_whose_they_are_not_by_when_they_were_copied(fol
         assert (card_files(checkpoint).get("samples.png") == picture) is shown
 
 
-def test_a_card_says_how_its_own_weights_came_to_be(folder, tmp_path):
-    """Of an older checkpoint its steps, not the run's; of an average made after training its length."""
+def test_the_card_describes_its_own_weights(folder, tmp_path):
+    """For an older checkpoint the card gives its own step, and for an average made after training its length."""
     checkpoint = open_checkpoint(folder / "runs" / "tiny" / "checkpoints" / "00000002")
     assert "\n2 steps of batches of" in model_card(checkpoint, REPO, "mit", {})
     assert "averaged at 0.99" in model_card(checkpoint, REPO, "mit", {})

@@ -16,7 +16,7 @@ from data.pixels import fit
 
 @pytest.fixture
 def tree(tmp_path):
-    """Three classes of ten, six and two images of many kinds."""
+    """Three classes of ten, six and two images, in many formats."""
     rng = np.random.default_rng(0)
     for name, count in {"cat": 10, "dog": 6, "emu": 2}.items():
         for number in range(count):
@@ -70,7 +70,7 @@ def test_workers_read_a_zip_at_once(tree):
     assert torch.equal(read, expected)
 
 
-def test_levels_are_the_split_where_they_exist(tree):
+def test_train_and_test_folders_are_the_split(tree):
     (tree.parent / "levels").mkdir()
     tree.rename(tree.parent / "levels" / "train")
     (tree.parent / "levels" / "test" / "cat").mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_levels_are_the_split_where_they_exist(tree):
 
 
 def test_images_of_any_size_are_cut_to_any_other():
-    """By rounding, the part that is cut out may be wider than the image by a little."""
+    """After rounding, the crop may be slightly larger than the image."""
     for side, width, height in [(28, 212, 116), (28, 116, 332), (28, 221, 29), (100, 110, 174)]:
         assert fit(Image.new("L", (width, height)), (side, side)).size == (side, side)
 
@@ -211,7 +211,7 @@ def test_a_class_of_which_nothing_is_left_is_not_asked_of_a_model(tree):
     assert not ImageDataset(tree, split="train", min_size=16, use_labels=False).classes
 
 
-def test_intake_says_what_is_used_and_what_is_not(tree):
+def test_the_intake_message_reports_used_and_ignored_files(tree):
     Image.new("RGB", (16, 40)).save(tree / "cat" / "small.png")
     Image.new("RGB", (4, 4)).save(tree / "preview.png")
     (tree / "dog" / "0.png").write_bytes(b"")

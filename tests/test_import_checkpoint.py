@@ -1,4 +1,4 @@
-"""Published weights as checkpoints: every format, both resolutions, what is wrong with a file told in words."""
+"""Published weights as checkpoints: every format, both resolutions, and clear errors for wrong files."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ def import_weights(folder, saved, source, suffix="pt", **settings):
 
 
 def of_training(weights, **others):
-    """What the authors' training scripts save, DiT's and XSwin's alike."""
+    """A file as DiT's and XSwin's training scripts save it."""
     arguments = argparse.Namespace(image_size=64, model="DiT-XL/2")
     optimizer = {"state": {}, "param_groups": [{"lr": 1e-4}]}
     return {"model": weights, "ema": weights, "opt": optimizer, "args": arguments, "train_steps": 70, **others}
@@ -37,7 +37,7 @@ def of_training(weights, **others):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_checkpoint_puts_out_what_the_published_model_did(name, tmp_path):
-    """The model is built from the weights' shapes alone: size, depth, windows, skips, classes."""
+    """The model is built from the shapes of the weights alone: size, depth, windows, skips and classes."""
     tensors, weights, published = load_fixture(name)
     saved = weights if name in ("uvit_official", "dit") else of_training(weights)
     checkpoint = import_weights(tmp_path, saved, SOURCES[name])
@@ -52,7 +52,7 @@ def test_checkpoint_puts_out_what_the_published_model_did(name, tmp_path):
 
 
 def test_it_is_guided_as_its_authors_guide(tmp_path):
-    """Scale, and channels: DiT and SiT leave the fourth unguided."""
+    """The scale and the channels: DiT and SiT do not guide the fourth."""
     for number, (fixture, source, expected) in enumerate(
         (("dit", "dit", (1.5, 3)), ("uvit_official", "uvit", (1.4, None)))
     ):
@@ -89,9 +89,9 @@ def test_averages_come_first_whatever_they_are_called_and_wrapped_in(average, pr
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_what_a_trainer_puts_around_weights_is_left_out(tmp_path):
-    """A Lightning file with averages under a prefix; an AveragedModel's count; compiled blocks; REPA's projectors;
-    NumPy's numbers among the arguments."""
+def test_prefixes_and_extra_state_of_other_trainers_are_removed(tmp_path):
+    """A Lightning file with averages under a prefix; an AveragedModel's counter; compiled blocks; REPA's projectors;
+    NumPy numbers among the saved arguments."""
     weight, other = torch.ones(2), torch.zeros(2)
     for saved in (
         {"state_dict": {"model.a.w": other, "ema_model.a.w": weight}},
@@ -108,7 +108,7 @@ def test_what_a_trainer_puts_around_weights_is_left_out(tmp_path):
 
 
 def test_sit_is_a_flow_told_its_own_times(tmp_path):
-    """SiT walks from noise at 0 to data at 1 along its velocity; ours from noise at 1 to data at 0."""
+    """SiT integrates from noise at 0 to data at 1; ours goes from noise at 1 to data at 0."""
     tensors, weights, _ = load_fixture("dit")
     theirs, y = load_reference("dit", weights, arguments_of("dit", weights, num_heads=4)), tensors["in/y"]
     x = tensors["in/x"]
@@ -121,8 +121,8 @@ def test_sit_is_a_flow_told_its_own_times(tmp_path):
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
 
 
-def test_repa_is_a_sit_whose_velocity_and_times_are_ours(tmp_path):
-    """REPA's `x_t = (1 - t) x_0 + t noise` and `v = noise - x_0`: neither is turned round, as SiT's are."""
+def test_repa_imports_as_a_sit_with_unreversed_velocity_and_times(tmp_path):
+    """REPA has `x_t = (1 - t) x_0 + t noise` and `v = noise - x_0`: unlike SiT's, neither is reversed."""
     tensors, weights, _ = load_fixture("dit")
     theirs, y = load_reference("repa", weights, arguments_of("dit", weights, num_heads=4)), tensors["in/y"]
     weights = {**weights, "final_layer.linear.weight": weights["final_layer.linear.weight"].reshape(4, 8, -1)[:, :4]}
@@ -141,7 +141,7 @@ def test_repa_is_a_sit_whose_velocity_and_times_are_ours(tmp_path):
 
 
 def test_lightningdit_is_such_a_flow_with_more_steps_at_noise(tmp_path):
-    """Their times of sampling run from 0 to 1, as `0.3 t / (1 - 0.7 t)`; guidance begins at an eighth."""
+    """Its sampling times are spaced from 0 to 1 by `0.3 t / (1 - 0.7 t)`, and guidance starts at an eighth."""
     checkpoint = import_weights(tmp_path, load_fixture("lightningdit")[1], "lightningdit")
     path, sampling = checkpoint.build_diffusion().path, checkpoint.config.sampling
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_huge_uvits_have_no_last_convolution_and_times_from_1_to_1000(tmp_path):
 
 
 def published_dit(side, patch_size, dim, depth):
-    """Names and shapes of Meta's files, without memory."""
+    """State dict with the names and shapes of Meta's files, on the meta device."""
     shapes = {
         "x_embedder.proj.weight": (dim, 4, patch_size, patch_size),
         "pos_embed": (1, (side // patch_size) ** 2, dim),
@@ -214,7 +214,7 @@ def published_uvit(side, patch_size, dim, half):
         ("uvit", published_uvit(64, 4, 1152, 14), "UViT-tokens-XL/4", 64),
     ],
 )
-def test_published_sizes_at_256_and_512_are_recognised(source, weights, row, side):
+def test_published_models_are_recognised_at_256_and_512(source, weights, row, side):
     arguments = arguments_of(source, weights)
     assert (arguments.pop("input_size"), arguments.pop("num_classes")) == (side, 1000)
     channels = {"dit": (4, 8), "lightningdit": (32, 32)}.get(source, (4, 4))

@@ -1,4 +1,4 @@
-"""Between classes and between seeds: the ends are ordinary samples, what lies between is neither."""
+"""Interpolation between classes and seeds: its ends are ordinary samples, and what lies between differs from both."""
 
 from dataclasses import replace
 
@@ -52,14 +52,14 @@ def test_classes_are_mixed_in_bfloat16_too(generator):
 
 
 @pytest.mark.parametrize(("labels", "seeds"), [((1, 3), (5, 8)), ((1, 1), (5, 8))])
-def test_one_of_the_pictures_alone_is_the_same(generator, labels, seeds):
+def test_a_single_picture_of_an_interpolation_equals_that_of_the_whole(generator, labels, seeds):
     images = interpolate(generator, labels, seeds, 4)
     for place in (0, 2):
         (alone,) = interpolate(generator, labels, seeds, 4, only=place)
         assert close(alone, images[place])
 
 
-def test_a_guide_is_told_the_same_classes(generator):
+def test_interpolation_gives_the_guide_the_same_classes(generator):
     torch.manual_seed(1)
     guide = create_model(
         "DiT", input_size=8, in_channels=3, out_channels=3, num_classes=4, dim=16, depth=1, num_heads=2
@@ -87,6 +87,6 @@ def test_the_way_between_two_noises_keeps_their_variance():
     assert torch.equal(slerp(first, first, torch.full((1, 1, 1, 1), 0.5)), first)
 
 
-def test_one_picture_is_no_way(generator):
+def test_interpolation_needs_two_pictures(generator):
     with pytest.raises(ValueError, match="--interpolate 1 must be at least 2"):
         interpolate(generator, (0, 1), (0, 0), 1)

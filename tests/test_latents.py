@@ -73,7 +73,7 @@ def test_ranks_share_the_shards(tmp_path, dataset):
     assert torch.equal(one.stored, two.stored)
 
 
-def test_processes_that_share_no_disk_are_told(tmp_path, dataset):
+def test_processes_without_a_shared_disk_are_refused(tmp_path, dataset):
     elsewhere = partial(build, tmp_path / "elsewhere", dataset, rank=1, num_ranks=2)
     with pytest.raises(DataError, match=r"shard-00001.safetensors, which another process wrote, is not here"):
         build(tmp_path, dataset, num_ranks=2, wait=elsewhere)
@@ -113,7 +113,7 @@ def test_one_flipped_bit_of_a_shard_is_found(tmp_path, dataset, name, device):
 
 
 def flip(path, name):
-    """A bit of this tensor."""
+    """Flip one bit of this tensor."""
     content = bytearray(path.read_bytes())
     length = int.from_bytes(content[:8], "little")
     place = json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
@@ -122,7 +122,7 @@ def flip(path, name):
 
 
 def test_shards_in_their_files_are_checked_once_and_again_when_one_is_touched(tmp_path, dataset, monkeypatch):
-    """Those that are so new that they may change again at the same time at every start."""
+    """Shards that are so new that they may change within the same timestamp are checked at every start."""
     build(tmp_path, dataset)
     open_in_files = partial(LatentCache, tmp_path, expected(dataset), None)
     open_in_files()
@@ -164,7 +164,7 @@ def test_images_are_read_from_their_files_as_from_memory(tmp_path, dataset):
     assert torch.equal(files.read(index, view), memory.read(index, view))
 
 
-def test_what_happens_to_a_shard_while_it_is_read_is_told(tmp_path, dataset):
+def test_a_shard_truncated_during_reading_is_reported(tmp_path, dataset):
     build(tmp_path, dataset)
     rows = LatentCache(tmp_path, expected(dataset), None).stored
     os.truncate(tmp_path / "shard-00003.safetensors", 600)
@@ -172,7 +172,7 @@ def test_what_happens_to_a_shard_while_it_is_read_is_told(tmp_path, dataset):
         rows.read(torch.tensor([1, 29]))
 
 
-def test_shards_of_other_latents_are_no_part_of_a_cache(tmp_path, dataset):
+def test_shards_of_another_shape_are_reported_as_damaged(tmp_path, dataset):
     build(tmp_path, dataset)
     path = tmp_path / "shard-00001.safetensors"
     write_shard(path, {**load_file(path), "stored": torch.zeros(8, 2, 1, 4, 4)})
@@ -181,7 +181,7 @@ def test_shards_of_other_latents_are_no_part_of_a_cache(tmp_path, dataset):
 
 
 def test_more_files_than_a_process_may_have_open_are_opened_or_told_of(tmp_path, dataset):
-    """In a process of its own: what a limit leaves free depends on every file that a process holds."""
+    """Runs in a process of its own, as the limit counts every file that a process has open."""
     build(tmp_path, dataset)
     script = """
         import os, resource, sys
@@ -221,7 +221,7 @@ def test_more_files_than_a_process_may_have_open_are_opened_or_told_of(tmp_path,
 
 
 def test_a_cache_of_a_gigabyte_is_read_in_a_few_megabytes(tmp_path):
-    """A GB of zeros, which take no room on the disk; nothing of them stays in memory."""
+    """A GB of zeros, sparse on disk; nothing of it stays in memory."""
     sparse_cache(tmp_path / "sparse", 31_000)
     rows = Rows(sorted((tmp_path / "sparse").glob("*-*.safetensors")))
     assert rows.shape == (31_000, 2, 8, 32, 32)
@@ -287,14 +287,14 @@ def test_names_differ_with_the_settings(dataset):
     json.dumps(expected(dataset))
 
 
-def test_what_half_precision_does_not_hold_is_refused(tmp_path, dataset):
+def test_latents_that_overflow_half_precision_are_refused(tmp_path, dataset):
     with pytest.raises(DataError, match="--autoencoder: what it makes of images is not finite in half precision"):
         build_cache(tmp_path, dataset, lambda images: images.float() * 1e4, {}, flips=False)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_threads_and_processes_change_no_bit_of_what_is_encoded(tmp_path, dataset):
-    """Nor is the encoder given more images at once than asked for, mirrored ones included."""
+    """The encoder never gets more images at once than asked for, mirrored ones included."""
     sizes = set()
 
     def normalised(images):  # differs with what comes together

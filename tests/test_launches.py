@@ -1,4 +1,4 @@
-"""What a GPU is told to do: how many launches, which kernels, and that operations put together compute the same."""
+"""Kernel launches on a GPU: how many, which kernels, and that fused operations compute the same."""
 
 from itertools import product
 
@@ -19,11 +19,11 @@ TRAINING, SAMPLING = 575, 525  # launches of XSwin's forward pass, of which ther
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """A switch: the CPU puts operations together as a GPU does, or not."""
+    """A switch that makes the CPU fuse operations as a GPU does."""
     return lambda on: monkeypatch.setattr(launches, "AT_ONCE", {"cpu"} if on else set())
 
 
-def test_xswin_tells_a_gpu_little_and_all_attention_is_fused():
+def test_xswin_launches_few_kernels_and_all_attention_is_fused():
     model = create_model("XSwin", input_size=8, in_channels=4, out_channels=8, num_classes=101).train()
     cast_at_once(model)
     found = count_launches(model)
@@ -36,7 +36,7 @@ def test_xswin_tells_a_gpu_little_and_all_attention_is_fused():
     assert found.names["_foreach_copy_"] == 16, "weights are cast by the block: 15, and what lies in none"
 
 
-def test_sampling_casts_no_weights_from_one_call_to_the_next():
+def test_sampling_does_not_cast_weights_again_at_each_call():
     model = create_model("XSwin", input_size=8, in_channels=4, out_channels=8, num_classes=101).eval()
     found = count_launches(model)
     assert sum(found.names.values()) <= SAMPLING, found.lines.most_common(20)
@@ -44,7 +44,7 @@ def test_sampling_casts_no_weights_from_one_call_to_the_next():
 
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize(("size", "window"), [*product([(8, 8), (5, 7), (12, 20), (9, 3)], [2, 3, 4]), ((3, 3), 4)])
-def test_windows_that_share_a_tile_attend_as_alone(size, window, shifted, at_once):
+def test_windows_computed_in_shared_tiles_equal_separate_windows(size, window, shifted, at_once):
     torch.manual_seed(0)
     attention = WindowAttention(16, 2, window, shifted=shifted).double()
     skip = WindowCrossAttention(16, 2, window).double()
@@ -79,7 +79,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("size", [(8, 8), (12, 20)])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_xswin_is_the_same_with_operations_put_together(variant, size, at_once):
+def test_xswin_with_fused_operations_has_the_same_outputs_and_gradients(variant, size, at_once):
     model, (x, t, y) = wake(small("XSwin", size, **variant)).double().train(), inputs(size=size)
     found = []
     for on in (False, True):
@@ -93,7 +93,7 @@ def test_xswin_is_the_same_with_operations_put_together(variant, size, at_once):
         assert torch.allclose(apart, together, rtol=1e-5, atol=1e-9)
 
 
-def test_a_derivative_along_time_passes_what_is_put_together(at_once):
+def test_forward_derivatives_along_time_pass_through_fused_operations(at_once):
     model, (x, t, y) = wake(small("XSwin")).double().eval(), inputs()
     load_forward_rules()
     found = []
@@ -106,8 +106,8 @@ def test_a_derivative_along_time_passes_what_is_put_together(at_once):
     assert found[0].any()
 
 
-def test_an_adapter_before_a_modulators_linear_is_heard(at_once):
-    """A linear that something stands before is asked by itself, and with it all others."""
+def test_fused_modulation_respects_a_wrapped_linear(at_once):
+    """If something wraps the linear layer, it is called on its own, like all others."""
     at_once(True)
     model, (x, t, y) = wake(small("XSwin")).eval(), inputs()
     modulator = next(module for module in model.modules() if isinstance(module, Modulator))
@@ -134,7 +134,7 @@ def test_weights_that_are_cast_by_the_block_give_the_same_gradients(name):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_weights_are_put_back_when_a_block_fails():
+def test_cast_weights_are_restored_when_a_block_fails():
     model = small("XSwin")
     cast_at_once(model)
     before = list(model.parameters())

@@ -1,4 +1,4 @@
-"""Imports go down only: see docs/design.md."""
+"""Imports only go down: see docs/design.md."""
 
 import ast
 from collections import Counter
@@ -74,17 +74,17 @@ def test_programs_import_what_takes_seconds_only_where_they_use_it():
 
 
 def test_figures_do_not_depend_on_the_environments_backend():
-    """MPLBACKEND, as notebooks set it, decides what pyplot does."""
+    """MPLBACKEND, which notebooks set, determines what pyplot does."""
     for path in [*ROOT.glob("*.py"), *(path for name in (*ROOMS, "scripts") for path in (ROOT / name).rglob("*.py"))]:
         assert "pyplot" not in path.read_text(), path
 
 
-def test_train_reads_in_one_go():
+def test_train_py_stays_short():
     assert len((ROOT / "train.py").read_text().splitlines()) <= 180
 
 
 def test_docstrings_say_something():
-    """A name that says it all needs none; five words or more can say something else."""
+    """A name that says it all needs no docstring; a docstring has at least five words, to say more than the name."""
     short = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
         for path in [

@@ -1,4 +1,4 @@
-"""Trees of images are understood as their owners mean them, or refused; nothing is left out without a word."""
+"""Folder layouts are read as their owners mean them, or refused; nothing is left out without a word."""
 
 import unicodedata
 
@@ -33,7 +33,7 @@ def test_images_for_validation_are_left_out_where_there_is_a_test():
 
 
 @pytest.mark.parametrize("above", ["", "pets/"])
-def test_stray_files_double_no_class(above):
+def test_stray_files_do_not_split_classes_in_two(above):
     names = ["train/cat/0.png", "test/cat/1.png", "preview.png", "train/preview.png", "readme.txt", "test/x.heic"]
     layout = of(*(above + name for name in names), "__MACOSX/train/cat/._0.png", ".DS_Store")
     assert layout.classes == dict.fromkeys([above + "train/cat/0.png", above + "test/cat/1.png"], "cat")
@@ -44,7 +44,7 @@ def test_stray_files_double_no_class(above):
     }
 
 
-def test_one_loose_picture_leaves_the_classes_alone():
+def test_a_loose_image_does_not_hide_the_class_folders():
     layout = of("preview.png", "cat/0.png", "dog/1.png")
     assert layout.classes == {"cat/0.png": "cat", "dog/1.png": "dog"}
     assert layout.left_out == {"in no class folder": ["preview.png"]}
@@ -67,7 +67,7 @@ def test_one_loose_picture_leaves_the_classes_alone():
         (["train/images/cat/0.png", "test/images/cat/1.png"], ["cat", "cat"], "split as train/ and test/"),
     ],
 )
-def test_other_trees(names, classes, note):
+def test_further_folder_layouts(names, classes, note):
     layout = of(*names)
     assert [*layout.classes.values()] == classes
     assert layout.note == note
@@ -90,7 +90,7 @@ def test_other_trees(names, classes, note):
         (["cat/0.png", "cat/1.png", "cat/small/a/1.png"], r"2 images lie loose, such as cat/0.png, and 1 in folders"),
     ],
 )
-def test_the_doubtful_is_refused(names, message):
+def test_ambiguous_folder_layouts_are_refused(names, message):
     with pytest.raises(DataError, match=message):
         of(*names)
 
@@ -103,7 +103,7 @@ def test_nested_class_can_be_left_out(chosen):
 
 @pytest.mark.parametrize("cat", ["cat", "chat\u00e9", "chate\u0301"])
 def test_nested_classes_that_are_both_chosen_are_refused(cat):
-    """... in either form of Unicode; folders are as macOS has them."""
+    """The same holds in either Unicode form; macOS decomposes folder names."""
     folder, cat = unicodedata.normalize("NFD", cat), unicodedata.normalize("NFC", cat)
     names = [f"{folder}/0.png", f"{folder}/thumbs/1.png", "dog/1.png"]
     with pytest.raises(DataError, match=rf"in {folder}/ and in {folder}/thumbs/ below it"):
@@ -120,7 +120,7 @@ def test_labels_are_read_where_no_folders_name_them(folders):
     assert layout.tables == [f"{beside}labels.csv"]
 
 
-def test_a_label_with_blanks_around_it_is_no_other_class():
+def test_whitespace_around_labels_is_ignored():
     layout = of("a.png", "b.png", "labels.csv", table=b"file,label\na.png, cat\nb.png,cat \n")
     assert {*layout.classes.values()} == {"cat"}
 
@@ -152,13 +152,13 @@ def test_class_folders_go_before_labels():
         (b'file,label\n"a.png,cat', r"labels.csv cannot be read"),
     ],
 )
-def test_labels_that_do_not_do_are_refused_by_name(table, message):
+def test_invalid_label_tables_are_refused(table, message):
     with pytest.raises(DataError, match=message):
         of("a.png", "b.png", "labels.csv", table=table)
 
 
 def test_a_name_that_both_splits_have_is_given_with_its_folder():
-    """Else the order of a set says, by the process, which of the two has the label."""
+    """Otherwise the iteration order of a set, which varies by process, would decide which of the two gets the label."""
     names = ["train/a.png", "train/b.png", "test/a.png", "labels.csv"]
     with pytest.raises(DataError, match=r"labels.csv: a.png may be test/a.png or train/a.png; mend the table"):
         of(*names)

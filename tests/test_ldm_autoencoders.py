@@ -1,4 +1,4 @@
-"""Autoencoders of latent-diffusion's format, VA-VAE among them: parity with their layers, files, words for others."""
+"""Autoencoders in latent-diffusion's format, VA-VAE among them: parity with the published layers, files, refusals."""
 
 from typing import Any
 
@@ -190,7 +190,7 @@ def test_the_command_normalises_by_published_statistics_or_by_images(tmp_path, m
     assert create_codec(str(tmp_path / "by-name")).identity == codec.identity
 
 
-def test_other_weights_and_statistics_are_told_in_a_line():
+def test_weights_and_statistics_of_other_formats_are_refused():
     with pytest.raises(AutoencoderError, match=r"^--weights: not .* format \(decoder\.conv_in\.weight is missing\)$"):
         from_ldm({"encoder.weight": torch.zeros(1)})
     with pytest.raises(AutoencoderError, match="gives no mean and variance, as those of VQ do not"):

@@ -1,4 +1,4 @@
-"""Who may use this, whom to cite, and where weights that come with it are from."""
+"""Licence, citation, and the origin of the weights that are part of the repository."""
 
 import hashlib
 import re

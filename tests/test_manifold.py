@@ -16,7 +16,7 @@ def density_and_coverage(samples, reference, neighbourhood=5):
     return found["density"].value, found["coverage"].value
 
 
-def test_neighbour_distance_leaves_the_point_itself_out():
+def test_neighbour_distances_exclude_the_point_itself():
     first, second = neighbour_distances(line(0, 1, 3, 7), [1, 2])
     assert first.tolist() == [1, 1, 2, 4]
     assert second.tolist() == [3, 2, 3, 6]

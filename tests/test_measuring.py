@@ -1,4 +1,4 @@
-"""evaluate.py --autoencoder: numbers against direct computations, files, and what is refused."""
+"""evaluate.py --autoencoder: numbers against direct computations, its files, and what is refused."""
 
 import json
 from unittest.mock import Mock
@@ -28,7 +28,7 @@ NONE = Distance("lpips", reason="no network")
 
 
 class MeanColors(torch.nn.Module):
-    """A TorchScript extractor, and a perceptual network too: colours of quarters, soft classes of them."""
+    """A TorchScript extractor that is also a perceptual network: mean colours of quarters, soft classes of them."""
 
     def forward(self, images: torch.Tensor):
         means = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
@@ -44,7 +44,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Two autoencoders, by the command; everything it left."""
+    """Two autoencoders measured by the command: its folder, output and record."""
     folder = tmp_path_factory.mktemp("measured")
     save_program(MeanColors(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), folder / "colors.pt")
     write("taesd", folder / "tiny")
@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_pairs(measured, images, row, name):
     assert f"| {name} " in said
 
 
-def test_records_say_how_to_derive_them_again(measured):
+def test_records_have_what_is_needed_to_reproduce_them(measured):
     _, said, record = measured
     first, second = (row["samples"] for row in record["rows"])
     codec = create_codec("embedded")
@@ -93,7 +93,7 @@ def test_records_say_how_to_derive_them_again(measured):
     assert "not FID" in said
 
 
-def test_it_ends_with_which_to_take_and_whether_the_images_are_of_its_kind(measured):
+def test_the_summary_recommends_an_autoencoder_and_warns_of_unsuitable_images(measured):
     _, said, record = measured
     *_, take, outside, _ = said.strip().splitlines()
     title = "frechet_distance[colors]"
@@ -111,7 +111,7 @@ def row(name, speed, **scores):
     return Row(name, {title: Score(*value) for title, value in scores.items()}, {"decode img/s": speed}, [])
 
 
-def test_autoencoders_that_errors_do_not_tell_apart_are_told_by_speed():
+def test_the_fastest_autoencoder_is_chosen_among_those_within_the_error():
     rows = [
         row("a", 10, agreement=(0.80, 0.02)),
         row("b", 40, agreement=(0.78, 0.02)),
@@ -200,7 +200,7 @@ def test_processes_share_the_images(monkeypatch, images):
     assert together.latents["std"] == pytest.approx(alone.latents["std"], rel=1e-6)
 
 
-def test_weights_that_cannot_be_downloaded_are_a_reason_and_files_that_are_none_an_error(monkeypatch, tmp_path):
+def test_failed_downloads_become_a_reason_and_wrong_files_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     for network in ("lpips", "vgg19"):
@@ -245,7 +245,7 @@ def test_mistakes_name_the_flag(mistake):
         EVALUATE.main(EVALUATE.EvaluateConfig(**given))
 
 
-def test_records_go_to_the_autoencoders_own_folder_or_bear_the_names_of_those_that_have_none(tmp_path):
+def test_records_go_to_the_autoencoders_folder_or_are_named_after_it(tmp_path):
     def codec(source):
         return Mock(spec=LatentCodec, source=str(source))
 

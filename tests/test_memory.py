@@ -1,4 +1,4 @@
-"""What is free for a process, and which caches are taken into memory."""
+"""Free memory of a process, and which caches are loaded into memory."""
 
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
         ({}, 4000),
     ],
 )
-def test_processes_share_what_control_groups_leave_them(tmp_path, monkeypatch, groups, free):
+def test_free_memory_respects_control_groups_and_is_shared_by_processes(tmp_path, monkeypatch, groups, free):
     for name, limit in groups.items():
         path = tmp_path / "groups" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def test_a_cuda_device_has_memory_of_its_own(monkeypatch):
     assert free_memory(torch.device("cuda"), num_processes=2) == 3000
 
 
-def test_a_cache_is_taken_into_memory_where_less_than_a_quarter_of_it_is_needed(tmp_path, monkeypatch):
+def test_a_cache_is_loaded_if_it_needs_less_than_a_quarter_of_free_memory(tmp_path, monkeypatch):
     config, images, accelerator = (
         DataConfig(cache=str(tmp_path)),
         ShapesDataset(30, image_size=8),

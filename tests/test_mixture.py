@@ -21,7 +21,7 @@ STD, NULL = 0.22, 2
 
 
 def log_weights(y):
-    """Of the components under each label [b k]; the null label has them all."""
+    """Log-weights of the components under each label [b k]; under the null label, all components are allowed."""
     allowed = (y[:, None] == LABELS) | (y[:, None] == NULL)
     return torch.where(allowed, WEIGHTS.log(), -math.inf)
 
@@ -77,7 +77,8 @@ def test_samples_of_a_mixture_cannot_be_told_from_exact_ones(diffusion, sampler,
 @pytest.mark.parametrize("num_steps", [2, 5, 10])
 @pytest.mark.parametrize("diffusion", ["cosine v", "EDM"])
 def test_euler_maruyama_is_bounded_in_few_steps(diffusion, num_steps):
-    """Unbounded, the standard deviation of 0.4 became 89, 10 and 0.57 on EDM, and 1.1 in two steps of a cosine."""
+    """Without the bound, a standard deviation of 0.4 became 89, 10 and 0.57 on EDM, and 1.1 in two steps of a cosine
+    schedule."""
     diffusion = DIFFUSIONS[diffusion]()
     model, y = backbone(diffusion, gaussian_data(0.7, 0.4)), torch.zeros(4, dtype=torch.int64)
     settings = {"sampler": "euler_maruyama", "num_steps": num_steps, "generator": generator(1)}
@@ -88,7 +89,7 @@ def test_euler_maruyama_is_bounded_in_few_steps(diffusion, num_steps):
 
 @pytest.mark.parametrize("num_steps", [20, 40])
 def test_the_published_3m_errs_less_in_few_steps(num_steps):
-    """Than the method of order 3, which is the better one in many; against Heun's in many more."""
+    """Compared with the method of order 3, which is better in many steps, and with Heun's in many more."""
 
     def error(sampler):
         return (draw(EDM(), 256, sampler=sampler, num_steps=num_steps) - exact).square().mean().sqrt()

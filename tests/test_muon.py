@@ -1,4 +1,4 @@
-"""Muon against torch's, which computes in bf16 whatever the machine."""
+"""Muon against torch's, which computes in bf16 on any machine."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from training.optimizer import Optimizers, build_optimizer
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
-def test_directions_are_learned_alike(shape):
+def test_orthogonalisation_evens_out_singular_values(shape):
     matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     found = orthogonalise(matrix)
@@ -32,7 +32,7 @@ def test_a_long_matrix_takes_the_same_steps_by_its_gram_matrix(shape, rank):
     torch.testing.assert_close(orthogonalise(matrix).double(), in_double, rtol=0, atol=1e-3)
 
 
-def test_steps_are_those_of_torch(monkeypatch):
+def test_muon_equals_torchs(monkeypatch):
     monkeypatch.setattr("training.muon.has_bf16", lambda device: (True, ""))
     draw = torch.Generator().manual_seed(0)
     ours, theirs = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
@@ -48,7 +48,7 @@ def test_steps_are_those_of_torch(monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
 
 
-def test_it_computes_in_float32_where_bf16_is_emulated(monkeypatch):
+def test_muon_computes_in_float32_where_bf16_is_emulated(monkeypatch):
     dtypes = []
     monkeypatch.setattr("training.muon.orthogonalise", lambda matrix, dtype: dtypes.append(dtype) or matrix)
     weight = nn.Parameter(torch.ones(2, 2))
@@ -59,7 +59,7 @@ def test_it_computes_in_float32_where_bf16_is_emulated(monkeypatch):
     assert dtypes == [torch.bfloat16, torch.float32]
 
 
-def test_a_convolution_is_a_matrix_of_a_row_an_output_channel():
+def test_muon_treats_a_convolution_as_a_matrix_with_a_row_per_output_channel():
     kernel, matrix = nn.Parameter(torch.zeros(4, 3, 3, 3)), nn.Parameter(torch.zeros(4, 27))
     kernel.grad = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     matrix.grad = kernel.grad.flatten(1)
@@ -67,7 +67,7 @@ def test_a_convolution_is_a_matrix_of_a_row_an_output_channel():
     assert torch.equal(kernel.flatten(1), matrix)
 
 
-def test_the_rest_is_that_of_adamw_and_each_has_its_rate():
+def test_other_parameters_take_adamw_steps_with_their_own_rate():
     draw = torch.Generator().manual_seed(0)
     matrix, ours, theirs = nn.Parameter(torch.ones(4, 6)), *(nn.Parameter(torch.ones(5)) for _ in range(2))
     optimizer = Muon([matrix], [ours], lr=0.1, lr_scale=5.0, weight_decay=0.1)
@@ -94,7 +94,7 @@ def test_blocks_matrices_are_muons_and_each_parameter_has_one_optimizer(name):
 
 
 @pytest.mark.parametrize("muon_lr", [None, 0.01])
-def test_weights_that_multiply_decay_alone_and_files_number_parameters_as_without_decay(muon_lr):
+def test_only_matrices_decay_and_the_order_of_parameters_does_not_depend_on_decay(muon_lr):
     model = small("UViT-tokens-S/2")
     parameters = list(model.parameters()) if muon_lr is None else [p for part in split_for_muon(model) for p in part]
     before = [parameter.detach().clone() for parameter in parameters]

@@ -23,7 +23,7 @@ def test_quickstart_trains_samples_and_scores(tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     class Kernel(AsyncKernelManager):
-        """This interpreter, whatever kernels the machine knows."""
+        """A kernel that runs this interpreter, whatever kernels are installed."""
 
         @property
         def kernel_spec(self):

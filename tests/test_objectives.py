@@ -1,4 +1,4 @@
-"""What a diffusion asks of a model: losses in closed form, times, weights, the ends of the time range."""
+"""The objectives of diffusions: losses in closed form, times, weights, and the ends of the time range."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ diffusions = pytest.mark.parametrize("diffusion", DIFFUSIONS)
 
 
 def middle_and_ends(diffusion):
-    """Times in the middle and at both ends of the range."""
+    """Times in the middle of the range and at both ends."""
     if isinstance(diffusion.path, GaussianChain):
         return torch.tensor([400, 0, 999])
     return torch.tensor([0.4, 0.002, 80.0] if isinstance(diffusion.path, VarianceExploding) else [0.4, 0.0, 1.0])
@@ -44,7 +44,7 @@ SILENT_LOSSES = {  # E[target^2] at alpha, sigma
 
 
 @diffusions
-def test_a_model_that_says_nothing_pays_the_closed_form(diffusion):
+def test_predicting_zero_costs_the_closed_form(diffusion):
     expected, diffusion = SILENT_LOSSES[diffusion], DIFFUSIONS[diffusion]()
     t = middle_and_ends(diffusion)
     x_0, noise = MEAN + STD * randn(3, 1, 250, 250), randn(3, 1, 250, 250, seed=1)
@@ -90,7 +90,7 @@ def test_gradients_are_finite_at_both_ends_of_time_in_bfloat16(diffusion):
 # EDM: the error that a model expects of itself.
 
 
-def test_uncertainty_costs_nothing_at_first_and_pays_most_at_the_error_itself():
+def test_uncertainty_starts_at_the_plain_loss_and_is_optimal_at_the_log_error():
     plain, diffusion = EDM(), EDM(uncertainty=True)
     assert diffusion.output_channels(4) == 5
     x_0, t, noise = randn(3, 2, 8, 8), middle_and_ends(plain), randn(3, 2, 8, 8, seed=1)
@@ -123,7 +123,7 @@ def test_uncertainty_leaves_samples_as_they_are():
 
 
 @diffusions
-def test_an_auxiliary_term_counts_as_the_signals_share(diffusion):
+def test_auxiliary_terms_are_weighted_by_the_signals_share(diffusion):
     diffusion = DIFFUSIONS[diffusion]()
     t, x_0, noise = middle_and_ends(diffusion), randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
     term = Auxiliary("error", 0.1, lambda predicted, x_0, y: (predicted - x_0).square().mean(dim=(1, 2, 3)))
@@ -140,7 +140,7 @@ def test_an_auxiliary_term_counts_as_the_signals_share(diffusion):
 # Gaussian: schedules, weights.
 
 
-def test_zero_terminal_snr_is_the_published_rescaling():
+def test_zero_terminal_snr_equals_the_published_rescaling():
     plain = GaussianDiffusion(prediction="v").path.betas
     diffusion = GaussianDiffusion(prediction="v", zero_terminal_snr=True)
     torch.testing.assert_close(diffusion.path.betas, rescale_zero_terminal_snr(plain))
@@ -162,8 +162,8 @@ def test_sigmoid_schedule_is_the_formula():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x_0", "v"])
 def test_weights_are_those_of_the_papers(prediction):
-    """Of the output's squared error: of epsilon, min(SNR, 5) / SNR (Hang et al. 2023, section 3.4) and 1 / (1 + SNR)
-    (Choi et al. 2022, eq. 8); the others follow from what their errors are worth."""
+    """Weights of the output's squared error: for epsilon, min(SNR, 5) / SNR (Hang et al. 2023, section 3.4) and 1 / (1
+    + SNR) (Choi et al. 2022, eq. 8); those of other predictions follow by conversion."""
     t = torch.tensor([5, 300, 990])
     snr = GaussianDiffusion().path.alphas_cumprod[t] / (1 - GaussianDiffusion().path.alphas_cumprod[t])
     worth = {"epsilon": 1, "x_0": snr, "v": snr / (1 + snr)}[prediction]
@@ -173,7 +173,7 @@ def test_weights_are_those_of_the_papers(prediction):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x_0", "v"])
-def test_the_bound_s_weight_makes_the_loss_the_divergence(prediction):
+def test_vlb_weighting_makes_the_loss_the_kl_divergence(prediction):
     """T times the divergence between the true and the model's reverse step (Ho et al. 2020, eq. 5), for t above 0."""
     diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small", weighting="vlb")
     t, x_0, noise = torch.tensor([1, 200, 900]), randn(3, 1, 6, 6), randn(3, 1, 6, 6, seed=1)
@@ -231,7 +231,7 @@ def test_likelihood_of_gaussian_data_is_the_density(diffusion):
 
 
 def test_hutchinson_s_estimate_is_unbiased():
-    """With correlated dimensions a single probe is off; the mean over all signs is right."""
+    """With correlated dimensions a single probe is inexact, but the mean over all signs is exact."""
     mix = torch.linalg.qr(randn(4, 4))[0] @ torch.diag(torch.tensor([0.2, 0.5, 1.0, 1.5]))
     covariance = mix @ mix.T
     diffusion, x_0 = FlowMatching(), (randn(1, 4) @ mix.T)[:, :, None, None]
@@ -264,7 +264,7 @@ IN_CLOSED_FORM = {
 
 @pytest.mark.parametrize(("kind", "prediction", "loss"), PAIRS)
 def test_what_is_predicted_and_what_the_loss_is_counted_in_are_two_choices(kind, prediction, loss):
-    """The error of what the output says of the loss's target, by way of the `x_0` and noise that it means."""
+    """The loss is the error of its own target, computed from the `x_0` and noise that the output implies."""
     settings = {"variance": "fixed_small"} if kind == "gaussian" else {}
     diffusion = build_diffusion(DiffusionConfig(kind=kind, prediction=prediction, loss=loss, **settings))
     t = {"gaussian": torch.tensor([5, 300, 900]), "edm": torch.tensor([0.05, 1.0, 20.0])}.get(
@@ -289,7 +289,7 @@ def test_what_is_predicted_and_what_the_loss_is_counted_in_are_two_choices(kind,
 
 @pytest.mark.parametrize(("kind", "own"), [("flow", "velocity"), ("edm", "F")])
 @pytest.mark.parametrize("prediction", ["x_0", "epsilon", "v"])
-def test_a_loss_counted_in_a_paths_own_target_is_that_of_predicting_it(kind, own, prediction):
+def test_a_loss_in_a_paths_own_target_equals_that_of_predicting_the_target(kind, own, prediction):
     names = (own, prediction)
     plain, other = (build_diffusion(DiffusionConfig(kind=kind, prediction=name, loss=own)) for name in names)
     t = torch.tensor([0.05, 0.5, 0.95])
@@ -301,7 +301,7 @@ def test_a_loss_counted_in_a_paths_own_target_is_that_of_predicting_it(kind, own
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
 
 
-def test_pairs_have_finite_weights_at_the_ends_and_say_what_contradicts():
+def test_prediction_loss_pairs_have_finite_weights_and_refuse_contradictions():
     flow = FlowMatching(prediction="x_0", loss="v")
     assert flow.loss_weight(torch.tensor([0.0, 1.0])).isfinite().all()
     with pytest.raises(ValueError, match=r"--diffusion.loss v beside --diffusion.weighting min_snr: leave one"):
@@ -312,7 +312,7 @@ def test_pairs_have_finite_weights_at_the_ends_and_say_what_contradicts():
 
 @pytest.mark.parametrize("prediction", ["x_0", "epsilon", "v", "velocity"])
 def test_a_flow_is_sampled_whatever_is_predicted(prediction):
-    """Pure noise included, where predicting it says nothing of the data."""
+    """Also from pure noise, where a predicted noise says nothing about the data."""
     diffusion = FlowMatching(prediction=prediction)
     drawn = sample(
         diffusion,

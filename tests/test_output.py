@@ -1,4 +1,4 @@
-"""What sampling writes: whole, in its folder, a batch at a time, and in modes that it leaves as they were."""
+"""Outputs of sampling: complete files in their folder, one batch at a time, and the model's modes restored."""
 
 import errno
 import os
@@ -58,7 +58,7 @@ def test_what_is_interrupted_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("named", [[], [".x.json.partial"]])
-def test_a_full_disk_is_named_with_what_had_no_room(tmp_path, named):
+def test_a_full_disk_is_reported_with_the_file_that_did_not_fit(tmp_path, named):
     words = r"x\.json could not be written \(No space left on device\); make room"
     with pytest.raises(OSError, match=words), whole(tmp_path / "x.json"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *named)
@@ -66,7 +66,7 @@ def test_a_full_disk_is_named_with_what_had_no_room(tmp_path, named):
 
 
 @pytest.mark.parametrize("name", ["../../X", "..", "a/../../../X", "x\0y"])
-def test_a_class_writes_into_the_folder_alone(name, tmp_path):
+def test_class_names_cannot_lead_out_of_the_output_folder(name, tmp_path):
     with pytest.raises(ValueError, match=r"--output: the name .* leads out of"):
         save_folder(iter(IMAGES.split(5)), ["a", "a", "a", "a", name], tmp_path / "in" / "images")
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
@@ -77,12 +77,12 @@ def test_a_class_writes_into_the_folder_alone(name, tmp_path):
     assert (tmp_path / "images" / "abs" / "000000.png").is_file()
 
 
-def test_a_grid_is_a_pdf_where_it_is_called_so(tmp_path):
+def test_a_grid_named_pdf_is_written_as_pdf(tmp_path):
     save_grid(IMAGES, tmp_path / "fig.pdf", columns=3)
     assert (tmp_path / "fig.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_half_a_grid_takes_no_ones_place(tmp_path, monkeypatch):
+def test_a_failed_write_of_a_grid_keeps_the_old_file(tmp_path, monkeypatch):
     save_grid(IMAGES, tmp_path / "grid.png", columns=3)
     before = (tmp_path / "grid.png").read_bytes()
 
@@ -98,7 +98,7 @@ def test_half_a_grid_takes_no_ones_place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.PNGG", "deep/x.npy", "x.zip", "x.json"])
-def test_an_ending_of_another_kind_is_refused(name, tmp_path):
+def test_output_names_with_an_unknown_suffix_are_refused(name, tmp_path):
     words = re.escape(f"--output {tmp_path / name}: give FILE.png or FILE.pdf for a grid")
     with pytest.raises(ValueError, match=words):
         SAMPLE.check_output(tmp_path / name, is_picture=False)
@@ -140,7 +140,7 @@ class Dropping(nn.Module):
         return self.drop(self.norm(x_t))
 
 
-def test_a_model_in_training_draws_what_it_draws_in_eval_and_trains_on():
+def test_sampling_uses_eval_mode_and_restores_training_mode():
     diffusion, model = GaussianDiffusion(variance="fixed_small"), Dropping()
     model.norm.eval()  # on purpose, as frozen statistics are
     modes = [part.training for part in model.modules()]
@@ -181,7 +181,7 @@ def test_what_a_killed_draw_left_is_in_no_later_one(tmp_path):
     assert found == ["images/b/000000.png", "images/b/000001.png"]
 
 
-def test_two_writers_of_one_file_each_write_their_own(tmp_path):
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
     with whole(tmp_path / "x") as first, whole(tmp_path / "x") as second:
         first.write_text("first")
         second.write_text("second")
@@ -191,8 +191,8 @@ def test_two_writers_of_one_file_each_write_their_own(tmp_path):
     assert (tmp_path / "x").read_text() == "first"
 
 
-def test_a_process_that_cannot_draw_says_so_to_all(monkeypatch):
-    """Else the others would wait for it, and it would go on: a ruined image of one ends no training."""
+def test_an_error_of_one_sampling_process_is_raised_by_all(monkeypatch):
+    """Otherwise the others would wait for it; an image that cannot be drawn does not end a training."""
     error = AutoencoderError("not finite")
     accelerator = SimpleNamespace(is_main_process=True, num_processes=2, process_index=0)
     drawing = Mock(spec=Generator, accelerator=accelerator, labels=labels(4), draw=lambda mine: IMAGES[mine])
@@ -212,8 +212,8 @@ def test_a_process_that_cannot_draw_says_so_to_all(monkeypatch):
     assert sent[-1] is error
 
 
-def test_what_is_kept_aside_never_takes_the_place_of_what_was_kept_before(tmp_path, monkeypatch):
-    """A clock may stand still for a second, or go back an hour."""
+def test_backups_never_overwrite_one_another(tmp_path, monkeypatch):
+    """The clock may show the same second twice, or go back an hour."""
     monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
     path = tmp_path / "log.jsonl"
     for text in "abc":

@@ -1,4 +1,4 @@
-"""Every diffusion with every sampler and spacing, on data whose denoiser is known."""
+"""Every diffusion with every sampler and spacing, on data with a known denoiser."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_every_pairing_reaches_mean_and_std(diffusion, sampler):
 @diffusions
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_backbone_in_float32_stays_in_it(diffusion, sampler):
-    """A real one, which puts out zeros as long as it is untrained, with every refinement of guidance."""
+    """A real backbone, which outputs zeros as long as it is untrained, with every refinement of guidance."""
     diffusion = DIFFUSIONS[diffusion]()
     sizes = {"input_size": 4, "in_channels": 4, "out_channels": diffusion.output_channels(4), "num_classes": 3}
     model = create_model("DiT", **sizes, dim=16, depth=2, num_heads=2).eval()
@@ -96,7 +96,7 @@ def test_trailing_times_are_those_of_the_paper():
     assert spaced_times(GaussianDiffusion().path, 10, "trailing").tolist() == list(range(99, 1000, 100))
 
 
-def test_a_table_is_visited_as_it_is_and_interpolated(tmp_path):
+def test_a_table_of_noise_levels_is_used_or_interpolated(tmp_path):
     path = tmp_path / "levels.txt"
     path.write_text("80, 1, 0.0125\n0")
     diffusion = EDM(sigma_min=0.0125, sigma_max=80.0)

@@ -31,7 +31,7 @@ def test_plain_images_have_a_closed_form(a, b):
     assert psnr(x, y).item() == pytest.approx(expected)
 
 
-def test_equal_images_are_alike_and_each_pair_is_by_itself():
+def test_equal_images_score_highest_and_pairs_are_independent():
     x, y = noise(), noise(seed=1)
     assert ssim(x, x).tolist() == pytest.approx([1, 1])
     assert psnr(x, x).tolist() == [math.inf, math.inf]
@@ -41,7 +41,7 @@ def test_equal_images_are_alike_and_each_pair_is_by_itself():
 
 
 def test_ssim_is_that_of_scipys_gaussian():
-    """Over the positions whose window lies in the image; scipy's filter, cut to the same 11 pixels."""
+    """At positions whose window lies inside the image; scipy's filter is truncated to the same 11 pixels."""
     x = noise(1)
     y = (0.7 * x.float() + 0.3 * noise(1, seed=1).float()).to(torch.uint8)
 
@@ -81,8 +81,8 @@ def test_white_noise_has_its_variance_at_all_frequencies():
     assert (power / (images.double() / 255).var() - 1).abs().max() < 0.1
 
 
-def test_a_ramp_leaves_no_detail_by_the_jump_at_its_border():
-    """Without a window its power would fall by 1 / f^2 alone, of the jump from the last column to the first."""
+def test_the_spectrum_of_a_ramp_has_no_power_from_the_jump_at_the_border():
+    """Without a window, power would fall only by 1 / f^2, because of the jump between the last column and the first."""
     ramp = torch.linspace(0, 255, 64).to(torch.uint8).expand(1, 3, 64, 64).contiguous()
     power = spectrum(ramp)[0]
     assert (power[8:] / power[0]).max() < 1e-4

@@ -1,4 +1,4 @@
-"""Pixel space as a user runs it: train.py, sample.py and scripts/recognise.py on small images of odd sides."""
+"""Pixel space as a user runs it: train.py, sample.py and scripts/recognise.py on small images with odd sides."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ PIXELS = {
 
 @pytest.fixture(scope="module")
 def pixels(folder):
-    """A finished run in pixel space, on odd images of two classes, whose weights stand still."""
+    """A finished run in pixel space on odd-sized images of two classes, with a learning rate that changes no weight."""
     rng = np.random.default_rng(0)
     for name in ("3", "7"):
         (folder / "digits" / name).mkdir(parents=True)
@@ -40,7 +40,7 @@ def pixels(folder):
 
 
 def test_grids_of_a_run_start_from_the_same_noise(pixels):
-    """With weights that stand still they are the same picture; progress.gif and progress.png hold all of them."""
+    """As the weights never change, all grids are equal; progress.gif and progress.png contain all of them."""
     run_folder = pixels / "runs" / "pixels"
     grids = [path.read_bytes() for path in sorted((run_folder / "samples").glob("*.png"))]
     assert len(grids) == 3
@@ -82,7 +82,7 @@ def test_labelled_folders_train_an_unconditional_model(pixels):
 
 
 def test_samples_of_the_wrong_class_are_not_recognised(folder):
-    """True shapes, half of them under another's label: half are recognised, as far as the classifier is right."""
+    """Real shapes, half of them with a wrong label: half are recognised, up to the classifier's accuracy."""
     shapes = open_dataset("shapes", split="test", image_size=32, num_images=500)
     images = np.stack([shapes[i][0].permute(1, 2, 0).numpy() for i in range(100)])
     labels = shapes.labels[:100].numpy()
@@ -124,7 +124,7 @@ def test_what_cannot_be_recognised_is_told(folder, arguments, message):
 
 
 @pytest.mark.parametrize("wrong", [{"arr_0": np.zeros((2, 8, 8, 3))}, {"arr_1": np.array([0, -1])}])
-def test_samples_in_other_units_and_labels_that_count_from_behind_are_not_recognised(tmp_path, wrong):
+def test_samples_in_other_units_and_negative_labels_are_refused(tmp_path, wrong):
     np.savez(tmp_path / "x.npz", **{"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.arange(2), **wrong})
     with pytest.raises(ValueError, match=r"not uint8 \[n h w 3\] and a label of each, 0 or more"):
         script("scripts/recognise.py").read_samples(tmp_path / "x.npz", ["a", "b"])

@@ -1,4 +1,4 @@
-"""Every kind of image file becomes the right pixels, or is named as damaged."""
+"""Every kind of image file gives the right pixels, or is reported as damaged."""
 
 import io
 import struct
@@ -58,8 +58,8 @@ def test_grey_of_more_than_8_bits_keeps_its_brightness(value, kind, expected):
 
 
 @pytest.mark.parametrize("grey", [np.uint8(50), np.uint16(50 * 257), np.float32(50 / 255)])
-def test_a_tiff_whose_white_is_0_is_no_negative(grey):
-    """As scanners write it."""
+def test_a_white_is_zero_tiff_is_not_read_as_a_negative(grey):
+    """Scanners write such files."""
     file = io.BytesIO()
     Image.fromarray(np.array([[0, grey]], dtype=grey.dtype)).save(file, "TIFF")
     photometric = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
@@ -69,7 +69,7 @@ def test_a_tiff_whose_white_is_0_is_no_negative(grey):
     assert [image.getpixel((x, 0))[0] for x in (0, 1)] == [255, 205]
 
 
-def test_transparent_grey_of_16_bits_lies_on_white():
+def test_transparent_16_bit_grey_is_composited_on_white():
     file = io.BytesIO()
     Image.fromarray(np.array([[0, 25700]], dtype=np.uint16)).save(file, "PNG", transparency=0)
     image = to_rgb(open_image(file.getvalue()))

@@ -1,4 +1,4 @@
-"""Numbers follow the machine: bf16 where it has instructions for it, float32 elsewhere, said in the first line."""
+"""Precision follows the machine: bf16 where it has instructions for it, else float32; the first line says which."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
 @pytest.fixture
 def x86(monkeypatch):
-    """A CPU with AVX-512 bf16, until told otherwise, and an Accelerate that has not chosen a precision yet."""
+    """A CPU with AVX-512 bf16 unless a test changes it, and an Accelerate that has not chosen a precision yet."""
     before = [dict(state) for state in STATES]
     for state in STATES:
         state.clear()
@@ -35,7 +35,7 @@ def x86(monkeypatch):
         state.update(values)
 
 
-def test_auto_is_bf16_on_cpus_with_instructions_for_it(x86):
+def test_auto_precision_is_bf16_on_cpus_with_bf16_instructions(x86):
     assert choose_precision("auto", CPU) == "bf16"
     x86.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert choose_precision("auto", CPU) == "fp32"
@@ -45,7 +45,7 @@ def test_auto_is_bf16_on_cpus_with_instructions_for_it(x86):
 
 
 @pytest.mark.parametrize("limit", ["AVX2", "avx512_core", "AVX512_CORE_VNNI"])
-def test_instructions_that_the_environment_switches_off_do_not_count(x86, limit):
+def test_bf16_instructions_that_the_environment_switches_off_do_not_count(x86, limit):
     x86.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert choose_precision("auto", CPU) == "fp32"
     assert "switched off" in has_bf16(CPU)[1]
@@ -104,7 +104,7 @@ def test_the_measured_ratio_leaves_the_number_of_threads():
 
 @pytest.mark.parametrize(("precision", "casts"), [("bf16", 1), ("fp32", 0)])
 def test_calls_of_a_frozen_model_share_the_casts_of_its_weights(precision, casts):
-    """... and its weights are as frozen behind it as before."""
+    """Afterwards its weights are frozen as before."""
 
     class Casts(TorchDispatchMode):
         weights = 0
@@ -149,8 +149,8 @@ def test_no_documented_command_asks_for_bf16(path: Path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_tf32_is_for_convolutions_beside_bf16_alone(precision):
-    """Distances of features, Muon and likelihoods are products of float32 matrices, and are to be exact in it."""
+def test_tf32_is_used_only_for_convolutions_with_bf16(precision):
+    """Feature distances, Muon and likelihoods need exact products of float32 matrices."""
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
     cudnn.benchmark, products.allow_tf32 = False, True

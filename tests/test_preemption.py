@@ -1,4 +1,4 @@
-"""What a scheduler does to a training: its signals, and the launchers in between."""
+"""What schedulers do to a training: their signals, and the launchers in between."""
 
 import json
 import os
@@ -35,7 +35,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 def begun(folder, *command, **options):
-    """A training that would go on for hours, after its first step."""
+    """Start a training that would take hours, and wait for its first step."""
     (folder / "long.yaml").write_text(yaml.safe_dump(SETTINGS))
     process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment_of(), **options)
     await_step(folder, process, 1)
@@ -54,8 +54,8 @@ def await_step(folder, process, step):
         time.sleep(0.1)
 
 
-def test_a_signal_breaks_off_what_is_looked_at_which_is_made_up_for(tmp_path, monkeypatch):
-    """Grids and scores take minutes, a launcher waits half a one."""
+def test_a_signal_interrupts_validation_and_samples_which_a_resumed_run_makes_up_for(tmp_path, monkeypatch):
+    """Grids and scores take minutes, but a launcher waits only half a minute."""
     monkeypatch.chdir(tmp_path)
     log = {"every": 1, "validate_every": 2, "sample_every": 2, "best": "validation_loss", "trackers": []}
     Path("short.yaml").write_text(yaml.safe_dump({**SETTINGS, "train": TINY["train"], "log": log}))
@@ -111,8 +111,8 @@ def test_a_signalled_launchers_training_saves_and_says_that_it_stopped(tmp_path,
         pass
 
 
-def test_a_job_goes_on_with_the_run_of_its_name_alone(tmp_path):
-    """Of two --resume the last one counts, which would train another run anew."""
+def test_a_slurm_job_refuses_to_resume_another_run(tmp_path):
+    """Of two --resume flags the last one counts, which would start another run."""
     (tmp_path / "long.yaml").touch()
     launch, asked = script("scripts/launch_slurm.py"), ["--experiment", str(tmp_path / "long.yaml"), "--overrides"]
     for flags in (["--resume", "runs/other"], ["--resume=runs/other"]):
@@ -121,7 +121,7 @@ def test_a_job_goes_on_with_the_run_of_its_name_alone(tmp_path):
 
 
 def test_a_job_that_slurm_signals_is_requeued_and_goes_on(tmp_path):
-    """Two processes; SIGUSR2 goes to all that is the job's, launcher included."""
+    """Two processes; SIGUSR2 goes to all processes of the job, the launcher included."""
     script = [str(ROOT / "scripts/launch_slurm.py"), "--experiment", "long.yaml", "--cluster", "local", "--gpus", "2"]
     process = begun(tmp_path, *script, "--wait", "true", stdout=subprocess.PIPE, text=True)
     (controller,) = psutil.Process(process.pid).children()
@@ -154,7 +154,7 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
 
 
 def recipe(starts_with):
-    """A block of shell in the documents."""
+    """Read a shell block of the documents."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/resuming.md").read_text(), re.DOTALL)
     return next(block for block in blocks if block.startswith(starts_with))
 
@@ -164,14 +164,14 @@ def shell(folder, *lines):
 
 
 @pytest.mark.parametrize("status", [0, 2])
-def test_the_documented_loop_goes_on_after_75_alone(tmp_path, status):
+def test_the_documented_shell_loop_restarts_only_after_exit_status_75(tmp_path, status):
     python = f"python() {{ echo >> calls; [ $(wc -l < calls) -lt 3 ] && return 75; return {status}; }}"
     shell(tmp_path, python, "sleep() { :; }", recipe("while python"))
     assert len((tmp_path / "calls").read_text()) == 3
 
 
 def test_the_documented_job_waits_for_the_save_and_is_requeued(tmp_path):
-    """The launcher ends by the signal, and leaves a training with the lock."""
+    """The signal ends the launcher, whose training still runs and holds the lock."""
     (tmp_path / "runs/xswin").mkdir(parents=True)
     training = "touch began; until [ -e signalled ]; do sleep 0.05; done; sleep 0.3; echo SIGTERM > runs/xswin/stopped"
     launcher = f"accelerate() {{ exec flock runs/xswin/training.lock sh -c '{training}'; }}"

@@ -49,7 +49,7 @@ def test_nothing_is_left_of_a_failure(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_zip_is_not_replaced_by_none(script, tmp_path):
+def test_an_empty_dataset_does_not_overwrite_a_zip(script, tmp_path):
     script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
     before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
     with pytest.raises(ValueError, match=r"--dataset hf:me/pets: no images in it, or none in train, test or"):
@@ -57,7 +57,7 @@ def test_a_zip_is_not_replaced_by_none(script, tmp_path):
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
 
 
-def test_no_zip_lies_beside_the_manifest_of_another(script, tmp_path, monkeypatch):
+def test_a_killed_write_leaves_no_manifest_of_another_zip(script, tmp_path, monkeypatch):
     script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
 
     def killed(path, text):
@@ -69,7 +69,7 @@ def test_no_zip_lies_beside_the_manifest_of_another(script, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["pets.zip"]
 
 
-def test_a_manifest_replaces_nothing_but_a_manifest(script, tmp_path):
+def test_a_manifest_does_not_overwrite_other_files(script, tmp_path):
     (tmp_path / "pets.json").write_text('{"annotations": []}')
     with pytest.raises(ValueError, match=r"its manifest would replace .*pets.json, which is none; give another name"):
         script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
@@ -99,7 +99,7 @@ def test_errors_of_fetching_and_of_writing_are_told_apart(script, tmp_path, monk
 
 
 class HubSplit(list):
-    """Rows of a hub dataset, as `datasets` gives them undecoded."""
+    """Rows of a hub dataset as `datasets` returns them, undecoded."""
 
     features: ClassVar = {"image": None, "label": SimpleNamespace(names=["cat", "dog"])}
 
@@ -108,7 +108,7 @@ class HubSplit(list):
         return self
 
 
-def test_images_of_the_hub_are_decoded_by_us(script, tmp_path, monkeypatch):
+def test_hub_images_are_decoded_by_our_own_reader(script, tmp_path, monkeypatch):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.eps")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **more: pytest.fail("was run"))
@@ -124,7 +124,7 @@ def test_images_of_the_hub_are_decoded_by_us(script, tmp_path, monkeypatch):
 
 
 def test_withheld_labels_are_no_last_class(script, tmp_path, monkeypatch):
-    """The hub has -1 for them, which in Python is the last of the names."""
+    """The hub has label -1 for them, which Python would read as the last class."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     stored = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
     rows = {label: HubSplit([{"image": stored, "label": label}]) for label in (0, 1, -1)}

@@ -1,4 +1,4 @@
-"""Networks in files: torch.export's and TorchScript's, told apart by the suffix, and what is no such file."""
+"""Networks in files: torch.export's and TorchScript's formats, recognised by the suffix, and files that are neither."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ def draw(*shape, seed=0):
 
 
 class Colour(nn.Module):
-    """Mean colours and their shares, through a device that the program writes down."""
+    """Mean colours and their shares, computed by way of a device that the program stores."""
 
     def forward(self, images):
         tint = torch.arange(3, device=images.device, dtype=torch.float32)
@@ -57,7 +57,7 @@ class Two(nn.Module):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The same small classifier in both formats, and the classifier."""
+    """The same small classifier in both formats, and the classifier itself."""
     folder = tmp_path_factory.mktemp("programs")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_an_exported_file_is_the_same_wherever_it_is_written(files, tmp_path):
 # --- modes, devices, precision
 
 
-def test_an_exported_network_has_one_mode_and_can_be_told_any(colour):
+def test_exported_networks_accept_train_and_eval_mode(colour):
     network = load_exported(colour)
     images = draw(3, 3, 8, 8)
     for module in (network, network.eval(), network.train(), nn.Sequential(network).eval().requires_grad_(False)):
@@ -182,7 +182,7 @@ def test_images_of_another_size_than_a_program_was_exported_for(tmp_path):
         score(draw(3, 3, 24, 16), draw(4, 3, 24, 16), extractor=path)
 
 
-def test_files_that_are_no_program_are_told_in_one_line(files, colour, tmp_path, capfd):
+def test_files_that_are_not_programs_are_refused_in_one_line(files, colour, tmp_path, capfd):
     _, script_file, _ = files
     (tmp_path / "cut.pt2").write_bytes(colour.read_bytes()[:-300])
     (tmp_path / "text.pt2").write_text("not a program")
@@ -232,7 +232,7 @@ class Trap:
 
 
 def altered(path, copy, changes, more=()):
-    """A copy of an archive with some of its records changed, and others put in."""
+    """Copy an archive with some records changed and others added."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as new:
         root = old.namelist()[0].split("/")[0]
         for name in old.namelist():

@@ -1,4 +1,4 @@
-"""Public weights and reference batches by their names: downloaded whole, once, and checked; else refused in a line."""
+"""Public weights and reference batches by name: downloaded once, complete and checked, or refused in one line."""
 
 import shutil
 from dataclasses import replace
@@ -23,7 +23,7 @@ SCRIPT = script("scripts/import_checkpoint.py")
 
 @pytest.fixture
 def hub_folder(tmp_path, monkeypatch):
-    """Torch hub's folder, and a working folder, with nothing in them."""
+    """Empty torch-hub folder and working folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
@@ -31,7 +31,7 @@ def hub_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """The weights of a small DiT, by a public name, from a URL."""
+    """Weights of a small DiT under a public name, served from a URL."""
     torch.save(load_fixture("dit")[1], tmp_path / "there.pt")
     file = replace(FILES["DiT-XL-2-256x256.pt"], url=(tmp_path / "there.pt").as_uri(), backbone="DiT", image_size=64)
     monkeypatch.setitem(FILES, "DiT-XL-2-256x256.pt", file)
@@ -45,7 +45,7 @@ def import_named(name, **settings):
 
 
 @pytest.mark.parametrize("name", ["DiT-XL-2-256x256", "DiT-XL-2-256x256.pt"])
-def test_a_name_is_downloaded_once_and_says_its_source(hub_folder, served, name):
+def test_a_public_file_is_downloaded_once_and_imported_by_its_format(hub_folder, served, name):
     checkpoint = import_named(name)
     assert checkpoint.config.sampling.num_steps == 250
     served.unlink()

@@ -1,4 +1,4 @@
-"""Noising held-out images and denoising them, on a model that is exact for standard normal data."""
+"""Noising and denoising held-out images with a model that is exact for standard normal data."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from sampling.reconstruction import reconstruct, spread_over_classes
 
 
 class OfWhiteNoise(nn.Module):
-    """The exact epsilon of data that is standard normal: E[noise | x_t] = sigma_t x_t."""
+    """The exact epsilon for standard normal data: E[noise | x_t] = sigma_t x_t."""
 
     num_classes = 0
 
@@ -58,7 +58,7 @@ def test_original_noised_one_step_and_chain(sampler):
 
 
 def test_deterministic_chain_of_the_exact_model_keeps_the_norm_of_x_t():
-    """The probability flow of standard normal data is the identity; 1000 steps of DDIM come close to it."""
+    """For standard normal data the probability flow is the identity; 1000 steps of DDIM come close to it."""
     pictures, _ = reconstruct(generator(unguided(1000, "ddim")), IMAGES, LABELS, 200)
     pictures = pictures.float()
     inside = (pictures[:, 1] > 0) & (pictures[:, 1] < 255)
@@ -73,7 +73,7 @@ def test_an_image_depends_on_its_own_stream_and_the_seed():
     assert not torch.equal(together[:, 1], other[:, 1])
 
 
-def test_hardly_any_noise_gives_the_image_back():
+def test_reconstruction_from_little_noise_returns_the_image():
     pictures = reconstruct(generator(unguided(50)), IMAGES, LABELS, 0)[0].int()
     assert (pictures[:, 1:] - pictures[:, :1]).abs().max() <= 6  # sigma is 0.01 at t = 0
 

@@ -1,4 +1,4 @@
-"""References in files: read back as they were, refused where they are of something else."""
+"""Reference files: read back as written, and refused if they belong to something else."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_two_may_write_one_reference_at_once_and_neither_leaves_a_part(tmp_path,
         (np.arange(3), np.eye(3)),
     ],
 )
-def test_moments_that_are_none_are_refused(tmp_path, extractor, mu, sigma):
+def test_malformed_moments_are_refused(tmp_path, extractor, mu, sigma):
     np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma, extractor=extractor.name, extractor_sha256=extractor.sha256)
     with pytest.raises(ReferenceError, match=r"mu and sigma are not a finite mean"):
         read_adm(tmp_path / "ref.npz", extractor)

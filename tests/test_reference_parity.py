@@ -1,4 +1,4 @@
-"""Our backbones with the published implementations' weights give the published outputs."""
+"""Our backbones with the weights of published implementations give the published outputs."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_outputs_match(name):
 
 @pytest.mark.parametrize("name", [name for name, source in SOURCES.items() if source in ("xswin", "uswin")])
 def test_training_mode_outputs_match(name):
-    """Batch norms see the batch; stochastic depth is off, as when the fixture was made."""
+    """Batch norms use batch statistics; stochastic depth is off, as when the fixture was made."""
     tensors, weights, _ = load_fixture(name)
     model = load(SOURCES[name], weights).train()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Files from outside this repository: what they add, and whose word it takes to run them."""
+"""Files from outside this repository: what they register, and whose consent it takes to run them."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ from training.resumption import go_on
 
 @pytest.fixture(autouse=True)
 def state(tmp_path, monkeypatch):
-    """Where the user's word is kept, and a session in which nothing was loaded yet."""
+    """Where the user's consent is stored, in a session in which nothing has been loaded yet."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(imports, "_loaded", {})
     monkeypatch.setattr(imports, "_given", set())
@@ -36,14 +36,14 @@ def state(tmp_path, monkeypatch):
 
 
 def write(path, mark="ran"):
-    """A module that leaves a mark when it is run."""
+    """Write a module that leaves a mark when it runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"from pathlib import Path\nPath('{mark}').touch()  # {path}\n")
     return path
 
 
 def forget(monkeypatch, name):
-    """What was loaded of that name: another program, later."""
+    """Forget a loaded module, as in a later program."""
     monkeypatch.setattr(imports, "_given", set())
     for module in [module for module in sys.modules if module.startswith(f"imported_{name}_")]:
         monkeypatch.delitem(sys.modules, module)
@@ -71,7 +71,7 @@ def test_registering_says_what_it_does_not_know():
         register("metric", "mine", better="less")(len)
 
 
-def test_imports_are_loaded_once_configurations_are_read(tmp_path):
+def test_imports_are_loaded_when_a_configuration_is_read(tmp_path):
     write(tmp_path / "mine.py")
     assert parse(ExperimentConfig, ["--imports", "mine.py"]).imports == ["mine.py"]
     assert (tmp_path / "ran").exists()
@@ -93,8 +93,8 @@ def test_what_cannot_be_loaded_is_told(name, text, message, tmp_path):
         load_imports([name])
 
 
-def test_what_a_checkpoint_names_runs_on_the_users_word_alone(tmp_path, monkeypatch):
-    """Neither a file that came with the run, nor one that was changed since, nor a module of Python's own path."""
+def test_imports_of_a_checkpoint_run_only_with_the_users_consent(tmp_path, monkeypatch):
+    """Not loaded: a file that came with the run, one that has changed since, and a module of Python's own path."""
     write(tmp_path / "runs" / "theirs" / "mine.py", mark="theirs-ran")
     write(tmp_path / "library" / "in_the_way.py", mark="library-ran")
     monkeypatch.syspath_prepend(tmp_path / "library")
@@ -117,7 +117,7 @@ def test_what_a_checkpoint_names_runs_on_the_users_word_alone(tmp_path, monkeypa
 
 
 def test_bytecode_beside_a_file_is_not_run(tmp_path):
-    """Python would take it for the file's own where size and time are the same."""
+    """Python would use it if size and time of the source are equal."""
     import importlib.util
     import py_compile
 
@@ -148,14 +148,14 @@ def test_of_two_files_of_one_name_each_checkpoint_runs_its_own(tmp_path, monkeyp
     assert {"one-ran", "two-ran"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_where_nothing_can_be_kept_the_flag_does(tmp_path, state):
+def test_without_a_place_to_remember_trust_the_flag_suffices(tmp_path, state):
     state.write_text("a file")
     load_imports([write(tmp_path / "mine.py").name])
     assert (tmp_path / "ran").exists()
 
 
 def test_an_ablations_code_is_that_of_its_imports_too(tmp_path, monkeypatch):
-    """Of a package all files, by what they do; where they lie is all the same."""
+    """All files of a package count, by their code, wherever they lie."""
     write(tmp_path / "package_of_mine" / "__init__.py")
     head = write(tmp_path / "package_of_mine" / "parts" / "head.py")
     write(tmp_path / "module_of_mine.py")
@@ -174,7 +174,7 @@ def test_an_ablations_code_is_that_of_its_imports_too(tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class Plain:
-    """Without the setting."""
+    """A configuration without `imports`."""
 
     names: list[str] = field(default_factory=list)
 
@@ -210,7 +210,7 @@ def bent(tmp_path, monkeypatch):
     open_section(DiffusionConfig, DIFFUSIONS)
 
 
-def test_a_diffusion_from_outside_has_its_settings_for_flags(bent, tmp_path, capsys):
+def test_settings_of_a_registered_diffusion_become_flags(bent, tmp_path, capsys):
     config = parse(ExperimentConfig, [*bent, "--diffusion.bend", "0.25"])
     assert build_diffusion(config.diffusion).path.shift == 0.5
     assert "    bend: of bent (0.5): how far" in DiffusionConfig.__doc__
@@ -240,7 +240,7 @@ def test_a_checkpoint_is_opened_with_the_settings_that_its_imports_bring(bent, t
 
 
 def test_a_checkpoint_does_not_run_by_what_has_become_of_its_code(tmp_path, monkeypatch):
-    """Neither edited, nor another file of that name in the folder where one happens to be; but by what is given."""
+    """Neither an edited file runs, nor another file of that name in the folder, but the one that is given."""
     config = parse(ExperimentConfig, ["--imports", write(tmp_path / "mine.py").name])
     spec = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 4, 0)
     checkpoint = tmp_path / "runs" / "x" / "checkpoints" / "00000001"
@@ -263,7 +263,7 @@ def test_a_checkpoint_does_not_run_by_what_has_become_of_its_code(tmp_path, monk
 
 
 def test_what_a_file_of_imports_imports_itself_counts_as_its_code(tmp_path, monkeypatch):
-    """But for what is installed, Python's own, and this repository's."""
+    """Except for installed packages, Python's own modules and this repository's."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine.py").write_text("import json\n\nimport users_first\n")
     (tmp_path / "users_first.py").write_text("import torch\n\nimport models\nfrom users_second import x\n")
@@ -279,7 +279,7 @@ def test_what_a_file_of_imports_imports_itself_counts_as_its_code(tmp_path, monk
         load_imports(["mine.py"], stored_in="theirs", contents=contents)
 
 
-def test_configurations_of_before_say_null_for_the_settings_of_other_kinds():
+def test_older_configurations_with_nulls_for_other_kinds_are_read():
     nulls = dict.fromkeys([each.name for each in fields(DiffusionConfig)])
     old = ExperimentConfig().to_dict() | {"diffusion": {**nulls, "kind": "flow", "shift": 3.0}}
     assert from_dict(ExperimentConfig, old).diffusion == DiffusionConfig(kind="flow", shift=3.0)

@@ -1,4 +1,4 @@
-"""The index of docs/results.md names what stands there and what runs today, and its program says whether they agree."""
+"""docs/results.yaml names figures in docs/results.md and commands that run today; its program compares them."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def in_one_line(text):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_what_the_index_says_stands_in_the_document(name):
+def test_figures_of_the_index_are_found_in_the_document(name):
     table = TABLES[name]
     text = section(table.document.read_text(), table.section)
     assert table.commit is None or table.commit in text
@@ -61,7 +61,7 @@ def test_commands_are_ones_that_todays_programs_take(name, tmp_path, monkeypatch
             assert parse(config, IMPORT.as_list(words[2:]))
 
 
-def test_names_stand_for_files_wherever_a_command_has_them():
+def test_names_in_a_command_are_replaced_by_files():
     files = {"a.zip": "/data/some a.zip", "net.pt": "/data/net.pt"}
     command = "python scripts/x.py configs/c.yaml --set '{data.path: a.zip, e: net.pt}' --other b-a.zip runs/net.pt"
     words = arguments(command, files)
@@ -93,7 +93,7 @@ cases**.
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An index of one table, whose first command wants a file."""
+    """An index with one table, whose first command needs a file."""
     (tmp_path / "results.md").write_text(TEXT)
     write = "import json, sys; json.dump({'rows': [{'name': 'x', 'value': 1.52}]}, open('out.json', 'w'))"
     entry = {
@@ -151,8 +151,8 @@ def test_what_was_done_on_other_files_is_done_again(folder, capfd):
     assert capfd.readouterr().out.count("done before") == 1  # the command that reads no file
 
 
-def test_what_was_done_by_other_code_or_on_other_contents_is_not_taken_for_this(folder, capfd, monkeypatch):
-    """Unless it is asked for."""
+def test_results_of_other_code_or_files_are_refused_unless_accepted(folder, capfd, monkeypatch):
+    """--any_code accepts them."""
     assert reproduce(table="mine") == 0
     journal = folder / "runs/reproduce/mine/journal.json"
     refused = r"--output runs/reproduce/mine: what is there was done at commit .*give another --output, or --any_code"
@@ -182,7 +182,7 @@ def test_a_commands_code_is_what_it_may_start_and_the_configurations_that_it_nam
     assert code_of_command([sys.executable, "-c", "print()"]) == {}
 
 
-def test_what_fails_ends_it_and_the_rest_waits(folder, capfd):
+def test_reproduce_stops_at_a_failed_command_and_resumes_there(folder, capfd):
     replace(folder / "results.yaml", "print('right in 99.4% of all')", "print('bad news'); raise SystemExit(75)")
     with pytest.raises(SystemExit) as ended:
         reproduce(table="mine")
@@ -210,7 +210,7 @@ def test_mistakes_are_told_in_words(folder):
         reproduce(table="mine")
 
 
-def test_a_number_is_the_one_of_its_place():
+def test_figures_are_read_from_their_cell_or_sentence():
     text = section(TEXT, "Mine")
 
     def figure(**place):

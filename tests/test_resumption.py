@@ -1,4 +1,4 @@
-"""What a resumed run keeps, and what it may change."""
+"""Which settings a resumed run keeps, and which it may change."""
 
 import hashlib
 import json
@@ -24,13 +24,13 @@ CLASSES = {"diffusion": ExperimentConfig, "autoencoder": AutoencodingConfig}
 
 @pytest.fixture(scope="module")
 def values():
-    """Configurations of either kind; parsing one takes a second."""
+    """Configurations of both kinds of training; parsing one takes a second."""
     return {kind: parse(config_class, ["--name", "first"]).to_dict() for kind, config_class in CLASSES.items()}
 
 
 @pytest.fixture
 def stored(tmp_path, values):
-    """Of either kind a run: its configuration, and of its checkpoint what is read before the weights."""
+    """A run of each kind: its configuration, and the parts of its checkpoint that are read before the weights."""
     found = {}
     for kind, settings in values.items():
         found[kind] = tmp_path / kind / "checkpoints" / "00000001"
@@ -62,18 +62,18 @@ def asked(checkpoint, kind, *flags):
         ("autoencoder", "data.image_size", "32"),
     ],
 )
-def test_what_weights_mean_cannot_change(stored, kind, flag, value):
+def test_settings_that_determine_what_weights_mean_cannot_change(stored, kind, flag, value):
     with pytest.raises(CheckpointError, match=rf"--{flag} \S+: .* was trained with .*leave it out"):
         go_on(asked(stored[kind], kind, f"--{flag}", value), stored[kind], print)
 
 
-def test_an_autoencoder_of_before_that_kept_no_configuration_goes_on(stored):
+def test_an_older_autoencoder_without_stored_configuration_resumes(stored):
     save_tensors({"weight": torch.zeros(1)}, stored["autoencoder"] / WEIGHTS, {})
     asked_for = asked(stored["autoencoder"], "autoencoder")
     assert go_on(asked_for, stored["autoencoder"], print) == resuming(asked_for, None)
 
 
-def test_a_configuration_is_read_back_as_it_was():
+def test_a_configuration_survives_the_round_trip_through_json():
     config = ExperimentConfig(
         model_args={"norm": "no", "depths": [1, 1], "rate": "1e-3"},
         autoencoder="007",
@@ -92,7 +92,7 @@ def test_a_configuration_edited_by_hand_cannot_change_it_either(stored):
         go_on(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
 
 
-def test_rate_length_log_and_defaults_by_their_names_pass(stored):
+def test_rate_length_log_and_explicit_defaults_may_change(stored):
     flags = ("--optim.lr", "1e-3", "--train.num_steps", "9", "--log.every", "3", "--sampling.num_steps", "9")
     flags += ("--train.label_dropout", "0.2")
     same = ("--diffusion.prediction", "epsilon", "--data.cache", "elsewhere", "--data.path", "moved.zip")
@@ -102,8 +102,8 @@ def test_rate_length_log_and_defaults_by_their_names_pass(stored):
     assert told == []
 
 
-def test_a_best_value_of_another_measure_does_not_compare(stored, values):
-    """What the loss does not depend on changes nothing of it; scores are of samples, and seen through a decoder."""
+def test_best_values_measured_differently_are_not_compared(stored, values):
+    """Settings that the loss does not depend on do not matter; scores depend on samples, and so on the decoder."""
     checkpoint, seen = stored["diffusion"], {"codec": {"sha256": "a", "decoder_sha256": "b"}}
 
     def of(settings):
@@ -129,7 +129,7 @@ def test_a_best_value_of_another_measure_does_not_compare(stored, values):
     assert others(score, score, decoder="c") == ["decoder of --autoencoder"]
 
 
-def test_another_name_or_start_is_said_to_have_no_effect(stored):
+def test_another_name_or_init_from_is_reported_as_without_effect(stored):
     told = []
     config = asked(stored["diffusion"], "diffusion", "--name", "second", "--init_from", "runs/other")
     config = go_on(config, stored["diffusion"], told.append)
@@ -169,7 +169,7 @@ def hashes(folder):
         (("--data.path", "others"), "--data.path: runs/tiny/checkpoints/00000004/ema.safetensors was trained with an"),
     ],
 )
-def test_a_refused_change_leaves_every_byte_of_the_run(folder, flags, message):
+def test_a_refused_change_leaves_the_run_untouched(folder, flags, message):
     before = hashes(folder / "runs" / "tiny")
     for name in "ab":
         for number in range(2):
@@ -183,7 +183,7 @@ def test_a_refused_change_leaves_every_byte_of_the_run(folder, flags, message):
     assert hashes(folder / "runs" / "tiny") == before
 
 
-def test_a_run_of_before_that_wrote_down_epochs_and_steps_goes_on(stored):
+def test_an_older_run_that_stored_epochs_and_steps_resumes(stored):
     path = stored["diffusion"].parent.parent / "config.yaml"
     values = yaml.safe_load(path.read_text())
     values["train"] |= {"num_epochs": 100, "num_steps": 500}
@@ -192,7 +192,7 @@ def test_a_run_of_before_that_wrote_down_epochs_and_steps_goes_on(stored):
     assert (length.num_epochs, length.num_steps) == (None, 500)
 
 
-def test_another_decoder_of_the_same_latents_passes_where_latents_count_and_is_told_of_its_flag_elsewhere(stored):
+def test_another_decoder_is_accepted_where_only_latents_matter_and_refused_elsewhere(stored):
     weights, known = stored["diffusion"] / WEIGHTS, {"codec": {"sha256": "c", "decoder_sha256": "d"}}
     other = {"codec": {"sha256": "c", "decoder_sha256": "e", "autoencoder": "tuned"}}
     check_identity(weights, other, known, any_decoder=True)

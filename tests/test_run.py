@@ -1,4 +1,4 @@
-"""The scaffold under both trainings, around a layer that learns nothing much."""
+"""The scaffold of both trainings, around a single layer."""
 
 import shutil
 import threading
@@ -23,12 +23,12 @@ from training.run import open_run
 
 
 class Killed(Exception):
-    """By nobody who lets anything be saved."""
+    """A kill, after which nothing can be saved."""
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Six steps, or those up to one that is killed, with these gradient norms; gives the run."""
+    """Train for six steps, or until a kill, with the given gradient norms; returns the run."""
     monkeypatch.chdir(tmp_path)
     logged = LogConfig(every=1, checkpoint_every=2, keep_checkpoints=1, keep_every=2, trackers=[])
     config = ExperimentConfig(name="run", log=logged, train=TrainConfig(precision="fp32", max_hours=None))
@@ -53,7 +53,7 @@ def train(tmp_path, monkeypatch):
     return training
 
 
-def test_a_kill_does_not_forget_that_training_went_back(train):
+def test_a_rollback_is_remembered_after_a_kill(train):
     def diverges_twice(run, step):
         if run.rollbacks == 1 and step == 3:
             raise Killed
@@ -66,7 +66,7 @@ def test_a_kill_does_not_forget_that_training_went_back(train):
     assert orders == [(2, 1), (3, 1), (4, 1), (5, 1)]
 
 
-def test_ruined_images_end_no_training(train, capsys):
+def test_nan_samples_do_not_end_a_training(train, capsys):
     def draw(step):
         return create_codec("pixel").decode(torch.full((1, 3, 2, 2), torch.nan))
 
@@ -75,7 +75,7 @@ def test_ruined_images_end_no_training(train, capsys):
 
 
 def test_the_best_is_one_that_is_still_there(train, tmp_path):
-    """After checkpoints are lost, those before may know of a best that made room for another since."""
+    """After checkpoints are lost, older ones may name a best checkpoint that has been deleted since."""
     run, folder = (
         train(lambda run, step: 1.0, looks={2: 3.0, 4: 1.0, 6: 2.0}),
         tmp_path / "runs" / "run" / "checkpoints",
@@ -87,7 +87,7 @@ def test_the_best_is_one_that_is_still_there(train, tmp_path):
     assert run.best.value is None
 
 
-def test_a_look_that_a_resumed_run_has_made_up_for_is_not_taken_again(train, tmp_path):
+def test_a_resumed_run_makes_up_for_a_missed_inspection_only_once(train, tmp_path):
     def stopped(run, step):
         run.interruption.deadline = 0.0 if step == 1 else None
         return 1.0
@@ -104,7 +104,7 @@ def test_a_look_that_a_resumed_run_has_made_up_for_is_not_taken_again(train, tmp
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(0.0, 4), (600.0, 1)], ids=["at each save", "short"])
-def test_the_curve_is_drawn_now_and_then_and_at_the_end(train, monkeypatch, seconds, times):
+def test_the_loss_curve_is_drawn_at_intervals_and_at_the_end(train, monkeypatch, seconds, times):
     drawn = []
     monkeypatch.setattr("training.run.SECONDS_BETWEEN_CURVES", seconds)
     monkeypatch.setattr("training.run.draw_curve", drawn.append)
@@ -114,7 +114,7 @@ def test_the_curve_is_drawn_now_and_then_and_at_the_end(train, monkeypatch, seco
 
 @pytest.fixture
 def writing(monkeypatch):
-    """What holds up the writing of checkpoints until it is set, and fails it if told an error."""
+    """Delay the writing of checkpoints until an event is set, or make it fail."""
     gate = SimpleNamespace(may_end=threading.Event(), began=threading.Event(), error=None, most=0, now=0)
     write = run_module.copy_checkpoint
 
@@ -141,8 +141,8 @@ def weight_of(checkpoint):
     return load_file(checkpoint / "state" / "model.safetensors")["weight"].item()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(train, writing, tmp_path):
-    """Which is of the step that it was begun at; the next one waits for it, and so does the end."""
+def test_training_continues_while_a_checkpoint_is_written(train, writing, tmp_path):
+    """The checkpoint is that of the step at which it began; the next one, and the end, wait for it."""
     folder, weights, seen = tmp_path / "runs/run/checkpoints", {}, {}
 
     def norm_of(run, step):
@@ -178,8 +178,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(train
 
 
 @pytest.mark.parametrize("ends", ["diverges", "stopped", "killed"])
-def test_whatever_ends_a_run_lets_the_checkpoint_be_written(train, writing, tmp_path, ends):
-    """A rollback goes back to it, a stop saves after it; an error of another kind leaves it whole."""
+def test_a_checkpoint_is_completed_whatever_ends_the_run(train, writing, tmp_path, ends):
+    """A rollback returns to it and a stop saves after it; any other error leaves it complete."""
     gone_back = []
 
     def norm_of(run, step):
@@ -200,7 +200,7 @@ def test_whatever_ends_a_run_lets_the_checkpoint_be_written(train, writing, tmp_
     assert gone_back == ([2, 3, 4, 5] if ends == "diverges" else [])
 
 
-def test_checkpoints_come_by_the_clock(train, monkeypatch, tmp_path):
+def test_checkpoints_are_written_every_quarter_of_an_hour(train, monkeypatch, tmp_path):
     now = [0.0]
     monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
 

@@ -52,7 +52,7 @@ for number in (64, 3, 1, 0):
 """
 
 
-def test_images_go_to_the_main_process_alone_and_may_be_fewer_than_processes(tmp_path):
+def test_images_are_gathered_on_the_main_process_even_if_fewer_than_processes(tmp_path):
     (tmp_path / "gathered.py").write_text(GATHERED)
     run(tmp_path / "gathered.py", cwd=tmp_path, processes=2)
 
@@ -74,7 +74,7 @@ assert load_guide_model(SamplingConfig(guidance_checkpoint="runs/tiny"), *told) 
 """
 
 
-def test_one_process_says_which_checkpoint_is_the_newest(folder):
+def test_the_main_process_decides_which_checkpoint_is_the_newest(folder):
     (folder / "found.py").write_text(FOUND)
     run(folder / "found.py", cwd=folder, processes=2)
 
@@ -106,14 +106,14 @@ def test_grid_folder_and_panel(folder):
         ),
     ],
 )
-def test_what_would_change_nothing_is_refused(settings, words):
+def test_flags_without_effect_are_refused(settings, words):
     sample = script("sample.py")
     with pytest.raises(ValueError, match=words):
         sample.main(sample.SampleConfig("runs/none", **settings))
 
 
 def test_unconditional_images_train_and_sample(folder):
-    """A folder of images without class folders; asking for guidance then is a mistake, told in words."""
+    """The images have no class folders; asking for guidance is then an error in words."""
     (folder / "plain").mkdir()
     for number in range(10):
         Image.new("RGB", (16, 16), (20 * number, 90, 30)).save(folder / "plain" / f"{number}.png")
@@ -131,7 +131,7 @@ def test_unconditional_images_train_and_sample(folder):
 
 @pytest.mark.parametrize("kind", ["flow", "edm"])
 def test_other_objectives_train_sample_and_guide_each_other(folder, kind):
-    """With the diffusion's own sampler; guided away from an earlier checkpoint of the same run, or refused."""
+    """Each with its diffusion's own sampler, guided by an earlier checkpoint of the same run, or refused."""
     flags = ("--diffusion.kind", kind, "--name", kind, "--sampling.sampler", "null")
     run("train.py", "--config", "tiny.yaml", *flags, cwd=folder)
     assert all(math.isfinite(event["loss"]) for event in log(folder, kind) if "loss" in event)

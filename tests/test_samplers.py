@@ -1,4 +1,4 @@
-"""Samplers against closed forms, against diffusers' schedulers, and against bad input."""
+"""Samplers against closed forms and diffusers' schedulers, and invalid input."""
 
 import math
 
@@ -23,7 +23,7 @@ def zero_model(x, t, y):
 
 
 def pointwise_model(x, t, y):
-    """No reduction whose order could depend on the batch."""
+    """A model without reductions, whose order could depend on the batch."""
     return torch.tanh(x) * (0.5 + t / 2000)[:, None, None, None] + 0.1 * y[:, None, None, None]
 
 
@@ -53,7 +53,7 @@ def test_gaussian_data_come_out_with_mean_and_std(sampler, eta, schedule, predic
 
 @pytest.mark.parametrize("num_steps", [5, 20, 200])
 def test_with_the_exact_variance_ancestral_sampling_needs_few_steps(num_steps):
-    """Between Gaussians each reverse step is Gaussian: only the last, which adds no noise, falls short."""
+    """Between Gaussians each reverse step is Gaussian; only the last one, which adds no noise, is inexact."""
     diffusion = GaussianDiffusion()
     steps = dict(diffusion.reverse_steps(num_steps))
     mean_of_noise = backbone(diffusion, gaussian_data(MEAN, STD))
@@ -306,6 +306,6 @@ def test_bad_input_is_refused_in_words(arguments, words):
         ({"num_timesteps": 20}, "--diffusion.num_timesteps 20 is too few for the linear schedule"),
     ],
 )
-def test_bad_process_is_refused_in_words(arguments, words):
+def test_bad_diffusions_are_refused_in_words(arguments, words):
     with pytest.raises(ValueError, match=words):
         GaussianDiffusion(**arguments)

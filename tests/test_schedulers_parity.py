@@ -28,7 +28,7 @@ PREDICTIONS = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 
 def model(x, t, y):
-    """Depends on the input alone, as diffusers' times are in other units."""
+    """A model that depends on the input alone, as diffusers' times have other units."""
     return 0.8 * torch.tanh(x) + 0.1
 
 
@@ -89,7 +89,7 @@ def test_dpmpp_2m_sde(prediction, num_steps):
 @pytest.mark.parametrize("num_steps", [8, 20])
 @pytest.mark.parametrize("prediction", ["x_0", "v"])
 def test_dpmpp_3m(prediction, num_steps):
-    """Not of epsilon, where `x_0` at pure noise is divided by an alpha of 0.006: their float32 shows in the bend."""
+    """Without epsilon, for which `x_0` at pure noise is divided by an alpha of 0.006: float32 errors then show."""
     diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
     scheduler = dpm_solver(diffusion, num_steps, solver_order=3, algorithm_type="dpmsolver++")
     x = randn(2, 3, 4, 4)
@@ -117,7 +117,7 @@ def test_unipc(prediction):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_euler(prediction):
-    """EulerDiscrete walks on `x_t / alpha`, along sigma / alpha."""
+    """EulerDiscrete integrates `x_t / alpha` along sigma / alpha."""
     diffusion = GaussianDiffusion(prediction=prediction, variance="fixed_small")
     scheduler = EulerDiscreteScheduler(
         1000, trained_betas=diffusion.path.betas.numpy(), prediction_type=PREDICTIONS[prediction]
@@ -133,8 +133,8 @@ def test_euler(prediction):
 
 
 def test_heun(tmp_path):
-    """HeunDiscrete integrates `x_t / alpha` along sigma / alpha, which is EDM's own path; it has a step for each of
-    the two calls."""
+    """HeunDiscrete integrates `x_t / alpha` along sigma / alpha, which is EDM's own path; each of its two calls counts
+    as a step."""
     gaussian = GaussianDiffusion(variance="fixed_small")
     scheduler = HeunDiscreteScheduler(1000, trained_betas=gaussian.path.betas.numpy(), prediction_type="epsilon")
     scheduler.set_timesteps(10)
@@ -143,7 +143,7 @@ def test_heun(tmp_path):
     diffusion = EDM(sigma_data=1.0, sigma_min=levels[0].item(), sigma_max=levels[-1].item())
 
     def as_edm(x, t, y):
-        """The same noise, as EDM's F would have put it: both see the input at unit variance."""
+        """The same noise as EDM's F would predict it; both see inputs of unit variance."""
         sigma = (levels[0].log() + t.double() / 999 * (levels[-1] / levels[0]).log()).exp().float()[:, None, None, None]
         x_t = x * (sigma**2 + 1).sqrt()
         return (sigma * (x_t - sigma * model(x, t, y)) - model(x, t, y)) / (sigma**2 + 1).sqrt()
@@ -164,7 +164,7 @@ def test_flow_matching_euler(shift):
 
 @pytest.mark.parametrize("kind", ["euler", "dpmpp_2m"])
 def test_edm(kind):
-    """Preconditioning, Karras' levels and the step; only `c_noise` is scaled otherwise here."""
+    """Preconditioning, Karras' levels and the step agree; only `c_noise` has another scale here."""
     diffusion, x = EDM(sigma_data=0.5), randn(2, 3, 4, 4)
     if kind == "euler":
         scheduler = EDMEulerScheduler(sigma_data=0.5)

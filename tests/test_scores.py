@@ -1,4 +1,4 @@
-"""A metric is a row of one table, which everything that names, prints or orders scores reads."""
+"""A metric is a row of one table, from which everything that names, prints or ranks scores reads."""
 
 import math
 import re
@@ -59,7 +59,7 @@ def test_an_unknown_metric_is_refused_and_the_others_are_named():
         check_metrics([])
 
 
-def test_a_row_of_ones_own_is_computed_of_what_it_needs(table):
+def test_a_custom_metric_gets_the_inputs_that_it_needs(table):
     def gap(samples, reference, *, scale=2.0, seed=0):
         return scale * (samples.mean() - reference.mean()).abs()
 

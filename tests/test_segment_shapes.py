@@ -25,7 +25,7 @@ def test_masks_name_the_class_of_each_pixel():
 
 
 def test_held_out_images_are_of_every_class(monkeypatch, tmp_path):
-    """A class that is not shown counts as one that is never found."""
+    """A class that does not occur would count as never found."""
     shown = []
     monkeypatch.setattr(segment_shapes, "fit", lambda *_: None)
     monkeypatch.setattr(segment_shapes, "scores", lambda found, masks, num: shown.append(masks) or (0.0, 0.0))

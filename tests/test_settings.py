@@ -1,4 +1,4 @@
-"""Every number of every configuration has its range, and what does not fit is told in a line."""
+"""Every number of every configuration has a range, and values outside it are refused in one line."""
 
 import ast
 import contextlib
@@ -27,12 +27,12 @@ PROGRAMS = [
 
 
 def numbers(kind):
-    """Whether a type has numbers in it."""
+    """Whether a type contains numbers."""
     return kind in (int, float) or (str not in get_args(kind) and any(map(numbers, get_args(kind))))
 
 
 def configurations():
-    """All that a command line or a YAML is read into, and what they are made of."""
+    """All classes that a command line or YAML is read into, nested ones included."""
     found = [ExperimentConfig, AutoencodingConfig, AblationConfig]
     for program in PROGRAMS:
         module = script(program)
@@ -144,7 +144,7 @@ for program in sys.argv[1:]:
     assert done.stdout.splitlines() == PROGRAMS
 
 
-def test_of_epochs_and_steps_one_says_how_long(tmp_path):
+def test_num_epochs_and_num_steps_exclude_each_other(tmp_path):
     (tmp_path / "x.yaml").write_text("train: {num_steps: 500}")
     flags = ["--config", str(tmp_path / "x.yaml"), "--train.num_epochs", "3"]
     with pytest.raises(ValueError, match=r"--train.num_epochs 3 beside --train.num_steps 500: .* leave the other out"):
@@ -209,7 +209,7 @@ def test_the_home_folder_is_found_where_no_shell_expands_it(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../x", "/x", "a/../../x"])
-def test_a_run_stays_in_its_folder(name):
+def test_a_run_name_cannot_lead_out_of_runs(name):
     for config in (ExperimentConfig, AutoencodingConfig):
         with pytest.raises(ValueError, match=r"--name: the name .* leads out of runs"):
             _ = config(name=name).folder
@@ -228,7 +228,7 @@ def test_flags_are_completed_behind_python_and_launchers(tmp_path):
     assert sorted(done.stdout.split()) == ["--train.num_epochs", "--train.num_steps"]
 
 
-def test_a_class_that_would_never_be_trained_is_refused():
+def test_full_label_dropout_with_labels_is_refused():
     with pytest.raises(ValueError, match=r"--train.label_dropout 1: no class .* or --data.use_labels false"):
         parse(ExperimentConfig, ["--train.label_dropout", "1.0"])
     assert parse(ExperimentConfig, ["--train.label_dropout", "1.0", "--data.use_labels", "false"])

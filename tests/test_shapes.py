@@ -39,7 +39,7 @@ def test_edges_are_anti_aliased_and_shapes_visible():
 
 
 def test_classes_can_be_told_apart():
-    """The nearest mean of the other images' silhouettes names the class of easy shapes."""
+    """The nearest mean silhouette of the other images identifies the class of easy shapes."""
     dataset = ShapesDataset(200, image_size=16)
     images = torch.stack([dataset[i][0] for i in range(200)]).float()
     silhouettes = (images - images[:, :, :1, :1]).abs().amax(dim=1).flatten(1)
@@ -59,7 +59,7 @@ def test_unknown_settings_are_told():
 
 @pytest.mark.parametrize("difficulty", ["easy", "medium"])
 def test_mask_is_where_the_shape_lies(difficulty):
-    """Against the picture: where grounds have no grain, what is off the ground by half of the shape's colour."""
+    """On plain backgrounds, pixels that differ from the background by half of the shape's colour are the shape."""
     dataset = ShapesDataset(20, difficulty=difficulty, image_size=64)
     for index in range(20):
         image, mask = dataset[index][0].float(), dataset.mask(index)

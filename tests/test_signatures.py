@@ -1,4 +1,4 @@
-"""That shapes and types of signatures are checked in tests."""
+"""Tests check shapes and types of signatures."""
 
 import importlib
 import sys
@@ -79,7 +79,7 @@ def package(tmp_path, monkeypatch):
     del sys.modules["watched"]
 
 
-def test_what_fits_passes(package):
+def test_arguments_that_match_their_annotations_pass(package):
     assert package.add(np.ones((2, 3)), np.ones((2, 3))).shape == (2, 3)
     assert package.outer(np.ones(2)).tolist() == [1, 1]
     assert package.count(None, ["a"], thing=1) == 1

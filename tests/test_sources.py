@@ -1,4 +1,4 @@
-"""What is scored, and what it is fairly held against: every kind of source, of the same classes by name."""
+"""Sources of samples and their fair references: every kind of source, matched by class name."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ DATA = DataConfig(num_images=60, image_size=32, difficulty="hard")
 
 
 class Thumbnail(nn.Module):
-    """Pixels of a small copy, and classes that mean nothing."""
+    """An extractor: features are a small copy's pixels, probabilities meaningless."""
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         small = nn.functional.adaptive_avg_pool2d(images.float(), 8).flatten(1)
@@ -67,11 +67,11 @@ def counts(source):
 
 
 def test_a_subset_has_every_class_where_labels_come_in_turn():
-    """Every tenth of labels i % 10 is one class."""
+    """Every tenth of the labels i % 10 would be a single class."""
     assert counts(from_dataset(shapes("train", 1000), "training images", 100)) == [10] * 10
 
 
-def test_what_samples_are_held_against_has_their_classes_by_name():
+def test_references_are_matched_to_samples_by_class_name():
     samples = from_dataset(shapes("train"), "samples", 20)
     other = shapes("test", 100)
     other.classes, other.labels = other.classes[::-1], 9 - other.labels
@@ -95,7 +95,7 @@ def test_a_drawn_reconstruction_depends_on_seed_and_index_alone():
 
 
 def test_planted_copies_are_found_and_unseen_images_are_not_taken_for_copies(tmp_path, monkeypatch, thumbnail):
-    """The same autoencoder blurs all of them: what is left is whether an image was trained on."""
+    """The same autoencoder blurs all images, so the only difference is whether an image was trained on."""
     monkeypatch.chdir(tmp_path)
     codec, (train, test), found = create_codec("embedded"), map(shapes, ("train", "test")), {}
     scorer = Scorer(EvaluationConfig(str(thumbnail), metrics=["kid"], seed=1), Accelerator(cpu=True))
@@ -113,7 +113,7 @@ def test_planted_copies_are_found_and_unseen_images_are_not_taken_for_copies(tmp
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """The same twelve images as a folder, a zip, and an npz."""
+    """The same twelve images as a folder, a zip and an npz."""
     folder = tmp_path_factory.mktemp("drawn")
     images = from_dataset(shapes("test"), "samples")
     pictures = images.images(torch.arange(12)).permute(0, 2, 3, 1).numpy()
@@ -154,8 +154,8 @@ def test_every_kind_of_image_source_is_scored(tmp_path, monkeypatch, drawn, thum
     assert (tmp_path / "scores.tex").read_text().splitlines()[4].startswith(kind + " & ")
 
 
-def test_scores_are_not_lost_for_a_setting_or_a_file(tmp_path, monkeypatch, drawn, thumbnail, capsys):
-    """`--clip .inf` had no place in strict JSON; what was scored is said before any file is written."""
+def test_scores_are_printed_before_a_failed_write_and_infinity_is_json(tmp_path, monkeypatch, drawn, thumbnail, capsys):
+    """`--clip .inf` had no place in strict JSON; scores are printed before any file is written."""
     no_limit = asdict(SamplingConfig(num_steps=150, clip=math.inf, guidance_interval=[0.2, math.inf]))
     write_json({"samples": no_limit}, tmp_path / "scores.json")
     samples = json.loads((tmp_path / "scores.json").read_text())["samples"]
@@ -167,7 +167,7 @@ def test_scores_are_not_lost_for_a_setting_or_a_file(tmp_path, monkeypatch, draw
     assert "12 samples against 12 images, on thumbnail" in capsys.readouterr().out
 
 
-def test_scores_of_folders_that_differ_behind_a_dot_lie_beside_each_other(tmp_path, monkeypatch, drawn, thumbnail):
+def test_scores_of_folders_that_differ_after_a_dot_have_different_files(tmp_path, monkeypatch, drawn, thumbnail):
     monkeypatch.chdir(tmp_path)
     data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard")
     for name in ("guidance-1.5", "guidance-1.25"):
@@ -189,7 +189,7 @@ def light(samples, reference):
 """
 
 
-def test_a_metric_from_outside_is_a_score_a_column_and_what_the_best_checkpoint_goes_by(
+def test_a_registered_metric_is_scored_reported_and_selects_the_best_checkpoint(
     tmp_path, monkeypatch, drawn, thumbnail, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -219,9 +219,9 @@ def test_a_metric_from_outside_is_a_score_a_column_and_what_the_best_checkpoint_
             del METRICS[name]
 
 
-def test_what_is_no_set_of_samples_gets_no_score(tmp_path, monkeypatch, folder, drawn, thumbnail, capsys):
-    """A run's grids are pictures of samples; a folder may be called as the procedural images are; what lies loose in it
-    is said to be left out; and scores of a fixed set do not take the place of the run's in whose folder it lies."""
+def test_folders_that_are_not_samples_are_refused_or_reported(tmp_path, monkeypatch, folder, drawn, thumbnail, capsys):
+    """A run's grids are pictures of samples, not samples. A folder may have the name of the procedural dataset. Loose
+    images are reported as left out. Scores of a fixed set do not replace those of the run in whose folder it lies."""
     monkeypatch.chdir(tmp_path)
     run, flags = folder / "runs" / "tiny", ("--extractor", thumbnail, "--metrics", "[fid]")
     with pytest.raises(ValueError, match=r"--checkpoint .*tiny/: it is for a fixed set of images, and .*tiny is a run"):
@@ -286,14 +286,14 @@ def test_samples_are_opened_before_the_reference_is_computed(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("labels", [np.arange(12.0), np.arange(11), np.arange(12)])
-def test_labels_that_are_none_are_refused(tmp_path, labels):
+def test_malformed_labels_are_refused(tmp_path, labels):
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((12, 8, 8, 3), np.uint8), arr_1=labels, classes=np.array(["a", "b"]))
     with pytest.raises(ValueError, match="arr_1 holds no label of each image among its 2 classes"):
         read_samples(str(tmp_path / "x.npz"), 8, None)
 
 
 def test_another_split_than_the_checkpoints_is_refused(tmp_path, monkeypatch, folder, thumbnail):
-    """Of other images, those that it was trained on may be among the held-out ones."""
+    """Otherwise images that the checkpoint was trained on may be among the held-out ones."""
     monkeypatch.chdir(tmp_path)
     images = from_dataset(shapes("train"), "images")
     for number, picture in enumerate(images.images(torch.arange(20)).permute(0, 2, 3, 1).numpy()):
@@ -309,7 +309,7 @@ def test_another_split_than_the_checkpoints_is_refused(tmp_path, monkeypatch, fo
     assert not (tmp_path / "cache").exists()
 
 
-def test_nearest_images_are_of_those_that_it_was_trained_on(folder):
+def test_nearest_images_refuse_another_training_split(folder):
     studio = Studio([str(folder / "runs" / "tiny")], "fp32")
     ((run, checkpoint),) = studio.checkpoints.items()
     assert next(studio.read_layouts(run)) == 0
@@ -319,7 +319,7 @@ def test_nearest_images_are_of_those_that_it_was_trained_on(folder):
 
 
 def test_another_split_than_the_checkpoints_is_not_reconstructed(tmp_path, monkeypatch, folder):
-    """Nor are other classes denoised under the labels of its own: labels are numbers, a name has others elsewhere."""
+    """Nor are other classes denoised under its labels: a label is a number, which means another class elsewhere."""
     monkeypatch.chdir(tmp_path)
     run, program = folder / "runs" / "tiny", script("sample.py")
     flags = ["--reconstruct", "300", "--precision", "fp32", "--output", "x.png"]
@@ -350,8 +350,8 @@ def test_another_split_than_the_checkpoints_is_not_reconstructed(tmp_path, monke
 
 
 def test_an_autoencoder_that_has_changed_is_refused(folder, capsys):
-    """A folder may hold other weights by now; one that is asked for may have another decoder, and is told of where its
-    latents are others."""
+    """A folder may hold other weights by now. An autoencoder that is given may have another decoder; if its latents
+    differ, the error names the flag."""
     checkpoint = open_checkpoint(folder / "runs" / "tiny")
     assert checkpoint.open_codec(None).source == checkpoint.open_codec("embedded").source
 
@@ -386,7 +386,7 @@ def test_an_unconditional_model_has_no_class_to_ask_for():
 
 
 def test_a_process_whose_share_of_few_images_is_none_has_no_batches():
-    """Else it would fail on them, and the others would wait for it."""
+    """Otherwise it would fail on them, and the others would wait for it."""
     none, image = torch.arange(0), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     assert not list(from_images(image, "one").batches(none, 8))
     assert not list(Generator.batches(Mock(spec=Generator), none, 8))

@@ -29,7 +29,7 @@ def test_few_aliases_are_read():
         ("yes: {classes: [on]}\ntrue: {n: 1}", {True: {"n": 1}}),
     ],
 )
-def test_names_stay_as_written_below_merges_and_odd_keys(text, read):
+def test_names_in_yaml_stay_text_below_merges_and_odd_keys(text, read):
     assert yaml.load(text, StrictLoader) == read
 
 

@@ -23,6 +23,6 @@ def test_each_image_is_as_likely_as_any_other():
     assert (seen / 2000 - 5 / 21).abs().max() < 0.05
 
 
-def test_more_than_there_are_repeats_them_evenly():
+def test_subsets_larger_than_the_set_repeat_evenly():
     assert stratified(torch.zeros(3).long(), 7, seed=0).bincount().sort().values.tolist() == [2, 2, 3]
     assert len(stratified(torch.zeros(3).long(), 0, seed=0)) == 0

@@ -21,7 +21,7 @@ def picture(number):
 
 
 def pack(path, *files):
-    """A tar file of names and contents, in this order."""
+    """Write a tar file with these names and contents, in order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in files:
@@ -32,7 +32,7 @@ def pack(path, *files):
 
 
 def samples(first, labels, suffix="cls"):
-    """A picture and its label each."""
+    """Files of samples, a picture and a label each."""
     files = []
     for number, label in enumerate(labels, first):
         said = json.dumps({"label": label, "width": 8}) if suffix == "json" else str(label)
@@ -61,7 +61,7 @@ def test_samples_have_their_labels_in_the_order_of_shards(tmp_path, suffix):
     assert (pickle.loads(pickle.dumps(dataset))[3][0] == dataset[3][0]).all()  # as workers and processes get it
 
 
-def test_one_file_is_a_shard_and_names_of_classes_lie_beside(shards):
+def test_a_single_tar_is_a_shard_with_class_names_beside_it(shards):
     (shards / "classnames.txt").write_text("\n".join(f"kind {number}" for number in range(11)))
     assert ImageDataset(shards).classes == ["kind 10", "kind 2"]
     alone = ImageDataset(shards / "data-0.tar")
@@ -69,7 +69,7 @@ def test_one_file_is_a_shard_and_names_of_classes_lie_beside(shards):
     assert alone.note == "in 1 tar shard"
 
 
-def test_labels_may_be_names_and_there_may_be_none(tmp_path):
+def test_tar_labels_may_be_names_or_absent(tmp_path):
     pack(tmp_path / "named" / "0.tar", *samples(0, ["cat", "Große Katze"]))
     assert ImageDataset(tmp_path / "named").classes == ["Große Katze", "cat"]
     files = [("a.png", picture(0)), ("a.txt", b"a caption"), ("b.png", picture(1)), ("._b.png", b"of macOS")]
@@ -93,7 +93,7 @@ def test_shards_called_train_and_test_are_the_split(tmp_path, train, test):
     assert "split by shards called train and" in held_out.note
 
 
-def test_of_test_and_val_the_latter_is_left_out(tmp_path):
+def test_val_shards_are_left_out_beside_test_shards(tmp_path):
     for number, name in enumerate(("train", "val", "test")):
         pack(tmp_path / f"{name}.tar", *samples(2 * number, [0, 1]))
     assert ImageDataset(tmp_path, split="test").names == ["test.tar/00004.png", "test.tar/00005.png"]
@@ -108,7 +108,7 @@ def test_without_a_split_of_their_own_a_share_of_each_class_is_held_out(shards):
     assert train.names == sorted(train.names)
 
 
-def test_a_tar_of_class_folders_is_read_as_a_zip_of_them(tmp_path):
+def test_tars_of_class_folders_are_read_like_zips(tmp_path):
     files = [(f"./photos/{label}/{number}.png", picture(number)) for number, label in enumerate(("cat", "dog", "cat"))]
     pack(tmp_path / "0.tar", *files[:2])
     pack(tmp_path / "1.tar", *files[2:])
@@ -129,7 +129,7 @@ def test_tars_beside_images_are_other_files(shards):
     assert dataset.left_out["other files"] == ["data-0.tar", "data-1.tar"]
 
 
-def test_hashes_tell_other_pixels_and_other_labels(shards):
+def test_source_hashes_depend_on_pixels_and_labels(shards):
     before = ImageDataset(shards).source_hash
     assert ImageDataset(shards).source_hash == before
     pack(shards / "data-0.tar", *samples(0, [10, 10, 2]))
@@ -206,7 +206,7 @@ def test_a_training_reads_them_in_place(tmp_path):
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["0.tar", "1.tar"]
 
 
-def test_what_is_behind_damage_is_never_left_out_in_silence(shards):
+def test_samples_after_damage_in_a_tar_are_never_dropped_silently(shards):
     path = shards / "data-1.tar"
     content, second = path.read_bytes(), 2 * 1024  # where the second sample's header is
     with tarfile.open(path) as archive:
@@ -236,7 +236,7 @@ def test_links_and_files_beside_the_shards_are_said(shards):
     assert left_out["beside the shards"] == ["more/data-2.tar.gz"]
 
 
-def test_a_class_without_a_name_is_none_of_the_others(shards):
+def test_an_empty_class_name_is_refused(shards):
     (shards / "classnames.txt").write_text("\n" + "".join(f"name {number}\n" for number in range(1, 12)))
     with pytest.raises(DataError, match=r"classnames.txt has 12 lines, 11 of them unlike"):
         ImageDataset(shards)
@@ -266,7 +266,7 @@ def test_a_tree_is_read_as_in_a_zip(tmp_path):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["class folders", "below train/ and val/"])
 def test_shards_of_class_folders_that_are_called_train_and_val_are_the_split(tmp_path, nested):
-    """Held-out images would else be trained on, and images of one name in both be refused."""
+    """Otherwise held-out images would be trained on, and images with equal names in both splits be refused."""
     for shard, first in (("train", 0), ("val", 4)):
         above = f"{shard}/" if nested else ""
         files = [

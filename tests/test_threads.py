@@ -1,4 +1,4 @@
-"""How many threads a CPU run takes, and how they wait: by what others do on its cores."""
+"""Threads of a CPU run: how many there are, and how they wait, depending on other processes on the cores."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ import torch
 
 
 def python(body, cores=None, **environment):
-    """What a program prints whose process may have all cores, or these."""
+    """Output of a program that may use all cores, or the given ones."""
     cores = set(range(os.cpu_count())) if cores is None else cores
     own = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
     program = PROGRAM.format(root=str(ROOT), cores=cores, body=body)
@@ -59,7 +59,7 @@ for other in others:
 
 
 @on_linux
-def test_threads_sleep_beside_others_and_no_number_changes():
+def test_threads_sleep_on_a_busy_machine_without_changing_results():
     chosen, effect = python(WAITING, cores={0, 1})
     assert chosen.startswith("True 2 threads that sleep while they wait (others keep ")
     assert chosen.endswith(" of 2 cores busy)")
@@ -67,7 +67,7 @@ def test_threads_sleep_beside_others_and_no_number_changes():
 
 
 class Machine:
-    """Clocks of two cores, moved by hand."""
+    """Simulated clocks of two cores."""
 
     def __init__(self, monkeypatch):
         self.busy = self.own = self.now = 0.0
@@ -82,7 +82,7 @@ class Machine:
         return self.waiting.sleeps
 
 
-def test_what_others_do_decides_and_a_quiet_moment_does_not(monkeypatch):
+def test_waiting_threads_follow_the_load_of_others_and_not_a_quiet_moment(monkeypatch):
     machine = Machine(monkeypatch)
     assert not machine.second(own=2.0, others=0.05)
     assert machine.second(own=1.2, others=0.8)
@@ -93,7 +93,7 @@ def test_what_others_do_decides_and_a_quiet_moment_does_not(monkeypatch):
 
 
 def told(monkeypatch, threads, cores):
-    """What is said of this many threads on these cores."""
+    """The message about this many threads on these cores."""
     monkeypatch.setattr(machine.threads, "allowed_cores", lambda: cores)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     return machine.threads.start_waiting(print)
@@ -107,7 +107,7 @@ def test_what_the_user_has_set_stands(monkeypatch, name):
 
 
 @on_linux
-def test_more_threads_than_cores_are_not_said_to_spin(monkeypatch):
+def test_more_threads_than_cores_sleep_while_they_wait(monkeypatch):
     said = told(monkeypatch, 2, [0])
     assert said == "2 threads that sleep while they wait (more of them than cores)"
 
@@ -117,7 +117,7 @@ DEAL = "from machine.threads import deal_out_cores; deal_out_cores(1); print(tor
 
 @on_linux
 @pytest.mark.parametrize(("person", "expected"), [("", "2"), ("OMP_NUM_THREADS=1", "1")])
-def test_cores_are_dealt_out_in_place_of_a_launchers_one_thread_but_not_of_a_persons(person, expected):
+def test_a_launchers_single_thread_is_replaced_but_not_a_users_choice(person, expected):
     program = PROGRAM.format(root=str(ROOT), cores={0, 1}, body=DEAL)
     launcher = f"OMP_NUM_THREADS=1 ACCELERATE_MIXED_PRECISION=no {sys.executable} -c '{program}'; true"
     command = ["env", "-u", "OMP_NUM_THREADS", *person.split(), "sh", "-c", launcher]

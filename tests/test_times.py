@@ -48,7 +48,7 @@ def test_mode_times_grow_with_what_is_drawn_within_their_interval(scale, grows):
     assert (steps.min().item() > -1e-6) == grows
 
 
-def test_no_training_time_is_rounded_beyond_the_last():
+def test_training_times_are_never_rounded_beyond_the_last():
     settings: dict[str, Any] = {"times": "logit_normal", "times_args": {"location": 100.0}}
     assert FlowMatching(**settings).sample_timesteps(9, generator()).max() < 1
     assert GaussianDiffusion(**settings).sample_timesteps(9, generator()).tolist() == [999] * 9

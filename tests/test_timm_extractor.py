@@ -1,4 +1,4 @@
-"""timm's models as feature extractors: timm called by hand says the same."""
+"""timm's models as feature extractors, compared with timm called by hand."""
 
 import hashlib
 import time
@@ -23,7 +23,7 @@ SMALL = ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "test_
 
 
 def smooth(num, h, w, seed=0):
-    """Images without grain, as photographs are."""
+    """Images without noise, like photographs."""
     noise = torch.rand(num, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     return (torch.nn.functional.interpolate(noise, (h, w), mode="bilinear") * 255).round().to(torch.uint8)
 
@@ -39,7 +39,7 @@ def model_of(name, seed=0, **settings):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A function from models to files of their weights."""
+    """A function that writes a model's weights to a file."""
     folder = tmp_path_factory.mktemp("weights")
 
     def write(model, name="model.safetensors", wrap=lambda state: state):

@@ -1,4 +1,4 @@
-"""Published tiny autoencoders: their files in, parity with their code, what is no pair told in words."""
+"""Published tiny autoencoders: import of their files, parity with their code, and errors for files that do not pair."""
 
 import json
 import re
@@ -24,7 +24,7 @@ PUBLISHED = ROOT.parent / "shared" / "autoencoder"
 
 
 def files(latent_channels, pooled=False):
-    """An encoder's and a decoder's weights as they are published, random."""
+    """Random weights of an encoder and a decoder, in the published format."""
     torch.manual_seed(0)
     weights = (PooledTinyAutoencoder if pooled else AutoencoderTiny)(latent_channels=latent_channels).state_dict()
     encoder = {name.removeprefix("encoder.layers."): weights[name] for name in weights if name.startswith("encoder")}
@@ -65,7 +65,7 @@ def test_the_published_autoencoder_of_flux2_encodes_and_decodes_as_its_own_code_
     torch.testing.assert_close(decoded, fixture["out/decoded"], atol=1e-3, rtol=0)
 
 
-def test_what_is_no_pair_is_told_in_words(tmp_path):
+def test_files_that_are_not_an_encoder_and_its_decoder_are_refused(tmp_path):
     encoder, decoder = files(4)
     _, other = files(16)
     plain, _ = files(32)
@@ -107,7 +107,7 @@ def test_what_diffusers_or_the_pipeline_lacks_is_not_exported(tmp_path):
 
 
 def test_a_channel_that_never_changes_is_refused():
-    """Its deviation of zero would divide."""
+    """Its standard deviation of zero would be a divisor."""
     autoencoder = from_published(*files(4))
     with torch.no_grad():
         autoencoder.encoder.layers[-1].weight[1] = 0

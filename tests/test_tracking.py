@@ -1,4 +1,4 @@
-"""Pictures and the log of a training, which never stop it."""
+"""Trackers and logged pictures of a training, which never stop it."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from sampling.image_files import save_grid
 from training.log import Log, draw_curve, draw_progress
 
 
-def test_pictures_that_cannot_be_drawn_are_spoken_of(tmp_path, capsys):
+def test_pictures_that_cannot_be_drawn_are_reported(tmp_path, capsys):
     run = tmp_path / r"$\bad_{name$"
     save_grid(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), run / "samples" / "00000002.png", columns=2)
     Image.new("RGB", (8, 8)).save(run / "samples" / "00000001 copy.png")  # no grid of the run's

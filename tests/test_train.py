@@ -62,7 +62,7 @@ def test_latents_left_in_their_files_train_the_same_model_bitwise(folder):
 
 
 def test_stopping_and_resuming_anywhere_loses_nothing(folder):
-    """Out of time after every step: exit status 75; a damaged checkpoint is passed over; the log is the same."""
+    """The time runs out after every step: exit status 75; a damaged checkpoint is skipped; the log is the same."""
     common = ("train.py", "--config", "tiny.yaml", "--log.checkpoint_every", 1, "--log.every", 3, "--name")
     straight, flags = (*common, "straight"), (*common, "stopped")
     run(*straight, cwd=folder)
@@ -138,7 +138,7 @@ def test_two_processes_and_micro_batches_equal_one(folder, model, objective):
 
 
 def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
-    """FSDP2 as configs/accelerate/fsdp2.yaml has it: two processes with a part of the model each; recomputed blocks."""
+    """FSDP2 as in configs/accelerate/fsdp2.yaml: two processes with a part of the model each, and recomputed blocks."""
     launcher = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
     fsdp = {key.upper(): str(value) for key, value in launcher["fsdp_config"].items()}
     sharded = {"cwd": folder, "processes": 2, "ACCELERATE_USE_FSDP": "true", **fsdp}
@@ -188,14 +188,14 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
     assert "fsdp_activation_checkpointing: stochastic depth and dropout" in refused.stderr
 
 
-def test_killed_trainings_end_as_if_nothing_had_happened(folder):
-    """A short soak: docs/reliability.md has the figures of a long one."""
+def test_killed_and_resumed_trainings_end_bitwise_equal(folder):
+    """A short soak; docs/reliability.md has the results of a long one."""
     done = run("tests/soak.py", "--kills", 1, "--num_steps", 6, "--pixels", "true", cwd=folder)
     assert "1 kills" in done.stdout
     assert "equal bitwise" in done.stdout
 
 
-def test_batch_norms_and_masks_on_several_cpu_processes_are_spoken_of(folder):
+def test_several_cpu_processes_warn_of_batch_norms_and_dropout_masks(folder):
     flags = ("--model_args.conv_norm", "batch", "--train.num_steps", 1, "--name", "batchnorm")
     done = run("train.py", "--config", "tiny.yaml", *flags, "--train.grad_accumulation", 2, cwd=folder, processes=2)
     assert done.stdout.count("Batch norms see each micro-batch by itself") == 1
@@ -203,7 +203,7 @@ def test_batch_norms_and_masks_on_several_cpu_processes_are_spoken_of(folder):
     assert done.stdout.count("Stochastic depth and dropout draw other masks") == 1
 
 
-def test_help_teaches(folder):
+def test_help_explains_guidance(folder):
     done = run("train.py", "--help", cwd=folder)
     assert "classifier-free" in done.stdout
 

@@ -35,7 +35,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def train(monkeypatch):
-    """The same without a process of its own."""
+    """Train an autoencoder in this process."""
 
     def here(folder, *flags):
         folder.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def test_muon_and_spectral_norms_resume_too(train, tmp_path):
 
 
 def test_images_that_came_or_went_are_no_longer_what_was_held_out(train, tmp_path):
-    """Another split would train on what was held out before, and measure on it."""
+    """Another split would train on images that were held out before, and measure on them."""
     for number in range(12):
         path = tmp_path / "images" / "a" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def test_two_processes_train_like_one(whole, tmp_path):
             torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4)
 
 
-def test_decoder_alone_leaves_latents_bit_identical(whole, train, tmp_path):
+def test_decoder_only_training_leaves_latents_bitwise_identical(whole, train, tmp_path):
     start = whole / "runs" / "autoencoder" / "autoencoder"
     shutil.copytree(start, tmp_path / "start")
     flags = ["--init_from", "start", "--decoder_only", "true", "--name", "tuned", "--train.max_hours", "1e-9"]

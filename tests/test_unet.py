@@ -1,4 +1,4 @@
-"""The U-Nets: their table, where attention is, along which axis, and images of any size."""
+"""The U-Nets: named sizes, placement and axis of attention, and images of any size."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_parameters_are_those_of_the_table(name, published, ours):
 
 
 def placement(model):
-    """For each part, which blocks have attention after them."""
+    """For each part of the network, which blocks are followed by attention."""
     return {
         part: [
             "".join("A" if isinstance(after, ImageAttention) else "R" for after in level.attentions)
@@ -84,7 +84,7 @@ def test_attention_is_where_it_was_asked_for(name, encoder, middle, decoder):
 
 
 def attention_calls(model, *size, monkeypatch):
-    """(tokens, width of a head) of each attention that a forward computes, in order."""
+    """(tokens, head size) of each attention call of a forward pass, in order."""
     calls = []
     for module in (attention_layers, residual):
         attend = module.attend
@@ -105,7 +105,7 @@ def test_cifar_study_attends_at_16_and_8(monkeypatch):
     assert attention_calls(wake(model), 32, 32, monkeypatch=monkeypatch) == [(256, 16), (64, 32), (64, 16), (256, 8)]
 
 
-def test_a_flag_moves_attention(monkeypatch):
+def test_flags_place_attention_blocks(monkeypatch):
     model = small(down=["RR", "RA"], middle=["R"], up=["R", "R"])
     assert placement(model)["encoder"] == ["RR", "RA"]
     assert attention_calls(model, 12, 8, monkeypatch=monkeypatch) == [(6 * 4, 12)]
@@ -126,7 +126,7 @@ def test_both_axes_have_the_same_parameters():
 
 @pytest.mark.parametrize("num_pixels", [24, 25])
 def test_channel_attention_is_multi_head_attention_of_the_transposed_image(num_pixels):
-    """Against torch's own, whose heads split the width; here the projections are over channels, outside of it."""
+    """Compared with torch's own, whose heads split the width; here projections act on channels, outside of it."""
     torch.manual_seed(0)
     heads, dim = 4, 8
     layer = wake(ChannelAttention(dim, heads)).double()
@@ -180,7 +180,7 @@ def test_residual_block_equals_that_of_diffusers(out_channels):
     axis=st.sampled_from(sorted(ATTENTIONS)),
     upsampling=st.sampled_from(sorted(UPSAMPLERS)),
 )
-def test_any_size_comes_out_as_it_went_in(height, width, axis, upsampling):
+def test_outputs_have_the_size_of_inputs_of_any_size(height, width, axis, upsampling):
     model = wake(small(attention_axis=axis, upsampling=upsampling, stem_size=7))
     out = run(model, height, width)
     assert out.shape == (2, 3, height, width)
@@ -189,15 +189,15 @@ def test_any_size_comes_out_as_it_went_in(height, width, axis, upsampling):
 
 
 @pytest.mark.parametrize("upsampling", UPSAMPLERS)
-def test_every_pixel_of_an_odd_image_is_learned(upsampling):
-    """None is made of padding alone: the last row and column depend on the middle as the others do."""
+def test_every_pixel_of_an_odd_sized_output_depends_on_the_network(upsampling):
+    """No output pixel is made of padding alone: the last row and column depend on the middle like all others."""
     model = wake(small(upsampling=upsampling))
     before = run(model, 7, 9)
     model.middle[0].blocks[0].cond.bias.data[::2] += 1  # not all of a group, whose norm would take it back
     assert (run(model, 7, 9) != before).all()
 
 
-def test_each_level_joins_the_input_of_its_mirror():
+def test_decoder_levels_concatenate_the_inputs_of_mirrored_encoder_levels():
     model, seen = small(), {"in": [], "joined": []}
     for level in model.encoder:
         level.register_forward_pre_hook(lambda _, args: seen["in"].append(args[0]))
@@ -239,8 +239,9 @@ def test_mistakes_are_told_in_words(overrides, message):
 
 
 @pytest.mark.parametrize("name", ["UNet-MNIST", "UNet-CIFAR10-S", "Cascade"])
-def test_labels_and_times_are_heard_from_the_start(name):
-    """Where each block adds the conditioning to features of about unit variance; or they are not learned for epochs."""
+def test_labels_and_times_affect_an_untrained_unet(name):
+    """Each block adds the conditioning to features of about unit variance; otherwise it takes epochs to learn to use
+    it."""
     torch.manual_seed(0)
     model = create_model(name, input_size=32, in_channels=3, out_channels=3, num_classes=10)
     conditioning = next(module for module in model.modules() if isinstance(module, Conditioning))

@@ -1,4 +1,4 @@
-"""Windows share out a grid: who attends to whom, padding, shifts, and back again."""
+"""Window partitions: which tokens attend to each other, padding, shifts, and merging."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from models.layers.window import WindowAttention, WindowCrossAttention, Windows
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("size", [(5, 7), (8, 8), (3, 3), (4, 10)])
 def test_windows_equal_attention_among_the_tokens_that_share_one(size, shifted):
-    """Token by token, from the definition: who shares a window after the shift, and nobody beyond the grid."""
+    """Token by token, by definition: tokens that share a window after the shift, and never across the border of the
+    grid."""
     torch.manual_seed(0)
     window, heads, dim = 4, 2, 16
     attention = WindowAttention(dim, heads, window, shifted=shifted).eval()

@@ -1,4 +1,4 @@
-"""The zoo's index and table are what its files say, and its folders are ready for the hub."""
+"""The zoo's index and table match its files, and its folders are ready for the hub."""
 
 import shutil
 
@@ -15,7 +15,7 @@ PUSH = script("scripts/push_to_hub.py")
 
 
 @pytest.mark.parametrize("name", INDEXED)
-def test_a_row_is_what_its_files_say(name):
+def test_a_row_of_the_zoo_matches_its_files(name):
     row = INDEXED[name]
     assert row == entry(row), "run python scripts/zoo.py, and say images and images_per_second of the new weights"
     assert row["bytes"] < 100e6
@@ -31,7 +31,7 @@ def test_the_documents_table_is_the_indexs():
     assert text.count("...") >= len(INDEXED)
 
 
-def test_the_embedded_checkpoint_saw_the_images_that_it_says():
+def test_the_zoos_row_of_the_embedded_checkpoint_matches_it():
     checkpoint = open_checkpoint("embedded")
     row = INDEXED["embedded"]
     assert (row["steps"], row["commit"]) == (checkpoint.step, checkpoint.commit)
@@ -39,7 +39,7 @@ def test_the_embedded_checkpoint_saw_the_images_that_it_says():
     assert row["images"] >= checkpoint.step * checkpoint.config.train.batch_size
 
 
-def test_it_is_a_folder_that_push_to_hub_would_upload(tmp_path):
+def test_push_to_hub_prepares_the_embedded_checkpoint(tmp_path):
     PUSH.main(PUSH.PushConfig(checkpoint="embedded", repo="me/ten", half=True, dry_run=tmp_path / "ready"))
     folder = tmp_path / "ready"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 100e6
@@ -47,7 +47,7 @@ def test_it_is_a_folder_that_push_to_hub_would_upload(tmp_path):
     assert open_checkpoint(folder).step == INDEXED["embedded"]["steps"]
 
 
-def test_new_weights_are_another_row(tmp_path):
+def test_other_weights_give_another_hash(tmp_path):
     by_hand = {name: INDEXED["autoencoder embedded"][name] for name in BY_HAND}
     for name in ("folder", "config"):
         (tmp_path / by_hand[name]).parent.mkdir(parents=True, exist_ok=True)
