@@ -31,13 +31,17 @@ class SwinBlock(nn.Module):
         style: BlockStyle,
         window_size: int,
         shifted: bool,
+        neighbourhood: int | None = None,
         mlp_ratio: float,
         drop_path: float,
     ) -> None:
         super().__init__()
+        side, around = neighbourhood or window_size, neighbourhood is not None
         self.token = injection.token(dim)
         self.modulator1 = injection.modulator(dim)
-        self.attention = WindowAttention(dim, num_heads, window_size, shifted=shifted, qk_norm=style.qk_norm)
+        self.attention = WindowAttention(
+            dim, num_heads, side, shifted=shifted, neighbourhood=around, qk_norm=style.qk_norm
+        )
         self.norm1 = style.make_norm(dim)
         self.gate1 = injection.gate(dim)
         self.modulator2 = injection.modulator(dim)
@@ -130,6 +134,8 @@ class XSwin(Backbone):
         depths: number of Swin blocks in each stage, the same in encoder and decoder.
         num_heads: attention heads of each stage.
         window_size: side of the attention windows, in tokens.
+        neighbourhood: side of the neighbourhood, an odd number of tokens, that self-attention sees instead of shifted
+            windows (as in HDiT, Crowson et al. 2024); None: windows. Skips attend inside windows either way.
         patch_size: side of a patch, in latent pixels; must divide the input.
         num_global_blocks: number of ViT blocks at the bottleneck.
         skip: `cross_attention` (XSwin, inside windows), `global_cross_attention`, `concat` (USwin) or `none`.
@@ -160,6 +166,7 @@ class XSwin(Backbone):
         depths: Sequence[int] = (3, 3),
         num_heads: Sequence[int] = (6, 12),
         window_size: int = 2,
+        neighbourhood: int | None = None,
         patch_size: int = 1,
         num_global_blocks: int = 3,
         mlp_ratio: float = 4.0,
@@ -180,6 +187,8 @@ class XSwin(Backbone):
         self.input_size = height, width = check_input_size(input_size, patch_size)
         if len(depths) != len(num_heads) or not depths:
             raise ValueError(f"depths={list(depths)} and num_heads={list(num_heads)} must be of one length")
+        if neighbourhood is not None and neighbourhood % 2 == 0:
+            raise ValueError(f"neighbourhood={neighbourhood} must be an odd number of tokens; None is shifted windows")
         check_choice("skip", skip, SKIPS)
         check_choice("stem", stem, STEMS)
         check_choice("conv_norm", conv_norm, CONV_NORMS)
@@ -199,7 +208,14 @@ class XSwin(Backbone):
         rates = torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist()
 
         global_block = partial(GlobalBlock, injection=injection, style=style, mlp_ratio=mlp_ratio)
-        swin_block = partial(SwinBlock, injection=injection, style=style, window_size=window_size, mlp_ratio=mlp_ratio)
+        swin_block = partial(
+            SwinBlock,
+            injection=injection,
+            style=style,
+            window_size=window_size,
+            neighbourhood=neighbourhood,
+            mlp_ratio=mlp_ratio,
+        )
 
         def make_blocks(depth: int, width: int, heads: int, rates: list[float], first: int = 0) -> list[SwinBlock]:
             """Blocks `first` to `depth` of a stage; every second one shifts its windows."""

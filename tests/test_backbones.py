@@ -271,6 +271,7 @@ VARIANTS = [
     {"conditioning": "adaln_zero"},
     {"conditioning": "tokens"},
     {"wide_decoder": False},
+    {"neighbourhood": 3},
 ]
 
 

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from models.layers.window import WindowAttention, WindowCrossAttention, Windows
+from models import create_model
+from models.layers.modulation import Injection
+from models.layers.style import BlockStyle
+from models.layers.window import Neighbourhoods, WindowAttention, WindowCrossAttention, Windows
+from models.xswin import SwinBlock
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -65,3 +69,44 @@ def test_shifted_windows_do_not_wrap_round():
     assert not mask[0].any()  # the first window lies inside the grid
     assert mask[-1].any()  # the last holds tokens from both ends
     assert Windows(4, 4, 4, 2).mask(torch.device("cpu")) is None  # one window: no shift
+
+
+@pytest.mark.parametrize("size", [(5, 7), (8, 8), (2, 6)])
+def test_each_token_attends_to_the_neighbourhood_around_it(size):
+    """The attention of a token equals attention among the 3 x 3 tokens nearest to it that lie in the grid."""
+    torch.manual_seed(0)
+    attention, (height, width) = WindowAttention(16, 2, 3, shifted=False, neighbourhood=True).eval(), size
+    x = torch.randn(1, *size, 16)
+    with torch.no_grad():
+        together = attention(x)
+        for row in range(height):
+            for column in range(width):
+                top, left = min(max(row - 1, 0), max(0, height - 3)), min(max(column - 1, 0), max(0, width - 3))
+                around = x[:, top : top + 3, left : left + 3]
+                alone = attention(around)[:, row - top, column - left]
+                assert torch.allclose(together[:, row, column], alone, atol=1e-5)
+
+
+def test_a_grid_no_larger_than_the_neighbourhood_needs_no_mask():
+    assert Neighbourhoods(3, 2, 3).mask(torch.device("cpu")) is None
+    assert Neighbourhoods(3, 4, 3).mask(torch.device("cpu")) is not None
+
+
+def test_a_block_of_neighbourhoods_sees_around_each_token_and_one_of_windows_inside_its_window():
+    torch.manual_seed(0)
+    reach: dict[int | None, set] = {}
+    for neighbourhood in (None, 3):
+        args: dict = {"window_size": 2, "shifted": False, "mlp_ratio": 2.0, "drop_path": 0.0}
+        kinds: dict = {"injection": Injection("none", 16), "style": BlockStyle(), "neighbourhood": neighbourhood}
+        block, grid = SwinBlock(16, 2, **args, **kinds), torch.randn(1, 8, 8, 16, requires_grad=True)
+        block(grid, torch.zeros(1, 16))[0, 3, 3, 0].backward()
+        assert grid.grad is not None
+        reach[neighbourhood] = {tuple(place) for place in grid.grad[0].abs().sum(-1).nonzero().tolist()}
+    assert reach[None] == {(row, column) for row in (2, 3) for column in (2, 3)}
+    assert reach[3] == {(row, column) for row in (2, 3, 4) for column in (2, 3, 4)}
+
+
+def test_a_neighbourhood_of_an_even_side_is_refused():
+    sizes = {"input_size": 8, "in_channels": 4, "out_channels": 4, "num_classes": 3}
+    with pytest.raises(ValueError, match="neighbourhood=2 must be an odd number"):
+        create_model("XSwin-S", **sizes, neighbourhood=2)

@@ -72,6 +72,23 @@ class Windows:
         return _offsets(self.size, self.tile, device)
 
 
+class Neighbourhoods(Windows):
+    """The neighbourhood of each token: the `size x size` tokens around it, moved inwards at the edges of the grid (NAT,
+    Hassani et al. 2023).
+
+    The grid is one tile: attention is computed between all of its tokens and masked. That suits grids of up to some
+    16 x 16 tokens; larger ones want a kernel of their own.
+    """
+
+    def __init__(self, height: int, width: int, size: int) -> None:
+        super().__init__(height, width, size, tile=max(height, width))
+
+    def mask(self, device: torch.device) -> Float[Tensor, "1 n n"] | None:
+        if max(self.height, self.width) <= self.size:
+            return None
+        return _neighbourhood_mask(self.size, (self.height, self.width), device)
+
+
 Pair = tuple[int, ...]  # rows and columns
 
 
@@ -92,6 +109,21 @@ def _mask(
             window = window[:1]  # all tiles have the same mask
         same_window = window[:, :, None] == window[:, None, :]
         return torch.zeros(same_window.shape, device=device).masked_fill(~same_window, -torch.inf)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def _neighbourhood_mask(size: int, sides: Pair, device: torch.device) -> Float[Tensor, "1 n n"]:
+    with torch.inference_mode(False):
+        neighbours = []  # along each axis, whether the second position is in the neighbourhood of the first
+        for side in sides:
+            position = torch.arange(side, device=device)
+            start = (position - size // 2).clamp(0, max(0, side - size))[:, None]
+            neighbours.append((start <= position) & (position < start + size))
+        rows, columns = neighbours
+        pairs = rows[:, None, :, None] & columns[None, :, None, :]
+        pairs = rearrange(pairs, "row column row2 column2 -> 1 (row column) (row2 column2)")
+        return torch.zeros(pairs.shape, device=device).masked_fill(~pairs, -torch.inf)
 
 
 @torch.compiler.assume_constant_result
@@ -136,7 +168,8 @@ class LinearWithBias(nn.Linear):
 class WindowAttention(nn.Module):
     """Cosine self-attention inside (shifted) windows, with continuous position bias (Swin V2, Liu et al. 2022).
 
-    As published, the keys' projection has no bias. An extra `token` is a key and value in every window.
+    As published, the keys' projection has no bias. An extra `token` is a key and value in every window. With
+    `neighbourhood`, each token attends to the `window_size x window_size` tokens around it instead.
 
     Cosine attention already normalises queries and keys and learns a temperature for each head; `qk_norm` adds a
     learned scale for each channel.
@@ -144,10 +177,19 @@ class WindowAttention(nn.Module):
 
     k_bias: Tensor  # zeros
 
-    def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool, qk_norm: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        *,
+        shifted: bool,
+        neighbourhood: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        self.num_heads, self.window_size = num_heads, window_size
+        self.num_heads, self.window_size, self.neighbourhood = num_heads, window_size, neighbourhood
         self.shift = window_size // 2 if shifted else 0
         self.qkv = LinearWithBias(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
@@ -159,7 +201,7 @@ class WindowAttention(nn.Module):
         self.position_bias = ContinuousPositionBias(window_size, num_heads)
 
     def forward(self, x: Grid, token: Float[Tensor, "b 1 d"] | None = None) -> Grid:
-        windows = Windows(x.shape[1], x.shape[2], self.window_size, self.shift, tile_side(self.window_size, x))
+        windows = self._windows(x)
         x = windows.partition(x)  # [b tiles n d]
         num_tiles, num_queries = x.shape[1:3]
         if token is not None:
@@ -172,6 +214,12 @@ class WindowAttention(nn.Module):
         bias = bias if token is None else F.pad(bias, (0, 1))
         x = attend(q[..., :num_queries, :], k, v, bias=rearrange(bias, "t k n m -> (t k) n m"), scale=scale)
         return windows.merge(self.proj(rearrange(x, "b (t k) n e -> b t n (k e)", k=self.num_heads)))
+
+    def _windows(self, x: Grid) -> Windows:
+        height, width = x.shape[1:3]
+        if self.neighbourhood:
+            return Neighbourhoods(height, width, self.window_size)
+        return Windows(height, width, self.window_size, self.shift, tile_side(self.window_size, x))
 
 
 Heads = Float[Tensor, "b k n e"]
