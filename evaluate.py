@@ -226,7 +226,7 @@ def score_samples(
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
     if num_drawn > 1:
         written.append(output.with_name(f"{output.stem}-sweep.png"))
-        record.draw_sweep(rows[:num_drawn], written[-1])
+        record.draw_sweep(rows[:num_drawn], written[-1], columns)
     if nearest is not None:
         written.append(output.with_name(f"{output.stem}-nearest.png"))
         record.draw_pairs(first, sources.from_dataset(train, "training images"), nearest, written[-1])

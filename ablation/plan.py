@@ -277,6 +277,8 @@ def as_record(plan: list[Planned]) -> dict[str, Any]:
         run, spec, cost = planned.run, planned.spec, planned.cost
         about = {"variant": run.variant, "point": run.point, "seed": run.seed, "folder": run.folder.as_posix()}
         about |= {"trained_in": planned.trained_in.as_posix(), "keys": planned.keys, "classes": planned.classes}
+        values = run.config.to_dict()
+        about["loss_of"] = {name: values[name] for name in ("autoencoder", "diffusion", "auxiliary", "alignment")}
         about |= {"model": spec.name, "model_args": spec.args, "parameters": cost.parameters, "gflops": cost.gflops}
         return {**about, "num_steps": planned.num_steps, "batch_size": run.config.train.batch_size}
 

@@ -1,6 +1,7 @@
 """`report.html`, `report.md`, `table.tex`, `results.csv` and `figures/` of an ablation, from its runs' JSON."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from ablation.results import Results, read_results
 from ablation.tables import as_markdown, as_tex, cells, crossed, head, reference_cells, trials_csv
 from evaluation.plots import page
 from evaluation.table import SIGNIFICANT, markdown, plain
+from experiment.config import SamplingConfig
 from machine.whole_files import write_whole
 from metrics.scores import digits_of, is_lower_better, title_of
+
+SAID = ("sampler", "num_steps", "guidance_scale")  # of sampling, in any report
 
 
 def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
@@ -78,6 +82,10 @@ def notes_of(results: Results) -> list[str]:
     if len(kinds := dict.fromkeys(drawn)) > 1:
         each = "; ".join(f"{num}, labels {labels}, {precision}" for num, labels, precision in kinds)
         notes.append(f"The runs were scored by different samples ({each}): only scores of the same can be compared.")
+    if len({str(run.plan.get("loss_of")) for run in results.runs}) > 1:
+        notes.append(
+            "Losses are of different objectives, or in different latents: only those of the same can be compared."
+        )
     if extractor != "inception":
         notes.append(f"Features of {extractor}: distances compare these runs with each other, and are not FID.")
     return notes
@@ -102,16 +110,20 @@ def facts_of(results: Results) -> dict[str, str]:
     reference, samples = first["reference"], first["samples"]
 
     def drawn(name: str) -> str:
-        return _distinct(run.record["samples"][name] for run in results.runs)
+        return _distinct(run.record["samples"].get(name) for run in results.runs)
 
     def planned(name: str) -> str:
         return _distinct(run.plan[name] for run in results.runs)
 
+    usual = {name: value for name, value in asdict(SamplingConfig()).items() if name not in SAID}
+    told = [(name, value) for run in results.runs for name, value in run.record["samples"].items() if name in usual]
+    unusual = dict.fromkeys(name for name, value in told if value != usual[name])
+    more = "".join(f", {name} {drawn(name)}" for name in unusual)
     return {
         "samples": f"{first['num_samples']} a trial, labels {samples['labels']}, seed {samples['seed']} and on",
         "reference": f"{first['num_reference']} images, {reference.get('split', '')} of {reference.get('source', '')}",
         "extractor": f"{first['extractor']}, sha256 {first['extractor_sha256']}",
-        "sampling": f"{drawn('sampler')}, {drawn('num_steps')} steps, guidance {drawn('guidance_scale')}",
+        "sampling": f"{drawn('sampler')}, {drawn('num_steps')} steps, guidance {drawn('guidance_scale')}{more}",
         "training": f"{planned('num_steps')} steps of {planned('batch_size')}",
         "commit": drawn("trained_at_commit"),
         "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),

@@ -29,14 +29,18 @@ RENAMES = (  # regular expressions and replacements for the names of weights, in
 
 
 def from_ldm(weights: Mapping[str, Tensor]) -> "AutoencoderKL":
-    """Build diffusers' autoencoder from these weights; its widths, depth and attention follow from them.
+    """Build diffusers' autoencoder from these weights or their EMA; its widths, depth and attention follow from them.
 
     Raises:
         AutoencoderError: these are not weights of such an autoencoder, or it has no posterior.
     """
     from diffusers import AutoencoderKL
 
-    weights = {match[1]: weight for name, weight in weights.items() if (match := PARTS.fullmatch(name))}
+    weights = {  # their EMA, which training there stores under the same names without dots
+        match[1]: weights.get(f"model_ema.{match[1].replace('.', '')}", weight)
+        for name, weight in weights.items()
+        if (match := PARTS.fullmatch(name))
+    }
     try:
         autoencoder = AutoencoderKL(**arguments_of(weights))
         num_levels = len(autoencoder.config["block_out_channels"])

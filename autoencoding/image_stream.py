@@ -23,8 +23,9 @@ NUM_SHAPES = 6000  # of each difficulty
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """Steps of `sizes[i]` images of source `i`, each source in epochs that are permutations, laid end to end. What a
-    step holds is a function of (seed, step, position in the global batch), of which each process has its share."""
+    """Steps of `sizes[i]` images of source `i`, each source in epochs that are permutations, laid end to end; half of
+    them mirrored, where `mirrors` is set. What a step holds is a function of (seed, step, position in the global
+    batch), of which each process has its share."""
 
     sources: Sequence[Any]  # of datasets of `data`, or several of them one after the other
     sizes: Sequence[int]
@@ -32,6 +33,7 @@ class ImageBatches:
     rank: int = 0
     num_ranks: int = 1
     num_workers: int = 0
+    mirrors: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_ranks:
@@ -48,7 +50,7 @@ class ImageBatches:
         loader = DataLoader(ConcatDataset(self.sources), batch_sampler=steps, num_workers=self.num_workers)
         for number, (images, _) in enumerate(loader, start=step):
             draw = generator_for(self.seed, "mirrored", number)
-            mirrored = torch.rand(self.batch_size, generator=draw)[share] < 0.5
+            mirrored = torch.rand(self.batch_size, generator=draw)[share] < 0.5 * self.mirrors
             yield torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
     def indices(self, step: int, order: int = 0) -> list[int]:
@@ -77,7 +79,7 @@ def open_batches(config: AutoencodingConfig, accelerator: Accelerator) -> ImageB
         sources.append(ConcatDataset(list(open_shapes(config, "train").values())))
     sizes = [batch_size - num_shapes, num_shapes][: len(sources)]
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    return ImageBatches(sources, sizes, config.train.seed, rank, num_ranks, config.train.num_workers)
+    return ImageBatches(sources, sizes, config.train.seed, rank, num_ranks, config.train.num_workers, config.data.flip)
 
 
 def open_held_out(config: AutoencodingConfig, accelerator: Accelerator) -> dict[str, Any]:

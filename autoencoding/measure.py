@@ -208,7 +208,7 @@ def measure_autoencoders(
     missing = {name: score.reason for row in rows for name, score in row.scores.items() if score.value is None}
     on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
     lines = [
-        f"{images.num_images} held-out images and what came back of them; distances on {on}",
+        f"{images.num_images} held-out images of {held_out.source_name} and what came back of them; distances on {on}",
         table(rows, ("encode img/s", "decode img/s"), of="autoencoder"),
         *(f"latents of {name}: {in_words(of.latents)}" for name, of in measured.items()),
         *(f"{name}: none: {reason}" for name, reason in missing.items()),
@@ -255,9 +255,9 @@ def draw_reconstructions(images: Source, codecs: Sequence[LatentCodec], device: 
     """Some images of the classes, and for each autoencoder what comes back of them and by how much it differs."""
     labels = torch.zeros(images.num_images).long() if images.labels is None else images.labels
     originals = images.images(stratified(labels, min(COLUMNS, images.num_images), seed=0))
-    rows = [("input", originals)]
-    for codec in codecs:
-        name = "reconstruction" if len(codecs) == 1 else Path(codec.source).name
+    rows, short = [("input", originals)], [Path(codec.source).name for codec in codecs]
+    for codec, last in zip(codecs, short, strict=True):
+        name = "reconstruction" if len(codecs) == 1 else last if short.count(last) == 1 else codec.source
         reconstructed = codec.decode(codec.encode(originals.to(device))).cpu()
         difference = AMPLIFIED * (reconstructed.float() - originals.float()) + 127.5
         rows.append((name, reconstructed))

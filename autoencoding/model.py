@@ -15,7 +15,7 @@ from autoencoding.autoencoder_config import ArchitectureConfig, AutoencoderOptim
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from machine.whole_files import beside, whole
 from training.muon import Muon
-from training.optimizer import Optimizers
+from training.optimizer import Optimizers, decaying
 
 
 class Coded(NamedTuple):
@@ -67,9 +67,9 @@ def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) 
     if config.muon_lr is not None:
         matrices = [parameter for parameter in rest if parameter.ndim > 1 and parameter not in ends]
         rest = [parameter for parameter in rest if parameter.ndim <= 1 or parameter in ends]
-        optimizers["muon"] = Muon(matrices, lr=config.muon_lr, weight_decay=0.0)
+        optimizers["muon"] = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
     of_adamw: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
-    optimizers["adamw"] = torch.optim.AdamW(rest, config.lr, **of_adamw)
+    optimizers["adamw"] = torch.optim.AdamW(decaying(rest), config.lr, **of_adamw)
     return optimizers
 
 
@@ -143,6 +143,9 @@ def finish(
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift, **per_channel)
     kept = beside(folder)
     with whole(folder) as partial:
+        if half and any(not weight.half().isfinite().all() for weight in autoencoder.state_dict().values()):
+            print("--half: weights beyond float16's 65504 would become infinite; they are kept in float32")
+            half = False
         (autoencoder.half() if half else autoencoder).save_pretrained(partial)
         (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if folder.exists():

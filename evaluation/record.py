@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from evaluation.scoring import Memorisation, Reference, Row, Scorer
 from evaluation.sources import Source
 from evaluation.table import number, terminal
 from machine.accelerator import describe
-from machine.whole_files import write_whole
+from machine.whole_files import beside, write_whole
 from metrics.features import Extractor
 from metrics.scores import Score, digits_of, metric_name
 from sampling.image_files import save_grid
@@ -36,8 +37,21 @@ def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dic
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Strict JSON, whole or not at all. That has no infinite numbers, as settings without a limit are: text."""
+    """Strict JSON, whole or not at all. That has no infinite numbers, as settings without a limit are: text. What is
+    there of more images, which took longer, is kept beside it."""
+    before: Any = None
+    with suppress(OSError, ValueError):  # there is none
+        before = json.loads(path.read_text())
+    if _num_images(before) > _num_images(record):
+        print(f"{path} was of more images, and is now {path.rename(beside(path))}")
     write_whole(path, json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _num_images(record: Any) -> int:
+    """In all trials; 0 of what is no record."""
+    values = record if isinstance(record, Mapping) else {}
+    num_samples, num_trials = values.get("num_samples"), values.get("num_trials")
+    return num_samples * num_trials if isinstance(num_samples, int) and isinstance(num_trials, int) else 0
 
 
 def _strict(value: Any) -> Any:
@@ -120,18 +134,21 @@ def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path:
     save_grid(pairs, path, columns=len(closest), captions=[*captions, *["training"] * len(closest)])
 
 
-def draw_sweep(rows: Sequence[Row], path: Path) -> None:
+def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = ()) -> None:
     """The first metric, and precision against recall, along the guidance scale or, where that is one, the calls of the
-    model; a line for each combination of what else varies, error bars where there were trials."""
+    model; a line for each combination of what else varies, of `SWEPT` and `columns`, error bars where there were
+    trials."""
     from matplotlib.figure import Figure
 
     distance = next(iter(rows[0].scores))
-    varying = [name for name in SWEPT if len({row.settings[name] for row in rows}) > 1]
+    names = dict.fromkeys([*SWEPT, *columns])
+    varying = [name for name in names if len({str(row.settings.get(name)) for row in rows}) > 1]
     along = "guidance_scale" if "guidance_scale" in varying or "num_steps" not in varying else "model_calls"
     others = [name for name in varying if name != along and (name, along) != ("num_steps", "model_calls")]
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(", ".join(SWEPT[name].format(row.settings[name]) for name in others), []).append(row)
+        words = [SWEPT.get(name, f"{name} {{}}").format(row.settings.get(name)) for name in others]
+        lines.setdefault(", ".join(words), []).append(row)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, line in lines.items():

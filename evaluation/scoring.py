@@ -192,10 +192,12 @@ def summarise(source: Source, trials: list[Scores]) -> Row:
     if len(trials) == 1:
         return Row(source.name, trials[0].scores, source.provenance, trials)
     summary = {}
-    for metric, score in trials[0].scores.items():
-        values = [trial.scores[metric].value for trial in trials]
-        known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
-        complete = len(known) == len(trials)
+    for metric in trials[0].scores:
+        scores = [trial.scores[metric] for trial in trials]
+        if lacking := next((score for score in scores if score.value is None), None):  # a trial's alone is no mean
+            summary[metric] = lacking
+            continue
+        values = torch.tensor([score.value for score in scores], dtype=torch.float64)
         over = f"standard deviation over {len(trials)} trials"
-        summary[metric] = Score(known.mean().item(), known.std().item(), spread=over) if complete else score
+        summary[metric] = Score(values.mean().item(), values.std().item(), spread=over)
     return Row(source.name, summary, source.provenance, trials)

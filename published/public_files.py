@@ -57,10 +57,14 @@ VA_VAE = (
 
 
 def public_autoencoder(weights: Path, source: str | None) -> list[Path]:
-    """Resolve the name of VA-VAE to its weights and its latents' statistics, downloaded; other paths stay as given."""
-    if source not in (None, "ldm") or str(weights) not in (VA_VAE, f"{VA_VAE}.pt") or weights.is_file():
+    """Resolve VA-VAE's name to its weights and its latents' statistics, downloaded if they are not next to each other
+    here; other paths stay as given."""
+    by_name = str(weights) in (VA_VAE, f"{VA_VAE}.pt") or (weights.name == f"{VA_VAE}.pt" and weights.is_file())
+    if source not in (None, "ldm") or not by_name:
         return [weights]
-    return [from_hub(f"hustvl/{VA_VAE}", name, f"--weights {weights}") for name in (f"{VA_VAE}.pt", "latents_stats.pt")]
+    places = [weights.with_name(name) for name in (f"{VA_VAE}.pt", "latents_stats.pt")]
+    flag = f"--weights {weights}"
+    return [place if place.is_file() else from_hub(f"hustvl/{VA_VAE}", place.name, flag) for place in places]
 
 
 def public_file(weights: Path) -> tuple[Path, PublicFile | None]:

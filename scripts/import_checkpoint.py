@@ -64,7 +64,8 @@ class ImportConfig:
             latent-diffusion's code, such as VA-VAE); names of public files say it
         autoencoder: whose latents the model denoises: a hub id, a folder in diffusers' format, or 'pixel'
         classes: text file with the name of a class a line; by default ImageNet's where there are 1000, else numbers
-        data: the images that it was trained on (--data.path); an autoencoder's latents are normalised by them
+        data: the images that it was trained on (--data.path); an autoencoder's latents are normalised by them, of
+            --data.image_size, where no statistics are given
         image_size: side in pixels; by default 8 times the latent's, of 'lightningdit' 16 times
         num_heads: where the width is none of the published sizes
     """
@@ -87,6 +88,8 @@ def main(config: ImportConfig) -> None:
     check_empty(config.output, "--output")
     files = config.weights if isinstance(config.weights, list) else public_autoencoder(config.weights, config.source)
     is_autoencoder = config.source in ("tiny", "ldm") or (config.source is None and files != [config.weights])
+    if is_autoencoder:
+        check_autoencoder(config, files)
     with whole(config.output) as folder:
         what = import_autoencoder(config, files, folder) if is_autoencoder else import_backbone(config, folder)
     print(f"{what}{config.output}")
@@ -146,6 +149,17 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     )
 
 
+def check_autoencoder(config: ImportConfig, files: list[Path]) -> None:
+    """That nothing is asked for which an autoencoder's import does not do. Raises ValueError."""
+    defaults = ImportConfig(config.weights, config.output)
+    for name in ("autoencoder", "classes", "image_size", "num_heads"):
+        if (value := getattr(config, name)) != getattr(defaults, name):
+            remedy = f"give --data.image_size {value}" if name == "image_size" else "leave it out"
+            raise ValueError(f"--{name} {value}: it is of a backbone, and this is an autoencoder; {remedy}")
+    if config.source != "tiny" and len(files) == 2 and config.data != defaults.data:
+        raise ValueError(f"--data: latents are normalised by {files[1].name}, not by images; leave one of both out")
+
+
 def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, num_images: int = 1024) -> str:
     """An autoencoder in diffusers' format, with statistics of its latents; returns what it is."""
     import torch
@@ -171,7 +185,7 @@ def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, nu
         images = open_split(config.data, "train")
         some = stratified(images.labels, min(num_images, len(images)), seed=0).tolist()
         with_statistics(autoencoder, torch.stack([images[index][0] for index in some]).float() / 127.5 - 1)
-        by = f"{len(some)} images of {config.data.path}"
+        by = f"{len(some)} images of {config.data.path} of {config.data.image_size} pixels"
     if all(weight.half().float().equal(weight) for weight in autoencoder.parameters()):
         autoencoder.half()  # as TAEF2 is published: nothing is lost, and it is computed in float32
     autoencoder.save_pretrained(folder)

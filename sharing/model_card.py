@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import WEIGHTS, Checkpoint, read_metadata, read_tensors, save_tensors
 from evaluation.table import code, markdown, plain
+from experiment.config import SamplingConfig
 from sampling.image_files import drawn_by
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
@@ -128,7 +130,21 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
         scores=markdown([["score", "value"], *scores]),
         origin=origin,
         averaged=averaged(checkpoint),
+        drawn=drawn_with(checkpoint, record.get("samples", {})),
     )
+
+
+def drawn_with(checkpoint: Checkpoint, samples: dict[str, Any]) -> dict[str, Any]:
+    """By name, how samples that were scored were drawn: the usual four, and whatever else is not as it is by default;
+    the autoencoder where it is not the checkpoint's own."""
+    known: dict[str, Any] = {name: samples.get(name) for name in ("sampler", "num_steps", "guidance_scale", "seed")}
+    usual = {**asdict(SamplingConfig()), "spacing": checkpoint.build_diffusion().default_spacing, "labels": "balanced"}
+    others = {name: samples[name] for name in usual if name in samples and name not in known}
+    known |= {name: value for name, value in others.items() if value != usual[name]}
+    codec, own = samples.get("autoencoder"), checkpoint.identity.get("codec", {})
+    if isinstance(codec, dict) and any(codec.get(name) != own[name] for name in own if name != "autoencoder"):
+        known["autoencoder"] = codec.get("autoencoder")
+    return known
 
 
 def averaged(checkpoint: Checkpoint) -> str:

@@ -15,7 +15,7 @@ from processes import run
 from scipy import stats
 
 from ablation.pictures import Pictures, beside, read_pictures, save_beside
-from ablation.report import findings_of, notes_of, write_report
+from ablation.report import facts_of, findings_of, notes_of, write_report
 from ablation.results import holm, read_results
 from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
 from evaluation.plots import color, legend_columns, marker
@@ -186,6 +186,17 @@ def test_the_tex_table_has_the_columns_asked_for(ablation):
     assert as_tex(no_memory).splitlines()[2].startswith("model & parameters & GFLOPs & Fréchet")
     with pytest.raises(ValueError, match="columns FID: choose from parameters, GFLOPs, img/s, GB, fid"):
         check_columns(["FID"])
+
+
+def test_what_is_not_as_usual_or_does_not_compare_is_said(ablation):
+    results, of_losses = read_results(ablation), "Losses are of different objectives"
+    usual = "ddim, 9 steps, guidance 2.0"
+    assert facts_of(results)["sampling"] == usual
+    assert of_losses not in "".join(notes_of(results))
+    results.runs[-1].record["samples"]["guidance_checkpoint"] = "runs/worse"
+    results.runs[-1].plan["loss_of"] = {"autoencoder": "pixel"}
+    assert facts_of(results)["sampling"] == f"{usual}, guidance_checkpoint None, runs/worse"
+    assert of_losses in "".join(notes_of(results))
 
 
 def test_bold_is_what_is_decidedly_better_than_every_other(ablation):

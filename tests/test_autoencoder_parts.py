@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from processes import ROOT
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -17,7 +18,7 @@ from autoencoding.autoencoder_config import (
     DiscriminatorConfig,
     LossConfig,
 )
-from autoencoding.image_stream import ImageBatches
+from autoencoding.image_stream import ImageBatches, open_batches
 from autoencoding.losses import (
     ADVERSARIAL,
     NORMS,
@@ -29,6 +30,7 @@ from autoencoding.losses import (
 )
 from autoencoding.model import Autoencoding, autoencoder_optimizers, create_autoencoder, finish, measure_latents
 from experiment.cli import parse
+from experiment.config import DataConfig
 
 TINY = {"channels": [8, 16], "latent_channels": 4, "layers_per_block": 1, "norm_groups": 4}
 
@@ -196,10 +198,24 @@ def test_statistics_of_the_initial_autoencoder_are_dropped(tmp_path):
     assert create_codec(str(tmp_path / "autoencoder")).normalisation == {"scale": scale, "shift": shift}
 
 
+def test_weights_beyond_half_precision_stay_in_float32(tmp_path, capsys):
+    autoencoder, pixels = tiny().autoencoder.eval(), ((images() + 1) * 127.5).to(torch.uint8)
+    written = {"measure": False, "half": True}
+    finish(tmp_path / "half", autoencoder, pixels, {}, **written)
+    assert not capsys.readouterr().out
+    autoencoder.float().decoder.conv_out.bias.data[0] = 1e5
+    finish(tmp_path / "whole", autoencoder, pixels, {}, **written)
+    assert "they are kept in float32" in capsys.readouterr().out
+    half, whole = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("half", "whole"))
+    assert {weight.dtype for weight in half.values()} == {torch.float16}
+    assert {weight.dtype for weight in whole.values()} == {torch.float32}
+
+
 def test_muon_takes_the_matrices_and_adamw_the_rest():
     model = tiny()
     optimizers = autoencoder_optimizers(model, AutoencoderOptimConfig(muon_lr=1e-2))
-    matrices, rest = optimizers["muon"].param_groups[0]["params"], optimizers["adamw"].param_groups[0]["params"]
+    matrices = optimizers["muon"].param_groups[0]["params"]
+    rest = [parameter for group in optimizers["adamw"].param_groups for parameter in group["params"]]
     assert sum(p.numel() for p in [*matrices, *rest]) == sum(p.numel() for p in model.parameters())
     assert all(matrix.ndim > 1 for matrix in matrices)
     before = matrices[0].detach().clone()
@@ -208,6 +224,21 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert not torch.equal(before, matrices[0])
     optimizers["muon"].zero_grad()
     assert all(matrix.grad is None for matrix in matrices)
+
+
+@pytest.mark.parametrize("muon_lr", [None, 1e-2])
+def test_what_multiplies_features_decays_and_nothing_else(muon_lr):
+    model = tiny()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizers = autoencoder_optimizers(model, AutoencoderOptimConfig(lr=1e-2, muon_lr=muon_lr, weight_decay=0.5))
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizers.step()
+    assert {weight.ndim for weight in model.parameters()} == {0, 1, 2, 4}
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight, before[name] * (1 - 1e-2 * 0.5 * (weight.ndim > 1)), msg=name)
+    numbers = [number for group in optimizers["adamw"].param_groups for number in group["numbers"]]
+    assert sorted(numbers) == list(range(len(numbers)))  # as files had them before there were groups
 
 
 def test_image_batches_depend_only_on_the_step_and_are_split_among_processes():
@@ -229,6 +260,15 @@ def test_image_batches_depend_only_on_the_step_and_are_split_among_processes():
     assert len({number for batch in whole for number in batch if number < 100}) == 10  # 12 places: an epoch and more
     with pytest.raises(ValueError, match=r"--train.batch_size 6 must be a multiple of 4 processes"):
         ImageBatches([source, shapes], [4, 2], seed=0, num_ranks=4)
+
+
+def test_images_are_mirrored_where_the_data_say_so():
+    for flip in (True, False):
+        data = DataConfig(num_images=40, image_size=16, flip=flip)
+        batches = open_batches(AutoencodingConfig(data=data), Accelerator(cpu=True))
+        batch, as_they_are = next(batches(0)), [batches.sources[0][index][0] for index in batches.indices(0)]
+        is_same = (batch == torch.stack(as_they_are)).flatten(1).all(dim=1)
+        assert bool(is_same.all()) != flip
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "autoencoder").glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,5 +1,7 @@
 """Near-duplicates end on one side of a split; what looks different does not."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
@@ -32,6 +34,28 @@ def test_changed_images_are_found_and_others_not():
     images |= {f"x {name}": change(picture(7)) for name, change in ALIKE.items()}
     found = near_duplicates(list(images), images.__getitem__)
     assert found == dict.fromkeys(["07.png", *(f"x {name}" for name in ALIKE)], "07.png")
+
+
+def on_white(seed):
+    """Something small in the middle of nothing, as a catalogue has it."""
+    canvas = Image.new("RGB", (64, 64), "white")
+    canvas.paste(picture(seed).resize((24, 24)), (20, 20))
+    return canvas
+
+
+def test_even_ground_makes_nothing_alike():
+    images = {f"{number:02}.png": on_white(number) for number in range(30)}
+    images |= {"x mirrored.png": ImageOps.mirror(on_white(7)), "x smaller.png": on_white(7).resize((48, 48))}
+    saved = io.BytesIO()
+    on_white(7).save(saved, "JPEG", quality=85)
+    images["x saved.jpg"] = Image.open(saved)
+    images |= {f"y {grey}.png": Image.new("RGB", (64, 64), (grey, grey, grey)) for grey in (0, 100, 200, 205)}
+    found = near_duplicates(list(images), images.__getitem__)
+    groups = {
+        "07.png": ["07.png", "x mirrored.png", "x smaller.png", "x saved.jpg"],
+        "y 200.png": ["y 200.png", "y 205.png"],
+    }
+    assert found == {name: first for first, group in groups.items() for name in group}
 
 
 @pytest.mark.parametrize("seed", range(3))

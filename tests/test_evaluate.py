@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from processes import log, run
+
+from evaluation.record import draw_sweep, write_json
+from evaluation.scoring import summarise
+from evaluation.sources import Source
+from metrics.fidelity import Scores
+from metrics.scores import Score
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +249,43 @@ def test_mistakes_end_in_one_line(folder, extractor, arguments, message):
     assert "error:" in last
     assert message in last
     assert "Traceback" not in done.stderr
+
+
+def row_of(metric, *values, **settings):
+    trials = [Scores({metric: Score(value)}, 10) for value in values]
+    return summarise(Source("run", 10, iter, settings), trials)
+
+
+def test_a_sweep_has_a_line_for_each_value_of_whatever_is_swept(tmp_path, monkeypatch):
+    usual = {"sampler": "heun", "spacing": "uniform", "num_steps": 10, "model_calls": 19}
+    values = {(scale, rescale): scale + rescale for rescale in (0.0, 0.7) for scale in (1.0, 2.0)}
+    rows = [
+        row_of("fid", value, **usual, guidance_scale=scale, guidance_rescale=rescale)
+        for (scale, rescale), value in values.items()
+    ]
+    drawn, errorbar = {}, Axes.errorbar
+
+    def watched(axes, x, y, *errors, label, **look):
+        drawn.setdefault(label, (x, y))
+        return errorbar(axes, x, y, *errors, label=label, **look)
+
+    monkeypatch.setattr(Axes, "errorbar", watched)
+    draw_sweep(rows, tmp_path / "sweep.png", ["guidance_rescale"])
+    assert drawn == {f"guidance_rescale {rescale}": ([1.0, 2.0], [1 + rescale, 2 + rescale]) for rescale in (0.0, 0.7)}
+
+
+def test_of_trials_that_lack_a_number_there_is_no_mean():
+    assert row_of("fid", 1.0, 3.0).scores["fid"].value == 2.0
+    assert row_of("fid", 1.0, None).scores["fid"].value is None
+
+
+def test_scores_of_more_images_are_kept(tmp_path, capsys):
+    path, record = tmp_path / "scores.json", {"num_samples": 50_000, "num_trials": 1}
+    write_json(record, path)
+    write_json({"num_samples": 50_000, "num_trials": 3}, path)  # as many and more
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
+    write_json({"num_samples": 10, "num_trials": 1}, path)
+    kept = next(tmp_path.glob("scores.json.before-*"))
+    assert json.loads(kept.read_text())["num_trials"] == 3
+    assert json.loads(path.read_text())["num_samples"] == 10
+    assert f"{path} was of more images, and is now {kept}" in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """Guards of a training: skipped steps, rollbacks, averages between log lines, signals."""
 
 import gc
+import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +92,30 @@ def test_the_meter_resumes_from_a_checkpoint(accelerator):
     assert {name: one[name] for name in one if name not in measured} == {
         name: other[name] for name in other if name not in measured
     }
+
+
+def test_speed_is_that_of_steps_since_a_training_began_or_was_resumed(accelerator, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def two_steps(meter):
+        for _ in range(2):
+            meter.add({"loss": torch.ones(8)})
+            meter.step(1.0, 0.0, 8)
+        now[0] += 2.0
+
+    meter = Meter(accelerator)
+    now[0] += 1000.0  # images are encoded
+    meter.start()
+    two_steps(meter)
+    assert meter.summary()["images_per_second"] == 8.0
+    resumed = Meter(accelerator)
+    resumed.restore(json.loads(json.dumps(meter.state())))
+    now[0] += 1000.0
+    resumed.start()
+    two_steps(resumed)
+    summary = resumed.summary()
+    assert (summary["images_per_second"], summary["loss"]) == (8.0, 1.0)
 
 
 def test_each_process_resumes_with_its_own_sums(accelerator, monkeypatch):

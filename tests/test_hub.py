@@ -19,7 +19,7 @@ from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, 
 from checkpoints.hub import HubError, local
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
 from sampling.image_files import drawn_by, save_grid
-from sharing.model_card import card_files, model_card, rounded, without_paths
+from sharing.model_card import card_files, drawn_with, model_card, rounded, without_paths
 
 PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")
 REPO = "me/tiny-shapes"
@@ -283,6 +283,22 @@ def test_the_card_describes_its_own_weights(folder, tmp_path):
     card = model_card(open_checkpoint(tmp_path / "ema.safetensors"), REPO, "mit", {})
     assert "averaged by a power function of length 0.08" in card
     assert "averaged at" not in card
+
+
+def test_a_card_says_how_scored_samples_were_drawn(folder):
+    checkpoint = open_checkpoint(folder / "runs" / "tiny")
+    own = checkpoint.identity["codec"]
+    usual = {"sampler": "ddpm", "num_steps": 3, "guidance_scale": 1.5, "seed": 0}
+    as_usual = {"spacing": "uniform", "guidance_interval": None, "sampler_args": {}, "labels": "balanced"}
+    assert drawn_with(checkpoint, {**usual, **as_usual, "autoencoder": {**own, "autoencoder": "moved"}}) == usual
+    others = {
+        "guidance_checkpoint": "worse",
+        "guidance_interval": [0.2, 5.0],
+        "spacing": "trailing",
+        "labels": "random",
+    }
+    decoder = {"autoencoder": {**own, "decoder_sha256": "another", "autoencoder": "mine"}}
+    assert drawn_with(checkpoint, {**usual, **others, **decoder}) == {**usual, **others, "autoencoder": "mine"}
 
 
 def test_names_that_users_choose_are_text_in_a_card(folder):

@@ -190,6 +190,37 @@ def test_the_command_normalises_by_published_statistics_or_by_images(tmp_path, m
     assert create_codec(str(tmp_path / "by-name")).identity == codec.identity
 
 
+def test_an_average_counts_before_the_weights_that_it_is_of():
+    weights = published()
+    averages = {f"model_ema.{name.replace('.', '')}": tensor + 1 for name, tensor in weights.items()}
+    others = {"model_ema.decay": torch.ones(1), "model_ema.diffusion_modeloutweight": torch.ones(1)}
+    taken = from_ldm({**weights, **averages, **others}).state_dict()
+    expected = from_ldm({name: tensor + 1 for name, tensor in weights.items()}).state_dict()
+    assert all(torch.equal(taken[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_an_autoencoders_import_does_not_do_is_refused(here, monkeypatch):
+    torch.save({"state_dict": published()}, "autoencoder.pt")
+    torch.save({"mean": torch.zeros(CHANNELS), "std": torch.ones(CHANNELS)}, "latents_stats.pt")
+    ldm = ["--source", "ldm", "--output", "imported", "--weights", "autoencoder.pt"]
+    with pytest.raises(ValueError, match=r"^--image_size 16: .* give --data.image_size 16$"):
+        imported(*ldm, "--image_size", 16)
+    with pytest.raises(ValueError, match=r"^--autoencoder pixel: it is of a backbone"):
+        imported(*ldm, "--autoencoder", "pixel")
+    with pytest.raises(ValueError, match=r"^--data: latents are normalised by latents_stats\.pt, not by images"):
+        imported(*ldm, "latents_stats.pt", "--data.image_size", 16)
+
+    # The public file by its name, which is here, has its authors' statistics; where they are not here they are fetched.
+    public = f"{public_files.VA_VAE}.pt"
+    (here / "autoencoder.pt").rename(public)
+    imported("--source", "ldm", "--weights", public, "--output", "imported")
+    assert create_codec("imported").normalisation == {"scale": [1.0] * CHANNELS, "shift": [0.0] * CHANNELS}
+    statistics, asked = (here / "latents_stats.pt").rename("other.pt"), []
+    monkeypatch.setattr(public_files, "from_hub", lambda repo, name, flag: asked.append(name) or statistics)
+    imported("--weights", here / public, "--output", "again")
+    assert asked == ["latents_stats.pt"]
+
+
 def test_weights_and_statistics_of_other_formats_are_refused():
     with pytest.raises(AutoencoderError, match=r"^--weights: not .* format \(decoder\.conv_in\.weight is missing\)$"):
         from_ldm({"encoder.weight": torch.zeros(1)})

@@ -1,6 +1,8 @@
 """evaluate.py --autoencoder: numbers against direct computations, its files, and what is refused."""
 
 import json
+from copy import copy
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -259,3 +261,16 @@ def test_records_go_to_the_autoencoders_folder_or_are_named_after_it(tmp_path):
         "assets-autoencoder": [codec(EMBEDDED["embedded"])],
     }.items():
         assert str(default_output(codecs)) == f"{name}-autoencoder.json"
+
+
+def test_rows_of_autoencoders_of_one_name_are_told_apart(monkeypatch):
+    drawn, embedded = [], LatentCodec()
+    monkeypatch.setattr(measuring, "save_labelled", lambda rows, *_, **__: drawn.append([name for name, _ in rows]))
+    images = from_images(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "images")
+    for sources in (["runs/a/autoencoder", "runs/b/autoencoder", "mine/vae"], ["runs/a/autoencoder"]):
+        codecs = [copy(embedded) for _ in sources]
+        for codec, source in zip(codecs, sources, strict=True):
+            codec.source = source
+        measuring.draw_reconstructions(images, codecs, CPU, Path("unwritten.png"))
+    assert drawn[0][1::2] == ["runs/a/autoencoder", "runs/b/autoencoder", "vae"]
+    assert drawn[1][1::2] == ["reconstruction"]

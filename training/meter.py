@@ -25,8 +25,12 @@ class Meter:
         self.sums: dict[str, Tensor] = {}
         self.pending: dict[str, Tensor] = {}
         self.norms: list[float] = []
-        self.num_clipped = self.num_images = 0
-        self.waited, self.paused, self.since = 0.0, 0.0, time.perf_counter()
+        self.num_clipped = 0
+        self.start()
+
+    def start(self) -> None:
+        """The clock: speed is that of steps from here on."""
+        self.num_images, self.waited, self.paused, self.since = 0, 0.0, 0.0, time.perf_counter()
 
     def add(self, terms: dict[str, Tensor], noise_rank: Tensor | None = None) -> None:
         """Loss terms [b] of a micro-batch, and where its times, if any, lie from the least noise, 0, to the most, 1."""
@@ -82,18 +86,19 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """The interval so far, of each process, for a checkpoint in the middle of it."""
         shares: dict[str, Any] = {name: self.accelerator.gather(total[None]) for name, total in self.sums.items()}
-        counts = {"norms": self.norms, "num_clipped": self.num_clipped, "num_images": self.num_images}
+        counts = {"norms": self.norms, "num_clipped": self.num_clipped}
         return {"shares": {name: share.tolist() for name, share in shares.items()}, **counts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on in an interval, each process with its own sums, or of another number the first with all."""
+        """Go on in an interval, each process with its own sums, or of another number the first with all. What took time
+        before took it elsewhere: the clock starts anew."""
         self.reset()
         rank, num = self.accelerator.process_index, self.accelerator.num_processes
         earlier = {name: [total] for name, total in state.get("sums", {}).items()}  # as checkpoints once had them
         for name, shares in state.get("shares", earlier).items():
             share = torch.tensor(shares, device=self.accelerator.device)
             self.sums[name] = share[rank] if len(share) == num else share.sum(dim=0) * float(rank == 0)
-        self.norms, self.num_clipped, self.num_images = state["norms"], state["num_clipped"], state["num_images"]
+        self.norms, self.num_clipped = state["norms"], state["num_clipped"]
 
 
 def _sum(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The optimizer of a backbone, its rate at each step, and how many steps there are."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,8 +52,18 @@ def build_optimizers(model: Backbone, heads: nn.Module, config: OptimConfig) -> 
     optimizers = Optimizers(optimizer=build_optimizer(model, config))
     if weights := [weight for weight in heads.parameters() if weight.requires_grad]:
         of_adamw: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
-        optimizers["heads_optimizer"] = torch.optim.AdamW(weights, config.lr, **of_adamw)
+        optimizers["heads_optimizer"] = torch.optim.AdamW(decaying(weights), config.lr, **of_adamw)
     return optimizers
+
+
+def decaying(weights: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """In groups: what multiplies features, and what does not and so does not decay: norms, biases, single numbers."""
+    groups: list[dict[str, Any]] = [{"params": [], "numbers": []}, {"params": [], "numbers": [], "weight_decay": 0.0}]
+    for number, weight in enumerate(weights):  # files number parameters as without groups
+        group = groups[weight.ndim < 2]
+        group["params"].append(weight)
+        group["numbers"].append(number)
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: float = 1.0) -> float:

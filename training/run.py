@@ -127,6 +127,7 @@ class Run(Generic[R]):
             self._save_again()
         bar = {"desc": self.folder.name, "unit": "step", "disable": not self.is_main}
         self.bar = tqdm(initial=self.step, total=self.num_steps, **bar)
+        self.meter.start()  # images that are encoded, a model that is built, are no steps
         while self.step < self.num_steps:
             yield self.step
             self.step += 1
