@@ -21,7 +21,7 @@ from models import create_model
 from models.backbone import as_backbone
 from training.batches import Batch
 from training.guard import gradient_norm
-from training.objective import AUXILIARY, Objective, Phase, build_auxiliary
+from training.objective import AUXILIARY, Objective, Phase, build_auxiliary, data_time_of
 from training.optimizer import build_optimizers
 
 CPU = torch.device("cpu")
@@ -64,6 +64,18 @@ def test_gradients_reach_the_model_and_only_the_model(kind, network, unet):
     if kind == "perceptual":
         assert not any(parameter.requires_grad for parameter in term.term.network.parameters())
     assert term.term(x_0, x_0, y).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("model_times", "time"), [([0.0, 999.0], 0.0), ([1.0, 0.0], 1.0)])
+def test_features_are_those_of_data_without_noise(unet, monkeypatch, model_times, time):
+    """Published flows (SiT, LightningDiT) are told 1 of data and 0 of noise."""
+    diffusion, told = DIFFUSIONS["flow"](model_times=model_times), []
+    terms = build_auxiliary(
+        [AuxiliaryConfig("feature_matching", 0.1)], unet, PixelCodec(), CPU, data_time_of(diffusion)
+    )
+    monkeypatch.setattr(terms[0].term, "encode", lambda x, t, y: told.append(t.tolist()) or [x])
+    terms[0].term(randn(2, 3, 16, 16), randn(2, 3, 16, 16), torch.tensor([0, 1]))
+    assert told == [[time, time]] * 2
 
 
 def test_a_term_that_is_a_module_is_trained_beside_the_model(unet):

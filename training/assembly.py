@@ -16,7 +16,7 @@ from models import ModelSpec
 from models.backbone import Backbone
 from training.adapters import adapt
 from training.alignment import open_alignment
-from training.objective import Objective, build_auxiliary, objective_of
+from training.objective import Objective, build_auxiliary, data_time_of, objective_of
 from training.optimizer import Optimizers, build_optimizers
 from training.preparation import compile_blocks, join_casts, recompute_blocks, share_batch_norms
 from training.run import Run, open_run
@@ -43,7 +43,8 @@ def build_objective(
 ) -> tuple[Objective, LatentCache | None]:
     """With its auxiliary terms and its alignment, and the features of these images that the latter is to."""
     alignment, features = open_alignment(run, model, images)
-    auxiliary = build_auxiliary(run.config.auxiliary, model, codec, run.accelerator.device)
+    looks = model, codec, run.accelerator.device, data_time_of(diffusion)
+    auxiliary = build_auxiliary(run.config.auxiliary, *looks)
     return objective_of(diffusion)(diffusion, auxiliary, alignment), features
 
 

@@ -99,7 +99,9 @@ class Perceptual:
 
     is_fixed = True
 
-    def __init__(self, config: AuxiliaryConfig, model: nn.Module, codec: Codec, device: torch.device) -> None:
+    def __init__(
+        self, config: AuxiliaryConfig, model: nn.Module, codec: Codec, device: torch.device, data_time: float
+    ) -> None:
         if codec.source != "pixel":
             raise ValueError("--auxiliary perceptual: it looks at images, not at latents; use --autoencoder pixel")
         self.network = perceptual_network(config.network, config.heads).to(device)
@@ -115,15 +117,17 @@ class FeatureMatching:
 
     is_fixed = False
 
-    def __init__(self, config: AuxiliaryConfig, model: Backbone, codec: Codec, device: torch.device) -> None:
+    def __init__(
+        self, config: AuxiliaryConfig, model: Backbone, codec: Codec, device: torch.device, data_time: float
+    ) -> None:
         if type(model).encode is Backbone.encode and not model.repeated_blocks():
             raise ValueError(
                 f"--auxiliary feature_matching: {type(model).__name__} has no block_types; take another --model"
             )
-        self.encode = model.encode
+        self.encode, self.data_time = model.encode, data_time
 
     def __call__(self, predicted: Tensor, x_0: Tensor, y: Tensor) -> Float[Tensor, " b"]:
-        t = torch.zeros(len(y), device=y.device)
+        t = torch.full((len(y),), self.data_time, device=y.device)
         with torch.no_grad():
             true = self.encode(x_0, t, y)
         return torch.stack([_distance(*pair) for pair in zip(self.encode(predicted, t, y), true, strict=True)]).mean(0)
@@ -132,8 +136,14 @@ class FeatureMatching:
 AUXILIARY = {"perceptual": Perceptual, "feature_matching": FeatureMatching}
 
 
+def data_time_of(diffusion: Diffusion) -> float:
+    """The time that a backbone is given for data without noise."""
+    times = getattr(diffusion.path, "model_times", None)
+    return float(times[0]) if times else 0.0
+
+
 def build_auxiliary(
-    configs: Sequence[AuxiliaryConfig], model: Backbone, codec: Codec, device: torch.device
+    configs: Sequence[AuxiliaryConfig], model: Backbone, codec: Codec, device: torch.device, data_time: float = 0.0
 ) -> list[Auxiliary]:
     """The auxiliary terms of a configuration, which may look into the backbone; a ValueError says what does not fit."""
     terms: dict[str, Auxiliary] = {}
@@ -143,6 +153,6 @@ def build_auxiliary(
             raise ValueError(f"--auxiliary {config.kind}: given twice")
         if not config.weight > 0:
             raise ValueError(f"--auxiliary {config.kind}: weight {config.weight} must be above 0")
-        term = AUXILIARY[config.kind](config, model, codec, device)
+        term = AUXILIARY[config.kind](config, model, codec, device, data_time)
         terms[config.kind] = Auxiliary(config.kind, config.weight, term, term.is_fixed)
     return list(terms.values())
