@@ -1,4 +1,4 @@
-"""Images: folders and zips, procedural shapes, and the cache of what a codec makes of them."""
+"""Data sets: image files, procedural shapes, and the cache of their encoded images."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -10,36 +10,39 @@ from data.images import ImageDataset, abridged
 from data.layout import DataError
 from data.shapes import ShapesDataset
 
-DATASETS: dict[str, Callable[..., ImageSet]] = {"shapes": ShapesDataset}  # by name; any other path is of image files
+DATASETS: dict[str, Callable[..., ImageSet]] = {"shapes": ShapesDataset}  # other names are paths of image files
 
 
 def open_dataset(path: str, **settings: Any) -> ImageSet:
-    """A split of the images at a path, or of a dataset in `DATASETS`, which is told those settings that it takes."""
+    """Open a data set of `DATASETS` by name, or image files by path.
+
+    `settings` are those of the section `data`; each data set receives the ones that it has parameters for.
+    """
     if path not in DATASETS:
-        files = {name: value for name, value in settings.items() if name not in ("num_images", "difficulty")}
-        return ImageDataset(path, **files)
-    taken = signature(DATASETS[path]).parameters
+        options = {name: value for name, value in settings.items() if name not in ("num_images", "difficulty")}
+        return ImageDataset(path, **options)
+    parameters = signature(DATASETS[path]).parameters
     for name in ("classes", "exclude_classes"):
-        if settings.get(name) and name not in taken:
+        if settings.get(name) and name not in parameters:
             raise DataError(f"--data.{name} {settings[name]}: {path} keeps all of its classes; leave it out, or '[]'")
-    return DATASETS[path](**{name: value for name, value in settings.items() if name in taken})
+    return DATASETS[path](**{name: value for name, value in settings.items() if name in parameters})
 
 
 def intake(train, held_out) -> str:
-    """What was understood, in words: images, split, classes, what was left out and what is enlarged."""
-    of = f"{len(train)} training and {len(held_out)} held-out images"
+    """Summarise the data in one line: images, split, classes, and how many images are left out or enlarged."""
+    counts = f"{len(train)} training and {len(held_out)} held-out images"
     classes = f"{len(train.classes)} classes ({abridged(train.classes)})" if train.classes else "no classes"
     about = train.describe()
-    words = [f"{about['source']} ({train.note}): {of} of {classes}", *left_out(train, held_out)]
-    if enlarged := train.num_enlarged():
-        words.append(f"{enlarged} of the training images are smaller than {about['image_size'][0]} and enlarged")
-    return "; ".join(words)
+    parts = [f"{about['source']} ({train.note}): {counts} of {classes}", *left_out(train, held_out)]
+    if num_enlarged := train.num_enlarged():
+        parts.append(f"{num_enlarged} of the training images are smaller than {about['image_size'][0]} and enlarged")
+    return "; ".join(parts)
 
 
 def left_out(*splits) -> list[str]:
-    """What of the images is in none of these, for each reason."""
-    reasons = {
-        why: sorted({*chain.from_iterable(split.left_out.get(why, ()) for split in splits)})
-        for why in chain.from_iterable(split.left_out for split in splits)
+    """Say which files the splits leave out, a sentence per reason."""
+    by_reason = {
+        reason: sorted({*chain.from_iterable(split.left_out.get(reason, ()) for split in splits)})
+        for reason in chain.from_iterable(split.left_out for split in splits)
     }
-    return [f"left out {len(names)} {why} ({abridged(names)})" for why, names in reasons.items() if names]
+    return [f"left out {len(names)} {reason} ({abridged(names)})" for reason, names in by_reason.items() if names]

@@ -1,4 +1,4 @@
-"""Encoding a data set into a latent cache: threads decode image files while the device encodes the images before."""
+"""Encode a data set into a latent cache: threads decode the next images while the device encodes the current ones."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from data.image_set import ImageSet
 from data.latents import FORMAT
 from data.layout import DataError
 from data.lookahead import Lookahead
-from data.shards import write_aside, write_shard
+from data.shards import write_atomically, write_shard
 
 IMAGES_PER_SHARD = 2048
 
@@ -34,43 +34,50 @@ def build_cache(
     num_ranks: int = 1,
     wait: Callable[[], object] = lambda: None,
 ) -> None:
-    """Encode a dataset into `folder`; shards that are there already are kept. They are dealt out over `num_ranks`
-    processes, which `wait` for each other; then the first one writes the manifest, which `provenance` joins.
+    """Encode a data set into `folder`. Existing shards are kept; missing ones are distributed over the processes, and
+    rank 0 writes the manifest at the end.
 
-    `prepare` is given at most `batch_size` images on the device, with `flips` half of them mirrored; which ones come
-    together depends on nothing else, so that it does not matter how many threads and processes there are.
+    The composition of batches does not depend on the number of threads and processes, so the result does not either.
+
+    Args:
+        prepare: encodes a batch of images on the device
+        provenance: entries for the manifest
+        flips: also encode the mirrored images
+        batch_size: most images in a batch; mirrored ones count
+        num_threads: threads that decode images
+        wait: returns when all processes have called it
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), IMAGES_PER_SHARD)
     names = [f"shard-{number:05d}.safetensors" for number in range(len(starts))]
     shards = [range(len(dataset))[start : start + IMAGES_PER_SHARD] for start in starts]
-    mine = list(zip(shards, names, strict=True))[rank::num_ranks]
-    missing = [(shard, folder / name) for shard, name in mine if not (folder / name).exists()]
-    at_once = max(1, batch_size // (1 + flips))
-    batches = [shard[start : start + at_once] for shard, _ in missing for start in range(0, len(shard), at_once)]
+    assigned = list(zip(shards, names, strict=True))[rank::num_ranks]
+    missing = [(shard, folder / name) for shard, name in assigned if not (folder / name).exists()]
+    num_images = max(1, batch_size // (1 + flips))  # per batch
+    batches = [shard[start : start + num_images] for shard, _ in missing for start in range(0, len(shard), num_images)]
 
-    def decode(number: int) -> Tensor:
-        images = torch.stack([dataset[index][0] for index in batches[number]])
+    def decode(batch: int) -> Tensor:
+        images = torch.stack([dataset[index][0] for index in batches[batch]])
         return images.pin_memory() if torch.device(device).type == "cuda" else images
 
-    decoded = Lookahead(decode, num_threads, end=len(batches))
+    decode_ahead = Lookahead(decode, num_threads, end=len(batches))
 
-    def encode(number: int) -> Tensor:
-        images = decoded(number).to(device, non_blocking=True)
+    def encode(batch: int) -> Tensor:
+        images = decode_ahead(batch).to(device, non_blocking=True)
         views = torch.stack([images, images.flip(-1)], dim=1) if flips else images[:, None]
         bar.update(len(images))
         return _compact(prepare(views.flatten(0, 1)).unflatten(0, views.shape[:2]))
 
-    _check_room(folder, dataset, lambda images: prepare(images.to(device)), flips)
+    _check_disk_space(folder, dataset, lambda images: prepare(images.to(device)), flips)
     num_missing = sum(len(shard) for shard, _ in missing)
     with tqdm(total=num_missing, desc="encoding images", unit="img", disable=rank > 0 or not missing) as bar:
         encoded = map(encode, range(len(batches)))
         for shard, path in missing:
-            stored = torch.cat([*islice(encoded, -(-len(shard) // at_once))]).cpu()  # the only wait for a GPU
+            stored = torch.cat([*islice(encoded, -(-len(shard) // num_images))]).cpu()  # the only wait for a GPU
             _check_finite(stored)
             part = slice(shard.start, shard.stop)
-            about = {"labels": dataset.labels[part].clone(), "source_indices": dataset.source_indices[part].clone()}
-            write_shard(path, {"stored": stored.contiguous(), **about})
+            labels, source_indices = dataset.labels[part].clone(), dataset.source_indices[part].clone()
+            write_shard(path, {"stored": stored.contiguous(), "labels": labels, "source_indices": source_indices})
     wait()
     if rank == 0:
         if absent := [name for name in names if not (folder / name).exists()]:
@@ -80,11 +87,11 @@ def build_cache(
             )
         manifest = {"format": FORMAT, **provenance, **dataset.describe(), "flips": flips, "shards": names}
         text = json.dumps(manifest, indent=2) + "\n"
-        write_aside(folder / "manifest.json", lambda partial: partial.write_text(text))
+        write_atomically(folder / "manifest.json", lambda partial: partial.write_text(text))
 
 
 def _compact(stored: Tensor) -> Tensor:
-    """Posterior moments in half precision: their rounding is far below the posterior's own spread."""
+    """Convert posterior moments to half precision, whose rounding is far below the posterior's standard deviation."""
     return stored.half() if stored.is_floating_point() else stored
 
 
@@ -93,7 +100,7 @@ def _check_finite(stored: Tensor) -> None:
         raise DataError("--autoencoder: what it makes of images is not finite in half precision; take another one")
 
 
-def _check_room(folder: Path, dataset: ImageSet, prepare: Callable, flips: bool) -> None:
+def _check_disk_space(folder: Path, dataset: ImageSet, prepare: Callable, flips: bool) -> None:
     sample = _compact(prepare(dataset[0][0][None]))
     _check_finite(sample)
     present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The files of a dataset: a folder's, a zip's or those in tar files, by their paths from its root."""
+"""Access to the files of a data set in a folder, a zip or tar files, by their paths relative to its root."""
 
 import hashlib
 import os
@@ -20,39 +20,41 @@ from data.layout import DataError
 from data.pixels import SUFFIXES
 from machine.whole_files import write_whole
 
-MOST_BYTES = 2**30  # of one file
-READ = SUFFIXES | {".tar"}
-NAMES = "classnames.txt"  # beside tar shards: a class a line, from that of number 0
-KEPT, LONG = "latent-diffusion-backbones/hashes", 2.0  # of folders, below the user's cache, that took so many seconds
-SETTLED = 10 * 10**9  # nanoseconds since the last change, more than any file system's grain
+MAX_BYTES = 2**30  # per file
+NAMES = "classnames.txt"  # beside tar shards: the names of the classes, one per line, starting with class 0
+HASH_CACHE = "latent-diffusion-backbones/hashes"  # below the user's cache folder
+SLOW_SECONDS = 2.0  # hashes that take longer are cached
+SETTLED = 10 * 10**9  # nanoseconds after which a file's times tell changes apart on any file system
 
 
 class Folder:
-    """Links are followed; an image, a shard or a folder that is there already, by another name, is in `repeated`."""
+    """The files of a folder. Links are followed; images, shards and folders that were already reached by another path
+    are listed in `repeated` instead of `names`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.names: list[str] = []
         self.repeated: list[str] = []
         seen: set[tuple[int, int]] = set()
-        places, links = [path], []  # links come last: what lies there itself keeps its name
-        while places or links:
-            place = places.pop() if places else links.pop(0)
-            name = place.relative_to(path).as_posix()
+        paths, links = [path], []  # links come last, so that a file is listed under its own name
+        while paths or links:
+            current = paths.pop() if paths else links.pop(0)
+            name = current.relative_to(path).as_posix()
             try:
-                status = place.stat()
-            except OSError:  # a link to nothing: told of where it is read
+                status = current.stat()
+            except OSError:  # a dangling link, which is reported when it is read
                 self.names.append(name)
                 continue
-            if stat.S_ISDIR(status.st_mode) or place.suffix.lower() in READ:
+            if stat.S_ISDIR(status.st_mode) or current.suffix.lower() in SUFFIXES | {".tar"}:
                 if (status.st_dev, status.st_ino) in seen:
                     self.repeated.append(name)
                     continue
                 seen.add((status.st_dev, status.st_ino))
             if stat.S_ISDIR(status.st_mode):
-                below = sorted((one for one in os.scandir(place) if one.name[0] != "."), key=lambda one: one.name)
-                links += [Path(entry.path) for entry in below if entry.is_symlink()]
-                places += [Path(entry.path) for entry in reversed(below) if not entry.is_symlink()]
+                visible = (entry for entry in os.scandir(current) if not entry.name.startswith("."))
+                entries = sorted(visible, key=lambda entry: entry.name)
+                links += [Path(entry.path) for entry in entries if entry.is_symlink()]
+                paths += [Path(entry.path) for entry in reversed(entries) if not entry.is_symlink()]
             else:
                 self.names.append(name)
 
@@ -65,11 +67,11 @@ class Folder:
         return path.read_bytes()
 
     def stamp(self, names: Sequence[str]) -> str | None:
-        """Differs where any of these files does; see `stamp` below."""
+        """Identify the state of these files; see `stamp` below."""
         return stamp(self.path, names, of=str(self.path.resolve()))
 
     def checksum(self, name: str) -> tuple[int, int]:
-        """Size and CRC; a file that cannot be read counts as empty, and is told of where it is used."""
+        """Size and CRC. A file that cannot be read counts as empty; the error is reported when it is used."""
         try:
             content = self.read(name)
         except OSError:
@@ -78,7 +80,7 @@ class Folder:
 
 
 class Zip:
-    """A zip, opened anew in each process that reads it: a shared handle would share its file position."""
+    """The files of a zip. Each process opens it for itself, because a shared handle would share its file position."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.repeated = path, []
@@ -86,12 +88,12 @@ class Zip:
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
-        except Exception as error:  # a damaged directory raises whatever its numbers lead to
+        except Exception as error:  # zipfile raises all kinds of errors at a damaged directory
             raise DataError(f"--data.path {path}: neither a folder nor a whole zip file ({error})") from error
         self.entries: dict[str, zipfile.ZipInfo] = {}
         for entry in entries:
-            name = entry.filename.replace("\\", "/")  # as Windows writes them
-            if not name.endswith("/") and self.entries.setdefault(plain(name), entry) is not entry:
+            name = entry.filename.replace("\\", "/")  # which Windows programs write
+            if not name.endswith("/") and self.entries.setdefault(_normalise(name), entry) is not entry:
                 raise DataError(f"--data.path {path}: it holds {name} twice; write it anew")
         self.names = list(self.entries)
 
@@ -105,7 +107,7 @@ class Zip:
         return self.entries[name].file_size, self.entries[name].CRC
 
     def stamp(self, names: Sequence[str]) -> str | None:
-        """None: its directory has every file's CRC."""
+        """None, as hashing a zip is fast: its directory holds every file's CRC."""
         return None
 
     def __getstate__(self) -> dict[str, object]:
@@ -113,26 +115,33 @@ class Zip:
 
 
 class Tars:
-    """Tar files below a folder, or one, in the order of their names: `shard.tar/cat.jpg` is a file in the first. Their
-    headers are read once, front to back; what they hold is read where it lies."""
+    """The files in tar shards, which are listed as `shard.tar/cat.jpg`.
+
+    All headers are read once, from front to back; contents are read in place.
+
+    Args:
+        path: the folder of the shards, or a single tar file
+        shards: their paths in the folder, in order
+        beside: other files in the folder
+        repeated: links to shards that are listed already
+    """
 
     def __init__(
         self, path: Path, shards: Sequence[str], beside: Sequence[str] = (), repeated: Sequence[str] = ()
     ) -> None:
         self.path, self.shards, self.beside = path, list(shards), list(beside)
-        paths = [self._of(number) for number in range(len(self.shards))]
-        # By name: number of the shard, offset and size in it. Both splits ask for them.
-        self.places, links = _places(tuple(zip(paths, self.shards, map(_changed, paths), strict=True)))
+        paths = [self._shard(index) for index in range(len(self.shards))]
+        self.locations, links = _index(tuple(zip(paths, self.shards, map(_version, paths), strict=True)))
         self.repeated = [*repeated, *links]
-        self.names = list(self.places)
+        self.names = list(self.locations)
 
-    def _of(self, number: int) -> Path:
-        return self.path / self.shards[number] if self.path.is_dir() else self.path
+    def _shard(self, index: int) -> Path:
+        return self.path / self.shards[index] if self.path.is_dir() else self.path
 
     def read(self, name: str) -> bytes:
-        number, offset, size = self.places[name]
+        shard, offset, size = self.locations[name]
         _check_size(size)
-        with self._of(number).open("rb") as file:
+        with self._shard(shard).open("rb") as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) < size:
@@ -140,33 +149,37 @@ class Tars:
         return content
 
     def stamp(self, names: Sequence[str]) -> str | None:
-        """As a folder's, of all shards: it stands for whatever they hold."""
-        shards, named = (self.shards, self.path) if self.path.is_dir() else ([self.path.name], self.path.parent)
-        return stamp(named, shards, of="\n".join([str(self.path.resolve()), *names]))
+        """Identify the state of all shards, whichever files are asked for."""
+        shards, folder = (self.shards, self.path) if self.path.is_dir() else ([self.path.name], self.path.parent)
+        return stamp(folder, shards, of="\n".join([str(self.path.resolve()), *names]))
 
     def checksum(self, name: str) -> tuple[int, int]:
         content = self.read(name)
         return len(content), zlib.crc32(content)
 
 
-@lru_cache(maxsize=1)
-def _places(
+@lru_cache(maxsize=1)  # as both splits read the same shards
+def _index(
     shards: tuple[tuple[Path, str, tuple[int, ...]], ...],
 ) -> tuple[dict[str, tuple[int, int, int]], list[str]]:
-    """Of files, and the names of images that are links to others."""
-    places: dict[str, tuple[int, int, int]] = {}
+    """Locate all files in shards, given as (path, name, version); also list the images that are links to others.
+
+    Returns:
+        Index of the shard, offset and size of each file by name, and the names of the links.
+    """
+    locations: dict[str, tuple[int, int, int]] = {}
     links: list[str] = []
-    for number, (path, shard, _) in enumerate(tqdm(shards, desc="reading shards", leave=False)):
+    for index, (path, shard, _) in enumerate(tqdm(shards, desc="reading shards", leave=False)):
         try:
             with tarfile.open(path, "r:") as archive:
                 for entry in archive:
-                    name = f"{shard}/{plain(entry.name)}"
-                    if name in places:
+                    name = f"{shard}/{_normalise(entry.name)}"
+                    if name in locations:
                         raise DataError(f"--data.path {path}: it holds {entry.name} twice; write it anew")
                     if entry.issparse():
                         raise tarfile.ReadError(f"{entry.name} is stored in parts, as a sparse file")
                     if entry.isreg():
-                        places[name] = (number, entry.offset_data, entry.size)
+                        locations[name] = (index, entry.offset_data, entry.size)
                     elif entry.islnk() or entry.issym():
                         links += [name] * (Path(name).suffix.lower() in SUFFIXES)
                 _check_end(archive)
@@ -174,11 +187,11 @@ def _places(
             raise DataError(
                 f"--data.path {path}: not a whole, uncompressed tar file ({error}); fetch it again, or unpack it"
             ) from error
-    return places, links
+    return locations, links
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """Behind a header that is damaged or cut short tarfile reads on no further, and says nothing."""
+    """Raise ReadError unless the archive was read to its end, as tarfile stops silently at a damaged header."""
     file: Any = archive.fileobj
     file.seek(archive.offset)
     rest = iter(partial(file.read, 2**20), b"")
@@ -187,14 +200,16 @@ def _check_end(archive: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"at byte {archive.offset} there is neither a file's header nor the end")
 
 
-def _changed(path: Path) -> tuple[int, ...]:
-    with suppress(OSError):  # a link to nothing, which is told of where it is opened
+def _version(path: Path) -> tuple[int, ...]:
+    """Size and times of a file, which change with its content."""
+    with suppress(OSError):  # of a dangling link, which is reported when it is opened
         status = path.stat()
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns
     return ()
 
 
 def open_files(path: Path) -> Folder | Zip | Tars:
+    """Open a folder, a zip or tar shards; a folder with both shards and images is read as a folder."""
     if path.is_dir():
         folder = Folder(path)
         shards = sorted(name for name in folder.names if name.lower().endswith(".tar"))
@@ -212,14 +227,14 @@ def open_files(path: Path) -> Folder | Zip | Tars:
     )
 
 
-def plain(name: str) -> str:
-    """Without what says nothing: `./cat//0.png`, as some archivers write it, is no hidden file."""
+def _normalise(name: str) -> str:
+    """Drop empty parts and `.` from a path: some archivers write `./cat//0.png`, which would count as hidden."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def stamp(folder: Path, names: Sequence[str], of: str = "") -> str | None:
-    """Differs where any of these files does, as sizes and times tell; None where one is missing, or so new that it may
-    change again at the same time."""
+    """Hash the sizes and times of files, and the string `of`. None if a file is missing, or so new that a later change
+    might not change its times."""
     digest, newest = hashlib.sha256(of.encode()), 0
     for name in names:
         try:
@@ -232,27 +247,27 @@ def stamp(folder: Path, names: Sequence[str], of: str = "") -> str | None:
 
 
 def content_hash(files: Folder | Zip | Tars, names: Sequence[str]) -> str:
-    """Of these files: the same for a folder and for a zip of it. What took long is kept, and taken again as long as no
-    file of the folder, or shard, has another size or time."""
-    began, digest, kept = time.monotonic(), hashlib.sha256(), None
-    if found := files.stamp(names):
-        with suppress(RuntimeError):  # of a user without a home
-            kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", KEPT, found)
-    if kept:
+    """Hash the content of files; the result is the same for a folder and a zip of it. A hash that took long to compute
+    is cached, and reused as long as no file or shard changes its size or times."""
+    start, digest, cached = time.monotonic(), hashlib.sha256(), None
+    if key := files.stamp(names):
+        with suppress(RuntimeError):  # if the user has no home
+            cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", HASH_CACHE, key)
+    if cached:
         with suppress(OSError, ValueError):
-            if len(bytes.fromhex(text := kept.read_text())) == digest.digest_size:  # else it was cut short
+            if len(bytes.fromhex(text := cached.read_text())) == digest.digest_size:  # else it is truncated
                 return text
-    is_read = True
+    all_readable = True
     for name in names:
         num_bytes, checksum = files.checksum(name)
         digest.update(f"{name}:{num_bytes}:{checksum:08x}\n".encode())
-        is_read &= num_bytes > 0
-    if kept and is_read and time.monotonic() - began > LONG:
-        with suppress(OSError):  # where nothing can be kept it takes long again
-            write_whole(kept, digest.hexdigest())
+        all_readable &= num_bytes > 0
+    if cached and all_readable and time.monotonic() - start > SLOW_SECONDS:
+        with suppress(OSError):  # the cache is optional
+            write_whole(cached, digest.hexdigest())
     return digest.hexdigest()
 
 
 def _check_size(num_bytes: int) -> None:
-    if num_bytes > MOST_BYTES:
+    if num_bytes > MAX_BYTES:
         raise OSError(f"it has {num_bytes / 2**30:.1f} GiB, more than any image")

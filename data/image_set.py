@@ -1,4 +1,4 @@
-"""What every data set offers: images of a split, their classes, and a description that tells them from others."""
+"""The interface of all data sets."""
 
 import hashlib
 from abc import abstractmethod
@@ -12,39 +12,42 @@ from torch.utils.data import Dataset
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
-    """`dataset[i] -> (uint8 [3 h w], label)` of one split; a subclass sets the attributes without a value and reads.
-    Caches, checkpoints and scores compare `describe()`: `source_hash` must tell other images from these."""
+    """The images of one split: `dataset[i] -> (uint8 [3 h w], label)`.
+
+    A subclass implements `read` and sets the attributes without a default. Caches, checkpoints and scores compare
+    `describe()`, so `source_hash` must depend on the images' content.
+    """
 
     split: str  # "train", "test" or "all"
-    image_size: tuple[int, int] | None  # height and width; None where each image has its own
-    classes: list[str]  # none: an unlabelled set
-    labels: Int64[Tensor, " n"]  # 0 where there are no classes
-    source_indices: Int64[Tensor, " n"]  # numbers of the images among those of all splits
+    image_size: tuple[int, int] | None  # height and width; None if images have different sizes
+    classes: list[str]  # names; empty if unlabelled
+    labels: Int64[Tensor, " n"]  # 0 if unlabelled
+    source_indices: Int64[Tensor, " n"]  # positions among the images of all splits
     source_name: str
     source_hash: str
     crop: str = "none"
-    note: str = ""  # how it was understood, in words
-    left_out: Mapping[str, Sequence[str]] = MappingProxyType({})  # names by the reason
+    note: str = ""  # how the files were interpreted, for the first line of a training
+    left_out: Mapping[str, Sequence[str]] = MappingProxyType({})  # names by reason
 
     @abstractmethod
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """The image of this number."""
+        """Decode an image."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image [3 h w] in uint8, and its class (0 where there are none)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.read(index), int(self.labels[index])
 
     def describe(self) -> dict[str, Any]:
-        """What a cache of these images must agree on."""
+        """Describe the images; a cache is only used for images with the same description."""
         split = f"{self.split}-{hashlib.sha256(self.source_indices.numpy().tobytes()).hexdigest()[:16]}"
         about: dict[str, Any] = {"source": self.source_name, "source_hash": self.source_hash, "split": split}
         about |= {"image_size": list(self.image_size or ()), "crop": self.crop}
         return {**about, "classes": self.classes, "num_images": len(self)}
 
     def num_enlarged(self) -> int:
+        """Number of images that are enlarged to `image_size`."""
         return 0

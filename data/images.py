@@ -1,4 +1,4 @@
-"""Images from a folder, a zip of one, or tar shards, read in place."""
+"""Data sets of image files in a folder, a zip or tar shards, read in place."""
 
 import hashlib
 import math
@@ -25,16 +25,23 @@ from data.tars import understand_tars
 from settings import check_name
 
 T = TypeVar("T")
-_NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash: both splits ask for them
+_NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash, computed once for both splits
 
 
 class ImageDataset(ImageSet):
-    """`dataset[i] -> (uint8 [3 h w], label)` over a tree of images or a zip of one, understood by `data.layout`,
-    or over tar shards (`data.tars`).
+    """A split of the images in a folder or a zip (`data.layout`) or in tar shards (`data.tars`).
 
-    Where the tree has no split of its own, `test_fraction` of each class is held out, a function of `split_seed` and
-    names alone. Images are fitted to `image_size` (side, or height and width); None keeps each as it is. Without
-    `use_labels` the set is unlabelled, as where there are no class folders, and its split the same as with.
+    Args:
+        split: train, test or all
+        image_size: side, or height and width, to which images are cropped and resized; None keeps their own sizes
+        test_fraction: share of each class that is held out, unless the files define a split
+        split_seed: seed of that choice, which otherwise depends on names only
+        classes: classes to include; all by default
+        exclude_classes: classes to leave out
+        on_error: 'stop' raises an error at a damaged image, 'skip' leaves it out
+        min_size: leave out images with a shorter side than this
+        use_labels: False gives an unlabelled data set with the same split
+        group_near_duplicates: keep near-duplicates on the same side of the split
     """
 
     crop = "center, upright"
@@ -72,7 +79,7 @@ class ImageDataset(ImageSet):
         if not use_labels:
             self.classes = []
         elif split != "test":
-            self._refuse_lost_classes({label_of[name] for name in self.names})
+            self._refuse_empty_classes({label_of[name] for name in self.names})
         labels = {name: label for label, name in enumerate(self.classes)}
         numbers = {name: number for number, name in enumerate(layout.classes)}
         self.labels = torch.tensor([labels.get(label_of[name], 0) for name in self.names])
@@ -80,40 +87,42 @@ class ImageDataset(ImageSet):
         self.source_hash = self._hash(layout)
 
     def _understand(self, classes: Sequence[str], exclude_classes: Sequence[str]) -> Layout:
-        files, chosen, beside = self.source, (classes, exclude_classes), []
+        files, beside = self.source, []
         try:
             if isinstance(files, Tars):
                 beside, table = files.beside, (files.path if files.path.is_dir() else files.path.parent) / NAMES
                 class_names = table.read_text(encoding="utf-8-sig") if table.is_file() else None
-                layout = understand_tars(files.names, files.read, class_names, *chosen)
+                layout = understand_tars(files.names, files.read, class_names, classes, exclude_classes)
             else:
-                layout = understand(files.names, files.read, *chosen)
+                layout = understand(files.names, files.read, classes, exclude_classes)
         except DataError as error:
             raise DataError(f"{self._flag}: {error}") from error
-        unread = {"links to what is there already": files.repeated, "beside the shards": beside}
-        self.left_out = unread | layout.left_out
+        ignored = {"links to what is there already": files.repeated, "beside the shards": beside}
+        self.left_out = ignored | layout.left_out
         if not layout.classes:
             raise DataError(f"{self._flag}: no images in it; give a folder with one for each class{self._less()}")
         return layout
 
     def _of_classes(self, layout: Layout, classes: Sequence[str], exclude_classes: Sequence[str]) -> dict[str, str]:
-        """The images of the classes that are asked for, all of them by default, and of each its class."""
-        found = sorted({*layout.classes.values()} - {""})
-        composed = {unicodedata.normalize("NFC", name): name for name in found}  # macOS takes names apart
-        if len(composed) < len(found):
-            twice = next(name for name in found if composed[unicodedata.normalize("NFC", name)] != name)
+        """Set `self.classes` to the selected classes, and return the class of each of their images."""
+        available = sorted({*layout.classes.values()} - {""})
+        composed = {unicodedata.normalize("NFC", name): name for name in available}  # macOS decomposes file names
+        if len(composed) < len(available):
+            twice = next(name for name in available if composed[unicodedata.normalize("NFC", name)] != name)
             raise DataError(f"{self._flag}: two classes are called {twice}, in two Unicode forms: rename one")
 
-        def known(flag: str, asked: Sequence[str], otherwise: str) -> set[str]:
-            asked = [composed.get(unicodedata.normalize("NFC", name), name) for name in asked]
-            if unknown := sorted({*asked} - {*found}):
-                has = f"there are {abridged(found)}; {otherwise}" if found else "these images have none, leave it out"
-                raise DataError(f"--data.{flag} {unknown[0]}: no such class; {has}")
-            return {*asked}
+        def check(flag: str, names: Sequence[str], default: str) -> set[str]:
+            names = [composed.get(unicodedata.normalize("NFC", name), name) for name in names]
+            if unknown := sorted({*names} - {*available}):
+                remedy = "these images have none, leave it out"
+                if available:
+                    remedy = f"there are {abridged(available)}; {default}"
+                raise DataError(f"--data.{flag} {unknown[0]}: no such class; {remedy}")
+            return {*names}
 
-        excluded = known("exclude_classes", exclude_classes, "'[]' leaves out none")
-        excluded |= {*found} - known("classes", classes or found, "null takes all")
-        self.classes = [name for name in found if name not in excluded]
+        excluded = check("exclude_classes", exclude_classes, "'[]' leaves out none")
+        excluded |= {*available} - check("classes", classes or available, "null takes all")
+        self.classes = [name for name in available if name not in excluded]
         self._leave_out("of excluded classes", [name for name, label in layout.classes.items() if label in excluded])
         return {name: label for name, label in layout.classes.items() if label not in excluded}
 
@@ -125,54 +134,54 @@ class ImageDataset(ImageSet):
         split_seed: int,
         groups: Mapping[str, str] | None,
     ) -> list[str]:
-        """The images of the split: the tree's own, or by a hash of names, near-duplicates by that of their group."""
+        """Select the images of the split. Without a split of the files' own, images are held out by a hash of their
+        names, and near-duplicates by that of their group."""
         held_out, self.note = {*(layout.splits or {}).get("test", ())}, layout.note
         if not layout.splits and self.split != "all":
             held_out = hold_out(label_of, test_fraction, split_seed, groups or {})
-            words = [self.note, f"split by --data.test_fraction {test_fraction}"]
+            notes = [self.note, f"split by --data.test_fraction {test_fraction}"]
             if groups is not None:
                 num_groups = len({*groups.values()})
-                words.append(f"{len(groups)} near-duplicates in {num_groups} groups kept together")
-            self.note = ", ".join(filter(None, words))
-        untrained = {*self.classes} - {label for name, label in label_of.items() if name not in held_out}
-        if untrained:
+                notes.append(f"{len(groups)} near-duplicates in {num_groups} groups kept together")
+            self.note = ", ".join(filter(None, notes))
+        if untrained := {*self.classes} - {label for name, label in label_of.items() if name not in held_out}:
             raise DataError(f"{self._flag}: class '{min(untrained)}' has held-out images and none to train on")
         return [name for name in label_of if self.split == "all" or (name in held_out) == (self.split == "test")]
 
     def _usable(self, names: list[str], on_error: str, min_size: int) -> list[str]:
         if on_error == "skip":
-            names = self._keep("damaged", names, self._is_readable)
+            names = self._filter(names, self._is_readable, "damaged")
         if min_size:
-            names = self._keep(f"smaller than {min_size}", names, lambda name: min(self._size(name)) >= min_size)
+            names = self._filter(names, lambda name: min(self._size(name)) >= min_size, f"smaller than {min_size}")
         if not names:
             raise DataError(f"{self._flag}: no images left in the {self.split} split{self._less()}")
         return names
 
-    def _refuse_lost_classes(self, left: set[str]) -> None:
-        """A class would be asked of the model, and was never shown to it."""
-        if gone := {*self.classes} - left:
+    def _refuse_empty_classes(self, remaining: set[str]) -> None:
+        """Raise `DataError` for a class without images, as the model could not learn it."""
+        if empty := {*self.classes} - remaining:
             raise DataError(
-                f"{self._flag}: class '{min(gone)}' has no images left in the {self.split} split{self._less()}; "
-                f"--data.exclude_classes '[{min(gone)}]'"
+                f"{self._flag}: class '{min(empty)}' has no images left in the {self.split} split{self._less()}; "
+                f"--data.exclude_classes '[{min(empty)}]'"
             )
 
     def _hash(self, layout: Layout) -> str:
         files = content_hash(self.source, [*layout.classes, *layout.tables])
         if not isinstance(self.source, Tars):
             return files
-        # Where no name of an image or a table says its class.
-        said = "".join(f"{name}:{label}\n" for name, label in layout.classes.items())
-        return hashlib.sha256(f"{files}\n{said}".encode()).hexdigest()
+        # Shards may hold labels in other files than images and tables, which the first hash does not cover.
+        labels = "".join(f"{name}:{label}\n" for name, label in layout.classes.items())
+        return hashlib.sha256(f"{files}\n{labels}".encode()).hexdigest()
 
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
         return self._read(self.names[index])
 
     def num_enlarged(self) -> int:
-        """Images that are smaller than `image_size`, by what their headers say."""
+        """Count images smaller than `image_size`, by their headers."""
         return sum(min(size) < max(self.image_size or (0,)) for _, size in self.sizes())
 
     def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Name, width and height of each image as it lies there, by its header."""
+        """Yield the name and the original (width, height) of each image, from its header."""
         for name in tqdm(self.names, desc="measuring images", leave=False):
             yield name, self._size(name)
 
@@ -187,7 +196,7 @@ class ImageDataset(ImageSet):
         try:
             with open_image(self.source.read(name)) as image:
                 return read(image)
-        except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        except Exception as error:  # decoders raise all kinds of errors at damaged bytes
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             raise DataError(
                 f"{self.source.path}: {name} is damaged ({reason}); mend it, or --data.on_error skip"
@@ -207,23 +216,33 @@ class ImageDataset(ImageSet):
             _NEAR_DUPLICATES[key] = near_duplicates(readable, lambda name: self._of_image(name, to_rgb))
         return _NEAR_DUPLICATES[key]
 
-    def _keep(self, otherwise: str, names: list[str], fits: Callable[[str], bool]) -> list[str]:
-        kept = [name for name in tqdm(names, desc="checking images", leave=False) if fits(name)]
-        self._leave_out(otherwise, sorted({*names} - {*kept}))
-        return kept
+    def _filter(self, names: list[str], accept: Callable[[str], bool], reason: str) -> list[str]:
+        """Keep accepted names; record the others as left out for `reason`."""
+        accepted = [name for name in tqdm(names, desc="checking images", leave=False) if accept(name)]
+        self._leave_out(reason, sorted({*names} - {*accepted}))
+        return accepted
 
-    def _leave_out(self, why: str, names: Sequence[str]) -> None:
-        self.left_out = {**self.left_out, why: names}
+    def _leave_out(self, reason: str, names: Sequence[str]) -> None:
+        self.left_out = {**self.left_out, reason: names}
 
     def _less(self) -> str:
-        words = [f"{len(names)} {why} ({abridged(names, 3)})" for why, names in self.left_out.items() if names]
-        return f"; left out: {', '.join(words)}" if words else ""
+        """List what was left out, to end an error message."""
+        parts = [f"{len(names)} {reason} ({abridged(names, 3)})" for reason, names in self.left_out.items() if names]
+        return f"; left out: {', '.join(parts)}" if parts else ""
 
 
 def hold_out(
     classes: Mapping[str, str], fraction: float, seed: int, group_of: Mapping[str, str] = MappingProxyType({})
 ) -> set[str]:
-    """Names held out: of each class the first `fraction` by a seeded hash; names of one group end on the same side."""
+    """Choose the names to hold out: the first `fraction` of each class, ordered by a seeded hash. A group, such as of
+    near-duplicates, is held out as a whole or not at all.
+
+    Args:
+        classes: class of each name
+        fraction: share of each class, at least one image and never all
+        seed: of the hash
+        group_of: group of a name; by default each is its own
+    """
     if not 0 < fraction < 1:
         raise DataError(f"--data.test_fraction {fraction} must lie between 0 and 1")
     members: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -245,6 +264,6 @@ def hold_out(
 
 
 def abridged(names: Sequence[str], at_most: int = 5) -> str:
-    """The first few, and how many there are."""
+    """Join the first few names, and say how many there are if there are more."""
     shown = ", ".join(names[:at_most])
     return shown if len(names) <= at_most else f"{shown}, ... ({len(names)} in all)"

@@ -1,7 +1,7 @@
-"""The latent cache: what a codec stores of each image, encoded once and read by every epoch after.
+"""The latent cache: each image's encoding, computed once and read in every epoch.
 
-A folder of shards (`data/shards.py`) and a `manifest.json` that says what they were made of; it comes last, so that a
-folder with one is whole (`data/encoding.py`).
+A cache is a folder of shards (`data/shards.py`) with a `manifest.json` that describes the codec and the images. The
+manifest is written last, so a folder that has one is complete (`data/encoding.py`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from data.layout import DataError
-from data.shards import Rows, check_once, read_about, read_shard
+from data.shards import Rows, read_labels, read_shard, verify_once
 
 FORMAT = 2
 
 
 class LatentCache:
-    """An encoded split; `expected`, codec and images of the run, must stand in its manifest.
+    """The encoded images of a split, with their labels in main memory.
 
-    What is stored lies in the memory of `device`, each shard held against its checksum on the way there; without a
-    device it stays in the files, which are checked once. Labels are in main memory.
+    Args:
+        folder: the cache
+        expected: the run's codec and images; a manifest that differs raises `DataError`
+        device: where to load the encodings, verifying checksums; None leaves them in the files, verified once
     """
 
     def __init__(self, folder: Path, expected: Mapping[str, object], device: torch.device | str | None = "cpu") -> None:
@@ -45,8 +47,8 @@ class LatentCache:
         self.image_size: tuple[int, int] = tuple(manifest["image_size"])
         paths = [folder / name for name in manifest["shards"]]
         if device is None:
-            check_once(paths)
-            shards = [read_about(path) for path in paths]
+            verify_once(paths)
+            shards = [read_labels(path) for path in paths]
             self.stored = Rows(paths)
         else:
             shards = [read_shard(path) for path in paths]
@@ -60,21 +62,21 @@ class LatentCache:
         return len(self.labels)
 
     def read(self, index: Int64[Tensor, " b"], view: Int64[Tensor, " b"]) -> Tensor:
-        """What is stored [b ...] of these images; `view` 1 is the mirrored one."""
+        """Read the encodings [b ...] of images; `view` is 1 for the mirrored image."""
         if isinstance(self.stored, Rows):
             return self.stored.read(index.cpu())[torch.arange(len(index)), view.cpu()]
         return self.stored[index.to(self.stored.device), view.to(self.stored.device)]
 
 
 def cache_name(expected: Mapping[str, object]) -> str:
-    """A folder name of its own for each combination of codec, images and crop."""
+    """Name the cache of a combination of codec, images and crop."""
     digest = hashlib.sha256(json.dumps([FORMAT, expected], sort_keys=True, default=str).encode()).hexdigest()
     source = Path(str(expected.get("source", "images"))).stem
     return f"{source}-{digest[:12]}"
 
 
 def num_bytes(folder: Path) -> int:
-    """Of a cache's shards, as far as they are there."""
+    """Total size of a cache's shards; missing ones count as 0."""
     paths = [folder / name for name in _read_manifest(folder)["shards"]]
     return sum(path.stat().st_size for path in paths if path.is_file())
 
@@ -84,9 +86,9 @@ def _read_manifest(folder: Path) -> dict:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, not {FORMAT}")
-        kinds = {"classes": str, "image_size": int, "shards": str}
-        if not all(isinstance(item, kind) for name, kind in kinds.items() for item in [*manifest[name]]):
-            raise ValueError(f"{', '.join(kinds)} are no lists of names and numbers")
+        types = {"classes": str, "image_size": int, "shards": str}
+        if not all(isinstance(item, type_) for name, type_ in types.items() for item in [*manifest[name]]):
+            raise ValueError(f"{', '.join(types)} are no lists of names and numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"latent cache {folder}: manifest.json is missing, damaged or of another version ({error}); "
@@ -96,6 +98,6 @@ def _read_manifest(folder: Path) -> dict:
 
 
 def short(value: object) -> str:
-    """For messages: of long ones the beginning and a hash."""
+    """Format a value for a message; long values are truncated and followed by a hash."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"

@@ -1,4 +1,4 @@
-"""What a tree of files is understood to be: which images, of which classes, in which split; and what is left out."""
+"""The layout of a tree of files: its images, classes and splits, and the files that are left out."""
 
 import csv
 import io
@@ -18,54 +18,62 @@ LEVELS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
-TABLE = "labels.csv"  # of files and their labels
+TABLE = "labels.csv"  # columns file and label
 LIKE_A_SPLIT = re.compile(r"^(train|test|val|dev|eval|hold|held)|(train|test|val|dev|eval|out)$")
 
 
 class DataError(ValueError):
-    """Images that cannot be read as asked, in the user's words."""
+    """Images cannot be read as requested; the message is for the user."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A tree, understood. Names are paths from its root."""
+    """The interpretation of a tree of files. Names are paths relative to its root."""
 
-    classes: dict[str, str]  # of each image, in the order of names; '' where there are none
-    splits: dict[str, list[str]] | None  # the images of 'train' and 'test', where the tree says so
-    left_out: dict[str, list[str]]  # names by the reason
-    note: str  # where the images lie, and what says their split
-    tables: list[str]  # labels.csv, where it names the classes
+    classes: dict[str, str]  # of each image, sorted by name; '' if there are no classes
+    splits: dict[str, list[str]] | None  # the images of 'train' and 'test', if the tree defines a split
+    left_out: dict[str, list[str]]  # names by reason
+    note: str  # where the images lie and what defines the split
+    tables: list[str]  # the labels.csv files that name the classes
 
 
 def understand(
     names: Iterable[str], read: Callable[[str], bytes], classes: Sequence[str] = (), exclude_classes: Sequence[str] = ()
 ) -> Layout:
-    """A class a folder, below a level of `train/` and `test/` (or `val/`) where there is one; or images without class
-    folders, whose classes `labels.csv` (file, label) may name. One class may lie below another where not both are
-    chosen."""
+    """Find images, classes and splits in a tree of files.
+
+    Each folder of images is a class, below folders `train/` and `test/` (or `val/`) if they exist. Images without class
+    folders may have their classes in a `labels.csv`. Ambiguous trees raise `DataError`.
+
+    Args:
+        names: paths of all files
+        read: returns a file's bytes
+        classes: those to include, all by default; a class folder may lie in another only if one of them is left out
+        exclude_classes: those to leave out
+    """
     images, tables, left_out = _by_kind(names)
     root, paths, loose = _common_folder({name: name for name in images})
-    splits, places = None, [f"in {root}"] if root else []
+    splits, notes = None, [f"in {root}"] if root else []
     if levels := _levels(paths.values()):
         train, held_out = levels["train"], levels.get("test") or levels["val"]
-        places.append(f"split as {train}/ and {held_out}/")
+        notes.append(f"split as {train}/ and {held_out}/")
         loose += [name for name, path in paths.items() if "/" not in path]
-        of = {
+        by_level = {
             level: [name for name, path in paths.items() if path.startswith(f"{level}/")] for level in levels.values()
         }
-        splits = {"train": of.pop(train), "test": of.pop(held_out)}
-        left_out |= {f"in {level}/, beside {train}/ and {held_out}/": rest for level, rest in of.items()}
+        splits = {"train": by_level.pop(train), "test": by_level.pop(held_out)}
+        left_out |= {f"in {level}/, beside {train}/ and {held_out}/": rest for level, rest in by_level.items()}
         below = {name: paths[name].partition("/")[2] for name in sorted(splits["train"] + splits["test"])}
         _, paths, outside = _common_folder(below)
         loose += outside
     else:
-        _refuse_other_levels(paths.values())
+        _refuse_unclear_split(paths.values())
 
     labels = {name: posixpath.dirname(path) for name, path in paths.items()}
     if tables and len({*labels.values()}) <= 1:
         labels = _labels(tables, read, labels)
         left_out["not named in labels.csv"] = [name for name in paths if name not in labels]
-        places.append("classes from labels.csv")
+        notes.append("classes from labels.csv")
     else:
         left_out["other files"] += tables
         tables = []
@@ -81,11 +89,12 @@ def understand(
     _refuse_nested({*labels.values()}, classes, exclude_classes)
     if splits:
         splits = {split: [name for name in group if name in labels] for split, group in splits.items()}
-    return Layout(labels, splits, {why: left for why, left in left_out.items() if left}, ", ".join(places), tables)
+    left_out = {reason: files for reason, files in left_out.items() if files}
+    return Layout(labels, splits, left_out, ", ".join(notes), tables)
 
 
 def _by_kind(names: Iterable[str]) -> tuple[list[str], list[str], defaultdict[str, list[str]]]:
-    """Images, tables of labels, and what is left out, by the reason."""
+    """Sort files into images, label tables and files to leave out, the latter by reason."""
     images, tables, left_out = [], [], defaultdict[str, list[str]](list)
     for name in sorted(name for name in names if not is_hidden(name)):
         suffix = posixpath.splitext(name)[1].lower()
@@ -105,8 +114,14 @@ def is_hidden(name: str) -> bool:
 
 
 def _common_folder(paths: dict[str, str]) -> tuple[str, dict[str, str], list[str]]:
-    """The folder above all class folders, the longest that holds every image in folders of its own; by their names the
-    paths below it; and what lies outside."""
+    """Find the folder that holds all class folders: the deepest with all images in folders below it.
+
+    Args:
+        paths: by name
+
+    Returns:
+        That folder, the paths below it by name, and the names that lie outside.
+    """
     nested, root = [path for path in paths.values() if "/" in path], ""
     while True:
         below = {path[len(root) :].partition("/")[0] for path in nested}
@@ -119,46 +134,47 @@ def _common_folder(paths: dict[str, str]) -> tuple[str, dict[str, str], list[str
 
 
 def _levels(paths: Iterable[str]) -> dict[str, str]:
-    """The folders that are the split, by what they are: `train`, `val`, `test`; none where there is no such level."""
-    heads = sorted({path.partition("/")[0] for path in paths if "/" in path})
-    splits = {head: LEVELS[head.casefold()] for head in heads if head.casefold() in LEVELS}
-    levels = {meaning: head for head, meaning in splits.items()}
+    """Map `train`, `val` and `test` to the top folders that hold these splits; empty if the top level is no split."""
+    folders = sorted({path.partition("/")[0] for path in paths if "/" in path})
+    level_of = {folder: LEVELS[folder.casefold()] for folder in folders if folder.casefold() in LEVELS}
+    levels = {level: folder for folder, level in level_of.items()}
     if len(levels) < 2:
         return {}
-    if len(splits) > len(levels) or "train" not in levels or len(splits) < len(heads):
+    if len(level_of) > len(levels) or "train" not in levels or len(level_of) < len(folders):
         raise DataError(
-            f"beside each other lie {', '.join(f'{head}/' for head in heads[:8])}: a split is one train/ and one test/ "
-            "(or val/) with class folders below and nothing beside; move the others away, or rename them"
+            f"beside each other lie {', '.join(f'{folder}/' for folder in folders[:8])}: a split is one train/ and one "
+            "test/ (or val/) with class folders below and nothing beside; move the others away, or rename them"
         )
     return levels
 
 
-def _refuse_other_levels(paths: Collection[str]) -> None:
-    """Levels called as splits often are, of the same classes or no folders, would mix held-out images into training."""
+def _refuse_unclear_split(paths: Collection[str]) -> None:
+    """Raise `DataError` for top folders that may be a split under other names, such as `training_set/`: those that hold
+    no class folders, or the same ones. Read as classes, they would mix held-out images into the training."""
     flat = sorted({path.partition("/")[0] for path in paths if path.count("/") == 1})
-    if "train" in "".join(flat).casefold() and flat[1:] and all(LIKE_A_SPLIT.search(head.casefold()) for head in flat):
+    if "train" in "".join(flat).casefold() and flat[1:] and all(LIKE_A_SPLIT.search(name.casefold()) for name in flat):
         raise DataError(
-            f"{', '.join(f'{head}/' for head in flat[:8])}: a split, or classes? call its folders train/ and test/"
+            f"{', '.join(f'{folder}/' for folder in flat[:8])}: a split, or classes? call its folders train/ and test/"
         )
     below: defaultdict[str, set[str]] = defaultdict(set)
     for path in paths:
-        head, _, rest = path.partition("/")
+        top, _, rest = path.partition("/")
         if "/" in rest:
-            below[head].add(rest.partition("/")[0])
-    for head in below:
-        other = next((folder for folder in below if folder != head and below[folder] & below[head]), None)
-        if other and LIKE_A_SPLIT.search(head.casefold()):
+            below[top].add(rest.partition("/")[0])
+    for top in below:
+        other = next((folder for folder in below if folder != top and below[folder] & below[top]), None)
+        if other and LIKE_A_SPLIT.search(top.casefold()):
             raise DataError(
-                f"{head}/ and {other}/ hold the same classes, such as {min(below[head] & below[other])}/: a split? "
+                f"{top}/ and {other}/ hold the same classes, such as {min(below[top] & below[other])}/: a split? "
                 "call its folders train/ and test/ (or val/); else rename them"
             )
 
 
-def _refuse_nested(found: set[str], wanted: Sequence[str], unwanted: Sequence[str]) -> None:
-    """Of the classes that are chosen none lies in another, nor a split in one."""
-    composed = {label: unicodedata.normalize("NFC", label) for label in found}  # macOS takes names apart
-    wanted, unwanted = ([unicodedata.normalize("NFC", name) for name in some] for some in (wanted, unwanted))
-    classes = {label for label, name in composed.items() if name in (wanted or [name]) and name not in unwanted}
+def _refuse_nested(available: set[str], include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Raise `DataError` if a selected class lies in the folder of another, or contains a split."""
+    composed = {label: unicodedata.normalize("NFC", label) for label in available}  # macOS decomposes file names
+    include, exclude = ([unicodedata.normalize("NFC", name) for name in names] for names in (include, exclude))
+    classes = {label for label, name in composed.items() if name in (include or [name]) and name not in exclude}
     for label in sorted(classes):
         above = next((str(path) for path in PurePosixPath(label).parents if str(path) in classes), None)
         if above:
@@ -166,14 +182,14 @@ def _refuse_nested(found: set[str], wanted: Sequence[str], unwanted: Sequence[st
                 f"images lie in {above}/ and in {label}/ below it: one class or two? move them, or leave one out: "
                 f"--data.exclude_classes '[{label}]'"
             )
-    inner = {part.casefold() for label in classes for part in PurePosixPath(label).parts}
-    if len({LEVELS[part] for part in inner if part in LEVELS}) > 1:
-        some = next(label for label in sorted(classes) if {*label.casefold().split("/")} & {*LEVELS})
-        raise DataError(f"{some}/ has the split below the class: move train/ and test/ above the class folders")
+    parts = {part.casefold() for label in classes for part in PurePosixPath(label).parts}
+    if len({LEVELS[part] for part in parts if part in LEVELS}) > 1:
+        first = next(label for label in sorted(classes) if {*label.casefold().split("/")} & {*LEVELS})
+        raise DataError(f"{first}/ has the split below the class: move train/ and test/ above the class folders")
 
 
 def _labels(tables: list[str], read: Callable[[str], bytes], images: dict[str, str]) -> dict[str, str]:
-    """Classes of the images that the tables name, by a path from the table or from the one folder of images."""
+    """Read the classes of images from tables, which name files relative to the table or to a folder of images."""
     labels: dict[str, str] = {}
     for table in tables:
         try:
@@ -185,17 +201,18 @@ def _labels(tables: list[str], read: Callable[[str], bytes], images: dict[str, s
             raise DataError(f"{table} must have columns file and label, and has {has}; rename them or move it away")
         if "split" in rows[0]:
             raise DataError(f"{table} has a column split, which is not read; move the images into train/ and test/")
-        beside = posixpath.dirname(table)
-        places = sorted({posixpath.dirname(name) for name in images if name.startswith(beside)} - {beside})
+        folder = posixpath.dirname(table)
+        subfolders = sorted({posixpath.dirname(name) for name in images if name.startswith(folder)} - {folder})
         for row in rows:
-            paths = [posixpath.join(place, str(row["file"]).replace("\\", "/")) for place in (beside, *places)]
-            found = paths[:1] if paths[0] in images else [path for path in paths if path in images]
+            paths = [posixpath.join(base, str(row["file"]).replace("\\", "/")) for base in (folder, *subfolders)]
+            matches = paths[:1] if paths[0] in images else [path for path in paths if path in images]
             label = (row["label"] or "").strip()
-            if len(found) != 1 or not label:
-                which = f"may be {' or '.join(found)}" if found else "is not there"
-                what = which if len(found) != 1 else "has no label"
-                raise DataError(f"{table}: {row['file']} {what}; mend the table or move it away")
-            name = found[0]
+            if len(matches) != 1:
+                problem = f"may be {' or '.join(matches)}" if matches else "is not there"
+                raise DataError(f"{table}: {row['file']} {problem}; mend the table or move it away")
+            if not label:
+                raise DataError(f"{table}: {row['file']} has no label; mend the table or move it away")
+            name = matches[0]
             if labels.setdefault(name, label) != label:
                 raise DataError(f"{table}: {row['file']} has two labels, {labels[name]} and {label}; keep one")
     return {name: labels[name] for name in images if name in labels}

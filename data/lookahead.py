@@ -1,4 +1,4 @@
-"""Work that threads do ahead of the loop that asks for it: reading files, decoding images."""
+"""Prefetching: threads compute the results of coming steps, such as files read or images decoded."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,16 +8,19 @@ T = TypeVar("T")
 
 
 class Lookahead(Generic[T]):
-    """`function(step, *more)`, computed by a thread for each of the steps that lie ahead, none from `end` on; what is
-    asked for out of turn is computed then. A step's error is raised where the step is asked for."""
+    """Callable that returns `function(step, *args)` and starts computing the next `num_steps` steps in threads.
+
+    Steps from `end` on are not prefetched. A step that was not prefetched is computed when it is requested. An error of
+    a step is raised when that step is requested.
+    """
 
     def __init__(self, function: Callable[..., T], num_steps: int, end: int | None = None) -> None:
         self.function, self.num_steps, self.end = function, num_steps, end
         self._threads = ThreadPoolExecutor(num_steps, thread_name_prefix="ahead")
         self._results: dict[tuple[int, ...], Future[T]] = {}
 
-    def __call__(self, step: int, *more: int) -> T:
+    def __call__(self, step: int, *args: int) -> T:
         last = step + self.num_steps if self.end is None else min(step + self.num_steps, self.end - 1)
-        wanted = [(number, *more) for number in range(step, last + 1)]
-        self._results = {key: self._results.get(key) or self._threads.submit(self.function, *key) for key in wanted}
-        return self._results[wanted[0]].result()
+        keys = [(ahead, *args) for ahead in range(step, last + 1)]
+        self._results = {key: self._results.get(key) or self._threads.submit(self.function, *key) for key in keys}
+        return self._results[keys[0]].result()

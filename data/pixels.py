@@ -1,4 +1,4 @@
-"""Bytes to pixels: which files are read as images, and what becomes of each kind."""
+"""Decode image files to RGB pixels."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 Image.init()
-# Those that Pillow decodes by itself: EPS is handed to Ghostscript, whatever the file is called.
+# Only formats that Pillow decodes itself: a file of any name that contains EPS would be passed to Ghostscript.
 _DECODED = {"AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD"}
 _DECODED |= {"SGI", "TGA", "TIFF", "WEBP"}
 FORMATS = tuple(name for name in Image.ID if name in _DECODED)
@@ -15,31 +15,33 @@ NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".svg", ".eps", ".pdf", ".exr", "
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image in a file's bytes, its header read alone as yet."""
+    """Open the image in a file's bytes; only its header is read yet."""
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Three 8-bit channels, upright as EXIF has it; transparency lies on white. Grey of more than 8 bits is scaled by
-    the least white that holds it: 1 (of floats), 255 or 65535; where a TIFF has 0 for white, it is turned round."""
+    """Convert to 8-bit RGB, rotated upright by EXIF, with transparency composited on white. Grey images of more than
+    8 bits are scaled from their white level, as `_to_8_bits` guesses it, and inverted for TIFFs in which 0 is white."""
     format, white_is_zero = image.format, getattr(image, "tag_v2", {}).get(262) == 0
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        grey, clear = np.asarray(image), image.info.get("transparency")  # of PNG: the grey that is not there
+        grey, transparent = np.asarray(image), image.info.get("transparency")  # in PNG the transparent grey value
         image = _to_8_bits(image, format)
         image = ImageOps.invert(image) if white_is_zero else image
-        if isinstance(clear, int):
-            image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+        if isinstance(transparent, int):
+            image.putalpha(Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image, format: str | None) -> Image.Image:
+    """Scale a grey image from its white level: the smallest of 1 (only for floats), 255 and 65535 that no pixel
+    exceeds."""
     grey = np.asarray(image).astype(np.float64)
     whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
-    if image.mode == "I" and format in ("PNG", "PPM"):  # of 16 bits, whichever they use
+    if image.mode == "I" and format in ("PNG", "PPM"):  # Pillow gives 16-bit files this mode
         whites = (65535,)
     low, high = grey.min(), grey.max()
     white = next((white for white in whites if 0 <= low <= high <= white), None)
@@ -49,5 +51,5 @@ def _to_8_bits(image: Image.Image, format: str | None) -> Image.Image:
 
 
 def fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
-    """The centre rectangle of the shape of `size` (height, width), resized to it (Lanczos)."""
+    """Crop the largest centred rectangle with the aspect ratio of `size` (height, width), and resize it (Lanczos)."""
     return image if size is None else ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)

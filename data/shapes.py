@@ -1,7 +1,7 @@
-"""`shapes`: a procedural dataset of anti-aliased coloured shapes on a ground, ten classes, any size.
+"""`shapes`: a procedural data set of anti-aliased coloured shapes on a background, in ten classes and any size.
 
-Image `i` is a function of (seed, i) alone. Each shape is a signed distance function (negative inside), so an
-edge is anti-aliased by clamping the distance over one pixel.
+Image `i` is a function of (seed, i) only. Each shape is a signed distance function, negative inside; clamping the
+distance over one pixel anti-aliases the edges.
 """
 
 import colorsys
@@ -23,15 +23,15 @@ MOST_IMAGES = 10**8
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How much of a picture is left to chance. Lengths are shares of the image's side, angles in turns."""
+    """Ranges of the random properties of an image. Lengths are fractions of the image's side, angles are in turns."""
 
-    num_hues: int | None  # of the shape; None: any colour
+    num_hues: int | None  # of the shape; None for any colour
     radius: tuple[float, float]
-    jitter: float  # of the centre
-    rotation: float  # largest, either way
-    num_grounds: int  # plain ones: white, black
-    ground_contrast: float  # 0: as plain as that; 1: any colour and a gradient
-    texture: float  # standard deviation of the ground's grain, in [0, 1]
+    jitter: float  # largest shift of the centre
+    rotation: float  # largest angle in either direction
+    num_grounds: int  # 1 for light backgrounds, 2 for light and dark ones
+    ground_contrast: float  # 0 for plain backgrounds, up to 1 for any colour with a gradient
+    texture: float  # standard deviation of the background's noise, in [0, 1]
 
 
 DIFFICULTIES = {
@@ -42,7 +42,7 @@ DIFFICULTIES = {
 
 
 class ShapesDataset(ImageSet):
-    """`num_images` pictures of the training split, or the fifth as many that follow them, of the test split."""
+    """Shapes: `num_images` in the training split; the next fifth as many are the test split."""
 
     source_name = "shapes"
 
@@ -75,7 +75,7 @@ class ShapesDataset(ImageSet):
         return torch.from_numpy(draw_shape(*self._recipe(index)))
 
     def mask(self, index: int) -> Tensor:
-        """Which pixels [h w] lie in the shape: those whose centres do, exactly."""
+        """Segmentation mask [h w]: True for pixels whose centre lies inside the shape."""
         return torch.from_numpy(draw_coverage(*self._recipe(index)) > 0.5)
 
     def _recipe(self, index: int) -> tuple[str, int, Difficulty, np.random.Generator]:
@@ -84,12 +84,12 @@ class ShapesDataset(ImageSet):
         return shape, self.side, DIFFICULTIES[self.difficulty], np.random.default_rng([self.seed, number])
 
     def describe(self) -> dict[str, Any]:
-        """With the split in words, as caches have known it."""
+        """Describe the images, the split in the format of existing caches."""
         return {**super().describe(), "split": f"{self.split} of {len(self)} from {self.first}"}
 
 
 def draw_shape(name: str, size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
-    """One picture, uint8 [3 size size]."""
+    """Render an image, uint8 [3 size size]."""
     coverage = draw_coverage(name, size, difficulty, rng)
     ground = _draw_ground(size, difficulty, rng)
     color = _draw_color(difficulty, rng, away_from=ground.mean(axis=(1, 2)))
@@ -98,7 +98,7 @@ def draw_shape(name: str, size: int, difficulty: Difficulty, rng: np.random.Gene
 
 
 def draw_coverage(name: str, size: int, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
-    """How much of each pixel the shape covers, 0 to 1 [size size]."""
+    """Fraction of each pixel that the shape covers, in [0, 1], [size size]."""
     radius = rng.uniform(*difficulty.radius)
     center = 0.5 + rng.uniform(-difficulty.jitter, difficulty.jitter, 2)
     angle = 2 * np.pi * rng.uniform(-difficulty.rotation, difficulty.rotation)
@@ -148,7 +148,7 @@ def _star(u: Field, v: Field) -> Field:
 
 
 def _heart(u: Field, v: Field) -> Field:
-    """Two discs over the corner of a square that stands on its tip (Quilez, 2-D distance functions)."""
+    """Two discs above the lower half of a square that stands on its corner (Quilez, 2-D distance functions)."""
     x, y = np.abs(u) / 1.75, (0.85 - v) / 1.75
     disc = np.hypot(x - 0.25, y - 0.75) - np.sqrt(2) / 4
     fold = np.maximum(x + y, 0) / 2
@@ -162,7 +162,7 @@ def _cross(u: Field, v: Field) -> Field:
 
 
 def _arrow(u: Field, v: Field) -> Field:
-    """Pointing right: a shaft and a head."""
+    """A shaft and a head, pointing right."""
     shaft = np.maximum(np.abs(u + 0.4) - 0.6, np.abs(v) - 0.24)
     head = np.maximum(-u, (u + np.abs(v) - 1.0) / np.sqrt(2))
     head = np.maximum(head, np.abs(v) - 0.8)

@@ -1,5 +1,8 @@
-"""The files of a latent cache: safetensors of some thousand images each, `stored` [n v ...], `labels` [n] and
-`source_indices` [n], with a checksum of all three. `v` counts the views: 1, or 2 with mirrored images."""
+"""The shards of a latent cache: safetensors files with the encodings of up to 2048 images each.
+
+A shard holds `stored` [n v ...], `labels` [n] and `source_indices` [n], and a checksum of all three. Each image has
+v = 1 view or, with mirrored images, v = 2.
+"""
 
 import hashlib
 import json
@@ -22,80 +25,81 @@ from data.layout import DataError
 from machine.whole_files import whole
 
 TENSORS = ("stored", "labels", "source_indices")
-CHECKED = "checked"  # beside the shards: their stamp when they were found whole
+CHECKED = "checked"  # file beside the shards: their stamp when their checksums were last verified
 
 
 class Rows:
-    """What shards store of each image, [n v ...], left in their files and read by position.
+    """The encodings [n v ...] of all shards, read from their files on demand; several threads may read at once.
 
-    A memory map would be slower (docs/performance.md), count every page that was ever touched as the process's memory,
-    and turn an error of the disk into a signal that ends the process. Threads may read at once.
+    Files are not memory-mapped. A map would be slower (docs/performance.md), count every touched page as memory of the
+    process, and turn a disk error into a signal that kills it.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        heads = [_head(path) for path in paths]
-        self.dtype, (_, *each), _ = heads[0]
-        for path, (dtype, shape, _) in zip(paths, heads, strict=True):
-            if (dtype, shape[1:]) != (self.dtype, each):
-                raise _damaged(path, f"it stores {dtype} {shape[1:]}, the first one {self.dtype} {each}")
-        self.paths, self._offsets = paths, [offset for _, _, offset in heads]
-        self._ends = torch.tensor([shape[0] for _, shape, _ in heads]).cumsum(0)
+        headers = [_header(path) for path in paths]
+        self.dtype, (_, *row_shape), _ = headers[0]
+        for path, (dtype, shape, _) in zip(paths, headers, strict=True):
+            if (dtype, shape[1:]) != (self.dtype, row_shape):
+                raise _damaged(path, f"it stores {dtype} {shape[1:]}, the first one {self.dtype} {row_shape}")
+        self.paths, self._offsets = paths, [offset for _, _, offset in headers]
+        self._ends = torch.tensor([shape[0] for _, shape, _ in headers]).cumsum(0)
         self._starts = self._ends.roll(1).index_fill(0, torch.tensor(0), 0)
-        self.shape = torch.Size([int(self._ends[-1]), *each])
+        self.shape = torch.Size([int(self._ends[-1]), *row_shape])
         self._files = _open_all(paths)
         weakref.finalize(self, _close, self._files)
 
     def read(self, index: Int64[Tensor, " b"], *, pinned: bool = False) -> Tensor:
-        """All views [b v ...] of these images, in memory that a GPU copies from by itself where it is `pinned`."""
+        """Read all views [b v ...] of images, into pinned memory if `pinned`."""
         rows = torch.empty((len(index), *self.shape[1:]), dtype=self.dtype, pin_memory=pinned)
-        content, size = rows.view(torch.uint8).flatten().numpy().data, rows[:1].nbytes
+        buffer, row_size = rows.view(torch.uint8).flatten().numpy().data, rows[:1].nbytes
         shards = torch.bucketize(index, self._ends, right=True)
-        places = zip(shards.tolist(), (index - self._starts[shards]).tolist(), strict=True)
-        for number, (shard, row) in enumerate(places):
-            part = content[number * size : (number + 1) * size]
+        locations = zip(shards.tolist(), (index - self._starts[shards]).tolist(), strict=True)
+        for i, (shard, row) in enumerate(locations):
+            target = buffer[i * row_size : (i + 1) * row_size]
             try:
-                num_read = os.preadv(self._files[shard], [part], self._offsets[shard] + row * size)
+                num_read = os.preadv(self._files[shard], [target], self._offsets[shard] + row * row_size)
             except OSError as error:
                 raise _damaged(self.paths[shard], error) from error
-            if num_read < size:
+            if num_read < row_size:
                 raise _damaged(self.paths[shard], "it has become shorter")
         return rows
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """Its tensors, held against its checksum."""
+    """Load all tensors of a shard and verify its checksum."""
     shard, checksum = _read(path, *TENSORS)
     if checksum != _checksum(shard):
         raise _damaged(path, "its checksum is another")
     return shard
 
 
-def read_about(path: Path) -> dict[str, Tensor]:
-    """All that is not `stored`, unchecked."""
+def read_labels(path: Path) -> dict[str, Tensor]:
+    """Load `labels` and `source_indices` of a shard without verification."""
     return _read(path, "labels", "source_indices")[0]
 
 
 def write_shard(path: Path, shard: Mapping[str, Tensor]) -> None:
-    write_aside(path, lambda partial: save_file(dict(shard), partial, metadata={"sha256": _checksum(shard)}))
+    write_atomically(path, lambda partial: save_file(dict(shard), partial, metadata={"sha256": _checksum(shard)}))
 
 
-def check_once(paths: Sequence[Path]) -> None:
-    """That shards are as they were written. They are read whole, at 1 to 2 GB/s, and not again as long as sizes and
-    times are those that a file beside them says."""
+def verify_once(paths: Sequence[Path]) -> None:
+    """Verify the checksums of shards, which means reading them at 1 to 2 GB/s. Sizes and times are then recorded in a
+    file beside them; as long as these stay the same, the shards are not read again."""
     folder = paths[0].parent
-    found = stamp(folder, [path.name for path in paths])
+    current = stamp(folder, [path.name for path in paths])
     with suppress(OSError):
-        if found and (folder / CHECKED).read_text() == found:
+        if current and (folder / CHECKED).read_text() == current:
             return
     for path in tqdm(paths, desc="checking encoded images", unit="shard"):
         read_shard(path)
-    if found:
-        with suppress(DataError):  # where nothing can be written they are checked at every start
-            write_aside(folder / CHECKED, lambda partial: partial.write_text(found))
+    if current:
+        with suppress(DataError):  # a read-only cache is verified at every start
+            write_atomically(folder / CHECKED, lambda partial: partial.write_text(current))
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Aside, then renamed; whatever another process has brought there meanwhile is the same."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name and rename it. An error is ignored if the file exists afterwards, as another
+    process has then written the same."""
     try:
         with whole(path) as partial:
             write(partial)
@@ -114,22 +118,22 @@ def _read(path: Path, *names: str) -> tuple[dict[str, Tensor], str | None]:
         raise _damaged(path, error) from error
 
 
-def _head(path: Path) -> tuple[torch.dtype, list[int], int]:
-    """Of `stored`: dtype, shape, and where in the file it begins."""
-    stored = _read(path, "stored")[0]["stored"]  # a map, of which nothing is read; safetensors compares its length
+def _header(path: Path) -> tuple[torch.dtype, list[int], int]:
+    """Dtype and shape of `stored`, and its offset in the file."""
+    stored = _read(path, "stored")[0]["stored"]  # memory-mapped, so only the header is read; checks the file's length
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        begins = json.loads(file.read(length))["stored"]["data_offsets"][0]
-    return stored.dtype, list(stored.shape), 8 + length + begins
+        offset = json.loads(file.read(length))["stored"]["data_offsets"][0]
+    return stored.dtype, list(stored.shape), 8 + length + offset
 
 
 def _open_all(paths: Sequence[Path]) -> list[int]:
-    """Descriptors; a process may have 1024 files open by default, and more if it asks."""
+    """Open files and return their descriptors; raise the process's limit, which is often 1024, as far as needed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
-        more = soft + len(paths)
+        needed = soft + len(paths)
         with suppress(OSError, ValueError):
-            limit = more if hard == resource.RLIM_INFINITY else min(more, hard)
+            limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     files: list[int] = []
     try:
@@ -150,7 +154,7 @@ def _close(files: Sequence[int]) -> None:
 
 
 def _checksum(shard: Mapping[str, Tensor]) -> str:
-    """Of names, kinds, shapes and values."""
+    """Hash names, dtypes, shapes and values."""
     return hashlib.sha256(save(dict(shard))).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Which images stand for all of them: seeded, and fair to every class."""
+"""Subsets of labelled images, and labels translated to another list of classes."""
 
 from collections.abc import Sequence
 
@@ -8,25 +8,28 @@ from torch import Tensor
 
 
 def stratified(labels: Int64[Tensor, " n"], count: int, seed: int) -> Int64[Tensor, " count"]:
-    """Positions, ascending, of `count` images, of each class its share: a systematic sample of the images laid out by
-    class in random order. Of more images than there are, each comes as often as any other, or once more."""
-    draw, num = torch.Generator().manual_seed(seed), len(labels)
-    shuffled = torch.randperm(num, generator=draw)
-    classes, of_class = labels[shuffled].unique(return_inverse=True)
-    by_class = shuffled[torch.randperm(len(classes), generator=draw)[of_class].argsort(stable=True)]
-    start = torch.randint(max(1, num), (1,), generator=draw)
+    """Sample `count` indices, in ascending order, with each class in proportion to its size.
+
+    This is a systematic sample: the images are sorted by class, in random order within and between classes, and taken
+    at even distances from a random start. If `count` exceeds the number of images, each index appears equally often,
+    up to one.
+    """
+    generator, num = torch.Generator().manual_seed(seed), len(labels)
+    shuffled = torch.randperm(num, generator=generator)
+    classes, class_index = labels[shuffled].unique(return_inverse=True)
+    by_class = shuffled[torch.randperm(len(classes), generator=generator)[class_index].argsort(stable=True)]
+    start = torch.randint(max(1, num), (1,), generator=generator)
     return by_class[(torch.arange(count) * num + start) // max(1, count)].sort().values
 
 
 def by_name(labels: Int64[Tensor, " n"], of: Sequence[str], into: Sequence[str], flag: str) -> Int64[Tensor, " n"]:
-    """Labels of some class names, as the numbers that another list of names has for them."""
+    """Translate labels from the class list `of` to the class list `into`, by class name."""
     if not of:
         raise ValueError(f"{flag}: the images have no classes by name")
-    known = {*into}
-    lacking = [of[label] for label in labels.unique().tolist() if of[label] not in known]
-    if lacking:
+    index_of = {name: index for index, name in enumerate(into)}
+    missing = [of[label] for label in labels.unique().tolist() if of[label] not in index_of]
+    if missing:
         raise ValueError(
-            f"{flag}: the class {lacking[0]} ({len(lacking)} such) has no namesake among {', '.join(into[:5])}"
+            f"{flag}: the class {missing[0]} ({len(missing)} such) has no namesake among {', '.join(into[:5])}"
         )
-    numbers = {name: number for number, name in enumerate(into)}
-    return torch.tensor([numbers.get(name, -1) for name in of], dtype=torch.int64)[labels]
+    return torch.tensor([index_of.get(name, -1) for name in of], dtype=torch.int64)[labels]

@@ -58,7 +58,7 @@ def test_a_folders_hash_is_kept_as_long_as_no_file_changes(tree, tmp_path, monke
         patch.delenv("XDG_CACHE_HOME")
         patch.setattr("pathlib.Path.home", Mock(side_effect=RuntimeError))  # of a user without a home
         assert content_hash(Folder(tree), names) == first
-    monkeypatch.setattr(files, "LONG", -1.0)
+    monkeypatch.setattr(files, "SLOW_SECONDS", -1.0)
     assert content_hash(Folder(tree), names) == first
     assert not (tmp_path / "kept").exists()
     monkeypatch.setattr(files, "SETTLED", 0)
