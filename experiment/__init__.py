@@ -1,6 +1,6 @@
-"""From command line and YAML to a configuration, and from that to objects."""
+"""Configurations: parsed from the command line and YAML, and turned into objects."""
 
 import sys
 
-if sys.platform == "win32":  # whose folders cannot be synced, nor files be locked and replaced while they are read
+if sys.platform == "win32":  # which cannot sync folders, nor lock files or replace open ones
     raise SystemExit("Windows itself is not supported: use its Linux (wsl --install), GPUs included")

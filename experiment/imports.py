@@ -1,8 +1,9 @@
-"""`--imports`: the user's own modules, loaded for what they register.
+"""`--imports`: load the user's own modules, which register backbones, samplers and so on.
 
-Code runs on the user's word alone. The word is given by a flag, or by a configuration that the user passes; it is kept
-outside every run, in `$XDG_STATE_HOME/latent-diffusion-backbones/imports`: of a module its name, of a file the hash of
-its content. What a checkpoint or a run's own configuration names is loaded only where that word was given before.
+Code runs only with the user's approval, so that a checkpoint from elsewhere cannot run any. Naming a module in a flag,
+or in a configuration passed to the command, approves it. Approvals are stored outside of all runs, in
+`$XDG_STATE_HOME/latent-diffusion-backbones/imports`: modules by name, files by the hash of their content. Modules that
+a checkpoint or a run's stored configuration names are loaded only if they were approved before.
 """
 
 import ast
@@ -19,61 +20,67 @@ from pathlib import Path
 from types import MappingProxyType
 
 RECORD = "latent-diffusion-backbones/imports"
-_loaded: dict[str, str] = {}  # as they were named, by name without folders
-_contents: dict[str, str] = {}  # hashes of all their files, when they were loaded
-_given: set[str] = set()  # of these, by the user
+_loaded: dict[str, str] = {}  # module name or path by key, which is the name without folders
+_hashes: dict[str, str] = {}  # hash of all files of a module when it was loaded, by key
+_given: set[str] = set()  # keys of those that the user named
 
 
 def load_imports(
     names: Sequence[str], *, stored_in: Path | str | None = None, contents: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Import modules by name and .py files, or ValueError. `stored_in` is the run or checkpoint that names them, None
-    where the user does; `contents` what they were then. A loaded file of the same name will do."""
+    """Import modules and .py files, or raise ValueError.
+
+    Args:
+        names: module names, and paths of .py files
+        stored_in: the run or checkpoint that names them; None if the user does. A file that the user named replaces a
+            stored one of the same name.
+        contents: hashes of the files that the checkpoint was made with, from `contents_of`
+    """
     for name in names:
         file = Path(name).expanduser() if name.endswith(".py") else None
         key = file.name if file else name
         if stored_in is not None and key in _given:
             continue
         if file and not file.is_file():
-            named = f"{stored_in} names it, and it is not here" if stored_in else "no such file"
-            raise ValueError(f"--imports {name}: {named}; give --imports the path of {key}")
+            problem = f"{stored_in} names it, and it is not here" if stored_in else "no such file"
+            raise ValueError(f"--imports {name}: {problem}; give --imports the path of {key}")
         source = file.read_bytes() if file else None
-        word = name if source is None else hashlib.sha256(source).hexdigest()
+        approval = name if source is None else hashlib.sha256(source).hexdigest()
         record = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state", RECORD)
-        words = set()
+        approvals = set()
         with suppress(OSError):
-            words = set(record.read_text().split())
-        if stored_in is not None and word not in words:
+            approvals = set(record.read_text().split())
+        if stored_in is not None and approval not in approvals:
             raise ValueError(
                 f"--imports {name}: {stored_in} names it, and its code was not given here before; if you trust it, "
                 f"repeat the command with --imports {name}"
             )
-        content = _content_of(name)
-        if contents.get(key, content) != content:
+        content_hash = _hash_of(name)
+        if contents.get(key, content_hash) != content_hash:
             raise ValueError(
                 f"--imports {name}: {stored_in} was made with other code of that name; give --imports the file that it "
                 "was made with, or this one to take it nevertheless"
             )
-        if word not in words:
-            with suppress(OSError):  # where nothing can be kept, the flag has to be given each time
+        if approval not in approvals:
+            with suppress(OSError):  # if approvals cannot be stored, the flag is needed each time
                 record.parent.mkdir(parents=True, exist_ok=True)
                 with record.open("a") as lines:
-                    lines.write(f"{word}\n")
-        _load(name, source, word)
-        _loaded[key], _contents[key] = name, content
+                    lines.write(f"{approval}\n")
+        _load(name, source, approval)
+        _loaded[key], _hashes[key] = name, content_hash
         _given.update({key} if stored_in is None else ())
 
 
 def contents_of(names: Sequence[str]) -> dict[str, str]:
-    """Hashes of what was loaded by these names, by name without folders."""
+    """Hashes of loaded modules, by name without folders."""
     keys = [Path(name).name if name.endswith(".py") else name for name in names]
-    return {key: _contents[key] for key in keys if key in _contents}
+    return {key: _hashes[key] for key in keys if key in _hashes}
 
 
 def imported_files() -> dict[str, Path]:
-    """The Python files of what was loaded: of a package all of them, of a file those of the user's that it imports too;
-    each by a name without its place on the disk."""
-    return {place: file for name in _loaded.values() for place, file in _files_of(name).items()}
+    """List all Python files of loaded modules, by names that do not depend on where they lie: every file of a package;
+    for a single file also the user's modules that it imports."""
+    return {relative: file for name in _loaded.values() for relative, file in _files_of(name).items()}
 
 
 def _files_of(name: str) -> dict[str, Path]:
@@ -88,37 +95,38 @@ def _files_of(name: str) -> dict[str, Path]:
 
 
 def _imported_by(file: Path) -> dict[str, Path]:
-    """Of the user's own: neither installed, nor Python's or this repository's."""
+    """Find the user's modules that a file imports, directly or not: those that are neither installed nor part of Python
+    or of this repository."""
     installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
     rooms = {path.parent.name for path in Path(__file__).parents[1].glob("*/__init__.py")}
     files: dict[str, Path] = {}
-    waiting = [file]
-    while waiting:
+    queue = [file]
+    while queue:
         nodes: list[ast.AST] = []
-        with suppress(SyntaxError):  # which loading it tells
-            nodes = list(ast.walk(ast.parse(waiting.pop().read_bytes())))
+        with suppress(SyntaxError):  # reported when the file is loaded
+            nodes = list(ast.walk(ast.parse(queue.pop().read_bytes())))
         names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
         for name in {name.partition(".")[0] for name in names} - {"", *sys.builtin_module_names, *rooms}:
             spec = importlib.util.find_spec(name) if name != "__main__" else None
-            places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-            place = next((Path(place).resolve() for place in places if place and Path(place).exists()), None)
-            if place and not any(place.is_relative_to(folder) for folder in installed):
+            candidates = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+            path = next((Path(path).resolve() for path in candidates if path and Path(path).exists()), None)
+            if path and not any(path.is_relative_to(folder) for folder in installed):
                 new = {name: path for name, path in _files_of(name).items() if name not in files}
                 files |= new
-                waiting += new.values()
+                queue += new.values()
     return files
 
 
-def _content_of(name: str) -> str:
+def _hash_of(name: str) -> str:
     digest = hashlib.sha256()
-    for place, file in sorted(_files_of(name).items()):
-        digest.update(place.encode() + hashlib.sha256(file.read_bytes()).digest())
+    for relative, file in sorted(_files_of(name).items()):
+        digest.update(relative.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def _load(name: str, source: bytes | None, word: str) -> None:
-    key = name if source is None else f"imported_{Path(name).stem}_{word[:12]}"
+def _load(name: str, source: bytes | None, approval: str) -> None:
+    key = name if source is None else f"imported_{Path(name).stem}_{approval[:12]}"
     if key in sys.modules:
         return
     try:
@@ -127,8 +135,8 @@ def _load(name: str, source: bytes | None, word: str) -> None:
             return
         module = sys.modules[key] = types.ModuleType(key)
         module.__file__ = name
-        exec(compile(source, name, "exec"), vars(module))  # what was hashed, and no __pycache__ that lies beside it
-    except Exception as error:  # whatever a user's module raises
+        exec(compile(source, name, "exec"), vars(module))  # exactly what was hashed; __pycache__ may hold other code
+    except Exception as error:  # a user's module may raise anything
         sys.modules.pop(key, None)
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             remedy = "give a .py file, or put its folder on PYTHONPATH"

@@ -1,4 +1,4 @@
-"""The way from and to plain mappings, from configurations of before, and YAML that says each thing once."""
+"""Conversion between configurations and mappings, older settings included, and a strict YAML loader."""
 
 import re
 from collections.abc import Mapping
@@ -9,37 +9,41 @@ import yaml
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1}`: the spelling of flags."""
+    """Join nested keys with dots, as in flags: `{"optim": {"lr": 1}}` becomes `{"optim.lr": 1}`."""
     flat = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
-def from_dict(kind: Any, values: Any) -> Any:
-    """A configuration again, from `to_dict`: no value is read anew. Settings that it lacks are their defaults."""
-    if is_dataclass(kind):
-        kinds = get_type_hints(kind)
-        return cast(Any, kind)(**{name: from_dict(kinds.get(name), value) for name, value in of_today(values).items()})
-    if get_origin(kind) is list:
-        return [from_dict(get_args(kind)[0], value) for value in values]
-    return tuple(values) if get_origin(kind) is tuple else values
+def from_dict(hint: Any, values: Any) -> Any:
+    """Restore a configuration of type `hint` from the result of `to_dict`, without parsing its values. Missing settings
+    get their defaults."""
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return cast(Any, hint)(**{name: from_dict(hints.get(name), value) for name, value in upgrade(values).items()})
+    if get_origin(hint) is list:
+        return [from_dict(get_args(hint)[0], value) for value in values]
+    return tuple(values) if get_origin(hint) is tuple else values
 
 
-FORMER = {  # settings that went, and the values at which nothing goes with them
-    ("diffusion", "times"): ["importance"],  # of training alone
+REMOVED = {  # settings that no longer exist, and the values at which they can be ignored
+    ("diffusion", "times"): ["importance"],  # only affected training
     ("sampling", "guidance_schedule"): [None, "constant"],
     ("sampling", "guidance_momentum"): [None, 0],
 }
 
 
-def of_today(values: Any) -> Any:
-    """A whole configuration, as files of before have it, in the settings of today. Samplers own their arguments, where
-    `sampling` had `eta` (of ddim) and `churn` (of heun), 0 for all others."""
+def upgrade(values: Any) -> Any:
+    """Convert a configuration of an older version to the current settings.
+
+    Drops removed settings that have no effect. `eta` (of ddim) and `churn` (of heun), once settings of `sampling` that
+    were 0 for all other samplers, become sampler arguments.
+    """
     if not isinstance(values, Mapping):
         return values
     groups = {name: dict(group) if isinstance(group, Mapping) else group for name, group in values.items()}
-    for (name, setting), harmless in FORMER.items():
+    for (name, setting), harmless in REMOVED.items():
         group = groups.get(name)
         if isinstance(group, dict) and setting in group and group[setting] in harmless:
             del group[setting]
@@ -50,13 +54,15 @@ def of_today(values: Any) -> Any:
     return groups
 
 
-MOST_VALUES = 100_000
+MAX_VALUES = 100_000
 NAMES = {"classes", "exclude_classes", "imports"}  # settings that are lists of names
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, and aliases that unfold into more than `MOST_VALUES` values. Names in lists are
-    the text that they are: 007, no, null and 1e3 can be names. Elsewhere 1e3 is a number, and no text is a date."""
+    """A YAML loader that rejects duplicate keys, and aliases that expand to more than `MAX_VALUES` values.
+
+    Names in lists of names are always text, even 007, no, null or 1e3. Elsewhere 1e3 is a number, and dates are text.
+    """
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, form) for tag, form in resolvers if not tag.endswith(":timestamp")]
@@ -65,7 +71,7 @@ class StrictLoader(yaml.SafeLoader):
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.unfolded: dict[yaml.Node, int] = {}
+        self.num_values: dict[yaml.Node, int] = {}  # aliases expanded
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         alias = self.check_event(yaml.AliasEvent)
@@ -73,20 +79,20 @@ class StrictLoader(yaml.SafeLoader):
         assert node is not None
         if not alias:
             values = node.value if isinstance(node, yaml.CollectionNode) else []
-            below = [child for pair in values for child in (pair if isinstance(pair, tuple) else [pair])]
-            self.unfolded[node] = 1 + sum(self.unfolded[child] for child in below)
-        if self.unfolded.setdefault(node, MOST_VALUES + 1) > MOST_VALUES:  # one that holds itself is unknown as yet
-            problem = f"aliases unfold into more than {MOST_VALUES} values; write out what is meant"
+            children = [child for item in values for child in (item if isinstance(item, tuple) else [item])]
+            self.num_values[node] = 1 + sum(self.num_values[child] for child in children)
+        if self.num_values.setdefault(node, MAX_VALUES + 1) > MAX_VALUES:  # unset for a node that contains itself
+            problem = f"aliases unfold into more than {MAX_VALUES} values; write out what is meant"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
-        for number, (key, _) in enumerate(node.value):
-            if key.value in keys[:number]:
+        for index, (key, _) in enumerate(node.value):
+            if key.value in keys[:index]:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
         mapping = super().construct_mapping(node, deep)
-        for key, names in node.value:  # those that `<<` merges among them
+        for key, names in node.value:  # which now includes keys merged by `<<`
             if key.value.rpartition(".")[2] in NAMES and isinstance(names, yaml.SequenceNode):
                 mapping[key.value] = [self.construct_scalar(name) for name in names.value]
         return mapping

@@ -1,4 +1,4 @@
-"""Sections of the configuration that are open: their settings are the parameters of what is registered by then."""
+"""Open sections of the configuration: their settings are the parameters of registered functions."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -8,55 +8,60 @@ from typing import Annotated, Any, get_args, get_origin
 
 import docstring_parser
 
-REMADE = ("__init__", "__repr__", "__eq__", "__hash__", "__match_args__", "__dataclass_fields__", "__annotations__")
+REPLACED = ("__init__", "__repr__", "__eq__", "__hash__", "__match_args__", "__dataclass_fields__", "__annotations__")
 
 
 def settings_of(preset: Callable[..., Any]) -> dict[str, Parameter]:
-    """The parameters of a function or class, their annotations evaluated, those of Python's own `self` left out."""
-    names = vars(sys.modules[preset.__module__])
+    """The parameters of a function or class without `self`. Their annotations are evaluated, or else inferred from the
+    defaults."""
+    namespace = vars(sys.modules[preset.__module__])
 
-    def hint(setting: Parameter) -> Any:
-        if setting.annotation is Parameter.empty:
-            return Any if setting.default in (None, Parameter.empty) else type(setting.default)
-        return eval(setting.annotation, names) if isinstance(setting.annotation, str) else setting.annotation
+    def hint(parameter: Parameter) -> Any:
+        if parameter.annotation is Parameter.empty:
+            return Any if parameter.default in (None, Parameter.empty) else type(parameter.default)
+        return eval(parameter.annotation, namespace) if isinstance(parameter.annotation, str) else parameter.annotation
 
-    return {name: setting.replace(annotation=hint(setting)) for name, setting in signature(preset).parameters.items()}
+    parameters = signature(preset).parameters
+    return {name: parameter.replace(annotation=hint(parameter)) for name, parameter in parameters.items()}
 
 
 def open_section(section: type, table: Mapping[str, Callable[..., Any]]) -> None:
-    """Give a frozen dataclass, in place, the settings of every function in a table beside its `kind`; None is the
-    kind's default."""
-    owners: dict[str, dict[str, Parameter]] = {}
+    """Redefine a frozen dataclass in place: its fields become `kind`, a name in the table, and the parameters of all
+    functions in the table. Their default is None, which stands for that of the selected function."""
+    by_name: dict[str, dict[str, Parameter]] = {}
     for kind, preset in table.items():
-        for name, setting in settings_of(preset).items():
-            owners.setdefault(name, {})[kind] = setting
+        for name, parameter in settings_of(preset).items():
+            by_name.setdefault(name, {})[kind] = parameter
     settings: list[Any] = [("kind", str, field(default=next(iter(table))))]
-    for name, kinds in owners.items():
-        annotation = next(iter(kinds.values())).annotation
+    for name, parameters in by_name.items():
+        annotation = next(iter(parameters.values())).annotation
         hint, *intervals = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
         metadata = {"interval": intervals[0]} if intervals else {}
         settings.append((name, hint | None, field(default=None, metadata=metadata)))
-    made = vars(make_dataclass(section.__name__, settings, frozen=True))
-    for name in REMADE:
-        setattr(section, name, made[name])
-    for name in owners:
+    dataclass_members = vars(make_dataclass(section.__name__, settings, frozen=True))
+    for name in REPLACED:
+        setattr(section, name, dataclass_members[name])
+    for name in by_name:
         setattr(section, name, None)
-    section.__doc__ = "\n".join([str(section.__doc__).partition("\n\n")[0], "", "Args:", *_help(table, owners)])
+    section.__doc__ = "\n".join([str(section.__doc__).partition("\n\n")[0], "", "Args:", *_help(table, by_name)])
 
 
-def _help(table: Mapping[str, Callable[..., Any]], owners: Mapping[str, Mapping[str, Parameter]]) -> list[str]:
-    def line(text: str | None) -> str:
+def _help(table: Mapping[str, Callable[..., Any]], by_name: Mapping[str, Mapping[str, Parameter]]) -> list[str]:
+    """Compose the help of an open section from the docstrings of the table's functions."""
+
+    def join_lines(text: str | None) -> str:
         return " ".join((text or "").split())
 
-    documented = {kind: docstring_parser.parse(preset.__doc__ or "") for kind, preset in table.items()}
-    kinds = [f"'{kind}' ({line(text.short_description)})" for kind, text in documented.items()]
+    docstrings = {kind: docstring_parser.parse(preset.__doc__ or "") for kind, preset in table.items()}
+    kinds = [f"'{kind}' ({join_lines(docstring.short_description)})" for kind, docstring in docstrings.items()]
     lines = [f"    kind: {', '.join(kinds)}"]
-    for name, settings in owners.items():
-        texts: dict[str, list[str]] = {}
-        for kind, setting in settings.items():
-            texts_of_kind = {parameter.arg_name: parameter.description for parameter in documented[kind].params}
-            texts.setdefault(line(texts_of_kind.get(name)), []).append(f"{kind} ({_as_yaml(setting.default)})")
-        parts = [f"of {' and '.join(kinds)}: {text}" for text, kinds in texts.items()]
+    for name, parameters in by_name.items():
+        kinds_by_text: dict[str, list[str]] = {}
+        for kind, parameter in parameters.items():
+            descriptions = {entry.arg_name: entry.description for entry in docstrings[kind].params}
+            text = join_lines(descriptions.get(name))
+            kinds_by_text.setdefault(text, []).append(f"{kind} ({_as_yaml(parameter.default)})")
+        parts = [f"of {' and '.join(kinds)}: {text}" for text, kinds in kinds_by_text.items()]
         lines.append(f"    {name}: {'; '.join(parts)}")
     return lines
 

@@ -1,4 +1,4 @@
-"""Open tables: a file outside this repository adds a backbone, a sampler, ... under a name of its own.
+"""Registration of backbones, samplers and so on from files outside this repository.
 
     from experiment.registry import register
 
@@ -18,7 +18,7 @@ from metrics.scores import Metric
 
 T = TypeVar("T")
 
-TABLES = {  # of each kind: its table's module and name; the module is imported when something is added
+TABLES = {  # module and name of each kind's table; the module is imported on registration
     "backbone": ("models", "BACKBONES"),
     "sampler": ("diffusion.samplers", "SAMPLERS"),
     "diffusion": ("diffusion.presets", "DIFFUSIONS"),
@@ -30,8 +30,14 @@ TABLES = {  # of each kind: its table's module and name; the module is imported 
 
 
 def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
-    """A decorator that adds a class or function to its kind's table by a `name` that is not taken. A backbone takes
-    `arguments` of its constructor along, a metric those of `metrics.scores.Metric`, such as `better="lower"`."""
+    """Decorator that adds a class or function to the table of its kind.
+
+    Args:
+        kind: a key of `TABLES`
+        name: by which configurations select it; a name that is taken raises ValueError
+        arguments: for a backbone, arguments of its constructor; for a metric, those of `metrics.scores.Metric`, such as
+            `better="lower"`
+    """
     if kind not in TABLES:
         raise ValueError(f"register({kind!r}, {name!r}): no such kind, choose from {', '.join(TABLES)}")
     if arguments and kind not in ("backbone", "metric"):
@@ -49,7 +55,7 @@ def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
         else:
             rows[name] = (thing, arguments) if kind == "backbone" else thing
         if kind == "diffusion":
-            open_section(DiffusionConfig, rows)  # its parameters are flags from now on
+            open_section(DiffusionConfig, rows)  # so that its parameters become flags
         return thing
 
     return add
