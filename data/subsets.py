@@ -11,8 +11,8 @@ def stratified(labels: Int64[Tensor, " n"], count: int, seed: int) -> Int64[Tens
     """Sample `count` indices, in ascending order, with each class in proportion to its size.
 
     This is a systematic sample: the images are sorted by class, in random order within and between classes, and taken
-    at even distances from a random start. If `count` exceeds the number of images, each index appears equally often,
-    up to one.
+    at even distances from a random start. If `count` exceeds the number of images, indices repeat, and their counts
+    differ by at most one.
     """
     generator, num = torch.Generator().manual_seed(seed), len(labels)
     shuffled = torch.randperm(num, generator=generator)
