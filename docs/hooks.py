@@ -1,4 +1,4 @@
-"""What mkdocs is told beside docs/: the files at the root that documents link to, and a page of docstrings a room."""
+"""Adds to the mkdocs site what lies outside docs/: files at the root that documents link to, and an API page per package."""
 
 import re
 import tomllib
@@ -13,13 +13,13 @@ AT_THE_ROOT = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIB
 LINK = re.compile(r"(\[[^]]*\])\((?!https?:|#)([^)#\s]+)((?:#[^)\s]*)?\))")  # text, path, anchor
 
 
-def rooms() -> list[str]:
+def packages() -> list[str]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 
 
-def page_of(room: str) -> str:
-    names = sorted(path.stem for path in (ROOT / room.replace(".", "/")).glob("*.py") if path.stem != "__init__")
-    return "\n\n".join([f"# {room}", f"::: {room}", *(f"::: {room}.{name}" for name in names)])
+def page_of(package: str) -> str:
+    names = sorted(path.stem for path in (ROOT / package.replace(".", "/")).glob("*.py") if path.stem != "__init__")
+    return "\n\n".join([f"# {package}", f"::: {package}", *(f"::: {package}.{name}" for name in names)])
 
 
 def title_of(path: Path) -> str:
@@ -27,24 +27,24 @@ def title_of(path: Path) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds what lies outside docs/, and the pages of the rooms."""
+    """Add the files outside docs/ that documents link to, and the API pages."""
     documents = [*(ROOT / name for name in AT_THE_ROOT), *(ROOT / "docs").glob("*.md")]
     linked = {(path.parent / link[2]).resolve() for path in documents for link in LINK.finditer(path.read_text())}
     for path in sorted({ROOT / name for name in AT_THE_ROOT} | {path for path in linked if path.is_file()}):
         name = path.relative_to(ROOT).as_posix()
         if not name.startswith("docs/"):
             files.append(File.generated(config, AT_THE_ROOT.get(name, name), abs_src_path=str(path)))
-    for room in rooms():
-        files.append(File.generated(config, f"api/{room}.md", content=page_of(room)))
-    listed = "".join(f"- [{room}]({room}.md)\n" for room in rooms())
-    where = "What each room is for stands in the [file map](../index.md#where-things-are)"
-    content = f"# Python\n\n{where}; here are its modules, by their docstrings.\n\n{listed}"
+    for package in packages():
+        files.append(File.generated(config, f"api/{package}.md", content=page_of(package)))
+    listed = "".join(f"- [{package}]({package}.md)\n" for package in packages())
+    where = "The [file map](../index.md#where-things-are) says what each package is for"
+    content = f"# Python API\n\n{where}; these pages list its modules with their docstrings.\n\n{listed}"
     files.append(File.generated(config, "api/index.md", content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links as they are in the repository, to where the site has what they name; a document goes by its title there."""
+    """Point links from the repository's layout to the site's; a link that shows a file name shows the document's title."""
     if page.parent is None:
         page.meta["hide"] = ["navigation"]  # it would list this page alone
     if page.file.src_uri.startswith("api/"):
