@@ -1,4 +1,4 @@
-"""Adds to the mkdocs site what lies outside docs/: files at the root that documents link to, and an API page per package."""
+"""Adds to the mkdocs site: files at the root that documents link to, and an API page per package."""
 
 import re
 import tomllib
@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links from the repository's layout to the site's; a link that shows a file name shows the document's title."""
+    """Rewrite links for the site's layout; a link whose text is a file name shows the document's title."""
     if page.parent is None:
         page.meta["hide"] = ["navigation"]  # it would list this page alone
     if page.file.src_uri.startswith("api/"):
