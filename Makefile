@@ -16,7 +16,7 @@ app: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# Pages open from the disk; the search wants a server: python3 -m http.server --directory site
+# Pages open from the disk; the search needs a server: python3 -m http.server --directory site
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
