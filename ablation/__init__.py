@@ -1,1 +1,1 @@
-"""From one YAML of variants to the runs, their scores and the report: `scripts/ablate.py` is the command."""
+"""Ablations: from one YAML of variants to runs, scores and a report. `scripts/ablate.py` is the command."""

@@ -1,4 +1,4 @@
-"""What backbones cost: counted on the meta device, timed for a few steps; and at which width two cost the same."""
+"""Cost of backbones (counted on the meta device, timed for a few steps), and the width that gives two equal cost."""
 
 import json
 import math
@@ -25,36 +25,37 @@ TIMED_BATCH = {"cpu": 16, "cuda": 128}
 
 
 class Speed(NamedTuple):
-    """Images a second of a training step, of one call of the model without gradients, and of the decoder."""
+    """Throughput in images per second."""
 
-    training: float
-    calls: float
-    decoding: float
+    training: float  # of a full training step
+    calls: float  # of one forward pass without gradients
+    decoding: float  # of the autoencoder's decoder
 
 
-class Measured:
-    """Numbers that were measured on this machine, by what they are of, in a file."""
+class Measurements:
+    """Costs and speeds of backbones on this machine, cached in a file so that a later plan sees the same numbers."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator = path, accelerator
-        self.counted: dict[str, Cost] = {}
-        self.known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.costs: dict[str, Cost] = {}
+        self.stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def get(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
+        """Return the stored value of a key; measure and store it first where there is none."""
         name = json.dumps(key, sort_keys=True, default=str)
-        if name not in self.known:
-            self.known[name] = measure()
-            write_whole(self.path, json.dumps(self.known, indent=1) + "\n")
-        return self.known[name]
+        if name not in self.stored:
+            self.stored[name] = measure()
+            write_whole(self.path, json.dumps(self.stored, indent=1) + "\n")
+        return self.stored[name]
 
     def cost(self, spec: ModelSpec) -> Cost:
         key = repr(spec)
-        if key not in self.counted:
-            self.counted[key] = count(spec)
-        return self.counted[key]
+        if key not in self.costs:
+            self.costs[key] = count(spec)
+        return self.costs[key]
 
     def speed(self, spec: ModelSpec, config: ExperimentConfig, codec: Codec) -> Speed:
-        """Of a backbone under a run's diffusion, precision and batch size, and of its autoencoder."""
+        """Time a backbone under a run's diffusion, precision and batch size, and the decoder of its autoencoder."""
         device = self.accelerator.device
         batch_size = min(config.train.batch_size, TIMED_BATCH.get(device.type, 16))
         key = {"speed": asdict(spec), "diffusion": asdict(config.diffusion), "device": device.type}
@@ -68,21 +69,24 @@ class Measured:
 
 
 def count(spec: ModelSpec) -> Cost:
-    """Parameters and arithmetic, on the meta device."""
+    """Count parameters and FLOPs of a forward pass, on the meta device."""
     model = spec.build_on_meta()
     return cost(model, latent_shape=(spec.in_channels, *spec.input_size), num_classes=spec.num_classes)
 
 
 def _time(spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, batch_size: int) -> tuple[float, float]:
-    """A few steps and calls on random latents: enough to tell an hour from three."""
+    """Images per second of training steps and of forward passes, from a few of each on random latents.
+
+    This is a rough estimate: enough to tell a training of an hour from one of three.
+    """
     device, precision = accelerator.device, precision_of(accelerator)
-    timed: dict[str, Any] = {"batch_size": batch_size, "num_repeats": 3, "device": device}
+    options: dict[str, Any] = {"batch_size": batch_size, "num_repeats": 3, "device": device}
     model = spec.build().to(device)
     x_0 = torch.randn(batch_size, spec.in_channels, *spec.input_size, device=device)
     t, y = torch.zeros(batch_size, device=device), torch.zeros(batch_size, dtype=torch.int64, device=device)
-    calls = throughput(torch.no_grad()(autocasting(precision, partial(model.eval(), x_0, t, y))), **timed)
+    calls = throughput(torch.no_grad()(autocasting(precision, partial(model.eval(), x_0, t, y))), **options)
     step = training_step(model.train(), precision, lambda: (x_0, y), diffusion=diffusion)
-    return throughput(step, **timed), calls
+    return throughput(step, **options), calls
 
 
 def _time_decoder(codec: Codec, shape: tuple[int, ...], device: torch.device) -> float:
@@ -94,61 +98,68 @@ def _time_decoder(codec: Codec, shape: tuple[int, ...], device: torch.device) ->
 
 
 class Resized(NamedTuple):
-    """A backbone at another width: `unlike` says how little its heads are like the original's."""
+    """A backbone at another width, and by how much the size of its attention heads differs from the original's."""
 
     spec: ModelSpec
-    unlike: float
+    head_mismatch: float
 
 
 def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float], tolerance: float) -> ModelSpec:
-    """The same backbone at a cost within `tolerance` of `target`: of the widths that do, the one whose heads are most
-    like the original's; depth stays. Raises ValueError for a backbone without a width, or where none comes so near."""
+    """Change a backbone's width so that its cost comes within `tolerance` (relative) of `target`; the depth stays.
+
+    Among the widths that fit, the one whose attention heads are closest in size to the original's is chosen. Raises
+    ValueError for a backbone without a width, and where no width comes close enough.
+    """
     if abs(cost_of(spec) / target - 1) <= tolerance:
         return spec
-    # The cost goes about as the square of the width: two guesses, then all widths near the second.
+    # Cost grows roughly with the square of the width: make two guesses, then search all widths near the second.
     guess = float(_width(spec))
     for _ in range(2):
-        near = at_width(spec, 4 * round(guess / 4)) or at_width(spec, 8 * round(guess / 8))
-        guess *= math.sqrt(target / cost_of(near.spec)) if near else 1.0
-    reach = 2 + math.ceil(guess * tolerance)
+        candidate = at_width(spec, 4 * round(guess / 4)) or at_width(spec, 8 * round(guess / 8))
+        guess *= math.sqrt(target / cost_of(candidate.spec)) if candidate else 1.0
+    radius = 2 + math.ceil(guess * tolerance)
 
     nearest = (math.inf, 0)
-    fitting: list[tuple[float, float, ModelSpec]] = []
-    for width in range(2 * round((guess - reach) / 2), round(guess + reach) + 1, 2):
-        choice = at_width(spec, width)
+    candidates: list[tuple[float, float, ModelSpec]] = []
+    for width in range(2 * round((guess - radius) / 2), round(guess + radius) + 1, 2):
+        candidate = at_width(spec, width)
         try:
-            off = abs(cost_of(choice.spec) / target - 1) if choice else math.inf
-        except ValueError:  # of no legal width
+            error = abs(cost_of(candidate.spec) / target - 1) if candidate else math.inf
+        except ValueError:  # the backbone cannot be built at this width
             continue
-        nearest = min(nearest, (off, width))
-        if choice and off <= tolerance:
-            fitting.append((choice.unlike, off, choice.spec))
-    if not fitting:
+        nearest = min(nearest, (error, width))
+        if candidate and error <= tolerance:
+            candidates.append((candidate.head_mismatch, error, candidate.spec))
+    if not candidates:
         raise ValueError(
             f"match: no width of {spec.name} comes within {tolerance:g} of the cost; the nearest, dim={nearest[1]}, is "
             f"{nearest[0]:.3f} off; raise match.tolerance"
         )
-    return min(fitting, key=lambda choice: choice[:2])[2]
+    return min(candidates, key=lambda candidate: candidate[:2])[2]
 
 
 def at_width(spec: ModelSpec, width: int) -> Resized | None:
-    """The backbone at this width, with heads as like its own as divide it (of half to twice their size); or None."""
+    """Return the backbone at this width, or None where no head size from half to twice its own divides the width.
+
+    Of the head sizes that do, the one closest to the original's is chosen.
+    """
     heads: Any = model_arguments(spec.name, **spec.args)["num_heads"]
-    many = isinstance(heads, list | tuple)
-    first = heads[0] if many else heads
-    size = _width(spec) / first
+    per_stage = isinstance(heads, list | tuple)
+    first = heads[0] if per_stage else heads
+    original = _width(spec) / first
 
-    def unlike(head_width: int) -> float:
-        """By the ratio of the sizes of heads, and more so where 8 does not divide them."""
-        return abs(math.log(head_width / size)) + (0.5 if head_width % 8 else 0.0)
+    def mismatch(head_dim: int) -> float:
+        """Absolute log-ratio of head sizes, plus a penalty where 8 does not divide the new one."""
+        return abs(math.log(head_dim / original)) + (0.5 if head_dim % 8 else 0.0)
 
-    legal = [width // n for n in range(1, width // 2) if width % n == 0 and size / 2 <= width / n <= 2 * size]
-    if not legal:
+    divisors = [n for n in range(1, width // 2) if width % n == 0]
+    head_dims = [width // n for n in divisors if original / 2 <= width / n <= 2 * original]
+    if not head_dims:
         return None
-    best = min(legal, key=unlike)
-    number = width // best
-    args = {"dim": width, "num_heads": [number * count // first for count in heads] if many else number}
-    return Resized(replace(spec, args={**spec.args, **args}), unlike(best))
+    head_dim = min(head_dims, key=mismatch)
+    num_heads = width // head_dim
+    args = {"dim": width, "num_heads": [num_heads * n // first for n in heads] if per_stage else num_heads}
+    return Resized(replace(spec, args={**spec.args, **args}), mismatch(head_dim))
 
 
 def _width(spec: ModelSpec) -> int:

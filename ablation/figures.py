@@ -1,4 +1,4 @@
-"""Figures of a report: each as SVG for the page, and as PDF and PNG for a paper."""
+"""Figures of a report: SVG for the HTML page, PDF and PNG for a paper."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ from evaluation.plots import INK, STYLE, WIDTH, color, draw, marker, svg_of
 from metrics.scores import row_of, title_of
 
 MAX_POINTS = 400
-Panel = Callable[[Results, Any], bool]  # draws on matplotlib's axes; returns whether there was anything to draw
+Panel = Callable[[Results, Any], bool]  # draws on matplotlib axes; False: there was nothing to draw
 
 
 def draw_panels(results: Results) -> dict[str, str]:
-    """SVG by name, of the panels that there is data for; PDF and PNG are written to `figures/`."""
+    """Draw all panels that have data: returns SVG by panel name, and writes PDF and PNG to `figures/`."""
     panels = {}
     for name, (panel, _) in PANELS.items():
         if (figure := draw(lambda axes, panel=panel: panel(results, axes))) is not None:
@@ -31,32 +31,34 @@ def draw_panels(results: Results) -> dict[str, str]:
 
 
 def loss(results: Results, axes: Any) -> bool:
-    shown = []
+    """Training loss by step, with its running mean; the y-axis leaves out the first 2% of steps and outliers."""
+    curves = []
     for number, run, label in _runs_of(results):
         steps, values = run.series("loss")
         if not steps:
             continue
         smooth = running_mean(np.array(values))
-        thin = slice(None, None, max(1, len(steps) // MAX_POINTS))
-        axes.plot(steps[thin], values[thin], color=color(number), alpha=0.18, linewidth=0.7)
-        axes.plot(steps[thin], smooth[thin], color=color(number), linewidth=1.5, label=label)
-        shown.append(smooth[len(smooth) // 50 :])
-    if not shown:
+        thinned = slice(None, None, max(1, len(steps) // MAX_POINTS))
+        axes.plot(steps[thinned], values[thinned], color=color(number), alpha=0.18, linewidth=0.7)
+        axes.plot(steps[thinned], smooth[thinned], color=color(number), linewidth=1.5, label=label)
+        curves.append(smooth[len(smooth) // 50 :])
+    if not curves:
         return False
-    together = np.concatenate(shown)
-    low, high = together.min(), np.quantile(together, 0.99)
+    losses = np.concatenate(curves)
+    low, high = losses.min(), np.quantile(losses, 0.99)
     margin = 0.08 * max(high - low, 1e-9)
     axes.set(xlabel="step", ylabel="training loss", ylim=(low - margin, high + 2 * margin))
     return True
 
 
 def validation(results: Results, axes: Any) -> bool:
+    """Validation loss of each run by step."""
     axes.set(xlabel="step", ylabel="loss on held-out images")
     return _lines(results, axes, "validation_loss", lambda run, step: step)
 
 
 def score_by_compute(results: Results, axes: Any) -> bool:
-    """By the first metric that was scored at two steps or more of a training; else the final scores."""
+    """Score by training FLOPs: the first metric with at least two points in some training, else the final scores."""
     axes.set(xlabel="arithmetic of training")
     axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
     if metric := next((m for m in results.metrics if any(len(run.series(m)[0]) > 1 for run in results.runs)), None):
@@ -66,7 +68,7 @@ def score_by_compute(results: Results, axes: Any) -> bool:
 
 
 def score_by_parameters(results: Results, axes: Any) -> bool:
-    """KID where there is one, as it has no bias that depends on the number of samples."""
+    """Final score by parameter count: KID where available, whose bias does not depend on the number of samples."""
     if len({variant.plan["parameters"] for variant in results.variants}) == 1:
         return False
     metric = next((metric for metric in results.metrics if row_of(metric)[0] == "kid"), results.metrics[0])
@@ -76,20 +78,20 @@ def score_by_parameters(results: Results, axes: Any) -> bool:
 
 
 def per_class(results: Results, axes: Any) -> bool:
-    """Of the 16 classes that are hardest for the baseline."""
+    """Fréchet distance per class relative to the baseline, for the 16 classes that are hardest for the baseline."""
     distances = {variant.name: class_distances(variant) for variant in results.variants}
     baseline = distances[results.baseline.name]
-    others = {number: one.name for number, one in enumerate(results.variants) if one is not results.baseline}
+    others = {i: variant.name for i, variant in enumerate(results.variants) if variant is not results.baseline}
     classes = [name for name in baseline if any(name in distances[other] for other in others.values())]
     if not classes:
         return False
     classes = sorted(classes, key=lambda name: baseline[name])[-16:]
     axes.figure.set_size_inches(WIDTH, max(3.3, 1.4 + 0.24 * len(classes)))
     for number, other in others.items():
-        of_other = distances[other]
-        points = [(of_other[name] - baseline[name], row) for row, name in enumerate(classes) if name in of_other]
-        look: Any = {"linestyle": "", "marker": marker(number), "markersize": 5, "color": color(number)}
-        axes.plot(*zip(*points, strict=True), label=other, **look)
+        own = distances[other]
+        points = [(own[name] - baseline[name], row) for row, name in enumerate(classes) if name in own]
+        style: Any = {"linestyle": "", "marker": marker(number), "markersize": 5, "color": color(number)}
+        axes.plot(*zip(*points, strict=True), label=other, **style)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set(xlabel=f"Fréchet distance less that of {results.baseline.name} (left: better)")
     axes.set_yticks(range(len(classes)), [name.replace("_", " ") for name in classes])
@@ -97,40 +99,41 @@ def per_class(results: Results, axes: Any) -> bool:
 
 
 def class_distances(variant: VariantResult) -> dict[str, float]:
-    """Means over seeds, of the classes that had enough images."""
+    """Fréchet distance by class, averaged over seeds; classes with too few images are left out."""
     values: dict[str, list[float]] = defaultdict(list)
     for run in variant.runs:
         for name, score in run.record.get("per_class", {}).items():
             if score["value"] is not None:
                 values[name].append(score["value"])
-    return {name: float(np.mean(of_class)) for name, of_class in values.items()}
+    return {name: float(np.mean(scores)) for name, scores in values.items()}
 
 
 def arithmetic(run: RunResult, step: int) -> float:
-    """Operations of a training up to a step: a backward pass costs about two forward ones."""
+    """FLOPs of a training up to a step; a backward pass counts as two forward passes."""
     return 3e9 * run.plan["gflops"] * run.plan["batch_size"] * step
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred, over a thirtieth of the points; narrower at both ends."""
+    """Centred moving average over a thirtieth of the points; the window is cut off at both ends."""
     width = max(1, len(values) // 30) | 1
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
 def _runs_of(results: Results) -> Iterator[tuple[int, RunResult, str | None]]:
-    """All runs, each with its variant's place and, the first of a variant, with its name for the legend."""
+    """Yield (index of the variant, run, legend label) of all runs; only a variant's first run has a label."""
     for number, variant in enumerate(results.variants):
         for run in variant.runs:
             yield number, run, variant.name if run is variant.runs[0] else None
 
 
 def _lines(results: Results, axes: Any, name: str, x: Callable[[RunResult, int], float]) -> bool:
+    """Draw a line per run: a series of its log, over `x` of the run and step."""
     for number, run, label in _runs_of(results):
         steps, values = run.series(name)
         if steps:
-            look: Any = {"marker": marker(number) if len(steps) < 30 else "", "color": color(number)}
-            axes.plot([x(run, step) for step in steps], values, markersize=3.5, linewidth=1.4, label=label, **look)
+            style: Any = {"marker": marker(number) if len(steps) < 30 else "", "color": color(number)}
+            axes.plot([x(run, step) for step in steps], values, markersize=3.5, linewidth=1.4, label=label, **style)
     return bool(axes.lines)
 
 
@@ -138,12 +141,12 @@ def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[Variant
     axes.set(ylabel=title_of(metric))
     for number, variant in enumerate(results.variants):
         if values := variant.values(metric):
-            look: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
-            axes.errorbar(x(variant), np.mean(values), spread(values) or 0.0, label=variant.name, **look)
+            style: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
+            axes.errorbar(x(variant), np.mean(values), spread(values) or 0.0, label=variant.name, **style)
     return True
 
 
-PANELS: dict[str, tuple[Panel, str]] = {  # and their captions
+PANELS: dict[str, tuple[Panel, str]] = {  # with captions
     "loss": (loss, "Training loss: every interval of the log, pale, and its running mean."),
     "validation": (validation, "Loss of the averaged weights on held-out images, times and noise that all share."),
     "score-by-compute": (score_by_compute, "Score against the training's arithmetic (three forward passes an image)."),

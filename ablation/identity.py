@@ -1,4 +1,4 @@
-"""What a result is a result of: a hash of the configuration, and one of the code that made it."""
+"""Identity of an ablation's results: a hash of the configuration and a hash of the code that made them."""
 
 import ast
 import hashlib
@@ -20,10 +20,10 @@ from machine.whole_files import sha256_of, write_whole
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": "train.py", "score": "evaluate.py", "draw": "sample.py"}
-ELSEWHERE = ("ablation/", "autoencoding/")  # what evaluate.py does besides, and this package
-NAMING = {"extractor", "weights_path", "network", "heads", "guidance_checkpoint", "init_from"}
-NAMING |= {"spacing"}  # settings that may name files or checkpoints
-ONLOOKERS = (  # of a training: they change no weight
+# Settings that may name files or checkpoints.
+FILE_SETTINGS = {"extractor", "weights_path", "network", "heads", "guidance_checkpoint", "init_from", "spacing"}
+NO_EFFECT_ON_SCORES = ("ablation/", "autoencoding/")  # imported by evaluate.py, but not to score samples
+NO_EFFECT_ON_WEIGHTS = (  # imported by train.py, but only to observe the training
     "experiment/cli.py",
     "evaluation/",
     *(f"training/{name}.py" for name in ("inspection", "interruption", "log", "meter")),
@@ -31,46 +31,62 @@ ONLOOKERS = (  # of a training: they change no weight
 
 
 def keys_of(config: ExperimentConfig, scoring: object, pictures: object) -> dict[str, str]:
-    """A key for each stage, `configuration-code`: runs that differ in how they sample or score share the training's."""
-    differences = _differences(_with_contents(_of_results(config.to_dict())), _of_results(ExperimentConfig().to_dict()))
-    sampled = {name: differences.pop(name, {}) for name in ("sampling", "evaluation")}
+    """Return a key `<hash of configuration>-<hash of code>` for each stage.
+
+    Runs that differ only in how they sample or score share the key of their training.
+    """
+    values, defaults = _relevant(config.to_dict()), _relevant(ExperimentConfig().to_dict())
+    differences = _differences(_with_contents(values), defaults)
+    after_training = {name: differences.pop(name, {}) for name in ("sampling", "evaluation")}
     settings = {
         "train": differences,
-        "score": {**differences, **sampled, "scoring": scoring},
-        "draw": {**differences, "sampling": sampled["sampling"], "pictures": pictures},
+        "score": {**differences, **after_training, "scoring": scoring},
+        "draw": {**differences, "sampling": after_training["sampling"], "pictures": pictures},
     }
     texts = {stage: json.dumps(values, sort_keys=True, default=str) for stage, values in settings.items()}
     return {stage: f"{_hash(text)[:32]}-{code_hash(stage)}" for stage, text in texts.items()}
 
 
-def of_any_code(keys: dict[str, str], stored: dict[str, str], begun: Sequence[str]) -> dict[str, str]:
-    """The keys, with those of results that are there, of trainings those that were `begun` in any run's folder, in the
-    place of those that differ by the code alone."""
+def accept_other_code(keys: dict[str, str], stored: dict[str, str], begun: Sequence[str]) -> dict[str, str]:
+    """Replace each key by that of an existing result with the same configuration, whatever code made it.
 
-    def adopt(name: str, key: str) -> str:
-        known = [stored.get(name, ""), *([stored.get("began", ""), *begun] if name == "train" else [])]
-        return next((other for other in known if other.partition("-")[0] == key.partition("-")[0]), key)
+    Args:
+        keys: key of each stage, by the present code
+        stored: keys of the results in the run's folder
+        begun: keys of the trainings begun in the folders of all runs, since runs may share a training
+    """
 
-    return {name: adopt(name, key) for name, key in keys.items()}
+    def accept(stage: str, key: str) -> str:
+        existing = [stored.get(stage, ""), *([stored.get("began", ""), *begun] if stage == "train" else [])]
+        return next((other for other in existing if other.partition("-")[0] == key.partition("-")[0]), key)
+
+    return {stage: accept(stage, key) for stage, key in keys.items()}
 
 
-# What a run's folder holds.
+# Results in a run's folder.
 
 
 def done_stages(folder: Path) -> dict[str, str]:
-    """Keys of what a run's folder holds: `train`, `score`, `draw`; `began` of the training; `scores`, by content."""
+    """Read `stages.json` of a run's folder.
+
+    It holds the keys of the finished stages (`train`, `score`, `draw`), the key of the training that has begun
+    (`began`), and the SHA-256 of `scores.json` (`scores`).
+    """
     return _read_json(folder / "stages.json")
 
 
 def is_scored(folder: Path, key: str) -> bool:
-    """Whether the scores there are those of the stage with this key: `evaluate.py` by hand writes to the same place."""
+    """Whether the folder's scores are those of the stage with this key.
+
+    The file is compared by content because `evaluate.py`, run by hand, writes to the same place.
+    """
     stored, path = done_stages(folder), folder / "scores.json"
-    as_written = "scores" not in stored or (path.is_file() and sha256_of(path) == stored["scores"])
-    return stored.get("score") == key and as_written
+    is_unchanged = "scores" not in stored or (path.is_file() and sha256_of(path) == stored["scores"])
+    return stored.get("score") == key and is_unchanged
 
 
 def mark(folder: Path, **keys: str) -> None:
-    """Add to them; and to `code.json`, of a training that begins, the hashes of the files that it is made with."""
+    """Add keys to `stages.json`; when a training begins, also write the hashes of its code to `code.json`."""
     if "score" in keys and (folder / "scores.json").is_file():
         keys["scores"] = sha256_of(folder / "scores.json")
     write_whole(folder / "stages.json", json.dumps({**done_stages(folder), **keys}, indent=2) + "\n")
@@ -79,7 +95,7 @@ def mark(folder: Path, **keys: str) -> None:
 
 
 def changes(folder: Path, key: str, config: ExperimentConfig) -> list[str]:
-    """Files or settings that the training in the folder, if there is one, differs by from the plan's."""
+    """List the settings, or else the files of code, by which a training in the folder differs from the planned one."""
     stored = done_stages(folder).get("began")
     if stored in (None, key):
         return []
@@ -99,36 +115,36 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Dotted names of what differs between two configurations and may change a result."""
-    old, new = flatten(_of_results(before)), flatten(_of_results(now))
+    """List the dotted names of settings that differ between two configurations and may change a result."""
+    old, new = flatten(_relevant(before)), flatten(_relevant(now))
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
-def _differences(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """What is not as usual, so that a setting that is new to the configuration changes no key."""
+def _differences(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Keep the values that differ from the defaults, so that adding a setting to the configuration changes no key."""
     differences = {}
     for name, value in values.items():
-        known = usual.get(name)
-        if isinstance(value, dict) and isinstance(known, dict) and known:
-            value = _differences(value, known)
-        if value != known and value != {}:
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict) and default:
+            value = _differences(value, default)
+        if value != default and value != {}:
             differences[name] = value
     return differences
 
 
 def _with_contents(values: Any) -> Any:
-    """With the hashes of the files and weights that settings name: others may lie there tomorrow."""
+    """Add the hashes of the files and weights that settings name, as a file may be replaced by another."""
     if isinstance(values, list):
         return [_with_contents(value) for value in values]
     if not isinstance(values, dict):
         return values
-    named = {name: _content(value) for name, value in values.items() if name in NAMING and isinstance(value, str)}
-    contents = {f"{name} by content": content for name, content in named.items() if content}
-    return {name: _with_contents(value) for name, value in values.items()} | contents
+    paths = {name: value for name, value in values.items() if name in FILE_SETTINGS and isinstance(value, str)}
+    hashes = {f"{name} by content": content for name, path in paths.items() if (content := _content_hash(path))}
+    return {name: _with_contents(value) for name, value in values.items()} | hashes
 
 
-def _content(path: str) -> str | None:
-    """Of a file, or of the averaged weights of a checkpoint; of what has none here, such as a name, nothing."""
+def _content_hash(path: str) -> str | None:
+    """SHA-256 of a file, or of a checkpoint's averaged weights; None where the setting is neither, such as a name."""
     if Path(path).is_file():
         return sha256_of(Path(path))
     with suppress(CheckpointError, OSError):
@@ -136,10 +152,10 @@ def _content(path: str) -> str | None:
     return None
 
 
-def _of_results(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what changes no result."""
-    idle = {"name", "resume", "imports"}  # whose files are code
-    values = {name: value for name, value in values.items() if name not in idle}
+def _relevant(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop the settings of a configuration that cannot change a result."""
+    ignored = {"name", "resume", "imports"}  # the files that `imports` names are hashed as code
+    values = {name: value for name, value in values.items() if name not in ignored}
     for group, name in (("train", "max_hours"), ("data", "cache")):
         values[group] = {key: value for key, value in values.get(group, {}).items() if key != name}
     return {**values, "log": values.get("log", {}).get("best")}
@@ -149,49 +165,52 @@ def _of_results(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def code_hash(stage: str, *, afresh: bool = False) -> str:
-    """Of all files of a stage's code: as they were when first asked for, or `afresh` as they are."""
+    """Hash of a stage's code, as it was at the first call in this process; `afresh`: as it is now."""
     return _hash(json.dumps(code_of.__wrapped__(stage) if afresh else code_of(stage)))[:32]
 
 
 @cache
 def code_of(stage: str, root: Path = ROOT) -> dict[str, str]:
-    """Hashes of the syntax, without docstrings, of all files that the training, this stage and `--imports` import."""
-    files = _imported(PROGRAMS["train"], root, ONLOOKERS)
-    files |= _imported(PROGRAMS[stage], root, ONLOOKERS if stage == "train" else ELSEWHERE)
+    """Hash each file that the training, this stage and `--imports` import, by its syntax without docstrings."""
+    files = _imported(PROGRAMS["train"], root, NO_EFFECT_ON_WEIGHTS)
+    files |= _imported(PROGRAMS[stage], root, NO_EFFECT_ON_WEIGHTS if stage == "train" else NO_EFFECT_ON_SCORES)
     paths = {name: root / name for name in files} | {f"--imports {name}": f for name, f in imported_files().items()}
     return {name: _read(path.read_text())[1] for name, path in sorted(paths.items())}
 
 
 def code_of_command(words: Sequence[str], root: Path = ROOT) -> dict[str, str]:
-    """Hashes of the code of a command that names a program of this repository, and of the programs that it may start;
-    and of the configurations that it names."""
-    known = {Path(word).resolve() for word in words if Path(word).is_absolute() and Path(word).is_file()}
-    inside = sorted(path.relative_to(root).as_posix() for path in known if path.is_relative_to(root))
+    """Hash the code and the YAML files of a command, given as words with absolute paths.
+
+    Covers the programs of this repository that the command names, the programs that those may start, and the
+    configurations that it names.
+    """
+    paths = {Path(word).resolve() for word in words if Path(word).is_absolute() and Path(word).is_file()}
+    inside = sorted(path.relative_to(root).as_posix() for path in paths if path.is_relative_to(root))
     programs = [name for name in inside if name.endswith(".py")]
     files = {file for name in [*programs, *(programs and PROGRAMS.values())] for file in _imported(name, root, ())}
     hashes = {name: _read((root / name).read_text())[1] for name in sorted(files)}
     return hashes | {name: sha256_of(root / name) for name in inside if name.endswith(".yaml")}
 
 
-def _imported(program: str, root: Path, without: tuple[str, ...]) -> set[str]:
-    """The program and the project's files that it imports, those that they import, and so on; not through `without`."""
+def _imported(program: str, root: Path, ignored: tuple[str, ...]) -> set[str]:
+    """Collect a program and the project's files that it imports, directly or not; paths in `ignored` are skipped."""
     files: set[str] = set()
     waiting = [program]
     while waiting:
         name = waiting.pop()
-        if name in files or name.startswith(without) or not (root / name).is_file():
+        if name in files or name.startswith(ignored) or not (root / name).is_file():
             continue
         files.add(name)
         for module in _read((root / name).read_text())[0]:
             parts = module.split(".")
-            places = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]  # packages are run on the way
-            waiting += [*(f"{place}/__init__.py" for place in places), f"{places[-1]}.py"]
+            packages = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]  # importing a.b runs a, too
+            waiting += [*(f"{package}/__init__.py" for package in packages), f"{packages[-1]}.py"]
     return files
 
 
 @cache
 def _read(source: str) -> tuple[list[str], str]:
-    """What a file imports, and the hash of its syntax without docstrings."""
+    """Return the modules that a file imports, and the hash of its syntax without docstrings."""
     tree = ast.parse(source)
     modules = list(_modules(tree))
     for node in ast.walk(tree):
@@ -201,8 +220,10 @@ def _read(source: str) -> tuple[list[str], str]:
 
 
 def _modules(node: ast.AST) -> Iterator[str]:
-    """What is imported below, by `import_module` too; of `from a import b` both, as b may be a module. Not what is
-    there for types alone."""
+    """Yield the modules imported below a node, by `import_module` too, but not under `if TYPE_CHECKING`.
+
+    `from a import b` yields `a` and `a.b`, as b may be a module.
+    """
     if isinstance(node, ast.If) and any(_name(part) == "TYPE_CHECKING" for part in ast.walk(node.test)):
         return
     if isinstance(node, ast.Import):
@@ -216,7 +237,7 @@ def _modules(node: ast.AST) -> Iterator[str]:
 
 
 def _name(node: ast.AST) -> str:
-    """The last of a name's words, `c` of `a.b.c`."""
+    """Last part of a dotted name: `c` of `a.b.c`."""
     return getattr(node, "attr", getattr(node, "id", ""))
 
 

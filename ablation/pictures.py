@@ -1,4 +1,4 @@
-"""Samples of all variants from the same noise: a grid a model, and classes as rows beside models as columns."""
+"""Samples of all variants from the same noise: one grid per model, and a grid of classes by models."""
 
 import base64
 import io
@@ -15,12 +15,12 @@ from ablation.results import Results
 from ablation.study import pictured
 from sampling.image_files import save_labelled, tile, title, width_of
 
-BESIDE = 4  # samples a class and model, beside the other models'
+NUM_SIDE_BY_SIDE = 4  # samples per class and model in the grid of classes by models
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures that one variant has drawn: `images[class][number]`."""
+    """Samples of one variant: `images[class][number]`."""
 
     variant: str
     classes: list[str]
@@ -28,7 +28,10 @@ class Pictures:
 
 
 def read_pictures(results: Results) -> list[Pictures]:
-    """Of the first seed of each variant that has been drawn, as the plan has it: others would pass for its classes."""
+    """Read the pictures of each variant's first seed, where they were drawn by the present plan.
+
+    Pictures of another plan are left out, as they may show other classes.
+    """
     pictures = []
     for variant in results.variants:
         folder, key = Path(variant.plan["folder"]), variant.plan["keys"].get("draw")
@@ -41,27 +44,33 @@ def read_pictures(results: Results) -> list[Pictures]:
     return pictures
 
 
-def beside(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndarray, "n h w 3"]]]]:
-    """For each class that all models have drawn, its first samples by each."""
-    shared = [name for name in pictures[0].classes if all(name in one.classes for one in pictures)] if pictures else []
-    return [(name, [one.images[one.classes.index(name), :BESIDE] for one in pictures]) for name in shared]
+def side_by_side(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndarray, "n h w 3"]]]]:
+    """For each class that all models share, return its name and the first samples by each model."""
+    if not pictures:
+        return []
+    shared = [name for name in pictures[0].classes if all(name in model.classes for model in pictures)]
+
+    def first_samples(model: Pictures, name: str) -> UInt8[np.ndarray, "n h w 3"]:
+        return model.images[model.classes.index(name), :NUM_SIDE_BY_SIDE]
+
+    return [(name, [first_samples(model, name) for model in pictures]) for name in shared]
 
 
-def save_beside(pictures: list[Pictures], path: Path) -> None:
-    """A PNG for a paper: classes as rows, models as columns; models as rows where a name is wider than its column."""
-    models = [one.variant for one in pictures]
-    blocks = [(name, [tile(images, 2) for images in of_models]) for name, of_models in beside(pictures)]
+def save_side_by_side(pictures: list[Pictures], path: Path) -> None:
+    """Write a PNG for a paper: classes are rows and models columns, or the reverse where a model's name is too wide."""
+    models = [model.variant for model in pictures]
+    blocks = [(name, [tile(images, 2) for images in by_model]) for name, by_model in side_by_side(pictures)]
     if max(map(width_of, models)) > 2 * blocks[0][1][0].shape[1]:
         classes = [title(name) for name, _ in blocks]
-        blocks = [(model, [of_class[number] for _, of_class in blocks]) for number, model in enumerate(models)]
+        blocks = [(model, [by_model[column] for _, by_model in blocks]) for column, model in enumerate(models)]
         models = classes if any(classes) else []
     save_labelled(blocks, models, path)
 
 
 def data_uri(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> str:
-    """A PNG in the page itself, with nothing between the tiles, whatever ground the page has."""
-    opaque = np.full((*images.shape[:3], 1), 255, np.uint8)
-    pixels = tile(np.concatenate([images, opaque], axis=-1), columns)
+    """Tile images into a PNG that is embedded in the page; gaps between them are transparent."""
+    alpha = np.full((*images.shape[:3], 1), 255, np.uint8)
+    pixels = tile(np.concatenate([images, alpha], axis=-1), columns)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

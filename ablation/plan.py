@@ -1,4 +1,4 @@
-"""Before anything starts: every variant validated, brought to equal cost and timed; what is done and what is left."""
+"""The plan of an ablation: every variant validated, brought to equal cost and timed before any run starts."""
 
 import json
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ablation.costs import Measured, Speed, resized
-from ablation.identity import changed_settings, changes, done_stages, is_scored, keys_of, of_any_code
+from ablation.costs import Measurements, Speed, resized
+from ablation.identity import accept_other_code, changed_settings, changes, done_stages, is_scored, keys_of
 from ablation.study import AblationConfig, Run, pictured
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import open_checkpoint
@@ -31,8 +31,20 @@ from training.optimizer import num_training_steps
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run, what it is of, what it costs, and which results are its own."""
+class PlannedRun:
+    """A run with what was resolved from its configuration, its cost, and the keys of its results.
+
+    Args:
+        classes: names of the classes of the training images
+        num_held_out: held-out images, which are also the default number of samples to score
+        identity: content of the autoencoder and the data splits, as `Checkpoint.check_identity` takes it
+        trained_in: folder of the run that trains; another run's where they differ only in sampling or scoring
+        scores_baselines: whether the floor and ceiling may be scored with this run: the first of those that share
+            images, autoencoder and scoring
+        keys: key of each stage's results, see `ablation.identity`
+        startup: seconds until a program of this project begins its work
+        warnings: about settings that have no effect
+    """
 
     run: Run
     ablation: AblationConfig
@@ -41,31 +53,33 @@ class Planned:
     classes: list[str]
     num_steps: int
     num_held_out: int
-    identity: dict[str, dict[str, Any]]  # what autoencoder and splits are by their content; see `check_identity`
+    identity: dict[str, dict[str, Any]]
     cost: Cost
-    trained_in: Path  # another run's folder where both differ in sampling or scoring alone
-    first: bool  # of those with its images, autoencoder and scoring: the one that baselines are scored with
-    keys: dict[str, str] = field(default_factory=dict)  # of the stages
+    trained_in: Path
+    scores_baselines: bool
+    keys: dict[str, str] = field(default_factory=dict)
     speed: Speed | None = None
-    start: float = 0.0  # seconds that a program takes until it does something
-    told: tuple[str, ...] = ()  # of settings that do nothing
+    startup: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     @property
     def trains(self) -> bool:
+        """Whether this run trains, rather than using the weights of another run."""
         return self.trained_in == self.run.folder
 
     @property
     def pictured(self) -> list[str]:
+        """Names of the classes that samples are drawn of."""
         return pictured(self.ablation.pictures.classes, self.classes)
 
     @property
     def num_samples(self) -> int:
-        """Images that are scored in a trial."""
+        """Number of samples that are scored in each trial."""
         return self.run.config.evaluation.num_samples or self.num_held_out
 
     @property
     def done(self) -> set[str]:
-        """Stages whose results are there, of this configuration, code and content; another's training leaves none."""
+        """Stages whose results exist and were made by this configuration, code and data, as was their training."""
         stored = done_stages(self.run.folder)
         if self.changes or (self.trains and "began" not in stored):
             return set()
@@ -78,34 +92,34 @@ class Planned:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds that what is left to do takes, by the short timing, without features."""
+        """Estimated seconds of the stages that are left, without feature extraction; None if nothing was timed."""
         if self.speed is None:
             return None
         speed, config, log = self.speed, self.run.config, self.run.config.log
         calls = num_calls(build_diffusion(config.diffusion), self.sampling)
         calls *= 2 if self.sampling.guidance_scale != 1 else 1
-        drawing = calls / speed.calls + 1 / speed.decoding  # an image
-        steps = self.num_steps - self.step
+        per_sample = calls / speed.calls + 1 / speed.decoding
+        num_steps = self.num_steps - self.step
 
-        def times(every: int) -> int:
-            return steps // every if every > 0 else 0
+        def count(every: int) -> int:
+            return num_steps // every if every > 0 else 0
 
-        training = steps * config.train.batch_size / speed.training
-        training += times(log.validate_every) * min(log.num_validation, self.num_held_out) / speed.calls
-        training += (times(log.sample_every) + 1) * 4 * min(10, self.spec.num_classes or 10) * drawing
-        training += times(log.evaluate_every) * self.num_samples * drawing
+        training = num_steps * config.train.batch_size / speed.training
+        training += count(log.validate_every) * min(log.num_validation, self.num_held_out) / speed.calls
+        training += (count(log.sample_every) + 1) * 4 * min(10, self.spec.num_classes or 10) * per_sample
+        training += count(log.evaluate_every) * self.num_samples * per_sample
         num_pictures = self.ablation.pictures.num_per_class * max(1, len(self.pictured))
-        left = {
+        seconds = {
             "train": training,
-            "score": self.ablation.scoring.trials * self.num_samples * drawing,
-            "draw": num_pictures * drawing,
+            "score": self.ablation.scoring.trials * self.num_samples * per_sample,
+            "draw": num_pictures * per_sample,
         }
-        names = self.keys.keys() - self.done - (set() if self.trains else {"train"})
-        return sum(left[name] + self.start for name in names)
+        remaining = self.keys.keys() - self.done - (set() if self.trains else {"train"})
+        return sum(seconds[stage] + self.startup for stage in remaining)
 
     @property
     def step(self) -> int:
-        """Of the newest whole checkpoint of this training."""
+        """Step of the newest complete checkpoint of this training; 0 if there is none, or if another run trains."""
         if not self.trains or done_stages(self.run.folder).get("began") != self.keys["train"]:
             return 0
         newest = newest_whole(self.run.folder / "checkpoints", say=lambda _: None)
@@ -113,20 +127,21 @@ class Planned:
 
     @property
     def changes(self) -> list[str]:
-        """By which files and settings the training there, or what lies at its paths, differs from the plan's."""
+        """How the existing training differs from the planned one: names of settings, files of code, or content."""
         config, key = self.run.config, self.keys["train"]
-        if self.trains and (others := changes(self.run.folder, key, config)):
-            return others
+        if self.trains and (names := changes(self.run.folder, key, config)):
+            return names
         saved = list_checkpoints(self.trained_in / "checkpoints")
         if not saved or done_stages(self.trained_in).get("began") != key:
             return []
         try:
             checkpoint = open_checkpoint(saved[-1])
-        except CheckpointError:  # which going on with it will tell
+        except CheckpointError:  # resuming the training reports it
             return []
-        settings = changed_settings(checkpoint.config.to_dict(), config.to_dict())  # it may have gone on by hand
-        if others := [name for name in settings if name.partition(".")[0] not in ("sampling", "evaluation")]:
-            return others
+        # Somebody may have resumed the training by hand, with other settings.
+        settings = changed_settings(checkpoint.config.to_dict(), config.to_dict())
+        if names := [name for name in settings if name.partition(".")[0] not in ("sampling", "evaluation")]:
+            return names
         try:
             checkpoint.check_identity(**self.identity)
         except CheckpointError as error:
@@ -135,10 +150,11 @@ class Planned:
 
     @property
     def state(self) -> str:
+        """State of the run in words, for the table of the plan."""
         if self.all_done:
             return "done"
-        if others := self.changes:
-            return f"of other {', '.join(others)}"
+        if names := self.changes:
+            return f"of other {', '.join(names)}"
         if "train" in self.done:
             return "trained"
         if not self.trains:
@@ -155,79 +171,102 @@ def make_plan(
     timed: bool,
     any_code: bool,
     start: float = 0.0,
-) -> list[Planned]:
-    """Validated, matched, timed; what is measured is kept in `measured.json`, so that a later plan is the same. Raises
-    ValueError that names the variant that cannot be."""
-    measured = Measured(folder / "measured.json", accelerator)
+) -> list[PlannedRun]:
+    """Validate all runs, match and time their backbones, and write `plan.json`.
+
+    Measurements are kept in `measured.json`, so that a later plan is the same. Raises ValueError naming the variant
+    that cannot be run.
+
+    Args:
+        timed: measure training and sampling speed, to estimate how long the runs take
+        any_code: accept results that another version of the code has made
+        start: seconds until a program of this project begins its work
+    """
+    measurements = Measurements(folder / "measured.json", accelerator)
     firsts: dict[str, Run] = {}
     for run in runs:
         firsts.setdefault(repr((run.config.data, run.config.autoencoder, run.config.evaluation)), run)
-    plan = [check(run, ablation, measured, first=run in firsts.values()) for run in runs]
+    plan = [plan_run(run, ablation, measurements, scores_baselines=run in firsts.values()) for run in runs]
     if ablation.match is not None:
-        plan = matched(plan, measured)
+        plan = match_costs(plan, measurements)
     stored = [done_stages(planned.run.folder) for planned in plan]
     begun = [stages["began"] for stages in stored if "began" in stages]
-    for number, planned in enumerate(plan):
+    for index, planned in enumerate(plan):
         config, keys = planned.run.config, planned.keys
         if any_code:
-            keys = of_any_code(keys, stored[number], begun)
-        speed = measured.speed(planned.spec, config, _codec(config.autoencoder)) if timed else None
-        plan[number] = replace(planned, keys=keys, speed=speed, start=start)
-    plan = [replace(planned, trained_in=_owner(planned, plan)) for planned in plan]
+            keys = accept_other_code(keys, stored[index], begun)
+        speed = measurements.speed(planned.spec, config, _codec(config.autoencoder)) if timed else None
+        plan[index] = replace(planned, keys=keys, speed=speed, startup=start)
+    plan = [replace(planned, trained_in=_training_folder(planned, plan)) for planned in plan]
     write_whole(folder / "plan.json", json.dumps(as_record(plan), indent=2) + "\n")
     return plan
 
 
-def check(run: Run, ablation: AblationConfig, measured: Measured, *, first: bool) -> Planned:
-    """A run with all that it is of, built and counted; a ValueError names the variant that cannot be."""
-    config, told = run.config, list[str]()
-    with _of_variant(run):
+def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, scores_baselines: bool) -> PlannedRun:
+    """Validate a run and count the cost of its backbone. Raises ValueError naming the variant that cannot be run."""
+    config, warnings = run.config, list[str]()
+    with _naming_variant(run):
         diffusion, codec = build_diffusion(config.diffusion), _codec(config.autoencoder)
         images, held_out = _open_splits(config.data)
         spec = model_spec(config, codec, diffusion, len(images.classes))
-        cost = measured.cost(spec)
+        cost = measurements.cost(spec)
         num_guided = config.guided_classes(spec.num_classes)
-        sampling = resolve_sampling(config.sampling, diffusion, num_guided, say=told.append)
+        sampling = resolve_sampling(config.sampling, diffusion, num_guided, say=warnings.append)
         check_metrics(config.evaluation.metrics)
         resolve_classes(list(ablation.pictures.classes), images.classes)
-    scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and first}
+    scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and scores_baselines}
     keys = keys_of(config, scoring, asdict(ablation.pictures))
     if not ablation.pictures.num_per_class:
         del keys["draw"]
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
-    of_images = list(images.classes), num_training_steps(config.train, len(images)), len(held_out), identity
-    planned = Planned(run, ablation, spec, sampling, *of_images, cost, run.folder, first, keys)
-    return replace(planned, told=tuple(f"variant {run.variant}: {words}" for words in told))
+    return PlannedRun(
+        run=run,
+        ablation=ablation,
+        spec=spec,
+        sampling=sampling,
+        classes=list(images.classes),
+        num_steps=num_training_steps(config.train, len(images)),
+        num_held_out=len(held_out),
+        identity=identity,
+        cost=cost,
+        trained_in=run.folder,
+        scores_baselines=scores_baselines,
+        keys=keys,
+        warnings=tuple(f"variant {run.variant}: {warning}" for warning in warnings),
+    )
 
 
-def matched(plan: list[Planned], measured: Measured) -> list[Planned]:
-    """The runs, at a width at which they cost what `match.to` does. Raises ValueError where there is none."""
+def match_costs(plan: list[PlannedRun], measurements: Measurements) -> list[PlannedRun]:
+    """Change the width of all other variants so that they cost what `match.to` costs.
+
+    Raises ValueError where no width does.
+    """
     rule = plan[0].ablation.match
     assert rule is not None
     target = next(planned.spec for planned in plan if planned.run.is_of(rule.to))
 
-    def at_equal_cost(planned: Planned) -> Planned:
+    def match_cost(planned: PlannedRun) -> PlannedRun:
         run, spec = planned.run, planned.spec
         if run.is_of(rule.to):
             return planned
 
         def cost_of(spec: ModelSpec) -> float:
             if rule.by == "time":
-                return 1 / measured.speed(spec, run.config, _codec(run.config.autoencoder)).training
-            cost = measured.cost(spec)
+                return 1 / measurements.speed(spec, run.config, _codec(run.config.autoencoder)).training
+            cost = measurements.cost(spec)
             return cost.gflops if rule.by == "flops" else float(cost.parameters)
 
         key = {"match": asdict(rule), "to": asdict(target), "spec": asdict(spec)}
-        with _of_variant(run):
-            args = measured.get(key, lambda: resized(spec, cost_of(target), cost_of, rule.tolerance).args)
+        with _naming_variant(run):
+            args = measurements.get(key, lambda: resized(spec, cost_of(target), cost_of, rule.tolerance).args)
         run = replace(run, config=replace(run.config, model_args=args))
-        return check(run, planned.ablation, measured, first=planned.first)
+        return plan_run(run, planned.ablation, measurements, scores_baselines=planned.scores_baselines)
 
-    return [at_equal_cost(planned) for planned in plan]
+    return [match_cost(planned) for planned in plan]
 
 
-def prepare(plan: list[Planned], accelerator: Accelerator) -> None:
-    """The latent caches and the references, once for all, so that runs side by side find them."""
+def prepare(plan: list[PlannedRun], accelerator: Accelerator) -> None:
+    """Make the latent caches and references that the runs share, before runs side by side would each make them."""
     configs = [planned.run.config for planned in plan]
     for data, name in {repr((c.data, c.autoencoder)): (c.data, c.autoencoder) for c in configs}.values():
         codec = create_codec(name).to(accelerator.device)
@@ -237,8 +276,8 @@ def prepare(plan: list[Planned], accelerator: Accelerator) -> None:
         open_scorer(data, accelerator, scoring)
 
 
-def table(plan: list[Planned]) -> str:
-    """A row a run, to be read before the hours are spent."""
+def table(plan: list[PlannedRun]) -> str:
+    """Format the plan as a table: cost, remaining time and state of each run."""
     rows = [["run", "parameters", "GFLOPs", "img/s", "steps", "left", "state"]]
     for planned in plan:
         speed = f"{planned.speed.training:.1f}" if planned.speed else "-"
@@ -246,12 +285,12 @@ def table(plan: list[Planned]) -> str:
         rows.append([planned.run.name, *cost, str(planned.num_steps), duration(planned.seconds), planned.state])
     seconds = [planned.seconds for planned in plan]
     total = None if None in seconds else sum(filter(None, seconds))
-    told = dict.fromkeys(words for planned in plan for words in planned.told)
-    return "\n".join([terminal(rows), *told, f"about {duration(total)} to go, without features"])
+    warnings = dict.fromkeys(warning for planned in plan for warning in planned.warnings)
+    return "\n".join([terminal(rows), *warnings, f"about {duration(total)} to go, without features"])
 
 
-def refuse_changed(plan: list[Planned]) -> None:
-    """A ValueError names trainings of something else in the runs' folders: they are not moved unasked."""
+def refuse_changed(plan: list[PlannedRun]) -> None:
+    """Raise ValueError where a run's folder holds another training, as it is moved away only on request."""
     if changed := [planned for planned in plan if planned.changes]:
         folders = "; ".join(f"{planned.run.folder}: {', '.join(planned.changes)}" for planned in changed)
         raise ValueError(
@@ -261,7 +300,7 @@ def refuse_changed(plan: list[Planned]) -> None:
 
 
 def duration(seconds: float | None) -> str:
-    """As h:mm, or in minutes or seconds where it is short."""
+    """Format seconds as hours and minutes, or in minutes or seconds alone where short; None gives `-`."""
     if seconds is None:
         return "-"
     if seconds < 90:
@@ -269,32 +308,44 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f}"
 
 
-def as_record(plan: list[Planned]) -> dict[str, Any]:
+def as_record(plan: list[PlannedRun]) -> dict[str, Any]:
+    """The plan as JSON values, for `plan.json`, which the report is made from."""
     ablation = plan[0].ablation
     baseline = next((planned.run.variant for planned in plan if planned.run.is_of(ablation.baseline)), None)
 
-    def row(planned: Planned) -> dict[str, Any]:
+    def row(planned: PlannedRun) -> dict[str, Any]:
         run, spec, cost = planned.run, planned.spec, planned.cost
-        about = {"variant": run.variant, "point": run.point, "seed": run.seed, "folder": run.folder.as_posix()}
-        about |= {"trained_in": planned.trained_in.as_posix(), "keys": planned.keys, "classes": planned.classes}
-        values = run.config.to_dict()
-        about["loss_of"] = {name: values[name] for name in ("autoencoder", "diffusion", "auxiliary", "alignment")}
-        about |= {"model": spec.name, "model_args": spec.args, "parameters": cost.parameters, "gflops": cost.gflops}
-        return {**about, "num_steps": planned.num_steps, "batch_size": run.config.train.batch_size}
+        config = run.config.to_dict()
+        return {
+            "variant": run.variant,
+            "point": run.point,
+            "seed": run.seed,
+            "folder": run.folder.as_posix(),
+            "trained_in": planned.trained_in.as_posix(),
+            "keys": planned.keys,
+            "classes": planned.classes,
+            "loss_of": {name: config[name] for name in ("autoencoder", "diffusion", "auxiliary", "alignment")},
+            "model": spec.name,
+            "model_args": spec.args,
+            "parameters": cost.parameters,
+            "gflops": cost.gflops,
+            "num_steps": planned.num_steps,
+            "batch_size": run.config.train.batch_size,
+        }
 
     return {"ablation": {**asdict(ablation), "baseline": baseline}, "runs": [row(planned) for planned in plan]}
 
 
-def _owner(planned: Planned, plan: list[Planned]) -> Path:
-    """The folder of the training that serves all that are equal up to sampling: where it began, or the first's."""
+def _training_folder(planned: PlannedRun, plan: list[PlannedRun]) -> Path:
+    """Choose which of the runs with the same training trains: the one that has begun it, else the first."""
     key = planned.keys["train"]
     folders = [other.run.folder for other in plan if other.keys["train"] == key]
     return next((folder for folder in folders if done_stages(folder).get("began") == key), folders[0])
 
 
 @contextmanager
-def _of_variant(run: Run) -> Iterator[None]:
-    """Errors that say whose they are."""
+def _naming_variant(run: Run) -> Iterator[None]:
+    """Prefix errors with the name of the variant."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`report.html`, `report.md`, `table.tex`, `results.csv` and `figures/` of an ablation, from its runs' JSON."""
+"""Report of an ablation: `report.html`, `report.md`, `table.tex`, `results.csv` and `figures/`, from its runs' JSON."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation.figures import PANELS, draw_panels
-from ablation.pictures import beside, data_uri, read_pictures, save_beside
+from ablation.pictures import data_uri, read_pictures, save_side_by_side, side_by_side
 from ablation.results import Results, read_results
 from ablation.tables import as_markdown, as_tex, cells, crossed, head, reference_cells, trials_csv
 from evaluation.plots import page
@@ -15,25 +15,25 @@ from experiment.config import SamplingConfig
 from machine.whole_files import write_whole
 from metrics.scores import digits_of, is_lower_better, title_of
 
-SAID = ("sampler", "num_steps", "guidance_scale")  # of sampling, in any report
+ALWAYS_SHOWN = ("sampler", "num_steps", "guidance_scale")  # other sampling settings only where not the default
 
 
 def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
-    """Write it all; returns what was written, in words. Raises ValueError where no run is finished."""
+    """Write all files of the report, and return a sentence that names them. Raises ValueError if no run is finished."""
     results = read_results(folder)
     panels, pictures = draw_panels(results), read_pictures(results)
     notes, facts, tables, findings = notes_of(results), facts_of(results), crossed(results), findings_of(results)
-    about = results.plan["ablation"]["description"]
+    description = results.plan["ablation"]["description"]
     title = results.plan["ablation"]["title"] or folder.name
     missing = f"Not finished, and not in this report: {'; '.join(results.missing)}." if results.missing else ""
 
     groups = {"references": reference_cells(results), "models": cells(results)}
     captioned = [(svg, PANELS[name][1]) for name, svg in panels.items()]
-    shown: dict[str, Any] = {"title": title, "description": about, "missing": missing, "notes": notes}
-    shown |= {"head": head(results), "groups": groups, "findings": findings, "crossed": tables, "panels": captioned}
-    shown |= {"pictures": pictures, "beside": beside(pictures), "data_uri": data_uri, "facts_of_results": facts}
-    html = page("report.html", **shown)  # one file that a browser reads without a network
-    text = [f"# {plain(title)}", about, plain(missing), as_markdown(results), *map(plain, notes)]
+    values: dict[str, Any] = {"title": title, "description": description, "missing": missing, "notes": notes}
+    values |= {"head": head(results), "groups": groups, "findings": findings, "crossed": tables, "panels": captioned}
+    values |= {"pictures": pictures, "beside": side_by_side(pictures), "data_uri": data_uri, "facts_of_results": facts}
+    html = page("report.html", **values)  # self-contained: a browser needs no network to show it
+    text = [f"# {plain(title)}", description, plain(missing), as_markdown(results), *map(plain, notes)]
     if findings:
         text.append("## What is decided")
     for metric, sentences in findings.items():
@@ -41,8 +41,8 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     for metric, rows in tables:
         text += [f"## {plain(metric)}", markdown(rows)]
     text += [f"![{name}](figures/{name}.png)\n\n*{PANELS[name][1]}*" for name in panels]
-    if beside(pictures):
-        save_beside(pictures, folder / "figures" / "models.png")
+    if side_by_side(pictures):
+        save_side_by_side(pictures, folder / "figures" / "models.png")
         text.append("![samples](figures/models.png)")
     text.append("\n".join(f"- {name}: {plain(fact)}" for name, fact in facts.items()))
 
@@ -57,7 +57,7 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
 
 
 def notes_of(results: Results) -> list[str]:
-    """What a reader of the table has to know."""
+    """Notes that a reader needs to understand the table."""
     extractor = results.runs[0].record["extractor"]
     num_seeds = max(len(variant.runs) for variant in results.variants)
     num_trials = max(len(run.trials) for run in results.runs)
@@ -70,18 +70,18 @@ def notes_of(results: Results) -> list[str]:
         if num_seeds > 1
         else "One training seed: the spread is that of generation alone, no difference is tested, and nothing is bold.",
     ]
-    of_images = ("source_hash", "split", "image_size")
-    held = {str([run.record["extractor_sha256"], *map(run.record["reference"].get, of_images)]) for run in results.runs}
-    if len(held) > 1:
+    records = [run.record for run in results.runs]
+    keys = ("source_hash", "split", "image_size")
+    references = {str([record["extractor_sha256"], *map(record["reference"].get, keys)]) for record in records}
+    if (num := len(references)) > 1:
         notes.append(
-            f"The runs were scored against {len(held)} different references, or with extractors of different weights: "
+            f"The runs were scored against {num} different references, or with extractors of different weights: "
             "only scores of the same can be compared."
         )
-    records = [run.record for run in results.runs]
-    drawn = [(one.get("num_samples"), *map(one["samples"].get, ("labels", "precision"))) for one in records]
-    if len(kinds := dict.fromkeys(drawn)) > 1:
-        each = "; ".join(f"{num}, labels {labels}, {precision}" for num, labels, precision in kinds)
-        notes.append(f"The runs were scored by different samples ({each}): only scores of the same can be compared.")
+    samples = [(record.get("num_samples"), *map(record["samples"].get, ("labels", "precision"))) for record in records]
+    if len(kinds := dict.fromkeys(samples)) > 1:
+        listed = "; ".join(f"{num}, labels {labels}, {precision}" for num, labels, precision in kinds)
+        notes.append(f"The runs were scored by different samples ({listed}): only scores of the same can be compared.")
     if len({str(run.plan.get("loss_of")) for run in results.runs}) > 1:
         notes.append(
             "Losses are of different objectives, or in different latents: only those of the same can be compared."
@@ -92,44 +92,45 @@ def notes_of(results: Results) -> list[str]:
 
 
 def findings_of(results: Results) -> dict[str, list[str]]:
-    """By the head of a metric, a sentence a variant: whether it is better than the baseline, or undecided."""
-    found = {}
+    """For each metric (by its title), a sentence per variant: better or worse than the baseline, or undecided."""
+    findings = {}
     for metric in results.metrics:
         lower, differences = is_lower_better(metric), results.differences(metric)
         if lower is not None and differences:
-            found[title_of(metric)] = [
+            findings[title_of(metric)] = [
                 difference.sentence(name, results.baseline.name, lower, digits_of(metric))
                 for name, difference in differences.items()
             ]
-    return found
+    return findings
 
 
 def facts_of(results: Results) -> dict[str, str]:
-    """What it takes to derive the numbers again."""
+    """Facts that are needed to reproduce the numbers: samples, reference, training, versions."""
     first = results.runs[0].record
     reference, samples = first["reference"], first["samples"]
 
-    def drawn(name: str) -> str:
+    def sampled(name: str) -> str:
         return _distinct(run.record["samples"].get(name) for run in results.runs)
 
     def planned(name: str) -> str:
         return _distinct(run.plan[name] for run in results.runs)
 
-    usual = {name: value for name, value in asdict(SamplingConfig()).items() if name not in SAID}
-    told = [(name, value) for run in results.runs for name, value in run.record["samples"].items() if name in usual]
-    unusual = dict.fromkeys(name for name, value in told if value != usual[name])
-    more = "".join(f", {name} {drawn(name)}" for name in unusual)
+    defaults = {name: value for name, value in asdict(SamplingConfig()).items() if name not in ALWAYS_SHOWN}
+    settings = [item for run in results.runs for item in run.record["samples"].items()]
+    changed = dict.fromkeys(name for name, value in settings if name in defaults and value != defaults[name])
+    others = "".join(f", {name} {sampled(name)}" for name in changed)
     return {
         "samples": f"{first['num_samples']} a trial, labels {samples['labels']}, seed {samples['seed']} and on",
         "reference": f"{first['num_reference']} images, {reference.get('split', '')} of {reference.get('source', '')}",
         "extractor": f"{first['extractor']}, sha256 {first['extractor_sha256']}",
-        "sampling": f"{drawn('sampler')}, {drawn('num_steps')} steps, guidance {drawn('guidance_scale')}{more}",
+        "sampling": f"{sampled('sampler')}, {sampled('num_steps')} steps, guidance {sampled('guidance_scale')}{others}",
         "training": f"{planned('num_steps')} steps of {planned('batch_size')}",
-        "commit": drawn("trained_at_commit"),
+        "commit": sampled("trained_at_commit"),
         "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
         "folder": results.folder.as_posix(),
     }
 
 
 def _distinct(values: Iterable[object]) -> str:
+    """Join the distinct values with commas, in order of first appearance."""
     return ", ".join(dict.fromkeys(map(str, values)))

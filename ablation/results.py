@@ -1,5 +1,8 @@
-"""What an ablation's runs left, read from their own JSON, and whether one variant is better than another: differences
-paired over training seeds, their intervals, and p-values that hold for all comparisons together."""
+"""Results of an ablation's runs, read from their JSON, and the tests of whether one variant is better than another.
+
+Differences are paired over training seeds, with confidence intervals, and p-values are corrected for the number of
+comparisons.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,31 +19,35 @@ from metrics.scores import is_lower_better
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two means of scores, over the training seeds that both have."""
+    """Mean difference of two variants' scores over the training seeds that both have, and its t-test."""
 
     mean: float
-    low: float
+    low: float  # ends of the 95% confidence interval
     high: float
     p: float
     num_seeds: int
 
     @property
     def is_decided(self) -> bool:
+        """Whether the difference is statistically significant."""
         return self.p < SIGNIFICANT
 
     def sentence(self, name: str, other: str, lower_is_better: bool, digits: int | None = None) -> str:
+        """Say whether `name` is better or worse than `other`, or why that is undecided."""
         mean, low, high = (number(value, digits=digits) for value in (abs(self.mean), self.low, self.high))
-        interval = f"95% interval {low} to {high}"
-        why = f"{interval}, {self.num_seeds} seeds, corrected p = {self.p:.2g}"
+        evidence = f"95% interval {low} to {high}, {self.num_seeds} seeds, corrected p = {self.p:.2g}"
         if self.is_decided:
             verdict = "better" if (self.mean < 0) == lower_is_better else "worse"
-            return f"{name} is {verdict} than {other} by {mean} ({why})"
+            return f"{name} is {verdict} than {other} by {mean} ({evidence})"
         reason = "the interval holds 0" if self.low <= 0 <= self.high else "too many comparisons for so few seeds"
-        return f"{name} against {other} is undecided: {reason} ({why})"
+        return f"{name} against {other} is undecided: {reason} ({evidence})"
 
 
 def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Student's paired t-test over the common seeds, two-sided; None for fewer than two, or where all differ alike."""
+    """Two-sided paired t-test of scores by seed, over the common seeds.
+
+    Returns None for fewer than two common seeds, and where all differences are equal, as their variance is 0.
+    """
     from scipy import stats
 
     differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
@@ -52,18 +59,18 @@ def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
 
 
 def corrected(differences: Mapping[str, Difference | None]) -> dict[str, Difference]:
-    """Those that could be tested, with p-values for all of them together."""
+    """Drop the differences that could not be tested, and correct the p-values of the others by Holm's method."""
     tested = {name: difference for name, difference in differences.items() if difference is not None}
     p_values = holm([difference.p for difference in tested.values()])
     return {name: replace(difference, p=p) for (name, difference), p in zip(tested.items(), p_values, strict=True)}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values such that among all tests one is below a bound by chance with at most that probability (Holm 1979)."""
-    found, least = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        least = found[place] = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
-    return found
+    """Adjust p-values by Holm's step-down method, which controls the family-wise error rate (Holm 1979)."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = adjusted[index] = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+    return adjusted
 
 
 @dataclass(frozen=True)
@@ -76,21 +83,23 @@ class RunResult:
 
     @cached_property
     def trials(self) -> list[dict[str, float | None]]:
-        """The scores of each, by metric; distances of halves are left out."""
+        """Scores of each generation trial, by metric; the distances of halves of the samples are left out."""
         trials = self.record["rows"][0]["trials"]
-        return [{name: one["value"] for name, one in trial.items() if ", " not in name} for trial in trials]
+        return [{name: score["value"] for name, score in trial.items() if ", " not in name} for trial in trials]
 
     def values(self, metric: str) -> list[float]:
+        """Values of a metric in all trials that have one."""
         return [value for trial in self.trials if (value := trial.get(metric)) is not None]
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a quantity in the training's log."""
         points = [(event["step"], event[name]) for event in self.events if event.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
 
 @dataclass(frozen=True)
 class VariantResult:
-    """All runs of a variant, one a training seed."""
+    """The scored runs of a variant, one per training seed."""
 
     name: str
     runs: list[RunResult]
@@ -101,27 +110,28 @@ class VariantResult:
 
     @property
     def costs(self) -> dict[str, int | float | None]:
-        """Parameters and GFLOPs of a forward pass; of training, logged, median images a second and most memory."""
-        counted = {name: self.plan[name] for name in ("parameters", "gflops")}
-        logged = {"images_per_second": median, "memory_gb": max}
-        for name, summary in logged.items():
+        """Parameters, GFLOPs of a forward pass, and from the training logs median images per second and peak memory."""
+        costs = {name: self.plan[name] for name in ("parameters", "gflops")}
+        for name, summary in {"images_per_second": median, "memory_gb": max}.items():
             values = [value for run in self.runs for value in run.series(name)[1]]
-            counted[name] = summary(values) if values else None
-        return counted
+            costs[name] = summary(values) if values else None
+        return costs
 
     def values(self, metric: str) -> list[float]:
+        """Values of a metric over all seeds and trials."""
         return [value for run in self.runs for value in run.values(metric)]
 
     def by_seed(self, metric: str) -> dict[int, float]:
+        """Mean of a metric over the trials of each training seed."""
         return {run.plan["seed"]: fmean(values) for run in self.runs if (values := run.values(metric))}
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an ablation's finished runs have measured."""
+    """Results of an ablation's finished runs, by variant; `missing` names the runs that are not finished."""
 
     folder: Path
-    plan: dict[str, Any]
+    plan: dict[str, Any]  # `plan.json`
     variants: list[VariantResult]
     missing: list[str]
 
@@ -131,75 +141,79 @@ class Results:
 
     @property
     def baseline(self) -> VariantResult:
-        asked = self.plan["ablation"]["baseline"]
-        return next((variant for variant in self.variants if variant.name == asked), self.variants[0])
+        """The variant that the others are tested against: the first, unless the ablation names one."""
+        name = self.plan["ablation"]["baseline"]
+        return next((variant for variant in self.variants if variant.name == name), self.variants[0])
 
     @cached_property
     def metrics(self) -> list[str]:
-        """Those that some run has a value of, in the order of the scores."""
+        """Names of the metrics that have a value in some run."""
         names = dict.fromkeys(name for run in self.runs for trial in run.trials for name in trial)
         return [name for name in names if any(variant.values(name) for variant in self.variants)]
 
     def differences(self, metric: str) -> dict[str, Difference]:
-        """Of each variant to the baseline, where it can be tested; p-values are for all variants together."""
+        """Difference of each variant to the baseline where it can be tested, corrected for the number of variants."""
         return self._differences_to(self.baseline, metric)
 
     def is_best(self, variant: VariantResult, metric: str) -> bool:
-        """Whether this variant is decidedly better than every other; p-values are for all of them together."""
+        """Whether this variant is significantly better than every other, corrected for the number of variants."""
         if (lower := is_lower_better(metric)) is None:
             return False
         rivals = {other.name for other in self.variants if other is not variant and other.values(metric)}
         differences = self._differences_to(variant, metric).items()
-        beaten = {name for name, one in differences if one.is_decided and (one.mean > 0) == lower}
+        beaten = {name for name, difference in differences if difference.is_decided and (difference.mean > 0) == lower}
         return bool(rivals) and rivals == beaten
 
-    def _differences_to(self, base: VariantResult, metric: str) -> dict[str, Difference]:
-        by_seed = base.by_seed(metric)
-        others = [variant for variant in self.variants if variant is not base]
+    def _differences_to(self, baseline: VariantResult, metric: str) -> dict[str, Difference]:
+        by_seed = baseline.by_seed(metric)
+        others = [variant for variant in self.variants if variant is not baseline]
         return corrected({other.name: paired(other.by_seed(metric), by_seed) for other in others})
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
-        """Scores of training images (floor) and of reconstructions (ceiling): of each way of scoring, and of each
-        autoencoder, the first run's; by its variant where there are several."""
+        """Scores of the floor (training images) and the ceiling (reconstructions), by the name of their row.
+
+        Runs that are scored differently, and for the ceiling runs with another autoencoder, have their own: it is taken
+        from the first such run, and named after its variant where there are several.
+        """
         references = {}
-        for name, what, of_samples in (
+        for name, kind, sample_keys in (
             ("training images", "floor", ("labels",)),
             ("reconstructions", "ceiling", ("labels", "autoencoder")),
         ):
-            found: dict[str, RunResult] = {}
+            firsts: dict[str, RunResult] = {}
             for run in self.runs:
-                of_run = map(run.record.get, ("num_samples", "reference", "extractor_sha256"))
-                found.setdefault(repr([*of_run, *map(run.record["samples"].get, of_samples)]), run)
-            for run in found.values():
+                scoring = map(run.record.get, ("num_samples", "reference", "extractor_sha256"))
+                firsts.setdefault(repr([*scoring, *map(run.record["samples"].get, sample_keys)]), run)
+            for run in firsts.values():
                 row = next((row for row in run.record["rows"][1:] if row["name"] == name), None)
                 if row is not None:
-                    of_variant = f" of {run.plan['variant']}" if len(found) > 1 else ""
-                    references[f"{name} ({what}{of_variant})"] = row["scores"]
+                    of_variant = f" of {run.plan['variant']}" if len(firsts) > 1 else ""
+                    references[f"{name} ({kind}{of_variant})"] = row["scores"]
         return references
 
 
 def read_results(folder: Path) -> Results:
-    """From `plan.json` and the runs' own files. Raises ValueError where no run has been scored."""
+    """Read `plan.json` and the files of its runs. Raises ValueError where no run has been scored."""
     path = folder / "plan.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no ablation: there is no {path}")
     plan = json.loads(path.read_text())
     variants: dict[str, list[RunResult]] = {}
     missing = []
-    for one in plan["runs"]:
-        scores = Path(one["folder"]) / "scores.json"
-        if not is_scored(scores.parent, one["keys"]["score"]) or not scores.is_file():
-            missing.append(f"{one['variant']}, seed {one['seed']}")
+    for row in plan["runs"]:
+        scores = Path(row["folder"]) / "scores.json"
+        if not is_scored(scores.parent, row["keys"]["score"]) or not scores.is_file():
+            missing.append(f"{row['variant']}, seed {row['seed']}")
             continue
-        log = (Path(one["trained_in"]) / "log.jsonl").read_text().splitlines()
-        run = RunResult(one, json.loads(scores.read_text()), [json.loads(line) for line in log])
-        variants.setdefault(one["variant"], []).append(run)
+        log = (Path(row["trained_in"]) / "log.jsonl").read_text().splitlines()
+        run = RunResult(row, json.loads(scores.read_text()), [json.loads(line) for line in log])
+        variants.setdefault(row["variant"], []).append(run)
     if not variants:
         raise ValueError(f"{folder}: no run is finished, there is nothing to report yet ({len(missing)} to go)")
     return Results(folder, plan, [VariantResult(name, runs) for name, runs in variants.items()], missing)
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation (n - 1); None of a single value."""
+    """Sample standard deviation (n - 1); None for a single value."""
     return stdev(values) if len(values) > 1 else None

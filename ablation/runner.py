@@ -1,5 +1,8 @@
-"""Who does the runs: each is three commands, as a user would type them, processes of their own, so that a failure stays
-where it is; one after the other, side by side, or as jobs of a cluster's scheduler."""
+"""Execution of an ablation's runs: one after the other, side by side, or as jobs of a cluster's scheduler.
+
+Each run is up to three commands (train, score, draw), the ones that a user would type. They run as processes of their
+own, so that a failure of one run does not affect the others.
+"""
 
 import json
 import math
@@ -21,7 +24,7 @@ import torch
 import yaml
 
 from ablation.identity import PROGRAMS, ROOT, code_hash, done_stages, mark
-from ablation.plan import Planned, duration
+from ablation.plan import PlannedRun, duration
 from ablation.study import ClusterConfig
 from machine import children
 from machine.children import EXIT_CODE, STOPPED
@@ -30,26 +33,29 @@ from machine.lock import InUse, Lock
 from machine.whole_files import beside, write_whole
 
 _PRINTING = threading.Lock()
-FRECHET_ONLY = {"fid", "sfid"}  # for these alone, features are not kept, and there is no distance within classes
+# With these metrics alone, evaluate.py keeps no features, which distances per class need.
+FRECHET_ONLY = {"fid", "sfid"}
 
 
-def train(planned: Planned) -> list[str]:
+def train_command(planned: PlannedRun) -> list[str]:
+    """The command that trains a run, or resumes its training."""
     return ["train.py", "--config", str(planned.run.folder / "variant.yaml"), "--resume", "auto"]
 
 
-def score(planned: Planned) -> list[str]:
+def score_command(planned: PlannedRun) -> list[str]:
+    """The command that samples from a run and scores the samples."""
     evaluation, scoring = planned.run.config.evaluation, planned.ablation.scoring
     flags = {name: value for name, value in asdict(evaluation).items() if value is not None}
     flags |= {"samples": planned.trained_in, "output": planned.run.folder / "scores.json"}
     flags |= {"num_samples": planned.num_samples, "trials": scoring.trials}
-    flags |= {"baselines": scoring.baselines and planned.first}
+    flags |= {"baselines": scoring.baselines and planned.scores_baselines}
     has_features = not set(evaluation.metrics) <= FRECHET_ONLY
     flags |= {"per_class": scoring.per_class and planned.spec.num_classes > 0 and has_features}
     return ["evaluate.py", *_as_flags(planned, flags)]
 
 
-def draw(planned: Planned) -> list[str]:
-    """Pictures of chosen classes, from noise that all variants share."""
+def draw_command(planned: PlannedRun) -> list[str]:
+    """The command that draws samples of the chosen classes, from noise that all variants share."""
     pictures = planned.ablation.pictures
     flags = {"checkpoint": planned.trained_in, "output": planned.run.folder / "pictures.npz"}
     flags |= {"seed": pictures.seed, "num_per_class": pictures.num_per_class}
@@ -57,22 +63,25 @@ def draw(planned: Planned) -> list[str]:
     return ["sample.py", *_as_flags(planned, flags)]
 
 
-def _as_flags(planned: Planned, values: dict[str, Any]) -> list[str]:
-    """`--name value`, lists and mappings as JSON; all of the sampling, as the training's own may have changed."""
+def _as_flags(planned: PlannedRun, values: dict[str, Any]) -> list[str]:
+    """Format values as `--name value`, lists and mappings as JSON.
+
+    All sampling settings are added, because those in the training's configuration may be another variant's.
+    """
     sampling = yaml.safe_dump(asdict(planned.sampling), default_flow_style=True, width=math.inf).strip()
     values = {**values, "precision": planned.run.config.train.precision, "sampling": sampling}
-    values |= {"imports": planned.run.config.imports} if planned.run.config.imports else {}  # whose syntax counts
+    values |= {"imports": planned.run.config.imports} if planned.run.config.imports else {}
     words = []
     for name, value in values.items():
         words += [f"--{name}", str(value) if isinstance(value, str | Path) else json.dumps(value)]
     return words
 
 
-STAGES = {"train": train, "score": score, "draw": draw}
+STAGES = {"train": train_command, "score": score_command, "draw": draw_command}
 
 
 class Outcome(NamedTuple):
-    """How a run ended: 'done', 'stopped' (to be gone on with), 'failed' or 'elsewhere' (others have it), and why."""
+    """How a run ended and why: 'done', 'stopped' (can be resumed), 'failed', or 'elsewhere' (in another process)."""
 
     run: str
     status: str
@@ -81,8 +90,15 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Runner:
-    """Does what is left of runs. After `deadline`, in seconds since the epoch, nothing is started and trainings stop;
-    `code` is that of the stages when they were planned."""
+    """Runs the stages of runs that are not done.
+
+    Args:
+        deadline: time, in seconds since the epoch, after which no stage starts and trainings save and stop
+        launcher: configuration file of `accelerate launch`; None: one process per run
+        code: hash of each stage's code when the runs were planned; a stage whose code has changed since is refused
+        children: processes that are running
+        reason: why the runner was asked to stop
+    """
 
     deadline: float | None = None
     launcher: str | None = None
@@ -90,11 +106,15 @@ class Runner:
     children: set[subprocess.Popen] = field(default_factory=set)
     reason: str | None = None
 
-    def __call__(self, job: list[Planned], environment: dict[str, str] | None = None) -> list[Outcome]:
-        """The runs of one training: the first of them trains. `environment` is added to the processes'."""
+    def __call__(self, job: list[PlannedRun], environment: dict[str, str] | None = None) -> list[Outcome]:
+        """Execute the runs that share a training; the first of them trains.
+
+        `environment` holds additional environment variables of the processes.
+        """
         outcomes: list[Outcome] = []
         try:
-            for planned in [planned for planned in job if planned.changes][::-1]:  # what was made of a training first
+            # In reverse: the run that trains comes last, as the changes of the others are found through its folder.
+            for planned in [planned for planned in job if planned.changes][::-1]:
                 _set_aside(planned)
         except (ValueError, OSError) as error:
             return [_failed(planned, error) for planned in job]
@@ -111,13 +131,13 @@ class Runner:
         return outcomes
 
     def stop(self, reason: str) -> None:
-        """Let trainings save and end; start nothing more. A second time, end them at once."""
-        end = children.kill if self.reason else partial(children.send, number=signal.SIGTERM)
+        """Let running trainings save and end, and start no other stage. A second call kills them."""
+        end_child = children.kill if self.reason else partial(children.send, number=signal.SIGTERM)
         self.reason = reason
         for child in list(self.children):
-            end(child)
+            end_child(child)
 
-    def _run(self, planned: Planned, environment: dict[str, str]) -> Outcome:
+    def _run(self, planned: PlannedRun, environment: dict[str, str]) -> Outcome:
         folder, name = planned.run.folder, planned.run.name
         if planned.all_done:
             return Outcome(name, "done", "before")
@@ -135,7 +155,7 @@ class Runner:
                 if code_hash(stage, afresh=True) != self.code[stage]:
                     raise ValueError(f"{stage}: the code has changed since it was planned; the same command plans anew")
                 if stage == "train":
-                    if "began" not in done_stages(folder):  # what is there is of another's training
+                    if "began" not in done_stages(folder):  # the results there were made from another run's weights
                         (folder / "stages.json").unlink(missing_ok=True)
                     mark(folder, began=planned.keys["train"])
                 began, output = time.monotonic(), folder / f"{stage}.txt"
@@ -151,8 +171,8 @@ class Runner:
         return Outcome(name, "done")
 
     def _must_stop(self) -> str | None:
-        over = self.deadline is not None and time.time() > self.deadline
-        return self.reason or ("the time is over" if over else None)
+        is_over = self.deadline is not None and time.time() > self.deadline
+        return self.reason or ("the time is over" if is_over else None)
 
     def _process(self, command: list[str], output: Path, lock: Lock, environment: dict[str, str]) -> int:
         script, *flags = command
@@ -164,7 +184,7 @@ class Runner:
             command = [sys.executable, *launch, str(ROOT / script), *flags]
             child = children.start(command, pass_fds=(lock.file.fileno(),), **options)
             self.children.add(child)
-            if self.reason:  # since it was last asked for
+            if self.reason:  # a stop may have come while the process started
                 children.send(child, signal.SIGTERM)
             try:
                 return child.wait()
@@ -172,58 +192,65 @@ class Runner:
                 self.children.discard(child)
 
 
-Jobs = list[list[Planned]]
+Jobs = list[list[PlannedRun]]
 
 
-def jobs_of(plan: list[Planned]) -> Jobs:
-    jobs: dict[Path, list[Planned]] = {}
+def jobs_of(plan: list[PlannedRun]) -> Jobs:
+    """Group the runs by training; the run that trains comes first in its job."""
+    jobs: dict[Path, list[PlannedRun]] = {}
     for planned in plan:
         jobs.setdefault(planned.trained_in, []).append(planned)
     return [sorted(job, key=lambda planned: not planned.trains) for job in jobs.values()]
 
 
 class Place(NamedTuple):
-    """Where a run has room: what its processes find in their environment, and the cores that they keep to."""
+    """Resources of one worker: environment variables of its processes, and the cores that they are pinned to."""
 
     environment: dict[str, str]
     cores: frozenset[int] = frozenset()
 
 
 def places(workers: int) -> list[Place]:
-    """A GPU each, or the CPU, or a share of its cores for each worker: a ValueError where there are fewer cores."""
+    """Return a place for each GPU; without GPUs, split the cores among `workers`.
+
+    Raises ValueError where there are fewer cores than workers.
+    """
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else map(str, range(gpus))
-        return [Place({"CUDA_VISIBLE_DEVICES": name}) for name in list(names)[:gpus]]
+        devices = visible.split(",") if visible else map(str, range(gpus))
+        return [Place({"CUDA_VISIBLE_DEVICES": device}) for device in list(devices)[:gpus]]
     if workers == 1:
         return [Place({})]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if (share := len(cores) // workers) == 0:
         raise ValueError(f"--workers {workers}: there are {len(cores)} cores to deal out; ask for fewer")
-    shares = [cores[number * share :][:share] for number in range(workers)]
-    return [Place({"OMP_NUM_THREADS": str(share)}, frozenset(mine)) for mine in shares]
+    shares = [cores[worker * share :][:share] for worker in range(workers)]
+    return [Place({"OMP_NUM_THREADS": str(share)}, frozenset(own_cores)) for own_cores in shares]
 
 
 def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
-    """One job at a time on each GPU, or `workers` of them on the CPU. A stop lets trainings save; the rest waits."""
-    waiting: Queue[list[Planned]] = Queue()
+    """Run one job at a time on each GPU, or `workers` jobs at a time on the CPU.
+
+    At a signal to stop, running trainings save and end, and no other job starts.
+    """
+    queue: Queue[list[PlannedRun]] = Queue()
     for job in jobs:
-        waiting.put(job)
+        queue.put(job)
     outcomes: list[Outcome] = []
 
     def work(place: Place) -> None:
         if place.cores:
-            os.sched_setaffinity(0, place.cores)  # of this thread, and of what it starts
+            os.sched_setaffinity(0, place.cores)  # applies to this thread and the processes that it starts
         with suppress(Empty):
             while True:
-                outcomes.extend(runner(waiting.get_nowait(), place.environment))
+                outcomes.extend(runner(queue.get_nowait(), place.environment))
 
     with stopping(runner):
         threads = [threading.Thread(target=work, args=(place,)) for place in places(workers)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive():  # signals are handled between two waits
+            while thread.is_alive():  # join in short waits, as Python handles signals only between them
                 thread.join(0.2)
     return outcomes
 
@@ -231,41 +258,47 @@ def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
 def submit(
     jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
 ) -> list[Outcome]:
-    """A job each through submitit, waited for. A stop is passed on to jobs that are processes here."""
+    """Submit all jobs through submitit, and wait for them.
+
+    With the scheduler `local`, jobs are processes of this machine, and a signal to stop is passed on to them.
+    """
     executor = open_executor(scheduler, logs, name="ablation", **asdict(cluster))
     here = scheduler == "local"
-    submitted: list[tuple[list[Planned], Any]] = []
-    stopped: list[str] = []
+    submitted: list[tuple[list[PlannedRun], Any]] = []
+    signals: list[str] = []
 
     def stop(number: signal.Signals) -> None:
         children.stop_jobs([handle.job_id for _, handle in submitted], here=here, number=number)
         say_stopped(number)
-        stopped.append(number.name)
+        signals.append(number.name)
 
     outcomes: list[Outcome] = []
     with children.on_stop(stop):
         for job in jobs:
-            with children.deaf_to(signal.SIGINT):  # the terminal's, which is for this process to pass on
-                submitted.append((job, executor.submit(Work(runner, job, here))))
+            with children.deaf_to(signal.SIGINT):  # Ctrl-C reaches this process, which passes it on
+                submitted.append((job, executor.submit(SubmittedJob(runner, job, here))))
         for job, handle in submitted:
             say(f"{job[0].run.name}: job {handle.job_id}, {handle.paths.stdout}")
         for job, handle in submitted:
             try:
                 outcomes += handle.result()
-            except Exception as error:  # whatever ended the scheduler's process
+            except Exception as error:  # submitit raises what ended the job, of any kind
                 lines = str(error).strip().splitlines()
                 why = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else repr(error))
-                ended = ("stopped", stopped[0]) if stopped else ("failed", why)
-                outcomes += [Outcome(planned.run.name, *ended) for planned in job]
+                status, why = ("stopped", signals[0]) if signals else ("failed", why)
+                outcomes += [Outcome(planned.run.name, status, why) for planned in job]
     return outcomes
 
 
 @dataclass
-class Work:
-    """A job as submitit calls it, requeued when its time is up. One that runs `here` is stopped as any program is."""
+class SubmittedJob:
+    """A job as submitit calls it, requeued when its time is up.
+
+    `here`: it runs as a process of this machine, and handles signals to stop itself.
+    """
 
     runner: Runner
-    job: list[Planned]
+    job: list[PlannedRun]
     here: bool = False
 
     def __call__(self) -> list[Outcome]:
@@ -273,6 +306,7 @@ class Work:
             return self.runner(self.job)
 
     def checkpoint(self) -> Any:
+        """Stop the trainings and requeue the job; submitit calls this when the job is preempted or its time is up."""
         self.runner.stop("preempted")
         for child in list(self.runner.children):
             children.await_end(child)
@@ -280,7 +314,7 @@ class Work:
 
 
 def stopping(runner: Runner) -> AbstractContextManager[None]:
-    """A stop lets the trainings save, and the rest wait for the next time."""
+    """Stop the runner at a signal, so that running trainings save, and the same command can resume."""
 
     def stop(number: signal.Signals) -> None:
         say_stopped(number)
@@ -294,28 +328,29 @@ def say_stopped(number: signal.Signals) -> None:
 
 
 def say(text: str) -> None:
-    """A line with its time; lines of several threads stay whole."""
+    """Print a line with the time of day; a lock keeps the lines of several threads apart."""
     with _PRINTING:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def last_line(path: Path) -> str:
-    """Of a command's output: where it failed, its error; progress bars are left out."""
+    """Last line of a command's output without progress bars: its error, where it has failed."""
     lines = [line.rpartition("\r")[-1].strip() for line in path.read_text(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line and "it/s]" not in line), "")
 
 
-def _failed(planned: Planned, error: Exception) -> Outcome:
+def _failed(planned: PlannedRun, error: Exception) -> Outcome:
     return Outcome(planned.run.name, "failed", " ".join(str(error).split()))
 
 
-def _set_aside(planned: Planned) -> None:
-    """What is in the folder from another configuration, other code or other images is kept beside it."""
+def _set_aside(planned: PlannedRun) -> None:
+    """Move the results of another configuration, code or data from the run's folder to a new one beside it."""
     folder, why = planned.run.folder, ", ".join(planned.changes)
-    kept = beside(folder)
-    with Lock(folder / "lock"), Lock(folder / "training.lock"):  # one may be gone on with by hand
-        kept.mkdir()
+    backup = beside(folder)
+    with Lock(folder / "lock"), Lock(folder / "training.lock"):  # somebody may have resumed the training by hand
+        backup.mkdir()
         paths = [path for path in folder.iterdir() if not path.name.endswith("lock")]
-        for path in sorted(paths, key=lambda path: path.name == "stages.json"):  # last: it says what is there
-            shutil.move(path, kept / path.name)
-    say(f"{planned.run.name}: of other {why}; what was there is now {kept}")
+        # stages.json goes last: if this is interrupted, the folder still says whose results it holds.
+        for path in sorted(paths, key=lambda path: path.name == "stages.json"):
+            shutil.move(path, backup / path.name)
+    say(f"{planned.run.name}: of other {why}; what was there is now {backup}")

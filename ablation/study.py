@@ -1,4 +1,4 @@
-"""What an ablation's YAML may say, and the runs that it makes. Nothing heavy is imported here."""
+"""Configuration of an ablation, and the runs that it expands to. Imports no torch, so that `--help` is fast."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -18,12 +18,12 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class MatchConfig:
-    """Equal cost: the other variants' width is changed until they cost what `to` costs; depth stays, heads stay legal.
+    """Equal cost: all other variants are widened or narrowed until they cost as much as `to`; their depth stays.
 
     Args:
-        by: what is equal: 'flops' (of a forward pass), 'params', or 'time' (of a training step, measured here)
-        to: name of the variant that stays as it is, with all values of a grid
-        tolerance: largest relative difference
+        by: the cost to make equal: 'flops' (of a forward pass), 'params', or 'time' (of a training step, measured here)
+        to: name of the variant that keeps its width, under all values of a grid
+        tolerance: largest relative difference in cost
     """
 
     to: str
@@ -33,12 +33,12 @@ class MatchConfig:
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """The one scoring of all variants; what is scored and how is `evaluation` and `sampling` of their configurations.
+    """Scoring of all variants, beside `evaluation` and `sampling` of their configurations.
 
     Args:
-        trials: generation trials of each run, with seeds of their own
-        baselines: score training images and reconstructions too, once
-        per_class: Fréchet distances within each class that has 50 images or more
+        trials: generation trials of each run, each with another seed
+        baselines: also score training images and reconstructions, once
+        per_class: also compute the Fréchet distance within each class that has at least 50 images
     """
 
     trials: int = within("[1, inf)", 1)
@@ -48,12 +48,12 @@ class ScoringConfig:
 
 @dataclass(frozen=True)
 class PicturesConfig:
-    """Samples of the first seed of each variant, from the same noise.
+    """Pictures in the report: samples of the first seed of each variant, all from the same noise.
 
     Args:
-        classes: their names; by default the first eight
-        num_per_class: samples of each; 0: no pictures
-        seed: of the noise
+        classes: names of classes to draw; by default the first eight
+        num_per_class: samples per class; 0: no pictures
+        seed: seed of the noise
     """
 
     classes: list[str] = field(default_factory=list)
@@ -63,21 +63,21 @@ class PicturesConfig:
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """Variants of one experiment, and what they share.
+    """Variants of one experiment, and the settings that they share.
 
     Args:
-        title: of the report
-        description: a paragraph below it
-        base: a configuration of train.py: a YAML file, or the mapping itself
+        title: title of the report
+        description: paragraph below the title
+        base: configuration of train.py: a YAML file, or the mapping itself
         set: settings of all variants, with dotted keys such as train.num_steps
-        variants: a name each, and the settings that it differs by
-        grid: a list of values for each dotted key; every combination, of every variant, is a variant. `seed` is short
-            for train.seed: runs that differ by it alone are one row, with its spread
+        variants: name of each variant, and the settings in which it differs from the base
+        grid: list of values for each dotted key; each combination makes a variant of every variant above. `seed` is
+            short for train.seed: runs that differ only in the seed share a row, which shows their spread
         baseline: name of the variant that the others are tested against; by default the first
-        match: equal cost, if asked for
-        scoring: the one scoring of all variants
-        pictures: samples of each variant
-        columns: of table.tex: parameters, GFLOPs, img/s, GB, or metrics such as fid; by default all that have values
+        match: equal cost of all variants; null: each has the cost that it has
+        scoring: scoring of all variants
+        pictures: samples of each variant in the report
+        columns: columns of table.tex: parameters, GFLOPs, img/s, GB, or metrics such as fid; by default all with values
     """
 
     base: str | dict[str, Any]
@@ -95,14 +95,14 @@ class AblationConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """What a SLURM job is given.
+    """Resources of a SLURM job.
 
     Args:
-        gpus: of a run
-        hours: time limit; the job is requeued when it is over
-        cpus_per_gpu: cores for each
-        memory_gb: main memory of a run
-        partition: of the cluster
+        gpus: GPUs per run
+        hours: time limit of the job, which is requeued when it is reached
+        cpus_per_gpu: CPU cores per GPU
+        memory_gb: main memory per run
+        partition: partition of the cluster; null: its default
     """
 
     gpus: int = within("[0, inf)", 1)
@@ -114,20 +114,20 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """A variant under one seed."""
+    """A variant under one training seed."""
 
     variant: str
     seed: int
     config: ExperimentConfig
-    point: dict[str, Any]  # its variant in the YAML and its values in the grid, by their keys
+    point: dict[str, Any]  # the YAML's variant (`variant`), and the grid's values by their dotted keys
 
     def is_of(self, name: str | None) -> bool:
-        """Whether a name, of the variant or, where a grid has made several of it, of the YAML's variant, means it."""
+        """Whether `name` is that of the variant, or of the YAML's variant that a grid has made it from."""
         return name in (self.variant, self.point["variant"])
 
     @property
     def folder(self) -> Path:
-        """Of the run: checkpoints where it trains, scores and pictures in any case."""
+        """Folder of the run, with its scores and pictures, and its checkpoints where it trains."""
         return self.config.folder
 
     @property
@@ -136,7 +136,7 @@ class Run:
 
 
 def read_ablation(path: Path, overrides: dict[str, Any]) -> AblationConfig:
-    """An ablation's YAML, with more settings for all variants. Raises ValueError for what does not fit."""
+    """Read an ablation's YAML; `overrides` are added to the settings of all variants. Raises ValueError if invalid."""
     try:
         config = parse_mapping(AblationConfig, _read_yaml(path))
     except ValueError as error:
@@ -145,7 +145,10 @@ def read_ablation(path: Path, overrides: dict[str, Any]) -> AblationConfig:
 
 
 def expand(ablation: AblationConfig, name: str) -> list[Run]:
-    """Every variant under every seed, in `runs/<name>/<variant>/seed<n>`. A ValueError names what is wrong with one."""
+    """Make the runs: every variant under every seed, in `runs/<name>/<variant>/seed<n>`.
+
+    Raises ValueError naming the variant whose settings are invalid.
+    """
     base = merged(_read_base(ablation.base), ablation.set)
     axes = {key: values for key, values in ablation.grid.items() if key != "seed"}
     seeds = ablation.grid.get("seed") or [base.get("train", {}).get("seed", 0)]
@@ -153,8 +156,8 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
     runs: dict[Path, Run] = {}
     for (variant, settings), values in product((ablation.variants or {"": {}}).items(), product(*axes.values())):
         point = dict(zip(axes, values, strict=True))
-        title = " ".join(filter(None, [variant, *(_word(key, value) for key, value in point.items())]))
-        if (own := merged({}, {**settings, **point}).get("train", {})) and "seed" in own:
+        title = " ".join(filter(None, [variant, *(_label(key, value) for key, value in point.items())]))
+        if "seed" in (merged({}, {**settings, **point}).get("train") or {}):
             raise ValueError(f"variant {title}: train.seed: every variant has the same; name them in grid: seed")
         if not title:
             raise ValueError("variants and grid are empty: there is nothing to compare")
@@ -169,34 +172,36 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
             if run.folder in runs:
                 raise ValueError(f"variants {runs[run.folder].name} and {run.name} are of one name; rename one")
             runs[run.folder] = run
-    for flag, asked in (("baseline", ablation.baseline), ("match.to", ablation.match and ablation.match.to)):
-        if asked is not None and not any(run.is_of(asked) for run in runs.values()):
+    for key, variant in (("baseline", ablation.baseline), ("match.to", ablation.match and ablation.match.to)):
+        if variant is not None and not any(run.is_of(variant) for run in runs.values()):
             names = dict.fromkeys(run.variant for run in runs.values())
-            raise ValueError(f"{flag} {asked}: no such variant; there are {', '.join(names)}")
+            raise ValueError(f"{key} {variant}: no such variant; there are {', '.join(names)}")
     return list(runs.values())
 
 
-def pictured(asked: list[str], classes: list[str]) -> list[str]:
-    return list(asked or classes[:8])
+def pictured(chosen: list[str], classes: list[str]) -> list[str]:
+    """Classes to draw pictures of: the chosen ones, or else the first eight."""
+    return list(chosen or classes[:8])
 
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings with others on top; keys of the latter may be dotted."""
+    """Merge nested mappings; `overrides` win, and their keys may be dotted."""
     result = dict(values)
     for key, value in overrides.items():
         first, _, rest = str(key).partition(".")
         value = {rest: value} if rest else value
-        below = result.get(first)
-        result[first] = merged(below if isinstance(below, dict) else {}, value) if isinstance(value, dict) else value
+        nested = result.get(first)
+        result[first] = merged(nested if isinstance(nested, dict) else {}, value) if isinstance(value, dict) else value
     return result
 
 
-def _word(key: str, value: Any) -> str:
+def _label(key: str, value: Any) -> str:
+    """Part of a variant's name that a value of the grid adds: `lr=0.001`, and of a model its name alone."""
     return str(value) if key == "model" else f"{key.rpartition('.')[-1]}={value}"
 
 
 def _read_base(base: str | dict[str, Any]) -> dict[str, Any]:
-    """A mapping, or a YAML file of one, from here or from the project's root."""
+    """Return a mapping as it is, or read it from a YAML file in the working folder or else the project's root."""
     if not isinstance(base, str):
         return base
     path = Path(base) if Path(base).is_file() else ROOT / base
@@ -206,7 +211,7 @@ def _read_base(base: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping, in which nothing is named twice."""
+    """Read a YAML file that holds a mapping, without duplicate keys."""
     try:
         values = yaml.load(path.read_text(), StrictLoader)
     except (yaml.YAMLError, ValueError) as error:

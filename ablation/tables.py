@@ -1,4 +1,4 @@
-"""The tables of a report, from one list of cells."""
+"""Tables of a report: Markdown, LaTeX and CSV, from the same cells."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -7,7 +7,7 @@ from ablation.results import Results, spread
 from evaluation.table import Cell, as_csv, latex, markdown, number
 from metrics.scores import METRICS, digits_of, row_of, title_of
 
-COSTS = {  # by their columns' heads: names, and how they are written
+COSTS = {  # by column head: name of the cost, and its format
     "parameters": ("parameters", lambda value: f"{value / 1e6:.2f}M"),
     "GFLOPs": ("gflops", lambda value: f"{value:.3f}"),
     "img/s": ("images_per_second", lambda value: f"{value:.1f}"),
@@ -16,17 +16,18 @@ COSTS = {  # by their columns' heads: names, and how they are written
 
 
 def head(results: Results) -> list[str]:
+    """Heads of the columns: model, costs, metrics."""
     return ["model", *COSTS, *map(title_of, results.metrics)]
 
 
 def cells(results: Results) -> list[list[Cell]]:
-    """A row a variant: what it costs, counted and measured, beside its scores over trials and seeds."""
+    """One row per variant: its costs, and mean and spread of its scores over seeds and trials."""
     rows, differences = [], {metric: results.differences(metric) for metric in results.metrics}
     for variant in results.variants:
         row, costs = [Cell(variant.name)], variant.costs
-        for name, written in COSTS.values():
+        for name, to_text in COSTS.values():
             value = costs[name]
-            row.append(Cell("-") if value is None else Cell(written(value), float(value)))
+            row.append(Cell("-") if value is None else Cell(to_text(value), float(value)))
         for metric in results.metrics:
             if not (values := variant.values(metric)):
                 row.append(Cell("-"))
@@ -40,7 +41,7 @@ def cells(results: Results) -> list[list[Cell]]:
 
 
 def reference_cells(results: Results) -> list[list[Cell]]:
-    """Rows that no model made, to stand above all models: training images and reconstructions."""
+    """Rows of training images and reconstructions, which stand above those of the models."""
     rows = []
     for name, scores in results.references.items():
         row = [Cell(name), *[Cell("")] * len(COSTS)]
@@ -54,7 +55,10 @@ def reference_cells(results: Results) -> list[list[Cell]]:
 
 
 def crossed(results: Results) -> list[tuple[str, list[list[str]]]]:
-    """Where two factors alone differ, for each metric a table of their own: one's values down, the other's across."""
+    """Two-way tables, one per metric, of an ablation with exactly two factors; otherwise none.
+
+    Returns the metric's title and rows of text, with the first factor's values as rows and the second's as columns.
+    """
     points = {variant.name: variant.plan.get("point", {}) for variant in results.variants}
     values = {
         key: list(dict.fromkeys(str(point.get(key)) for point in points.values()))
@@ -63,49 +67,50 @@ def crossed(results: Results) -> list[tuple[str, list[list[str]]]]:
     factors = [key for key, choices in values.items() if len(choices) > 1]
     if len(factors) != 2:
         return []
-    down, across = factors
-    names = {(str(point.get(down)), str(point.get(across))): name for name, point in points.items()}
-    shown = {row[0].text: row for row in cells(results)}
+    rows_of, columns_of = factors
+    names = {(str(point.get(rows_of)), str(point.get(columns_of))): name for name, point in points.items()}
+    by_variant = {row[0].text: row for row in cells(results)}
     tables = []
     for column, metric in enumerate(results.metrics, start=1 + len(COSTS)):
-        rows = [[f"{down}, {across}", *values[across]]]
-        for one in values[down]:
-            of_row = [names.get((one, other)) for other in values[across]]
-            rows.append([one, *(shown[name][column].text if name else "-" for name in of_row)])
+        rows = [[f"{rows_of}, {columns_of}", *values[columns_of]]]
+        for value in values[rows_of]:
+            variants = [names.get((value, other)) for other in values[columns_of]]
+            rows.append([value, *(by_variant[name][column].text if name else "-" for name in variants)])
         tables.append((title_of(metric), rows))
     return tables
 
 
 def as_markdown(results: Results) -> str:
-    """With `*` where a difference to the baseline is significant."""
+    """Format the table as Markdown; `*` marks a significant difference to the baseline."""
     return markdown([head(results), *reference_cells(results), *cells(results)])
 
 
 def check_columns(columns: list[str]) -> None:
-    """Whether `as_tex` may have these. Raises ValueError for a name that is none."""
-    known = [*COSTS, *METRICS]
+    """Check the columns for `as_tex`. Raises ValueError for an unknown name."""
+    allowed = [*COSTS, *METRICS]
     for name in columns:
-        if name not in known:
-            raise ValueError(f"columns {name}: choose from {', '.join(known)}")
+        if name not in allowed:
+            raise ValueError(f"columns {name}: choose from {', '.join(allowed)}")
 
 
 def as_tex(results: Results, columns: Sequence[str] = ()) -> str:
-    """For a paper: the columns asked for, by their heads or metrics' names; by default all that have values."""
+    """Format the table as LaTeX with the given columns (heads of costs, names of metrics); default: all with values."""
     names, models = [*COSTS, *(row_of(metric)[0] for metric in results.metrics)], cells(results)
     chosen = [0] + [
-        place
-        for place, name in enumerate(names, start=1)
-        if (name in columns if columns else any(row[place].value is not None for row in models))
+        index
+        for index, name in enumerate(names, start=1)
+        if (name in columns if columns else any(row[index].value is not None for row in models))
     ]
     parts = [[head(results)], reference_cells(results), models]
-    return latex(*([[row[place] for place in chosen] for row in rows] for rows in parts))
+    return latex(*([[row[index] for index in chosen] for row in rows] for rows in parts))
 
 
 def trials_csv(results: Results) -> str:
+    """Format all scores as CSV, one row per generation trial."""
     rows: list[list[object]] = [["variant", "seed", "trial", *(name for name, _ in COSTS.values()), *results.metrics]]
     for variant in results.variants:
         for run in variant.runs:
-            for place, trial in enumerate(run.trials):
+            for index, trial in enumerate(run.trials):
                 scores = [trial.get(name) for name in results.metrics]
-                rows.append([variant.name, run.plan["seed"], place, *variant.costs.values(), *scores])
+                rows.append([variant.name, run.plan["seed"], index, *variant.costs.values(), *scores])
     return as_csv(rows)

@@ -231,7 +231,7 @@ def test_baselines_are_scored_once_for_each_autoencoder():
     ablation = AblationConfig(base=TINY, variants={"a": {}, "b": {"sampling.num_steps": 2}}, grid=grid)
     runs, accelerator = expand(ablation, "x"), open_accelerator("fp32")
     plan = make_plan(ablation, runs, Path("runs/x"), accelerator, timed=False, any_code=False)
-    first = [planned.run for planned in plan if planned.first]
+    first = [planned.run for planned in plan if planned.scores_baselines]
     assert [(run.point["variant"], run.config.autoencoder, run.seed) for run in first] == [
         ("a", "embedded", 0),
         ("a", "pixel", 0),

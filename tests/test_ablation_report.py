@@ -14,7 +14,7 @@ from PIL import Image
 from processes import run
 from scipy import stats
 
-from ablation.pictures import Pictures, beside, read_pictures, save_beside
+from ablation.pictures import Pictures, read_pictures, save_side_by_side, side_by_side
 from ablation.report import facts_of, findings_of, notes_of, write_report
 from ablation.results import holm, read_results
 from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
@@ -292,8 +292,8 @@ def test_pictures_of_models_are_compared_only_for_shared_classes():
     """Variants may be trained on other images, or on images without classes."""
     images = np.stack([np.full((4, 8, 8, 3), number, np.uint8) for number in range(2)])
     one, other = Pictures("one", ["cat", "dog"], images), Pictures("other", ["ant", "cat"], images)
-    assert [(name, [int(block.max()) for block in of]) for name, of in beside([one, other])] == [("cat", [0, 1])]
-    assert beside([one, Pictures("unlabelled", [""], images[:1])]) == beside([]) == []
+    assert [(name, [int(block.max()) for block in of]) for name, of in side_by_side([one, other])] == [("cat", [0, 1])]
+    assert side_by_side([one, Pictures("unlabelled", [""], images[:1])]) == side_by_side([]) == []
 
 
 def test_figures_are_left_for_papers(ablation):
@@ -312,7 +312,7 @@ def test_many_variants_can_be_told_apart_and_named_within_the_figure():
 @pytest.mark.parametrize(("name", "rows"), [("DiT", 2), ("no skips, windows of eight", 3)])
 def test_models_with_long_names_are_rows_and_others_columns(tmp_path, name, rows):
     images = np.zeros((2, 4, 16, 16, 3), np.uint8)
-    save_beside([Pictures(name, ["cat", "dog"], images)] * 3, tmp_path / "models.png")
+    save_side_by_side([Pictures(name, ["cat", "dog"], images)] * 3, tmp_path / "models.png")
     with Image.open(tmp_path / "models.png") as picture:
         assert picture.height == 36 + 80 * rows
 

@@ -381,11 +381,11 @@ def test_the_commands_are_ones_that_their_scripts_accept():
 
     asked = {"sampler": "ddim", "sampler_args": {"eta": 0.5}, "guidance_interval": [0.2, 5.0], "clip": math.inf}
     planned, unguided = plan_of({"a": {"sampling": asked}, "b": {"train.label_dropout": 0.0}})
-    scoring = parse(EvaluateConfig, runner.score(planned)[1:])
+    scoring = parse(EvaluateConfig, runner.score_command(planned)[1:])
     expected = {**asdict(planned.run.config.sampling), "spacing": "uniform"}
     assert (asdict(scoring.sampling), scoring.num_samples) == (expected, 12)  # null too
     assert (scoring.baselines, scoring.per_class, scoring.metrics) == (True, True, ["fid", "precision"])
-    drawing = parse(SampleConfig, runner.draw(planned)[1:])
+    drawing = parse(SampleConfig, runner.draw_command(planned)[1:])
     assert drawing.classes == list(planned.classes[:8])
     assert drawing.output == "runs/t/a/seed0/pictures.npz"
-    assert parse(SampleConfig, runner.draw(unguided)[1:]).sampling.guidance_scale == 1.0
+    assert parse(SampleConfig, runner.draw_command(unguided)[1:]).sampling.guidance_scale == 1.0
