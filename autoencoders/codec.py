@@ -95,7 +95,7 @@ class Codec(nn.Module):
     factor: int  # downsampling factor of the sides of an image
     identity: Any  # all that `x_0` depends on, weights by hash; latent caches must match it
     provenance: Any  # the identity and where it came from, for records
-    density_offset: float = 0.0  # added to bits per dimension of `x_0`'s density, to get bits per 8-bit pixel value
+    density_offset: float = 0.0  # added to the bits per dimension of `x_0`'s density to get those of 8-bit pixels
     limit: float | None = None  # largest absolute value of `x_0`
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

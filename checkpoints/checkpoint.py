@@ -155,11 +155,11 @@ def check_identity(
 
 
 def metadata_of(
-    config: RunConfig, step: int, identity: Mapping[str, Mapping[str, Any]] | None = None, **more: Any
+    config: RunConfig, step: int, identity: Mapping[str, Mapping[str, Any]] | None = None, **entries: Any
 ) -> dict[str, str]:
-    """Return the metadata that make a file of averaged weights a checkpoint; for a backbone, `more` has the entries
-    `spec` and `classes`."""
-    values = {"config": config.to_dict(), "step": step, "identity": identity or {}, **more}
+    """Return the metadata that make a file of averaged weights a checkpoint; for a backbone, `entries` are `spec` and
+    `classes`."""
+    values = {"config": config.to_dict(), "step": step, "identity": identity or {}, **entries}
     values |= {"imports": contents_of(getattr(config, "imports", ()))}
     encoded = {name: json.dumps(value, default=asdict) for name, value in values.items()}
     return {**encoded, "commit": current_commit()}
@@ -330,8 +330,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _sha256(metadata: Mapping[str, str]) -> str:
-    rest = {name: value for name, value in metadata.items() if name != "metadata_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    """Hash the metadata without their own checksum."""
+    entries = {name: value for name, value in metadata.items() if name != "metadata_sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:

@@ -157,8 +157,8 @@ class Diffusion:
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
         """Return a sampler's times and transitions, noisiest first, as float64 scalars on the CPU.
 
-        A model that predicts the noise cannot tell `x_0` at pure noise; there the chain starts at the last time with a
-        finite ratio sigma / alpha.
+        At pure noise, a prediction of the noise says nothing about `x_0`; with such a model, the chain starts at the
+        last time with a finite ratio sigma / alpha.
         """
         times = spaced_times(self.path, num_steps, spacing or self.default_spacing)
         if self._target.data is None and not self.path(times[-1:]).alpha > 0:

@@ -44,13 +44,13 @@ class Target(NamedTuple):
         return torch.as_tensor(from_noise - from_data)
 
 
-def one(at: AtLevel) -> Tensor:
+def ones(at: AtLevel) -> Tensor:
     return torch.ones_like(at.alpha)
 
 
 # Targets of every path. A path may define more: a flow its `velocity`, EDM its `F`.
 PREDICTIONS = {
-    "epsilon": Target(data=None, noise=one),  # Ho et al. 2020, eq. 14 and 15
-    "x_0": Target(data=one, noise=None),
+    "epsilon": Target(data=None, noise=ones),  # Ho et al. 2020, eq. 14 and 15
+    "x_0": Target(data=ones, noise=None),
     "v": Target(data=lambda at: -at.sigma, noise=lambda at: at.alpha),  # Salimans and Ho 2022, appendix D
 }

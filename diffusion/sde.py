@@ -26,8 +26,8 @@ def bits_per_dimension(
 
     Heun's method integrates the probability flow from `x_0` to the noise, whose density is known, together with the
     flow's divergence. The divergence is estimated without bias by Hutchinson's method with random signs, `probe`.
-    Alpha and sigma are divided by their norm, to keep `x` bounded where sigma is not. The cost is `2 (num_steps - 1)`
-    calls of the model and twice as many backward passes.
+    Alpha and sigma are divided by their norm, so that steps stay small where sigma is large. The cost is `2 (num_steps
+    - 1)` calls of the model and twice as many backward passes.
     """
     if probe is None:
         probe = torch.randint(0, 2, x_0.shape, generator=generator, device=x_0.device).to(x_0.dtype) * 2 - 1

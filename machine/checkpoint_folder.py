@@ -55,7 +55,7 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """List complete checkpoints, oldest first."""
     _put_back(folder)
     return [*by_step(folder).values()]
 

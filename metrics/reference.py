@@ -73,18 +73,18 @@ def load_features(path: Path, key: Mapping[str, object]) -> Features:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ReferenceError(f"reference {path} is damaged ({error}); delete it") from error
-    stored, wanted = json.loads(metadata.get("key", "{}")), json.loads(json.dumps(key))
+    stored, expected = json.loads(metadata.get("key", "{}")), json.loads(json.dumps(key))
     if metadata.get("sha256") != _sha256(tensors, metadata.get("counts", "")):
         raise ReferenceError(f"reference {path} is damaged (its checksum differs); delete it")
-    if different := sorted(name for name in wanted | stored if stored.get(name) != wanted.get(name)):
+    if different := sorted(name for name in expected | stored if stored.get(name) != expected.get(name)):
         raise ReferenceError(f"reference {path} is of another {', '.join(different)}; delete it")
     moments = {
         name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.covariance"], num)
         for name, num in json.loads(metadata["counts"]).items()
     }
     halves = (moments["first"], moments["second"]) if "first" in moments else None
-    rest = {name: tensors.get(name) for name in PER_IMAGE}
-    return Features(moments["whole"], moments.get("spatial"), halves, **rest)
+    per_image = {name: tensors.get(name) for name in PER_IMAGE}
+    return Features(moments["whole"], moments.get("spatial"), halves, **per_image)
 
 
 def _sha256(tensors: Mapping[str, Tensor], counts: str) -> str:

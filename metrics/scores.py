@@ -76,7 +76,8 @@ class Metric:
         """Call the function; return its result and the keyword arguments that it was called with."""
         function = resolve_name(self.compute) if isinstance(self.compute, str) else self.compute
         parameters = signature(function).parameters.values()
-        settings = {each.name: each.default for each in parameters if each.kind is Parameter.KEYWORD_ONLY}
+        keyword_only = [parameter for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY]
+        settings = {parameter.name: parameter.default for parameter in keyword_only}
         settings |= {"seed": seed} if "seed" in settings else {}
         return function(*inputs, **settings), settings
 

@@ -27,7 +27,9 @@ def model_arguments(name: str, **overrides: object) -> dict[str, object]:
     """Merge the constructor's defaults, the row of `BACKBONES` and `overrides`; later ones win."""
     backbone, row = as_backbone(BACKBONES[name][0]), BACKBONES[name][1]
     parameters = inspect.signature(backbone).parameters.values()
-    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    defaults = {
+        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
+    }
     return {**defaults, **row, **overrides}
 
 

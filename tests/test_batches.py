@@ -93,7 +93,7 @@ def test_files_are_read_steps_ahead_once_a_step_and_in_whatever_order_steps_come
     stream = batches(in_files)
     for step in range(3):
         list(stream.micro_batches(step))
-    stream._latents._ahead._threads.shutdown()
+    stream._latents._prefetched._threads.shutdown()
     assert sorted(asked) == sorted(stream._order(step).tolist() for step in range(3 + STEPS_AHEAD))
 
 

@@ -1,4 +1,4 @@
-"""Means of a training run between two lines of its log, over all processes."""
+"""Training statistics between two lines of the log, over all processes."""
 
 import resource
 import sys
@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Takes in per-sample loss terms; gives their means, the loss by quarter of the noise level, speed and more."""
+    """Accumulates loss terms; returns their means, the loss by quarter of the noise level, speed and other
+    statistics."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -33,10 +34,10 @@ class Meter:
         self.num_images, self.waited, self.paused, self.since = 0, 0.0, 0.0, time.perf_counter()
 
     def add(self, terms: dict[str, Tensor], noise_rank: Tensor | None = None) -> None:
-        """Loss terms [b] of a micro-batch, and where its times, if any, lie from the least noise, 0, to the most, 1."""
+        """Add the loss terms [b] of a micro-batch; `noise_rank` is its noise level on a scale from 0 to 1."""
         loss = terms["loss"].detach().float()
         new = {name: values.detach().float().sum() for name, values in terms.items()}
-        new["count"] = loss.new_full((), float(len(loss)))  # without a copy to the device
+        new["count"] = loss.new_full((), float(len(loss)))  # created on the device, so that nothing is copied
         if noise_rank is not None:
             bucket = (noise_rank * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
             one_hot = torch.nn.functional.one_hot(bucket, NUM_BUCKETS).float()  # [b buckets]
@@ -44,29 +45,29 @@ class Meter:
         self.pending = _sum(self.pending, new)
 
     def step(self, norm: float, max_norm: float, num_images: int) -> None:
-        """A step was taken: what was added since the last one counts."""
+        """Count the micro-batches since the last step, whose update has been applied."""
         self.sums, self.pending = _sum(self.sums, self.pending), {}
         self.norms.append(norm)
         self.num_clipped += bool(max_norm) and norm > max_norm
         self.num_images += num_images
 
     def skip(self) -> None:
-        """A step was not taken: what was added since the last one does not count."""
+        """Discard the micro-batches since the last step, whose update was skipped."""
         self.pending = {}
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """Batches, with the time spent waiting for them counted."""
+        """Iterate over batches, and measure the time spent waiting for them."""
         iterator = iter(batches)
         while True:
-            began = time.perf_counter()
+            start = time.perf_counter()
             batch = next(iterator, None)
-            self.waited += time.perf_counter() - began
+            self.waited += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
 
     def summary(self) -> dict[str, float]:
-        """Means since the last reset, the same on every process; empty where no step was taken."""
+        """Return the statistics since the last reset, the same on every process; empty if there was no step."""
         if not self.norms:
             return {}
         sums: dict[str, Tensor] = self.accelerator.reduce(self.sums, "sum")  # pyright: ignore
@@ -94,8 +95,8 @@ class Meter:
         before took it elsewhere: the clock starts anew."""
         self.reset()
         rank, num = self.accelerator.process_index, self.accelerator.num_processes
-        earlier = {name: [total] for name, total in state.get("sums", {}).items()}  # as checkpoints once had them
-        for name, shares in state.get("shares", earlier).items():
+        sums = {name: [total] for name, total in state.get("sums", {}).items()}  # the format of older checkpoints
+        for name, shares in state.get("shares", sums).items():
             share = torch.tensor(shares, device=self.accelerator.device)
             self.sums[name] = share[rank] if len(share) == num else share.sum(dim=0) * float(rank == 0)
         self.norms, self.num_clipped = state["norms"], state["num_clipped"]
@@ -106,7 +107,7 @@ def _sum(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most that this process has held: on the GPU where it trains on one, else in main memory."""
+    """Return this process's peak memory: on the GPU if the device is one, otherwise in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

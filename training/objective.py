@@ -1,4 +1,4 @@
-"""What a training step minimises: the diffusion's loss and auxiliary terms."""
+"""The training objective: the diffusion's loss, and auxiliary losses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from training.batches import Batch
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a step lies: in the phase `number`, from 0, at `step` of `num_steps`; `end` is the first step behind it."""
+    """The position of a step in the phases of a training."""
 
-    number: int
-    step: int
-    num_steps: int
-    end: int
+    number: int  # index of the phase
+    step: int  # step within the phase
+    num_steps: int  # length of the phase
+    end: int  # first step of the training after the phase
 
     @property
     def progress(self) -> float:
@@ -33,22 +33,23 @@ class Phase:
 
 
 def phase_at(lengths: Sequence[int | float], step: int, num_steps: int) -> Phase:
-    """Of a training of `num_steps` steps in phases of these relative lengths."""
-    ends = [round(num_steps * done / sum(lengths)) for done in accumulate(lengths)]
+    """Return the phase of a step in a training of `num_steps` steps with phases of these relative lengths."""
+    ends = [round(num_steps * total / sum(lengths)) for total in accumulate(lengths)]
     number = next(number for number, end in enumerate(ends) if step < end)
     start = ends[number - 1] if number else 0
     return Phase(number, step - start, ends[number] - start, ends[number])
 
 
 class Objective:
-    """What a training step minimises, with auxiliary terms. A diffusion names another one, a subclass, as `objective`.
+    """The diffusion's loss with auxiliary losses and alignment.
 
-    Its `heads` are trained and saved beside the model, and no part of it: terms that are modules themselves.
+    A diffusion may set its attribute `objective` to a subclass. `heads` are the losses that are modules: they are
+    trained and saved beside the model, but are not a part of it.
     """
 
-    phases: Sequence[int | float] = (1.0,)  # relative lengths of the parts of a training
+    phases: Sequence[int | float] = (1.0,)  # relative lengths of the phases of a training
     trains_in_parts = False  # whether some of the model's parameters get no gradient in some phase
-    can_align = True  # whether the diffusion's loss calls the model as a whole
+    can_align = True  # False if the loss does not call the model as `model(x_t, t, y)`
 
     def __init__(
         self, diffusion: Diffusion, auxiliary: Sequence[Auxiliary] = (), alignment: Alignment | None = None
@@ -64,11 +65,12 @@ class Objective:
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """What is drawn for a batch of this shape beside times and noise; the generator lies on `device`."""
+        """Draw the loss's further random arguments for a batch of this shape, by name; the generator is on `device`."""
         return self.diffusion.draw_more(shape, generator, device)
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
-        """Per sample `loss`, to be minimised, and what it is made of; without a phase, what a validation reports."""
+        """Compute the per-sample `loss` to minimise, and its terms. In validation, `phase` is None, and only terms that
+        compare between steps are included."""
         alignment = None if phase is None else self.alignment
         network = model if alignment is None else Watched(model, alignment)
         auxiliary = self.auxiliary_terms(phase)
@@ -81,12 +83,12 @@ class Objective:
         return terms
 
     def auxiliary_terms(self, phase: Phase | None) -> list[Auxiliary]:
-        """All in training; of a validation those that compare from step to step."""
+        """Return the auxiliary losses: all in training, those with `is_fixed` in validation."""
         return [term for term in self.auxiliary if phase is not None or term.is_fixed]
 
 
 def objective_of(diffusion: Diffusion) -> type[Objective]:
-    """The one that a diffusion names, or the plain one."""
+    """Return the class of objective that a diffusion names, by default `Objective`."""
     return getattr(diffusion, "objective", Objective)
 
 
@@ -95,7 +97,7 @@ def _distance(features: Tensor, others: Tensor) -> Float[Tensor, " b"]:
 
 
 class Perceptual:
-    """Squared distance between a frozen network's features of two images (Johnson et al. 2016, eq. 2)."""
+    """Perceptual loss: squared distance of a frozen network's features (Johnson et al. 2016, eq. 2)."""
 
     is_fixed = True
 
@@ -108,12 +110,13 @@ class Perceptual:
 
     def __call__(self, predicted: Tensor, x_0: Tensor, y: Tensor) -> Float[Tensor, " b"]:
         with torch.no_grad():
-            true = self.network(x_0)
-        return _distance(self.network(predicted), true)
+            target = self.network(x_0)
+        return _distance(self.network(predicted), target)
 
 
 class FeatureMatching:
-    """Mean squared distance between the backbone's own features of the predicted and the true `x_0`, without noise."""
+    """Feature matching: squared distance of the backbone's own activations for the predicted and the true `x_0`, both
+    at time 0."""
 
     is_fixed = False
 
@@ -129,8 +132,9 @@ class FeatureMatching:
     def __call__(self, predicted: Tensor, x_0: Tensor, y: Tensor) -> Float[Tensor, " b"]:
         t = torch.full((len(y),), self.data_time, device=y.device)
         with torch.no_grad():
-            true = self.encode(x_0, t, y)
-        return torch.stack([_distance(*pair) for pair in zip(self.encode(predicted, t, y), true, strict=True)]).mean(0)
+            target = self.encode(x_0, t, y)
+        pairs = zip(self.encode(predicted, t, y), target, strict=True)
+        return torch.stack([_distance(*pair) for pair in pairs]).mean(0)
 
 
 AUXILIARY = {"perceptual": Perceptual, "feature_matching": FeatureMatching}
@@ -145,7 +149,7 @@ def data_time_of(diffusion: Diffusion) -> float:
 def build_auxiliary(
     configs: Sequence[AuxiliaryConfig], model: Backbone, codec: Codec, device: torch.device, data_time: float = 0.0
 ) -> list[Auxiliary]:
-    """The auxiliary terms of a configuration, which may look into the backbone; a ValueError says what does not fit."""
+    """Build the auxiliary losses of a configuration; raise `ValueError` for invalid settings."""
     terms: dict[str, Auxiliary] = {}
     for config in configs:
         check_name("--auxiliary", config.kind, AUXILIARY)

@@ -90,7 +90,7 @@ class CondToken(nn.Module):
 class PassThrough(nn.Identity):
     """An identity that ignores further arguments, in the place of a module that takes the conditioning."""
 
-    def forward(self, x: Tensor, *others: object) -> Tensor:
+    def forward(self, x: Tensor, *args: object) -> Tensor:
         return x
 
 
