@@ -67,13 +67,12 @@ def resized(network: nn.Module, side: int) -> nn.Module:
 def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[nn.Module, str, bool]:
     """Load an extractor by name or by the path of a program.
 
+    It returns a network from uint8 images to features [n d] and, for classifiers, logits [n k]; its hash; and whether
+    its weights are those of published scores.
+
     Args:
         name: one of `NAMES`, `timm:NAME`, or the path of a program.
         weights_path: a file of weights for a named extractor; by default they are downloaded.
-
-    Returns:
-        A network from uint8 images to features [n d] and, if it is a classifier, logits [n k]; its hash; and whether
-        its weights are those of published scores.
 
     Raises:
         ExtractorError: it cannot be loaded.
