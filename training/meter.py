@@ -30,7 +30,7 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """The clock: speed is that of steps from here on."""
+        """Restart the clock: speed is measured over the steps from here on."""
         self.num_images, self.waited, self.paused, self.since = 0, 0.0, 0.0, time.perf_counter()
 
     def add(self, terms: dict[str, Tensor], noise_rank: Tensor | None = None) -> None:
@@ -85,14 +85,14 @@ class Meter:
         }
 
     def state(self) -> dict[str, Any]:
-        """The interval so far, of each process, for a checkpoint in the middle of it."""
+        """Return the sums of all processes, for a checkpoint between two lines of the log."""
         shares: dict[str, Any] = {name: self.accelerator.gather(total[None]) for name, total in self.sums.items()}
         counts = {"norms": self.norms, "num_clipped": self.num_clipped}
         return {"shares": {name: share.tolist() for name, share in shares.items()}, **counts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on in an interval, each process with its own sums, or of another number the first with all. What took time
-        before took it elsewhere: the clock starts anew."""
+        """Load a state: each process gets its own sums or, if their number has changed, the first gets all. The clock
+        restarts, as the earlier steps may have run on another machine."""
         self.reset()
         rank, num = self.accelerator.process_index, self.accelerator.num_processes
         sums = {name: [total] for name, total in state.get("sums", {}).items()}  # the format of older checkpoints
