@@ -36,11 +36,15 @@ class SwinBlock(nn.Module):
         drop_path: float,
     ) -> None:
         super().__init__()
-        side, around = neighbourhood or window_size, neighbourhood is not None
         self.token = injection.token(dim)
         self.modulator1 = injection.modulator(dim)
         self.attention = WindowAttention(
-            dim, num_heads, side, shifted=shifted, neighbourhood=around, qk_norm=style.qk_norm
+            dim,
+            num_heads,
+            neighbourhood or window_size,
+            shifted=shifted,
+            neighbourhood=neighbourhood is not None,
+            qk_norm=style.qk_norm,
         )
         self.norm1 = style.make_norm(dim)
         self.gate1 = injection.gate(dim)
