@@ -221,7 +221,7 @@ def test_augmentation_leaves_other_random_numbers_alone_and_depends_on_seed_step
 
 def joined_extras(parts):
     """Join micro-batches, with the backbone's extras among the values."""
-    return joined([replace(part, more=part.more.get("extras", {})) for part in parts])
+    return joined([replace(part, loss_args=part.loss_args.get("extras", {})) for part in parts])
 
 
 def is_mirrored(cache, step):  # noqa: F811
@@ -234,7 +234,7 @@ def is_mirrored(cache, step):  # noqa: F811
 
 def test_a_contrasts_other_sample_is_changed_as_the_next_one_is(cache):  # noqa: F811
     (part,) = batches(cache, augment=0.5, negatives=True).micro_batches(0)
-    assert torch.equal(part.more["negative"][:, 0], part.x_0.roll(-1, dims=0))
+    assert torch.equal(part.loss_args["negative"][:, 0], part.x_0.roll(-1, dims=0))
 
 
 # Settings.

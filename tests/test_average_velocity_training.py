@@ -180,7 +180,7 @@ def test_parts_of_a_batch_keep_the_times_of_the_whole_batch(kind):
     objective = Objective(diffusion)
     together = objective(model, batch)["mse"]
     for part in (slice(0, 2), slice(2, 8)):  # in the first nobody's times differ
-        more = {name: values[part] for name, values in batch.more.items()}
+        more = {name: values[part] for name, values in batch.loss_args.items()}
         alone = objective(model, Batch(x_0[part], y[part], batch.t[part], batch.noise[part], more))["mse"]
         torch.testing.assert_close(alone, together[part], rtol=1e-4, atol=1e-6)
 

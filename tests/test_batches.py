@@ -50,7 +50,7 @@ def joined(parts):
     names = ("x_0", "y", "t", "noise")
     return {
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
-        **{name: torch.cat([part.more[name] for part in parts]) for name in parts[0].more},
+        **{name: torch.cat([part.loss_args[name] for part in parts]) for name in parts[0].loss_args},
     }
 
 
@@ -78,8 +78,8 @@ def test_what_is_read_from_files_is_what_lies_in_memory(cache, in_files, feature
         for one, other in zip(found, expected, strict=True):
             for name in ("x_0", "y", "t", "noise", "features"):
                 assert torch.equal(getattr(one, name), getattr(other, name)), name
-            assert set(one.more) == set(other.more) == ({"negative"} if "negatives" in settings else set())
-            assert all(torch.equal(one.more[name], other.more[name]) for name in one.more)
+            assert set(one.loss_args) == set(other.loss_args) == ({"negative"} if "negatives" in settings else set())
+            assert all(torch.equal(one.loss_args[name], other.loss_args[name]) for name in one.loss_args)
 
 
 def test_files_are_read_steps_ahead_once_a_step_and_in_whatever_order_steps_come(in_files, monkeypatch):

@@ -37,7 +37,7 @@ class Batch:
     y: Int64[Tensor, " b"]
     t: Tensor  # [b]
     noise: Float[Tensor, "b c h w"]
-    more: dict[str, Any] = field(default_factory=dict)  # further arguments of the loss: tensors [b ...], model extras
+    loss_args: dict[str, Any] = field(default_factory=dict)  # further arguments: tensors [b ...], model extras
     features: Float[Tensor, "b d h_out w_out"] | None = None  # a frozen network's features of the same views
 
 

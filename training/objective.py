@@ -75,7 +75,7 @@ class Objective:
         network = model if alignment is None else Watched(model, alignment)
         auxiliary = self.auxiliary_terms(phase)
         terms = self.diffusion.training_loss(
-            network, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary, **batch.more
+            network, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary, **batch.loss_args
         )
         if alignment is not None:
             terms["alignment"] = alignment(batch.features)

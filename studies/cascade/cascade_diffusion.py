@@ -55,7 +55,12 @@ class CascadeObjective(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         options = {} if phase is None else self.diffusion.during(phase.number, phase.progress)
-        options |= {"t": batch.t, "noise": batch.noise, "draws": batch.more, "auxiliary": self.auxiliary_terms(phase)}
+        options |= {
+            "t": batch.t,
+            "noise": batch.noise,
+            "draws": batch.loss_args,
+            "auxiliary": self.auxiliary_terms(phase),
+        }
         return self.diffusion.training_loss(model, batch.x_0, batch.y, **options)
 
 
