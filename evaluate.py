@@ -160,10 +160,16 @@ def score_samples(
     # What is scored: a row a setting of the sampler, each of several trials, or a fixed set; then the baselines.
     if drawn_from:
         real = images if held_out is None else held_out
-        num_reference = 0 if real is None else len(real)
-        drawing: dict[str, Any] = {"num_trials": config.trials, "num_reference": num_reference, "held_out": held_out}
-        settings = sources.sweep(config.sampling)
-        groups = sources.from_checkpoint(drawn_from, settings, evaluation, codec, accelerator, **drawing)
+        groups = sources.from_checkpoint(
+            drawn_from,
+            sources.sweep(config.sampling),
+            evaluation,
+            codec,
+            accelerator,
+            num_trials=config.trials,
+            num_reference=0 if real is None else len(real),
+            held_out=held_out,
+        )
     else:
         fixed = sources.read_samples(samples, data.image_size, evaluation.num_samples, evaluation.seed)
         groups = [[fixed]]

@@ -96,8 +96,9 @@ def main(config: SampleConfig) -> None:
         draw_reconstructions(generator, checkpoint, held_out, classes, config.num_per_class, config.reconstruct, path)
         return
     if config.interpolate is not None:
-        ends = (classes[0], classes[-1]), (config.seed, config.seed if config.to_seed is None else config.to_seed)
-        images, path = interpolate(generator, *ends, config.interpolate), output_of("interpolation")
+        ends, path = (classes[0], classes[-1]), output_of("interpolation")
+        seeds = config.seed, config.seed if config.to_seed is None else config.to_seed
+        images = interpolate(generator, ends, seeds, config.interpolate)
         save_grid(images, path, columns=len(images))
         print(f"{len(images)} images on the way: {path}")
         return

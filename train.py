@@ -7,7 +7,7 @@ python train.py --resume runs/XSwin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiment.cli import one_line_errors, parse_run
 from experiment.config import ExperimentConfig
@@ -39,8 +39,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from machine.randomness import seed_for
     from sampling.checks import load_guide_model, resolve_sampling
     from training.adapters import Merged
-    from training.assembly import build_backbone, build_objective, prepare
-    from training.batches import Batches
+    from training.assembly import build_backbone, build_batches, build_objective, prepare
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspection, check_best
     from training.log import is_due
@@ -73,16 +72,23 @@ def train(run: Run[ExperimentConfig]) -> None:
     learned = Merged(backbone) if config.train.adapter else backbone  # as averages know it
     ema.shard_like(backbone)
     num_steps = num_training_steps(config.train, len(cache))
-    share = accelerator.process_index, accelerator.num_processes, accelerator.device
-    batches = Batches(cache, codec, objective, config.train, features, *share)
+    batches = build_batches(run, cache, codec, objective, features)
 
     # A fresh run, or the newest whole checkpoint of an old one.
     guard = Guard()
     inspection = Inspection(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
     state = TrainingState({"model": backbone, "heads": objective.heads}, optimizers, ema)
-    kept: dict[str, Any] = {"best": config.log.best, "lower_is_best": lower_is_best}
-    kept["keep_every"] = config.log.keep_every
-    run.begin(state, {"model": guard}, inspection.due, num_steps, spec=spec, classes=cache.classes, **kept)
+    run.begin(
+        state,
+        {"model": guard},
+        inspection.due,
+        num_steps,
+        best=config.log.best,
+        lower_is_best=lower_is_best,
+        keep_every=config.log.keep_every,
+        spec=spec,
+        classes=cache.classes,
+    )
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
         f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"

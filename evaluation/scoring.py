@@ -69,9 +69,14 @@ class Scorer:
     def extract(self, source: Source) -> Features:
         """A source's features, with what the metrics need of them."""
         mine = share(source.num_images, self.accelerator)
-        how: dict[str, Any] = {"gather": gather_object, "progress": self.accelerator.is_main_process}
-        how |= {"metrics": self.evaluation.metrics, "desc": source.name}
-        return self.extractor(source.batches(mine, self.evaluation.batch_size), len(mine), **how)
+        return self.extractor(
+            source.batches(mine, self.evaluation.batch_size),
+            len(mine),
+            metrics=self.evaluation.metrics,
+            gather=gather_object,
+            progress=self.accelerator.is_main_process,
+            desc=source.name,
+        )
 
     def reference(self, data: DataConfig, split: str = "test", codec: Codec | None = None) -> Reference:
         """Features of a split, or of what a codec makes of it, computed once and kept in the cache folder. Where
@@ -119,9 +124,10 @@ class Scorer:
         metrics = metrics or self.evaluation.metrics
         features = self.extract(source)
         if "labelled" in needs_of(metrics) and features.labels is not None and reference.classes:
-            names = source.classes, reference.classes
-            same = by_name(features.labels, *names, "--metrics agreement") if source.classes else None
-            features = replace(features, labels=same)
+            labels = None
+            if source.classes:
+                labels = by_name(features.labels, source.classes, reference.classes, "--metrics agreement")
+            features = replace(features, labels=labels)
         return from_main(self.accelerator, lambda: self._scores(features, reference, metrics)), features
 
     def _scores(self, features: Features, reference: Reference, metrics: Sequence[str]) -> Scores:

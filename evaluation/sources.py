@@ -176,8 +176,10 @@ def from_checkpoint(
     """Samples of a checkpoint: for each of these settings a list of trials, whose seeds count up; as many as the
     reference has, with the labels of the held-out images, where nothing else is asked for."""
     diffusion, trained_with = checkpoint.build_diffusion(), checkpoint.config.sampling
-    told = trained_with, diffusion, checkpoint.num_guided
-    resolved = [resolve_sampling(*told, say=accelerator.print, **overrides) for overrides in settings]
+    resolved = [
+        resolve_sampling(trained_with, diffusion, checkpoint.num_guided, say=accelerator.print, **overrides)
+        for overrides in settings
+    ]
     num, num_classes = evaluation.num_samples or num_reference, len(checkpoint.classes)
     if evaluation.labels == "balanced" and num < num_classes:
         words = f"--num_samples {num}: of {num_classes} classes the first {num} alone are drawn and held against all"

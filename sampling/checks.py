@@ -30,29 +30,13 @@ def resolve_sampling(
     say: Callable[[str], None] = lambda words: None,
     **overrides: Any,
 ) -> SamplingConfig:
-    """The configuration with `overrides`, the diffusion's own sampler, steps and spacing where it names none, and
-    unguided where it has no classes to guide by or was trained guided, which is said of a scale that somebody chose; a
-    ValueError names what does not fit."""
+    """Return the configuration with `overrides`, and with the diffusion's own sampler, steps and spacing where it names
+    none. Guidance is off where the model has no null label, or where it was trained guided; `say` is told if the
+    training had chosen a scale. Raises ValueError with the flag that does not fit."""
     names = [setting.name for setting in fields(config)]
     for name in overrides.keys() - names:
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(names)}")
-    defaults: dict[str, Any] = {}
-    asked = overrides.get("sampler", config.sampler) or diffusion.default_sampler
-    if asked != (config.sampler or diffusion.default_sampler):
-        defaults["sampler_args"] = {}  # which are those of the sampler that is replaced
-    guide = overrides.get("guidance_checkpoint", config.guidance_checkpoint)
-    if guide is None and config.guidance_checkpoint:
-        defaults["guidance_unlabelled"] = False  # which is of the guide that is left out
-    if (asked in diffusion.guided_samplers or not num_guided) and guide is None:
-        defaults["guidance_scale"] = 1.0
-        if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, USUAL_GUIDANCE):
-            why = f"{asked} is guided by a command alone"
-            why = "guidance is part of its training" if diffusion.guidance_settings else why
-            why = why if num_guided else "it has no null label to be guided away from"
-            say(f"--sampling.guidance_scale {config.guidance_scale:g} of the model's training: without effect, {why}")
-    if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
-        raise ValueError(f"--sampling.guidance_checkpoint {guide}: give --sampling.guidance_scale too; at 1 it is idle")
-    config = replace(config, **defaults | overrides)
+    config = replace(config, **_implied(config, overrides, diffusion, num_guided, say) | overrides)
     if config.guidance_unlabelled and config.guidance_checkpoint is None:
         raise ValueError("--sampling.guidance_unlabelled true: of whom? give --sampling.guidance_checkpoint too")
     sampler, spacing = config.sampler or diffusion.default_sampler, config.spacing or diffusion.default_spacing
@@ -65,9 +49,40 @@ def resolve_sampling(
         )
     if num_channels is not None and (config.legacy_cfg_channels or 1) > num_channels:
         raise ValueError(f"--sampling.legacy_cfg_channels {config.legacy_cfg_channels}: there are {num_channels}")
-    config = replace(config, num_steps=num_steps_of(config, diffusion))
-    diffusion.reverse_steps(num_steps_of(config, diffusion), config.spacing)
-    return config
+    num_steps = num_steps_of(config, diffusion)
+    diffusion.reverse_steps(num_steps, config.spacing)  # raises where they do not fit
+    return replace(config, num_steps=num_steps)
+
+
+def _implied(
+    config: SamplingConfig,
+    overrides: Mapping[str, Any],
+    diffusion: Diffusion,
+    num_guided: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Settings that no longer fit what the overrides put in place of the configuration's sampler and guide, or that
+    the model cannot follow, at their defaults."""
+    implied: dict[str, Any] = {}
+    sampler = overrides.get("sampler", config.sampler) or diffusion.default_sampler
+    guide = overrides.get("guidance_checkpoint", config.guidance_checkpoint)
+    if sampler != (config.sampler or diffusion.default_sampler):
+        implied["sampler_args"] = {}  # they are those of the sampler that is replaced
+    if guide is None and config.guidance_checkpoint:
+        implied["guidance_unlabelled"] = False  # it is of the guide that is left out
+    if guide is None and (sampler in diffusion.guided_samplers or not num_guided):
+        implied["guidance_scale"] = 1.0
+        if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, USUAL_GUIDANCE):
+            if not num_guided:
+                why = "it has no null label to be guided away from"
+            elif diffusion.guidance_settings:
+                why = "guidance is part of its training"
+            else:
+                why = f"{sampler} is guided by a command alone"
+            say(f"--sampling.guidance_scale {config.guidance_scale:g} of the model's training: without effect, {why}")
+    if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
+        raise ValueError(f"--sampling.guidance_checkpoint {guide}: give --sampling.guidance_scale too; at 1 it is idle")
+    return implied
 
 
 def files_in_record(sampling: SamplingConfig) -> dict[str, str | None]:

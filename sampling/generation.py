@@ -62,11 +62,20 @@ class Generator:
         start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 H W"]:
         """From noise, or from `x_t` at the time `start`, to images; a generator each for the random steps."""
-        told: dict[str, Any] = {"guide_model": self.guide_model, "generator": generators, "start": start}
-        told["clip"] = self.codec.limit if self.sampling.clip is None else self.sampling.clip
-        told |= {"callback": self.callback, "on_stage": self.on_stage}
         with autocasting(self.accelerator.device, precision_of(self.accelerator), self.model, self.guide_model):
-            x_0 = sample(self.diffusion, self.model, noise, y, self.sampling, **told)
+            x_0 = sample(
+                self.diffusion,
+                self.model,
+                noise,
+                y,
+                self.sampling,
+                guide_model=self.guide_model,
+                generator=generators,
+                start=start,
+                clip=self.codec.limit if self.sampling.clip is None else self.sampling.clip,
+                callback=self.callback,
+                on_stage=self.on_stage,
+            )
         return self.codec.decode(x_0)
 
 
@@ -89,10 +98,18 @@ def generator_of(
             f"--autoencoder: of images of {size[0]}x{size[1]} its latents are {'x'.join(map(str, theirs))}, and "
             f"{checkpoint.path} denoises {'x'.join(map(str, ours))}; give the one that it was trained with"
         )
-    trained = (checkpoint.config.diffusion, checkpoint.spec, accelerator, checkpoint.classes, checkpoint.identity)
-    callbacks["guide_model"] = load_guide_model(sampling, *trained)
+    guide_model = load_guide_model(
+        sampling,
+        checkpoint.config.diffusion,
+        checkpoint.spec,
+        accelerator,
+        checkpoint.classes,
+        checkpoint.identity,
+    )
     model = model or checkpoint.load_model(accelerator.device)
-    return Generator(model, diffusion, codec, labels, sampling, size, seed, accelerator, **callbacks)
+    return Generator(
+        model, diffusion, codec, labels, sampling, size, seed, accelerator, guide_model=guide_model, **callbacks
+    )
 
 
 def generate(generator: Generator, *, batch_size: int) -> UInt8[Tensor, "n 3 h w"]:

@@ -80,8 +80,7 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     from autoencoders.codec import create_codec
     from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
-    from training.assembly import build_backbone, build_objective, prepare
-    from training.batches import Batches
+    from training.assembly import build_backbone, build_batches, build_objective, prepare
     from training.guard import gradient_norm
     from training.objective import phase_at
 
@@ -94,8 +93,7 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     objective, features = build_objective(run, model, diffusion, codec, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     model, optimizers = prepare(run, model, objective)
-    share = accelerator.process_index, accelerator.num_processes, accelerator.device
-    batches = Batches(cache, codec, objective, config.train, features, *share)
+    batches = build_batches(run, cache, codec, objective, features)
     phase, losses = phase_at(objective.phases, 0, len(rates)), []
     for step, lr in enumerate(tqdm(rates, desc=run.folder.name, unit="step", disable=not run.is_main)):
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))

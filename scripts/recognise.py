@@ -77,8 +77,16 @@ def main(config: RecogniseConfig) -> None:
     def read(dataset):
         return torch.cat([batch.images for batch in image_batches(dataset, 256)])
 
-    how = {"epochs": config.epochs, "side": config.side, "width": config.width, "mirror": config.mirror}
-    classifier = train_classifier(read(real), real.labels, len(classes), seed=config.seed, **how)
+    classifier = train_classifier(
+        read(real),
+        real.labels,
+        len(classes),
+        epochs=config.epochs,
+        seed=config.seed,
+        side=config.side,
+        width=config.width,
+        mirror=config.mirror,
+    )
     if config.classifier:
         classifier.save(config.classifier)
     if config.perceptual:

@@ -139,8 +139,8 @@ def train(run: Run[AutoencodingConfig]) -> None:
             of_each = decibels(autoencoder, pick(images, 1024), 64)
             psnr |= {f"psnr_{name}": of_each.mean().item(), f"psnr_{name}_tenth": of_each.quantile(0.1).item()}
         metrics = {**psnr, "steps": run.step, "config": config.to_dict(), "commit": current_commit()}
-        how = {"measure": not decoder_only, "half": config.half}
-        finish(run.folder / "autoencoder", autoencoder, pick(batches.sources[0], 2048), metrics, **how)
+        images, folder = pick(batches.sources[0], 2048), run.folder / "autoencoder"
+        finish(folder, autoencoder, images, metrics, measure=not decoder_only, half=config.half)
     print(f"autoencoder: {run.folder}/autoencoder")
 
 

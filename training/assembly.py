@@ -16,6 +16,7 @@ from models import ModelSpec
 from models.backbone import Backbone
 from training.adapters import adapt
 from training.alignment import open_alignment
+from training.batches import Batches
 from training.objective import Objective, build_auxiliary, data_time_of, objective_of
 from training.optimizer import Optimizers, build_optimizers
 from training.preparation import compile_blocks, join_casts, recompute_blocks, share_batch_norms
@@ -33,8 +34,11 @@ def build_backbone(run: Run[ExperimentConfig], spec: ModelSpec, classes: Sequenc
     config, accelerator = run.config, run.accelerator
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     if config.init_from and run.checkpoint is None:
-        start, whole = (model, config.init_from, classes, codec, accelerator), bool(config.train.adapter)
-        accelerator.print(warm_start(*start, diffusion=config.diffusion, whole=whole))
+        is_adapted = config.train.adapter is not None
+        words = warm_start(
+            model, config.init_from, classes, codec, accelerator, diffusion=config.diffusion, whole=is_adapted
+        )
+        accelerator.print(words)
     return model
 
 
@@ -46,6 +50,23 @@ def build_objective(
     looks = model, codec, run.accelerator.device, data_time_of(diffusion)
     auxiliary = build_auxiliary(run.config.auxiliary, *looks)
     return objective_of(diffusion)(diffusion, auxiliary, alignment), features
+
+
+def build_batches(
+    run: Run[ExperimentConfig], cache: LatentCache, codec: Codec, objective: Objective, features: LatentCache | None
+) -> Batches:
+    """The batches of a training, of which this process takes its share."""
+    accelerator = run.accelerator
+    return Batches(
+        cache,
+        codec,
+        objective,
+        run.config.train,
+        features,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        device=accelerator.device,
+    )
 
 
 def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -> tuple[nn.Module, Optimizers]:

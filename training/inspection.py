@@ -111,6 +111,14 @@ class Inspection:
         return {}
 
     def _generator(self, labels: Int64[Tensor, " n"], seed: int) -> Generator:
-        model, diffusion, size = self.ema.model, self.objective.diffusion, self.held_out.image_size
-        drawn = labels, self.sampling, size, seed, self.run.accelerator
-        return Generator(model, diffusion, self.codec, *drawn, guide_model=self.guide_model)
+        return Generator(
+            self.ema.model,
+            self.objective.diffusion,
+            self.codec,
+            labels,
+            self.sampling,
+            self.held_out.image_size,
+            seed,
+            self.run.accelerator,
+            guide_model=self.guide_model,
+        )

@@ -125,8 +125,9 @@ class Run(Generic[R]):
         if not self._inspected and (due := self.due(self.step, self.num_steps)):
             self.look(*due)
             self._save_again()
-        bar = {"desc": self.folder.name, "unit": "step", "disable": not self.is_main}
-        self.bar = tqdm(initial=self.step, total=self.num_steps, **bar)
+        self.bar = tqdm(
+            initial=self.step, total=self.num_steps, desc=self.folder.name, unit="step", disable=not self.is_main
+        )
         self.meter.start()  # images that are encoded, a model that is built, are no steps
         while self.step < self.num_steps:
             yield self.step
