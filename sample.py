@@ -10,13 +10,18 @@ python sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 
 import sys
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataFlags, SamplingFlags
 from machine.stopping import importing
 from settings import SEEDS, set_values, within
+
+if TYPE_CHECKING:
+    from checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,9 @@ class SampleConfig:
 def main(config: SampleConfig) -> None:
     """Load the checkpoint, generate, and write the output."""
     with importing():
-        import torch
-
-        from checkpoints.checkpoint import read_metadata
         from experiment.build import data_of, open_split
         from sampling.generation import stream
-        from sampling.image_files import save_folder, save_grid, save_npz
+        from sampling.image_files import save_grid
         from sampling.interpolation import interpolate
         from sampling.panels import DenoisingPanel, StagesPanel
         from sampling.pipeline import load
@@ -108,16 +110,7 @@ def main(config: SampleConfig) -> None:
         return
 
     output = output_of("samples")
-    names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
-    if output.suffix.lower() in PICTURES:
-        columns = 12 if len(classes) == 1 else config.num_per_class * max(1, 12 // config.num_per_class)
-        captions = names if checkpoint.classes else None
-        weights = read_metadata(checkpoint.path).get("weights_sha256")
-        save_grid(torch.cat(list(batches)), output, columns=columns, weights=weights, captions=captions)
-    elif output.suffix.lower() == ".npz":
-        save_npz(batches, labels, checkpoint.classes, output)
-    else:
-        save_folder(batches, names, output)
+    save_samples(batches, labels, checkpoint, config.num_per_class, output)
     print(f"{len(labels)} images: {output}")
     if panel is not None:
         path = beside(output, "panel")
@@ -127,6 +120,31 @@ def main(config: SampleConfig) -> None:
         path, names = beside(output, "stages"), stages.names * 3
         save_grid(stages.images(pipeline.codec), path, columns=len(names), column_names=names)
         print(f"stages: {path}")
+
+
+def save_samples(
+    batches: Iterable[Any], labels: Any, checkpoint: "Checkpoint", num_per_class: int, output: Path
+) -> None:
+    """Write a grid, an npz, or a folder with a subfolder a class, as the ending of `output` says."""
+    import torch
+
+    from checkpoints.checkpoint import read_metadata
+    from sampling.image_files import save_folder, save_grid, save_npz
+
+    names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
+    if output.suffix.lower() in PICTURES:
+        is_one_class = len(labels.unique()) == 1
+        save_grid(
+            torch.cat(list(batches)),
+            output,
+            columns=12 if is_one_class else num_per_class * max(1, 12 // num_per_class),
+            captions=names if checkpoint.classes else None,
+            weights=read_metadata(checkpoint.path).get("weights_sha256"),
+        )
+    elif output.suffix.lower() == ".npz":
+        save_npz(batches, labels, checkpoint.classes, output)
+    else:
+        save_folder(batches, names, output)
 
 
 PICTURES = (".png", ".pdf")
