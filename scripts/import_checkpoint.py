@@ -14,15 +14,20 @@ files (docs/zoo.md) are downloaded by their names.
 
 import json
 import sys
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
 from settings import within
+
+if TYPE_CHECKING:
+    from models import ModelSpec
 
 LATENT_FACTOR, OTHER_FACTORS = 8, {"lightningdit": 16}  # image over latent side of the published autoencoders
 
@@ -121,14 +126,8 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     sizes = {name: arguments.pop(name) for name in ("in_channels", "out_channels", "num_classes")}
     name, args = row_of(arguments.pop("name"), arguments)
     spec = ModelSpec(name=name, args=args, input_size=(height, width), **sizes)
-    kind = "uvit-huge" if source == "uvit" and "final_layer.weight" not in weights else source
-    diffusion = DIFFUSION.get(kind, DiffusionConfig())
-    if diffusion.variance is None and diffusion.kind == "gaussian" and spec.out_channels == spec.in_channels:
-        diffusion = replace(diffusion, variance="fixed_large")
     factor = 1 if config.autoencoder == "pixel" else OTHER_FACTORS.get(source, LATENT_FACTOR)
-    sampling = SAMPLING.get(source, SamplingConfig())
-    if source == "uvit" and factor * height == 512:
-        sampling = replace(sampling, guidance_scale=1.7)
+    diffusion, sampling = published_settings(source, weights, spec, factor * height)
     if public:
         public.check(config.weights.name, name, factor * height)
     image_size = config.image_size or factor * height
@@ -158,6 +157,20 @@ def check_autoencoder(config: ImportConfig, files: list[Path]) -> None:
             raise ValueError(f"--{name} {value}: it is of a backbone, and this is an autoencoder; {remedy}")
     if config.source != "tiny" and len(files) == 2 and config.data != defaults.data:
         raise ValueError(f"--data: latents are normalised by {files[1].name}, not by images; leave one of both out")
+
+
+def published_settings(
+    source: str, weights: Container[str], spec: "ModelSpec", image_size: int
+) -> tuple[DiffusionConfig, SamplingConfig]:
+    """The diffusion that the authors trained with, and the guidance that they sample with."""
+    is_huge = source == "uvit" and "final_layer.weight" not in weights
+    diffusion = DIFFUSION.get("uvit-huge" if is_huge else source, DiffusionConfig())
+    if diffusion.variance is None and diffusion.kind == "gaussian" and spec.out_channels == spec.in_channels:
+        diffusion = replace(diffusion, variance="fixed_large")
+    sampling = SAMPLING.get(source, SamplingConfig())
+    if source == "uvit" and image_size == 512:
+        sampling = replace(sampling, guidance_scale=1.7)
+    return diffusion, sampling
 
 
 def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, num_images: int = 1024) -> str:
