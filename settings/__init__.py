@@ -1,26 +1,31 @@
-"""Ranges of numbers and tables of names, which every room declares its settings with. No torch here, so that `--help`
-answers at once."""
+"""Declaration and validation of settings: ranges of numbers, tables of names. Imports no torch, so `--help` is fast."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from inspect import signature
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-SEEDS = "[0, 4294967295]"  # NumPy's
-UNSET = "as trained"
+SEEDS = "[0, 4294967295]"  # the range of NumPy's seeds
+UNSET = "as trained"  # value of a setting that a command line leaves to the checkpoint's configuration
 
 T = TypeVar("T")
 
 
 def within(interval: str, default: Any = MISSING) -> Any:
-    """A setting whose number, or each of whose numbers, lies in an interval: `(0, 1]` is without 0 and with 1."""
+    """Declare a dataclass field whose number, or each of whose numbers, lies in an interval.
+
+    A parenthesis excludes the end and a bracket includes it: `(0, 1]` is without 0 and with 1.
+    """
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"interval": interval})
     return field(default=default, metadata={"interval": interval})
 
 
 def check_settings(config: Any, prefix: str = "--") -> None:
-    """A ValueError names the flag of a number outside its interval, or what a configuration's own `check` has."""
+    """Check all intervals of a configuration, nested ones included, and call its own `check` where it has one.
+
+    Raises ValueError naming the flag; `prefix` is what its name starts with.
+    """
     for setting in fields(config):
         value, flag = getattr(config, setting.name), f"{prefix}{setting.name}"
         for part in value if isinstance(value, list) else [value]:
@@ -33,8 +38,12 @@ def check_settings(config: Any, prefix: str = "--") -> None:
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], flag: str) -> None:
-    """That a function takes these keywords, numbers in their `Annotated[float, "[0, 1]"]`; else a ValueError."""
-    names = [name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    """Check that a function takes these keyword arguments: their names, types and intervals.
+
+    Intervals are those of annotations such as `Annotated[float, "[0, 1]"]`. Raises ValueError naming the flag.
+    """
+    parameters = signature(function).parameters
+    names = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
     kinds = get_type_hints(function, include_extras=True)
     for name, value in arguments.items():
         if name not in names:
@@ -48,8 +57,11 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
 
 
 def unset(config: type[T], *, several: bool = False) -> type[T]:
-    """A configuration's settings, none of which is set: what a command line puts in place of another's, null included.
-    With `several`, a number may also be many with commas in between, as text."""
+    """Derive a configuration class whose settings all default to `UNSET`.
+
+    A command line uses it to override the settings of a checkpoint: what stays unset is left as trained, and null is a
+    value. With `several`, a number may also be text: several numbers, separated by commas.
+    """
     kinds, settings = get_type_hints(config), []
     for setting in fields(config):  # pyright: ignore[reportArgumentType]
         kind, metadata = kinds[setting.name], setting.metadata
@@ -60,29 +72,29 @@ def unset(config: type[T], *, several: bool = False) -> type[T]:
 
 
 def set_values(config: Any) -> dict[str, Any]:
-    """Of a configuration by `unset` the settings that are set, by name."""
+    """Return the settings that are set in a configuration of a class made by `unset`, by name."""
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
     return {name: value for name, value in values.items() if value != UNSET}
 
 
 def check_name(flag: str, name: str, known: Iterable[str]) -> None:
-    """A ValueError names the flag of a name that a table has not."""
+    """Raise ValueError naming the flag where a name is not among the known ones."""
     if name not in known:
         raise ValueError(f"{flag} {name}: unknown, choose from {', '.join(known)}")
 
 
 def check_interval(flag: str, value: Any, interval: str) -> None:
-    """A ValueError names the flag of a number, or of one in a list, outside an interval."""
+    """Raise ValueError naming the flag where a number, or one in nested lists, lies outside an interval."""
     low, high = map(float, interval[1:-1].split(","))
     for number in _numbers(value):
-        above = number >= low if interval[0] == "[" else number > low
-        below = number <= high if interval[-1] == "]" else number < high
-        if not (above and below):
+        above_low = number >= low if interval[0] == "[" else number > low
+        below_high = number <= high if interval[-1] == "]" else number < high
+        if not (above_low and below_high):
             raise ValueError(f"{flag} {value}: must lie in {interval}")
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """In lists of lists too."""
+    """Yield the numbers in nested lists; None is skipped."""
     if isinstance(value, list | tuple):
         for part in value:
             yield from _numbers(part)

@@ -1,4 +1,4 @@
-"""A model card written from what a run left: configuration, curves, samples, scores and where they come from."""
+"""Model card of a checkpoint, filled in from the files of its run: configuration, curves, samples and scores."""
 
 import json
 import re
@@ -17,19 +17,20 @@ from experiment.config import SamplingConfig
 from sampling.image_files import drawn_by
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
-PLACES = {"path", "cache", "resume", "init_from", "guidance_checkpoint", "weights_path", "checkpoint"}  # of settings
-NAMES = {"classes", "exclude_classes"}  # which no slash makes a place
+# Settings that hold a path, and settings whose values are names even where they contain a slash.
+PATH_SETTINGS = {"path", "cache", "resume", "init_from", "guidance_checkpoint", "weights_path", "checkpoint"}
+NAME_SETTINGS = {"classes", "exclude_classes"}
 PICTURES = {"samples.png": "Samples", "loss.png": "Loss", "progress.png": "The same noise in the course of training"}
-SHOWN = ("config.yaml", "scores.json", "imported.json", *PICTURES)  # beside the weights, where there are such
+SHOWN = ("config.yaml", "scores.json", "imported.json", *PICTURES)  # published with the weights, where they exist
 
 
 def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """What goes with the weights, by the name it has on the hub: no scores or samples of other weights."""
+    """Find the files to publish with the weights, by their name on the hub; scores of other weights are left out."""
     run, mark = checkpoint.run, checkpoint.mark
     marked = {"scores.json": f"scores{mark}.json", "samples.png": f"samples{mark}.png"}
     files = {name: run / marked.get(name, name) for name in SHOWN if (run / marked.get(name, name)).is_file()}
     for name in marked.keys() & files.keys():
-        if not _is_of(checkpoint, files[name]):
+        if not _belongs_to(checkpoint, files[name]):
             del files[name]
     grid = run / "samples" / f"{checkpoint.step:08d}.png"
     if "samples.png" not in files and checkpoint.path.name == WEIGHTS and grid.is_file():
@@ -37,18 +38,22 @@ def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
     return files
 
 
-def _is_of(checkpoint: Checkpoint, path: Path) -> bool:
-    """Whether a file is of these weights, by their hash or, of before, their step; or else no older than they."""
+def _belongs_to(checkpoint: Checkpoint, path: Path) -> bool:
+    """Whether scores or samples were made with these weights.
+
+    Decided by the hash of the weights, which tells a repeated training from the first. Files of older versions have
+    only the step, or nothing: they must then be no older than the weights.
+    """
     samples = json.loads(path.read_text()).get("samples", {}) if path.suffix == ".json" else {}
-    if known := samples.get("weights_sha256") or drawn_by(path):  # a step may have been taken again, differently
-        return known == read_metadata(checkpoint.path).get("weights_sha256")
+    if sha256 := samples.get("weights_sha256") or drawn_by(path):
+        return sha256 == read_metadata(checkpoint.path).get("weights_sha256")
     if "step" in samples:
         return samples["step"] == checkpoint.step
     return path.stat().st_mtime >= checkpoint.path.stat().st_mtime
 
 
 def write_published(files: dict[str, Path], folder: Path, *, half: bool = False) -> None:
-    """The files as they leave this machine: paths are cut to their last names, weights `half` in float16."""
+    """Write the files for publication: paths in them are cut to their last part; `half` writes float16 weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in files.items():
         if path.suffix in (".json", ".yaml"):
@@ -56,16 +61,16 @@ def write_published(files: dict[str, Path], folder: Path, *, half: bool = False)
             is_json = path.suffix == ".json"
             text = json.dumps(values, indent=2) + "\n" if is_json else yaml.safe_dump(values, sort_keys=False)
             (folder / name).write_text(text)
-        elif name == WEIGHTS and (half or (metadata := read_metadata(path)) != _without_paths_within(metadata)):
+        elif name == WEIGHTS and (half or (metadata := read_metadata(path)) != _public_metadata(metadata)):
             weights = read_tensors(path)
-            weights = rounded(weights) if half else weights
-            save_tensors(weights, folder / name, _without_paths_within(read_metadata(path)))
+            weights = to_half(weights) if half else weights
+            save_tensors(weights, folder / name, _public_metadata(read_metadata(path)))
         else:
             shutil.copy(path, folder / name)
 
 
-def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """To float16; a ValueError names a tensor whose numbers it does not hold."""
+def to_half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert floating-point tensors to float16. Raises ValueError naming a tensor whose values overflow."""
     halves = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
     for name, half in halves.items():
         if not half.isfinite().all():
@@ -73,30 +78,31 @@ def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return halves
 
 
-def _without_paths_within(metadata: dict[str, str]) -> dict[str, str]:
-    """Of the weights' file, whose values are JSON; what has no paths stays as it is."""
+def _public_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    """Cut the paths in the JSON values of a safetensors file's metadata; values without paths stay unchanged."""
     public = dict(metadata)
     for key in {"config", "spec", "identity"} & metadata.keys():
         values = json.loads(metadata[key])
-        if (cut := without_paths(values)) != values:
-            public[key] = json.dumps(cut)
+        if (shortened := without_paths(values)) != values:
+            public[key] = json.dumps(shortened)
     return public
 
 
 def without_paths(value: Any, key: str = "") -> Any:
-    """Settings, their paths cut to the names at their end; ids of the hub stay."""
+    """Cut the paths in nested settings to their last part; ids of the hub stay. `key` is the name of the setting."""
     if isinstance(value, dict):
-        return {name: one if name in NAMES else without_paths(one, str(name)) for name, one in value.items()}
+        return {name: item if name in NAME_SETTINGS else without_paths(item, str(name)) for name, item in value.items()}
     if isinstance(value, list):
-        return [without_paths(one, key) for one in value]
+        return [without_paths(item, key) for item in value]
     if not isinstance(value, str) or value.startswith(("hf://", "timm:")) or not re.search(r"[/\\]", value):
         return value
-    is_path = key in PLACES or re.match(r"[/\\~.]|[A-Za-z]:[/\\]", value) or (len(value) < 250 and Path(value).exists())
+    looks_like_path = re.match(r"[/\\~.]|[A-Za-z]:[/\\]", value)
+    is_path = key in PATH_SETTINGS or looks_like_path or (len(value) < 250 and Path(value).exists())
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value
 
 
 def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str, Path]) -> str:
-    """`assets/model_card.md`, filled in, with the hub's YAML head; says nothing that the files do not say."""
+    """Fill in `assets/model_card.md` and the hub's YAML header from the checkpoint and the files beside it."""
     spec = checkpoint.spec
     head = {
         "license": license,
@@ -148,7 +154,7 @@ def drawn_with(checkpoint: Checkpoint, samples: dict[str, Any]) -> dict[str, Any
 
 
 def averaged(checkpoint: Checkpoint) -> str:
-    """By what, or when, in the words of a card."""
+    """Say for the card how the weights were averaged."""
     if length := read_metadata(checkpoint.path).get("sigma_rel"):
         return f"averaged by a power function of length {length} (sigma_rel; Karras et al. 2024)"
     if checkpoint.path.name != WEIGHTS:
@@ -157,5 +163,6 @@ def averaged(checkpoint: Checkpoint) -> str:
 
 
 def _listed(settings: dict[str, Any], *names: str) -> str:
-    chosen = {name: settings.get(name) for name in names or settings}
-    return ", ".join(f"{name} {plain(str(value))}" for name, value in chosen.items() if value is not None)
+    """Join `name value` of the named settings, or of all, with commas; those that are None are left out."""
+    values = {name: settings.get(name) for name in names or settings}
+    return ", ".join(f"{name} {plain(str(value))}" for name, value in values.items() if value is not None)

@@ -1,4 +1,4 @@
-"""The page of scripts/app.py: what stands on it, and what its buttons and sliders do."""
+"""Gradio page of scripts/app.py: its layout, and the callbacks of its buttons and sliders."""
 
 import time
 from collections import Counter
@@ -18,27 +18,29 @@ from sampling.checks import resolve_sampling
 from sampling.image_files import draw_grid
 from sharing.studio import LENGTH, MOST_IMAGES, MOST_STEPS, Request, Studio
 
-MOST_RUNS = 3  # side by side
-SECONDS_KEPT = 1800  # of pictures in files, and of what a visitor has seen
-SECONDS_TO_LISTEN = 10  # after asking; a browser on a busy machine takes a second to open the stream of answers
+MOST_RUNS = 3  # checkpoints side by side
+SECONDS_KEPT = 1800  # lifetime of picture files, and of a visitor's history
+# Time for a visitor's browser to open the stream of answers after a request; on a busy machine it takes a second.
+SECONDS_TO_LISTEN = 10
 
 
 class Page:
-    """What visitors ask of a studio, as they see it; `listening` counts whose answers somebody reads, by session."""
+    """The page, and its callbacks on a studio; `listening` counts the open answer streams of each session."""
 
     def __init__(self, studio: Studio, listening: Counter[str]) -> None:
         self.studio, self.listening = studio, listening
 
     def build(self) -> gr.Blocks:
-        """What to draw on the left (on a phone: above), pictures on the right."""
+        """Lay out the page: controls on the left (on a phone: above), pictures on the right."""
         runs = list(self.studio.checkpoints)
         first = self.studio.checkpoints[runs[0]]
-        as_trained, picture_of = settings_of(first), partial(gr.Image, type="pil", format="png")
-        samplers = list(dict.fromkeys(name for one in self.studio.checkpoints.values() for name in samplers_for(one)))
+        defaults, image = settings_of(first), partial(gr.Image, type="pil", format="png")
+        checkpoints = self.studio.checkpoints.values()
+        samplers = list(dict.fromkeys(name for checkpoint in checkpoints for name in samplers_for(checkpoint)))
         title = "Draw from a checkpoint"
         with gr.Blocks(title=title, delete_cache=(300, SECONDS_KEPT), analytics_enabled=False) as page:
             gr.Markdown(f"## {title}\nThe same seeds for every backbone; each picture with its command.")
-            history = gr.State([], time_to_live=SECONDS_KEPT)  # for each run its pictures, a moment each
+            history = gr.State([], time_to_live=SECONDS_KEPT)  # per run, a picture per moment
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     chosen = gr.Dropdown(
@@ -49,46 +51,48 @@ class Page:
                         seed = gr.Textbox("0", label="Seed", max_lines=1, min_width=90, scale=1)
                         number = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", min_width=140, scale=2)
                     guided = first.num_guided > 0
-                    guidance = gr.Slider(0, 10, as_trained[2], step=0.1, label="Guidance", visible=guided)
+                    guidance = gr.Slider(0, 10, defaults[2], step=0.1, label="Guidance", visible=guided)
                     with gr.Row():
-                        sampler = gr.Dropdown(samplers, value=as_trained[0], label="Sampler", min_width=140)
-                        steps = gr.Slider(1, MOST_STEPS, as_trained[1], step=1, label="Steps", min_width=140)
+                        sampler = gr.Dropdown(samplers, value=defaults[0], label="Sampler", min_width=140)
+                        steps = gr.Slider(1, MOST_STEPS, defaults[1], step=1, label="Steps", min_width=140)
                     with gr.Accordion("Walk to another class or seed", open=False):
                         to_class = gr.Dropdown(first.classes, value=None, label="To the class", allow_custom_value=True)
                         to_seed = gr.Textbox("", label="To the seed", max_lines=1)
-                    words: Any = {"label": "On the way, as it is moved"}
-                    words |= {"info": "To that class and seed, or the next seed"}
-                    way = gr.Slider(1, LENGTH, 1, step=1, visible=self.studio.draws_at_once(runs[0]), **words)
+                    texts: Any = {"label": "On the way, as it is moved"}
+                    texts |= {"info": "To that class and seed, or the next seed"}
+                    way = gr.Slider(1, LENGTH, 1, step=1, visible=self.studio.draws_at_once(runs[0]), **texts)
                     draw = gr.Button("Draw", variant="primary")
                 with gr.Column(scale=3, min_width=320):
-                    look: Any = {"buttons": ["download", "fullscreen"], "elem_classes": "pictures"}
-                    shown = [
-                        picture_of(label="" if place else runs[0], visible=not place, interactive=False, **look)
-                        for place in range(MOST_RUNS)
+                    style: Any = {"buttons": ["download", "fullscreen"], "elem_classes": "pictures"}
+                    pictures = [
+                        image(label="" if index else runs[0], visible=not index, interactive=False, **style)
+                        for index in range(MOST_RUNS)
                     ]
                     moment = gr.Slider(1, 2, 1, step=1, label="Back through the steps", visible=False)
-                    look = {"lines": 2, "max_lines": 12, "buttons": ["copy"], "elem_classes": "command"}
-                    command = gr.Textbox(label="The same pictures, from a shell", interactive=False, **look)
+                    style = {"lines": 2, "max_lines": 12, "buttons": ["copy"], "elem_classes": "command"}
+                    command = gr.Textbox(label="The same pictures, from a shell", interactive=False, **style)
                     with gr.Accordion("Nearest training images", open=False):
                         gr.Markdown("By colours and layout (16x16 pixels) among the images it was trained on.")
                         find = gr.Button("Look them up")
-                        near = picture_of(label="Pictures above, training images below")
+                        neighbours = image(label="Pictures above, training images below")
 
-            wanted = [chosen, of_class, seed, number, guidance, sampler, steps, to_class, to_seed]
-            outputs = [history, moment, command, *shown]
-            alone: Any = {"concurrency_id": "cores", "concurrency_limit": 1}  # else each would have its own turn
-            draw.click(self.draw, wanted, outputs, api_name="draw", show_progress="minimal", **alone)
-            moment.input(show_moment, [history, moment], shown, api_name="moment", queue=False, show_progress="hidden")
-            live: Any = {"trigger_mode": "always_last", "show_progress": "hidden", **alone}
+            inputs = [chosen, of_class, seed, number, guidance, sampler, steps, to_class, to_seed]
+            outputs = [history, moment, command, *pictures]
+            # One queue for all callbacks that compute; otherwise each would run beside the others.
+            one_queue: Any = {"concurrency_id": "cores", "concurrency_limit": 1}
+            draw.click(self.draw, inputs, outputs, api_name="draw", show_progress="minimal", **one_queue)
+            quiet: Any = {"queue": False, "show_progress": "hidden"}
+            moment.input(show_moment, [history, moment], pictures, api_name="moment", **quiet)
+            live: Any = {"trigger_mode": "always_last", "show_progress": "hidden", **one_queue}
             for slider, name in ((way, "way"), (guidance, "guidance")):
-                slider.input(self.draw_on_the_way, [*wanted, way], outputs, api_name=name, **live)
-            followed = [of_class, to_class, sampler, steps, guidance, way]
-            chosen.change(self.follow, [chosen, of_class], followed, queue=False)
-            find.click(self.look_up, wanted, near, api_name="nearest", **alone)
+                slider.input(self.draw_on_the_way, [*inputs, way], outputs, api_name=name, **live)
+            controls = [of_class, to_class, sampler, steps, guidance, way]
+            chosen.change(self.follow, [chosen, of_class], controls, queue=False)
+            find.click(self.look_up, inputs, neighbours, api_name="nearest", **one_queue)
         return page
 
     def is_read(self) -> bool:
-        """Whether somebody reads the answer that is being made. One who has only just asked is waited for."""
+        """Whether the visitor still listens to the answer; waits for one whose request has only just come in."""
         request: Any = LocalContext.request.get(None)
         session = getattr(request, "session_hash", None)
         while session is not None and not self.listening[session]:
@@ -97,47 +101,50 @@ class Page:
             time.sleep(0.05)
         return True
 
-    def draw(self, *wanted) -> Iterator[tuple[Any, ...]]:
-        """Each run's pictures in turn, as they come; at the end, all their moments and the commands."""
-        with in_words():
-            requests = self.requests_of(*wanted)
+    def draw(self, *inputs) -> Iterator[tuple[Any, ...]]:
+        """Draw each run's pictures in turn and yield outputs as they come; the last ones include the whole history."""
+        with errors_on_page():
+            requests = self.requests_of(*inputs)
             commands = "\n".join(self.command(request) for request in requests)
-            drawn: list[list[Any]] = [[] for _ in requests]
-            for mine, request in zip(drawn, requests, strict=True):
+            history: list[list[Any]] = [[] for _ in requests]
+            for moments, request in zip(history, requests, strict=True):
                 if not self.is_read():
                     return
                 for step, images in self.studio.draw(request):
-                    mine.append(self.picture(request, images))
-                    titles = [f"{one.run}: step {step} of {request.num_steps}" for one in requests]
-                    yield [], gr.Slider(visible=False), commands, *views(drawn, titles)
-        num = max(map(len, drawn))
+                    moments.append(self.picture(request, images))
+                    titles = [f"{other.run}: step {step} of {request.num_steps}" for other in requests]
+                    yield [], gr.Slider(visible=False), commands, *views(history, titles)
+        num = max(map(len, history))
         slider = gr.Slider(1, num, num, step=1, visible=num > 1)
-        yield drawn, slider, commands, *views(drawn, [request.run for request in requests])
+        yield history, slider, commands, *views(history, [request.run for request in requests])
 
     def draw_on_the_way(
-        self, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed, place
+        self, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed, position
     ) -> list[Any]:
-        """The one picture at this place of a walk, where a call or a few draw it; of other checkpoints nothing."""
+        """Draw the picture at one position of an interpolation; checkpoints that need many steps are skipped."""
         runs = [runs] if isinstance(runs, str) else runs
-        with in_words():
+        with errors_on_page():
             if len(runs or []) != 1 or not self.studio.draws_at_once(runs[0]):
                 return [gr.skip()] * (3 + MOST_RUNS)
             if not to_class and not str(to_seed or "").strip():
                 to_seed = whole("Seed", seed) + 1
             (request,) = self.requests_of(runs, of_class, seed, 2, guidance, sampler, steps, to_class, to_seed)
-            drawn = self.picture(request, self.studio.on_the_way(request, whole("On the way", place) - 1))
+            picture = self.picture(request, self.studio.on_the_way(request, whole("On the way", position) - 1))
             command = self.command(replace(request, num_images=LENGTH))
-        return [[], gr.Slider(visible=False), command, *views([[drawn]], [f"{request.run}: {place} of {LENGTH}"])]
+        return [[], gr.Slider(visible=False), command, *views([[picture]], [f"{request.run}: {position} of {LENGTH}"])]
 
-    def look_up(self, *wanted) -> Iterator[Any]:
-        """The first run's pictures above the training images most like them; stops, when told, between two moments."""
-        with in_words():
-            request = self.requests_of(*wanted)[0]
+    def look_up(self, *inputs) -> Iterator[Any]:
+        """Show the first run's pictures above their nearest training images.
+
+        Yields between the steps of the work, so that gradio can cancel it there.
+        """
+        with errors_on_page():
+            request = self.requests_of(*inputs)[0]
             images = torch.empty(0)
             if not self.is_read():
                 return
-            for moment in self.studio.draw(request):
-                images = moment[1]
+            for _, pictures in self.studio.draw(request):
+                images = pictures
                 yield gr.skip()
             for _ in self.studio.read_layouts(request.run):
                 yield gr.skip()
@@ -146,15 +153,18 @@ class Page:
             yield draw_grid(torch.cat([images, neighbours]), len(images), captions=captions)
 
     def follow(self, runs: list[str], of_class: str | None) -> list[Any]:
-        """Classes and settings of a run chosen alone; those beside it are drawn as it is. A class that it has stays."""
+        """Set the controls to a run's classes and settings when it is the only one chosen.
+
+        Further runs are drawn with the settings of the first. The class stays where the run has it.
+        """
         if len(runs) != 1:
             return [*[gr.skip()] * 5, gr.Slider(visible=False)]
-        with in_words():
+        with errors_on_page():
             checkpoint = self.studio.checkpoint(runs[0])
         classes, (sampler, steps, guidance) = checkpoint.classes, settings_of(checkpoint)
-        kept = of_class if of_class in classes else next(iter(classes), None)
+        selected = of_class if of_class in classes else next(iter(classes), None)
         return [
-            gr.Dropdown(classes, value=kept, visible=bool(classes)),
+            gr.Dropdown(classes, value=selected, visible=bool(classes)),
             gr.Dropdown(classes, value=None, visible=bool(classes)),
             gr.Dropdown(samplers_for(checkpoint), value=sampler),
             gr.Slider(value=steps),
@@ -163,13 +173,13 @@ class Page:
         ]
 
     def requests_of(self, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed) -> list[Request]:
-        """What the visitor asked for, a request a run; all are checked before anything is drawn."""
+        """Make a request per run from the controls, and check all of them before anything is drawn."""
         runs = [runs] if isinstance(runs, str) else runs
         if not 1 <= len(runs or []) <= MOST_RUNS:
             raise ValueError(f"choose one to {MOST_RUNS} checkpoints")
-        drawn = whole("Seed", seed), whole("Pictures", number), str(sampler), whole("Steps", steps), float(guidance)
+        sampling = whole("Seed", seed), whole("Pictures", number), str(sampler), whole("Steps", steps), float(guidance)
         to_seed = whole("To the seed", to_seed) if str(to_seed or "").strip() else None
-        request = Request("", str(of_class), *drawn, to_class=str(to_class) if to_class else None, to_seed=to_seed)
+        request = Request("", str(of_class), *sampling, to_class=str(to_class) if to_class else None, to_seed=to_seed)
         if request.interpolates and request.num_images < 2:
             raise ValueError("To the class, To the seed: a walk has both ends; ask for 2 pictures or more")
         requests = [replace(request, run=run) for run in runs]
@@ -179,36 +189,36 @@ class Page:
         return requests
 
     def command(self, request: Request) -> str:
-        """With the run's name, as far as files bear it, for the picture's."""
+        """Command that draws the request, with an output file that is named after the run."""
         name = request.run.removeprefix("hf://").removeprefix("runs/").strip("/.")
         name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name) or "picture"
         return self.studio.command(request, f"{name}.png")
 
     def picture(self, request: Request, images: torch.Tensor) -> Any:
-        """The picture that sample.py writes for a request."""
+        """Arrange images as the picture that sample.py writes for the request."""
         classes = self.studio.classes(request.run)
-        named = classes and not request.interpolates
-        captions = [classes[self.studio.label(request.run, request.of_class)]] * len(images) if named else None
+        has_captions = classes and not request.interpolates
+        captions = [classes[self.studio.label(request.run, request.of_class)]] * len(images) if has_captions else None
         return draw_grid(images, len(images), captions=captions)
 
 
 def show_moment(history: list[list[Any]], moment: float) -> list[Any]:
-    """All runs' pictures at one of the kept moments."""
+    """Show the pictures of all runs at one moment of their history, counted from 1."""
     pictures = [gr.Image(value=moments[min(int(moment), len(moments)) - 1]) for moments in history]
     return pictures + [gr.skip()] * (MOST_RUNS - len(pictures))
 
 
 def views(pictures: list[list[Any]], titles: list[str]) -> list[Any]:
-    """A picture a run; places that are not needed are hidden."""
-    shown = [
+    """Update the image of each run to its last moment, and hide the images that are not needed."""
+    images = [
         gr.Image(value=moments[-1] if moments else None, label=title, visible=True)
         for moments, title in zip(pictures, titles, strict=True)
     ]
-    return shown + [gr.Image(value=None, visible=False)] * (MOST_RUNS - len(shown))
+    return images + [gr.Image(value=None, visible=False)] * (MOST_RUNS - len(images))
 
 
 def settings_of(checkpoint: Checkpoint) -> tuple[str, int, float]:
-    """Sampler, steps and guidance of a checkpoint's own configuration."""
+    """A checkpoint's own sampler, number of steps (at most 50, of few-step models 4) and guidance scale."""
     diffusion = checkpoint.build_diffusion()
     sampling = resolve_sampling(checkpoint.config.sampling, diffusion, checkpoint.num_guided)
     sampler, num_steps = str(sampling.sampler), num_steps_of(sampling, diffusion)
@@ -220,6 +230,7 @@ def samplers_for(checkpoint: Checkpoint) -> list[str]:
 
 
 def whole(name: str, value: object) -> int:
+    """Parse a non-negative whole number from a control. Raises ValueError naming the control."""
     text = str(value).strip().removesuffix(".0")
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise ValueError(f"{name} {value}: give a whole number, 0 or more")
@@ -227,8 +238,8 @@ def whole(name: str, value: object) -> int:
 
 
 @contextmanager
-def in_words() -> Iterator[None]:
-    """What a visitor can get wrong is shown on the page, and nothing else of it."""
+def errors_on_page() -> Iterator[None]:
+    """Show errors that a visitor can cause as one line on the page, without a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:

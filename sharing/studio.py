@@ -1,4 +1,4 @@
-"""Pictures from several checkpoints, step by step, and the command that draws each again: what scripts/app.py shows."""
+"""Backend of scripts/app.py: draws pictures from several checkpoints step by step, and gives the same as a command."""
 
 import queue
 import shlex
@@ -26,13 +26,13 @@ from sampling.pipeline import Pipeline
 
 MOST_IMAGES, MOST_STEPS, MOST_MOMENTS = 8, 250, 12
 MODELS_KEPT = 3
-LENGTH = 21  # pictures of a walk that is followed one by one
-LAYOUT = 16  # pixels a side that nearest training images are looked for by
+LENGTH = 21  # pictures of an interpolation that a slider moves through
+LAYOUT = 16  # nearest training images are found at this resolution
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw: `num_images` of a class, or on the way to another class or seed."""
+    """What to draw: `num_images` samples of a class, or an interpolation to another class or seed of that length."""
 
     run: str
     of_class: str
@@ -50,7 +50,7 @@ class Request:
 
 
 class Studio:
-    """Checkpoints by path, opened at the start: no other file is ever read for a visitor."""
+    """The checkpoints that visitors can draw from, by path. No other file is ever opened for a visitor."""
 
     def __init__(self, paths: list[str], precision: str = "auto", autoencoder: str | None = None) -> None:
         self.checkpoints: dict[str, Checkpoint] = {path: open_checkpoint(path) for path in paths}
@@ -60,72 +60,75 @@ class Studio:
         self.layouts = {}
 
     def classes(self, run: str) -> list[str]:
+        """Class names of a checkpoint; empty if it is unconditional."""
         return self.checkpoint(run).classes
 
     def checkpoint(self, run: str) -> Checkpoint:
-        """Of those that were opened. Raises ValueError for any other."""
+        """Return an open checkpoint by its path. Raises ValueError for any other path."""
         if run not in self.checkpoints:
             raise ValueError(f"checkpoint {run}: not one of {', '.join(self.checkpoints)}")
         return self.checkpoints[run]
 
     def label(self, run: str, name: str) -> int:
-        """Of a class by its name. Raises ValueError naming near matches."""
+        """Label of a class by its name. Raises ValueError with the closest names for an unknown one."""
         return resolve_classes([name] if self.classes(run) else [], self.classes(run))[0]
 
     def draw(self, request: Request) -> Iterator[tuple[int, UInt8[Tensor, "n 3 h w"]]]:
-        """(steps done, pictures): some moments of predicted `x_0` on the way, and at last the pictures themselves."""
+        """Yield (steps done, images): the decoded prediction of `x_0` at some steps, and at the end the samples."""
         generator = self.generator(request)
 
-        def work(callback: Callable[[int, Tensor, Tensor], None]) -> Tensor:
-            watched = replace(generator, callback=callback)
+        def sample(callback: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+            with_callback = replace(generator, callback=callback)
             if request.interpolates:
-                return interpolate(watched, *self.ends(request), request.num_images)
-            return generate(watched, batch_size=64)
+                return interpolate(with_callback, *self.ends(request), request.num_images)
+            return generate(with_callback, batch_size=64)
 
         num_steps = generator.num_steps
-        kept = torch.linspace(0, num_steps - 1, min(num_steps, MOST_MOMENTS)).round().long().tolist()[:-1]
-        for step, x_0 in _watch(work, set(kept), num_steps):
+        shown_steps = torch.linspace(0, num_steps - 1, min(num_steps, MOST_MOMENTS)).round().long().tolist()[:-1]
+        for step, x_0 in _stream(sample, set(shown_steps), num_steps):
             yield step, x_0 if step == num_steps else generator.codec.decode(x_0).cpu()
 
     def draws_at_once(self, run: str) -> bool:
-        """Whether its own sampler takes one call, or a few, so that pictures can follow a slider."""
+        """Whether the checkpoint samples in one or a few steps, so that pictures can follow a slider."""
         return self.checkpoint(run).build_diffusion().default_sampler in AVERAGES
 
-    def on_the_way(self, request: Request, place: int) -> UInt8[Tensor, "1 3 h w"]:
-        """The picture at this place, from 0, of a walk of `LENGTH`, alone."""
-        return interpolate(self.generator(replace(request, num_images=1)), *self.ends(request), LENGTH, only=place)
+    def on_the_way(self, request: Request, position: int) -> UInt8[Tensor, "1 3 h w"]:
+        """Draw only the picture at a position, counted from 0, of an interpolation of `LENGTH` pictures."""
+        return interpolate(self.generator(replace(request, num_images=1)), *self.ends(request), LENGTH, only=position)
 
     def ends(self, request: Request) -> tuple[tuple[int, int], tuple[int, int]]:
+        """First and last label, and first and last seed, of an interpolation."""
         first = self.label(request.run, request.of_class)
         last = self.label(request.run, request.to_class or request.of_class)
         return (first, last), (request.seed, request.seed if request.to_seed is None else request.to_seed)
 
     def generator(self, request: Request) -> Generator:
+        """Set up the sampling of a request. Raises ValueError where it asks for too much or does not fit the model."""
         if not 1 <= request.num_images <= MOST_IMAGES or not 1 <= request.num_steps <= MOST_STEPS:
             raise ValueError(f"1 to {MOST_IMAGES} pictures of 1 to {MOST_STEPS} steps, not {request}")
         pipeline = self.pipeline(request.run)
         sampling: dict[str, Any] = {"sampler": request.sampler, "num_steps": request.num_steps}
         sampling |= {"guidance_scale": request.guidance_scale} if pipeline.checkpoint.num_guided else {}
-        asked = [request.of_class] if pipeline.classes else []
-        return pipeline.generator(asked, request.num_images, seed=request.seed, **sampling)
+        classes = [request.of_class] if pipeline.classes else []
+        return pipeline.generator(classes, request.num_images, seed=request.seed, **sampling)
 
     def pipeline(self, run: str) -> Pipeline:
-        """With its model and autoencoder, loaded on first use; the one used longest ago gives way."""
-        made = self.pipelines.pop(run, None) or Pipeline(self.checkpoint(run), self.accelerator, self.autoencoder)
-        self.pipelines[run] = made
+        """Load a checkpoint's model and autoencoder, or return them from a cache of the least recently used kind."""
+        pipeline = self.pipelines.pop(run, None) or Pipeline(self.checkpoint(run), self.accelerator, self.autoencoder)
+        self.pipelines[run] = pipeline
         if len(self.pipelines) > MODELS_KEPT:
             del self.pipelines[next(iter(self.pipelines))]
-        return made
+        return pipeline
 
     def command(self, request: Request, output: str = "picture.png") -> str:
-        """The line of shell that writes the same file."""
+        """Shell command that writes the same picture."""
         checkpoint = self.checkpoint(request.run)
         classes = checkpoint.classes
         ends = [request.of_class, *filter(None, [request.to_class])] if classes else []
-        words = [spelled(self.label(request.run, name), classes) for name in ends]
+        names = [spelled(self.label(request.run, name), classes) for name in ends]
         flags: dict[str, object] = {
             "checkpoint": request.run,
-            "classes": f"[{', '.join(words)}]" if len(words) > 1 else words[0] if words else None,
+            "classes": f"[{', '.join(names)}]" if len(names) > 1 else names[0] if names else None,
             "interpolate" if request.interpolates else "num_per_class": request.num_images,
             "seed": request.seed,
             "to_seed": request.to_seed,
@@ -140,7 +143,7 @@ class Studio:
         return "python sample.py " + " ".join(words)
 
     def nearest(self, run: str, pictures: UInt8[Tensor, "n 3 h w"]) -> tuple[UInt8[Tensor, "n 3 h w"], list[float]]:
-        """For each picture the training image of the closest colours and layout (16x16 pixels), and their distance."""
+        """Find the nearest training image of each picture at 16x16 pixels, and their distance per value."""
         for _ in self.read_layouts(run):
             pass
         images, layouts = self.layouts[run]
@@ -149,8 +152,10 @@ class Studio:
         return closest, (distances / layouts.shape[1] ** 0.5).tolist()
 
     def read_layouts(self, run: str) -> Iterator[int]:
-        """Read the training images that `nearest` looks among, once; now and then says how many. A ValueError where
-        they are not those of the training."""
+        """Read the training images for `nearest`, once per checkpoint; yields the index of every 200th.
+
+        Raises ValueError where they are not the images that the checkpoint was trained on.
+        """
         if run not in self.layouts:
             images, layouts = open_split(self.checkpoint(run).config.data, "train"), []
             self.checkpoint(run).check_identity(train=images.describe())
@@ -162,51 +167,57 @@ class Studio:
 
 
 def spelled(label: int, classes: list[str]) -> str:
-    """How to name a class on a command line so that YAML reads it right."""
-    for word in (classes[label], str(label)):
+    """Return a class's name, or else its number, whichever the command line's YAML reads as this class."""
+    for text in (classes[label], str(label)):
         try:
-            read = yaml.load(f"[{word}]", yaml.BaseLoader)
-            if len(read) == 1 and isinstance(read[0], str) and resolve_classes(read, classes) == [label]:
-                return word
+            parsed = yaml.load(f"[{text}]", yaml.BaseLoader)
+            if len(parsed) == 1 and isinstance(parsed[0], str) and resolve_classes(parsed, classes) == [label]:
+                return text
         except (yaml.YAMLError, ValueError):
             continue
     raise ValueError(f"class {classes[label]}: neither its name nor its number means it on a command line")
 
 
 def find_runs(folder: Path) -> list[str]:
-    """Runs with a checkpoint in a folder, the newest first, and the embedded one."""
+    """List the runs with a checkpoint in a folder, newest first, and the embedded checkpoint."""
     runs = [path.parent for path in folder.glob("*/checkpoints") if any(path.glob("[0-9]*/ema.safetensors"))]
     runs += [path.parent for path in folder.glob("*/ema.safetensors")]
     return [*(run.as_posix() for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)), EMBEDDED]
 
 
 class _Stopped(Exception):
-    """Raised in the sampler where nobody looks any more."""
+    """Raised in the sampler to end it, when nobody waits for its samples any more."""
 
 
-def _watch(
-    work: Callable[[Callable[[int, Tensor, Tensor], None]], Tensor], kept: set[int], num_steps: int
+def _stream(
+    sample: Callable[[Callable[[int, Tensor, Tensor], None]], Tensor], shown_steps: set[int], num_steps: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """What the work's callback is shown at the kept steps, and then what it returns, as they come."""
-    shown: queue.Queue[tuple[int, Tensor] | BaseException] = queue.Queue()
+    """Run a sampler in a thread, and yield (steps done, `x_0`) at the given steps, and at the end its samples.
+
+    Args:
+        sample: samples with a callback of (step, x_t, x_0)
+        shown_steps: steps, counted from 0, whose `x_0` is yielded
+        num_steps: number of all steps
+    """
+    results: queue.Queue[tuple[int, Tensor] | BaseException] = queue.Queue()
     stopped = threading.Event()
 
     def callback(step: int, x_t: Tensor, x_0: Tensor) -> None:
         if stopped.is_set():
             raise _Stopped
-        if step in kept:
-            shown.put((step + 1, x_0))
+        if step in shown_steps:
+            results.put((step + 1, x_0))
 
     def run() -> None:
         try:
-            shown.put((num_steps, work(callback)))
+            results.put((num_steps, sample(callback)))
         except BaseException as error:
-            shown.put(error)
+            results.put(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
         while True:
-            item = shown.get()
+            item = results.get()
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -217,4 +228,5 @@ def _watch(
 
 
 def _layout(images: UInt8[Tensor, "n 3 h w"]) -> Tensor:
+    """Colours and layout of images: their values at 16x16 pixels, flattened."""
     return torch.nn.functional.adaptive_avg_pool2d(images.float(), LAYOUT).flatten(1)

@@ -19,7 +19,7 @@ from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, 
 from checkpoints.hub import HubError, local
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
 from sampling.image_files import drawn_by, save_grid
-from sharing.model_card import card_files, drawn_with, model_card, rounded, without_paths
+from sharing.model_card import card_files, drawn_with, model_card, to_half, without_paths
 
 PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")
 REPO = "me/tiny-shapes"
@@ -194,7 +194,7 @@ def test_half_precision_weights_are_half_the_size_and_load_as_float32(folder, tm
     ours, theirs = half.load_model().state_dict(), whole.load_model().state_dict()
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)  # in float32
     with pytest.raises(ValueError, match=r"--half true: norm.running_var has numbers beyond float16's 65504"):
-        rounded({"norm.running_var": torch.tensor([1.0, 1e5]), "norm.num_batches": torch.tensor(100_000)})
+        to_half({"norm.running_var": torch.tensor([1.0, 1e5]), "norm.num_batches": torch.tensor(100_000)})
 
 
 def test_nothing_that_is_published_names_a_folder_of_this_machine(folder, tmp_path):
