@@ -1,4 +1,4 @@
-"""The configuration of an autoencoder's training: frozen dataclasses, read from YAML and flags as train.py's are."""
+"""Configuration of an autoencoder's training: frozen dataclasses, read from YAML and flags like those of train.py."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,13 +10,13 @@ from settings import within
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """Shape of the AutoencoderKL, which reduces each side by 2 ** (len(channels) - 1): four levels are f8.
+    """Architecture of the AutoencoderKL. Each side is reduced by 2 ** (len(channels) - 1): four levels make an f8.
 
     Args:
         channels: width of each level, finest first
-        latent_channels: channels of the latent
-        layers_per_block: residual blocks a level
-        norm_groups: groups of the group norms, which must divide each width
+        latent_channels: channels of the latents
+        layers_per_block: residual blocks per level
+        norm_groups: groups of the group norms; must divide each width
         attention: self-attention between the two middle blocks of encoder and decoder
     """
 
@@ -29,16 +29,16 @@ class ArchitectureConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What the autoencoder minimises, beside what the discriminator asks of it: (error + perceptual) / exp(s) + s + KL.
+    """Loss of the autoencoder without the adversarial term: (error + perceptual) / exp(s) + s + KL.
 
     Args:
-        error: of pixels in [-1, 1]: 'l1' or 'l2' (squared); the mean over an image
-        learned_variance: learn s, the logarithm of the pixels' scale; false: s is 0
-        kl_weight: of the KL divergence from a standard normal, the mean over an image's latent values
-        perceptual: 'lpips' (Zhang et al. 2018), 'vgg19', a .pt2 or TorchScript file (images from 0 to 255 to features;
-            a program: run only what you trust), or null: none
-        perceptual_weight: of the squared distance of their features
-        heads: of 'lpips': file of its weights v0.1 for VGG16; null downloads it
+        error: pixel error, averaged over an image in [-1, 1]: 'l1' or 'l2' (squared)
+        learned_variance: learn s, the log-scale of the pixel error; false: s is 0
+        kl_weight: weight of the KL divergence from a standard normal, averaged over an image's latent values
+        perceptual: network of the perceptual distance: 'lpips' (Zhang et al. 2018), 'vgg19', or a .pt2 or TorchScript
+            file that maps images in 0..255 to features (it is a program: run only what you trust); null: no such term
+        perceptual_weight: weight of the squared distance of the features
+        heads: for 'lpips': file with its v0.1 weights for VGG16; null downloads it
     """
 
     error: Literal["l1", "l2"] = "l1"
@@ -51,16 +51,16 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """A patch discriminator, which learns to tell reconstructions from images (Isola et al. 2017, Esser et al. 2021).
+    """Patch discriminator, which learns to tell reconstructions from images (Isola et al. 2017, Esser et al. 2021).
 
     Args:
-        weight: of its opinion in the autoencoder's loss, times the adaptive one; 0: no discriminator
-        start: optimizer step at which it starts to learn and to count
-        loss: 'hinge' or 'bce' (Goodfellow et al. 2014, not saturating)
-        max_adaptive: most that the adaptive weight, a ratio of gradients, may be (Esser et al. 2021, eq. 7)
-        norm: between its convolutions: 'group' or 'spectral'
+        weight: weight of the adversarial term, which the adaptive weight multiplies; 0: no discriminator
+        start: optimizer step from which the discriminator is trained and the adversarial term counts
+        loss: 'hinge' or 'bce' (the non-saturating loss of Goodfellow et al. 2014)
+        max_adaptive: upper limit of the adaptive weight, a ratio of gradient norms (Esser et al. 2021, eq. 7)
+        norm: normalisation of its convolutions: 'group' or 'spectral'
         channels: width of its first convolution
-        num_layers: convolutions of stride two
+        num_layers: number of convolutions of stride two
         lr: learning rate; warm-up and decay are the autoencoder's
         grad_clip: largest norm of its gradient; 0 turns clipping off
     """
@@ -81,8 +81,8 @@ class AutoencoderOptimConfig(OptimConfig):
     """Optimizer of the autoencoder.
 
     Args:
-        decay_epochs: of 'step': steps between two drops
-        muon_lr: peak learning rate of Muon (Jordan et al. 2024) on matrices and convolutions; null: AdamW on all
+        decay_epochs: for 'step': optimizer steps between two drops
+        muon_lr: peak learning rate of Muon (Jordan et al. 2024) for matrices and convolutions; null: AdamW for all
     """
 
     grad_clip: float = within("[0, inf)", 1.0)
@@ -91,10 +91,10 @@ class AutoencoderOptimConfig(OptimConfig):
 
 @dataclass(frozen=True)
 class AutoencoderTrainConfig(AnyTrainConfig):
-    """Length, batch and numbers of the training.
+    """Length, batch size and numerics of the training.
 
     Args:
-        num_workers: processes that read images, for each process that trains
+        num_workers: processes that load images, per training process
     """
 
     num_steps: int = within("[1, inf)", 50_000)
@@ -105,10 +105,10 @@ class AutoencoderTrainConfig(AnyTrainConfig):
 
 @dataclass(frozen=True)
 class AutoencoderLogConfig(AnyLogConfig):
-    """What is written on the way, and how often (in optimizer steps; 0: never).
+    """Outputs during the training, and how often they are written (in optimizer steps; 0: never).
 
     Args:
-        sample_every: reconstructions of held-out images by the averaged weights, and their PSNR
+        sample_every: reconstruct held-out images with the averaged weights, and compute their PSNR
     """
 
     sample_every: int = within("[0, inf)", 1000)
@@ -117,23 +117,23 @@ class AutoencoderLogConfig(AnyLogConfig):
 
 @dataclass(frozen=True)
 class AutoencodingConfig(RunConfig):
-    """Train an AutoencoderKL; write it in diffusers' folder format to runs/<name>/autoencoder.
+    """Train an AutoencoderKL, and write it in diffusers' folder format to runs/<name>/autoencoder.
 
     Args:
-        name: of the run's folder, runs/<name>
-        resume: a run's folder: go on from its newest whole checkpoint with its configuration, of which architecture
-            and data stay; 'auto': so with the folder of this name, or else start
-        init_from: an autoencoder to start from, in place of `architecture`: an embedded one, a folder, or a hub id
-        decoder_only: leave the encoder of init_from as it was, so that caches and backbones on its latents stay valid
-        half: write weights in float16, half the size
-        shapes_share: share of procedural shapes, of all difficulties, in each batch of images
+        name: name of the run's folder, runs/<name>
+        resume: folder of a run to resume from its newest complete checkpoint, with its configuration; architecture and
+            data cannot be changed. 'auto': resume from the folder of this name if it exists, otherwise start
+        init_from: autoencoder to start from, in place of `architecture`: an embedded one, a folder, or a hub id
+        decoder_only: freeze the encoder of init_from, so that caches and backbones on its latents stay valid
+        half: write the weights in float16, at half the size
+        shapes_share: fraction of each batch that is procedural shapes, of all difficulties
         data: images and how they are read; labels are not used
-        architecture: shape of the autoencoder
-        loss: what the autoencoder minimises
-        discriminator: the network that tells reconstructions from images
+        architecture: architecture of the autoencoder
+        loss: loss of the autoencoder
+        discriminator: network that learns to tell reconstructions from images
         optim: optimizer and learning rate
-        train: length, batch and numbers of the training
-        log: what is written on the way, and how often
+        train: length, batch size and numerics of the training
+        log: outputs during the training, and how often they are written
     """
 
     name: str = "autoencoder"

@@ -1,4 +1,4 @@
-"""Batches of images for an autoencoder, read as they are wanted: the set may be larger than memory."""
+"""Batches of images for an autoencoder's training, loaded on demand: the dataset may be larger than memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,17 +18,19 @@ from experiment.build import open_split
 from machine.randomness import generator_for
 from training.batches import positions
 
-NUM_SHAPES = 6000  # of each difficulty
+NUM_SHAPES = 6000  # per difficulty
 
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """Steps of `sizes[i]` images of source `i`, each source in epochs that are permutations, laid end to end; half of
-    them mirrored, where `mirrors` is set. What a step holds is a function of (seed, step, position in the global
-    batch), of which each process has its share."""
+    """Training batches with a fixed number of images from each source.
 
-    sources: Sequence[Any]  # of datasets of `data`, or several of them one after the other
-    sizes: Sequence[int]
+    Each source is read in epochs, each a permutation of it. The content of a step is a function of (seed, step,
+    position in the global batch), whatever the number of processes; each process loads its share.
+    """
+
+    sources: Sequence[Any]  # datasets of `data`, or concatenations of them
+    sizes: Sequence[int]  # images of each source in a global batch
     seed: int
     rank: int = 0
     num_ranks: int = 1
@@ -41,35 +43,39 @@ class ImageBatches:
 
     @property
     def batch_size(self) -> int:
+        """Size of the global batch."""
         return sum(self.sizes)
 
     def __call__(self, step: int, order: int = 0) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
-        """This process's share of the batches from a step on, without end; `order` numbers the permutations."""
+        """Yield this process's share of all batches from a step on, without end.
+
+        With `mirrors`, half of the images are mirrored. Another `order` gives other permutations.
+        """
         share = slice(self.rank, None, self.num_ranks)
-        steps = (self.indices(number, order)[share] for number in count(step))
-        loader = DataLoader(ConcatDataset(self.sources), batch_sampler=steps, num_workers=self.num_workers)
+        batch_sampler = (self.indices(later, order)[share] for later in count(step))
+        loader = DataLoader(ConcatDataset(self.sources), batch_sampler=batch_sampler, num_workers=self.num_workers)
         for number, (images, _) in enumerate(loader, start=step):
-            draw = generator_for(self.seed, "mirrored", number)
-            mirrored = torch.rand(self.batch_size, generator=draw)[share] < 0.5 * self.mirrors
-            yield torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            generator = generator_for(self.seed, "mirrored", number)
+            is_mirrored = torch.rand(self.batch_size, generator=generator)[share] < 0.5 * self.mirrors
+            yield torch.where(is_mirrored[:, None, None, None], images.flip(-1), images)
 
     def indices(self, step: int, order: int = 0) -> list[int]:
-        """The images of a step's global batch, counted through all sources."""
-        indices, first = [], 0
+        """Indices of the images of a step's global batch, in the concatenation of all sources."""
+        indices, offset = [], 0
         for number, (source, size) in enumerate(zip(self.sources, self.sizes, strict=True)):
             length = len(source)
-            indices += (first + positions(length, step * size, size, self.seed, f"source {number}", order)).tolist()
-            first += length
+            indices += (offset + positions(length, step * size, size, self.seed, f"source {number}", order)).tolist()
+            offset += length
         return indices
 
     def noise(self, step: int, shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "b c h w"]:
-        """This process's share of the step's posterior noise, of `shape` an image."""
-        draw = generator_for(self.seed, "posterior", step, device=device)
-        return torch.randn(self.batch_size, *shape, generator=draw, device=device)[self.rank :: self.num_ranks]
+        """Draw this process's share of the noise for a step's posterior samples; `shape` is that of one latent."""
+        generator = generator_for(self.seed, "posterior", step, device=device)
+        return torch.randn(self.batch_size, *shape, generator=generator, device=device)[self.rank :: self.num_ranks]
 
 
 def open_batches(config: AutoencodingConfig, accelerator: Accelerator) -> ImageBatches:
-    """The training images, joined by procedural shapes where a share of them is asked for."""
+    """Open the training images, and procedural shapes where `shapes_share` asks for them."""
     batch_size = config.train.batch_size
     num_shapes = round(config.shapes_share * batch_size)
     if num_shapes == batch_size:
@@ -83,11 +89,12 @@ def open_batches(config: AutoencodingConfig, accelerator: Accelerator) -> ImageB
 
 
 def open_held_out(config: AutoencodingConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Images to measure on, by name: the test split, and shapes of each difficulty where they were trained on."""
+    """Open the held-out images by name: the test split, and shapes of each difficulty where they are trained on."""
     shapes = open_shapes(config, "test") if config.shapes_share else {}
     return {"images": open_split(config.data, "test", accelerator), **shapes}
 
 
 def open_shapes(config: AutoencodingConfig, split: str) -> dict[str, Dataset]:
+    """Open procedural shapes of each difficulty, by name."""
     settings: dict[str, Any] = {"split": split, "image_size": config.data.image_size, "num_images": NUM_SHAPES}
     return {f"shapes_{kind}": open_dataset("shapes", difficulty=kind, **settings) for kind in DIFFICULTIES}

@@ -1,4 +1,4 @@
-"""What an autoencoder minimises: the variational bound with a perceptual distance, and a discriminator's opinion."""
+"""Losses of an autoencoder: the variational bound with a perceptual distance, and an adversarial term."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from autoencoding.autoencoder_config import DiscriminatorConfig, LossConfig
 from autoencoding.model import Autoencoding, Coded
 from metrics.perceptual import perceptual_network
 
-Critic = Callable[[Tensor], Tensor]  # images to logits, positive for real ones
+Critic = Callable[[Tensor], Tensor]  # a discriminator: images to logits, positive for real images
 
 
 NORMS: dict[str, Callable[[nn.Conv2d], list[nn.Module]]] = {
@@ -25,10 +25,11 @@ NORMS: dict[str, Callable[[nn.Conv2d], list[nn.Module]]] = {
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches, one logit each, positive for real ones (PatchGAN: Isola et al. 2017, section 3.2.2).
+    """Patch discriminator: a logit per overlapping patch, positive for real images (Isola et al. 2017, section 3.2.2).
 
-    `num_layers` convolutions of stride two, each wider up to eight times `channels`, then two of stride one: with three
-    a logit sees 70 pixels. Norms are `group`, or `spectral` (Miyato et al. 2018). No layer mixes images.
+    It has `num_layers` convolutions of stride two, whose width doubles up to eight times `channels`, and two of stride
+    one. With three layers a logit has a receptive field of 70 pixels. `norm` is `group`, or `spectral` (Miyato et al.
+    2018); neither mixes the images of a batch.
     """
 
     def __init__(self, *, channels: int = 64, num_layers: int = 3, norm: str = "group") -> None:
@@ -52,7 +53,7 @@ def _conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
 
 
 class Adversarial(NamedTuple):
-    """What the discriminator minimises, of logits of real and fake patches, and the autoencoder, of fake ones."""
+    """Adversarial losses: the discriminator's, of logits of real and fake patches; the autoencoder's, of fake ones."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     autoencoder: Callable[[Tensor], Tensor]
@@ -66,24 +67,27 @@ ADVERSARIAL = {
 
 @dataclass(frozen=True)
 class AutoencoderObjective:
-    """The terms, each the mean over an image's values; and their gradient."""
+    """Loss terms of the autoencoder and the discriminator, each averaged over an image's values, and their gradient."""
 
     config: LossConfig
     discriminator: DiscriminatorConfig
-    network: nn.Module | None  # in whose features images are compared
+    network: nn.Module | None  # of the perceptual distance
 
     def likelihood(
         self, reconstruction: Float[Tensor, "b 3 h w"], images: Float[Tensor, "b 3 h w"], s: Tensor
     ) -> dict[str, Float[Tensor, " b"]]:
-        """`(error + perceptual) / exp(s) + s`: with the error alone, up to a constant, the negative log-likelihood of
-        the pixels under a Laplace distribution of scale exp(s); of l2, twice that under a normal of variance exp(s)."""
+        """Compute `error`, `perceptual` and `nll = (error + perceptual) / exp(s) + s`.
+
+        Without the perceptual term and up to a constant, `nll` is the negative log-likelihood of the pixels under a
+        Laplace distribution of scale exp(s) for l1, and twice that under a normal of variance exp(s) for l2.
+        """
         difference = reconstruction - images
         error = _mean(difference.abs() if self.config.error == "l1" else difference.square())
         perceptual = torch.zeros_like(error)
         if self.network is not None:
             with torch.no_grad():
-                true = self.network(images)
-            perceptual = _mean((self.network(reconstruction) - true).float().square())
+                target = self.network(images)
+            perceptual = _mean((self.network(reconstruction) - target).float().square())
         nll = (error + self.config.perceptual_weight * perceptual) * torch.exp(-s) + s
         return {"error": error, "perceptual": perceptual, "nll": nll}
 
@@ -95,8 +99,11 @@ class AutoencoderObjective:
         autoencoding: Autoencoding,
         critic: Critic | None,
     ) -> dict[str, Float[Tensor, " b"]]:
-        """Leave the gradient of all terms in the autoencoder's parameters; returns the terms. It is put together at the
-        reconstruction, so that each network is gone through once."""
+        """Compute the loss, accumulate its gradient in the autoencoder's parameters, and return the terms.
+
+        The gradient with respect to the reconstruction is assembled first: the adaptive weight needs its two parts at
+        the decoder's last layer, and so one backward pass through the autoencoder suffices.
+        """
         s = autoencoding.log_scale
         reconstruction = coded.reconstruction.float()
         pixels = reconstruction.detach().requires_grad_()
@@ -110,31 +117,33 @@ class AutoencoderObjective:
             with accelerator.autocast():
                 logits = critic(pixels).float()
             terms["adversarial"] = _mean(ADVERSARIAL[self.discriminator.loss].autoencoder(logits))
-            (opinion,) = torch.autograd.grad(terms["adversarial"].mean(), pixels)
+            (adversarial,) = torch.autograd.grad(terms["adversarial"].mean(), pixels)
 
-            def at_last_layer(of_pixels: Tensor) -> Tensor:
-                layer = autoencoding.autoencoder.decoder.conv_out.weight
-                (of_layer,) = torch.autograd.grad(reconstruction, layer, of_pixels, retain_graph=True)
-                return accelerator.reduce(of_layer, "mean")  # pyright: ignore[reportReturnType]
+            def at_last_layer(pixel_gradient: Tensor) -> Tensor:
+                weight = autoencoding.autoencoder.decoder.conv_out.weight
+                (weight_gradient,) = torch.autograd.grad(reconstruction, weight, pixel_gradient, retain_graph=True)
+                return accelerator.reduce(weight_gradient, "mean")  # pyright: ignore[reportReturnType]
 
-            adaptive = adaptive_weight(at_last_layer(gradient), at_last_layer(opinion), self.discriminator.max_adaptive)
-            # An opinion that is not finite does not count; the discriminator's own guard sees to it.
-            adaptive, opinion = (torch.nan_to_num(tensor, 0.0, 0.0, 0.0) for tensor in (adaptive, opinion))
+            gradients = at_last_layer(gradient), at_last_layer(adversarial)
+            adaptive = adaptive_weight(*gradients, self.discriminator.max_adaptive)
+            # A gradient that is not finite is ignored here; the discriminator's own guard deals with its cause.
+            adaptive, adversarial = (torch.nan_to_num(tensor, 0.0, 0.0, 0.0) for tensor in (adaptive, adversarial))
             weight = self.discriminator.weight * adaptive
-            gradient = gradient + weight * opinion
+            gradient = gradient + weight * adversarial
             loss = loss + weight * torch.nan_to_num(terms["adversarial"], 0.0, 0.0, 0.0)
             terms["adaptive_weight"] = adaptive.expand(len(loss))
 
-        by_pixels = (reconstruction * gradient).sum()
-        scaled = terms["error"] + self.config.perceptual_weight * terms["perceptual"]
-        by_scale = (scaled.detach() * torch.exp(-s) + s).mean()
-        accelerator.backward(by_pixels + by_scale + self.config.kl_weight * terms["kl"].mean())
+        # A surrogate loss with the assembled gradient: at the reconstruction, at s, and of the KL divergence.
+        through_pixels = (reconstruction * gradient).sum()
+        error = terms["error"] + self.config.perceptual_weight * terms["perceptual"]
+        through_scale = (error.detach() * torch.exp(-s) + s).mean()
+        accelerator.backward(through_pixels + through_scale + self.config.kl_weight * terms["kl"].mean())
         return {"loss": loss, **terms}
 
     def tell_apart(
         self, critic: Critic, images: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"]
     ) -> dict[str, Float[Tensor, " b"]]:
-        """What the discriminator minimises, and how many patches of either kind it takes for what they are."""
+        """Compute the discriminator's loss, and its accuracy on patches of either kind (`real_found`, `fake_found`)."""
         real, fake = critic(torch.cat([images, reconstruction])).float().chunk(2)
         return {
             "discriminator": _mean(ADVERSARIAL[self.discriminator.loss].discriminator(real, fake)),
@@ -146,7 +155,7 @@ class AutoencoderObjective:
 def build_objective(
     config: LossConfig, discriminator: DiscriminatorConfig, device: torch.device
 ) -> AutoencoderObjective:
-    """A ValueError says what can be used in place of a perceptual network that cannot be had."""
+    """Build the objective and load its perceptual network. Raises ValueError with the alternatives if that fails."""
     if config.perceptual is None:
         if config.heads is not None:
             raise ValueError(f"--loss.heads {config.heads}: it belongs to --loss.perceptual lpips, which is null")
@@ -159,14 +168,15 @@ def build_objective(
 
 
 def kl_divergence(mean: Float[Tensor, "b c h w"], log_variance: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """From the posterior to a standard normal (Kingma and Welling 2014, appendix B), in nats a value of the latent."""
+    """KL divergence of the posterior from a standard normal in nats per value (Kingma and Welling 2014, appendix B)."""
     return _mean((mean.square() + log_variance.exp() - 1 - log_variance) / 2)
 
 
 def adaptive_weight(likelihood: Tensor, adversarial: Tensor, at_most: float) -> Float[Tensor, ""]:
-    """How much more the first gradient weighs than the second (Esser et al. 2021, eq. 7)."""
+    """Ratio of the norms of two gradients, clamped (Esser et al. 2021, eq. 7)."""
     return (likelihood.norm() / (adversarial.norm() + 1e-6)).clamp(max=at_most)
 
 
 def _mean(values: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """Mean of each image's values."""
     return values.flatten(1).mean(dim=1)

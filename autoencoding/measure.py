@@ -1,4 +1,4 @@
-"""What autoencoders lose of held-out images, and what their latents are like: `evaluate.py --autoencoder`."""
+"""Evaluation of autoencoders (`evaluate.py --autoencoder`): reconstruction of held-out images, latent statistics."""
 
 import json
 from collections import defaultdict
@@ -35,16 +35,17 @@ from metrics.pixelwise import WINDOW, psnr, spatial_frequencies, spectrum, ssim
 from metrics.scores import METRICS, Score, metric_name, row_of
 from sampling.image_files import save_labelled
 
-ACTIVE = 0.01  # a unit whose posterior mean varies less over images is dead (Burda et al. 2016, section 5.2)
-AMPLIFIED = 3  # times that differences are drawn of what they are, around grey
+ACTIVE = 0.01  # a channel whose posterior mean varies less over images is dead (Burda et al. 2016, section 5.2)
+AMPLIFICATION = 3  # of the differences in the picture of reconstructions, which are drawn around grey
 COLUMNS = 10
-DECIDING = {"agreement": True, "fid": False, "lpips": False, "psnr": True}  # the first that all have; is more better?
-TENTH = "psnr_images_tenth"  # of an autoencoder's metrics.json: a tenth of the images it was made for come back worse
+# Metrics to compare autoencoders by, best first, and whether higher is better; the first that all have is used.
+DECIDING = {"agreement": True, "fid": False, "lpips": False, "psnr": True}
+TENTH = "psnr_images_tenth"  # key of an autoencoder's metrics.json: 10th percentile of PSNR on its own held-out images
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two images are apart in a frozen network's features, LPIPS or another, or why that cannot be had."""
+    """Perceptual distance in the features of a frozen network (LPIPS or another), or the reason why there is none."""
 
     name: str
     network: nn.Module | None = None
@@ -57,7 +58,10 @@ class Distance:
 
 
 def open_distance(network: str, heads: str | None, device: torch.device) -> Distance:
-    """By `--perceptual` and `--heads`, or why it cannot be downloaded; a missing file is a ValueError."""
+    """Open the distance that `--perceptual` and `--heads` name.
+
+    If its weights cannot be downloaded, the result holds the reason. Raises ValueError for a missing file.
+    """
     if network not in NETWORKS and not Path(network).is_file():
         raise ValueError(
             f"--perceptual {network}: no such file; give {', '.join(NETWORKS)}, or a program (.pt2) that you trust"
@@ -78,32 +82,35 @@ def open_distance(network: str, heads: str | None, device: torch.device) -> Dist
 
 @dataclass(frozen=True)
 class Measured:
-    """An autoencoder, on some images."""
+    """Measurements of an autoencoder on a set of images."""
 
     scores: dict[str, Score]
-    latents: dict[str, Any]
-    power: list[float]  # of the images, by spatial frequency
-    kept: list[float]  # of their reconstructions
+    latents: dict[str, Any]  # statistics, see `latent_statistics`
+    power: list[float]  # power spectrum of the images, by spatial frequency
+    reconstructed_power: list[float]  # power spectrum of their reconstructions
 
 
 @torch.inference_mode()
 def measure(
     codec: LatentCodec, images: Source, distance: Distance, accelerator: Accelerator, batch_size: int
 ) -> Measured:
-    """Means over images, of which each process takes a share; they come back as the decoded mean of the posterior."""
-    compared: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+    """Measure an autoencoder on images, of which each process takes a share.
+
+    Reconstructions are decoded from the mean of the posterior.
+    """
+    comparisons: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     if distance.network is not None:
-        compared[distance.name] = distance
-    indices, quiet = share(images.num_images, accelerator), not accelerator.is_main_process
+        comparisons[distance.name] = distance
+    indices, is_quiet = share(images.num_images, accelerator), not accelerator.is_main_process
     sums: dict[str, Any] = defaultdict(float)
-    with tqdm(total=len(indices), desc=codec.source, unit="img", leave=False, disable=quiet) as bar:
+    with tqdm(total=len(indices), desc=codec.source, unit="img", leave=False, disable=is_quiet) as bar:
         for batch in images.batches(indices, batch_size):
             originals = batch.images.to(accelerator.device)
             mean, std = posterior(codec, originals)
             reconstructed = codec.decode(mean.float().to(originals.device))
-            terms = {name: compare(originals, reconstructed) for name, compare in compared.items()} | {
+            terms = {name: compare(originals, reconstructed) for name, compare in comparisons.items()} | {
                 "power": spectrum(originals),
-                "kept": spectrum(reconstructed),
+                "reconstructed_power": spectrum(reconstructed),
                 "mean": mean,
                 "square": mean**2,
                 "product": einsum(mean, mean, "b c h w, b d h w -> b c d") / mean[0, 0].numel(),
@@ -112,32 +119,36 @@ def measure(
             for name, values in terms.items():
                 sums[name] = sums[name] + exact(values).sum(dim=0).cpu()
             bar.update(len(originals))
-    parts = gather_object([dict(sums)])
+    parts = gather_object([dict(sums)])  # a process without images has no sums
     names = dict.fromkeys(name for part in parts for name in part)
     means: dict[str, Any] = {name: sum(part.get(name, 0.0) for part in parts) / images.num_images for name in names}
     scores = {}
-    for name in compared:
+    for name in comparisons:
         value = means[name].item()
         reason = None if isfinite(value) else f"its mean is {value}: an image came back exactly"
         scores[name] = Score(None if reason else value, reason=reason)
     if distance.network is None:
         scores[distance.name] = Score(None, reason=distance.reason)
-    return Measured(scores, latent_statistics(codec, means), means["power"].tolist(), means["kept"].tolist())
+    spectra = means["power"].tolist(), means["reconstructed_power"].tolist()
+    return Measured(scores, latent_statistics(codec, means), *spectra)
 
 
 def posterior(
     codec: LatentCodec, images: UInt8[Tensor, "b 3 H W"]
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-    """Mean and standard deviation of the latents that a backbone is given of each image."""
-    stored = codec.prepare(images)
-    zeros = torch.zeros(len(images), *codec.latent_shape(*images.shape[-2:]), device=stored.device)
-    mean, above = (exact(codec.draw(stored, noise)) for noise in (zeros, zeros + 1))
-    return mean, above - mean
+    """Mean and standard deviation of the posterior of each image, in the normalised latents that backbones see."""
+    prepared = codec.prepare(images)
+    zeros = torch.zeros(len(images), *codec.latent_shape(*images.shape[-2:]), device=prepared.device)
+    mean, mean_plus_std = (exact(codec.draw(prepared, noise)) for noise in (zeros, zeros + 1))
+    return mean, mean_plus_std - mean
 
 
 def latent_statistics(codec: LatentCodec, means: dict[str, Tensor]) -> dict[str, Any]:
-    """Of draws from the posteriors, by channel. `activity` is the variance over images of the posterior's mean of `z`,
-    in which the prior has variance 1 (Burda et al. 2016, section 5.2); a channel below `ACTIVE` is dead."""
+    """Compute statistics of the latents by channel, over images, positions and posterior samples.
+
+    `activity` is the variance over images of the posterior mean of `z`, in the units in which the prior has variance 1
+    (Burda et al. 2016, section 5.2). A channel whose activity is below `ACTIVE` is dead.
+    """
     mean = reduce(means["mean"], "c h w -> c", "mean")
     covariance = means["product"] - mean[:, None] * mean + means["within"].diag()
     std = covariance.diagonal().clamp(min=0).sqrt()
@@ -158,8 +169,10 @@ def measure_autoencoders(
     accelerator: Accelerator,
     output: str | None = None,
 ) -> str:
-    """Measure each on the held-out images, write JSON and pictures, and say in words what came out. What cannot be had
-    is refused before anything is measured."""
+    """Measure autoencoders on the held-out images, write JSON and pictures, and return a summary in words.
+
+    Autoencoders, networks and data are opened first, so that what is missing is reported before anything is measured.
+    """
     codecs = [open_codec(name, data.image_size) for name in dict.fromkeys(names)]
     distance = open_distance(*perceptual, accelerator.device)
     scorer, reference = open_scorer(data, accelerator, evaluation)
@@ -168,25 +181,27 @@ def measure_autoencoders(
     images = from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)
     batch = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
 
-    asked = [name for name in evaluation.metrics if not METRICS[name].teaches]
+    # Metrics that train a classifier on the samples are left out: it would be tested on the same images.
+    metrics = [name for name in evaluation.metrics if not METRICS[name].teaches]
     leak = Score(None, reason="it would learn from the very images that it asks of")
-    taught = [name for name in evaluation.metrics if name not in asked]
-    refused = {metric_name(name, extractor.kind, extractor.name): leak for name in taught}
+    left_out = [name for name in evaluation.metrics if name not in metrics]
+    refused = {metric_name(name, extractor.kind, extractor.name): leak for name in left_out}
     rows, measured = [], {}
     for codec in codecs:
         source = reconstructions(images, codec.to(accelerator.device), accelerator.device)
         measured[codec.source] = measure(codec, images, distance, accelerator, evaluation.batch_size)
-        scores, _ = scorer.score(source, reference, asked)
+        scores, _ = scorer.score(source, reference, metrics)
         scores = replace(scores, scores={**measured[codec.source].scores, **scores.scores, **refused})
         speed = {}
         if accelerator.is_main_process:
-            timed: dict[str, Any] = {"batch_size": len(batch), "num_repeats": 3, "device": batch.device}
-            speed["encode img/s"] = round(throughput(partial(codec.prepare, batch), **timed), 1)
-            speed["decode img/s"] = round(throughput(partial(codec.decode, codec.encode(batch)), **timed), 1)
-        about = {**source.provenance, **speed, "device": str(accelerator.device)}
-        rows.append(summarise(replace(source, name=codec.source, provenance=about), [scores]))
-    if of_classes := [name for name in asked if METRICS[name].needs == "labelled"]:  # the probe's ceiling
-        scores, _ = scorer.score(images, reference, of_classes)
+            options: dict[str, Any] = {"batch_size": len(batch), "num_repeats": 3, "device": batch.device}
+            speed["encode img/s"] = round(throughput(partial(codec.prepare, batch), **options), 1)
+            speed["decode img/s"] = round(throughput(partial(codec.decode, codec.encode(batch)), **options), 1)
+        origin = {**source.provenance, **speed, "device": str(accelerator.device)}
+        rows.append(summarise(replace(source, name=codec.source, provenance=origin), [scores]))
+    # For metrics that compare with labels, the score of the original images is the ceiling.
+    if label_metrics := [name for name in metrics if METRICS[name].needs == "labelled"]:
+        scores, _ = scorer.score(images, reference, label_metrics)
         rows.append(summarise(images, [scores]))
     if not accelerator.is_main_process:
         return ""
@@ -194,12 +209,13 @@ def measure_autoencoders(
     path = Path(output) if output else default_output(codecs)
     pictures = [path.with_name(f"{path.stem}-{name}.png") for name in ("reconstructions", "spectrum")]
     frequencies = spatial_frequencies(data.image_size, data.image_size).tolist()
-    powers = {"held-out images": measured[codecs[0].source].power} | {name: of.kept for name, of in measured.items()}
+    powers = {"held-out images": measured[codecs[0].source].power}
+    powers |= {name: result.reconstructed_power for name, result in measured.items()}
     sha256 = None if distance.network is None else weights_sha256(distance.network.state_dict())
     record = {
         **provenance(rows, reference, scorer),
         "perceptual": {"name": distance.name, "sha256": sha256, "reason": distance.reason},
-        "latents": {name: of.latents for name, of in measured.items()},
+        "latents": {name: result.latents for name, result in measured.items()},
         "spectrum": {"cycles_per_pixel": frequencies, **powers},
     }
     write_json(record, path)
@@ -210,7 +226,7 @@ def measure_autoencoders(
     lines = [
         f"{images.num_images} held-out images of {held_out.source_name} and what came back of them; distances on {on}",
         table(rows, ("encode img/s", "decode img/s"), of="autoencoder"),
-        *(f"latents of {name}: {in_words(of.latents)}" for name, of in measured.items()),
+        *(f"latents of {name}: {in_words(result.latents)}" for name, result in measured.items()),
         *(f"{name}: none: {reason}" for name, reason in missing.items()),
     ]
     if extractor.kind != "inception":
@@ -220,7 +236,7 @@ def measure_autoencoders(
 
 
 def open_codec(name: str, image_size: int) -> LatentCodec:
-    """An autoencoder that fits the images; another one, and pixels, are refused."""
+    """Open an autoencoder. Raises ValueError for `pixel`, and for images that it, or SSIM, cannot be used on."""
     if name == "pixel":
         raise ValueError("--autoencoder pixel: pixels come back as they were; give an autoencoder")
     if image_size < WINDOW:
@@ -231,7 +247,7 @@ def open_codec(name: str, image_size: int) -> LatentCodec:
 
 
 def default_output(codecs: Sequence[LatentCodec]) -> Path:
-    """In the autoencoder's own folder, but for an embedded one, else by their names in the working folder."""
+    """Path of the JSON: in the autoencoder's folder, or for several or an embedded one in the working folder."""
     folder = Path(codecs[0].source)
     if len(codecs) == 1 and folder.is_dir() and folder.resolve() not in EMBEDDED.values():
         return folder / "autoencoder.json"
@@ -240,6 +256,7 @@ def default_output(codecs: Sequence[LatentCodec]) -> Path:
 
 
 def in_words(latents: dict[str, Any]) -> str:
+    """Summarise the statistics of latents in a sentence."""
     correlation = torch.tensor(latents["correlation"]).fill_diagonal_(0).abs().max().item()
     ranges = [
         f"{name.replace('_', ' ')} {min(latents[name]):.3f} to {max(latents[name]):.3f}"
@@ -252,58 +269,64 @@ def in_words(latents: dict[str, Any]) -> str:
 
 
 def draw_reconstructions(images: Source, codecs: Sequence[LatentCodec], device: torch.device, path: Path) -> None:
-    """Some images of the classes, and for each autoencoder what comes back of them and by how much it differs."""
+    """Write a picture with rows of images and, for each autoencoder, of their reconstructions and the differences."""
     labels = torch.zeros(images.num_images).long() if images.labels is None else images.labels
     originals = images.images(stratified(labels, min(COLUMNS, images.num_images), seed=0))
     rows, short = [("input", originals)], [Path(codec.source).name for codec in codecs]
     for codec, last in zip(codecs, short, strict=True):
         name = "reconstruction" if len(codecs) == 1 else last if short.count(last) == 1 else codec.source
         reconstructed = codec.decode(codec.encode(originals.to(device))).cpu()
-        difference = AMPLIFIED * (reconstructed.float() - originals.float()) + 127.5
+        difference = AMPLIFICATION * (reconstructed.float() - originals.float()) + 127.5
         rows.append((name, reconstructed))
-        rows.append((f"difference x{AMPLIFIED}", difference.clamp(0, 255).to(torch.uint8)))
+        rows.append((f"difference x{AMPLIFICATION}", difference.clamp(0, 255).to(torch.uint8)))
     tiles = [(name, list(rearrange(row, "n c h w -> n h w c").numpy())) for name, row in rows]
     save_labelled(tiles, [], path, scale=max(1, 128 // originals.shape[-1]))
 
 
 def draw_spectra(frequencies: Sequence[float], powers: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Power by spatial frequency of the images (the first of `powers`) and of reconstructions, and their ratio."""
+    """Plot the power spectra of images (the first of `powers`) and reconstructions, and below their ratio."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     (first, images), *others = powers.items()
-    above.plot(frequencies, images, color="black", linewidth=1.5, label=first)
+    top.plot(frequencies, images, color="black", linewidth=1.5, label=first)
     for name, power in others:
         ratio = np.divide(power, images, out=np.full(len(power), np.nan), where=np.array(images) > 1e-12)
-        (line,) = above.plot(frequencies, power, linewidth=1.5, label=name)
-        below.plot(frequencies, ratio, color=line.get_color(), linewidth=1.5)
-    above.set(yscale="log", ylabel="power")
-    above.legend(frameon=False, fontsize=8)
-    below.axhline(1.0, color="black", linewidth=0.8)
-    below.set(xlabel="spatial frequency (cycles a pixel)", ylabel="reconstructed / input", xlim=(0, 0.5))
-    below.set_ylim(bottom=0)
-    for axes in (above, below):
+        (line,) = top.plot(frequencies, power, linewidth=1.5, label=name)
+        bottom.plot(frequencies, ratio, color=line.get_color(), linewidth=1.5)
+    top.set(yscale="log", ylabel="power")
+    top.legend(frameon=False, fontsize=8)
+    bottom.axhline(1.0, color="black", linewidth=0.8)
+    bottom.set(xlabel="spatial frequency (cycles a pixel)", ylabel="reconstructed / input", xlim=(0, 0.5))
+    bottom.set_ylim(bottom=0)
+    for axes in (top, bottom):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def advice(rows: Sequence[Row], codecs: Sequence[LatentCodec], image_size: int) -> list[str]:
-    """Sentences to close a measurement with, of rows and their autoencoders."""
+    """Sentences of advice: which autoencoder to take, and which of them does not suit the images."""
     shapes = {codec.source: codec.latent_shape(image_size, image_size) for codec in codecs}
     lines = [choice(rows, shapes)] if len(rows) > 1 else []
-    return lines + [line for row, codec in zip(rows, codecs, strict=True) if (line := outside(row, codec))]
+    return lines + [line for row, codec in zip(rows, codecs, strict=True) if (line := unsuitable(row, codec))]
 
 
 def choice(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
-    """The fastest decoder of those within two standard errors of the best by the first score of `DECIDING`."""
-    scores = {row.name: {row_of(title)[0]: score for title, score in _whole(row).items()} for row in rows}
-    known = [{name for name in of if of[name].value is not None} for of in scores.values()]
-    metric = next((name for name in DECIDING if all(name in names for names in known)), None)
+    """Recommend the fastest decoder among those within two standard errors of the best score.
+
+    The score is that of the first metric of `DECIDING` that all autoencoders have.
+    """
+    scores = {row.name: {row_of(title)[0]: score for title, score in _without_halves(row).items()} for row in rows}
+
+    def is_available(metric: str) -> bool:
+        return all(metric in own and own[metric].value is not None for own in scores.values())
+
+    metric = next(filter(is_available, DECIDING), None)
     if metric is None:
         return "No score that all of them have says which to take."
-    title = next(title for title in _whole(rows[0]) if row_of(title)[0] == metric)
+    title = next(title for title in _without_halves(rows[0]) if row_of(title)[0] == metric)
 
     def value(row: Row) -> float:
         return scores[row.name][metric].value or 0.0
@@ -315,31 +338,32 @@ def choice(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
         return row.settings["decode img/s"]
 
     best = (max if DECIDING[metric] else min)(rows, key=value)
-    alike = [row for row in rows if abs(value(row) - value(best)) <= 2 * hypot(error(row), error(best))]
-    taken = max(alike, key=speed)
+    tied = [row for row in rows if abs(value(row) - value(best)) <= 2 * hypot(error(row), error(best))]
+    chosen = max(tied, key=speed)
 
-    def beside(describe: Callable[[Row], str]) -> str:
-        others = ", ".join(f"{row.name} {describe(row)}" for row in rows if row is not taken)
-        return f"{describe(taken)} ({others})"
+    def compare(describe: Callable[[Row], str]) -> str:
+        others = ", ".join(f"{row.name} {describe(row)}" for row in rows if row is not chosen)
+        return f"{describe(chosen)} ({others})"
 
-    why = f"the fastest of {len(alike)} that {title} does not tell apart" if len(alike) > 1 else title
+    why = f"the fastest of {len(tied)} that {title} does not tell apart" if len(tied) > 1 else title
     return (
-        f"Take {taken.name}: {why}, {beside(lambda row: number(value(row), error(row) or None))}. It decodes "
-        f"{beside(lambda row: f'{speed(row):g} img/s')} from latents of "
-        f"{beside(lambda row: 'x'.join(map(str, shapes[row.name])))}; the more channels, the longer a backbone learns."
+        f"Take {chosen.name}: {why}, {compare(lambda row: number(value(row), error(row) or None))}. It decodes "
+        f"{compare(lambda row: f'{speed(row):g} img/s')} from latents of "
+        f"{compare(lambda row: 'x'.join(map(str, shapes[row.name])))}; the more channels, the longer a backbone learns."
     )
 
 
-def _whole(row: Row) -> dict[str, Score]:
+def _without_halves(row: Row) -> dict[str, Score]:
+    """Scores of a row, without the distances between halves of the samples."""
     return {title: score for title, score in row.scores.items() if not title.endswith(", halves")}
 
 
-def outside(row: Row, codec: LatentCodec) -> str | None:
-    """That the images come back worse than nine tenths of those that the autoencoder was made for, where it is so."""
+def unsuitable(row: Row, codec: LatentCodec) -> str | None:
+    """Warn if the mean PSNR is below the 10th percentile of the images that the autoencoder was trained for."""
     folder, psnr = EMBEDDED.get(codec.source, Path(codec.source)), row.scores["psnr"].value
     try:
         low = float(json.loads((folder / "metrics.json").read_text())[TENTH])
-    except (OSError, ValueError, TypeError, LookupError):  # of the hub, or of other authors: nobody measured it
+    except (OSError, ValueError, TypeError, LookupError):  # an autoencoder from elsewhere, without this number
         return None
     if psnr is None or psnr >= low:
         return None

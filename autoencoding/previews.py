@@ -1,4 +1,4 @@
-"""What an autoencoder's training looks at on the way: reconstructions of held-out images."""
+"""Previews during an autoencoder's training: reconstructions of held-out images, and their PSNR."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ COLUMNS = 12
 
 
 def pick(images: Any, at_most: int) -> UInt8[Tensor, "n 3 h w"]:
-    """Of a dataset of `data` so many, of each class its share."""
-    chosen = stratified(images.labels, min(at_most, len(images)), seed=0)
-    return torch.cat([batch.images for batch in image_batches(images, 256, indices=chosen)])
+    """Load a fixed subset of a dataset, stratified by class."""
+    indices = stratified(images.labels, min(at_most, len(images)), seed=0)
+    return torch.cat([batch.images for batch in image_batches(images, 256, indices=indices)])
 
 
 @torch.inference_mode()
 def reconstruct(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> UInt8[Tensor, "n 3 h w"]:
-    """From the posterior's mean, rounded to 256 levels."""
+    """Reconstruct images from the mean of the posterior, rounded to 8 bits."""
     parts = []
     for batch in tqdm(images.split(batch_size), desc="reconstructing", unit="batch", leave=False):
         mean = autoencoder.encode(batch.to(autoencoder.device).float() / 127.5 - 1).latent_dist.mean
@@ -37,24 +37,27 @@ def reconstruct(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: 
 
 
 def decibels(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> Float[Tensor, " n"]:
-    """Peak signal-to-noise ratio of each reconstruction, at most 100 dB."""
+    """PSNR of each reconstruction in dB, at most 100."""
     return psnr(images, reconstruct(autoencoder, images, batch_size)).clamp(max=100)
 
 
 @dataclass(frozen=True)
 class Previews:
-    """Held-out images by kind, and what the averaged autoencoder makes of them; the main process looks alone."""
+    """Reconstructions of held-out images by the averaged weights, which the main process makes.
+
+    `held_out` holds datasets by name.
+    """
 
     run: Run[AutoencodingConfig]
     ema: EMA
     held_out: Mapping[str, Any]
 
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
-        """What to look at after a step; the last look comes when all is saved."""
+        """List what is due after a step. After the last step nothing is: the training previews once it has saved."""
         return [self.draw] if is_due(step, self.run.config.log.sample_every) and step < num_steps else []
 
     def draw(self, step: int) -> dict[str, float]:
-        """A row of each kind and below it their reconstructions; the PSNR of more of them."""
+        """Save a grid with a row of each kind of images above their reconstructions; returns the PSNR by kind."""
         if not self.run.is_main:
             return {}
         autoencoder, config, rows, values = self.ema.model.autoencoder, self.run.config, [], {}

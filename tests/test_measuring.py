@@ -16,7 +16,7 @@ from small_autoencoders import create, write
 
 from autoencoders.codec import EMBEDDED, LatentCodec, create_codec
 from autoencoding import measure as measuring
-from autoencoding.measure import Distance, choice, default_output, measure, open_distance, outside, posterior
+from autoencoding.measure import Distance, choice, default_output, measure, open_distance, posterior, unsuitable
 from data import open_dataset
 from evaluation.scoring import Row
 from evaluation.sources import from_images
@@ -128,7 +128,7 @@ def test_the_fastest_autoencoder_is_chosen_among_those_within_the_error():
 def test_an_autoencoder_without_that_figure_or_at_home_says_nothing(tmp_path, text):
     if text:
         (tmp_path / "metrics.json").write_text(text)
-    assert outside(row("a", 1, psnr=(20.0,)), Mock(spec=LatentCodec, source=str(tmp_path))) is None
+    assert unsuitable(row("a", 1, psnr=(20.0,)), Mock(spec=LatentCodec, source=str(tmp_path))) is None
 
 
 def test_the_score_that_decides_is_one_that_all_have():
@@ -198,7 +198,7 @@ def test_processes_share_the_images(monkeypatch, images):
     assert len(parts) == 2
     for name in ("psnr", "ssim"):
         assert together.scores[name].value == pytest.approx(alone.scores[name].value, rel=1e-6)
-    assert together.kept == pytest.approx(alone.kept, rel=1e-4)
+    assert together.reconstructed_power == pytest.approx(alone.reconstructed_power, rel=1e-4)
     assert together.latents["std"] == pytest.approx(alone.latents["std"], rel=1e-6)
 
 
