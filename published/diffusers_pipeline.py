@@ -10,7 +10,7 @@ import torch
 from autoencoders.codec import Codec, LatentCodec
 from metrics.programs import save_exported
 from published.diffusers_dit import native_names, write_native
-from published.diffusers_schedulers import scheduler_of, told_times
+from published.diffusers_schedulers import scheduler_of, time_mapping
 
 PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 
@@ -48,7 +48,7 @@ def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, v
     program, error = export_denoiser(checkpoint.load_model(), spec)
     denoiser.mkdir()
     save_exported(program, denoiser / "denoiser.pt2")
-    offset, rate = told_times(checkpoint.config.diffusion.kind, checkpoint.build_diffusion())
+    offset, rate = time_mapping(checkpoint.config.diffusion.kind, checkpoint.build_diffusion())
     settings = {"_class_name": "ExportedDenoiser", "num_classes": spec.num_classes, "channels": spec.in_channels}
     settings |= {"out_channels": spec.out_channels, "height": spec.input_size[0], "width": spec.input_size[1]}
     _write_json(denoiser / "config.json", {**settings, "time_offset": offset, "time_rate": rate})

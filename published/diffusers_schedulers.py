@@ -69,7 +69,7 @@ def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
     return DPMSolverMultistepScheduler(path.num_timesteps, **options), spacing
 
 
-def told_times(kind: str, diffusion) -> tuple[float, float]:
+def time_mapping(kind: str, diffusion) -> tuple[float, float]:
     """Return offset and rate that map the scheduler's timestep to the time that the backbone is given."""
     if kind == "flow":  # the scheduler's timestep is 1000 t
         first, last = diffusion.path.model_times

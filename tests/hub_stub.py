@@ -1,4 +1,4 @@
-"""The part of the hub's HTTP interface that uploads and downloads a repository's files, on a free port."""
+"""Stub of the Hugging Face hub's HTTP interface for uploads and downloads of a repository's files, on a free port."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ TOKEN = "hf_a_secret_of_the_tests"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name, each a dictionary of files; large ones (safetensors) travel as Git LFS objects."""
+    """Server with repositories by name, each a dictionary of files; safetensors are uploaded as Git LFS objects."""
 
     daemon_threads = True
 
@@ -82,20 +82,20 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"warnings": [], "errors": []})
         if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request.get('organization') or 'me'}/{request['name']}"
             server.repos.setdefault(name, {})
             return self.answer(200, {"url": f"{server.address}/{name}", "name": name, "id": name})
         if "/preupload/" in self.path:
-            named = [file["path"] for file in json.loads(body)["files"]]
-            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in named}
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
             return self.answer(
                 200, {"files": [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in modes.items()]}
             )
         if self.path.endswith("/info/lfs/objects/batch"):
             objects = [
-                {**each, "actions": {"upload": {"href": f"{server.address}/lfs/{each['oid']}"}}}
-                for each in json.loads(body)["objects"]
+                {**entry, "actions": {"upload": {"href": f"{server.address}/lfs/{entry['oid']}"}}}
+                for entry in json.loads(body)["objects"]
             ]
             return self.answer(200, {"transfer": "basic", "objects": objects})
         repo = re.search(r"/api/models/([\w.-]+/[\w.-]+)/commit/", self.path)[1]

@@ -1,6 +1,7 @@
-"""What a GPU would be told to do, counted without one: a model runs on fake CUDA tensors, which have shapes and no
-numbers, and every operation that is no view counts as one launch. Attention, whose kernel torch chooses by what the GPU
-can do, is given the kernel that its shapes and types allow.
+"""Count the kernels that a model launches on a GPU, without a GPU.
+
+The model runs on fake CUDA tensors, which have shapes but no values. Every operation that is not a view counts as one
+launch. Torch chooses the attention kernel by the GPU's abilities; here it is the fastest that shapes and types allow.
 
 PYTHONPATH=. python tests/launches.py XSwin 8 training      (or sampling; 8 is the side of the latents)
 """
@@ -26,7 +27,7 @@ NO_KERNEL = {"aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::new
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that launch something: by name, and with the line of the project that asked."""
+    """Counts operations that launch a kernel: by name, and by name and the calling line of this project."""
 
     def __init__(self):
         super().__init__()
@@ -34,20 +35,23 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name, returns = operation.name().rpartition(".")[0] or operation.name(), operation._schema.returns
-        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+        is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
         if not is_view and name not in NO_KERNEL and not name.startswith("prim::"):
             name = name.removeprefix("aten::")
             self.names[name] += 1
-            self.lines[f"{name} {asker()}"] += 1
+            self.lines[f"{name} {caller()}"] += 1
         return operation(*args, **(kwargs or {}))
 
     def attend(self, q, k, v, attn_mask=None, scale=None):
-        """In place of torch's function: fused kernels take four axes, 16 bits, and heads whose width 8 divides; flash
-        attention no bias, the memory-efficient one a bias whose rows are a multiple of 16 bytes apart."""
+        """Replace torch's attention by the kernel that it would choose on a GPU.
+
+        Fused kernels need four axes, 16-bit types and a head size that 8 divides. Flash attention takes no bias; the
+        memory-efficient kernel takes one whose rows are a multiple of 16 bytes apart.
+        """
         if torch.is_autocast_enabled("cuda"):
             q, k, v, attn_mask = (None if x is None else x.to(torch.bfloat16) for x in (q, k, v, attn_mask))
-        fits = q.ndim == 4 and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
-        kernel = "math" if not fits else "flash" if attn_mask is None else "efficient"
+        can_fuse = q.ndim == 4 and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+        kernel = "math" if not can_fuse else "flash" if attn_mask is None else "efficient"
         self.attention[f"{kernel} {q.shape[1]} x {q.shape[2]}"] += 1
         if kernel == "flash":
             return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
@@ -59,8 +63,8 @@ class Launches(TorchDispatchMode):
         return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, scale=scale)[0]
 
 
-def asker() -> str:
-    """The innermost line of the project on the way here."""
+def caller() -> str:
+    """File and line of the innermost frame of this project."""
     frame = sys._getframe()
     while frame is not None:
         path = frame.f_code.co_filename
@@ -71,8 +75,11 @@ def asker() -> str:
 
 
 def count_launches(model, batch_size=128) -> Launches:
-    """Of a forward pass in bf16, the second one, when masks are there: of a training, which has other weights by then,
-    or of sampling, for which autocast has cast them."""
+    """Count the launches of a forward pass in bf16, in training or eval mode.
+
+    The second pass is counted: by then masks are cached, and in sampling autocast has cached the cast weights, while in
+    training they have changed and are cast again.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = {
             name: torch.empty_like(tensor, device="cuda").requires_grad_(tensor.requires_grad)
@@ -86,14 +93,14 @@ def count_launches(model, batch_size=128) -> Launches:
                 launches = Launches()
                 with mock.patch.object(F, "scaled_dot_product_attention", launches.attend), autocast(), launches:
                     torch.func.functional_call(model, state, (x_t, t, y))
-    window._mask.cache_clear()  # of tensors without numbers
+    window._mask.cache_clear()  # the caches hold fake tensors
     window._offsets.cache_clear()
     return launches
 
 
 @contextmanager
 def autocast():
-    """As `torch.autocast("cuda", torch.bfloat16)`, which without a GPU only warns."""
+    """Turn autocast to bf16 on, as `torch.autocast("cuda", torch.bfloat16)` does, which without a GPU only warns."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -108,12 +115,12 @@ def autocast():
 
 
 if __name__ == "__main__":
-    name, side, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    name, side, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     model = create_model(name, input_size=side, in_channels=4, out_channels=8, num_classes=101)
-    if what == "training":
+    if mode == "training":
         cast_at_once(model.train())
     else:
         model.eval()
-    found = count_launches(model)
-    print(sum(found.names.values()), dict(found.names.most_common()), dict(found.attention), sep="\n")
-    print(*(f"{number:4d}  {line}" for line, number in found.lines.most_common()), sep="\n")
+    launches = count_launches(model)
+    print(sum(launches.names.values()), dict(launches.names.most_common()), dict(launches.attention), sep="\n")
+    print(*(f"{number:4d}  {line}" for line, number in launches.lines.most_common()), sep="\n")

@@ -1,17 +1,18 @@
-"""A device that is none: its tensors lie in main memory, but say that they are elsewhere, and what a GPU refuses is
-refused: operations on tensors of two devices, generators of the other one.
+"""Run programs on a simulated GPU: its tensors lie in main memory, but it refuses what a GPU refuses.
+
+These are operations on tensors of two devices, and generators of the other device. Programs run one after the other:
 
 python tests/pretend.py train.py --model XSwin
 python tests/pretend.py train.py --model XSwin + sample.py --checkpoint runs/XSwin
 
-runs programs there, one after the other. It ends with a line of JSON: how often each of the project's files waited for
-the device (read a number off it, brought a tensor back, or sent one that has axes or is made of numbers, which CUDA
-waits with too unless it is `non_blocking`). PRETEND says which device:
+The last line of output is JSON: how often each file of the project waited for the device. It waits when it reads a
+number from the device, copies a tensor back, or sends a tensor that has axes, or is made of Python numbers, without
+`non_blocking`. The environment variable PRETEND selects the device:
 
-- `gpu`, by default;
-- `mps`, Apple's: it also refuses float64 and complex128, and operations for which torch has no kernel there, as far as
-  `native_functions.yaml` tells: what torch composes of others is taken for had;
-- `cpu`: nothing is pretended, to compare with.
+- `gpu`, the default;
+- `mps`, Apple's: it also refuses float64 and complex128, and operations without a kernel for MPS according to torch's
+  `native_functions.yaml`; operations that torch composes of others are assumed to work;
+- `cpu`: nothing is simulated, for comparison.
 """
 
 import json
@@ -39,21 +40,21 @@ NO_MEMORY = aten._efficientzerotensor.default
 WIDE = {torch.float64, torch.complex128}
 BINARY = {f"aten::{name}{tail}.Tensor" for name in ("add", "sub", "mul", "div") for tail in ("", "_")}
 KIND = os.environ.get("PRETEND", "gpu")
-seeds: set[int] = set()  # of the generators that live there
+seeds: set[int] = set()  # seeds of the generators that count as the device's
 waits: Counter[str] = Counter()
-SENT = ", sending"
+SENT = ", sending"  # appended to the file's name in `waits`
 
 
-class Elsewhere(torch.Tensor):
-    """A tensor on the device; `held` are its numbers."""
+class DeviceTensor(torch.Tensor):
+    """A tensor on the simulated device; `held` has its values in main memory."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     held: torch.Tensor
 
     @staticmethod
     def __new__(cls, held):
-        like = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        tensor = torch.Tensor._make_wrapper_subclass(cls, held.shape, **like, device=DEVICE)
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        tensor = torch.Tensor._make_wrapper_subclass(cls, held.shape, **layout, device=DEVICE)
         tensor.held = held
         return tensor
 
@@ -69,49 +70,50 @@ class Elsewhere(torch.Tensor):
 
 
 class Pretending(TorchDispatchMode):
-    """Within, tensors can be made on the device."""
+    """Mode in which tensors can be created on the simulated device."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         return run(operation, args, kwargs or {})
 
 
 def run(operation, args, kwargs):
-    """One operation, where its tensors are, or where it is asked for."""
+    """Run an operation on the device of its tensors, or on the one that its arguments name."""
     leaves = [*leaves_of(args), *leaves_of(kwargs.values())]
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    there = any(isinstance(tensor, Elsewhere) for tensor in tensors)
-    asked = kwargs.get("device")
-    result_there = there if asked is None else torch.device(asked).type == DEVICE.type
+    uses_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
+    uses_host = any(tensor.dim() and not isinstance(tensor, DeviceTensor) for tensor in tensors)
+    target = kwargs.get("device")
+    to_device = uses_device if target is None else torch.device(target).type == DEVICE.type
     if operation in FIRST_DECIDES:
-        result_there = isinstance(args[0], Elsewhere)
-    elif asked is None and there and any(tensor.dim() and not isinstance(tensor, Elsewhere) for tensor in tensors):
+        to_device = isinstance(args[0], DeviceTensor)
+    elif target is None and uses_device and uses_host:
         raise RuntimeError(f"{operation}: tensors of two devices")
-    if KIND == "mps" and (there or result_there):
+    if KIND == "mps" and (uses_device or to_device):
         refuse_as_apple(operation, args, kwargs, tensors)
     for generator in leaves:
-        if isinstance(generator, torch.Generator) and (generator.initial_seed() in seeds) != result_there:
+        if isinstance(generator, torch.Generator) and (generator.initial_seed() in seeds) != to_device:
             raise RuntimeError(f"{operation}: a generator of the other device")
-    is_sent = result_there and tensors and not kwargs.get("non_blocking") and operation in (CONVERTS, *FIRST_DECIDES)
-    is_sent = is_sent and any(tensor.dim() and not isinstance(tensor, Elsewhere) for tensor in tensors)
-    goes_back = not result_there and (asked is None or torch.device(asked).type != "meta")  # which holds no numbers
-    if (there and (operation is READS or goes_back)) or is_sent:
-        waits[asker() + SENT * bool(is_sent)] += 1
+    copies = operation in (CONVERTS, *FIRST_DECIDES) and not kwargs.get("non_blocking")
+    is_sent = to_device and uses_host and copies
+    to_host = not to_device and (target is None or torch.device(target).type != "meta")  # meta tensors have no values
+    if (uses_device and (operation is READS or to_host)) or is_sent:
+        waits[caller() + SENT * is_sent] += 1
     if operation is CHOOSES:
-        return 0  # plain operations, not one of a backend
-    if operation is NO_MEMORY and result_there:
-        operation = aten.zeros.default  # kernels below this one read it, which without memory ends the program
-    if asked is not None and result_there:
+        return 0  # attention of plain operations, not a fused kernel
+    if operation is NO_MEMORY and to_device:
+        operation = aten.zeros.default  # kernels that read a tensor without memory would crash the program
+    if target is not None and to_device:
         kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": False}
     result = operation(*held(args), **{name: held(value) for name, value in kwargs.items()})
-    if not result_there:
+    if not to_device:
         return result
-    result = put_there(result)
-    is_new = asked is not None or operation is CONVERTS or not aliases(operation)
+    result = put_on_device(result)
+    is_new = target is not None or operation is CONVERTS or not aliases(operation)
     return result if is_new else return_and_correct_aliasing(operation, args, kwargs, result)
 
 
 def leaves_of(values):
-    """Arguments, and what lists of them hold: the schemas of operations go no deeper."""
+    """Yield arguments, and the elements of lists; operations have no lists of lists."""
     for value in values:
         if isinstance(value, list | tuple):
             yield from value
@@ -120,31 +122,31 @@ def leaves_of(values):
 
 
 def held(value):
-    """The numbers of what is there."""
+    """Replace tensors of the device, in nested lists too, by their values in main memory."""
     if isinstance(value, list | tuple):
         return type(value)(map(held, value))
-    return value.held if isinstance(value, Elsewhere) else value
+    return value.held if isinstance(value, DeviceTensor) else value
 
 
-def put_there(result):
-    """A result, on the device."""
+def put_on_device(result):
+    """Wrap the tensors of a result as tensors of the device."""
     if isinstance(result, list | tuple):
-        return type(result)(map(put_there, result))
+        return type(result)(map(put_on_device, result))
     if not isinstance(result, torch.Tensor):
         return result
     if KIND == "mps" and result.dtype in WIDE:
         raise TypeError(NO_FLOAT64)
-    return Elsewhere(result)
+    return DeviceTensor(result)
 
 
 @cache
 def aliases(operation) -> bool:
-    """Whether a result shares memory with an argument, or is one."""
-    return any(each.alias_info is not None for each in operation._schema.returns)
+    """Whether a result of the operation shares memory with an argument, or is one."""
+    return any(value.alias_info is not None for value in operation._schema.returns)
 
 
-def asker() -> str:
-    """The innermost of the project's files on the way here."""
+def caller() -> str:
+    """File of the innermost frame of this project."""
     frame = sys._getframe()
     while frame is not None:
         path = frame.f_code.co_filename
@@ -158,8 +160,11 @@ NO_FLOAT64 = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework 
 
 
 def refuse_as_apple(operation, args, kwargs, tensors):
-    """Before anything is done, so that no generator moves on. A number in float64 is only taken by kernels of two
-    arguments, and a tensor that comes back is not widened on the way."""
+    """Raise what torch raises on MPS, before the operation runs, so that no generator advances.
+
+    A scalar in float64 is accepted by binary arithmetic only. Converting or copying a float64 tensor to MPS is allowed
+    where that narrows it; copying a tensor back must not widen it.
+    """
     name = operation.name()
     if name not in apple_kernels():
         raise NotImplementedError(f"The operator '{name}' is not currently implemented for the MPS device.")
@@ -171,41 +176,41 @@ def refuse_as_apple(operation, args, kwargs, tensors):
 
 @cache
 def apple_kernels() -> set[str]:
-    """Names of the operations that torch has for MPS, or composes of others."""
+    """Names of the operations that torch implements for MPS, or composes of others."""
     path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
-    entries = {each["func"].split("(")[0]: each for each in yaml.load(path.read_text(), yaml.CSafeLoader)}
+    entries = {entry["func"].split("(")[0]: entry for entry in yaml.load(path.read_text(), yaml.CSafeLoader)}
 
-    def keys(each) -> set[str]:
-        own = {key.strip() for line in each.get("dispatch", {}) for key in line.split(",")}
-        return own | (keys(entries[each["structured_delegate"]]) if "structured_delegate" in each else set())
+    def dispatch_keys(entry) -> set[str]:
+        own = {key.strip() for line in entry.get("dispatch", {}) for key in line.split(",")}
+        return own | (dispatch_keys(entries[entry["structured_delegate"]]) if "structured_delegate" in entry else set())
 
-    def has(each) -> bool:
-        found = keys(each)
-        return not found or "MPS" in found or any(key.startswith("Composite") for key in found)
+    def is_available(entry) -> bool:
+        keys = dispatch_keys(entry)
+        return not keys or "MPS" in keys or any(key.startswith("Composite") for key in keys)
 
-    return {f"aten::{name}" for name, each in entries.items() if has(each)}
+    return {f"aten::{name}" for name, entry in entries.items() if is_available(entry)}
 
 
-def _make(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
     if KIND == "mps" and dtype in WIDE:
         raise TypeError(NO_FLOAT64)
-    return Elsewhere(torch.empty_strided(size, stride, dtype=dtype))
+    return DeviceTensor(torch.empty_strided(size, stride, dtype=dtype))
 
 
-def _fill(source, target, non_blocking=False):
+def _copy_from(source, target, non_blocking=False):
     if not non_blocking:
-        waits[asker() + SENT] += 1
+        waits[caller() + SENT] += 1
     target.held.copy_(source)
     return target
 
 
-LIBRARY = torch.library.Library("aten", "IMPL")  # for torch.tensor(..., device=...), which no mode sees
-LIBRARY.impl("empty_strided", _make, "PrivateUse1")
-LIBRARY.impl("_copy_from", _fill, "PrivateUse1")
+LIBRARY = torch.library.Library("aten", "IMPL")  # for torch.tensor(..., device=...), which dispatch modes do not see
+LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")
+LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
 
 
 def pretend() -> None:
-    """Make the project's programs of this process take the device."""
+    """Make the project's programs in this process use the simulated device."""
     import machine.accelerator
     import machine.randomness
 
@@ -213,31 +218,31 @@ def pretend() -> None:
     torch.inference_mode.__enter__ = without_gradients
     open_accelerator, generator_for = machine.accelerator.open_accelerator, machine.randomness.generator_for
 
-    def open_there(*args, **kwargs):
+    def open_on_device(*args, **kwargs):
         accelerator = open_accelerator(*args, **kwargs)
         PartialState._shared_state["device"] = accelerator.state.device = DEVICE
         return accelerator
 
-    def generate_there(*key, device="cpu"):
+    def generator_on_device(*key, device="cpu"):
         generator = generator_for(*key)
         if torch.device(device).type == DEVICE.type:
             seeds.add(generator.initial_seed())
         return generator
 
-    for module in list(sys.modules.values()):  # which may have been imported before
+    for module in list(sys.modules.values()):  # modules that have already imported these functions by name
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if value is open_accelerator or value is generator_for:
-                setattr(module, name, open_there if value is open_accelerator else generate_there)
+                setattr(module, name, open_on_device if value is open_accelerator else generator_on_device)
 
 
 def without_gradients(inference: torch.inference_mode) -> None:
-    """In the place of inference, which subclasses of tensors have not."""
+    """Replace inference mode, which tensor subclasses do not support, by no_grad."""
     inference._inference_mode_context = torch.no_grad()
     inference._inference_mode_context.__enter__()
 
 
 def run_programs(words: list[str]) -> None:
-    """Each as if it were alone, `+` in between."""
+    """Run programs, separated by `+`, each as if it were the only one of the process."""
     while words:
         end = words.index("+") if "+" in words else len(words)
         sys.argv, words = words[:end], words[end + 1 :]
