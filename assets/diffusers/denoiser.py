@@ -1,4 +1,4 @@
-"""The backbone of an exported pipeline: a program that torch.export wrote, so that no code of its own is needed."""
+"""Backbone of an exported pipeline: a program written by torch.export, which runs without the model's code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.export.passes import move_to_device_pass
 
 
 class ExportedDenoiser(ModelMixin, ConfigMixin):
-    """`denoiser(x_t, t, y)`, for any batch, in float32; `y` may be `num_classes`, the null label.
+    """Denoiser `denoiser(x_t, t, y)` in float32, for any batch size; `y` may be `num_classes`, the null label.
 
-    It is told a scheduler's timestep as `time_offset + time_rate * timestep`.
+    A scheduler's timestep is converted to the model's time by `time_offset + time_rate * timestep`.
     """
 
     config_name = "config.json"
@@ -32,21 +32,21 @@ class ExportedDenoiser(ModelMixin, ConfigMixin):
         time_rate: float = 1.0,
     ) -> None:
         super().__init__()
-        self.register_buffer("place", torch.empty(0), persistent=False)  # where `.to` wants it
+        self.register_buffer("place", torch.empty(0), persistent=False)  # its device is the one that `.to` chose
         self._program: Any = None
-        self._run: Any = None  # the program on one device
+        self._run: Any = None  # (device, the program moved to it)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **options: Any):
-        """From a folder with `config.json` and `denoiser.pt2`.
+        """Load the denoiser from a folder with `config.json` and `denoiser.pt2`.
 
         Raises:
-            ValueError: for another precision than float32, in which the program was written.
+            ValueError: for a precision other than float32, in which the program was exported.
         """
         if torch_dtype not in (None, torch.float32):
             raise ValueError(f"torch_dtype={torch_dtype}: the exported backbone is in float32; leave it out")
         denoiser = cls.from_config(cls.load_config(folder))
-        with warnings.catch_warnings():  # torch 2.9 has one of its own reader
+        with warnings.catch_warnings():  # torch 2.9 warns of its own reader
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             denoiser._program = torch.export.load(Path(folder) / "denoiser.pt2")
         return denoiser.eval()
@@ -56,5 +56,5 @@ class ExportedDenoiser(ModelMixin, ConfigMixin):
         device = self.place.device
         if self._run is None or self._run[0] != device:
             self._run = device, move_to_device_pass(self._program, device).module()
-        told = self.config.time_offset + self.config.time_rate * t.float()
-        return self._run[1](x_t.float(), told, y)
+        time = self.config.time_offset + self.config.time_rate * t.float()
+        return self._run[1](x_t.float(), time, y)

@@ -1,4 +1,4 @@
-"""Pictures by class from an exported checkpoint, with diffusers' own schedulers.
+"""Class-conditional samples from an exported checkpoint, with diffusers' own schedulers.
 
 pipeline = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=f"{FOLDER}/pipeline.py", trust_remote_code=True)
 pipeline(["cat", "dog"], seed=0).images[0].save("cat.png")
@@ -12,18 +12,18 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Image `i` of a call is a function of (seed, i, its class) alone, the same as of sample.py.
+    """Pipeline whose image `i` depends only on (seed, i, its class), and equals that of sample.py.
 
     Args:
         denoiser: `denoiser(x_t, t, y)`.
-        scheduler: of diffusers, of the diffusion that the denoiser was trained under.
-        vae: None for a denoiser of pixels.
-        classes: their names; none for an unconditional model.
-        num_steps: of a sample, by default.
-        spacing: of the steps, by name in `SPACINGS`.
-        guidance_scale: of classifier-free guidance, by default; 1 turns it off.
-        guided_channels: how many are guided, where not all; 0: none can be, as no null label was trained.
-        predicts_data: whether the denoiser of a flow puts out `x_0`, where the scheduler takes a velocity.
+        scheduler: scheduler of diffusers for the diffusion that the denoiser was trained with.
+        vae: autoencoder; None for a denoiser of pixels.
+        classes: names of the classes; empty for an unconditional model.
+        num_steps: default number of sampling steps.
+        spacing: spacing of the steps, a name in `SPACINGS`.
+        guidance_scale: default scale of classifier-free guidance; 1 turns it off.
+        guided_channels: number of channels that are guided, if not all; 0: the model has no trained null label.
+        predicts_data: whether the denoiser of a flow predicts `x_0`, which is converted to the scheduler's velocity.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012  # diffusers' name and form
@@ -60,10 +60,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         seed: int = 0,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """One picture a class given: names or numbers; 0 for an unconditional model.
+        """Sample one image for each class, given by name or number; 0 for an unconditional model.
 
         Raises:
-            ValueError: for a class that there is none of, or guidance without a null label.
+            ValueError: for an unknown class, or guidance without a trained null label.
         """
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if scale != 1 and self.config.guided_channels == 0:
@@ -80,7 +80,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(**SPACINGS[self.config.spacing](num_steps or self.config.num_steps, last))
         for t in self.progress_bar(self.scheduler.timesteps):
             output = self.guided(scale_input(x_t, t), t.to(device).expand(len(y)), y, scale)
-            if self.config.predicts_data:  # x_t = x_0 + share (noise - x_0), and the velocity is noise - x_0
+            if self.config.predicts_data:  # x_t = x_0 + t / T (noise - x_0), and the velocity is noise - x_0
                 output = (x_t - output) * self.scheduler.config.num_train_timesteps / t
             x_t = self.scheduler.step(output, t, x_t, generator=generators).prev_sample
 
@@ -90,7 +90,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=self.numpy_to_pil(images / 255.0))
 
     def label(self, name: str | int) -> int:
-        """Of a class by its name or number."""
+        """Label of a class by its name or number."""
         names, number = self.config.classes, int(name) if str(name).isdigit() else None
         if name in names:
             return names.index(name)
@@ -99,7 +99,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return number
 
     def guided(self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
-        """`null + scale * (conditional - null)`; a learned variance stays the conditional one."""
+        """Guided prediction `null + scale * (conditional - null)`; a learned variance is the conditional one."""
         num_classes = self.denoiser.config.num_classes
         if scale == 1 or num_classes == 0:
             return self.prediction(self.denoiser(x_t, t, y))
@@ -111,15 +111,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return self.prediction(torch.cat([mixed, conditional[:, num:]], dim=1))
 
     def prediction(self, output: torch.Tensor) -> torch.Tensor:
-        """Without the learned variance, where the scheduler does not take it."""
-        learned = self.scheduler.config.get("variance_type") == "learned_range"
-        return output if learned else output[:, : self.denoiser.config.channels]
+        """Drop the learned variance where the scheduler does not use it."""
+        uses_variance = self.scheduler.config.get("variance_type") == "learned_range"
+        return output if uses_variance else output[:, : self.denoiser.config.channels]
 
     def decode(self, x_0: torch.Tensor) -> np.ndarray:
-        """Pixels, rounded to the nearest of 256 levels [b h w 3]."""
+        """Decode latents to 8-bit pixels [b h w 3]."""
         if self.vae is not None:
             config = self.vae.config
-            shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]  # for all channels, or each
+            shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]  # one value, or one per channel
             scale = [config.scaling_factor / std for std in config.get("latents_std") or [1.0]]
             shift, scale = (torch.tensor(values, device=x_0.device)[:, None, None] for values in (shift, scale))
             x_0 = self.vae.decode(x_0.float() / scale + shift).sample
@@ -128,23 +128,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
 
 def generator_for(seed: int, index: int) -> torch.Generator:
-    """The stream of one picture, on the CPU."""
+    """Random generator of one image, on the CPU."""
     words = [seed, int.from_bytes(b"sample", "little"), index]
     return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
 
 def uniform(num_steps: int, last: int) -> dict:
-    """Evenly over 0..T-1, both ends included."""
+    """Timesteps spaced evenly over 0..T-1, both ends included."""
     stride = last / max(1, num_steps - 1)
     return {"timesteps": [round(stride * i) if num_steps > 1 else last for i in reversed(range(num_steps))]}
 
 
 def trailing(num_steps: int, last: int) -> dict:
-    """Equal steps counted from T-1 down (Lin et al. 2023, table 2)."""
+    """Timesteps in equal steps down from T-1 (Lin et al. 2023, table 2)."""
     return {"timesteps": [round(i / num_steps * (last + 1)) - 1 for i in range(num_steps, 0, -1)]}
 
 
-# What a scheduler is told of its steps.
+# Arguments of `scheduler.set_timesteps`, from the number of steps and the last timestep.
 SPACINGS = {
     "uniform": uniform,
     "trailing": trailing,
