@@ -31,7 +31,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     @abstractmethod
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """Decode an image."""
+        """Decode the image of an index."""
 
     def __len__(self) -> int:
         return len(self.labels)
