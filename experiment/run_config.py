@@ -1,4 +1,4 @@
-"""What every training has, a backbone's and an autoencoder's: a folder, a length, a log."""
+"""Settings that the trainings of backbones and autoencoders share: length, logging and the run's folder."""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -77,9 +77,9 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The settings, by flag, that a resumed run must keep. Paths may change: their content is checked elsewhere."""
         flags = flatten(self.to_dict())
-        passing = {"data.path", "data.cache", "data.on_error"}
-        kept = [flag for flag in flags if {flag, flag.partition(".")[0]} & {*self.fixed} and flag not in passing]
-        fixed = {flag: flags[flag] for flag in kept}
+        may_change = {"data.path", "data.cache", "data.on_error"}
+        names = [flag for flag in flags if {flag, flag.partition(".")[0]} & {*self.fixed} and flag not in may_change]
+        fixed = {flag: flags[flag] for flag in names}
         return fixed | {"optim.muon_lr": "null" if flags["optim.muon_lr"] is None else "set"}
 
 

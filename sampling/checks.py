@@ -1,4 +1,4 @@
-"""What a sampler is told: completed by what the model is, and checked before the first step; and its guide."""
+"""Sampling settings, completed and validated for a model before the first step, and the guide model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -18,7 +18,7 @@ from experiment.config import DiffusionConfig, ExperimentConfig, SamplingConfig
 from machine.whole_files import sha256_of
 from models import ModelSpec
 
-USUAL_GUIDANCE = ExperimentConfig().sampling.guidance_scale  # of a training that says nothing of it
+DEFAULT_GUIDANCE = ExperimentConfig().sampling.guidance_scale  # of trainings
 
 
 def resolve_sampling(
@@ -27,12 +27,23 @@ def resolve_sampling(
     num_guided: int,
     num_channels: int | None = None,
     *,
-    say: Callable[[str], None] = lambda words: None,
+    say: Callable[[str], None] = lambda message: None,
     **overrides: Any,
 ) -> SamplingConfig:
-    """Return the configuration with `overrides`, and with the diffusion's own sampler, steps and spacing where it names
-    none. Guidance is off where the model has no null label, or where it was trained guided; `say` is told if the
-    training had chosen a scale. Raises ValueError with the flag that does not fit."""
+    """Apply overrides and the diffusion's default sampler, number of steps and spacing, and validate the result.
+
+    The guidance scale becomes 1, unless it is overridden, if the model cannot be guided or was trained with guidance.
+
+    Args:
+        config: settings of the model's training
+        num_guided: number of classes that the model can be guided by; 0 without a null label
+        num_channels: of the latents, if known
+        say: prints a note when a configured guidance scale is dropped
+        overrides: settings of the command
+
+    Raises:
+        ValueError: names the setting that is invalid and the remedy
+    """
     names = [setting.name for setting in fields(config)]
     for name in overrides.keys() - names:
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(names)}")
@@ -50,7 +61,7 @@ def resolve_sampling(
     if num_channels is not None and (config.legacy_cfg_channels or 1) > num_channels:
         raise ValueError(f"--sampling.legacy_cfg_channels {config.legacy_cfg_channels}: there are {num_channels}")
     num_steps = num_steps_of(config, diffusion)
-    diffusion.reverse_steps(num_steps, config.spacing)  # raises where they do not fit
+    diffusion.reverse_steps(num_steps, config.spacing)  # raises if they are invalid
     return replace(config, num_steps=num_steps)
 
 
@@ -61,37 +72,39 @@ def _implied(
     num_guided: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Settings that no longer fit what the overrides put in place of the configuration's sampler and guide, or that
-    the model cannot follow, at their defaults."""
+    """Defaults for settings that the overrides make invalid, as they belong to a replaced sampler or guide, or that
+    have no meaning for the model. `say` is called if a guidance scale is dropped."""
     implied: dict[str, Any] = {}
     sampler = overrides.get("sampler", config.sampler) or diffusion.default_sampler
     guide = overrides.get("guidance_checkpoint", config.guidance_checkpoint)
     if sampler != (config.sampler or diffusion.default_sampler):
-        implied["sampler_args"] = {}  # they are those of the sampler that is replaced
+        implied["sampler_args"] = {}  # the configured ones belong to the replaced sampler
     if guide is None and config.guidance_checkpoint:
-        implied["guidance_unlabelled"] = False  # it is of the guide that is left out
+        implied["guidance_unlabelled"] = False  # it belongs to the removed guide
     if guide is None and (sampler in diffusion.guided_samplers or not num_guided):
         implied["guidance_scale"] = 1.0
-        if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, USUAL_GUIDANCE):
+        if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, DEFAULT_GUIDANCE):
             if not num_guided:
-                why = "it has no null label to be guided away from"
+                reason = "it has no null label to be guided away from"
             elif diffusion.guidance_settings:
-                why = "guidance is part of its training"
+                reason = "guidance is part of its training"
             else:
-                why = f"{sampler} is guided by a command alone"
-            say(f"--sampling.guidance_scale {config.guidance_scale:g} of the model's training: without effect, {why}")
+                reason = f"{sampler} is guided by a command alone"
+            say(
+                f"--sampling.guidance_scale {config.guidance_scale:g} of the model's training: without effect, {reason}"
+            )
     if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
         raise ValueError(f"--sampling.guidance_checkpoint {guide}: give --sampling.guidance_scale too; at 1 it is idle")
     return implied
 
 
 def files_in_record(sampling: SamplingConfig) -> dict[str, str | None]:
-    """By content, for records, the guide's weights and a file of noise levels; without these nothing."""
-    found, table = {}, Path(sampling.spacing or "")
+    """Hash the files that sampling settings name, for records: the guide's weights and a file of noise levels."""
+    hashes, spacing = {}, Path(sampling.spacing or "")
     if sampling.guidance_checkpoint is not None:
         guide = open_checkpoint(sampling.guidance_checkpoint)
-        found["guide_sha256"] = read_metadata(guide.path).get("weights_sha256")
-    return found | ({"spacing_sha256": sha256_of(table)} if table.is_file() else {})
+        hashes["guide_sha256"] = read_metadata(guide.path).get("weights_sha256")
+    return hashes | ({"spacing_sha256": sha256_of(spacing)} if spacing.is_file() else {})
 
 
 def load_guide_model(
@@ -102,9 +115,12 @@ def load_guide_model(
     classes: Sequence[str],
     identity: Mapping[str, Mapping[str, Any]],
 ) -> nn.Module | None:
-    """The averaged model of `guidance_checkpoint`, if there is one: the worse model of autoguidance (Karras et al.
-    2024), or of Domain Guidance (Zhong et al. 2025), which is asked without a label. A ValueError where it differs from
-    the guided model, of which the rest is said, in more than backbone and training, or in the latter classes."""
+    """Load the averaged weights of `guidance_checkpoint`, if set: the worse model of autoguidance (Karras et al. 2024)
+    or, without labels, of Domain Guidance (Zhong et al. 2025).
+
+    The other arguments describe the guided model. Raises ValueError if the guide differs from it in more than backbone
+    and training; in Domain Guidance the classes may differ too.
+    """
     if sampling.guidance_checkpoint is None:
         return None
     guide, unlabelled = open_checkpoint(sampling.guidance_checkpoint, accelerator), sampling.guidance_unlabelled
@@ -114,24 +130,24 @@ def load_guide_model(
         raise ValueError(
             f"--guidance_unlabelled true: {sampling.guidance_checkpoint} knows no null label; leave it out"
         )
-    knows_codecs = "codec" in identity and "codec" in guide.identity
+    compare_codecs = "codec" in identity and "codec" in guide.identity
 
-    def meaning(diffusion: DiffusionConfig, spec: ModelSpec, classes: Sequence[str], identity: Any) -> dict[str, Any]:
-        facts = meaning_of(diffusion)
-        facts |= {name: getattr(spec, name) for name in ("input_size", "in_channels", "out_channels")}
+    def comparable(diffusion: DiffusionConfig, spec: ModelSpec, classes: Sequence[str], identity: Any) -> dict:
+        values = meaning_of(diffusion)
+        values |= {name: getattr(spec, name) for name in ("input_size", "in_channels", "out_channels")}
         if not unlabelled:
-            facts |= {"num_classes": spec.num_classes, "classes": short(list(classes))}
-        if knows_codecs:
-            facts["latents"] = short({name: identity["codec"].get(name) for name in ("sha256", "scale", "shift")})
-        return facts
+            values |= {"num_classes": spec.num_classes, "classes": short(list(classes))}
+        if compare_codecs:
+            values["latents"] = short({name: identity["codec"].get(name) for name in ("sha256", "scale", "shift")})
+        return values
 
-    ours = meaning(diffusion, spec, classes, identity)
-    theirs = meaning(guide.config.diffusion, guide.spec, guide.classes, guide.identity)
-    for name in ours:
-        if theirs.get(name) != ours[name]:
+    of_model = comparable(diffusion, spec, classes, identity)
+    of_guide = comparable(guide.config.diffusion, guide.spec, guide.classes, guide.identity)
+    for name in of_model:
+        if of_guide.get(name) != of_model[name]:
             raise ValueError(
-                f"--guidance_checkpoint {sampling.guidance_checkpoint}: its {name} is {theirs.get(name)}, the guided "
-                f"model's {ours[name]}; only backbone and training may differ"
+                f"--guidance_checkpoint {sampling.guidance_checkpoint}: its {name} is {of_guide.get(name)}, the guided "
+                f"model's {of_model[name]}; only backbone and training may differ"
                 f"{', and classes with --guidance_unlabelled true' if 'classes' in name else ''}"
             )
     model = guide.load_model(accelerator.device)
@@ -139,7 +155,7 @@ def load_guide_model(
 
 
 class Unlabelled(nn.Module):
-    """A model that is asked for its null label, whatever it is told."""
+    """Wrapper that replaces all labels by the null label."""
 
     def __init__(self, model: nn.Module, null_label: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Distributed generation: labels in, images out; each image a function of (seed, its index, its label) alone."""
+"""Generate images for labels, distributed over all processes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from sampling.checks import load_guide_model
 
 @dataclass(frozen=True)
 class Generator:
-    """Images by index: image `i` is a function of (seed, i, its label) alone, whatever batches and devices."""
+    """Generates images by index. Image `i` depends on (seed, i, its label) only, not on batches or devices."""
 
     model: nn.Module
     diffusion: Diffusion
@@ -36,18 +36,20 @@ class Generator:
     seed: int
     accelerator: Accelerator
     callback: Callback | None = None
-    guide_model: nn.Module | None = None  # of autoguidance
-    on_stage: Callable[[str, Tensor], None] | None = None
+    guide_model: nn.Module | None = None  # for autoguidance
+    on_stage: Callable[[str, Tensor], None] | None = None  # receives the output of each stage of a cascade
 
     @property
     def num_steps(self) -> int:
         return num_steps_of(self.sampling, self.diffusion)
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
-        for part in in_batches(indices, batch_size):
-            yield ImageBatch(part, self.draw(part).cpu(), self.labels[part])
+        """Yield images in batches."""
+        for batch in in_batches(indices, batch_size):
+            yield ImageBatch(batch, self.draw(batch).cpu(), self.labels[batch])
 
     def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
+        """Generate images by index."""
         device = self.accelerator.device
         generators = [generator_for(self.seed, "sample", index) for index in indices.tolist()]
         shape = self.codec.latent_shape(*self.image_size)
@@ -61,7 +63,14 @@ class Generator:
         generators: list[torch.Generator],
         start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 H W"]:
-        """From noise, or from `x_t` at the time `start`, to images; a generator each for the random steps."""
+        """Run the sampler and decode.
+
+        Args:
+            noise: initial noise or, with `start`, `x_t` at that time
+            y: labels
+            generators: one per image, for random steps
+            start: time to start from; by default the first of the chain
+        """
         with autocasting(self.accelerator.device, precision_of(self.accelerator), self.model, self.guide_model):
             x_0 = sample(
                 self.diffusion,
@@ -90,13 +99,14 @@ def generator_of(
     model: nn.Module | None = None,
     **callbacks: Any,
 ) -> Generator:
-    """Of a checkpoint's averaged weights, which `model` holds where they are loaded, with its guide."""
+    """Create the generator of a checkpoint, with its guide. `model` holds the averaged weights if they are already
+    loaded."""
     diffusion, size = checkpoint.build_diffusion(), checkpoint.image_size
-    theirs, ours = codec.latent_shape(*size), (checkpoint.spec.in_channels, *checkpoint.spec.input_size)
-    if theirs != ours:
+    codec_shape, model_shape = codec.latent_shape(*size), (checkpoint.spec.in_channels, *checkpoint.spec.input_size)
+    if codec_shape != model_shape:
         raise ValueError(
-            f"--autoencoder: of images of {size[0]}x{size[1]} its latents are {'x'.join(map(str, theirs))}, and "
-            f"{checkpoint.path} denoises {'x'.join(map(str, ours))}; give the one that it was trained with"
+            f"--autoencoder: of images of {size[0]}x{size[1]} its latents are {'x'.join(map(str, codec_shape))}, and "
+            f"{checkpoint.path} denoises {'x'.join(map(str, model_shape))}; give the one that it was trained with"
         )
     guide_model = load_guide_model(
         sampling,
@@ -113,28 +123,29 @@ def generator_of(
 
 
 def generate(generator: Generator, *, batch_size: int) -> UInt8[Tensor, "n 3 h w"]:
-    """All images of a generator, in order, on the main process; the others do their share of the work and get none."""
+    """Generate all images and return them, in order, on the main process; the other processes return none."""
     batches = list(stream(generator, batch_size=batch_size))
     return torch.cat(batches) if batches else torch.empty(0, 3, *generator.image_size, dtype=torch.uint8)
 
 
 def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
-    """The same, a batch of each process at a time: for more images than memory holds. All processes go through it."""
+    """Like `generate`, but yield the images in batches, as they may exceed the memory. All processes must iterate."""
     accelerator, num_images = generator.accelerator, len(generator.labels)
-    hidden = not accelerator.is_main_process
-    with tqdm(total=num_images, desc="sampling", unit="img", disable=hidden, leave=False) as bar:
-        for part in torch.arange(num_images).split(batch_size * accelerator.num_processes):
-            dealt = torch.arange(-(-len(part) // accelerator.num_processes) * accelerator.num_processes) % len(part)
-            mine = part[dealt[accelerator.process_index :: accelerator.num_processes]]  # as many for each: a few twice
-            drawn = part.new_empty(0)
-            failed: list[ValueError | None] = [None]
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    quiet = not accelerator.is_main_process
+    with tqdm(total=num_images, desc="sampling", unit="img", disable=quiet, leave=False) as bar:
+        for batch in torch.arange(num_images).split(batch_size * num_ranks):
+            padded = torch.arange(-(-len(batch) // num_ranks) * num_ranks) % len(batch)  # to the same number per rank
+            local = batch[padded[rank::num_ranks]]
+            images = batch.new_empty(0)
+            errors: list[ValueError | None] = [None]
             try:
-                drawn = generator.draw(mine)
+                images = generator.draw(local)
             except ValueError as error:
-                failed = [error]
-            for error in filter(None, gather_object(failed)):  # first, so that no process waits for one that is gone
+                errors = [error]
+            for error in filter(None, gather_object(errors)):  # or the other processes would wait in `gather`
                 raise error
-            images: Any = accelerator.gather(drawn)
+            gathered: Any = accelerator.gather(images)
             if accelerator.is_main_process:
-                yield rearrange(images, "(p b) ... -> (b p) ...", p=accelerator.num_processes)[: len(part)].cpu()
-            bar.update(len(part))
+                yield rearrange(gathered, "(p b) ... -> (b p) ...", p=num_ranks)[: len(batch)].cpu()
+            bar.update(len(batch))

@@ -1,4 +1,4 @@
-"""On the way from one class to another, or from one seed to another."""
+"""Interpolation between two classes or two seeds."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,8 @@ from sampling.generation import Generator
 
 
 class Blend(nn.Module):
-    """Predictions for one class and another, mixed: sample `y` has the share `shares[y]` of the other's."""
+    """Mixes a model's predictions for two classes linearly. Its labels are indices of `shares`, the weights of the
+    second class."""
 
     def __init__(self, model: nn.Module, labels: tuple[int, int], shares: Float[Tensor, " n"]) -> None:
         super().__init__()
@@ -23,18 +24,25 @@ class Blend(nn.Module):
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], y: Int64[Tensor, " b"], **extras: Any
     ) -> Float[Tensor, "b c_out h w"]:
-        unlabelled = torch.as_tensor(getattr(self.model, "num_classes", 0), device=y.device)
-        first, second = (torch.where(y == self.num_classes, unlabelled, label) for label in self.labels)
-        share = self.shares[y][:, None, None, None]
-        first, second = (self.model(x_t, t, y, **extras).float() for y in (first, second))  # autocast puts out bf16
-        return torch.lerp(first, second, share)
+        null_label = torch.as_tensor(getattr(self.model, "num_classes", 0), device=y.device)
+        labels = [torch.where(y == self.num_classes, null_label, label) for label in self.labels]
+        first, second = (self.model(x_t, t, label, **extras).float() for label in labels)  # from bf16 under autocast
+        return torch.lerp(first, second, self.shares[y][:, None, None, None])
 
 
 def interpolate(
     generator: Generator, labels: tuple[int, int], seeds: tuple[int, int], num_images: int, only: int | None = None
 ) -> UInt8[Tensor, "n 3 H W"]:
-    """`num_images` in equal steps, ends included: of the classes' predictions, and of noise along the arc between the
-    seeds'. Random steps are the first seed's. `only` one is drawn where given, counted from 0."""
+    """Generate images along the way between two classes, whose predictions are mixed linearly, and two seeds, whose
+    initial noises are interpolated spherically. Random steps use the first seed.
+
+    Args:
+        generator: its labels are ignored
+        labels: the two classes
+        seeds: the two seeds
+        num_images: number of equidistant images, both ends included
+        only: generate only the image of this index
+    """
     if isinstance(generator.diffusion, Staged) and labels[0] != labels[1]:
         raise ValueError("--interpolate: a cascade has no one prediction to mix; give --class one class, and --to_seed")
     if num_images < 2:
@@ -44,22 +52,22 @@ def interpolate(
     if only is not None:
         shares, num_images = shares[only : only + 1], 1
     ends = [randn_like(torch.empty(1, *shape), [generator_for(seed, "sample", 0)]).to(device) for seed in seeds]
-    streams = [generator_for(seeds[0], "sample", 0) for _ in range(num_images)]
-    for stream in streams:
-        torch.randn(shape, generator=stream)  # the first picture is then the one that its seed alone draws
+    random_streams = [generator_for(seeds[0], "sample", 0) for _ in range(num_images)]
+    for random_stream in random_streams:
+        torch.randn(shape, generator=random_stream)  # skip the initial noise, as `Generator.draw` samples it first
     noise = slerp(ends[0], ends[1], shares[:, None, None, None])
     if labels[0] == labels[1]:
-        return generator.denoise(noise, torch.full((num_images,), labels[0], device=device), streams).cpu()
-    models = {"model": generator.model, "guide_model": generator.guide_model}  # a guide is told of the same classes
+        return generator.denoise(noise, torch.full((num_images,), labels[0], device=device), random_streams).cpu()
+    models = {"model": generator.model, "guide_model": generator.guide_model}
     blend = replace(generator, **{name: model and Blend(model, labels, shares) for name, model in models.items()})
-    return blend.denoise(noise, torch.arange(num_images, device=device), streams).cpu()
+    return blend.denoise(noise, torch.arange(num_images, device=device), random_streams).cpu()
 
 
 def slerp(
     first: Float[Tensor, "1 c h w"], second: Float[Tensor, "1 c h w"], share: Float[Tensor, "n 1 1 1"]
 ) -> Float[Tensor, "n c h w"]:
-    """Along the arc between two vectors (Shoemake 1985)."""
-    ends = (end.flatten().cpu().double() for end in (first, second))  # not every device has float64
+    """Spherical linear interpolation (Shoemake 1985)."""
+    ends = (end.flatten().cpu().double() for end in (first, second))  # on the CPU, as not every device has float64
     angle = nn.functional.cosine_similarity(*ends, dim=0).clamp(-1, 1).acos().float()
     if angle.sin() < 1e-4:
         return torch.lerp(first.expand(len(share), -1, -1, -1), second.expand(len(share), -1, -1, -1), share)

@@ -1,4 +1,4 @@
-"""The labels of samples: of classes by their names, and of as many images as are scored."""
+"""Labels of samples, from class names or for scoring."""
 
 import difflib
 import unicodedata
@@ -14,15 +14,15 @@ from machine.randomness import generator_for
 
 
 def resolve_classes(asked: Sequence[str | int], classes: list[str]) -> list[int]:
-    """Labels of class names, or of numbers in words where no class is called so, and labels themselves; all of them
-    when none are asked for, 0 for an unconditional model."""
+    """Convert class names to labels. Numbers, also as text unless a class is called so, are labels already. Without
+    names the result is all labels, and [0] for an unconditional model."""
     if not asked:
         return list(range(max(1, len(classes))))
     labels, composed = [], [unicodedata.normalize("NFC", name) for name in classes]
     for name in asked:
         if not classes:
             raise ValueError(f"--classes {name}: the model has no classes; leave it out")
-        if isinstance(name, str) and (same := unicodedata.normalize("NFC", name)) in composed:  # macOS takes them apart
+        if isinstance(name, str) and (same := unicodedata.normalize("NFC", name)) in composed:  # macOS decomposes
             labels.append(composed.index(same))
         elif str(name) in map(str, range(len(classes))):
             labels.append(int(name))
@@ -40,8 +40,18 @@ def sample_labels(
     reference: Int64[Tensor, " m"] | None,
     trial: int = 0,
 ) -> Int64[Tensor, " n"]:
-    """Labels of samples to be scored, as the policy asks for: `balanced`, all classes in turn; `reference`, of each
-    class its share of the reference; `random`, each class as likely. As many as asked, else as the reference has."""
+    """Choose the labels of samples to be scored by the policy `evaluation.labels`.
+
+    The policy is one of `balanced`, all classes in turn; `reference`, each class in proportion to its share of the
+    reference; and `random`, uniform over classes.
+
+    Args:
+        evaluation: policy, seed and number of samples, by default that of the reference
+        num_reference: number of images in the reference; 0 if unknown
+        num_classes: 0 for an unconditional model
+        reference: labels of the reference, if it has any
+        trial: added to the seed
+    """
     num_images = evaluation.num_samples or num_reference
     if num_images < 1:
         raise ValueError("--num_samples: the reference does not say how many images it is of; give a number")
@@ -55,5 +65,5 @@ def sample_labels(
 
 
 def balanced_labels(num_images: int, num_classes: int) -> Int64[Tensor, " n"]:
-    """Labels in turn, so that classes differ in count by one at most; all 0 for an unconditional model."""
+    """All labels in turn, so that counts of classes differ by at most one; all 0 for an unconditional model."""
     return torch.arange(num_images) % max(1, num_classes)

@@ -1,4 +1,4 @@
-"""What becomes of samples on the way, as a picture: moments of the denoising, and outputs of a cascade's stages."""
+"""Grids of intermediate results of sampling: steps of the denoising, and the outputs of a cascade's stages."""
 
 import torch
 from einops import rearrange
@@ -11,7 +11,7 @@ from diffusion.samplers import Staged
 
 
 class DenoisingPanel:
-    """Keeps some moments of the first batch's denoising: as a `callback`, then as a picture."""
+    """A `callback` of the sampler that records evenly spaced steps of the first batch, to be shown as a grid."""
 
     def __init__(self, num_moments: int, num_steps: int, num_images: int = 6) -> None:
         if not 1 <= num_moments <= num_steps:
@@ -26,13 +26,13 @@ class DenoisingPanel:
             self.moments.append((x_t[: self.num_images], x_0[: self.num_images]))
 
     def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
-        """For each image a row of `x_t` and below it one of predicted `x_0`, decoded."""
+        """Decode a row of `x_t` and a row of predicted `x_0` for each image."""
         moments = torch.stack([torch.stack(moment) for moment in self.moments])  # [moments 2 images c h w]
         return codec.decode(rearrange(moments, "m kind b c h w -> (b kind m) c h w")).cpu()
 
 
 class StagesPanel:
-    """Keeps what each stage of the first batch put out: as `on_stage`, then as a picture."""
+    """An `on_stage` callback that records the outputs of all stages for the first batch, to be shown as a grid."""
 
     def __init__(self, diffusion: Diffusion, num_images: int = 36) -> None:
         if not isinstance(diffusion, Staged):
@@ -44,8 +44,8 @@ class StagesPanel:
         self.outputs.setdefault(name, x_0[: self.num_images])
 
     def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
-        """For each sample its stages' outputs, decoded, in squares of the largest one's size."""
-        decoded = [codec.decode(self.outputs[name]).cpu() for name in self.names]  # not all devices enlarge bytes
+        """Decode the outputs of all stages for each sample, enlarged to the size of the largest."""
+        decoded = [codec.decode(self.outputs[name]).cpu() for name in self.names]  # not all devices resize uint8
         size = max(tuple(images.shape[-2:]) for images in decoded)
         enlarged = [nn.functional.interpolate(images, size=size, mode="nearest") for images in decoded]
         return torch.stack(enlarged, dim=1).flatten(0, 1)

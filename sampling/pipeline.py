@@ -1,4 +1,4 @@
-"""From Python: what has been trained, as one object that draws."""
+"""The Python interface: load a checkpoint and sample from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ Classes = Sequence[str | int] | str | int  # names or labels
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A checkpoint with all that drawing from it takes; backbone and autoencoder are loaded on first use."""
+    """A checkpoint ready for sampling; backbone and autoencoder are loaded on first use."""
 
     checkpoint: Checkpoint
     accelerator: Accelerator
-    autoencoder: str | None = None  # in place of the checkpoint's
+    autoencoder: str | None = None  # replaces the checkpoint's
 
     @property
     def classes(self) -> list[str]:
-        """Their names, by label; none of an unconditional model."""
+        """Names of the classes, by label; empty for an unconditional model."""
         return self.checkpoint.classes
 
     @cached_property
@@ -46,26 +46,34 @@ class Pipeline:
 
     @cached_property
     def codec(self) -> Codec:
-        """Between images and what the backbone denoises."""
+        """Converts images to latents and back."""
         return self.checkpoint.open_codec(self.autoencoder, self.accelerator.print).to(self.accelerator.device)
 
     def sample(
         self, classes: Classes = (), num_per_class: int = 4, *, seed: int = 0, batch_size: int = 64, **sampling: Any
     ) -> UInt8[Tensor, "n 3 h w"]:
-        """Images of these classes (names or labels; of all by default), one class after the other: those of sample.py.
+        """Generate images, class by class; sample.py generates the same.
 
-        `sampling` stands in place of the checkpoint's settings: `guidance_scale=2.0, num_steps=16, sampler="heun"`.
-        Raises ValueError for a class that there is not, or settings that do not fit.
+        Args:
+            classes: names or labels; all by default
+            num_per_class: images per class
+            seed: of the samples
+            batch_size: images at a time
+            sampling: replaces settings of the checkpoint: `guidance_scale=2.0, num_steps=16, sampler="heun"`
+
+        Raises:
+            ValueError: for an unknown class or an invalid setting
         """
         check_interval("batch_size", batch_size, "[1, inf)")
         return generate(self.generator(classes, num_per_class, seed=seed, **sampling), batch_size=batch_size)
 
     def generator(self, classes: Classes = (), num_per_class: int = 4, *, seed: int = 0, **sampling: Any) -> Generator:
-        """What draws them, image by image, for more than memory holds, several processes, or a look at each step."""
-        asked = [classes] if isinstance(classes, str | int) else classes  # a text is a name, not its letters
+        """Create the generator that `sample` uses, for example to generate more images than fit in memory, with several
+        processes, or with a callback at each step."""
+        names = [classes] if isinstance(classes, str | int) else classes  # a string is one name
         check_interval("num_per_class", num_per_class, "[1, inf)")
         check_interval("seed", seed, SEEDS)
-        labels = torch.tensor(resolve_classes(asked, self.classes))
+        labels = torch.tensor(resolve_classes(names, self.classes))
         labels, checkpoint = labels.repeat_interleave(num_per_class), self.checkpoint
         sampling["say"] = self.accelerator.print
         settings = resolve_sampling(checkpoint.config.sampling, self.diffusion, checkpoint.num_guided, **sampling)
@@ -73,9 +81,15 @@ class Pipeline:
 
 
 def load(path: str | Path, *, precision: str = "auto", autoencoder: str | None = None) -> Pipeline:
-    """A run's folder, a checkpoint, its ema.safetensors, `hf://owner/name`, or `embedded`, ready to draw.
+    """Open a checkpoint for sampling.
 
-    Raises ValueError where there is none.
+    Args:
+        path: a run's folder, a checkpoint's folder, its ema.safetensors, `hf://owner/name`, or `embedded`
+        precision: 'auto', 'fp32' or 'bf16'
+        autoencoder: replaces the checkpoint's
+
+    Raises:
+        ValueError: if there is no checkpoint
     """
     accelerator = open_accelerator(precision)
     return Pipeline(open_checkpoint(path, accelerator), accelerator, autoencoder)

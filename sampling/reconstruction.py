@@ -1,4 +1,4 @@
-"""What a model makes of noised held-out images: predicted in one step, and by the whole chain."""
+"""Reconstruct noised held-out images, in one step and by the rest of the sampler's chain."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ def draw_reconstructions(
     t: int | float,
     path: Path,
 ) -> None:
-    """The checkpoint's held-out images of these classes, noised to `t` and denoised, four pictures each, as one."""
+    """Save a grid of held-out images of some classes, noised to the time `t` and denoised; see `reconstruct`."""
     if "test" in checkpoint.identity:
         checkpoint.check_identity(test=held_out.describe())
     labels = torch.zeros_like(held_out.labels)
@@ -43,28 +43,34 @@ def draw_reconstructions(
 def reconstruct(
     generator: Generator, images: UInt8[Tensor, "n 3 h w"], labels: Int64[Tensor, " n"], t: int | float
 ) -> tuple[UInt8[Tensor, "n kinds 3 h w"], int | float]:
-    """For each image: itself, noised, `x_0` predicted from there in one step, and by the rest of the sampler's chain;
-    and the time, the last that the chain visits up to `t`. Image `i` is a function of (seed, i, image, label) alone."""
+    """Noise images and denoise them. The result of image `i` depends on (seed, i, image, label) only.
+
+    Returns:
+        Four versions of each image: the original, noised, `x_0` predicted from it in one step, and denoised by the rest
+        of the sampler's chain; and the time used, the noisiest one of the chain that does not exceed `t`.
+    """
     diffusion, codec, sampling = generator.diffusion, generator.codec, generator.sampling
     times = [time for time, _ in diffusion.reverse_steps(generator.num_steps, sampling.spacing)]
     if not times[-1] <= t <= times[0]:
         raise ValueError(f"--reconstruct {t:g} must lie in {times[-1]:g}..{times[0]:g}, times of the sampler")
     start = next(time for time in times if time <= t)
-    streams = [generator_for(generator.seed, "reconstruct", index) for index in range(len(images))]
+    generators = [generator_for(generator.seed, "reconstruct", index) for index in range(len(images))]
     y, x_0 = labels.to(generator.accelerator.device), codec.encode(images.to(generator.accelerator.device))
-    x_t = diffusion.q_sample(x_0, torch.full_like(y, start, dtype=torch.tensor(start).dtype), randn_like(x_0, streams))
+    noise = randn_like(x_0, generators)
+    x_t = diffusion.q_sample(x_0, torch.full_like(y, start, dtype=torch.tensor(start).dtype), noise)
 
-    predicted: list[Tensor] = []  # at each step of the chain
-    kept = replace(generator, callback=lambda step, x_t, x_0: predicted.append(x_0))
-    chain = kept.denoise(x_t, y, streams, start)
-    return torch.stack([images, codec.decode(x_t).cpu(), codec.decode(predicted[0]).cpu(), chain.cpu()], dim=1), start
+    predictions: list[Tensor] = []  # of x_0, at each step of the chain
+    recording = replace(generator, callback=lambda step, x_t, x_0: predictions.append(x_0))
+    denoised = recording.denoise(x_t, y, generators, start)
+    versions = [images, codec.decode(x_t).cpu(), codec.decode(predictions[0]).cpu(), denoised.cpu()]
+    return torch.stack(versions, dim=1), start
 
 
 def spread_over_classes(labels: Int64[Tensor, " m"], classes: list[int], num_per_class: int) -> Int64[Tensor, " n"]:
-    """Positions of `num_per_class` evenly spread images of each class, or of as many as it has."""
-    positions = []
+    """Select indices of up to `num_per_class` evenly spaced images of each class."""
+    selected = []
     for label in classes:
         of_class = (labels == label).nonzero().flatten()
         num = min(num_per_class, len(of_class))
-        positions.append(of_class[torch.arange(num) * len(of_class) // max(1, num)])
-    return torch.cat(positions)
+        selected.append(of_class[torch.arange(num) * len(of_class) // max(1, num)])
+    return torch.cat(selected)
