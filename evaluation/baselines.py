@@ -1,4 +1,4 @@
-"""What samples stand beside: real images, as the floor, and what the autoencoder makes of them, as the ceiling."""
+"""Baselines for samples: real images (the floor) and their reconstructions by the autoencoder (the ceiling)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,19 +21,22 @@ def baselines(
     evaluation: EvaluationConfig,
     accelerator: Accelerator,
 ) -> list[tuple[Source, Sequence[str]]]:
-    """Each with the metrics that it is asked for: training images, as many as there are samples and of the same
-    classes; for metrics by class held-out images, which the probe of the training images has not seen. In pixel space
-    there is nothing to reconstruct."""
+    """List the baselines, each with the metrics to compute for it.
+
+    Most metrics are computed for training images that match the samples in number and classes. Metrics of a probe that
+    was fitted to the training images are computed for held-out images instead. Except in pixel space, each is followed
+    by its reconstructions.
+    """
     by_class = [name for name in evaluation.metrics if METRICS[name].needs == "labelled" and not METRICS[name].teaches]
     others = [name for name in evaluation.metrics if name not in by_class]
-    floors: list[tuple[Source, str, list[str]]] = []  # with what their reconstructions are called
+    floors: list[tuple[Source, str, list[str]]] = []  # images, name of their reconstructions, metrics
     if others:
         train = open_split(data, "train", accelerator)
-        photographs, _ = like(samples, train, "training images", "--baselines", evaluation.seed)
-        floors.append((photographs, "reconstructions", others))
+        images, _ = like(samples, train, "training images", "--baselines", evaluation.seed)
+        floors.append((images, "reconstructions", others))
     if by_class:
-        photographs = from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)
-        floors.append((photographs, "reconstructions of held-out images", by_class))
+        images = from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)
+        floors.append((images, "reconstructions of held-out images", by_class))
     rows: list[tuple[Source, Sequence[str]]] = []
     for floor, name, metrics in floors:
         rows.append((floor, metrics))

@@ -19,8 +19,11 @@ from metrics.scores import Score
 def held_out_likelihood(
     checkpoint: Checkpoint, codec: Codec, held_out: ImageSet, num_images: int, accelerator: Accelerator, *, seed: int
 ) -> Score:
-    """Bits per dimension of held-out images given their labels, of each class its share: mean and standard error. In
-    latent space it is of the latents' density. Image `i`'s draws are a function of (seed, i)."""
+    """Estimate bits per dimension of held-out images given their labels: mean and standard error.
+
+    The images are a stratified sample. In latent space the result concerns the density of latents. The random numbers
+    for image `i` depend on (seed, i) only.
+    """
     if not 2 <= num_images <= len(held_out):
         raise ValueError(f"--likelihood {num_images} must lie in 2..{len(held_out)}, the held-out images; 0: none")
     diffusion, device = checkpoint.build_diffusion(), accelerator.device
@@ -28,18 +31,18 @@ def held_out_likelihood(
     chosen = stratified(labels, num_images, seed)
     if checkpoint.classes:
         labels = by_name(labels, held_out.classes, checkpoint.classes, "--likelihood")
-    bits_of: list[tuple[int, float]] = []  # index and bits of this process's images
-    hidden = not accelerator.is_main_process
-    with tqdm(total=num_images, desc="likelihood", unit="img", disable=hidden, leave=False) as bar:
-        for part in in_batches(share(num_images, accelerator), 64):
-            x_0, signs = [], []
-            for index, one in zip(part.tolist(), chosen[part].tolist(), strict=True):
-                draw = generator_for(seed, "likelihood", index, device=device)
-                x_0.append(codec.encode(held_out[one][0][None].to(device), draw))
-                signs.append(torch.randint(0, 2, x_0[-1].shape, generator=draw, device=device) * 2.0 - 1)
-            y = labels[chosen[part]].to(device)
-            bits = bits_per_dimension(diffusion, model, torch.cat(x_0), y, probe=torch.cat(signs))
-            bits_of += zip(part.tolist(), (bits + codec.density_offset).tolist(), strict=True)
-            bar.update(len(part) * accelerator.num_processes)
-    bits = torch.tensor([value for _, value in sorted(gather_object(bits_of))], dtype=torch.float64)
+    results: list[tuple[int, float]] = []  # index and bits of this process's images
+    quiet = not accelerator.is_main_process
+    with tqdm(total=num_images, desc="likelihood", unit="img", disable=quiet, leave=False) as bar:
+        for indices in in_batches(share(num_images, accelerator), 64):
+            x_0, probes = [], []
+            for index, image_index in zip(indices.tolist(), chosen[indices].tolist(), strict=True):
+                generator = generator_for(seed, "likelihood", index, device=device)
+                x_0.append(codec.encode(held_out[image_index][0][None].to(device), generator))
+                probes.append(torch.randint(0, 2, x_0[-1].shape, generator=generator, device=device) * 2.0 - 1)
+            y = labels[chosen[indices]].to(device)
+            bits = bits_per_dimension(diffusion, model, torch.cat(x_0), y, probe=torch.cat(probes))
+            results += zip(indices.tolist(), (bits + codec.density_offset).tolist(), strict=True)
+            bar.update(len(indices) * accelerator.num_processes)
+    bits = torch.tensor([value for _, value in sorted(gather_object(results))], dtype=torch.float64)
     return Score(bits.mean().item(), (bits.std() / len(bits) ** 0.5).item(), spread=f"standard error of {num_images}")

@@ -1,4 +1,4 @@
-"""Pages that a browser reads from disk, without a network, and figures in one look, for a page and for a paper."""
+"""HTML pages that work offline, and figures in a common style for pages and papers."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 COLORS = ["#4477AA", "#EE6677", "#228833", "#AA3377", "#CC8800", "#33A6C2", "#888888", "#6655CC", "#996633", "#DD44AA"]
 MARKERS = "osD^vPX<>*"
-INK = "#010203"  # stands for the page's own text colour
+INK = "#010203"  # placeholder for the page's text colour
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -20,19 +20,20 @@ STYLE: Any = {
     "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
-WIDTH, LINE = 4.6, 0.18  # inches: of a figure, and of a line of its legend
+WIDTH, LINE = 4.6, 0.18  # in inches: width of a figure, and height of a line of its legend
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "pages")
 PAGES = Environment(loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def page(template: str, **values: object) -> str:
-    """A file of `evaluation/pages`, filled in; what is filled in is text unless its template says else."""
+    """Render a template of `evaluation/pages`. Values are escaped unless the template marks them as safe."""
     return PAGES.get_template(template).render(values)
 
 
 def draw(plot: Callable[[Any], bool]) -> Any:
-    """matplotlib's figure of what `plot` puts on its axes, a legend below; None where it finds nothing to draw."""
+    """Create a matplotlib figure with a legend below. `plot` draws on the axes and returns False if it has nothing to
+    draw; then the result is None."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -52,7 +53,7 @@ def draw(plot: Callable[[Any], bool]) -> Any:
 
 
 def svg_of(figure: Any, name: str) -> str:
-    """For a page, in its text colour, whichever that is; `name` tells its parts from other figures' on the page."""
+    """Convert a figure to SVG in the page's text colour. `name` makes its ids unique on the page."""
     import matplotlib as mpl
 
     file = io.StringIO()
@@ -66,15 +67,15 @@ def svg_of(figure: Any, name: str) -> str:
 
 
 def legend_columns(names: list[str]) -> int:
-    """As many as the longest name leaves room for, at most four."""
+    """Number of columns that fit, judged by the longest name; at most four."""
     return max(1, min(4, len(names), int(WIDTH / (0.066 * max(map(len, names)) + 0.5))))
 
 
 def color(number: int) -> str:
-    """Of a variant, by its place; told apart by people who do not see all colours."""
+    """Colour of a variant by its index, from a palette for colour-blind readers."""
     return COLORS[number % len(COLORS)]
 
 
 def marker(number: int) -> str:
-    """Of a variant: another one when colours begin again."""
+    """Marker of a variant by its index; it differs for variants of the same colour."""
     return MARKERS[(number + number // len(COLORS)) % len(MARKERS)]

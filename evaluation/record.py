@@ -1,4 +1,4 @@
-"""What evaluation leaves to read and to paste: a JSON record, a Markdown table, figures."""
+"""The results of an evaluation: a JSON record, a table and figures."""
 
 import json
 import math
@@ -21,12 +21,12 @@ from metrics.features import Extractor
 from metrics.scores import Score, digits_of, metric_name
 from sampling.image_files import save_grid
 
-ENOUGH_FOR_INCEPTION_SCORE = 5000  # images a split, as of the 50,000 in ten that the literature prints
+ENOUGH_FOR_INCEPTION_SCORE = 5000  # images per split; the literature splits 50,000 images into ten
 LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity")
 
 
 def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dict[str, Any]:
-    """The first row's scores, all rows, and what it takes to derive them again."""
+    """Compose the record: the first row's scores, all rows, and everything needed to reproduce them."""
     first, trials, extractor = rows[0], rows[0].trials, scorer.extractor
     record: dict[str, Any] = {"scores": first.to_dict()["scores"], "num_samples": trials[0].num_samples}
     record |= {"num_reference": reference.features.num, "num_trials": len(trials)}
@@ -69,7 +69,13 @@ def table(
     of: str = "samples",
     form: Callable[[Sequence[Sequence[str]]], str] = terminal,
 ) -> str:
-    """In a form of `evaluation.table`: a row a source, a column a setting in `columns` or a metric."""
+    """Format scores as a table with a row per source.
+
+    Args:
+        columns: settings to show before the metrics
+        of: heading of the first column
+        form: a format of `evaluation.table`
+    """
     metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
     cells = [[of, *columns, *metrics]]
     for row in rows:
@@ -81,7 +87,7 @@ def table(
 def in_words(
     rows: Sequence[Row], columns: Sequence[str], reference: Reference, extractor: Extractor, extra: Mapping[str, Any]
 ) -> str:
-    """What came out, and what is to be known of it; `extra` is of the record, beside the rows."""
+    """Report the results and what a reader must know to interpret them. `extra` holds further entries of the record."""
     on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
     lines = [
         f"{rows[0].trials[0].num_samples} samples against {reference.features.num} images, on {on}",
@@ -89,11 +95,12 @@ def in_words(
         table(rows, columns),
         *notes(rows, extractor),
     ]
-    if found := extra.get("memorisation"):
-        closer, copies = found["closer_to_training_than_held_out"], found["planted_copies_closer"]
+    if memorisation := extra.get("memorisation"):
+        closer, copies = memorisation["closer_to_training_than_held_out"], memorisation["planted_copies_closer"]
+        found = memorisation["planted_copies_found"]
         lines.append(
             f"A sample lies closer to the training images than a held-out image does {closer:.1%} of the time; "
-            f"of copies of training images planted in their place, {copies:.1%} ({found['planted_copies_found']:.1%} "
+            f"of copies of training images planted in their place, {copies:.1%} ({found:.1%} "
             "found their own original)" + ("." if copies > 0.9 else ": here the figure tells nothing.")
         )
     if bits := extra.get("bits_per_dimension"):
@@ -105,9 +112,9 @@ def in_words(
 
 
 def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
-    """What is to be known of the numbers in a table: what each ± is, and which of them a few images do not give."""
+    """Footnotes of a table: the meaning of each ±, and a warning about scores that are biased by few images."""
     first = rows[0].trials[0]
-    spreads: dict[str, dict[str, None]] = {}  # the scores of each spread, in the order of the table
+    spreads: dict[str, dict[str, None]] = {}  # names of scores by the meaning of their spread, in the table's order
     for row in rows:
         for name, score in row.scores.items():
             if score.spread:
@@ -127,7 +134,7 @@ def _cell(metric: str, score: Score | None) -> str:
 
 
 def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path: Path, num: int = 12) -> None:
-    """The samples that lie closest to a training image, and below each that image."""
+    """Save the samples that are closest to a training image, each above that image."""
     closest = memorisation.distances.argsort()[:num]
     pairs = torch.cat([samples.images(closest), train.images(memorisation.nearest[closest])])
     captions = [f"{distance:.3g}" for distance in memorisation.distances[closest].tolist()]
@@ -177,7 +184,7 @@ SWEPT = {"sampler": "{}", "spacing": "{}", "num_steps": "{} steps", "guidance_sc
 
 
 def _values(rows: Sequence[Row], metric: str) -> tuple[list[float], list[float]]:
-    """Values and spreads; a score that there is none of leaves a gap."""
+    """Values and spreads of a metric; missing values are nan, which leaves a gap in a plot."""
     scores = [row.scores.get(metric) for row in rows]
     values = [score.value if score and score.value is not None else float("nan") for score in scores]
     return values, [(score.std or 0.0) if score else 0.0 for score in scores]

@@ -1,7 +1,8 @@
-"""The one path to a score: a source of images, a reference's features, an extractor.
+"""Score a source of images against the features of a reference.
 
-`evaluate.py`, evaluation during training and ablations all come through a `Scorer`: the same weights and the same
-`EvaluationConfig` give the same numbers. Images go from the sampler to the extractor in memory; processes share them.
+`evaluate.py`, evaluation during training and ablations all use a `Scorer`, so the same weights and the same
+`EvaluationConfig` give the same numbers. Images pass from the sampler to the extractor in memory, distributed over all
+processes.
 """
 
 from collections.abc import Sequence
@@ -33,32 +34,29 @@ from metrics.scores import Score, check_metrics, metric_name, needs_of
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are held against: its features, and what they are of."""
+    """Features of the images that samples are compared with."""
 
     features: Features
     provenance: dict[str, Any]
-    classes: Sequence[str] = ()  # of its labels
+    classes: Sequence[str] = ()  # names of the features' labels
 
 
 @dataclass(frozen=True)
 class Memorisation:
     """Whether samples lie closer to the training images than held-out images do, in feature space.
 
-    `closer` is the chance that a random sample lies closer to its nearest training image than a random held-out image
-    does: 0.5 where samples are as near as new photographs, 1 where each repeats one. `copies` is the same of training
-    images planted in the samples' place, `found` the share of those whose nearest is the image itself: where these are
-    not near 1, `closer` can tell nothing.
+    `closer` only has a meaning if the control experiment with copies of training images gives values near 1.
     """
 
-    closer: float
-    copies: float
-    found: float
-    distances: Float[Tensor, " n"]
-    nearest: Int64[Tensor, " n"]
+    closer: float  # probability that a sample is closer than a held-out image: 0.5 for novel samples, 1 for copies
+    copies: float  # the same for copies of training images in place of the samples
+    found: float  # share of these copies whose nearest training image is their original
+    distances: Float[Tensor, " n"]  # from each sample to its nearest training image
+    nearest: Int64[Tensor, " n"]  # index of that image
 
 
 class Scorer:
-    """Sources of images to features, by all processes, and to scores, by the main one for all."""
+    """Computes features with all processes, and scores on the main process, which broadcasts them."""
 
     def __init__(self, evaluation: EvaluationConfig, accelerator: Accelerator) -> None:
         check_metrics(evaluation.metrics)
@@ -67,11 +65,11 @@ class Scorer:
         self.extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=device)
 
     def extract(self, source: Source) -> Features:
-        """A source's features, with what the metrics need of them."""
-        mine = share(source.num_images, self.accelerator)
+        """Compute the features of a source that the metrics need."""
+        indices = share(source.num_images, self.accelerator)
         return self.extractor(
-            source.batches(mine, self.evaluation.batch_size),
-            len(mine),
+            source.batches(indices, self.evaluation.batch_size),
+            len(indices),
             metrics=self.evaluation.metrics,
             gather=gather_object,
             progress=self.accelerator.is_main_process,
@@ -79,11 +77,11 @@ class Scorer:
         )
 
     def reference(self, data: DataConfig, split: str = "test", codec: Codec | None = None) -> Reference:
-        """Features of a split, or of what a codec makes of it, computed once and kept in the cache folder. Where
-        metrics ask for classes, held-out images have a probe of the training images beside them."""
+        """Load the features of a split, or of its reconstructions by `codec`; on first use compute and cache them. If a
+        metric needs classes, those of the test split include a linear probe fitted to the training split."""
         dataset = open_split(data, split, self.accelerator)
-        for words in left_out(dataset):
-            self.accelerator.print(f"{split} images: {words}")
+        for message in left_out(dataset):
+            self.accelerator.print(f"{split} images: {message}")
         key = {
             **dataset.describe(),
             "extractor": self.extractor.name,
@@ -107,20 +105,21 @@ class Scorer:
         return Reference(features, {**key, "features": path.name}, dataset.classes)
 
     def npz_reference(self, path: str, moments: Features | None, images: UInt8[Tensor, "n 3 h w"] | None) -> Reference:
-        """Of what `read_adm` reads, moments, images or both; where there are images, those give what moments cannot."""
+        """Create the reference of a file that `read_adm` read, from its moments, its images or both. Features that
+        moments cannot provide come from the images."""
         name, features = Path(path).name, moments
         if images is not None:
             features = self.extract(from_images(images, name))
             if moments is not None:
                 features = replace(features, moments=moments.moments, spatial=moments.spatial or features.spatial)
-        assert features is not None  # read_adm saw to it
+        assert features is not None  # read_adm returns at least one of them
         return Reference(features, {"source": name, "moments": "of the file" if moments else "of its images"})
 
     def score(
         self, source: Source, reference: Reference, metrics: Sequence[str] | None = None
     ) -> tuple[Scores, Features]:
-        """Scores of a source against a reference, and the features that they came from. Beside the Fréchet distance
-        stands that of half the images: mean and half the difference of two halves."""
+        """Score a source against a reference, and also return its features. The Fréchet distance is accompanied by that
+        of half the images: the mean of two halves, and half their difference."""
         metrics = metrics or self.evaluation.metrics
         features = self.extract(source)
         if "labelled" in needs_of(metrics) and features.labels is not None and reference.classes:
@@ -149,35 +148,48 @@ class Scorer:
         data: DataConfig,
         codec: Codec,
     ) -> Memorisation:
-        """Nearest training images, decoded from posteriors' means, of samples with these features; of `copies` of
-        training images (their `originals` by index); of held-out images, decoded draws."""
+        """Compare the distances of samples and of held-out images to their nearest training images.
+
+        All images pass through the codec, so that its artefacts do not matter: training images are decoded from the
+        posterior's mean, copies and held-out images from a sample of the posterior.
+
+        Args:
+            features: of the samples
+            copies: training images to test whether copies are detected
+            originals: their indices in the training split
+        """
         train: Any = self.reference(data, "train", codec).features.features
 
-        def nearest_to(features: Features) -> tuple[Tensor, Tensor]:
-            device, mine = self.extractor.device, features.features
-            assert mine is not None
-            return from_main(self.accelerator, lambda: nearest(mine.to(device), train))
+        def find_nearest(features: Features) -> tuple[Tensor, Tensor]:
+            queries = features.features
+            assert queries is not None
+            return from_main(self.accelerator, lambda: nearest(queries.to(self.extractor.device), train))
 
         def through_codec(source: Source) -> Features:
             return self.extract(reconstructions(source, codec, self.accelerator.device, seed=self.evaluation.seed))
 
-        distances, index = nearest_to(features)
-        of_copies, nearest_to_copies = nearest_to(through_codec(copies))
-        of_held_out, _ = nearest_to(through_codec(held_out))
-        closer, copied = (share_of_pairs_closer(each, of_held_out) for each in (distances, of_copies))
-        found = (nearest_to_copies == originals).double().mean().item()
-        return Memorisation(closer, copied, found, distances, index)
+        distances, indices = find_nearest(features)
+        copy_distances, copy_indices = find_nearest(through_codec(copies))
+        held_out_distances, _ = find_nearest(through_codec(held_out))
+        return Memorisation(
+            closer=share_of_pairs_closer(distances, held_out_distances),
+            copies=share_of_pairs_closer(copy_distances, held_out_distances),
+            found=(copy_indices == originals).double().mean().item(),
+            distances=distances,
+            nearest=indices,
+        )
 
 
 def open_scorer(data: DataConfig, accelerator: Accelerator, evaluation: EvaluationConfig) -> tuple[Scorer, Reference]:
-    """A scorer and the held-out images' features: what says early on that an extractor or a metric is not there."""
+    """Create a scorer and the reference of held-out images. A training calls this first, so that a missing extractor or
+    metric is noticed early."""
     scorer = Scorer(evaluation, accelerator)
     return scorer, scorer.reference(data)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a source's scores, over trials where there were several."""
+    """A row of the table: a source's scores, summarised over its trials."""
 
     name: str
     scores: dict[str, Score]
@@ -189,12 +201,12 @@ class Row:
             "name": self.name,
             "scores": {name: asdict(score) for name, score in self.scores.items()},
             "samples": self.settings,
-            "trials": [{name: asdict(one) for name, one in trial.scores.items()} for trial in self.trials],
+            "trials": [{name: asdict(score) for name, score in trial.scores.items()} for trial in self.trials],
         }
 
 
 def summarise(source: Source, trials: list[Scores]) -> Row:
-    """One trial's scores as they are; of several, their mean and standard deviation (n - 1)."""
+    """Combine trials into a row: a single trial's scores, or the mean and standard deviation (n - 1) of several."""
     if len(trials) == 1:
         return Row(source.name, trials[0].scores, source.provenance, trials)
     summary = {}

@@ -1,4 +1,4 @@
-"""Where images to be scored come from. A source gives images by index, so that processes share them."""
+"""Sources of images to be scored. They provide images by index, so that processes can share the work."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,26 +32,26 @@ from settings import set_values
 
 @dataclass(frozen=True)
 class Source:
-    """Images by index, and where they come from; `labels` are of each image, `classes` their names (of none: [])."""
+    """Images by index, with their provenance."""
 
     name: str
     num_images: int
     batches: Callable[[Tensor, int], Iterator[ImageBatch]]  # (indices, batch size)
     provenance: dict[str, Any]
     labels: Int64[Tensor, " n"] | None = None
-    classes: Sequence[str] = ()
+    classes: Sequence[str] = ()  # names of the labels
 
     def images(self, indices: Tensor) -> UInt8[Tensor, "n 3 h w"]:
         return torch.cat([batch.images for batch in self.batches(indices, 64)])
 
 
 def from_generator(generator: Generator, name: str, classes: Sequence[str] = (), **provenance: object) -> Source:
-    """Samples drawn as they are scored."""
+    """Samples of a generator, generated when they are needed. `provenance` gives further entries."""
     sampling = replace(generator.sampling, num_steps=generator.num_steps)
-    about: dict[str, Any] = {"kind": "samples", "seed": generator.seed, "weights": "ema"}
-    about |= {"autoencoder": generator.codec.provenance, "precision": precision_of(generator.accelerator)}
-    about["model_calls"] = num_calls(generator.diffusion, sampling)
-    provenance = {**about, **asdict(sampling), **files_in_record(sampling), **provenance}
+    settings: dict[str, Any] = {"kind": "samples", "seed": generator.seed, "weights": "ema"}
+    settings |= {"autoencoder": generator.codec.provenance, "precision": precision_of(generator.accelerator)}
+    settings["model_calls"] = num_calls(generator.diffusion, sampling)
+    provenance = {**settings, **asdict(sampling), **files_in_record(sampling), **provenance}
     labels = generator.labels if classes else None
     return Source(name, len(generator.labels), generator.batches, provenance, labels, classes)
 
@@ -65,45 +65,50 @@ def from_images(
     classes: Sequence[str] = (),
     **provenance: object,
 ) -> Source:
-    """A dataset or tensor, or those of its images at `index`; `labels` are of all its images."""
+    """Images of a data set or a tensor, optionally only those at `index`. `labels` has one for each of all images."""
     chosen = torch.arange(len(images)) if index is None else index  # pyright: ignore[reportArgumentType]
     chosen_labels = labels[chosen] if labels is not None and classes else None
 
     def batches(indices: Tensor, batch_size: int) -> Iterator[ImageBatch]:
-        read = image_batches(images, batch_size, indices=chosen[indices])
-        for part, batch in zip(in_batches(indices, batch_size), read, strict=True):
+        loaded = image_batches(images, batch_size, indices=chosen[indices])
+        for part, batch in zip(in_batches(indices, batch_size), loaded, strict=True):
             yield replace(batch, indices=part, labels=None if chosen_labels is None else chosen_labels[part])
 
     return Source(name, len(chosen), batches, {**provenance, "num_images": len(chosen)}, chosen_labels, classes)
 
 
 def from_dataset(dataset: Any, name: str, num: int | None = None, seed: int = 0, **provenance: object) -> Source:
-    """A dataset of `data`; of more than `num` images so many, of each class its share, drawn by the seed."""
+    """Images of a data set, or a stratified sample of `num` images if it has more."""
     index = stratified(dataset.labels, min(num or len(dataset), len(dataset)), seed)
     return from_images(dataset, name, index, labels=dataset.labels, **{**dataset.describe(), **provenance})
 
 
 def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> tuple[Source, Int64[Tensor, " n"]]:
-    """As many of a dataset's images as there are samples, of the same classes by name (else of each its share), and
-    where they stand. One comes twice where its class has too few."""
+    """Choose images of a data set that match samples in number and, by name, in classes. Without labels they are a
+    stratified sample. Images repeat if a class has too few.
+
+    Returns:
+        The images, and their indices in the data set.
+    """
     if samples.labels is None or not dataset.classes:
         index = stratified(dataset.labels, samples.num_images, seed)
     else:
         labels = by_name(samples.labels, samples.classes, dataset.classes, flag)
-        draw, index = torch.Generator().manual_seed(seed), torch.empty_like(labels)
+        generator, index = torch.Generator().manual_seed(seed), torch.empty_like(labels)
         for label in labels.unique().tolist():
             of_class = (dataset.labels == label).nonzero().flatten()
             if len(of_class) == 0:
                 raise ValueError(f"{flag}: the {name} have no image of the class {dataset.classes[label]}")
-            shuffled = of_class[torch.randperm(len(of_class), generator=draw)]
-            places = (labels == label).nonzero().flatten()
-            index[places] = shuffled[torch.arange(len(places)) % len(of_class)]
-    about = {**dataset.describe(), "label_policy": "the samples'", "num_different": len(index.unique())}
-    return from_images(dataset, name, index, labels=dataset.labels, **about), index
+            shuffled = of_class[torch.randperm(len(of_class), generator=generator)]
+            positions = (labels == label).nonzero().flatten()
+            index[positions] = shuffled[torch.arange(len(positions)) % len(of_class)]
+    provenance = {**dataset.describe(), "label_policy": "the samples'", "num_different": len(index.unique())}
+    return from_images(dataset, name, index, labels=dataset.labels, **provenance), index
 
 
 def reconstructions(source: Source, codec: Codec, device: torch.device, seed: int | None = None) -> Source:
-    """What the autoencoder makes of a source, of the posterior's mean, or with a seed of a draw."""
+    """Reconstructions of a source by the autoencoder, decoded from the posterior's mean or, with a seed, from a sample
+    of the posterior."""
 
     def encode(batch: ImageBatch) -> Tensor:
         images = batch.images.to(device)
@@ -123,7 +128,7 @@ def reconstructions(source: Source, codec: Codec, device: torch.device, seed: in
 
 @contextmanager
 def blaming(flag: str, instead_of: str) -> Iterator[None]:
-    """Errors name the flag that was given, not the one by which others ask for the same."""
+    """Context that replaces the flag `instead_of` in error messages by `flag`, which the user gave."""
     try:
         yield
     except ValueError as error:
@@ -131,10 +136,11 @@ def blaming(flag: str, instead_of: str) -> Iterator[None]:
 
 
 def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> Source:
-    """A folder or zip of images, or `arr_0` [n h w 3] of an npz (ADM's), with its labels if they have names."""
+    """Read samples from a folder or a zip of images, or from `arr_0` [n h w 3] of an npz in ADM's format, with labels
+    if it names the classes. Of more than `num` images, take a stratified sample."""
     if Path(path).suffix != ".npz":
         with blaming("--samples", "--data.path"):
-            dataset = ImageDataset(path, image_size=image_size)  # a folder, even where it is called shapes
+            dataset = ImageDataset(path, image_size=image_size)  # not `open_dataset`: a folder may be called shapes
             for name, (width, height) in dataset.sizes():
                 if (width, height) != (image_size, image_size):
                     raise ValueError(
@@ -146,7 +152,7 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
         with np.load(path, allow_pickle=False) as file:
             array = file["arr_0"]
             labels, names = (file[key] if key in file else np.zeros(0) for key in ("arr_1", "classes"))
-    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
+    except Exception as error:  # numpy and zipfile raise all kinds of errors at a damaged file
         raise ValueError(f"--samples {path}: not an npz with images in arr_0 ({error})") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (image_size, image_size, 3):
         raise ValueError(
@@ -154,8 +160,8 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
         )
     images = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
     classes = [str(name) for name in names]
-    fits = labels.dtype.kind in "iu" and labels.shape == array.shape[:1]
-    if classes and not (fits and set(labels.tolist()) <= set(range(len(classes)))):
+    is_valid = labels.dtype.kind in "iu" and labels.shape == array.shape[:1]
+    if classes and not (is_valid and set(labels.tolist()) <= set(range(len(classes)))):
         raise ValueError(f"--samples {path}: arr_1 holds no label of each image among its {len(classes)} classes")
     strata = torch.from_numpy(labels.astype(np.int64)) if classes else torch.zeros(len(images), dtype=torch.int64)
     index = stratified(strata, min(num or len(images), len(images)), seed)
@@ -173,47 +179,53 @@ def from_checkpoint(
     num_reference: int,
     held_out: ImageSet | None,
 ) -> list[list[Source]]:
-    """Samples of a checkpoint: for each of these settings a list of trials, whose seeds count up; as many as the
-    reference has, with the labels of the held-out images, where nothing else is asked for."""
-    diffusion, trained_with = checkpoint.build_diffusion(), checkpoint.config.sampling
+    """Samples of a checkpoint: for each of the sampling `settings` a list of trials with consecutive seeds.
+
+    Args:
+        settings: overrides of the checkpoint's sampling settings
+        num_trials: sources per setting
+        num_reference: default number of samples
+        held_out: the reference, unless it is a file; their labels are used under `--labels reference`
+    """
+    diffusion, defaults = checkpoint.build_diffusion(), checkpoint.config.sampling
     resolved = [
-        resolve_sampling(trained_with, diffusion, checkpoint.num_guided, say=accelerator.print, **overrides)
+        resolve_sampling(defaults, diffusion, checkpoint.num_guided, say=accelerator.print, **overrides)
         for overrides in settings
     ]
     num, num_classes = evaluation.num_samples or num_reference, len(checkpoint.classes)
     if evaluation.labels == "balanced" and num < num_classes:
-        words = f"--num_samples {num}: of {num_classes} classes the first {num} alone are drawn and held against all"
-        accelerator.print(f"{words}; --labels random draws of all, as does --labels reference")
-    theirs = None
+        warning = f"--num_samples {num}: of {num_classes} classes the first {num} alone are drawn and held against all"
+        accelerator.print(f"{warning}; --labels random draws of all, as does --labels reference")
+    reference_labels = None
     if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
-        theirs = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
+        reference_labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
     model = checkpoint.load_model(accelerator.device)
     provenance: dict[str, Any] = {"checkpoint": checkpoint.path.as_posix(), "model": checkpoint.spec.name}
     provenance |= {"step": checkpoint.step, "trained_at_commit": checkpoint.commit, "labels": evaluation.labels}
     provenance["weights_sha256"] = read_metadata(checkpoint.path).get("weights_sha256")
 
-    def trial(sampling: SamplingConfig, number: int) -> Source:
-        labels = sample_labels(evaluation, num_reference, num_classes, theirs, number)
-        seed = evaluation.seed + number
+    def create(sampling: SamplingConfig, trial: int) -> Source:
+        labels = sample_labels(evaluation, num_reference, num_classes, reference_labels, trial)
+        seed = evaluation.seed + trial
         generator = generator_of(checkpoint, sampling, codec, labels, seed, accelerator, model=model)
         name = checkpoint.config.name or checkpoint.spec.name
         return from_generator(generator, name, checkpoint.classes, **provenance)
 
-    return [[trial(sampling, number) for number in range(num_trials)] for sampling in resolved]
+    return [[create(sampling, trial) for trial in range(num_trials)] for sampling in resolved]
 
 
 def sweep(flags: SamplingConfig) -> list[dict[str, Any]]:
-    """Every combination of the values that `--guidance_scale 1,1.5,2` and the like give."""
-    kinds = get_type_hints(SamplingConfig)
-    values = {name: _choices(f"--sampling.{name}", value, kinds[name]) for name, value in set_values(flags).items()}
+    """All combinations of the values of flags with several values, such as `--guidance_scale 1,1.5,2`."""
+    hints = get_type_hints(SamplingConfig)
+    values = {name: _split(f"--sampling.{name}", value, hints[name]) for name, value in set_values(flags).items()}
     return [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
 
 
-def _choices(flag: str, value: Any, kind: Any) -> list[Any]:
+def _split(flag: str, value: Any, hint: Any) -> list[Any]:
     if not isinstance(value, str):
         return [value]
-    number = next((choice for choice in (int, float) if choice in (kind, *get_args(kind))), str)
+    convert = next((type_ for type_ in (int, float) if type_ in (hint, *get_args(hint))), str)
     try:
-        return [number(word) for word in value.split(",")]
+        return [convert(word) for word in value.split(",")]
     except ValueError:
         raise ValueError(f"{flag} {value}: give a number, or several with commas in between") from None

@@ -1,5 +1,5 @@
-"""The one writer of tables: for a terminal, as Markdown, LaTeX or CSV. A table is a list of rows, whose first is the
-head; whatever its cells hold is text, which means nothing to the format."""
+"""Format tables for a terminal, or as Markdown, LaTeX or CSV. A table is a list of rows, starting with the head. The
+text of cells is escaped, so it cannot break the format."""
 
 import csv
 import io
@@ -24,12 +24,12 @@ TEX = {character: rf"\{character}" for character in "&%$#_{}"} | {
 
 
 class Cell(NamedTuple):
-    """What is shown, what it is sorted by, whether it is the best of its column, and the p-value of its difference."""
+    """A cell with more than a text."""
 
     text: str
-    value: float | None = None
-    best: bool = False
-    p: float | None = None
+    value: float | None = None  # to sort by
+    best: bool = False  # of its column
+    p: float | None = None  # p-value of the difference from the baseline
 
     @property
     def star(self) -> str:
@@ -40,38 +40,38 @@ Row = Sequence[str | Cell]
 
 
 def terminal(rows: Sequence[Row]) -> str:
-    """Aligned, in Markdown's form, with names as they are."""
+    """Format for a terminal: aligned like Markdown, but with text as it is, except for `|`."""
     return _aligned(rows, lambda cell: " ".join(cell.text.split()).replace("|", r"\|") + cell.star)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """With the best in bold."""
+    """Format as Markdown, with the best values in bold."""
     return _aligned(rows, lambda cell: (f"**{plain(cell.text)}**" if cell.best else plain(cell.text)) + cell.star)
 
 
 def latex(*parts: Sequence[Row]) -> str:
-    """A booktabs table, ready for `\\input`, with a rule between its parts; the first is the head."""
+    """Format as a booktabs table for `\\input`, with a rule between the parts, the first of which is the head."""
     lines = [r"\begin{tabular}{l" + "r" * (len(parts[0][0]) - 1) + "}", r"\toprule"]
-    for number_, rows in enumerate(filter(None, parts)):
-        lines += [r"\midrule"] * (number_ > 0)
+    for index, rows in enumerate(filter(None, parts)):
+        lines += [r"\midrule"] * (index > 0)
         lines += [" & ".join(_tex_cell(_cell(cell)) for cell in row) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def as_csv(rows: Sequence[Sequence[object]]) -> str:
-    """Numbers in full precision; None is empty."""
+    """Format as CSV, with numbers in full precision and None as an empty field."""
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(rows)
     return file.getvalue()
 
 
 def plain(text: str) -> str:
-    """Text that somebody else chose, for Markdown: on one line, and nothing in it means anything."""
+    """Escape text for Markdown and join its lines."""
     return re.sub(r"([\\`*_\[\]<>#~&!|])", r"\\\1", " ".join(text.split()))
 
 
 def code(text: str) -> str:
-    """The same between backticks, of which there are more than in any row of them within."""
+    """Format text as inline code in Markdown, fenced by more backticks than it contains in a row."""
     text = " ".join(text.split())
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if "`" in text else ""
@@ -79,7 +79,7 @@ def code(text: str) -> str:
 
 
 def number(value: float, std: float | None = None, digits: int | None = None) -> str:
-    """A score to be read, and its spread, with so many digits after the point; by default 4 below 10, else 2."""
+    """Format a score and its spread with `digits` decimals; by default 4 for scores below 10, else 2."""
     if digits is None:
         digits = 4 if abs(value) < 10 else 2
     return f"{value:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
