@@ -154,8 +154,8 @@ for hours, received, reason in ((1.0, 0, None), (1e-12, 0, "--train.max_hours 1e
     interruption = Interruption(Path("."), accelerator, hours)
     interruption.received = received * accelerator.process_index
     for due in (True, False):  # by the main process's clock, whatever the others' says; who stops saves anyhow
-        assert interruption.read(torch.tensor(0.5), saves=due == accelerator.is_main_process) == 0.5
-        assert interruption.saves == due or reason == "SIGTERM"
+        assert interruption.read(torch.tensor(0.5), save_due=due == accelerator.is_main_process) == 0.5
+        assert interruption.save_due == due or reason == "SIGTERM"
         assert interruption.reason(1, 10) == reason
 """
 

@@ -1,4 +1,4 @@
-"""Few weights that are trained in place of all of a backbone's; the others stay as they are, bit for bit."""
+"""Adapters: train a few weights of a backbone and leave the others unchanged, bit for bit."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,60 +14,63 @@ from machine.randomness import seed_for
 from models.backbone import Backbone
 from training.objective import Objective
 
-NAME = "default"  # peft's, of the one adapter that there is
+NAME = "default"  # peft's name for the adapter
 
 
 def adapt(model: Backbone, config: TrainConfig, objective: type[Objective], accelerator: Accelerator) -> str:
-    """Freeze a backbone but for its tables of labels and what `config.adapter` names; says in words how much that is.
+    """Freeze a backbone except for its label embeddings and the weights of `config.adapter`; return a message with
+    their number.
 
-    `biases` trains what weight decay is not for: BitFit (Ben Zaken et al. 2022) and, where biases of modulators shift,
-    scale and gate every layer, what DiffFit (Xie et al. 2023) adds to it. `lora` (Hu et al. 2021) trains these and, for
-    each linear of the repeated blocks, two matrices whose product of rank `adapter_rank` is added to it; the last of
-    them starts at zero, so that the backbone begins as it is.
+    `biases` trains all parameters without weight decay: biases, norms and scales, as in BitFit (Ben Zaken et al. 2022).
+    In backbones with adaLN the biases of the modulators also shift, scale and gate each layer, as in DiffFit (Xie et
+    al. 2023). `lora` (Hu et al. 2021) trains these and, for each linear layer of the repeated blocks, two matrices
+    whose product of rank `adapter_rank` is added to its weight. The second matrix starts at zero, so the output does
+    not change at first.
     """
-    asked = f"--train.adapter {config.adapter}"
+    flag = f"--train.adapter {config.adapter}"
     if objective.trains_in_parts:
-        raise ValueError(f"{asked}: this --diffusion.kind trains its backbone in parts; leave it out")
+        raise ValueError(f"{flag}: this --diffusion.kind trains its backbone in parts; leave it out")
     if accelerator.distributed_type is DistributedType.FSDP:
-        raise ValueError(f"{asked}: FSDP's parts are not merged with it; launch without FSDP, or leave it out")
-    num_frozen = count(model.parameters())
+        raise ValueError(f"{flag}: FSDP's parts are not merged with it; launch without FSDP, or leave it out")
+    num_weights = count(model.parameters())
     model.requires_grad_(False)
     if config.adapter == "lora":
         add_lora(model, config.adapter_rank, seed_for(config.seed, "adapter"))
     for group in model.param_groups():
         for weight in group["params"] if group.get("weight_decay") == 0 else ():
             weight.requires_grad_(True)
-    labels = [weight for name, weight in model.named_parameters() if name.endswith(LABELS)]
-    for weight in labels:
+    embeddings = [weight for name, weight in model.named_parameters() if name.endswith(LABELS)]
+    for weight in embeddings:
         weight.requires_grad_(True)
-    num_trained = count(weight for weight in model.parameters() if weight.requires_grad) - count(labels)
-    share, of_labels = num_trained / num_frozen, f" and {count(labels) / 1e6:.2f}M of labels" if labels else ""
-    return f"{asked}: trains {num_trained / 1e6:.2f}M weights, {share:.1%} of {num_frozen / 1e6:.1f}M{of_labels}"
+    num_trained = count(weight for weight in model.parameters() if weight.requires_grad) - count(embeddings)
+    share, labels = num_trained / num_weights, f" and {count(embeddings) / 1e6:.2f}M of labels" if embeddings else ""
+    return f"{flag}: trains {num_trained / 1e6:.2f}M weights, {share:.1%} of {num_weights / 1e6:.1f}M{labels}"
 
 
 def add_lora(model: Backbone, rank: int, seed: int) -> None:
-    """To each linear of the repeated blocks that has more weights than its two matrices would have. Their first values
-    are drawn by the seed."""
+    """Add LoRA to each linear layer of the repeated blocks that has more weights than the two matrices of the adapter,
+    whose initial values depend on the seed."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("--train.adapter lora: peft is not installed; pip install -e '.[finetune]'") from error
-    inside = {part for block in model.repeated_blocks() for part in block.modules() if isinstance(part, nn.Linear)}
-    thick = {part for part in inside if rank * (part.in_features + part.out_features) < part.weight.numel()}
-    if not thick:
+    modules = {module for block in model.repeated_blocks() for module in block.modules()}
+    linears = {module for module in modules if isinstance(module, nn.Linear)}
+    targets = {layer for layer in linears if rank * (layer.in_features + layer.out_features) < layer.weight.numel()}
+    if not targets:
         raise ValueError(
             f"--train.adapter lora: the blocks of {type(model).__name__} have no linear of rank above {rank}; take a "
             "smaller --train.adapter_rank, or --train.adapter biases"
         )
-    names = [name for name, part in model.named_modules() if part in thick]
+    names = [name for name, module in model.named_modules() if module in targets]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model, NAME)
 
 
 class Merged(nn.Module):
-    """A backbone as averages, and so all readers of checkpoints, know it: what an adapter adds to a weight is in it,
-    and names are those of a backbone without."""
+    """A view of a backbone with its adapter merged into the weights, under the names of a backbone without adapter.
+    Averages and checkpoints store this view."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -80,12 +83,12 @@ class Merged(nn.Module):
             for name, value in self.model.state_dict(keep_vars=keep_vars).items()
             if ".lora_" not in name
         }
-        adapted = {name: part for name, part in self.model.named_modules() if hasattr(part, "get_delta_weight")}
-        return state | {f"{name}.weight": merged(part) for name, part in adapted.items()}
+        adapted = {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "get_delta_weight")}
+        return state | {f"{name}.weight": merged(layer) for name, layer in adapted.items()}
 
 
 def merged(layer: Any) -> Tensor:
-    """The weight of a linear with what peft's adapter adds to it."""
+    """The weight of a linear layer, including what peft's adapter adds to it."""
     return layer.base_layer.weight + layer.get_delta_weight(NAME)
 
 

@@ -1,5 +1,4 @@
-"""Representation alignment: what a backbone knows of an image halfway through is pulled towards what a frozen network
-sees in it."""
+"""Representation alignment (REPA): hidden states of a backbone learn to resemble the features of a frozen network."""
 
 import math
 from itertools import pairwise
@@ -20,16 +19,16 @@ from metrics.feature_maps import FeatureMaps
 from models.backbone import Backbone
 from training.run import Run
 
-PROJECTOR_WIDTH = 2048  # of REPA's perceptron (Yu et al. 2025, appendix)
+PROJECTOR_WIDTH = 2048  # of REPA's MLP (Yu et al. 2025, appendix)
 
 
 class Alignment(nn.Module):
-    """One minus the cosine similarity of projected hidden states and features of the clean image, the mean over places
-    (Yu et al. 2025, eq. 8).
+    """One minus the cosine similarity of projected hidden states and features of the clean image, averaged over
+    positions (Yu et al. 2025, eq. 8).
 
-    With `irepa` the projector is a convolution over places, and features are normalised over the places of an image, so
-    that what is alike everywhere in it does not count (Singh et al. 2025). States are taken from the pass that the
-    diffusion's loss needs anyway: the projector is all that a step costs more.
+    With `irepa` the projector is a convolution, and features are normalised over the positions of an image, which
+    removes what they have in common (Singh et al. 2025). Hidden states come from the forward pass of the diffusion's
+    loss, so that the projector is the only extra cost of a step.
     """
 
     def __init__(self, backbone: Backbone, config: AlignmentConfig) -> None:
@@ -39,13 +38,12 @@ class Alignment(nn.Module):
         except ValueError as error:
             raise ValueError(f"--alignment.depth: {error} in this --model") from error
         self.weight, self.kind = config.weight, config.kind
-        self._as_tokens, self.is_watching, self._state = backbone.as_tokens, False, None
+        self._as_tokens, self.is_recording, self._block_output = backbone.as_tokens, False, None
         self.projector: nn.Module
-        # Before blocks are compiled: hooks that come after it are not called.
-        block.register_forward_hook(self._keep)
+        block.register_forward_hook(self._record)  # before compilation, as later hooks would not be called
 
     def build_projector(self, num_features: int, seed: int) -> "Alignment":
-        """For features of this width; its weights are drawn by this seed."""
+        """Create the projector to features of this width, with initial weights that depend on the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if self.kind == "irepa":
@@ -57,42 +55,42 @@ class Alignment(nn.Module):
         return self
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, " b"]:
-        """The term of each sample, of the last call that was watched."""
-        state, self._state = self._state, None
-        assert state is not None
+        """Compute the term of each sample from the hidden states of the last call of a `Watched` model."""
+        output, self._block_output = self._block_output, None
+        assert output is not None
         height, width = self.grid
-        states = rearrange(self._as_tokens(state), "b (h w) d -> b d h w", h=height, w=width)
+        hidden = rearrange(self._as_tokens(output), "b (h w) d -> b d h w", h=height, w=width)
         target = features.float()
         if self.kind == "irepa":
             target = (target - target.mean((2, 3), keepdim=True)) / (target.std((2, 3), keepdim=True) + 1e-6)
-        similarity = F.cosine_similarity(self.projector(states).float(), target, dim=1)
+        similarity = F.cosine_similarity(self.projector(hidden).float(), target, dim=1)
         return 1 - similarity.mean((1, 2))
 
-    def _keep(self, block: nn.Module, inputs: Any, state: Tensor) -> None:
-        if self.is_watching:
-            self._state = state
+    def _record(self, block: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self.is_recording:
+            self._block_output = output
 
 
 class Watched(nn.Module):
-    """A model that leaves the states of each call in the alignment."""
+    """A model whose calls record hidden states for the alignment."""
 
     def __init__(self, model: nn.Module, alignment: Alignment) -> None:
         super().__init__()
         self.model, self.alignment = model, alignment
 
     def forward(self, *inputs: Any, **extras: Any) -> Tensor:
-        self.alignment.is_watching = True
+        self.alignment.is_recording = True
         try:
             return self.model(*inputs, **extras)
         finally:
-            self.alignment.is_watching = False
+            self.alignment.is_recording = False
 
 
 def open_alignment(
     run: Run[ExperimentConfig], backbone: Backbone, images: ImageSet
 ) -> tuple[Alignment, LatentCache] | tuple[None, None]:
-    """The term, and the features of these images, which are computed on first use; nothing where none are asked for. A
-    ValueError names the flag that does not fit."""
+    """Create the alignment and open the cache of features of the training images, which is computed on first use. Both
+    are None if there is no extractor. Raises a ValueError that names an invalid flag."""
     config, device = run.config.alignment, run.accelerator.device
     if config.extractor is None:
         return None, None
@@ -106,9 +104,11 @@ def open_alignment(
 
 @torch.no_grad()
 def _block_at(backbone: Backbone, depth: float) -> tuple[nn.Module, int, tuple[int, int]]:
-    """The block that has run last at this depth, the width of its states, and height and width of their grid."""
-    ran: list[nn.Module] = []
-    handles = [block.register_forward_hook(lambda block, *_: ran.append(block)) for block in backbone.repeated_blocks()]
+    """Find the block at a relative depth, the width of its hidden states, and the height and width of their grid, by
+    running the backbone up to this depth."""
+    called: list[nn.Module] = []
+    blocks = backbone.repeated_blocks()
+    handles = [block.register_forward_hook(lambda block, *_: called.append(block)) for block in blocks]
     device, was_training = next(backbone.parameters()).device, backbone.training
     x_t, t = torch.zeros(1, backbone.in_channels, *backbone.input_size, device=device), torch.zeros(1, device=device)
     with torch.random.fork_rng(devices=[]):
@@ -118,4 +118,4 @@ def _block_at(backbone: Backbone, depth: float) -> tuple[nn.Module, int, tuple[i
         handle.remove()
     height, width = backbone.input_size
     grids = ((-(-height // reduction), -(-width // reduction)) for reduction in range(1, height + 1))
-    return ran[-1], tokens.shape[2], next(grid for grid in grids if math.prod(grid) == tokens.shape[1])
+    return called[-1], tokens.shape[2], next(grid for grid in grids if math.prod(grid) == tokens.shape[1])

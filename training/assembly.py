@@ -1,4 +1,4 @@
-"""What trains a backbone, put together as the configuration says: in train.py and in the search for a learning rate."""
+"""Assemble the training of a backbone from its configuration, for train.py and the learning-rate search."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -24,28 +24,29 @@ from training.run import Run, open_run
 
 
 def open_training(config: ExperimentConfig) -> AbstractContextManager[Run[ExperimentConfig]]:
-    """The run of a backbone, all or some of whose weights have a gradient in each step."""
+    """Open the run of a backbone's training."""
     in_parts = objective_of(build_diffusion(config.diffusion)).trains_in_parts
     return open_run(config, in_parts=in_parts, grad_accumulation=config.train.grad_accumulation)
 
 
 def build_backbone(run: Run[ExperimentConfig], spec: ModelSpec, classes: Sequence[str], codec: Codec) -> Backbone:
-    """On the device, with the weights of `init_from` where a run begins."""
+    """Create the backbone on the device. A new run with `init_from` starts from those weights."""
     config, accelerator = run.config, run.accelerator
     model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
     if config.init_from and run.checkpoint is None:
         is_adapted = config.train.adapter is not None
-        words = warm_start(
+        message = warm_start(
             model, config.init_from, classes, codec, accelerator, diffusion=config.diffusion, whole=is_adapted
         )
-        accelerator.print(words)
+        accelerator.print(message)
     return model
 
 
 def build_objective(
     run: Run[ExperimentConfig], model: Backbone, diffusion: Diffusion, codec: Codec, images: ImageSet
 ) -> tuple[Objective, LatentCache | None]:
-    """With its auxiliary terms and its alignment, and the features of these images that the latter is to."""
+    """Create the objective with its auxiliary terms and alignment, and open the features of the training images that
+    the alignment needs."""
     alignment, features = open_alignment(run, model, images)
     looks = model, codec, run.accelerator.device, data_time_of(diffusion)
     auxiliary = build_auxiliary(run.config.auxiliary, *looks)
@@ -55,7 +56,7 @@ def build_objective(
 def build_batches(
     run: Run[ExperimentConfig], cache: LatentCache, codec: Codec, objective: Objective, features: LatentCache | None
 ) -> Batches:
-    """The batches of a training, of which this process takes its share."""
+    """Create the batches of a training; this process gets its share of each."""
     accelerator = run.accelerator
     return Batches(
         cache,
@@ -70,7 +71,11 @@ def build_batches(
 
 
 def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -> tuple[nn.Module, Optimizers]:
-    """The model adapted, recomputed, compiled and shared out among processes, as is asked for, and its optimizers."""
+    """Prepare the model for training: adapter, recomputation, compilation, casts and distribution over processes.
+
+    Returns:
+        The model to call, and the optimizers.
+    """
     config, accelerator = run.config, run.accelerator
     if config.train.adapter:
         accelerator.print(adapt(model, config.train, type(objective), accelerator))

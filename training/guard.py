@@ -1,4 +1,4 @@
-"""What stands between a bad batch and the weights: steps that are not finite are skipped, then rolled back."""
+"""Protect the weights from non-finite gradients: skip such steps and, after several in a row, roll back."""
 
 import math
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from machine.sharding import own_part, whole
 
 
 class TrainingDivergedError(ValueError):
-    """Training that does not come back to finite losses, in the user's words."""
+    """Training cannot recover from non-finite gradients; the message is for the user."""
 
 
 @dataclass
 class Guard:
-    """Counts steps whose gradient is not finite, which change nothing. After `patience` in a row the run goes back to
+    """Counts steps that are skipped because of a non-finite gradient. After `patience` in a row the run goes back to
     its last checkpoint with another order of the data; after `max_rollbacks` of these it stops."""
 
-    settings: str = "optim"  # the flags' group that may mend it
+    settings: str = "optim"  # group of flags that error messages advise to change
     patience: int = 10
     max_rollbacks: int = 3
     skipped: int = 0
@@ -28,6 +28,7 @@ class Guard:
     rollbacks: int = 0
 
     def passes(self, norm: float) -> bool:
+        """Count a step with this gradient norm, and return whether to take it."""
         if math.isfinite(norm):
             self.in_a_row = 0
             return True
@@ -36,13 +37,13 @@ class Guard:
         return False
 
     def may_save(self, accelerator: Accelerator, model: nn.Module, *, last: bool = False) -> bool:
-        """Whether the weights are worth a checkpoint, on every process: not while steps are skipped, except after the
-        last one, and not with a value that is not finite."""
+        """Whether to save the weights; all processes agree. They are not saved while steps are skipped, except at the
+        end, nor if they are not finite, which at the end raises TrainingDivergedError."""
         if self.in_a_row and not last:
             return False
         values = [own_part(value) for value in model.state_dict().values() if value.is_floating_point()]
-        ruined = ~torch.stack([value.isfinite().all() for value in values]).all()
-        if accelerator.reduce(ruined.float(), "sum").item() == 0:  # pyright: ignore
+        is_broken = ~torch.stack([value.isfinite().all() for value in values]).all()
+        if accelerator.reduce(is_broken.float(), "sum").item() == 0:  # pyright: ignore
             return True
         if last:
             raise TrainingDivergedError(
@@ -53,7 +54,8 @@ class Guard:
         return False
 
     def must_roll_back(self, *, can: bool) -> bool:
-        """Whether too many steps in a row were skipped; a TrainingDivergedError where going back cannot help."""
+        """Whether too many steps in a row were skipped. Raises TrainingDivergedError if so and there is no checkpoint
+        (`can` is False) or no rollback left."""
         if self.in_a_row < self.patience:
             return False
         if not can or self.rollbacks == self.max_rollbacks:
@@ -70,7 +72,7 @@ class Guard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go on as a checkpoint says; rollbacks that came after it stay counted."""
+        """Restore the state of a checkpoint, but keep counting later rollbacks."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
 
@@ -78,7 +80,8 @@ class Guard:
 def gradient_norm(
     accelerator: Accelerator, model: nn.Module, max_norm: float, heads: nn.Module | None = None
 ) -> Float[Tensor, ""]:
-    """Norm of the whole gradient; the model's, and the `heads`' mean over processes, are cut to `max_norm` if not 0."""
+    """Compute the norm of the gradient of model and `heads`, and clip each of the two to `max_norm` unless that is 0.
+    The gradients of heads are first averaged over processes."""
     if heads is not None and (weights := [weight for weight in heads.parameters() if weight.grad is not None]):
         for weight in weights:
             weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
@@ -87,5 +90,5 @@ def gradient_norm(
         norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     else:
         norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
-    assert norm is not None  # accelerate returns none for DeepSpeed alone
+    assert norm is not None  # Accelerate returns None only with DeepSpeed
     return whole(norm)

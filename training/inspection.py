@@ -1,4 +1,4 @@
-"""What a training looks at on the way: the loss on held-out images, scores, grids of samples."""
+"""Inspections during a training: validation loss, scores and grids of samples."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from training.run import Run
 
 
 def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
-    """Whether the lowest value of `log.best` is the best one; what this training does not measure is refused."""
+    """Return whether lower values of `log.best` are better. Raises ValueError if this training does not measure it."""
     if log.best is None:
         return True
     names = ["validation_loss", *(metric_name(metric, *naming(evaluation.extractor)) for metric in evaluation.metrics)]
@@ -44,7 +44,7 @@ def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Of the averaged weights, the same images, noise and labels at every call; all processes take part."""
+    """Inspects the averaged weights, with the same images, noise and labels each time. All processes take part."""
 
     run: Run[ExperimentConfig]
     ema: EMA
@@ -56,7 +56,7 @@ class Inspection:
     scorer: tuple[Scorer, Reference] | None
 
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
-        """What to look at after a step; the last grid is drawn when all is saved."""
+        """The inspections that are due after a step. The grid of the last step is left to the end of the training."""
         log = self.run.config.log
         looks = {self.draw: log.sample_every if step < num_steps else 0}
         looks |= {self.validate: log.validate_every, self.score: log.evaluate_every}
@@ -64,23 +64,23 @@ class Inspection:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Mean loss terms on held-out images, of each class its share."""
+        """Compute the mean of each loss term on a stratified sample of held-out images."""
         config, accelerator, cache = self.run.config.train, self.run.accelerator, self.held_out
         num_images, device = min(self.run.config.log.num_validation, len(cache)), accelerator.device
         index = stratified(cache.labels, num_images, config.seed)
-        draw = generator_for(config.seed, "validation")
+        generator = generator_for(config.seed, "validation")
         shape = (num_images, *self.codec.latent_shape(*cache.image_size))
-        posterior_noise, noise = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
-        t = self.objective.diffusion.sample_timesteps(num_images, generator=draw)
-        more = self.objective.draw_more(shape, draw)
+        posterior_noise, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+        t = self.objective.diffusion.sample_timesteps(num_images, generator=generator)
+        extras = self.objective.draw_more(shape, generator)
 
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         for part in share(num_images, accelerator).split(config.batch_size):
             stored = cache.read(index[part], torch.zeros_like(part)).to(device)
             x_0 = self.codec.draw(stored, posterior_noise[part].to(device))
             y = cache.labels[index[part]].to(device)
-            more_part = {name: values[part].to(device) for name, values in more.items()}
-            batch = Batch(x_0, y, t[part].to(device), noise[part].to(device), more_part)
+            extras_part = {name: values[part].to(device) for name, values in extras.items()}
+            batch = Batch(x_0, y, t[part].to(device), noise[part].to(device), extras_part)
             with accelerator.autocast():
                 terms = self.objective(self.ema.model, batch)
             for name, values in terms.items():
@@ -89,6 +89,7 @@ class Inspection:
         return {f"validation_{name}": total.item() / num_images for name, total in totals.items()}
 
     def score(self, step: int) -> dict[str, float]:
+        """Score samples against the held-out images."""
         assert self.scorer is not None
         evaluation = self.run.config.evaluation
         labels = sample_labels(evaluation, len(self.held_out), self.held_out.num_classes, self.held_out.labels)
@@ -99,7 +100,7 @@ class Inspection:
         return {name: score.value for name, score in scores.scores.items() if score.value is not None}
 
     def draw(self, step: int) -> dict[str, float]:
-        """A grid: four samples of each of the first ten classes, or forty of a model without."""
+        """Save a grid with four samples of each of the first ten classes, or forty without classes."""
         classes = self.held_out.classes[:10]
         columns = len(classes) or 10
         labels = balanced_labels(4 * columns, len(classes))

@@ -1,4 +1,4 @@
-"""Stopping before the end, so that a run can be gone on with, when a scheduler or a person asks for it."""
+"""Stop a run early in a state from which it can be resumed, on a signal or after a time limit."""
 
 import signal
 import time
@@ -18,25 +18,28 @@ from machine.lock import Lock
 from machine.stopping import BEFORE, SIGNALS
 from machine.whole_files import write_whole
 
-OVER = 1  # of what stops a run: its time; a signal, which counts more, is 1 + its number, and 0 nothing
+TIME_LIMIT = 1  # code of a reason to stop; 0 stands for none, and 1 + n for signal n, which takes precedence
 
 
 class Stopped(BaseException):
-    """Why a run ends before its end; not an error that anything on the way might take for its own."""
+    """The run is stopped early; the message is the reason. It is no Exception, so that no error handler catches it."""
 
 
 class Interruption:
-    """Within, a run's folder is this run's alone, and signals or a time that is over stop it: status 75, and `stopped`.
-    Before the first step and in `at_once` a signal is heeded on the spot; else all processes stop after the same step.
-    A second Ctrl-C ends the run as it is."""
+    """Context that locks a run's folder and stops the run on a signal or after `max_hours`, with exit status 75 and the
+    file `stopped`.
+
+    All processes stop after the same step. Before the first step and in `at_once`, a signal stops a process
+    immediately. A second Ctrl-C kills the run.
+    """
 
     def __init__(self, run: Path, accelerator: Accelerator, max_hours: float | None) -> None:
         self.run, self.accelerator, self.max_hours = run, accelerator, max_hours
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self.received: int | None = None
-        self.agreed = 0  # what stops all processes
-        self.saves = False  # whether it is time for a checkpoint, on all
-        self.leaves, self.alone, self.where = True, False, BEFORE
+        self.agreed = 0  # code of the reason to stop, the same on all processes
+        self.save_due = False  # whether to save a checkpoint, the same on all processes
+        self.stops_immediately, self.left_alone, self.progress = True, False, BEFORE
 
     def __enter__(self) -> "Interruption":
         from_main(self.accelerator, self._open)
@@ -45,66 +48,68 @@ class Interruption:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        main = self.accelerator.is_main_process
-        left_behind = isinstance(error, Exception) and bool(self.received) and not main
-        if stops := isinstance(error, Stopped) or left_behind:
-            words = f"{error}: stopped {self.where}"
-            if main:
-                write_whole(self.run / STOPPED, f"{words}\n")
-            if not self.alone:
+        is_main = self.accelerator.is_main_process
+        main_has_left = isinstance(error, Exception) and bool(self.received) and not is_main
+        if stops := isinstance(error, Stopped) or main_has_left:
+            message = f"{error}: stopped {self.progress}"
+            if is_main:
+                write_whole(self.run / STOPPED, f"{message}\n")
+            if not self.left_alone:
                 self.accelerator.end_training()
-            with suppress(OSError):  # a terminal that is gone
-                self.accelerator.print(words)
+            with suppress(OSError):  # if the terminal is closed
+                self.accelerator.print(message)
         self.handling.__exit__(None, None, None)
-        if main:
-            if isinstance(error, Exception):  # which may have refused the very first step
+        if is_main:
+            if isinstance(error, Exception):  # possibly before the first step
                 self.lock.leave_no_trace()
             self.lock.__exit__()
         if stops:
             raise SystemExit(EXIT_CODE) from None
 
     def begin(self) -> None:
-        """Several processes stop together from here on: one that left alone would take the others' step with it."""
-        self.leaves = self.accelerator.num_processes == 1
+        """Start the training loop. From here on several processes stop together, as one that left would break the
+        others' step."""
+        self.stops_immediately = self.accelerator.num_processes == 1
 
-    def read(self, number: Float[Tensor, ""], *, saves: bool = False) -> float:
-        """A number of each step, off the device, and in the same wait what stops any process, and whether the main one
-        `saves`, on which all agree."""
+    def read(self, number: Float[Tensor, ""], *, save_due: bool = False) -> float:
+        """Transfer a number from the device and, in the same synchronisation, let all processes agree on whether to
+        stop, if any of them must, and whether to save, if it is due on the main one."""
         if self.accelerator.num_processes == 1:
-            self.saves = saves
+            self.save_due = save_due
             return number.item()
-        code = torch.full_like(number, 2 * self._code() + (saves and self.accelerator.is_main_process))
+        code = torch.full_like(number, 2 * self._code() + (save_due and self.accelerator.is_main_process))
         torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
         value, agreed = torch.stack([number, code]).tolist()
-        self.agreed, self.saves = divmod(int(agreed), 2)  # who stops saves anyhow
+        self.agreed, self.save_due = divmod(int(agreed), 2)  # a stop saves anyway
         return value
 
     def reason(self, step: int, num_steps: int) -> str | None:
-        """Why to stop now, the same on every process; None to go on. Call it after each step, and `read` in it."""
-        self.leaves = False
-        self.where = f"after {step} of {num_steps} steps; go on with --resume {self.run}"
+        """The reason to stop, the same on all processes, or None. To be called after a step, which calls `read`."""
+        self.stops_immediately = False
+        self.progress = f"after {step} of {num_steps} steps; go on with --resume {self.run}"
         code = self._code() if self.accelerator.num_processes == 1 else self.agreed
-        if code == OVER:
+        if code == TIME_LIMIT:
             return f"--train.max_hours {self.max_hours} are over"
         return signal.Signals(code - 1).name if code else None
 
     @contextmanager
     def at_once(self, *, can_save: bool, save: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """For what takes long and can be done again: a signal breaks it off and saves, if this process can."""
-        self.leaves = can_save
+        """Context for long work that can be repeated, such as scoring: a signal interrupts it, and then calls `save`.
+        Only processes with `can_save` react."""
+        self.stops_immediately = can_save
         try:
             if self.received and can_save:
-                self._leave(self.received)
+                self._stop(self.received)
             yield
         except Stopped:
             save()
             raise
         finally:
-            self.leaves = False
+            self.stops_immediately = False
 
     def _code(self) -> int:
-        over = self.deadline is not None and time.monotonic() > self.deadline
-        return 1 + self.received if self.received else OVER * over
+        is_over = self.deadline is not None and time.monotonic() > self.deadline
+        return 1 + self.received if self.received else TIME_LIMIT * is_over
 
     def _open(self) -> None:
         self.lock = Lock(self.run / "training.lock")
@@ -113,9 +118,9 @@ class Interruption:
     def _receive(self, number: signal.Signals) -> None:
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.leaves:
-            self._leave(number)
+        if self.stops_immediately:
+            self._stop(number)
 
-    def _leave(self, number: int) -> NoReturn:
-        self.leaves, self.alone = False, self.accelerator.num_processes > 1
+    def _stop(self, number: int) -> NoReturn:
+        self.stops_immediately, self.left_alone = False, self.accelerator.num_processes > 1
         raise Stopped(signal.Signals(number).name)

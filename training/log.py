@@ -1,4 +1,4 @@
-"""What a run leaves to look at: `log.jsonl`, Accelerate's trackers, and pictures of its losses and grids."""
+"""The log of a run: `log.jsonl`, Accelerate's trackers, and plots of losses and sample grids."""
 
 import json
 from collections.abc import Iterator
@@ -14,37 +14,45 @@ from machine.whole_files import write_whole
 
 
 def is_due(step: int, every: int) -> bool:
-    """What is wanted every so many steps, and never with 0."""
+    """Whether `step` is a multiple of `every`; never if that is 0."""
     return every > 0 and step % every == 0
 
 
 class Log:
-    """One line of JSON an event, written by the main process and mirrored to TensorBoard or W&B (or a ValueError). What
-    was written after `step`, from which a run goes on, is dropped."""
+    """Writes events as lines of JSON and sends them to the trackers.
+
+    Args:
+        folder: the run's folder
+        config: the run's settings, for the trackers
+        step: where the run continues; later events are removed
+
+    Raises:
+        ValueError: if a tracker cannot be started
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator, config: dict, step: int = 0) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
-        wandb = WandBTracker("latent-diffusion-backbones", name=folder.name)  # a project, of which this is a run
+        wandb = WandBTracker("latent-diffusion-backbones", name=folder.name)  # names of the project and of the run
         accelerator.log_with = [wandb if str(tracker) == "wandb" else tracker for tracker in accelerator.log_with]
-        plain = (int, float, str, bool)
-        settings = {flag: value if isinstance(value, plain) else str(value) for flag, value in flatten(config).items()}
+        simple = (int, float, str, bool)
+        settings = {flag: value if isinstance(value, simple) else str(value) for flag, value in flatten(config).items()}
         try:
-            own = {"tensorboard": {"purge_step": step + 1}}
-            accelerator.init_trackers("tracking", config=settings, init_kwargs=own)
-        except Exception as error:  # each service has its own kinds
+            options = {"tensorboard": {"purge_step": step + 1}}
+            accelerator.init_trackers("tracking", config=settings, init_kwargs=options)
+        except Exception as error:  # each tracker raises its own errors
             remedy = "wandb login, set WANDB_MODE=offline, or leave it out"
             raise ValueError(f"--log.trackers {config['log']['trackers']}: {error}; {remedy}") from error
         self._truncate(step)
 
     def write(self, step: int, **values: int | float | list[int]) -> None:
-        """Add an event at an optimizer step; lists are for the file alone."""
+        """Log values at an optimizer step. Lists are written to the file only."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         self.accelerator.log({name: value for name, value in values.items() if not isinstance(value, list)}, step=step)
 
     def picture(self, step: int, path: Path) -> None:
-        """Show a grid in the trackers that can."""
+        """Send a grid to the trackers that accept images."""
         import numpy as np
         from PIL import Image
 
@@ -56,11 +64,11 @@ class Log:
                 tracker.log_images({"samples": pixels}, step=step, **layout)
 
     def _truncate(self, step: int) -> None:
-        """A broken line is named, and left out."""
+        """Remove events after `step`, and broken lines with a warning."""
         if not self.accelerator.is_main_process:
             return
-        written, kept = self.path.read_text(errors="replace").splitlines() if self.path.exists() else [], []
-        for number, line in enumerate(written, start=1):
+        lines, kept = self.path.read_text(errors="replace").splitlines() if self.path.exists() else [], []
+        for number, line in enumerate(lines, start=1):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
@@ -71,34 +79,34 @@ class Log:
 
 @contextmanager
 def warns_only(what: object) -> Iterator[None]:
-    """A picture that cannot be drawn is spoken of, and training goes on."""
+    """Context that turns an error into a warning, so that a plot that fails does not stop a training."""
     try:
         yield
-    except Exception as error:  # of fonts, of texts, of files that others left there
+    except Exception as error:  # fonts, texts and foreign files fail in many ways
         print(f"warning: {what} is left out: {error}", flush=True)
 
 
 @warns_only("loss.png")
 def draw_curve(run: Path) -> None:
-    """`loss.png` beside the log: training and validation loss over the steps."""
+    """Plot training and validation loss over the steps as `loss.png`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(6, 3.5))
-    axes = figure.add_axes((0.16, 0.14, 0.81, 0.77))  # a layout that is computed takes as long again
-    least = 1.0
+    axes = figure.add_axes((0.16, 0.14, 0.81, 0.77))  # fixed, as an automatic layout would double the time
+    lowest = 1.0
     for name, label in (("loss", "training"), ("validation_loss", "held-out images, averaged weights")):
         points = [(event["step"], event[name]) for event in events if name in event]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if len(points) < 20 else "")
-            least = min(least, *(loss for _, loss in points))
+            lowest = min(lowest, *(loss for _, loss in points))
     axes.set(xlabel="step", ylabel="loss")
-    if least > 0:  # an autoencoder's may be negative
+    if lowest > 0:  # an autoencoder's loss may be negative
         axes.set_yscale("log")
         for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            set_formatter(LogFormatter())  # plain numbers: typesetting powers of ten takes as long as the rest
-    axes.set_title(run.name, y=1.0, parse_math=False)  # where it would be: looking for a place measures every number
+            set_formatter(LogFormatter())  # plain numbers, as typesetting powers of ten would double the time
+    axes.set_title(run.name, y=1.0, parse_math=False)  # a fixed position, as finding one measures all tick labels
     if axes.lines:
         axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -107,7 +115,8 @@ def draw_curve(run: Path) -> None:
 
 @warns_only("progress.png")
 def draw_progress(run: Path, at_most: int = 10) -> None:
-    """`progress.gif` of a run's grids, from the same noise, and `progress.png`: some, one below the other."""
+    """Combine a run's sample grids, which share their noise, in `progress.gif`, and up to `at_most` of them in
+    `progress.png`."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, left = ImageFont.load_default(size=11), 80
@@ -119,11 +128,11 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
             ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {step}", fill="black", font=font)
             frames.append(frame)
 
-    durations = [500] * (len(frames) - 1) + [2000]  # milliseconds; the last one stays
+    durations = [500] * (len(frames) - 1) + [2000]  # in milliseconds; the last frame stays longer
     frames[0].save(run / "progress.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
     num = min(at_most, len(frames))
-    shown = [frames[round(number * (len(frames) - 1) / max(1, num - 1))] for number in range(num)]
+    shown = [frames[round(index * (len(frames) - 1) / max(1, num - 1))] for index in range(num)]
     canvas = Image.new("RGB", (max(frame.width for frame in shown), sum(frame.height for frame in shown)), "white")
     top = 0
     for frame in shown:

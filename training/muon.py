@@ -1,7 +1,8 @@
-"""Muon (Jordan et al. 2024): momentum whose matrices are made orthogonal, so that all directions are learned alike.
+"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised, so that all directions are learned equally.
 
-`torch.optim.Muon` and timm's compute in bf16 even where that is emulated. This one also takes weights of more than two
-axes, as matrices of a row an output channel, and shares one optimizer with the AdamW of all other parameters.
+`torch.optim.Muon` and timm's compute in bf16 even on devices that emulate it. This one computes in float32 there. It
+also accepts weights of more than two axes, as matrices with a row per output channel, and includes AdamW for all other
+parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +16,21 @@ from machine.precision import has_bf16
 from machine.sharding import part_like, whole
 from models.backbone import Backbone
 
-STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at 0, so that five steps do
+STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration, so steep at 0 that five steps suffice
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for matrices, AdamW for the rest, which may come in groups; a group's rate is `lr` times its `lr_scale`.
-    Steps have AdamW's root mean square (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4)."""
+    """Muon for matrices and AdamW for the rest. Muon's steps are scaled to the root mean square of AdamW's (Liu et al.
+    2025, "Muon is Scalable for LLM Training", eq. 4).
+
+    Args:
+        matrices: parameters for Muon
+        rest: parameters or parameter groups for AdamW
+        lr: learning rate of AdamW
+        lr_scale: learning rate of Muon, in units of `lr`
+        momentum: of Muon
+        of_adamw: other arguments of AdamW; weight decay also applies to Muon
+    """
 
     def __init__(
         self,
@@ -46,7 +56,7 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             for weight in group["params"] if "momentum" in group else ():
                 if weight.grad is not None:
-                    self._move(weight, group, dtype)
+                    self._update(weight, group, dtype)
         try:
             self.param_groups = [group for group in groups if "momentum" not in group]
             super().step()
@@ -54,27 +64,27 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         return loss
 
-    def _move(self, weight: nn.Parameter, group: dict[str, Any], dtype: torch.dtype) -> None:
+    def _update(self, weight: nn.Parameter, group: dict[str, Any], dtype: torch.dtype) -> None:
         state, gradient, momentum = self.state[weight], weight.grad, group["momentum"]
         assert gradient is not None
         if not state:
-            state["step"] = torch.zeros(())  # AdamW loads no state without it
+            state["step"] = torch.zeros(())  # required to load the state into an AdamW
             state["momentum_buffer"] = torch.zeros_like(weight)
         state["step"] += 1
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        ahead = whole(gradient.lerp(average, momentum))  # Nesterov's; of a sharded weight all parts together
-        matrix = ahead.flatten(1)
-        direction = part_like(orthogonalise(matrix, dtype).view_as(ahead), weight)
+        nesterov = whole(gradient.lerp(average, momentum))  # gathered if the weight is sharded
+        matrix = nesterov.flatten(1)
+        direction = part_like(orthogonalise(matrix, dtype).view_as(nesterov), weight)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(direction, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
 
 
 def orthogonalise(matrix: Float[Tensor, "m n"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "m n"]:
-    """U V^T of a matrix U S V^T, near enough: five Newton-Schulz steps leave singular values between 0.7 and 1.2."""
+    """Approximate U V^T for a matrix U S V^T: five Newton-Schulz steps give singular values between 0.7 and 1.2."""
     is_wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix.to(dtype) if is_wide else matrix.to(dtype).T
-    x = x / x.norm().clamp(min=1e-7)  # singular values up to 1
-    x = _by_gram(x) if 2 * x.shape[0] <= x.shape[1] and dtype == torch.float32 else _newton_schulz(x)
+    x = x / x.norm().clamp(min=1e-7)  # so that singular values do not exceed 1
+    x = _newton_schulz_gram(x) if 2 * x.shape[0] <= x.shape[1] and dtype == torch.float32 else _newton_schulz(x)
     return (x if is_wide else x.T).to(matrix.dtype)
 
 
@@ -86,9 +96,9 @@ def _newton_schulz(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     return x
 
 
-def _by_gram(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """The same steps on the smaller Gram matrix: `X_k = Q_k X`, where all `Q_k` are polynomials of `X X^T`, which
-    commute. 1.3 to 1.8 times as fast for n = 3m and 4m; it squares the condition, for which bf16 is too short."""
+def _newton_schulz_gram(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """The same iteration on the smaller Gram matrix: `X_k = Q_k X`, where the `Q_k` are polynomials of `X X^T` and so
+    commute. It is 1.3 to 1.8 times as fast for n = 3m and 4m, but squares the condition number, too much for bf16."""
     a, b, c = COEFFICIENTS
     gram, q, polynomial = x @ x.T, torch.eye(len(x), device=x.device), None
     for _ in range(STEPS):
@@ -101,8 +111,9 @@ def _by_gram(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
 
 
 def split_for_muon(model: Backbone) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices inside a backbone's repeated blocks, and all other parameters: embeddings, stems, norms, heads."""
+    """Split a backbone's parameters into the weights of linear layers in repeated blocks, for Muon, and all others:
+    embeddings, stems, norms, heads."""
     layers = [layer for block in model.repeated_blocks() for layer in block.modules() if isinstance(layer, nn.Linear)]
-    inside = {layer.weight for layer in layers}
-    matrices = [parameter for parameter in model.parameters() if parameter in inside]
-    return matrices, [parameter for parameter in model.parameters() if parameter not in inside]
+    weights = {layer.weight for layer in layers}
+    matrices = [parameter for parameter in model.parameters() if parameter in weights]
+    return matrices, [parameter for parameter in model.parameters() if parameter not in weights]

@@ -1,4 +1,4 @@
-"""The optimizer of a backbone, its rate at each step, and how many steps there are."""
+"""The optimizer of a backbone, the learning-rate schedule and the number of steps."""
 
 import math
 from collections.abc import Sequence
@@ -13,28 +13,29 @@ from training.muon import Muon, split_for_muon
 
 
 def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, with Muon for the blocks' matrices where asked for; what decays is what the backbone says."""
-    of_adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    """Create fused AdamW or, with `muon_lr`, Muon for the matrices in blocks and AdamW for the rest. The backbone
+    decides which parameters have weight decay."""
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     parts = ([], model.parameters()) if config.muon_lr is None else split_for_muon(model)
     matrices, rest = ([weight for weight in part if weight.requires_grad] for part in parts)
-    left = set(rest)
-    groups = [{**group, "params": [p for p in group["params"] if p in left]} for group in model.param_groups()]
+    for_adamw = set(rest)
+    groups = [{**group, "params": [p for p in group["params"] if p in for_adamw]} for group in model.param_groups()]
     groups = [group for group in groups if group["params"]]
     if config.muon_lr is None:
-        optimizer = torch.optim.AdamW(groups, fused=True, **of_adamw)
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
     else:
-        optimizer = Muon(matrices, groups, lr_scale=config.muon_lr / config.lr, **of_adamw)
+        optimizer = Muon(matrices, groups, lr_scale=config.muon_lr / config.lr, **options)
     numbers = {parameter: number for number, parameter in enumerate([*matrices, *rest])}
-    for group in optimizer.param_groups:  # files number parameters as without groups
+    for group in optimizer.param_groups:  # checkpoints number parameters as if there were no groups
         group["numbers"] = [numbers[parameter] for parameter in group["params"]]
     return optimizer
 
 
 class Optimizers(dict[str, torch.optim.Optimizer]):
-    """Several, by the names that checkpoints have, which act together."""
+    """Several optimizers that step together, by their names in checkpoints."""
 
     def set_learning_rate(self, lr: float) -> None:
-        """The rate of the next step, of each group by its share."""
+        """Set the learning rate of all groups, multiplied by their `lr_scale`."""
         for group in [group for optimizer in self.values() for group in optimizer.param_groups]:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -48,18 +49,18 @@ class Optimizers(dict[str, torch.optim.Optimizer]):
 
 
 def build_optimizers(model: Backbone, heads: nn.Module, config: OptimConfig) -> Optimizers:
-    """The backbone's, and AdamW for an objective's heads where there are any."""
+    """Create the optimizer of the backbone and, if the objective has heads, AdamW for these."""
     optimizers = Optimizers(optimizer=build_optimizer(model, config))
     if weights := [weight for weight in heads.parameters() if weight.requires_grad]:
-        of_adamw: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
-        optimizers["heads_optimizer"] = torch.optim.AdamW(decaying(weights), config.lr, **of_adamw)
+        options: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
+        optimizers["heads_optimizer"] = torch.optim.AdamW(decaying(weights), config.lr, **options)
     return optimizers
 
 
 def decaying(weights: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """In groups: what multiplies features, and what does not and so does not decay: norms, biases, single numbers."""
+    """Divide parameters into a group with weight decay and one without: norms, biases and scalars."""
     groups: list[dict[str, Any]] = [{"params": [], "numbers": []}, {"params": [], "numbers": [], "weight_decay": 0.0}]
-    for number, weight in enumerate(weights):  # files number parameters as without groups
+    for number, weight in enumerate(weights):  # checkpoints number parameters as if there were no groups
         group = groups[weight.ndim < 2]
         group["params"].append(weight)
         group["numbers"].append(number)
@@ -67,7 +68,8 @@ def decaying(weights: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: float = 1.0) -> float:
-    """Linear warm-up, then the decay until a phase's last step; an epoch has `epoch_steps` of them."""
+    """Learning rate of a step: linear warm-up, then decay over the `num_steps` of a phase. `epoch_steps` is the number
+    of steps per epoch."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "cosine":
@@ -81,5 +83,5 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: f
 
 
 def num_training_steps(config: TrainConfig, num_images: int) -> int:
-    """Optimizer steps of the run: as asked, or enough for the epochs, the last one whole."""
+    """Number of optimizer steps: `num_steps` if set, else enough for `num_epochs`, rounded up."""
     return config.num_steps or -(-(config.num_epochs or 100) * num_images // config.batch_size)

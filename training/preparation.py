@@ -1,4 +1,4 @@
-"""A model made ready for training: norms over all processes, compiled blocks, how long an epoch will take."""
+"""Prepare a model for training: synchronised batch norms, recomputed or compiled blocks, and a forecast of the time."""
 
 import time
 from functools import partial
@@ -20,13 +20,13 @@ from models.backbone import MULTIPLYING, Backbone
 from models.layers.launches import AT_ONCE, Casting, Uncast
 from models.layers.style import DropPath
 
-LONG = 600  # seconds of an epoch
+SLOW_SECONDS = 600  # an epoch that takes longer than this gets a hint at smaller configurations
 
 
 def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
-    """With several processes, batch norms see the whole batch on GPUs; on CPUs it says that each sees its own share.
-    Says also what else depends on how many there are."""
-    tell_of_draws(model, accelerator)
+    """Synchronise batch norms over several GPUs. Print a note about everything that still depends on the number of
+    processes or micro-batches, such as batch norms on CPUs."""
+    note_random_masks(model, accelerator)
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     if accelerator.gradient_accumulation_steps > 1 and has_batch_norm:
         accelerator.print(
@@ -44,12 +44,12 @@ def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
     return model
 
 
-def tell_of_draws(model: Backbone, accelerator: Accelerator) -> None:
-    """Where a batch comes in several parts, that each draws its masks of stochastic depth and dropout by itself."""
-    parts = list(model.modules())
-    shares = [part.drop_prob for part in parts if isinstance(part, DropPath)]
-    shares += [part.p for part in parts if isinstance(part, _DropoutNd)]
-    if accelerator.num_processes * accelerator.gradient_accumulation_steps > 1 and any(shares):
+def note_random_masks(model: Backbone, accelerator: Accelerator) -> None:
+    """If a batch is divided, print that each part samples its own masks of stochastic depth and dropout."""
+    modules = list(model.modules())
+    rates = [module.drop_prob for module in modules if isinstance(module, DropPath)]
+    rates += [module.p for module in modules if isinstance(module, _DropoutNd)]
+    if accelerator.num_processes * accelerator.gradient_accumulation_steps > 1 and any(rates):
         accelerator.print(
             "Stochastic depth and dropout draw other masks in another number of processes or micro-batches: results "
             "depend on it, by chance. Without them (--model_args.drop_path 0) they do not."
@@ -57,57 +57,60 @@ def tell_of_draws(model: Backbone, accelerator: Accelerator) -> None:
 
 
 def recompute_blocks(model: Backbone, device: torch.device) -> None:
-    """Have the backward pass compute the backbone's blocks again, with the same random numbers (Chen et al. 2016): less
-    memory, a third more arithmetic. A ValueError where that would be another training."""
+    """Recompute the backbone's blocks in the backward pass (Chen et al. 2016), with the same random numbers. This takes
+    less memory and a third more arithmetic. Raises ValueError if it would change the training."""
     blocks = model.repeated_blocks()
     if any(isinstance(module, _BatchNorm) for block in blocks for module in block.modules()):
         raise ValueError("--train.recompute true: batch norms in this --model's blocks would count each batch twice")
     if device.type == "mps":
         raise ValueError("--train.recompute true: torch does not draw the same random numbers again on mps")
-    for block in blocks:  # of the call, within what FSDP and hooks do before and after it
+    for block in blocks:  # only `forward`, inside the hooks of FSDP and others
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(model: Backbone) -> None:
-    """Compile the backbone's repeated blocks in place: seconds, where compiling the whole takes minutes."""
+    """Compile the repeated blocks in place, which takes seconds; compiling the whole model takes minutes."""
     torch._dynamo.config.recompile_limit = 64
     for block in model.repeated_blocks():
-        block.compile(dynamic=False)  # symbolic widths and grids take minutes to reason about
+        block.compile(dynamic=False)  # with symbolic shapes, compiling takes minutes
 
 
 def join_casts(model: Backbone, config: TrainConfig, accelerator: Accelerator) -> None:
-    """Cast weights for autocast by the block, where each cast is a launch (`models.layers.launches`). Compiled blocks
-    join theirs themselves; blocks that are computed again, parts of weights and adapters keep autocast's own."""
-    joined = accelerator.device.type in AT_ONCE and precision_of(accelerator) == "bf16"
-    apart = config.compile or config.recompute or config.adapter
-    if joined and not apart and accelerator.distributed_type is not DistributedType.FSDP:
+    """Cast the weights of a block to bf16 together, which takes fewer kernel launches than autocast does
+    (`models.layers.launches`). Compiled blocks fuse their casts anyway; recomputed blocks, FSDP and adapters leave
+    casting to autocast."""
+    is_useful = accelerator.device.type in AT_ONCE and precision_of(accelerator) == "bf16"
+    has_own_casts = config.compile or config.recompute or config.adapter
+    if is_useful and not has_own_casts and accelerator.distributed_type is not DistributedType.FSDP:
         cast_at_once(model)
 
 
 def cast_at_once(model: Backbone) -> None:
-    """`Casting` of the layers of each block, and of those that lie in none."""
-    placed: set[nn.Module] = set()
+    """Add a `Casting` to each repeated block, and one for the layers outside of them."""
+    done: set[nn.Module] = set()
     for module in (*model.repeated_blocks(), model):
-        uncast = {part for each in module.modules() if isinstance(each, Uncast) for part in each.modules()}
-        layers = [part for part in module.modules() if isinstance(part, MULTIPLYING) and part not in placed | uncast]
-        placed.update(layers)
+        uncast = {layer for part in module.modules() if isinstance(part, Uncast) for layer in part.modules()}
+        layers = [layer for layer in module.modules() if isinstance(layer, MULTIPLYING) and layer not in done | uncast]
+        done.update(layers)
         if layers:
             Casting(module, layers)
 
 
 def forecast(model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, num_images: int) -> str:
-    """An epoch's time on a CPU, in words, by that of a batch's loss. Model and random state stay as they are."""
+    """Estimate the time of an epoch on a CPU from the loss of a batch, and describe it in words. The model and the
+    random state do not change."""
     batch_size, seconds = 8, 0.0
     x_0, y = torch.zeros(batch_size, spec.in_channels, *spec.input_size), torch.zeros(batch_size, dtype=torch.int64)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
         model.eval()
-        for _ in range(2):  # the first one warms up
-            began = time.perf_counter()
+        for _ in range(2):  # the first is a warm-up
+            start = time.perf_counter()
             diffusion.training_loss(model, x_0, y)
-            seconds = 3 * (time.perf_counter() - began) / batch_size * num_images / accelerator.num_processes
+            per_image = 3 * (time.perf_counter() - start) / batch_size  # a backward pass takes twice the forward's time
+            seconds = per_image * num_images / accelerator.num_processes
         model.train()
     duration = f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
-    words = f"an epoch takes about {duration if seconds > 90 else f'{seconds:.0f} s'} on this CPU"
-    if seconds > LONG:
-        words += "; made for CPUs are --config configs/quickstart.yaml and --model XSwin-S"
-    return words
+    message = f"an epoch takes about {duration if seconds > 90 else f'{seconds:.0f} s'} on this CPU"
+    if seconds > SLOW_SECONDS:
+        message += "; made for CPUs are --config configs/quickstart.yaml and --model XSwin-S"
+    return message

@@ -1,4 +1,4 @@
-"""Going on with a run: what its weights mean stays, anything else may change."""
+"""Resume a run: settings that define the meaning of its weights must stay the same, the others may change."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,58 +17,65 @@ from experiment.run_config import R, RunConfig, resuming
 from machine.checkpoint_folder import CheckpointError, by_step, list_checkpoints, to_resume
 from machine.whole_files import beside
 
-LEFT_BEHIND = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.*", "ema-*.safetensors")
+OUTPUTS = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.*", "ema-*.safetensors")
 
 
 def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
-    """The configuration of a fresh run, or of a resumed one and its checkpoint; or a FileExistsError."""
+    """Prepare a run's folder.
+
+    Returns:
+        The configuration, and the checkpoint to resume or None for a new run.
+
+    Raises:
+        FileExistsError: if a new run would mix with the folder's content
+    """
     run = config.folder
     if (run / "plan.json").is_file():
         raise FileExistsError(f"{run} holds an ablation; give another --name")
     if config.resume:
         checkpoint = to_resume(run)
         return go_on(config, checkpoint, say), checkpoint
-    if (run / WEIGHTS).exists():  # imported, or of the hub: they would go on being what `run` means to all readers
+    if (run / WEIGHTS).exists():  # imported or downloaded; they would still be what everybody loads from this run
         raise FileExistsError(f"{run} holds weights already, {WEIGHTS}: give another --name")
     if list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
-    for path in [path for pattern in LEFT_BEHIND for path in run.glob(pattern) if ".before-" not in path.name]:
-        say(f"{path} is of an earlier training, and is now {_aside(path)}")
+    for path in [path for pattern in OUTPUTS for path in run.glob(pattern) if ".before-" not in path.name]:
+        say(f"{path} is of an earlier training, and is now {_move_aside(path)}")
     return config, None
 
 
 def take_back(run: Path, step: int, say: Callable[[str], None] = print) -> None:
-    """What there is of steps after this one, which a run takes again: snapshots, which with other settings would be of
-    another training, and grids go; checkpoints, which are damaged, get another name, as they would go on being the
-    newest to whoever reads the run."""
-    for number, path in [*list_snapshots(run).items(), *by_step(run / "samples", ".png").items()]:
-        if number > step:
+    """Remove the results of later steps, which the run will take again, possibly with other settings: delete snapshots
+    and grids, and rename checkpoints, which are damaged and would still count as the newest ones."""
+    for path_step, path in [*list_snapshots(run).items(), *by_step(run / "samples", ".png").items()]:
+        if path_step > step:
             path.unlink()
     for checkpoint in list_checkpoints(run / "checkpoints"):
         if int(checkpoint.name) > step:
-            say(f"{checkpoint} is damaged, and is now {_aside(checkpoint)}")
+            say(f"{checkpoint} is damaged, and is now {_move_aside(checkpoint)}")
 
 
-def _aside(path: Path) -> Path:
+def _move_aside(path: Path) -> Path:
     return path.rename(beside(path))
 
 
 def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
-    """The configuration of a resumed run; a CheckpointError names a flag that changes its meaning, or what is lost."""
+    """Validate the configuration of a resumed run against its checkpoint. Raises a CheckpointError that names a flag
+    which must not change, or settings that its config.yaml lacks."""
     metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
-    if "config" not in metadata:  # an autoencoder's, before it kept it
+    if "config" not in metadata:  # older checkpoints of autoencoders
         return resuming(config, None)
     contents = json.loads(metadata.get("imports", "{}"))
     load_imports(getattr(config, "imports", ()), stored_in=run, contents=contents)
-    values, written = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))
-    if lost := [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in written]:
-        raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {abridged(lost, 8)}")
+    values, in_yaml = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    if missing := [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in in_yaml]:
+        raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {abridged(missing, 8)}")
     stored = from_dict(type(config), values)
-    before, asked = stored.identity(), config.identity()
-    for flag in {**before, **asked}:
-        if before.get(flag) != asked.get(flag):
+    old, new = stored.identity(), config.identity()
+    for flag in {**old, **new}:
+        if old.get(flag) != new.get(flag):
             raise CheckpointError(
-                f"--{flag} {asked.get(flag)}: {run} was trained with {before.get(flag)}, and its checkpoints mean "
+                f"--{flag} {new.get(flag)}: {run} was trained with {old.get(flag)}, and its checkpoints mean "
                 f"nothing else; leave it out, or start a run of another --name (--init_from {run})"
             )
     for flag in ("name", "init_from"):
@@ -79,16 +86,18 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
 
 
 def other_measure(checkpoint: Path, config: RunConfig, identity: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What `log.best` was measured by, and is not any more: a best value from then compares with none to come."""
+    """List changed settings that affect the value of `log.best`, which makes earlier values incomparable. Each is given
+    with its former value."""
     metadata, flags = read_metadata(checkpoint / WEIGHTS), flatten(json.loads(json.dumps(config.to_dict())))
     if flags.get("log.best") is None or "config" not in metadata:
         return []
-    before, is_loss = flatten(json.loads(metadata["config"])), flags["log.best"] == "validation_loss"
-    by = ("log.num_validation", "train.seed", "auxiliary") if is_loss else ("evaluation.", "sampling.")
-    idle = {"evaluation.batch_size", "evaluation.weights_path"}
-    named = [flag for flag in flags if flag.startswith(("log.best", *by)) and flag not in idle and flag in before]
-    others = [f"--{flag} {before[flag]}" for flag in named if before[flag] != flags[flag]]
+    former, is_loss = flatten(json.loads(metadata["config"])), flags["log.best"] == "validation_loss"
+    prefixes = ("log.num_validation", "train.seed", "auxiliary") if is_loss else ("evaluation.", "sampling.")
+    irrelevant = {"evaluation.batch_size", "evaluation.weights_path"}
+    relevant = [flag for flag in flags if flag.startswith(("log.best", *prefixes)) and flag not in irrelevant]
+    changed = [f"--{flag} {former[flag]}" for flag in relevant if flag in former and former[flag] != flags[flag]]
     codec = json.loads(metadata.get("identity", "{}")).get("codec", {})
-    decoder = {"decoder_sha256"} & codec.keys() & identity.get("codec", {}).keys()
-    has_other = not is_loss and any(codec[name] != identity["codec"][name] for name in decoder)
-    return [*others, *["decoder of --autoencoder"] * has_other]
+    in_both = {"decoder_sha256"} & codec.keys() & identity.get("codec", {}).keys()
+    if not is_loss and any(codec[name] != identity["codec"][name] for name in in_both):
+        changed.append("decoder of --autoencoder")
+    return changed

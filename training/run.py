@@ -1,4 +1,4 @@
-"""A training from its empty folder, or its newest checkpoint, to its last step, whatever is trained."""
+"""The training loop that backbones and autoencoders share: logging, checkpoints, inspections, rollbacks and stops."""
 
 import json
 import time
@@ -31,13 +31,14 @@ from training.log import Log, draw_curve, is_due, warns_only
 from training.meter import Meter
 from training.resumption import other_measure, start_or_go_on, take_back
 
-SECONDS_BETWEEN_CURVES = 10.0  # drawing takes as long as many a short training's saves
-Look = Callable[[int], Mapping[str, float]]  # at what there is after a step: what it measured
+SECONDS_BETWEEN_CURVES = 10.0  # plotting takes as long as a save in short trainings
+Look = Callable[[int], Mapping[str, float]]  # an inspection: takes the step, returns measured values
 
 
 @contextmanager
 def open_run(config: R, **options: Any) -> Iterator["Run[R]"]:
-    """A training's devices, its folder for as long as it lasts, and the checkpoint that it goes on from."""
+    """Context that sets up a training: the Accelerator, the locked folder and the checkpoint to resume. `options` are
+    those of `open_accelerator`."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for tracker in config.log.trackers:
         if tracker not in available:
@@ -54,24 +55,25 @@ def open_run(config: R, **options: Any) -> Iterator["Run[R]"]:
 
 
 class Run(Generic[R]):
-    """A training's folder, devices, log and checkpoints, the number of its steps, and what watches over them. `begin`
-    takes in what is trained; between two `steps` it looks, saves, goes back, or stops. All processes call alike."""
+    """A training run. After `begin`, iterating over `steps` runs the loop; between two steps the run inspects, saves,
+    rolls back or stops. All processes must make the same calls."""
 
     def __init__(self, config: R, checkpoint: Path | None, interruption: Interruption) -> None:
         self.config, self.checkpoint, self.interruption = config, checkpoint, interruption
         self.folder, self.accelerator = interruption.run, interruption.accelerator
         self.is_main, self.checkpoints = self.accelerator.is_main_process, self.folder / "checkpoints"
         self.meter, self.best, self.writing = Meter(self.accelerator), Best(), Background()
-        self.step = 0  # optimizer steps that were taken
+        self.step = 0  # number of optimizer steps taken
         self.identity: dict[str, Mapping[str, Any]] = {}
-        self._saved: int | None = None  # the step of the newest checkpoint, which may still be being written
-        self._saved_at = time.monotonic()  # that one, or else when the run was opened
-        self._inspected = True  # else what is due at this step was broken off, and a resumed run begins with it
-        self._why: str | None = None  # to stop before the end
-        self._drawn = time.monotonic()  # the curve, or else when the run began
+        self._saved: int | None = None  # step of the newest checkpoint, which may not be written completely yet
+        self._saved_at = time.monotonic()  # time of the newest checkpoint, or of the start
+        self._inspected = True  # False if the inspections of this step were interrupted; a resumed run repeats them
+        self._stop_reason: str | None = None
+        self._plotted_at = time.monotonic()  # time of the newest plot of the losses, or of the start
 
     def check_identity(self, **parts: Mapping[str, Any]) -> None:
-        """That latents and splits are those of the run so far; see `checkpoints.checkpoint.check_identity`."""
+        """Check that latents and splits are those of the resumed checkpoint; see
+        `checkpoints.checkpoint.check_identity`."""
         self.identity = parts
         if self.checkpoint is not None:
             check_identity(self.checkpoint / WEIGHTS, parts, any_decoder=True)
@@ -88,25 +90,31 @@ class Run(Generic[R]):
         keep_every: int = 0,
         **metadata: Any,
     ) -> None:
-        """Start with all that is trained as it is, or go on as the checkpoint says, and open the log.
+        """Load the state of the checkpoint, if the run is resumed, and open the log.
 
-        `guards` go by the network that each watches; `due` says what to look at after a step, before it is saved; the
-        best checkpoint by `best` stays, as does every one whose step `keep_every` divides; checkpoints say `metadata`
-        of themselves.
+        Args:
+            training: networks, optimizers and everything else that checkpoints contain
+            guards: one for each trained network, by its name
+            due: returns the inspections after a step, given the step and the total number
+            num_steps: total number of steps
+            best: value by which the best checkpoint is kept
+            lower_is_best: whether lower values of it are better
+            keep_every: keep all checkpoints at multiples of this step
+            metadata: further entries for checkpoints
         """
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
         self.watched, self.lower_is_best, self.keep_every = best, lower_is_best, keep_every
-        self.metadata = metadata_of(self.config, self.step, self.identity, **metadata)  # of the code that was loaded
+        self.metadata = metadata_of(self.config, self.step, self.identity, **metadata)  # now, as the code may change
         named_guards = {f"guard.{name}": guard for name, guard in guards.items()}
         training.others.update({"meter": self.meter, "best": self.best, **named_guards})
         self.is_sharded = any(is_sharded(network) for network in training.networks.values())
         if (checkpoint := self.checkpoint) is not None:
             self._restore(checkpoint)
-            others = from_main(self.accelerator, lambda: other_measure(checkpoint, self.config, self.identity))
-            if others and self.best.value is not None:
+            changed = from_main(self.accelerator, lambda: other_measure(checkpoint, self.config, self.identity))
+            if changed and self.best.value is not None:
                 self.best.value = None
-                words = f"{self.checkpoints}/best is kept until there is another: values so far do not compare"
-                self.accelerator.print(f"{words}, they are of other {', '.join(others)}")
+                note = f"{self.checkpoints}/best is kept until there is another: values so far do not compare"
+                self.accelerator.print(f"{note}, they are of other {', '.join(changed)}")
         if self.is_main:
             write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         self.accelerator.wait_for_everyone()
@@ -116,12 +124,12 @@ class Run(Generic[R]):
 
     @property
     def rollbacks(self) -> int:
-        """How often training went back to a checkpoint: each time with another order of the data."""
+        """Number of rollbacks so far; the order of the data depends on it."""
         return sum(guard.rollbacks for guard in self.guards.values())
 
     def steps(self) -> Iterator[int]:
-        """The number of each optimizer step to take, from 0; after a rollback some again. Raises Stopped, when all is
-        saved, or TrainingDivergedError."""
+        """Yield the index of each optimizer step to take. A rollback repeats steps. Raises TrainingDivergedError, or
+        Stopped if the run is stopped early, after saving."""
         if not self._inspected and (due := self.due(self.step, self.num_steps)):
             self.look(*due)
             self._save_again()
@@ -133,79 +141,81 @@ class Run(Generic[R]):
             yield self.step
             self.step += 1
             self.bar.update()
-            self._why = self.interruption.reason(self.step, self.num_steps)
-            if self._why and not self._is_skipping:  # else it must be known first what becomes of it
+            self._stop_reason = self.interruption.reason(self.step, self.num_steps)
+            if self._stop_reason and not self._is_skipping:  # else a good step or a rollback must come first
                 break
-            began = time.perf_counter()
-            if not self._why:
+            start = time.perf_counter()
+            if not self._stop_reason:
                 self.look(*self.due(self.step, self.num_steps))
             by_step = any(is_due(self.step, every) for every in (self.config.log.checkpoint_every, self.keep_every))
-            if (by_step or self.interruption.saves) and self.step < self.num_steps:
+            if (by_step or self.interruption.save_due) and self.step < self.num_steps:
                 self.save()
             self.writing.check()
-            self.meter.paused += time.perf_counter() - began
+            self.meter.paused += time.perf_counter() - start
             if any(guard.must_roll_back(can=self._saved is not None) for guard in self.guards.values()):
                 self._roll_back()
         self.bar.close()
         self._save_at_once(last=True)
         if self.is_main:
             draw_curve(self.folder)
-        if self._why:
-            raise Stopped(self._why)
+        if self._stop_reason:
+            raise Stopped(self._stop_reason)
 
     def read(self, number: Float[Tensor, ""]) -> float:
-        """The number that decides on a step, off the device: the step's one wait; several processes agree in it on
-        whether to stop, and whether it is time to save."""
+        """Transfer the gradient's norm from the device. This is the only synchronisation of a step; in it, processes
+        also agree on whether to stop and whether to save."""
         seconds, minutes = time.monotonic() - self._saved_at, self.config.log.checkpoint_minutes
-        return self.interruption.read(number, saves=seconds > 60 * minutes > 0)
+        return self.interruption.read(number, save_due=seconds > 60 * minutes > 0)
 
     def write_means(self, **values: float) -> None:
-        """To the log: means since the last time, and these values; nothing where all steps were skipped."""
+        """Log the means since the last call and these values, unless all steps were skipped."""
         if means := self.meter.summary():
             self.log.write(self.step + 1, **means, **values)
             self.bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{means['images_per_second']:.0f}")
             self.meter.reset()
 
     def skip(self, guard: Guard, source_indices: list[int]) -> None:
+        """Log a skipped step and its images."""
         self.meter.skip()
         self.log.write(self.step + 1, skipped=guard.skipped, source_indices=source_indices)
 
     def look(self, *looks: Look) -> None:
-        """Write what they measure to the log, and save the best. A signal breaks them off: a resumed run begins with
-        them."""
+        """Run inspections, log their values, and save a checkpoint if it is the best. A signal interrupts inspections;
+        a resumed run then repeats them."""
         self._inspected = not looks
         if not looks:
             return
-        is_sound, progress, measured = self._is_sound(), self._progress(), {}
-        can_save = self.is_main and not self.is_sharded  # without the others, who may be anywhere
-        with self.interruption.at_once(can_save=can_save, save=lambda: is_sound and self.save(progress=progress)):
+        may_save, progress, measured = self._may_save(), self._progress(), {}
+        can_save = self.is_main and not self.is_sharded  # without the other processes, which may be anywhere
+        with self.interruption.at_once(can_save=can_save, save=lambda: may_save and self.save(progress=progress)):
             for look in looks:
                 try:
                     measured |= look(self.step)
-                except AutoencoderError as error:  # images that are not finite, on all processes
+                except AutoencoderError as error:  # non-finite images, on all processes alike
                     self.accelerator.print(f"step {self.step}: nothing to {look.__name__}: {error}")
         self._inspected = True
         if measured:
             self.log.write(self.step, **measured)
         value = measured.get(self.watched or "")
-        if value is not None and is_sound and self.best.improves(value, self.step, lower=self.lower_is_best):
+        if value is not None and may_save and self.best.improves(value, self.step, lower=self.lower_is_best):
             self.save()
             if self.is_main:
                 self.writing.start(partial(mark_best, self.checkpoints, self.step))
 
     def show(self, images: Any, **layout: Any) -> None:
-        """A grid, as samples/<step>.png and in the trackers. What goes wrong there is said, and training goes on."""
+        """Save a grid as samples/<step>.png and send it to the trackers. Errors become warnings."""
         path = self.folder / "samples" / f"{self.step:08d}.png"
         with warns_only(path):
             save_grid(images, path, **layout)
             self.log.picture(self.step, path)
 
     def save(self, *, last: bool = False, progress: Mapping[str, Any] | None = None) -> None:
-        """A checkpoint of this step, if worth it: by all processes, and written while training goes on; or by the main
-        one with all's `progress`, at once."""
-        if self._saved == self.step or (progress is None and not self._is_sound(last=last)):
+        """Save a checkpoint of this step, unless there is one or the guards forbid it. The files are written in the
+        background while training continues. With `progress`, which was collected from all processes before, the main
+        process saves alone and waits for the files."""
+        if self._saved == self.step or (progress is None and not self._may_save(last=last)):
             return
-        self.writing.wait()  # until then the copy is of the one before
+        self.writing.wait()  # as the buffers of the copy still hold the previous checkpoint
         metadata, state = {**self.metadata, "step": json.dumps(self.step)}, progress or self._progress()
         write = copy_checkpoint(self.checkpoints, self.step, self.training, metadata, state, keep=self.is_main)
         self._saved, self._saved_at = self.step, time.monotonic()
@@ -223,9 +233,9 @@ class Run(Generic[R]):
         write()
         if rotates:
             rotate(self.checkpoints, keep=self.config.log.keep_checkpoints, keep_every=self.keep_every)
-        if time.monotonic() - self._drawn > SECONDS_BETWEEN_CURVES:
+        if time.monotonic() - self._plotted_at > SECONDS_BETWEEN_CURVES:
             draw_curve(self.folder)
-            self._drawn = time.monotonic()
+            self._plotted_at = time.monotonic()
 
     def _save_again(self) -> None:
         self._saved = None
@@ -235,17 +245,17 @@ class Run(Generic[R]):
     def _is_skipping(self) -> bool:
         return any(guard.in_a_row for guard in self.guards.values())
 
-    def _is_sound(self, *, last: bool = False) -> bool:
+    def _may_save(self, *, last: bool = False) -> bool:
         networks = self.training.networks
         return all(guard.may_save(self.accelerator, networks[name], last=last) for name, guard in self.guards.items())
 
     def _progress(self) -> dict[str, Any]:
-        return {"inspected": self._inspected and not self._why, **self.training.progress()}
+        return {"inspected": self._inspected and not self._stop_reason, **self.training.progress()}
 
     def _roll_back(self) -> None:
         self.writing.wait()
         self._restore(from_main(self.accelerator, lambda: to_resume(self.folder)))
-        self._save_again()  # a kill does not forget that it went back
+        self._save_again()  # so that a run that is killed remembers the rollback
         self.bar.reset(total=self.num_steps)
         self.bar.update(self.step)
 
@@ -258,5 +268,5 @@ class Run(Generic[R]):
             take_back(self.folder, self.step)
             return mark_best(self.checkpoints, self.best.step)
 
-        if not from_main(self.accelerator, tidy):  # the best one is gone
+        if not from_main(self.accelerator, tidy):  # the best checkpoint no longer exists
             self.best.value = self.best.step = None

@@ -1,4 +1,4 @@
-"""How fast this machine makes an optimizer step, and other programs that are to be compared."""
+"""Measure the speed of optimizer steps and of other programs."""
 
 import json
 import platform
@@ -32,9 +32,9 @@ from training.preparation import cast_at_once, compile_blocks
 
 NUM_CLASSES = 101
 GAUSSIAN = GaussianDiffusion()
-CALLS = 10  # of a program before a GPU is waited for
+CALLS = 10  # of a program between two synchronisations with a GPU
 Row = dict[str, Any]
-Program = tuple[Row, Callable[[], Any]]  # what is measured, and a call of it
+Program = tuple[Row, Callable[[], Any]]  # columns that describe it, and the function to measure
 
 
 def the_device() -> torch.device:
@@ -42,7 +42,7 @@ def the_device() -> torch.device:
 
 
 def backbone(name: str, latent_size: int = 8, num_classes: int = NUM_CLASSES, **model_args: Any) -> Backbone:
-    """A registered backbone for four-channel latents and learned variances, on the device."""
+    """Create a backbone on the device, for four-channel latents and learned variances."""
     sizes = {"input_size": latent_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
     return create_model(name, **sizes, **model_args).to(the_device())
 
@@ -66,9 +66,15 @@ def training_step(
     compile: bool = False,
     reads: bool = True,
 ) -> Callable[[], Tensor]:
-    """An optimizer step as `train.py` makes it, on what `batch` gives, latents and labels; it gives the loss. The
-    gradient's norm is read off the device, unless the step is to be captured in a graph, which has the optimizer count
-    its steps there too."""
+    """Create an optimizer step like that of `train.py`, which returns the loss.
+
+    Args:
+        precision: 'fp32' or 'bf16'
+        batch: returns latents and labels
+        diffusion: provides the loss
+        compile: compile the repeated blocks
+        reads: transfer the gradient's norm to the CPU; False for a step that a CUDA graph captures
+    """
     optimizer, ema = build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
     for group in optimizer.param_groups:
         group["capturable"] = not reads
@@ -93,19 +99,20 @@ def training_step(
 
 
 def sparse_cache(folder: Path, num_images: int, image_size: int = 256, channels: int = 8, factor: int = 8) -> None:
-    """A latent cache of nothing but zeros, of two views, which takes no room on disks that keep no zeros."""
+    """Write a latent cache of zeros with two views, as sparse files, which take almost no space on the disk."""
     folder.mkdir(parents=True)
     side, names = image_size // factor, []
     for first in range(0, num_images, IMAGES_PER_SHARD):
         num = min(IMAGES_PER_SHARD, num_images - first)
         names.append(f"{num}-{first:08d}.safetensors")
-        about = {name: torch.zeros(num, dtype=torch.int64) for name in ("labels", "source_indices")}
-        if not (whole := folder / f"{num}").exists():
-            write_shard(whole, {"stored": torch.zeros(num, 2, channels, side, side, dtype=torch.float16), **about})
-        with whole.open("rb") as like, (folder / names[-1]).open("wb") as file:
-            length = like.read(8)
-            file.write(length + like.read(int.from_bytes(length, "little")))
-            file.truncate(whole.stat().st_size)
+        if not (template := folder / f"{num}").exists():
+            shard = {name: torch.zeros(num, dtype=torch.int64) for name in ("labels", "source_indices")}
+            shard["stored"] = torch.zeros(num, 2, channels, side, side, dtype=torch.float16)
+            write_shard(template, shard)
+        with template.open("rb") as source, (folder / names[-1]).open("wb") as file:
+            length = source.read(8)
+            file.write(length + source.read(int.from_bytes(length, "little")))
+            file.truncate(template.stat().st_size)
     classes, size = ["0"], [image_size, image_size]
     manifest = {"format": FORMAT, "classes": classes, "image_size": size, "shards": names}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -113,10 +120,17 @@ def sparse_cache(folder: Path, num_images: int, image_size: int = 256, channels:
 
 @cache
 def matrix_peak(precision: str, side: int | None = None) -> tuple[float, int]:
-    """FLOP/s of a large square product in this precision, and its side: large enough that a GPU is busy with it, and
-    not with being told, unless another is given."""
-    device, (large, calls) = the_device(), (8192, CALLS) if the_device().type == "cuda" else (2048, 1)
-    side = side or large
+    """Measure the FLOP/s of a product of square matrices.
+
+    Args:
+        precision: 'fp32' or 'bf16'
+        side: of the matrices; by default large enough that launches do not count
+
+    Returns:
+        FLOP/s and the side.
+    """
+    device, (default, calls) = the_device(), (8192, CALLS) if the_device().type == "cuda" else (2048, 1)
+    side = side or default
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     product = torch.empty_like(a)
 
@@ -128,38 +142,47 @@ def matrix_peak(precision: str, side: int | None = None) -> tuple[float, int]:
 
 
 def in_turns(programs: Sequence[Program], rounds: int, num_images: int, calls: int | None = None) -> list[Row]:
-    """Rows with images a second: the median, and the slowest and fastest round, of so many `calls`, by default one on a
-    CPU and `CALLS` on a GPU, which is waited for at their end alone. Programs take turns, after a round that does not
-    count; `step GB` is what a program's first call adds to the most memory that was held."""
+    """Measure programs in alternation, after a warm-up round.
+
+    Args:
+        programs: to compare
+        rounds: measurements of each program
+        num_images: images per call
+        calls: per round, with one synchronisation; by default 1 on a CPU and `CALLS` on a GPU
+
+    Returns:
+        A row for each program: median images per second, slowest and fastest round, and as `step GB` the peak memory of
+        its first round beyond what was held before.
+    """
     device = the_device()
     calls = calls or (CALLS if device.type == "cuda" else 1)
     seconds: list[list[float]] = [[] for _ in programs]
     memory: list[float] = []
-    for number in range(rounds + 1):
-        for (_, program), taken in zip(programs, seconds, strict=True):
+    for index in range(rounds + 1):
+        for (_, program), durations in zip(programs, seconds, strict=True):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            with suppress(OSError):  # Linux: the most memory that was held so far is forgotten
+            with suppress(OSError):  # on Linux this resets the peak memory of the process
                 Path("/proc/self/clear_refs").write_text("5")
-            held, began = memory_gb(device), time.perf_counter()
+            held, start = memory_gb(device), time.perf_counter()
             for _ in range(calls):
                 program()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if number == 0:
+            if index == 0:
                 memory.append(round(memory_gb(device) - held, 3))
             else:
-                taken.append((time.perf_counter() - began) / calls)
+                durations.append((time.perf_counter() - start) / calls)
     rows = []
-    for (row, _), taken, used in zip(programs, seconds, memory, strict=True):
-        speed, slowest, fastest = (num_images / pick(taken) for pick in (statistics.median, max, min))
+    for (row, _), durations, peak in zip(programs, seconds, memory, strict=True):
+        speed, slowest, fastest = (num_images / select(durations) for select in (statistics.median, max, min))
         spread = f"{slowest:.1f} to {fastest:.1f}"
-        rows.append({**row, "img/s": float(f"{speed:.4g}"), "spread": spread, "step GB": used})
+        rows.append({**row, "img/s": float(f"{speed:.4g}"), "spread": spread, "step GB": peak})
     return rows
 
 
 def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str = "") -> None:
-    """A Markdown table, headed by what was measured on which machine; and JSON."""
+    """Print rows as a table, headed by what was measured on which machine, and write them as JSON."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     title = f"{what}; {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -170,7 +193,7 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
 
 
 def graphed(step: Callable[[], Any]) -> Callable[[], None]:
-    """The same kernels, told to a CUDA device at once."""
+    """Capture a step in a CUDA graph, which launches all its kernels at once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
