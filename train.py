@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(config: ExperimentConfig) -> None:
-    """Open the devices and the run's folder, and train."""
+    """Set up the run and train."""
     with stops_at_once(config.folder):
         from training.assembly import open_training
 
@@ -27,7 +27,7 @@ def main(config: ExperimentConfig) -> None:
 
 
 def train(run: Run[ExperimentConfig]) -> None:
-    """The whole of training, top to bottom."""
+    """Train a backbone: build everything from the configuration, start or resume the run, and loop over its steps."""
     import torch
 
     from autoencoders.codec import create_codec
@@ -47,7 +47,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from training.optimizer import learning_rate, num_training_steps
     from training.preparation import forecast
 
-    # Data and model.
+    # Open the data and build the model.
     config, accelerator = run.config, run.accelerator
     diffusion = build_diffusion(config.diffusion)
     lower_is_best = check_best(config.log, config.evaluation)
@@ -69,12 +69,12 @@ def train(run: Run[ExperimentConfig]) -> None:
     model, optimizers = prepare(run, model, objective)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     backbone = accelerator.unwrap_model(model)
-    learned = Merged(backbone) if config.train.adapter else backbone  # as averages know it
+    merged = Merged(backbone) if config.train.adapter else backbone  # as averages and checkpoints store it
     ema.shard_like(backbone)
     num_steps = num_training_steps(config.train, len(cache))
     batches = build_batches(run, cache, codec, objective, features)
 
-    # A fresh run, or the newest whole checkpoint of an old one.
+    # Start the run, or resume it from its newest intact checkpoint.
     guard = Guard()
     inspection = Inspection(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
     state = TrainingState({"model": backbone, "heads": objective.heads}, optimizers, ema)
@@ -95,9 +95,9 @@ def train(run: Run[ExperimentConfig]) -> None:
         f"{', each with a part of the model' if run.is_sharded else ''}"
     )
 
-    # The loop: between two steps the run looks at samples and scores, saves, goes back where it diverged, or stops.
+    # Loop over the steps. Between two steps the run inspects, saves, rolls back after divergence, or stops.
     for step in run.steps():
-        # Stochastic depth draws from torch's own generator: make it a function of the step too.
+        # Stochastic depth and dropout use torch's global generator, which must depend on the step for an exact resume.
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         phase = phase_at(objective.phases, step, num_steps)
         lr = learning_rate(config.optim, phase.step, phase.num_steps, len(cache) / config.train.batch_size)
@@ -110,15 +110,15 @@ def train(run: Run[ExperimentConfig]) -> None:
         norm = run.read(gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads))
         if guard.passes(norm):
             optimizers.step()
-            ema.update(learned, step)
+            ema.update(merged, step)
             run.meter.step(norm, config.optim.grad_clip, config.train.batch_size)
         else:
             run.skip(guard, batches.source_indices(step, run.rollbacks))
         optimizers.zero_grad()
         if is_due(step + 1, config.log.every) or step + 1 == phase.end:
-            run.write_means(lr=lr, ema_drift=ema.drift(learned))
+            run.write_means(lr=lr, ema_drift=ema.drift(merged))
 
-    # The end: all is saved, and what was learned is shown.
+    # Sample a final grid; everything is saved by now.
     run.look(inspection.draw)
     accelerator.end_training()
     accelerator.print(f"checkpoint: {run.folder}/checkpoints/{run.step:08d}")
