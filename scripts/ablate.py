@@ -1,8 +1,8 @@
-"""Run an ablation: every variant of a YAML trained, scored and drawn, and a report of it.
+"""Run an ablation: train, score and sample every variant of a YAML file, and write a report.
 
 python scripts/ablate.py configs/ablations/table1_small.yaml --set '{data.path: caltech101.zip}'
 python scripts/ablate.py configs/ablations/skip.yaml --only plan            (what it would do, and how long it takes)
-python scripts/ablate.py configs/ablations/skip.yaml --max_hours 2          (the same again goes on with it)
+python scripts/ablate.py configs/ablations/skip.yaml --max_hours 2          (repeat the command to continue)
 python scripts/ablate.py configs/ablations/table1.yaml --executor slurm --cluster.partition gpu
 """
 
@@ -26,22 +26,22 @@ STARTED = time.time()
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """Train, score and draw every variant of a YAML, and report. What is done is skipped, what was cut goes on.
+    """Train, score and sample every variant, and report. Finished work is skipped, interrupted trainings resume.
 
     Args:
-        ablation: its YAML (see docs/ablations.md); the flag's name may be left out
-        set: settings of all variants on top of the YAML's, such as '{data.path: images.zip, train.num_steps: 100}'
-        only: 'plan' shows what would be done; 'report' writes the report of what is done; null does it all
-        executor: 'local' (`workers` runs at a time on the CPU, or one on each visible GPU), 'slurm' (a job a training,
-            through submitit) or 'submitit' (the same as processes here)
-        workers: runs at a time on a CPU, each with its share of the cores: small batches gain by it
-        cluster: what a SLURM job is given
-        max_hours: start nothing after this time; a training that runs saves and stops. The same command goes on
-        launcher: a configuration of `accelerate launch`, for several processes a run; null: one process
-        any_code: take results of other versions of the code for done
-        redo: keep trainings of another configuration or code as seed<n>.before-<time>, and train anew
-        imports: modules or .py files that add what the variants name, beside `imports` of the YAML (docs/extending.md)
-        name: of the folder, runs/<name>; by default the YAML's
+        ablation: YAML file (see docs/ablations.md); the flag's name may be left out
+        set: settings of all variants, in addition to the YAML's: '{data.path: images.zip, train.num_steps: 100}'
+        only: 'plan' shows what would be done; 'report' writes the report of finished work; null does everything
+        executor: 'local' (`workers` runs at a time on the CPU, or one on each visible GPU), 'slurm' (a job per
+            training, through submitit) or 'submitit' (the same, as processes on this machine)
+        workers: runs at a time on a CPU, which share the cores; this is faster for small batches
+        cluster: resources of a SLURM job
+        max_hours: start nothing after this time, and stop a running training, which saves; the same command continues
+        launcher: a configuration of `accelerate launch`, for several processes per run; null: one process
+        any_code: also accept results of other versions of the code
+        redo: rename trainings of another configuration or code to seed<n>.before-<time>, and train again
+        imports: modules or .py files with backbones etc. of your own, in addition to the YAML's (docs/extending.md)
+        name: name of the folder in runs/; by default that of the YAML
     """
 
     ablation: str
@@ -59,7 +59,7 @@ class AblateConfig:
 
 
 def main(config: AblateConfig) -> int:
-    """Plan, run, report; returns the exit status."""
+    """Plan, run and report; return the exit status."""
     path = Path(config.ablation)
     if not path.is_file():
         raise ValueError(f"--ablation {path}: no such file")
@@ -69,7 +69,7 @@ def main(config: AblateConfig) -> int:
     ablation = read_ablation(path, {**config.set, **({"imports": config.imports} if config.imports else {})})
     try:
         return report(folder, ablation) if config.only == "report" else run(config, ablation, folder)
-    except KeyboardInterrupt:  # before or after the runs, which have their own way to stop
+    except KeyboardInterrupt:  # before or after the runs, which handle it themselves
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
 
@@ -91,12 +91,12 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
         from machine.accelerator import open_accelerator
         from machine.lock import Lock
 
-    # What is to be done.
+    # Plan.
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
     check_columns(ablation.columns)
     runs = expand(ablation, folder.name)
-    places(config.workers)  # refuses more of them than there is room for, before anything is made
-    with Lock(folder / "lock", waits=True):  # while others of this study plan
+    places(config.workers)  # raises if there are not enough cores, before anything is written
+    with Lock(folder / "lock", waits=True):  # as other processes may plan the same study
         start = time.time() - STARTED
         accelerator = open_accelerator(runs[0].config.train.precision)
         plan = make_plan(ablation, runs, folder, accelerator, timed=True, any_code=config.any_code, start=start)
@@ -114,7 +114,7 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
         scheduler = "slurm" if config.executor == "slurm" else "local"
         outcomes = submit(jobs, runner, config.cluster, folder / "jobs", scheduler)
 
-    # What came of it.
+    # Report.
     for outcome in outcomes:
         if outcome.status != "done":
             print(f"{outcome.status}: {outcome.run}: {outcome.why}")

@@ -1,4 +1,4 @@
-"""Draw from checkpoints in a browser: watch it denoise, compare backbones, walk between classes and seeds.
+"""Sample from checkpoints in a browser: watch the denoising, compare backbones, interpolate between classes and seeds.
 
 pip install -e '.[demo]'
 python scripts/app.py                                          # every run in runs/
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiment.cli import one_line_errors, parse
 from settings import within
 
-FONTS = ["system-ui", "sans-serif", "ui-monospace", "monospace"]  # the visitor's own
+FONTS = ["system-ui", "sans-serif", "ui-monospace", "monospace"]  # installed on the visitor's machine
 STYLE = """
 .gradio-container { max-width: 1180px !important; width: 100% !important; margin: auto; }
 .pictures img { width: 100% !important; height: auto !important; object-fit: contain !important; }
@@ -34,17 +34,17 @@ footer { display: none !important; }
 
 @dataclass(frozen=True)
 class AppConfig:
-    """A page to draw from checkpoints.
+    """Serve a page to sample from checkpoints.
 
     Args:
         checkpoints: runs, checkpoints or hf://owner/name to choose from; by default all runs in `runs`
-        runs: the folder that is looked through
-        host: 127.0.0.1 serves this machine alone, 0.0.0.0 everyone who reaches it
-        port: 0 takes a free one
-        share: also through a public address of gradio's
-        queue: visitors that may wait at a time; more are told to come back
-        precision: of sampling: 'auto' (bf16 where the device has instructions for it), 'fp32' or 'bf16'
-        autoencoder: in place of the ones in the checkpoints' configurations
+        runs: folder to search for runs
+        host: 127.0.0.1 serves this machine only, 0.0.0.0 everyone who can reach it
+        port: port to listen at; 0: any free one
+        share: also serve through a public address of gradio
+        queue: largest number of waiting visitors; more are asked to come back
+        precision: of sampling: 'auto' (bf16 if the device has instructions for it, else fp32), 'fp32' or 'bf16'
+        autoencoder: replaces the checkpoints' own
     """
 
     checkpoints: list[str] = field(default_factory=list)
@@ -58,10 +58,10 @@ class AppConfig:
 
 
 def main(config: AppConfig) -> None:
-    """Serve the page; what it writes goes with it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which lets files be removed
-    with tempfile.TemporaryDirectory(prefix="pictures-") as files:
-        os.environ["GRADIO_TEMP_DIR"] = files  # which gradio reads when it is imported
+    """Serve the page, and delete its temporary files at the end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are deleted
+    with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # gradio reads this when it is imported
         serve(config)
 
 
@@ -81,17 +81,23 @@ def serve(config: AppConfig) -> None:
     page = Page(studio, listening).build()
     page.queue(max_size=config.queue)
     theme = gr.themes.Soft(primary_hue="indigo", font=FONTS[:2], font_mono=FONTS[2:])
-    place: Any = {"server_name": config.host, "server_port": config.port or None, "share": config.share}
-    door = {"middleware": [Middleware(Door, listening, hosts, not config.share)]}
-    page.launch(**place, footer_links=[], css=STYLE, theme=theme, app_kwargs=door)
+    address: Any = {"server_name": config.host, "server_port": config.port or None, "share": config.share}
+    middleware = {"middleware": [Middleware(RequestFilter, listening, hosts, not config.share)]}
+    page.launch(**address, footer_links=[], css=STYLE, theme=theme, app_kwargs=middleware)
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class Door:
-    """Between the network and the page, as ASGI has it. No file is taken; other web sites are refused, by origin and,
-    where `hosts` are known, by name; `listening` counts whose answers somebody reads, by session."""
+class RequestFilter:
+    """ASGI middleware that refuses uploads and requests from other web sites.
+
+    Args:
+        app: the page
+        listening: counts the open streams of answers by session
+        hosts: names by which the page may be addressed; None for any
+        same_origin: refuse requests whose origin is another site
+    """
 
     def __init__(self, app: Any, listening: Counter[str], hosts: tuple[str, ...] | None, same_origin: bool) -> None:
         self.app, self.listening, self.hosts, self.same_origin = app, listening, hosts, same_origin
@@ -102,23 +108,23 @@ class Door:
         if not self.admits(scope["path"], {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}):
             await send({"type": "http.response.start", "status": 403, "headers": []})
             return await send({"type": "http.response.body", "body": b"refused"})
-        place = scope["path"].rstrip("/")
-        streams = scope["method"] == "GET" and (place.endswith("/queue/data") or "/call/" in place)
-        (session,) = parse_qs(scope["query_string"].decode()).get("session_hash", [place.rpartition("/")[2]])[:1]
-        self.listening[session] += streams
+        path = scope["path"].rstrip("/")
+        is_stream = scope["method"] == "GET" and (path.endswith("/queue/data") or "/call/" in path)
+        (session,) = parse_qs(scope["query_string"].decode()).get("session_hash", [path.rpartition("/")[2]])[:1]
+        self.listening[session] += is_stream
         scope["asked"] = time.monotonic()
         try:
             await self.app(scope, receive, send)
         finally:
-            self.listening[session] -= streams
-            self.listening += Counter()  # drops those at zero
+            self.listening[session] -= is_stream
+            self.listening += Counter()  # removes counts of zero
 
     def admits(self, path: str, headers: dict[str, str]) -> bool:
-        """By where it goes, and what it says of where it comes from."""
+        """Whether to accept a request."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        named = self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts
-        from_here = not self.same_origin or origin is None or urlsplit(origin).netloc == host
-        return named and from_here and not path.rstrip("/").endswith("/upload")
+        is_known_host = self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts
+        is_own_site = not self.same_origin or origin is None or urlsplit(origin).netloc == host
+        return is_known_host and is_own_site and not path.rstrip("/").endswith("/upload")
 
 
 if __name__ == "__main__":

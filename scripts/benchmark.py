@@ -1,11 +1,11 @@
-"""Measure. Figures to be compared come from one run, in turns, as medians; a Markdown table is printed.
+"""Benchmarks. Compare only figures of one run: programs take turns, and medians are printed as a Markdown table.
 
-python scripts/benchmark.py training                                  (all four backbones, images a second)
+python scripts/benchmark.py training                                  (all four backbones, images per second)
 python scripts/benchmark.py training --compare ../XSwinDiffusion      (beside the published implementation)
 python scripts/benchmark.py training --models [DiT] --variants '[{}, {qk_norm: true}, {mlp: swiglu}]'
 python scripts/benchmark.py sampling --models [XSwin,DiT]
-python scripts/benchmark.py epoch --compare ../XSwinDiffusion         (from images: theirs encodes at each step)
-python scripts/benchmark.py cache                                     (ImageNet's latents, left in their files)
+python scripts/benchmark.py epoch --compare ../XSwinDiffusion         (from images, which theirs encodes in each step)
+python scripts/benchmark.py cache                                     (latents of ImageNet's size, read from files)
 python scripts/benchmark.py scaling --plot scaling.png                (time and memory against the side of the latent)
 python scripts/benchmark.py extraction --extractor mobilenet_v2.pt
 python scripts/benchmark.py frechet
@@ -43,19 +43,19 @@ def training(
     variants: list[dict[str, Any]] = [{}],  # noqa: B006  (read only)
     output: Path | None = None,
 ) -> None:
-    """Images a second of an optimizer step (forward, hybrid loss, backward, the gradient's norm, fused AdamW, average)
-    on random latents.
+    """Images per second of an optimizer step on random latents: forward, hybrid loss, backward, gradient norm, fused
+    AdamW, EMA.
 
     Args:
-        models: names of backbones; they take turns
+        models: names of backbones, which take turns
         latent_size: side of the latents
-        batch_size: images a step
-        precision: as train.precision: 'auto', 'fp32' or 'bf16'
-        compile: as train.compile does
-        rounds: steps of each that count
-        compare: checkout of the published implementation: its step as shipped (float32), and, where ours computes in
-            it, in bf16 with a fused optimizer
-        variants: constructor arguments, a row of each backbone for each; `time` is a step's over that of the first
+        batch_size: images per step
+        precision: like train.precision: 'auto', 'fp32' or 'bf16'
+        compile: like train.compile
+        rounds: measured steps of each
+        compare: checkout of the published implementation; measures its step as shipped (float32) and, if ours uses
+            bf16, also in bf16 with a fused optimizer
+        variants: constructor arguments, a row each for every backbone; `time` is relative to the first
         output: JSON file
     """
     from metrics.cost import cost
@@ -67,18 +67,18 @@ def training(
     programs: list[Any] = []
     for name, variant in itertools.product(models, variants):
         model = speed.backbone(name, latent_size, **variant)
-        of_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=speed.NUM_CLASSES)
+        per_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=speed.NUM_CLASSES)
         row = head(name, precision + " compiled" * compile)
         row |= {"arguments": ", ".join(f"{argument} {value}" for argument, value in variant.items())} if variant else {}
-        row |= {"parameters": of_image.parameters, "gflops": of_image.gflops}
+        row |= {"parameters": per_image.parameters, "gflops": per_image.gflops}
         programs.append((row, speed.training_step(model, precision, lambda: (x_0, y), compile=compile)))
-        for theirs in dict.fromkeys(("fp32", precision)) if published else ():
-            step = published.step(name, speed.NUM_CLASSES, speed.the_device(), theirs, lambda: (x_0, y))
-            programs.append((head(name, theirs, "published"), step))
+        for published_precision in dict.fromkeys(("fp32", precision)) if published else ():
+            step = published.step(name, speed.NUM_CLASSES, speed.the_device(), published_precision, lambda: (x_0, y))
+            programs.append((head(name, published_precision, "published"), step))
     rows = speed.in_turns(programs, rounds, batch_size)
     first: dict[str, float] = {}
     for row in rows:
-        if "gflops" in row:  # backward costs about twice the forward
+        if "gflops" in row:  # a backward pass costs about twice the forward pass
             row["MFU"] = round(3 * row["gflops"] * 1e9 * row["img/s"] / peak, 3)
             row["time"] = round(first.setdefault(row["model"], row["img/s"]) / row["img/s"], 3)
     what = f"optimizer step, batch {batch_size}, latents {latent_size}x{latent_size}"
@@ -96,16 +96,16 @@ def sampling(
     rounds: int = 3,
     compare: Path | None = None,
 ) -> None:
-    """Images a second of guided sampling, without decoding.
+    """Images per second of guided sampling, without decoding.
 
     Args:
-        models: names of backbones; they take turns
-        batch_size: images at a time
-        num_steps: model calls a sample; time is proportional to them
+        models: names of backbones, which take turns
+        batch_size: images per batch
+        num_steps: sampling steps; time is proportional to them
         guidance_scale: of classifier-free guidance; 1: none
-        sampler: its name; the published one is 'ddpm'
-        precision: of both implementations, as train.precision
-        rounds: batches of each that count
+        sampler: name of the sampler; the published one is 'ddpm'
+        precision: of both implementations, like train.precision
+        rounds: measured batches of each
         compare: checkout of the published implementation
     """
     from diffusion import GaussianDiffusion, sample
@@ -117,14 +117,14 @@ def sampling(
     programs: list[Any] = []
     for name in models:
         model = speed.backbone(name).eval()
-        draw = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
-        programs.append((head(name, precision), speed.autocasting(precision, draw)))
+        generate = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
+        programs.append((head(name, precision), speed.autocasting(precision, generate)))
         if published:
             model = published.create(name, latent_size=8, num_classes=speed.NUM_CLASSES)
             model = model.to(speed.the_device()).eval()
-            theirs = {"num_classes": speed.NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
-            draw = partial(published.sample, model, noise, y, **theirs)
-            programs.append((head(name, precision, "published"), speed.autocasting(precision, draw)))
+            settings_published = {"num_classes": speed.NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
+            generate = partial(published.sample, model, noise, y, **settings_published)
+            programs.append((head(name, precision, "published"), speed.autocasting(precision, generate)))
     rows = speed.in_turns(programs, rounds, batch_size)
     speed.report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows)
 
@@ -136,16 +136,17 @@ def epoch(
     precision: str = "auto",
     rounds: int = 2,
 ) -> None:
-    """Images a second of training from 64x64 images: ours from a warm cache, the published loop encoding at each step.
+    """Images per second of training from 64x64 images: ours from a filled cache, the published loop encoding in each
+    step.
 
-    The published loop's autoencoder has the architecture of the SD autoencoder, with random weights.
+    The published loop's autoencoder has the architecture of Stable Diffusion's, with random weights.
 
     Args:
         compare: checkout of the published implementation
         models: names of backbones
-        batch_size: images a step
-        precision: of ours, as train.precision
-        rounds: steps of each that count
+        batch_size: images per step
+        precision: of ours, like train.precision
+        rounds: measured steps of each
     """
     import torch
 
@@ -199,16 +200,16 @@ def cache(
     precision: str = "auto",
     rounds: int = 20,
 ) -> None:
-    """A training step on latents that are read from a cache's files, beside one on latents that cost nothing to read,
-    with the same losses. The cache lies in the working folder, of zeros, which take no room on disks that keep none.
+    """Compare a training step on latents that are read from a cache's files with one on latents in memory. The losses
+    must be equal. The cache, sparse files of zeros, is written to the current folder.
 
     Args:
-        num_images: of 256 pixels in the cache, 33 KB each with its mirror image
+        num_images: images of 256 pixels in the cache, 33 KB each with the mirrored view
         model: name of a backbone
-        model_args: its constructor's arguments
-        batch_size: images a step
-        precision: as train.precision
-        rounds: steps of each that count
+        model_args: arguments of its constructor
+        batch_size: images per step
+        precision: like train.precision
+        rounds: measured steps of each
     """
     import torch
 
@@ -224,33 +225,35 @@ def cache(
     precision, device = chosen(precision), speed.the_device()
     objective, config = Objective(GaussianDiffusion()), TrainConfig(batch_size=batch_size, label_dropout=0.0)
     codec = create_codec("embedded").to(device)
-    with tempfile.TemporaryDirectory(dir=".") as made:
-        speed.sparse_cache(Path(made) / "sparse", num_images)
-        began = time.perf_counter()
-        files = LatentCache(Path(made) / "sparse", {}, device=None)
-        checked, at_first = time.perf_counter() - began, memory_gb(torch.device("cpu"))
-        (at_hand := copy(files)).stored = torch.zeros((), dtype=torch.float16, device=device).expand(files.stored.shape)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        speed.sparse_cache(Path(folder) / "sparse", num_images)
+        start = time.perf_counter()
+        files = LatentCache(Path(folder) / "sparse", {}, device=None)
+        seconds, gb_verifying = time.perf_counter() - start, memory_gb(torch.device("cpu"))
+        in_memory = copy(files)
+        in_memory.stored = torch.zeros((), dtype=torch.float16, device=device).expand(files.stored.shape)
         losses: dict[str, list[Any]] = {"from files": [], "at hand": []}
 
         def training_on(name: str, latents: LatentCache) -> Any:
             torch.manual_seed(0)
-            drawing = Batches(latents, codec, objective, config, device=device).micro_batches
-            steps = map(drawing, itertools.count())
+            micro_batches = Batches(latents, codec, objective, config, device=device).micro_batches
+            steps = map(micro_batches, itertools.count())
 
             def batch() -> tuple[Any, Any]:
-                (drawn,) = next(steps)
-                torch.manual_seed(0)  # of the noise, which the step draws
-                return drawn.x_0, drawn.y
+                (micro_batch,) = next(steps)
+                torch.manual_seed(0)  # the step then samples the same noise for both
+                return micro_batch.x_0, micro_batch.y
 
             step = speed.training_step(speed.backbone(model, 32, 1, **model_args), precision, batch)
             return head(model, precision, f"latents {name}"), lambda: losses[name].append(step())
 
-        rows = speed.in_turns([training_on("from files", files), training_on("at hand", at_hand)], rounds, batch_size)
-        gb, then = num_bytes(files.folder) / 1e9, memory_gb(torch.device("cpu"))
+        programs = [training_on("from files", files), training_on("at hand", in_memory)]
+        rows = speed.in_turns(programs, rounds, batch_size)
+        gb, gb_training = num_bytes(files.folder) / 1e9, memory_gb(torch.device("cpu"))
     equal = torch.equal(*map(torch.stack, losses.values()))
     rows[0]["speed"] = round(rows[0]["img/s"] / rows[1]["img/s"], 3)
-    held = f"Held at most: {at_first:.2f} GB while files were checked, {then:.2f} GB in training."
-    note = f"Checked in {checked:.0f} s. Losses are {'equal' if equal else 'DIFFERENT'}. {held}"
+    memory = f"Held at most: {gb_verifying:.2f} GB while files were checked, {gb_training:.2f} GB in training."
+    note = f"Checked in {seconds:.0f} s. Losses are {'equal' if equal else 'DIFFERENT'}. {memory}"
     speed.report(f"optimizer step, batch {batch_size}, a cache of {gb:.1f} GB", rows, note=note)
 
 
@@ -262,16 +265,16 @@ def scaling(
     rounds: int = 3,
     plot: Path | None = None,
 ) -> None:
-    """Time and memory of a training step a latent pixel, against the side of the latent. Each measure is a process.
+    """Time and memory of a training step per latent pixel, against the side of the latent, each measured in its own
+    process. Memory is the increase in the first step, including AdamW's moments.
 
     Args:
         models: names of backbones
-        sides: of the latents
-        tokens: latent pixels a step: the batch shrinks as the side grows, down to one image; memory is what the first
-            step adds, AdamW's moments included
-        precision: as train.precision: 'auto', 'fp32' or 'bf16'
-        rounds: steps that count
-        plot: picture of both
+        sides: sides of the latents
+        tokens: latent pixels per step; the batch shrinks as the side grows, down to one image
+        precision: like train.precision: 'auto', 'fp32' or 'bf16'
+        rounds: measured steps
+        plot: plot of both
     """
     from training import speed
 
@@ -280,13 +283,13 @@ def scaling(
         batch_size = max(1, tokens // side**2)
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             flags = {"models": f"[{name}]", "latent_size": side, "batch_size": batch_size, "rounds": rounds}
-            words = [f"--{flag}={value}" for flag, value in flags.items()]
-            words += [f"--precision={precision}", f"--output={file.name}"]
-            children.run([sys.executable, __file__, "training", *words], stdout=subprocess.DEVNULL)
+            arguments = [f"--{flag}={value}" for flag, value in flags.items()]
+            arguments += [f"--precision={precision}", f"--output={file.name}"]
+            children.run([sys.executable, __file__, "training", *arguments], stdout=subprocess.DEVNULL)
             (row,) = json.loads(Path(file.name).read_text())["rows"]
-        micros, kilobytes = 1e6 / row["img/s"], row["step GB"] * 1e6 / batch_size  # of an image
+        microseconds, kilobytes = 1e6 / row["img/s"], row["step GB"] * 1e6 / batch_size  # per image
         rows.append({"model": name, "latent": side, "batch": batch_size, "img/s": row["img/s"]})
-        rows[-1] |= {"us/pixel": round(micros / side**2, 2), "kB/pixel": round(kilobytes / side**2, 1)}
+        rows[-1] |= {"us/pixel": round(microseconds / side**2, 2), "kB/pixel": round(kilobytes / side**2, 1)}
         print(rows[-1], file=sys.stderr)
     speed.report(f"training step, {precision}, {tokens} latent pixels a step", rows)
     if plot is not None:
@@ -294,14 +297,14 @@ def scaling(
 
 
 def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, rounds: int = 5) -> None:
-    """Images a second of `metrics.features.Extractor` beside a bare loop over the same network on tensors in memory.
+    """Images per second of `metrics.features.Extractor`, compared with a bare loop over the same network in memory.
 
     Args:
-        extractor: as evaluate.py's: a name, timm:NAME, or a file, .pt2 rather than TorchScript; a file is a program:
+        extractor: like evaluate.py's: a name, timm:NAME, or a file, .pt2 rather than TorchScript; a file is a program:
             run only what you trust
-        num_images: 64x64 images a round
-        batch_size: images at a time
-        rounds: both loops take turns so often; medians are compared
+        num_images: 64x64 images per round
+        batch_size: images per batch
+        rounds: measurements of each loop
     """
     import torch
 
@@ -326,11 +329,11 @@ def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, roun
 
 
 def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
-    """Seconds for the Fréchet distance of two sets: moments in batches, then the distance.
+    """Time of the Fréchet distance of two sets: moments in batches, then the distance.
 
     Args:
-        num_images: rows of each set
-        dim: features
+        num_images: images in each set
+        dim: number of features
     """
     import torch
 
@@ -339,15 +342,15 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
 
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randn(num_images, dim, generator=generator) for _ in range(2)]
-    began = time.perf_counter()
+    start = time.perf_counter()
     moments = [RunningMoments(), RunningMoments()]
     for running, features in zip(moments, sets, strict=True):
         for batch in features.split(4096):
             running.update(batch)
-    counted = time.perf_counter()
+    middle = time.perf_counter()
     frechet_distance(*(running.moments() for running in moments))
-    seconds = {"moments of both": counted - began, "distance": time.perf_counter() - counted}
-    rows = [{"what": what, "s": round(taken, 1)} for what, taken in seconds.items()]
+    seconds = {"moments of both": middle - start, "distance": time.perf_counter() - middle}
+    rows = [{"what": part, "s": round(duration, 1)} for part, duration in seconds.items()]
     speed.report(f"two sets of {num_images} x {dim}", rows)
 
 
@@ -379,7 +382,7 @@ def head(name: str, precision: str, implementation: str = "this one") -> Row:
 
 
 def chosen(precision: str) -> str:
-    """What train.precision of that name is on this machine; says what it costs where it is emulated."""
+    """Resolve a precision, such as 'auto', for this device, with a warning if it is emulated."""
     from machine.precision import choose_precision, warning_of
     from training.speed import the_device
 

@@ -1,4 +1,4 @@
-"""Hours from ImageNet's images to FID-50k on so many GPUs, and where they go: arithmetic, with each assumption a flag.
+"""Estimate the hours from ImageNet's images to FID-50k for several numbers of GPUs. Each assumption is a flag.
 
 python scripts/budget.py --models '[DiT-XL/2]'                                      (400,000 steps of 256 images)
 python scripts/budget.py --models '[DiT-XL/2]' --num_steps 7000000                  (the published length)
@@ -16,31 +16,32 @@ from evaluation.table import terminal
 from experiment.cli import one_line_errors, parse
 from settings import within
 
-INCEPTION = 11.4  # GFLOP of Inception v3 for an image of 299x299, multiply-adds as two (Szegedy et al. 2016)
+INCEPTION = 11.4  # GFLOP of Inception v3 for a 299x299 image, a multiply-add counting as two (Szegedy et al. 2016)
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Hours of each part. One GPU's rates are multiplied by their number, but gradients have to be summed over all.
+    """Estimate the hours of encoding, training, sampling and scoring. All parts scale with the number of GPUs, except
+    for the all-reduce of gradients.
 
     Args:
-        models: names of backbones, in latents of an autoencoder of Stable Diffusion's shape (an eighth, 4 channels)
-        gpus: how many, a row each
-        num_images: of the training set, encoded once, with their mirror images
-        image_size: their side
-        num_classes: of the training set
+        models: names of backbones, on latents of Stable Diffusion's autoencoder (1/8 of the side, 4 channels)
+        gpus: numbers of GPUs, a row each
+        num_images: images in the training set, encoded once, with mirrored views
+        image_size: side of the images
+        num_classes: classes of the training set
         num_steps: optimizer steps
-        batch_size: images a step, over all GPUs
-        num_samples: images that are drawn and scored
-        num_calls: of the sampler, a sample
-        guided: each call is for an image with and without its label
-        peak_tflops: of one GPU in bf16, without sparsity, for the backbone: 989 of an H100 or H200 (data sheets)
-        float32_tflops: of one GPU for autoencoder and Inception, in float32: 495 with TF32, 67 without
-        mfu: share of either peak that is reached
-        reading: images that are read, decoded and cut a second, beside each GPU, while others are encoded: 135 a core
-            of JPEGs of 500x375, measured on one here, times 16 cores
-        bus_gb: GB a second at which each GPU sums gradients in float32 with the others: 400 of NVLink, or of a
-            400 Gb/s network port for each of a node's eight GPUs
+        batch_size: images per step, over all GPUs
+        num_samples: images to generate and score
+        num_calls: model calls per sample
+        guided: classifier-free guidance, which doubles the calls
+        peak_tflops: peak of one GPU in bf16 without sparsity, for the backbone: 989 for H100 and H200 (data sheets)
+        float32_tflops: peak of one GPU in float32, for autoencoder and Inception: 495 with TF32, 67 without
+        mfu: fraction of these peaks that is reached
+        reading: images per second that the CPUs read, decode and crop for each GPU during encoding: 135 per core for
+            JPEGs of 500x375, measured on one core here, times 16 cores
+        bus_gb: GB per second and GPU for the all-reduce of gradients in float32: 400 for NVLink, or for a 400 Gb/s
+            network port per GPU in nodes with eight
     """
 
     models: list[str] = field(default_factory=lambda: ["DiT-XL/2", "XSwin-L"])
@@ -67,19 +68,19 @@ class BudgetConfig:
 
 
 def main(config: BudgetConfig) -> None:
-    """Count what a model computes for an image, and print a row for each number of GPUs."""
+    """Count the operations of each model per image, and print a row for each number of GPUs."""
     from ablation.costs import count
     from models import ModelSpec
 
     encoder, decoder = autoencoder_gflops(config.image_size)
     side, rows = config.image_size // 8, []
     for name in config.models:
-        of_image = count(ModelSpec(name, {}, (side, side), 4, 8, config.num_classes))
+        cost = count(ModelSpec(name, {}, (side, side), 4, 8, config.num_classes))
         for gpus in config.gpus:
-            hours, limit = hours_of(config, of_image, encoder, decoder, gpus)
-            row = {"model": name, "parameters": f"{of_image.parameters / 1e6:.0f}M"}
-            row |= {"GFLOP": f"{of_image.gflops:.0f}", "GPUs": gpus}
-            row |= {part: f"{spent:.3g}" for part, spent in hours.items()}
+            hours, limit = hours_of(config, cost, encoder, decoder, gpus)
+            row = {"model": name, "parameters": f"{cost.parameters / 1e6:.0f}M"}
+            row |= {"GFLOP": f"{cost.gflops:.0f}", "GPUs": gpus}
+            row |= {part: f"{value:.3g}" for part, value in hours.items()}
             row |= {"all": f"{sum(hours.values()):.3g}", "GPU hours": f"{gpus * sum(hours.values()):.3g}"}
             rows.append(row | {"limit": limit})
     print(terminal([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]))
@@ -87,26 +88,36 @@ def main(config: BudgetConfig) -> None:
 
 
 def hours_of(
-    config: BudgetConfig, of_image: Any, encoder: float, decoder: float, gpus: int
+    config: BudgetConfig, cost: Any, encoder: float, decoder: float, gpus: int
 ) -> tuple[dict[str, float], str]:
-    """Each part's, of what a model, an encoder and a decoder compute for an image; and what limits training."""
+    """Estimate the hours of each part.
+
+    Args:
+        cost: parameters of the model, and GFLOP of a forward pass for an image
+        encoder: GFLOP of the encoder for an image
+        decoder: GFLOP of the decoder for an image
+        gpus: number of GPUs
+
+    Returns:
+        Hours by part, and what limits training: 'arithmetic' or the 'sums' of gradients.
+    """
     peaks = config.peak_tflops, config.float32_tflops
-    rate, exact = (peak * 1e3 * config.mfu * 3600 for peak in peaks)  # GFLOP an hour on one GPU
+    bf16, float32 = (peak * 1e3 * config.mfu * 3600 for peak in peaks)  # GFLOP per hour on one GPU
     reading = config.num_images / config.reading / 3600
-    computing = 3 * of_image.gflops * config.batch_size / rate / gpus  # a step; backward costs about twice the forward
-    summing = 2 * 4 * of_image.parameters * (gpus - 1) / gpus / (config.bus_gb * 1e9) / 3600
-    drawing = config.num_calls * (2 if config.guided else 1) * of_image.gflops / rate + decoder / exact
+    step = 3 * cost.gflops * config.batch_size / bf16 / gpus  # a backward pass costs about twice the forward pass
+    all_reduce = 2 * 4 * cost.parameters * (gpus - 1) / gpus / (config.bus_gb * 1e9) / 3600
+    per_sample = config.num_calls * (2 if config.guided else 1) * cost.gflops / bf16 + decoder / float32
     hours = {
-        "encode": max(reading, 2 * config.num_images * encoder / exact) / gpus,
-        "train": config.num_steps * max(computing, summing),  # gradients are summed during the backward pass
-        "sample": config.num_samples * drawing / gpus,
-        "score": config.num_samples * INCEPTION / exact / gpus,
+        "encode": max(reading, 2 * config.num_images * encoder / float32) / gpus,
+        "train": config.num_steps * max(step, all_reduce),  # gradients are reduced during the backward pass
+        "sample": config.num_samples * per_sample / gpus,
+        "score": config.num_samples * INCEPTION / float32 / gpus,
     }
-    return hours, "sums" if summing > computing else "arithmetic"
+    return hours, "sums" if all_reduce > step else "arithmetic"
 
 
 def autoencoder_gflops(image_size: int) -> tuple[float, float]:
-    """Of encoder and decoder, for an image, in Stable Diffusion's shape."""
+    """GFLOP per image of the encoder and the decoder of Stable Diffusion's architecture."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,12 +127,12 @@ def autoencoder_gflops(image_size: int) -> tuple[float, float]:
     with torch.device("meta"):
         autoencoder = create_autoencoder(ArchitectureConfig(), image_size).eval()
         image, latent = torch.zeros(1, 3, image_size, image_size), torch.zeros(1, 4, image_size // 8, image_size // 8)
-    counted = []
-    for half, data in ((autoencoder.encoder, image), (autoencoder.decoder, latent)):
+    gflops = []
+    for network, data in ((autoencoder.encoder, image), (autoencoder.decoder, latent)):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            half(data)
-        counted.append(counter.get_total_flops() / 1e9)
-    return counted[0], counted[1]
+            network(data)
+        gflops.append(counter.get_total_flops() / 1e9)
+    return gflops[0], gflops[1]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo: train a small XSwin on the embedded shapes, draw every class, score what was drawn.
+"""The demo: train a small XSwin on the procedural shapes, sample every class, and score the samples.
 
 make demo
 python scripts/demo.py --experiment EXPERIMENT.yaml --folder scratch      (another training, elsewhere)
@@ -25,18 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 STARTED = Path.cwd()
 RUN = Path("runs", "quickstart")
 CONFIG = ROOT / "configs" / "quickstart.yaml"
-MADE = "demo"  # in its run: a file of the checkpoints that are its own
+MADE = "demo"  # file in the run that lists the checkpoints which the demo made
 PER_CLASS = 20
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Train, sample, score; a program that fails ends the demo with its status.
+    """Train, sample and score. If a program fails, the demo ends with its status.
 
     Args:
-        experiment: its YAML
-        folder: where runs/ and cache/ are; what a demo made in its runs/quickstart is deleted first, and a training of
-            yours there gets another name
+        experiment: YAML file of the training
+        folder: folder of runs/ and cache/; an earlier demo in its runs/quickstart is deleted, and a training of your
+            own there is renamed
     """
 
     experiment: Path = CONFIG
@@ -44,15 +44,15 @@ class DemoConfig:
 
 
 def main(config: DemoConfig) -> None:
-    """One program after the other, as a user would type them."""
-    began, experiment = time.time(), config.experiment.resolve()
+    """Run the programs one after the other, as a user would."""
+    start, experiment = time.time(), config.experiment.resolve()
     if not experiment.is_file():
         raise ValueError(f"--experiment {experiment}: no such file")
     config.folder.mkdir(parents=True, exist_ok=True)
     os.chdir(config.folder)
-    with Lock(RUN / "training.lock"):  # not below a training that goes on there
-        made = (RUN / MADE).read_text().split() if (RUN / MADE).exists() else []
-        if checkpoints().difference(made):
+    with Lock(RUN / "training.lock"):  # as a training may be running there
+        made_by_demo = (RUN / MADE).read_text().split() if (RUN / MADE).exists() else []
+        if checkpoints().difference(made_by_demo):
             print(f"{RUN} is a training that no demo has made, and is now {RUN.rename(beside(RUN))}")
         shutil.rmtree(RUN, ignore_errors=True)
 
@@ -61,46 +61,46 @@ def main(config: DemoConfig) -> None:
     (RUN / MADE).write_text("\n".join(checkpoints()))
 
     say("2/4", "drawing samples of every class")
-    drawn, classifier, recognised = RUN / "samples.npz", RUN / "classifier.pt", RUN / "recognised.json"
+    samples, classifier, recognised = RUN / "samples.npz", RUN / "classifier.pt", RUN / "recognised.json"
     launch("sample.py", "--checkpoint", RUN, "--num_per_class", 6, "--output", RUN / "samples.png")
-    launch("sample.py", "--checkpoint", RUN, "--num_per_class", PER_CLASS, "--output", drawn)
+    launch("sample.py", "--checkpoint", RUN, "--num_per_class", PER_CLASS, "--output", samples)
 
     say("3/4", "training a small classifier on true shapes")
     true_shapes = ("--data.path", "shapes", "--data.num_images", 2000)
     outputs = ("--classifier", classifier, "--output", recognised)
-    launch("scripts/recognise.py", "--samples", drawn, *true_shapes, *outputs)
-    share = json.loads(recognised.read_text())["class_agreement"]
+    launch("scripts/recognise.py", "--samples", samples, *true_shapes, *outputs)
+    agreement = json.loads(recognised.read_text())["class_agreement"]
 
     say("4/4", "scoring")
     scorer = ("--extractor", classifier, "--output", RUN / "scores.json")
-    launch("evaluate.py", "--samples", drawn, "--checkpoint", RUN, *scorer)
+    launch("evaluate.py", "--samples", samples, "--checkpoint", RUN, *scorer)
     scores = json.loads((RUN / "scores.json").read_text())
-    scores["class_agreement"] = share
+    scores["class_agreement"] = agreement
     (RUN / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
-    print(f"\nThe classifier agrees with the class asked for on {share:.1%} of {10 * PER_CLASS} samples.")
+    print(f"\nThe classifier agrees with the class asked for on {agreement:.1%} of {10 * PER_CLASS} samples.")
     print(f"picture: {shown(RUN / 'samples.png')}")
     print(f"scores:  {shown(RUN / 'scores.json')}")
-    print(f"The demo took {(time.time() - began) / 60:.1f} minutes.")
+    print(f"The demo took {(time.time() - start) / 60:.1f} minutes.")
 
 
 def checkpoints() -> set[str]:
-    """Of its run, by name."""
+    """Names of the checkpoints in the run."""
     return {path.name for path in RUN.glob("checkpoints/[0-9]*")}
 
 
 def launch(program: str, *arguments: object) -> None:
-    """Run one to its end. A stop lets it save, and a last line says how to go on."""
+    """Run a program. A signal lets it save; the last line then says how to continue."""
     try:
         children.run([sys.executable, str(ROOT / program), *map(str, arguments)])
     except children.Ended:
-        with suppress(OSError):  # the terminal may be gone
+        with suppress(OSError):  # if the terminal is closed
             print(f"\nstopped; {how_to_go_on(program)}", flush=True)
         raise
 
 
 def how_to_go_on(program: str) -> str:
-    """With the training; what comes after it takes less time than it."""
+    """Say how to continue an interrupted demo. Only the training is resumed, as the other steps are short."""
     again = shlex.join([shown(Path(sys.executable)), *sys.argv])
     if not any(RUN.glob("checkpoints/[0-9]*")):
         return f"nothing was saved yet; begin again with: {again}"
@@ -116,9 +116,9 @@ def say(part: str, what: str) -> None:
 
 
 def shown(path: Path) -> str:
-    """As it is called where the demo was started, if it lies there."""
-    whole = Path.cwd() / path
-    return str(whole.relative_to(STARTED) if whole.is_relative_to(STARTED) else whole)
+    """Format a path relative to the folder in which the demo was started, if it lies there."""
+    absolute = Path.cwd() / path
+    return str(absolute.relative_to(STARTED) if absolute.is_relative_to(STARTED) else absolute)
 
 
 if __name__ == "__main__":

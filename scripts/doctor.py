@@ -1,4 +1,4 @@
-"""What works on this machine, and what to install for the rest: `python scripts/doctor.py`."""
+"""Report what works on this machine, and what to install for the rest: `python scripts/doctor.py`."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from experiment.cli import run_program
 from metrics.downloads import hub_answers
 
 PAPER_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
-EXTRAS = {  # module -> what it is for, how it is had
+EXTRAS = {  # by module: its purpose, and how to install it
     "tensorboard": ("--log.trackers '[tensorboard]'", "pip install tensorboard"),
     "wandb": ("--log.trackers '[wandb]'", "pip install -e '.[wandb]'"),
     "peft": ("--train.adapter lora", "pip install -e '.[finetune]'"),
@@ -27,7 +27,7 @@ EXTRAS = {  # module -> what it is for, how it is had
 
 
 class Finding(NamedTuple):
-    """One line of the report; what does not work comes with its remedy."""
+    """A line of the report, with a remedy if something does not work."""
 
     what: str
     remedy: str = ""
@@ -37,16 +37,16 @@ class Finding(NamedTuple):
 
 
 def machine() -> Iterator[Finding]:
-    """What the machine has: devices, cores, disk and precision."""
+    """Devices, cores, precision and disk."""
     import torch
 
     from machine.accelerator import default_device
     from machine.precision import choose_precision, has_bf16, slowdown_of_bf16
     from machine.threads import allowed_cores
 
-    number = version("latent-diffusion-backbones")
+    release = version("latent-diffusion-backbones")
     packages = f"Python {platform.python_version()}, torch {torch.__version__}"
-    yield Finding(f"version {number}, {packages}, {platform.system()} {platform.machine()}")
+    yield Finding(f"version {release}, {packages}, {platform.system()} {platform.machine()}")
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield Finding(f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB")
@@ -58,13 +58,14 @@ def machine() -> Iterator[Finding]:
     cores = f"{len(allowed_cores())} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     yield Finding(f"{cores}, {os.getloadavg()[0]:.1f} of them busy in the last minute")
     auto = choose_precision("auto", device)
-    why = f"{has_bf16(device)[1]}; a matrix product in bf16 takes {slowdown_of_bf16(device):.2g} times as long"
-    yield Finding(f"--precision auto is {auto} here: {why}")
+    reason = f"{has_bf16(device)[1]}; a matrix product in bf16 takes {slowdown_of_bf16(device):.2g} times as long"
+    yield Finding(f"--precision auto is {auto} here: {reason}")
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     yield Finding(f"{free:.0f} GB free in this folder", "" if free > 5 else "caches and runs need a few")
 
 
 def packages() -> Iterator[Finding]:
+    """Optional packages, and a compiler."""
     for module, (purpose, remedy) in EXTRAS.items():
         try:
             yield Finding(f"{module} {version(module)}: {purpose}")
@@ -76,7 +77,7 @@ def packages() -> Iterator[Finding]:
 
 
 def weights() -> Iterator[Finding]:
-    """Autoencoders and feature extractors, and whether the hub serves what is missing."""
+    """Autoencoders and feature extractors, and whether the hub can be reached for missing ones."""
     import torch
     from huggingface_hub import try_to_load_from_cache
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -95,17 +96,17 @@ def weights() -> Iterator[Finding]:
     else:
         yield Finding(paper, "" if cached else "give --autoencoder a folder in diffusers' format, or embedded")
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    for name, url, otherwise in (
+    for name, url, alternative in (
         ("Inception, for FID", URL_INCEPTION_V3, "--weights_path FILE, or --extractor FILE.pt2 or timm:NAME"),
         ("VGG19, for --auxiliary perceptual", VGG19_Weights.IMAGENET1K_V1.url, "network: FILE.pt2"),
     ):
         file = cache / Path(url).name
-        remedy = f"put {file.name} into {cache}, or {'it is downloaded on first use' if hub else otherwise}"
+        remedy = f"put {file.name} into {cache}, or {'it is downloaded on first use' if hub else alternative}"
         yield Finding(name, "" if file.is_file() else remedy)
 
 
 def main() -> None:
-    """Look at machine, packages and weights, and print what is found."""
+    """Check machine, packages and weights, and print the findings."""
     for title, findings in {"Machine": machine(), "Packages": packages(), "Weights": weights()}.items():
         print(title)
         for finding in findings:

@@ -1,10 +1,10 @@
-"""A checkpoint as a folder that diffusers loads, without this repository.
+"""Export a checkpoint as a folder that diffusers can load without this repository.
 
     python scripts/export_diffusers.py --checkpoint runs/XSwin --output exported
     python scripts/export_diffusers.py --checkpoint runs/DiT-S-2 --output exported --native true
 
-The backbone leaves as a program of torch.export, `denoiser/denoiser.pt2`, which is held against the model first; a DiT
-may leave as diffusers' own DiTPipeline instead.
+The backbone becomes a program of torch.export, `denoiser/denoiser.pt2`, whose output is compared with the model's. A
+DiT can become diffusers' own DiTPipeline instead.
 """
 
 import sys
@@ -20,15 +20,15 @@ from settings import set_values
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a checkpoint as a diffusers pipeline.
+    """Export a checkpoint as a diffusers pipeline.
 
     Args:
         checkpoint: a run's folder, a checkpoint, its ema.safetensors, or hf://owner/name
-        output: the folder to write
-        sampling: in place of the checkpoint's own settings, also in short (--sampler)
-        native: a DiT as DiTPipeline, whose weights any diffusers tool can read; see the README in the folder
-        autoencoder: in place of the one in the checkpoint's configuration
-        imports: the modules or .py files that the checkpoint was trained with, where they have moved
+        output: folder to write
+        sampling: overrides of the checkpoint's settings; --sampler is short for --sampling.sampler, etc.
+        native: export a DiT as DiTPipeline, whose weights any diffusers tool can read; see the README in the folder
+        autoencoder: replaces the checkpoint's
+        imports: modules or .py files that the checkpoint was trained with, if they have moved
     """
 
     checkpoint: str
@@ -40,7 +40,7 @@ class ExportConfig:
 
 
 def main(config: ExportConfig) -> None:
-    """Refuse what diffusers cannot follow, then write."""
+    """Validate the settings, and write the folder."""
     from checkpoints.checkpoint import open_checkpoint
     from machine.whole_files import check_empty, whole
     from published.diffusers_pipeline import write_folder
@@ -55,8 +55,8 @@ def main(config: ExportConfig) -> None:
     if sampling.clip is None:
         sampling = replace(sampling, clip=codec.limit)
     with whole(config.output) as folder:
-        how = write_folder(folder, checkpoint, codec, sampling, native=config.native)
-    print(f"{config.output}: {how}")
+        description = write_folder(folder, checkpoint, codec, sampling, native=config.native)
+    print(f"{config.output}: {description}")
 
 
 if __name__ == "__main__":

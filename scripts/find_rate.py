@@ -1,10 +1,10 @@
-"""Find a learning rate: a short training of what train.py would train, at rates that rise until its loss diverges.
+"""Find a learning rate by a short training in which it rises until the loss diverges (Smith 2017, section 3.3).
 
 python scripts/find_rate.py --config configs/caltech101/xswin_fast.yaml
 python scripts/find_rate.py --model DiT-S/2 --optim.muon_lr 1e-3 --rates.highest 10       (Muon's rises with it)
 
-It prints train.py's command line with a tenth of the rate at which the smoothed loss was least, and draws the losses
-(Smith 2017, section 3.3).
+It prints a command line for train.py with a tenth of the rate at which the smoothed loss was lowest, and plots the
+losses.
 """
 
 import math
@@ -21,8 +21,8 @@ from experiment.cli import one_line_errors, parse
 from experiment.config import ExperimentConfig
 from settings import within
 
-SMOOTHING = 0.9  # of a loss, by those before it
-MARGIN = 10  # from the rate of the least loss down to one that a whole training bears
+SMOOTHING = 0.9  # decay of the running average of losses
+MARGIN = 10  # the rate of the lowest loss is divided by this, to be stable in a full training
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class RatesConfig:
     """The rates to try.
 
     Args:
-        lowest: where they begin
-        highest: where they end, unless the loss diverges before
-        num_steps: optimizer steps, each at a rate of its own
+        lowest: first rate
+        highest: last rate, unless the loss diverges before
+        num_steps: number of rates, each used for one optimizer step
     """
 
     lowest: float = within("(0, inf)", 1e-6)
@@ -46,7 +46,7 @@ class RatesConfig:
 
 @dataclass(frozen=True)
 class FindRateConfig(ExperimentConfig):
-    """Find a learning rate for a training; all settings of train.py count but those of its length and schedule.
+    """Find a learning rate for a training. All settings of train.py apply, except for its length and schedule.
 
     Args:
         rates: the rates to try
@@ -56,7 +56,7 @@ class FindRateConfig(ExperimentConfig):
 
 
 def main(config: FindRateConfig, arguments: Sequence[str] = ()) -> None:
-    """Try the rates, draw the losses, and print the command line that trains with what was found."""
+    """Try the rates, plot the losses, and print the command line for a training with the rate found."""
     from training.assembly import open_training
 
     if config.resume:
@@ -73,7 +73,7 @@ def main(config: FindRateConfig, arguments: Sequence[str] = ()) -> None:
 
 
 def losses_at(rates: Sequence[float], run: Any) -> list[float]:
-    """One training, a step at each rate, in as many steps as it takes to diverge."""
+    """Train with a step at each rate, until the loss diverges, and return the losses."""
     import torch
     from tqdm import tqdm
 
@@ -98,14 +98,14 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     for step, lr in enumerate(tqdm(rates, desc=run.folder.name, unit="step", disable=not run.is_main)):
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         optimizers.set_learning_rate(lr)
-        shares = []
+        step_losses = []
         for batch in batches.micro_batches(step):
             with accelerator.accumulate(model), accelerator.autocast():
                 loss = objective(model, batch, phase)["loss"].mean()
                 accelerator.backward(loss)
-            shares.append(loss.detach())
-        gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads)  # which clips it
-        mean: Any = accelerator.reduce(torch.stack(shares).mean(), "mean")
+            step_losses.append(loss.detach())
+        gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads)  # also clips the gradient
+        mean: Any = accelerator.reduce(torch.stack(step_losses).mean(), "mean")
         losses.append(run.read(mean))
         if has_diverged(losses):
             break
@@ -115,7 +115,7 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
 
 
 def command_line(config: FindRateConfig, arguments: Sequence[str], lr: float) -> str:
-    """Of train.py, with the arguments of this program but for its own and the rates."""
+    """Compose a command line for train.py from this program's arguments, with `lr` and without `--rates`."""
     kept, is_own = ["python", "train.py"], False
     for argument in arguments:
         if argument.startswith("--"):
@@ -129,42 +129,43 @@ def command_line(config: FindRateConfig, arguments: Sequence[str], lr: float) ->
 
 
 def rising_rates(lowest: float, highest: float, num_steps: int) -> list[float]:
-    """Each the same multiple of the one before."""
+    """A geometric sequence of rates."""
     return [lowest * (highest / lowest) ** (step / (num_steps - 1)) for step in range(num_steps)]
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Running averages, each over the losses so far: Adam's, with the beginning corrected."""
+    """Exponential moving averages with bias correction, as in Adam."""
     averages, average = [], 0.0
-    for number, loss in enumerate(losses, start=1):
+    for count, loss in enumerate(losses, start=1):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        averages.append(average / (1 - SMOOTHING**number))
+        averages.append(average / (1 - SMOOTHING**count))
     return averages
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether the last loss is not finite, or has risen from the least by as much as there was at first."""
+    """Whether the smoothed loss is not finite, or has risen above its minimum by its first value or more."""
     averages = smoothed(losses)
     return not averages[-1] <= min(averages) + abs(averages[0])
 
 
 def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """A tenth of the rate at which the smoothed loss is least; a ValueError where the rates do not show it."""
+    """A tenth of the rate at which the smoothed loss is lowest. Raises ValueError if the rates are too low or too high
+    to show a minimum."""
     if not has_diverged(losses):
         raise ValueError(f"--rates.highest {rates[-1]:g}: the loss does not diverge up to there; raise it")
-    best = _least(losses)
+    best = _argmin(losses)
     if best == 0:
         raise ValueError(f"--rates.lowest {rates[0]:g}: the loss only rises from there; lower it")
     return rates[best] / MARGIN
 
 
 def draw_rates(path: Path, rates: Sequence[float], losses: Sequence[float]) -> None:
-    """Loss against rate, smoothed in front, and a line at the suggestion."""
+    """Plot the losses and their running average against the rate, with a line at the suggested one."""
     from matplotlib.figure import Figure
 
     from machine.whole_files import whole
 
-    averages, tried, lr = smoothed(losses), rates[: len(losses)], rates[_least(losses)] / MARGIN
+    averages, tried, lr = smoothed(losses), rates[: len(losses)], rates[_argmin(losses)] / MARGIN
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="loss")
     axes.plot(tried, losses, linewidth=1, alpha=0.4, label="loss")
@@ -177,8 +178,8 @@ def draw_rates(path: Path, rates: Sequence[float], losses: Sequence[float]) -> N
         figure.savefig(partial, dpi=150, format="png")
 
 
-def _least(losses: Sequence[float]) -> int:
-    """Where the smoothed loss is least."""
+def _argmin(losses: Sequence[float]) -> int:
+    """Index of the lowest smoothed loss."""
     averages = [loss if math.isfinite(loss) else math.inf for loss in smoothed(losses)]
     return averages.index(min(averages))
 

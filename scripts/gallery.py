@@ -1,4 +1,4 @@
-"""All runs of a folder on one page that opens from disk: what differs, curves, grids, scores, sortable.
+"""Show all runs of a folder on one offline HTML page: differing settings, curves, grids and scores, sortable.
 
 python scripts/gallery.py runs/                # writes runs/gallery.html
 """
@@ -20,12 +20,12 @@ from evaluation.table import Cell
 from experiment.cli import one_line_errors, parse
 from experiment.mappings import flatten
 
-LEFT_OUT = ("name", "resume", "log.", "data.cache")  # of what differs: it changes no result
+IGNORED = ("name", "resume", "log.", "data.cache")  # settings that do not affect results
 CAPTIONS = {"loss": "Training loss.", "validation_loss": "Loss on held-out images, of the averaged weights."}
 
 
 class Run(NamedTuple):
-    """What a training has left in its folder."""
+    """The content of a run's folder."""
 
     name: str
     config: dict[str, Any]
@@ -42,8 +42,8 @@ class GalleryConfig:
     """Write one HTML page of all runs.
 
     Args:
-        folder: with a run a folder
-        output: the page; by default gallery.html in the folder
+        folder: folder with runs in its subfolders
+        output: HTML file; by default gallery.html in the folder
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class GalleryConfig:
 
 
 def main(config: GalleryConfig) -> None:
-    """Read the runs, find what differs, fill in the page."""
+    """Read the runs, find their differences and write the page."""
     from evaluation.plots import page
     from machine.whole_files import write_whole
 
@@ -79,22 +79,21 @@ def main(config: GalleryConfig) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """Configuration, log, scores and newest grid; a line of the log that was cut short is left out."""
+    """Read configuration, log, scores and the newest grid. Truncated lines of the log are ignored."""
     config = flatten(yaml.safe_load((folder / "config.yaml").read_text()) or {})
     log, scores = folder / "log.jsonl", folder / "scores.json"
     lines = log.read_text().splitlines() if log.is_file() else []
     record = json.loads(scores.read_text()) if scores.is_file() else {}
-    about = {"scored at step": record.get("samples", {}).get("step"), "samples scored": record.get("num_samples")}
-    known = {**{name: {"value": value} for name, value in about.items()}, **record.get("scores", {})}
-    scored = {name: one.get("value") for name, one in known.items() if isinstance(one, dict)}
-    values = {name: value for name, value in scored.items() if value is not None}
+    values = {"scored at step": record.get("samples", {}).get("step"), "samples scored": record.get("num_samples")}
+    values |= {name: score.get("value") for name, score in record.get("scores", {}).items() if isinstance(score, dict)}
+    values = {name: value for name, value in values.items() if value is not None}
     events = [json.loads(line) for line in lines if line.endswith("}")]
     return Run(folder.name, config, events, values, newest_picture(folder))
 
 
 def newest_picture(run: Path) -> Path | None:
-    """The last step's grid, or samples.png where the newest weights drew it. What does not say whose it is, as those of
-    before, is newest by the time of its file, which a copy of the run may not keep."""
+    """The grid of the last step, or samples.png if the newest weights generated it. Older files of samples.png do not
+    record their weights; the newer file is then chosen by its time, which a copy of the run may have changed."""
     from checkpoints.checkpoint import WEIGHTS, CheckpointError, read_metadata
     from machine.checkpoint_folder import by_step, list_checkpoints
     from sampling.image_files import drawn_by
@@ -108,12 +107,13 @@ def newest_picture(run: Path) -> Path | None:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    names = sorted({name for run in runs for name in run.config if not name.startswith(LEFT_OUT)})
+    """Names of the settings that differ between runs."""
+    names = sorted({name for run in runs for name in run.config if not name.startswith(IGNORED)})
     return [name for name in names if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
 
 
 def cell(value: object) -> Cell:
-    """Numbers sort as numbers; what there is none of comes last."""
+    """Format a value. Numbers are sorted by value, and missing ones come last."""
     if value is None:
         return Cell("-")
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -122,15 +122,15 @@ def cell(value: object) -> Cell:
 
 
 def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Training and held-out losses over the steps, as SVG, and their captions."""
+    """Plot training and validation losses over the steps as SVG, each with a caption."""
     from evaluation.plots import color, draw, marker, svg_of
 
     def plot(axes: Any, name: str) -> bool:
-        for number, run in enumerate(runs):
+        for index, run in enumerate(runs):
             points = [(event["step"], event[name]) for event in run.events if event.get(name) is not None]
             if points:
-                look: Any = {"color": color(number), "marker": marker(number) if len(points) < 20 else ""}
-                axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1, markersize=3.5, **look)
+                style: Any = {"color": color(index), "marker": marker(index) if len(points) < 20 else ""}
+                axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1, markersize=3.5, **style)
         axes.set(xlabel="step", ylabel=name.replace("_", " "), yscale="log")
         return bool(axes.lines)
 

@@ -1,4 +1,4 @@
-"""Published weights as a checkpoint that sample.py and evaluate.py take, or as an autoencoder.
+"""Import published weights as a checkpoint for sample.py and evaluate.py, or as an autoencoder.
 
     python scripts/import_checkpoint.py --weights DiT-XL-2-256x256 --output runs/DiT-XL-2-256     # downloads it
     python scripts/import_checkpoint.py --source uvit --weights imagenet512_uvit_huge.pth --output runs/UViT-H-4-512
@@ -8,8 +8,8 @@
     python scripts/import_checkpoint.py --weights vavae-imagenet256-f16d32-dinov2 --output vavae
     python scripts/import_checkpoint.py --weights lightningdit-xl-imagenet256-800ep --autoencoder vavae --output runs/XL
 
-Sizes, classes and whether the variance is learned are read off the weights; nothing in the file is executed. Public
-files (docs/zoo.md) are downloaded by their names.
+Sizes, number of classes and learned variance are inferred from the weights; no code in the file is executed. Public
+files (docs/zoo.md) are downloaded by name.
 """
 
 import json
@@ -29,11 +29,12 @@ from settings import within
 if TYPE_CHECKING:
     from models import ModelSpec
 
-LATENT_FACTOR, OTHER_FACTORS = 8, {"lightningdit": 16}  # image over latent side of the published autoencoders
+LATENT_FACTOR, OTHER_FACTORS = 8, {"lightningdit": 16}  # side of image over side of latent in published autoencoders
 
-# What each was trained under, and how its authors sample from it. A published U-ViT is told n = 1..1000 of its discrete
-# times (huge), or 999 t of its continuous ones (the others), whose schedule is `linear` in a thousand steps. The times
-# of LightningDiT are shifted in sampling alone, and it is guided where its time, 1 - t, is at least an eighth.
+# The diffusions of the published trainings, and the authors' sampling settings. A published U-ViT receives the time
+# n = 1..1000 if its times are discrete (huge), or 999 t if they are continuous (the others), whose schedule corresponds
+# to `linear` in a thousand steps. LightningDiT's times are only shifted in sampling, and guidance acts where its time,
+# 1 - t, is at least 1/8.
 DIFFUSION = {
     "sit": DiffusionConfig(kind="flow", model_times=[1.0, 0.0]),
     "repa": DiffusionConfig(kind="flow", model_times=[0.0, 1.0]),
@@ -44,35 +45,35 @@ DIFFUSION = {
 SAMPLING = {
     "dit": SamplingConfig(num_steps=250, guidance_scale=1.5, legacy_cfg_channels=3),
     "sit": SamplingConfig(num_steps=250, guidance_scale=1.5, legacy_cfg_channels=3),
-    "repa": SamplingConfig(  # guided at times up to 0.7
+    "repa": SamplingConfig(  # guidance acts at times up to 0.7
         sampler="euler_maruyama", num_steps=250, guidance_scale=1.8, guidance_interval=[0.0, 0.7 / 0.3]
     ),
     "lightningdit": SamplingConfig(
         num_steps=250, guidance_scale=6.7, guidance_interval=[0.0, 7.0], legacy_cfg_channels=3
     ),
-    "uvit": SamplingConfig(sampler="dpmpp_2m", num_steps=50, guidance_scale=1.4),  # of 512 pixels 1.7
+    "uvit": SamplingConfig(sampler="dpmpp_2m", num_steps=50, guidance_scale=1.4),  # 1.7 at 512 pixels
 }
 
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Turn published weights into a checkpoint, or into an autoencoder.
+    """Import published weights as a checkpoint or an autoencoder.
 
     Args:
-        weights: the file: a state dict, or a training checkpoint; of 'tiny' two: the encoder's and the decoder's; of
-            'ldm' perhaps a second one: mean and std of its latents. Where no such file is here a name of docs/zoo.md,
+        weights: file with a state dict or a training checkpoint; for 'tiny' two files, encoder and decoder; for 'ldm'
+            optionally a second file with mean and std of the latents. If there is no such file, a name of docs/zoo.md,
             such as DiT-XL-2-256x256, is downloaded
         output: folder of the new checkpoint or autoencoder
-        source: 'dit' and 'sit' (Meta's .pt), 'repa' (the .pt of Yu et al.), 'lightningdit' (the .pt of Yao et al.),
-            'uvit' (the .pth of Bao et al.), 'uvit-adaln', 'uswin' or 'xswin' (.pt of the XSwin authors' repository);
-            'tiny' (the autoencoders TAESD, TAESDXL, TAESD3, TAEF1, TAEF2), 'ldm' (autoencoders in the format of
-            latent-diffusion's code, such as VA-VAE); names of public files say it
-        autoencoder: whose latents the model denoises: a hub id, a folder in diffusers' format, or 'pixel'
-        classes: text file with the name of a class a line; by default ImageNet's where there are 1000, else numbers
-        data: the images that it was trained on (--data.path); an autoencoder's latents are normalised by them, of
-            --data.image_size, where no statistics are given
-        image_size: side in pixels; by default 8 times the latent's, of 'lightningdit' 16 times
-        num_heads: where the width is none of the published sizes
+        source: 'dit' and 'sit' (.pt by Meta), 'repa' (.pt by Yu et al.), 'lightningdit' (.pt by Yao et al.), 'uvit'
+            (.pth by Bao et al.), 'uvit-adaln', 'uswin' or 'xswin' (.pt of the XSwin authors' repository); 'tiny' (the
+            autoencoders TAESD, TAESDXL, TAESD3, TAEF1, TAEF2), 'ldm' (autoencoders in the format of latent-diffusion's
+            code, such as VA-VAE); by default inferred from the name of a public file
+        autoencoder: autoencoder of the model's latents: a hub id, a folder in diffusers' format, or 'pixel'
+        classes: text file with a class name per line; by default ImageNet's for 1000 classes, else numbers
+        data: images of the training (--data.path); an autoencoder without given statistics normalises its latents by
+            them, at --data.image_size
+        image_size: side in pixels; by default 8 times that of the latents, for 'lightningdit' 16 times
+        num_heads: number of attention heads, if the width is none of the published ones
     """
 
     weights: Path | list[Path]
@@ -86,7 +87,7 @@ class ImportConfig:
 
 
 def main(config: ImportConfig) -> None:
-    """Read, rename, write, open again."""
+    """Convert the weights in a temporary folder, which is renamed once it can be opened."""
     from machine.whole_files import check_empty, whole
     from published.public_files import public_autoencoder
 
@@ -96,12 +97,12 @@ def main(config: ImportConfig) -> None:
     if is_autoencoder:
         check_autoencoder(config, files)
     with whole(config.output) as folder:
-        what = import_autoencoder(config, files, folder) if is_autoencoder else import_backbone(config, folder)
-    print(f"{what}{config.output}")
+        description = import_autoencoder(config, files, folder) if is_autoencoder else import_backbone(config, folder)
+    print(f"{description}{config.output}")
 
 
 def import_backbone(config: ImportConfig, folder: Path) -> str:
-    """Weights as a checkpoint; returns what they are."""
+    """Write weights as a checkpoint, and return a description of it."""
     from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
     from machine.whole_files import sha256_of
     from models import ModelSpec
@@ -162,7 +163,7 @@ def check_autoencoder(config: ImportConfig, files: list[Path]) -> None:
 def published_settings(
     source: str, weights: Container[str], spec: "ModelSpec", image_size: int
 ) -> tuple[DiffusionConfig, SamplingConfig]:
-    """The diffusion that the authors trained with, and the guidance that they sample with."""
+    """The diffusion of the published training, and the authors' sampling settings."""
     is_huge = source == "uvit" and "final_layer.weight" not in weights
     diffusion = DIFFUSION.get("uvit-huge" if is_huge else source, DiffusionConfig())
     if diffusion.variance is None and diffusion.kind == "gaussian" and spec.out_channels == spec.in_channels:
@@ -174,7 +175,7 @@ def published_settings(
 
 
 def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, num_images: int = 1024) -> str:
-    """An autoencoder in diffusers' format, with statistics of its latents; returns what it is."""
+    """Write an autoencoder in diffusers' format, with statistics of its latents, and return a description of it."""
     import torch
 
     from autoencoders.ldm import from_ldm, statistics_of
@@ -196,30 +197,30 @@ def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, nu
         by = files[1].name
     else:
         images = open_split(config.data, "train")
-        some = stratified(images.labels, min(num_images, len(images)), seed=0).tolist()
-        with_statistics(autoencoder, torch.stack([images[index][0] for index in some]).float() / 127.5 - 1)
-        by = f"{len(some)} images of {config.data.path} of {config.data.image_size} pixels"
+        subset = stratified(images.labels, min(num_images, len(images)), seed=0).tolist()
+        with_statistics(autoencoder, torch.stack([images[index][0] for index in subset]).float() / 127.5 - 1)
+        by = f"{len(subset)} images of {config.data.path} of {config.data.image_size} pixels"
     if all(weight.half().float().equal(weight) for weight in autoencoder.parameters()):
-        autoencoder.half()  # as TAEF2 is published: nothing is lost, and it is computed in float32
+        autoencoder.half()  # lossless, as for TAEF2; it is still computed in float32
     autoencoder.save_pretrained(folder)
     size = sum(parameter.numel() for parameter in autoencoder.parameters()) / 1e6
-    what = f"{type(autoencoder).__name__}: {size:.1f}M parameters, {channels} channels"
-    return f"{what}, normalised by {by}: --autoencoder "
+    summary = f"{type(autoencoder).__name__}: {size:.1f}M parameters, {channels} channels"
+    return f"{summary}, normalised by {by}: --autoencoder "
 
 
 def as_list(arguments: list[str]) -> list[str]:
-    """The values of --weights, where several stand behind it, as one."""
+    """Join several values that follow --weights into one list in JSON."""
     if "--weights" not in arguments:
         return arguments
-    first = arguments.index("--weights") + 1
-    values = list(takewhile(lambda word: not word.startswith("--"), arguments[first:]))
-    together = [json.dumps(values)] if len(values) > 1 else values
-    return [*arguments[:first], *together, *arguments[first + len(values) :]]
+    start = arguments.index("--weights") + 1
+    values = list(takewhile(lambda word: not word.startswith("--"), arguments[start:]))
+    joined = [json.dumps(values)] if len(values) > 1 else values
+    return [*arguments[:start], *joined, *arguments[start + len(values) :]]
 
 
 def read_classes(path: Path | None, num_classes: int) -> list[str]:
-    """A name for each class, no two alike."""
-    names = [str(number) for number in range(num_classes)]
+    """Read the names of the classes, and number those that occur twice."""
+    names = [str(label) for label in range(num_classes)]
     if path is not None:
         try:
             names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Submit a training to SLURM; requeued after preemption or time-out, it goes on where it was.
+"""Submit a training to SLURM. After preemption or the time limit it is requeued and resumes.
 
 python scripts/launch_slurm.py --experiment configs/caltech101/xswin.yaml --gpus 8 --hours 12 --partition gpu
 python scripts/launch_slurm.py --experiment EXPERIMENT.yaml --cluster local      (the same, as a process here)
@@ -24,8 +24,8 @@ from settings import within
 
 @dataclass
 class Training:
-    """`train.py ... --resume auto` on one node, as submitit calls it; one that runs `here` is stopped by SIGTERM as any
-    program is. Two minutes before the end SLURM sends all processes SIGUSR2."""
+    """A job for submitit that runs `train.py ... --resume auto` on one node. SLURM sends SIGUSR2 to all its processes
+    two minutes before the time limit; a job on this machine (`here`) is stopped by SIGTERM."""
 
     arguments: list[str]
     run: Path
@@ -33,14 +33,15 @@ class Training:
     here: bool = False
 
     def __call__(self) -> int:
-        """To its end; the exit status, 75 where it has stopped to be gone on with. A RuntimeError when it fails."""
+        """Run the training and return its exit status, 75 if it was stopped and can be resumed. Raises RuntimeError if
+        it fails."""
         (self.run / STOPPED).unlink(missing_ok=True)
         launch = [sys.executable]
         if self.gpus > 1:
             launch += ["-m", children.LAUNCHER, "--multi_gpu", "--num_processes", str(self.gpus)]
             launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-            launch += ["--main_process_port", "0"]  # a free one: another job may share the machine
-        with children.deaf_to(signal.SIGUSR2):  # SLURM sends it to all, and launchers would end by it
+            launch += ["--main_process_port", "0"]  # any free one, as another job may share the machine
+        with children.deaf_to(signal.SIGUSR2):  # which SLURM sends to all processes, and which would kill launchers
             self.process = children.start([*launch, str(ROOT / "train.py"), *self.arguments, "--resume", "auto"])
         stop = partial(children.send, self.process)
         with children.on_stop(stop) if self.here else nullcontext():
@@ -63,16 +64,16 @@ class LaunchConfig:
     """Submit one training.
 
     Args:
-        experiment: its YAML
+        experiment: YAML file of the training
         overrides: further flags of train.py, such as '[--train.seed, "1"]'
-        gpus: on one node
-        hours: time limit; the job is requeued when it is over
-        cpus_per_gpu: cores for each
+        gpus: number of GPUs, on one node
+        hours: time limit, after which the job is requeued
+        cpus_per_gpu: cores per GPU
         memory_gb: main memory of the job
-        partition: of the cluster
+        partition: partition of the cluster
         cluster: 'slurm', or 'local' for a process on this machine
         logs: folder for the job's output
-        wait: stay until the job has ended
+        wait: wait until the job has ended
     """
 
     experiment: Path
@@ -89,18 +90,18 @@ class LaunchConfig:
     def check(self, prefix: str) -> None:
         if not self.experiment.is_file():
             raise ValueError(f"{prefix}experiment {self.experiment}: no such file")
-        if any(flag.partition("=")[0] == "--resume" for flag in self.overrides):  # the last of two would count
-            words = "--resume is auto here; the run of that name goes on, say which by --name"
-            raise ValueError(f"{prefix}overrides: {words}")
+        if any(flag.partition("=")[0] == "--resume" for flag in self.overrides):  # would be overridden
+            remedy = "--resume is auto here; the run of that name goes on, say which by --name"
+            raise ValueError(f"{prefix}overrides: {remedy}")
 
 
 def main(config: LaunchConfig) -> None:
-    """Check what is submitted, as train.py would, and submit it."""
+    """Validate the configuration, as train.py would, and submit the job."""
     arguments = ["--config", str(config.experiment), *config.overrides]
     run, here = parse_run(ExperimentConfig, arguments).folder, config.cluster == "local"
-    room = {name: getattr(config, name) for name in ("gpus", "hours", "cpus_per_gpu", "memory_gb", "partition")}
-    executor = open_executor(config.cluster, config.logs, name=config.experiment.stem, **room)
-    with children.deaf_to(signal.SIGINT):  # the terminal's, which is for this process to pass on
+    resources = {name: getattr(config, name) for name in ("gpus", "hours", "cpus_per_gpu", "memory_gb", "partition")}
+    executor = open_executor(config.cluster, config.logs, name=config.experiment.stem, **resources)
+    with children.deaf_to(signal.SIGINT):  # as this process forwards Ctrl-C itself
         job = executor.submit(Training(arguments, run, config.gpus, here))
     print(f"job {job.job_id}; its output: {job.paths.stdout}", flush=True)
     if config.wait:

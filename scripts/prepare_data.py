@@ -1,4 +1,4 @@
-"""Fetch a public dataset into one zip, a class a folder, and a manifest beside it.
+"""Download a public data set into a zip with a folder per class, and write a manifest beside it.
 
 python scripts/prepare_data.py caltech101 --output caltech101.zip --image_size 64
 python scripts/prepare_data.py hf:uoft-cs/cifar10 --output cifar10.zip
@@ -23,20 +23,20 @@ from experiment.cli import one_line_errors, parse
 from settings import within
 
 TORCHVISION = {"caltech101": "Caltech101", "cifar10": "CIFAR10", "mnist": "MNIST"}
-Item = tuple[str, str, Any]  # split ('' where there is none), class name, PIL image
+Item = tuple[str, str, Any]  # split ('' if there is none), class name, PIL image
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Fetch a public dataset into a zip with a class a folder (train/ and test/ above, where it has them).
+    """Download a public data set into a zip with a folder per class, below train/ and test/ if it has splits.
 
     Args:
-        dataset: 'caltech101', 'cifar10', 'mnist', or 'hf:OWNER/NAME', any of the hub's (pip install -e '.[hub]')
-        output: the zip to write; a manifest goes to the same name with .json
-        image_size: cut to the centre square and resize to this side; by default images stay as they are
-        image_column: of a hub dataset
-        label_column: of a hub dataset
-        root: folder for the downloaded originals; what is there already is not fetched again
+        dataset: 'caltech101', 'cifar10', 'mnist', or 'hf:OWNER/NAME' for the hub's (pip install -e '.[hub]')
+        output: zip to write, with a manifest of the same name that ends in .json
+        image_size: crop the centre square and resize it to this side; by default images stay as they are
+        image_column: column with the images in a data set of the hub
+        label_column: column with the labels in a data set of the hub
+        root: folder for the downloaded originals; existing files are not downloaded again
     """
 
     dataset: str
@@ -48,7 +48,7 @@ class PrepareConfig:
 
 
 def main(config: PrepareConfig) -> None:
-    """Fetch the data, write them aside, rename them when whole."""
+    """Download the data and write the zip."""
     socket.setdefaulttimeout(20)
     if config.dataset.startswith("hf:"):
         items = hub_items(config)
@@ -61,10 +61,10 @@ def main(config: PrepareConfig) -> None:
 
 
 def fetched(items: Iterator[Item], config: PrepareConfig) -> Iterator[Item]:
-    """The items; what goes wrong with getting them is told apart from what goes wrong with writing them."""
+    """Yield the items, with a message of its own for failed downloads."""
     try:
         yield from items
-    except (OSError, RuntimeError) as error:  # torchvision and the hub raise either when they cannot download
+    except (OSError, RuntimeError) as error:  # torchvision and the hub raise either of them
         reason = " ".join(str(error).split())[:160]
         raise OSError(
             f"--dataset {config.dataset} could not be fetched ({reason}); put the originals into --root {config.root}"
@@ -72,33 +72,35 @@ def fetched(items: Iterator[Item], config: PrepareConfig) -> Iterator[Item]:
 
 
 def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, source: str) -> dict[str, Any]:
-    """Write the images (stored, as PNG) and the manifest; nothing is left where it fails."""
+    """Write the images as PNG, uncompressed in a zip, and the manifest. A failure leaves no files."""
     from tqdm import tqdm
 
     from data.pixels import fit, to_rgb
     from machine.whole_files import sha256_of, write_whole
 
-    beside = output.with_suffix(".json")
-    if output.suffix.lower() != ".zip" or output.is_dir():  # `pets` and `pets.v2` have one manifest with `pets.zip`
+    path = output.with_suffix(".json")
+    if output.suffix.lower() != ".zip" or output.is_dir():  # else `pets` and `pets.zip` would share a manifest
         raise ValueError(f"--output {output}: give FILE.zip")
-    if beside.exists() and b'"sha256"' not in beside.read_bytes():
-        raise ValueError(f"--output {output}: its manifest would replace {beside}, which is none; give another name")
+    if path.exists() and b'"sha256"' not in path.read_bytes():
+        raise ValueError(f"--output {output}: its manifest would replace {path}, which is none; give another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     classes: Counter[str] = Counter()
-    names: dict[str, str] = {}  # of the classes, by their folders
-    with tempfile.TemporaryDirectory(dir=output.parent) as aside:
-        partial = Path(aside) / "data.zip"
+    class_of: dict[str, str] = {}  # by folder
+    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
+        partial = Path(temporary) / "data.zip"
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             for split, name, image in tqdm(items, desc=source, unit="img"):
                 buffer = io.BytesIO()
                 size = None if image_size is None else (image_size, image_size)
                 fit(to_rgb(image), size).save(buffer, format="PNG")
-                below = re.sub(r"[/\\]|^\.", "_", name)
-                if not below or names.setdefault(below, name) != name:
-                    same = f"would lie in one folder with '{names[below]}'" if below else "has no name"
-                    raise ValueError(f"--dataset {source}: the class '{name}' {same}; rename it at its source")
-                folder = f"{split}/{below}" if split else below
+                class_folder = re.sub(r"[/\\]|^\.", "_", name)
+                if not class_folder or class_of.setdefault(class_folder, name) != name:
+                    problem = "has no name"
+                    if class_folder:
+                        problem = f"would lie in one folder with '{class_of[class_folder]}'"
+                    raise ValueError(f"--dataset {source}: the class '{name}' {problem}; rename it at its source")
+                folder = f"{split}/{class_folder}" if split else class_folder
                 archive.writestr(f"{folder}/{counts[folder]:06d}.png", buffer.getvalue())
                 counts[folder] += 1
                 classes[name] += 1
@@ -107,14 +109,14 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
         manifest: dict[str, Any] = {"source": source, "sha256": sha256_of(partial), "num_images": sum(counts.values())}
         manifest |= {"image_size": image_size, "classes": dict(sorted(classes.items()))}
         manifest["folders"] = dict(sorted(counts.items()))
-        beside.unlink(missing_ok=True)  # of what was there before: none rather than another's
+        path.unlink(missing_ok=True)  # so that the new zip is never beside the manifest of an old one
         partial.replace(output)
-    write_whole(beside, json.dumps(manifest, indent=2) + "\n")
+    write_whole(path, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
 def torchvision_items(name: str, root: Path) -> Iterator[Item]:
-    """Caltech101 without its background class (Fei-Fei et al. 2004); CIFAR-10 and MNIST with their own test sets."""
+    """Yield Caltech101 (Fei-Fei et al. 2004) without its background class, or CIFAR-10 or MNIST with its test set."""
     from torchvision import datasets
 
     dataset_class = getattr(datasets, TORCHVISION[name])
@@ -126,7 +128,7 @@ def torchvision_items(name: str, root: Path) -> Iterator[Item]:
 
 
 def hub_items(config: PrepareConfig) -> Iterator[Item]:
-    """Every split of a hub dataset that is a training or a test set."""
+    """Yield the training and test splits of a data set of the hub; validation replaces a missing test split."""
     from data.pixels import open_image
 
     try:
@@ -145,11 +147,11 @@ def hub_items(config: PrepareConfig) -> Iterator[Item]:
             if column not in loaded[name].features:
                 raise ValueError(f"{config.dataset} has no column '{column}', but {list(loaded[name].features)}")
         label_names = getattr(loaded[name].features[config.label_column], "names", None)
-        for row in loaded[name].cast_column(config.image_column, Image(decode=False)):  # decoded here: see FORMATS
+        for row in loaded[name].cast_column(config.image_column, Image(decode=False)):  # `open_image` limits formats
             label, stored = row[config.label_column], row[config.image_column]
-            if stored is None or label is None or label == -1:  # -1, of a class that is withheld, counts from behind
-                lacking = config.image_column if stored is None else config.label_column
-                raise ValueError(f"{config.dataset}: the {name} split has a row without {lacking}")
+            if stored is None or label is None or label == -1:  # -1 marks a withheld label, and is a valid index
+                missing = config.image_column if stored is None else config.label_column
+                raise ValueError(f"{config.dataset}: the {name} split has a row without {missing}")
             image = open_image(stored["bytes"] or Path(stored["path"]).read_bytes())
             yield split, label_names[label] if label_names else str(label), image
 

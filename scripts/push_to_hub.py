@@ -1,10 +1,10 @@
-"""Upload a checkpoint, with a model card written from its run's own files.
+"""Upload a checkpoint to the hub, with a model card generated from its run's files.
 
     hf auth login                                                             # once, or HF_TOKEN=...
     python scripts/push_to_hub.py --checkpoint runs/XSwin --repo me/xswin-caltech101 --license mit
     python scripts/push_to_hub.py --checkpoint runs/XSwin --repo me/xswin-caltech101 --dry_run card
 
-Then `sample.py --checkpoint hf://me/xswin-caltech101` works anywhere. The token is read by huggingface_hub alone.
+Then `sample.py --checkpoint hf://me/xswin-caltech101` works anywhere. Only huggingface_hub reads the token.
 """
 
 import re
@@ -24,11 +24,11 @@ class PushConfig:
 
     Args:
         checkpoint: a run's folder, a checkpoint, or its ema.safetensors
-        repo: owner/name on the hub; made where it does not exist
-        license: of the weights, by the hub's names: 'mit', 'apache-2.0', 'cc-by-nc-4.0', 'other', ...
+        repo: owner/name on the hub; created if it does not exist
+        license: license of the weights, by the hub's names: 'mit', 'apache-2.0', 'cc-by-nc-4.0', 'other', ...
         private: make a new repository private
-        dry_run: write what would be uploaded to this folder, and upload nothing
-        half: round the weights to float16, half the size; they are sampled from in float32 all the same
+        dry_run: write the files to this folder, and upload nothing
+        half: round the weights to float16, which halves the size; sampling converts them to float32
     """
 
     checkpoint: str
@@ -52,9 +52,9 @@ def main(config: PushConfig) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
         raise ValueError(f"--repo {config.repo}: give owner/name")
     if config.dry_run:
-        check_empty(config.dry_run, "--dry_run")  # a run's own folder would lose what it goes on from
+        check_empty(config.dry_run, "--dry_run")  # in a run's folder, files would be overwritten
     checkpoint = open_checkpoint(config.checkpoint)
-    read_tensors(checkpoint.path)  # nothing damaged is published
+    read_tensors(checkpoint.path)  # raises if the file is damaged
     files = card_files(checkpoint)
     card = model_card(checkpoint, config.repo, config.license, files)
     files = {WEIGHTS: checkpoint.path, **files}
@@ -71,8 +71,8 @@ def main(config: PushConfig) -> None:
         try:
             api = HfApi()
             api.create_repo(config.repo, private=config.private, exist_ok=True)
-            of_before = {*SHOWN} & {*api.list_repo_files(config.repo)} - {*files}  # scores of other weights
-            deletions = [CommitOperationDelete(name) for name in sorted(of_before)]
+            outdated = {*SHOWN} & {*api.list_repo_files(config.repo)} - {*files}  # such as scores of other weights
+            deletions = [CommitOperationDelete(name) for name in sorted(outdated)]
             commit = api.create_commit(config.repo, [*additions, *deletions], commit_message=message)
         except (HTTPError, OSError, RuntimeError) as error:
             raise HubError(

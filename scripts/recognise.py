@@ -1,4 +1,4 @@
-"""Are samples recognised as the class that was asked for? By a small classifier trained on the real training images.
+"""Measure how often a small classifier, trained on the real images, recognises samples as their class.
 
 python scripts/recognise.py --samples samples.npz --data.path mnist.zip --data.image_size 28
 python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --width 48 --mirror true --epochs 12 \
@@ -22,20 +22,20 @@ from settings import SEEDS, within
 
 @dataclass(frozen=True)
 class RecogniseConfig:
-    """Train a small classifier on real images, say how it does on held-out ones and on labelled samples.
+    """Train a small classifier on real images, and measure its accuracy on held-out images and on labelled samples.
 
     Args:
-        samples: an npz of sample.py; without it the classifier is made alone
-        data: the real images
-        classifier: file to keep the classifier in, which also serves as --extractor: .pt2, or .pt (TorchScript)
-        perceptual: such a file to keep the features of its stages in, for --auxiliary's `network` and an autoencoder's
-            --loss.perceptual
-        output: JSON file of the figures; by default only printed
+        samples: npz of sample.py; without it only the classifier is trained
+        data: real images
+        classifier: file for the classifier, which can also be an --extractor: .pt2, or .pt (TorchScript)
+        perceptual: file of the same kind for the features of its stages, for --auxiliary's `network` and an
+            autoencoder's --loss.perceptual
+        output: JSON file for the results, which are printed anyway
         epochs: passes over the real images
-        side: pixels of what the classifier sees, a power of two; large ones tell more classes apart
-        width: channels of its first stage; 48 is four times as much work as 24
-        mirror: train on mirrored images too; not for digits and letters
-        seed: of the classifier
+        side: side in pixels of the classifier's input, a power of two; larger ones distinguish more classes
+        width: channels of the first stage; 48 takes four times as much work as 24
+        mirror: also train on mirrored images; not for digits and letters
+        seed: seed of the classifier
     """
 
     samples: Path | None = None
@@ -51,7 +51,7 @@ class RecogniseConfig:
 
 
 def main(config: RecogniseConfig) -> None:
-    """Train, hold against held-out images, read the samples."""
+    """Train the classifier, and apply it to held-out images and to the samples."""
     import torch
 
     from experiment.build import open_split
@@ -63,8 +63,8 @@ def main(config: RecogniseConfig) -> None:
         raise ValueError("nothing to do: give --samples NPZ, or --classifier FILE or --output JSON to keep")
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
-    drawn = read_samples(config.samples, classes) if config.samples else (np.zeros(0, np.uint8), np.zeros(1, int))
-    samples, labels = map(torch.from_numpy, drawn)
+    arrays = read_samples(config.samples, classes) if config.samples else (np.zeros(0, np.uint8), np.zeros(1, int))
+    samples, labels = map(torch.from_numpy, arrays)
     if len(classes) < 2 or labels.max() >= len(classes):
         raise ValueError(
             f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
@@ -95,21 +95,21 @@ def main(config: RecogniseConfig) -> None:
     figures: dict[str, Any] = {"held_out_accuracy": accuracy, "num_held_out": len(held_out)}
     print(f"The classifier is right about {accuracy:.2%} of {len(held_out)} held-out images.")
     if config.samples:
-        right = (classifier.predict(samples) == labels).float()
-        per_class = {classes[label]: right[labels == label].mean().item() for label in labels.unique().tolist()}
-        figures |= {"class_agreement": right.mean().item(), "num_samples": len(samples), "per_class": per_class}
-        print(f"It takes {right.mean():.2%} of {len(samples)} samples for the class asked for.")
+        correct = (classifier.predict(samples) == labels).float()
+        per_class = {classes[label]: correct[labels == label].mean().item() for label in labels.unique().tolist()}
+        figures |= {"class_agreement": correct.mean().item(), "num_samples": len(samples), "per_class": per_class}
+        print(f"It takes {correct.mean():.2%} of {len(samples)} samples for the class asked for.")
     if config.output:
         write_whole(config.output, json.dumps(figures, indent=2) + "\n")
 
 
 def read_samples(path: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n 3 h w] and the labels asked for, as numbers of these classes: by the names that the file has."""
+    """Read images [n 3 h w] and their labels. If the file names its classes, labels are translated to `classes`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["arr_0"].transpose(0, 3, 1, 2), file["arr_1"].tolist()
             names = [str(file["classes"][label]) for label in labels] if "classes" in file else None
-    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads to
+    except Exception as error:  # numpy and zipfile raise all kinds of errors at a damaged file
         raise ValueError(f"--samples {path}: not an npz that sample.py wrote ({error})") from error
     if images.dtype != np.uint8 or images.shape[1] != 3 or len(labels) != len(images) or min(labels, default=0) < 0:
         raise ValueError(

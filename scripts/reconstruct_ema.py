@@ -1,11 +1,11 @@
-"""Make an average of any length from a finished run's snapshots (EDM2: Karras et al. 2024, section 3.2).
+"""Reconstruct an average of any length from a finished run's snapshots (EDM2: Karras et al. 2024, section 3.2).
 
     python train.py --config EXPERIMENT.yaml --train.ema_profiles '[0.05, 0.1]' --log.checkpoint_every 2000
     python scripts/reconstruct_ema.py --run runs/XSwin --sigma_rel 0.08
     python evaluate.py --samples runs/XSwin/ema-0.08.safetensors
 
-Snapshots are written with every checkpoint, `log.checkpoint_every`; sixteen or more over a run do well, evenly spread
-with `log.checkpoint_minutes 0`.
+Snapshots are written with every checkpoint, by `log.checkpoint_every`. Use sixteen or more per run, evenly spaced, and
+`log.checkpoint_minutes 0`.
 """
 
 import json
@@ -25,9 +25,9 @@ class ReconstructConfig:
     """Combine snapshots into one checkpoint file.
 
     Args:
-        run: a run's folder, trained with --train.ema_profiles
-        sigma_rel: length of the average: its standard deviation over the length of training; 0.02 to 0.25
-        step: the end of training to average up to; by default the last snapshot
+        run: folder of a run with --train.ema_profiles
+        sigma_rel: length of the average, as its standard deviation over the length of training; 0.02 to 0.25
+        step: average up to this step, which must have a snapshot; by default the last one
         output: file to write; by default runs/NAME/ema-SIGMA.safetensors, with --step ema-SIGMA-STEP.safetensors
     """
 
@@ -38,7 +38,7 @@ class ReconstructConfig:
 
 
 def main(config: ReconstructConfig) -> None:
-    """Read the snapshots up to the last, add them up by their weights, write the sum."""
+    """Write the weighted sum of all snapshots up to the last one."""
     from tqdm import tqdm
 
     from checkpoints.averages import first_step, gamma_of, reconstruction_weights
@@ -53,26 +53,26 @@ def main(config: ReconstructConfig) -> None:
     last = max(files) if step is None else step
     if last not in files:
         raise ValueError(f"--step {step}: no snapshot of it; there are {', '.join(map(str, files))}")
-    files = {number: path for number, path in files.items() if number <= last}
+    files = {snapshot_step: path for snapshot_step, path in files.items() if snapshot_step <= last}
     metadata, names = read_metadata(files[last]), list(read_tensors(files[last]))
     began = json.loads(metadata.pop("began", "{}"))
     lengths = {sigma: gamma_of(float(sigma)) for sigma in sorted({name.split("/", 1)[0] for name in names})}
 
     @cache
-    def shares(first: int) -> dict[tuple[int, str], float]:
-        """Of each snapshot, in averages of what was trained from this step on."""
-        kept = [(number, sigma) for number in files if number > first for sigma in lengths]
-        profiles = [(number - first, lengths[sigma]) for number, sigma in kept]
+    def coefficients(first: int) -> dict[tuple[int, str], float]:
+        """Coefficient of each snapshot for parameters that are trained from the step `first` on."""
+        snapshots = [(snapshot_step, sigma) for snapshot_step in files if snapshot_step > first for sigma in lengths]
+        profiles = [(snapshot_step - first, lengths[sigma]) for snapshot_step, sigma in snapshots]
         weights = reconstruction_weights(profiles, (last - first, gamma_of(sigma_rel)))
-        return dict(zip(kept, weights, strict=True))
+        return dict(zip(snapshots, weights, strict=True))
 
     total = {}
-    for number, path in tqdm(files.items(), desc="snapshots"):
+    for snapshot_step, path in tqdm(files.items(), desc="snapshots"):
         for full_name, tensor in read_tensors(path).items():
             sigma, name = full_name.split("/", 1)
             if tensor.is_floating_point():
-                part = shares(first_step(name, began)).get((number, sigma), 0.0) * tensor.double()
-                total[name] = total.get(name, 0.0) + part
+                coefficient = coefficients(first_step(name, began)).get((snapshot_step, sigma), 0.0)
+                total[name] = total.get(name, 0.0) + coefficient * tensor.double()
             else:
                 total[name] = tensor
     path = config.output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"

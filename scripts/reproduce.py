@@ -1,8 +1,8 @@
-"""The tables of docs/results.md again: their commands, what they give, and whether it agrees with what stands there.
+"""Reproduce tables of docs/results.md: run their commands and compare the results with the document.
 
-python scripts/reproduce.py                                 (all tables: cost, commit, what is superseded)
-python scripts/reproduce.py demo --only plan                (its commands)
-python scripts/reproduce.py demo                            (runs them in runs/reproduce/demo; what was cut goes on)
+python scripts/reproduce.py                                 (list all tables with their costs and commits)
+python scripts/reproduce.py demo --only plan                (show the commands)
+python scripts/reproduce.py demo                            (run them in runs/reproduce/demo; repeat to continue)
 python scripts/reproduce.py autoencoders --files '{caltech101.zip: photos.zip, mobilenet_v2.pt: mobilenet_v2.pt}'
 """
 
@@ -28,15 +28,16 @@ from machine.whole_files import write_whole
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Run a table's commands and compare; exit status 1 where a figure does not agree.
+    """Run a table's commands and compare the results; the exit status is 1 if a figure disagrees.
 
     Args:
-        table: its name in docs/results.yaml; the flag's name may be left out; null lists all
-        files: where the data lie that the commands name, such as '{caltech101.zip: /data/photos.zip}'; by default here
-        only: 'plan' shows the commands; 'check' compares what earlier ones left; null does it all
-        output: its folder; by default runs/reproduce/TABLE. What is done there, by the same code on the same files, is
-            not done again
-        any_code: take for done what was done by other code too, or on other contents of the files
+        table: name in docs/results.yaml; the flag's name may be left out; null lists all
+        files: paths of the files that the commands name, such as '{caltech101.zip: /data/photos.zip}'; by default in
+            the current folder
+        only: 'plan' shows the commands; 'check' compares earlier results; null does everything
+        output: folder for the results; by default runs/reproduce/TABLE. Commands that finished there, with the same
+            code and files, are skipped
+        any_code: also skip commands that finished with other code or other contents of the files
     """
 
     table: str | None = None
@@ -47,7 +48,7 @@ class ReproduceConfig:
 
 
 def main(config: ReproduceConfig) -> int:
-    """List, plan, or run and compare; returns the exit status."""
+    """List, plan, or run and compare; return the exit status."""
     known, tables = read_index()
     if config.table is None:
         print(listed(tables))
@@ -89,7 +90,7 @@ def main(config: ReproduceConfig) -> int:
 
 
 def listed(tables: dict[str, Table]) -> str:
-    """A row a table, those that today's code does not give last."""
+    """Format the list of tables, with superseded ones last."""
     lines = [["table", "section", "commit", "cost", "superseded by"]]
     for table in sorted(tables.values(), key=lambda table: table.superseded is not None):
         lines.append([table.name, table.section, table.commit or "published", table.cost, table.superseded or ""])
@@ -97,55 +98,55 @@ def listed(tables: dict[str, Table]) -> str:
 
 
 def run(table: Table, files: dict[str, str], folder: Path, *, any_code: bool) -> None:
-    """The commands, but for those that ended well before; a SystemExit where one fails or is stopped, a ValueError
-    where one was done by other code or on other contents."""
+    """Run the commands that have not finished before. Raises SystemExit if one fails or is stopped, and ValueError if
+    one finished with other code or other contents of the files."""
     from checkpoints.checkpoint import current_commit
 
     folder.mkdir(parents=True, exist_ok=True)
     journal, output = folder / "journal.json", folder / "output.txt"
-    done = json.loads(journal.read_text()) if journal.is_file() else {}  # commit and hash, by commands on these files
+    done = json.loads(journal.read_text()) if journal.is_file() else {}  # commit and hash by command line
     done = {line: value if isinstance(value, dict) else {"commit": value} for line, value in done.items()}
-    every = {command: arguments(command, files) for command in table.commands}
-    keys = {command: key_of(words, files) for command, words in every.items()}
-    for command, words in every.items():
-        before = done.get(shlex.join(words), {"of": keys[command]})
-        if before.get("of") != keys[command] and not any_code:
-            commit = before["commit"][:9] or "unknown"
+    all_words = {command: arguments(command, files) for command in table.commands}
+    keys = {command: key_of(words, files) for command, words in all_words.items()}
+    for command, words in all_words.items():
+        finished = done.get(shlex.join(words), {"of": keys[command]})
+        if finished.get("of") != keys[command] and not any_code:
+            commit = finished["commit"][:9] or "unknown"
             raise ValueError(
                 f"--output {folder}: what is there was done at commit {commit}, by other code or on other contents of "
                 f"the files: {command}; give another --output, or --any_code true to take it"
             )
-    for command, words in every.items():
+    for command, words in all_words.items():
         if (line := shlex.join(words)) in done:
             print(f"done before, at commit {done[line]['commit'][:9] or 'unknown'}: {command}")
             continue
         if words[1].endswith("/train.py") and "--resume" not in words:
-            words += ["--resume", "auto"]  # or begin
+            words += ["--resume", "auto"]
         print(f"{command}\n    in {folder}; its words go to {output.name}", flush=True)
-        began = time.time()
-        with output.open("a") as said:
-            print(f"$ {shlex.join(words)}", file=said, flush=True)
+        start = time.time()
+        with output.open("a") as file:
+            print(f"$ {shlex.join(words)}", file=file, flush=True)
             try:
-                children.run(words, cwd=folder, stdout=said, stderr=subprocess.STDOUT)
-            except SystemExit as ended:
-                last = output.read_text(errors="replace").strip().splitlines()[-1]
-                print(f"ended with status {ended.code}: {last}\nthe same command goes on", file=sys.stderr)
+                children.run(words, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+            except SystemExit as error:
+                last_line = output.read_text(errors="replace").strip().splitlines()[-1]
+                print(f"ended with status {error.code}: {last_line}\nthe same command goes on", file=sys.stderr)
                 raise
-        print(f"    {time.time() - began:.0f} s", flush=True)
+        print(f"    {time.time() - start:.0f} s", flush=True)
         done[line] = {"commit": current_commit(), "of": keys[command]}
         write_whole(journal, json.dumps(done, indent=2) + "\n")
 
 
 def key_of(words: list[str], files: dict[str, str]) -> str:
-    """A hash of the code of a command and of the files that it names; of a folder the names and sizes in it."""
+    """Hash the code of a command and the files that it names; for a folder, the names and sizes of its files."""
     from ablation.identity import code_of_command
     from machine.whole_files import sha256_of
 
     contents: dict[str, object] = {}
     for name, path in files.items():
         if path in " ".join(words):
-            inside = sorted(Path(path).rglob("*")) if Path(path).is_dir() else []
-            contents[name] = [(each.as_posix(), each.stat().st_size) for each in inside] or sha256_of(Path(path))
+            inner = sorted(Path(path).rglob("*")) if Path(path).is_dir() else []
+            contents[name] = [(file.as_posix(), file.stat().st_size) for file in inner] or sha256_of(Path(path))
     return hashlib.sha256(json.dumps([code_of_command(words), contents]).encode()).hexdigest()
 
 

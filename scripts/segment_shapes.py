@@ -1,11 +1,11 @@
-"""Does a backbone learn at all? A few minutes of segmentation tell, before any diffusion is run.
+"""Test in a few minutes whether a backbone learns at all, by training it for segmentation.
 
 python scripts/segment_shapes.py
 python scripts/segment_shapes.py --models '[XSwin, USwin, UNet]' --difficulty medium --num_steps 2000
 
-XSwin without time and labels (`conditioning=none`) is a dense predictor of any number of channels; the procedural
-shapes give it exact masks: for each pixel the ground, or which of the ten shapes it lies in. The U-Net, for which time
-is always 0, is what to compare it with.
+XSwin without time and labels (`conditioning=none`) is a dense predictor of any number of channels. The procedural
+shapes have exact masks, which assign each pixel to the background or to one of ten classes. The baseline is the U-Net
+with a constant time of 0.
 """
 
 import sys
@@ -31,14 +31,14 @@ COLORS += [(170, 51, 119), (136, 136, 136), (204, 136, 0), (102, 85, 204), (153,
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    """Train each model to segment the shapes; print what it scores on held-out ones.
+    """Train each model to segment the shapes, and print its scores on held-out ones.
 
     Args:
-        models: of XSwin, USwin and UNet
-        difficulty: of the shapes
+        models: names among XSwin, USwin and UNet
+        difficulty: difficulty of the shapes
         image_size: side in pixels
-        num_steps: optimizer steps of each
-        output: picture of held-out images, their masks, and what each model makes of them
+        num_steps: optimizer steps of each model
+        output: picture of held-out images, their masks and the predictions of each model
     """
 
     models: list[str] = field(default_factory=lambda: ["XSwin", "UNet"])
@@ -54,7 +54,7 @@ class SegmentConfig:
 
 
 def main(config: SegmentConfig) -> None:
-    """Train each model, and compare what they make of the same held-out images."""
+    """Train each model, and compare their predictions on the same held-out images."""
     import torch
 
     from data.shapes import ShapesDataset
@@ -63,8 +63,8 @@ def main(config: SegmentConfig) -> None:
     from sampling.image_files import save_grid
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind: Any = {"image_size": config.image_size, "difficulty": config.difficulty}
-    train, held_out = (ShapesDataset(4000, split=split, **kind) for split in ("train", "test"))
+    options: Any = {"image_size": config.image_size, "difficulty": config.difficulty}
+    train, held_out = (ShapesDataset(4000, split=split, **options) for split in ("train", "test"))
     images, masks = (part.to(device) for part in segmentation(held_out, range(len(held_out) // 2)))
     num_classes = 1 + len(train.classes)
 
@@ -74,28 +74,28 @@ def main(config: SegmentConfig) -> None:
         torch.manual_seed(0)
         shape = {"input_size": config.image_size, "in_channels": 3, "out_channels": num_classes, "num_classes": 0}
         model = create_model(backbone, **shape, **args).to(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         fit(model, train, device, config.num_steps)
-        speed = config.num_steps * BATCH_SIZE / (time.perf_counter() - began)
+        speed = config.num_steps * BATCH_SIZE / (time.perf_counter() - start)
         with torch.no_grad():
             logits = [call(model.eval(), part) for part in images.split(100)]
         predicted = torch.cat(logits).argmax(dim=1)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        of_shape, of_classes = scores(predicted, masks, num_classes)
-        rows.append([name, f"{parameters / 1e6:.2f}M", f"{speed:.0f}", f"{of_shape:.3f}", f"{of_classes:.3f}"])
+        shape_iou, mean_iou = scores(predicted, masks, num_classes)
+        rows.append([name, f"{parameters / 1e6:.2f}M", f"{speed:.0f}", f"{shape_iou:.3f}", f"{mean_iou:.3f}"])
         pictures.append(predicted)
 
     palette = torch.tensor(COLORS, dtype=torch.uint8)
-    shown = [images[:10].cpu().mul(127.5).add(127.5).byte()]
-    shown += [palette[labels[:10].cpu()].permute(0, 3, 1, 2) for labels in (masks, *pictures)]
+    grid = [images[:10].cpu().mul(127.5).add(127.5).byte()]
+    grid += [palette[labels[:10].cpu()].permute(0, 3, 1, 2) for labels in (masks, *pictures)]
     captions = [name for name in ("image", "mask", *config.models) for _ in range(10)]
-    save_grid(torch.cat(shown), config.output, columns=10, captions=captions)
+    save_grid(torch.cat(grid), config.output, columns=10, captions=captions)
     print(terminal(rows))
     print(f"{len(masks)} held-out images; picture: {config.output}")
 
 
 def segmentation(shapes: Any, indices: Any) -> tuple[Any, Any]:
-    """Images in [-1, 1] and, for each pixel, 0 on the ground and 1 + class in the shape."""
+    """Images in [-1, 1], and masks with 0 for the background and 1 + class for the shape."""
     import torch
 
     images = torch.stack([shapes[index][0] for index in indices]).float() / 127.5 - 1
@@ -104,13 +104,13 @@ def segmentation(shapes: Any, indices: Any) -> tuple[Any, Any]:
 
 
 def call(model: Any, images: Any) -> Any:
-    """Logits [n classes h w]: the backbone at time 0, without a label."""
-    nothing = images.new_zeros(len(images)).long()
-    return model(images, nothing, nothing)
+    """Logits [n classes h w] of the backbone at time 0, without labels."""
+    zeros = images.new_zeros(len(images)).long()
+    return model(images, zeros, zeros)
 
 
 def fit(model: Any, shapes: Any, device: Any, num_steps: int) -> None:
-    """Cross entropy, for each pixel; AdamW's learning rate warms up for 20 steps and falls to zero as a cosine."""
+    """Train with the cross entropy of each pixel and AdamW, with 20 steps of warm-up and cosine decay."""
     import torch
     from tqdm import tqdm
 
@@ -119,13 +119,13 @@ def fit(model: Any, shapes: Any, device: Any, num_steps: int) -> None:
 
     config = OptimConfig(lr=2e-3, warmup_steps=20, decay="cosine")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     model.train()
     for step in tqdm(range(num_steps), desc=type(model).__name__, leave=False, mininterval=5):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, num_steps)
-        chosen = torch.randint(len(shapes), (BATCH_SIZE,), generator=draw).tolist()
-        images, masks = (part.to(device) for part in segmentation(shapes, chosen))
+        indices = torch.randint(len(shapes), (BATCH_SIZE,), generator=generator).tolist()
+        images, masks = (part.to(device) for part in segmentation(shapes, indices))
         torch.nn.functional.cross_entropy(call(model, images), masks).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -133,12 +133,12 @@ def fit(model: Any, shapes: Any, device: Any, num_steps: int) -> None:
 
 
 def scores(predicted: Any, masks: Any, num_classes: int) -> tuple[float, float]:
-    """Intersection over union of the shape, whatever it was taken for, and the mean of those of the shape's classes."""
+    """Intersection over union of shapes regardless of their class, and its mean over classes."""
 
-    def iou(one: Any, other: Any) -> float:
-        return ((one & other).sum() / (one | other).sum().clamp(min=1)).item()
+    def iou(a: Any, b: Any) -> float:
+        return ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
 
-    classes = [iou(predicted == number, masks == number) for number in range(1, num_classes)]
+    classes = [iou(predicted == label, masks == label) for label in range(1, num_classes)]
     return iou(predicted > 0, masks > 0), sum(classes) / len(classes)
 
 

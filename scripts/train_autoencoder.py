@@ -1,4 +1,4 @@
-"""Train an AutoencoderKL: variational bound, perceptual distance, discriminator (Rombach et al. 2022, section 3.1).
+"""Train an AutoencoderKL with reconstruction, KL, perceptual and adversarial losses (Rombach et al. 2022, section 3.1).
 
 python scripts/train_autoencoder.py --config configs/autoencoder/kl_f8c4.yaml --data.path images.zip
 python scripts/train_autoencoder.py --resume runs/kl_f8c4
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(config: AutoencodingConfig) -> None:
-    """Open the devices and the run's folder, and train."""
+    """Set up the run and train."""
     with stops_at_once(config.folder):
         from training.run import open_run
 
@@ -32,7 +32,7 @@ def main(config: AutoencodingConfig) -> None:
 
 
 def train(run: Run[AutoencodingConfig]) -> None:
-    """The whole of training, top to bottom."""
+    """Train an autoencoder: build everything from the configuration, start or resume the run, loop over its steps."""
     import torch
 
     from autoencoding.image_stream import open_batches, open_held_out
@@ -47,7 +47,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
     from training.log import is_due
     from training.optimizer import learning_rate
 
-    # Images, networks, optimizers.
+    # Open the images, and build networks and optimizers.
     config, accelerator, num_steps = run.config, run.accelerator, run.config.train.num_steps
     device = accelerator.device
     batches, held_out = open_batches(config, accelerator), open_held_out(config, accelerator)
@@ -72,7 +72,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
             "--discriminator.weight 0"
         )
 
-    # A fresh run, or the newest whole checkpoint of an old one.
+    # Start the run, or resume it from its newest intact checkpoint.
     guard, critic_guard = Guard(), Guard("discriminator")
     previews = Previews(run, ema, held_out)
     named = {f"optimizer-{name}": optimizer for name, optimizer in all_optimizers.items()}
@@ -85,7 +85,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
         f"{num_steps} steps on {accelerator.num_processes} x {device}"
     )
 
-    # The loop: between two steps the run looks at reconstructions, saves, goes back where it diverged, or stops.
+    # Loop over the steps. Between two steps the run inspects, saves, rolls back after divergence, or stops.
     stream, order = iter(()), -1
     for step in run.steps():
         if order != run.rollbacks:
@@ -97,28 +97,28 @@ def train(run: Run[AutoencodingConfig]) -> None:
                 group["lr"] = factor * optimizer.defaults["lr"]
         images = (next(stream).to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
-        # The autoencoder: bound, perceptual distance, and what the discriminator thinks of it.
+        # Update the autoencoder.
         with accelerator.autocast():
             coded = prepared(images, batches.noise(step, latent_shape, device))
         terms = objective.backward(accelerator, coded, images, model, critic if step >= start else None)
         norm = run.read(gradient_norm(accelerator, model, config.optim.grad_clip))
-        if passed := guard.passes(norm):
+        if is_finite := guard.passes(norm):
             optimizers.step()
             ema.update(model, step)
         optimizers.zero_grad()
 
-        # The discriminator: images from their reconstructions.
+        # Update the discriminator, which distinguishes images from their reconstructions.
         if step >= start:
             with accelerator.autocast():
-                judged = objective.tell_apart(prepared_critic, images, coded.reconstruction.detach().float())
-            accelerator.backward(judged["discriminator"].mean())
+                critic_terms = objective.tell_apart(prepared_critic, images, coded.reconstruction.detach().float())
+            accelerator.backward(critic_terms["discriminator"].mean())
             if critic_guard.passes(run.read(gradient_norm(accelerator, critic, of_critic.grad_clip))):
                 critic_optimizer.step()
             critic_optimizer.zero_grad()
-            terms |= judged
+            terms |= critic_terms
 
         run.meter.add(terms)
-        if passed:
+        if is_finite:
             run.meter.step(norm, config.optim.grad_clip, config.train.batch_size)
         else:
             run.skip(guard, batches.indices(step, order))
@@ -126,7 +126,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
             skipped = {f"skipped_{name}": guard.skipped for name, guard in run.guards.items() if guard.skipped}
             run.write_means(**skipped, lr=factor * config.optim.lr, log_scale=model.log_scale.item())
 
-    # The end: what was learned, in diffusers' format.
+    # Measure the averaged weights and save them in diffusers' format.
     accelerator.print(f"checkpoint:  {run.folder}/checkpoints/{run.step:08d}")
     run.look(previews.draw)
     accelerator.end_training()
@@ -136,8 +136,8 @@ def train(run: Run[AutoencodingConfig]) -> None:
         autoencoder = ema.model.autoencoder
         psnr = {}
         for name, images in held_out.items():
-            of_each = decibels(autoencoder, pick(images, 1024), 64)
-            psnr |= {f"psnr_{name}": of_each.mean().item(), f"psnr_{name}_tenth": of_each.quantile(0.1).item()}
+            values = decibels(autoencoder, pick(images, 1024), 64)
+            psnr |= {f"psnr_{name}": values.mean().item(), f"psnr_{name}_tenth": values.quantile(0.1).item()}
         metrics = {**psnr, "steps": run.step, "config": config.to_dict(), "commit": current_commit()}
         images, folder = pick(batches.sources[0], 2048), run.folder / "autoencoder"
         finish(folder, autoencoder, images, metrics, measure=not decoder_only, half=config.half)

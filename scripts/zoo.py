@@ -1,9 +1,9 @@
-"""Bring docs/zoo.yaml and the table of docs/zoo.md up to date with the checkpoints that come with this repository.
+"""Update docs/zoo.yaml and the table of docs/zoo.md from the checkpoints in this repository.
 
 python scripts/zoo.py            (after one of them was replaced)
 
-docs/zoo.yaml says by hand what no file knows: the folder, the configuration whose head has commands and cost, and how
-many images all trainings saw at what speed. Everything else is read off the files.
+In docs/zoo.yaml the folder, the configuration (whose header has commands and cost), and the number and speed of images
+seen in training are written by hand. Everything else is read from the files.
 """
 
 import json
@@ -31,31 +31,31 @@ MARKS = "<!-- python scripts/zoo.py writes this table -->", "<!-- to here -->"
 
 
 def main() -> None:
-    """Read the files and write both."""
+    """Read the files and write both documents."""
     index = {name: entry(by_hand) for name, by_hand in yaml.safe_load(INDEX.read_text()).items()}
     write_whole(INDEX, HEAD + yaml.safe_dump(index, sort_keys=False, width=120, allow_unicode=True))
     write_whole(DOCUMENT, filled_in(DOCUMENT.read_text(), index))
 
 
 def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
-    """A row of the index: what is said by hand, and what the weights, their card or their figures say."""
-    from checkpoints.checkpoint import read_metadata  # with torch, for which --help does not wait
+    """Compose a row of the index from the entries by hand and from the weights, their model card or their metrics."""
+    from checkpoints.checkpoint import read_metadata  # imports torch, for which --help should not wait
 
     folder = root / by_hand["folder"]
     (weights,) = folder.glob("*.safetensors")
     with safe_open(weights, "pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
         dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    metadata, figures = read_metadata(weights), folder / "metrics.json"
-    if figures.is_file():  # an autoencoder's
-        said = json.loads(figures.read_text())
-        scores = {name: f"{value:.2f} dB" for name, value in said.items() if re.match(r"psnr_(?!images)", name)}
+    metadata, metrics = read_metadata(weights), folder / "metrics.json"
+    if metrics.is_file():  # an autoencoder
+        facts = json.loads(metrics.read_text())
+        scores = {name: f"{value:.2f} dB" for name, value in facts.items() if re.match(r"psnr_(?!images)", name)}
     else:
-        said = {"commit": metadata["commit"], "steps": int(metadata["step"])}
+        facts = {"commit": metadata["commit"], "steps": int(metadata["step"])}
         card = (folder / "README.md").read_text()
         scores = {row["score"]: row["value"] for _, row in rows(card) if "halves" not in row["score"]}
         sampling = re.search(r"^- sampling: (.+)$", card, re.MULTILINE)
-        said |= {"sampling": sampling[1].replace("\\", "")} if sampling else {}
+        facts |= {"sampling": sampling[1].replace("\\", "")} if sampling else {}
     head = re.match(r"(?:#.*\n)+", (root / by_hand["config"]).read_text())
     comment = re.sub(r"^# ?", "", head[0] if head else "", flags=re.MULTILINE)
     unbroken = comment.replace("\\\n", "")
@@ -69,7 +69,7 @@ def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
         "bytes": weights.stat().st_size,
         "precision": sorted(dtypes),
         "parameters": sum(map(math.prod, shapes)),
-        **{name: said[name] for name in ("steps", "commit", "sampling") if name in said},
+        **{name: facts[name] for name in ("steps", "commit", "sampling") if name in facts},
         "scores": scores,
     }
 
@@ -85,6 +85,7 @@ def table(index: dict[str, dict[str, Any]]) -> str:
 
 
 def filled_in(document: str, index: dict[str, dict[str, Any]]) -> str:
+    """Replace the table between the marks in a document."""
     before, _, rest = document.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     return f"{before}{MARKS[0]}\n\n{table(index)}\n\n{MARKS[1]}{after}"
