@@ -77,14 +77,14 @@ def main(config: SampleConfig) -> None:
         from sampling.pipeline import load
         from sampling.reconstruction import draw_reconstructions
 
-    asked = Path(config.output) if config.output else None
+    output_path = Path(config.output) if config.output else None
     check(config)
-    check_output(asked, is_picture=config.reconstruct is not None or config.interpolate is not None)
+    check_output(output_path, is_picture=config.reconstruct is not None or config.interpolate is not None)
     pipeline = load(config.checkpoint, precision=config.precision, autoencoder=config.autoencoder)
     checkpoint, accelerator = pipeline.checkpoint, pipeline.accelerator
 
     def output_of(name: str) -> Path:
-        return asked or checkpoint.run / f"{name}{checkpoint.mark}.png"
+        return output_path or checkpoint.run / f"{name}{checkpoint.mark}.png"
 
     overrides = set_values(config.sampling)
     generator = pipeline.generator(config.classes, config.num_per_class, seed=config.seed, **overrides)
@@ -125,7 +125,7 @@ def main(config: SampleConfig) -> None:
 def save_samples(
     batches: Iterable[Any], labels: Any, checkpoint: "Checkpoint", num_per_class: int, output: Path
 ) -> None:
-    """Write a grid, an npz, or a folder with a subfolder a class, as the ending of `output` says."""
+    """Write samples as a grid, an npz, or a folder with a subfolder per class, depending on the suffix of `output`."""
     import torch
 
     from checkpoints.checkpoint import read_metadata
@@ -148,7 +148,7 @@ def save_samples(
 
 
 PICTURES = (".png", ".pdf")
-WITHOUT_EFFECT = {  # by what is drawn
+WITHOUT_EFFECT = {  # flags that are ignored, by mode
     "--reconstruct": ("interpolate", "to_seed", "panel", "stages"),
     "--interpolate": ("num_per_class", "panel", "stages", "data"),
     "samples": ("to_seed", "data"),
@@ -158,12 +158,12 @@ WITHOUT_EFFECT = {  # by what is drawn
 def check(config: SampleConfig) -> None:
     """Refuse flags that have no effect together."""
     defaults = SampleConfig(config.checkpoint)
-    drawn = "--reconstruct" if config.reconstruct is not None else "--interpolate" if config.interpolate else "samples"
-    for flag in WITHOUT_EFFECT[drawn]:
+    mode = "--reconstruct" if config.reconstruct is not None else "--interpolate" if config.interpolate else "samples"
+    for flag in WITHOUT_EFFECT[mode]:
         if getattr(config, flag) != getattr(defaults, flag):
-            remedy = ", or give --interpolate" if (flag, drawn) == ("to_seed", "samples") else ""
+            remedy = ", or give --interpolate" if (flag, mode) == ("to_seed", "samples") else ""
             remedy = ", or give --reconstruct" if flag == "data" else remedy
-            raise ValueError(f"--{flag}: it says nothing of {drawn}; leave it out{remedy}")
+            raise ValueError(f"--{flag}: it says nothing of {mode}; leave it out{remedy}")
 
 
 def check_output(output: Path | None, *, is_picture: bool) -> None:
@@ -185,7 +185,7 @@ def beside(output: Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    # `class` cannot be a field's name.
+    # --class is an alias, because a field cannot be called `class`.
     arguments = [a.replace("--class", "--classes", 1) if a.split("=")[0] == "--class" else a for a in sys.argv[1:]]
     with one_line_errors():
         main(parse(SampleConfig, arguments))

@@ -99,7 +99,7 @@ def hours_of(
         gpus: number of GPUs
 
     Returns:
-        Hours by part, and what limits training: 'arithmetic' or the 'sums' of gradients.
+        Hours by part, and what limits training, 'arithmetic' or the 'sums' of gradients.
     """
     peaks = config.peak_tflops, config.float32_tflops
     bf16, float32 = (peak * 1e3 * config.mfu * 3600 for peak in peaks)  # GFLOP per hour on one GPU

@@ -151,8 +151,8 @@ def in_turns(programs: Sequence[Program], rounds: int, num_images: int, calls: i
         calls: per round, with one synchronisation; by default 1 on a CPU and `CALLS` on a GPU
 
     Returns:
-        A row for each program: median images per second, slowest and fastest round, and as `step GB` the peak memory of
-        its first round beyond what was held before.
+        A row for each program with the median of images per second, the slowest and the fastest round, and as `step GB`
+        the peak memory of its first round beyond what was held before.
     """
     device = the_device()
     calls = calls or (CALLS if device.type == "cuda" else 1)
