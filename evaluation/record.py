@@ -37,18 +37,18 @@ def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dic
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Strict JSON, whole or not at all. That has no infinite numbers, as settings without a limit are: text. What is
-    there of more images, which took longer, is kept beside it."""
-    before: Any = None
-    with suppress(OSError, ValueError):  # there is none
-        before = json.loads(path.read_text())
-    if _num_images(before) > _num_images(record):
+    """Write a record as strict JSON, with infinite numbers as text. An existing record of more images, which took
+    longer to compute, is renamed instead of overwritten."""
+    existing: Any = None
+    with suppress(OSError, ValueError):  # if there is none
+        existing = json.loads(path.read_text())
+    if _num_images(existing) > _num_images(record):
         print(f"{path} was of more images, and is now {path.rename(beside(path))}")
     write_whole(path, json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _num_images(record: Any) -> int:
-    """In all trials; 0 of what is no record."""
+    """Number of images over all trials; 0 for anything but a record."""
     values = record if isinstance(record, Mapping) else {}
     num_samples, num_trials = values.get("num_samples"), values.get("num_trials")
     return num_samples * num_trials if isinstance(num_samples, int) and isinstance(num_trials, int) else 0
@@ -56,9 +56,9 @@ def _num_images(record: Any) -> int:
 
 def _strict(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _strict(one) for name, one in value.items()}
+        return {name: _strict(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(one) for one in value]
+        return [_strict(item) for item in value]
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
@@ -142,9 +142,9 @@ def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path:
 
 
 def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = ()) -> None:
-    """The first metric, and precision against recall, along the guidance scale or, where that is one, the calls of the
-    model; a line for each combination of what else varies, of `SWEPT` and `columns`, error bars where there were
-    trials."""
+    """Plot the first metric against the guidance scale or, if only the number of steps varies, against model calls; and
+    precision against recall. Each combination of other varying settings, in `SWEPT` and `columns`, is a line. Error
+    bars show the spread over trials."""
     from matplotlib.figure import Figure
 
     distance = next(iter(rows[0].scores))
@@ -154,18 +154,18 @@ def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = ()) -> 
     others = [name for name in varying if name != along and (name, along) != ("num_steps", "model_calls")]
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        words = [SWEPT.get(name, f"{name} {{}}").format(row.settings.get(name)) for name in others]
-        lines.setdefault(", ".join(words), []).append(row)
+        labels = [SWEPT.get(name, f"{name} {{}}").format(row.settings.get(name)) for name in others]
+        lines.setdefault(", ".join(labels), []).append(row)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, line in lines.items():
-        places = [row.settings[along] for row in line]
-        left.errorbar(places, *_values(line, distance), marker="o", capsize=3, label=name)
+        positions = [row.settings[along] for row in line]
+        left.errorbar(positions, *_values(line, distance), marker="o", capsize=3, label=name)
         recall, recall_error = _values(line, "recall")
         precision, precision_error = _values(line, "precision")
         right.errorbar(recall, precision, precision_error, recall_error, marker="o", capsize=3, label=name)
-        for x, y, place in zip(recall, precision, places, strict=True):
-            right.annotate(f"{place:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        for x, y, position in zip(recall, precision, positions, strict=True):
+            right.annotate(f"{position:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     left.set(xlabel=along.replace("_", " "), ylabel=distance)
     if along == "model_calls":
         left.set_xscale("log", base=2)

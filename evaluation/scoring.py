@@ -212,8 +212,8 @@ def summarise(source: Source, trials: list[Scores]) -> Row:
     summary = {}
     for metric in trials[0].scores:
         scores = [trial.scores[metric] for trial in trials]
-        if lacking := next((score for score in scores if score.value is None), None):  # a trial's alone is no mean
-            summary[metric] = lacking
+        if missing := next((score for score in scores if score.value is None), None):  # no mean over fewer trials
+            summary[metric] = missing
             continue
         values = torch.tensor([score.value for score in scores], dtype=torch.float64)
         over = f"standard deviation over {len(trials)} trials"

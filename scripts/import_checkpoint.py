@@ -150,7 +150,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
 
 
 def check_autoencoder(config: ImportConfig, files: list[Path]) -> None:
-    """That nothing is asked for which an autoencoder's import does not do. Raises ValueError."""
+    """Raise ValueError for flags that the import of an autoencoder would ignore."""
     defaults = ImportConfig(config.weights, config.output)
     for name in ("autoencoder", "classes", "image_size", "num_heads"):
         if (value := getattr(config, name)) != getattr(defaults, name):

@@ -49,7 +49,7 @@ def test_the_alignment_term_is_one_minus_the_mean_cosine_similarity(kind):
     alignment = Alignment(small("DiT-S/2"), AlignmentConfig("some.pt2", kind=kind)).build_projector(16, seed=0)
     alignment.projector = nn.Identity()
     state, features = randn(2, 16, 16), randn(2, 16, 4, 4, seed=1)
-    alignment._state = state
+    alignment._block_output = state
     expected = torch.zeros(2)
     for sample in range(2):
         target = features[sample].reshape(16, 16)  # by feature and place
@@ -73,7 +73,7 @@ def test_alignment_uses_the_hidden_states_of_features_for_every_backbone(name, d
     torch.testing.assert_close(aligned["loss"], plain["loss"] + 0.5 * aligned["alignment"])
     x_t = ours.diffusion.q_sample(batch().x_0, batch().t, batch().noise)
     (tokens,) = model.features(*ours.diffusion.path.model_inputs(x_t, batch().t), batch().y, [depth])
-    ours.alignment._state = tokens
+    ours.alignment._block_output = tokens
     ours.alignment._as_tokens = lambda state: state
     torch.testing.assert_close(ours.alignment(features), aligned["alignment"])
 
@@ -100,7 +100,7 @@ def test_other_passes_of_the_model_store_no_hidden_states():
     ours.auxiliary = auxiliary
     torch.testing.assert_close(ours(model, batch(features), PHASE)["alignment"], expected)
     assert "alignment" not in ours(model, batch())
-    assert ours.alignment._state is None
+    assert ours.alignment._block_output is None
 
 
 class Stack(Backbone):
