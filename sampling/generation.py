@@ -44,12 +44,11 @@ class Generator:
         return num_steps_of(self.sampling, self.diffusion)
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
-        """Yield images in batches."""
         for batch in in_batches(indices, batch_size):
             yield ImageBatch(batch, self.draw(batch).cpu(), self.labels[batch])
 
     def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
-        """Generate images by index."""
+        """Generate the images of these indices."""
         device = self.accelerator.device
         generators = [generator_for(self.seed, "sample", index) for index in indices.tolist()]
         shape = self.codec.latent_shape(*self.image_size)

@@ -42,7 +42,7 @@ TINY_TRAINING = (*SMALL, "--model_args", TINY_ARGS, "--autoencoder", "pixel", "-
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the checks."""
+    """Sizes of the checks; the defaults are for a GPU."""
 
     speeds: tuple[tuple[str, int, int], ...] = (("XSwin", 8, 128), ("DiT-XL/2", 32, 64))  # side of latents, batch size
     calls: int = 50  # steps between synchronisations
