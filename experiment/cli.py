@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, auto_cli, set_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, auto_cli, auto_parser, set_loader, set_parsing_settings
 
 from experiment.imports import load_imports
 from experiment.mappings import NAMES, StrictLoader, upgrade
@@ -76,6 +76,7 @@ class Parser(ArgumentParser):
 
     def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:
         script = super().get_completion_script(completion_type, **kwargs)
+        parser_of.cache_clear()  # jsonargparse makes this parser unusable
         return script + BEHIND_LAUNCHERS if completion_type == "shtab-bash" else script
 
 
@@ -98,11 +99,13 @@ def parse(
         arguments = [f"--{first}", *arguments]
     arguments = quote_names(config_class, expand_short_flags(config_class, arguments))
     load_imports(find_imports(arguments), stored_in=stored_in)  # first, as they may register settings
-    options: dict[str, Any] = {"as_positional": False, "return_instance": True, "parser_class": Parser}
-    options |= {"version": version("latent-diffusion-backbones"), "usage": "%(prog)s [settings]", "allow_abbrev": False}
-    config = auto_cli(config_class, args=arguments, **options)
+    parser = parser_of(*constructors(config_class))
+    parser.prog = Path(sys.argv[0]).name
+    values = vars(parser.instantiate(parser.parse_args(arguments)))
+    values.pop("config", None)
+    config = config_class(**values)
     check_settings(config)
-    return cast(T, expand_home(config))
+    return expand_home(config)
 
 
 def find_imports(arguments: list[str]) -> list[str]:
@@ -170,9 +173,24 @@ def expand_home(config: Any) -> Any:
     return replace(config, **{setting.name: expand_home(getattr(config, setting.name)) for setting in fields(config)})
 
 
+def constructors(config_class: type) -> Iterator[Any]:
+    """Yield a class, and the constructors of it and of its sections, which `--imports` may replace."""
+    yield from (config_class, cast(Any, config_class).__init__)
+    for kind in filter(is_dataclass, get_type_hints(config_class).values()):
+        yield from constructors(cast(type, kind))
+
+
 @cache
-def parser_of(config_class: type) -> ArgumentParser:
-    """Build a parser for `parse_mapping`, cached because this takes longer than a hundred uses of it."""
+def parser_of(config_class: type, *made_by: Any) -> ArgumentParser:
+    """Build the parser for `parse`, cached because this takes longer than its uses."""
+    options: dict[str, Any] = {"as_positional": False, "return_instance": True, "parser_class": Parser}
+    options |= {"version": version("latent-diffusion-backbones"), "usage": "%(prog)s [settings]", "allow_abbrev": False}
+    return auto_parser(config_class, **options)
+
+
+@cache
+def mapping_parser_of(config_class: type, *made_by: Any) -> ArgumentParser:
+    """Build the parser for `parse_mapping`, cached because this takes longer than a hundred uses of it."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class)
     return parser
@@ -182,8 +200,7 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
     """Like `parse`, from nested mappings as read from YAML. Raises a ValueError that names an invalid key."""
     if imports := values.get("imports"):
         load_imports(imports)
-        parser_of.cache_clear()
-    parser = parser_of(config_class)
+    parser = mapping_parser_of(*constructors(config_class))
     try:
         config = config_class(**vars(parser.instantiate(parser.parse_object(upgrade(values)))))
     except ArgumentError as error:
