@@ -121,15 +121,18 @@ def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float
 
     nearest = (math.inf, 0)
     candidates: list[tuple[float, float, ModelSpec]] = []
-    for width in range(2 * round((guess - radius) / 2), round(guess + radius) + 1, 2):
-        candidate = at_width(spec, width)
+    widths = range(2 * round((guess - radius) / 2), round(guess + radius) + 1, 2)
+    choices = [(width, choice) for width in widths if (choice := at_width(spec, width))]
+    for width, choice in sorted(choices, key=lambda item: item[1].head_mismatch):
+        if candidates and choice.head_mismatch > candidates[-1][0]:
+            break
         try:
-            error = abs(cost_of(candidate.spec) / target - 1) if candidate else math.inf
+            error = abs(cost_of(choice.spec) / target - 1)
         except ValueError:  # the backbone cannot be built at this width
             continue
         nearest = min(nearest, (error, width))
-        if candidate and error <= tolerance:
-            candidates.append((candidate.head_mismatch, error, candidate.spec))
+        if error <= tolerance:
+            candidates.append((choice.head_mismatch, error, choice.spec))
     if not candidates:
         raise ValueError(
             f"match: no width of {spec.name} comes within {tolerance:g} of the cost; the nearest, dim={nearest[1]}, is "
