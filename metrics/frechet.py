@@ -64,15 +64,24 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     (Heusel et al. 2017, eq. 6).
 
     The trace of the square root is the sum of the square roots of the eigenvalues of `R^T C_b R`, with `C_a = R R^T`.
-    This matrix is symmetric, so its eigenvalues are real and accurate even if both covariances are singular. Columns of
-    R that are zero up to rounding are left out.
+    This matrix is symmetric, so its eigenvalues are real and accurate even if both covariances are singular. R has as
+    many columns as the rank of C_a.
     """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    is_nonzero = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    root = vectors[:, is_nonzero] * values[is_nonzero].sqrt()
+    root = semidefinite_root(a.covariance)
     cross = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(distance.item(), 0.0)  # rounding may make it negative for equal Gaussians
+
+
+def semidefinite_root(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d r"]:
+    """Factor a positive semidefinite matrix of rank r as `R R^T`, up to rounding, by a Cholesky decomposition with
+    complete pivoting (Higham 2002, section 10.3)."""
+    from scipy.linalg.lapack import dpstrf
+
+    factor, order, rank, _ = dpstrf(matrix.numpy(), lower=1)
+    root = torch.empty(len(matrix), rank, dtype=matrix.dtype)
+    root[torch.from_numpy(order).long() - 1] = torch.from_numpy(factor).tril()[:, :rank]
+    return root
 
 
 def frechet_score(samples: Moments, reference: Moments) -> float | Score:
