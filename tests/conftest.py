@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import signal
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 import pytest
 import yaml
 from browser import a_browser
-from processes import ROOMS, ROOT, TINY, run
+from processes import ADDRESS, FORKS, ROOMS, ROOT, TINY, run, serve
 from xdist.scheduler import LoadScopeScheduling
 
 LONG = ("test_ablation", "test_train", "test_preemption", "test_devices", "test_evaluate", "test_notebook", "test_app")
@@ -36,6 +37,14 @@ class SharedTogether(LoadScopeScheduling):
     def _split_scope(self, nodeid):
         path = nodeid.partition("::")[0]
         return path if shares(path) else nodeid
+
+
+def pytest_configure(config):
+    """One server for all workers, which starts while they collect; where a few tests are named, who needs one has one.
+    From 3.14 on, Python's servers ask for a key too."""
+    is_shared = FORKS and sys.version_info < (3, 14) and not worker and config.getoption("numprocesses")
+    if is_shared and config.args_source is config.ArgsSource.TESTPATHS:
+        os.environ[ADDRESS] = serve()
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import io
 import sys
 
 from processes import LIBRARIES, ROOMS, ROOT
@@ -18,5 +19,10 @@ for room in sorted(IMPORTED & set(ROOMS)):
         if path.stem != "timm_models":  # it imports timm, which few programs need
             parts = path.relative_to(ROOT).with_suffix("").parts
             importlib.import_module(".".join(parts).removesuffix(".__init__"))
+cli, config = (importlib.import_module(f"experiment.{name}") for name in ("cli", "config"))
+cli.parser_of(*cli.made_of(config.ExperimentConfig))  # cached
+figure = importlib.import_module("matplotlib.figure").Figure()
+figure.subplots().set_xlabel("step")
+figure.savefig(io.BytesIO())  # so that fonts are found once
 gc.freeze()  # so that the programs' collections skip these modules
 gc.enable()

@@ -10,12 +10,15 @@ import multiprocessing.forkserver
 import os
 import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import tomllib
+import traceback
 import types
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -54,11 +57,12 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 def run(*arguments, cwd, processes=1, check=True, **settings):
     """Run a program in a process of its own, as a user starts it; `settings` are added to its environment.
 
-    The process is forked from a server that has imported the libraries and the rooms, which saves seconds. Several
-    `processes` get the variables that torchrun sets; as under torchrun, all are stopped when one fails.
+    The process is forked from a server that has imported the libraries and the rooms, which saves seconds. With `FORKS`
+    in its environment, the program forks the programs that it starts in turn, and leads a session. Several `processes`
+    get the variables that torchrun sets; as under torchrun, all are stopped when one fails.
     """
     command = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    if "fork" in multiprocessing.get_all_start_methods():
+    if FORKS:
         done = forked(command, cwd, [environment_of(**settings, **rank) for rank in ranks(processes)])
     else:
         launcher = [sys.executable]
@@ -75,8 +79,9 @@ LIBRARIES = ["torch", "torch.utils.tensorboard", "torchvision", "torch_fidelity"
 LIBRARIES += ["diffusers.models.autoencoders.autoencoder_kl", "jsonargparse", "attr", "shtab"]
 LIBRARIES += ["matplotlib.figure", "matplotlib.backends.backend_agg"]
 ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+FORKS = "fork" in multiprocessing.get_all_start_methods()
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["preloaded"])
+ADDRESS = "FORK_SERVER"  # environment variable with the address of the server that pytest's workers share
 
 
 def ranks(number):
@@ -98,11 +103,27 @@ def free_port():
             return server.getsockname()[1]
 
 
-def started(command, cwd, environment, *outputs):
-    """Start a Python program in a forked process, whose stdout and stderr are appended to these files."""
+def serve():
+    """Start the server that programs are forked from; return its address."""
+    SERVER.set_forkserver_preload(["preloaded"])
     with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}):
         multiprocessing.forkserver.ensure_running()
-    process = SERVER.Process(target=become, args=(command, str(cwd), environment, *outputs))
+    return multiprocessing.forkserver._forkserver._forkserver_address
+
+
+def share_server():
+    """Use the server of pytest's main process."""
+    server = multiprocessing.forkserver._forkserver
+    if server._forkserver_address is None:
+        server._forkserver_address, server.ensure_running = os.environ[ADDRESS], lambda: None
+        server._forkserver_alive_fd = os.open(os.devnull, os.O_WRONLY)
+
+
+def started(command, cwd, environment, *outputs):
+    """Start a Python program in a forked process, whose stdout and stderr are appended to these files."""
+    share_server() if ADDRESS in os.environ else serve()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    process = SERVER.Process(target=become, args=(command, str(cwd), environment, cores, *outputs))
     process.start()
     return process
 
@@ -121,16 +142,22 @@ def forked(command, cwd, environments):
         return subprocess.CompletedProcess(command, code, *(path.read_text() for path in outputs))
 
 
-def become(command, cwd, environment, *outputs):
-    """Set folder, environment, arguments and outputs of a forked process, and run a program in it."""
+def become(command, cwd, environment, cores, *outputs):
+    """Set cores, folder, environment, arguments and outputs of a forked process, and run a program in it."""
     atexit._clear()  # handlers of the imported libraries belong to the server
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
+    if environment.get("FORKS") and os.getpgrp() != os.getpid():
+        os.setsid()
+        children = importlib.import_module("machine.children")
+        children.start = partial(fork, children.start, children._end_with)
     for name in ("processes", "preloaded", "conftest"):
         sys.modules.pop(name, None)
     sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
@@ -139,6 +166,58 @@ def become(command, cwd, environment, *outputs):
         runpy.run_path(command[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
+
+
+def fork(start, end_with, command, **options):
+    """Replace `machine.children.start`: fork the calling program and run a Python file in the child."""
+    if not command[1].endswith(".py"):
+        return start(command, **options)
+    return Forked(command, end_with, **options)
+
+
+class Forked(subprocess.Popen):
+    """A child in which the parent's imports are there already, in a process group of its own; it ends with its parent."""
+
+    def __init__(self, command, end_with, **options):
+        self.be = partial(self.child, command[1:], os.getpid(), end_with)
+        super().__init__(command, **options)
+
+    def _execute_child(self, _0, _1, _2, _3, _4, cwd, environment, _7, _8, _9, *others):
+        pipes = others[:6]
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(self.be(cwd or Path.cwd(), environment or dict(os.environ), *pipes))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+    def child(self, command, parent, end_with, cwd, environment, read, own_write, own_read, write, own_errors, errors):
+        """Run the program in the child; return its exit status."""
+        os.setpgid(0, 0)
+        for number, pipe in enumerate((read, write, errors)):
+            if pipe != -1:
+                os.dup2(pipe, number)
+        for pipe in {own_write, own_read, own_errors} - {-1}:
+            os.close(pipe)
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            end_with(parent)
+            become(command, cwd, environment, None)
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return status
 
 
 def environment_of(**settings):

@@ -2,9 +2,6 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 import yaml
 from ablations import BASE
-from processes import PIXELS, ROOT, TINY, environment_of, run
+from processes import PIXELS, ROOT, TINY, environment_of, run, started
 
 from ablation.identity import done_stages
 from machine import children
@@ -38,38 +35,37 @@ def test_a_stopped_and_a_killed_ablation_go_on_and_report_their_runs_numbers(tmp
         "pictures": {"num_per_class": 0},
     }
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(text))
-    command = [sys.executable, str(ROOT / "scripts" / "ablate.py"), "two.yaml"]
+    command = [str(ROOT / "scripts" / "ablate.py"), "two.yaml"]
 
     folder = Path("runs/two/XSwin/seed0")
 
-    def started(until):
-        options = {"env": environment_of(), "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        runner = subprocess.Popen(command, **options)
+    def begun(until):
+        runner = started(command, tmp_path, environment_of(FORKS="true"), tmp_path / "output", tmp_path / "errors")
         while not (folder / until).exists() or not (folder / until).stat().st_size:
-            assert runner.poll() is None
+            assert runner.is_alive(), (tmp_path / "errors").read_text()
             time.sleep(0.02)
         return runner
 
     # Stopped by a signal to itself alone: its training saves and ends with it.
-    runner = started("log.jsonl")
+    runner = begun("log.jsonl")
     training = psutil.Process(runner.pid).children(recursive=True)
-    runner.send_signal(signal.SIGTERM)
-    output, _ = runner.communicate()
-    assert runner.returncode == 75
-    assert "stopped: XSwin, seed 0: SIGTERM" in output
+    runner.terminate()
+    runner.join()
+    assert runner.exitcode == 75
+    assert "stopped: XSwin, seed 0: SIGTERM" in (tmp_path / "output").read_text()
     assert training
     assert not psutil.wait_procs(training, timeout=120)[1]
     (saved,) = (folder / "checkpoints").glob("[0-9]*")
 
     # Killed, its training with it, after the next checkpoint.
-    runner = started(f"checkpoints/{5 * (int(saved.name) // 5 + 1):08d}")
+    runner = begun(f"checkpoints/{5 * (int(saved.name) // 5 + 1):08d}")
     children.kill(runner)
-    runner.communicate()
+    runner.join()
     assert "train" not in done_stages(folder)
     assert not (folder / "checkpoints/00000020").exists()
 
     # Gone on with, from there.
-    done = run("scripts/ablate.py", "two.yaml", cwd=tmp_path)
+    done = run("scripts/ablate.py", "two.yaml", cwd=tmp_path, FORKS="true")
     assert re.search(r"XSwin, seed 0 +\| 0\.1\dM", done.stdout)
     assert re.search(r"at step (5|10|15) of 20 ", done.stdout)
     assert "report of 2 runs (0 to go)" in done.stdout

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from processes import PIXELS, ROOT, TINY, environment_of, run, script
+from processes import PIXELS, ROOT, TINY, environment_of, run, script, started
 
 from machine import children
 from machine.lock import Lock
@@ -48,9 +48,9 @@ def parent(folder, body, **options):
     return process
 
 
-def await_file(path, process, *, size=0, seconds=600):
+def await_file(path, process, *, seconds=600):
     deadline = time.time() + seconds
-    while not path.exists() or path.stat().st_size < size:
+    while not path.exists():
         assert process.poll() is None, process.stdout.read()
         assert time.time() < deadline
         time.sleep(0.05)
@@ -143,10 +143,13 @@ def started_demo(folder):
     config = {**PIXELS, "train": {**TINY["train"], "num_steps": 100000}}
     config |= {"log": {"every": 1, "validate_every": 0, "trackers": []}}
     (folder / "long.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, str(ROOT / "scripts/demo.py"), "--experiment", "long.yaml", "--folder", "demo"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command, cwd=folder, env=environment_of(), **pipes)
-    await_file(folder / "demo/runs/quickstart/log.jsonl", process, size=1)
+    command = [str(ROOT / "scripts/demo.py"), "--experiment", "long.yaml", "--folder", "demo"]
+    process = started(command, folder, environment_of(FORKS="true"), folder / "output", folder / "errors")
+    log, deadline = folder / "demo/runs/quickstart/log.jsonl", time.time() + 600
+    while not log.exists() or not log.stat().st_size:
+        assert process.is_alive(), (folder / "errors").read_text()
+        assert time.time() < deadline
+        time.sleep(0.05)
     return process
 
 
@@ -159,14 +162,15 @@ def test_a_stopped_demo_saves_and_says_how_to_go_on(tmp_path, number, stop, stat
     process = started_demo(tmp_path)
     (training,) = family(process)
     stop(process.pid, number)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == status
-    assert "Traceback" not in errors
+    process.join(120)
+    assert process.exitcode == status
+    assert "Traceback" not in (tmp_path / "errors").read_text()
     assert not left([training])
     (checkpoint,) = (tmp_path / "demo/runs/quickstart/checkpoints").glob("[0-9]*")
     assert (checkpoint / "ema.safetensors").is_file()
     resume = f"{sys.executable} {ROOT / 'train.py'} --resume runs/quickstart"
-    assert output.splitlines()[-1] == f"stopped; go on with: cd {tmp_path / 'demo'} && {resume}"
+    said = (tmp_path / "output").read_text().splitlines()
+    assert said[-1] == f"stopped; go on with: cd {tmp_path / 'demo'} && {resume}"
 
 
 @pytest.mark.parametrize("mistake", ["a typo", "a training goes on there"])

@@ -11,7 +11,7 @@ def lines(*flags, cwd, **options):
 
 
 def test_every_step_leaves_a_line(tmp_path):
-    status, found = lines(cwd=tmp_path)
+    status, found = lines(cwd=tmp_path, FORKS="true")
     assert status == 0
     assert [*found][-4:] == ["resume", "sampling", "scores", "encoding"]
     assert all(line["ok"] and line["seconds"] >= 0 for line in found.values())
