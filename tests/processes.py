@@ -176,7 +176,7 @@ def fork(start, end_with, command, **options):
 
 
 class Forked(subprocess.Popen):
-    """A child in which the parent's imports are there already, in a process group of its own; it ends with its parent."""
+    """A child process with its parent's imports, in a process group of its own, which ends with its parent."""
 
     def __init__(self, command, end_with, **options):
         self.be = partial(self.child, command[1:], os.getpid(), end_with)

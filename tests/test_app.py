@@ -89,6 +89,21 @@ def draw(client, runs=("runs/tiny",), **settings):
     return slider, command, [picture["value"] for picture in shown if picture.get("visible") and picture.get("value")]
 
 
+def ask(address, **settings):
+    """Request pictures without waiting for them; return the URL of the stream with the answer."""
+    asked = json.dumps({"data": [["runs/tiny"], *{**DRAW, **settings}.values()]}).encode()
+    url = f"{address}/gradio_api/call/draw"
+    request = urllib.request.Request(url, asked, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return f"{url}/{json.load(answer)['event_id']}"
+
+
+def listen(url):
+    """Wait until all pictures are drawn; return the last event."""
+    with urllib.request.urlopen(url, timeout=120) as answer:
+        return answer.read().decode().partition("event: complete\ndata: ")[2]
+
+
 def pixels(path):
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
@@ -119,17 +134,6 @@ def test_two_checkpoints_side_by_side_and_back_through_the_steps(client):
         assert not np.array_equal(pixels(early), pixels(late))
 
 
-def test_without_a_null_label_neither_the_picture_nor_its_command_is_guided(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    studio = Studio(["runs/tiny"])
-    checkpoint, request = studio.checkpoints["runs/tiny"], Request("runs/tiny", "star", 0, 1, "ddpm", 4, 3.0)
-    assert "--guidance_scale 3.0 " in studio.command(request)
-    config = replace(checkpoint.config, train=replace(checkpoint.config.train, label_dropout=0.0))
-    studio.checkpoints["runs/tiny"] = replace(checkpoint, config=config)
-    assert studio.generator(request).sampling.guidance_scale == 1.0
-    assert "guidance" not in studio.command(request)
-
-
 @pytest.mark.parametrize("to_class", ["ring", None])
 def test_the_slider_shows_the_pictures_of_sample_pys_interpolation(client, folder, to_class, monkeypatch):
     settings = {**DRAW, "guidance": 1.0, "sampler": "shortcut", "steps": 1, "to_class": to_class}
@@ -149,23 +153,6 @@ def test_the_slider_shows_the_pictures_of_sample_pys_interpolation(client, folde
     with pytest.raises(Exception, match="did you mean star"):
         client.predict(["runs/at-once"], *{**settings, "of_class": "starr"}.values(), 1, api_name="/way")
     assert studio.draws_at_once("runs/at-once")
-
-
-def test_one_request_at_a_time_has_the_cores(folder, monkeypatch):
-    from sharing.page import Page  # gradio is an extra
-
-    monkeypatch.chdir(folder)
-
-    async def built():  # in a loop that is closed: gradio opens some where none runs, and leaves them open
-        return Page(Studio(["runs/tiny"]), Counter()).build()
-
-    page = asyncio.run(built())
-    by_name = {event.api_name: event for event in page.fns.values()}
-    turns = {
-        (by_name[name].concurrency_id, by_name[name].concurrency_limit)
-        for name in ("draw", "way", "guidance", "nearest")
-    }
-    assert turns == {("cores", 1)}
 
 
 def test_nearest_training_images_are_shown_below(client):
@@ -192,50 +179,29 @@ def test_what_a_visitor_gets_wrong_is_said_on_the_page(client, settings, words):
         client.predict(*wanted.values(), api_name="/draw")
 
 
-def test_no_file_but_its_pictures_can_be_fetched(address, folder):
-    for path in ("/etc/passwd", str(folder / "tiny.yaml"), "../tiny.yaml", str(ROOT / "README.md")):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=120)
-        assert refused.value.code in (403, 404)
-
-
-@pytest.mark.parametrize(
-    ("path", "headers", "data"),
-    [
-        ("/gradio_api/upload", {"Content-Type": "multipart/form-data; boundary=x"}, b"--x--"),
-        ("/gradio_api/call/draw", {"Origin": "https://elsewhere.example"}, b'{"data": []}'),
-        ("/config", {"Host": "elsewhere.example"}, None),
-    ],
-    ids=["upload", "origin", "host"],
-)
-def test_the_page_refuses_uploads_and_requests_of_other_sites(address, path, headers, data):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(urllib.request.Request(address + path, data, headers), timeout=120)
-    assert refused.value.code == 403
-
-
-def test_nothing_is_sampled_for_visitors_who_have_left(address, client):
-    long = {"data": [["runs/tiny"], *{**DRAW, "number": 8, "steps": 250}.values()]}
+@pytest.fixture(scope="module")
+def unread(address):
+    """Long requests of visitors who have left. The server waits ten seconds for them, in which other tests run."""
     for _ in range(16):
-        request = urllib.request.Request(
-            f"{address}/gradio_api/call/draw", json.dumps(long).encode(), {"Content-Type": "application/json"}
-        )
-        urllib.request.urlopen(request, timeout=120).close()
-    began = time.monotonic()
-    assert draw(client)[2]
-    assert time.monotonic() - began < 120  # ten seconds in which they may listen; many minutes where they are drawn
+        ask(address, number=8, steps=250)
 
 
-def test_a_visitor_who_opens_the_stream_late_gets_the_answer(address):
-    asked = {"data": [["runs/tiny"], *{**DRAW, "number": 1, "steps": 2}.values()]}
-    request = urllib.request.Request(
-        f"{address}/gradio_api/call/draw", json.dumps(asked).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        event = json.load(answer)["event_id"]
-    time.sleep(1)
-    with urllib.request.urlopen(f"{address}/gradio_api/call/draw/{event}", timeout=120) as answer:
-        assert "sample.py" in answer.read().decode().partition("event: complete")[2]
+@pytest.mark.usefixtures("unread")
+def test_one_request_at_a_time_has_the_cores(folder, monkeypatch):
+    from sharing.page import Page  # gradio is an extra
+
+    monkeypatch.chdir(folder)
+
+    async def built():  # in a loop that is closed: gradio opens some where none runs, and leaves them open
+        return Page(Studio(["runs/tiny"]), Counter()).build()
+
+    page = asyncio.run(built())
+    by_name = {event.api_name: event for event in page.fns.values()}
+    turns = {
+        (by_name[name].concurrency_id, by_name[name].concurrency_limit)
+        for name in ("draw", "way", "guidance", "nearest")
+    }
+    assert turns == {("cores", 1)}
 
 
 def test_a_look_up_stops_between_two_moments():
@@ -263,21 +229,15 @@ def test_a_look_up_stops_between_two_moments():
     assert list(page.look_up()) == []
 
 
-def test_nothing_is_left_in_the_folder_for_temporary_files(temporary, client):
-    draw(client)
-    assert len(list(temporary.glob("pictures-*"))) == 1  # which goes at the end, as do those of libraries
-    assert not (temporary / "gradio").exists()
-
-
-def test_eight_visitors_at_once_get_their_pictures_in_turn(address, tmp_path):
-    def visit(seed):
-        visitor = gradio_client.Client(address, download_files=str(tmp_path), verbose=False)
-        found = pixels(draw(visitor, seed=str(seed), number=1, steps=2)[2][0])
-        visitor.close()
-        return found.tobytes()
-
-    with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(visit, range(8)))) == 8
+def test_without_a_null_label_neither_the_picture_nor_its_command_is_guided(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    studio = Studio(["runs/tiny"])
+    checkpoint, request = studio.checkpoints["runs/tiny"], Request("runs/tiny", "star", 0, 1, "ddpm", 4, 3.0)
+    assert "--guidance_scale 3.0 " in studio.command(request)
+    config = replace(checkpoint.config, train=replace(checkpoint.config.train, label_dropout=0.0))
+    studio.checkpoints["runs/tiny"] = replace(checkpoint, config=config)
+    assert studio.generator(request).sampling.guidance_scale == 1.0
+    assert "guidance" not in studio.command(request)
 
 
 def test_the_embedded_checkpoint_is_offered_beside_ones_own(tmp_path, folder):
@@ -285,6 +245,57 @@ def test_the_embedded_checkpoint_is_offered_beside_ones_own(tmp_path, folder):
     assert {(folder / "runs" / "tiny").as_posix(), "embedded"} <= {*find_runs(folder / "runs")}
     with pytest.raises(ValueError, match="does not exist"):
         Studio([str(tmp_path / "none")])
+
+
+def test_no_file_but_its_pictures_can_be_fetched(address, folder):
+    for path in ("/etc/passwd", str(folder / "tiny.yaml"), "../tiny.yaml", str(ROOT / "README.md")):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=120)
+        assert refused.value.code in (403, 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "data"),
+    [
+        ("/gradio_api/upload", {"Content-Type": "multipart/form-data; boundary=x"}, b"--x--"),
+        ("/gradio_api/call/draw", {"Origin": "https://elsewhere.example"}, b'{"data": []}'),
+        ("/config", {"Host": "elsewhere.example"}, None),
+    ],
+    ids=["upload", "origin", "host"],
+)
+def test_the_page_refuses_uploads_and_requests_of_other_sites(address, path, headers, data):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(address + path, data, headers), timeout=120)
+    assert refused.value.code == 403
+
+
+def test_nothing_is_sampled_for_visitors_who_have_left(unread, client):
+    began = time.monotonic()
+    assert draw(client)[2]
+    assert time.monotonic() - began < 120  # many minutes if those were drawn
+
+
+def test_a_visitor_who_opens_the_stream_late_gets_the_answer(address):
+    url = ask(address, number=1, steps=2)
+    time.sleep(1)
+    assert "sample.py" in listen(url)
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(temporary, client):
+    draw(client)
+    assert len(list(temporary.glob("pictures-*"))) == 1  # which goes at the end, as do those of libraries
+    assert not (temporary / "gradio").exists()
+
+
+def test_eight_visitors_at_once_get_their_pictures_in_turn(address):
+    def visit(seed):
+        outputs = json.loads(listen(ask(address, seed=str(seed), number=1, steps=2)).splitlines()[0])
+        (image,) = (each["value"] for each in outputs if isinstance(each, dict) and isinstance(each.get("value"), dict))
+        with urllib.request.urlopen(image["url"], timeout=120) as answer:
+            return pixels(answer).tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(visit, range(8)))) == 8
 
 
 def test_classes_are_spelled_so_that_the_command_line_reads_them():

@@ -93,11 +93,11 @@ def test_a_browser_shows_the_pages_whole_on_a_desktop_and_on_a_phone(site, brows
         home = f"http://127.0.0.1:{server.server_port}"
         with page_of(browser, home, WIDTHS["desktop"]) as page:
             for name in ("index", "tutorial", "results", "features", "api/experiment"):
+                page.goto(f"{home}/{name}.html", wait_until="load")
                 for width in WIDTHS.values():
                     page.set_viewport_size({"width": width, "height": 900})
-                    page.goto(f"{home}/{name}.html", wait_until="load")
-                    shown, content = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
-                    assert content <= shown == width, name
+                    whole = f"document.documentElement.scrollWidth <= innerWidth && innerWidth === {width}"
+                    page.wait_for_function(whole)  # the theme's drawers slide away
                 broken = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
                 assert page.evaluate(broken) == [], name
         server.shutdown()

@@ -120,6 +120,7 @@ def test_two_processes_and_micro_batches_equal_one(folder, model, objective):
     settings = {**TINY, "model": model, "model_args": EQUAL[model], "diffusion": OBJECTIVES[objective], "name": None}
     settings["train"] = {**TINY["train"], "num_steps": 10, "class_balanced": model == "DiT"}
     settings["log"] = {"every": 1, "validate_every": 0, "trackers": []}
+    settings["sampling"] = {**TINY["sampling"], "num_steps": 1}
     settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}
     prefix = f"{model}-{objective}"
     (folder / f"{prefix}.yaml").write_text(yaml.safe_dump(settings))
@@ -145,6 +146,7 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
     settings = {**TINY, "model_args": EQUAL["XSwin"], "train": {**TINY["train"], "ema_profiles": [0.1]}}
     settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}
     settings["log"] = {"every": 1, "validate_every": 2, "sample_every": 3, "checkpoint_every": 2, "trackers": []}
+    settings["sampling"] = {**TINY["sampling"], "num_steps": 1}
     (folder / "sharded.yaml").write_text(yaml.safe_dump(settings))
     state = ("model", "heads", "optimizer", "heads_optimizer", "profiles")
     files = ("ema.safetensors", *(f"state/{name}.safetensors" for name in state))
@@ -179,7 +181,7 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
 
     # Stochastic depth draws its masks again as they were: moments, so gradients, are bitwise those without.
     flags = ("tests/fsdp_on_cpus.py", ROOT / "train.py", "--config", "sharded.yaml", "--model_args.drop_path", 0.5)
-    flags += ("--sampling.num_steps", 1, "--sampling.guidance_scale", 1)
+    flags += ("--sampling.guidance_scale", 1)
     for answer in ("true", "false"):
         run(*flags, "--train.num_steps", 1, "--train.recompute", answer, "--name", answer, **sharded)
     kept, again = (weights(folder, name, 1, "state/optimizer.safetensors") for name in ("false", "true"))
@@ -190,7 +192,7 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
 
 def test_killed_and_resumed_trainings_end_bitwise_equal(folder):
     """A short soak; docs/reliability.md has the results of a long one."""
-    done = run("tests/soak.py", "--kills", 1, "--num_steps", 6, "--pixels", "true", cwd=folder)
+    done = run("tests/soak.py", "--kills", 1, "--num_steps", 6, "--pixels", "true", cwd=folder, FORKS="true")
     assert "1 kills" in done.stdout
     assert "equal bitwise" in done.stdout
 
