@@ -76,7 +76,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def semidefinite_root(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d r"]:
     """Factor a positive semidefinite matrix of rank r as `R R^T`, up to rounding, by a Cholesky decomposition with
     complete pivoting (Higham 2002, section 10.3)."""
-    from scipy.linalg.lapack import dpstrf
+    from scipy.linalg.lapack import dpstrf  # pyright: ignore[reportAttributeAccessIssue]
 
     factor, order, rank, _ = dpstrf(matrix.numpy(), lower=1)
     root = torch.empty(len(matrix), rank, dtype=matrix.dtype)
