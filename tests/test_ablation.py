@@ -13,7 +13,6 @@ from ablations import BASE
 from processes import PIXELS, ROOT, TINY, environment_of, run, started
 
 from ablation.identity import done_stages
-from machine import children
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -59,7 +58,8 @@ def test_a_stopped_and_a_killed_ablation_go_on_and_report_their_runs_numbers(tmp
 
     # Killed, its training with it, after the next checkpoint.
     runner = begun(f"checkpoints/{5 * (int(saved.name) // 5 + 1):08d}")
-    children.kill(runner)
+    for process in (runner, *psutil.Process(runner.pid).children(recursive=True)):
+        process.kill()
     runner.join()
     assert "train" not in done_stages(folder)
     assert not (folder / "checkpoints/00000020").exists()
