@@ -223,7 +223,7 @@ def test_a_demo_deletes_what_a_demo_made_and_keeps_the_users_training(tmp_path, 
 def test_the_demos_help_is_help(tmp_path):
     (tmp_path / "runs/quickstart").mkdir(parents=True)
     done = run("scripts/demo.py", "--folder", tmp_path, "--help", cwd=tmp_path)
-    assert "where runs/ and cache/ are" in done.stdout
+    assert "folder of runs/ and cache/" in done.stdout
     assert (tmp_path / "runs/quickstart").is_dir()
 
 
