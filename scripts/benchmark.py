@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import run_program
 from machine import children
+from machine.allocator import reuse_freed_memory
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
 Row = dict[str, Any]
@@ -392,4 +393,5 @@ def chosen(precision: str) -> str:
 
 
 if __name__ == "__main__":
+    reuse_freed_memory()  # as a training does
     run_program([training, sampling, epoch, cache, scaling, extraction, frechet])

@@ -21,6 +21,7 @@ from data.shards import write_shard
 from diffusion import Diffusion, GaussianDiffusion
 from evaluation.table import terminal
 from experiment.config import OptimConfig
+from machine.allocator import return_freed_memory
 from machine.whole_files import write_whole
 from metrics.cost import throughput
 from models import create_model
@@ -162,6 +163,8 @@ def in_turns(programs: Sequence[Program], rounds: int, num_images: int, calls: i
         for (_, program), durations in zip(programs, seconds, strict=True):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            if index == 0:
+                return_freed_memory()
             with suppress(OSError):  # on Linux this resets the peak memory of the process
                 Path("/proc/self/clear_refs").write_text("5")
             held, start = memory_gb(device), time.perf_counter()
