@@ -137,7 +137,7 @@ def score_samples(
     from evaluation.scoring import summarise
     from evaluation.table import latex
     from experiment.build import open_split
-    from machine.whole_files import write_whole
+    from machine.atomic_files import write_atomic
     from metrics.fidelity import class_distances
     from metrics.reference import read_adm, write_adm
     from sampling.image_files import save_grid
@@ -243,7 +243,7 @@ def score_samples(
         write_adm(written[-1], reference.features, held_out_pixels, scorer.extractor)
     if config.latex:
         written.append(output.with_suffix(".tex"))
-        write_whole(written[-1], record.table(rows, columns, form=lambda cells: latex(cells[:1], cells[1:])))
+        write_atomic(written[-1], record.table(rows, columns, form=lambda cells: latex(cells[:1], cells[1:])))
     print("written: " + ", ".join(map(str, written)))
 
 

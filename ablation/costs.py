@@ -15,8 +15,8 @@ from autoencoders.codec import Codec
 from diffusion import Diffusion
 from experiment.build import build_diffusion
 from experiment.config import ExperimentConfig
+from machine.atomic_files import write_atomic
 from machine.precision import precision_of
-from machine.whole_files import write_whole
 from metrics.cost import Cost, cost, throughput
 from models import ModelSpec, model_arguments
 from training.speed import autocasting, training_step
@@ -45,7 +45,7 @@ class Measurements:
         name = json.dumps(key, sort_keys=True, default=str)
         if name not in self.stored:
             self.stored[name] = measure()
-            write_whole(self.path, json.dumps(self.stored, indent=1) + "\n")
+            write_atomic(self.path, json.dumps(self.stored, indent=1) + "\n")
         return self.stored[name]
 
     def cost(self, spec: ModelSpec) -> Cost:

@@ -15,8 +15,8 @@ from checkpoints.checkpoint import find_weights, read_metadata
 from experiment.config import ExperimentConfig
 from experiment.imports import imported_files
 from experiment.mappings import flatten
+from machine.atomic_files import sha256_of, write_atomic
 from machine.checkpoint_folder import CheckpointError
-from machine.whole_files import sha256_of, write_whole
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": "train.py", "score": "evaluate.py", "draw": "sample.py"}
@@ -89,9 +89,9 @@ def mark(folder: Path, **keys: str) -> None:
     """Add keys to `stages.json`; when a training begins, also write the hashes of its code to `code.json`."""
     if "score" in keys and (folder / "scores.json").is_file():
         keys["scores"] = sha256_of(folder / "scores.json")
-    write_whole(folder / "stages.json", json.dumps({**done_stages(folder), **keys}, indent=2) + "\n")
+    write_atomic(folder / "stages.json", json.dumps({**done_stages(folder), **keys}, indent=2) + "\n")
     if keys.get("began", "").endswith(code_hash("train")):
-        write_whole(folder / "code.json", json.dumps({"began": code_of("train")}, indent=1) + "\n")
+        write_atomic(folder / "code.json", json.dumps({"began": code_of("train")}, indent=1) + "\n")
 
 
 def changes(folder: Path, key: str, config: ExperimentConfig) -> list[str]:

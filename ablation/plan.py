@@ -20,8 +20,8 @@ from evaluation.scoring import open_scorer
 from evaluation.table import terminal
 from experiment.build import build_diffusion, model_spec, open_cache, open_split
 from experiment.config import SamplingConfig
+from machine.atomic_files import write_atomic
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_whole
-from machine.whole_files import write_whole
 from metrics.cost import Cost
 from metrics.scores import check_metrics
 from models import ModelSpec
@@ -198,7 +198,7 @@ def make_plan(
         speed = measurements.speed(planned.spec, config, _codec(config.autoencoder)) if timed else None
         plan[index] = replace(planned, keys=keys, speed=speed, startup=start)
     plan = [replace(planned, trained_in=_training_folder(planned, plan)) for planned in plan]
-    write_whole(folder / "plan.json", json.dumps(as_record(plan), indent=2) + "\n")
+    write_atomic(folder / "plan.json", json.dumps(as_record(plan), indent=2) + "\n")
     return plan
 
 

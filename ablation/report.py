@@ -12,7 +12,7 @@ from ablation.tables import as_markdown, as_tex, cells, crossed, head, reference
 from evaluation.plots import page
 from evaluation.table import SIGNIFICANT, markdown, plain
 from experiment.config import SamplingConfig
-from machine.whole_files import write_whole
+from machine.atomic_files import write_atomic
 from metrics.scores import digits_of, is_lower_better, title_of
 
 ALWAYS_SHOWN = ("sampler", "num_steps", "guidance_scale")  # other sampling settings only where not the default
@@ -46,10 +46,10 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
         text.append("![samples](figures/models.png)")
     text.append("\n".join(f"- {name}: {plain(fact)}" for name, fact in facts.items()))
 
-    write_whole(folder / "report.html", html)
-    write_whole(folder / "report.md", "\n\n".join(filter(None, text)) + "\n")
-    write_whole(folder / "table.tex", as_tex(results, columns))
-    write_whole(folder / "results.csv", trials_csv(results))
+    write_atomic(folder / "report.html", html)
+    write_atomic(folder / "report.md", "\n\n".join(filter(None, text)) + "\n")
+    write_atomic(folder / "table.tex", as_tex(results, columns))
+    write_atomic(folder / "results.csv", trials_csv(results))
     return (
         f"report of {len(results.runs)} runs ({len(results.missing)} to go): {folder}/report.html, report.md, "
         "table.tex, results.csv, figures/"

@@ -27,10 +27,10 @@ from ablation.identity import PROGRAMS, ROOT, code_hash, done_stages, mark
 from ablation.plan import PlannedRun, duration
 from ablation.study import ClusterConfig
 from machine import children
+from machine.atomic_files import beside, write_atomic
 from machine.children import EXIT_CODE, STOPPED
 from machine.cluster import open_executor, requeue
 from machine.lock import InUse, Lock
-from machine.whole_files import beside, write_whole
 
 _PRINTING = threading.Lock()
 # With these metrics alone, evaluate.py keeps no features, which distances per class need.
@@ -144,7 +144,7 @@ class Runner:
         with Lock(folder / "lock") as lock:
             if planned.trains and "began" not in done_stages(folder) and (folder / "checkpoints").exists():
                 raise ValueError(f"{folder} holds a training that no ablation began; move it away")
-            write_whole(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
+            write_atomic(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
             if not planned.trains:
                 mark(folder, train=planned.keys["train"])
             for stage in STAGES:

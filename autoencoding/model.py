@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autoencoders.codec import LatentCodec
 from autoencoding.autoencoder_config import ArchitectureConfig, AutoencoderOptimConfig, AutoencodingConfig
 from checkpoints.checkpoint import WEIGHTS, read_metadata
-from machine.whole_files import beside, whole
+from machine.atomic_files import atomic_path, beside
 from training.muon import Muon
 from training.optimizer import Optimizers, decaying
 
@@ -160,7 +160,7 @@ def finish(
         per_channel = {"latents_mean": None, "latents_std": None}  # statistics of init_from no longer hold
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift, **per_channel)
     previous = beside(folder)
-    with whole(folder) as partial:
+    with atomic_path(folder) as partial:
         if half and any(not weight.half().isfinite().all() for weight in autoencoder.state_dict().values()):
             print("--half: weights beyond float16's 65504 would become infinite; they are kept in float32")
             half = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from machine.sharding import is_sharded, own_part, part_like, whole
+from machine.sharding import full_tensor, is_sharded, local_shard, shard_like
 
 
 class Average:
@@ -37,7 +37,7 @@ class Average:
         """
         if not self._is_whole:
             for name, tensor in self._model.state_dict(keep_vars=True).items():
-                tensor.data = whole(self.tensors[name])
+                tensor.data = full_tensor(self.tensors[name])
             self._is_whole = True
         return self._model
 
@@ -45,7 +45,7 @@ class Average:
         """Shard the averages as `model` is sharded, if it is."""
         for average in (self, *self.profiles.values()) if is_sharded(model) else ():
             values = model.state_dict()
-            average.tensors = {name: part_like(full, values[name]).clone() for name, full in average.tensors.items()}
+            average.tensors = {name: shard_like(full, values[name]).clone() for name, full in average.tensors.items()}
             average._is_sharded = True
             average.free_whole_model()
 
@@ -69,8 +69,8 @@ class Average:
                 continue
             if average.is_floating_point():
                 averages, values = pairs[first_step(name, self.began)]
-                averages.append(own_part(average))
-                values.append(own_part(current[name]).to(average.dtype))
+                averages.append(local_shard(average))
+                values.append(local_shard(current[name]).to(average.dtype))
             else:
                 average.copy_(current[name])
         for first, (averages, values) in pairs.items():
@@ -128,7 +128,7 @@ class EMA(Average):
         averages, current = self.tensors, model.state_dict()
         names = [name for name, _ in self._model.named_parameters()]
         difference = get_total_norm([averages[name] - current[name] for name in names])
-        return (whole(difference) / whole(get_total_norm([current[name] for name in names]))).item()
+        return (full_tensor(difference) / full_tensor(get_total_norm([current[name] for name in names]))).item()
 
 
 def gamma_of(sigma_rel: float) -> float:

@@ -34,7 +34,7 @@ from experiment.mappings import from_dict
 from experiment.run_config import RunConfig
 from machine.accelerator import from_main
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
-from machine.sharding import part_like
+from machine.sharding import shard_like
 from models import ModelSpec
 
 WEIGHTS = "ema.safetensors"
@@ -348,7 +348,7 @@ def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: P
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(part_like(weights[name], tensor))
+            tensor.copy_(shard_like(weights[name], tensor))
 
 
 def current_commit() -> str:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from checkpoints.averages import EMA
 from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_tensors
+from machine.atomic_files import atomic_path
 from machine.checkpoint_folder import by_step, checkpoint_path, write_checkpoint
-from machine.sharding import gather, part_like
-from machine.whole_files import whole
+from machine.sharding import gather, shard_like
 
 PROFILES = "state/profiles.safetensors"
 SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
@@ -134,7 +134,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         number, key = name.split(".", 1)
         index = index_of[int(number)]
         like = parameters[index]
-        state.setdefault(index, {})[key] = part_like(tensor, like) if tensor.shape == like.shape else tensor
+        state.setdefault(index, {})[key] = shard_like(tensor, like) if tensor.shape == like.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -153,7 +153,7 @@ def list_snapshots(run: Path) -> dict[int, Path]:
 
 def _keep_snapshot(profiles: Path, snapshot: Path) -> None:
     """Hard-link the file of profiles under a second name, which survives the deletion of old checkpoints."""
-    with whole(snapshot) as partial:
+    with atomic_path(snapshot) as partial:
         try:
             partial.hardlink_to(profiles)
         except OSError:  # the file system has no hard links

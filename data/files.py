@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data.layout import DataError
 from data.pixels import SUFFIXES
-from machine.whole_files import write_whole
+from machine.atomic_files import write_atomic
 
 MAX_BYTES = 2**30  # per file
 NAMES = "classnames.txt"  # beside tar shards: the names of the classes, one per line, starting with class 0
@@ -264,7 +264,7 @@ def content_hash(files: Folder | Zip | Tars, names: Sequence[str]) -> str:
         all_readable &= num_bytes > 0
     if cached and all_readable and time.monotonic() - start > SLOW_SECONDS:
         with suppress(OSError):  # the cache is optional
-            write_whole(cached, digest.hexdigest())
+            write_atomic(cached, digest.hexdigest())
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.files import stamp
 from data.layout import DataError
-from machine.whole_files import whole
+from machine.atomic_files import atomic_path
 
 TENSORS = ("stored", "labels", "source_indices")
 CHECKED = "checked"  # file beside the shards: their stamp when their checksums were last verified
@@ -101,7 +101,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name and rename it. An error is ignored if the file exists afterwards, as another
     process has then written the same."""
     try:
-        with whole(path) as partial:
+        with atomic_path(path) as partial:
             write(partial)
     except (OSError, SafetensorError) as error:
         if not path.exists():

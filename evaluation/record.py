@@ -16,7 +16,7 @@ from evaluation.scoring import Memorisation, Reference, Row, Scorer
 from evaluation.sources import Source
 from evaluation.table import number, terminal
 from machine.accelerator import describe
-from machine.whole_files import beside, write_whole
+from machine.atomic_files import beside, write_atomic
 from metrics.features import Extractor
 from metrics.scores import Score, digits_of, metric_name
 from sampling.image_files import save_grid
@@ -44,7 +44,7 @@ def write_json(record: dict[str, Any], path: Path) -> None:
         existing = json.loads(path.read_text())
     if _num_images(existing) > _num_images(record):
         print(f"{path} was of more images, and is now {path.rename(beside(path))}")
-    write_whole(path, json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _num_images(record: Any) -> int:

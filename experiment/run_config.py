@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from experiment.mappings import flatten
-from machine.whole_files import inside
+from machine.atomic_files import inside
 from settings import SEEDS, within
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine.whole_files import sha256_of, whole
+from machine.atomic_files import atomic_path, sha256_of
 
 CHECKSUMS = "checksums.json"
 BEST = "best"
@@ -126,7 +126,7 @@ def mark_best(folder: Path, step: int | None) -> bool:
     if step is None or not checkpoint_path(folder, step).is_dir():
         (folder / BEST).unlink(missing_ok=True)
         return False
-    with whole(folder / BEST) as partial:
+    with atomic_path(folder / BEST) as partial:
         partial.symlink_to(checkpoint_path(folder, step).name, target_is_directory=True)
     return True
 

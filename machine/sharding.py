@@ -7,17 +7,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one. This is a collective: all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's shard as a plain tensor that shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's shard of a full tensor, sharded like `like`."""
     if not isinstance(like, DTensor):
         return tensor
@@ -30,7 +30,7 @@ def gather(tensors: Mapping[str, Tensor], memory: dict[str, Tensor], *, keep: bo
     for name in memory.keys() - tensors.keys():
         del memory[name]
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         if not keep:
             continue
         copy = memory.get(name)

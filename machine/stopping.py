@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from machine.atomic_files import write_atomic
 from machine.children import EXIT_CODE, STOPPED, on_stop
 from machine.lock import Lock
-from machine.whole_files import write_whole
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 BEFORE = "before the first step; run it again with --resume auto"
@@ -26,7 +26,7 @@ def stops_at_once(run: Path) -> Iterator[None]:
         words = f"{number.name}: stopped {BEFORE}"
         if os.environ.get("RANK", "0") == "0":
             with suppress(ValueError), Lock(run / "training.lock"):
-                write_whole(run / STOPPED, f"{words}\n")
+                write_atomic(run / STOPPED, f"{words}\n")
             with suppress(OSError):  # a terminal that is gone
                 print(words, file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)  # an exception would look like one of the module being imported

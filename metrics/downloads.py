@@ -7,7 +7,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from machine.whole_files import whole
+from machine.atomic_files import atomic_path
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def download(url: str, name: str, flag: str) -> Path:
         with network_timeout(seconds=10.0):
             with urlopen(Request(url, method="HEAD")) as reply:
                 length = reply.headers.get("Content-Length")
-            with whole(path) as partial:
+            with atomic_path(path) as partial:
                 torch.hub.download_url_to_file(url, str(partial))
                 if length is not None and partial.stat().st_size != int(length):
                     raise OSError("it was cut short")

@@ -20,7 +20,7 @@ from torch_fidelity.utils import create_feature_extractor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import Resize
 
-from machine.whole_files import sha256_of
+from machine.atomic_files import sha256_of
 from metrics.downloads import hub_answers, network_timeout
 from metrics.programs import load_program, one_line
 from metrics.scores import INCEPTION

@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 from torch.export.pt2_archive import PT2ArchiveReader
 
-from machine.whole_files import whole
+from machine.atomic_files import atomic_path
 
 SIZES = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # dynamic axes of images [n c h w]
 HOW = "torch.export.export(module.eval(), (images,), dynamic_shapes=({0: D, 2: D, 3: D},)), D = Dim.DYNAMIC"
@@ -45,7 +45,7 @@ def load_program(path: str | Path) -> nn.Module:
 
 def save_program(module: nn.Module, example: Tensor, path: str | Path) -> Path:
     """Save a module that takes images [n c h w] of any n, h and w, in the format of the path's suffix."""
-    with whole(Path(path)) as partial:
+    with atomic_path(Path(path)) as partial:
         if partial.suffix == ".pt2":
             save_exported(torch.export.export(module, (example,), dynamic_shapes=(SIZES,)), partial)
         else:

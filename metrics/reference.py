@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from machine.whole_files import whole
+from machine.atomic_files import atomic_path
 from metrics.downloads import download
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
@@ -53,7 +53,7 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
     counts = json.dumps({name: moments.num for name, moments in named_moments.items()})
     metadata = {"key": json.dumps(key, sort_keys=True), "counts": counts, "sha256": _sha256(tensors, counts)}
     try:
-        with whole(path) as partial:
+        with atomic_path(path) as partial:
             save_file(tensors, partial, metadata=metadata)
     except SafetensorError as error:
         raise ReferenceError(
@@ -107,7 +107,7 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
     arrays |= {"mu": features.moments.mean.numpy(), "sigma": features.moments.covariance.numpy()}
     if features.spatial is not None:
         arrays |= {"mu_s": features.spatial.mean.numpy(), "sigma_s": features.spatial.covariance.numpy()}
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         np.savez(partial, **arrays)
 
 

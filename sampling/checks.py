@@ -15,7 +15,7 @@ from diffusion import Diffusion
 from diffusion.samplers import Staged, check_options, num_steps_of
 from experiment.build import meaning_of
 from experiment.config import DiffusionConfig, ExperimentConfig, SamplingConfig
-from machine.whole_files import sha256_of
+from machine.atomic_files import sha256_of
 from models import ModelSpec
 
 DEFAULT_GUIDANCE = ExperimentConfig().sampling.guidance_scale  # of trainings

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from machine.whole_files import check_empty, inside, whole
+from machine.atomic_files import atomic_path, check_empty, inside
 
 SMALL, LARGE = ImageFont.load_default(size=9), ImageFont.load_default(size=22)
 GAP = 2  # pixels between images
@@ -29,7 +29,7 @@ def save_grid(
     if weights is not None:
         metadata.add_text(DRAWN_BY, weights)
     options: dict[str, Any] = {"quality": 95, "subsampling": 0, "pnginfo": metadata}  # quality: of the JPEG in a PDF
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         draw_grid(images, columns, **names).save(partial, **options)
 
 
@@ -105,7 +105,7 @@ def width_of(name: str) -> float:
 def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[str], folder: Path) -> None:
     """Save images as `class/000123.png` in a new folder, numbered by index. `class_names` holds each image's class."""
     check_empty(folder, "--output")
-    with whole(folder) as partial:
+    with atomic_path(folder) as partial:
         paths = [inside(partial, f"./{name}/{index:06d}.png", "--output") for index, name in enumerate(class_names)]
         name_of = {path.parent: name for path, name in zip(paths, class_names, strict=True)}
         for path, name in zip(paths, class_names, strict=True):
@@ -121,7 +121,7 @@ def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[s
 def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classes: list[str], path: Path) -> None:
     """Save ADM's `arr_0` [n h w 3] and, with classes, `arr_1` [n], which are labels, and `classes`, their names. Images
     are written batch by batch, as they may exceed the memory."""
-    with whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with atomic_path(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for index, images in enumerate(batches):
                 pixels = images.permute(0, 2, 3, 1).contiguous().numpy()

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ablation.study import AblationConfig, ClusterConfig, expand, read_ablation
 from experiment.cli import one_line_errors, parse
+from machine.atomic_files import inside
 from machine.children import EXIT_CODE
 from machine.stopping import importing
-from machine.whole_files import inside
 from settings import within
 
 STARTED = time.time()

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
 from machine import children
+from machine.atomic_files import beside
 from machine.lock import Lock
-from machine.whole_files import beside
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = Path.cwd()

@@ -42,7 +42,7 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     """Validate the settings, and write the folder."""
     from checkpoints.checkpoint import open_checkpoint
-    from machine.whole_files import check_empty, whole
+    from machine.atomic_files import atomic_path, check_empty
     from published.diffusers_pipeline import write_folder
     from sampling.checks import resolve_sampling
 
@@ -54,7 +54,7 @@ def main(config: ExportConfig) -> None:
     codec = checkpoint.open_codec(config.autoencoder)
     if sampling.clip is None:
         sampling = replace(sampling, clip=codec.limit)
-    with whole(config.output) as folder:
+    with atomic_path(config.output) as folder:
         description = write_folder(folder, checkpoint, codec, sampling, native=config.native)
     print(f"{config.output}: {description}")
 

@@ -163,7 +163,7 @@ def draw_rates(path: Path, rates: Sequence[float], losses: Sequence[float]) -> N
     """Plot the losses and their running average against the rate, with a line at the suggested one."""
     from matplotlib.figure import Figure
 
-    from machine.whole_files import whole
+    from machine.atomic_files import atomic_path
 
     averages, tried, lr = smoothed(losses), rates[: len(losses)], rates[_argmin(losses)] / MARGIN
     figure = Figure(figsize=(6, 3.5), layout="constrained")
@@ -174,7 +174,7 @@ def draw_rates(path: Path, rates: Sequence[float], losses: Sequence[float]) -> N
     axes.set_ylim(top=max(averages[0], min(averages) + abs(averages[0])) * 1.1)
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
 
 

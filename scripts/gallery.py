@@ -53,7 +53,7 @@ class GalleryConfig:
 def main(config: GalleryConfig) -> None:
     """Read the runs, find their differences and write the page."""
     from evaluation.plots import page
-    from machine.whole_files import write_whole
+    from machine.atomic_files import write_atomic
 
     folder = config.folder
     runs = [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
@@ -74,7 +74,7 @@ def main(config: GalleryConfig) -> None:
     title, head = f"{len(runs)} runs in {folder.resolve().name}", ["run", "steps", *logged, *scores, *differing]
     table = [[cell(value) for value in row] for row in rows]
     path = config.output or folder / "gallery.html"
-    write_whole(path, page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards))
+    write_atomic(path, page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards))
     print(f"{len(runs)} runs: {path}")
 
 

@@ -88,7 +88,7 @@ class ImportConfig:
 
 def main(config: ImportConfig) -> None:
     """Convert the weights in a temporary folder, which is renamed once it can be opened."""
-    from machine.whole_files import check_empty, whole
+    from machine.atomic_files import atomic_path, check_empty
     from published.public_files import public_autoencoder
 
     check_empty(config.output, "--output")
@@ -96,7 +96,7 @@ def main(config: ImportConfig) -> None:
     is_autoencoder = config.source in ("tiny", "ldm") or (config.source is None and files != [config.weights])
     if is_autoencoder:
         check_autoencoder(config, files)
-    with whole(config.output) as folder:
+    with atomic_path(config.output) as folder:
         description = import_autoencoder(config, files, folder) if is_autoencoder else import_backbone(config, folder)
     print(f"{description}{config.output}")
 
@@ -104,7 +104,7 @@ def main(config: ImportConfig) -> None:
 def import_backbone(config: ImportConfig, folder: Path) -> str:
     """Write weights as a checkpoint, and return a description of it."""
     from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
-    from machine.whole_files import sha256_of
+    from machine.atomic_files import sha256_of
     from models import ModelSpec
     from published.public_files import FILES, public_file
     from published.training_files import read_weights

@@ -76,7 +76,7 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
     from tqdm import tqdm
 
     from data.pixels import fit, to_rgb
-    from machine.whole_files import sha256_of, write_whole
+    from machine.atomic_files import sha256_of, write_atomic
 
     path = output.with_suffix(".json")
     if output.suffix.lower() != ".zip" or output.is_dir():  # else `pets` and `pets.zip` would share a manifest
@@ -111,7 +111,7 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
         manifest["folders"] = dict(sorted(counts.items()))
         path.unlink(missing_ok=True)  # so that the new zip is never beside the manifest of an old one
         partial.replace(output)
-    write_whole(path, json.dumps(manifest, indent=2) + "\n")
+    write_atomic(path, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 

@@ -46,7 +46,7 @@ def main(config: PushConfig) -> None:
 
     from checkpoints.checkpoint import WEIGHTS, open_checkpoint, read_tensors
     from checkpoints.hub import HubError, reason
-    from machine.whole_files import check_empty
+    from machine.atomic_files import check_empty
     from sharing.model_card import SHOWN, card_files, model_card, write_published
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):

@@ -55,7 +55,7 @@ def main(config: RecogniseConfig) -> None:
     import torch
 
     from experiment.build import open_split
-    from machine.whole_files import write_whole
+    from machine.atomic_files import write_atomic
     from metrics.classifier import train_classifier
     from metrics.image_batches import image_batches
 
@@ -100,7 +100,7 @@ def main(config: RecogniseConfig) -> None:
         figures |= {"class_agreement": correct.mean().item(), "num_samples": len(samples), "per_class": per_class}
         print(f"It takes {correct.mean():.2%} of {len(samples)} samples for the class asked for.")
     if config.output:
-        write_whole(config.output, json.dumps(figures, indent=2) + "\n")
+        write_atomic(config.output, json.dumps(figures, indent=2) + "\n")
 
 
 def read_samples(path: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:

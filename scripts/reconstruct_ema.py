@@ -44,7 +44,7 @@ def main(config: ReconstructConfig) -> None:
     from checkpoints.averages import first_step, gamma_of, reconstruction_weights
     from checkpoints.checkpoint import open_checkpoint, read_metadata, read_tensors, save_tensors
     from checkpoints.training_state import list_snapshots
-    from machine.whole_files import whole
+    from machine.atomic_files import atomic_path
 
     run, sigma_rel, step = config.run, config.sigma_rel, config.step
     files = list_snapshots(run)
@@ -77,7 +77,7 @@ def main(config: ReconstructConfig) -> None:
                 total[name] = tensor
     path = config.output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         save_tensors(rounded, partial, {**metadata, "step": str(last), "sigma_rel": f"{sigma_rel:g}"})
     open_checkpoint(path)
     print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(files) * len(lengths)} snapshots: {path}")

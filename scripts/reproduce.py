@@ -22,8 +22,8 @@ from evaluation.reproduction import Table, arguments, compare, read_index
 from evaluation.table import terminal
 from experiment.cli import one_line_errors, parse
 from machine import children
+from machine.atomic_files import write_atomic
 from machine.lock import Lock
-from machine.whole_files import write_whole
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ def run(table: Table, files: dict[str, str], folder: Path, *, any_code: bool) ->
                 raise
         print(f"    {time.time() - start:.0f} s", flush=True)
         done[line] = {"commit": current_commit(), "of": keys[command]}
-        write_whole(journal, json.dumps(done, indent=2) + "\n")
+        write_atomic(journal, json.dumps(done, indent=2) + "\n")
 
 
 def key_of(words: list[str], files: dict[str, str]) -> str:
     """Hash the code of a command and the files that it names; for a folder, the names and sizes of its files."""
     from ablation.identity import code_of_command
-    from machine.whole_files import sha256_of
+    from machine.atomic_files import sha256_of
 
     contents: dict[str, object] = {}
     for name, path in files.items():

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluation.reproduction import rows
 from evaluation.table import markdown
 from experiment.cli import run_program
-from machine.whole_files import sha256_of, write_whole
+from machine.atomic_files import sha256_of, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX, DOCUMENT = ROOT / "docs" / "zoo.yaml", ROOT / "docs" / "zoo.md"
@@ -33,8 +33,8 @@ MARKS = "<!-- python scripts/zoo.py writes this table -->", "<!-- to here -->"
 def main() -> None:
     """Read the files and write both documents."""
     index = {name: entry(by_hand) for name, by_hand in yaml.safe_load(INDEX.read_text()).items()}
-    write_whole(INDEX, HEAD + yaml.safe_dump(index, sort_keys=False, width=120, allow_unicode=True))
-    write_whole(DOCUMENT, filled_in(DOCUMENT.read_text(), index))
+    write_atomic(INDEX, HEAD + yaml.safe_dump(index, sort_keys=False, width=120, allow_unicode=True))
+    write_atomic(DOCUMENT, filled_in(DOCUMENT.read_text(), index))
 
 
 def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:

@@ -127,9 +127,9 @@ class Page:
             if len(runs or []) != 1 or not self.studio.draws_at_once(runs[0]):
                 return [gr.skip()] * (3 + MOST_RUNS)
             if not to_class and not str(to_seed or "").strip():
-                to_seed = whole("Seed", seed) + 1
+                to_seed = whole_number("Seed", seed) + 1
             (request,) = self.requests_of(runs, of_class, seed, 2, guidance, sampler, steps, to_class, to_seed)
-            picture = self.picture(request, self.studio.on_the_way(request, whole("On the way", position) - 1))
+            picture = self.picture(request, self.studio.on_the_way(request, whole_number("On the way", position) - 1))
             command = self.command(replace(request, num_images=LENGTH))
         return [[], gr.Slider(visible=False), command, *views([[picture]], [f"{request.run}: {position} of {LENGTH}"])]
 
@@ -177,8 +177,14 @@ class Page:
         runs = [runs] if isinstance(runs, str) else runs
         if not 1 <= len(runs or []) <= MOST_RUNS:
             raise ValueError(f"choose one to {MOST_RUNS} checkpoints")
-        sampling = whole("Seed", seed), whole("Pictures", number), str(sampler), whole("Steps", steps), float(guidance)
-        to_seed = whole("To the seed", to_seed) if str(to_seed or "").strip() else None
+        sampling = (
+            whole_number("Seed", seed),
+            whole_number("Pictures", number),
+            str(sampler),
+            whole_number("Steps", steps),
+            float(guidance),
+        )
+        to_seed = whole_number("To the seed", to_seed) if str(to_seed or "").strip() else None
         request = Request("", str(of_class), *sampling, to_class=str(to_class) if to_class else None, to_seed=to_seed)
         if request.interpolates and request.num_images < 2:
             raise ValueError("To the class, To the seed: a walk has both ends; ask for 2 pictures or more")
@@ -229,7 +235,7 @@ def samplers_for(checkpoint: Checkpoint) -> list[str]:
     return list(samplers_of(checkpoint.build_diffusion()))
 
 
-def whole(name: str, value: object) -> int:
+def whole_number(name: str, value: object) -> int:
     """Parse a non-negative whole number from a control. Raises ValueError naming the control."""
     text = str(value).strip().removesuffix(".0")
     if not text.isascii() or not text.isdigit() or len(text) > 18:

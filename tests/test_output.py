@@ -20,7 +20,7 @@ from torch import nn
 
 from autoencoders.codec import AutoencoderError
 from diffusion import GaussianDiffusion, sample
-from machine.whole_files import beside, whole, write_whole
+from machine.atomic_files import atomic_path, beside, write_atomic
 from sampling import generation
 from sampling.generation import Generator
 from sampling.image_files import save_folder, save_grid, save_npz
@@ -60,7 +60,7 @@ def test_what_is_interrupted_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("named", [[], [".x.json.partial"]])
 def test_a_full_disk_is_reported_with_the_file_that_did_not_fit(tmp_path, named):
     words = r"x\.json could not be written \(No space left on device\); make room"
-    with pytest.raises(OSError, match=words), whole(tmp_path / "x.json"):
+    with pytest.raises(OSError, match=words), atomic_path(tmp_path / "x.json"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *named)
     assert list(tmp_path.iterdir()) == []
 
@@ -171,7 +171,7 @@ def test_what_a_killed_draw_left_is_in_no_later_one(tmp_path):
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     with subprocess.Popen([sys.executable, "-c", kill]) as killed:
         killed.wait()
-    with whole(tmp_path / "images") as partial:
+    with atomic_path(tmp_path / "images") as partial:
         left_over = Path(str(partial).replace(f".{os.getpid()}.", f".{killed.pid}."))
         (left_over / "a").mkdir(parents=True)
         (left_over / "a" / "000004.png").touch()
@@ -182,10 +182,10 @@ def test_what_a_killed_draw_left_is_in_no_later_one(tmp_path):
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
-    with whole(tmp_path / "x") as first, whole(tmp_path / "x") as second:
+    with atomic_path(tmp_path / "x") as first, atomic_path(tmp_path / "x") as second:
         first.write_text("first")
         second.write_text("second")
-        write_whole(tmp_path / "x", "third")
+        write_atomic(tmp_path / "x", "third")
         assert (first.read_text(), second.read_text()) == ("first", "second")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_text() == "first"

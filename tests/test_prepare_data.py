@@ -63,7 +63,7 @@ def test_a_killed_write_leaves_no_manifest_of_another_zip(script, tmp_path, monk
     def killed(path, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("machine.whole_files.write_whole", killed)
+    monkeypatch.setattr("machine.atomic_files.write_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
         script.write_zip(items(), tmp_path / "pets.zip", 8, source="pets")
     assert [path.name for path in tmp_path.iterdir()] == ["pets.zip"]

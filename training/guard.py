@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from machine.sharding import own_part, whole
+from machine.sharding import full_tensor, local_shard
 
 
 class TrainingDivergedError(ValueError):
@@ -41,7 +41,7 @@ class Guard:
         end, nor if they are not finite, which at the end raises TrainingDivergedError."""
         if self.in_a_row and not last:
             return False
-        values = [own_part(value) for value in model.state_dict().values() if value.is_floating_point()]
+        values = [local_shard(value) for value in model.state_dict().values() if value.is_floating_point()]
         is_broken = ~torch.stack([value.isfinite().all() for value in values]).all()
         if accelerator.reduce(is_broken.float(), "sum").item() == 0:  # pyright: ignore
             return True
@@ -91,4 +91,4 @@ def gradient_norm(
     else:
         norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
     assert norm is not None  # Accelerate returns None only with DeepSpeed
-    return whole(norm)
+    return full_tensor(norm)

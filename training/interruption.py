@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from machine.accelerator import from_main
+from machine.atomic_files import write_atomic
 from machine.children import EXIT_CODE, STOPPED, on_stop
 from machine.lock import Lock
 from machine.stopping import BEFORE, SIGNALS
-from machine.whole_files import write_whole
 
 TIME_LIMIT = 1  # code of a reason to stop; 0 stands for none, and 1 + n for signal n, which takes precedence
 
@@ -53,7 +53,7 @@ class Interruption:
         if stops := isinstance(error, Stopped) or main_has_left:
             message = f"{error}: stopped {self.progress}"
             if is_main:
-                write_whole(self.run / STOPPED, f"{message}\n")
+                write_atomic(self.run / STOPPED, f"{message}\n")
             if not self.left_alone:
                 self.accelerator.end_training()
             with suppress(OSError):  # if the terminal is closed

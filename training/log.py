@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
 
 from experiment.mappings import flatten
+from machine.atomic_files import write_atomic
 from machine.checkpoint_folder import by_step
-from machine.whole_files import write_whole
 
 
 def is_due(step: int, every: int) -> bool:
@@ -74,7 +74,7 @@ class Log:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 print(f"warning: {self.path}: line {number} is broken and left out: {line[:60]}", flush=True)
-        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        write_atomic(self.path, "".join(f"{line}\n" for line in kept))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from machine.precision import has_bf16
-from machine.sharding import part_like, whole
+from machine.sharding import full_tensor, shard_like
 from models.backbone import Backbone
 
 STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration, so steep at 0 that five steps suffice
@@ -72,9 +72,9 @@ class Muon(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(weight)
         state["step"] += 1
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        nesterov = whole(gradient.lerp(average, momentum))  # gathered if the weight is sharded
+        nesterov = full_tensor(gradient.lerp(average, momentum))  # gathered if the weight is sharded
         matrix = nesterov.flatten(1)
-        direction = part_like(orthogonalise(matrix, dtype).view_as(nesterov), weight)
+        direction = shard_like(orthogonalise(matrix, dtype).view_as(nesterov), weight)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(direction, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
 

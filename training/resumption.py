@@ -14,8 +14,8 @@ from data.images import abridged
 from experiment.imports import load_imports
 from experiment.mappings import flatten, from_dict
 from experiment.run_config import R, RunConfig, resuming
+from machine.atomic_files import beside
 from machine.checkpoint_folder import CheckpointError, by_step, list_checkpoints, to_resume
-from machine.whole_files import beside
 
 OUTPUTS = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.*", "ema-*.safetensors")
 

@@ -20,10 +20,10 @@ from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of
 from checkpoints.training_state import TrainingState, copy_checkpoint, resume
 from experiment.run_config import R, resuming
 from machine.accelerator import from_main, open_accelerator
+from machine.atomic_files import write_atomic
 from machine.background import Background
 from machine.checkpoint_folder import Best, mark_best, rotate, to_resume
 from machine.sharding import is_sharded
-from machine.whole_files import write_whole
 from sampling.image_files import save_grid
 from training.guard import Guard
 from training.interruption import Interruption, Stopped
@@ -116,7 +116,7 @@ class Run(Generic[R]):
                 note = f"{self.checkpoints}/best is kept until there is another: values so far do not compare"
                 self.accelerator.print(f"{note}, they are of other {', '.join(changed)}")
         if self.is_main:
-            write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+            write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         self.accelerator.wait_for_everyone()
         self.interruption.begin()
         self._saved_at = time.monotonic()

@@ -22,7 +22,7 @@ from diffusion import Diffusion, GaussianDiffusion
 from evaluation.table import terminal
 from experiment.config import OptimConfig
 from machine.allocator import return_freed_memory
-from machine.whole_files import write_whole
+from machine.atomic_files import write_atomic
 from metrics.cost import throughput
 from models import create_model
 from models.backbone import Backbone
@@ -192,7 +192,7 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
     cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
     print(f"\n{title}\n\n{terminal(cells)}\n\n{note}")
     if output is not None:
-        write_whole(output, json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
+        write_atomic(output, json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
 
 
 def graphed(step: Callable[[], Any]) -> Callable[[], None]:

@@ -33,14 +33,14 @@ def check_empty(folder: Path, flag: str) -> None:
         raise FileExistsError(f"{flag} {folder} is not empty; give another folder or delete it")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text(text)
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Context that yields a temporary path to write a file or folder to, and moves it into place at the end. The path
     lies in a temporary folder of this writer; leftovers of killed writers are removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
