@@ -153,6 +153,7 @@ def become(command, cwd, environment, cores, *outputs):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # the server may have looked it up already, in its own environment
     sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
     if environment.get("FORKS") and os.getpgrp() != os.getpid():
         os.setsid()
