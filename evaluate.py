@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.hub import is_name
+from checkpoints.hub import is_checkpoint_name
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig, DataFlags, EvaluationConfig, SamplingConfig
-from machine.stopping import importing
-from metrics.scores import PER_IMAGE, check_metrics, needs_of
+from machine.stopping import without_garbage_collection
+from metrics.scores import PER_IMAGE, check_metrics, required_features
 from settings import set_values, unset, within
 
 if TYPE_CHECKING:
@@ -93,26 +93,26 @@ class EvaluateConfig(EvaluationFlags):
 
 def main(config: EvaluateConfig) -> None:
     """Combine flags with the configuration of the checkpoint, and score samples or measure autoencoders."""
-    with importing():
+    with without_garbage_collection():
         from autoencoding.measure import measure_autoencoders
         from checkpoints.checkpoint import open_checkpoint
         from evaluation.scoring import Scorer
-        from evaluation.sources import blaming
-        from experiment.build import data_of
+        from evaluation.sources import rename_flag
+        from experiment.build import merge_data_flags
         from machine.accelerator import open_accelerator
         from metrics.self_check import self_check
 
     check(config)
     accelerator = open_accelerator(config.precision)
     owner = config.checkpoint or (config.samples if config.samples and is_run(config.samples) else None)
-    with blaming("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
+    with rename_flag("--checkpoint" if config.checkpoint else "--samples", "--checkpoint"):
         checkpoint = open_checkpoint(owner, accelerator) if owner else None
     flags = {name: value for name, value in set_values(config).items() if name in EvaluationConfig.__dataclass_fields__}
     if "extractor" in flags:
         flags = {"weights_path": None} | flags  # the configured weights belong to the other extractor
     evaluation = replace(checkpoint.config.evaluation if checkpoint else EvaluationConfig(), **flags)
     check_metrics(evaluation.metrics)
-    data = data_of(checkpoint.config.data if checkpoint else None, config.data)
+    data = merge_data_flags(checkpoint.config.data if checkpoint else None, config.data)
     if config.self_check:
         accelerator.print(self_check(Scorer(evaluation, accelerator).extractor))
     elif config.samples is None:
@@ -130,7 +130,7 @@ def score_samples(
     import torch
 
     from autoencoders.codec import create_codec
-    from data.subsets import by_name
+    from data.subsets import map_labels
     from evaluation import record, sources
     from evaluation.baselines import baselines
     from evaluation.likelihood import held_out_likelihood
@@ -145,7 +145,7 @@ def score_samples(
     # Open the reference, held-out images or a file. Everything is opened first, so that errors come early.
     evaluation, accelerator = scorer.evaluation, scorer.accelerator
     generated_by = checkpoint if is_run(samples) else None
-    if (config.memorisation or config.per_class) and not needs_of(evaluation.metrics) & PER_IMAGE:
+    if (config.memorisation or config.per_class) and not required_features(evaluation.metrics) & PER_IMAGE:
         flag = "--memorisation" if config.memorisation else "--per_class"
         raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
     held_out = None if config.reference else open_split(data, "test", accelerator)
@@ -185,13 +185,13 @@ def score_samples(
     train = copies = unseen = labels = None
     if config.memorisation:
         train = open_split(data, "train", accelerator)
-        copies = sources.like(first, train, "training images", "--memorisation", evaluation.seed)
-        unseen, _ = sources.like(first, test_images, "held-out images", "--memorisation", evaluation.seed)
+        copies = sources.matching_images(first, train, "training images", "--memorisation", evaluation.seed)
+        unseen, _ = sources.matching_images(first, test_images, "held-out images", "--memorisation", evaluation.seed)
     if config.per_class:
         assert held_out is not None  # ensured by `check`
         if first.labels is None or not held_out.classes:
             raise ValueError("--per_class: it needs samples and held-out images of classes that have names")
-        labels = by_name(first.labels, first.classes, held_out.classes, "--per_class")
+        labels = map_labels(first.labels, first.classes, held_out.classes, "--per_class")
 
     # Compute the scores.
     extra: dict[str, Any] = {}
@@ -224,7 +224,7 @@ def score_samples(
     # Report the results, before writing any file: if that fails, hours of scoring are not lost.
     swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
     columns = [*dict.fromkeys([*record.SWEPT, *swept])] if num_groups > 1 else []
-    print(record.in_words(rows, columns, reference, scorer.extractor, extra))
+    print(record.format_report(rows, columns, reference, scorer.extractor, extra))
 
     # Write the record, with everything needed to reproduce it, and pictures.
     output = Path(config.output or output_of(samples, generated_by))
@@ -259,7 +259,7 @@ def is_run(path: str) -> bool:
     """Whether a path or name is a model to sample from: a run's folder, a checkpoint, or its weights."""
     folder = Path(path)
     has_weights = any((folder / name).exists() for name in ("checkpoints", "ema.safetensors"))
-    return is_name(path) or has_weights or folder.suffix == ".safetensors"
+    return is_checkpoint_name(path) or has_weights or folder.suffix == ".safetensors"
 
 
 FOR_AUTOENCODERS = {"autoencoder", "perceptual", "heads", "extractor", "weights_path", "metrics", "num_samples", "seed"}
@@ -287,7 +287,7 @@ def check(config: EvaluateConfig) -> None:
         refuse(for_samples, "it is about samples; give --samples, or leave it out to measure --autoencoder")
         return
     refuse(("perceptual", "heads"), "it measures an autoencoder; leave it out, or leave --samples out")
-    if not Path(samples).exists() and not is_name(samples):
+    if not Path(samples).exists() and not is_checkpoint_name(samples):
         raise ValueError(
             f"--samples {samples} does not exist; give a run's folder, a checkpoint, hf://owner/name, embedded, a "
             "folder or zip of images, or an npz"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataFlags, SamplingFlags
-from machine.stopping import importing
+from machine.stopping import without_garbage_collection
 from settings import SEEDS, set_values, within
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class SampleConfig:
 
 def main(config: SampleConfig) -> None:
     """Load the checkpoint, generate, and write the output."""
-    with importing():
-        from experiment.build import data_of, open_split
+    with without_garbage_collection():
+        from experiment.build import merge_data_flags, open_split
         from sampling.generation import stream
         from sampling.image_files import save_grid
         from sampling.interpolation import interpolate
@@ -93,7 +93,7 @@ def main(config: SampleConfig) -> None:
     stages = StagesPanel(pipeline.diffusion) if config.stages else None
     generator = replace(generator, callback=panel, on_stage=stages)
     if config.reconstruct is not None:
-        held_out = open_split(data_of(checkpoint.config.data, config.data), "test", accelerator)
+        held_out = open_split(merge_data_flags(checkpoint.config.data, config.data), "test", accelerator)
         path = output_of("reconstruct")
         draw_reconstructions(generator, checkpoint, held_out, classes, config.num_per_class, config.reconstruct, path)
         return

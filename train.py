@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from experiment.cli import one_line_errors, parse_run
 from experiment.config import ExperimentConfig
-from machine.stopping import stops_at_once
+from machine.stopping import exit_on_signal
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def main(config: ExperimentConfig) -> None:
     """Set up the run and train."""
-    with stops_at_once(config.folder):
+    with exit_on_signal(config.folder):
         from training.assembly import open_training
 
     with open_training(config) as run:
@@ -33,7 +33,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from autoencoders.codec import create_codec
     from checkpoints.averages import EMA
     from checkpoints.training_state import TrainingState
-    from data import intake
+    from data import summarize_splits
     from evaluation.scoring import open_scorer
     from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
@@ -41,7 +41,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from training.adapters import Merged
     from training.assembly import build_backbone, build_batches, build_objective, prepare
     from training.guard import Guard, gradient_norm
-    from training.inspection import Inspection, check_best
+    from training.inspection import Inspections, check_best
     from training.log import is_due
     from training.objective import phase_at
     from training.optimizer import learning_rate, num_training_steps
@@ -58,7 +58,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     num_guided = config.guided_classes(spec.num_classes)
     sampling = resolve_sampling(config.sampling, diffusion, num_guided, spec.in_channels, say=accelerator.print)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator, images.classes, run.identity)
-    accelerator.print(intake(images, held_out_images))
+    accelerator.print(summarize_splits(images, held_out_images))
     model = build_backbone(run, spec, images.classes, codec)
     if run.is_main and accelerator.device.type == "cpu":
         print(forecast(model, spec, diffusion, accelerator, len(images)))
@@ -76,12 +76,12 @@ def train(run: Run[ExperimentConfig]) -> None:
 
     # Start the run, or resume it from its newest intact checkpoint.
     guard = Guard()
-    inspection = Inspection(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
+    inspections = Inspections(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
     state = TrainingState({"model": backbone, "heads": objective.heads}, optimizers, ema)
     run.begin(
         state,
         {"model": guard},
-        inspection.due,
+        inspections.due,
         num_steps,
         best=config.log.best,
         lower_is_best=lower_is_best,
@@ -107,7 +107,7 @@ def train(run: Run[ExperimentConfig]) -> None:
                 terms = objective(model, batch, phase)
                 accelerator.backward(terms["loss"].mean())
             run.meter.add(terms, diffusion.path.noise_rank(batch.t))
-        norm = run.read(gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads))
+        norm = run.synchronize(gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads))
         if guard.passes(norm):
             optimizers.step()
             ema.update(merged, step)
@@ -119,7 +119,7 @@ def train(run: Run[ExperimentConfig]) -> None:
             run.write_means(lr=lr, ema_drift=ema.drift(merged))
 
     # Sample a final grid; everything is saved by now.
-    run.look(inspection.draw)
+    run.inspect(inspections.draw)
     accelerator.end_training()
     accelerator.print(f"checkpoint: {run.folder}/checkpoints/{run.step:08d}")
     accelerator.print(f"samples:    {run.folder}/samples/{run.step:08d}.png")

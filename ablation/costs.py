@@ -51,7 +51,7 @@ class Measurements:
     def cost(self, spec: ModelSpec) -> Cost:
         key = repr(spec)
         if key not in self.costs:
-            self.costs[key] = count(spec)
+            self.costs[key] = count_cost(spec)
         return self.costs[key]
 
     def speed(self, spec: ModelSpec, config: ExperimentConfig, codec: Codec) -> Speed:
@@ -68,7 +68,7 @@ class Measurements:
         return Speed(training, calls, self.get(key, lambda: _time_decoder(codec, shape, device)))
 
 
-def count(spec: ModelSpec) -> Cost:
+def count_cost(spec: ModelSpec) -> Cost:
     """Count parameters and FLOPs of a forward pass, on the meta device."""
     model = spec.build_on_meta()
     return cost(model, latent_shape=(spec.in_channels, *spec.input_size), num_classes=spec.num_classes)
@@ -104,7 +104,9 @@ class Resized(NamedTuple):
     head_mismatch: float
 
 
-def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float], tolerance: float) -> ModelSpec:
+def resize_to_cost(
+    spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float], tolerance: float
+) -> ModelSpec:
     """Change a backbone's width so that its cost comes within `tolerance` (relative) of `target`; the depth stays.
 
     Among the widths that fit, the one whose attention heads are closest in size to the original's is chosen. Raises
@@ -115,14 +117,14 @@ def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float
     # Cost grows roughly with the square of the width: make two guesses, then search all widths near the second.
     guess = float(_width(spec))
     for _ in range(2):
-        candidate = at_width(spec, 4 * round(guess / 4)) or at_width(spec, 8 * round(guess / 8))
+        candidate = with_width(spec, 4 * round(guess / 4)) or with_width(spec, 8 * round(guess / 8))
         guess *= math.sqrt(target / cost_of(candidate.spec)) if candidate else 1.0
     radius = 2 + math.ceil(guess * tolerance)
 
     nearest = (math.inf, 0)
     candidates: list[tuple[float, float, ModelSpec]] = []
     widths = range(2 * round((guess - radius) / 2), round(guess + radius) + 1, 2)
-    choices = [(width, choice) for width in widths if (choice := at_width(spec, width))]
+    choices = [(width, choice) for width in widths if (choice := with_width(spec, width))]
     for width, choice in sorted(choices, key=lambda item: item[1].head_mismatch):
         if candidates and choice.head_mismatch > candidates[-1][0]:
             break
@@ -141,7 +143,7 @@ def resized(spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float
     return min(candidates, key=lambda candidate: candidate[:2])[2]
 
 
-def at_width(spec: ModelSpec, width: int) -> Resized | None:
+def with_width(spec: ModelSpec, width: int) -> Resized | None:
     """Return the backbone at this width, or None where no head size from half to twice its own divides the width.
 
     Of the head sizes that do, the one closest to the original's is chosen.

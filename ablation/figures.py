@@ -8,9 +8,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from ablation.results import Results, RunResult, VariantResult, spread
-from evaluation.plots import INK, STYLE, WIDTH, color, draw, marker, svg_of
-from metrics.scores import row_of, title_of
+from ablation.results import Results, RunResult, VariantResult, sample_std
+from evaluation.plots import INK, STYLE, WIDTH, color, figure_to_svg, make_figure, marker
+from metrics.scores import column_title, find_metric
 
 MAX_POINTS = 400
 Panel = Callable[[Results, Any], bool]  # draws on matplotlib axes; False: there was nothing to draw
@@ -20,17 +20,17 @@ def draw_panels(results: Results) -> dict[str, str]:
     """Draw all panels that have data: returns SVG by panel name, and writes PDF and PNG to `figures/`."""
     panels = {}
     for name, (panel, _) in PANELS.items():
-        if (figure := draw(lambda axes, panel=panel: panel(results, axes))) is not None:
+        if (figure := make_figure(lambda axes, panel=panel: panel(results, axes))) is not None:
             path = results.folder / "figures" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with mpl.rc_context(STYLE):
                 figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
                 figure.savefig(path.with_suffix(".png"), dpi=200)
-            panels[name] = svg_of(figure, name)
+            panels[name] = figure_to_svg(figure, name)
     return panels
 
 
-def loss(results: Results, axes: Any) -> bool:
+def plot_loss(results: Results, axes: Any) -> bool:
     """Training loss by step, with its running mean; the y-axis leaves out the first 2% of steps and outliers."""
     curves = []
     for number, run, label in _runs_of(results):
@@ -51,33 +51,33 @@ def loss(results: Results, axes: Any) -> bool:
     return True
 
 
-def validation(results: Results, axes: Any) -> bool:
+def plot_validation(results: Results, axes: Any) -> bool:
     """Validation loss of each run by step."""
     axes.set(xlabel="step", ylabel="loss on held-out images")
     return _lines(results, axes, "validation_loss", lambda run, step: step)
 
 
-def score_by_compute(results: Results, axes: Any) -> bool:
+def plot_score_by_compute(results: Results, axes: Any) -> bool:
     """Score by training FLOPs: the first metric with at least two points in some training, else the final scores."""
     axes.set(xlabel="arithmetic of training")
     axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
     if metric := next((m for m in results.metrics if any(len(run.series(m)[0]) > 1 for run in results.runs)), None):
-        axes.set_ylabel(title_of(metric))
-        return _lines(results, axes, metric, arithmetic)
-    return _final_scores(results, axes, results.metrics[0], lambda v: arithmetic(v.runs[0], v.plan["num_steps"]))
+        axes.set_ylabel(column_title(metric))
+        return _lines(results, axes, metric, training_flops)
+    return _final_scores(results, axes, results.metrics[0], lambda v: training_flops(v.runs[0], v.plan["num_steps"]))
 
 
-def score_by_parameters(results: Results, axes: Any) -> bool:
+def plot_score_by_parameters(results: Results, axes: Any) -> bool:
     """Final score by parameter count: KID where available, whose bias does not depend on the number of samples."""
     if len({variant.plan["parameters"] for variant in results.variants}) == 1:
         return False
-    metric = next((metric for metric in results.metrics if row_of(metric)[0] == "kid"), results.metrics[0])
+    metric = next((metric for metric in results.metrics if find_metric(metric)[0] == "kid"), results.metrics[0])
     axes.set(xlabel="parameters")
     axes.xaxis.set_major_formatter(EngFormatter())
     return _final_scores(results, axes, metric, lambda variant: variant.plan["parameters"])
 
 
-def per_class(results: Results, axes: Any) -> bool:
+def plot_per_class(results: Results, axes: Any) -> bool:
     """Fréchet distance per class relative to the baseline, for the 16 classes that are hardest for the baseline."""
     distances = {variant.name: class_distances(variant) for variant in results.variants}
     baseline = distances[results.baseline.name]
@@ -108,7 +108,7 @@ def class_distances(variant: VariantResult) -> dict[str, float]:
     return {name: float(np.mean(scores)) for name, scores in values.items()}
 
 
-def arithmetic(run: RunResult, step: int) -> float:
+def training_flops(run: RunResult, step: int) -> float:
     """FLOPs of a training up to a step; a backward pass counts as two forward passes."""
     return 3e9 * run.plan["gflops"] * run.plan["batch_size"] * step
 
@@ -138,18 +138,18 @@ def _lines(results: Results, axes: Any, name: str, x: Callable[[RunResult, int],
 
 
 def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[VariantResult], float]) -> bool:
-    axes.set(ylabel=title_of(metric))
+    axes.set(ylabel=column_title(metric))
     for number, variant in enumerate(results.variants):
         if values := variant.values(metric):
             style: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
-            axes.errorbar(x(variant), np.mean(values), spread(values) or 0.0, label=variant.name, **style)
+            axes.errorbar(x(variant), np.mean(values), sample_std(values) or 0.0, label=variant.name, **style)
     return True
 
 
 PANELS: dict[str, tuple[Panel, str]] = {  # with captions
-    "loss": (loss, "Training loss: every interval of the log, pale, and its running mean."),
-    "validation": (validation, "Loss of the averaged weights on held-out images, times and noise that all share."),
-    "score-by-compute": (score_by_compute, "Score against the training's arithmetic (three forward passes an image)."),
-    "score-by-parameters": (score_by_parameters, "Final score against the number of parameters."),
-    "per-class": (per_class, "Fréchet distance within each class that has 50 images, less the baseline's."),
+    "loss": (plot_loss, "Training loss: every interval of the log, pale, and its running mean."),
+    "validation": (plot_validation, "Loss of the averaged weights on held-out images, times and noise that all share."),
+    "score-by-compute": (plot_score_by_compute, "Score against the training's FLOPs (three forward passes an image)."),
+    "score-by-parameters": (plot_score_by_parameters, "Final score against the number of parameters."),
+    "per-class": (plot_per_class, "Fréchet distance within each class that has 50 images, less the baseline's."),
 }

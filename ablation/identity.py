@@ -30,7 +30,7 @@ NO_EFFECT_ON_WEIGHTS = (  # imported by train.py, but only to observe the traini
 )
 
 
-def keys_of(config: ExperimentConfig, scoring: object, pictures: object) -> dict[str, str]:
+def stage_keys(config: ExperimentConfig, scoring: object, pictures: object) -> dict[str, str]:
     """Return a key `<hash of configuration>-<hash of code>` for each stage.
 
     Runs that differ only in how they sample or score share the key of their training.
@@ -85,16 +85,16 @@ def is_scored(folder: Path, key: str) -> bool:
     return stored.get("score") == key and is_unchanged
 
 
-def mark(folder: Path, **keys: str) -> None:
+def mark_done(folder: Path, **keys: str) -> None:
     """Add keys to `stages.json`; when a training begins, also write the hashes of its code to `code.json`."""
     if "score" in keys and (folder / "scores.json").is_file():
         keys["scores"] = sha256_of(folder / "scores.json")
     write_atomic(folder / "stages.json", json.dumps({**done_stages(folder), **keys}, indent=2) + "\n")
     if keys.get("began", "").endswith(code_hash("train")):
-        write_atomic(folder / "code.json", json.dumps({"began": code_of("train")}, indent=1) + "\n")
+        write_atomic(folder / "code.json", json.dumps({"began": code_hashes("train")}, indent=1) + "\n")
 
 
-def changes(folder: Path, key: str, config: ExperimentConfig) -> list[str]:
+def find_changes(folder: Path, key: str, config: ExperimentConfig) -> list[str]:
     """List the settings, or else the files of code, by which a training in the folder differs from the planned one."""
     stored = done_stages(folder).get("began")
     if stored in (None, key):
@@ -103,7 +103,7 @@ def changes(folder: Path, key: str, config: ExperimentConfig) -> list[str]:
         path = folder / "variant.yaml"
         values = yaml.safe_load(path.read_text()) if path.is_file() else {}
         return changed_settings(values, config.to_dict()) or ["settings of the ablation"]
-    before, now = _read_json(folder / "code.json").get("began", {}), code_of("train")
+    before, now = _read_json(folder / "code.json").get("began", {}), code_hashes("train")
     return sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
 
 
@@ -166,11 +166,11 @@ def _relevant(values: dict[str, Any]) -> dict[str, Any]:
 
 def code_hash(stage: str, *, afresh: bool = False) -> str:
     """Hash of a stage's code, as it was at the first call in this process; `afresh`: as it is now."""
-    return _hash(json.dumps(code_of.__wrapped__(stage) if afresh else code_of(stage)))[:32]
+    return _hash(json.dumps(code_hashes.__wrapped__(stage) if afresh else code_hashes(stage)))[:32]
 
 
 @cache
-def code_of(stage: str, root: Path = ROOT) -> dict[str, str]:
+def code_hashes(stage: str, root: Path = ROOT) -> dict[str, str]:
     """Hash each file that the training, this stage and `--imports` import, by its syntax without docstrings."""
     files = _imported(PROGRAMS["train"], root, NO_EFFECT_ON_WEIGHTS)
     files |= _imported(PROGRAMS[stage], root, NO_EFFECT_ON_WEIGHTS if stage == "train" else NO_EFFECT_ON_SCORES)
@@ -178,7 +178,7 @@ def code_of(stage: str, root: Path = ROOT) -> dict[str, str]:
     return {name: _read(path.read_text())[1] for name, path in sorted(paths.items())}
 
 
-def code_of_command(words: Sequence[str], root: Path = ROOT) -> dict[str, str]:
+def code_hashes_of_command(words: Sequence[str], root: Path = ROOT) -> dict[str, str]:
     """Hash the code and the YAML files of a command, given as words with absolute paths.
 
     Covers the programs of this repository that the command names, the programs that those may start, and the

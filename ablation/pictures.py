@@ -12,8 +12,8 @@ from PIL import Image
 
 from ablation.identity import done_stages
 from ablation.results import Results
-from ablation.study import pictured
-from sampling.image_files import save_labelled, tile, title, width_of
+from ablation.study import classes_to_draw
+from sampling.image_files import display_name, label_width, save_labelled, tile
 
 NUM_SIDE_BY_SIDE = 4  # samples per class and model in the grid of classes by models
 
@@ -38,7 +38,7 @@ def read_pictures(results: Results) -> list[Pictures]:
         if key is not None and done_stages(folder).get("draw") == key:
             with np.load(folder / "pictures.npz") as file:
                 images = file["arr_0"]
-            classes = pictured(results.plan["ablation"]["pictures"]["classes"], variant.plan["classes"]) or [""]
+            classes = classes_to_draw(results.plan["ablation"]["pictures"]["classes"], variant.plan["classes"]) or [""]
             by_class = rearrange(images, "(k n) h w c -> k n h w c", k=len(classes))
             pictures.append(Pictures(variant.name, classes, by_class))
     return pictures
@@ -60,8 +60,8 @@ def save_side_by_side(pictures: list[Pictures], path: Path) -> None:
     """Write a PNG for a paper: classes are rows and models columns, or the reverse where a model's name is too wide."""
     models = [model.variant for model in pictures]
     blocks = [(name, [tile(images, 2) for images in by_model]) for name, by_model in side_by_side(pictures)]
-    if max(map(width_of, models)) > 2 * blocks[0][1][0].shape[1]:
-        classes = [title(name) for name, _ in blocks]
+    if max(map(label_width, models)) > 2 * blocks[0][1][0].shape[1]:
+        classes = [display_name(name) for name, _ in blocks]
         blocks = [(model, [by_model[column] for _, by_model in blocks]) for column, model in enumerate(models)]
         models = classes if any(classes) else []
     save_labelled(blocks, models, path)

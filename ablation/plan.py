@@ -10,9 +10,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ablation.costs import Measurements, Speed, resized
-from ablation.identity import accept_other_code, changed_settings, changes, done_stages, is_scored, keys_of
-from ablation.study import AblationConfig, Run, pictured
+from ablation.costs import Measurements, Speed, resize_to_cost
+from ablation.identity import accept_other_code, changed_settings, done_stages, find_changes, is_scored, stage_keys
+from ablation.study import AblationConfig, Run, classes_to_draw
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import open_checkpoint
 from diffusion.samplers import num_calls
@@ -21,7 +21,7 @@ from evaluation.table import terminal
 from experiment.build import build_diffusion, model_spec, open_cache, open_split
 from experiment.config import SamplingConfig
 from machine.atomic_files import write_atomic
-from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_whole
+from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_intact
 from metrics.cost import Cost
 from metrics.scores import check_metrics
 from models import ModelSpec
@@ -70,7 +70,7 @@ class PlannedRun:
     @property
     def pictured(self) -> list[str]:
         """Names of the classes that samples are drawn of."""
-        return pictured(self.ablation.pictures.classes, self.classes)
+        return classes_to_draw(self.ablation.pictures.classes, self.classes)
 
     @property
     def num_samples(self) -> int:
@@ -122,14 +122,14 @@ class PlannedRun:
         """Step of the newest complete checkpoint of this training; 0 if there is none, or if another run trains."""
         if not self.trains or done_stages(self.run.folder).get("began") != self.keys["train"]:
             return 0
-        newest = newest_whole(self.run.folder / "checkpoints", say=lambda _: None)
+        newest = newest_intact(self.run.folder / "checkpoints", say=lambda _: None)
         return int(newest.name) if newest else 0
 
     @property
     def changes(self) -> list[str]:
         """How the existing training differs from the planned one: names of settings, files of code, or content."""
         config, key = self.run.config, self.keys["train"]
-        if self.trains and (names := changes(self.run.folder, key, config)):
+        if self.trains and (names := find_changes(self.run.folder, key, config)):
             return names
         saved = list_checkpoints(self.trained_in / "checkpoints")
         if not saved or done_stages(self.trained_in).get("began") != key:
@@ -198,7 +198,7 @@ def make_plan(
         speed = measurements.speed(planned.spec, config, _codec(config.autoencoder)) if timed else None
         plan[index] = replace(planned, keys=keys, speed=speed, startup=start)
     plan = [replace(planned, trained_in=_training_folder(planned, plan)) for planned in plan]
-    write_atomic(folder / "plan.json", json.dumps(as_record(plan), indent=2) + "\n")
+    write_atomic(folder / "plan.json", json.dumps(plan_to_dict(plan), indent=2) + "\n")
     return plan
 
 
@@ -215,7 +215,7 @@ def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, 
         check_metrics(config.evaluation.metrics)
         resolve_classes(list(ablation.pictures.classes), images.classes)
     scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and scores_baselines}
-    keys = keys_of(config, scoring, asdict(ablation.pictures))
+    keys = stage_keys(config, scoring, asdict(ablation.pictures))
     if not ablation.pictures.num_per_class:
         del keys["draw"]
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
@@ -258,7 +258,7 @@ def match_costs(plan: list[PlannedRun], measurements: Measurements) -> list[Plan
 
         key = {"match": asdict(rule), "to": asdict(target), "spec": asdict(spec)}
         with _naming_variant(run):
-            args = measurements.get(key, lambda: resized(spec, cost_of(target), cost_of, rule.tolerance).args)
+            args = measurements.get(key, lambda: resize_to_cost(spec, cost_of(target), cost_of, rule.tolerance).args)
         run = replace(run, config=replace(run.config, model_args=args))
         return plan_run(run, planned.ablation, measurements, scores_baselines=planned.scores_baselines)
 
@@ -276,17 +276,17 @@ def prepare(plan: list[PlannedRun], accelerator: Accelerator) -> None:
         open_scorer(data, accelerator, scoring)
 
 
-def table(plan: list[PlannedRun]) -> str:
+def format_plan(plan: list[PlannedRun]) -> str:
     """Format the plan as a table: cost, remaining time and state of each run."""
     rows = [["run", "parameters", "GFLOPs", "img/s", "steps", "left", "state"]]
     for planned in plan:
         speed = f"{planned.speed.training:.1f}" if planned.speed else "-"
         cost = [f"{planned.cost.parameters / 1e6:.2f}M", f"{planned.cost.gflops:.3f}", speed]
-        rows.append([planned.run.name, *cost, str(planned.num_steps), duration(planned.seconds), planned.state])
+        rows.append([planned.run.name, *cost, str(planned.num_steps), format_duration(planned.seconds), planned.state])
     seconds = [planned.seconds for planned in plan]
     total = None if None in seconds else sum(filter(None, seconds))
     warnings = dict.fromkeys(warning for planned in plan for warning in planned.warnings)
-    return "\n".join([terminal(rows), *warnings, f"about {duration(total)} to go, without features"])
+    return "\n".join([terminal(rows), *warnings, f"about {format_duration(total)} to go, without features"])
 
 
 def refuse_changed(plan: list[PlannedRun]) -> None:
@@ -299,7 +299,7 @@ def refuse_changed(plan: list[PlannedRun]) -> None:
         )
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """Format seconds as hours and minutes, or in minutes or seconds alone where short; None gives `-`."""
     if seconds is None:
         return "-"
@@ -308,7 +308,7 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f}"
 
 
-def as_record(plan: list[PlannedRun]) -> dict[str, Any]:
+def plan_to_dict(plan: list[PlannedRun]) -> dict[str, Any]:
     """The plan as JSON values, for `plan.json`, which the report is made from."""
     ablation = plan[0].ablation
     baseline = next((planned.run.variant for planned in plan if planned.run.is_of(ablation.baseline)), None)

@@ -8,12 +8,20 @@ from typing import Any
 from ablation.figures import PANELS, draw_panels
 from ablation.pictures import data_uri, read_pictures, save_side_by_side, side_by_side
 from ablation.results import Results, read_results
-from ablation.tables import as_markdown, as_tex, cells, crossed, head, reference_cells, trials_csv
-from evaluation.plots import page
+from ablation.tables import (
+    as_markdown,
+    as_tex,
+    cross_tabulate,
+    header_cells,
+    reference_cells,
+    trials_csv,
+    variant_cells,
+)
+from evaluation.plots import render_page
 from evaluation.table import SIGNIFICANT, markdown, plain
 from experiment.config import SamplingConfig
 from machine.atomic_files import write_atomic
-from metrics.scores import digits_of, is_lower_better, title_of
+from metrics.scores import column_title, is_lower_better, num_digits
 
 ALWAYS_SHOWN = ("sampler", "num_steps", "guidance_scale")  # other sampling settings only where not the default
 
@@ -21,18 +29,19 @@ ALWAYS_SHOWN = ("sampler", "num_steps", "guidance_scale")  # other sampling sett
 def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     """Write all files of the report, and return a sentence that names them. Raises ValueError if no run is finished."""
     results = read_results(folder)
-    panels, pictures = draw_panels(results), read_pictures(results)
-    notes, facts, tables, findings = notes_of(results), facts_of(results), crossed(results), findings_of(results)
+    panels, pictures, notes = draw_panels(results), read_pictures(results), format_notes(results)
+    findings, tables, facts = format_findings(results), cross_tabulate(results), format_facts(results)
     description = results.plan["ablation"]["description"]
     title = results.plan["ablation"]["title"] or folder.name
     missing = f"Not finished, and not in this report: {'; '.join(results.missing)}." if results.missing else ""
 
-    groups = {"references": reference_cells(results), "models": cells(results)}
+    groups = {"references": reference_cells(results), "models": variant_cells(results)}
     captioned = [(svg, PANELS[name][1]) for name, svg in panels.items()]
     values: dict[str, Any] = {"title": title, "description": description, "missing": missing, "notes": notes}
-    values |= {"head": head(results), "groups": groups, "findings": findings, "crossed": tables, "panels": captioned}
-    values |= {"pictures": pictures, "beside": side_by_side(pictures), "data_uri": data_uri, "facts_of_results": facts}
-    html = page("report.html", **values)  # self-contained: a browser needs no network to show it
+    values |= {"head": header_cells(results), "groups": groups, "findings": findings, "crossed": tables}
+    values |= {"panels": captioned, "pictures": pictures, "beside": side_by_side(pictures)}
+    values |= {"data_uri": data_uri, "facts_of_results": facts}
+    html = render_page("report.html", **values)  # self-contained: a browser needs no network to show it
     text = [f"# {plain(title)}", description, plain(missing), as_markdown(results), *map(plain, notes)]
     if findings:
         text.append("## What is decided")
@@ -56,7 +65,7 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     )
 
 
-def notes_of(results: Results) -> list[str]:
+def format_notes(results: Results) -> list[str]:
     """Notes that a reader needs to understand the table."""
     extractor = results.runs[0].record["extractor"]
     num_seeds = max(len(variant.runs) for variant in results.variants)
@@ -91,20 +100,20 @@ def notes_of(results: Results) -> list[str]:
     return notes
 
 
-def findings_of(results: Results) -> dict[str, list[str]]:
+def format_findings(results: Results) -> dict[str, list[str]]:
     """For each metric (by its title), a sentence per variant: better or worse than the baseline, or undecided."""
     findings = {}
     for metric in results.metrics:
         lower, differences = is_lower_better(metric), results.differences(metric)
         if lower is not None and differences:
-            findings[title_of(metric)] = [
-                difference.sentence(name, results.baseline.name, lower, digits_of(metric))
+            findings[column_title(metric)] = [
+                difference.sentence(name, results.baseline.name, lower, num_digits(metric))
                 for name, difference in differences.items()
             ]
     return findings
 
 
-def facts_of(results: Results) -> dict[str, str]:
+def format_facts(results: Results) -> dict[str, str]:
     """Facts that are needed to reproduce the numbers: samples, reference, training, versions."""
     first = results.runs[0].record
     reference, samples = first["reference"], first["samples"]

@@ -43,7 +43,7 @@ class Difference:
         return f"{name} against {other} is undecided: {reason} ({evidence})"
 
 
-def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+def paired_t_test(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
     """Two-sided paired t-test of scores by seed, over the common seeds.
 
     Returns None for fewer than two common seeds, and where all differences are equal, as their variance is 0.
@@ -58,7 +58,7 @@ def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     return Difference(fmean(differences), low, high, float(test.pvalue), len(differences))
 
 
-def corrected(differences: Mapping[str, Difference | None]) -> dict[str, Difference]:
+def correct_p_values(differences: Mapping[str, Difference | None]) -> dict[str, Difference]:
     """Drop the differences that could not be tested, and correct the p-values of the others by Holm's method."""
     tested = {name: difference for name, difference in differences.items() if difference is not None}
     p_values = holm([difference.p for difference in tested.values()])
@@ -167,7 +167,7 @@ class Results:
     def _differences_to(self, baseline: VariantResult, metric: str) -> dict[str, Difference]:
         by_seed = baseline.by_seed(metric)
         others = [variant for variant in self.variants if variant is not baseline]
-        return corrected({other.name: paired(other.by_seed(metric), by_seed) for other in others})
+        return correct_p_values({other.name: paired_t_test(other.by_seed(metric), by_seed) for other in others})
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
@@ -214,6 +214,6 @@ def read_results(folder: Path) -> Results:
     return Results(folder, plan, [VariantResult(name, runs) for name, runs in variants.items()], missing)
 
 
-def spread(values: Sequence[float]) -> float | None:
+def sample_std(values: Sequence[float]) -> float | None:
     """Sample standard deviation (n - 1); None for a single value."""
     return stdev(values) if len(values) > 1 else None

@@ -23,11 +23,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 
-from ablation.identity import PROGRAMS, ROOT, code_hash, done_stages, mark
-from ablation.plan import PlannedRun, duration
+from ablation.identity import PROGRAMS, ROOT, code_hash, done_stages, mark_done
+from ablation.plan import PlannedRun, format_duration
 from ablation.study import ClusterConfig
 from machine import children
-from machine.atomic_files import beside, write_atomic
+from machine.atomic_files import unused_path, write_atomic
 from machine.children import EXIT_CODE, STOPPED
 from machine.cluster import open_executor, requeue
 from machine.lock import InUse, Lock
@@ -132,7 +132,7 @@ class Runner:
 
     def stop(self, reason: str) -> None:
         """Let running trainings save and end, and start no other stage. A second call kills them."""
-        end_child = children.kill if self.reason else partial(children.send, number=signal.SIGTERM)
+        end_child = children.kill_tree if self.reason else partial(children.send_signal, number=signal.SIGTERM)
         self.reason = reason
         for child in list(self.children):
             end_child(child)
@@ -146,7 +146,7 @@ class Runner:
                 raise ValueError(f"{folder} holds a training that no ablation began; move it away")
             write_atomic(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
             if not planned.trains:
-                mark(folder, train=planned.keys["train"])
+                mark_done(folder, train=planned.keys["train"])
             for stage in STAGES:
                 if stage not in planned.keys or stage in planned.done:
                     continue
@@ -157,17 +157,17 @@ class Runner:
                 if stage == "train":
                     if "began" not in done_stages(folder):  # the results there were made from another run's weights
                         (folder / "stages.json").unlink(missing_ok=True)
-                    mark(folder, began=planned.keys["train"])
+                    mark_done(folder, began=planned.keys["train"])
                 began, output = time.monotonic(), folder / f"{stage}.txt"
-                say(f"{name}: {stage} ...  (tail -f {output})")
+                log_line(f"{name}: {stage} ...  (tail -f {output})")
                 (folder / STOPPED).unlink(missing_ok=True)
                 status = self._process(STAGES[stage](planned), output, lock, environment)
                 if status != 0 and (self.reason or status == EXIT_CODE or (folder / STOPPED).is_file()):
                     return Outcome(name, "stopped", self._must_stop() or "it was asked to stop")
                 if status != 0:
                     return Outcome(name, "failed", f"{stage}: {last_line(output) or status}")
-                mark(folder, **{stage: planned.keys[stage]})
-                say(f"{name}: {stage} done in {duration(time.monotonic() - began)}")
+                mark_done(folder, **{stage: planned.keys[stage]})
+                log_line(f"{name}: {stage} done in {format_duration(time.monotonic() - began)}")
         return Outcome(name, "done")
 
     def _must_stop(self) -> str | None:
@@ -182,10 +182,10 @@ class Runner:
         with output.open("a") as file:
             options = {"stdout": file, "stderr": subprocess.STDOUT, "env": {**os.environ, **environment}}
             command = [sys.executable, *launch, str(ROOT / script), *flags]
-            child = children.start(command, pass_fds=(lock.file.fileno(),), **options)
+            child = children.start_process(command, pass_fds=(lock.file.fileno(),), **options)
             self.children.add(child)
             if self.reason:  # a stop may have come while the process started
-                children.send(child, signal.SIGTERM)
+                children.send_signal(child, signal.SIGTERM)
             try:
                 return child.wait()
             finally:
@@ -195,7 +195,7 @@ class Runner:
 Jobs = list[list[PlannedRun]]
 
 
-def jobs_of(plan: list[PlannedRun]) -> Jobs:
+def group_into_jobs(plan: list[PlannedRun]) -> Jobs:
     """Group the runs by training; the run that trains comes first in its job."""
     jobs: dict[Path, list[PlannedRun]] = {}
     for planned in plan:
@@ -203,14 +203,14 @@ def jobs_of(plan: list[PlannedRun]) -> Jobs:
     return [sorted(job, key=lambda planned: not planned.trains) for job in jobs.values()]
 
 
-class Place(NamedTuple):
+class WorkerSlot(NamedTuple):
     """Resources of one worker: environment variables of its processes, and the cores that they are pinned to."""
 
     environment: dict[str, str]
     cores: frozenset[int] = frozenset()
 
 
-def places(workers: int) -> list[Place]:
+def worker_slots(workers: int) -> list[WorkerSlot]:
     """Return a place for each GPU; without GPUs, split the cores among `workers`.
 
     Raises ValueError where there are fewer cores than workers.
@@ -218,14 +218,14 @@ def places(workers: int) -> list[Place]:
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else map(str, range(gpus))
-        return [Place({"CUDA_VISIBLE_DEVICES": device}) for device in list(devices)[:gpus]]
+        return [WorkerSlot({"CUDA_VISIBLE_DEVICES": device}) for device in list(devices)[:gpus]]
     if workers == 1:
-        return [Place({})]
+        return [WorkerSlot({})]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if (share := len(cores) // workers) == 0:
         raise ValueError(f"--workers {workers}: there are {len(cores)} cores to deal out; ask for fewer")
     shares = [cores[worker * share :][:share] for worker in range(workers)]
-    return [Place({"OMP_NUM_THREADS": str(share)}, frozenset(own_cores)) for own_cores in shares]
+    return [WorkerSlot({"OMP_NUM_THREADS": str(share)}, frozenset(own_cores)) for own_cores in shares]
 
 
 def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
@@ -238,15 +238,15 @@ def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
         queue.put(job)
     outcomes: list[Outcome] = []
 
-    def work(place: Place) -> None:
+    def work(place: WorkerSlot) -> None:
         if place.cores:
             os.sched_setaffinity(0, place.cores)  # applies to this thread and the processes that it starts
         with suppress(Empty):
             while True:
                 outcomes.extend(runner(queue.get_nowait(), place.environment))
 
-    with stopping(runner):
-        threads = [threading.Thread(target=work, args=(place,)) for place in places(workers)]
+    with stop_on_signal(runner):
+        threads = [threading.Thread(target=work, args=(place,)) for place in worker_slots(workers)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -273,12 +273,12 @@ def submit(
         signals.append(number.name)
 
     outcomes: list[Outcome] = []
-    with children.on_stop(stop):
+    with children.handling_signals(stop):
         for job in jobs:
-            with children.deaf_to(signal.SIGINT):  # Ctrl-C reaches this process, which passes it on
+            with children.ignoring_signal(signal.SIGINT):  # Ctrl-C reaches this process, which passes it on
                 submitted.append((job, executor.submit(SubmittedJob(runner, job, here))))
         for job, handle in submitted:
-            say(f"{job[0].run.name}: job {handle.job_id}, {handle.paths.stdout}")
+            log_line(f"{job[0].run.name}: job {handle.job_id}, {handle.paths.stdout}")
         for job, handle in submitted:
             try:
                 outcomes += handle.result()
@@ -302,32 +302,32 @@ class SubmittedJob:
     here: bool = False
 
     def __call__(self) -> list[Outcome]:
-        with stopping(self.runner) if self.here else nullcontext():
+        with stop_on_signal(self.runner) if self.here else nullcontext():
             return self.runner(self.job)
 
     def checkpoint(self) -> Any:
         """Stop the trainings and requeue the job; submitit calls this when the job is preempted or its time is up."""
         self.runner.stop("preempted")
         for child in list(self.runner.children):
-            children.await_end(child)
+            children.wait_in_handler(child)
         return requeue(replace(self, runner=replace(self.runner, children=set(), reason=None)))
 
 
-def stopping(runner: Runner) -> AbstractContextManager[None]:
+def stop_on_signal(runner: Runner) -> AbstractContextManager[None]:
     """Stop the runner at a signal, so that running trainings save, and the same command can resume."""
 
     def stop(number: signal.Signals) -> None:
         say_stopped(number)
         runner.stop(number.name)
 
-    return children.on_stop(stop)
+    return children.handling_signals(stop)
 
 
 def say_stopped(number: signal.Signals) -> None:
-    say(f"{number.name}: what runs is saved, the rest waits for the next time")
+    log_line(f"{number.name}: what runs is saved, the rest waits for the next time")
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """Print a line with the time of day; a lock keeps the lines of several threads apart."""
     with _PRINTING:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
@@ -346,11 +346,11 @@ def _failed(planned: PlannedRun, error: Exception) -> Outcome:
 def _set_aside(planned: PlannedRun) -> None:
     """Move the results of another configuration, code or data from the run's folder to a new one beside it."""
     folder, why = planned.run.folder, ", ".join(planned.changes)
-    backup = beside(folder)
+    backup = unused_path(folder)
     with Lock(folder / "lock"), Lock(folder / "training.lock"):  # somebody may have resumed the training by hand
         backup.mkdir()
         paths = [path for path in folder.iterdir() if not path.name.endswith("lock")]
         # stages.json goes last: if this is interrupted, the folder still says whose results it holds.
         for path in sorted(paths, key=lambda path: path.name == "stages.json"):
             shutil.move(path, backup / path.name)
-    say(f"{planned.run.name}: of other {why}; what was there is now {backup}")
+    log_line(f"{planned.run.name}: of other {why}; what was there is now {backup}")

@@ -149,7 +149,7 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
 
     Raises ValueError naming the variant whose settings are invalid.
     """
-    base = merged(_read_base(ablation.base), ablation.set)
+    base = deep_merge(_read_base(ablation.base), ablation.set)
     axes = {key: values for key, values in ablation.grid.items() if key != "seed"}
     seeds = ablation.grid.get("seed") or [base.get("train", {}).get("seed", 0)]
 
@@ -157,7 +157,7 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
     for (variant, settings), values in product((ablation.variants or {"": {}}).items(), product(*axes.values())):
         point = dict(zip(axes, values, strict=True))
         title = " ".join(filter(None, [variant, *(_label(key, value) for key, value in point.items())]))
-        if "seed" in (merged({}, {**settings, **point}).get("train") or {}):
+        if "seed" in (deep_merge({}, {**settings, **point}).get("train") or {}):
             raise ValueError(f"variant {title}: train.seed: every variant has the same; name them in grid: seed")
         if not title:
             raise ValueError("variants and grid are empty: there is nothing to compare")
@@ -165,7 +165,7 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
         for seed in seeds:
             identity = {"name": f"{name}/{folder}/seed{seed}", "train.seed": seed}
             try:
-                config = parse_mapping(ExperimentConfig, merged(base, {**settings, **point, **identity}))
+                config = parse_mapping(ExperimentConfig, deep_merge(base, {**settings, **point, **identity}))
             except ValueError as error:
                 raise ValueError(f"variant {title}: {error}") from error
             run = Run(title, seed, config, {"variant": variant, **point})
@@ -179,19 +179,21 @@ def expand(ablation: AblationConfig, name: str) -> list[Run]:
     return list(runs.values())
 
 
-def pictured(chosen: list[str], classes: list[str]) -> list[str]:
+def classes_to_draw(chosen: list[str], classes: list[str]) -> list[str]:
     """Classes to draw pictures of: the chosen ones, or else the first eight."""
     return list(chosen or classes[:8])
 
 
-def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def deep_merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Merge nested mappings; `overrides` win, and their keys may be dotted."""
     result = dict(values)
     for key, value in overrides.items():
         first, _, rest = str(key).partition(".")
         value = {rest: value} if rest else value
         nested = result.get(first)
-        result[first] = merged(nested if isinstance(nested, dict) else {}, value) if isinstance(value, dict) else value
+        result[first] = (
+            deep_merge(nested if isinstance(nested, dict) else {}, value) if isinstance(value, dict) else value
+        )
     return result
 
 

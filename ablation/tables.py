@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from ablation.results import Results, spread
+from ablation.results import Results, sample_std
 from evaluation.table import Cell, as_csv, latex, markdown, number
-from metrics.scores import METRICS, digits_of, row_of, title_of
+from metrics.scores import METRICS, column_title, find_metric, num_digits
 
 COSTS = {  # by column head: name of the cost, and its format
     "parameters": ("parameters", lambda value: f"{value / 1e6:.2f}M"),
@@ -15,12 +15,12 @@ COSTS = {  # by column head: name of the cost, and its format
 }
 
 
-def head(results: Results) -> list[str]:
+def header_cells(results: Results) -> list[str]:
     """Heads of the columns: model, costs, metrics."""
-    return ["model", *COSTS, *map(title_of, results.metrics)]
+    return ["model", *COSTS, *map(column_title, results.metrics)]
 
 
-def cells(results: Results) -> list[list[Cell]]:
+def variant_cells(results: Results) -> list[list[Cell]]:
     """One row per variant: its costs, and mean and spread of its scores over seeds and trials."""
     rows, differences = [], {metric: results.differences(metric) for metric in results.metrics}
     for variant in results.variants:
@@ -32,7 +32,7 @@ def cells(results: Results) -> list[list[Cell]]:
             if not (values := variant.values(metric)):
                 row.append(Cell("-"))
                 continue
-            text = number(fmean(values), spread(values), digits_of(metric))
+            text = number(fmean(values), sample_std(values), num_digits(metric))
             difference = differences[metric].get(variant.name)
             p = None if difference is None else difference.p
             row.append(Cell(text, fmean(values), results.is_best(variant, metric), p))
@@ -48,13 +48,13 @@ def reference_cells(results: Results) -> list[list[Cell]]:
         for metric in results.metrics:
             score = scores.get(metric, {})
             value = score.get("value")
-            text = "-" if value is None else number(value, score.get("std"), digits_of(metric))
+            text = "-" if value is None else number(value, score.get("std"), num_digits(metric))
             row.append(Cell(text, value))
         rows.append(row)
     return rows
 
 
-def crossed(results: Results) -> list[tuple[str, list[list[str]]]]:
+def cross_tabulate(results: Results) -> list[tuple[str, list[list[str]]]]:
     """Two-way tables, one per metric, of an ablation with exactly two factors; otherwise none.
 
     Returns the metric's title and rows of text, with the first factor's values as rows and the second's as columns.
@@ -69,20 +69,20 @@ def crossed(results: Results) -> list[tuple[str, list[list[str]]]]:
         return []
     rows_of, columns_of = factors
     names = {(str(point.get(rows_of)), str(point.get(columns_of))): name for name, point in points.items()}
-    by_variant = {row[0].text: row for row in cells(results)}
+    by_variant = {row[0].text: row for row in variant_cells(results)}
     tables = []
     for column, metric in enumerate(results.metrics, start=1 + len(COSTS)):
         rows = [[f"{rows_of}, {columns_of}", *values[columns_of]]]
         for value in values[rows_of]:
             variants = [names.get((value, other)) for other in values[columns_of]]
             rows.append([value, *(by_variant[name][column].text if name else "-" for name in variants)])
-        tables.append((title_of(metric), rows))
+        tables.append((column_title(metric), rows))
     return tables
 
 
 def as_markdown(results: Results) -> str:
     """Format the table as Markdown; `*` marks a significant difference to the baseline."""
-    return markdown([head(results), *reference_cells(results), *cells(results)])
+    return markdown([header_cells(results), *reference_cells(results), *variant_cells(results)])
 
 
 def check_columns(columns: list[str]) -> None:
@@ -95,13 +95,13 @@ def check_columns(columns: list[str]) -> None:
 
 def as_tex(results: Results, columns: Sequence[str] = ()) -> str:
     """Format the table as LaTeX with the given columns (heads of costs, names of metrics); default: all with values."""
-    names, models = [*COSTS, *(row_of(metric)[0] for metric in results.metrics)], cells(results)
+    names, models = [*COSTS, *(find_metric(metric)[0] for metric in results.metrics)], variant_cells(results)
     chosen = [0] + [
         index
         for index, name in enumerate(names, start=1)
         if (name in columns if columns else any(row[index].value is not None for row in models))
     ]
-    parts = [[head(results)], reference_cells(results), models]
+    parts = [[header_cells(results)], reference_cells(results), models]
     return latex(*([[row[index] for index in chosen] for row in rows] for rows in parts))
 
 

@@ -42,7 +42,7 @@ def from_ldm(weights: Mapping[str, Tensor]) -> "AutoencoderKL":
         if (match := PARTS.fullmatch(name))
     }
     try:
-        autoencoder = AutoencoderKL(**arguments_of(weights))
+        autoencoder = AutoencoderKL(**infer_arguments(weights))
         num_levels = len(autoencoder.config["block_out_channels"])
         renamed = {diffusers_name(name, num_levels): weight for name, weight in weights.items()}
         state_dict = {  # attention has pointwise convolutions there, linear layers in diffusers
@@ -58,7 +58,7 @@ def from_ldm(weights: Mapping[str, Tensor]) -> "AutoencoderKL":
     return autoencoder.eval()
 
 
-def arguments_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def infer_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Infer the arguments of `AutoencoderKL` from the names and shapes of weights."""
 
     def count(pattern: str) -> int:
@@ -89,7 +89,7 @@ def diffusers_name(name: str, num_levels: int) -> str:
     return name
 
 
-def statistics_of(saved: Mapping[str, Tensor], channels: int) -> dict[str, list[float]]:
+def read_statistics(saved: Mapping[str, Tensor], channels: int) -> dict[str, list[float]]:
     """Read mean and standard deviation of each latent channel, in the format that VA-VAE's authors publish."""
     mean, std = (saved.get(name, torch.empty(0)).flatten() for name in ("mean", "std"))
     if not len(mean) == len(std) == channels or not (std > 0).all():

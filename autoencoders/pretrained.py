@@ -73,9 +73,9 @@ def _load(source: str, classes: Collection[str], config: Path, place: str | Path
     files = [file.name for file in Path(place).glob("diffusion_pytorch_model*")]  # empty for a repository of the hub
     variant = "fp16" if files and all(".fp16." in file for file in files) else None
     try:
-        with warnings.catch_warnings(), quiet("diffusers.configuration_utils"):  # it logs latents_mean as unknown
+        with warnings.catch_warnings(), quiet_logger("diffusers.configuration_utils"):  # it does not know latents_mean
             warnings.simplefilter("ignore", UserWarning)  # diffusers passes huggingface_hub arguments it deprecated
-            return class_of(name).from_pretrained(
+            return find_class(name).from_pretrained(
                 place, torch_dtype=torch.float32, low_cpu_mem_usage=False, variant=variant, **hub_options
             )
     except Exception as error:  # diffusers raises a different type for each way in which a weight file can be broken
@@ -83,7 +83,7 @@ def _load(source: str, classes: Collection[str], config: Path, place: str | Path
         raise AutoencoderError(f"--autoencoder {source}: its weights do not load ({reason})") from error
 
 
-def class_of(name: str) -> Any:
+def find_class(name: str) -> Any:
     """Return diffusers' class of that name, or ours from `autoencoders.tiny`, which diffusers lacks."""
     import diffusers
 
@@ -93,7 +93,7 @@ def class_of(name: str) -> Any:
 
 
 @contextmanager
-def quiet(name: str) -> Iterator[None]:
+def quiet_logger(name: str) -> Iterator[None]:
     """A context in which the logger of this name reports errors only."""
     logger = logging.getLogger(name)
     level = logger.level

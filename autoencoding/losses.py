@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from autoencoding.autoencoder_config import DiscriminatorConfig, LossConfig
-from autoencoding.model import Autoencoding, Coded
+from autoencoding.model import AutoencoderOutput, Autoencoding
 from metrics.perceptual import perceptual_network
 
 Critic = Callable[[Tensor], Tensor]  # a discriminator: images to logits, positive for real images
@@ -94,7 +94,7 @@ class AutoencoderObjective:
     def backward(
         self,
         accelerator: Accelerator,
-        coded: Coded,
+        coded: AutoencoderOutput,
         images: Float[Tensor, "b 3 h w"],
         autoencoding: Autoencoding,
         critic: Critic | None,
@@ -140,7 +140,7 @@ class AutoencoderObjective:
         accelerator.backward(through_pixels + through_scale + self.config.kl_weight * terms["kl"].mean())
         return {"loss": loss, **terms}
 
-    def tell_apart(
+    def discriminator_loss(
         self, critic: Critic, images: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"]
     ) -> dict[str, Float[Tensor, " b"]]:
         """Compute the discriminator's loss, and its accuracy on patches of either kind (`real_found`, `fake_found`)."""

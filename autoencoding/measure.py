@@ -26,13 +26,13 @@ from evaluation.sources import Source, from_dataset, reconstructions
 from evaluation.table import number
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
-from machine.accelerator import share
-from machine.precision import exact
+from machine.accelerator import indices_of_process
+from machine.precision import to_float64
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
 from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, psnr, spatial_frequencies, spectrum, ssim
-from metrics.scores import METRICS, Score, metric_name, row_of
+from metrics.scores import METRICS, Score, find_metric, metric_name
 from sampling.image_files import save_labelled
 
 ACTIVE = 0.01  # a channel whose posterior mean varies less over images is dead (Burda et al. 2016, section 5.2)
@@ -81,7 +81,7 @@ def open_distance(network: str, heads: str | None, device: torch.device) -> Dist
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Measurements of an autoencoder on a set of images."""
 
     scores: dict[str, Score]
@@ -93,7 +93,7 @@ class Measured:
 @torch.inference_mode()
 def measure(
     codec: LatentCodec, images: Source, distance: Distance, accelerator: Accelerator, batch_size: int
-) -> Measured:
+) -> Measurement:
     """Measure an autoencoder on images, of which each process takes a share.
 
     Reconstructions are decoded from the mean of the posterior.
@@ -101,7 +101,7 @@ def measure(
     comparisons: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     if distance.network is not None:
         comparisons[distance.name] = distance
-    indices, is_quiet = share(images.num_images, accelerator), not accelerator.is_main_process
+    indices, is_quiet = indices_of_process(images.num_images, accelerator), not accelerator.is_main_process
     sums: dict[str, Any] = defaultdict(float)
     with tqdm(total=len(indices), desc=codec.source, unit="img", leave=False, disable=is_quiet) as bar:
         for batch in images.batches(indices, batch_size):
@@ -117,7 +117,7 @@ def measure(
                 "within": reduce(std**2, "b c h w -> b c", "mean"),
             }
             for name, values in terms.items():
-                sums[name] = sums[name] + exact(values).sum(dim=0).cpu()
+                sums[name] = sums[name] + to_float64(values).sum(dim=0).cpu()
             bar.update(len(originals))
     parts = gather_object([dict(sums)])  # a process without images has no sums
     names = dict.fromkeys(name for part in parts for name in part)
@@ -130,7 +130,7 @@ def measure(
     if distance.network is None:
         scores[distance.name] = Score(None, reason=distance.reason)
     spectra = means["power"].tolist(), means["reconstructed_power"].tolist()
-    return Measured(scores, latent_statistics(codec, means), *spectra)
+    return Measurement(scores, latent_statistics(codec, means), *spectra)
 
 
 def posterior(
@@ -139,7 +139,7 @@ def posterior(
     """Mean and standard deviation of the posterior of each image, in the normalised latents that backbones see."""
     prepared = codec.prepare(images)
     zeros = torch.zeros(len(images), *codec.latent_shape(*images.shape[-2:]), device=prepared.device)
-    mean, mean_plus_std = (exact(codec.draw(prepared, noise)) for noise in (zeros, zeros + 1))
+    mean, mean_plus_std = (to_float64(codec.draw(prepared, noise)) for noise in (zeros, zeros + 1))
     return mean, mean_plus_std - mean
 
 
@@ -226,7 +226,7 @@ def measure_autoencoders(
     lines = [
         f"{images.num_images} held-out images of {held_out.source_name} and what came back of them; distances on {on}",
         table(rows, ("encode img/s", "decode img/s"), of="autoencoder"),
-        *(f"latents of {name}: {in_words(result.latents)}" for name, result in measured.items()),
+        *(f"latents of {name}: {format_latents(result.latents)}" for name, result in measured.items()),
         *(f"{name}: none: {reason}" for name, reason in missing.items()),
     ]
     if extractor.kind != "inception":
@@ -255,7 +255,7 @@ def default_output(codecs: Sequence[LatentCodec]) -> Path:
     return Path("-".join([*names, "autoencoder.json"]))
 
 
-def in_words(latents: dict[str, Any]) -> str:
+def format_latents(latents: dict[str, Any]) -> str:
     """Summarise the statistics of latents in a sentence."""
     correlation = torch.tensor(latents["correlation"]).fill_diagonal_(0).abs().max().item()
     ranges = [
@@ -309,16 +309,16 @@ def draw_spectra(frequencies: Sequence[float], powers: Mapping[str, Sequence[flo
 def advice(rows: Sequence[Row], codecs: Sequence[LatentCodec], image_size: int) -> list[str]:
     """Sentences of advice: which autoencoder to take, and which of them does not suit the images."""
     shapes = {codec.source: codec.latent_shape(image_size, image_size) for codec in codecs}
-    lines = [choice(rows, shapes)] if len(rows) > 1 else []
-    return lines + [line for row, codec in zip(rows, codecs, strict=True) if (line := unsuitable(row, codec))]
+    lines = [recommend(rows, shapes)] if len(rows) > 1 else []
+    return lines + [line for row, codec in zip(rows, codecs, strict=True) if (line := warn_unsuitable(row, codec))]
 
 
-def choice(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
+def recommend(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
     """Recommend the fastest decoder among those within two standard errors of the best score.
 
     The score is that of the first metric of `DECIDING` that all autoencoders have.
     """
-    scores = {row.name: {row_of(title)[0]: score for title, score in _without_halves(row).items()} for row in rows}
+    scores = {row.name: {find_metric(title)[0]: score for title, score in _without_halves(row).items()} for row in rows}
 
     def is_available(metric: str) -> bool:
         return all(metric in own and own[metric].value is not None for own in scores.values())
@@ -326,7 +326,7 @@ def choice(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
     metric = next(filter(is_available, DECIDING), None)
     if metric is None:
         return "No score that all of them have says which to take."
-    title = next(title for title in _without_halves(rows[0]) if row_of(title)[0] == metric)
+    title = next(title for title in _without_halves(rows[0]) if find_metric(title)[0] == metric)
 
     def value(row: Row) -> float:
         return scores[row.name][metric].value or 0.0
@@ -358,7 +358,7 @@ def _without_halves(row: Row) -> dict[str, Score]:
     return {title: score for title, score in row.scores.items() if not title.endswith(", halves")}
 
 
-def unsuitable(row: Row, codec: LatentCodec) -> str | None:
+def warn_unsuitable(row: Row, codec: LatentCodec) -> str | None:
     """Warn if the mean PSNR is below the 10th percentile of the images that the autoencoder was trained for."""
     folder, psnr = EMBEDDED.get(codec.source, Path(codec.source)), row.scores["psnr"].value
     try:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from autoencoders.codec import LatentCodec
 from autoencoding.autoencoder_config import ArchitectureConfig, AutoencoderOptimConfig, AutoencodingConfig
 from checkpoints.checkpoint import WEIGHTS, read_metadata
-from machine.atomic_files import atomic_path, beside
+from machine.atomic_files import atomic_path, unused_path
 from training.muon import Muon
 from training.optimizer import Optimizers, decaying
 
 
-class Coded(NamedTuple):
+class AutoencoderOutput(NamedTuple):
     """Output of the autoencoder: the posterior of a batch of images, and the decoded posterior samples."""
 
     reconstruction: Float[Tensor, "b 3 H W"]
@@ -55,11 +55,11 @@ class Autoencoding(nn.Module):
             )
         return config.latent_channels, image_size // factor, image_size // factor
 
-    def forward(self, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"]) -> Coded:
+    def forward(self, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"]) -> AutoencoderOutput:
         """Encode images in [-1, 1], sample the posterior with the given noise, and decode."""
         posterior = self.autoencoder.encode(images).latent_dist
         z = posterior.mean + posterior.std * noise
-        return Coded(self.autoencoder.decode(z).sample, posterior.mean, posterior.logvar)
+        return AutoencoderOutput(self.autoencoder.decode(z).sample, posterior.mean, posterior.logvar)
 
 
 def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) -> Optimizers:
@@ -147,7 +147,7 @@ def measure_latents(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"]) -> tuple
     return 1 / samples.std().item(), samples.mean().item()
 
 
-def finish(
+def export_autoencoder(
     folder: Path, autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], metrics: dict, *, measure: bool, half: bool
 ) -> None:
     """Write the autoencoder in diffusers' folder format, with `metrics.json`, replacing the folder atomically.
@@ -159,7 +159,7 @@ def finish(
         scale, shift = measure_latents(autoencoder, images)
         per_channel = {"latents_mean": None, "latents_std": None}  # statistics of init_from no longer hold
         autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift, **per_channel)
-    previous = beside(folder)
+    previous = unused_path(folder)
     with atomic_path(folder) as partial:
         if half and any(not weight.half().isfinite().all() for weight in autoencoder.state_dict().values()):
             print("--half: weights beyond float16's 65504 would become infinite; they are kept in float32")

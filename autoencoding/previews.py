@@ -20,7 +20,7 @@ from training.run import Run
 COLUMNS = 12
 
 
-def pick(images: Any, at_most: int) -> UInt8[Tensor, "n 3 h w"]:
+def select_images(images: Any, at_most: int) -> UInt8[Tensor, "n 3 h w"]:
     """Load a fixed subset of a dataset, stratified by class."""
     indices = stratified(images.labels, min(at_most, len(images)), seed=0)
     return torch.cat([batch.images for batch in image_batches(images, 256, indices=indices)])
@@ -36,7 +36,7 @@ def reconstruct(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: 
     return torch.cat(parts)
 
 
-def decibels(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> Float[Tensor, " n"]:
+def reconstruction_psnr(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batch_size: int) -> Float[Tensor, " n"]:
     """PSNR of each reconstruction in dB, at most 100."""
     return psnr(images, reconstruct(autoencoder, images, batch_size)).clamp(max=100)
 
@@ -62,9 +62,9 @@ class Previews:
             return {}
         autoencoder, config, rows, values = self.ema.model.autoencoder, self.run.config, [], {}
         for name, dataset in self.held_out.items():
-            images = pick(dataset, config.log.num_validation)
-            values[f"psnr_{name}"] = decibels(autoencoder, images, config.train.batch_size).mean().item()
+            images = select_images(dataset, config.log.num_validation)
+            values[f"psnr_{name}"] = reconstruction_psnr(autoencoder, images, config.train.batch_size).mean().item()
             shown = images[stratified(torch.zeros(len(images)).long(), min(COLUMNS, len(images)), seed=0)]
             rows += [shown, reconstruct(autoencoder, shown, COLUMNS)]
-        self.run.show(torch.cat(rows), columns=len(rows[0]))
+        self.run.log_grid(torch.cat(rows), columns=len(rows[0]))
         return values

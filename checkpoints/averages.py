@@ -107,7 +107,7 @@ def power_decay(sigma_rel: float) -> Callable[[int], float]:
     The average's length grows with training: `sigma_rel` is the standard deviation of its profile over the length of
     training (EDM2, Karras et al. 2024, eq. 3).
     """
-    gamma = gamma_of(sigma_rel)
+    gamma = gamma_from_sigma_rel(sigma_rel)
     return lambda step: (1 - 1 / (step + 1)) ** (gamma + 1)
 
 
@@ -131,7 +131,7 @@ class EMA(Average):
         return (full_tensor(difference) / full_tensor(get_total_norm([current[name] for name in names]))).item()
 
 
-def gamma_of(sigma_rel: float) -> float:
+def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """Return the exponent of a power-function average from its relative length: the positive root of `(gamma + 1) =
     sigma_rel^2 (gamma + 2)^2 (gamma + 3)` (Karras et al. 2024, appendix C)."""
     if not 0 < sigma_rel < 0.28:

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoencoders.codec import Codec, create_codec, weights_sha256
-from checkpoints.hub import ASSET, EMBEDDED, is_name, local
-from data.images import abridged
-from data.latents import short
+from checkpoints.hub import ASSET, EMBEDDED, is_checkpoint_name, resolve_to_file
+from data.images import join_abridged
+from data.latents import abbreviate
 from diffusion.diffusion import Diffusion
-from experiment.build import build_diffusion, meaning_of
+from experiment.build import build_diffusion, defining_settings
 from experiment.config import DiffusionConfig, ExperimentConfig
 from experiment.imports import contents_of, load_imports
 from experiment.mappings import from_dict
@@ -149,8 +149,8 @@ def check_identity(
                 if name == "decoder_sha256":  # the last entry of a codec, so the entries about latents are the same
                     remedy += f", or this one by --autoencoder {values.get('autoencoder')}, as its latents are the same"
                 raise CheckpointError(
-                    f"{flag}: {weights} was trained with another {part}, whose {name} was {short(value)}, here "
-                    f"{short(values.get(name))}; {remedy}"
+                    f"{flag}: {weights} was trained with another {part}, whose {name} was {abbreviate(value)}, here "
+                    f"{abbreviate(values.get(name))}; {remedy}"
                 )
 
 
@@ -204,8 +204,8 @@ def warm_start(
         raise CheckpointError(f"--init_from {path}: no weight of it has the name and shape of one of this model")
     if whole and (missing := sorted(name for name in shapes.keys() - matching.keys() if not name.endswith(LABELS))):
         raise CheckpointError(
-            f"--train.adapter: --init_from {path} has no {abridged(missing)} of this shape, which would stay random; "
-            "take the --model and --model_args that it was trained with, or leave the adapter out"
+            f"--train.adapter: --init_from {path} has no {join_abridged(missing)} of this shape, which would stay "
+            "random; take the --model and --model_args that it was trained with, or leave the adapter out"
         )
     model.load_state_dict(matching, strict=False)
     left_out = {
@@ -213,7 +213,7 @@ def warm_start(
         "not in this model": weights.keys() - shapes.keys(),
         "not in the checkpoint": shapes.keys() - weights.keys(),
     }
-    reasons = "; ".join(f"{reason}: {abridged(sorted(names))}" for reason, names in left_out.items() if names)
+    reasons = "; ".join(f"{reason}: {join_abridged(sorted(names))}" for reason, names in left_out.items() if names)
     report = f"took {len(matching)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
     report += f"; {len({*classes} & {*known})} of {len(classes)} classes are its own" if classes_differ else ""
     if codec and "config" in metadata:
@@ -230,8 +230,8 @@ def changed_meaning(diffusion: DiffusionConfig, metadata: Mapping[str, str]) -> 
     """Return the checkpoint's settings of diffusion by which its output means something else than under `diffusion`."""
     before: dict[str, Any] = {}
     with suppress(ValueError, TypeError, KeyError, AttributeError):  # an autoencoder's, or with settings since removed
-        before = meaning_of(from_dict(DiffusionConfig, json.loads(metadata["config"])["diffusion"]))
-    now = meaning_of(diffusion)
+        before = defining_settings(from_dict(DiffusionConfig, json.loads(metadata["config"])["diffusion"]))
+    now = defining_settings(diffusion)
     if before and before["kind"] != now["kind"]:
         return [f"--diffusion.kind {before['kind']}"]
     return [f"--diffusion.{name} {before[name]}" for name in now if name in before and before[name] != now[name]]
@@ -279,7 +279,7 @@ def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) ->
             identity={name: dict(part) for name, part in json.loads(metadata.get("identity", "{}")).items()},
         )
         if checkpoint.classes != classes or len(classes) != checkpoint.spec.num_classes:
-            raise ValueError(f"{checkpoint.spec.num_classes} classes, named {short(classes)}")
+            raise ValueError(f"{checkpoint.spec.num_classes} classes, named {abbreviate(classes)}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"--checkpoint {weights}: its metadata are malformed, or of an earlier commit ({error})"
@@ -365,9 +365,9 @@ def find_weights(path: str | Path, accelerator: Accelerator | None = None) -> Pa
     Raises:
         CheckpointError: there is none.
     """
-    if accelerator and not is_name(path):
+    if accelerator and not is_checkpoint_name(path):
         return from_main(accelerator, partial(find_weights, path))
-    path = local(path, WEIGHTS)
+    path = resolve_to_file(path, WEIGHTS)
     if path.is_file():
         return path
     if (path / WEIGHTS).is_file():

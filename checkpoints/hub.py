@@ -12,18 +12,18 @@ class HubError(ValueError):
     """A download from the hub failed; the message says why in one line."""
 
 
-def is_name(path: str | Path) -> bool:
+def is_checkpoint_name(path: str | Path) -> bool:
     """Whether this is one of the names above rather than a path."""
     return str(path) == EMBEDDED or str(path).startswith(SCHEME)
 
 
-def local(path: str | Path, file: str) -> Path:
+def resolve_to_file(path: str | Path, file: str) -> Path:
     """Return a path unchanged; for a name, return the path of `file`, downloaded unless it is cached.
 
     Raises:
         HubError: the file cannot be downloaded.
     """
-    if not is_name(path):
+    if not is_checkpoint_name(path):
         return Path(path)
     if str(path) == EMBEDDED:
         if any((Path(EMBEDDED) / name).exists() for name in ("checkpoints", file)):
@@ -39,12 +39,14 @@ def local(path: str | Path, file: str) -> Path:
     try:
         return Path(hf_hub_download(repo, file, revision=revision or None, local_dir=folder))
     except LocalEntryNotFoundError as error:
-        raise HubError(f"{path}: no network, and {folder} does not hold it from before ({reason(error)})") from error
+        raise HubError(
+            f"{path}: no network, and {folder} does not hold it from before ({describe_error(error)})"
+        ) from error
     except (EntryNotFoundError, HFValidationError, HTTPError, OSError) as error:
-        raise HubError(f"{path}: the hub does not serve {file} of it ({reason(error)})") from error
+        raise HubError(f"{path}: the hub does not serve {file} of it ({describe_error(error)})") from error
 
 
-def reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Describe an error of the hub in one line, without URLs and request ids."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     known = {401: "no such repository, or it is private: HF_TOKEN or `hf auth login` opens it", 404: "no such thing"}

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from data.image_set import ImageSet
-from data.images import ImageDataset, abridged
+from data.images import ImageDataset, join_abridged
 from data.layout import DataError
 from data.shapes import ShapesDataset
 
@@ -28,21 +28,21 @@ def open_dataset(path: str, **settings: Any) -> ImageSet:
     return DATASETS[path](**{name: value for name, value in settings.items() if name in parameters})
 
 
-def intake(train, held_out) -> str:
+def summarize_splits(train, held_out) -> str:
     """Summarise the data in one line: images, split, classes, and how many images are left out or enlarged."""
     counts = f"{len(train)} training and {len(held_out)} held-out images"
-    classes = f"{len(train.classes)} classes ({abridged(train.classes)})" if train.classes else "no classes"
+    classes = f"{len(train.classes)} classes ({join_abridged(train.classes)})" if train.classes else "no classes"
     about = train.describe()
-    parts = [f"{about['source']} ({train.note}): {counts} of {classes}", *left_out(train, held_out)]
+    parts = [f"{about['source']} ({train.note}): {counts} of {classes}", *summarize_left_out(train, held_out)]
     if num_enlarged := train.num_enlarged():
         parts.append(f"{num_enlarged} of the training images are smaller than {about['image_size'][0]} and enlarged")
     return "; ".join(parts)
 
 
-def left_out(*splits) -> list[str]:
+def summarize_left_out(*splits) -> list[str]:
     """Say which files the splits leave out, a sentence per reason."""
     by_reason = {
         reason: sorted({*chain.from_iterable(split.left_out.get(reason, ()) for split in splits)})
         for reason in chain.from_iterable(split.left_out for split in splits)
     }
-    return [f"left out {len(names)} {reason} ({abridged(names)})" for reason, names in by_reason.items() if names]
+    return [f"left out {len(names)} {reason} ({join_abridged(names)})" for reason, names in by_reason.items() if names]

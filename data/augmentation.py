@@ -27,7 +27,7 @@ SPREAD = 0.2  # standard deviation of log2 of the scaling factors
 REACH = 1 / 8  # of the side: the largest integer translation, and the standard deviation of fractional ones
 
 
-def draw_changes(
+def sample_augmentation(
     probability: float, mirrored: Int64[Tensor, " b"], size: tuple[int, int], generator: torch.Generator
 ) -> Changes:
     """Sample the changes of a batch.
@@ -54,7 +54,7 @@ def draw_changes(
     return torch.cat(rows).T.contiguous()
 
 
-def change(images: Pixels, changes: Changes) -> Pixels:
+def apply_augmentation(images: Pixels, changes: Changes) -> Pixels:
     """Apply changes to images that are already flipped horizontally where the change says so; pad by reflection.
 
     Vertical flips and integer translations move pixels without interpolation. The other changes resample the image:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.image_set import ImageSet
 from data.latents import FORMAT
 from data.layout import DataError
-from data.lookahead import Lookahead
+from data.prefetch import Prefetcher
 from data.shards import write_atomically, write_shard
 
 IMAGES_PER_SHARD = 2048
@@ -60,7 +60,7 @@ def build_cache(
         images = torch.stack([dataset[index][0] for index in batches[batch]])
         return images.pin_memory() if torch.device(device).type == "cuda" else images
 
-    decode_ahead = Lookahead(decode, num_threads, end=len(batches))
+    decode_ahead = Prefetcher(decode, num_threads, end=len(batches))
 
     def encode(batch: int) -> Tensor:
         images = decode_ahead(batch).to(device, non_blocking=True)

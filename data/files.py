@@ -67,8 +67,8 @@ class Folder:
         return path.read_bytes()
 
     def stamp(self, names: Sequence[str]) -> str | None:
-        """Identify the state of these files; see `stamp` below."""
-        return stamp(self.path, names, of=str(self.path.resolve()))
+        """Identify the state of these files; see `fingerprint` below."""
+        return fingerprint(self.path, names, of=str(self.path.resolve()))
 
     def checksum(self, name: str) -> tuple[int, int]:
         """Size and CRC. A file that cannot be read counts as empty; the error is reported when it is used."""
@@ -151,7 +151,7 @@ class Tars:
     def stamp(self, names: Sequence[str]) -> str | None:
         """Identify the state of all shards, whichever files are asked for."""
         shards, folder = (self.shards, self.path) if self.path.is_dir() else ([self.path.name], self.path.parent)
-        return stamp(folder, shards, of="\n".join([str(self.path.resolve()), *names]))
+        return fingerprint(folder, shards, of="\n".join([str(self.path.resolve()), *names]))
 
     def checksum(self, name: str) -> tuple[int, int]:
         content = self.read(name)
@@ -232,7 +232,7 @@ def _normalise(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def stamp(folder: Path, names: Sequence[str], of: str = "") -> str | None:
+def fingerprint(folder: Path, names: Sequence[str], of: str = "") -> str | None:
     """Hash the sizes and times of files, and the string `of`. None if a file is missing, or so new that a later change
     might not change its times."""
     digest, newest = hashlib.sha256(of.encode()), 0

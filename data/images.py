@@ -19,9 +19,9 @@ from tqdm import tqdm
 from data.duplicates import near_duplicates
 from data.files import NAMES, Tars, content_hash, open_files
 from data.image_set import ImageSet
-from data.layout import DataError, Layout, understand
+from data.layout import DataError, Layout, infer_layout
 from data.pixels import fit, open_image, to_rgb
-from data.tars import understand_tars
+from data.tars import infer_tar_layout
 from settings import check_name
 
 T = TypeVar("T")
@@ -92,9 +92,9 @@ class ImageDataset(ImageSet):
             if isinstance(files, Tars):
                 beside, table = files.beside, (files.path if files.path.is_dir() else files.path.parent) / NAMES
                 class_names = table.read_text(encoding="utf-8-sig") if table.is_file() else None
-                layout = understand_tars(files.names, files.read, class_names, classes, exclude_classes)
+                layout = infer_tar_layout(files.names, files.read, class_names, classes, exclude_classes)
             else:
-                layout = understand(files.names, files.read, classes, exclude_classes)
+                layout = infer_layout(files.names, files.read, classes, exclude_classes)
         except DataError as error:
             raise DataError(f"{self._flag}: {error}") from error
         ignored = {"links to what is there already": files.repeated, "beside the shards": beside}
@@ -116,7 +116,7 @@ class ImageDataset(ImageSet):
             if unknown := sorted({*names} - {*available}):
                 remedy = "these images have none, leave it out"
                 if available:
-                    remedy = f"there are {abridged(available)}; {default}"
+                    remedy = f"there are {join_abridged(available)}; {default}"
                 raise DataError(f"--data.{flag} {unknown[0]}: no such class; {remedy}")
             return {*names}
 
@@ -227,7 +227,9 @@ class ImageDataset(ImageSet):
 
     def _less(self) -> str:
         """List what was left out, to end an error message."""
-        parts = [f"{len(names)} {reason} ({abridged(names, 3)})" for reason, names in self.left_out.items() if names]
+        parts = [
+            f"{len(names)} {reason} ({join_abridged(names, 3)})" for reason, names in self.left_out.items() if names
+        ]
         return f"; left out: {', '.join(parts)}" if parts else ""
 
 
@@ -263,7 +265,7 @@ def hold_out(
     return {name for groups in members.values() for group, names in groups.items() if is_held[group] for name in names}
 
 
-def abridged(names: Sequence[str], at_most: int = 5) -> str:
+def join_abridged(names: Sequence[str], at_most: int = 5) -> str:
     """Join the first few names, and say how many there are if there are more."""
     shown = ", ".join(names[:at_most])
     return shown if len(names) <= at_most else f"{shown}, ... ({len(names)} in all)"

@@ -33,7 +33,7 @@ class LatentCache:
     def __init__(self, folder: Path, expected: Mapping[str, object], device: torch.device | str | None = "cpu") -> None:
         manifest = _read_manifest(folder)
         differences = [
-            f"{key} is {short(manifest.get(key))}, the run has {short(value)}"
+            f"{key} is {abbreviate(manifest.get(key))}, the run has {abbreviate(value)}"
             for key, value in expected.items()
             if manifest.get(key) != value
         ]
@@ -97,7 +97,7 @@ def _read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def short(value: object) -> str:
+def abbreviate(value: object) -> str:
     """Format a value for a message; long values are truncated and followed by a hash."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"

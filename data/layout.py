@@ -37,7 +37,7 @@ class Layout:
     tables: list[str]  # the labels.csv files that name the classes
 
 
-def understand(
+def infer_layout(
     names: Iterable[str], read: Callable[[str], bytes], classes: Sequence[str] = (), exclude_classes: Sequence[str] = ()
 ) -> Layout:
     """Find images, classes and splits in a tree of files.

@@ -20,7 +20,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import stamp
+from data.files import fingerprint
 from data.layout import DataError
 from machine.atomic_files import atomic_path
 
@@ -86,7 +86,7 @@ def verify_once(paths: Sequence[Path]) -> None:
     """Verify the checksums of shards, which means reading them at 1 to 2 GB/s. Sizes and times are then recorded in a
     file beside them; as long as these stay the same, the shards are not read again."""
     folder = paths[0].parent
-    current = stamp(folder, [path.name for path in paths])
+    current = fingerprint(folder, [path.name for path in paths])
     with suppress(OSError):
         if current and (folder / CHECKED).read_text() == current:
             return

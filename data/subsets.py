@@ -22,7 +22,7 @@ def stratified(labels: Int64[Tensor, " n"], count: int, seed: int) -> Int64[Tens
     return by_class[(torch.arange(count) * num + start) // max(1, count)].sort().values
 
 
-def by_name(labels: Int64[Tensor, " n"], of: Sequence[str], into: Sequence[str], flag: str) -> Int64[Tensor, " n"]:
+def map_labels(labels: Int64[Tensor, " n"], of: Sequence[str], into: Sequence[str], flag: str) -> Int64[Tensor, " n"]:
     """Translate labels from the class list `of` to the class list `into`, by class name."""
     if not of:
         raise ValueError(f"{flag}: the images have no classes by name")

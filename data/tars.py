@@ -12,13 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from data.files import NAMES
-from data.layout import LEVELS, TABLE, DataError, Layout, is_hidden, understand
+from data.layout import LEVELS, TABLE, DataError, Layout, infer_layout, is_hidden
 from data.pixels import SUFFIXES
 
 LABELS = (".cls", ".json")
 
 
-def understand_tars(
+def infer_tar_layout(
     names: Sequence[str],
     read: Callable[[str], bytes],
     class_names: str | None,
@@ -180,7 +180,7 @@ def _as_tree(
         path = posixpath.join(level_of.get(shard) or "", path)
         if name_of.setdefault(path, name) != name and name in top_folder:
             raise DataError(f"{path} lies in two shards, as {name_of[path]} and {name}; move one away")
-    layout = understand(name_of, lambda path: read(name_of[path]), classes, exclude_classes)
+    layout = infer_layout(name_of, lambda path: read(name_of[path]), classes, exclude_classes)
     splits = layout.splits and {split: [name_of[path] for path in paths] for split, paths in layout.splits.items()}
     left_out = {reason: [name_of[path] for path in paths] for reason, paths in layout.left_out.items()}
     class_of = {name_of[path]: label for path, label in layout.classes.items()}

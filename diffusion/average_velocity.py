@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
 from diffusion.options import SamplingOptions
 from diffusion.paths import Flow
-from diffusion.samplers import AVERAGES, SAMPLERS, evaluating, num_steps_of
+from diffusion.samplers import AVERAGES, SAMPLERS, eval_mode, num_steps_for
 from diffusion.times import Device, DrawTimes
 from diffusion.transition import Images, Labels, Timesteps
 from settings import check_name
@@ -211,7 +211,7 @@ def differentiable_forward(model: object) -> Iterator[None]:
     to_float32 = lambda norm, inputs: inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # noqa: E731
     hooks = [norm.register_forward_pre_hook(to_float32) for norm in norms]
     try:
-        with evaluating(model), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
+        with eval_mode(model), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
             yield
     finally:
         for hook in hooks:
@@ -258,7 +258,7 @@ class Shortcut(AverageVelocity):
         """
         if (options.sampler or self.default_sampler) != "shortcut":
             return
-        most, num_steps = self.sections // 2, num_steps_of(options, self)
+        most, num_steps = self.sections // 2, num_steps_for(options, self)
         if num_steps < most and not is_power_of_two(num_steps):
             raise ValueError(f"--sampling.num_steps {num_steps}: give 1, 2, 4, ... {most}, or --sampling.sampler euler")
         if options.spacing not in (None, "uniform"):
@@ -292,7 +292,7 @@ class Shortcut(AverageVelocity):
         """Return the mean of two half steps' velocities for samples at `index`, and `v` for others."""
         x, r, t, y = x_t[index], r[index], t[index], y[index]
         middle = (r + t) / 2
-        with evaluating(model):
+        with eval_mode(model):
             first = self.half_step_velocity(model, x, middle, t, y)
             second = self.half_step_velocity(model, x - broadcast(t - middle) * first, r, middle, y)
         average = torch.where(broadcast(r == t), v[index], (first + second) / 2)

@@ -187,23 +187,23 @@ class Diffusion:
 
     def target(self, x_0: Images, noise: Images, t: Timesteps) -> Images:
         """Return the model's prediction target, without the variance."""
-        return self._target.of(x_0, noise, self.path.levels(t))
+        return self._target.combine(x_0, noise, self.path.levels(t))
 
-    def read(self, raw: Images, x_t: Images, at: AtLevel) -> tuple[Images, Images]:
+    def invert_target(self, raw: Images, x_t: Images, at: AtLevel) -> tuple[Images, Images]:
         """Invert `target`: return the `x_0` and noise that a raw output implies at `x_t`."""
-        return self._target.read(raw, x_t, at)
+        return self._target.solve(raw, x_t, at)
 
     def predict(self, output: Output, x_t: Images, t: Timesteps, transition: Transition | None = None) -> Prediction:
         """Convert a raw output at `x_t` to a `Prediction` with the variance of `transition`, by default to t - 1."""
         channels, output = x_t.shape[1], output.to(x_t.dtype)
         raw = output[:, :channels]
         if not self.learns_variance:
-            return Prediction(*self.read(raw, x_t, self.path.levels(t) if transition is None else transition))
+            return Prediction(*self.invert_target(raw, x_t, self.path.levels(t) if transition is None else transition))
         at = self._transition(t) if transition is None else transition
         # An output of -1 stands for the smallest variance, 1 for the largest (Nichol and Dhariwal 2021, eq. 15).
         fraction = (output[:, channels : 2 * channels] + 1) / 2
         log_variance = fraction * at.log_variance_max + (1 - fraction) * at.log_variance_min
-        return Prediction(*self.read(raw, x_t, at), log_variance)
+        return Prediction(*self.invert_target(raw, x_t, at), log_variance)
 
     def reverse_log_variance(self, prediction: Prediction, transition: Transition) -> Tensor:
         """Return the log-variance of the reverse step, learned or fixed."""

@@ -38,7 +38,7 @@ def drop_labels(
     return torch.where(uniform < probability, num_classes, y)
 
 
-def linear(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
+def linear_guidance(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
     """Return `worse + scale * (good - worse)` (Ho and Salimans 2022, eq. 6)."""
     return torch.lerp(worse, good, scale)
 
@@ -51,7 +51,7 @@ def guide(
     latent_channels: int,
     legacy_cfg_channels: int | None = None,
     guide_model: Denoiser | None = None,
-    mix: Mix = linear,
+    mix: Mix = linear_guidance,
 ) -> Denoiser:
     """Wrap a model with guidance: by default `null + scale * (conditional - null)`, both computed in one batch.
 
@@ -95,14 +95,14 @@ def scale_at(options: SamplingOptions, ratio: float) -> float:
     return options.guidance_scale if low <= ratio <= high else 1.0
 
 
-def mix_of(options: SamplingOptions, diffusion: Diffusion) -> Mix:
+def guidance_rule(options: SamplingOptions, diffusion: Diffusion) -> Mix:
     """Return the rule by which `options` combine the good and the worse output."""
     projection = options.guidance_parallel, options.guidance_radius
-    rule = linear if projection == (1.0, None) else projected(diffusion, *projection)
-    return rescaled(rule, options.guidance_rescale) if options.guidance_rescale else rule
+    rule = linear_guidance if projection == (1.0, None) else projected_guidance(diffusion, *projection)
+    return rescaled_guidance(rule, options.guidance_rescale) if options.guidance_rescale else rule
 
 
-def rescaled(rule: Mix, strength: float) -> Mix:
+def rescaled_guidance(rule: Mix, strength: float) -> Mix:
     """Rescale the rule's output towards the standard deviation of the good output (Lin et al. 2023, eq. 15 and 16).
 
     `strength` is 0 for the rule itself, 1 for the full correction.
@@ -117,7 +117,7 @@ def rescaled(rule: Mix, strength: float) -> Mix:
     return mix
 
 
-def projected(diffusion: Diffusion, parallel: float, radius: float | None) -> Mix:
+def projected_guidance(diffusion: Diffusion, parallel: float, radius: float | None) -> Mix:
     """Adaptive projected guidance (Sadat et al. 2024, algorithm 1).
 
     The push, the difference of the two predictions of `x_0`, is clipped to the norm `radius`. Its component along the
@@ -126,7 +126,7 @@ def projected(diffusion: Diffusion, parallel: float, radius: float | None) -> Mi
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         at = diffusion.path.levels(t)
-        x_0, worse_x_0 = diffusion.read(good, x_t, at)[0], diffusion.read(worse, x_t, at)[0]
+        x_0, worse_x_0 = diffusion.invert_target(good, x_t, at)[0], diffusion.invert_target(worse, x_t, at)[0]
         push = x_0 - worse_x_0
         if radius is not None:
             push = push * (radius / norm(push)).clamp(max=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.predictions import Target
 from diffusion.transition import Images, Level, Timesteps, Transition
-from machine.precision import exact
+from machine.precision import to_float64
 
 HALF_PI = math.pi / 2
 
@@ -75,7 +75,7 @@ class GaussianChain(Path):
     def __call__(self, t: Shaped[Tensor, "*n"]) -> Level:
         """Return `alpha` and `sigma` in float64, on the CPU where the device has none. Between the chain's times, their
         angle is interpolated linearly."""
-        t = exact(t)
+        t = to_float64(t)
         below = t.long().clamp(max=self.num_timesteps - 2)
         table = self._angle.to(t.device)
         angle = torch.lerp(table[below], table[below + 1], t - below)

@@ -18,13 +18,13 @@ class Target(NamedTuple):
     data: Callable[[AtLevel], Tensor] | None
     noise: Callable[[AtLevel], Tensor] | None
 
-    def of(self, x_0: Images, noise: Images, at: AtLevel) -> Images:
+    def combine(self, x_0: Images, noise: Images, at: AtLevel) -> Images:
         """Compute the target from data and noise."""
         if self.data is None or self.noise is None:
             return noise if self.data is None else x_0
         return self.data(at) * x_0 + self.noise(at) * noise
 
-    def read(self, output: Images, x_t: Images, at: AtLevel) -> tuple[Images, Images]:
+    def solve(self, output: Images, x_t: Images, at: AtLevel) -> tuple[Images, Images]:
         """Solve for `x_0` and noise, given a predicted target and `x_t`."""
         if self.noise is None:
             return output, (x_t - at.alpha * output) / at.sigma
@@ -34,7 +34,7 @@ class Target(NamedTuple):
         return (noise * x_t - at.sigma * output) / determinant, (at.alpha * output - data * x_t) / determinant
 
     def determinant(self, at: AtLevel) -> Tensor:
-        """Return the determinant of the linear system that `read` solves.
+        """Return the determinant of the linear system that `solve` solves.
 
         At fixed `x_t`, the error of `x_0` is `sigma / |determinant|` times the error of the output, so the ratio of two
         determinants converts errors between two targets.

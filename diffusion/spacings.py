@@ -22,7 +22,7 @@ def spaced_times(path: Path, num_steps: int, spacing: str) -> Shaped[Tensor, " n
     if spacing in SPACINGS:
         return SPACINGS[spacing](path, num_steps)
     if File(spacing).is_file():
-        return at_ratios(path, interpolate(read_table(spacing), num_steps))
+        return times_at_ratios(path, interpolate(read_table(spacing), num_steps))
     raise ValueError(f"--spacing {spacing}: unknown, choose from {', '.join(SPACINGS)}, or a text file of noise levels")
 
 
@@ -50,13 +50,13 @@ def quadratic(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
 def karras(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
     """Space `(sigma / alpha)^(1 / rho)` evenly, with rho = 7 (Karras et al. 2022, eq. 5)."""
     low, high = (ratio ** (1 / RHO) for ratio in path.noise_range)
-    return at_ratios(path, torch.linspace(low, high, num_steps, dtype=torch.float64) ** RHO)
+    return times_at_ratios(path, torch.linspace(low, high, num_steps, dtype=torch.float64) ** RHO)
 
 
 def log_snr(path: Path, num_steps: int) -> Float[Tensor, " num_steps"]:
     """Space `log(sigma / alpha)` evenly (Lu et al. 2022a, section 3.4)."""
     low, high = (math.log(ratio) for ratio in path.noise_range)
-    return at_ratios(path, torch.linspace(low, high, num_steps, dtype=torch.float64).exp())
+    return times_at_ratios(path, torch.linspace(low, high, num_steps, dtype=torch.float64).exp())
 
 
 SPACINGS: dict[str, Callable[[Path, int], Tensor]] = {
@@ -64,7 +64,7 @@ SPACINGS: dict[str, Callable[[Path, int], Tensor]] = {
 }
 
 
-def at_ratios(path: Path, ratios: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def times_at_ratios(path: Path, ratios: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Convert ascending ratios sigma / alpha to times; the last is set to the path's last time, where the ratio may be
     infinite."""
     low, high = path.noise_range

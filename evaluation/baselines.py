@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from autoencoders.codec import Codec
 from data.image_set import ImageSet
-from evaluation.sources import Source, from_dataset, like, reconstructions
+from evaluation.sources import Source, from_dataset, matching_images, reconstructions
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from metrics.scores import METRICS
@@ -32,7 +32,7 @@ def baselines(
     floors: list[tuple[Source, str, list[str]]] = []  # images, name of their reconstructions, metrics
     if others:
         train = open_split(data, "train", accelerator)
-        images, _ = like(samples, train, "training images", "--baselines", evaluation.seed)
+        images, _ = matching_images(samples, train, "training images", "--baselines", evaluation.seed)
         floors.append((images, "reconstructions", others))
     if by_class:
         images = from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)

@@ -8,11 +8,11 @@ from tqdm import tqdm
 from autoencoders.codec import Codec
 from checkpoints.checkpoint import Checkpoint
 from data.image_set import ImageSet
-from data.subsets import by_name, stratified
+from data.subsets import map_labels, stratified
 from diffusion.sde import bits_per_dimension
-from machine.accelerator import share
+from machine.accelerator import indices_of_process
 from machine.randomness import generator_for
-from metrics.image_batches import in_batches
+from metrics.image_batches import split_into_batches
 from metrics.scores import Score
 
 
@@ -30,11 +30,11 @@ def held_out_likelihood(
     model, labels = checkpoint.load_model(device), held_out.labels
     chosen = stratified(labels, num_images, seed)
     if checkpoint.classes:
-        labels = by_name(labels, held_out.classes, checkpoint.classes, "--likelihood")
+        labels = map_labels(labels, held_out.classes, checkpoint.classes, "--likelihood")
     results: list[tuple[int, float]] = []  # index and bits of this process's images
     quiet = not accelerator.is_main_process
     with tqdm(total=num_images, desc="likelihood", unit="img", disable=quiet, leave=False) as bar:
-        for indices in in_batches(share(num_images, accelerator), 64):
+        for indices in split_into_batches(indices_of_process(num_images, accelerator), 64):
             x_0, probes = [], []
             for index, image_index in zip(indices.tolist(), chosen[indices].tolist(), strict=True):
                 generator = generator_for(seed, "likelihood", index, device=device)

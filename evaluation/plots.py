@@ -26,12 +26,12 @@ TEMPLATES = FileSystemLoader(Path(__file__).parent / "pages")
 PAGES = Environment(loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def page(template: str, **values: object) -> str:
+def render_page(template: str, **values: object) -> str:
     """Render a template of `evaluation/pages`. Values are escaped unless the template marks them as safe."""
     return PAGES.get_template(template).render(values)
 
 
-def draw(plot: Callable[[Any], bool]) -> Any:
+def make_figure(plot: Callable[[Any], bool]) -> Any:
     """Create a matplotlib figure with a legend below. `plot` draws on the axes and returns False if it has nothing to
     draw; then the result is None."""
     import matplotlib as mpl
@@ -52,7 +52,7 @@ def draw(plot: Callable[[Any], bool]) -> Any:
     return figure
 
 
-def svg_of(figure: Any, name: str) -> str:
+def figure_to_svg(figure: Any, name: str) -> str:
     """Convert a figure to SVG in the page's text colour. `name` makes its ids unique on the page."""
     import matplotlib as mpl
 

@@ -15,10 +15,10 @@ from checkpoints.checkpoint import current_commit
 from evaluation.scoring import Memorisation, Reference, Row, Scorer
 from evaluation.sources import Source
 from evaluation.table import number, terminal
-from machine.accelerator import describe
-from machine.atomic_files import beside, write_atomic
+from machine.accelerator import describe_device
+from machine.atomic_files import unused_path, write_atomic
 from metrics.features import Extractor
-from metrics.scores import Score, digits_of, metric_name
+from metrics.scores import Score, metric_name, num_digits
 from sampling.image_files import save_grid
 
 ENOUGH_FOR_INCEPTION_SCORE = 5000  # images per split; the literature splits 50,000 images into ten
@@ -32,7 +32,7 @@ def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dic
     record |= {"num_reference": reference.features.num, "num_trials": len(trials)}
     record |= {"extractor": extractor.name, "extractor_sha256": extractor.sha256, "settings": trials[0].settings}
     record |= {"samples": first.settings, "reference": reference.provenance, "evaluation": asdict(scorer.evaluation)}
-    record |= {"rows": [row.to_dict() for row in rows], "machine": describe(scorer.accelerator)}
+    record |= {"rows": [row.to_dict() for row in rows], "machine": describe_device(scorer.accelerator)}
     return {**record, "commit": current_commit(), "versions": {name: version(name) for name in LIBRARIES}}
 
 
@@ -43,7 +43,7 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     with suppress(OSError, ValueError):  # if there is none
         existing = json.loads(path.read_text())
     if _num_images(existing) > _num_images(record):
-        print(f"{path} was of more images, and is now {path.rename(beside(path))}")
+        print(f"{path} was of more images, and is now {path.rename(unused_path(path))}")
     write_atomic(path, json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
@@ -84,7 +84,7 @@ def table(
     return form(cells)
 
 
-def in_words(
+def format_report(
     rows: Sequence[Row], columns: Sequence[str], reference: Reference, extractor: Extractor, extra: Mapping[str, Any]
 ) -> str:
     """Report the results and what a reader must know to interpret them. `extra` holds further entries of the record."""
@@ -130,7 +130,7 @@ def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
 def _cell(metric: str, score: Score | None) -> str:
     if score is None:
         return "-"
-    return "none" if score.value is None else number(score.value, score.std, digits_of(metric))
+    return "none" if score.value is None else number(score.value, score.std, num_digits(metric))
 
 
 def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path: Path, num: int = 12) -> None:

@@ -79,7 +79,7 @@ def section(text: str, title: str) -> str:
     return bodies[0]
 
 
-def rows(text: str) -> list[tuple[list[str], dict[str, str]]]:
+def table_cells(text: str) -> list[tuple[list[str], dict[str, str]]]:
     """Parse the rows of all Markdown tables in a text, each as a list of cells and as cells by column head."""
     parsed, head = [], []
     for line in text.splitlines():
@@ -93,11 +93,11 @@ def rows(text: str) -> list[tuple[list[str], dict[str, str]]]:
     return parsed
 
 
-def standing(figure: Figure, text: str) -> float:
+def documented_values(figure: Figure, text: str) -> float:
     """Read a figure from its section's text. Raises ValueError if it is missing or ambiguous."""
     if figure.cell:
         *first, column = figure.cell
-        matches = [row[column] for cells, row in rows(text) if cells[: len(first)] == first and column in row]
+        matches = [row[column] for cells, row in table_cells(text) if cells[: len(first)] == first and column in row]
     else:
         matches = _matches(str(figure.text), text)
     if len(matches) != 1:
@@ -105,7 +105,7 @@ def standing(figure: Figure, text: str) -> float:
     return _number(matches[0], figure)
 
 
-def obtained(figure: Figure, folder: Path, printed: str) -> float | None:
+def measured_values(figure: Figure, folder: Path, printed: str) -> float | None:
     """Read a figure from the commands' files in `folder`, or from their output `printed`; None if it is missing."""
     if figure.printed:
         matches = _matches(figure.printed, printed)
@@ -115,7 +115,7 @@ def obtained(figure: Figure, folder: Path, printed: str) -> float | None:
         return None
     if path.suffix == ".md":  # an ablation's report
         name, column = map(str, figure.key)
-        cells_of_all = rows(path.read_text())
+        cells_of_all = table_cells(path.read_text())
         matches = [row[column] for cells, row in cells_of_all if cells[0].strip("*") == name and column in row]
         return _number(matches[0], figure) if matches else None
     value: Any = json.loads(path.read_text())
@@ -137,7 +137,7 @@ def compare(table: Table, folder: Path) -> tuple[str, bool]:
     printed = output.read_text(errors="replace") if output.is_file() else ""
     lines, all_agree = [["figure", "stands", "obtained", "may differ by", "agrees"]], True
     for figure in table.figures:
-        expected, value = standing(figure, text), obtained(figure, folder, printed)
+        expected, value = documented_values(figure, text), measured_values(figure, folder, printed)
         agrees = value is not None and abs(value - expected) <= figure.within
         shown = "none" if value is None else f"{value:.5g}"
         lines.append([figure.name, f"{expected:.5g}", shown, f"{figure.within:g}", "yes" if agrees else "NO"])

@@ -17,19 +17,19 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from autoencoders.codec import Codec
-from data import left_out
-from data.subsets import by_name
+from data import summarize_left_out
+from data.subsets import map_labels
 from evaluation.sources import Source, from_dataset, from_images, reconstructions
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
-from machine.accelerator import from_main, share
+from machine.accelerator import from_main, indices_of_process
 from metrics.agreement import fit_probe
 from metrics.features import Extractor, Features
-from metrics.fidelity import Scores, compare
+from metrics.fidelity import Scores, compute_scores
 from metrics.frechet import frechet_distance
-from metrics.manifold import nearest, share_of_pairs_closer
+from metrics.manifold import nearest_neighbours, share_of_pairs_closer
 from metrics.reference import load_features, reference_path, save_features
-from metrics.scores import Score, check_metrics, metric_name, needs_of
+from metrics.scores import Score, check_metrics, metric_name, required_features
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Scorer:
 
     def extract(self, source: Source) -> Features:
         """Compute the features of a source that the metrics need."""
-        indices = share(source.num_images, self.accelerator)
+        indices = indices_of_process(source.num_images, self.accelerator)
         return self.extractor(
             source.batches(indices, self.evaluation.batch_size),
             len(indices),
@@ -80,13 +80,13 @@ class Scorer:
         """Load the features of a split, or of its reconstructions by `codec`; on first use compute and cache them. If a
         metric needs classes, those of the test split include a linear probe fitted to the training split."""
         dataset = open_split(data, split, self.accelerator)
-        for message in left_out(dataset):
+        for message in summarize_left_out(dataset):
             self.accelerator.print(f"{split} images: {message}")
         key = {
             **dataset.describe(),
             "extractor": self.extractor.name,
             "extractor_sha256": self.extractor.sha256,
-            "needs": sorted(needs_of(self.evaluation.metrics)),
+            "needs": sorted(required_features(self.evaluation.metrics)),
             **({"codec": codec.provenance} if codec else {}),
         }
         path = reference_path(Path(data.cache) / "references", key)
@@ -122,16 +122,16 @@ class Scorer:
         of half the images: the mean of two halves, and half their difference."""
         metrics = metrics or self.evaluation.metrics
         features = self.extract(source)
-        if "labelled" in needs_of(metrics) and features.labels is not None and reference.classes:
+        if "labelled" in required_features(metrics) and features.labels is not None and reference.classes:
             labels = None
             if source.classes:
-                labels = by_name(features.labels, source.classes, reference.classes, "--metrics agreement")
+                labels = map_labels(features.labels, source.classes, reference.classes, "--metrics agreement")
             features = replace(features, labels=labels)
         return from_main(self.accelerator, lambda: self._scores(features, reference, metrics)), features
 
     def _scores(self, features: Features, reference: Reference, metrics: Sequence[str]) -> Scores:
         extractor = self.extractor
-        scores = compare(features, reference.features, extractor, metrics=metrics, seed=self.evaluation.seed)
+        scores = compute_scores(features, reference.features, extractor, metrics=metrics, seed=self.evaluation.seed)
         if "fid" in metrics and features.halves and min(half.num or 0 for half in features.halves) > 1:
             first, second = (frechet_distance(half, reference.features.moments) for half in features.halves)
             scores.scores[f"{metric_name('fid', extractor.kind, extractor.name)}, halves"] = Score(
@@ -163,7 +163,7 @@ class Scorer:
         def find_nearest(features: Features) -> tuple[Tensor, Tensor]:
             queries = features.features
             assert queries is not None
-            return from_main(self.accelerator, lambda: nearest(queries.to(self.extractor.device), train))
+            return from_main(self.accelerator, lambda: nearest_neighbours(queries.to(self.extractor.device), train))
 
         def through_codec(source: Source) -> Features:
             return self.extract(reconstructions(source, codec, self.accelerator.device, seed=self.evaluation.seed))

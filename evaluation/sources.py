@@ -15,17 +15,17 @@ from torch import Tensor
 
 from autoencoders.codec import Codec
 from checkpoints.checkpoint import Checkpoint, read_metadata
-from data import left_out
+from data import summarize_left_out
 from data.image_set import ImageSet
 from data.images import ImageDataset
-from data.subsets import by_name, stratified
+from data.subsets import map_labels, stratified
 from diffusion.samplers import num_calls, randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
 from machine.precision import precision_of
 from machine.randomness import generator_for
-from metrics.image_batches import ImageBatch, Images, image_batches, in_batches
+from metrics.image_batches import ImageBatch, Images, image_batches, split_into_batches
 from sampling.checks import files_in_record, resolve_sampling
-from sampling.generation import Generator, generator_of
+from sampling.generation import Generator, create_generator
 from sampling.labels import sample_labels
 from settings import set_values
 
@@ -71,7 +71,7 @@ def from_images(
 
     def batches(indices: Tensor, batch_size: int) -> Iterator[ImageBatch]:
         loaded = image_batches(images, batch_size, indices=chosen[indices])
-        for part, batch in zip(in_batches(indices, batch_size), loaded, strict=True):
+        for part, batch in zip(split_into_batches(indices, batch_size), loaded, strict=True):
             yield replace(batch, indices=part, labels=None if chosen_labels is None else chosen_labels[part])
 
     return Source(name, len(chosen), batches, {**provenance, "num_images": len(chosen)}, chosen_labels, classes)
@@ -83,7 +83,9 @@ def from_dataset(dataset: Any, name: str, num: int | None = None, seed: int = 0,
     return from_images(dataset, name, index, labels=dataset.labels, **{**dataset.describe(), **provenance})
 
 
-def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> tuple[Source, Int64[Tensor, " n"]]:
+def matching_images(
+    samples: Source, dataset: Any, name: str, flag: str, seed: int = 0
+) -> tuple[Source, Int64[Tensor, " n"]]:
     """Choose images of a data set that match samples in number and, by name, in classes. Without labels they are a
     stratified sample. Images repeat if a class has too few.
 
@@ -93,7 +95,7 @@ def like(samples: Source, dataset: Any, name: str, flag: str, seed: int = 0) -> 
     if samples.labels is None or not dataset.classes:
         index = stratified(dataset.labels, samples.num_images, seed)
     else:
-        labels = by_name(samples.labels, samples.classes, dataset.classes, flag)
+        labels = map_labels(samples.labels, samples.classes, dataset.classes, flag)
         generator, index = torch.Generator().manual_seed(seed), torch.empty_like(labels)
         for label in labels.unique().tolist():
             of_class = (dataset.labels == label).nonzero().flatten()
@@ -127,7 +129,7 @@ def reconstructions(source: Source, codec: Codec, device: torch.device, seed: in
 
 
 @contextmanager
-def blaming(flag: str, instead_of: str) -> Iterator[None]:
+def rename_flag(flag: str, instead_of: str) -> Iterator[None]:
     """Context that replaces the flag `instead_of` in error messages by `flag`, which the user gave."""
     try:
         yield
@@ -139,7 +141,7 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
     """Read samples from a folder or a zip of images, or from `arr_0` [n h w 3] of an npz in ADM's format, with labels
     if it names the classes. Of more than `num` images, take a stratified sample."""
     if Path(path).suffix != ".npz":
-        with blaming("--samples", "--data.path"):
+        with rename_flag("--samples", "--data.path"):
             dataset = ImageDataset(path, image_size=image_size)  # not `open_dataset`: a folder may be called shapes
             for name, (width, height) in dataset.sizes():
                 if (width, height) != (image_size, image_size):
@@ -147,7 +149,7 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
                         f"--samples {path}: {name} has {width}x{height} pixels, not the reference's {image_size}; "
                         "give samples as they were drawn (a grid of them is a picture, no sample)"
                     )
-        return from_dataset(dataset, Path(path).name, num, seed, kind="images", left_out=left_out(dataset))
+        return from_dataset(dataset, Path(path).name, num, seed, kind="images", left_out=summarize_left_out(dataset))
     try:
         with np.load(path, allow_pickle=False) as file:
             array = file["arr_0"]
@@ -198,7 +200,7 @@ def from_checkpoint(
         accelerator.print(f"{warning}; --labels random draws of all, as does --labels reference")
     reference_labels = None
     if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
-        reference_labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
+        reference_labels = map_labels(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
     model = checkpoint.load_model(accelerator.device)
     provenance: dict[str, Any] = {"checkpoint": checkpoint.path.as_posix(), "model": checkpoint.spec.name}
     provenance |= {"step": checkpoint.step, "trained_at_commit": checkpoint.commit, "labels": evaluation.labels}
@@ -207,7 +209,7 @@ def from_checkpoint(
     def create(sampling: SamplingConfig, trial: int) -> Source:
         labels = sample_labels(evaluation, num_reference, num_classes, reference_labels, trial)
         seed = evaluation.seed + trial
-        generator = generator_of(checkpoint, sampling, codec, labels, seed, accelerator, model=model)
+        generator = create_generator(checkpoint, sampling, codec, labels, seed, accelerator, model=model)
         name = checkpoint.config.name or checkpoint.spec.name
         return from_generator(generator, name, checkpoint.classes, **provenance)
 

@@ -55,13 +55,13 @@ TRAINING_ONLY |= {"forcing", "interval_share", "adaptive_power", "tangent"}
 """Settings of a diffusion that do not change the meaning of the backbone's output."""
 
 
-def meaning_of(config: DiffusionConfig) -> dict[str, Any]:
+def defining_settings(config: DiffusionConfig) -> dict[str, Any]:
     """The settings that define the meaning of the backbone's output; a checkpoint is used with the same ones."""
     settings = {"kind": config.kind, **diffusion_settings(config)}
     return {name: value for name, value in settings.items() if name not in TRAINING_ONLY}
 
 
-def data_of(trained_on: DataConfig | None, flags: DataFlags) -> DataConfig:
+def merge_data_flags(trained_on: DataConfig | None, flags: DataFlags) -> DataConfig:
     """Combine the images of a checkpoint, if there is one, with flags. These may change `path`, `cache` and `on_error`;
     other settings that differ from the checkpoint's raise a ValueError."""
     changed = set_values(flags)

@@ -218,10 +218,10 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config = parse(config_class, arguments)
     if config.resume == "auto":
-        from machine.checkpoint_folder import newest_whole
+        from machine.checkpoint_folder import newest_intact
 
         fresh = resuming(config, None)
-        if newest_whole(fresh.folder / "checkpoints") is None:
+        if newest_intact(fresh.folder / "checkpoints") is None:
             return fresh
         config, arguments = resuming(config, fresh.folder), [*arguments, "--resume", str(fresh.folder)]
     if config.resume is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from experiment.mappings import flatten
-from machine.atomic_files import inside
+from machine.atomic_files import join_inside
 from settings import SEEDS, within
 
 
@@ -67,7 +67,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """The run's folder, below `runs`."""
-        return Path(self.resume) if self.resume else inside(Path("runs"), str(self.name), "--name")
+        return Path(self.resume) if self.resume else join_inside(Path("runs"), str(self.name), "--name")
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)  # pyright: ignore[reportArgumentType]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from machine.allocator import reuse_freed_memory
 from machine.precision import MIXED, choose_precision, has_bf16, precision_of, set_float32, warning_of
-from machine.threads import deal_out_cores, start_waiting
+from machine.threads import adapt_waiting, divide_cores
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while one process encodes or scores; NCCL's default is ten minutes
@@ -63,12 +63,12 @@ def open_accelerator(
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if device.type == "cuda":
         set_float32(precision_of(accelerator))
-    line = describe(accelerator)
+    line = describe_device(accelerator)
     if device.type == "cpu":
         reuse_freed_memory()
-        deal_out_cores(num_processes_here(accelerator))
+        divide_cores(num_processes_here(accelerator))
         say = tqdm.write if accelerator.is_main_process else lambda line: None
-        line += f", {start_waiting(say)}"
+        line += f", {adapt_waiting(say)}"
     accelerator.print(line)
     if warning := warning_of(precision, device, flag):
         accelerator.print(warning)
@@ -92,7 +92,7 @@ def from_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
     return cast("T", value)
 
 
-def share(num: int, accelerator: Accelerator) -> Int64[Tensor, " m"]:
+def indices_of_process(num: int, accelerator: Accelerator) -> Int64[Tensor, " m"]:
     """Of so many indices those that fall to this process, dealt out in turn."""
     return torch.arange(num)[accelerator.process_index :: accelerator.num_processes]
 
@@ -109,7 +109,7 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def describe(accelerator: Accelerator) -> str:
+def describe_device(accelerator: Accelerator) -> str:
     """Device and precision, with the reason for the precision; also written to records."""
     device, name = accelerator.device, precision_of(accelerator)
     native, why = has_bf16(device)

@@ -19,7 +19,7 @@ import psutil
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def inside(folder: Path, name: str, flag: str) -> Path:
+def join_inside(folder: Path, name: str, flag: str) -> Path:
     """Join a name to a folder. Raises ValueError, naming the flag, if the path leads out of the folder."""
     path = Path(os.path.normpath(folder / name))
     if "\0" in name or Path(os.path.normpath(folder)) not in path.parents:
@@ -62,7 +62,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _remove(aside)
 
 
-def beside(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """An unused path, named by the time, to which an existing file can be moved to keep it."""
     name = f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
     free = (path.with_name(f"{name}{f'-{number}' if number else ''}") for number in itertools.count())

@@ -75,7 +75,7 @@ def rotate(folder: Path, *, keep: int, keep_every: int = 0) -> None:
     best, num_whole = (folder / BEST).resolve(), 0
     for checkpoint in reversed(list_checkpoints(folder)):
         if num_whole < keep:
-            num_whole += damage(checkpoint) is None
+            num_whole += find_damage(checkpoint) is None
         elif not (keep_every > 0 and int(checkpoint.name) % keep_every == 0) and checkpoint.resolve() != best:
             _drop(checkpoint, "rotated.partial")
 
@@ -131,7 +131,7 @@ def mark_best(folder: Path, step: int | None) -> bool:
     return True
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """Describe what is wrong with a checkpoint's files; None if all checksums match."""
     try:
         checksums = dict(json.loads((checkpoint / CHECKSUMS).read_text()))
@@ -146,18 +146,18 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_whole(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+def newest_intact(folder: Path, say: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint whose checksums match; damaged ones are reported and skipped."""
     for checkpoint in reversed(list_checkpoints(folder)):
-        if (wrong := damage(checkpoint)) is None:
+        if (wrong := find_damage(checkpoint)) is None:
             return checkpoint
         say(f"checkpoint {checkpoint} is damaged: {wrong}; going back to the one before")
     return None
 
 
-def to_resume(run: Path) -> Path:
+def checkpoint_to_resume(run: Path) -> Path:
     """The checkpoint from which `--resume RUN` continues. Raises CheckpointError if there is none."""
-    if checkpoint := newest_whole(run / "checkpoints"):
+    if checkpoint := newest_intact(run / "checkpoints"):
         return checkpoint
     words = f"{run / 'checkpoints'} holds no whole checkpoint; start again with --resume auto and the first one's flags"
     raise CheckpointError(f"--resume {run}: nothing to resume, {words}")

@@ -19,18 +19,18 @@ LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch", "torchrun"}
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
+def start_process(command: Sequence[str], **options: Any) -> subprocess.Popen:
     """Start a program that Linux sends SIGTERM when its parent ends. The child requests that signal by running this
     file first, because Python's own hook (`preexec_fn`) is unsafe in a process with threads."""
     asking = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     return subprocess.Popen([*asking, *command], process_group=0, **options)
 
 
-class Ended(SystemExit):
+class EndedBySignal(SystemExit):
     """Ended by a signal; the status is the one that shells report for it."""
 
 
-def run(command: Sequence[str], **options: Any) -> None:
+def run_process(command: Sequence[str], **options: Any) -> None:
     """Run a program and wait for it; raise SystemExit with its status unless that is 0. A signal to this process is
     passed on as SIGTERM, so that the program can save; a second signal kills it. This process then ends too."""
     stops: list[signal.Signals] = []
@@ -39,20 +39,20 @@ def run(command: Sequence[str], **options: Any) -> None:
     def stop(number: signal.Signals) -> None:
         stops.append(number)
         if child is not None:
-            send(child, signal.SIGTERM) if len(stops) == 1 else kill(child)
+            send_signal(child, signal.SIGTERM) if len(stops) == 1 else kill_tree(child)
 
-    with on_stop(stop):
-        child = start(command, **options)
+    with handling_signals(stop):
+        child = start_process(command, **options)
         if stops:  # the signal came before the child existed
-            send(child, signal.SIGTERM)
+            send_signal(child, signal.SIGTERM)
         status = child.wait()
     if stops:
-        raise Ended(128 + stops[0])
+        raise EndedBySignal(128 + stops[0])
     if status:
         raise SystemExit(status if status > 0 else 128 - status)
 
 
-def send(process: subprocess.Popen, number: int) -> None:
+def send_signal(process: subprocess.Popen, number: int) -> None:
     """Send a signal to a child or, if that is a launcher, which would not forward it, to the launcher's children."""
     import psutil
 
@@ -70,7 +70,7 @@ def end_with_launcher() -> None:
             _end_with(parent.pid)
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill_tree(process: subprocess.Popen) -> None:
     """Kill a process and all its descendants."""
     import psutil
 
@@ -87,7 +87,7 @@ def _signal(processes: Sequence[Any], number: int) -> None:
             process.send_signal(number)
 
 
-def await_end(process: subprocess.Popen) -> None:
+def wait_in_handler(process: subprocess.Popen) -> None:
     """Wait for a process inside a signal handler, where `process.wait()` could deadlock on the interrupted wait's
     lock."""
     import psutil
@@ -99,7 +99,7 @@ def await_end(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def on_stop(
+def handling_signals(
     handle: Callable[[signal.Signals], None],
     numbers: Sequence[signal.Signals] = STOPS,
     *,
@@ -132,7 +132,7 @@ def stop_jobs(jobs: Sequence[str], *, here: bool, number: signal.Signals) -> Non
 
 
 @contextmanager
-def deaf_to(number: int) -> Iterator[None]:
+def ignoring_signal(number: int) -> Iterator[None]:
     """Context in which started processes inherit that this signal is ignored."""
     before = signal.signal(number, signal.SIG_IGN)
     try:

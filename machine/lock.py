@@ -38,7 +38,7 @@ class Lock:
     def __enter__(self) -> Lock:
         return self
 
-    def leave_no_trace(self) -> None:
+    def remove_if_unused(self) -> None:
         """Delete the folder if it holds nothing but this file."""
         if [*self.path.parent.iterdir()] == [self.path]:
             self.path.unlink()

@@ -42,7 +42,7 @@ def set_float32(precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def exact(values: Tensor) -> Tensor:
+def to_float64(values: Tensor) -> Tensor:
     """Convert to float64, on the CPU if the device (such as Apple's) does not support it."""
     try:
         return values.double()
@@ -51,7 +51,7 @@ def exact(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def autocasting(device: torch.device, precision: str, *models: nn.Module | None) -> Iterator[None]:
+def inference_autocast(device: torch.device, precision: str, *models: nn.Module | None) -> Iterator[None]:
     """Context of inference in 'bf16' or 'fp32', without gradients. Autocast only caches the bf16 copies of weights that
     require gradients, so frozen weights are marked as such inside, or each call would cast them again."""
     if precision != "bf16":  # devices without bf16 may not have autocast either

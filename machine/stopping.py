@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from machine.atomic_files import write_atomic
-from machine.children import EXIT_CODE, STOPPED, on_stop
+from machine.children import EXIT_CODE, STOPPED, handling_signals
 from machine.lock import Lock
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
@@ -18,7 +18,7 @@ BEFORE = "before the first step; run it again with --resume auto"
 
 
 @contextmanager
-def stops_at_once(run: Path) -> Iterator[None]:
+def exit_on_signal(run: Path) -> Iterator[None]:
     """Context for the imports at the start, when there is nothing to save: a signal ends the process with status 75 and
     a file `stopped` in the run's folder, as it ends a training later."""
 
@@ -31,12 +31,12 @@ def stops_at_once(run: Path) -> Iterator[None]:
                 print(words, file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)  # an exception would look like one of the module being imported
 
-    with on_stop(stop, SIGNALS, stays_ignored=[signal.SIGHUP]), importing():
+    with handling_signals(stop, SIGNALS, stays_ignored=[signal.SIGHUP]), without_garbage_collection():
         yield
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Context for imports of libraries: keeps the garbage collector from scanning their objects, which are never freed,
     now and later. Imports take a seventh less time."""
     gc.disable()

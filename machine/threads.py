@@ -18,7 +18,7 @@ import torch
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 FIRST_LOOK, PERIOD = 0.2, 2.0  # seconds
 FREE, TAKEN = 0.15, 0.3  # cores wanted by all minus cores there are: below, spin; above, sleep
-LOOKS_TO_TRUST = 3  # quiet looks in a row before threads spin again
+LOOKS_TO_TRUST = 3  # quiet updates in a row before threads spin again
 BUSY = ("user", "nice", "system", "irq", "softirq")
 
 
@@ -29,7 +29,7 @@ def allowed_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def deal_out_cores(num_processes: int) -> None:
+def divide_cores(num_processes: int) -> None:
     """Use one thread per core, shared among the run's processes on this machine, unless a number was requested."""
     if torch.get_num_threads() == 1 and not _asked_for_threads():
         torch.set_num_threads(max(1, len(allowed_cores()) // num_processes))
@@ -47,7 +47,7 @@ def _asked_for_threads() -> bool:
         return False
 
 
-class Waiting:
+class AdaptiveWaiting:
     """Lets this process's threads spin or sleep at barriers, depending on the load of its cores by other processes.
     GNU's OpenMP does not spin while a process has more threads than cores, so to make them sleep we hold idle extra
     threads."""
@@ -56,15 +56,15 @@ class Waiting:
         self.num_threads, self.cores = torch.get_num_threads(), allowed_cores()
         self.process = psutil.Process()
         self.busy_with_others = 0.0  # cores
-        self._quiet = 0  # looks in a row without load by others
+        self._quiet = 0  # updates in a row without load by others
         self._read, self._go, self._teams = self._times(), threading.Event(), []
 
     @property
     def sleeps(self) -> bool:
         return bool(self._teams)
 
-    def look(self) -> bool:
-        """Choose by the load since the last look; return whether the choice changed."""
+    def update(self) -> bool:
+        """Choose by the load since the last update; return whether the choice changed."""
         before, self._read = self._read, self._times()
         busy, ours, wall = (now - then for now, then in zip(self._read, before, strict=True))
         self.busy_with_others = max(0.0, busy - ours) / max(1e-3, wall)
@@ -109,7 +109,7 @@ class Waiting:
         return busy, ours.user + ours.system, time.monotonic()
 
 
-def start_waiting(say: Callable[[str], object]) -> str:
+def adapt_waiting(say: Callable[[str], object]) -> str:
     """Start to adapt how threads wait, unless the environment fixes it, and describe the choice. The first later change
     is reported through `say`."""
     if torch.get_num_threads() == 1:
@@ -121,15 +121,15 @@ def start_waiting(say: Callable[[str], object]) -> str:
         return threads
     if torch.get_num_threads() > len(allowed_cores()):  # GNU's OpenMP adapts by itself
         return f"{threads} that sleep while they wait (more of them than cores)"
-    waiting = Waiting()
+    waiting = AdaptiveWaiting()
     time.sleep(FIRST_LOOK)
-    waiting.look()
+    waiting.update()
 
     def watch() -> None:
         said = False
         while True:
             time.sleep(PERIOD)
-            if waiting.look() and not said:
+            if waiting.update() and not said:
                 say(f"{waiting}; as others come and go")
                 said = True
 

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import Resize
 
 from machine.atomic_files import sha256_of
 from metrics.downloads import hub_answers, network_timeout
-from metrics.programs import load_program, one_line
+from metrics.programs import first_line, load_program
 from metrics.scores import INCEPTION
 
 PROGRAM = "program"
@@ -59,7 +59,7 @@ class ProgramExtractor(nn.Module):
         return features, probabilities.float().clamp(min=1e-30).log()
 
 
-def resized(network: nn.Module, side: int) -> nn.Module:
+def with_resizing(network: nn.Module, side: int) -> nn.Module:
     """Precede a network by bicubic resizing, as in published scores on DINOv2 (dgm-eval, Stein et al. 2023; EDM2)."""
     return nn.Sequential(OrderedDict(resize=Resize([side, side], InterpolationMode.BICUBIC), network=network))
 
@@ -77,7 +77,7 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[n
     Raises:
         ExtractorError: it cannot be loaded.
     """
-    kind, short_name = naming(name)
+    kind, short_name = kind_and_name(name)
     if kind == PROGRAM:
         if not Path(name).is_file():
             raise ExtractorError(f"--extractor {name}: no such file, nor one of {', '.join(NAMES)}, nor timm:NAME")
@@ -95,12 +95,12 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[n
         module, published = _load_timm(short_name, weights_path), False
     else:
         module = _load_named(name, weights_path)
-        module = resized(module, FeatureExtractorDinoV2.INPUT_IMAGE_SIZE) if name.startswith("dinov2") else module
+        module = with_resizing(module, FeatureExtractorDinoV2.INPUT_IMAGE_SIZE) if name.startswith("dinov2") else module
         published = weights_path is None or (name == INCEPTION and sha256_of(Path(weights_path)).startswith(PUBLISHED))
     return module, _state_sha256(module), published
 
 
-def naming(extractor: str) -> tuple[str, str]:
+def kind_and_name(extractor: str) -> tuple[str, str]:
     """Return the kind of an extractor (one of `NAMES`, `timm` or `PROGRAM`) and its name in scores."""
     if extractor in NAMES:
         return extractor, extractor
@@ -147,12 +147,12 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
     except UNREADABLE as error:
         if path:
             raise ExtractorError(
-                f"--weights_path {path}: not the weights of {name} that torch-fidelity downloads ({one_line(error)})"
+                f"--weights_path {path}: not the weights of {name} that torch-fidelity downloads ({first_line(error)})"
             ) from error
         weights_of = f"torch-fidelity's {Path(URL_INCEPTION_V3).name}" if name == INCEPTION else f"of {name}"
         file = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "
         raise ExtractorError(
-            f"--extractor {name}: its weights cannot be downloaded ({one_line(error)}); give {file}"
+            f"--extractor {name}: its weights cannot be downloaded ({first_line(error)}); give {file}"
             "--extractor timm:NAME or FILE.pt2 (a program: one that you trust), such as the small classifier that "
             "`make demo` trains: its scores compare runs with each other, not with published ones"
         ) from error

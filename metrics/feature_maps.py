@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from metrics.extractors import PROGRAM, ExtractorError, load_extractor, naming
+from metrics.extractors import PROGRAM, ExtractorError, kind_and_name, load_extractor
 
 
 class FeatureMaps:
@@ -27,7 +27,7 @@ class FeatureMaps:
     def __init__(
         self, extractor: str, weights_path: str | None, grid: Sequence[int], device: torch.device | str = "cpu"
     ) -> None:
-        self.name, self.grid, kind = extractor, (grid[0], grid[1]), naming(extractor)[0]
+        self.name, self.grid, kind = extractor, (grid[0], grid[1]), kind_and_name(extractor)[0]
         if kind not in ("timm", PROGRAM):
             raise ExtractorError(
                 f"--alignment.extractor {extractor}: has no features at places; give timm:NAME or a FILE.pt2 you trust"

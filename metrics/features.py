@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metrics.agreement import Labelled, Probe
-from metrics.extractors import NAMES, ExtractorError, load_extractor, naming
+from metrics.extractors import NAMES, ExtractorError, kind_and_name, load_extractor
 from metrics.frechet import Moments, RunningMoments, moments_of
 from metrics.image_batches import ImageBatch
-from metrics.scores import DEFAULT, INCEPTION, PER_IMAGE, needs_of
+from metrics.scores import DEFAULT, INCEPTION, PER_IMAGE, required_features
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Features:
     @staticmethod
     def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> "Features":
         """Compute the moments of features that are in memory."""
-        in_second = in_second_half(len(features))
+        in_second = second_half_mask(len(features))
         halves = (moments_of(features[~in_second]), moments_of(features[in_second])) if len(features) > 1 else None
         return Features(moments_of(features), None, halves, features, logits, labels)
 
@@ -55,7 +55,7 @@ class Features:
         return self.moments.num or 0
 
 
-def in_second_half(num_images: int) -> Bool[Tensor, " n"]:
+def second_half_mask(num_images: int) -> Bool[Tensor, " n"]:
     """Return a mask of the images in the second of two fixed random halves; neighbouring images often share a class."""
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(0)) < num_images // 2
 
@@ -79,7 +79,7 @@ class Extractor:
         weights_path: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.kind, self.name = naming(str(extractor))
+        self.kind, self.name = kind_and_name(str(extractor))
         self.module, self.sha256, self.published_weights = load_extractor(str(extractor), weights_path)
         self.device = torch.device(device)
         try:
@@ -120,8 +120,8 @@ class Extractor:
             ValueError: there are no images, or they are not uint8 RGB.
             ExtractorError: the extractor fails on them.
         """
-        needs = needs_of(metrics)
-        part = _Part(in_second_half(sum(gather([num_images]))), keep=bool(needs & PER_IMAGE))
+        needs = required_features(metrics)
+        part = _Part(second_half_mask(sum(gather([num_images]))), keep=bool(needs & PER_IMAGE))
         try:
             with tqdm(total=num_images, desc=desc, unit="img", leave=False, disable=not progress) as bar:
                 for batch in batches:

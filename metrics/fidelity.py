@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from machine.precision import exact
+from machine.precision import to_float64
 from metrics.features import Extractor, Features
 from metrics.frechet import frechet_distance, moments_of
 from metrics.scores import DEFAULT, METRICS, MISSING, Score, check_metrics, metric_name, too_few
@@ -25,7 +25,7 @@ class Scores:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def compare(
+def compute_scores(
     samples: Features, reference: Features, extractor: Extractor, *, metrics: Sequence[str] = DEFAULT, seed: int = 0
 ) -> Scores:
     """Compute metrics from features, in float64; scores that too few images do not allow are None, with a reason."""
@@ -40,7 +40,7 @@ def compare(
         call = metric.compute, metric.needs  # metrics that share a function share its call
         if call not in results:
             if metric.needs == "features":
-                inputs = [exact(value.to(extractor.device)) for value in inputs]
+                inputs = [to_float64(value.to(extractor.device)) for value in inputs]
             results[call] = metric.call(inputs, seed)
         result, settings[name] = results[call]
         scores[score_name] = metric.checked(result[name] if isinstance(result, dict) else result)

@@ -20,7 +20,7 @@ class ImageBatch:
     labels: Int64[Tensor, " b"] | None = None
 
 
-def in_batches(indices: Int64[Tensor, " n"], batch_size: int) -> Sequence[Tensor]:
+def split_into_batches(indices: Int64[Tensor, " n"], batch_size: int) -> Sequence[Tensor]:
     """Split indices into batches; of no indices there is no batch, where `Tensor.split` would return an empty one."""
     return indices.split(batch_size) if len(indices) else ()
 
@@ -31,7 +31,7 @@ def image_batches(
     """Iterate over all images, or those at `indices`, in batches."""
     data: Any = images
     indices = torch.arange(len(data)) if indices is None else indices
-    for batch in in_batches(indices, batch_size):
+    for batch in split_into_batches(indices, batch_size):
         if isinstance(images, Tensor):
             yield ImageBatch(batch, images[batch])
             continue

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from machine.precision import exact
+from machine.precision import to_float64
 from metrics.scores import Score, too_few
 
 ROWS, AT_ONCE = 1024, 65536  # size of the blocks in which matrices of distances are computed: rows, columns
@@ -62,7 +62,9 @@ def neighbour_distances(x: Float[Tensor, "n d"], ks: list[int]) -> list[Float[Te
     return list(torch.cat(blocks, dim=1))
 
 
-def nearest(x: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " n"], Int64[Tensor, " n"]]:
+def nearest_neighbours(
+    x: Float[Tensor, "n d"], others: Float[Tensor, "m d"]
+) -> tuple[Float[Tensor, " n"], Int64[Tensor, " n"]]:
     """Return distance and index of the nearest of `others`, which are moved to the device of `x` in parts."""
     best, index = torch.full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.int64)
     for number, part in enumerate(others.split(AT_ONCE)):
@@ -86,6 +88,6 @@ def share_of_pairs_closer(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> flo
 
 def _distance_blocks(x: Tensor, y: Tensor) -> Iterator[Tensor]:
     """Compute the matrix of Euclidean distances in float64, in blocks of `ROWS` rows."""
-    y = exact(y)
-    for block in exact(x).split(ROWS):
+    y = to_float64(y)
+    for block in to_float64(x).split(ROWS):
         yield torch.cdist(block, y)

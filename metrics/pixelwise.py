@@ -6,7 +6,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from machine.precision import exact
+from machine.precision import to_float64
 
 WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian window: its side and standard deviation, in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -14,7 +14,7 @@ C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 def psnr(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
     """Return the peak signal-to-noise ratio of each pair in dB; it is infinite for equal images."""
-    mse = (exact(images) - exact(others)).square().mean(dim=(1, 2, 3))
+    mse = (to_float64(images) - to_float64(others)).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / mse)
 
 
@@ -25,7 +25,7 @@ def ssim(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> 
     """
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM looks at windows of {WINDOW}x{WINDOW} pixels, and these images are smaller")
-    x, y = exact(images), exact(others)
+    x, y = to_float64(images), to_float64(others)
     mean_x, mean_y = _windowed(x), _windowed(y)
     variance_x, variance_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
     covariance = _windowed(x * y) - mean_x * mean_y
@@ -53,7 +53,7 @@ def spectrum(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
     It is the periodogram of pixels in [0, 1], without their mean and under a Hann window (Welch 1967), averaged over
     directions. For white noise it equals the variance at all frequencies.
     """
-    x = exact(images) / 255
+    x = to_float64(images) / 255
     x = x - x.mean(dim=(-2, -1), keepdim=True)
     height, width = x.shape[-2:]
     rows, columns = (torch.hann_window(side, dtype=x.dtype, device=x.device) for side in (height, width))

@@ -108,11 +108,11 @@ def load_exported(path: str | Path) -> ExportedNetwork:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # on damaged files, torch's readers raise errors of any type
         raise ValueError(
-            f"{path}: torch {torch.__version__} cannot read this program ({one_line(error)}); export it anew on the CPU"
+            f"{path}: torch {torch.__version__} cannot read it ({first_line(error)}); export it anew on the CPU"
         ) from error
 
 
-def one_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return the first line of an error's message, at most 160 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[0].split())[:160]

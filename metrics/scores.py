@@ -134,7 +134,7 @@ def check_metrics(names: Iterable[str]) -> None:
         raise ValueError(f"--metrics {','.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}")
 
 
-def needs_of(names: Iterable[str]) -> set[str]:
+def required_features(names: Iterable[str]) -> set[str]:
     names = list(names)
     check_metrics(names)
     return {METRICS[name].needs for name in names}
@@ -146,7 +146,7 @@ def metric_name(metric: str, kind: str, extractor: str) -> str:
     return metric if kind == INCEPTION or elsewhere is None else f"{elsewhere[0]}[{extractor}]"
 
 
-def row_of(score: str) -> tuple[str, Metric | None]:
+def find_metric(score: str) -> tuple[str, Metric | None]:
     """Return name and row of the metric behind a score such as "frechet_distance[vgg16]" or "fid, halves".
 
     The row of an unknown metric is None.
@@ -162,19 +162,19 @@ def is_lower_better(score: str) -> bool | None:
     """Whether lower is better for a score, with any extractor, or for a validation loss; None if unknown."""
     if score.startswith("validation_"):
         return True
-    row = row_of(score)[1]
+    row = find_metric(score)[1]
     return None if row is None else row.better == "lower"
 
 
-def title_of(score: str) -> str:
+def column_title(score: str) -> str:
     """Return the heading of a score's column, with an arrow that points to better values."""
-    name, row = row_of(score)
+    name, row = find_metric(score)
     if row is None:
         return name
     title = row.elsewhere[1] if row.elsewhere and name != score.partition(",")[0] else row.title or name
     return f"{title} {'↓' if row.better == 'lower' else '↑'}"
 
 
-def digits_of(score: str) -> int | None:
-    row = row_of(score)[1]
+def num_digits(score: str) -> int | None:
+    row = find_metric(score)[1]
     return row.digits if row else None

@@ -10,7 +10,7 @@ import torch
 from autoencoders.codec import Codec, LatentCodec
 from metrics.programs import save_exported
 from published.diffusers_dit import native_names, write_native
-from published.diffusers_schedulers import scheduler_of, time_mapping
+from published.diffusers_schedulers import time_mapping, to_scheduler
 
 PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 
@@ -21,7 +21,7 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, 
     With `native` that is a `DiTPipeline`, otherwise an exported program with a pipeline of our own. Raises ValueError
     naming the setting that diffusers cannot reproduce.
     """
-    scheduler, spacing = scheduler_of(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
+    scheduler, spacing = to_scheduler(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
     vae = None
     if isinstance(codec, LatentCodec):
         vae = codec.autoencoder

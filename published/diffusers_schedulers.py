@@ -21,7 +21,7 @@ SPACINGS = {  # by kind, sampler and spacing: the pipeline's name of the spacing
 }
 
 
-def scheduler_of(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
+def to_scheduler(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
     """Return the diffusers scheduler that makes the same steps, and the pipeline's name of its spacing.
 
     Raises ValueError naming the setting for which there is none.

@@ -37,7 +37,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
     except (RuntimeError, EOFError, SafetensorError) as error:
         raise ValueError(f"--weights {path}: cut short, or not a file of torch ({error})") from None
     step = int(saved.get("train_steps", 0)) if isinstance(saved, dict) else 0
-    averaged, trained = parts_of(saved)
+    averaged, trained = split_checkpoint(saved)
     # The XSwin authors do not average batch-norm statistics: their average has the initial ones, so take the trained.
     statistics = {name: value for name, value in trained.items() if name.rsplit(".", 1)[-1] in STATISTICS}
     weights = averaged | statistics if averaged else trained
@@ -46,28 +46,28 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
     return weights, step
 
 
-def parts_of(saved: object) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_checkpoint(saved: object) -> tuple[dict[str, Any], dict[str, Any]]:
     """Find the averaged and the trained weights in a checkpoint.
 
     The average (ema, params_ema, ...) may be a nested dictionary, or a prefix of names.
     """
     if not isinstance(saved, dict):
         return {}, {}
-    parts: dict[str, dict[str, Any]] = {"": strip(saved)}
+    parts: dict[str, dict[str, Any]] = {"": strip_wrappers(saved)}
     for name, part in saved.items():
         if isinstance(part, dict) and not NOT_BACKBONE.search(str(name)):
-            inner_parts = (strip(inner) for inner in part.values())
-            parts[str(name)] = strip(part) or next(filter(None, inner_parts), {})
+            inner_parts = (strip_wrappers(inner) for inner in part.values())
+            parts[str(name)] = strip_wrappers(part) or next(filter(None, inner_parts), {})
     averaged: dict[str, Any] = {}
     trained: dict[str, Any] = {}
     for name, tensors in parts.items():
         average = {key: value for key, value in tensors.items() if AVERAGE.search(name) or AVERAGE.match(key)}
-        averaged = averaged or without_outer(average)
-        trained = trained or without_outer({key: value for key, value in tensors.items() if key not in average})
+        averaged = averaged or strip_common_prefix(average)
+        trained = trained or strip_common_prefix({key: value for key, value in tensors.items() if key not in average})
     return averaged, trained
 
 
-def strip(weights: object) -> dict[str, Any]:
+def strip_wrappers(weights: object) -> dict[str, Any]:
     """Keep the tensors, in float32, and remove what DistributedDataParallel, FSDP and torch.compile add to names."""
     tensors = {}
     for name, tensor in weights.items() if isinstance(weights, dict) else ():
@@ -77,11 +77,11 @@ def strip(weights: object) -> dict[str, Any]:
     return tensors
 
 
-def without_outer(tensors: dict[str, Any]) -> dict[str, Any]:
+def strip_common_prefix(tensors: dict[str, Any]) -> dict[str, Any]:
     """Remove a prefix that all names share, and REPA's projectors, which are only needed in training."""
     outer = {name.partition(".")[0] for name in tensors}
     if len(outer) == 1 and outer <= OUTER:
-        return without_outer({name.partition(".")[2]: tensor for name, tensor in tensors.items()})
+        return strip_common_prefix({name.partition(".")[2]: tensor for name, tensor in tensors.items()})
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("projectors.")}
 
 

@@ -82,7 +82,7 @@ def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mappin
     return model.eval()
 
 
-def arguments_of(source: str, weights: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
+def infer_arguments(source: str, weights: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
     """Infer the arguments of `create_model`, `name` included, from published weights.
 
     Raises ValueError for an unknown source, and where `num_heads` is needed: for a width that is no published one.
@@ -97,7 +97,7 @@ def arguments_of(source: str, weights: Mapping[str, Tensor], num_heads: int | No
         raise ValueError(f"--source {source}: the weights have no {error}; they begin with {first}") from None
 
 
-def row_of(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def find_named_backbone(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Find the named backbone (such as `DiT-XL/2`) that equals a family with these arguments.
 
     Returns its name and no arguments, or the name and arguments as given where there is none.

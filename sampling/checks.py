@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import open_checkpoint, read_metadata
-from data.latents import short
+from data.latents import abbreviate
 from diffusion import Diffusion
-from diffusion.samplers import Staged, check_options, num_steps_of
-from experiment.build import meaning_of
+from diffusion.samplers import Staged, check_options, num_steps_for
+from experiment.build import defining_settings
 from experiment.config import DiffusionConfig, ExperimentConfig, SamplingConfig
 from machine.atomic_files import sha256_of
 from models import ModelSpec
@@ -60,7 +60,7 @@ def resolve_sampling(
         )
     if num_channels is not None and (config.legacy_cfg_channels or 1) > num_channels:
         raise ValueError(f"--sampling.legacy_cfg_channels {config.legacy_cfg_channels}: there are {num_channels}")
-    num_steps = num_steps_of(config, diffusion)
+    num_steps = num_steps_for(config, diffusion)
     diffusion.reverse_steps(num_steps, config.spacing)  # raises if they are invalid
     return replace(config, num_steps=num_steps)
 
@@ -133,12 +133,12 @@ def load_guide_model(
     compare_codecs = "codec" in identity and "codec" in guide.identity
 
     def comparable(diffusion: DiffusionConfig, spec: ModelSpec, classes: Sequence[str], identity: Any) -> dict:
-        values = meaning_of(diffusion)
+        values = defining_settings(diffusion)
         values |= {name: getattr(spec, name) for name in ("input_size", "in_channels", "out_channels")}
         if not unlabelled:
-            values |= {"num_classes": spec.num_classes, "classes": short(list(classes))}
+            values |= {"num_classes": spec.num_classes, "classes": abbreviate(list(classes))}
         if compare_codecs:
-            values["latents"] = short({name: identity["codec"].get(name) for name in ("sha256", "scale", "shift")})
+            values["latents"] = abbreviate({name: identity["codec"].get(name) for name in ("sha256", "scale", "shift")})
         return values
 
     of_model = comparable(diffusion, spec, classes, identity)

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from autoencoders.codec import Codec
 from checkpoints.checkpoint import Checkpoint
 from diffusion import Diffusion, sample
-from diffusion.samplers import Callback, num_steps_of, randn_like
+from diffusion.samplers import Callback, num_steps_for, randn_like
 from experiment.config import SamplingConfig
-from machine.precision import autocasting, precision_of
+from machine.precision import inference_autocast, precision_of
 from machine.randomness import generator_for
-from metrics.image_batches import ImageBatch, in_batches
+from metrics.image_batches import ImageBatch, split_into_batches
 from sampling.checks import load_guide_model
 
 
@@ -41,10 +41,10 @@ class Generator:
 
     @property
     def num_steps(self) -> int:
-        return num_steps_of(self.sampling, self.diffusion)
+        return num_steps_for(self.sampling, self.diffusion)
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
-        for batch in in_batches(indices, batch_size):
+        for batch in split_into_batches(indices, batch_size):
             yield ImageBatch(batch, self.draw(batch).cpu(), self.labels[batch])
 
     def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
@@ -70,7 +70,7 @@ class Generator:
             generators: one per image, for random steps
             start: time to start from; by default the first of the chain
         """
-        with autocasting(self.accelerator.device, precision_of(self.accelerator), self.model, self.guide_model):
+        with inference_autocast(self.accelerator.device, precision_of(self.accelerator), self.model, self.guide_model):
             x_0 = sample(
                 self.diffusion,
                 self.model,
@@ -87,7 +87,7 @@ class Generator:
         return self.codec.decode(x_0)
 
 
-def generator_of(
+def create_generator(
     checkpoint: Checkpoint,
     sampling: SamplingConfig,
     codec: Codec,

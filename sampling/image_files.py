@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from machine.atomic_files import atomic_path, check_empty, inside
+from machine.atomic_files import atomic_path, check_empty, join_inside
 
 SMALL, LARGE = ImageFont.load_default(size=9), ImageFont.load_default(size=22)
 GAP = 2  # pixels between images
@@ -33,7 +33,7 @@ def save_grid(
         draw_grid(images, columns, **names).save(partial, **options)
 
 
-def drawn_by(path: Path) -> str | None:
+def read_weights_hash(path: Path) -> str | None:
     """Read the hash of the weights that generated a grid, if it is recorded."""
     with suppress(OSError), Image.open(path, formats=("PNG",)) as image:
         return image.info.get(DRAWN_BY)
@@ -76,7 +76,7 @@ def save_labelled(
     rows: list[tuple[str, list[UInt8[np.ndarray, "h w 3"]]]], columns: list[str], path: Path, scale: int = 2
 ) -> None:
     """Save a PNG for a paper, with the names of rows at the left and of columns above."""
-    left = int(max(width_of(name) for name, _ in rows)) + 20 if any(name for name, _ in rows) else 4
+    left = int(max(label_width(name) for name, _ in rows)) + 20 if any(name for name, _ in rows) else 4
     top = 36 if columns else 4
     height, width = (scale * side for side in rows[0][1][0].shape[:2])
     step_x, step_y = width + 12, height + (12 if columns else 2 * GAP)
@@ -86,7 +86,7 @@ def save_labelled(
         draw.text((left + column * step_x + width / 2, top / 2), name, "black", LARGE, anchor="mm")
     for row, (name, blocks) in enumerate(rows):
         y = top + row * step_y
-        draw.text((left - 12, y + height / 2), title(name), "black", LARGE, anchor="rm")
+        draw.text((left - 12, y + height / 2), display_name(name), "black", LARGE, anchor="rm")
         for column, block in enumerate(blocks):
             image = Image.fromarray(block).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(image, (left + column * step_x, y))
@@ -94,19 +94,21 @@ def save_labelled(
     canvas.save(path)
 
 
-def title(name: str) -> str:
+def display_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def width_of(name: str) -> float:
-    return LARGE.getlength(title(name))
+def label_width(name: str) -> float:
+    return LARGE.getlength(display_name(name))
 
 
 def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[str], folder: Path) -> None:
     """Save images as `class/000123.png` in a new folder, numbered by index. `class_names` holds each image's class."""
     check_empty(folder, "--output")
     with atomic_path(folder) as partial:
-        paths = [inside(partial, f"./{name}/{index:06d}.png", "--output") for index, name in enumerate(class_names)]
+        paths = [
+            join_inside(partial, f"./{name}/{index:06d}.png", "--output") for index, name in enumerate(class_names)
+        ]
         name_of = {path.parent: name for path, name in zip(paths, class_names, strict=True)}
         for path, name in zip(paths, class_names, strict=True):
             other = name_of[path.parent]

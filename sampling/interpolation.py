@@ -12,7 +12,7 @@ from machine.randomness import generator_for
 from sampling.generation import Generator
 
 
-class Blend(nn.Module):
+class ClassMixture(nn.Module):
     """Mixes a model's predictions for two classes linearly. Its labels are indices of `shares`, the weights of the
     second class."""
 
@@ -59,7 +59,9 @@ def interpolate(
     if labels[0] == labels[1]:
         return generator.denoise(noise, torch.full((num_images,), labels[0], device=device), random_streams).cpu()
     models = {"model": generator.model, "guide_model": generator.guide_model}
-    blend = replace(generator, **{name: model and Blend(model, labels, shares) for name, model in models.items()})
+    blend = replace(
+        generator, **{name: model and ClassMixture(model, labels, shares) for name, model in models.items()}
+    )
     return blend.denoise(noise, torch.arange(num_images, device=device), random_streams).cpu()
 
 

@@ -16,7 +16,7 @@ from checkpoints.checkpoint import Checkpoint, open_checkpoint
 from diffusion import Diffusion
 from machine.accelerator import open_accelerator
 from sampling.checks import resolve_sampling
-from sampling.generation import Generator, generate, generator_of
+from sampling.generation import Generator, create_generator, generate
 from sampling.labels import resolve_classes
 from settings import SEEDS, check_interval
 
@@ -77,7 +77,7 @@ class Pipeline:
         labels, checkpoint = labels.repeat_interleave(num_per_class), self.checkpoint
         sampling["say"] = self.accelerator.print
         settings = resolve_sampling(checkpoint.config.sampling, self.diffusion, checkpoint.num_guided, **sampling)
-        return generator_of(checkpoint, settings, self.codec, labels, seed, self.accelerator, model=self.model)
+        return create_generator(checkpoint, settings, self.codec, labels, seed, self.accelerator, model=self.model)
 
 
 def load(path: str | Path, *, precision: str = "auto", autoencoder: str | None = None) -> Pipeline:

@@ -9,7 +9,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
-from data.subsets import by_name
+from data.subsets import map_labels
 from diffusion.samplers import randn_like
 from machine.randomness import generator_for
 from sampling.generation import Generator
@@ -30,7 +30,7 @@ def draw_reconstructions(
         checkpoint.check_identity(test=held_out.describe())
     labels = torch.zeros_like(held_out.labels)
     if checkpoint.classes:
-        labels = by_name(held_out.labels, held_out.classes, checkpoint.classes, "--reconstruct")
+        labels = map_labels(held_out.labels, held_out.classes, checkpoint.classes, "--reconstruct")
     chosen = spread_over_classes(labels, classes, num_per_class)
     images = torch.stack([held_out[index][0] for index in chosen.tolist()])
     pictures, time = reconstruct(generator, images, labels[chosen], t)

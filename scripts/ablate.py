@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ablation.study import AblationConfig, ClusterConfig, expand, read_ablation
 from experiment.cli import one_line_errors, parse
-from machine.atomic_files import inside
+from machine.atomic_files import join_inside
 from machine.children import EXIT_CODE
-from machine.stopping import importing
+from machine.stopping import without_garbage_collection
 from settings import within
 
 STARTED = time.time()
@@ -63,7 +63,7 @@ def main(config: AblateConfig) -> int:
     path = Path(config.ablation)
     if not path.is_file():
         raise ValueError(f"--ablation {path}: no such file")
-    folder = inside(Path("runs"), config.name or path.stem, "--name")
+    folder = join_inside(Path("runs"), config.name or path.stem, "--name")
     if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
         raise ValueError(f"--name {folder.name}: {folder} holds a training; give the ablation another name")
     ablation = read_ablation(path, {**config.set, **({"imports": config.imports} if config.imports else {})})
@@ -84,9 +84,9 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 
 
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
-    with importing():
-        from ablation.plan import make_plan, prepare, refuse_changed, table
-        from ablation.runner import Runner, jobs_of, places, run_here, submit
+    with without_garbage_collection():
+        from ablation.plan import format_plan, make_plan, prepare, refuse_changed
+        from ablation.runner import Runner, group_into_jobs, run_here, submit, worker_slots
         from ablation.tables import check_columns
         from machine.accelerator import open_accelerator
         from machine.lock import Lock
@@ -95,19 +95,19 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
     check_columns(ablation.columns)
     runs = expand(ablation, folder.name)
-    places(config.workers)  # raises if there are not enough cores, before anything is written
+    worker_slots(config.workers)  # raises if there are not enough cores, before anything is written
     with Lock(folder / "lock", waits=True):  # as other processes may plan the same study
         start = time.time() - STARTED
         accelerator = open_accelerator(runs[0].config.train.precision)
         plan = make_plan(ablation, runs, folder, accelerator, timed=True, any_code=config.any_code, start=start)
-        print(table(plan), flush=True)
+        print(format_plan(plan), flush=True)
         if config.only == "plan":
             return 0
 
         if not config.redo:
             refuse_changed(plan)
         prepare([planned for planned in plan if not planned.all_done], accelerator)
-    jobs, runner = jobs_of(plan), Runner(deadline, config.launcher)
+    jobs, runner = group_into_jobs(plan), Runner(deadline, config.launcher)
     if config.executor == "local":
         outcomes = run_here(jobs, runner, config.workers)
     else:

@@ -74,16 +74,18 @@ def training(
         row |= {"parameters": per_image.parameters, "gflops": per_image.gflops}
         programs.append((row, speed.training_step(model, precision, lambda: (x_0, y), compile=compile)))
         for published_precision in dict.fromkeys(("fp32", precision)) if published else ():
-            step = published.step(name, speed.NUM_CLASSES, speed.the_device(), published_precision, lambda: (x_0, y))
+            step = published.step(
+                name, speed.NUM_CLASSES, speed.benchmark_device(), published_precision, lambda: (x_0, y)
+            )
             programs.append((head(name, published_precision, "published"), step))
-    rows = speed.in_turns(programs, rounds, batch_size)
+    rows = speed.time_interleaved(programs, rounds, batch_size)
     first: dict[str, float] = {}
     for row in rows:
         if "gflops" in row:  # a backward pass costs about twice the forward pass
             row["MFU"] = round(3 * row["gflops"] * 1e9 * row["img/s"] / peak, 3)
             row["time"] = round(first.setdefault(row["model"], row["img/s"]) / row["img/s"], 3)
     what = f"optimizer step, batch {batch_size}, latents {latent_size}x{latent_size}"
-    note = f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {speed.the_device()} matrices of side {side}."
+    note = f"MFU: of {peak / 1e12:.2f} TFLOP/s, a product of {speed.benchmark_device()} matrices of side {side}."
     speed.report(what, rows, output, note=note)
 
 
@@ -122,11 +124,11 @@ def sampling(
         programs.append((head(name, precision), speed.autocasting(precision, generate)))
         if published:
             model = published.create(name, latent_size=8, num_classes=speed.NUM_CLASSES)
-            model = model.to(speed.the_device()).eval()
+            model = model.to(speed.benchmark_device()).eval()
             settings_published = {"num_classes": speed.NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
             generate = partial(published.sample, model, noise, y, **settings_published)
             programs.append((head(name, precision, "published"), speed.autocasting(precision, generate)))
-    rows = speed.in_turns(programs, rounds, batch_size)
+    rows = speed.time_interleaved(programs, rounds, batch_size)
     speed.report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows)
 
 
@@ -163,7 +165,7 @@ def epoch(
     from training.batches import Batches
     from training.objective import Objective
 
-    published, precision, device = checkout(compare), chosen(precision), speed.the_device()
+    published, precision, device = checkout(compare), chosen(precision), speed.benchmark_device()
     codec = create_codec("embedded").to(device)
     shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
     autoencoder = create_autoencoder(ArchitectureConfig(), image_size=64).to(device).eval()
@@ -189,7 +191,7 @@ def epoch(
             theirs = published.step(name, 10, device, "fp32", encoded)
             programs.append((head(name, precision, "this one, cache warm"), ours))
             programs.append((head(name, "fp32", "published loop"), theirs))
-        rows = speed.in_turns(programs, rounds, batch_size)
+        rows = speed.time_interleaved(programs, rounds, batch_size)
     speed.report(f"training from 64x64 images, batch {batch_size}", rows)
 
 
@@ -223,7 +225,7 @@ def cache(
     from training.meter import memory_gb
     from training.objective import Objective
 
-    precision, device = chosen(precision), speed.the_device()
+    precision, device = chosen(precision), speed.benchmark_device()
     objective, config = Objective(GaussianDiffusion()), TrainConfig(batch_size=batch_size, label_dropout=0.0)
     codec = create_codec("embedded").to(device)
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -249,7 +251,7 @@ def cache(
             return head(model, precision, f"latents {name}"), lambda: losses[name].append(step())
 
         programs = [training_on("from files", files), training_on("at hand", in_memory)]
-        rows = speed.in_turns(programs, rounds, batch_size)
+        rows = speed.time_interleaved(programs, rounds, batch_size)
         gb, gb_training = num_bytes(files.folder) / 1e9, memory_gb(torch.device("cpu"))
     equal = torch.equal(*map(torch.stack, losses.values()))
     rows[0]["speed"] = round(rows[0]["img/s"] / rows[1]["img/s"], 3)
@@ -286,7 +288,7 @@ def scaling(
             flags = {"models": f"[{name}]", "latent_size": side, "batch_size": batch_size, "rounds": rounds}
             arguments = [f"--{flag}={value}" for flag, value in flags.items()]
             arguments += [f"--precision={precision}", f"--output={file.name}"]
-            children.run([sys.executable, __file__, "training", *arguments], stdout=subprocess.DEVNULL)
+            children.run_process([sys.executable, __file__, "training", *arguments], stdout=subprocess.DEVNULL)
             (row,) = json.loads(Path(file.name).read_text())["rows"]
         microseconds, kilobytes = 1e6 / row["img/s"], row["step GB"] * 1e6 / batch_size  # per image
         rows.append({"model": name, "latent": side, "batch": batch_size, "img/s": row["img/s"]})
@@ -313,19 +315,19 @@ def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, roun
     from metrics.image_batches import image_batches
     from training import speed
 
-    network = Extractor(extractor, device=str(speed.the_device()))
+    network = Extractor(extractor, device=str(speed.benchmark_device()))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num_images, 3, 64, 64), dtype=torch.uint8, generator=generator)
 
     @torch.inference_mode()
     def bare() -> None:
         for batch in images.split(batch_size):
-            network.module(batch.to(speed.the_device()))[0].cpu()
+            network.module(batch.to(speed.benchmark_device()))[0].cpu()
 
     def extract() -> None:
         network(image_batches(images, batch_size), num_images, progress=False)
 
-    rows = speed.in_turns([({"what": "bare loop"}, bare), ({"what": "Extractor"}, extract)], rounds, num_images)
+    rows = speed.time_interleaved([({"what": "bare loop"}, bare), ({"what": "Extractor"}, extract)], rounds, num_images)
     speed.report(f"{network.name}, {num_images} images of 64x64, batches of {batch_size}", rows)
 
 
@@ -385,11 +387,11 @@ def head(name: str, precision: str, implementation: str = "this one") -> Row:
 def chosen(precision: str) -> str:
     """Resolve a precision, such as 'auto', for this device, with a warning if it is emulated."""
     from machine.precision import choose_precision, warning_of
-    from training.speed import the_device
+    from training.speed import benchmark_device
 
-    if warning := warning_of(precision, the_device(), "--precision"):
+    if warning := warning_of(precision, benchmark_device(), "--precision"):
         print(warning, flush=True)
-    return choose_precision(precision, the_device())
+    return choose_precision(precision, benchmark_device())
 
 
 if __name__ == "__main__":

@@ -69,13 +69,13 @@ class BudgetConfig:
 
 def main(config: BudgetConfig) -> None:
     """Count the operations of each model per image, and print a row for each number of GPUs."""
-    from ablation.costs import count
+    from ablation.costs import count_cost
     from models import ModelSpec
 
     encoder, decoder = autoencoder_gflops(config.image_size)
     side, rows = config.image_size // 8, []
     for name in config.models:
-        cost = count(ModelSpec(name, {}, (side, side), 4, 8, config.num_classes))
+        cost = count_cost(ModelSpec(name, {}, (side, side), 4, 8, config.num_classes))
         for gpus in config.gpus:
             hours, limit = hours_of(config, cost, encoder, decoder, gpus)
             row = {"model": name, "parameters": f"{cost.parameters / 1e6:.0f}M"}

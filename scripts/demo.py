@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import one_line_errors, parse
 from machine import children
-from machine.atomic_files import beside
+from machine.atomic_files import unused_path
 from machine.lock import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def main(config: DemoConfig) -> None:
     with Lock(RUN / "training.lock"):  # as a training may be running there
         made_by_demo = (RUN / MADE).read_text().split() if (RUN / MADE).exists() else []
         if checkpoints().difference(made_by_demo):
-            print(f"{RUN} is a training that no demo has made, and is now {RUN.rename(beside(RUN))}")
+            print(f"{RUN} is a training that no demo has made, and is now {RUN.rename(unused_path(RUN))}")
         shutil.rmtree(RUN, ignore_errors=True)
 
     say("1/4", f"training {shown(experiment)}")
@@ -92,8 +92,8 @@ def checkpoints() -> set[str]:
 def launch(program: str, *arguments: object) -> None:
     """Run a program. A signal lets it save; the last line then says how to continue."""
     try:
-        children.run([sys.executable, str(ROOT / program), *map(str, arguments)])
-    except children.Ended:
+        children.run_process([sys.executable, str(ROOT / program), *map(str, arguments)])
+    except children.EndedBySignal:
         with suppress(OSError):  # if the terminal is closed
             print(f"\nstopped; {how_to_go_on(program)}", flush=True)
         raise

@@ -106,7 +106,7 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
             step_losses.append(loss.detach())
         gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads)  # also clips the gradient
         mean: Any = accelerator.reduce(torch.stack(step_losses).mean(), "mean")
-        losses.append(run.read(mean))
+        losses.append(run.synchronize(mean))
         if has_diverged(losses):
             break
         optimizers.step()

@@ -52,7 +52,7 @@ class GalleryConfig:
 
 def main(config: GalleryConfig) -> None:
     """Read the runs, find their differences and write the page."""
-    from evaluation.plots import page
+    from evaluation.plots import render_page
     from machine.atomic_files import write_atomic
 
     folder = config.folder
@@ -74,7 +74,7 @@ def main(config: GalleryConfig) -> None:
     title, head = f"{len(runs)} runs in {folder.resolve().name}", ["run", "steps", *logged, *scores, *differing]
     table = [[cell(value) for value in row] for row in rows]
     path = config.output or folder / "gallery.html"
-    write_atomic(path, page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards))
+    write_atomic(path, render_page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards))
     print(f"{len(runs)} runs: {path}")
 
 
@@ -96,11 +96,11 @@ def newest_picture(run: Path) -> Path | None:
     record their weights; the newer file is then chosen by its time, which a copy of the run may have changed."""
     from checkpoints.checkpoint import WEIGHTS, CheckpointError, read_metadata
     from machine.checkpoint_folder import by_step, list_checkpoints
-    from sampling.image_files import drawn_by
+    from sampling.image_files import read_weights_hash
 
     pictures = [*[*by_step(run / "samples", ".png").values()][-1:], *run.glob("samples.png")]
     checkpoints = list_checkpoints(run / "checkpoints")
-    if len(pictures) == 2 and checkpoints and (weights := drawn_by(pictures[1])):
+    if len(pictures) == 2 and checkpoints and (weights := read_weights_hash(pictures[1])):
         with suppress(CheckpointError):
             return pictures[read_metadata(checkpoints[-1] / WEIGHTS).get("weights_sha256") == weights]
     return max(pictures, key=lambda picture: picture.stat().st_mtime, default=None)
@@ -123,7 +123,7 @@ def cell(value: object) -> Cell:
 
 def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Plot training and validation losses over the steps as SVG, each with a caption."""
-    from evaluation.plots import color, draw, marker, svg_of
+    from evaluation.plots import color, figure_to_svg, make_figure, marker
 
     def plot(axes: Any, name: str) -> bool:
         for index, run in enumerate(runs):
@@ -134,8 +134,8 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
         axes.set(xlabel="step", ylabel=name.replace("_", " "), yscale="log")
         return bool(axes.lines)
 
-    figures = {name: draw(lambda axes, name=name: plot(axes, name)) for name in CAPTIONS}
-    return [(svg_of(figure, name), CAPTIONS[name]) for name, figure in figures.items() if figure]
+    figures = {name: make_figure(lambda axes, name=name: plot(axes, name)) for name in CAPTIONS}
+    return [(figure_to_svg(figure, name), CAPTIONS[name]) for name, figure in figures.items() if figure]
 
 
 if __name__ == "__main__":

@@ -79,9 +79,9 @@ def main(config: CheckConfig) -> None:
     """Run the checks; the exit status is 1 if one fails."""
     import torch
 
-    from training.speed import the_device
+    from training.speed import benchmark_device
 
-    if the_device().type != "cuda" and not config.tiny:
+    if benchmark_device().type != "cuda" and not config.tiny:
         raise ValueError("--tiny false: there is no CUDA device here; --tiny true runs the steps on the CPU")
     torch.manual_seed(0)
     deadline, failed = time.monotonic() + 60 * config.minutes, 0
@@ -139,9 +139,9 @@ def machine(side: int | None) -> dict[str, Any]:
     """Device, versions, and the speed of matrix products."""
     import torch
 
-    from training.speed import matrix_peak, the_device
+    from training.speed import benchmark_device, matrix_peak
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else the_device().type
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else benchmark_device().type
     peaks = {f"{dtype} TFLOP/s": round(matrix_peak(dtype, side)[0] / 1e12, 2) for dtype in ("fp32", "bf16")}
     return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, **peaks}
 
@@ -194,7 +194,7 @@ def attention(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
 
     model, (x_0, y) = speed.backbone(name, side, **args).eval(), speed.latents(batch, side)
     kernels: Counter[str] = Counter()
-    profile = speed.profiled(speed.autocasting("bf16", partial(model, x_0, y.float(), y)))
+    profile = speed.profile_call(speed.autocasting("bf16", partial(model, x_0, y.float(), y)))
     for event in profile.key_averages(group_by_input_shape=True):
         if event.key.startswith("aten::_scaled_dot_product"):
             kernels[f"{event.key.removeprefix('aten::_scaled_dot_product_')} {event.input_shapes[0]}"] += event.count
@@ -217,11 +217,12 @@ def speed_of(
     data, model = speed.latents(batch, side), speed.backbone(name, side, **args)
     flops = 3e9 * cost(model, latent_shape=(4, side, side), num_classes=speed.NUM_CLASSES).gflops
     if checkout:
-        step = Published(checkout).step(name, speed.NUM_CLASSES, speed.the_device(), mode, lambda: data)
+        step = Published(checkout).step(name, speed.NUM_CLASSES, speed.benchmark_device(), mode, lambda: data)
     else:
         compiled, reads = mode == "compiled", mode != "graphed"
         step = speed.training_step(model, "bf16", lambda: data, compile=compiled, reads=reads)
-    (row,) = speed.in_turns([({}, speed.graphed(step) if mode == "graphed" else step)], 1, batch, sizes.calls)
+    program = speed.capture_graph(step) if mode == "graphed" else step
+    (row,) = speed.time_interleaved([({}, program)], 1, batch, sizes.calls)
     peak, _ = speed.matrix_peak("fp32" if mode == "fp32" else "bf16", sizes.product)
     return {"latents": side, "batch": batch, **row, "MFU": round(flops * row["img/s"] / peak, 3)}
 
@@ -235,8 +236,9 @@ def profile_of(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
 
     data, on_gpu = speed.latents(batch, side), torch.cuda.is_available()
     step = speed.training_step(speed.backbone(name, side, **args), "bf16", lambda: data)
-    (row,) = speed.in_turns([({}, step)], 1, batch)
-    events = [event for event in speed.profiled(step).key_averages() if "#" not in event.key]  # those contain others
+    (row,) = speed.time_interleaved([({}, step)], 1, batch)
+    events = speed.profile_call(step).key_averages()
+    events = [event for event in events if "#" not in event.key]  # those contain others
     events = [event for event in events if on_gpu == str(event.device_type).endswith("CUDA")]
     times = {event.key[:80]: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
     busy = sum(times.values()) / 1e6 / (batch / row["img/s"])
@@ -254,13 +256,14 @@ def killed_and_resumed(training: tuple[str, ...], num_steps: int) -> dict[str, A
         straight, killed = (Path(folder, "runs", name, "checkpoints") for name in ("straight", "killed"))
 
         def train(*flags: str) -> subprocess.Popen:
-            return children.start([*TRAIN, *flags], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            return children.start_process([*TRAIN, *flags], cwd=folder, **silent)
 
         flags = [*training, "--train.num_steps", str(num_steps), "--log.checkpoint_every", str(num_steps // 4)]
         status, process = train(*flags, "--name", "straight").wait(), train(*flags, "--name", "killed")
         while process.poll() is None and not list(killed.glob("0*")):
             time.sleep(0.02)
-        children.kill(process)
+        children.kill_tree(process)
         process.wait()
         saved = max(path.name for path in killed.glob("0*"))
         if status or train("--resume", "runs/killed").wait():
@@ -277,11 +280,11 @@ def sampling(name: str, side: int, batch: int, args: Args, *, num_steps: int) ->
     from training import speed
 
     noise, y = speed.latents(batch, side)
-    model, codec = speed.backbone(name, side, **args).eval(), create_codec("embedded").to(speed.the_device())
+    model, codec = speed.backbone(name, side, **args).eval(), create_codec("embedded").to(speed.benchmark_device())
     settings = {"sampler": "ddim", "num_steps": num_steps, "guidance_scale": 1.5}
     generate = speed.autocasting("bf16", partial(sample, GaussianDiffusion(), model, noise, y, **settings))
     programs = [({"what": f"{num_steps} steps"}, generate), ({"what": "decoding"}, partial(codec.decode, noise))]
-    return {"rows": speed.in_turns(programs, 2, batch, 1)}
+    return {"rows": speed.time_interleaved(programs, 2, batch, 1)}
 
 
 def scores(num: int, dim: int) -> dict[str, Any]:
@@ -289,14 +292,14 @@ def scores(num: int, dim: int) -> dict[str, Any]:
     import torch
 
     from metrics.features import Features
-    from metrics.fidelity import compare
-    from training.speed import the_device
+    from metrics.fidelity import compute_scores
+    from training.speed import benchmark_device
 
     samples, reference = (Features.of(torch.randn(num, dim) * scale) for scale in (1.0, 1.1))
     seconds, results = [], []
-    for device in (torch.device("cpu"), the_device()):
+    for device in (torch.device("cpu"), benchmark_device()):
         start, extractor = time.perf_counter(), SimpleNamespace(kind="random", name="random", device=device)
-        values = compare(samples, reference, extractor).scores  # pyright: ignore[reportArgumentType]
+        values = compute_scores(samples, reference, extractor).scores  # pyright: ignore[reportArgumentType]
         results.append({name: score.value for name, score in values.items() if score.value is not None})
         seconds.append(round(time.perf_counter() - start, 2))
     on_cpu, on_device = results
@@ -314,9 +317,9 @@ def encoding(num: int, threads: tuple[int, ...]) -> dict[str, Any]:
     from autoencoders.codec import create_codec
     from data.encoding import build_cache
     from data.images import ImageDataset
-    from training.speed import the_device
+    from training.speed import benchmark_device
 
-    codec, rates, rng = create_codec("embedded").to(the_device()), {}, np.random.default_rng(0)
+    codec, rates, rng = create_codec("embedded").to(benchmark_device()), {}, np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "files"
         files.mkdir()
@@ -326,7 +329,9 @@ def encoding(num: int, threads: tuple[int, ...]) -> dict[str, Any]:
         images = ImageDataset(files, image_size=256)
         for num_threads in threads:
             start, cache = time.perf_counter(), Path(folder) / f"{num_threads}"
-            build_cache(cache, images, codec.prepare, {}, flips=True, device=the_device(), num_threads=num_threads)
+            build_cache(
+                cache, images, codec.prepare, {}, flips=True, device=benchmark_device(), num_threads=num_threads
+            )
             rates[f"{num_threads} threads"] = round(num / (time.perf_counter() - start), 1)
     return {"img/s": rates}
 

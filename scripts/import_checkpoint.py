@@ -108,7 +108,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     from models import ModelSpec
     from published.public_files import FILES, public_file
     from published.training_files import read_weights
-    from published.weights import arguments_of, load_reference, row_of
+    from published.weights import find_named_backbone, infer_arguments, load_reference
 
     if isinstance(config.weights, list):
         raise ValueError(f"--weights {' '.join(map(str, config.weights))}: source {config.source} is one file")
@@ -119,13 +119,13 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     if source is None:
         raise ValueError(f"--source: whose format {path.name} is in; only {', '.join(FILES)} say it by their names")
     weights, step = read_weights(path)
-    arguments = arguments_of(source, weights, config.num_heads)
+    arguments = infer_arguments(source, weights, config.num_heads)
     model = load_reference(source, weights, arguments)
 
     side = arguments.pop("input_size")
     height, width = side if isinstance(side, tuple) else (side, side)
     sizes = {name: arguments.pop(name) for name in ("in_channels", "out_channels", "num_classes")}
-    name, args = row_of(arguments.pop("name"), arguments)
+    name, args = find_named_backbone(arguments.pop("name"), arguments)
     spec = ModelSpec(name=name, args=args, input_size=(height, width), **sizes)
     factor = 1 if config.autoencoder == "pixel" else OTHER_FACTORS.get(source, LATENT_FACTOR)
     diffusion, sampling = published_settings(source, weights, spec, factor * height)
@@ -178,7 +178,7 @@ def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, nu
     """Write an autoencoder in diffusers' format, with statistics of its latents, and return a description of it."""
     import torch
 
-    from autoencoders.ldm import from_ldm, statistics_of
+    from autoencoders.ldm import from_ldm, read_statistics
     from autoencoders.pretrained import with_statistics
     from autoencoders.tiny import from_published
     from data.subsets import stratified
@@ -193,7 +193,7 @@ def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, nu
     autoencoder = from_published(first, second[0]) if config.source == "tiny" else from_ldm(first)
     channels = autoencoder.config["latent_channels"]
     if second and config.source != "tiny":
-        autoencoder.register_to_config(scaling_factor=1.0, **statistics_of(second[0], channels))
+        autoencoder.register_to_config(scaling_factor=1.0, **read_statistics(second[0], channels))
         by = files[1].name
     else:
         images = open_split(config.data, "train")

@@ -41,10 +41,11 @@ class Training:
             launch += ["-m", children.LAUNCHER, "--multi_gpu", "--num_processes", str(self.gpus)]
             launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
             launch += ["--main_process_port", "0"]  # any free one, as another job may share the machine
-        with children.deaf_to(signal.SIGUSR2):  # which SLURM sends to all processes, and which would kill launchers
-            self.process = children.start([*launch, str(ROOT / "train.py"), *self.arguments, "--resume", "auto"])
-        stop = partial(children.send, self.process)
-        with children.on_stop(stop) if self.here else nullcontext():
+        with children.ignoring_signal(signal.SIGUSR2):  # SLURM sends it to all processes, and it kills launchers
+            launch += [str(ROOT / "train.py"), *self.arguments, "--resume", "auto"]
+            self.process = children.start_process(launch)
+        stop = partial(children.send_signal, self.process)
+        with children.handling_signals(stop) if self.here else nullcontext():
             status = self.process.wait()
         if (self.run / STOPPED).is_file():
             return EXIT_CODE
@@ -54,8 +55,8 @@ class Training:
 
     def checkpoint(self) -> Any:
         """When SLURM announces the end: let the training save, then go back to the queue."""
-        children.send(self.process, signal.SIGUSR1)
-        children.await_end(self.process)
+        children.send_signal(self.process, signal.SIGUSR1)
+        children.wait_in_handler(self.process)
         return requeue(Training(self.arguments, self.run, self.gpus, self.here))
 
 
@@ -101,11 +102,11 @@ def main(config: LaunchConfig) -> None:
     run, here = parse_run(ExperimentConfig, arguments).folder, config.cluster == "local"
     resources = {name: getattr(config, name) for name in ("gpus", "hours", "cpus_per_gpu", "memory_gb", "partition")}
     executor = open_executor(config.cluster, config.logs, name=config.experiment.stem, **resources)
-    with children.deaf_to(signal.SIGINT):  # as this process forwards Ctrl-C itself
+    with children.ignoring_signal(signal.SIGINT):  # as this process forwards Ctrl-C itself
         job = executor.submit(Training(arguments, run, config.gpus, here))
     print(f"job {job.job_id}; its output: {job.paths.stdout}", flush=True)
     if config.wait:
-        with children.on_stop(lambda number: children.stop_jobs([job.job_id], here=here, number=number)):
+        with children.handling_signals(lambda number: children.stop_jobs([job.job_id], here=here, number=number)):
             print(f"it ended with status {job.result()}")
 
 

@@ -45,7 +45,7 @@ def main(config: PushConfig) -> None:
     from huggingface_hub.errors import HTTPError
 
     from checkpoints.checkpoint import WEIGHTS, open_checkpoint, read_tensors
-    from checkpoints.hub import HubError, reason
+    from checkpoints.hub import HubError, describe_error
     from machine.atomic_files import check_empty
     from sharing.model_card import SHOWN, card_files, model_card, write_published
 
@@ -76,8 +76,8 @@ def main(config: PushConfig) -> None:
             commit = api.create_commit(config.repo, [*additions, *deletions], commit_message=message)
         except (HTTPError, OSError, RuntimeError) as error:
             raise HubError(
-                f"--repo {config.repo}: the hub did not take it ({reason(error)}); log in with `hf auth login` or "
-                "HF_TOKEN, or use --dry_run FOLDER"
+                f"--repo {config.repo}: the hub did not take it ({describe_error(error)}); log in with `hf auth login` "
+                "or HF_TOKEN, or use --dry_run FOLDER"
             ) from error
     return print(f"{commit.commit_url}\npython sample.py --checkpoint hf://{config.repo}")
 

@@ -41,7 +41,7 @@ def main(config: ReconstructConfig) -> None:
     """Write the weighted sum of all snapshots up to the last one."""
     from tqdm import tqdm
 
-    from checkpoints.averages import first_step, gamma_of, reconstruction_weights
+    from checkpoints.averages import first_step, gamma_from_sigma_rel, reconstruction_weights
     from checkpoints.checkpoint import open_checkpoint, read_metadata, read_tensors, save_tensors
     from checkpoints.training_state import list_snapshots
     from machine.atomic_files import atomic_path
@@ -56,14 +56,14 @@ def main(config: ReconstructConfig) -> None:
     files = {snapshot_step: path for snapshot_step, path in files.items() if snapshot_step <= last}
     metadata, names = read_metadata(files[last]), list(read_tensors(files[last]))
     began = json.loads(metadata.pop("began", "{}"))
-    lengths = {sigma: gamma_of(float(sigma)) for sigma in sorted({name.split("/", 1)[0] for name in names})}
+    lengths = {sigma: gamma_from_sigma_rel(float(sigma)) for sigma in sorted({name.split("/", 1)[0] for name in names})}
 
     @cache
     def coefficients(first: int) -> dict[tuple[int, str], float]:
         """Coefficient of each snapshot for parameters that are trained from the step `first` on."""
         snapshots = [(snapshot_step, sigma) for snapshot_step in files if snapshot_step > first for sigma in lengths]
         profiles = [(snapshot_step - first, lengths[sigma]) for snapshot_step, sigma in snapshots]
-        weights = reconstruction_weights(profiles, (last - first, gamma_of(sigma_rel)))
+        weights = reconstruction_weights(profiles, (last - first, gamma_from_sigma_rel(sigma_rel)))
         return dict(zip(snapshots, weights, strict=True))
 
     total = {}

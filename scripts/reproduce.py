@@ -127,7 +127,7 @@ def run(table: Table, files: dict[str, str], folder: Path, *, any_code: bool) ->
         with output.open("a") as file:
             print(f"$ {shlex.join(words)}", file=file, flush=True)
             try:
-                children.run(words, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+                children.run_process(words, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
             except SystemExit as error:
                 last_line = output.read_text(errors="replace").strip().splitlines()[-1]
                 print(f"ended with status {error.code}: {last_line}\nthe same command goes on", file=sys.stderr)
@@ -139,7 +139,7 @@ def run(table: Table, files: dict[str, str], folder: Path, *, any_code: bool) ->
 
 def key_of(words: list[str], files: dict[str, str]) -> str:
     """Hash the code of a command and the files that it names; for a folder, the names and sizes of its files."""
-    from ablation.identity import code_of_command
+    from ablation.identity import code_hashes_of_command
     from machine.atomic_files import sha256_of
 
     contents: dict[str, object] = {}
@@ -147,7 +147,7 @@ def key_of(words: list[str], files: dict[str, str]) -> str:
         if path in " ".join(words):
             inner = sorted(Path(path).rglob("*")) if Path(path).is_dir() else []
             contents[name] = [(file.as_posix(), file.stat().st_size) for file in inner] or sha256_of(Path(path))
-    return hashlib.sha256(json.dumps([code_of_command(words), contents]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([code_hashes_of_command(words), contents]).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from autoencoding.autoencoder_config import AutoencodingConfig
 from experiment.cli import one_line_errors, parse_run
-from machine.stopping import stops_at_once
+from machine.stopping import exit_on_signal
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(config: AutoencodingConfig) -> None:
     """Set up the run and train."""
-    with stops_at_once(config.folder):
+    with exit_on_signal(config.folder):
         from training.run import open_run
 
     with open_run(config) as run:
@@ -37,12 +37,12 @@ def train(run: Run[AutoencodingConfig]) -> None:
 
     from autoencoding.image_stream import open_batches, open_held_out
     from autoencoding.losses import PatchDiscriminator, build_objective
-    from autoencoding.model import Autoencoding, autoencoder_optimizers, build_autoencoder, finish
-    from autoencoding.previews import Previews, decibels, pick
+    from autoencoding.model import Autoencoding, autoencoder_optimizers, build_autoencoder, export_autoencoder
+    from autoencoding.previews import Previews, reconstruction_psnr, select_images
     from checkpoints.averages import EMA
     from checkpoints.checkpoint import current_commit
     from checkpoints.training_state import TrainingState
-    from data import intake
+    from data import summarize_splits
     from training.guard import Guard, gradient_norm
     from training.log import is_due
     from training.optimizer import learning_rate
@@ -52,7 +52,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
     device = accelerator.device
     batches, held_out = open_batches(config, accelerator), open_held_out(config, accelerator)
     run.check_identity(train=batches.sources[0].describe(), test=held_out["images"].describe())
-    accelerator.print(intake(batches.sources[0], held_out["images"]))
+    accelerator.print(summarize_splits(batches.sources[0], held_out["images"]))
     learned_variance, decoder_only, of_critic = config.loss.learned_variance, config.decoder_only, config.discriminator
     autoencoder = build_autoencoder(config, run.checkpoint)
     model = Autoencoding(autoencoder, learned_variance=learned_variance, decoder_only=decoder_only).to(device)
@@ -101,7 +101,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
         with accelerator.autocast():
             coded = prepared(images, batches.noise(step, latent_shape, device))
         terms = objective.backward(accelerator, coded, images, model, critic if step >= start else None)
-        norm = run.read(gradient_norm(accelerator, model, config.optim.grad_clip))
+        norm = run.synchronize(gradient_norm(accelerator, model, config.optim.grad_clip))
         if is_finite := guard.passes(norm):
             optimizers.step()
             ema.update(model, step)
@@ -110,9 +110,11 @@ def train(run: Run[AutoencodingConfig]) -> None:
         # Update the discriminator, which distinguishes images from their reconstructions.
         if step >= start:
             with accelerator.autocast():
-                critic_terms = objective.tell_apart(prepared_critic, images, coded.reconstruction.detach().float())
+                critic_terms = objective.discriminator_loss(
+                    prepared_critic, images, coded.reconstruction.detach().float()
+                )
             accelerator.backward(critic_terms["discriminator"].mean())
-            if critic_guard.passes(run.read(gradient_norm(accelerator, critic, of_critic.grad_clip))):
+            if critic_guard.passes(run.synchronize(gradient_norm(accelerator, critic, of_critic.grad_clip))):
                 critic_optimizer.step()
             critic_optimizer.zero_grad()
             terms |= critic_terms
@@ -128,7 +130,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
 
     # Measure the averaged weights and save them in diffusers' format.
     accelerator.print(f"checkpoint:  {run.folder}/checkpoints/{run.step:08d}")
-    run.look(previews.draw)
+    run.inspect(previews.draw)
     accelerator.end_training()
     if not run.is_main:
         return
@@ -136,11 +138,11 @@ def train(run: Run[AutoencodingConfig]) -> None:
         autoencoder = ema.model.autoencoder
         psnr = {}
         for name, images in held_out.items():
-            values = decibels(autoencoder, pick(images, 1024), 64)
+            values = reconstruction_psnr(autoencoder, select_images(images, 1024), 64)
             psnr |= {f"psnr_{name}": values.mean().item(), f"psnr_{name}_tenth": values.quantile(0.1).item()}
         metrics = {**psnr, "steps": run.step, "config": config.to_dict(), "commit": current_commit()}
-        images, folder = pick(batches.sources[0], 2048), run.folder / "autoencoder"
-        finish(folder, autoencoder, images, metrics, measure=not decoder_only, half=config.half)
+        images, folder = select_images(batches.sources[0], 2048), run.folder / "autoencoder"
+        export_autoencoder(folder, autoencoder, images, metrics, measure=not decoder_only, half=config.half)
     print(f"autoencoder: {run.folder}/autoencoder")
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluation.reproduction import rows
+from evaluation.reproduction import table_cells
 from evaluation.table import markdown
 from experiment.cli import run_program
 from machine.atomic_files import sha256_of, write_atomic
@@ -53,7 +53,7 @@ def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
     else:
         facts = {"commit": metadata["commit"], "steps": int(metadata["step"])}
         card = (folder / "README.md").read_text()
-        scores = {row["score"]: row["value"] for _, row in rows(card) if "halves" not in row["score"]}
+        scores = {row["score"]: row["value"] for _, row in table_cells(card) if "halves" not in row["score"]}
         sampling = re.search(r"^- sampling: (.+)$", card, re.MULTILINE)
         facts |= {"sampling": sampling[1].replace("\\", "")} if sampling else {}
     head = re.match(r"(?:#.*\n)+", (root / by_hand["config"]).read_text())

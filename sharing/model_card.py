@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints.checkpoint import WEIGHTS, Checkpoint, read_metadata, read_tensors, save_tensors
 from evaluation.table import code, markdown, plain
 from experiment.config import SamplingConfig
-from sampling.image_files import drawn_by
+from sampling.image_files import read_weights_hash
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
 # Settings that hold a path, and settings whose values are names even where they contain a slash.
@@ -45,7 +45,7 @@ def _belongs_to(checkpoint: Checkpoint, path: Path) -> bool:
     only the step, or nothing: they must then be no older than the weights.
     """
     samples = json.loads(path.read_text()).get("samples", {}) if path.suffix == ".json" else {}
-    if sha256 := samples.get("weights_sha256") or drawn_by(path):
+    if sha256 := samples.get("weights_sha256") or read_weights_hash(path):
         return sha256 == read_metadata(checkpoint.path).get("weights_sha256")
     if "step" in samples:
         return samples["step"] == checkpoint.step
@@ -135,12 +135,12 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
         record=record,
         scores=markdown([["score", "value"], *scores]),
         origin=origin,
-        averaged=averaged(checkpoint),
-        drawn=drawn_with(checkpoint, record.get("samples", {})),
+        averaged=describe_averaging(checkpoint),
+        drawn=format_sampling(checkpoint, record.get("samples", {})),
     )
 
 
-def drawn_with(checkpoint: Checkpoint, samples: dict[str, Any]) -> dict[str, Any]:
+def format_sampling(checkpoint: Checkpoint, samples: dict[str, Any]) -> dict[str, Any]:
     """By name, how samples that were scored were drawn: the usual four, and whatever else is not as it is by default;
     the autoencoder where it is not the checkpoint's own."""
     known: dict[str, Any] = {name: samples.get(name) for name in ("sampler", "num_steps", "guidance_scale", "seed")}
@@ -153,7 +153,7 @@ def drawn_with(checkpoint: Checkpoint, samples: dict[str, Any]) -> dict[str, Any
     return known
 
 
-def averaged(checkpoint: Checkpoint) -> str:
+def describe_averaging(checkpoint: Checkpoint) -> str:
     """Say for the card how the weights were averaged."""
     if length := read_metadata(checkpoint.path).get("sigma_rel"):
         return f"averaged by a power function of length {length} (sigma_rel; Karras et al. 2024)"

@@ -13,7 +13,7 @@ import torch
 from gradio.context import LocalContext
 
 from checkpoints.checkpoint import Checkpoint
-from diffusion.samplers import AVERAGES, num_steps_of, samplers_of
+from diffusion.samplers import AVERAGES, num_steps_for, samplers_for
 from sampling.checks import resolve_sampling
 from sampling.image_files import draw_grid
 from sharing.studio import LENGTH, MOST_IMAGES, MOST_STEPS, Request, Studio
@@ -36,7 +36,7 @@ class Page:
         first = self.studio.checkpoints[runs[0]]
         defaults, image = settings_of(first), partial(gr.Image, type="pil", format="png")
         checkpoints = self.studio.checkpoints.values()
-        samplers = list(dict.fromkeys(name for checkpoint in checkpoints for name in samplers_for(checkpoint)))
+        samplers = list(dict.fromkeys(name for checkpoint in checkpoints for name in sampler_names(checkpoint)))
         title = "Draw from a checkpoint"
         with gr.Blocks(title=title, delete_cache=(300, SECONDS_KEPT), analytics_enabled=False) as page:
             gr.Markdown(f"## {title}\nThe same seeds for every backbone; each picture with its command.")
@@ -82,16 +82,16 @@ class Page:
             one_queue: Any = {"concurrency_id": "cores", "concurrency_limit": 1}
             draw.click(self.draw, inputs, outputs, api_name="draw", show_progress="minimal", **one_queue)
             quiet: Any = {"queue": False, "show_progress": "hidden"}
-            moment.input(show_moment, [history, moment], pictures, api_name="moment", **quiet)
+            moment.input(show_step, [history, moment], pictures, api_name="moment", **quiet)
             live: Any = {"trigger_mode": "always_last", "show_progress": "hidden", **one_queue}
             for slider, name in ((way, "way"), (guidance, "guidance")):
-                slider.input(self.draw_on_the_way, [*inputs, way], outputs, api_name=name, **live)
+                slider.input(self.draw_interpolated, [*inputs, way], outputs, api_name=name, **live)
             controls = [of_class, to_class, sampler, steps, guidance, way]
-            chosen.change(self.follow, [chosen, of_class], controls, queue=False)
-            find.click(self.look_up, inputs, neighbours, api_name="nearest", **one_queue)
+            chosen.change(self.update_controls, [chosen, of_class], controls, queue=False)
+            find.click(self.show_nearest, inputs, neighbours, api_name="nearest", **one_queue)
         return page
 
-    def is_read(self) -> bool:
+    def is_listening(self) -> bool:
         """Whether the visitor still listens to the answer; waits for one whose request has only just come in."""
         request: Any = LocalContext.request.get(None)
         session = getattr(request, "session_hash", None)
@@ -104,21 +104,21 @@ class Page:
     def draw(self, *inputs) -> Iterator[tuple[Any, ...]]:
         """Draw each run's pictures in turn and yield outputs as they come; the last ones include the whole history."""
         with errors_on_page():
-            requests = self.requests_of(*inputs)
+            requests = self.make_requests(*inputs)
             commands = "\n".join(self.command(request) for request in requests)
             history: list[list[Any]] = [[] for _ in requests]
             for moments, request in zip(history, requests, strict=True):
-                if not self.is_read():
+                if not self.is_listening():
                     return
                 for step, images in self.studio.draw(request):
                     moments.append(self.picture(request, images))
                     titles = [f"{other.run}: step {step} of {request.num_steps}" for other in requests]
-                    yield [], gr.Slider(visible=False), commands, *views(history, titles)
+                    yield [], gr.Slider(visible=False), commands, *update_images(history, titles)
         num = max(map(len, history))
         slider = gr.Slider(1, num, num, step=1, visible=num > 1)
-        yield history, slider, commands, *views(history, [request.run for request in requests])
+        yield history, slider, commands, *update_images(history, [request.run for request in requests])
 
-    def draw_on_the_way(
+    def draw_interpolated(
         self, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed, position
     ) -> list[Any]:
         """Draw the picture at one position of an interpolation; checkpoints that need many steps are skipped."""
@@ -128,20 +128,23 @@ class Page:
                 return [gr.skip()] * (3 + MOST_RUNS)
             if not to_class and not str(to_seed or "").strip():
                 to_seed = whole_number("Seed", seed) + 1
-            (request,) = self.requests_of(runs, of_class, seed, 2, guidance, sampler, steps, to_class, to_seed)
-            picture = self.picture(request, self.studio.on_the_way(request, whole_number("On the way", position) - 1))
+            (request,) = self.make_requests(runs, of_class, seed, 2, guidance, sampler, steps, to_class, to_seed)
+            picture = self.picture(
+                request, self.studio.draw_position(request, whole_number("On the way", position) - 1)
+            )
             command = self.command(replace(request, num_images=LENGTH))
-        return [[], gr.Slider(visible=False), command, *views([[picture]], [f"{request.run}: {position} of {LENGTH}"])]
+        images = update_images([[picture]], [f"{request.run}: {position} of {LENGTH}"])
+        return [[], gr.Slider(visible=False), command, *images]
 
-    def look_up(self, *inputs) -> Iterator[Any]:
+    def show_nearest(self, *inputs) -> Iterator[Any]:
         """Show the first run's pictures above their nearest training images.
 
         Yields between the steps of the work, so that gradio can cancel it there.
         """
         with errors_on_page():
-            request = self.requests_of(*inputs)[0]
+            request = self.make_requests(*inputs)[0]
             images = torch.empty(0)
-            if not self.is_read():
+            if not self.is_listening():
                 return
             for _, pictures in self.studio.draw(request):
                 images = pictures
@@ -152,7 +155,7 @@ class Page:
             captions = [""] * len(images) + [f"{distance:.1f} away" for distance in distances]
             yield draw_grid(torch.cat([images, neighbours]), len(images), captions=captions)
 
-    def follow(self, runs: list[str], of_class: str | None) -> list[Any]:
+    def update_controls(self, runs: list[str], of_class: str | None) -> list[Any]:
         """Set the controls to a run's classes and settings when it is the only one chosen.
 
         Further runs are drawn with the settings of the first. The class stays where the run has it.
@@ -166,13 +169,13 @@ class Page:
         return [
             gr.Dropdown(classes, value=selected, visible=bool(classes)),
             gr.Dropdown(classes, value=None, visible=bool(classes)),
-            gr.Dropdown(samplers_for(checkpoint), value=sampler),
+            gr.Dropdown(sampler_names(checkpoint), value=sampler),
             gr.Slider(value=steps),
             gr.Slider(value=guidance, visible=checkpoint.num_guided > 0),
             gr.Slider(value=1, visible=self.studio.draws_at_once(runs[0])),
         ]
 
-    def requests_of(self, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed) -> list[Request]:
+    def make_requests(self, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed) -> list[Request]:
         """Make a request per run from the controls, and check all of them before anything is drawn."""
         runs = [runs] if isinstance(runs, str) else runs
         if not 1 <= len(runs or []) <= MOST_RUNS:
@@ -208,13 +211,13 @@ class Page:
         return draw_grid(images, len(images), captions=captions)
 
 
-def show_moment(history: list[list[Any]], moment: float) -> list[Any]:
+def show_step(history: list[list[Any]], moment: float) -> list[Any]:
     """Show the pictures of all runs at one moment of their history, counted from 1."""
     pictures = [gr.Image(value=moments[min(int(moment), len(moments)) - 1]) for moments in history]
     return pictures + [gr.skip()] * (MOST_RUNS - len(pictures))
 
 
-def views(pictures: list[list[Any]], titles: list[str]) -> list[Any]:
+def update_images(pictures: list[list[Any]], titles: list[str]) -> list[Any]:
     """Update the image of each run to its last moment, and hide the images that are not needed."""
     images = [
         gr.Image(value=moments[-1] if moments else None, label=title, visible=True)
@@ -227,12 +230,12 @@ def settings_of(checkpoint: Checkpoint) -> tuple[str, int, float]:
     """A checkpoint's own sampler, number of steps (at most 50, of few-step models 4) and guidance scale."""
     diffusion = checkpoint.build_diffusion()
     sampling = resolve_sampling(checkpoint.config.sampling, diffusion, checkpoint.num_guided)
-    sampler, num_steps = str(sampling.sampler), num_steps_of(sampling, diffusion)
+    sampler, num_steps = str(sampling.sampler), num_steps_for(sampling, diffusion)
     return sampler, min(4 if sampler in AVERAGES else 50, num_steps), sampling.guidance_scale
 
 
-def samplers_for(checkpoint: Checkpoint) -> list[str]:
-    return list(samplers_of(checkpoint.build_diffusion()))
+def sampler_names(checkpoint: Checkpoint) -> list[str]:
+    return list(samplers_for(checkpoint.build_diffusion()))
 
 
 def whole_number(name: str, value: object) -> int:

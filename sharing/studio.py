@@ -18,7 +18,7 @@ from checkpoints.hub import EMBEDDED
 from diffusion.samplers import AVERAGES
 from experiment.build import open_split
 from machine.accelerator import open_accelerator
-from metrics.manifold import nearest
+from metrics.manifold import nearest_neighbours
 from sampling.generation import Generator, generate
 from sampling.interpolation import interpolate
 from sampling.labels import resolve_classes
@@ -80,7 +80,7 @@ class Studio:
         def sample(callback: Callable[[int, Tensor, Tensor], None]) -> Tensor:
             with_callback = replace(generator, callback=callback)
             if request.interpolates:
-                return interpolate(with_callback, *self.ends(request), request.num_images)
+                return interpolate(with_callback, *self.endpoints(request), request.num_images)
             return generate(with_callback, batch_size=64)
 
         num_steps = generator.num_steps
@@ -92,11 +92,13 @@ class Studio:
         """Whether the checkpoint samples in one or a few steps, so that pictures can follow a slider."""
         return self.checkpoint(run).build_diffusion().default_sampler in AVERAGES
 
-    def on_the_way(self, request: Request, position: int) -> UInt8[Tensor, "1 3 h w"]:
+    def draw_position(self, request: Request, position: int) -> UInt8[Tensor, "1 3 h w"]:
         """Draw only the picture at a position, counted from 0, of an interpolation of `LENGTH` pictures."""
-        return interpolate(self.generator(replace(request, num_images=1)), *self.ends(request), LENGTH, only=position)
+        return interpolate(
+            self.generator(replace(request, num_images=1)), *self.endpoints(request), LENGTH, only=position
+        )
 
-    def ends(self, request: Request) -> tuple[tuple[int, int], tuple[int, int]]:
+    def endpoints(self, request: Request) -> tuple[tuple[int, int], tuple[int, int]]:
         """First and last label, and first and last seed, of an interpolation."""
         first = self.label(request.run, request.of_class)
         last = self.label(request.run, request.to_class or request.of_class)
@@ -125,7 +127,7 @@ class Studio:
         checkpoint = self.checkpoint(request.run)
         classes = checkpoint.classes
         ends = [request.of_class, *filter(None, [request.to_class])] if classes else []
-        names = [spelled(self.label(request.run, name), classes) for name in ends]
+        names = [class_argument(self.label(request.run, name), classes) for name in ends]
         flags: dict[str, object] = {
             "checkpoint": request.run,
             "classes": f"[{', '.join(names)}]" if len(names) > 1 else names[0] if names else None,
@@ -147,7 +149,7 @@ class Studio:
         for _ in self.read_layouts(run):
             pass
         images, layouts = self.layouts[run]
-        distances, indices = nearest(_layout(pictures), layouts)
+        distances, indices = nearest_neighbours(_layout(pictures), layouts)
         closest = torch.stack([images[index][0] for index in indices.tolist()])
         return closest, (distances / layouts.shape[1] ** 0.5).tolist()
 
@@ -166,7 +168,7 @@ class Studio:
             self.layouts[run] = images, torch.cat(layouts)
 
 
-def spelled(label: int, classes: list[str]) -> str:
+def class_argument(label: int, classes: list[str]) -> str:
     """Return a class's name, or else its number, whichever the command line's YAML reads as this class."""
     for text in (classes[label], str(label)):
         try:

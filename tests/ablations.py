@@ -7,7 +7,7 @@ from processes import TINY
 
 from ablation import costs
 from ablation.plan import make_plan
-from ablation.runner import Runner, jobs_of, run_here
+from ablation.runner import Runner, group_into_jobs, run_here
 from ablation.study import AblationConfig, expand
 from machine.accelerator import open_accelerator
 
@@ -23,12 +23,12 @@ def plan_of(variants, **settings):
         return make_plan(ablation, runs, folder, open_accelerator("fp32"), timed=False, any_code=False)
 
 
-def counted(spec, cache={}, count=costs.count):  # noqa: B006  (the cache is meant to be shared)
+def counted(spec, cache={}, count=costs.count_cost):  # noqa: B006  (the cache is meant to be shared)
     """Count the cost of a backbone once for all tests."""
     return cache.setdefault(repr(spec), cache.get(repr(spec)) or count(spec))
 
 
 def execute(plan, deadline=None, workers=1):
     """Execute a plan; returns status and reason by variant."""
-    outcomes = run_here(jobs_of(plan), Runner(deadline), workers)
+    outcomes = run_here(group_into_jobs(plan), Runner(deadline), workers)
     return {outcome.run.partition(",")[0]: (outcome.status, outcome.why) for outcome in outcomes}

@@ -158,7 +158,7 @@ def become(command, cwd, environment, cores, *outputs):
     if environment.get("FORKS") and os.getpgrp() != os.getpid():
         os.setsid()
         children = importlib.import_module("machine.children")
-        children.start = partial(fork, children.start, children._end_with)
+        children.start_process = partial(fork, children.start_process, children._end_with)
     for name in ("processes", "preloaded", "conftest"):
         sys.modules.pop(name, None)
     sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
@@ -170,7 +170,7 @@ def become(command, cwd, environment, cores, *outputs):
 
 
 def fork(start, end_with, command, **options):
-    """Replace `machine.children.start`: fork the calling program and run a Python file in the child."""
+    """Replace `machine.children.start_process`: fork the calling program and run a Python file in the child."""
     if not command[1].endswith(".py"):
         return start(command, **options)
     return Forked(command, end_with, **options)

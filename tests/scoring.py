@@ -1,7 +1,7 @@
 """Scores of two sets of images for tests: the core of evaluate.py, without its sources and files."""
 
 from metrics.features import Extractor
-from metrics.fidelity import compare
+from metrics.fidelity import compute_scores
 from metrics.image_batches import image_batches
 from metrics.scores import DEFAULT
 
@@ -14,7 +14,7 @@ def score(samples, reference, extractor="inception", metrics=DEFAULT, *, batch_s
         extractor(image_batches(images, batch_size), len(images), metrics=metrics, progress=False, desc=desc)
         for images, desc in ((samples, "samples"), (reference, "reference"))
     ]
-    return compare(*features, extractor, metrics=metrics, seed=seed)
+    return compute_scores(*features, extractor, metrics=metrics, seed=seed)
 
 
 def value(scores, name):

@@ -85,7 +85,7 @@ def soak(
     generator = random.Random(seed)
     figures = {"kills": 0, "in_a_save": 0, "runs": 0, "resumed_steps": []}
     figures |= {"precision": precision, "launcher": launcher}
-    with tempfile.TemporaryDirectory() as name, children.on_stop(stop):
+    with tempfile.TemporaryDirectory() as name, children.handling_signals(stop):
         folder = Path(name)
         config = {**CONFIG, "train": {**CONFIG["train"], "num_steps": num_steps, "precision": precision}}
         config |= PIXELS if pixels else {}
@@ -129,15 +129,15 @@ def start(folder: Path, name: str, launcher: str) -> subprocess.Popen:
     command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / "train.py"), *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    started[:] = [children.start(command, cwd=folder, env=environment, **outputs)]
+    started[:] = [children.start_process(command, cwd=folder, env=environment, **outputs)]
     return started[0]
 
 
 def stop(number: signal.Signals) -> None:
     """At a signal, kill the running training and exit, which removes the folder."""
     for process in started:
-        children.kill(process)
-        children.await_end(process)
+        children.kill_tree(process)
+        children.wait_in_handler(process)
     raise SystemExit(128 + number)
 
 
@@ -162,7 +162,7 @@ def killed(process: subprocess.Popen, seconds: float) -> bool:
         process.wait(timeout=seconds)
         return False
     except subprocess.TimeoutExpired:
-        children.kill(process)
+        children.kill_tree(process)
         process.communicate()
         return True
 

@@ -11,10 +11,10 @@ import pytest
 from ablations import BASE
 from processes import ROOT, TINY, script
 
-from ablation.costs import Speed, at_width, resized
-from ablation.plan import make_plan, table
-from ablation.runner import jobs_of
-from ablation.study import AblationConfig, MatchConfig, ScoringConfig, expand, merged, read_ablation
+from ablation.costs import Speed, resize_to_cost, with_width
+from ablation.plan import format_plan, make_plan
+from ablation.runner import group_into_jobs
+from ablation.study import AblationConfig, MatchConfig, ScoringConfig, deep_merge, expand, read_ablation
 from experiment.cli import parse_mapping
 from experiment.config import ExperimentConfig
 from machine.accelerator import open_accelerator
@@ -36,7 +36,9 @@ def test_every_shipped_ablation_builds(path, monkeypatch):
     assert len(ablation.pictures.classes) == 8 * labelled
     assert path.name in path.read_text().split("\ntitle:")[0]
     ablation = replace(ablation, match=None, pictures=replace(ablation.pictures, classes=["star"] * labelled))
-    monkeypatch.setattr("ablation.costs.count", lambda spec: Cost(len([spec.build_on_meta()]), 1.0))  # seconds each
+    monkeypatch.setattr(
+        "ablation.costs.count_cost", lambda spec: Cost(len([spec.build_on_meta()]), 1.0)
+    )  # seconds each
     plan = make_plan(ablation, runs, Path("runs/x"), open_accelerator("fp32"), timed=False, any_code=False)
     assert len({json.dumps(planned.keys) for planned in plan}) == len(plan)  # no two variants are the same
 
@@ -70,7 +72,7 @@ def test_the_variants_of_guidance_share_trainings():
     plan = make_plan(
         ablation, expand(ablation, "g"), Path("runs/g"), open_accelerator("fp32"), timed=False, any_code=False
     )
-    assert [len(job) for job in jobs_of(plan)] == [7, 1, 1]
+    assert [len(job) for job in group_into_jobs(plan)] == [7, 1, 1]
     assert [planned.trains for planned in plan].count(True) == 3
 
 
@@ -90,7 +92,7 @@ def test_names_grids_and_seeds_make_runs():
 
 def test_dotted_and_nested_settings_are_the_same():
     values = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
-    assert merged(values, {"a.c.d": 5, "a.f": 6}) == merged(values, {"a": {"c": {"d": 5}, "f": 6}})
+    assert deep_merge(values, {"a.c.d": 5, "a.f": 6}) == deep_merge(values, {"a": {"c": {"d": 5}, "f": 6}})
     assert values == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
 
 
@@ -152,29 +154,29 @@ def test_widths_are_changed_until_costs_are_equal(cost_of):
     target = small("XSwin", dim=64, depths=[1, 1], num_heads=[2, 4], num_global_blocks=1)
     wanted = cost_of(target)
     for spec in (small("DiT", depth=2), small("UViT-tokens", depth=3), replace(target, name="USwin")):
-        found = resized(spec, wanted, cost_of, 0.05)
+        found = resize_to_cost(spec, wanted, cost_of, 0.05)
         assert abs(cost_of(found) / wanted - 1) <= 0.05
         assert found.args.get("depth") == spec.args.get("depth")
         assert found.args.get("depths") == spec.args.get("depths")
-        assert resized(found, wanted, cost_of, 0.05) == found
+        assert resize_to_cost(found, wanted, cost_of, 0.05) == found
 
 
 def test_heads_stay_legal_and_alike():
     for width in range(100, 400, 4):
-        choice = at_width(small("DiT"), width)
+        choice = with_width(small("DiT"), width)
         if choice is not None:
             heads = choice.spec.args["num_heads"]
             assert width % heads == 0
             assert 32 <= width / heads <= 128  # 64, halved or doubled at the utmost
-    assert at_width(small("DiT"), 768).spec.args == {"dim": 768, "num_heads": 12}
-    assert at_width(small("XSwin"), 96).spec.args == {"dim": 96, "num_heads": [3, 6]}
+    assert with_width(small("DiT"), 768).spec.args == {"dim": 768, "num_heads": 12}
+    assert with_width(small("XSwin"), 96).spec.args == {"dim": 96, "num_heads": [3, 6]}
 
 
 def test_what_cannot_be_matched_is_told():
     with pytest.raises(ValueError, match=r"match: no width of DiT comes within 0\.0001 of the cost; the nearest, dim="):
-        resized(small("DiT", depth=2), 1.1 * gflops(small("DiT", depth=2)), gflops, 0.0001)
+        resize_to_cost(small("DiT", depth=2), 1.1 * gflops(small("DiT", depth=2)), gflops, 0.0001)
     with pytest.raises(ValueError, match="match: UNet-Mini has no width"):
-        resized(small("UNet-Mini"), 1.0, gflops, 0.03)
+        resize_to_cost(small("UNet-Mini"), 1.0, gflops, 0.03)
 
 
 def test_a_plan_is_matched_timed_and_remembered():
@@ -192,7 +194,7 @@ def test_a_plan_is_matched_timed_and_remembered():
     before = Path("runs/m/measured.json").read_text()
     assert [planned.speed for planned in plan()] == [planned.speed for planned in first]
     assert Path("runs/m/measured.json").read_text() == before
-    assert "about" in table(first)
+    assert "about" in format_plan(first)
 
 
 def test_a_study_and_a_training_do_not_share_a_folder(tmp_path):

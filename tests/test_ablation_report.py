@@ -15,9 +15,9 @@ from processes import run
 from scipy import stats
 
 from ablation.pictures import Pictures, read_pictures, save_side_by_side, side_by_side
-from ablation.report import facts_of, findings_of, notes_of, write_report
+from ablation.report import format_facts, format_findings, format_notes, write_report
 from ablation.results import holm, read_results
-from ablation.tables import as_markdown, as_tex, cells, check_columns, crossed, head
+from ablation.tables import as_markdown, as_tex, check_columns, cross_tabulate, header_cells, variant_cells
 from evaluation.plots import color, legend_columns, marker
 from evaluation.table import markdown, terminal
 
@@ -132,10 +132,10 @@ def values_of(ablation, variant, metric):
 def test_the_table_is_of_the_runs_own_numbers(ablation):
     results = read_results(ablation)
     metric = "frechet_distance[colors]"
-    assert head(results) == ["model", "parameters", "GFLOPs", "img/s", "GB", "Fréchet ↓", "precision ↑"]
+    assert header_cells(results) == ["model", "parameters", "GFLOPs", "img/s", "GB", "Fréchet ↓", "precision ↑"]
     baseline = {seed: fmean(values) for seed, values in values_of(ablation, "DiT", metric).items()}
     uncorrected = {}
-    for variant, row in zip(VARIANTS, cells(results), strict=True):
+    for variant, row in zip(VARIANTS, variant_cells(results), strict=True):
         by_seed = values_of(ablation, variant, metric)
         values = [value for trials in by_seed.values() for value in trials]
         assert row[5].value == pytest.approx(fmean(values))
@@ -144,9 +144,9 @@ def test_the_table_is_of_the_runs_own_numbers(ablation):
         pairs = [fmean(by_seed[seed]) for seed in seeds], [baseline[seed] for seed in seeds]
         uncorrected[variant] = stats.ttest_rel(*pairs).pvalue
     names = list(VARIANTS)[1:]
-    shown = [row[5].p for row in cells(results)]
+    shown = [row[5].p for row in variant_cells(results)]
     assert shown == [None, *(pytest.approx(p, abs=1e-5) for p in holm([uncorrected[name] for name in names]))]
-    assert [row[3].text for row in cells(results)] == ["50.0", "51.0", "52.0", "53.0"]
+    assert [row[3].text for row in variant_cells(results)] == ["50.0", "51.0", "52.0", "53.0"]
 
 
 def test_an_unfinished_run_is_named_and_left_out(ablation):
@@ -191,12 +191,12 @@ def test_the_tex_table_has_the_columns_asked_for(ablation):
 def test_what_is_not_as_usual_or_does_not_compare_is_said(ablation):
     results, of_losses = read_results(ablation), "Losses are of different objectives"
     usual = "ddim, 9 steps, guidance 2.0"
-    assert facts_of(results)["sampling"] == usual
-    assert of_losses not in "".join(notes_of(results))
+    assert format_facts(results)["sampling"] == usual
+    assert of_losses not in "".join(format_notes(results))
     results.runs[-1].record["samples"]["guidance_checkpoint"] = "runs/worse"
     results.runs[-1].plan["loss_of"] = {"autoencoder": "pixel"}
-    assert facts_of(results)["sampling"] == f"{usual}, guidance_checkpoint None, runs/worse"
-    assert of_losses in "".join(notes_of(results))
+    assert format_facts(results)["sampling"] == f"{usual}, guidance_checkpoint None, runs/worse"
+    assert of_losses in "".join(format_notes(results))
 
 
 def test_bold_is_what_is_decidedly_better_than_every_other(ablation):
@@ -221,7 +221,7 @@ def test_bold_is_what_is_decidedly_better_than_every_other(ablation):
 
 
 def test_the_report_says_what_is_decided(ablation):
-    found = findings_of(read_results(ablation))
+    found = format_findings(read_results(ablation))
     assert list(found) == ["Fréchet ↓", "precision ↑"]
     assert [len(sentences) for sentences in found.values()] == [3, 3]
     sentence = found["Fréchet ↓"][-1]
@@ -234,22 +234,22 @@ def test_a_tie_has_no_best(ablation):
     results = read_results(ablation)
     first, *_ = results.variants
     twins = replace(results, variants=[first, replace(first, name="twin")])
-    assert not any(cell.best for row in cells(twins) for cell in row)
+    assert not any(cell.best for row in variant_cells(twins) for cell in row)
 
 
 def test_two_factors_have_a_table_of_one_against_the_other(ablation):
     results = read_results(ablation)
-    assert crossed(results) == []
+    assert cross_tabulate(results) == []
     points = [{"model": model, "optim.lr": lr} for model in ("DiT", "UViT") for lr in (1, 2)]
     variants = [
         replace(variant, runs=[replace(run, plan={**run.plan, "point": point}) for run in variant.runs])
         for variant, point in zip(results.variants, points, strict=True)
     ]
-    (title, rows), _ = crossed(replace(results, variants=variants))
-    shown = [row[5].text for row in cells(results)]
+    (title, rows), _ = cross_tabulate(replace(results, variants=variants))
+    shown = [row[5].text for row in variant_cells(results)]
     assert title == "Fréchet ↓"
     assert rows == [["model, optim.lr", "1", "2"], ["DiT", *shown[:2]], ["UViT", *shown[2:]]]
-    assert "-" in crossed(replace(results, variants=variants[:3]))[0][1][2]  # one is not finished
+    assert "-" in cross_tabulate(replace(results, variants=variants[:3]))[0][1][2]  # one is not finished
 
 
 NAMES = r"""a|b \ 50% {x} ~ ^ & # $ <script> `c` *d* _e_ [f](g) "h" """
@@ -265,7 +265,7 @@ def test_names_that_users_choose_are_text_in_every_table(ablation):
     )
     row = next(line for line in as_markdown(named).splitlines() if line.startswith("| a"))
     assert row.startswith(r"| a\|b \\ 50% {x} \~ ^ \& \# $ \<script\> \`c\` \*d\* \_e\_ \[f\](g)" + ' "h" |')
-    assert len(re.findall(r"(?<!\\)\|", row)) == len(head(results)) + 1
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(header_cells(results)) + 1
     assert markdown([["a"], ["b\nc"]]).count("\n") == terminal([["a"], ["b\nc"]]).count("\n") == 2
 
 
@@ -328,12 +328,12 @@ def test_the_page_needs_nothing_but_itself(ablation):
 
 def test_scores_against_different_references_are_told_apart(ablation):
     results = read_results(ablation)
-    assert not any("different references" in note for note in notes_of(results))
+    assert not any("different references" in note for note in format_notes(results))
     results.runs[1].record["reference"]["source_hash"] = "of other images"
-    assert any("against 2 different references" in note for note in notes_of(results))
-    assert not any("different samples" in note for note in notes_of(results))
+    assert any("against 2 different references" in note for note in format_notes(results))
+    assert not any("different samples" in note for note in format_notes(results))
     results.runs[1].record["num_samples"] = 7  # whose distances are larger for that alone
-    assert any("by different samples (" in note and "; 7, labels " in note for note in notes_of(results))
+    assert any("by different samples (" in note and "; 7, labels " in note for note in format_notes(results))
 
 
 def test_a_report_without_finished_runs_is_refused_in_one_line(tmp_path):
@@ -390,7 +390,7 @@ def test_a_browser_shows_the_page_whole(ablation, browser, tmp_path, width):
     assert found["clipped"] == 0
     assert found["columns"] == 1  # the cells of all rows end where those of the head do
     assert (found["images"], found["broken"]) == (2 * len(VARIANTS) * len(CLASSES), 0)
-    mean = {name: row[5].value for name, row in zip(VARIANTS, cells(read_results(ablation)), strict=True)}
+    mean = {name: row[5].value for name, row in zip(VARIANTS, variant_cells(read_results(ablation)), strict=True)}
     by_score = sorted(VARIANTS, key=lambda name: mean[name])
     assert found["rising"] == by_score
     assert found["falling"] == by_score[::-1]

@@ -17,10 +17,10 @@ from ablations import execute, plan_of
 from processes import ROOT
 
 from ablation import identity, runner
-from ablation.identity import done_stages, is_scored, mark
+from ablation.identity import done_stages, is_scored, mark_done
 from ablation.plan import make_plan, refuse_changed
-from ablation.runner import Runner, jobs_of, last_line, submit
-from ablation.study import ClusterConfig, ScoringConfig, merged
+from ablation.runner import Runner, group_into_jobs, last_line, submit
+from ablation.study import ClusterConfig, ScoringConfig, deep_merge
 from checkpoints.checkpoint import WEIGHTS, metadata_of, save_tensors
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
@@ -61,9 +61,9 @@ def test_keys_change_with_the_content_of_files_that_settings_name():
     )
 
     def changed(write, content):
-        before = identity.keys_of(config, {}, {})
+        before = identity.stage_keys(config, {}, {})
         write(content)
-        return {stage for stage, key in identity.keys_of(config, {}, {}).items() if key != before[stage]}
+        return {stage for stage, key in identity.stage_keys(config, {}, {}).items() if key != before[stage]}
 
     def train_guide(value):
         Path("guide").mkdir(exist_ok=True)
@@ -81,25 +81,25 @@ def test_keys_change_with_the_content_of_files_that_settings_name():
 def test_code_hashes_ignore_comments_docstrings_and_layout(tmp_path):
     def of(text):
         (tmp_path / "train.py").write_text(text)
-        identity.code_of.cache_clear()
-        return identity.code_of("train", tmp_path)
+        identity.code_hashes.cache_clear()
+        return identity.code_hashes("train", tmp_path)
 
     base = of('"""What."""\n\n\ndef f(x):\n    """Why."""\n    return x + 1\n')
     assert of("# said differently\ndef f( x ):\n    return (x + 1)\n") == base
     assert of("def f(x):\n    return x + 2\n") != base
-    identity.code_of.cache_clear()
+    identity.code_hashes.cache_clear()
 
 
 def test_the_code_of_a_training_is_what_it_imports():
-    files = identity.code_of("train").keys()
+    files = identity.code_hashes("train").keys()
     assert files >= {"train.py", "training/objective.py", "training/batches.py", "models/layers/window.py"}
     assert files.isdisjoint({"published/diffusers_pipeline.py", "scripts/doctor.py", "training/log.py"})
     assert files >= {
         "studies/cascade/cascade_diffusion.py",
         "studies/cascade/three_stages.py",
     }  # registered, by import_module
-    assert identity.code_of("score").keys() > {*files, "metrics/reference.py", "evaluation/scoring.py"}
-    assert "ablation/results.py" not in identity.code_of("score")
+    assert identity.code_hashes("score").keys() > {*files, "metrics/reference.py", "evaluation/scoring.py"}
+    assert "ablation/results.py" not in identity.code_hashes("score")
 
 
 @pytest.fixture
@@ -107,9 +107,9 @@ def changed_code(monkeypatch):
     """Pretend that one file of the stages' code has changed."""
 
     def change(name):
-        now = {stage: identity.code_of(stage) for stage in identity.PROGRAMS}
+        now = {stage: identity.code_hashes(stage) for stage in identity.PROGRAMS}
         other = {stage: {**code, name: "other"} if name in code else code for stage, code in now.items()}
-        monkeypatch.setattr(identity, "code_of", other.__getitem__)
+        monkeypatch.setattr(identity, "code_hashes", other.__getitem__)
 
     return change
 
@@ -121,7 +121,7 @@ def test_a_changed_file_of_the_code_makes_its_stages_run_again(scripted, changed
     def now():
         scoring = {**asdict(planned.ablation.scoring), "baselines": True}
         pictures = asdict(planned.ablation.pictures)
-        return replace(planned, keys=identity.keys_of(planned.run.config, scoring, pictures))
+        return replace(planned, keys=identity.stage_keys(planned.run.config, scoring, pictures))
 
     changed_code("published/diffusers_pipeline.py")
     assert now().state == "done"
@@ -136,7 +136,7 @@ def test_a_changed_file_of_the_code_makes_its_stages_run_again(scripted, changed
 def test_any_code_accepts_results_of_other_code():
     (planned,) = plan_of({"a": {}})
     older = {name: f"{key.partition('-')[0]}-older" for name, key in planned.keys.items()}
-    mark(planned.run.folder, began=older["train"], **older)
+    mark_done(planned.run.folder, began=older["train"], **older)
     assert not planned.done
     where = {"folder": Path("runs/t"), "accelerator": open_accelerator("fp32"), "timed": False}
     again = partial(make_plan, planned.ablation, **where)
@@ -157,7 +157,7 @@ def test_scores_that_were_overwritten_by_hand_do_not_count_as_done():
     folder = planned.run.folder
     folder.mkdir(parents=True)
     (folder / "scores.json").write_text('{"num_samples": 50000}')
-    mark(folder, began=planned.keys["train"], **planned.keys)
+    mark_done(folder, began=planned.keys["train"], **planned.keys)
     assert planned.state == "done"
     (folder / "scores.json").write_text('{"num_samples": 10}')
     assert (planned.done, is_scored(folder, planned.keys["score"])) == ({"train", "draw"}, False)
@@ -253,7 +253,7 @@ def trained(planned, *, step=4, **changes):
     """Write the files of a finished training that a plan reads."""
     weights = planned.run.folder / "checkpoints" / f"{step:08d}" / WEIGHTS
     weights.parent.mkdir(parents=True)
-    config = parse_mapping(ExperimentConfig, merged(planned.run.config.to_dict(), changes))
+    config = parse_mapping(ExperimentConfig, deep_merge(planned.run.config.to_dict(), changes))
     metadata = metadata_of(config, step, planned.identity, spec=planned.spec, classes=list(planned.classes))
     save_tensors({"x": torch.zeros(1)}, weights, metadata)
 
@@ -325,8 +325,8 @@ def test_nothing_starts_when_the_time_is_over(scripted):
 
 def test_submitit_does_the_same_in_a_process_of_its_own():
     plan = plan_of({"a": {}})
-    mark(plan[0].run.folder, began=plan[0].keys["train"], **plan[0].keys)
-    outcomes = submit(jobs_of(plan), Runner(), ClusterConfig(gpus=0), Path("jobs"), "local")
+    mark_done(plan[0].run.folder, began=plan[0].keys["train"], **plan[0].keys)
+    outcomes = submit(group_into_jobs(plan), Runner(), ClusterConfig(gpus=0), Path("jobs"), "local")
     assert [(outcome.status, outcome.why) for outcome in outcomes] == [("done", "before")]
 
 

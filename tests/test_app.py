@@ -20,7 +20,7 @@ from PIL import Image
 from processes import ROOT, environment_of, free_port, run, script, started
 
 from experiment.cli import parse
-from sharing.studio import Request, Studio, find_runs, spelled
+from sharing.studio import Request, Studio, class_argument, find_runs
 
 gradio_client = pytest.importorskip("gradio_client", reason="the page is an extra: pip install -e '.[demo]'")
 pytestmark = [
@@ -219,14 +219,14 @@ def test_a_look_up_stops_between_two_moments():
 
     page = Page(Studio([]), Counter())
     page.studio = Slow()
-    page.requests_of = lambda *wanted: [SimpleNamespace(run="a")]
-    looking = page.look_up()
+    page.make_requests = lambda *wanted: [SimpleNamespace(run="a")]
+    looking = page.show_nearest()
     for _ in range(4):
         next(looking)
     looking.close()
     assert page.studio.read == 2
-    page.is_read = lambda: False
-    assert list(page.look_up()) == []
+    page.is_listening = lambda: False
+    assert list(page.show_nearest()) == []
 
 
 def test_without_a_null_label_neither_the_picture_nor_its_command_is_guided(folder, monkeypatch):
@@ -299,7 +299,7 @@ def test_eight_visitors_at_once_get_their_pictures_in_turn(address):
 
 
 def test_classes_are_spelled_so_that_the_command_line_reads_them():
-    assert [spelled(label, ["cat", "8", "true", "a b", "x, y"]) for label in range(5)] == [
+    assert [class_argument(label, ["cat", "8", "true", "a b", "x, y"]) for label in range(5)] == [
         "cat",
         "8",
         "true",

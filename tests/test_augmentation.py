@@ -20,7 +20,7 @@ from test_batches import batches, cache, joined  # noqa: F401
 from torchvision.transforms.v2 import functional as tv
 
 from autoencoders.codec import PixelCodec, create_codec
-from data.augmentation import NUM_CHANGES, REACH, SPREAD, change, draw_changes
+from data.augmentation import NUM_CHANGES, REACH, SPREAD, apply_augmentation, sample_augmentation
 from experiment.build import build_diffusion, model_spec
 from experiment.config import AlignmentConfig, DiffusionConfig, ExperimentConfig, TrainConfig
 from metrics.programs import save_program
@@ -49,7 +49,7 @@ def noise(num=64, height=16, width=16):
 
 
 def test_augmentations_have_the_requested_probability_and_standard_deviation():
-    drawn = draw_changes(0.25, torch.arange(40_000) % 2, (32, 16), generator())
+    drawn = sample_augmentation(0.25, torch.arange(40_000) % 2, (32, 16), generator())
     assert torch.equal(drawn[:, 0], (torch.arange(40_000) % 2).float())
     groups = {"flipped": [1], "shifted": [2, 3], "size": [4], "turned": [5, 6], "stretched": [7, 8], "moved": [9, 10]}
     for name, columns in groups.items():
@@ -68,14 +68,14 @@ def test_augmentations_have_the_requested_probability_and_standard_deviation():
 
 
 def test_with_probability_zero_nothing_is_drawn_but_the_mirror():
-    drawn = draw_changes(0.0, torch.ones(8, dtype=torch.int64), (8, 8), generator())
+    drawn = sample_augmentation(0.0, torch.ones(8, dtype=torch.int64), (8, 8), generator())
     assert torch.equal(drawn, torch.eye(NUM_CHANGES)[:1].expand(8, -1))
 
 
 def test_augmentation_labels_are_zero_exactly_for_unchanged_images():
     images = noise(400)
-    changes = draw_changes(0.1, torch.zeros(400, dtype=torch.int64), (16, 16), generator())
-    is_same = (change(images, changes) == images).flatten(1).all(dim=1)
+    changes = sample_augmentation(0.1, torch.zeros(400, dtype=torch.int64), (16, 16), generator())
+    is_same = (apply_augmentation(images, changes) == images).flatten(1).all(dim=1)
     assert 100 < is_same.sum() < 300
     assert torch.equal(is_same, (changes == 0).all(dim=1))
 
@@ -125,7 +125,7 @@ CHANGES["all"] = (ALL, FORWARD @ np.diag([-1, 1]), FORWARD @ [-2, 2] + [-1.2, 1.
 def test_augmentations_equal_scipys_with_the_same_parameters(name):
     numbers, forward, shift = CHANGES[name]
     image = smooth()
-    ours, theirs = change(image, told_as(**numbers)), by_scipy(image, forward, shift)
+    ours, theirs = apply_augmentation(image, told_as(**numbers)), by_scipy(image, forward, shift)
     gap = (ours - theirs).abs()
     if name != "all":  # whose edge is reflected after it was moved
         assert gap.max() < (0.5 + 1e-3 if name in ("nothing", "flipped", "shifted") else 8)  # edges are folded there
@@ -135,31 +135,31 @@ def test_augmentations_equal_scipys_with_the_same_parameters(name):
 
 def test_rotation_equals_torchvisions():
     image = smooth(48, 48)
-    ours = change(image, told_as(cos=math.cos(ANGLE) - 1, sin=math.sin(ANGLE)))
+    ours = apply_augmentation(image, told_as(cos=math.cos(ANGLE) - 1, sin=math.sin(ANGLE)))
     theirs = tv.rotate(image, -math.degrees(ANGLE), tv.InterpolationMode.BILINEAR)
     assert (ours.int() - theirs.int()).abs()[..., 14:-14, 14:-14].max() <= 3
 
 
 def test_flips_and_whole_pixel_shifts_do_not_interpolate():
     images = noise(2, 16, 24)
-    assert torch.equal(change(images, told_as(flipped=1).expand(2, -1)), images.flip(-2))
-    moved = change(images, told_as(shift_x=1 / 3, shift_y=-1).expand(2, -1))
+    assert torch.equal(apply_augmentation(images, told_as(flipped=1).expand(2, -1)), images.flip(-2))
+    moved = apply_augmentation(images, told_as(shift_x=1 / 3, shift_y=-1).expand(2, -1))
     assert torch.equal(moved[:, :, :-2, 1:], images[:, :, 2:, :-1])
     assert torch.equal(moved[:, :, -2:], moved[:, :, -4:-2].flip(-2))  # the edge's reflection
 
 
 def test_augmentation_of_an_image_does_not_depend_on_its_batch():
-    images, changes = noise(24), draw_changes(0.5, torch.zeros(24, dtype=torch.int64), (16, 16), generator())
-    together = change(images, changes)
+    images, changes = noise(24), sample_augmentation(0.5, torch.zeros(24, dtype=torch.int64), (16, 16), generator())
+    together = apply_augmentation(images, changes)
     assert torch.equal(
-        together, torch.cat([change(*pair) for pair in zip(images.split(5), changes.split(5), strict=True)])
+        together, torch.cat([apply_augmentation(*pair) for pair in zip(images.split(5), changes.split(5), strict=True)])
     )
 
 
 def test_downscaling_does_not_alias():
     """Waves of 2.2 pixels, scaled by 0.6, are finer than pixels, so the filter must remove them."""
     wave = (127.5 + 100 * torch.sin(2 * math.pi / 2.2 * torch.arange(64))).to(torch.uint8).expand(1, 3, 64, 64)
-    smaller = change(wave, told_as(size=math.log2(0.6) / SPREAD)).float()
+    smaller = apply_augmentation(wave, told_as(size=math.log2(0.6) / SPREAD)).float()
     assert smaller[..., 16:-16, 16:-16].std() < 0.35 * wave.float().std()
 
 

@@ -28,7 +28,13 @@ from autoencoding.losses import (
     build_objective,
     kl_divergence,
 )
-from autoencoding.model import Autoencoding, autoencoder_optimizers, create_autoencoder, finish, measure_latents
+from autoencoding.model import (
+    Autoencoding,
+    autoencoder_optimizers,
+    create_autoencoder,
+    export_autoencoder,
+    measure_latents,
+)
 from experiment.cli import parse
 from experiment.config import DataConfig
 
@@ -131,7 +137,7 @@ def test_discriminator_learns_to_tell_apart_and_leaves_the_autoencoder_alone(acc
     optimizer = torch.optim.Adam(critic.parameters(), 1e-2)
     real, fake = images(8), images(8) * 0.3
     for _ in range(30):
-        terms = objective.tell_apart(critic, real, fake)
+        terms = objective.discriminator_loss(critic, real, fake)
         terms["discriminator"].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -176,13 +182,13 @@ def test_writing_another_autoencoder_backs_up_the_previous_one(tmp_path):
     autoencoder, written = tiny().autoencoder.eval(), {"measure": False, "half": False}
     pixels = ((images() + 1) * 127.5).to(torch.uint8)
     for is_there in (False, True):  # the second as after a kill before the end was said
-        finish(tmp_path / "autoencoder", autoencoder, pixels, {"steps": 2}, **written)
+        export_autoencoder(tmp_path / "autoencoder", autoencoder, pixels, {"steps": 2}, **written)
         assert (tmp_path / "autoencoder/autoencoder.json").exists() == is_there
         (tmp_path / "autoencoder/autoencoder.json").touch()  # as evaluate.py leaves it
     assert [path.name for path in tmp_path.iterdir()] == ["autoencoder"]
     before = (tmp_path / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes()
     autoencoder.decoder.conv_out.bias.data += 1
-    finish(tmp_path / "autoencoder", autoencoder, pixels, {"steps": 4}, **written)
+    export_autoencoder(tmp_path / "autoencoder", autoencoder, pixels, {"steps": 4}, **written)
     (kept,) = tmp_path.glob("autoencoder.before-*")
     assert (kept / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert (tmp_path / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes() != before
@@ -193,7 +199,7 @@ def test_statistics_of_the_initial_autoencoder_are_dropped(tmp_path):
     autoencoder = tiny().autoencoder.eval()
     autoencoder.register_to_config(latents_mean=[1.0] * 4, latents_std=[3.0] * 4)
     pixels = ((images() + 1) * 127.5).to(torch.uint8)
-    finish(tmp_path / "autoencoder", autoencoder, pixels, {}, measure=True, half=False)
+    export_autoencoder(tmp_path / "autoencoder", autoencoder, pixels, {}, measure=True, half=False)
     scale, shift = measure_latents(autoencoder, pixels)
     assert create_codec(str(tmp_path / "autoencoder")).normalisation == {"scale": scale, "shift": shift}
 
@@ -201,10 +207,10 @@ def test_statistics_of_the_initial_autoencoder_are_dropped(tmp_path):
 def test_weights_beyond_half_precision_stay_in_float32(tmp_path, capsys):
     autoencoder, pixels = tiny().autoencoder.eval(), ((images() + 1) * 127.5).to(torch.uint8)
     written = {"measure": False, "half": True}
-    finish(tmp_path / "half", autoencoder, pixels, {}, **written)
+    export_autoencoder(tmp_path / "half", autoencoder, pixels, {}, **written)
     assert not capsys.readouterr().out
     autoencoder.float().decoder.conv_out.bias.data[0] = 1e5
-    finish(tmp_path / "whole", autoencoder, pixels, {}, **written)
+    export_autoencoder(tmp_path / "whole", autoencoder, pixels, {}, **written)
     assert "they are kept in float32" in capsys.readouterr().out
     half, whole = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("half", "whole"))
     assert {weight.dtype for weight in half.values()} == {torch.float16}

@@ -21,7 +21,7 @@ from models import create_model
 from models.backbone import as_backbone
 from training.batches import Batch
 from training.guard import gradient_norm
-from training.objective import AUXILIARY, Objective, Phase, build_auxiliary, data_time_of
+from training.objective import AUXILIARY, Objective, Phase, build_auxiliary, clean_time
 from training.optimizer import build_optimizers
 
 CPU = torch.device("cpu")
@@ -70,9 +70,7 @@ def test_gradients_reach_the_model_and_only_the_model(kind, network, unet):
 def test_features_are_those_of_data_without_noise(unet, monkeypatch, model_times, time):
     """Published flows (SiT, LightningDiT) are told 1 of data and 0 of noise."""
     diffusion, told = DIFFUSIONS["flow"](model_times=model_times), []
-    terms = build_auxiliary(
-        [AuxiliaryConfig("feature_matching", 0.1)], unet, PixelCodec(), CPU, data_time_of(diffusion)
-    )
+    terms = build_auxiliary([AuxiliaryConfig("feature_matching", 0.1)], unet, PixelCodec(), CPU, clean_time(diffusion))
     monkeypatch.setattr(terms[0].term, "encode", lambda x, t, y: told.append(t.tolist()) or [x])
     terms[0].term(randn(2, 3, 16, 16), randn(2, 3, 16, 16), torch.tensor([0, 1]))
     assert told == [[time, time]] * 2

@@ -10,10 +10,10 @@ import pytest
 from machine.background import Background
 from machine.checkpoint_folder import (
     checkpoint_path,
-    damage,
+    find_damage,
     list_checkpoints,
     mark_best,
-    newest_whole,
+    newest_intact,
     rotate,
     write_checkpoint,
 )
@@ -109,14 +109,14 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, step):
         folder = tmp_path / str(number) / "checkpoints"
         saves(folder, 1, "old")
         was_killed = killed_at(number, lambda folder=folder: saves(folder, step, "new"))
-        newest = newest_whole(folder)
+        newest = newest_intact(folder)
         assert newest is not None
         assert newest == list_checkpoints(folder)[-1]  # nothing damaged is taken for one
         found.add((newest / "state" / "progress.json").read_text())
         for later in (3, 4):  # of which rotation leaves the best until there is a better one
             saves(folder, later, "after")
         assert sorted(path.name for path in folder.iterdir()) == ["00000003", "00000004", "best"]
-        assert damage(checkpoint_path(folder, 4)) is None
+        assert find_damage(checkpoint_path(folder, 4)) is None
         if not was_killed:
             break
         number += 1

@@ -9,11 +9,11 @@ from autoencoders.codec import PixelCodec
 from data import open_dataset
 from data.encoding import build_cache
 from data.latents import LatentCache
-from data.lookahead import Lookahead
+from data.prefetch import Prefetcher
 from diffusion import FlowMatching, GaussianDiffusion
 from experiment.config import TrainConfig
 from machine.randomness import generator_for
-from training.batches import STEPS_AHEAD, Batches, Rounds, permutation, positions
+from training.batches import STEPS_AHEAD, BalancedStream, Batches, permutation, positions
 from training.objective import Objective
 
 
@@ -101,7 +101,7 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for():
     def invert(step):
         return 1 / (step - 2)
 
-    ahead = Lookahead(invert, 2, end=5)
+    ahead = Prefetcher(invert, 2, end=5)
     assert [ahead(0), ahead(1)] == [-0.5, -1.0]
     with pytest.raises(ZeroDivisionError):
         ahead(2)
@@ -129,7 +129,7 @@ UNEVEN = torch.tensor([5] + [1] * 4 + [3] * 9)  # labels of 14 images
 
 
 def test_classes_of_any_size_come_equally_often_and_each_in_permuted_epochs():
-    stream = Rounds(UNEVEN, seed=0).positions(0, 3 * 36)
+    stream = BalancedStream(UNEVEN, seed=0).positions(0, 3 * 36)
     turns = UNEVEN[stream].view(36, 3)
     assert torch.equal(turns.sort(dim=1).values, torch.tensor([[1, 3, 5]]).expand(36, 3))
     assert len(set(map(tuple, turns.tolist()))) > 3  # of six orders of a round
@@ -141,10 +141,10 @@ def test_classes_of_any_size_come_equally_often_and_each_in_permuted_epochs():
 
 
 def test_a_stream_of_rounds_begins_anywhere_as_it_would_have_gone_on():
-    whole, resumed = Rounds(UNEVEN, seed=0).positions(0, 108), Rounds(UNEVEN, seed=0)
+    whole, resumed = BalancedStream(UNEVEN, seed=0).positions(0, 108), BalancedStream(UNEVEN, seed=0)
     assert torch.equal(torch.cat([resumed.positions(step * 8, 8) for step in range(4, 9)]), whole[32:72])
     assert not torch.equal(resumed.positions(0, 108, order=1), whole)
-    assert not torch.equal(Rounds(UNEVEN, seed=1).positions(0, 108), whole)
+    assert not torch.equal(BalancedStream(UNEVEN, seed=1).positions(0, 108), whole)
 
 
 def test_balanced_batches_skip_empty_classes_and_refuse_unlabelled_images(cache):

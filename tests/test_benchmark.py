@@ -28,7 +28,7 @@ def test_a_table_and_json_with_every_row(tmp_path):
 
 def test_a_folder_that_is_not_a_checkout_is_refused_before_anything_is_measured(monkeypatch):
     benchmark = script("scripts/benchmark.py")
-    monkeypatch.delattr(speed, "in_turns")
+    monkeypatch.delattr(speed, "time_interleaved")
     for measure in (benchmark.training, benchmark.sampling, benchmark.epoch):
         with pytest.raises(FileNotFoundError, match="--compare nowhere: no models/ package there"):
             measure(compare=Path("nowhere"))
@@ -37,5 +37,5 @@ def test_a_folder_that_is_not_a_checkout_is_refused_before_anything_is_measured(
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux forgets the most memory that was held")
 def test_memory_of_each_program_is_its_own():
     programs = [({"GB": gb}, partial(torch.ones, int(gb * 2.5e8))) for gb in (0.4, 0.2)]
-    used = [row["step GB"] for row in speed.in_turns(programs, rounds=1, num_images=1)]
+    used = [row["step GB"] for row in speed.time_interleaved(programs, rounds=1, num_images=1)]
     assert used == pytest.approx([0.4, 0.2], abs=0.05)

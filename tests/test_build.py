@@ -17,7 +17,7 @@ from diffusion.paths import CURVES
 from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import SCHEDULES
 from diffusion.times import TIMES
-from experiment.build import build_diffusion, meaning_of, model_spec
+from experiment.build import build_diffusion, defining_settings, model_spec
 from experiment.cli import parse, parse_mapping
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from experiment.mappings import from_dict
@@ -121,7 +121,11 @@ def test_a_setting_of_another_kind_is_refused_in_words():
 def test_the_tangent_of_meanflow_does_not_change_what_outputs_mean():
     """So a guide, or weights to start from, may have been trained with either tangent."""
     plain, improved = (DiffusionConfig(kind="meanflow", tangent=tangent) for tangent in ("sample", "model"))
-    assert meaning_of(plain) == meaning_of(improved) != meaning_of(DiffusionConfig(kind="meanflow", kappa=0.5))
+    assert (
+        defining_settings(plain)
+        == defining_settings(improved)
+        != defining_settings(DiffusionConfig(kind="meanflow", kappa=0.5))
+    )
 
 
 def test_every_setting_of_every_diffusion_is_a_flag():

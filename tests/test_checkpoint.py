@@ -18,11 +18,11 @@ from machine.checkpoint_folder import (
     Best,
     CheckpointError,
     checkpoint_path,
+    checkpoint_to_resume,
     list_checkpoints,
     mark_best,
-    newest_whole,
+    newest_intact,
     rotate,
-    to_resume,
 )
 from models import ModelSpec
 from training.guard import Guard
@@ -104,7 +104,7 @@ def test_run_folder_means_its_newest_checkpoint(saved, tmp_path):
 def test_resuming_restores_everything(saved):
     folder, trained = saved
     fresh, guard = objects(), Guard()
-    progress = resume(to_resume(folder.parent.parent), state(*fresh, **{"guard.model": guard}))
+    progress = resume(checkpoint_to_resume(folder.parent.parent), state(*fresh, **{"guard.model": guard}))
     assert (progress["step"], guard.skipped) == (1, 3)
     for ours, theirs in zip(fresh, trained, strict=True):
         ours, theirs = (x.model if isinstance(x, EMA) else x for x in (ours, theirs))
@@ -147,7 +147,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(saved, capsys, spoil, mes
     folder, trained = saved
     newer = save(folder.parent, 2, *trained)
     spoil(newer / "state" / "optimizer.safetensors")
-    assert newest_whole(folder.parent) == folder
+    assert newest_intact(folder.parent) == folder
     told = capsys.readouterr().out
     assert message in told
     assert str(newer) in told
@@ -156,7 +156,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(saved, capsys, spoil, mes
 def test_what_a_kill_left_behind_is_cleared(saved):
     folder, trained = saved
     (folder.parent / ".00000007.partial" / "state").mkdir(parents=True)
-    assert to_resume(folder.parent.parent) == folder
+    assert checkpoint_to_resume(folder.parent.parent) == folder
     save(folder.parent, 2, *trained)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["00000001", "00000002"]
 
@@ -217,7 +217,7 @@ def test_an_interrupted_overwrite_keeps_the_checkpoint_of_the_same_step(saved, m
     monkeypatch.setattr(Path, "rename", second_fails)
     with pytest.raises((KeyboardInterrupt, OSError)):
         save(folder.parent, 1, *trained)
-    assert to_resume(folder.parent.parent) == folder
+    assert checkpoint_to_resume(folder.parent.parent) == folder
     save(folder.parent, 1, *trained)
     assert [path.name for path in folder.parent.iterdir()] == ["00000001"]
 
@@ -251,7 +251,7 @@ def test_rotation_counts_whole_checkpoints_alone(saved):
     assert (folder.parent / "00000002.bak").is_dir()
     with pytest.raises(ValueError, match=r"--log.keep_checkpoints -1 must be at least 1"):
         save(folder.parent, 6, *trained, keep=-1)
-    assert to_resume(folder.parent.parent).name == "00000006"
+    assert checkpoint_to_resume(folder.parent.parent).name == "00000006"
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
@@ -362,7 +362,7 @@ def test_checkpoint_of_another_model_is_told(saved):
 
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(CheckpointError, match=r"--resume .*: nothing to resume, .* holds no whole checkpoint"):
-        to_resume(tmp_path)
+        checkpoint_to_resume(tmp_path)
 
 
 def test_the_best_is_the_lowest_or_the_highest_as_the_metric_has_it():

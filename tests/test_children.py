@@ -72,7 +72,7 @@ def launches(script):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_a_killed_parents_child_is_asked_to_end(tmp_path):
-    process = parent(tmp_path, "children.start([sys.executable, 'child.py']).wait()")
+    process = parent(tmp_path, "children.start_process([sys.executable, 'child.py']).wait()")
     found = family(process)
     process.kill()
     process.communicate()
@@ -83,12 +83,12 @@ def test_a_killed_parents_child_is_asked_to_end(tmp_path):
 def test_a_signal_handler_awaits_the_child_that_was_being_waited_for(tmp_path):
     body = """
 def stop(number):
-    children.send(child, signal.SIGUSR1)
-    children.await_end(child)
+    children.send_signal(child, signal.SIGUSR1)
+    children.wait_in_handler(child)
     print("ended in time")
 
-child = children.start([sys.executable, "child.py"])
-with children.on_stop(stop):
+child = children.start_process([sys.executable, "child.py"])
+with children.handling_signals(stop):
     print(child.wait())
 """
     process = parent(tmp_path, body)
@@ -100,8 +100,8 @@ def test_what_is_ignored_stays_ignored_and_grandchildren_can_be_killed(tmp_path)
     body = """
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 script = "import subprocess, sys; subprocess.run([sys.executable, 'child.py'])"
-child = children.start([sys.executable, "-c", script])
-with children.on_stop(lambda number: children.kill(child)):
+child = children.start_process([sys.executable, "-c", script])
+with children.handling_signals(lambda number: children.kill_tree(child)):
     print(child.wait())
 """
     process = parent(tmp_path, body)
@@ -127,8 +127,8 @@ def test_every_command_that_launches_is_known_for_one(name):
 def test_signals_go_to_the_launched_process_and_not_to_its_launcher(tmp_path, launcher):
     (tmp_path / launcher).write_text("import subprocess, sys; subprocess.run([sys.executable, 'child.py'])")
     body = f"""
-child = children.start([sys.executable, {launcher!r}], stderr=subprocess.DEVNULL)
-with children.on_stop(lambda number: children.send(child, number)):
+child = children.start_process([sys.executable, {launcher!r}], stderr=subprocess.DEVNULL)
+with children.handling_signals(lambda number: children.send_signal(child, number)):
     child.wait()
 """
     process = parent(tmp_path, body)
@@ -237,10 +237,10 @@ def test_a_stop_ends_the_program_that_is_run_too():
     before, started = set(psutil.Process().children()), []
     threading.Thread(target=stop).start()
     with pytest.raises(SystemExit, match="143"):
-        children.run([sys.executable, "-c", "import time; time.sleep(600)"])
+        children.run_process([sys.executable, "-c", "import time; time.sleep(600)"])
     assert not any(child.is_running() for child in started)
     with pytest.raises(SystemExit, match="3"):
-        children.run([sys.executable, "-c", "raise SystemExit(3)"])
+        children.run_process([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_a_program_may_save_at_a_stop_and_a_second_one_ends_it(tmp_path):
@@ -254,5 +254,5 @@ def test_a_program_may_save_at_a_stop_and_a_second_one_ends_it(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_twice).start()
-    with pytest.raises(children.Ended, match="143"):
-        children.run([sys.executable, "-c", script], cwd=tmp_path)
+    with pytest.raises(children.EndedBySignal, match="143"):
+        children.run_process([sys.executable, "-c", script], cwd=tmp_path)

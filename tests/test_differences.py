@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ablation.results import corrected, holm, paired
+from ablation.results import correct_p_values, holm, paired_t_test
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
@@ -16,7 +16,7 @@ def test_a_paired_difference_is_students(differences):
     if stdev(differences) < 1e-6:
         return
     mine, theirs = {seed: 7.0 + value for seed, value in enumerate(differences)}, dict.fromkeys(range(20), 7.0)
-    found, test = paired(mine, theirs), stats.ttest_1samp(differences, 0)
+    found, test = paired_t_test(mine, theirs), stats.ttest_1samp(differences, 0)
     assert found is not None
     assert (found.mean, found.p) == pytest.approx((fmean(differences), test.pvalue), abs=1e-5)
     assert (found.low, found.high) == pytest.approx(test.confidence_interval(0.95), abs=1e-4, rel=1e-4)
@@ -24,8 +24,8 @@ def test_a_paired_difference_is_students(differences):
 
 
 def test_differences_that_are_all_equal_or_of_one_seed_are_not_tested():
-    assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) is None
-    assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 2: 2.0}) is None
+    assert paired_t_test({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) is None
+    assert paired_t_test({0: 2.0, 1: 3.0}, {0: 1.0, 2: 2.0}) is None
 
 
 def test_p_values_are_corrected_step_by_step():
@@ -40,14 +40,14 @@ def test_without_an_effect_five_variants_give_a_false_positive_in_one_study_of_t
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(120):
         by_seed = [dict(enumerate(scores)) for scores in rng.normal(size=(6, 5))]
-        found = corrected({str(place): paired(one, by_seed[0]) for place, one in enumerate(by_seed[1:])})
+        found = correct_p_values({str(place): paired_t_test(one, by_seed[0]) for place, one in enumerate(by_seed[1:])})
         wrong += any(one.is_decided for one in found.values())
     assert wrong <= 10
 
 
 def test_a_real_effect_is_found_and_said_with_its_interval():
     mine, theirs = {0: 50.0, 1: 51.0, 2: 49.5}, {0: 60.0, 1: 61.5, 2: 59.0}
-    difference = corrected({"XSwin": paired(mine, theirs)})["XSwin"]
+    difference = correct_p_values({"XSwin": paired_t_test(mine, theirs)})["XSwin"]
     assert difference.sentence("XSwin", "DiT", lower_is_better=True, digits=2) == (
         "XSwin is better than DiT by 10.00 (95% interval -11.24 to -8.76, 3 seeds, corrected p = 0.00083)"
     )
@@ -55,10 +55,10 @@ def test_a_real_effect_is_found_and_said_with_its_interval():
 
 
 def test_what_the_seeds_do_not_decide_is_said_to_be_undecided():
-    none = corrected({"XSwin": paired({0: 50.0, 1: 61.0}, {0: 60.0, 1: 52.0})})["XSwin"]
+    none = correct_p_values({"XSwin": paired_t_test({0: 50.0, 1: 61.0}, {0: 60.0, 1: 52.0})})["XSwin"]
     assert none.sentence("XSwin", "DiT", True, 1).startswith(
         "XSwin against DiT is undecided: the interval holds 0 (95%"
     )
-    close = {str(place): paired({0: 1.0, 1: 2.0, 2: 1.5}, {0: 0.0, 1: 0.5, 2: 0.2}) for place in range(9)}
-    words = corrected(close)["0"].sentence("a", "b", True, 1)
+    close = {str(place): paired_t_test({0: 1.0, 1: 2.0, 2: 1.5}, {0: 0.0, 1: 0.5, 2: 0.2}) for place in range(9)}
+    words = correct_p_values(close)["0"].sentence("a", "b", True, 1)
     assert words.startswith("a against b is undecided: too many comparisons for so few seeds (95% interval 0.")

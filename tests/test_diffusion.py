@@ -89,7 +89,7 @@ def test_a_perfect_output_is_read_back(prediction, variance):
     diffusion = GaussianDiffusion(prediction=prediction, variance=variance)
     x_0, noise, t = randn(4, 3, 2, 2), randn(4, 3, 2, 2, seed=1), torch.tensor([0, 10, 400, 800])
     x_t = diffusion.q_sample(x_0, t, noise)
-    output = PREDICTIONS[prediction].of(x_0, noise, diffusion.path.transition(t))
+    output = PREDICTIONS[prediction].combine(x_0, noise, diffusion.path.transition(t))
     if diffusion.learns_variance:
         output = torch.cat([output, torch.zeros_like(output)], dim=1)
     assert output.shape[1] == diffusion.output_channels(3)

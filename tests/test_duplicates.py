@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from data import intake
+from data import summarize_splits
 from data.duplicates import near_duplicates
 from data.images import ImageDataset
 
@@ -71,4 +71,4 @@ def test_near_duplicates_stay_on_one_side_of_the_split_and_are_counted(tmp_path,
     assert (len(train), len(test)) == (32, 8)
     of = [{name.split("/")[1].split(".")[0].split()[0] for name in part.names} for part in (train, test)]
     assert not of[0] & of[1]
-    assert "40 near-duplicates in 20 groups kept together" in intake(train, test)
+    assert "40 near-duplicates in 20 groups kept together" in summarize_splits(train, test)

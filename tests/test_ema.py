@@ -11,14 +11,14 @@ from processes import TINY, script
 from safetensors.torch import load_file
 from torch import nn
 
-from checkpoints.averages import EMA, Average, gamma_of, power_decay, reconstruction_weights
+from checkpoints.averages import EMA, Average, gamma_from_sigma_rel, power_decay, reconstruction_weights
 from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata
 from checkpoints.training_state import TrainingState, copy_checkpoint, list_snapshots
 from experiment.cli import parse_run
 from experiment.config import ExperimentConfig
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from models import ModelSpec
-from training.resumption import start_or_go_on, take_back
+from training.resumption import discard_later_results, start_or_resume
 
 
 class Scalar(nn.Module):
@@ -34,13 +34,13 @@ def trajectory(step):
 
 @pytest.mark.parametrize(("gamma", "sigma_rel"), [(6.94, 0.10), (16.97, 0.05)])
 def test_gamma_of_sigma_rel_equals_edm2s(gamma, sigma_rel):
-    assert gamma_of(sigma_rel) == pytest.approx(gamma, abs=0.01)
+    assert gamma_from_sigma_rel(sigma_rel) == pytest.approx(gamma, abs=0.01)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, 0.5, -1.0])
 def test_ema_lengths_out_of_range_are_refused(sigma_rel):
     with pytest.raises(ValueError, match=r"--train.ema_profiles .*: lengths lie between"):
-        gamma_of(sigma_rel)
+        gamma_from_sigma_rel(sigma_rel)
 
 
 def test_average_follows_its_formula_parameters_and_buffers():
@@ -66,7 +66,7 @@ def test_average_needs_a_decay_below_one():
 def test_power_average_is_the_weighted_mean_of_its_definition():
     """Of T steps, step t has a weight proportional to t^gamma."""
     model, num_steps = Scalar(), 3000
-    average, gamma = Average(model, power_decay(0.1)), gamma_of(0.1)
+    average, gamma = Average(model, power_decay(0.1)), gamma_from_sigma_rel(0.1)
     for step in range(num_steps):
         model.weight.data.copy_(trajectory(step))
         average.update(model, step)
@@ -87,10 +87,10 @@ def test_snapshots_of_two_lengths_give_any_other():
             average.update(model, step)
         if (step + 1) % every == 0:
             for sigma_rel, average in kept.profiles.items():
-                snapshots.append((step + 1, gamma_of(sigma_rel)))
+                snapshots.append((step + 1, gamma_from_sigma_rel(sigma_rel)))
                 values.append(average.model.weight.item())
     for sigma_rel, average in direct.items():
-        weights = reconstruction_weights(snapshots, (num_steps, gamma_of(sigma_rel)))
+        weights = reconstruction_weights(snapshots, (num_steps, gamma_from_sigma_rel(sigma_rel)))
         found = sum(weight * value for weight, value in zip(weights, values, strict=True))
         assert found == pytest.approx(average.model.weight.item(), rel=5e-3)
         assert abs(values[-1] - found) > abs(found - average.model.weight.item())
@@ -186,8 +186,8 @@ def test_reconstruct_ema_makes_an_average_from_a_runs_snapshots(tmp_path, capsys
 
 @pytest.mark.parametrize(("num", "sigmas"), [(4, (0.05, 0.1)), (1, (0.05,)), (1, (0.05, 0.1))])
 def test_weights_of_snapshots_sum_to_one_however_few(num, sigmas):
-    snapshots = [(100 * (number + 1), gamma_of(sigma)) for number in range(num) for sigma in sigmas]
-    weights = reconstruction_weights(snapshots, (100 * num, gamma_of(0.25)))
+    snapshots = [(100 * (number + 1), gamma_from_sigma_rel(sigma)) for number in range(num) for sigma in sigmas]
+    weights = reconstruction_weights(snapshots, (100 * num, gamma_from_sigma_rel(0.25)))
     assert sum(weights) == pytest.approx(1, abs=1e-9)
 
 
@@ -209,7 +209,7 @@ def test_snapshots_belong_to_a_single_course_of_training(tmp_path, monkeypatch, 
 
     shutil.rmtree(checkpoints)
     (snapshots.parent / "tracking").mkdir()
-    start_or_go_on(parse_run(ExperimentConfig, fresh), print)
+    start_or_resume(parse_run(ExperimentConfig, fresh), print)
     assert list_snapshots(snapshots.parent) == {}
     assert f"{Path('runs/tiny/snapshots')} is of an earlier training, and is now" in capsys.readouterr().out
     assert len(list((tmp_path / "runs" / "tiny").glob("snapshots.before-*/*.safetensors"))) == 2
@@ -219,7 +219,7 @@ def test_snapshots_belong_to_a_single_course_of_training(tmp_path, monkeypatch, 
 
     (tmp_path / "runs" / "tiny" / "ema.safetensors").touch()  # imported: readers would take it for the training's
     with pytest.raises(FileExistsError, match=r"holds weights already, ema.safetensors: give another --name"):
-        start_or_go_on(parse_run(ExperimentConfig, fresh), print)
+        start_or_resume(parse_run(ExperimentConfig, fresh), print)
 
 
 def test_files_of_steps_after_the_resumed_checkpoint_are_moved_away(tmp_path):
@@ -230,7 +230,7 @@ def test_files_of_steps_after_the_resumed_checkpoint_are_moved_away(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     said = []
-    take_back(tmp_path, 2, said.append)
+    discard_later_results(tmp_path, 2, said.append)
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["00000002"]
     assert (tmp_path / "checkpoints" / said[0].rpartition("/")[2] / "ema.safetensors").exists()
     assert [path.stem for name in ("samples", "snapshots") for path in (tmp_path / name).iterdir()] == ["00000002"] * 2

@@ -32,7 +32,7 @@ from models import ModelSpec, create_model
 from published import diffusers_pipeline
 from published.diffusers_dit import native_names, to_diffusers, without_shift, write_native
 from published.diffusers_pipeline import export_denoiser, readme
-from published.diffusers_schedulers import scheduler_of
+from published.diffusers_schedulers import to_scheduler
 
 EXPORT, SAMPLE = script("scripts/export_diffusers.py"), script("sample.py")
 TINY_DIT = {"dim": 32, "depth": 2, "num_heads": 2}
@@ -247,10 +247,10 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
         assert not (tmp_path / "out").exists()
     for kind, spacing, prediction in (("flow", "uniform", "epsilon"), ("edm", "karras", "x_0")):
         with pytest.raises(ValueError, match=f"--diffusion.prediction {prediction}: of a {kind} diffusers' schedulers"):
-            scheduler_of(kind, DIFFUSIONS[kind](prediction=prediction), SamplingConfig("euler", spacing=spacing))
+            to_scheduler(kind, DIFFUSIONS[kind](prediction=prediction), SamplingConfig("euler", spacing=spacing))
     guided = SamplingConfig(sampler="ddim", spacing="uniform", guidance_interval=[0.1, 2.0])
     with pytest.raises(ValueError, match=r"--sampling.guidance_interval \[0.1, 2.0\]: diffusers"):
-        scheduler_of("gaussian", open_checkpoint(run).build_diffusion(), guided)
+        to_scheduler("gaussian", open_checkpoint(run).build_diffusion(), guided)
 
 
 def test_exports_refuse_guidance_that_the_model_does_not_support(tmp_path, exported, monkeypatch):

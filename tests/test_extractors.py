@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metrics.extractors import ExtractorError
 from metrics.features import Extractor
-from metrics.fidelity import classifier_score, compare
+from metrics.fidelity import classifier_score, compute_scores
 from metrics.image_batches import image_batches
 from metrics.manifold import count_neighbours
 from metrics.programs import save_program
@@ -113,7 +113,7 @@ def test_inception_with_a_file_of_weights(inception_weights: Path) -> None:
     samples, reference = random_images(2, seed=3), random_images(3, seed=4)
     extractor = Extractor("inception", weights_path=inception_weights)
     x, y = (extractor(image_batches(each, 2), len(each), progress=False) for each in (samples, reference))
-    scores = compare(x, y, extractor)
+    scores = compute_scores(x, y, extractor)
     assert list(scores.scores) == list(DEFAULT)
     known = {name for name, one in scores.scores.items() if one.value is not None}
     assert known == {"fid", "sfid", "kid"}  # the others want more images

@@ -19,7 +19,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from metrics.extractors import ExtractorError, ProgramExtractor
 from metrics.features import Extractor, Features
-from metrics.fidelity import class_distances, classifier_score, compare, kernel_distance
+from metrics.fidelity import class_distances, classifier_score, compute_scores, kernel_distance
 from metrics.frechet import Moments
 from metrics.image_batches import image_batches
 from metrics.self_check import self_check
@@ -75,14 +75,14 @@ def test_frechet_distance_of_two_gaussians(colour: Extractor) -> None:
     expected = (3.0**2 + 1.0**2) + (4 + 2) + (1 + 3) - 2 * trace
 
     samples, reference = gaussian(50, [3.0, 0.0], a, seed=0), gaussian(80, [0.0, 1.0], b, seed=1)
-    scores = compare(samples, reference, colour, metrics=["fid"])
+    scores = compute_scores(samples, reference, colour, metrics=["fid"])
     assert list(scores.scores) == ["frechet_distance[mean_colour]"]
     assert value(scores, "frechet_distance[mean_colour]") == pytest.approx(expected, rel=1e-5)
 
 
 def test_frechet_distance_of_one_feature(colour: Extractor) -> None:
     samples, reference = gaussian(20, [2.0], [[4.0]], seed=0), gaussian(30, [0.0], [[1.0]], seed=1)
-    scores = compare(samples, reference, colour, metrics=["fid"])
+    scores = compute_scores(samples, reference, colour, metrics=["fid"])
     assert value(scores, "frechet_distance[mean_colour]") == pytest.approx(2**2 + (2 - 1) ** 2, rel=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_kernel_distance_of_whole_sets(colour: Extractor) -> None:
         return (gram.sum() - gram.trace()) / (20 * 19)
 
     expected = within(x.features) + within(y.features) - 2 * kernel(x.features, y.features).mean()
-    scores = compare(x, y, colour, metrics=["kid"])
+    scores = compute_scores(x, y, colour, metrics=["kid"])
     assert value(scores, "kernel_distance[mean_colour]") == pytest.approx(float(expected), rel=1e-6)
     assert scores.scores["kernel_distance[mean_colour]"].std is None  # one subset: nothing varies
 
@@ -201,7 +201,7 @@ def test_moments_alone_give_the_same_distance(colour: Extractor) -> None:
     kept = colour(image_batches(samples, 9), len(samples), metrics=["kid"], progress=False)
     for lean_half, half in zip(both[0].halves, kept.halves, strict=True):
         torch.testing.assert_close(lean_half.covariance, half.covariance)
-    lean = compare(*both, colour)
+    lean = compute_scores(*both, colour)
     full = score(samples, reference, extractor=colour)
     name = "frechet_distance[mean_colour]"
     assert value(lean, name) == pytest.approx(value(full, name), rel=1e-9)
@@ -215,8 +215,10 @@ def test_spatial_distance_is_the_frechet_distance_of_spatial_features(colour: Ex
     far = Moments(torch.tensor([3.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 1.0])).double(), 20)
     samples, reference = replace(x, spatial=near), replace(x, spatial=far)
     name = "spatial_frechet_distance[mean_colour]"
-    assert value(compare(samples, reference, colour, metrics=["sfid"]), name) == pytest.approx(3**2 + (2 - 1) ** 2)
-    assert compare(samples, x, colour, metrics=["sfid"]).scores[name].value is None
+    assert value(compute_scores(samples, reference, colour, metrics=["sfid"]), name) == pytest.approx(
+        3**2 + (2 - 1) ** 2
+    )
+    assert compute_scores(samples, x, colour, metrics=["sfid"]).scores[name].value is None
 
 
 def test_classes_have_distances_of_their_own(colour: Extractor) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from processes import run
 
 from machine import accelerator as machine
-from machine.stopping import SIGNALS, importing, stops_at_once
+from machine.stopping import SIGNALS, exit_on_signal, without_garbage_collection
 from training.guard import Guard, TrainingDivergedError, gradient_norm
 from training.interruption import Interruption, Stopped
 from training.meter import Meter
@@ -154,7 +154,7 @@ for hours, received, reason in ((1.0, 0, None), (1e-12, 0, "--train.max_hours 1e
     interruption = Interruption(Path("."), accelerator, hours)
     interruption.received = received * accelerator.process_index
     for due in (True, False):  # by the main process's clock, whatever the others' says; who stops saves anyhow
-        assert interruption.read(torch.tensor(0.5), save_due=due == accelerator.is_main_process) == 0.5
+        assert interruption.synchronize(torch.tensor(0.5), save_due=due == accelerator.is_main_process) == 0.5
         assert interruption.save_due == due or reason == "SIGTERM"
         assert interruption.reason(1, 10) == reason
 """
@@ -199,7 +199,7 @@ def test_a_signal_before_the_first_step_stops_at_once(accelerator, tmp_path):
 
 def test_a_signal_while_libraries_are_imported_stops_too(tmp_path):
     if (child := os.fork()) == 0:
-        with stops_at_once(tmp_path):
+        with exit_on_signal(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
@@ -207,10 +207,10 @@ def test_a_signal_while_libraries_are_imported_stops_too(tmp_path):
 
 
 def test_the_garbage_collector_rests_while_libraries_are_imported_and_goes_on():
-    with importing():
+    with without_garbage_collection():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ImportError), importing():
+    with pytest.raises(ImportError), without_garbage_collection():
         raise ImportError
     assert gc.isenabled()
 

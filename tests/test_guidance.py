@@ -17,12 +17,12 @@ from test_backbones import wake
 from autoencoders.codec import PixelCodec, weights_sha256
 from checkpoints.checkpoint import metadata_of, save_tensors
 from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOptions, sample
-from diffusion.guidance import drop_labels, guide, linear, projected, rescaled
+from diffusion.guidance import drop_labels, guide, linear_guidance, projected_guidance, rescaled_guidance
 from diffusion.paths import GaussianChain
 from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig, TrainConfig
 from models import ModelSpec
-from published.weights import arguments_of, load_reference
+from published.weights import infer_arguments, load_reference
 from sampling.checks import files_in_record, load_guide_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"
@@ -46,7 +46,7 @@ def test_the_published_guidance_is_reproduced():
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config = json.loads(file.metadata()["config"])
     weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
-    model = load_reference("dit", weights, arguments_of("dit", weights, num_heads=4))
+    model = load_reference("dit", weights, infer_arguments("dit", weights, num_heads=4))
     x, t, y = tensors["in/x"], tensors["in/t"], tensors["in/y"]
     with torch.no_grad():
         ours = guide(model, config["num_classes"], 4.0, latent_channels=4)(x, t, y)
@@ -184,7 +184,7 @@ def test_outside_the_guidance_interval_only_the_conditional_half_runs(diffusion)
 def test_rescaling_is_that_of_the_paper():
     """Lin et al. 2023, eq. 14 to 16, for each sample."""
     good, worse = randn(3, 4, 5, 5), randn(3, 4, 5, 5, seed=1)
-    ours = rescaled(linear, 0.7)(good, worse, 5.0, good, labels(3))
+    ours = rescaled_guidance(linear_guidance, 0.7)(good, worse, 5.0, good, labels(3))
     for index, rescaled_output in enumerate(ours):
         guided = worse[index] + 5.0 * (good[index] - worse[index])
         expected = guided * good[index].std() / guided.std()
@@ -196,15 +196,15 @@ def test_projection_that_leaves_nothing_out_is_plain_guidance(diffusion):
     diffusion = DIFFUSIONS[diffusion]()
     t = torch.tensor([500, 20]) if isinstance(diffusion.path, GaussianChain) else torch.tensor([0.7, 0.2])
     x_t, good, worse = (randn(2, 3, 4, 4, seed=seed) for seed in range(3))
-    mixed = projected(diffusion, 1.0, None)(good, worse, 2.5, x_t, t)
-    torch.testing.assert_close(mixed, linear(good, worse, 2.5, x_t, t), rtol=1e-3, atol=1e-3)
+    mixed = projected_guidance(diffusion, 1.0, None)(good, worse, 2.5, x_t, t)
+    torch.testing.assert_close(mixed, linear_guidance(good, worse, 2.5, x_t, t), rtol=1e-3, atol=1e-3)
 
 
 def test_adaptive_projection_is_the_algorithm_of_the_paper():
     """Sadat et al. 2024, algorithm 1 without momentum, on predictions of `x_0`."""
     diffusion = GaussianDiffusion(prediction="x_0", variance="fixed_small")
     good, worse = randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2)
-    mixed = projected(diffusion, 0.2, 2.0)(good, worse, 3.0, randn(2, 3, 4, 4), torch.tensor([500, 500]))
+    mixed = projected_guidance(diffusion, 0.2, 2.0)(good, worse, 3.0, randn(2, 3, 4, 4), torch.tensor([500, 500]))
     for index, push in enumerate(good - worse):
         push = push * min(1, 2.0 / push.norm())
         unit = good[index] / good[index].norm()

@@ -16,10 +16,10 @@ from huggingface_hub import constants
 from processes import script
 
 from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
-from checkpoints.hub import HubError, local
+from checkpoints.hub import HubError, resolve_to_file
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
-from sampling.image_files import drawn_by, save_grid
-from sharing.model_card import card_files, drawn_with, model_card, to_half, without_paths
+from sampling.image_files import read_weights_hash, save_grid
+from sharing.model_card import card_files, format_sampling, model_card, to_half, without_paths
 
 PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")
 REPO = "me/tiny-shapes"
@@ -124,7 +124,7 @@ def test_a_name_on_the_hub_works_where_a_path_does(pushed, hub, here):
     assert f"--init_from hf://{REPO}: took" in warm_start(fresh, f"hf://{REPO}")
     assert torch.equal(fresh.head.weight, model.head.weight)
     downloads = sum(call.startswith("GET") for call in hub.calls)
-    assert local(f"hf://{REPO}@main", "ema.safetensors").is_file()
+    assert resolve_to_file(f"hf://{REPO}@main", "ema.safetensors").is_file()
     open_checkpoint(f"hf://{REPO}")
     assert sum(call.startswith("GET") for call in hub.calls) == downloads + 1  # of the revision's own folder
 
@@ -133,14 +133,14 @@ def test_sample_draws_from_the_hub(pushed, here):
     settings = {"classes": ["circle"], "num_per_class": 1}
     SAMPLE.main(SAMPLE.SampleConfig(checkpoint=f"hf://{REPO}", **settings))
     weights = read_metadata(Path("runs/me--tiny-shapes/ema.safetensors"))["weights_sha256"]
-    assert drawn_by(Path("runs/me--tiny-shapes/samples.png")) == weights
+    assert read_weights_hash(Path("runs/me--tiny-shapes/samples.png")) == weights
 
 
 def test_without_a_network_what_was_downloaded_before_serves(pushed, hub, here, monkeypatch):
-    first = local(f"hf://{REPO}", "ema.safetensors")
+    first = resolve_to_file(f"hf://{REPO}", "ema.safetensors")
     nowhere = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
-    assert local(f"hf://{REPO}", "ema.safetensors") == first
+    assert resolve_to_file(f"hf://{REPO}", "ema.safetensors") == first
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # else it tries five times
     with pytest.raises(HubError, match=r"^hf://me/other: no network, and runs/me--other does not hold it from before"):
         open_checkpoint("hf://me/other")
@@ -290,7 +290,7 @@ def test_a_card_says_how_scored_samples_were_drawn(folder):
     own = checkpoint.identity["codec"]
     usual = {"sampler": "ddpm", "num_steps": 3, "guidance_scale": 1.5, "seed": 0}
     as_usual = {"spacing": "uniform", "guidance_interval": None, "sampler_args": {}, "labels": "balanced"}
-    assert drawn_with(checkpoint, {**usual, **as_usual, "autoencoder": {**own, "autoencoder": "moved"}}) == usual
+    assert format_sampling(checkpoint, {**usual, **as_usual, "autoencoder": {**own, "autoencoder": "moved"}}) == usual
     others = {
         "guidance_checkpoint": "worse",
         "guidance_interval": [0.2, 5.0],
@@ -298,7 +298,7 @@ def test_a_card_says_how_scored_samples_were_drawn(folder):
         "labels": "random",
     }
     decoder = {"autoencoder": {**own, "decoder_sha256": "another", "autoencoder": "mine"}}
-    assert drawn_with(checkpoint, {**usual, **others, **decoder}) == {**usual, **others, "autoencoder": "mine"}
+    assert format_sampling(checkpoint, {**usual, **others, **decoder}) == {**usual, **others, "autoencoder": "mine"}
 
 
 def test_names_that_users_choose_are_text_in_a_card(folder):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import intake, open_dataset
+from data import open_dataset, summarize_splits
 from data.images import DataError, ImageDataset, hold_out
 from data.pixels import fit
 
@@ -218,7 +218,7 @@ def test_the_intake_message_reports_used_and_ignored_files(tree):
     (tree / "twin").symlink_to(tree / "cat")
     arguments = {"image_size": 20, "exclude_classes": ["emu"], "on_error": "skip", "min_size": 10}
     train, test = (open_dataset(str(tree), split=split, **arguments) for split in ("train", "test"))
-    assert intake(train, test) == (
+    assert summarize_splits(train, test) == (
         f"tree (split by --data.test_fraction 0.2): {len(train)} training and {len(test)} held-out images of 2 classes "
         "(cat, dog); left out 1 links to what is there already (twin); left out 1 other files (notes.csv); "
         "left out 1 in no class folder (preview.png); left out 2 of excluded classes (emu/0.png, emu/1.png); "
@@ -228,6 +228,6 @@ def test_the_intake_message_reports_used_and_ignored_files(tree):
     )
     assert len(train) + len(test) == 16
     shapes = [open_dataset("shapes", split=split, image_size=8, num_images=20) for split in ("train", "test")]
-    assert intake(*shapes).startswith(
+    assert summarize_splits(*shapes).startswith(
         "shapes (difficulty easy): 20 training and 10 held-out images of 10 classes (circle"
     )

@@ -14,7 +14,7 @@ from diffusion import sample
 from diffusion.paths import Flow
 from experiment.config import DataConfig, SamplingFlags
 from published.training_files import read_weights
-from published.weights import arguments_of, load_reference, row_of
+from published.weights import find_named_backbone, infer_arguments, load_reference
 
 SCRIPT = script("scripts/import_checkpoint.py")
 SAMPLE = script("sample.py")
@@ -110,7 +110,7 @@ def test_prefixes_and_extra_state_of_other_trainers_are_removed(tmp_path):
 def test_sit_is_a_flow_told_its_own_times(tmp_path):
     """SiT integrates from noise at 0 to data at 1; ours goes from noise at 1 to data at 0."""
     tensors, weights, _ = load_fixture("dit")
-    theirs, y = load_reference("dit", weights, arguments_of("dit", weights, num_heads=4)), tensors["in/y"]
+    theirs, y = load_reference("dit", weights, infer_arguments("dit", weights, num_heads=4)), tensors["in/y"]
     x = tensors["in/x"]
     for step in range(5):  # Euler, as they do it: dx = v dt; half of the output is thrown away
         x = x + theirs(x, torch.full((len(x),), step / 5), y)[:, :4].detach() / 5
@@ -124,7 +124,7 @@ def test_sit_is_a_flow_told_its_own_times(tmp_path):
 def test_repa_imports_as_a_sit_with_unreversed_velocity_and_times(tmp_path):
     """REPA has `x_t = (1 - t) x_0 + t noise` and `v = noise - x_0`: unlike SiT's, neither is reversed."""
     tensors, weights, _ = load_fixture("dit")
-    theirs, y = load_reference("repa", weights, arguments_of("dit", weights, num_heads=4)), tensors["in/y"]
+    theirs, y = load_reference("repa", weights, infer_arguments("dit", weights, num_heads=4)), tensors["in/y"]
     weights = {**weights, "final_layer.linear.weight": weights["final_layer.linear.weight"].reshape(4, 8, -1)[:, :4]}
     weights["final_layer.linear.weight"] = weights["final_layer.linear.weight"].flatten(0, 1)
     weights["final_layer.linear.bias"] = weights["final_layer.linear.bias"].reshape(4, 8)[:, :4].flatten()
@@ -154,7 +154,7 @@ def test_huge_uvits_have_no_last_convolution_and_times_from_1_to_1000(tmp_path):
     tensors, weights, _ = load_fixture("uvit_official")
     delta = torch.nn.init.dirac_(torch.empty(4, 4, 3, 3))
     straight = {**weights, "final_layer.weight": delta, "final_layer.bias": torch.zeros(4)}
-    whole = load_reference("uvit", straight, arguments_of("uvit", weights, num_heads=4))
+    whole = load_reference("uvit", straight, infer_arguments("uvit", weights, num_heads=4))
     huge = {name: tensor for name, tensor in weights.items() if not name.startswith("final_layer")}
     checkpoint = import_weights(tmp_path, huge, "uvit", suffix="pth")
     diffusion = checkpoint.build_diffusion()
@@ -215,11 +215,11 @@ def published_uvit(side, patch_size, dim, half):
     ],
 )
 def test_published_models_are_recognised_at_256_and_512(source, weights, row, side):
-    arguments = arguments_of(source, weights)
+    arguments = infer_arguments(source, weights)
     assert (arguments.pop("input_size"), arguments.pop("num_classes")) == (side, 1000)
     channels = {"dit": (4, 8), "lightningdit": (32, 32)}.get(source, (4, 4))
     assert (arguments.pop("in_channels"), arguments.pop("out_channels")) == channels
-    assert row_of(arguments.pop("name"), arguments) == (row, {})
+    assert find_named_backbone(arguments.pop("name"), arguments) == (row, {})
 
 
 def test_classes_have_names_of_their_own(tmp_path):

@@ -4,13 +4,13 @@ import unicodedata
 
 import pytest
 
-from data.layout import DataError, understand
+from data.layout import DataError, infer_layout
 
 TABLE = b"file,label\na.png,cat\nb.png,dog\n"
 
 
 def of(*names, table=TABLE, **arguments):
-    return understand(names, lambda name: table, **arguments)
+    return infer_layout(names, lambda name: table, **arguments)
 
 
 @pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Train", "val"), ("training", "VALID")])
@@ -126,7 +126,7 @@ def test_whitespace_around_labels_is_ignored():
 
 
 def test_labels_of_each_split_are_its_own():
-    layout = understand(
+    layout = infer_layout(
         ["train/a.png", "train/labels.csv", "test/a.png", "test/labels.csv"],
         lambda name: b"file,label\na.png,cat" if name.startswith("train") else b"file,label\na.png,dog",
     )

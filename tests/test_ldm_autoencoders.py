@@ -8,7 +8,7 @@ from processes import script
 from torch.nn.functional import conv2d, group_norm, interpolate, pad, silu
 
 from autoencoders.codec import AutoencoderError, create_codec
-from autoencoders.ldm import from_ldm, statistics_of
+from autoencoders.ldm import from_ldm, read_statistics
 from experiment.build import open_split
 from experiment.config import DataConfig
 from published import public_files
@@ -230,4 +230,4 @@ def test_weights_and_statistics_of_other_formats_are_refused():
         from_ldm({name: weight for name, weight in published().items() if "mid.block_2" not in name})
     for saved in ({"mean": torch.zeros(CHANNELS)}, {"mean": torch.zeros(CHANNELS), "std": torch.zeros(CHANNELS)}):
         with pytest.raises(AutoencoderError, match="a mean and a positive std of each of 6 channels"):
-            statistics_of(saved, CHANNELS)
+            read_statistics(saved, CHANNELS)

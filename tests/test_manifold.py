@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metrics import manifold
-from metrics.manifold import count_neighbours, nearest, neighbour_distances, share_of_pairs_closer
+from metrics.manifold import count_neighbours, nearest_neighbours, neighbour_distances, share_of_pairs_closer
 
 
 def line(*values: float) -> torch.Tensor:
@@ -41,14 +41,14 @@ def test_density_passes_one_where_samples_crowd_and_coverage_sees_it():
 def test_rows_at_a_time_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 4, generator=generator), torch.randn(40, 4, generator=generator)
-    whole = count_neighbours(x, y), nearest(x, y)[1].tolist()
+    whole = count_neighbours(x, y), nearest_neighbours(x, y)[1].tolist()
     monkeypatch.setattr(manifold, "ROWS", 7)
     monkeypatch.setattr(manifold, "AT_ONCE", 9)
-    assert (count_neighbours(x, y), nearest(x, y)[1].tolist()) == whole
+    assert (count_neighbours(x, y), nearest_neighbours(x, y)[1].tolist()) == whole
 
 
 def test_nearest():
-    distances, index = nearest(line(0.9, 6), line(0, 1, 3, 7))
+    distances, index = nearest_neighbours(line(0.9, 6), line(0, 1, 3, 7))
     assert index.tolist() == [1, 3]
     assert distances.tolist() == pytest.approx([0.1, 1.0])
 

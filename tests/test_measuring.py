@@ -16,7 +16,7 @@ from small_autoencoders import create, write
 
 from autoencoders.codec import EMBEDDED, LatentCodec, create_codec
 from autoencoding import measure as measuring
-from autoencoding.measure import Distance, choice, default_output, measure, open_distance, posterior, unsuitable
+from autoencoding.measure import Distance, default_output, measure, open_distance, posterior, recommend, warn_unsuitable
 from data import open_dataset
 from evaluation.scoring import Row
 from evaluation.sources import from_images
@@ -119,7 +119,7 @@ def test_the_fastest_autoencoder_is_chosen_among_those_within_the_error():
         row("b", 40, agreement=(0.78, 0.02)),
         row("c", 90, agreement=(0.6, 0.02)),
     ]
-    said = choice(rows, {"a": (32, 8, 8), "b": (16, 8, 8), "c": (4, 8, 8)})
+    said = recommend(rows, {"a": (32, 8, 8), "b": (16, 8, 8), "c": (4, 8, 8)})
     assert said.startswith("Take b: the fastest of 2 that agreement does not tell apart, 0.7800 ± 0.0200 (a 0.8000 ±")
     assert "40 img/s (a 10 img/s, c 90 img/s) from latents of 16x8x8 (a 32x8x8, c 4x8x8)" in said
 
@@ -128,14 +128,14 @@ def test_the_fastest_autoencoder_is_chosen_among_those_within_the_error():
 def test_an_autoencoder_without_that_figure_or_at_home_says_nothing(tmp_path, text):
     if text:
         (tmp_path / "metrics.json").write_text(text)
-    assert unsuitable(row("a", 1, psnr=(20.0,)), Mock(spec=LatentCodec, source=str(tmp_path))) is None
+    assert warn_unsuitable(row("a", 1, psnr=(20.0,)), Mock(spec=LatentCodec, source=str(tmp_path))) is None
 
 
 def test_the_score_that_decides_is_one_that_all_have():
     rows = [row("a", 1, fid=(None,), psnr=(20.0,)), row("b", 1, fid=(3.0,), psnr=(21.0,))]
-    assert choice(rows, {"a": (4, 8, 8), "b": (4, 8, 8)}).startswith("Take b: psnr, 21.00 (a 20.00)")
+    assert recommend(rows, {"a": (4, 8, 8), "b": (4, 8, 8)}).startswith("Take b: psnr, 21.00 (a 20.00)")
     rows = [row("a", 1, psnr=(None,)), row("b", 1, psnr=(21.0,))]
-    assert choice(rows, {}) == "No score that all of them have says which to take."
+    assert recommend(rows, {}) == "No score that all of them have says which to take."
 
 
 def test_pictures_stand_beside_the_record(measured):

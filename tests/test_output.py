@@ -20,7 +20,7 @@ from torch import nn
 
 from autoencoders.codec import AutoencoderError
 from diffusion import GaussianDiffusion, sample
-from machine.atomic_files import atomic_path, beside, write_atomic
+from machine.atomic_files import atomic_path, unused_path, write_atomic
 from sampling import generation
 from sampling.generation import Generator
 from sampling.image_files import save_folder, save_grid, save_npz
@@ -218,5 +218,5 @@ def test_backups_never_overwrite_one_another(tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
     for text in "abc":
         path.write_text(text)
-        path.rename(beside(path))
+        path.rename(unused_path(path))
     assert sorted(kept.read_text() for kept in tmp_path.iterdir()) == ["a", "b", "c"]

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState, PartialState
 from processes import ROOT, script
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from machine.accelerator import describe, open_accelerator
-from machine.precision import autocasting, choose_precision, has_bf16, set_float32, slowdown_of_bf16
+from machine.accelerator import describe_device, open_accelerator
+from machine.precision import choose_precision, has_bf16, inference_autocast, set_float32, slowdown_of_bf16
 
 CPU = torch.device("cpu")
 STATES = [PartialState._shared_state, AcceleratorState._shared_state]
@@ -80,7 +80,7 @@ def test_what_is_asked_for_stands_and_other_names_are_refused(x86):
 def test_the_first_line_says_which_and_why(x86, capsys, native, asked, line):
     x86.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     accelerator = open_accelerator(asked)
-    assert describe(accelerator) == line
+    assert describe_device(accelerator) == line
     assert re.fullmatch(re.escape(line) + r", \d+ threads?.*\n", capsys.readouterr().out)
 
 
@@ -114,7 +114,7 @@ def test_calls_of_a_frozen_model_share_the_casts_of_its_weights(precision, casts
             return func(*args, **(kwargs or {}))
 
     model = torch.nn.Linear(2, 3).requires_grad_(False)
-    with Casts() as counted, autocasting(CPU, precision, model, None):
+    with Casts() as counted, inference_autocast(CPU, precision, model, None):
         outputs = [model(torch.ones(1, 2)) for _ in range(3)]
     assert counted.weights == casts
     assert outputs[0].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -124,7 +124,7 @@ def test_calls_of_a_frozen_model_share_the_casts_of_its_weights(precision, casts
 def test_the_benchmark_warns_too(x86, capsys):
     x86.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     benchmark = script("scripts/benchmark.py")
-    x86.setattr("training.speed.the_device", lambda: CPU)
+    x86.setattr("training.speed.benchmark_device", lambda: CPU)
     assert [benchmark.chosen(asked) for asked in ("auto", "bf16")] == ["fp32", "bf16"]
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: --precision bf16: it is emulated here")

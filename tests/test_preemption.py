@@ -17,7 +17,7 @@ from processes import PIXELS, ROOT, TINY, environment_of, log, script, unmeasure
 from experiment.cli import parse, parse_run
 from experiment.config import ExperimentConfig
 from machine.lock import Lock
-from training.inspection import Inspection
+from training.inspection import Inspections
 
 TRAIN = script("train.py")
 SETTINGS = {**PIXELS, "name": "long", "train": {**TINY["train"], "num_steps": 100000}}
@@ -68,7 +68,7 @@ def test_a_signal_interrupts_validation_and_samples_which_a_resumed_run_makes_up
         time.sleep(600)
 
     train("straight")
-    monkeypatch.setattr(Inspection, "validate", signalled)
+    monkeypatch.setattr(Inspections, "validate", signalled)
     with pytest.raises(SystemExit) as ended:
         train("stopped")
     assert ended.value.code == 75

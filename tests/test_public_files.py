@@ -12,7 +12,7 @@ from processes import ROOT, script
 from test_reference_parity import load_fixture
 
 from checkpoints.checkpoint import open_checkpoint
-from evaluation.reproduction import rows
+from evaluation.reproduction import table_cells
 from metrics import reference
 from metrics.reference import ReferenceError, read_adm
 from published.public_files import FILES, public_file
@@ -118,7 +118,7 @@ def test_reference_batches_of_adm_come_by_their_names(hub_folder, tmp_path, monk
 
 
 def test_the_zoo_lists_the_public_files():
-    table = rows((ROOT / "docs" / "zoo.md").read_text())
+    table = table_cells((ROOT / "docs" / "zoo.md").read_text())
     listed = {row["file"].strip("`"): row["`--source`"].strip("`") for _, row in table if "`--source`" in row}
     assert listed == {name: file.source for name, file in FILES.items()}
     assert {file.source for file in FILES.values()} <= SOURCES.keys()

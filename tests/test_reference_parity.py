@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from published.weights import arguments_of, load_reference
+from published.weights import infer_arguments, load_reference
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SOURCES = {
@@ -31,7 +31,7 @@ def load_fixture(name):
 
 
 def load(source, weights):
-    return load_reference(source, weights, arguments_of(source, weights, num_heads=4))
+    return load_reference(source, weights, infer_arguments(source, weights, num_heads=4))
 
 
 def relative_error(ours, theirs):

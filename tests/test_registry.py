@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from ablation.identity import code_of
+from ablation.identity import code_hashes
 from checkpoints.checkpoint import metadata_of, open_checkpoint, save_tensors
 from diffusion.presets import DIFFUSIONS
 from experiment import imports
@@ -22,7 +22,7 @@ from experiment.open_section import open_section
 from experiment.registry import TABLES, register
 from metrics.scores import Metric
 from models import ModelSpec
-from training.resumption import go_on
+from training.resumption import resume_config
 
 
 @pytest.fixture(autouse=True)
@@ -162,13 +162,13 @@ def test_an_ablations_code_is_that_of_its_imports_too(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "train.py").touch()
     load_imports(["package_of_mine.parts", "module_of_mine", write(tmp_path / "elsewhere" / "mine.py").as_posix()])
-    before = code_of.__wrapped__("train", tmp_path)
+    before = code_hashes.__wrapped__("train", tmp_path)
     files = ("mine.py", "module_of_mine.py", "package_of_mine/__init__.py", "package_of_mine/parts/head.py")
     assert set(before) == {"train.py", *(f"--imports {name}" for name in files)}
     head.write_text(f"# A comment.\n{head.read_text()}")
-    assert code_of.__wrapped__("train", tmp_path) == before
+    assert code_hashes.__wrapped__("train", tmp_path) == before
     head.write_text("x = 1\n")
-    changed = code_of.__wrapped__("train", tmp_path)
+    changed = code_hashes.__wrapped__("train", tmp_path)
     assert {name for name in before if before[name] != changed[name]} == {"--imports package_of_mine/parts/head.py"}
 
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_does_not_run_by_what_has_become_of_its_code(tmp_path, monk
     checkpoint.mkdir(parents=True)
     (tmp_path / "runs" / "x" / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     save_tensors({"x": torch.zeros(1)}, checkpoint / "ema.safetensors", metadata_of(config, 1, spec=spec, classes=[]))
-    ways = (partial(open_checkpoint, checkpoint), partial(go_on, config, checkpoint, print))
+    ways = (partial(open_checkpoint, checkpoint), partial(resume_config, config, checkpoint, print))
     for way in ways:
         forget(monkeypatch, "mine")
         way()

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from processes import ROOT, script
 
-from ablation.identity import code_of_command
+from ablation.identity import code_hashes_of_command
 from evaluation import reproduction
-from evaluation.reproduction import DOCUMENT, arguments, read_index, section, standing
+from evaluation.reproduction import DOCUMENT, arguments, documented_values, read_index, section
 from experiment.cli import parse
 from experiment.config import ExperimentConfig
 
@@ -36,7 +36,7 @@ def test_figures_of_the_index_are_found_in_the_document(name):
     text = section(table.document.read_text(), table.section)
     assert table.commit is None or table.commit in text
     for figure in table.figures:
-        value = standing(figure, text)
+        value = documented_values(figure, text)
         assert not any("agreement" in str(step) for step in figure.key) or 0 <= value <= 1, "a share, as in its file"
         assert figure.file or figure.printed
         assert figure.why
@@ -167,7 +167,7 @@ def test_results_of_other_code_or_files_are_refused_unless_accepted(folder, capf
     with pytest.raises(ValueError, match="done at commit abc"):
         reproduce(table="mine")
     journal.write_text(done)
-    monkeypatch.setattr("ablation.identity.code_of_command", lambda words: {"train.py": "edited"})
+    monkeypatch.setattr("ablation.identity.code_hashes_of_command", lambda words: {"train.py": "edited"})
     with pytest.raises(ValueError, match=refused):
         reproduce(table="mine")
     capfd.readouterr()
@@ -176,10 +176,10 @@ def test_results_of_other_code_or_files_are_refused_unless_accepted(folder, capf
 def test_a_commands_code_is_what_it_may_start_and_the_configurations_that_it_names():
     root = SCRIPT.Path(SCRIPT.__file__).parents[1]
     words = [sys.executable, str(root / "scripts/ablate.py"), "--x", str(root / "configs/quickstart.yaml")]
-    code = code_of_command(words)
+    code = code_hashes_of_command(words)
     assert code.keys() >= {"scripts/ablate.py", "ablation/runner.py", "evaluate.py", "configs/quickstart.yaml"}
     assert not any(name.startswith(("tests/", "docs/")) for name in code)
-    assert code_of_command([sys.executable, "-c", "print()"]) == {}
+    assert code_hashes_of_command([sys.executable, "-c", "print()"]) == {}
 
 
 def test_reproduce_stops_at_a_failed_command_and_resumes_there(folder, capfd):
@@ -216,14 +216,14 @@ def test_figures_are_read_from_their_cell_or_sentence():
     def figure(**place):
         return reproduction.Figure(within=0.0, why="", **place)
 
-    assert standing(figure(cell=("first", "b", "score")), text) == -1234.5
-    assert standing(figure(cell=("second | other", "score"), number=1), text) == 0.7
-    assert standing(figure(text="it is right in **{} of cases"), text) == 0.995
-    assert standing(figure(cell=("third", "score")), text) == 0.293
+    assert documented_values(figure(cell=("first", "b", "score")), text) == -1234.5
+    assert documented_values(figure(cell=("second | other", "score"), number=1), text) == 0.7
+    assert documented_values(figure(text="it is right in **{} of cases"), text) == 0.995
+    assert documented_values(figure(cell=("third", "score")), text) == 0.293
     for place in ({"cell": ("first", "score")}, {"cell": ("fourth", "score")}, {"text": "wrong in {} of cases"}):
         with pytest.raises(ValueError, match="places of its section, not in one"):
-            standing(figure(**place), text)
+            documented_values(figure(**place), text)
     with pytest.raises(ValueError, match="has no number 2"):
-        standing(figure(cell=("second | other", "score"), number=2), text)
+        documented_values(figure(cell=("second | other", "score"), number=2), text)
     with pytest.raises(ValueError, match="0 sections are called 'Nobody'"):
         section(TEXT, "Nobody")

@@ -17,7 +17,7 @@ from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, Opt
 from experiment.mappings import from_dict
 from experiment.run_config import resuming
 from machine.checkpoint_folder import CheckpointError
-from training.resumption import go_on, other_measure
+from training.resumption import changed_metric, resume_config
 
 CLASSES = {"diffusion": ExperimentConfig, "autoencoder": AutoencodingConfig}
 
@@ -64,13 +64,13 @@ def asked(checkpoint, kind, *flags):
 )
 def test_settings_that_determine_what_weights_mean_cannot_change(stored, kind, flag, value):
     with pytest.raises(CheckpointError, match=rf"--{flag} \S+: .* was trained with .*leave it out"):
-        go_on(asked(stored[kind], kind, f"--{flag}", value), stored[kind], print)
+        resume_config(asked(stored[kind], kind, f"--{flag}", value), stored[kind], print)
 
 
 def test_an_older_autoencoder_without_stored_configuration_resumes(stored):
     save_tensors({"weight": torch.zeros(1)}, stored["autoencoder"] / WEIGHTS, {})
     asked_for = asked(stored["autoencoder"], "autoencoder")
-    assert go_on(asked_for, stored["autoencoder"], print) == resuming(asked_for, None)
+    assert resume_config(asked_for, stored["autoencoder"], print) == resuming(asked_for, None)
 
 
 def test_a_configuration_survives_the_round_trip_through_json():
@@ -89,7 +89,7 @@ def test_a_configuration_edited_by_hand_cannot_change_it_either(stored):
     path = stored["diffusion"].parent.parent / "config.yaml"
     path.write_text(path.read_text().replace("image_size: 64", "image_size: 32"))
     with pytest.raises(CheckpointError, match=r"--data.image_size 32: .* was trained with 64"):
-        go_on(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
+        resume_config(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
 
 
 def test_rate_length_log_and_explicit_defaults_may_change(stored):
@@ -98,7 +98,7 @@ def test_rate_length_log_and_explicit_defaults_may_change(stored):
     same = ("--diffusion.prediction", "epsilon", "--data.cache", "elsewhere", "--data.path", "moved.zip")
     config = asked(stored["diffusion"], "diffusion", *flags, *same)
     told = []
-    assert go_on(config, stored["diffusion"], told.append) == resuming(config, None)
+    assert resume_config(config, stored["diffusion"], told.append) == resuming(config, None)
     assert told == []
 
 
@@ -116,7 +116,7 @@ def test_best_values_measured_differently_are_not_compared(stored, values):
     def others(before, now, decoder="b"):
         metadata = metadata_of(of(before), 1, seen)
         save_tensors({"weight": torch.zeros(1)}, checkpoint / WEIGHTS, metadata)
-        return other_measure(checkpoint, of(now), {"codec": {**seen["codec"], "decoder_sha256": decoder}})
+        return changed_metric(checkpoint, of(now), {"codec": {**seen["codec"], "decoder_sha256": decoder}})
 
     loss, score, steps = {"log.best": "validation_loss"}, {"log.best": "fid"}, {"sampling.num_steps": 9}
     assert others({}, steps) == others(score, {}) == []  # nothing is to be the best
@@ -132,7 +132,7 @@ def test_best_values_measured_differently_are_not_compared(stored, values):
 def test_another_name_or_init_from_is_reported_as_without_effect(stored):
     told = []
     config = asked(stored["diffusion"], "diffusion", "--name", "second", "--init_from", "runs/other")
-    config = go_on(config, stored["diffusion"], told.append)
+    config = resume_config(config, stored["diffusion"], told.append)
     assert (config.name, config.init_from) == ("first", None)
     assert [line.partition(":")[0] for line in told] == ["--name second", "--init_from runs/other"]
 
@@ -145,7 +145,7 @@ def test_half_a_configuration_is_refused(stored):
         CheckpointError,
         match=r"config.yaml is cut short, put back log.evaluate_every: 0, log.keep_every",
     ):
-        go_on(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
+        resume_config(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
     path.write_text("")
     with pytest.raises(ValueError, match=r"--resume .*config.yaml is empty; put a copy of it back"):
         asked(stored["diffusion"], "diffusion")

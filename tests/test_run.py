@@ -16,7 +16,7 @@ from autoencoders.codec import create_codec
 from checkpoints.averages import EMA
 from checkpoints.training_state import TrainingState
 from experiment.config import ExperimentConfig, LogConfig, TrainConfig
-from machine.checkpoint_folder import damage, list_checkpoints
+from machine.checkpoint_folder import find_damage, list_checkpoints
 from training import run as run_module
 from training.guard import Guard
 from training.run import open_run
@@ -158,7 +158,7 @@ def test_training_continues_while_a_checkpoint_is_written(train, writing, tmp_pa
     assert [path.name for path in list_checkpoints(folder)] == ["00000002", "00000004", "00000006"]
     for step in (2, 4):
         assert weight_of(folder / f"{step:08d}") == weights[step]
-        assert damage(folder / f"{step:08d}") is None
+        assert find_damage(folder / f"{step:08d}") is None
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(train, writing):
@@ -206,7 +206,7 @@ def test_checkpoints_are_written_every_quarter_of_an_hour(train, monkeypatch, tm
 
     def norm_of(run, step):
         now[0] += 60 * (14 if step in (0, 1, 4) else 1)  # since the last save 14, 28; 1, 2, 16; 1
-        return run.read(torch.ones(()))
+        return run.synchronize(torch.ones(()))
 
     train(norm_of, checkpoint_every=0, keep_every=0, keep_checkpoints=9)
     assert [int(path.name) for path in list_checkpoints(tmp_path / "runs/run/checkpoints")] == [2, 5, 6]

@@ -9,8 +9,17 @@ import torch
 from experiment.config import EvaluationConfig
 from metrics import scores
 from metrics.features import Extractor, Features
-from metrics.fidelity import compare
-from metrics.scores import METRICS, Metric, Score, check_metrics, is_lower_better, metric_name, needs_of, title_of
+from metrics.fidelity import compute_scores
+from metrics.scores import (
+    METRICS,
+    Metric,
+    Score,
+    check_metrics,
+    column_title,
+    is_lower_better,
+    metric_name,
+    required_features,
+)
 
 COLOURS = Extractor.__new__(Extractor)
 COLOURS.kind, COLOURS.name, COLOURS.device = "program", "colours", "cpu"  # what scores are named by
@@ -40,7 +49,7 @@ def test_help_and_documents_say_what_the_row_says(root, name):
 def test_a_score_finds_its_row_on_any_extractor():
     assert {name: metric_name(name, "inception", "inception") for name in METRICS} == {name: name for name in METRICS}
     assert metric_name("kid", "program", "mine") == "kernel_distance[mine]"
-    assert [title_of(name) for name in ("fid", "frechet_distance[vgg16]", "fid, halves", "recall", "unknown")] == [
+    assert [column_title(name) for name in ("fid", "frechet_distance[vgg16]", "fid, halves", "recall", "unknown")] == [
         "FID ↓",
         "Fréchet ↓",
         "FID ↓",
@@ -72,8 +81,10 @@ def test_a_custom_metric_gets_the_inputs_that_it_needs(table):
     table["share"] = Metric(lambda samples, reference: Score(1.5), better="higher", bounds=(0.0, 1.0))
     table["nothing"] = Metric(lambda samples, reference: math.nan, better="higher")
     check_metrics(table)
-    assert needs_of(["gap", "light", "fid"]) == {"features", "images", "moments"}
-    found = compare(features(3.0), features(), COLOURS, metrics=["gap", "light", "classes", "share", "nothing"], seed=5)
+    assert required_features(["gap", "light", "fid"]) == {"features", "images", "moments"}
+    found = compute_scores(
+        features(3.0), features(), COLOURS, metrics=["gap", "light", "classes", "share", "nothing"], seed=5
+    )
     assert found.scores["gap"].value == pytest.approx(6.0)
     assert found.scores["classes"].value == 2
     assert found.settings["gap"] == {"scale": 2.0, "seed": 5}
@@ -90,7 +101,7 @@ def test_metrics_of_one_function_call_it_once(table):
         return {"one": Score(1.0), "two": Score(2.0)}
 
     table |= {name: Metric(both, better="lower") for name in ("one", "two")}
-    found = compare(features(), features(), COLOURS, metrics=["one", "two"])
+    found = compute_scores(features(), features(), COLOURS, metrics=["one", "two"])
     assert ([score.value for score in found.scores.values()], calls) == ([1.0, 2.0], [30])
 
 

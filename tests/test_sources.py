@@ -21,18 +21,18 @@ from ablation.tables import check_columns
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import metadata_of, open_checkpoint
 from data.shapes import ShapesDataset
-from data.subsets import by_name
+from data.subsets import map_labels
 from evaluation.record import notes, write_json
 from evaluation.scoring import Scorer, summarise
-from evaluation.sources import Source, from_dataset, from_images, like, read_samples, reconstructions
+from evaluation.sources import Source, from_dataset, from_images, matching_images, read_samples, reconstructions
 from experiment import imports
-from experiment.build import data_of
+from experiment.build import merge_data_flags
 from experiment.cli import parse
 from experiment.config import DataConfig, DataFlags, EvaluationConfig, LogConfig, SamplingConfig
 from metrics.features import Extractor, Features
-from metrics.fidelity import compare
+from metrics.fidelity import compute_scores
 from metrics.programs import save_program
-from metrics.scores import METRICS, title_of
+from metrics.scores import METRICS, column_title
 from sampling.generation import Generator
 from sampling.labels import resolve_classes
 from sharing.studio import Studio
@@ -75,15 +75,15 @@ def test_references_are_matched_to_samples_by_class_name():
     samples = from_dataset(shapes("train"), "samples", 20)
     other = shapes("test", 100)
     other.classes, other.labels = other.classes[::-1], 9 - other.labels
-    found, index = like(samples, other, "held-out images", "--baselines")
+    found, index = matching_images(samples, other, "held-out images", "--baselines")
     assert [other.classes[label] for label in found.labels] == [samples.classes[label] for label in samples.labels]
     assert len(index.unique()) == found.provenance["num_different"] == 20
     other.labels[other.labels == 9] = 3
     with pytest.raises(ValueError, match="--baselines: the held-out images have no image of the class circle"):
-        like(samples, other, "held-out images", "--baselines")
+        matching_images(samples, other, "held-out images", "--baselines")
     with pytest.raises(ValueError, match=r"--per_class: the class b \(1 such\) has no namesake among c, a"):
-        by_name(torch.tensor([0, 1]), ["a", "b"], ["c", "a"], "--per_class")
-    assert by_name(torch.tensor([1, 0]), ["a", "b"], ["b", "a"], "--per_class").tolist() == [0, 1]
+        map_labels(torch.tensor([0, 1]), ["a", "b"], ["c", "a"], "--per_class")
+    assert map_labels(torch.tensor([1, 0]), ["a", "b"], ["b", "a"], "--per_class").tolist() == [0, 1]
 
 
 def test_a_drawn_reconstruction_depends_on_seed_and_index_alone():
@@ -101,7 +101,7 @@ def test_planted_copies_are_found_and_unseen_images_are_not_taken_for_copies(tmp
     scorer = Scorer(EvaluationConfig(str(thumbnail), metrics=["kid"], seed=1), Accelerator(cpu=True))
     for name, dataset in (("copies", shapes("train")), ("unseen", shapes("test", 400))):
         source = reconstructions(from_dataset(dataset, name, 40, seed=5), codec, CPU, seed=7)
-        copies, (unseen, _) = like(source, train, "", ""), like(source, test, "", "")
+        copies, (unseen, _) = matching_images(source, train, "", ""), matching_images(source, test, "", "")
         found[name] = scorer.memorisation(scorer.extract(source), *copies, unseen, DATA, codec)
     assert found["copies"].closer > 0.95
     assert 0.3 < found["unseen"].closer < 0.7
@@ -207,7 +207,7 @@ def test_a_registered_metric_is_scored_reported_and_selects_the_best_checkpoint(
         with np.load(drawn / "drawn.npz") as file:
             assert found["light"]["value"] == pytest.approx(file["arr_0"].mean() / 255)
         assert "| samples   | gap | light  |" in capsys.readouterr().out
-        assert title_of("gap") == "gap of means ↓"
+        assert column_title("gap") == "gap of means ↓"
         scoring = EvaluationConfig(extractor=str(thumbnail), metrics=["gap", "light"])
         assert [check_best(LogConfig(best=name, evaluate_every=1), scoring) for name in ("gap", "light")] == [
             True,
@@ -243,7 +243,7 @@ def test_a_spread_is_named_for_what_it_is(thumbnail):
     x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     samples, reference = Features.of(x, x), Features.of(torch.cat([x + 1, x]))
     extractor = Extractor(thumbnail)
-    scores = compare(samples, reference, extractor, metrics=["is", "kid"])
+    scores = compute_scores(samples, reference, extractor, metrics=["is", "kid"])
     row = summarise(Source("run", 60, iter, {}), [scores])
     assert notes([row], extractor) == [
         "± of classifier_score[thumbnail]: standard deviation over 10 splits",
@@ -252,21 +252,21 @@ def test_a_spread_is_named_for_what_it_is(thumbnail):
     ]
     trials = notes([summarise(Source("run", 60, iter, {}), [scores, scores])], extractor)
     assert "kernel_distance[thumbnail]: standard deviation over 2 trials" in trials[0]
-    too_few = compare(Features.of(x[:1], x[:1]), reference, extractor, metrics=["is"])
+    too_few = compute_scores(Features.of(x[:1], x[:1]), reference, extractor, metrics=["is"])
     assert notes([summarise(Source("run", 1, iter, {}), [too_few])], extractor) == []
 
 
 def test_a_checkpoints_images_may_have_moved_and_are_no_others():
     trained_on = DataConfig(path="a.zip", image_size=32, split_seed=3)
-    moved = data_of(trained_on, DataFlags(path="b.zip", cache="elsewhere"))
+    moved = merge_data_flags(trained_on, DataFlags(path="b.zip", cache="elsewhere"))
     assert moved == DataConfig(path="b.zip", cache="elsewhere", image_size=32, split_seed=3)
     with pytest.raises(ValueError, match=r"--data\.image_size 128: the checkpoint's images have 32; leave it out"):
-        data_of(trained_on, DataFlags(image_size=128))
+        merge_data_flags(trained_on, DataFlags(image_size=128))
     usual = DataConfig()
     with pytest.raises(ValueError, match=r"--data\.image_size 64: the checkpoint's images have 32"):
-        data_of(trained_on, DataFlags(image_size=usual.image_size))
-    assert data_of(trained_on, DataFlags(path=usual.path)).path == usual.path
-    assert data_of(None, DataFlags(image_size=32)) == DataConfig(image_size=32)
+        merge_data_flags(trained_on, DataFlags(image_size=usual.image_size))
+    assert merge_data_flags(trained_on, DataFlags(path=usual.path)).path == usual.path
+    assert merge_data_flags(None, DataFlags(image_size=32)) == DataConfig(image_size=32)
 
 
 def test_samples_are_opened_before_the_reference_is_computed(tmp_path, monkeypatch, drawn, thumbnail):

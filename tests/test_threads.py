@@ -35,9 +35,9 @@ on_linux = pytest.mark.skipif(
 
 WAITING = """
 import subprocess, time
-from machine.threads import Waiting
+from machine.threads import AdaptiveWaiting
 torch.set_num_threads(2)
-waiting = Waiting()
+waiting = AdaptiveWaiting()
 a = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
 alone = a @ a
 others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
@@ -45,7 +45,7 @@ others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in 
 def until(sleeps):
     for _ in range(600):
         time.sleep(0.1)
-        waiting.look()
+        waiting.update()
         if waiting.sleeps == sleeps:
             return True
 
@@ -71,14 +71,14 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.busy = self.own = self.now = 0.0
-        monkeypatch.setattr(machine.threads.Waiting, "_times", lambda _: (self.busy, self.own, self.now))
+        monkeypatch.setattr(machine.threads.AdaptiveWaiting, "_times", lambda _: (self.busy, self.own, self.now))
         monkeypatch.setattr(machine.threads, "allowed_cores", lambda: [0, 1])
         monkeypatch.setattr("torch.get_num_threads", lambda: 2)
-        self.waiting = machine.threads.Waiting()
+        self.waiting = machine.threads.AdaptiveWaiting()
 
     def second(self, own, others):
         self.now, self.own, self.busy = self.now + 1, self.own + own, self.busy + own + others
-        self.waiting.look()
+        self.waiting.update()
         return self.waiting.sleeps
 
 
@@ -96,7 +96,7 @@ def told(monkeypatch, threads, cores):
     """The message about this many threads on these cores."""
     monkeypatch.setattr(machine.threads, "allowed_cores", lambda: cores)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
-    return machine.threads.start_waiting(print)
+    return machine.threads.adapt_waiting(print)
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
@@ -112,7 +112,7 @@ def test_more_threads_than_cores_sleep_while_they_wait(monkeypatch):
     assert said == "2 threads that sleep while they wait (more of them than cores)"
 
 
-DEAL = "from machine.threads import deal_out_cores; deal_out_cores(1); print(torch.get_num_threads())"
+DEAL = "from machine.threads import divide_cores; divide_cores(1); print(torch.get_num_threads())"
 
 
 @on_linux

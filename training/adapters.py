@@ -32,7 +32,7 @@ def adapt(model: Backbone, config: TrainConfig, objective: type[Objective], acce
         raise ValueError(f"{flag}: this --diffusion.kind trains its backbone in parts; leave it out")
     if accelerator.distributed_type is DistributedType.FSDP:
         raise ValueError(f"{flag}: FSDP's parts are not merged with it; launch without FSDP, or leave it out")
-    num_weights = count(model.parameters())
+    num_weights = numel(model.parameters())
     model.requires_grad_(False)
     if config.adapter == "lora":
         add_lora(model, config.adapter_rank, seed_for(config.seed, "adapter"))
@@ -42,8 +42,8 @@ def adapt(model: Backbone, config: TrainConfig, objective: type[Objective], acce
     embeddings = [weight for name, weight in model.named_parameters() if name.endswith(LABELS)]
     for weight in embeddings:
         weight.requires_grad_(True)
-    num_trained = count(weight for weight in model.parameters() if weight.requires_grad) - count(embeddings)
-    share, labels = num_trained / num_weights, f" and {count(embeddings) / 1e6:.2f}M of labels" if embeddings else ""
+    num_trained = numel(weight for weight in model.parameters() if weight.requires_grad) - numel(embeddings)
+    share, labels = num_trained / num_weights, f" and {numel(embeddings) / 1e6:.2f}M of labels" if embeddings else ""
     return f"{flag}: trains {num_trained / 1e6:.2f}M weights, {share:.1%} of {num_weights / 1e6:.1f}M{labels}"
 
 
@@ -92,5 +92,5 @@ def merged(layer: Any) -> Tensor:
     return layer.base_layer.weight + layer.get_delta_weight(NAME)
 
 
-def count(weights: Iterable[Tensor]) -> int:
+def numel(weights: Iterable[Tensor]) -> int:
     return sum(weight.numel() for weight in weights)

@@ -55,7 +55,7 @@ class Alignment(nn.Module):
         return self
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, " b"]:
-        """Compute the term of each sample from the hidden states of the last call of a `Watched` model."""
+        """Compute the term of each sample from the hidden states of the last call of a `RecordingModel` model."""
         output, self._block_output = self._block_output, None
         assert output is not None
         height, width = self.grid
@@ -71,7 +71,7 @@ class Alignment(nn.Module):
             self._block_output = output
 
 
-class Watched(nn.Module):
+class RecordingModel(nn.Module):
     """A model whose calls record hidden states for the alignment."""
 
     def __init__(self, model: nn.Module, alignment: Alignment) -> None:

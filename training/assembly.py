@@ -17,7 +17,7 @@ from models.backbone import Backbone
 from training.adapters import adapt
 from training.alignment import open_alignment
 from training.batches import Batches
-from training.objective import Objective, build_auxiliary, data_time_of, objective_of
+from training.objective import Objective, build_auxiliary, clean_time, objective_class
 from training.optimizer import Optimizers, build_optimizers
 from training.preparation import compile_blocks, join_casts, recompute_blocks, share_batch_norms
 from training.run import Run, open_run
@@ -25,7 +25,7 @@ from training.run import Run, open_run
 
 def open_training(config: ExperimentConfig) -> AbstractContextManager[Run[ExperimentConfig]]:
     """Open the run of a backbone's training."""
-    in_parts = objective_of(build_diffusion(config.diffusion)).trains_in_parts
+    in_parts = objective_class(build_diffusion(config.diffusion)).trains_in_parts
     return open_run(config, in_parts=in_parts, grad_accumulation=config.train.grad_accumulation)
 
 
@@ -48,9 +48,9 @@ def build_objective(
     """Create the objective with its auxiliary terms and alignment, and open the features of the training images that
     the alignment needs."""
     alignment, features = open_alignment(run, model, images)
-    looks = model, codec, run.accelerator.device, data_time_of(diffusion)
-    auxiliary = build_auxiliary(run.config.auxiliary, *looks)
-    return objective_of(diffusion)(diffusion, auxiliary, alignment), features
+    device = run.accelerator.device
+    auxiliary = build_auxiliary(run.config.auxiliary, model, codec, device, clean_time(diffusion))
+    return objective_class(diffusion)(diffusion, auxiliary, alignment), features
 
 
 def build_batches(

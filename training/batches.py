@@ -15,9 +15,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from autoencoders.codec import Codec
-from data.augmentation import change, draw_changes
+from data.augmentation import apply_augmentation, sample_augmentation
 from data.latents import LatentCache
-from data.lookahead import Lookahead
+from data.prefetch import Prefetcher
 from diffusion.guidance import drop_labels
 from diffusion.times import Device
 from experiment.config import TrainConfig
@@ -70,7 +70,7 @@ class Batches:
         self.cache, self.codec, self.objective, self.train = cache, codec, objective, train
         self.rank, self.num_ranks, self.device = rank, num_ranks, device
         self._labels = cache.labels.to(device)
-        self._rounds = Rounds(cache.labels, train.seed) if train.class_balanced else None
+        self._rounds = BalancedStream(cache.labels, train.seed) if train.class_balanced else None
         self._latents = Reader(cache, self._order, self._share, device)
         self._next_latents = Reader(cache, lambda *args: self._order(*args).roll(-1), self._share, device)
         self._features = None if features is None else Reader(features, self._order, self._share, device)
@@ -93,7 +93,7 @@ class Batches:
         inputs = [posterior_noise, noise]
         if train.augment:  # by a generator of its own, so that the other numbers stay the same without augmentation
             generator = generator_for(train.seed, "augment", step, device=device)
-            inputs.append(draw_changes(train.augment, views, self.cache.image_size, generator))
+            inputs.append(sample_augmentation(train.augment, views, self.cache.image_size, generator))
 
         # This process's share, [micro b ...]. The negatives of contrastive flow matching are the next samples.
         samples = [[self._latents(step, order, views), *map(self._share, inputs)]]
@@ -119,7 +119,7 @@ class Batches:
     ) -> tuple[Tensor, Tensor]:
         """Augment what the cache stores, and compute `x_0`; return it with its noise."""
         if changes is not None:
-            stored = change(stored, changes)
+            stored = apply_augmentation(stored, changes)
         return self.codec.draw(stored, posterior_noise), noise
 
     def source_indices(self, step: int, order: int = 0) -> list[int]:
@@ -148,7 +148,7 @@ class Reader:
 
     def __init__(self, cache: LatentCache, order: Callable[..., Tensor], share: Callable, device: Device) -> None:
         self.cache, self.order, self.share, self.device = cache, order, share, torch.device(device)
-        self._prefetched = Lookahead(self._read, STEPS_AHEAD)
+        self._prefetched = Prefetcher(self._read, STEPS_AHEAD)
 
     def __call__(self, step: int, number: int, view: Int64[Tensor, " b"]) -> Tensor:
         """Return these views of the step's images as [micro b ...] on the device; `view` is of the global batch."""
@@ -164,7 +164,7 @@ class Reader:
         return rows.read(self.share(self.order(step, number, "cpu")).flatten(), pinned=self.device.type == "cuda")
 
 
-class Rounds:
+class BalancedStream:
     """An endless stream of class-balanced rounds: each has one image of every class, in random order. The images of a
     class come in permuted epochs."""
 

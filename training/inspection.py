@@ -16,10 +16,10 @@ from data.subsets import stratified
 from evaluation.scoring import Reference, Scorer
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
-from machine.accelerator import share
+from machine.accelerator import indices_of_process
 from machine.checkpoint_folder import by_step
 from machine.randomness import generator_for
-from metrics.extractors import naming
+from metrics.extractors import kind_and_name
 from metrics.scores import is_lower_better, metric_name
 from sampling.generation import Generator, generate
 from sampling.labels import balanced_labels, sample_labels
@@ -33,7 +33,8 @@ def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
     """Return whether lower values of `log.best` are better. Raises ValueError if this training does not measure it."""
     if log.best is None:
         return True
-    names = ["validation_loss", *(metric_name(metric, *naming(evaluation.extractor)) for metric in evaluation.metrics)]
+    extractor = kind_and_name(evaluation.extractor)
+    names = ["validation_loss", *(metric_name(metric, *extractor) for metric in evaluation.metrics)]
     if log.best not in names:
         raise ValueError(f"--log.best {log.best}: not measured in this training; there are {', '.join(names)}")
     needed = "validate_every" if log.best == "validation_loss" else "evaluate_every"
@@ -43,7 +44,7 @@ def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspections:
     """Inspects the averaged weights, with the same images, noise and labels each time. All processes take part."""
 
     run: Run[ExperimentConfig]
@@ -58,9 +59,9 @@ class Inspection:
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
         """The inspections that are due after a step. The grid of the last step is left to the end of the training."""
         log = self.run.config.log
-        looks = {self.draw: log.sample_every if step < num_steps else 0}
-        looks |= {self.validate: log.validate_every, self.score: log.evaluate_every}
-        return [look for look, every in looks.items() if is_due(step, every)]
+        inspections = {self.draw: log.sample_every if step < num_steps else 0}
+        inspections |= {self.validate: log.validate_every, self.score: log.evaluate_every}
+        return [inspect for inspect, every in inspections.items() if is_due(step, every)]
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -75,7 +76,7 @@ class Inspection:
         extras = self.objective.draw_more(shape, generator)
 
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-        for part in share(num_images, accelerator).split(config.batch_size):
+        for part in indices_of_process(num_images, accelerator).split(config.batch_size):
             stored = cache.read(index[part], torch.zeros_like(part)).to(device)
             x_0 = self.codec.draw(stored, posterior_noise[part].to(device))
             y = cache.labels[index[part]].to(device)
@@ -106,7 +107,7 @@ class Inspection:
         labels = balanced_labels(4 * columns, len(classes))
         images = generate(self._generator(labels, self.run.config.train.seed), batch_size=len(labels))
         if self.run.is_main:
-            self.run.show(images, columns=columns, column_names=classes)
+            self.run.log_grid(images, columns=columns, column_names=classes)
             if len(by_step(self.run.folder / "samples", ".png")) > 1:
                 draw_progress(self.run.folder)
         return {}

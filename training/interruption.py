@@ -14,7 +14,7 @@ from torch import Tensor
 
 from machine.accelerator import from_main
 from machine.atomic_files import write_atomic
-from machine.children import EXIT_CODE, STOPPED, on_stop
+from machine.children import EXIT_CODE, STOPPED, handling_signals
 from machine.lock import Lock
 from machine.stopping import BEFORE, SIGNALS
 
@@ -43,7 +43,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         from_main(self.accelerator, self._open)
-        self.handling = on_stop(self._receive, SIGNALS, stays_ignored=[signal.SIGHUP])
+        self.handling = handling_signals(self._receive, SIGNALS, stays_ignored=[signal.SIGHUP])
         self.handling.__enter__()
         return self
 
@@ -61,7 +61,7 @@ class Interruption:
         self.handling.__exit__(None, None, None)
         if is_main:
             if isinstance(error, Exception):  # possibly before the first step
-                self.lock.leave_no_trace()
+                self.lock.remove_if_unused()
             self.lock.__exit__()
         if stops:
             raise SystemExit(EXIT_CODE) from None
@@ -71,7 +71,7 @@ class Interruption:
         others' step."""
         self.stops_immediately = self.accelerator.num_processes == 1
 
-    def read(self, number: Float[Tensor, ""], *, save_due: bool = False) -> float:
+    def synchronize(self, number: Float[Tensor, ""], *, save_due: bool = False) -> float:
         """Transfer a number from the device and, in the same synchronisation, let all processes agree on whether to
         stop, if any of them must, and whether to save, if it is due on the main one."""
         if self.accelerator.num_processes == 1:
@@ -84,7 +84,7 @@ class Interruption:
         return value
 
     def reason(self, step: int, num_steps: int) -> str | None:
-        """The reason to stop, the same on all processes, or None. To be called after a step, which calls `read`."""
+        """The reason to stop, the same on all processes, or None. Call it after `synchronize`."""
         self.stops_immediately = False
         self.progress = f"after {step} of {num_steps} steps; go on with --resume {self.run}"
         code = self._code() if self.accelerator.num_processes == 1 else self.agreed

@@ -78,7 +78,7 @@ class Log:
 
 
 @contextmanager
-def warns_only(what: object) -> Iterator[None]:
+def errors_as_warnings(what: object) -> Iterator[None]:
     """Context that turns an error into a warning, so that a plot that fails does not stop a training."""
     try:
         yield
@@ -86,7 +86,7 @@ def warns_only(what: object) -> Iterator[None]:
         print(f"warning: {what} is left out: {error}", flush=True)
 
 
-@warns_only("loss.png")
+@errors_as_warnings("loss.png")
 def draw_curve(run: Path) -> None:
     """Plot training and validation loss over the steps as `loss.png`."""
     from matplotlib.figure import Figure
@@ -113,7 +113,7 @@ def draw_curve(run: Path) -> None:
     figure.savefig(run / "loss.png", dpi=150)
 
 
-@warns_only("progress.png")
+@errors_as_warnings("progress.png")
 def draw_progress(run: Path, at_most: int = 10) -> None:
     """Combine a run's sample grids, which share their noise, in `progress.gif`, and up to `at_most` of them in
     `progress.png`."""
@@ -122,7 +122,7 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
     font, left = ImageFont.load_default(size=11), 80
     frames = []
     for step, path in by_step(run / "samples", ".png").items():
-        with warns_only(path), Image.open(path, formats=("PNG",)) as grid:
+        with errors_as_warnings(path), Image.open(path, formats=("PNG",)) as grid:
             frame = Image.new("RGB", (grid.width + left, grid.height), "white")
             frame.paste(grid, (left, 0))
             ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {step}", fill="black", font=font)

@@ -14,7 +14,7 @@ from experiment.config import AuxiliaryConfig
 from metrics.perceptual import perceptual_network
 from models.backbone import Backbone
 from settings import check_name
-from training.alignment import Alignment, Watched
+from training.alignment import Alignment, RecordingModel
 from training.batches import Batch
 
 
@@ -72,7 +72,7 @@ class Objective:
         """Compute the per-sample `loss` to minimise, and its terms. In validation, `phase` is None, and only terms that
         compare between steps are included."""
         alignment = None if phase is None else self.alignment
-        network = model if alignment is None else Watched(model, alignment)
+        network = model if alignment is None else RecordingModel(model, alignment)
         auxiliary = self.auxiliary_terms(phase)
         terms = self.diffusion.training_loss(
             network, batch.x_0, batch.y, t=batch.t, noise=batch.noise, auxiliary=auxiliary, **batch.loss_args
@@ -87,7 +87,7 @@ class Objective:
         return [term for term in self.auxiliary if phase is not None or term.is_fixed]
 
 
-def objective_of(diffusion: Diffusion) -> type[Objective]:
+def objective_class(diffusion: Diffusion) -> type[Objective]:
     """Return the class of objective that a diffusion names, by default `Objective`."""
     return getattr(diffusion, "objective", Objective)
 
@@ -140,7 +140,7 @@ class FeatureMatching:
 AUXILIARY = {"perceptual": Perceptual, "feature_matching": FeatureMatching}
 
 
-def data_time_of(diffusion: Diffusion) -> float:
+def clean_time(diffusion: Diffusion) -> float:
     """The time that a backbone is given for data without noise."""
     times = getattr(diffusion.path, "model_times", None)
     return float(times[0]) if times else 0.0

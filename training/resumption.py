@@ -10,17 +10,17 @@ import yaml
 
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from checkpoints.training_state import SNAPSHOTS, list_snapshots
-from data.images import abridged
+from data.images import join_abridged
 from experiment.imports import load_imports
 from experiment.mappings import flatten, from_dict
 from experiment.run_config import R, RunConfig, resuming
-from machine.atomic_files import beside
-from machine.checkpoint_folder import CheckpointError, by_step, list_checkpoints, to_resume
+from machine.atomic_files import unused_path
+from machine.checkpoint_folder import CheckpointError, by_step, checkpoint_to_resume, list_checkpoints
 
 OUTPUTS = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.*", "ema-*.safetensors")
 
 
-def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
+def start_or_resume(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
     """Prepare a run's folder.
 
     Returns:
@@ -33,8 +33,8 @@ def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | Non
     if (run / "plan.json").is_file():
         raise FileExistsError(f"{run} holds an ablation; give another --name")
     if config.resume:
-        checkpoint = to_resume(run)
-        return go_on(config, checkpoint, say), checkpoint
+        checkpoint = checkpoint_to_resume(run)
+        return resume_config(config, checkpoint, say), checkpoint
     if (run / WEIGHTS).exists():  # imported or downloaded; they would still be what everybody loads from this run
         raise FileExistsError(f"{run} holds weights already, {WEIGHTS}: give another --name")
     if list_checkpoints(run / "checkpoints"):
@@ -44,7 +44,7 @@ def start_or_go_on(config: R, say: Callable[[str], None]) -> tuple[R, Path | Non
     return config, None
 
 
-def take_back(run: Path, step: int, say: Callable[[str], None] = print) -> None:
+def discard_later_results(run: Path, step: int, say: Callable[[str], None] = print) -> None:
     """Remove the results of later steps, which the run will take again, possibly with other settings: delete snapshots
     and grids, and rename checkpoints, which are damaged and would still count as the newest ones."""
     for path_step, path in [*list_snapshots(run).items(), *by_step(run / "samples", ".png").items()]:
@@ -56,10 +56,10 @@ def take_back(run: Path, step: int, say: Callable[[str], None] = print) -> None:
 
 
 def _move_aside(path: Path) -> Path:
-    return path.rename(beside(path))
+    return path.rename(unused_path(path))
 
 
-def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
+def resume_config(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     """Validate the configuration of a resumed run against its checkpoint. Raises a CheckpointError that names a flag
     which must not change, or settings that its config.yaml lacks."""
     metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
@@ -69,7 +69,7 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     load_imports(getattr(config, "imports", ()), stored_in=run, contents=contents)
     values, in_yaml = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))
     if missing := [f"{flag}: {value}" for flag, value in flatten(values).items() if flag not in in_yaml]:
-        raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {abridged(missing, 8)}")
+        raise CheckpointError(f"--resume {run}: its config.yaml is cut short, put back {join_abridged(missing, 8)}")
     stored = from_dict(type(config), values)
     old, new = stored.identity(), config.identity()
     for flag in {**old, **new}:
@@ -85,7 +85,7 @@ def go_on(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     return resuming(config, None)
 
 
-def other_measure(checkpoint: Path, config: RunConfig, identity: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def changed_metric(checkpoint: Path, config: RunConfig, identity: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """List changed settings that affect the value of `log.best`, which makes earlier values incomparable. Each is given
     with its former value."""
     metadata, flags = read_metadata(checkpoint / WEIGHTS), flatten(json.loads(json.dumps(config.to_dict())))

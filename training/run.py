@@ -22,17 +22,17 @@ from experiment.run_config import R, resuming
 from machine.accelerator import from_main, open_accelerator
 from machine.atomic_files import write_atomic
 from machine.background import Background
-from machine.checkpoint_folder import Best, mark_best, rotate, to_resume
+from machine.checkpoint_folder import Best, checkpoint_to_resume, mark_best, rotate
 from machine.sharding import is_sharded
 from sampling.image_files import save_grid
 from training.guard import Guard
 from training.interruption import Interruption, Stopped
-from training.log import Log, draw_curve, is_due, warns_only
+from training.log import Log, draw_curve, errors_as_warnings, is_due
 from training.meter import Meter
-from training.resumption import other_measure, start_or_go_on, take_back
+from training.resumption import changed_metric, discard_later_results, start_or_resume
 
 SECONDS_BETWEEN_CURVES = 10.0  # plotting takes as long as a save in short trainings
-Look = Callable[[int], Mapping[str, float]]  # an inspection: takes the step, returns measured values
+Inspection = Callable[[int], Mapping[str, float]]  # an inspection: takes the step, returns measured values
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def open_run(config: R, **options: Any) -> Iterator["Run[R]"]:
     accelerator = open_accelerator(config.train.precision, flag="--train.precision", **options)
     config = from_main(accelerator, lambda: config)
     with Interruption(config.folder, accelerator, config.train.max_hours) as interruption:
-        config, checkpoint = from_main(accelerator, lambda: start_or_go_on(config, accelerator.print))
+        config, checkpoint = from_main(accelerator, lambda: start_or_resume(config, accelerator.print))
         set_seed(config.train.seed)
         run = Run(resuming(config, None), checkpoint, interruption)
         with run.writing:
@@ -82,7 +82,7 @@ class Run(Generic[R]):
         self,
         training: TrainingState,
         guards: Mapping[str, Guard],
-        due: Callable[[int, int], Sequence[Look]],
+        due: Callable[[int, int], Sequence[Inspection]],
         num_steps: int,
         *,
         best: str | None = None,
@@ -103,14 +103,14 @@ class Run(Generic[R]):
             metadata: further entries for checkpoints
         """
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
-        self.watched, self.lower_is_best, self.keep_every = best, lower_is_best, keep_every
+        self.best_metric, self.lower_is_best, self.keep_every = best, lower_is_best, keep_every
         self.metadata = metadata_of(self.config, self.step, self.identity, **metadata)  # now, as the code may change
         named_guards = {f"guard.{name}": guard for name, guard in guards.items()}
         training.others.update({"meter": self.meter, "best": self.best, **named_guards})
         self.is_sharded = any(is_sharded(network) for network in training.networks.values())
         if (checkpoint := self.checkpoint) is not None:
             self._restore(checkpoint)
-            changed = from_main(self.accelerator, lambda: other_measure(checkpoint, self.config, self.identity))
+            changed = from_main(self.accelerator, lambda: changed_metric(checkpoint, self.config, self.identity))
             if changed and self.best.value is not None:
                 self.best.value = None
                 note = f"{self.checkpoints}/best is kept until there is another: values so far do not compare"
@@ -131,7 +131,7 @@ class Run(Generic[R]):
         """Yield the index of each optimizer step to take. A rollback repeats steps. Raises TrainingDivergedError, or
         Stopped if the run is stopped early, after saving."""
         if not self._inspected and (due := self.due(self.step, self.num_steps)):
-            self.look(*due)
+            self.inspect(*due)
             self._save_again()
         self.bar = tqdm(
             initial=self.step, total=self.num_steps, desc=self.folder.name, unit="step", disable=not self.is_main
@@ -146,7 +146,7 @@ class Run(Generic[R]):
                 break
             start = time.perf_counter()
             if not self._stop_reason:
-                self.look(*self.due(self.step, self.num_steps))
+                self.inspect(*self.due(self.step, self.num_steps))
             by_step = any(is_due(self.step, every) for every in (self.config.log.checkpoint_every, self.keep_every))
             if (by_step or self.interruption.save_due) and self.step < self.num_steps:
                 self.save()
@@ -161,11 +161,11 @@ class Run(Generic[R]):
         if self._stop_reason:
             raise Stopped(self._stop_reason)
 
-    def read(self, number: Float[Tensor, ""]) -> float:
+    def synchronize(self, number: Float[Tensor, ""]) -> float:
         """Transfer the gradient's norm from the device. This is the only synchronisation of a step; in it, processes
         also agree on whether to stop and whether to save."""
         seconds, minutes = time.monotonic() - self._saved_at, self.config.log.checkpoint_minutes
-        return self.interruption.read(number, save_due=seconds > 60 * minutes > 0)
+        return self.interruption.synchronize(number, save_due=seconds > 60 * minutes > 0)
 
     def write_means(self, **values: float) -> None:
         """Log the means since the last call and these values, unless all steps were skipped."""
@@ -179,33 +179,33 @@ class Run(Generic[R]):
         self.meter.skip()
         self.log.write(self.step + 1, skipped=guard.skipped, source_indices=source_indices)
 
-    def look(self, *looks: Look) -> None:
+    def inspect(self, *inspections: Inspection) -> None:
         """Run inspections, log their values, and save a checkpoint if it is the best. A signal interrupts inspections;
         a resumed run then repeats them."""
-        self._inspected = not looks
-        if not looks:
+        self._inspected = not inspections
+        if not inspections:
             return
         may_save, progress, measured = self._may_save(), self._progress(), {}
         can_save = self.is_main and not self.is_sharded  # without the other processes, which may be anywhere
         with self.interruption.at_once(can_save=can_save, save=lambda: may_save and self.save(progress=progress)):
-            for look in looks:
+            for inspect in inspections:
                 try:
-                    measured |= look(self.step)
+                    measured |= inspect(self.step)
                 except AutoencoderError as error:  # non-finite images, on all processes alike
-                    self.accelerator.print(f"step {self.step}: nothing to {look.__name__}: {error}")
+                    self.accelerator.print(f"step {self.step}: nothing to {inspect.__name__}: {error}")
         self._inspected = True
         if measured:
             self.log.write(self.step, **measured)
-        value = measured.get(self.watched or "")
+        value = measured.get(self.best_metric or "")
         if value is not None and may_save and self.best.improves(value, self.step, lower=self.lower_is_best):
             self.save()
             if self.is_main:
                 self.writing.start(partial(mark_best, self.checkpoints, self.step))
 
-    def show(self, images: Any, **layout: Any) -> None:
+    def log_grid(self, images: Any, **layout: Any) -> None:
         """Save a grid as samples/<step>.png and send it to the trackers. Errors become warnings."""
         path = self.folder / "samples" / f"{self.step:08d}.png"
-        with warns_only(path):
+        with errors_as_warnings(path):
             save_grid(images, path, **layout)
             self.log.picture(self.step, path)
 
@@ -254,7 +254,7 @@ class Run(Generic[R]):
 
     def _roll_back(self) -> None:
         self.writing.wait()
-        self._restore(from_main(self.accelerator, lambda: to_resume(self.folder)))
+        self._restore(from_main(self.accelerator, lambda: checkpoint_to_resume(self.folder)))
         self._save_again()  # so that a run that is killed remembers the rollback
         self.bar.reset(total=self.num_steps)
         self.bar.update(self.step)
@@ -265,7 +265,7 @@ class Run(Generic[R]):
         self._inspected = progress["inspected"]
 
         def tidy() -> bool:
-            take_back(self.folder, self.step)
+            discard_later_results(self.folder, self.step)
             return mark_best(self.checkpoints, self.best.step)
 
         if not from_main(self.accelerator, tidy):  # the best checkpoint no longer exists

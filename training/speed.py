@@ -38,24 +38,24 @@ Row = dict[str, Any]
 Program = tuple[Row, Callable[[], Any]]  # columns that describe it, and the function to measure
 
 
-def the_device() -> torch.device:
+def benchmark_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def backbone(name: str, latent_size: int = 8, num_classes: int = NUM_CLASSES, **model_args: Any) -> Backbone:
     """Create a backbone on the device, for four-channel latents and learned variances."""
     sizes = {"input_size": latent_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
-    return create_model(name, **sizes, **model_args).to(the_device())
+    return create_model(name, **sizes, **model_args).to(benchmark_device())
 
 
 def latents(batch_size: int, latent_size: int = 8, num_classes: int = NUM_CLASSES) -> tuple[Tensor, Tensor]:
     """Random latents [b 4 s s] and labels [b]."""
-    x_0 = torch.randn(batch_size, 4, latent_size, latent_size, device=the_device())
-    return x_0, torch.arange(batch_size, device=the_device()) % num_classes
+    x_0 = torch.randn(batch_size, 4, latent_size, latent_size, device=benchmark_device())
+    return x_0, torch.arange(batch_size, device=benchmark_device()) % num_classes
 
 
 def autocasting(precision: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    return torch.autocast(the_device().type, torch.bfloat16, enabled=precision == "bf16")(function)
+    return torch.autocast(benchmark_device().type, torch.bfloat16, enabled=precision == "bf16")(function)
 
 
 def training_step(
@@ -81,7 +81,7 @@ def training_step(
         group["capturable"] = not reads
     if compile:
         compile_blocks(model)
-    elif precision == "bf16" and the_device().type in AT_ONCE:
+    elif precision == "bf16" and benchmark_device().type in AT_ONCE:
         cast_at_once(model)
     loss_of = autocasting(precision, lambda: diffusion.training_loss(model, *batch())["loss"].mean())
 
@@ -130,7 +130,7 @@ def matrix_peak(precision: str, side: int | None = None) -> tuple[float, int]:
     Returns:
         FLOP/s and the side.
     """
-    device, (default, calls) = the_device(), (8192, CALLS) if the_device().type == "cuda" else (2048, 1)
+    device, (default, calls) = benchmark_device(), (8192, CALLS) if benchmark_device().type == "cuda" else (2048, 1)
     side = side or default
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     product = torch.empty_like(a)
@@ -142,7 +142,7 @@ def matrix_peak(precision: str, side: int | None = None) -> tuple[float, int]:
     return 2 * side**3 * throughput(multiply, batch_size=calls, num_repeats=3, device=device), side
 
 
-def in_turns(programs: Sequence[Program], rounds: int, num_images: int, calls: int | None = None) -> list[Row]:
+def time_interleaved(programs: Sequence[Program], rounds: int, num_images: int, calls: int | None = None) -> list[Row]:
     """Measure programs in alternation, after a warm-up round.
 
     Args:
@@ -155,7 +155,7 @@ def in_turns(programs: Sequence[Program], rounds: int, num_images: int, calls: i
         A row for each program with the median of images per second, the slowest and the fastest round, and as `step GB`
         the peak memory of its first round beyond what was held before.
     """
-    device = the_device()
+    device = benchmark_device()
     calls = calls or (CALLS if device.type == "cuda" else 1)
     seconds: list[list[float]] = [[] for _ in programs]
     memory: list[float] = []
@@ -195,7 +195,7 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
         write_atomic(output, json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
 
 
-def graphed(step: Callable[[], Any]) -> Callable[[], None]:
+def capture_graph(step: Callable[[], Any]) -> Callable[[], None]:
     """Capture a step in a CUDA graph, which launches all its kernels at once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -209,7 +209,7 @@ def graphed(step: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def profiled(function: Callable[[], Any]) -> Any:
+def profile_call(function: Callable[[], Any]) -> Any:
     """torch's profile of one call, after one that warms up."""
     function()
     kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA][: torch.cuda.is_available()]]

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffusion.diffusion import EMPTY, Chain, Denoiser, Diffusion, Moments, Prediction
-from diffusion.guidance import guide, mix_of, scale_at
+from diffusion.guidance import guidance_rule, guide, scale_at
 from diffusion.options import SamplingOptions
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
-from diffusion.samplers.one_step import by_averages, ddim, ddpm, euler, euler_maruyama, heun
+from diffusion.samplers.one_step import average_velocity_steps, ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Images, Labels, Transition
 from settings import check_arguments, check_name, check_settings
 
@@ -25,7 +25,7 @@ Sampler = Callable[..., Moments]
 ONE_STEP = (ddpm, ddim, euler, euler_maruyama, heun)
 MULTISTEP = (dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc)
 SAMPLERS: dict[str, Sampler] = {sampler.__name__: sampler for sampler in (*ONE_STEP, *MULTISTEP)}
-AVERAGES: dict[str, Sampler] = {"meanflow": by_averages, "shortcut": by_averages}
+AVERAGES: dict[str, Sampler] = {"meanflow": average_velocity_steps, "shortcut": average_velocity_steps}
 """Samplers by average velocities; each is only for the kind of diffusion of its name."""
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -38,14 +38,14 @@ Generators = torch.Generator | Sequence[torch.Generator]
 """One generator for the batch, or one for each sample."""
 
 
-def samplers_of(diffusion: Diffusion) -> Mapping[str, Sampler]:
+def samplers_for(diffusion: Diffusion) -> Mapping[str, Sampler]:
     """Return the samplers that support a diffusion: the ones it names, or all."""
     return diffusion.samplers or SAMPLERS
 
 
 @runtime_checkable
 class Staged(Protocol):
-    """A diffusion that generates samples in several stages, of which some run a sampler, `walk`.
+    """A diffusion that generates samples in several stages, of which some run a sampler, by `run_sampler`.
 
     `generate` is also passed `guide_model`; `draw_noise(like)`, which returns fresh noise; and `on_stage`, to be called
     with each stage's output.
@@ -53,10 +53,10 @@ class Staged(Protocol):
 
     stages: Sequence[str]
 
-    def generate(self, walk: "Walk", model: Any, noise: Images, y: Labels, **extras: Any) -> Images: ...
+    def generate(self, run_sampler: "SamplerRun", model: Any, noise: Images, y: Labels, **extras: Any) -> Images: ...
 
 
-def num_steps_of(options: SamplingOptions, diffusion: Diffusion) -> int:
+def num_steps_for(options: SamplingOptions, diffusion: Diffusion) -> int:
     """Return the number of steps: by default 1 for samplers by average velocities, 150 for all others."""
     sampler = options.sampler or diffusion.default_sampler
     return options.num_steps or (1 if sampler in AVERAGES else 150)
@@ -70,15 +70,15 @@ def num_calls(diffusion: Diffusion, options: SamplingOptions) -> int:
         times.append(t)
         return Prediction(x_t, x_t, x_t)
 
-    chain = Chain(diffusion, diffusion.reverse_steps(num_steps_of(options, diffusion)), denoise, lambda: pixel)
-    deque(samplers_of(diffusion)[options.sampler or diffusion.default_sampler](chain, pixel), maxlen=0)
+    chain = Chain(diffusion, diffusion.reverse_steps(num_steps_for(options, diffusion)), denoise, lambda: pixel)
+    deque(samplers_for(diffusion)[options.sampler or diffusion.default_sampler](chain, pixel), maxlen=0)
     return len(times)
 
 
 def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
     """Validate options before sampling; a `ValueError` names the flag."""
     check_settings(options, "--sampling.")
-    samplers, name = samplers_of(diffusion), options.sampler or diffusion.default_sampler
+    samplers, name = samplers_for(diffusion), options.sampler or diffusion.default_sampler
     if name in AVERAGES and name not in samplers:
         hint = f"choose from {', '.join(samplers)}"
         raise ValueError(f"--sampling.sampler {name}: for models of --diffusion.kind {name} alone; {hint}")
@@ -128,16 +128,16 @@ def sample(
     """
     options = replace(options or SamplingOptions(), **settings)
     check_options(options, diffusion)
-    expected = [num_steps_of(options, diffusion), *noise.shape]
+    expected = [num_steps_for(options, diffusion), *noise.shape]
     if step_noise is not None and list(step_noise.shape) != expected:
         raise ValueError(f"step_noise {list(step_noise.shape)} must be {expected}: a slice a step")
     null_label = getattr(model, "num_classes", 0) if num_classes is None else num_classes
-    walk = Walk(options, null_label, extras, start, step_noise, generator, callback)
-    with evaluating(model, guide_model):
+    run_sampler = SamplerRun(options, null_label, extras, start, step_noise, generator, callback)
+    with eval_mode(model, guide_model):
         if not isinstance(diffusion, Staged):
-            return walk(diffusion, model, noise, y, guide_model=guide_model)
+            return run_sampler(diffusion, model, noise, y, guide_model=guide_model)
         return diffusion.generate(
-            walk,
+            run_sampler,
             model,
             noise,
             y,
@@ -148,7 +148,7 @@ def sample(
 
 
 @dataclass(frozen=True)
-class Walk:
+class SamplerRun:
     """Runs a sampler from noise to data, with the arguments of `sample`."""
 
     options: SamplingOptions
@@ -167,7 +167,7 @@ class Walk:
             "latent_channels": noise.shape[1],
             "legacy_cfg_channels": options.legacy_cfg_channels,
             "guide_model": None if guide_model is None else diffusion.precondition(guide_model),
-            "mix": mix_of(options, diffusion),
+            "mix": guidance_rule(options, diffusion),
         }
 
         @cache
@@ -188,11 +188,11 @@ class Walk:
         def draw_noise() -> Tensor:
             return randn_like(noise, self.generator) if slices is None else next(slices)
 
-        num_steps = num_steps_of(options, diffusion)
+        num_steps = num_steps_for(options, diffusion)
         steps, x_t = diffusion.reverse_steps(num_steps, options.spacing), diffusion.path.prior_std * noise
         if self.start is not None:
             steps, x_t = [step for step in steps if step[0] <= self.start], noise
-        sampler = samplers_of(diffusion)[options.sampler or diffusion.default_sampler]
+        sampler = samplers_for(diffusion)[options.sampler or diffusion.default_sampler]
         moments = sampler(Chain(diffusion, steps, denoise, draw_noise), x_t, **options.sampler_args)
         for step, (x_t, x_0) in enumerate(moments):
             if self.callback is not None:
@@ -201,7 +201,7 @@ class Walk:
 
 
 @contextmanager
-def evaluating(*models: object) -> Iterator[None]:
+def eval_mode(*models: object) -> Iterator[None]:
     """A context in which models are in eval mode; afterwards each submodule is back in its own mode."""
     parts = [part for model in models if isinstance(model, nn.Module) for part in model.modules() if part.training]
     for part in parts:

@@ -38,7 +38,7 @@ def euler(chain: Chain, x_t: Images) -> Moments:
         yield x_t, x_0
 
 
-def by_averages(chain: Chain, x_t: Images) -> Moments:
+def average_velocity_steps(chain: Chain, x_t: Images) -> Moments:
     """Steps by the average velocity, `x_r = x_t - (t - r) u(x_t, r, t)`, exact for any length (Geng et al. 2025,
     algorithm 2; Frans et al. 2024, algorithm 2)."""
     for t, at in chain.steps:
@@ -73,7 +73,7 @@ def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0
     next_steps = [*chain.steps[1:], None]
     for (t, at), next_step in zip(chain.steps, next_steps, strict=True):
         if churn:
-            x_t, t, at = churned(chain, x_t, t, at, churn / len(chain.steps))
+            x_t, t, at = add_churn(chain, x_t, t, at, churn / len(chain.steps))
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_s = at.alpha_next * x_0 + at.sigma_next * noise
         if next_step is not None:
@@ -84,7 +84,7 @@ def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0
         yield x_t, x_0
 
 
-def churned(
+def add_churn(
     chain: Chain, x_t: Images, t: int | float, at: Transition, share: float
 ) -> tuple[Images, int | float, Transition]:
     """Add noise to `x_t`, and return it with its time and the step from there (Karras et al. 2022, algorithm 2, lines 4

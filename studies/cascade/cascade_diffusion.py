@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, Prediction, Step, mean_per_sample, with_auxiliary
-from diffusion.samplers import Walk
+from diffusion.samplers import SamplerRun
 from diffusion.transition import Images, Labels, Timesteps
 from studies.cascade.refinement import Refinement
 from training.batches import Batch
@@ -178,19 +178,27 @@ class Cascade(Diffusion):
     # Sampling.
 
     def generate(
-        self, walk: Walk, model: Any, noise: Images, y: Labels, *, guide_model: Any, draw_noise: Any, on_stage: Any
+        self,
+        run_sampler: SamplerRun,
+        model: Any,
+        noise: Images,
+        y: Labels,
+        *,
+        guide_model: Any,
+        draw_noise: Any,
+        on_stage: Any,
     ) -> Images:
         """Sample a coarse image by its chain, upsample and refine it.
 
         A `guide_model` guides the coarse stage alone; without it a diffusion refiner is guided by the null label, too.
         """
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
-        low = walk(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
+        low = run_sampler(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
         overrides: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
         if self.samplers:  # the coarse stage has samplers of its own, which a diffusion refiner cannot use
             overrides |= {"sampler": "ddpm", "sampler_args": {}}
-        refiner_walk = replace(walk, options=replace(walk.options, **overrides))
-        upsampled, refined = self.refinement.generate(refiner_walk, model, low, y, draw_noise)
+        run_refiner = replace(run_sampler, options=replace(run_sampler.options, **overrides))
+        upsampled, refined = self.refinement.generate(run_refiner, model, low, y, draw_noise)
         for name, image in zip(self.stages, (low, upsampled, refined), strict=True):
             on_stage(name, image.to(noise.dtype))
         return refined.to(noise.dtype)

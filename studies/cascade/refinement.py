@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion.diffusion import Diffusion, mean_per_sample
-from diffusion.samplers import Walk
+from diffusion.samplers import SamplerRun
 from diffusion.transition import Images, Labels
 
 Condition = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -47,7 +47,7 @@ class Refinement:
         """Compute loss and predicted image from the refiner's output."""
         return Refined(mean_per_sample((output - x_0).square()), output, torch.ones(len(x_0), device=x_0.device))
 
-    def generate(self, walk: Walk, model: Any, low: Images, y: Labels, draw_noise: DrawNoise) -> Ends:
+    def generate(self, run_sampler: SamplerRun, model: Any, low: Images, y: Labels, draw_noise: DrawNoise) -> Ends:
         """Upsample and refine a coarse image; returns both results."""
         upsampled = model.upsampler(low)
         return upsampled, model.refiner(upsampled, None)
@@ -103,7 +103,7 @@ class SuperResolution(Refinement):
         loss = self.diffusion.terms(output, x_0, x_t, t, noise)["loss"]
         return Refined(loss, self.diffusion.predict(output, x_t, t).x_0, self.diffusion.signal_share(t))
 
-    def generate(self, walk: Walk, model: Any, low: Images, y: Labels, draw_noise: DrawNoise) -> Ends:
+    def generate(self, run_sampler: SamplerRun, model: Any, low: Images, y: Labels, draw_noise: DrawNoise) -> Ends:
         level = self.level(torch.full((len(low),), float(self.at_sampling), device=low.device))
         upsampled = model.upsampler(self.diffusion.q_sample(low, level, draw_noise(low)) if self.in_training else low)
 
@@ -111,5 +111,5 @@ class SuperResolution(Refinement):
             repeats = len(x_t) // len(upsampled)  # 2 under guidance: the batch with labels and without
             return model.refiner(upsampled.repeat(repeats, 1, 1, 1), (x_t, t, level.repeat(repeats), y))
 
-        refiner_walk = replace(walk, callback=None)
-        return upsampled, refiner_walk(self.diffusion, denoise, draw_noise(upsampled), y, guide_model=None)
+        run_refiner = replace(run_sampler, callback=None)
+        return upsampled, run_refiner(self.diffusion, denoise, draw_noise(upsampled), y, guide_model=None)

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Lookahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Callable that returns `function(step, *args)` and starts computing the next `num_steps` steps in threads.
 
     Steps from `end` on are not prefetched. A step that was not prefetched is computed when it is requested. An error of
