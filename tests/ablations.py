@@ -19,7 +19,7 @@ def plan_of(variants, **settings):
     ablation = AblationConfig(base=BASE, variants=variants, **settings)
     folder = Path("runs/t")
     runs = expand(ablation, "t")
-    with mock.patch.object(costs, "count", counted):
+    with mock.patch.object(costs, "count_cost", counted):
         return make_plan(ablation, runs, folder, open_accelerator("fp32"), timed=False, any_code=False)
 
 
