@@ -23,6 +23,7 @@ from diffusion.transition import Images, Labels, Timesteps
 from settings import check_name
 
 TANGENTS = ("sample", "model")
+PREDICTIONS_OF_AVERAGES = ("velocity", "x_0")
 ADAPTIVE_EPS = 1e-3  # c of the adaptive weight (Geng et al. 2025, section 4.3)
 
 
@@ -33,8 +34,12 @@ class AverageVelocity(Diffusion, ABC):
     For a share of each batch r differs from t, and the target is computed from the model itself. For the others r is t,
     and training is flow matching: `u(x_t, t, t)` is the velocity, which is what general samplers use.
 
+    With the prediction `x_0`, the model predicts `x_t - t u`, the data that a step of velocity u from t to 0 leads to
+    (Lu et al. 2026), and its squared error is measured there.
+
     Args:
         path: a linear flow.
+        prediction: what the model predicts: 'velocity' or 'x_0'.
         times: draws training times.
         sampler: name of the sampler in `AVERAGES` that uses average velocities.
         interval_share: share of the samples with r different from t.
@@ -44,10 +49,18 @@ class AverageVelocity(Diffusion, ABC):
     model_args = {"second_time": True}  # noqa: RUF012
 
     def __init__(
-        self, path: Flow, *, times: DrawTimes, sampler: str, interval_share: float, adaptive_power: float
+        self,
+        path: Flow,
+        *,
+        prediction: str,
+        times: DrawTimes,
+        sampler: str,
+        interval_share: float,
+        adaptive_power: float,
     ) -> None:
+        check_name("--diffusion.prediction", prediction, PREDICTIONS_OF_AVERAGES)
         samplers = {sampler: AVERAGES[sampler], **SAMPLERS}
-        super().__init__(path, "velocity", times=times, default_sampler=sampler, samplers=samplers)
+        super().__init__(path, prediction, times=times, default_sampler=sampler, samplers=samplers)
         self.interval_share, self.adaptive_power = interval_share, adaptive_power
 
     @abstractmethod
@@ -68,6 +81,18 @@ class AverageVelocity(Diffusion, ABC):
             return wrapped(x_t, t, y, r=self.path.model_inputs(x_t, t if r is None else r)[1], **extras)
 
         return preconditioned
+
+    def velocity_of(self, model: Denoiser) -> Denoiser:
+        """Wrap the model as the average velocity `u(x_t, t, y, r=r)`, whatever it predicts."""
+        preconditioned = self.precondition(model)
+        if self.prediction == "velocity":
+            return preconditioned
+
+        def velocity(x_t: Tensor, t: Tensor, y: Tensor, *, r: Tensor | None = None) -> Tensor:
+            x_0 = preconditioned(x_t, t, y, r=r).to(x_t.dtype)
+            return (x_t - x_0) / broadcast(t.clamp(min=self._finite_times[0]))
+
+        return velocity
 
     def draw_more(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
@@ -108,10 +133,12 @@ class AverageVelocity(Diffusion, ABC):
         r, t = t.index_copy(0, index, start), t.index_copy(0, index, end)
 
         x_0 = x_0.float()
-        x_t, v = self.q_sample(x_0, t, noise), self.target(x_0, noise, t)
+        x_t, v = self.q_sample(x_0, t, noise), noise - x_0
         if not len(index):
             index = index.new_zeros(1)  # all processes must call the model equally often
         target = self.average_velocity(model, x_t, r, t, y, v, index)
+        if self.prediction == "x_0":
+            target = x_t - broadcast(t) * target
         output = self.precondition(model)(x_t, t, y, r=r).float()
         mse = mean_per_sample((target - output).square())
         terms = {"loss": mse / (mse.detach() + ADAPTIVE_EPS) ** self.adaptive_power, "mse": mse}
@@ -125,7 +152,7 @@ class AverageVelocity(Diffusion, ABC):
     ) -> tuple[Images, Images]:
         """Return the model's average velocities with the labels and with the null label, by one call."""
         doubled = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, num_classes_of(model))])
-        labelled, unlabelled = self.precondition(model)(*doubled, r=torch.cat([r, r])).to(x_t.dtype).chunk(2)
+        labelled, unlabelled = self.velocity_of(model)(*doubled, r=torch.cat([r, r])).to(x_t.dtype).chunk(2)
         return labelled, unlabelled
 
 
@@ -176,7 +203,7 @@ class MeanFlow(AverageVelocity):
 
         `du/dt` is a Jacobian-vector product of the model with the tangent (v, 0, 1) of (x_t, r, t).
         """
-        u = self.precondition(model)
+        u = self.velocity_of(model)
         x, start, end, label = x_t[index], r[index], t[index], y[index]
         with differentiable_forward(model):
             v = self.guided(model, x_t, t, y, v)
@@ -303,7 +330,7 @@ class Shortcut(AverageVelocity):
         is_shortest = (t - r) * self.sections <= 1
         r = torch.where(is_shortest, t, r)
         if self.guidance_scale == 1:
-            return self.precondition(model)(x_t, t, y, r=r).to(x_t.dtype)
+            return self.velocity_of(model)(x_t, t, y, r=r).to(x_t.dtype)
         labelled, unlabelled = self.with_and_without_label(model, x_t, r, t, y)
         scale = torch.where(is_shortest, self.guidance_scale, 1.0).to(x_t.dtype)
         return torch.lerp(unlabelled, labelled, broadcast(scale))

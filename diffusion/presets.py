@@ -157,6 +157,7 @@ def meanflow(
     omega: Annotated[float, "(0, inf)"] = 1.0,
     kappa: Annotated[float, "[0, 1)"] = 0.0,
     tangent: str = "sample",
+    prediction: str = "velocity",
     times: str = "logit_normal",
     times_args: dict[str, Any] | None = None,
     model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
@@ -170,6 +171,8 @@ def meanflow(
         kappa: weight of the backbone's own prediction in this guidance
         tangent: the velocity along which the average is differentiated: 'sample', that of the sample, or 'model', the
             backbone's prediction, which has less variance (improved MeanFlow, Geng et al. 2025b)
+        prediction: what the backbone predicts: 'velocity', or 'x_0', the data that a step by this velocity to t = 0
+            leads to (Lu et al. 2026); to fine-tune a flow's weights, the flow's
         times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
         times_args: of 'logit_normal': location, here -0.4 as published, and scale, 1; of 'mode': scale, 1.29
         model_times: the backbone's time inputs at the data and at the noise; to fine-tune a flow's weights, the flow's
@@ -180,7 +183,11 @@ def meanflow(
 
     if times == "logit_normal":
         times_args = {"location": -0.4, **(times_args or {})}
-    common: dict[str, Any] = {"interval_share": interval_share, "adaptive_power": adaptive_power}
+    common: dict[str, Any] = {
+        "prediction": prediction,
+        "interval_share": interval_share,
+        "adaptive_power": adaptive_power,
+    }
     common["times"] = draw_times(times, times_args)
     return MeanFlow(Flow("linear", 1.0, model_times), omega=omega, kappa=kappa, tangent=tangent, **common)
 
@@ -190,6 +197,7 @@ def shortcut(
     adaptive_power: Annotated[float, "[0, inf)"] = 0.0,
     sections: Annotated[int, "[2, inf)"] = 128,
     guidance_scale: Annotated[float, "[0, inf)"] = 1.0,
+    prediction: str = "velocity",
     times: str = "uniform",
     times_args: dict[str, Any] | None = None,
     model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
@@ -202,6 +210,8 @@ def shortcut(
         sections: number of Euler steps that the path is divided into, a power of two; longer steps are learned from
             shorter ones
         guidance_scale: scale of the guidance that longer steps learn in training; 1: none
+        prediction: what the backbone predicts: 'velocity', or 'x_0', the data that a step by this velocity to t = 0
+            leads to (Lu et al. 2026); to fine-tune a flow's weights, the flow's
         times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
         times_args: of 'logit_normal': location, 0, and scale, 1; of 'mode': scale, 1.29
         model_times: the backbone's time inputs at the data and at the noise; to fine-tune a flow's weights, the flow's
@@ -210,7 +220,11 @@ def shortcut(
     from diffusion.paths import Flow
     from diffusion.times import draw_times
 
-    common: dict[str, Any] = {"interval_share": interval_share, "adaptive_power": adaptive_power}
+    common: dict[str, Any] = {
+        "prediction": prediction,
+        "interval_share": interval_share,
+        "adaptive_power": adaptive_power,
+    }
     common["times"] = draw_times(times, times_args)
     return Shortcut(Flow("linear", 1.0, model_times), sections=sections, guidance_scale=guidance_scale, **common)
 

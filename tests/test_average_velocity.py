@@ -19,6 +19,7 @@ from sampling.checks import resolve_sampling
 MEAN, STD = 0.7, 0.4
 meanflow, shortcut = DIFFUSIONS["meanflow"], DIFFUSIONS["shortcut"]
 improved = partial(meanflow, tangent="model")
+predictions = pytest.mark.parametrize("prediction", ["velocity", "x_0"])
 KINDS = {"meanflow": meanflow, "shortcut": shortcut}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -37,13 +38,19 @@ def velocity(x_t, t):
 
 
 class Perfect(nn.Module):
-    """The exact average velocity between the times that a backbone is given; for equal times, the velocity."""
+    """The exact average velocity between the times that a backbone is given, or the data that it leads to; for equal
+    times, the velocity."""
+
+    def __init__(self, prediction="velocity"):
+        super().__init__()
+        self.prediction = prediction
 
     def forward(self, x_t, t, y, *, r):
         r, t = (number[:, None, None, None] / 999 for number in (r, t))
         same = r == t
         average = (x_t - carried(x_t, r, t)) / torch.where(same, 1, t - r)
-        return torch.where(same, velocity(x_t, t), average)
+        average = torch.where(same, velocity(x_t, t), average)
+        return average if self.prediction == "velocity" else x_t - t * average
 
 
 def times(*numbers, dtype=torch.float64):
@@ -51,21 +58,24 @@ def times(*numbers, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("kind", [*KINDS.values(), improved], ids=[*KINDS, "improved"])
+@predictions
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-def test_the_average_velocity_of_gaussian_data_is_its_own_target(kind, dtype, atol):
+def test_the_average_velocity_of_gaussian_data_is_its_own_target(kind, prediction, dtype, atol):
     r, t = times(0.0, 0.25, 0.5, 0.6, dtype=dtype), times(1.0, 0.75, 0.9, 0.6, dtype=dtype)
     x_t = randn(4, 2, 3, 3).to(dtype)
     v = velocity(x_t, t[:, None, None, None])
-    target = kind().average_velocity(Perfect(), x_t, r, t, labels(4), v, torch.arange(4))
+    diffusion, model = kind(prediction=prediction), Perfect(prediction)
+    target = diffusion.average_velocity(model, x_t, r, t, labels(4), v, torch.arange(4))
     torch.testing.assert_close(target, Perfect()(x_t, 999 * t, labels(4), r=999 * r), rtol=0, atol=atol)
     assert not torch.allclose(target[:3], v[:3], atol=0.05)
 
 
 @kinds
+@predictions
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
-def test_any_number_of_steps_follows_the_exact_flow(kind, num_steps):
+def test_any_number_of_steps_follows_the_exact_flow(kind, prediction, num_steps):
     noise = randn(3, 2, 4, 4)
-    drawn = sample(kind(), Perfect(), noise, labels(3), num_steps=num_steps)
+    drawn = sample(kind(prediction=prediction), Perfect(prediction), noise, labels(3), num_steps=num_steps)
     torch.testing.assert_close(drawn, MEAN + STD * noise, rtol=0, atol=1e-5)
     assert num_calls(kind(), SamplingOptions(num_steps=num_steps)) == num_steps
 

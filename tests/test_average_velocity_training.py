@@ -50,6 +50,44 @@ def test_equal_times_give_the_flow_matching_loss(kind):
     torch.testing.assert_close(some["loss"], some["mse"] / (some["mse"] + 1e-3))
 
 
+class DataOf(nn.Module):
+    """A model of the data that the velocity of another model leads to."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.velocity = velocity
+
+    def forward(self, x_t, t, y, *, r):
+        return x_t - t[:, None, None, None] / 999 * self.velocity(x_t, t, y, r=r)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize(
+    ("kind", "guidance"), [(meanflow, {"omega": 0.5, "kappa": 0.75}), (shortcut, {"guidance_scale": 2.0})], ids=KINDS
+)
+def test_predicting_the_data_learns_the_same_velocity(kind, guidance, guided):
+    """The error, and its gradient, is only scaled: from a velocity at t to the data at 0 it grows by the factor t."""
+    model, errors = prepared("DiT-S/2").eval(), []
+    for prediction, network in (("velocity", model), ("x_0", DataOf(model))):
+        diffusion = kind(prediction=prediction, adaptive_power=0.0, **(guidance if guided else {}))
+        mse = losses(network, diffusion)["mse"]
+        errors.append((mse, torch.autograd.grad(mse[6], model.patch.weight)[0]))
+    t = torch.linspace(0.2, 0.9, 8)
+    t[4:] = diffusion.interval_of(t, torch.full((8,), 0.1))[1][4:]
+    torch.testing.assert_close(errors[1][0], t**2 * errors[0][0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(errors[1][1], t[6] ** 2 * errors[0][1], rtol=1e-3, atol=1e-6)
+
+
+@kinds
+def test_equal_times_give_the_loss_of_a_flow_that_predicts_the_data(kind):
+    model, (x_0, _, y) = prepared("DiT-S/2").eval(), inputs(8)
+    t, noise = torch.linspace(0.2, 0.9, 8), randn(*x_0.shape, seed=5)
+    flow = FlowMatching(prediction="x_0").training_loss(model, x_0, y, t=t, noise=noise)["mse"]
+    torch.testing.assert_close(losses(model, kind(prediction="x_0"))["mse"][:4], flow[:4], rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"--diffusion\.prediction epsilon: unknown, choose from velocity, x_0"):
+        kind(prediction="epsilon")
+
+
 @families
 def test_the_derivative_along_the_path_is_that_of_finite_differences(name):
     model = prepared(name).eval().double()
