@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from diffusion.calls import eval_mode, num_classes_of, with_and_without_label
 from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
 from diffusion.options import SamplingOptions
 from diffusion.paths import Flow
-from diffusion.samplers import AVERAGES, SAMPLERS, eval_mode, num_steps_for
+from diffusion.samplers import AVERAGES, SAMPLERS, num_steps_for
 from diffusion.times import Device, DrawTimes
 from diffusion.transition import Images, Labels, Timesteps
 from settings import check_name
@@ -147,19 +148,6 @@ class AverageVelocity(Diffusion, ABC):
             terms = with_auxiliary(terms, auxiliary, self.predict(output, x_t, t).x_0, x_0, y, share)
         return terms
 
-    def with_and_without_label(
-        self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels
-    ) -> tuple[Images, Images]:
-        """Return the model's average velocities with the labels and with the null label, by one call."""
-        doubled = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, num_classes_of(model))])
-        labelled, unlabelled = self.velocity_of(model)(*doubled, r=torch.cat([r, r])).to(x_t.dtype).chunk(2)
-        return labelled, unlabelled
-
-
-def num_classes_of(model: Any) -> int:
-    """Return the backbone's number of classes, even if the backbone is wrapped."""
-    return next(part.num_classes for part in model.modules() if hasattr(part, "num_classes"))
-
 
 def broadcast(values: Timesteps) -> Tensor:
     return rearrange(values, "b -> b 1 1 1")
@@ -189,8 +177,11 @@ class MeanFlow(AverageVelocity):
     def __init__(self, path: Flow, *, omega: float, kappa: float, tangent: str, **of_flow: Any) -> None:
         check_name("--diffusion.tangent", tangent, TANGENTS)
         super().__init__(path, sampler="meanflow", **of_flow)
-        self.omega, self.kappa, self.tangent, self.guided_samplers = omega, kappa, tangent, tuple(self.samplers)
+        self.omega, self.kappa, self.tangent = omega, kappa, tangent
         self.guidance_settings = "" if (omega, kappa) == (1, 0) else "omega and kappa"
+
+    def samples_are_guided(self, sampler: str) -> bool:
+        return True  # or by none, as the model is not called twice
 
     def interval_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
         return torch.minimum(t, second), torch.maximum(t, second)
@@ -219,9 +210,11 @@ class MeanFlow(AverageVelocity):
         """Return the guided velocity of samples with a label, and `v` for those with the null label."""
         if not self.guidance_settings:
             return v
-        labelled, unlabelled = self.with_and_without_label(model, x_t, t, t, y)
+        null_label = num_classes_of(model)
+        both = with_and_without_label(self.velocity_of(model), null_label, x_t, t, y, r=t)
+        labelled, unlabelled = (u.to(x_t.dtype) for u in both)
         guided = self.omega * v + self.kappa * labelled + (1 - self.omega - self.kappa) * unlabelled
-        return torch.where(broadcast(y == num_classes_of(model)), v, guided)
+        return torch.where(broadcast(y == null_label), v, guided)
 
 
 @contextmanager
@@ -275,8 +268,10 @@ class Shortcut(AverageVelocity):
             raise ValueError(f"--diffusion.sections {sections} must be a power of two, such as 128")
         super().__init__(path, sampler="shortcut", **of_flow)
         self.sections, self.guidance_scale = sections, guidance_scale
-        if guidance_scale != 1:
-            self.guided_samplers, self.guidance_settings = ("shortcut",), "guidance_scale"
+        self.guidance_settings = "" if guidance_scale == 1 else "guidance_scale"
+
+    def samples_are_guided(self, sampler: str) -> bool:
+        return self.guidance_scale != 1 and sampler == self.default_sampler
 
     def check_options(self, options: SamplingOptions) -> None:
         """Refuse numbers of steps and spacings that the sampler `shortcut` does not support.
@@ -329,9 +324,11 @@ class Shortcut(AverageVelocity):
         """Return the average velocity of half a step; for half the shortest step, the guided velocity at t."""
         is_shortest = (t - r) * self.sections <= 1
         r = torch.where(is_shortest, t, r)
+        u = self.velocity_of(model)
         if self.guidance_scale == 1:
-            return self.velocity_of(model)(x_t, t, y, r=r).to(x_t.dtype)
-        labelled, unlabelled = self.with_and_without_label(model, x_t, r, t, y)
+            return u(x_t, t, y, r=r).to(x_t.dtype)
+        both = with_and_without_label(u, num_classes_of(model), x_t, t, y, r=r)
+        labelled, unlabelled = (velocity.to(x_t.dtype) for velocity in both)
         scale = torch.where(is_shortest, self.guidance_scale, 1.0).to(x_t.dtype)
         return torch.lerp(unlabelled, labelled, broadcast(scale))
 

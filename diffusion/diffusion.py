@@ -7,10 +7,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
+from diffusion.calls import eval_mode, num_classes_of, with_and_without_label
 from diffusion.options import SamplingOptions
 from diffusion.paths import GaussianChain, Path
 from diffusion.predictions import PREDICTIONS
@@ -95,15 +96,14 @@ class Diffusion:
         uncertainty: have the model predict the logarithm u of its own error as the mean of one more channel. The loss
             is then `mse / e^u + u`, minimal at u = log mse (Kendall et al. 2018; in Karras et al. 2024, eq. 21, u is
             a small network's function of sigma alone). The optimal prediction is unchanged.
+        guidance_scale: scale of the guidance that the model learns in training, so that it samples without (see
+            `guided_target`); 1 is none.
         contrast: weight below 1 of the distance to another sample's velocity, which is subtracted from the loss where
             `training_loss` is given a `negative` (contrastive flow matching, Stoica et al. 2025).
         default_sampler: name of the sampler to use where none is given.
         default_spacing: name of the spacing to use where none is given.
         samplers: the only samplers that support this diffusion; empty: all in `SAMPLERS`.
     """
-
-    guided_samplers: Sequence[str] = ()  # samplers whose samples are already guided, because training included it
-    guidance_settings = ""  # names of the settings that train guidance, if they are on
 
     def __init__(
         self,
@@ -115,6 +115,7 @@ class Diffusion:
         weighting: str = "uniform",
         variance: str = "fixed_small",
         uncertainty: bool = False,
+        guidance_scale: float = 1.0,
         contrast: float = 0.0,
         default_sampler: str = "euler",
         default_spacing: str = "uniform",
@@ -133,6 +134,7 @@ class Diffusion:
                 f"--diffusion.contrast {contrast}: is not for --diffusion.prediction {prediction}; leave it out"
             )
         self.variance, self.uncertainty, self.contrast = variance, uncertainty, contrast
+        self.guidance_scale, self.guidance_settings = guidance_scale, "" if guidance_scale == 1 else "guidance_scale"
         self._draw_times = times
         self.default_sampler, self.default_spacing, self.samplers = default_sampler, default_spacing, samplers
         self._target, self._loss_target = targets[prediction], targets[self.loss]
@@ -211,6 +213,10 @@ class Diffusion:
             return prediction.log_variance
         return FIXED_LOG_VARIANCES[self.variance](transition)
 
+    def samples_are_guided(self, sampler: str) -> bool:
+        """Whether a sampler's samples are guided by the model alone, as training included guidance."""
+        return self.guidance_scale != 1
+
     # The objective.
 
     def training_loss(
@@ -242,8 +248,11 @@ class Diffusion:
         t, noise = self.draw(x_0, t, noise, generator)
         x_0 = x_0.float()
         x_t = self.q_sample(x_0, t, noise)
+        target = self.target(x_0, noise, t)
+        if self.guidance_scale != 1:
+            target = self.guided_target(model, x_t, t, y, target, extras)
         output = self.precondition(model)(x_t, t, y, **extras).float()
-        terms = self.terms(output, x_0, x_t, t, noise)
+        terms = self.terms(output, target, x_0, x_t, t)
         if negative is not None:
             negative_x_0, negative_noise = negative.float().unbind(dim=1)
             distance = mean_per_sample((self.target(negative_x_0, negative_noise, t) - output).square())
@@ -268,8 +277,25 @@ class Diffusion:
             noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         return t, noise.float()
 
+    @torch.no_grad()
+    def guided_target(
+        self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, target: Images, extras: Mapping[str, Any] = EMPTY
+    ) -> Images:
+        """Return the target of a model that learns its own guidance; that of samples without a label stays as it is.
+
+        The target moves by `1 - 1 / s` times the difference between the model's outputs with and without the label,
+        for a scale of s. The model that agrees with its own targets then has the output of classifier-free guidance
+        at that scale (model-guidance, Tang et al. 2025, eq. 11, where w is `1 - 1 / s`).
+        """
+        null_label = num_classes_of(model)
+        with eval_mode(model):
+            both = with_and_without_label(self.precondition(model), null_label, x_t, t, y, **extras)
+        labelled, unlabelled = (output[:, : x_t.shape[1]].float() for output in both)
+        share = torch.where(y == null_label, 0.0, 1 - 1 / self.guidance_scale)
+        return target + rearrange(share, "b -> b 1 1 1") * (labelled - unlabelled)
+
     def terms(
-        self, output: Output, x_0: Images, x_t: Images, t: Timesteps, noise: Images
+        self, output: Output, target: Images, x_0: Images, x_t: Images, t: Timesteps
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Compute `loss` and its parts: `mse` and, where the model learns them, `vb` and `uncertainty`.
 
@@ -278,7 +304,7 @@ class Diffusion:
         hybrid loss `mse + T / 1000 * vb` is eq. 16 of Nichol and Dhariwal 2021.
         """
         channels = x_0.shape[1]
-        mse = mean_per_sample((self.target(x_0, noise, t) - output[:, :channels]).square())
+        mse = mean_per_sample((target - output[:, :channels]).square())
         terms = {"loss": self.loss_weight(t) * mse, "mse": mse}
         if self.learns_variance:
             mean_frozen = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion.calls import with_and_without_label
 from diffusion.diffusion import Denoiser, Diffusion
 from diffusion.options import SamplingOptions
 from diffusion.transition import Images, Labels
@@ -75,11 +76,8 @@ def guide(
     def predict_both(x_t: Tensor, t: Tensor, y: Tensor, extras: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         if guide_model is not None:
             return model(x_t, t, y, **extras).float(), guide_model(x_t, t, y, **extras).float()
-        null_label = torch.full_like(y, num_classes)
-        doubled = {key: torch.cat([value] * 2) if isinstance(value, Tensor) else value for key, value in extras.items()}
-        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label]), **doubled).float()
-        conditional, unconditional = output.chunk(2)
-        return conditional, unconditional
+        conditional, unconditional = with_and_without_label(model, num_classes, x_t, t, y, **extras)
+        return conditional.float(), unconditional.float()
 
     def guided(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
         good, worse = predict_both(x_t, t, y, extras)

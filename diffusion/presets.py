@@ -82,6 +82,7 @@ def flow(
     model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
     prediction: str = "velocity",
     loss: str | None = None,
+    guidance_scale: Annotated[float, "[1, inf)"] = 1.0,
     contrast: Annotated[float, "[0, 1)"] = 0.0,
 ) -> "diffusion.diffusion.Diffusion":
     """flow matching: Lipman et al. 2023, Liu et al. 2023, Ma et al. 2024
@@ -95,6 +96,8 @@ def flow(
         model_times: the backbone's time inputs at the data and at the noise, such as [1, 0]
         prediction: what the backbone predicts: 'velocity', 'epsilon', 'x_0' or 'v'
         loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
+        guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call (model-
+            guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
         contrast: weight of the distance to the velocity of another sample of the batch, subtracted from the training
             loss (contrastive flow matching, Stoica et al. 2025: 0.05); with prediction 'velocity'
     """
@@ -105,7 +108,12 @@ def flow(
     check_name("--diffusion.path", path, CURVES)
     flow_path, draw = Flow(path, shift, model_times), draw_times(times, times_args)
     return Diffusion(
-        flow_path, prediction, loss, times=lambda *batch: flow_path.shifted(draw(*batch)), contrast=contrast
+        flow_path,
+        prediction,
+        loss,
+        times=lambda *batch: flow_path.shifted(draw(*batch)),
+        guidance_scale=guidance_scale,
+        contrast=contrast,
     )
 
 

@@ -81,7 +81,7 @@ def _implied(
         implied["sampler_args"] = {}  # the configured ones belong to the replaced sampler
     if guide is None and config.guidance_checkpoint:
         implied["guidance_unlabelled"] = False  # it belongs to the removed guide
-    if guide is None and (sampler in diffusion.guided_samplers or not num_guided):
+    if guide is None and (diffusion.samples_are_guided(sampler) or not num_guided):
         implied["guidance_scale"] = 1.0
         if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, DEFAULT_GUIDANCE):
             if not num_guided:

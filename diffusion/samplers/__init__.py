@@ -1,16 +1,16 @@
 """Samplers, each a function that follows its paper's algorithm, and `sample`, which runs one by name."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffusion.calls import eval_mode
 from diffusion.diffusion import EMPTY, Chain, Denoiser, Diffusion, Moments, Prediction
 from diffusion.guidance import guidance_rule, guide, scale_at
 from diffusion.options import SamplingOptions
@@ -198,19 +198,6 @@ class SamplerRun:
             if self.callback is not None:
                 self.callback(step, x_t, x_0)
         return x_t
-
-
-@contextmanager
-def eval_mode(*models: object) -> Iterator[None]:
-    """A context in which models are in eval mode; afterwards each submodule is back in its own mode."""
-    parts = [part for model in models if isinstance(model, nn.Module) for part in model.modules() if part.training]
-    for part in parts:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.training = True
 
 
 def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:

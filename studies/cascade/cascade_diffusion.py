@@ -158,7 +158,8 @@ class Cascade(Diffusion):
 
         terms: dict[str, Tensor] = {"loss": torch.zeros_like(forced, dtype=torch.float32)}
         if trained.coarse:
-            terms = self.coarse.terms(coarse.float(), low_0, x_t, t, low_noise)
+            target = self.coarse.target(low_0, low_noise, t)
+            terms = self.coarse.terms(coarse.float(), target, low_0, x_t, t)
         if trained.others:
             refined = self.refinement.read(output.float(), x_0, draws)
             terms |= {"upsampled": mean_per_sample((upsampled.float() - x_0).square()), "refined": refined.loss}

@@ -100,7 +100,7 @@ class SuperResolution(Refinement):
     def read(self, output: Images, x_0: Images, draws: Mapping[str, Tensor]) -> Refined:
         t, noise = draws["t"], draws["noise"]
         x_t = self.diffusion.q_sample(x_0, t, noise)
-        loss = self.diffusion.terms(output, x_0, x_t, t, noise)["loss"]
+        loss = self.diffusion.terms(output, self.diffusion.target(x_0, noise, t), x_0, x_t, t)["loss"]
         return Refined(loss, self.diffusion.predict(output, x_t, t).x_0, self.diffusion.signal_share(t))
 
     def generate(self, run_sampler: SamplerRun, model: Any, low: Images, y: Labels, draw_noise: DrawNoise) -> Ends:

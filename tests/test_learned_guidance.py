@@ -1,0 +1,70 @@
+"""Flows that learn their guidance, and sample without."""
+
+import pytest
+import torch
+from exact import generator, randn
+from torch import nn
+
+from diffusion import FlowMatching
+from diffusion.guidance import drop_labels
+from experiment.config import SamplingConfig
+from sampling.checks import resolve_sampling
+
+PREDICTIONS = ["velocity", "x_0", "epsilon", "v"]
+
+
+class Constant(nn.Module):
+    """Predicts the same for each label whatever the image; the last label is the null label."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values, self.num_classes, self.num_calls = nn.Parameter(torch.tensor(values)), len(values) - 1, 0
+
+    def forward(self, x_t, t, y):
+        self.num_calls += 1
+        return torch.zeros_like(x_t) + self.values[y][:, None, None, None]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("scale", [1.5, 3.0])
+def test_a_model_with_the_output_of_classifier_free_guidance_is_its_own_target(prediction, scale):
+    labelled, unlabelled = torch.tensor([0.5, -2.0]), 0.25
+    guided = unlabelled + scale * (labelled - unlabelled)
+    diffusion, model = FlowMatching(prediction=prediction, guidance_scale=scale), Constant([*guided, unlabelled])
+    x_t, t, y = randn(3, 2, 4, 4), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
+    target = torch.tensor([*labelled, unlabelled])[y][:, None, None, None].expand_as(x_t)
+    learned = diffusion.guided_target(model, x_t, t, y, target)
+    torch.testing.assert_close(learned, model(x_t, t, y).detach())
+
+
+def test_training_ends_at_the_guided_prediction():
+    """Labels 0 and 1 stand for images of -1 and 1, so that without a label the mean is 0."""
+    scale, model = 3.0, Constant([0.1, 0.2, 0.3])
+    diffusion, stream = FlowMatching(prediction="x_0", guidance_scale=scale), generator()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    labels = torch.arange(64) % 2
+    for _ in range(150):
+        x_0 = (2.0 * labels - 1)[:, None, None, None].expand(-1, 1, 2, 2)
+        y = drop_labels(labels, 0.5, 2, generator=stream)
+        loss = diffusion.training_loss(model, x_0, y, generator=stream)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(model.values.detach(), torch.tensor([-scale, scale, 0.0]), rtol=0, atol=0.5)
+
+
+def test_without_a_scale_the_model_is_called_once():
+    for scale, calls in ((1.0, 1), (2.0, 2)):
+        model = Constant([1.0, 2.0])
+        diffusion = FlowMatching(guidance_scale=scale)
+        loss = diffusion.training_loss(model, randn(2, 1, 2, 2), torch.tensor([0, 1]), generator=generator())
+        assert model.num_calls == calls
+        assert model.training
+        loss["loss"].sum().backward()
+
+
+def test_learned_guidance_is_not_applied_again_by_default():
+    config = SamplingConfig(guidance_scale=1.5)
+    for sampler in ("euler", "dpmpp_2m"):
+        assert resolve_sampling(config, FlowMatching(guidance_scale=3.0), 10, sampler=sampler).guidance_scale == 1
+        assert resolve_sampling(config, FlowMatching(), 10, sampler=sampler).guidance_scale == 1.5
