@@ -2,7 +2,8 @@
 
 Where operations are small, a GPU spends its time on kernel launches and a CPU on arithmetic. On the device types in
 `AT_ONCE`, several windows share a tile (`window.Windows`), one kernel normalises queries and keys (`window.cosine`),
-and one matrix product computes the modulation of all layers (`modulation.Injection`). Results are the same on all
+one matrix product computes the modulation of all layers (`modulation.Injection`), and the position biases and
+temperatures of all attentions are computed together (`window.WindowAttentions`). Results are the same on all
 devices, to rounding. `Casting` batches the casts that autocast makes of a block's weights.
 """
 
@@ -21,12 +22,17 @@ def at_once(x: Tensor) -> bool:
     return x.device.type in AT_ONCE
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to which autocast casts on the device of `x`; None where autocast is off."""
+    device_type = x.device.type
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # not on meta
+    return torch.get_autocast_dtype(device_type) if is_on else None
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context that disables autocast on the device of `x`; a null context where autocast is off, because
     exported programs would record the other one."""
-    device_type = x.device.type
-    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # not on meta
-    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 class Uncast:

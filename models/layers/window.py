@@ -1,18 +1,21 @@
 """Windows over a grid of tokens: partitioning, attention inside windows, and the skips of XSwin's decoder."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models.layers import Cond, Grid
 from models.layers.attention import CrossAttention, attend, check_heads, make_qk_norms
-from models.layers.launches import Uncast, at_once, without_autocast
+from models.layers.launches import Uncast, at_once, autocast_dtype, without_autocast
 from models.layers.modulation import Injection
 from models.layers.style import BlockStyle
 
@@ -136,10 +139,8 @@ def _offsets(size: int, tile: Pair, device: torch.device) -> Int64[Tensor, "n n"
 
 
 class ContinuousPositionBias(nn.Module, Uncast):
-    """Log-spaced continuous position bias of Swin V2, `16 sigmoid(mlp(offset))` (Liu et al. 2022, section 3.3).
-
-    `offsets` are the indices of `Windows.offsets`; `mask`, if any, is added to the bias.
-    """
+    """Log-spaced continuous position bias of Swin V2, `16 sigmoid(mlp(offset))` (Liu et al. 2022, section 3.3), of each
+    offset that `Windows.offsets` numbers."""
 
     table: Float[Tensor, "offsets 2"]
 
@@ -150,12 +151,9 @@ class ContinuousPositionBias(nn.Module, Uncast):
         steps = steps.sign() * torch.log2(steps.abs() + 1) / 3  # log2(8) = 3
         self.register_buffer("table", torch.cartesian_prod(steps, steps), persistent=False)
 
-    def forward(
-        self, offsets: Int64[Tensor, "n n"], mask: Float[Tensor, "tiles n n"] | None = None
-    ) -> Float[Tensor, "tiles k n n"]:
+    def forward(self) -> Float[Tensor, "k offsets"]:
         with without_autocast(self.table):  # the table is small: a cast would cost a GPU as much as the product
-            bias = self.mlp(self.table).sigmoid().T[:, offsets]  # [k n n]
-        return 16 * bias[None] if mask is None else torch.add(mask[:, None], bias, alpha=16)
+            return 16 * self.mlp(self.table).sigmoid().T
 
 
 class LinearWithBias(nn.Linear):
@@ -163,6 +161,14 @@ class LinearWithBias(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*axes d"], bias: Float[Tensor, " e"]) -> Float[Tensor, "*axes e"]:
         return F.linear(x, self.weight, bias)
+
+
+class Derived(NamedTuple):
+    """What a window attention derives from its weights alone."""
+
+    position_bias: Float[Tensor, "k offsets"]
+    temperature: Float[Tensor, "k 1 1"]
+    qkv_bias: Float[Tensor, " three_d"]
 
 
 class WindowAttention(nn.Module):
@@ -200,26 +206,73 @@ class WindowAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
         self.position_bias = ContinuousPositionBias(window_size, num_heads)
 
-    def forward(self, x: Grid, token: Float[Tensor, "b 1 d"] | None = None) -> Grid:
+    def forward(self, x: Grid, token: Float[Tensor, "b 1 d"] | None = None, derived: Derived | None = None) -> Grid:
+        position_bias, temperature, qkv_bias = derived or self.derive()
         windows = self._windows(x)
         x = windows.partition(x)  # [b tiles n d]
         num_tiles, num_queries = x.shape[1:3]
         if token is not None:
             x = torch.cat([x, token[:, None].expand(-1, num_tiles, -1, -1)], dim=2)
-        qkv = self.qkv(x, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
-        q, k, v = rearrange(qkv, "b t n (three k e) -> three b (t k) n e", three=3, k=self.num_heads)
-        temperature = self.logit_scale.clamp(max=math.log(100)).exp().expand(num_tiles, -1, -1, -1).flatten(0, 1)
+        q, k, v = rearrange(self.qkv(x, qkv_bias), "b t n (three k e) -> three b (t k) n e", three=3, k=self.num_heads)
+        temperature = temperature.expand(num_tiles, -1, -1, -1).flatten(0, 1)
         q, k, scale = cosine(self.q_norm(q), self.k_norm(k), temperature)
-        bias = self.position_bias(windows.offsets(x.device), windows.mask(x.device)).expand(num_tiles, -1, -1, -1)
+        bias, mask = position_bias[:, windows.offsets(x.device)], windows.mask(x.device)
+        bias = (bias[None] if mask is None else bias + mask[:, None]).expand(num_tiles, -1, -1, -1)
         bias = bias if token is None else F.pad(bias, (0, 1))
         x = attend(q[..., :num_queries, :], k, v, bias=rearrange(bias, "t k n m -> (t k) n m"), scale=scale)
         return windows.merge(self.proj(rearrange(x, "b (t k) n e -> b t n (k e)", k=self.num_heads)))
+
+    def derive(self) -> Derived:
+        qkv_bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        return Derived(self.position_bias(), temperature_of(self.logit_scale), qkv_bias)
 
     def _windows(self, x: Grid) -> Windows:
         height, width = x.shape[1:3]
         if self.neighbourhood:
             return Neighbourhoods(height, width, self.window_size)
         return Windows(height, width, self.window_size, self.shift, tile_side(self.window_size, x))
+
+
+def temperature_of(logit_scale: Float[Tensor, "k 1 1"]) -> Float[Tensor, "k 1 1"]:
+    return logit_scale.clamp(max=math.log(100)).exp()
+
+
+class WindowAttentions(nn.Module):
+    """Derives from their weights what the window attentions of a network need, for all of them at once where that saves
+    launches (see `launches`). The attentions have one window size.
+
+    Called with the network's input, it yields a `Derived` for each attention, in their order. Elsewhere, under LoRA and
+    under FSDP (see `modulation.Injection`) it yields None, and each attention derives its own.
+    """
+
+    owners: Float[Tensor, "k attentions"]  # 1 where a head, numbered through all attentions, belongs to an attention
+
+    def __init__(self, attentions: Sequence[WindowAttention]) -> None:
+        super().__init__()
+        self.attentions = list(attentions)  # a list, since they are submodules of the network
+        owners = [torch.ones(attention.num_heads, 1) for attention in attentions]
+        self.register_buffer("owners", torch.block_diag(*owners), persistent=False)
+
+    def forward(self, x: Tensor) -> Iterator[Derived | None]:
+        if any(isinstance(attention.logit_scale, DTensor) for attention in self.attentions):
+            self.attentions = []
+        firsts: list[Any] = [attention.position_bias.mlp[0] for attention in self.attentions]
+        lasts: list[Any] = [attention.position_bias.mlp[2] for attention in self.attentions]
+        if not at_once(x) or not firsts or not all(isinstance(layer, nn.Linear) for layer in (*firsts, *lasts)):
+            return repeat(None)
+        heads = [attention.num_heads for attention in self.attentions]
+        with without_autocast(x):
+            weight, bias = (torch.cat([getattr(layer, name) for layer in firsts]) for name in ("weight", "bias"))
+            hidden = F.linear(self.attentions[0].position_bias.table, weight, bias).relu()  # [offsets, attentions * d]
+            weight = torch.cat([layer.weight for layer in lasts])
+            weight = (self.owners[:, :, None] * weight[:, None]).flatten(1)  # zero for other attentions' hidden units
+            position_biases = 16 * F.linear(weight, hidden).sigmoid()
+        temperatures = temperature_of(torch.cat([attention.logit_scale for attention in self.attentions]))
+        parts = [(attention.q_bias, attention.k_bias, attention.v_bias) for attention in self.attentions]
+        qkv_biases = torch.cat([bias for part in parts for bias in part])
+        qkv_biases = qkv_biases.to(autocast_dtype(x) or qkv_biases.dtype)
+        widths = [3 * len(attention.q_bias) for attention in self.attentions]
+        return map(Derived, position_biases.split(heads), temperatures.split(heads), qkv_biases.split(widths))
 
 
 Heads = Float[Tensor, "b k n e"]
