@@ -21,8 +21,13 @@ from metrics.scores import PER_IMAGE, check_metrics, required_features
 from settings import set_values, unset, within
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
     from checkpoints.checkpoint import Checkpoint
+    from data.image_set import ImageSet
     from evaluation.scoring import Scorer
+    from evaluation.sources import Source
 
 
 @partial(unset, several=True)
@@ -126,72 +131,48 @@ def main(config: EvaluateConfig) -> None:
 def score_samples(
     config: EvaluateConfig, samples: str, checkpoint: "Checkpoint | None", data: DataConfig, scorer: "Scorer"
 ) -> None:
-    """Score samples: open everything, compute the scores, report them and write the files."""
+    """Score samples: open everything first, so that errors come early; then compute, report and write the scores."""
     import torch
 
     from autoencoders.codec import create_codec
-    from data.subsets import map_labels
     from evaluation import record, sources
-    from evaluation.baselines import baselines
+    from evaluation.baselines import baselines, open_controls
     from evaluation.likelihood import held_out_likelihood
-    from evaluation.scoring import summarise
     from evaluation.table import latex
-    from experiment.build import open_split
     from machine.atomic_files import write_atomic
     from metrics.fidelity import class_distances
     from metrics.reference import read_adm, write_adm
-    from sampling.image_files import save_grid
+    from sampling.grids import save_grid
 
-    # Open the reference, held-out images or a file. Everything is opened first, so that errors come early.
+    # Open the reference, which is a file or the held-out images, and the sources to score.
     evaluation, accelerator = scorer.evaluation, scorer.accelerator
     generated_by = checkpoint if is_run(samples) else None
     if (config.memorisation or config.per_class) and not required_features(evaluation.metrics) & PER_IMAGE:
         flag = "--memorisation" if config.memorisation else "--per_class"
         raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
-    held_out = None if config.reference else open_split(data, "test", accelerator)
-    test_images = held_out or (open_split(data, "test", accelerator) if config.memorisation else None)
-    if checkpoint and test_images is not None and "test" in checkpoint.identity:
-        checkpoint.check_identity(test=test_images.describe())
-    size = (data.image_size, data.image_size)
-    moments, images = read_adm(Path(config.reference), scorer.extractor, size) if config.reference else (None, None)
+    test_images = open_test_images(config, checkpoint, data, accelerator)
+    held_out = None if config.reference else test_images
+    moments = images = None
+    if config.reference:
+        moments, images = read_adm(Path(config.reference), scorer.extractor, (data.image_size, data.image_size))
     name = config.autoencoder
     codec = checkpoint.open_codec(name, accelerator.print) if checkpoint else create_codec(name or "pixel")
     codec = codec.to(accelerator.device)
-
-    # List the sources to score: a row for each combination of sampling settings or a fixed set, and the baselines.
     if generated_by:
-        real = images if held_out is None else held_out
-        groups = sources.from_checkpoint(
-            generated_by,
-            sources.sweep(config.sampling),
-            evaluation,
-            codec,
-            accelerator,
-            num_trials=config.trials,
-            num_reference=0 if real is None else len(real),
-            held_out=held_out,
-        )
+        settings, real = sources.sweep(config.sampling), images if held_out is None else held_out
+        groups = sources.from_checkpoint(generated_by, settings, evaluation, codec, accelerator, config.trials, real)
     else:
-        fixed = sources.read_samples(samples, data.image_size, evaluation.num_samples, evaluation.seed)
-        groups = [[fixed]]
-        for message in fixed.provenance.get("left_out", ()):
+        groups = [[sources.read_samples(samples, data.image_size, evaluation.num_samples, evaluation.seed)]]
+        for message in groups[0][0].provenance.get("left_out", ()):
             accelerator.print(f"--samples {samples}: {message}")
-    first, num_groups = groups[0][0], len(groups)
+    first = groups[0][0]
     to_score = [(trials, evaluation.metrics) for trials in groups]  # trials of a row, and its metrics
     if config.baselines:
         assert held_out is not None  # ensured by `check`
         rows_of_images = baselines(first, data, held_out, codec, evaluation, accelerator)
         to_score += [([source], metrics) for source, metrics in rows_of_images]
-    train = copies = unseen = labels = None
-    if config.memorisation:
-        train = open_split(data, "train", accelerator)
-        copies = sources.matching_images(first, train, "training images", "--memorisation", evaluation.seed)
-        unseen, _ = sources.matching_images(first, test_images, "held-out images", "--memorisation", evaluation.seed)
-    if config.per_class:
-        assert held_out is not None  # ensured by `check`
-        if first.labels is None or not held_out.classes:
-            raise ValueError("--per_class: it needs samples and held-out images of classes that have names")
-        labels = map_labels(first.labels, first.classes, held_out.classes, "--per_class")
+    controls = open_controls(first, test_images, data, evaluation, accelerator) if config.memorisation else None
+    labels = labels_among(first, held_out) if config.per_class else None
 
     # Compute the scores.
     extra: dict[str, Any] = {}
@@ -201,50 +182,64 @@ def score_samples(
         bits = held_out_likelihood(checkpoint, codec, held_out, config.likelihood, accelerator, seed=evaluation.seed)
         extra["bits_per_dimension"] = {**asdict(bits), "num_images": config.likelihood}
     reference = scorer.npz_reference(config.reference, moments, images) if config.reference else scorer.reference(data)
-    rows, features = [], None  # features of the first row's first trial
-    for trials, metrics in to_score:
-        scores = []
-        for source in trials:
-            trial_scores, trial_features = scorer.score(source, reference, metrics)
-            scores.append(trial_scores)
-            features = features or trial_features
-        rows.append(summarise(trials[0], scores))
-    assert features is not None
-    nearest = None
-    if copies and unseen:
-        nearest = scorer.memorisation(features, *copies, unseen, data, codec)
-        planted = {"planted_copies_closer": nearest.copies, "planted_copies_found": nearest.found}
-        extra["memorisation"] = {"closer_to_training_than_held_out": nearest.closer, **planted}
+    rows, features = scorer.score_rows(to_score, reference)
+    nearest = scorer.memorisation(features, controls, data, codec) if controls else None
     if not accelerator.is_main_process:
         return
+    if nearest is not None:
+        extra["memorisation"] = nearest.to_dict()
     if held_out is not None and labels is not None:
         distances = class_distances(replace(features, labels=labels), reference.features)
         extra["per_class"] = {held_out.classes[label]: asdict(score) for label, score in distances.items()}
 
     # Report the results, before writing any file: if that fails, hours of scoring are not lost.
     swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
-    columns = [*dict.fromkeys([*record.SWEPT, *swept])] if num_groups > 1 else []
+    columns = [*dict.fromkeys([*record.SWEPT, *swept])] if len(groups) > 1 else []
     print(record.format_report(rows, columns, reference, scorer.extractor, extra))
 
     # Write the record, with everything needed to reproduce it, and pictures.
     output = Path(config.output or output_of(samples, generated_by))
-    written = [output, output.with_suffix(".png")]
     record.write_json({**record.provenance(rows, reference, scorer), **extra}, output)
+    written = [output, output.with_suffix(".png")]
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
-    if num_groups > 1:
+    if len(groups) > 1:
         written.append(output.with_name(f"{output.stem}-sweep.png"))
-        record.draw_sweep(rows[:num_groups], written[-1], columns)
-    if nearest is not None:
+        record.draw_sweep(rows[: len(groups)], written[-1], columns)
+    if nearest and controls:
         written.append(output.with_name(f"{output.stem}-nearest.png"))
-        record.draw_pairs(first, sources.from_dataset(train, "training images"), nearest, written[-1])
+        record.draw_pairs(first, controls.train, nearest, written[-1])
     if config.write_reference and held_out:
-        held_out_pixels = sources.from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
+        pixels = sources.from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
         written.append(Path(config.write_reference))
-        write_adm(written[-1], reference.features, held_out_pixels, scorer.extractor)
+        write_adm(written[-1], reference.features, pixels, scorer.extractor)
     if config.latex:
         written.append(output.with_suffix(".tex"))
         write_atomic(written[-1], record.table(rows, columns, form=lambda cells: latex(cells[:1], cells[1:])))
     print("written: " + ", ".join(map(str, written)))
+
+
+def open_test_images(
+    config: EvaluateConfig, checkpoint: "Checkpoint | None", data: DataConfig, accelerator: "Accelerator"
+) -> "ImageSet | None":
+    """Open the held-out images, which are not needed beside the file of a reference, and check that they are those of
+    the checkpoint."""
+    from experiment.build import open_split
+
+    if config.reference and not config.memorisation:
+        return None
+    test_images = open_split(data, "test", accelerator)
+    if checkpoint and "test" in checkpoint.identity:
+        checkpoint.check_identity(test=test_images.describe())
+    return test_images
+
+
+def labels_among(samples: "Source", held_out: "ImageSet | None") -> "Tensor":
+    """Labels of samples among the classes of held-out images."""
+    from data.subsets import map_labels
+
+    if held_out is None or samples.labels is None or not held_out.classes:
+        raise ValueError("--per_class: it needs samples and held-out images of classes that have names")
+    return map_labels(samples.labels, samples.classes, held_out.classes, "--per_class")
 
 
 def output_of(samples: str, checkpoint: "Checkpoint | None") -> Path:

@@ -71,7 +71,7 @@ def main(config: SampleConfig) -> None:
     with without_garbage_collection():
         from experiment.build import merge_data_flags, open_split
         from sampling.generation import stream
-        from sampling.image_files import save_grid
+        from sampling.grids import save_grid
         from sampling.interpolation import interpolate
         from sampling.panels import DenoisingPanel, StagesPanel
         from sampling.pipeline import load
@@ -129,7 +129,8 @@ def save_samples(
     import torch
 
     from checkpoints.checkpoint import read_metadata
-    from sampling.image_files import save_folder, save_grid, save_npz
+    from sampling.grids import save_grid
+    from sampling.image_files import save_folder, save_npz
 
     names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
     if output.suffix.lower() in PICTURES:

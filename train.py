@@ -41,7 +41,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from training.adapters import Merged
     from training.assembly import build_backbone, build_batches, build_objective, prepare
     from training.guard import Guard, gradient_norm
-    from training.inspection import Inspections, check_best
+    from training.inspection import Inspections, open_best
     from training.log import is_due
     from training.objective import phase_at
     from training.optimizer import learning_rate, num_training_steps
@@ -50,7 +50,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     # Open the data and build the model.
     config, accelerator = run.config, run.accelerator
     diffusion = build_diffusion(config.diffusion)
-    lower_is_best = check_best(config.log, config.evaluation)
+    best = open_best(config.log, config.evaluation)
     codec = create_codec(config.autoencoder).to(accelerator.device)
     images, held_out_images = (open_split(config.data, split, accelerator) for split in ("train", "test"))
     run.check_identity(codec=codec.provenance, train=images.describe(), test=held_out_images.describe())
@@ -78,17 +78,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     guard = Guard()
     inspections = Inspections(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
     state = TrainingState({"model": backbone, "heads": objective.heads}, optimizers, ema)
-    run.begin(
-        state,
-        {"model": guard},
-        inspections.due,
-        num_steps,
-        best=config.log.best,
-        lower_is_best=lower_is_best,
-        keep_every=config.log.keep_every,
-        spec=spec,
-        classes=cache.classes,
-    )
+    keep_every, metadata = config.log.keep_every, {"spec": spec, "classes": cache.classes}
+    run.begin(state, {"model": guard}, inspections.due, num_steps, best=best, keep_every=keep_every, **metadata)
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
         f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"

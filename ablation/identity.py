@@ -26,7 +26,7 @@ NO_EFFECT_ON_SCORES = ("ablation/", "autoencoding/")  # imported by evaluate.py,
 NO_EFFECT_ON_WEIGHTS = (  # imported by train.py, but only to observe the training
     "experiment/cli.py",
     "evaluation/",
-    *(f"training/{name}.py" for name in ("inspection", "interruption", "log", "meter")),
+    *(f"training/{name}.py" for name in ("curves", "inspection", "interruption", "log", "meter")),
 )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ablation.identity import done_stages
 from ablation.results import Results
 from ablation.study import classes_to_draw
-from sampling.image_files import display_name, label_width, save_labelled, tile
+from sampling.grids import display_name, label_width, save_labelled, tile
 
 NUM_SIDE_BY_SIDE = 4  # samples per class and model in the grid of classes by models
 

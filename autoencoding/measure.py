@@ -33,7 +33,7 @@ from metrics.downloads import network_timeout
 from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, psnr, spatial_frequencies, spectrum, ssim
 from metrics.scores import METRICS, Score, find_metric, metric_name
-from sampling.image_files import save_labelled
+from sampling.grids import save_labelled
 
 ACTIVE = 0.01  # a channel whose posterior mean varies less over images is dead (Burda et al. 2016, section 5.2)
 AMPLIFICATION = 3  # of the differences in the picture of reconstructions, which are drawn around grey

@@ -1,9 +1,13 @@
-"""Baselines for samples: real images (the floor) and their reconstructions by the autoencoder (the ceiling)."""
+"""Images that samples are compared with: baselines, which are real images (the floor) and their reconstructions by the
+autoencoder (the ceiling), and the controls of memorisation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from accelerate import Accelerator
+from jaxtyping import Int64
+from torch import Tensor
 
 from autoencoders.codec import Codec
 from data.image_set import ImageSet
@@ -44,3 +48,22 @@ def baselines(
             ceiling = reconstructions(floor, codec, accelerator.device, evaluation.seed)
             rows.append((replace(ceiling, name=name), metrics))
     return rows
+
+
+class Controls(NamedTuple):
+    """Images that show whether memorisation would be noticed; they match the samples in number and classes."""
+
+    train: Source  # all training images
+    copies: Source  # training images, as if a model had copied them
+    originals: Int64[Tensor, " n"]  # their indices in the training split
+    held_out: Source
+
+
+def open_controls(
+    samples: Source, held_out: ImageSet, data: DataConfig, evaluation: EvaluationConfig, accelerator: Accelerator
+) -> Controls:
+    """Choose the controls of samples."""
+    train = open_split(data, "train", accelerator)
+    copies, originals = matching_images(samples, train, "training images", "--memorisation", evaluation.seed)
+    unseen, _ = matching_images(samples, held_out, "held-out images", "--memorisation", evaluation.seed)
+    return Controls(from_dataset(train, "training images"), copies, originals, unseen)

@@ -19,7 +19,7 @@ from machine.accelerator import describe_device
 from machine.atomic_files import unused_path, write_atomic
 from metrics.features import Extractor
 from metrics.scores import Score, metric_name, num_digits
-from sampling.image_files import save_grid
+from sampling.grids import save_grid
 
 ENOUGH_FOR_INCEPTION_SCORE = 5000  # images per split; the literature splits 50,000 images into ten
 LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity")

@@ -19,6 +19,7 @@ from torch import Tensor
 from autoencoders.codec import Codec
 from data import summarize_left_out
 from data.subsets import map_labels
+from evaluation.baselines import Controls
 from evaluation.sources import Source, from_dataset, from_images, reconstructions
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
@@ -53,6 +54,10 @@ class Memorisation:
     found: float  # share of these copies whose nearest training image is their original
     distances: Float[Tensor, " n"]  # from each sample to its nearest training image
     nearest: Int64[Tensor, " n"]  # index of that image
+
+    def to_dict(self) -> dict[str, float]:
+        planted = {"planted_copies_closer": self.copies, "planted_copies_found": self.found}
+        return {"closer_to_training_than_held_out": self.closer, **planted}
 
 
 class Scorer:
@@ -139,24 +144,28 @@ class Scorer:
             )
         return scores
 
-    def memorisation(
-        self,
-        features: Features,
-        copies: Source,
-        originals: Int64[Tensor, " n"],
-        held_out: Source,
-        data: DataConfig,
-        codec: Codec,
-    ) -> Memorisation:
-        """Compare the distances of samples and of held-out images to their nearest training images.
+    def score_rows(
+        self, rows: Sequence[tuple[Sequence[Source], Sequence[str]]], reference: Reference
+    ) -> tuple[list["Row"], Features]:
+        """Score rows of the table, given as trials and metrics, and also return the features of the first trial."""
+        features = None
+        summaries = []
+        for trials, metrics in rows:
+            scores = []
+            for source in trials:
+                trial_scores, trial_features = self.score(source, reference, metrics)
+                scores.append(trial_scores)
+                features = features or trial_features
+            summaries.append(summarise(trials[0], scores))
+        assert features is not None
+        return summaries, features
+
+    def memorisation(self, features: Features, controls: Controls, data: DataConfig, codec: Codec) -> Memorisation:
+        """Compare the distances of samples, given by their features, and of held-out images to their nearest training
+        images.
 
         All images pass through the codec, so that its artefacts do not matter: training images are decoded from the
         posterior's mean, copies and held-out images from a sample of the posterior.
-
-        Args:
-            features: of the samples
-            copies: training images to test whether copies are detected
-            originals: their indices in the training split
         """
         train: Any = self.reference(data, "train", codec).features.features
 
@@ -169,12 +178,12 @@ class Scorer:
             return self.extract(reconstructions(source, codec, self.accelerator.device, seed=self.evaluation.seed))
 
         distances, indices = find_nearest(features)
-        copy_distances, copy_indices = find_nearest(through_codec(copies))
-        held_out_distances, _ = find_nearest(through_codec(held_out))
+        copy_distances, copy_indices = find_nearest(through_codec(controls.copies))
+        held_out_distances, _ = find_nearest(through_codec(controls.held_out))
         return Memorisation(
             closer=share_of_pairs_closer(distances, held_out_distances),
             copies=share_of_pairs_closer(copy_distances, held_out_distances),
-            found=(copy_indices == originals).double().mean().item(),
+            found=(copy_indices == controls.originals).double().mean().item(),
             distances=distances,
             nearest=indices,
         )

@@ -176,31 +176,30 @@ def from_checkpoint(
     evaluation: EvaluationConfig,
     codec: Codec,
     accelerator: Accelerator,
-    *,
     num_trials: int,
-    num_reference: int,
-    held_out: ImageSet | None,
+    reference: ImageSet | UInt8[Tensor, "n 3 h w"] | None,
 ) -> list[list[Source]]:
     """Samples of a checkpoint: for each of the sampling `settings` a list of trials with consecutive seeds.
 
     Args:
         settings: overrides of the checkpoint's sampling settings
         num_trials: sources per setting
-        num_reference: default number of samples
-        held_out: the reference, unless it is a file; their labels are used under `--labels reference`
+        reference: the images of the reference, if there are any: by default, there are as many samples, and
+            `--labels reference` takes the labels of held-out images
     """
     diffusion, defaults = checkpoint.build_diffusion(), checkpoint.config.sampling
     resolved = [
         resolve_sampling(defaults, diffusion, checkpoint.num_guided, say=accelerator.print, **overrides)
         for overrides in settings
     ]
-    num, num_classes = evaluation.num_samples or num_reference, len(checkpoint.classes)
+    num_reference, num_classes = 0 if reference is None else len(reference), len(checkpoint.classes)
+    num = evaluation.num_samples or num_reference
     if evaluation.labels == "balanced" and num < num_classes:
         warning = f"--num_samples {num}: of {num_classes} classes the first {num} alone are drawn and held against all"
         accelerator.print(f"{warning}; --labels random draws of all, as does --labels reference")
     reference_labels = None
-    if held_out is not None and evaluation.labels == "reference" and checkpoint.classes:
-        reference_labels = map_labels(held_out.labels, held_out.classes, checkpoint.classes, "--labels reference")
+    if isinstance(reference, ImageSet) and evaluation.labels == "reference" and checkpoint.classes:
+        reference_labels = map_labels(reference.labels, reference.classes, checkpoint.classes, "--labels reference")
     model = checkpoint.load_model(accelerator.device)
     provenance: dict[str, Any] = {"checkpoint": checkpoint.path.as_posix(), "model": checkpoint.spec.name}
     provenance |= {"step": checkpoint.step, "trained_at_commit": checkpoint.commit, "labels": evaluation.labels}

@@ -103,12 +103,15 @@ def _put_back(folder: Path) -> None:
 class Best:
     """The best value of a metric so far and its step. The state is saved in checkpoints."""
 
+    metric: str | None = None  # its name in the log; None if no checkpoint is the best
+    lower: bool = True  # whether lower values are better
     value: float | None = None
     step: int | None = None
 
-    def improves(self, value: float, step: int, *, lower: bool) -> bool:
-        """Record the value if it is the best so far (the lowest one if `lower`), and return whether it is."""
-        if math.isfinite(value) and (self.value is None or (value < self.value if lower else value > self.value)):
+    def improves(self, value: float, step: int) -> bool:
+        """Record the value if it is the best so far, and return whether it is."""
+        better = self.value is None or (value < self.value if self.lower else value > self.value)
+        if math.isfinite(value) and better:
             self.value, self.step = value, step
             return True
         return False

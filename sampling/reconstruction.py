@@ -13,7 +13,7 @@ from data.subsets import map_labels
 from diffusion.samplers import randn_like
 from machine.randomness import generator_for
 from sampling.generation import Generator
-from sampling.image_files import save_grid
+from sampling.grids import save_grid
 
 
 def draw_reconstructions(

@@ -96,7 +96,7 @@ def newest_picture(run: Path) -> Path | None:
     record their weights; the newer file is then chosen by its time, which a copy of the run may have changed."""
     from checkpoints.checkpoint import WEIGHTS, CheckpointError, read_metadata
     from machine.checkpoint_folder import by_step, list_checkpoints
-    from sampling.image_files import read_weights_hash
+    from sampling.grids import read_weights_hash
 
     pictures = [*[*by_step(run / "samples", ".png").values()][-1:], *run.glob("samples.png")]
     checkpoints = list_checkpoints(run / "checkpoints")

@@ -60,7 +60,7 @@ def main(config: SegmentConfig) -> None:
     from data.shapes import ShapesDataset
     from evaluation.table import terminal
     from models import create_model
-    from sampling.image_files import save_grid
+    from sampling.grids import save_grid
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options: Any = {"image_size": config.image_size, "difficulty": config.difficulty}

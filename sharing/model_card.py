@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints.checkpoint import WEIGHTS, Checkpoint, read_metadata, read_tensors, save_tensors
 from evaluation.table import code, markdown, plain
 from experiment.config import SamplingConfig
-from sampling.image_files import read_weights_hash
+from sampling.grids import read_weights_hash
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
 # Settings that hold a path, and settings whose values are names even where they contain a slash.

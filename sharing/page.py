@@ -15,7 +15,7 @@ from gradio.context import LocalContext
 from checkpoints.checkpoint import Checkpoint
 from diffusion.samplers import AVERAGES, num_steps_for, samplers_for
 from sampling.checks import resolve_sampling
-from sampling.image_files import draw_grid
+from sampling.grids import draw_grid
 from sharing.studio import LENGTH, MOST_IMAGES, MOST_STEPS, Request, Studio
 
 MOST_RUNS = 3  # checkpoints side by side

@@ -15,7 +15,6 @@ from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, 
 from checkpoints.training_state import TrainingState, copy_checkpoint, resume
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, OptimConfig
 from machine.checkpoint_folder import (
-    Best,
     CheckpointError,
     checkpoint_path,
     checkpoint_to_resume,
@@ -26,7 +25,7 @@ from machine.checkpoint_folder import (
 )
 from models import ModelSpec
 from training.guard import Guard
-from training.inspection import check_best
+from training.inspection import open_best
 from training.optimizer import build_optimizer
 
 SPEC = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3)
@@ -368,15 +367,15 @@ def test_nothing_to_resume(tmp_path):
 def test_the_best_is_the_lowest_or_the_highest_as_the_metric_has_it():
     config, score = LogConfig(best="precision", evaluate_every=5), EvaluationConfig(extractor="colors.pt2")
     for name, kept in {"precision": 2, "frechet_distance[colors]": 1, "classifier_score[colors]": 2}.items():
-        best, lower = Best(), check_best(replace(config, best=name), score)
+        best = open_best(replace(config, best=name), score)
         for step, value in enumerate((0.2, 0.1, 0.3)):
-            best.improves(value, step, lower=lower)
+            best.improves(value, step)
         assert best.step == kept
     for best, words in {"fid": "there are validation_loss, frechet_distance.colors", "loss": "not measured"}.items():
         with pytest.raises(ValueError, match=f"--log.best {best}: .*{words}"):
-            check_best(replace(config, best=best), score)
+            open_best(replace(config, best=best), score)
     with pytest.raises(ValueError, match=r"--log\.best recall: it is never measured; set --log.evaluate_every"):
-        check_best(LogConfig(best="recall"), score)
+        open_best(LogConfig(best="recall"), score)
 
 
 def test_results_of_older_or_other_weights_are_marked_with_their_name(saved, tmp_path):

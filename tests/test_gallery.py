@@ -14,7 +14,7 @@ from processes import script
 from safetensors.torch import save_file
 
 from checkpoints.checkpoint import WEIGHTS
-from sampling.image_files import save_grid
+from sampling.grids import save_grid
 
 GALLERY = script("scripts/gallery.py")
 pytestmark = pytest.mark.filterwarnings("ignore:Glyph")

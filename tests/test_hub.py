@@ -18,7 +18,7 @@ from processes import script
 from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
 from checkpoints.hub import HubError, resolve_to_file
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
-from sampling.image_files import read_weights_hash, save_grid
+from sampling.grids import read_weights_hash, save_grid
 from sharing.model_card import card_files, format_sampling, model_card, to_half, without_paths
 
 PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")

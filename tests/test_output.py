@@ -23,7 +23,8 @@ from diffusion import GaussianDiffusion, sample
 from machine.atomic_files import atomic_path, unused_path, write_atomic
 from sampling import generation
 from sampling.generation import Generator
-from sampling.image_files import save_folder, save_grid, save_npz
+from sampling.grids import save_grid
+from sampling.image_files import save_folder, save_npz
 from sampling.labels import resolve_classes
 
 SAMPLE = script("sample.py")

@@ -16,7 +16,7 @@ from autoencoders.codec import create_codec
 from checkpoints.averages import EMA
 from checkpoints.training_state import TrainingState
 from experiment.config import ExperimentConfig, LogConfig, TrainConfig
-from machine.checkpoint_folder import find_damage, list_checkpoints
+from machine.checkpoint_folder import Best, find_damage, list_checkpoints
 from training import run as run_module
 from training.guard import Guard
 from training.run import open_run
@@ -42,7 +42,7 @@ def train(tmp_path, monkeypatch):
             layer = torch.nn.Linear(1, 1)
             optimizer, guard = torch.optim.AdamW(layer.parameters()), Guard(patience=2)
             state = TrainingState({"model": layer}, {"optimizer": optimizer}, EMA(layer, 0.9))
-            run.begin(state, {"model": guard}, due, 6, best="score", keep_every=run.config.log.keep_every)
+            run.begin(state, {"model": guard}, due, 6, best=Best("score"), keep_every=run.config.log.keep_every)
             for step in run.steps():
                 if guard.passes(norm_of(run, step)):
                     layer.weight.data += 1

@@ -22,6 +22,7 @@ from autoencoders.codec import create_codec
 from checkpoints.checkpoint import metadata_of, open_checkpoint
 from data.shapes import ShapesDataset
 from data.subsets import map_labels
+from evaluation.baselines import Controls
 from evaluation.record import notes, write_json
 from evaluation.scoring import Scorer, summarise
 from evaluation.sources import Source, from_dataset, from_images, matching_images, read_samples, reconstructions
@@ -36,7 +37,7 @@ from metrics.scores import METRICS, column_title
 from sampling.generation import Generator
 from sampling.labels import resolve_classes
 from sharing.studio import Studio
-from training.inspection import check_best
+from training.inspection import open_best
 
 CPU = torch.device("cpu")
 DATA = DataConfig(num_images=60, image_size=32, difficulty="hard")
@@ -102,7 +103,9 @@ def test_planted_copies_are_found_and_unseen_images_are_not_taken_for_copies(tmp
     for name, dataset in (("copies", shapes("train")), ("unseen", shapes("test", 400))):
         source = reconstructions(from_dataset(dataset, name, 40, seed=5), codec, CPU, seed=7)
         copies, (unseen, _) = matching_images(source, train, "", ""), matching_images(source, test, "", "")
-        found[name] = scorer.memorisation(scorer.extract(source), *copies, unseen, DATA, codec)
+        found[name] = scorer.memorisation(
+            scorer.extract(source), Controls(from_dataset(train, ""), *copies, unseen), DATA, codec
+        )
     assert found["copies"].closer > 0.95
     assert 0.3 < found["unseen"].closer < 0.7
     for each in found.values():
@@ -209,7 +212,7 @@ def test_a_registered_metric_is_scored_reported_and_selects_the_best_checkpoint(
         assert "| samples   | gap | light  |" in capsys.readouterr().out
         assert column_title("gap") == "gap of means ↓"
         scoring = EvaluationConfig(extractor=str(thumbnail), metrics=["gap", "light"])
-        assert [check_best(LogConfig(best=name, evaluate_every=1), scoring) for name in ("gap", "light")] == [
+        assert [open_best(LogConfig(best=name, evaluate_every=1), scoring).lower for name in ("gap", "light")] == [
             True,
             False,
         ]

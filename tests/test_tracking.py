@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sampling.image_files import save_grid
-from training.log import Log, draw_curve, draw_progress
+from sampling.grids import save_grid
+from training.curves import draw_curve, draw_progress
+from training.log import Log
 
 
 def test_pictures_that_cannot_be_drawn_are_reported(tmp_path, capsys):

@@ -17,22 +17,23 @@ from evaluation.scoring import Reference, Scorer
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
 from machine.accelerator import indices_of_process
-from machine.checkpoint_folder import by_step
+from machine.checkpoint_folder import Best, by_step
 from machine.randomness import generator_for
 from metrics.extractors import kind_and_name
 from metrics.scores import is_lower_better, metric_name
 from sampling.generation import Generator, generate
 from sampling.labels import balanced_labels, sample_labels
 from training.batches import Batch
-from training.log import draw_progress, is_due
+from training.curves import draw_progress
+from training.log import is_due
 from training.objective import Objective
 from training.run import Run
 
 
-def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
-    """Return whether lower values of `log.best` are better. Raises ValueError if this training does not measure it."""
+def open_best(log: LogConfig, evaluation: EvaluationConfig) -> Best:
+    """Create the record of `log.best`. Raises ValueError if this training does not measure it."""
     if log.best is None:
-        return True
+        return Best()
     extractor = kind_and_name(evaluation.extractor)
     names = ["validation_loss", *(metric_name(metric, *extractor) for metric in evaluation.metrics)]
     if log.best not in names:
@@ -40,7 +41,7 @@ def check_best(log: LogConfig, evaluation: EvaluationConfig) -> bool:
     needed = "validate_every" if log.best == "validation_loss" else "evaluate_every"
     if not getattr(log, needed) > 0:
         raise ValueError(f"--log.best {log.best}: it is never measured; set --log.{needed} to a number of steps")
-    return bool(is_lower_better(log.best))
+    return Best(log.best, lower=bool(is_lower_better(log.best)))
 
 
 @dataclass(frozen=True)

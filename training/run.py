@@ -24,10 +24,11 @@ from machine.atomic_files import write_atomic
 from machine.background import Background
 from machine.checkpoint_folder import Best, checkpoint_to_resume, mark_best, rotate
 from machine.sharding import is_sharded
-from sampling.image_files import save_grid
+from sampling.grids import save_grid
+from training.curves import draw_curve, errors_as_warnings
 from training.guard import Guard
 from training.interruption import Interruption, Stopped
-from training.log import Log, draw_curve, errors_as_warnings, is_due
+from training.log import Log, is_due
 from training.meter import Meter
 from training.resumption import changed_metric, discard_later_results, start_or_resume
 
@@ -62,7 +63,7 @@ class Run(Generic[R]):
         self.config, self.checkpoint, self.interruption = config, checkpoint, interruption
         self.folder, self.accelerator = interruption.run, interruption.accelerator
         self.is_main, self.checkpoints = self.accelerator.is_main_process, self.folder / "checkpoints"
-        self.meter, self.best, self.writing = Meter(self.accelerator), Best(), Background()
+        self.meter, self.writing = Meter(self.accelerator), Background()
         self.step = 0  # number of optimizer steps taken
         self.identity: dict[str, Mapping[str, Any]] = {}
         self._saved: int | None = None  # step of the newest checkpoint, which may not be written completely yet
@@ -85,8 +86,7 @@ class Run(Generic[R]):
         due: Callable[[int, int], Sequence[Inspection]],
         num_steps: int,
         *,
-        best: str | None = None,
-        lower_is_best: bool = True,
+        best: Best | None = None,
         keep_every: int = 0,
         **metadata: Any,
     ) -> None:
@@ -97,13 +97,12 @@ class Run(Generic[R]):
             guards: one for each trained network, by its name
             due: returns the inspections after a step, given the step and the total number
             num_steps: total number of steps
-            best: value by which the best checkpoint is kept
-            lower_is_best: whether lower values of it are better
+            best: the metric by which the best checkpoint is kept
             keep_every: keep all checkpoints at multiples of this step
             metadata: further entries for checkpoints
         """
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
-        self.best_metric, self.lower_is_best, self.keep_every = best, lower_is_best, keep_every
+        self.best, self.keep_every = best or Best(), keep_every
         self.metadata = metadata_of(self.config, self.step, self.identity, **metadata)  # now, as the code may change
         named_guards = {f"guard.{name}": guard for name, guard in guards.items()}
         training.others.update({"meter": self.meter, "best": self.best, **named_guards})
@@ -196,8 +195,8 @@ class Run(Generic[R]):
         self._inspected = True
         if measured:
             self.log.write(self.step, **measured)
-        value = measured.get(self.best_metric or "")
-        if value is not None and may_save and self.best.improves(value, self.step, lower=self.lower_is_best):
+        value = measured.get(self.best.metric or "")
+        if value is not None and may_save and self.best.improves(value, self.step):
             self.save()
             if self.is_main:
                 self.writing.start(partial(mark_best, self.checkpoints, self.step))

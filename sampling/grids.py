@@ -1,0 +1,110 @@
+"""Grids of images, with names or captions, as pictures."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from machine.atomic_files import atomic_path
+
+SMALL, LARGE = ImageFont.load_default(size=9), ImageFont.load_default(size=22)
+GAP = 2  # pixels between images
+DRAWN_BY = "weights_sha256"  # text chunk of a PNG: hash of the weights that generated the images
+Names = list[str] | None
+
+
+def save_grid(
+    images: UInt8[Tensor, "n 3 h w"], path: Path, *, columns: int, weights: str | None = None, **names: Names
+) -> None:
+    """Save a grid (see `draw_grid`) as PDF, or as PNG, which records the hash of the `weights` that generated it."""
+    metadata = PngInfo()
+    if weights is not None:
+        metadata.add_text(DRAWN_BY, weights)
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0, "pnginfo": metadata}  # quality: of the JPEG in a PDF
+    with atomic_path(path) as partial:
+        draw_grid(images, columns, **names).save(partial, **options)
+
+
+def read_weights_hash(path: Path) -> str | None:
+    """Read the hash of the weights that generated a grid, if it is recorded."""
+    with suppress(OSError), Image.open(path, formats=("PNG",)) as image:
+        return image.info.get(DRAWN_BY)
+    return None
+
+
+def draw_grid(
+    images: UInt8[Tensor, "n 3 h w"], columns: int, *, column_names: Names = None, captions: Names = None
+) -> Image.Image:
+    """Draw images row by row, with a name above each column or a caption under each image."""
+    height, width = images.shape[-2:]
+    scale = max(1, 64 // width)
+    height, width = height * scale, width * scale
+    columns = min(columns, len(images))
+    header, caption_height = 14 if column_names else 0, 12 if captions else 0
+    step_x, step_y = width + GAP, height + caption_height + GAP
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * step_x + GAP, rows * step_y + header + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, name in enumerate(column_names or []):
+        draw.text((column * step_x + 4, 2), name, fill="black", font=SMALL)
+    for index, image in enumerate(images):
+        left, top = GAP + index % columns * step_x, GAP + header + index // columns * step_y
+        canvas.paste(_to_pil(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        if captions:
+            draw.text((left, top + height), _shorten(captions[index], width), fill="black", font=SMALL)
+    return canvas
+
+
+def tile(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "height width c"]:
+    """Tile images row by row, separated by white gaps, which are transparent if there is a fourth channel."""
+    n, h, w, channels = images.shape
+    columns = min(columns, n)
+    tiles = np.full((-(-n // columns) * columns, h + GAP, w + GAP, channels), [255, 255, 255, 0][:channels], np.uint8)
+    tiles[:n, :h, :w] = images
+    return rearrange(tiles, "(rows columns) h w c -> (rows h) (columns w) c", columns=columns)[:-GAP, :-GAP]
+
+
+def save_labelled(
+    rows: list[tuple[str, list[UInt8[np.ndarray, "h w 3"]]]], columns: list[str], path: Path, scale: int = 2
+) -> None:
+    """Save a PNG for a paper, with the names of rows at the left and of columns above."""
+    left = int(max(label_width(name) for name, _ in rows)) + 20 if any(name for name, _ in rows) else 4
+    top = 36 if columns else 4
+    height, width = (scale * side for side in rows[0][1][0].shape[:2])
+    step_x, step_y = width + 12, height + (12 if columns else 2 * GAP)
+    canvas = Image.new("RGB", (left + step_x * len(rows[0][1]), top + step_y * len(rows)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, name in enumerate(columns):
+        draw.text((left + column * step_x + width / 2, top / 2), name, "black", LARGE, anchor="mm")
+    for row, (name, blocks) in enumerate(rows):
+        y = top + row * step_y
+        draw.text((left - 12, y + height / 2), display_name(name), "black", LARGE, anchor="rm")
+        for column, block in enumerate(blocks):
+            image = Image.fromarray(block).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(image, (left + column * step_x, y))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+def display_name(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def label_width(name: str) -> float:
+    return LARGE.getlength(display_name(name))
+
+
+def _to_pil(image: UInt8[Tensor, "3 h w"]) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def _shorten(text: str, width: int) -> str:
+    while SMALL.getlength(text) > width:
+        text = text[:-1]
+    return text

@@ -1,0 +1,72 @@
+"""Pictures of a run: its losses, and the progress of its samples."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from machine.checkpoint_folder import by_step
+
+
+@contextmanager
+def errors_as_warnings(what: object) -> Iterator[None]:
+    """Context that turns an error into a warning, so that a plot that fails does not stop a training."""
+    try:
+        yield
+    except Exception as error:  # fonts, texts and foreign files fail in many ways
+        print(f"warning: {what} is left out: {error}", flush=True)
+
+
+@errors_as_warnings("loss.png")
+def draw_curve(run: Path) -> None:
+    """Plot training and validation loss over the steps as `loss.png`."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(6, 3.5))
+    axes = figure.add_axes((0.16, 0.14, 0.81, 0.77))  # fixed, as an automatic layout would double the time
+    lowest = 1.0
+    for name, label in (("loss", "training"), ("validation_loss", "held-out images, averaged weights")):
+        points = [(event["step"], event[name]) for event in events if name in event]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if len(points) < 20 else "")
+            lowest = min(lowest, *(loss for _, loss in points))
+    axes.set(xlabel="step", ylabel="loss")
+    if lowest > 0:  # an autoencoder's loss may be negative
+        axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(LogFormatter())  # plain numbers, as typesetting powers of ten would double the time
+    axes.set_title(run.name, y=1.0, parse_math=False)  # a fixed position, as finding one measures all tick labels
+    if axes.lines:
+        axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(run / "loss.png", dpi=150)
+
+
+@errors_as_warnings("progress.png")
+def draw_progress(run: Path, at_most: int = 10) -> None:
+    """Combine a run's sample grids, which share their noise, in `progress.gif`, and up to `at_most` of them in
+    `progress.png`."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, left = ImageFont.load_default(size=11), 80
+    frames = []
+    for step, path in by_step(run / "samples", ".png").items():
+        with errors_as_warnings(path), Image.open(path, formats=("PNG",)) as grid:
+            frame = Image.new("RGB", (grid.width + left, grid.height), "white")
+            frame.paste(grid, (left, 0))
+            ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {step}", fill="black", font=font)
+            frames.append(frame)
+
+    durations = [500] * (len(frames) - 1) + [2000]  # in milliseconds; the last frame stays longer
+    frames[0].save(run / "progress.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+    num = min(at_most, len(frames))
+    shown = [frames[round(index * (len(frames) - 1) / max(1, num - 1))] for index in range(num)]
+    canvas = Image.new("RGB", (max(frame.width for frame in shown), sum(frame.height for frame in shown)), "white")
+    top = 0
+    for frame in shown:
+        canvas.paste(frame, (0, top))
+        top += frame.height
+    canvas.save(run / "progress.png")
