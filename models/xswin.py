@@ -188,44 +188,37 @@ class XSwin(Backbone):
         augment_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.input_size = height, width = check_input_size(input_size, patch_size)
+        self.input_size = check_input_size(input_size, patch_size)
         if len(depths) != len(num_heads) or not depths:
             raise ValueError(f"depths={list(depths)} and num_heads={list(num_heads)} must be of one length")
         if neighbourhood is not None and neighbourhood % 2 == 0:
             raise ValueError(f"neighbourhood={neighbourhood} must be an odd number of tokens; None is shifted windows")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path={drop_path} must lie in [0, 1)")
         check_choice("skip", skip, SKIPS)
         check_choice("stem", stem, STEMS)
         check_choice("conv_norm", conv_norm, CONV_NORMS)
         check_choice("conditioning", conditioning, INJECTIONS)
-        if conditioning == "none" and num_classes:
-            raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
-        if conditioning == "none" and second_time:
-            raise ValueError("conditioning=none leaves times no place, and --diffusion.kind tells two: take another")
-        if conditioning == "none" and augment_dim:
-            raise ValueError("conditioning=none leaves changes of images no place: --train.augment 0, or another one")
+        if conditioning == "none":
+            check_unconditional(num_classes, second_time=second_time, augment_dim=augment_dim)
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
         self.injection = injection = Injection(conditioning, dim)
         style = BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp)
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path={drop_path} must lie in [0, 1)")
-        rates = torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist()
+        shared = {"injection": injection, "style": style, "mlp_ratio": mlp_ratio}
+        swin_block = partial(SwinBlock, window_size=window_size, neighbourhood=neighbourhood, **shared)
 
-        global_block = partial(GlobalBlock, injection=injection, style=style, mlp_ratio=mlp_ratio)
-        swin_block = partial(
-            SwinBlock,
-            injection=injection,
-            style=style,
-            window_size=window_size,
-            neighbourhood=neighbourhood,
-            mlp_ratio=mlp_ratio,
-        )
+        def make_blocks(width: int, heads: int, rates: Sequence[float], first: int = 0) -> list[SwinBlock]:
+            """Blocks of a stage, one for each rate, from the `first` on; every second one shifts its windows."""
+            numbers = range(first, len(rates))
+            return [swin_block(width, heads, shifted=n % 2 == 1, drop_path=rates[n]) for n in numbers]
 
-        def make_blocks(depth: int, width: int, heads: int, rates: list[float], first: int = 0) -> list[SwinBlock]:
-            """Blocks `first` to `depth` of a stage; every second one shifts its windows."""
-            return [swin_block(width, heads, shifted=n % 2 == 1, drop_path=rates[n]) for n in range(first, depth)]
+        num_stages, rates = len(depths), torch.linspace(0, drop_path, 2 * sum(depths), device="cpu")
+        rates_of_stages = [stage.tolist() for stage in rates.split([*depths, *reversed(depths)])]
+        widths = [dim * 2**level for level in range(num_stages)]
+        merged = [True] * (num_stages - 1) + [final_downsample]  # whether patch merging follows a stage
 
-        widths = [dim * 2**level for level in range(len(depths))]
+        # Conditioning, stem, patch embedding.
         if conditioning == "none":
             self.cond = NoConditioning()
         else:
@@ -235,32 +228,32 @@ class XSwin(Backbone):
         self.patch = nn.Conv2d(self.stem_in.out_channels, dim, patch_size, stride=patch_size)
         self.patch_norm = style.make_norm(dim)
 
+        # Encoder.
         self.encoder, self.merges = nn.ModuleList(), nn.ModuleList()
-        for level, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
-            stage_rates, rates = rates[:depth], rates[depth:]
-            self.encoder.append(EncoderStage(make_blocks(depth, widths[level], heads, stage_rates)))
-            merged = level < len(depths) - 1 or final_downsample
-            self.merges.append(PatchMerging(widths[level], injection, style) if merged else PassThrough())
+        for level, width in enumerate(widths):
+            self.encoder.append(EncoderStage(make_blocks(width, num_heads[level], rates_of_stages[level])))
+            self.merges.append(PatchMerging(width, injection, style) if merged[level] else PassThrough())
 
-        factor = patch_size * 2 ** (len(depths) - (not final_downsample))
-        middle_dim = widths[-1] * (2 if final_downsample else 1)
-        grid = -(-height // factor), -(-width // factor)
+        # Bottleneck.
+        factor, middle_dim = patch_size * 2 ** sum(merged), widths[-1] * (2 if final_downsample else 1)
+        grid = [-(-side // factor) for side in self.input_size]
         self.register_buffer("positions", sincos_2d(middle_dim, *grid), persistent=False)
-        self.middle = nn.ModuleList(global_block(middle_dim, num_heads[-1]) for _ in range(num_global_blocks))
+        blocks = [GlobalBlock(middle_dim, num_heads[-1], **shared) for _ in range(num_global_blocks)]
+        self.middle = nn.ModuleList(blocks)
 
+        # Decoder.
         self.expands, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for level in reversed(range(len(depths))):
-            depth, heads, width = depths[level], num_heads[level], widths[level]
-            stage_rates, rates = rates[:depth], rates[depth:]
-            merged = level < len(depths) - 1 or final_downsample
-            self.expands.append(PatchExpanding(2 * width, injection, style) if merged else PassThrough())
+        for level in reversed(range(num_stages)):
+            width, heads, stage_rates = widths[level], num_heads[level], rates_of_stages[-1 - level]
+            self.expands.append(PatchExpanding(2 * width, injection, style) if merged[level] else PassThrough())
             skip_layer = SKIPS[skip](width, heads, injection, style, window_size)
             joint_width = width + skip_layer.dim
-            wide = make_blocks(1, joint_width, heads * joint_width // width, stage_rates)[0] if wide_decoder else None
-            blocks = make_blocks(depth, width, heads, stage_rates, first=int(wide_decoder))
+            wide = make_blocks(joint_width, heads * joint_width // width, stage_rates[:1])[0] if wide_decoder else None
+            blocks = make_blocks(width, heads, stage_rates, first=int(wide_decoder))
             stage = DecoderStage(skip_layer, wide, blocks, joint_width=joint_width, width=width, injection=injection)
             self.decoder.append(stage)
 
+        # Patches to pixels, stem, head.
         self.unpatch_modulator = injection.modulator(dim)
         self.unpatch = nn.ConvTranspose2d(dim, dim, patch_size, stride=patch_size)
         self.unpatch_norm = CONV_NORMS[conv_norm](dim)
@@ -268,6 +261,9 @@ class XSwin(Backbone):
         self.head_modulator = injection.modulator(self.stem_out.out_channels)
         self.head = nn.Conv2d(self.stem_out.out_channels, out_channels, 1)
         self.attentions = WindowAttentions([m.attention for m in self.modules() if isinstance(m, SwinBlock)])
+        self._initialise()
+
+    def _initialise(self) -> None:
         initialise_linears_(self, partial(nn.init.trunc_normal_, std=0.02))
         for module in self.modules():
             if isinstance(module, Modulator | Gate):
@@ -314,6 +310,16 @@ class XSwin(Backbone):
         x = self.unpatch_norm(self.unpatch(x))
         x = self.stem_out(torch.cat([x, stem], dim=1), cond)
         return self.head(modulate_image(self.head_modulator, x, cond))
+
+
+def check_unconditional(num_classes: int, *, second_time: bool, augment_dim: int) -> None:
+    """Raise `ValueError` if a backbone without conditioning is given something to condition on."""
+    if num_classes:
+        raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
+    if second_time:
+        raise ValueError("conditioning=none leaves times no place, and --diffusion.kind tells two: take another")
+    if augment_dim:
+        raise ValueError("conditioning=none leaves changes of images no place: --train.augment 0, or another one")
 
 
 MODELS = {
