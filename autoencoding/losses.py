@@ -152,6 +152,14 @@ class AutoencoderObjective:
         }
 
 
+def build_discriminator(
+    config: DiscriminatorConfig, device: torch.device
+) -> tuple[PatchDiscriminator, torch.optim.Optimizer]:
+    """Create the discriminator and its optimizer."""
+    critic = PatchDiscriminator(channels=config.channels, num_layers=config.num_layers, norm=config.norm).to(device)
+    return critic, torch.optim.AdamW(critic.parameters(), config.lr, (0.5, 0.9), weight_decay=0.0, fused=True)
+
+
 def build_objective(
     config: LossConfig, discriminator: DiscriminatorConfig, device: torch.device
 ) -> AutoencoderObjective:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -36,16 +37,15 @@ def train(run: Run[AutoencodingConfig]) -> None:
     import torch
 
     from autoencoding.image_stream import open_batches, open_held_out
-    from autoencoding.losses import PatchDiscriminator, build_objective
-    from autoencoding.model import Autoencoding, autoencoder_optimizers, build_autoencoder, export_autoencoder
-    from autoencoding.previews import Previews, reconstruction_psnr, select_images
+    from autoencoding.losses import build_discriminator, build_objective
+    from autoencoding.model import Autoencoding, autoencoder_optimizers, build_autoencoder
+    from autoencoding.previews import Previews
     from checkpoints.averages import EMA
-    from checkpoints.checkpoint import current_commit
     from checkpoints.training_state import TrainingState
     from data import summarize_splits
     from training.guard import Guard, gradient_norm
     from training.log import is_due
-    from training.optimizer import learning_rate
+    from training.optimizer import Optimizers, learning_rate
 
     # Open the images, and build networks and optimizers.
     config, accelerator, num_steps = run.config, run.accelerator, run.config.train.num_steps
@@ -53,15 +53,13 @@ def train(run: Run[AutoencodingConfig]) -> None:
     batches, held_out = open_batches(config, accelerator), open_held_out(config, accelerator)
     run.check_identity(train=batches.sources[0].describe(), test=held_out["images"].describe())
     accelerator.print(summarize_splits(batches.sources[0], held_out["images"]))
-    learned_variance, decoder_only, of_critic = config.loss.learned_variance, config.decoder_only, config.discriminator
+    learned_variance, of_critic = config.loss.learned_variance, config.discriminator
     autoencoder = build_autoencoder(config, run.checkpoint)
-    model = Autoencoding(autoencoder, learned_variance=learned_variance, decoder_only=decoder_only).to(device)
-    critic = PatchDiscriminator(channels=of_critic.channels, num_layers=of_critic.num_layers, norm=of_critic.norm)
-    critic = critic.to(device)
+    model = Autoencoding(autoencoder, learned_variance=learned_variance, decoder_only=config.decoder_only).to(device)
+    critic, critic_optimizer = build_discriminator(of_critic, device)
     objective = build_objective(config.loss, of_critic, device)
     optimizers = autoencoder_optimizers(model, config.optim)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), of_critic.lr, (0.5, 0.9), weight_decay=0.0, fused=True)
-    all_optimizers = {**optimizers, "discriminator": critic_optimizer}
+    all_optimizers = Optimizers(optimizers, discriminator=critic_optimizer)
     ema = EMA(model, config.train.ema_decay)
     prepared, prepared_critic = accelerator.prepare(model, critic)
     latent_shape = model.latent_shape(config.data.image_size)
@@ -92,9 +90,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
             order = run.rollbacks
             stream = run.meter.timed(batches(step, order))
         factor = learning_rate(config.optim, step, num_steps) / config.optim.lr
-        for optimizer in all_optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = factor * optimizer.defaults["lr"]
+        all_optimizers.scale_learning_rates(factor)
         images = (next(stream).to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
         # Update the autoencoder.
@@ -128,22 +124,30 @@ def train(run: Run[AutoencodingConfig]) -> None:
             skipped = {f"skipped_{name}": guard.skipped for name, guard in run.guards.items() if guard.skipped}
             run.write_means(**skipped, lr=factor * config.optim.lr, log_scale=model.log_scale.item())
 
-    # Measure the averaged weights and save them in diffusers' format.
+    # Everything is saved by now; measure the averaged weights and export them.
     accelerator.print(f"checkpoint:  {run.folder}/checkpoints/{run.step:08d}")
     run.inspect(previews.draw)
     accelerator.end_training()
-    if not run.is_main:
-        return
-    with run.interruption.at_once(can_save=True):
-        autoencoder = ema.model.autoencoder
-        psnr = {}
-        for name, images in held_out.items():
-            values = reconstruction_psnr(autoencoder, select_images(images, 1024), 64)
-            psnr |= {f"psnr_{name}": values.mean().item(), f"psnr_{name}_tenth": values.quantile(0.1).item()}
-        metrics = {**psnr, "steps": run.step, "config": config.to_dict(), "commit": current_commit()}
-        images, folder = select_images(batches.sources[0], 2048), run.folder / "autoencoder"
-        export_autoencoder(folder, autoencoder, images, metrics, measure=not decoder_only, half=config.half)
-    print(f"autoencoder: {run.folder}/autoencoder")
+    if run.is_main:
+        with run.interruption.at_once(can_save=True):
+            export(run, ema.model.autoencoder, batches.sources[0], held_out)
+
+
+def export(run: Run[AutoencodingConfig], autoencoder: Any, images: Any, held_out: Mapping[str, Any]) -> None:
+    """Write the autoencoder in diffusers' format, with its PSNR on held-out images. The scale and shift of its latents
+    are measured on training images, unless only the decoder was trained."""
+    from autoencoding.model import export_autoencoder
+    from autoencoding.previews import reconstruction_psnr, select_images
+    from checkpoints.checkpoint import current_commit
+
+    config, folder, psnr = run.config, run.folder / "autoencoder", {}
+    for name, dataset in held_out.items():
+        values = reconstruction_psnr(autoencoder, select_images(dataset, 1024), 64)
+        psnr |= {f"psnr_{name}": values.mean().item(), f"psnr_{name}_tenth": values.quantile(0.1).item()}
+    metrics = {**psnr, "steps": run.step, "config": config.to_dict(), "commit": current_commit()}
+    pixels, measure = select_images(images, 2048), not config.decoder_only
+    export_autoencoder(folder, autoencoder, pixels, metrics, measure=measure, half=config.half)
+    print(f"autoencoder: {folder}")
 
 
 if __name__ == "__main__":

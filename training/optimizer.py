@@ -39,6 +39,12 @@ class Optimizers(dict[str, torch.optim.Optimizer]):
         for group in [group for optimizer in self.values() for group in optimizer.param_groups]:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
+    def scale_learning_rates(self, factor: float) -> None:
+        """Set the learning rate of each optimizer to a multiple of the one that it was created with."""
+        for optimizer in self.values():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * optimizer.defaults["lr"]
+
     def step(self) -> None:
         for optimizer in self.values():
             optimizer.step()
