@@ -107,7 +107,7 @@ def train(run: Run[ExperimentConfig]) -> None:
             run.skip(guard, batches.source_indices(step, run.rollbacks))
         optimizers.zero_grad()
         if is_due(step + 1, config.log.every) or step + 1 == phase.end:
-            run.write_means(lr=lr, ema_drift=ema.drift(merged))
+            run.log_means(lr=lr, ema_drift=ema.drift(merged))
 
     # Sample a final grid; everything is saved by now.
     run.inspect(inspections.draw)

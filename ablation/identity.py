@@ -35,8 +35,8 @@ def stage_keys(config: ExperimentConfig, scoring: object, pictures: object) -> d
 
     Runs that differ only in how they sample or score share the key of their training.
     """
-    values, defaults = _relevant(config.to_dict()), _relevant(ExperimentConfig().to_dict())
-    differences = _differences(_with_contents(values), defaults)
+    values, defaults = _drop_irrelevant(config.to_dict()), _drop_irrelevant(ExperimentConfig().to_dict())
+    differences = _differences(_add_file_hashes(values), defaults)
     after_training = {name: differences.pop(name, {}) for name in ("sampling", "evaluation")}
     settings = {
         "train": differences,
@@ -116,7 +116,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List the dotted names of settings that differ between two configurations and may change a result."""
-    old, new = flatten(_relevant(before)), flatten(_relevant(now))
+    old, new = flatten(_drop_irrelevant(before)), flatten(_drop_irrelevant(now))
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
@@ -132,15 +132,15 @@ def _differences(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
     return differences
 
 
-def _with_contents(values: Any) -> Any:
+def _add_file_hashes(values: Any) -> Any:
     """Add the hashes of the files and weights that settings name, as a file may be replaced by another."""
     if isinstance(values, list):
-        return [_with_contents(value) for value in values]
+        return [_add_file_hashes(value) for value in values]
     if not isinstance(values, dict):
         return values
     paths = {name: value for name, value in values.items() if name in FILE_SETTINGS and isinstance(value, str)}
     hashes = {f"{name} by content": content for name, path in paths.items() if (content := _content_hash(path))}
-    return {name: _with_contents(value) for name, value in values.items()} | hashes
+    return {name: _add_file_hashes(value) for name, value in values.items()} | hashes
 
 
 def _content_hash(path: str) -> str | None:
@@ -152,7 +152,7 @@ def _content_hash(path: str) -> str | None:
     return None
 
 
-def _relevant(values: dict[str, Any]) -> dict[str, Any]:
+def _drop_irrelevant(values: dict[str, Any]) -> dict[str, Any]:
     """Drop the settings of a configuration that cannot change a result."""
     ignored = {"name", "resume", "imports"}  # the files that `imports` names are hashed as code
     values = {name: value for name, value in values.items() if name not in ignored}

@@ -154,7 +154,7 @@ def check_identity(
                 )
 
 
-def metadata_of(
+def make_metadata(
     config: RunConfig, step: int, identity: Mapping[str, Mapping[str, Any]] | None = None, **entries: Any
 ) -> dict[str, str]:
     """Return the metadata that make a file of averaged weights a checkpoint; for a backbone, `entries` are `spec` and
@@ -197,7 +197,7 @@ def warm_start(
     classes_differ = bool(classes and known) and list(classes) != known
     for name in (name for name in weights if classes_differ and name.endswith(LABELS) and name in state):
         if (len(state[name]), len(weights[name])) == (len(classes) + 1, len(known) + 1):
-            weights[name] = relabelled(state[name].cpu(), list(classes), weights[name], known)
+            weights[name] = map_label_rows(state[name].cpu(), list(classes), weights[name], known)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     matching = {name: tensor for name, tensor in weights.items() if shapes.get(name) == tensor.shape}
     if not matching:
@@ -237,7 +237,7 @@ def changed_meaning(diffusion: DiffusionConfig, metadata: Mapping[str, str]) -> 
     return [f"--diffusion.{name} {before[name]}" for name in now if name in before and before[name] != now[name]]
 
 
-def relabelled(
+def map_label_rows(
     table: Float[Tensor, "n d"], classes: list[str], known_table: Float[Tensor, "m d"], known: list[str]
 ) -> Float[Tensor, "n d"]:
     """Copy rows of another label embedding for classes of the same name, and for the null label, the last row."""

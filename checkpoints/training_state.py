@@ -121,14 +121,14 @@ def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return an optimizer's state as tensors named `<number of the parameter>.<name>`."""
-    state, numbers = optimizer.state_dict()["state"], _numbers_of(optimizer)
+    state, numbers = optimizer.state_dict()["state"], _parameter_numbers(optimizer)
     return {f"{numbers[index]}.{key}": value for index, entry in state.items() for key, value in entry.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Load what `optimizer_tensors` returned, sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index_of = {number: index for index, number in enumerate(_numbers_of(optimizer))}
+    index_of = {number: index for index, number in enumerate(_parameter_numbers(optimizer))}
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         number, key = name.split(".", 1)
@@ -138,7 +138,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _numbers_of(optimizer: torch.optim.Optimizer) -> list[int]:
+def _parameter_numbers(optimizer: torch.optim.Optimizer) -> list[int]:
     """Return the numbers that identify parameters in files, in the order of the groups: the entries `numbers` of the
     groups, or 0, 1, ..."""
     groups = optimizer.param_groups

@@ -37,7 +37,7 @@ def near_duplicates(names: Sequence[str], read: Callable[[str], Image.Image]) ->
         rows, columns = (hashes[start : min(start + 1024, num)] @ hashes.T >= min_product).nonzero().T
         rows = start + rows
         parts = zip(rows.split(8192), columns.split(8192), strict=True)
-        is_alike = torch.cat([_alike(images[row], images[column]) for row, column in parts])
+        is_alike = torch.cat([_are_duplicates(images[row], images[column]) for row, column in parts])
         pairs.append(torch.stack([rows, columns % num])[:, is_alike])
     rows, columns = torch.cat(pairs, dim=1).numpy()
     adjacency = coo_array((np.ones(len(rows)), (rows, columns)), shape=(num, num))
@@ -46,7 +46,7 @@ def near_duplicates(names: Sequence[str], read: Callable[[str], Image.Image]) ->
     return {name: names[int(first[group])] for name, group in zip(names, groups, strict=True) if sizes[group] > 1}
 
 
-def _alike(a: Int16[Tensor, "n h w"], b: Int16[Tensor, "n h w"]) -> Bool[Tensor, " n"]:
+def _are_duplicates(a: Int16[Tensor, "n h w"], b: Int16[Tensor, "n h w"]) -> Bool[Tensor, " n"]:
     """Whether pairs of small grey images with similar hashes are near-duplicates: either both are uneven in at least
     half of their pixels, or their greys are close wherever one of them is uneven."""
     is_uneven_a, is_uneven_b = (image.diff(dim=-1).flatten(1) != 0 for image in (a, b))

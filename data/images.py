@@ -66,15 +66,15 @@ class ImageDataset(ImageSet):
         self.source_name, self.split = self.source.path.name, split
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
-        layout = self._understand(classes, exclude_classes)
-        label_of = self._of_classes(layout, classes, exclude_classes)
+        layout = self._infer_layout(classes, exclude_classes)
+        label_of = self._select_classes(layout, classes, exclude_classes)
         if layout.splits and group_near_duplicates:
             has = f"{path} has a split of its own ({layout.note})"
             raise DataError(f"--data.group_near_duplicates true: {has}; leave it out")
         grouped = group_near_duplicates and split != "all"
         groups = self._near_duplicates(label_of, on_error) if grouped else None
-        in_split = self._of_split(layout, label_of, test_fraction, split_seed, groups)
-        self.names = self._usable(in_split, on_error, min_size)
+        in_split = self._select_split(layout, label_of, test_fraction, split_seed, groups)
+        self.names = self._drop_unusable(in_split, on_error, min_size)
 
         if not use_labels:
             self.classes = []
@@ -86,7 +86,7 @@ class ImageDataset(ImageSet):
         self.source_indices = torch.tensor([numbers[name] for name in self.names])
         self.source_hash = self._hash(layout)
 
-    def _understand(self, classes: Sequence[str], exclude_classes: Sequence[str]) -> Layout:
+    def _infer_layout(self, classes: Sequence[str], exclude_classes: Sequence[str]) -> Layout:
         files, beside = self.source, []
         try:
             if isinstance(files, Tars):
@@ -100,10 +100,10 @@ class ImageDataset(ImageSet):
         ignored = {"links to what is there already": files.repeated, "beside the shards": beside}
         self.left_out = ignored | layout.left_out
         if not layout.classes:
-            raise DataError(f"{self._flag}: no images in it; give a folder with one for each class{self._less()}")
+            raise DataError(f"{self._flag}: no images in it; give a folder with one for each class{self._exclusions()}")
         return layout
 
-    def _of_classes(self, layout: Layout, classes: Sequence[str], exclude_classes: Sequence[str]) -> dict[str, str]:
+    def _select_classes(self, layout: Layout, classes: Sequence[str], exclude_classes: Sequence[str]) -> dict[str, str]:
         """Set `self.classes` to the selected classes, and return the class of each of their images."""
         available = sorted({*layout.classes.values()} - {""})
         composed = {unicodedata.normalize("NFC", name): name for name in available}  # macOS decomposes file names
@@ -126,7 +126,7 @@ class ImageDataset(ImageSet):
         self._leave_out("of excluded classes", [name for name, label in layout.classes.items() if label in excluded])
         return {name: label for name, label in layout.classes.items() if label not in excluded}
 
-    def _of_split(
+    def _select_split(
         self,
         layout: Layout,
         label_of: Mapping[str, str],
@@ -148,20 +148,20 @@ class ImageDataset(ImageSet):
             raise DataError(f"{self._flag}: class '{min(untrained)}' has held-out images and none to train on")
         return [name for name in label_of if self.split == "all" or (name in held_out) == (self.split == "test")]
 
-    def _usable(self, names: list[str], on_error: str, min_size: int) -> list[str]:
+    def _drop_unusable(self, names: list[str], on_error: str, min_size: int) -> list[str]:
         if on_error == "skip":
             names = self._filter(names, self._is_readable, "damaged")
         if min_size:
             names = self._filter(names, lambda name: min(self._size(name)) >= min_size, f"smaller than {min_size}")
         if not names:
-            raise DataError(f"{self._flag}: no images left in the {self.split} split{self._less()}")
+            raise DataError(f"{self._flag}: no images left in the {self.split} split{self._exclusions()}")
         return names
 
     def _refuse_empty_classes(self, remaining: set[str]) -> None:
         """Raise `DataError` for a class without images, as the model could not learn it."""
         if empty := {*self.classes} - remaining:
             raise DataError(
-                f"{self._flag}: class '{min(empty)}' has no images left in the {self.split} split{self._less()}; "
+                f"{self._flag}: class '{min(empty)}' has no images left in the {self.split} split{self._exclusions()}; "
                 f"--data.exclude_classes '[{min(empty)}]'"
             )
 
@@ -174,7 +174,7 @@ class ImageDataset(ImageSet):
         return hashlib.sha256(f"{files}\n{labels}".encode()).hexdigest()
 
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        return self._read(self.names[index])
+        return self._decode_pixels(self.names[index])
 
     def num_enlarged(self) -> int:
         """Count images smaller than `image_size`, by their headers."""
@@ -185,14 +185,14 @@ class ImageDataset(ImageSet):
         for name in tqdm(self.names, desc="measuring images", leave=False):
             yield name, self._size(name)
 
-    def _read(self, name: str) -> Tensor:
-        pixels = self._of_image(name, lambda image: np.array(fit(to_rgb(image), self.image_size)))
+    def _decode_pixels(self, name: str) -> Tensor:
+        pixels = self._decode(name, lambda image: np.array(fit(to_rgb(image), self.image_size)))
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _size(self, name: str) -> tuple[int, int]:
-        return self._of_image(name, lambda image: image.size)
+        return self._decode(name, lambda image: image.size)
 
-    def _of_image(self, name: str, read: Callable[[Image.Image], T]) -> T:
+    def _decode(self, name: str, read: Callable[[Image.Image], T]) -> T:
         try:
             with open_image(self.source.read(name)) as image:
                 return read(image)
@@ -204,7 +204,7 @@ class ImageDataset(ImageSet):
 
     def _is_readable(self, name: str) -> bool:
         try:
-            self._read(name)
+            self._decode_pixels(name)
         except DataError:
             return False
         return True
@@ -213,7 +213,7 @@ class ImageDataset(ImageSet):
         key = content_hash(self.source, list(names))
         if key not in _NEAR_DUPLICATES:
             readable = [name for name in names if on_error == "stop" or self._is_readable(name)]
-            _NEAR_DUPLICATES[key] = near_duplicates(readable, lambda name: self._of_image(name, to_rgb))
+            _NEAR_DUPLICATES[key] = near_duplicates(readable, lambda name: self._decode(name, to_rgb))
         return _NEAR_DUPLICATES[key]
 
     def _filter(self, names: list[str], accept: Callable[[str], bool], reason: str) -> list[str]:
@@ -225,7 +225,7 @@ class ImageDataset(ImageSet):
     def _leave_out(self, reason: str, names: Sequence[str]) -> None:
         self.left_out = {**self.left_out, reason: names}
 
-    def _less(self) -> str:
+    def _exclusions(self) -> str:
         """List what was left out, to end an error message."""
         parts = [
             f"{len(names)} {reason} ({join_abridged(names, 3)})" for reason, names in self.left_out.items() if names

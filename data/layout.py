@@ -51,7 +51,7 @@ def infer_layout(
         classes: those to include, all by default; a class folder may lie in another only if one of them is left out
         exclude_classes: those to leave out
     """
-    images, tables, left_out = _by_kind(names)
+    images, tables, left_out = _sort_by_kind(names)
     root, paths, loose = _common_folder({name: name for name in images})
     splits, notes = None, [f"in {root}"] if root else []
     if levels := _levels(paths.values()):
@@ -71,7 +71,7 @@ def infer_layout(
 
     labels = {name: posixpath.dirname(path) for name, path in paths.items()}
     if tables and len({*labels.values()}) <= 1:
-        labels = _labels(tables, read, labels)
+        labels = _read_tables(tables, read, labels)
         left_out["not named in labels.csv"] = [name for name in paths if name not in labels]
         notes.append("classes from labels.csv")
     else:
@@ -93,7 +93,7 @@ def infer_layout(
     return Layout(labels, splits, left_out, ", ".join(notes), tables)
 
 
-def _by_kind(names: Iterable[str]) -> tuple[list[str], list[str], defaultdict[str, list[str]]]:
+def _sort_by_kind(names: Iterable[str]) -> tuple[list[str], list[str], defaultdict[str, list[str]]]:
     """Sort files into images, label tables and files to leave out, the latter by reason."""
     images, tables, left_out = [], [], defaultdict[str, list[str]](list)
     for name in sorted(name for name in names if not is_hidden(name)):
@@ -188,7 +188,7 @@ def _refuse_nested(available: set[str], include: Sequence[str], exclude: Sequenc
         raise DataError(f"{first}/ has the split below the class: move train/ and test/ above the class folders")
 
 
-def _labels(tables: list[str], read: Callable[[str], bytes], images: dict[str, str]) -> dict[str, str]:
+def _read_tables(tables: list[str], read: Callable[[str], bytes], images: dict[str, str]) -> dict[str, str]:
     """Read the classes of images from tables, which name files relative to the table or to a folder of images."""
     labels: dict[str, str] = {}
     for table in tables:

@@ -41,9 +41,9 @@ def infer_tar_layout(
     labels: dict[str, str] = {}
     duplicates: list[str] = []  # messages about samples with several images
     left_out: defaultdict[str, list[str]] = defaultdict(list)
-    names = [name for name in names if not is_hidden(_parts(name)[1])]
+    names = [name for name in names if not is_hidden(_split_name(name)[1])]
     for name in names:
-        shard, inner = _parts(name)
+        shard, inner = _split_name(name)
         folder, last = posixpath.split(inner)
         stem, _, field = last.partition(".")
         key, suffix = posixpath.join(shard, folder, stem), f".{field.lower()}"
@@ -56,9 +56,9 @@ def infer_tar_layout(
                 labels[key] = name
         else:
             left_out["other files"].append(name)
-    label_of = {name: _label(labels[key], read) if key in labels else None for key, name in images.items()}
+    label_of = {name: _read_label(labels[key], read) if key in labels else None for key, name in images.items()}
     labelled = [name for name, label in label_of.items() if label is not None]
-    paths = [_parts(name)[1] for name in names]
+    paths = [_split_name(name)[1] for name in names]
     if not labelled and any(_is_table(path) or ("/" in path and _is_image(path)) for path in paths):
         return _as_tree(names, read, classes, exclude_classes)
     if duplicates:
@@ -75,18 +75,18 @@ def infer_tar_layout(
         left_out["in val shards, beside train and test"] = [name for name in label_of if name not in in_splits]
         label_of = {name: label for name, label in label_of.items() if name in in_splits}
     class_of = _to_names({name: label or "" for name, label in label_of.items()}, class_names)
-    num_shards = len({_parts(name)[0] for name in label_of})
+    num_shards = len({_split_name(name)[0] for name in label_of})
     note = ", ".join(filter(None, [f"in {num_shards} tar shard{'s' * (num_shards != 1)}", note]))
     return Layout(class_of, splits, {reason: files for reason, files in left_out.items() if files}, note, [])
 
 
-def _parts(name: str) -> tuple[str, str]:
+def _split_name(name: str) -> tuple[str, str]:
     """Split a name into the shard and the path inside it."""
     end = name.lower().index(".tar/") + 4
     return name[:end], name[end + 1 :]
 
 
-def _label(name: str, read: Callable[[str], bytes]) -> str | None:
+def _read_label(name: str, read: Callable[[str], bytes]) -> str | None:
     """Read the class from a .cls file, or from `label` in a .json file; None if the latter has no such entry."""
     try:
         text = read(name).decode("utf-8-sig").strip()
@@ -129,7 +129,7 @@ def _splits(names: list[str]) -> tuple[dict[str, list[str]] | None, str]:
         return None, ""
     held_out = "test" if "test" in level_of.values() else "val"
     splits = {
-        split: [name for name in names if level_of[_parts(name)[0]] == level]
+        split: [name for name in names if level_of[_split_name(name)[0]] == level]
         for split, level in (("train", "train"), ("test", held_out))
     }
     return splits, f"split by shards called train and {held_out}"
@@ -138,7 +138,7 @@ def _splits(names: list[str]) -> tuple[dict[str, list[str]] | None, str]:
 def _levels(names: Iterable[str]) -> dict[str, str | None]:
     """Map each shard of these files to train, test or val by its name; empty if the names do not define a split."""
     level_of: dict[str, str | None] = {}
-    for shard in dict.fromkeys(_parts(name)[0] for name in names):
+    for shard in dict.fromkeys(_split_name(name)[0] for name in names):
         words = {LEVELS[word] for word in re.split(r"[^a-z]+", shard[:-4].casefold()) if word in LEVELS}
         if len(words) > 1:
             raise DataError(f"{shard}: its name says {' and '.join(sorted(words))}; rename it")
@@ -169,14 +169,14 @@ def _as_tree(
 ) -> Layout:
     """Read the shards as one tree of files. If their names define a split and the paths inside do not, the split
     becomes the top level of folders."""
-    relevant = [name for name in names if _is_image(_parts(name)[1]) or _is_table(name)]
+    relevant = [name for name in names if _is_image(_split_name(name)[1]) or _is_table(name)]
     level_of = _levels(relevant)
-    top_folder = {name: _parts(name)[1].partition("/")[0].casefold() for name in relevant}
-    if all(LEVELS.get(folder) == level_of.get(_parts(name)[0]) for name, folder in top_folder.items()):
+    top_folder = {name: _split_name(name)[1].partition("/")[0].casefold() for name in relevant}
+    if all(LEVELS.get(folder) == level_of.get(_split_name(name)[0]) for name, folder in top_folder.items()):
         level_of = {}
     name_of: dict[str, str] = {}  # by path in the tree
     for name in names:
-        shard, path = _parts(name)
+        shard, path = _split_name(name)
         path = posixpath.join(level_of.get(shard) or "", path)
         if name_of.setdefault(path, name) != name and name in top_folder:
             raise DataError(f"{path} lies in two shards, as {name_of[path]} and {name}; move one away")

@@ -95,7 +95,7 @@ class AverageVelocity(Diffusion, ABC):
 
         return velocity
 
-    def draw_more(
+    def draw_loss_args(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> dict[str, Tensor]:
         """Draw a second number for each sample, and choose evenly spaced samples whose r differs from t.
@@ -128,7 +128,7 @@ class AverageVelocity(Diffusion, ABC):
         """
         t, noise = self.draw(x_0, t, noise, generator)
         if second is None or is_interval is None:
-            second, is_interval = self.draw_more(x_0.shape, generator, x_0.device).values()
+            second, is_interval = self.draw_loss_args(x_0.shape, generator, x_0.device).values()
         index = is_interval.nonzero().flatten().to(x_0.device, non_blocking=True)
         start, end = self.interval_of(t[index], second[index])
         r, t = t.index_copy(0, index, start), t.index_copy(0, index, end)

@@ -261,7 +261,7 @@ class Diffusion:
             terms = with_auxiliary(terms, auxiliary, self.predict(output, x_t, t).x_0, x_0, y, self.signal_share(t))
         return terms
 
-    def draw_more(
+    def draw_loss_args(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> dict[str, Tensor]:
         """Draw further random arguments of `training_loss` for a batch of this shape, by name: none by default."""

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 from machine.allocator import reuse_freed_memory
-from machine.precision import MIXED, choose_precision, has_bf16, precision_of, set_float32, warning_of
+from machine.precision import MIXED, bf16_warning, choose_precision, has_bf16, precision_of, set_float32
 from machine.threads import adapt_waiting, divide_cores
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def open_accelerator(
         say = tqdm.write if accelerator.is_main_process else lambda line: None
         line += f", {adapt_waiting(say)}"
     accelerator.print(line)
-    if warning := warning_of(precision, device, flag):
+    if warning := bf16_warning(precision, device, flag):
         accelerator.print(warning)
     return accelerator
 

@@ -28,8 +28,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
     """Write a checkpoint folder whose files `fill` creates. If that fails with an OSError, all older checkpoints
     remain, including one of the same step."""
-    partial, aside = _hidden(target, "partial"), _hidden(target, "aside")
-    _put_back(target.parent)
+    partial, aside = _hidden_path(target, "partial"), _hidden_path(target, "aside")
+    _restore_moved(target.parent)
     for left_over in [*target.parent.glob(".*.partial"), *target.parent.glob(".*.aside")]:
         shutil.rmtree(left_over, ignore_errors=True)
     try:
@@ -39,24 +39,24 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
         checksums = {path.relative_to(partial).as_posix(): sha256_of(path) for path in files}
         (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
         for path in [*files, partial / CHECKSUMS, *{file.parent for file in files}, partial]:
-            _to_disk(path)
+            _fsync(path)
         if target.exists():
             target.rename(aside)
         partial.rename(target)
-        _to_disk(target.parent)
+        _fsync(target.parent)
     except Exception as error:
-        _put_back(target.parent)
+        _restore_moved(target.parent)
         shutil.rmtree(partial, ignore_errors=True)
         full = any(words in str(error) for words in ("No space left", "quota exceeded"))
         remedy = "make room" if full else "mend that"
         raise OSError(f"checkpoint {target} could not be written ({error}); {remedy} and --resume") from error
     if aside.exists():
-        _drop(aside, "replaced.partial")
+        _delete(aside, "replaced.partial")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List complete checkpoints, oldest first."""
-    _put_back(folder)
+    _restore_moved(folder)
     return [*by_step(folder).values()]
 
 
@@ -77,20 +77,20 @@ def rotate(folder: Path, *, keep: int, keep_every: int = 0) -> None:
         if num_whole < keep:
             num_whole += find_damage(checkpoint) is None
         elif not (keep_every > 0 and int(checkpoint.name) % keep_every == 0) and checkpoint.resolve() != best:
-            _drop(checkpoint, "rotated.partial")
+            _delete(checkpoint, "rotated.partial")
 
 
-def _hidden(checkpoint: Path, what: str) -> Path:
+def _hidden_path(checkpoint: Path, what: str) -> Path:
     return checkpoint.with_name(f".{checkpoint.name.strip('.')}.{os.getpid()}.{what}")
 
 
-def _drop(checkpoint: Path, what: str) -> None:
+def _delete(checkpoint: Path, what: str) -> None:
     """Hide the checkpoint by a rename, then delete it; the next save retries files that cannot be deleted now."""
     with suppress(OSError):
-        shutil.rmtree(checkpoint.rename(_hidden(checkpoint, what)), ignore_errors=True)
+        shutil.rmtree(checkpoint.rename(_hidden_path(checkpoint, what)), ignore_errors=True)
 
 
-def _put_back(folder: Path) -> None:
+def _restore_moved(folder: Path) -> None:
     """Restore checkpoints that were moved aside for a replacement which a kill or an error prevented."""
     for aside in folder.glob(".*.aside"):
         target = aside.with_name(aside.name.split(".")[1])
@@ -166,7 +166,7 @@ def checkpoint_to_resume(run: Path) -> Path:
     raise CheckpointError(f"--resume {run}: nothing to resume, {words}")
 
 
-def _to_disk(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Flush to disk, so that after a power loss a renamed folder is never empty."""
     handle = os.open(path, os.O_RDONLY)
     try:

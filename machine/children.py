@@ -58,7 +58,7 @@ def send_signal(process: subprocess.Popen, number: int) -> None:
 
     with suppress(psutil.NoSuchProcess):
         child = psutil.Process(process.pid)
-        _signal((_launches(child) and child.children()) or [child], number)
+        _signal_all((_launches(child) and child.children()) or [child], number)
 
 
 def end_with_launcher() -> None:
@@ -76,10 +76,10 @@ def kill_tree(process: subprocess.Popen) -> None:
 
     with suppress(psutil.NoSuchProcess):
         child = psutil.Process(process.pid)
-        _signal([child, *child.children(recursive=True)], signal.SIGKILL)
+        _signal_all([child, *child.children(recursive=True)], signal.SIGKILL)
 
 
-def _signal(processes: Sequence[Any], number: int) -> None:
+def _signal_all(processes: Sequence[Any], number: int) -> None:
     import psutil
 
     for process in processes:

@@ -86,7 +86,7 @@ def has_bf16(device: torch.device) -> tuple[bool, str]:
     return native, "this CPU has bf16 instructions" if native else "this CPU has no bf16 instructions"
 
 
-def warning_of(precision: str, device: torch.device, flag: str) -> str | None:
+def bf16_warning(precision: str, device: torch.device, flag: str) -> str | None:
     """A warning if bf16 was requested where it is emulated, with the measured slowdown."""
     if precision != "bf16" or has_bf16(device)[0]:
         return None

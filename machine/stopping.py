@@ -43,11 +43,11 @@ def without_garbage_collection() -> Iterator[None]:
     try:
         yield
     finally:
-        _keep()
+        _freeze_objects()
         gc.enable()
 
 
 @cache
-def _keep() -> None:
+def _freeze_objects() -> None:
     """Freeze once: only objects of the first imports are sure to stay."""
     gc.freeze()

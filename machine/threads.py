@@ -31,11 +31,11 @@ def allowed_cores() -> list[int]:
 
 def divide_cores(num_processes: int) -> None:
     """Use one thread per core, shared among the run's processes on this machine, unless a number was requested."""
-    if torch.get_num_threads() == 1 and not _asked_for_threads():
+    if torch.get_num_threads() == 1 and not _is_thread_count_set():
         torch.set_num_threads(max(1, len(allowed_cores()) // num_processes))
 
 
-def _asked_for_threads() -> bool:
+def _is_thread_count_set() -> bool:
     """Whether the user or scheduler set OMP_NUM_THREADS, and not a launcher, which sets it if it is missing."""
     if "OMP_NUM_THREADS" not in os.environ:
         return False

@@ -68,7 +68,7 @@ class ExportedNetwork(nn.Module):
         super().__init__()
         self.program, self.device = program, torch.device("cpu")
         self.network = program.module().requires_grad_(False)
-        self.sizes = _sizes(program)
+        self.sizes = _input_sizes(program)
 
     def forward(self, images: Tensor) -> Any:
         for axis, name in ((2, "height"), (3, "width")):
@@ -124,7 +124,7 @@ def _refuse_pickles(path: str) -> None:
         archive = PT2ArchiveReader(path)
         names = archive.get_file_names()
     except (RuntimeError, AssertionError) as error:
-        raise _Unsupported(_what_else(path)) from error
+        raise _Unsupported(_describe_file(path)) from error
     for name in names:
         if not PLAIN.fullmatch(name):
             raise _Unsupported(f"it holds {name}, which a plain network does not need and which is not opened")
@@ -141,7 +141,7 @@ def _refuse_pickles(path: str) -> None:
                 raise _Unsupported("its example inputs are not tensors alone, and are not opened") from error
 
 
-def _what_else(path: str) -> str:
+def _describe_file(path: str) -> str:
     """Describe a file that is not an archive of torch.export."""
     try:
         names = torch._C.PyTorchFileReader(path).get_all_records()
@@ -154,7 +154,7 @@ def _what_else(path: str) -> str:
     return "not a program of torch.export"
 
 
-def _sizes(program: ExportedProgram) -> list[int | None]:
+def _input_sizes(program: ExportedProgram) -> list[int | None]:
     """Return the size of each axis of a program's images, None for dynamic axes, and check that it can be used."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     inputs = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]

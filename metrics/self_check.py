@@ -40,7 +40,7 @@ def self_check(extractor: Extractor) -> str:
         ("inception score", classifier_score(1000 * torch.eye(4).repeat(10, 1), splits=1).value, 4.0),
     ]
     lines = [_verdict(*check, tolerance=1e-6) for check in checks]
-    lines.append(_verdict("extraction in batches", _batches_matter(extractor), 0.0, tolerance=1e-3))
+    lines.append(_verdict("extraction in batches", _batch_dependence(extractor), 0.0, tolerance=1e-3))
     return "\n".join([*lines, _comparable(extractor)])
 
 
@@ -69,7 +69,7 @@ def _verdict(name: str, value: float | None, expected: float, *, tolerance: floa
     return f"ok  {name}: {value:.6g} (known answer {expected:.6g})"
 
 
-def _batches_matter(extractor: Extractor) -> float:
+def _batch_dependence(extractor: Extractor) -> float:
     """Return the relative difference of features between extraction in one batch and image by image."""
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     features = [extractor(image_batches(images, size), 5, progress=False).features for size in (5, 1)]

@@ -123,8 +123,8 @@ def _read_dit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
         "out_channels": shapes["final_layer.linear.weight"][0] // patch_size**2,
         "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
         "dim": dim,
-        "depth": _count(shapes, r"blocks\.(\d+)\."),
-        "num_heads": _heads(dim, num_heads),
+        "depth": _num_modules(shapes, r"blocks\.(\d+)\."),
+        "num_heads": _num_heads(dim, num_heads),
         "patch_size": patch_size,
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / dim,
     }
@@ -161,8 +161,8 @@ def _read_uvit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
         "out_channels": channels,
         "num_classes": max(0, num_labels - 1),
         "dim": dim,
-        "depth": 2 * _count(shapes, r"in_blocks\.(\d+)\.") + 1,
-        "num_heads": _heads(dim, num_heads),
+        "depth": 2 * _num_modules(shapes, r"in_blocks\.(\d+)\.") + 1,
+        "num_heads": _num_heads(dim, num_heads),
         "patch_size": patch_size,
         "mlp_ratio": shapes["mid_block.mlp.fc1.weight"][0] / dim,
     }
@@ -170,7 +170,7 @@ def _read_uvit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
 
 def _read_xswin(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
     dim, _, *patch = shapes["patching.patching.0.weight"]
-    stages = [f"encoder.{number}.sequential" for number in range(0, _count(shapes, r"encoder\.(\d+)\."), 2)]
+    stages = [f"encoder.{number}.sequential" for number in range(0, _num_modules(shapes, r"encoder\.(\d+)\."), 2)]
     window = [(side + 1) // 2 for side in shapes[f"{stages[0]}.0.attn.relative_coords_table"][1:3]]
     for name, sides in (("window_size", window), ("patch_size", patch)):
         if len(set(sides)) != 1:
@@ -185,22 +185,22 @@ def _read_xswin(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
         "out_channels": shapes["head.pointwise.weight"][0],
         "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
         "dim": dim,
-        "depths": [_count(shapes, rf"{re.escape(stage)}\.(\d+)\.") for stage in stages],
+        "depths": [_num_modules(shapes, rf"{re.escape(stage)}\.(\d+)\.") for stage in stages],
         "num_heads": [shapes[f"{stage}.0.attn.logit_scale"][0] for stage in stages],
         "window_size": window[0],
         "patch_size": patch[0],
-        "num_global_blocks": _count(shapes, r"middle\.sequential\.(\d+)\."),
+        "num_global_blocks": _num_modules(shapes, r"middle\.sequential\.(\d+)\."),
         "skip": "cross_attention" if any(".cross_attention." in name for name in shapes) else "concat",
         "final_downsample": final_downsample,
     }
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
+def _num_modules(shapes: Shapes, pattern: str) -> int:
     """Count modules: one more than the largest index that a pattern finds at the start of names."""
     return max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1) + 1
 
 
-def _heads(dim: int, num_heads: int | None) -> int:
+def _num_heads(dim: int, num_heads: int | None) -> int:
     """Number of heads: as given, or that of the published model of this width."""
     heads = num_heads or HEADS.get(dim)
     if heads is None:

@@ -47,7 +47,7 @@ def resolve_sampling(
     names = [setting.name for setting in fields(config)]
     for name in overrides.keys() - names:
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(names)}")
-    config = replace(config, **_implied(config, overrides, diffusion, num_guided, say) | overrides)
+    config = replace(config, **_implied_overrides(config, overrides, diffusion, num_guided, say) | overrides)
     if config.guidance_unlabelled and config.guidance_checkpoint is None:
         raise ValueError("--sampling.guidance_unlabelled true: of whom? give --sampling.guidance_checkpoint too")
     sampler, spacing = config.sampler or diffusion.default_sampler, config.spacing or diffusion.default_spacing
@@ -65,7 +65,7 @@ def resolve_sampling(
     return replace(config, num_steps=num_steps)
 
 
-def _implied(
+def _implied_overrides(
     config: SamplingConfig,
     overrides: Mapping[str, Any],
     diffusion: Diffusion,

@@ -386,10 +386,10 @@ def head(name: str, precision: str, implementation: str = "this one") -> Row:
 
 def chosen(precision: str) -> str:
     """Resolve a precision, such as 'auto', for this device, with a warning if it is emulated."""
-    from machine.precision import choose_precision, warning_of
+    from machine.precision import bf16_warning, choose_precision
     from training.speed import benchmark_device
 
-    if warning := warning_of(precision, benchmark_device(), "--precision"):
+    if warning := bf16_warning(precision, benchmark_device(), "--precision"):
         print(warning, flush=True)
     return choose_precision(precision, benchmark_device())
 

@@ -103,7 +103,7 @@ def main(config: ImportConfig) -> None:
 
 def import_backbone(config: ImportConfig, folder: Path) -> str:
     """Write weights as a checkpoint, and return a description of it."""
-    from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint, save_tensors
+    from checkpoints.checkpoint import WEIGHTS, make_metadata, open_checkpoint, save_tensors
     from machine.atomic_files import sha256_of
     from models import ModelSpec
     from published.public_files import FILES, public_file
@@ -137,7 +137,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     data = replace(config.data, image_size=image_size)
     experiment = ExperimentConfig(spec.name, spec.args, config.autoencoder, name=config.output.name, data=data)
     experiment = replace(experiment, diffusion=diffusion, sampling=sampling)
-    metadata = metadata_of(experiment, step, spec=spec, classes=read_classes(config.classes, spec.num_classes))
+    metadata = make_metadata(experiment, step, spec=spec, classes=read_classes(config.classes, spec.num_classes))
     origin = {"source": source, "file": path.name, "sha256": sha256_of(path)}
     folder.mkdir()
     save_tensors({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / WEIGHTS, metadata)

@@ -122,14 +122,14 @@ def train(run: Run[AutoencodingConfig]) -> None:
             run.skip(guard, batches.indices(step, order))
         if is_due(step + 1, config.log.every) or step + 1 in (start, num_steps):
             skipped = {f"skipped_{name}": guard.skipped for name, guard in run.guards.items() if guard.skipped}
-            run.write_means(**skipped, lr=factor * config.optim.lr, log_scale=model.log_scale.item())
+            run.log_means(**skipped, lr=factor * config.optim.lr, log_scale=model.log_scale.item())
 
     # Everything is saved by now; measure the averaged weights and export them.
     accelerator.print(f"checkpoint:  {run.folder}/checkpoints/{run.step:08d}")
     run.inspect(previews.draw)
     accelerator.end_training()
     if run.is_main:
-        with run.interruption.at_once(can_save=True):
+        with run.interruption.interruptible(can_save=True):
             export(run, ema.model.autoencoder, batches.sources[0], held_out)
 
 

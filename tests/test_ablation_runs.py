@@ -21,7 +21,7 @@ from ablation.identity import done_stages, is_scored, mark_done
 from ablation.plan import make_plan, refuse_changed
 from ablation.runner import Runner, group_into_jobs, last_line, submit
 from ablation.study import ClusterConfig, ScoringConfig, deep_merge
-from checkpoints.checkpoint import WEIGHTS, metadata_of, save_tensors
+from checkpoints.checkpoint import WEIGHTS, make_metadata, save_tensors
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
 from machine.accelerator import open_accelerator
@@ -68,7 +68,7 @@ def test_keys_change_with_the_content_of_files_that_settings_name():
     def train_guide(value):
         Path("guide").mkdir(exist_ok=True)
         weights = {"weight": torch.tensor([value])}
-        save_tensors(weights, Path("guide") / WEIGHTS, metadata_of(ExperimentConfig(), 1))
+        save_tensors(weights, Path("guide") / WEIGHTS, make_metadata(ExperimentConfig(), 1))
 
     for value in (0.0, 1.0):
         assert changed(train_guide, value) == {"score", "draw"}
@@ -254,7 +254,7 @@ def trained(planned, *, step=4, **changes):
     weights = planned.run.folder / "checkpoints" / f"{step:08d}" / WEIGHTS
     weights.parent.mkdir(parents=True)
     config = parse_mapping(ExperimentConfig, deep_merge(planned.run.config.to_dict(), changes))
-    metadata = metadata_of(config, step, planned.identity, spec=planned.spec, classes=list(planned.classes))
+    metadata = make_metadata(config, step, planned.identity, spec=planned.spec, classes=list(planned.classes))
     save_tensors({"x": torch.zeros(1)}, weights, metadata)
 
 

@@ -208,12 +208,12 @@ def test_recomputed_blocks_have_the_same_gradients(kind, name):
 @kinds
 def test_parts_of_a_batch_keep_the_times_of_the_whole_batch(kind):
     diffusion = kind()
-    whole = diffusion.draw_more((12, 1, 2, 2), generator())["is_interval"]
+    whole = diffusion.draw_loss_args((12, 1, 2, 2), generator())["is_interval"]
     assert whole.nonzero().flatten().tolist() == [3, 7, 11]
-    assert kind(interval_share=1.0).draw_more((5, 1, 1, 1))["is_interval"].all()
+    assert kind(interval_share=1.0).draw_loss_args((5, 1, 1, 1))["is_interval"].all()
     model = prepared("DiT-S/2").eval()
     x_0, _, y = inputs(8)
-    more = diffusion.draw_more(x_0.shape, generator())
+    more = diffusion.draw_loss_args(x_0.shape, generator())
     batch = Batch(x_0, y, torch.linspace(0.2, 0.9, 8), randn(*x_0.shape, seed=5), more)
     objective = Objective(diffusion)
     together = objective(model, batch)["mse"]

@@ -167,7 +167,7 @@ def test_phases_and_forcing_are_functions_of_the_step():
     assert validated["forced"].tolist() == [1.0] * 4  # outside of the phases
     forced = [loss_of(*cascade(), 1, 0.5)["forced"].tolist() for _ in range(2)]
     assert forced[0] == forced[1]
-    draws = diffusion.draw_more((20_000, 1, 2, 2), generator(3))["forcing"]
+    draws = diffusion.draw_loss_args((20_000, 1, 2, 2), generator(3))["forcing"]
     assert (draws < 0.3).float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert [phase_at((1, 0, 1), step, 4).number for step in range(4)] == [0, 0, 2, 2]
     assert [phase_at((1.0,), step, 3).end for step in range(3)] == [3, 3, 3]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoints.averages import EMA
-from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
+from checkpoints.checkpoint import make_metadata, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
 from checkpoints.training_state import TrainingState, copy_checkpoint, resume
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, OptimConfig
 from machine.checkpoint_folder import (
@@ -53,7 +53,7 @@ def state(model, ema, optimizer, **others):
 
 
 def save(folder, step, *trained, keep=2, keep_every=0):
-    metadata = metadata_of(ExperimentConfig(), step, IDENTITY, spec=SPEC, classes=["a", "b", "c"])
+    metadata = make_metadata(ExperimentConfig(), step, IDENTITY, spec=SPEC, classes=["a", "b", "c"])
     training = state(*trained, **{"guard.model": Guard(skipped=3)})
     copy_checkpoint(folder, step, training, metadata, training.progress())()
     rotate(folder, keep=keep, keep_every=keep_every)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from checkpoints.averages import EMA, Average, gamma_from_sigma_rel, power_decay, reconstruction_weights
-from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata
+from checkpoints.checkpoint import make_metadata, open_checkpoint, read_metadata
 from checkpoints.training_state import TrainingState, copy_checkpoint, list_snapshots
 from experiment.cli import parse_run
 from experiment.config import ExperimentConfig
@@ -133,7 +133,7 @@ def test_averages_of_a_stage_that_is_trained_late_forget_its_initialisation(tmp_
             ema.restore(None)
             ema.restore(began)
         if (step + 1) % 20 == 0 and step > 600:
-            metadata = metadata_of(ExperimentConfig(), step + 1, spec=spec, classes=[])
+            metadata = make_metadata(ExperimentConfig(), step + 1, spec=spec, classes=[])
             copy_checkpoint(tmp_path / "checkpoints", step + 1, training, metadata, training.progress())()
     for name in ("weight", "running_var"):
         assert ema.tensors[f"second.{name}"].item() == pytest.approx(alone.tensors["weight"].item(), rel=1e-6)
@@ -152,7 +152,7 @@ def test_reconstruct_ema_makes_an_average_from_a_runs_snapshots(tmp_path, capsys
         with torch.no_grad():
             model.patch.weight.fill_(step)
         ema.update(model, step - 1)
-        metadata = metadata_of(ExperimentConfig(), step, spec=spec, classes=[])
+        metadata = make_metadata(ExperimentConfig(), step, spec=spec, classes=[])
         training = TrainingState({"model": model}, {}, ema)
         copy_checkpoint(tmp_path / "checkpoints", step, training, metadata, training.progress())()
 

@@ -15,7 +15,7 @@ from processes import ROOT, script
 from safetensors.torch import save_file
 
 from autoencoders.codec import create_codec
-from checkpoints.checkpoint import WEIGHTS, metadata_of, open_checkpoint
+from checkpoints.checkpoint import WEIGHTS, make_metadata, open_checkpoint
 from diffusion.presets import DIFFUSIONS
 from experiment.build import build_diffusion
 from experiment.config import (
@@ -104,7 +104,7 @@ def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=
     experiment = ExperimentConfig(model, args, autoencoder, diffusion=config, sampling=sampling, **rest)
     weights = randomise(spec.build()).state_dict()
     folder.mkdir()
-    save_file(weights, folder / WEIGHTS, metadata=metadata_of(experiment, 5, spec=spec, classes=CLASSES))
+    save_file(weights, folder / WEIGHTS, metadata=make_metadata(experiment, 5, spec=spec, classes=CLASSES))
     return folder
 
 

@@ -27,24 +27,24 @@ def test_steps_that_are_not_finite_are_counted_and_then_rolled_back():
     guard = Guard(patience=3, max_rollbacks=1)
     assert guard.passes(1.0)
     assert [guard.passes(float("nan")), guard.passes(float("inf"))] == [False, False]
-    assert not guard.must_roll_back(can=True)
+    assert not guard.must_roll_back(has_checkpoint=True)
     assert guard.passes(2.0)  # one good step: the count of those in a row begins anew
     assert guard.in_a_row == 0
     for _ in range(3):
         guard.passes(float("nan"))
-    assert guard.must_roll_back(can=True)
+    assert guard.must_roll_back(has_checkpoint=True)
     assert (guard.skipped, guard.rollbacks) == (5, 1)
     for _ in range(3):
         guard.passes(float("nan"))
     with pytest.raises(TrainingDivergedError, match="after 1 returns to the last checkpoint"):
-        guard.must_roll_back(can=True)
+        guard.must_roll_back(has_checkpoint=True)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to():
     guard = Guard(patience=1)
     guard.passes(float("nan"))
     with pytest.raises(TrainingDivergedError, match=r"lower --optim.lr"):
-        guard.must_roll_back(can=False)
+        guard.must_roll_back(has_checkpoint=False)
 
 
 def test_restoring_a_checkpoint_keeps_the_count_of_rollbacks():
@@ -174,7 +174,7 @@ def test_nothing_is_saved_while_steps_are_skipped_nor_with_ruined_weights(accele
     guard.passes(1.0)
     model.running_mean[0] = float("nan")
     assert not guard.may_save(accelerator, model)
-    assert guard.must_roll_back(can=True)
+    assert guard.must_roll_back(has_checkpoint=True)
     with pytest.raises(TrainingDivergedError, match="after the last step weights are not finite"):
         guard.may_save(accelerator, model, last=True)
 

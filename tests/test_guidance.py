@@ -15,7 +15,7 @@ from safetensors import safe_open
 from test_backbones import wake
 
 from autoencoders.codec import PixelCodec, weights_sha256
-from checkpoints.checkpoint import metadata_of, save_tensors
+from checkpoints.checkpoint import make_metadata, save_tensors
 from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOptions, sample
 from diffusion.guidance import drop_labels, guide, linear_guidance, projected_guidance, rescaled_guidance
 from diffusion.paths import GaussianChain
@@ -232,7 +232,7 @@ def test_a_guide_of_other_labels_or_latents_is_refused(tmp_path):
     else."""
     spec = ModelSpec("DiT", {"dim": 8, "depth": 1, "num_heads": 1}, (4, 4), 3, 6, 2)
     config, identity = ExperimentConfig("DiT", spec.args, "pixel"), {"codec": PixelCodec.provenance}
-    metadata = metadata_of(config, 5, identity, spec=spec, classes=["cat", "dog"])
+    metadata = make_metadata(config, 5, identity, spec=spec, classes=["cat", "dog"])
     save_tensors(weights := spec.build().state_dict(), tmp_path / "guide.safetensors", metadata)
     sampling = SamplingConfig(guidance_checkpoint=str(tmp_path / "guide.safetensors"))
     assert files_in_record(sampling) == {"guide_sha256": weights_sha256(weights)}
@@ -260,7 +260,7 @@ def test_a_guide_used_without_labels_may_have_other_classes(tmp_path):
     model = wake(spec.build())
     for name, dropout in (("guide", 0.1), ("never", 0.0)):
         config = ExperimentConfig("DiT", spec.args, "pixel", train=TrainConfig(label_dropout=dropout))
-        metadata = metadata_of(config, 5, {}, spec=spec, classes=["cat", "dog"])
+        metadata = make_metadata(config, 5, {}, spec=spec, classes=["cat", "dog"])
         save_tensors(model.state_dict(), tmp_path / f"{name}.safetensors", metadata)
 
     def load(name):

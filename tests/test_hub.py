@@ -15,7 +15,7 @@ from hub_stub import TOKEN, Hub
 from huggingface_hub import constants
 from processes import script
 
-from checkpoints.checkpoint import metadata_of, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
+from checkpoints.checkpoint import make_metadata, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
 from checkpoints.hub import HubError, resolve_to_file
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
 from sampling.grids import read_weights_hash, save_grid
@@ -211,7 +211,7 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine(folder, tmp_pa
     weights = tiny.load_model().state_dict()
     identity = {**tiny.identity, "train": {**tiny.identity["train"], "source": f"{home}/cats.zip"}}
     save_tensors(
-        weights, run / "ema.safetensors", metadata_of(config, 4, identity, spec=tiny.spec, classes=tiny.classes)
+        weights, run / "ema.safetensors", make_metadata(config, 4, identity, spec=tiny.spec, classes=tiny.classes)
     )
     (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     record = {"scores": {}, "num_samples": 1, "num_reference": 1, "extractor": "c", "extractor_sha256": "0"}

@@ -168,6 +168,6 @@ def test_cuda_is_told_so_where_it_is_opened(x86):
     assert told == []  # a CPU has no TF32
     x86.setattr("machine.accelerator.default_device", lambda: torch.device("cuda", 0))
     x86.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    x86.setattr("machine.accelerator.warning_of", lambda *asked: None)
+    x86.setattr("machine.accelerator.bf16_warning", lambda *asked: None)
     open_accelerator("fp32")
     assert told == ["fp32"]

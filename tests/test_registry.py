@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ablation.identity import code_hashes
-from checkpoints.checkpoint import metadata_of, open_checkpoint, save_tensors
+from checkpoints.checkpoint import make_metadata, open_checkpoint, save_tensors
 from diffusion.presets import DIFFUSIONS
 from experiment import imports
 from experiment.build import build_diffusion
@@ -232,7 +232,7 @@ def test_settings_of_a_registered_diffusion_become_flags(bent, tmp_path, capsys)
 def test_a_checkpoint_is_opened_with_the_settings_that_its_imports_bring(bent, tmp_path, monkeypatch):
     config = parse(ExperimentConfig, [*bent, "--diffusion.bend", "0.25"])
     spec = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 4, 0)
-    save_tensors({"x": torch.zeros(1)}, tmp_path / "ema.safetensors", metadata_of(config, 1, spec=spec, classes=[]))
+    save_tensors({"x": torch.zeros(1)}, tmp_path / "ema.safetensors", make_metadata(config, 1, spec=spec, classes=[]))
     DIFFUSIONS.pop("bent")  # another program, later
     open_section(DiffusionConfig, DIFFUSIONS)
     forget(monkeypatch, "bent")
@@ -246,7 +246,7 @@ def test_a_checkpoint_does_not_run_by_what_has_become_of_its_code(tmp_path, monk
     checkpoint = tmp_path / "runs" / "x" / "checkpoints" / "00000001"
     checkpoint.mkdir(parents=True)
     (tmp_path / "runs" / "x" / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    save_tensors({"x": torch.zeros(1)}, checkpoint / "ema.safetensors", metadata_of(config, 1, spec=spec, classes=[]))
+    save_tensors({"x": torch.zeros(1)}, checkpoint / "ema.safetensors", make_metadata(config, 1, spec=spec, classes=[]))
     ways = (partial(open_checkpoint, checkpoint), partial(resume_config, config, checkpoint, print))
     for way in ways:
         forget(monkeypatch, "mine")

@@ -11,7 +11,7 @@ from PIL import Image
 from processes import run
 
 from autoencoding.autoencoder_config import AutoencodingConfig
-from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of, save_tensors
+from checkpoints.checkpoint import WEIGHTS, check_identity, make_metadata, save_tensors
 from experiment.cli import parse, parse_run
 from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig
 from experiment.mappings import from_dict
@@ -114,7 +114,7 @@ def test_best_values_measured_differently_are_not_compared(stored, values):
         return from_dict(ExperimentConfig, whole)
 
     def others(before, now, decoder="b"):
-        metadata = metadata_of(of(before), 1, seen)
+        metadata = make_metadata(of(before), 1, seen)
         save_tensors({"weight": torch.zeros(1)}, checkpoint / WEIGHTS, metadata)
         return changed_metric(checkpoint, of(now), {"codec": {**seen["codec"], "decoder_sha256": decoder}})
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ablation.tables import check_columns
 from autoencoders.codec import create_codec
-from checkpoints.checkpoint import metadata_of, open_checkpoint
+from checkpoints.checkpoint import make_metadata, open_checkpoint
 from data.shapes import ShapesDataset
 from data.subsets import map_labels
 from evaluation.baselines import Controls
@@ -338,7 +338,7 @@ def test_another_split_than_the_checkpoints_is_not_reconstructed(tmp_path, monke
     with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another test"):
         sample(run, "--data.path", "other")
     found = open_checkpoint(run)  # one from before checkpoints knew their split
-    older = metadata_of(found.config, found.step, spec=found.spec, classes=found.classes)
+    older = make_metadata(found.config, found.step, spec=found.spec, classes=found.classes)
     save_file(load_file(found.path), tmp_path / "older.safetensors", metadata=older)
     seen = []
     monkeypatch.setattr(
@@ -376,7 +376,8 @@ def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):
     path = tmp_path / "ruined" / "ema.safetensors"
     weights = {name: tensor * float("nan") for name, tensor in load_file(path).items()}
     config = open_checkpoint(path)
-    save_file(weights, path, metadata=metadata_of(config.config, config.step, spec=config.spec, classes=config.classes))
+    metadata = make_metadata(config.config, config.step, spec=config.spec, classes=config.classes)
+    save_file(weights, path, metadata=metadata)
     with pytest.raises(ValueError, match="not finite"):
         evaluate("--samples", path, "--extractor", thumbnail, "--num_samples", 4)
     assert not (tmp_path / "ruined" / "scores.json").exists()

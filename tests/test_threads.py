@@ -127,6 +127,6 @@ def test_a_launchers_single_thread_is_replaced_but_not_a_users_choice(person, ex
 def test_threads_that_a_person_asked_for_are_told_without_a_launcher(monkeypatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    assert not machine.threads._asked_for_threads()
+    assert not machine.threads._is_thread_count_set()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert machine.threads._asked_for_threads()
+    assert machine.threads._is_thread_count_set()

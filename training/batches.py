@@ -89,7 +89,7 @@ class Batches:
         uniform = torch.rand(train.batch_size, generator=generator, device=device)
         y = self._labels[self._order(step, order, device)]
         y = drop_labels(y, train.label_dropout, self.cache.num_classes, uniform=uniform)
-        loss_args = self.objective.draw_more(shape, generator, device)
+        loss_args = self.objective.draw_loss_args(shape, generator, device)
         inputs = [posterior_noise, noise]
         if train.augment:  # by a generator of its own, so that the other numbers stay the same without augmentation
             generator = generator_for(train.seed, "augment", step, device=device)

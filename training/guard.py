@@ -53,12 +53,12 @@ class Guard:
         self.in_a_row = self.patience
         return False
 
-    def must_roll_back(self, *, can: bool) -> bool:
+    def must_roll_back(self, *, has_checkpoint: bool) -> bool:
         """Whether too many steps in a row were skipped. Raises TrainingDivergedError if so and there is no checkpoint
-        (`can` is False) or no rollback left."""
+        or no rollback left."""
         if self.in_a_row < self.patience:
             return False
-        if not can or self.rollbacks == self.max_rollbacks:
+        if not has_checkpoint or self.rollbacks == self.max_rollbacks:
             raise TrainingDivergedError(
                 f"{self.patience} steps in a row had a gradient that is not finite, after {self.rollbacks} returns to "
                 f"the last checkpoint with another order of the data; lower --{self.settings}.lr, set "

@@ -74,7 +74,7 @@ class Inspections:
         shape = (num_images, *self.codec.latent_shape(*cache.image_size))
         posterior_noise, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
         t = self.objective.diffusion.sample_timesteps(num_images, generator=generator)
-        extras = self.objective.draw_more(shape, generator)
+        extras = self.objective.draw_loss_args(shape, generator)
 
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         for part in indices_of_process(num_images, accelerator).split(config.batch_size):

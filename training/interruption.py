@@ -29,7 +29,7 @@ class Interruption:
     """Context that locks a run's folder and stops the run on a signal or after `max_hours`, with exit status 75 and the
     file `stopped`.
 
-    All processes stop after the same step. Before the first step and in `at_once`, a signal stops a process
+    All processes stop after the same step. Before the first step and in `interruptible`, a signal stops a process
     immediately. A second Ctrl-C kills the run.
     """
 
@@ -93,7 +93,7 @@ class Interruption:
         return signal.Signals(code - 1).name if code else None
 
     @contextmanager
-    def at_once(self, *, can_save: bool, save: Callable[[], object] = lambda: None) -> Iterator[None]:
+    def interruptible(self, *, can_save: bool, save: Callable[[], object] = lambda: None) -> Iterator[None]:
         """Context for long work that can be repeated, such as scoring: a signal interrupts it, and then calls `save`.
         Only processes with `can_save` react."""
         self.stops_immediately = can_save

@@ -62,11 +62,11 @@ class Objective:
         heads = {term.name: term.term for term in auxiliary if isinstance(term.term, nn.Module)}
         self.heads = nn.ModuleDict(heads if alignment is None else {**heads, "alignment": alignment})
 
-    def draw_more(
+    def draw_loss_args(
         self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """Draw the loss's further random arguments for a batch of this shape, by name; the generator is on `device`."""
-        return self.diffusion.draw_more(shape, generator, device)
+        return self.diffusion.draw_loss_args(shape, generator, device)
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         """Compute the per-sample `loss` to minimise, and its terms. In validation, `phase` is None, and only terms that

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoders.codec import AutoencoderError
-from checkpoints.checkpoint import WEIGHTS, check_identity, metadata_of
+from checkpoints.checkpoint import WEIGHTS, check_identity, make_metadata
 from checkpoints.training_state import TrainingState, copy_checkpoint, resume
 from experiment.run_config import R, resuming
 from machine.accelerator import from_main, open_accelerator
@@ -103,7 +103,7 @@ class Run(Generic[R]):
         """
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
         self.best, self.keep_every = best or Best(), keep_every
-        self.metadata = metadata_of(self.config, self.step, self.identity, **metadata)  # now, as the code may change
+        self.metadata = make_metadata(self.config, self.step, self.identity, **metadata)  # now, as the code may change
         named_guards = {f"guard.{name}": guard for name, guard in guards.items()}
         training.others.update({"meter": self.meter, "best": self.best, **named_guards})
         self.is_sharded = any(is_sharded(network) for network in training.networks.values())
@@ -151,7 +151,7 @@ class Run(Generic[R]):
                 self.save()
             self.writing.check()
             self.meter.paused += time.perf_counter() - start
-            if any(guard.must_roll_back(can=self._saved is not None) for guard in self.guards.values()):
+            if any(guard.must_roll_back(has_checkpoint=self._saved is not None) for guard in self.guards.values()):
                 self._roll_back()
         self.bar.close()
         self._save_at_once(last=True)
@@ -166,7 +166,7 @@ class Run(Generic[R]):
         seconds, minutes = time.monotonic() - self._saved_at, self.config.log.checkpoint_minutes
         return self.interruption.synchronize(number, save_due=seconds > 60 * minutes > 0)
 
-    def write_means(self, **values: float) -> None:
+    def log_means(self, **values: float) -> None:
         """Log the means since the last call and these values, unless all steps were skipped."""
         if means := self.meter.summary():
             self.log.write(self.step + 1, **means, **values)
@@ -186,7 +186,7 @@ class Run(Generic[R]):
             return
         may_save, progress, measured = self._may_save(), self._progress(), {}
         can_save = self.is_main and not self.is_sharded  # without the other processes, which may be anywhere
-        with self.interruption.at_once(can_save=can_save, save=lambda: may_save and self.save(progress=progress)):
+        with self.interruption.interruptible(can_save=can_save, save=lambda: may_save and self.save(progress=progress)):
             for inspect in inspections:
                 try:
                     measured |= inspect(self.step)

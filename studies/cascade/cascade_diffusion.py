@@ -114,7 +114,7 @@ class Cascade(Diffusion):
         first, last = (1.0, 1.0) if phase == 0 else self.forcing[phase - 1]
         return {"trained": PHASES[phase], "forcing": first + (last - first) * progress}
 
-    def draw_more(
+    def draw_loss_args(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """Draw the random numbers of teacher forcing, in [0, 1), and those of the refinement."""
@@ -141,7 +141,7 @@ class Cascade(Diffusion):
         auxiliary terms, and `forced`: whether teacher forcing was used.
         """
         t, noise = self.draw(x_0, t, noise, generator)
-        draws = draws or self.draw_more(x_0.shape, generator, x_0.device)
+        draws = draws or self.draw_loss_args(x_0.shape, generator, x_0.device)
         x_0 = x_0.float()
         low_0, low_noise = self.shrink(x_0), self.shrink_noise(noise)
         x_t = self.coarse.q_sample(low_0, t, low_noise)
