@@ -245,7 +245,7 @@ def labels_among(samples: "Source", held_out: "ImageSet | None") -> "Tensor":
 def output_of(samples: str, checkpoint: "Checkpoint | None") -> Path:
     """Default path of the record: in the run's folder, or beside a fixed set of samples."""
     if checkpoint:
-        return checkpoint.run / f"scores{checkpoint.mark}.json"
+        return checkpoint.run / f"scores{checkpoint.output_suffix}.json"
     path = Path(samples).resolve()
     return path.with_name(f"{path.name if path.is_dir() else path.stem}-scores.json")
 

@@ -84,7 +84,7 @@ def main(config: SampleConfig) -> None:
     checkpoint, accelerator = pipeline.checkpoint, pipeline.accelerator
 
     def output_of(name: str) -> Path:
-        return output_path or checkpoint.run / f"{name}{checkpoint.mark}.png"
+        return output_path or checkpoint.run / f"{name}{checkpoint.output_suffix}.png"
 
     overrides = set_values(config.sampling)
     generator = pipeline.generator(config.classes, config.num_per_class, seed=config.seed, **overrides)

@@ -30,7 +30,7 @@ from machine import children
 from machine.atomic_files import unused_path, write_atomic
 from machine.children import EXIT_CODE, STOPPED
 from machine.cluster import open_executor, requeue
-from machine.lock import InUse, Lock
+from machine.lock import InUseError, Lock
 
 _PRINTING = threading.Lock()
 # With these metrics alone, evaluate.py keeps no features, which distances per class need.
@@ -124,7 +124,7 @@ class Runner:
                 continue
             try:
                 outcomes.append(self._run(planned, environment or {}))
-            except InUse as error:
+            except InUseError as error:
                 outcomes.append(Outcome(planned.run.name, "elsewhere", str(error)))
             except (ValueError, OSError) as error:
                 outcomes.append(_failed(planned, error))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from experiment.config import DataConfig, OptimConfig
-from experiment.run_config import AnyLogConfig, AnyTrainConfig, RunConfig
+from experiment.run_config import BaseLogConfig, BaseTrainConfig, RunConfig
 from settings import within
 
 
@@ -90,7 +90,7 @@ class AutoencoderOptimConfig(OptimConfig):
 
 
 @dataclass(frozen=True)
-class AutoencoderTrainConfig(AnyTrainConfig):
+class AutoencoderTrainConfig(BaseTrainConfig):
     """Length, batch size and numerics of the training.
 
     Args:
@@ -104,7 +104,7 @@ class AutoencoderTrainConfig(AnyTrainConfig):
 
 
 @dataclass(frozen=True)
-class AutoencoderLogConfig(AnyLogConfig):
+class AutoencoderLogConfig(BaseLogConfig):
     """Outputs during the training, and how often they are written (in optimizer steps; 0: never).
 
     Args:

@@ -62,7 +62,7 @@ class Checkpoint:
         return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
     @property
-    def mark(self) -> str:
+    def output_suffix(self) -> str:
         """Suffix for names of outputs: empty for a run's newest checkpoint, otherwise it identifies the weights."""
         saved, folder = list_checkpoints(self.run / "checkpoints"), self.path.parent
         if self.path.name != WEIGHTS:

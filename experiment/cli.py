@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, auto_cli, auto_parser, s
 
 from experiment.imports import load_imports
 from experiment.mappings import NAMES, StrictLoader, upgrade
-from experiment.run_config import R, resuming
+from experiment.run_config import R, with_resume
 from machine import children
 from settings import check_settings
 
@@ -220,10 +220,10 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
     if config.resume == "auto":
         from machine.checkpoint_folder import newest_intact
 
-        fresh = resuming(config, None)
+        fresh = with_resume(config, None)
         if newest_intact(fresh.folder / "checkpoints") is None:
             return fresh
-        config, arguments = resuming(config, fresh.folder), [*arguments, "--resume", str(fresh.folder)]
+        config, arguments = with_resume(config, fresh.folder), [*arguments, "--resume", str(fresh.folder)]
     if config.resume is None:
         return config
     stored = Path(config.resume) / "config.yaml"

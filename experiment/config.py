@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diffusion.options import SamplingOptions
 from diffusion.presets import DIFFUSIONS
 from experiment.open_section import open_section
-from experiment.run_config import AnyLogConfig, AnyTrainConfig, RunConfig
+from experiment.run_config import BaseLogConfig, BaseTrainConfig, RunConfig
 from metrics.scores import DEFAULT, HELP
 from settings import SEEDS, unset, within
 
@@ -146,7 +146,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(AnyTrainConfig):
+class TrainConfig(BaseTrainConfig):
     """Length, batch size and precision of the training.
 
     Args:
@@ -232,7 +232,7 @@ EvaluationConfig.__doc__ = str(EvaluationConfig.__doc__).format(metrics=HELP)
 
 
 @dataclass(frozen=True)
-class LogConfig(AnyLogConfig):
+class LogConfig(BaseLogConfig):
     """What is logged and saved during training, and how often (in optimizer steps; 0: never).
 
     Args:

@@ -10,7 +10,7 @@ from settings import SEEDS, within
 
 
 @dataclass(frozen=True)
-class AnyTrainConfig:
+class BaseTrainConfig:
     """Length, batch size and precision of a training.
 
     Args:
@@ -31,7 +31,7 @@ class AnyTrainConfig:
 
 
 @dataclass(frozen=True)
-class AnyLogConfig:
+class BaseLogConfig:
     """What is logged and saved during training, and how often (in optimizer steps unless named otherwise; 0: never).
 
     Args:
@@ -86,6 +86,6 @@ class RunConfig:
 R = TypeVar("R", bound=RunConfig)
 
 
-def resuming(config: R, run: Path | None) -> R:
+def with_resume(config: R, run: Path | None) -> R:
     """The configuration with `resume` set to this run, or unset."""
     return replace(config, resume=run and str(run))  # pyright: ignore[reportArgumentType, reportReturnType]

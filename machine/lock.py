@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 
-class InUse(ValueError):
+class InUseError(ValueError):
     """Another process holds the lock."""
 
 
 class Lock:
-    """An exclusive lock on a file. If another process holds it, raises InUse, or waits if `waits`. The system releases
+    """An exclusive lock on a file. If another process holds it, raises InUseError, or `waits`. The system releases
     it when its last holder ends: children may inherit `file`, so that a training which outlives its parent keeps it."""
 
     def __init__(self, path: Path, *, waits: bool = False) -> None:
@@ -27,7 +27,7 @@ class Lock:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
-            raise InUse(f"{path.parent} is in use by {holder} (or what it started): wait, or stop it") from None
+            raise InUseError(f"{path.parent} is in use by {holder} (or what it started): wait, or stop it") from None
         except OSError as error:  # the file system has no locks
             print(f"warning: {path} could not be locked ({error}): start nothing else in this folder", flush=True)
         self.file.truncate(0)

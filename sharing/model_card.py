@@ -26,7 +26,7 @@ SHOWN = ("config.yaml", "scores.json", "imported.json", *PICTURES)  # published 
 
 def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
     """Find the files to publish with the weights, by their name on the hub; scores of other weights are left out."""
-    run, mark = checkpoint.run, checkpoint.mark
+    run, mark = checkpoint.run, checkpoint.output_suffix
     marked = {"scores.json": f"scores{mark}.json", "samples.png": f"samples{mark}.png"}
     files = {name: run / marked.get(name, name) for name in SHOWN if (run / marked.get(name, name)).is_file()}
     for name in marked.keys() & files.keys():

@@ -388,10 +388,11 @@ def test_results_of_older_or_other_weights_are_marked_with_their_name(saved, tmp
     shutil.copy(folder / "ema.safetensors", run / "ema-0.08.safetensors")
     older = run / "checkpoints" / "00000098"
     found = [
-        open_checkpoint(path).mark for path in (run, older, older / "ema.safetensors", run / "ema-0.08.safetensors")
+        open_checkpoint(path).output_suffix
+        for path in (run, older, older / "ema.safetensors", run / "ema-0.08.safetensors")
     ]
     assert found == ["", "-00000098", "-00000098", "-ema-0.08"]
     (run / "checkpoints" / "best").symlink_to("00000099")
-    assert open_checkpoint(run / "checkpoints" / "best").mark == open_checkpoint(folder).mark == ""
+    assert open_checkpoint(run / "checkpoints" / "best").output_suffix == open_checkpoint(folder).output_suffix == ""
     shutil.copy(folder / "ema.safetensors", tmp_path / "0.1.safetensors")  # beside others, outside of any run
-    assert open_checkpoint(tmp_path / "0.1.safetensors").mark == "-0.1"
+    assert open_checkpoint(tmp_path / "0.1.safetensors").output_suffix == "-0.1"

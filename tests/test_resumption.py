@@ -15,7 +15,7 @@ from checkpoints.checkpoint import WEIGHTS, check_identity, make_metadata, save_
 from experiment.cli import parse, parse_run
 from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig
 from experiment.mappings import from_dict
-from experiment.run_config import resuming
+from experiment.run_config import with_resume
 from machine.checkpoint_folder import CheckpointError
 from training.resumption import changed_metric, resume_config
 
@@ -70,7 +70,7 @@ def test_settings_that_determine_what_weights_mean_cannot_change(stored, kind, f
 def test_an_older_autoencoder_without_stored_configuration_resumes(stored):
     save_tensors({"weight": torch.zeros(1)}, stored["autoencoder"] / WEIGHTS, {})
     asked_for = asked(stored["autoencoder"], "autoencoder")
-    assert resume_config(asked_for, stored["autoencoder"], print) == resuming(asked_for, None)
+    assert resume_config(asked_for, stored["autoencoder"], print) == with_resume(asked_for, None)
 
 
 def test_a_configuration_survives_the_round_trip_through_json():
@@ -98,7 +98,7 @@ def test_rate_length_log_and_explicit_defaults_may_change(stored):
     same = ("--diffusion.prediction", "epsilon", "--data.cache", "elsewhere", "--data.path", "moved.zip")
     config = asked(stored["diffusion"], "diffusion", *flags, *same)
     told = []
-    assert resume_config(config, stored["diffusion"], told.append) == resuming(config, None)
+    assert resume_config(config, stored["diffusion"], told.append) == with_resume(config, None)
     assert told == []
 
 

@@ -13,7 +13,7 @@ from checkpoints.training_state import SNAPSHOTS, list_snapshots
 from data.images import join_abridged
 from experiment.imports import load_imports
 from experiment.mappings import flatten, from_dict
-from experiment.run_config import R, RunConfig, resuming
+from experiment.run_config import R, RunConfig, with_resume
 from machine.atomic_files import unused_path
 from machine.checkpoint_folder import CheckpointError, by_step, checkpoint_to_resume, list_checkpoints
 
@@ -64,7 +64,7 @@ def resume_config(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     which must not change, or settings that its config.yaml lacks."""
     metadata, run = read_metadata(checkpoint / WEIGHTS), checkpoint.parent.parent
     if "config" not in metadata:  # older checkpoints of autoencoders
-        return resuming(config, None)
+        return with_resume(config, None)
     contents = json.loads(metadata.get("imports", "{}"))
     load_imports(getattr(config, "imports", ()), stored_in=run, contents=contents)
     values, in_yaml = json.loads(metadata["config"]), flatten(yaml.safe_load((run / "config.yaml").read_text()))
@@ -82,7 +82,7 @@ def resume_config(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
         if getattr(config, flag) != getattr(stored, flag):
             say(f"--{flag} {getattr(config, flag)}: without effect on {run}, which is resumed")
     config = replace(config, name=stored.name, init_from=stored.init_from)  # pyright: ignore[reportArgumentType]
-    return resuming(config, None)
+    return with_resume(config, None)
 
 
 def changed_metric(checkpoint: Path, config: RunConfig, identity: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from autoencoders.codec import AutoencoderError
 from checkpoints.checkpoint import WEIGHTS, check_identity, make_metadata
 from checkpoints.training_state import TrainingState, copy_checkpoint, resume
-from experiment.run_config import R, resuming
+from experiment.run_config import R, with_resume
 from machine.accelerator import from_main, open_accelerator
 from machine.atomic_files import write_atomic
 from machine.background import Background
@@ -50,7 +50,7 @@ def open_run(config: R, **options: Any) -> Iterator["Run[R]"]:
     with Interruption(config.folder, accelerator, config.train.max_hours) as interruption:
         config, checkpoint = from_main(accelerator, lambda: start_or_resume(config, accelerator.print))
         set_seed(config.train.seed)
-        run = Run(resuming(config, None), checkpoint, interruption)
+        run = Run(with_resume(config, None), checkpoint, interruption)
         with run.writing:
             yield run
 
