@@ -159,9 +159,7 @@ class Tars:
 
 
 @lru_cache(maxsize=1)  # as both splits read the same shards
-def _index(
-    shards: tuple[tuple[Path, str, tuple[int, ...]], ...],
-) -> tuple[dict[str, tuple[int, int, int]], list[str]]:
+def _index(shards: tuple[tuple[Path, str, tuple[int, ...]], ...]) -> tuple[dict[str, tuple[int, int, int]], list[str]]:
     """Locate all files in shards, given as (path, name, version); also list the images that are links to others.
 
     Returns:

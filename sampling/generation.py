@@ -108,12 +108,7 @@ def create_generator(
             f"{checkpoint.path} denoises {'x'.join(map(str, model_shape))}; give the one that it was trained with"
         )
     guide_model = load_guide_model(
-        sampling,
-        checkpoint.config.diffusion,
-        checkpoint.spec,
-        accelerator,
-        checkpoint.classes,
-        checkpoint.identity,
+        sampling, checkpoint.config.diffusion, checkpoint.spec, accelerator, checkpoint.classes, checkpoint.identity
     )
     model = model or checkpoint.load_model(accelerator.device)
     return Generator(

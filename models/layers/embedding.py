@@ -104,13 +104,7 @@ class Conditioning(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        dim: int,
-        std: float | None = SMALL,
-        *,
-        second_time: bool = False,
-        augment_dim: int = 0,
+        self, num_classes: int, dim: int, std: float | None = SMALL, *, second_time: bool = False, augment_dim: int = 0
     ) -> None:
         super().__init__()
         self.time = TimeEmbedding(dim, std)
