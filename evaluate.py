@@ -171,7 +171,9 @@ def score_samples(
         assert held_out is not None  # ensured by `check`
         rows_of_images = baselines(first, data, held_out, codec, evaluation, accelerator)
         to_score += [([source], metrics) for source, metrics in rows_of_images]
-    controls = open_controls(first, test_images, data, evaluation, accelerator) if config.memorisation else None
+    controls = None
+    if config.memorisation and test_images is not None:
+        controls = open_controls(first, test_images, data, evaluation, accelerator)
     labels = labels_among(first, held_out) if config.per_class else None
 
     # Compute the scores.
