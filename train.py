@@ -47,7 +47,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from training.optimizer import learning_rate, num_training_steps
     from training.preparation import forecast
 
-    # Open the data and build the model.
+    # Open the data, and complete the settings by what follows from them.
     config, accelerator = run.config, run.accelerator
     diffusion = build_diffusion(config.diffusion)
     best = open_best(config.log, config.evaluation)
@@ -59,6 +59,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     sampling = resolve_sampling(config.sampling, diffusion, num_guided, spec.in_channels, say=accelerator.print)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator, images.classes, run.identity)
     accelerator.print(summarize_splits(images, held_out_images))
+
+    # Build the model and what trains it.
     model = build_backbone(run, spec, images.classes, codec)
     if run.is_main and accelerator.device.type == "cpu":
         print(forecast(model, spec, diffusion, accelerator, len(images)))
