@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from checkpoints.checkpoint import Checkpoint
     from data.image_set import ImageSet
-    from evaluation.scoring import Scorer
+    from evaluation.scoring import Row, Scorer
     from evaluation.sources import Source
 
 
@@ -184,7 +184,14 @@ def score_samples(
         bits = held_out_likelihood(checkpoint, codec, held_out, config.likelihood, accelerator, seed=evaluation.seed)
         extra["bits_per_dimension"] = {**asdict(bits), "num_images": config.likelihood}
     reference = scorer.npz_reference(config.reference, moments, images) if config.reference else scorer.reference(data)
-    rows, features = scorer.score_rows(to_score, reference)
+    output = Path(config.output or output_of(samples, generated_by))
+    unfinished = output.with_name(f"{output.name}.unfinished")
+
+    def keep(done: list["Row"]) -> None:  # or hours of scoring are lost with the process
+        if accelerator.is_main_process:
+            record.write_unfinished({**record.provenance(done, reference, scorer), **extra}, unfinished)
+
+    rows, features = scorer.score_rows(to_score, reference, keep)
     nearest = scorer.memorisation(features, controls, data, codec) if controls else None
     if not accelerator.is_main_process:
         return
@@ -200,8 +207,9 @@ def score_samples(
     print(record.format_report(rows, columns, reference, scorer.extractor, extra))
 
     # Write the record, with everything needed to reproduce it, and pictures.
-    output = Path(config.output or output_of(samples, generated_by))
+    output = Path(config.output or output_of(samples, generated_by))  # again, as there may be newer weights by now
     record.write_json({**record.provenance(rows, reference, scorer), **extra}, output)
+    unfinished.unlink(missing_ok=True)
     written = [output, output.with_suffix(".png")]
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
     if len(groups) > 1:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -37,26 +38,65 @@ def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dic
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record as strict JSON, with infinite numbers as text. An existing record of more images, which took
-    longer to compute, is renamed instead of overwritten."""
-    existing: Any = None
-    with suppress(OSError, ValueError):  # if there is none
-        existing = json.loads(path.read_text())
+    """Write a record as strict JSON, with infinite numbers as text. An existing file is renamed instead of overwritten,
+    unless all of its scores are computed anew, on as many images."""
+    record, existing = _strict(record), _read_json(path)
+    if path.is_file() and path.stat().st_size and (what := _lost(existing, record)):
+        print(f"{path} was of {what}, and is now {path.rename(unused_path(path))}")
+    write_atomic(path, json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_unfinished(record: dict[str, Any], path: Path) -> None:
+    """Write the record of what is scored so far, unless the file, of a process that was killed, already has as much.
+    Errors of the disk are ignored."""
+    if _lost(_strict(record), _read_json(path)):
+        with suppress(OSError):
+            write_json(record, path)
+
+
+def _read_json(path: Path) -> Any:
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return None
+
+
+def _lost(existing: Any, record: Any) -> str:
+    """What a file has that another lacks, in words; empty if that is nothing."""
+    if any(not isinstance(one, Mapping) or "num_samples" not in one for one in (existing, record)):
+        return "something else"
     if _num_images(existing) > _num_images(record):
-        print(f"{path} was of more images, and is now {path.rename(unused_path(path))}")
-    write_atomic(path, json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        return "more images"
+    if existing.get("extractor_sha256") != record.get("extractor_sha256"):
+        return "another extractor"
+    references = [[one.get("reference", {}).get(name) for name in REFERENCE] for one in (existing, record)]
+    if references[0] != references[1]:
+        return "another reference"
+    scored: list[dict[str, set[str]]] = [{}, {}]  # names of the scores by the images that they are of
+    for found, one in zip(scored, (existing, record), strict=True):
+        for row in one.get("rows", ()):
+            about = {name: value for name, value in row["samples"].items() if not NO_SETTING.fullmatch(name)}
+            names = found.setdefault(json.dumps([row["name"], about], sort_keys=True), set())
+            names |= {*row["scores"], *(f"trial {number}" for number in range(len(row.get("trials", ()))))}
+    if not scored[0].keys() <= scored[1].keys():
+        return "other samples"
+    is_complete = all(names <= scored[1][images] for images, names in scored[0].items())
+    return "" if is_complete and existing.keys() <= record.keys() else "more scores"
 
 
-def _num_images(record: Any) -> int:
-    """Number of images over all trials; 0 for anything but a record."""
-    values = record if isinstance(record, Mapping) else {}
-    num_samples, num_trials = values.get("num_samples"), values.get("num_trials")
+REFERENCE = ("source", "source_hash", "split", "image_size")  # entries that identify a reference
+NO_SETTING = re.compile("num_images|num_different|.* img/s")  # entries of samples that follow from others
+
+
+def _num_images(record: Mapping[str, Any]) -> int:
+    """Number of images over all trials."""
+    num_samples, num_trials = record.get("num_samples"), record.get("num_trials")
     return num_samples * num_trials if isinstance(num_samples, int) and isinstance(num_trials, int) else 0
 
 
 def _strict(value: Any) -> Any:
+    """Convert to what JSON gives back."""
     if isinstance(value, Mapping):
-        return {name: _strict(item) for name, item in value.items()}
+        return {str(name): _strict(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
     return str(value) if isinstance(value, float) and math.isinf(value) else value

@@ -5,7 +5,7 @@
 processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,12 @@ class Scorer:
             features = replace(features, labels=labels)
         return from_main(self.accelerator, lambda: self._scores(features, reference, metrics)), features
 
+    def _no_scores(self, source: Source, metrics: Sequence[str], reason: str) -> Scores:
+        """The scores of a source that could not be scored: none, with the reason."""
+        names = [metric_name(metric, self.extractor.kind, self.extractor.name) for metric in metrics]
+        names += [f"{name}, halves" for metric, name in zip(metrics, names, strict=True) if metric == "fid"]
+        return Scores({name: Score(None, reason=reason) for name in names}, source.num_images)
+
     def _scores(self, features: Features, reference: Reference, metrics: Sequence[str]) -> Scores:
         extractor = self.extractor
         scores = compute_scores(features, reference.features, extractor, metrics=metrics, seed=self.evaluation.seed)
@@ -145,17 +151,32 @@ class Scorer:
         return scores
 
     def score_rows(
-        self, rows: Sequence[tuple[Sequence[Source], Sequence[str]]], reference: Reference
+        self,
+        rows: Sequence[tuple[Sequence[Source], Sequence[str]]],
+        reference: Reference,
+        keep: Callable[[list["Row"]], object] = lambda done: None,
     ) -> tuple[list["Row"], Features]:
-        """Score rows of the table, given as trials and metrics, and also return the features of the first trial."""
+        """Score rows of the table, given as trials and metrics, and also return the features of the first trial.
+
+        `keep` is called with what is done after each trial but the last. Trials after the first that cannot be scored,
+        such as those of settings that diverge, have no scores.
+        """
         features = None
-        summaries = []
+        summaries: list[Row] = []
         for trials, metrics in rows:
             scores = []
             for source in trials:
-                trial_scores, trial_features = self.score(source, reference, metrics)
+                try:
+                    trial_scores, trial_features = self.score(source, reference, metrics)
+                    features = features or trial_features
+                except ValueError as error:  # the same on all processes
+                    if features is None:
+                        raise
+                    self.accelerator.print(f"{source.name}: no scores: {error}")
+                    trial_scores = self._no_scores(source, metrics, str(error))
                 scores.append(trial_scores)
-                features = features or trial_features
+                if trials is not rows[-1][0] or source is not trials[-1]:
+                    keep([*summaries, summarise(trials[0], scores)])
             summaries.append(summarise(trials[0], scores))
         assert features is not None
         return summaries, features

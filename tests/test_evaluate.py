@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
-from processes import log, run
+from processes import log, run, script
 
-from evaluation.record import draw_sweep, write_json
-from evaluation.scoring import summarise
+from evaluation.record import draw_sweep, write_json, write_unfinished
+from evaluation.scoring import Scorer, summarise
 from evaluation.sources import Source
+from experiment.cli import parse
 from metrics.fidelity import Scores
 from metrics.scores import Score
 
@@ -274,6 +275,38 @@ def test_a_sweep_has_a_line_for_each_value_of_whatever_is_swept(tmp_path, monkey
     assert drawn == {f"guidance_rescale {rescale}": ([1.0, 2.0], [1 + rescale, 2 + rescale]) for rescale in (0.0, 0.7)}
 
 
+def test_settings_that_cannot_be_scored_cost_no_others(folder, extractor):
+    flags = ("--extractor", extractor, "--num_samples", 4, "--metrics", "[fid]", "--output", "diverged.json")
+    done = run("evaluate.py", "--samples", "runs/tiny", *flags, "--guidance_scale", "1.5,1e38,2", cwd=folder)
+    assert "tiny: no scores: " in done.stdout
+    values = [row["scores"]["frechet_distance[colors]"] for row in scores(folder, "diverged.json")["rows"]]
+    assert [isinstance(score["value"], float) for score in values] == [True, False, True]
+    assert "not finite" in values[1]["reason"]
+    assert not (folder / "diverged.json.unfinished").exists()
+    alone = run("evaluate.py", "--samples", "runs/tiny", *flags, "--guidance_scale", 1e38, cwd=folder, check=False)
+    assert alone.returncode == 2
+
+
+def test_what_is_scored_outlives_the_process(folder, extractor, monkeypatch):
+    evaluate, score, scored = script("evaluate.py"), Scorer.score, []
+
+    def killed(scorer, source, *more):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(source)
+        return score(scorer, source, *more)
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Scorer, "score", killed)
+    flags = ("--extractor", extractor, "--num_samples", 4, "--metrics", "[fid]", "--output", "killed.json")
+    arguments = ["--samples", "runs/tiny", *flags, "--guidance_scale", "1.5,2", "--trials", 2, "--precision", "fp32"]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(parse(evaluate.EvaluateConfig, [str(argument) for argument in arguments]))
+    assert not (folder / "killed.json").exists()
+    (row,) = scores(folder, "killed.json.unfinished")["rows"]
+    assert [trial["frechet_distance[colors]"]["value"] > 0 for trial in row["trials"]] == [True, True]
+
+
 def test_of_trials_that_lack_a_number_there_is_no_mean():
     assert row_of("fid", 1.0, 3.0).scores["fid"].value == 2.0
     assert row_of("fid", 1.0, None).scores["fid"].value is None
@@ -289,3 +322,44 @@ def test_scores_of_more_images_are_kept(tmp_path, capsys):
     assert json.loads(kept.read_text())["num_trials"] == 3
     assert json.loads(path.read_text())["num_samples"] == 10
     assert f"{path} was of more images, and is now {kept}" in capsys.readouterr().out
+
+
+BASIC = {"num_samples": 9, "num_trials": 1, "extractor_sha256": "e", "reference": {"source": "a", "features": "x"}}
+ROW = {"name": "run", "scores": {"fid": {}, "kid": {}}, "samples": {"guidance_scale": 2.0, "weights_sha256": "w"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"num_samples": 10, "reference": {"source": "a", "features": "y"}, "memorisation": {}}, None),
+        ({"rows": [{**ROW, "scores": {**ROW["scores"], "recall": {}}, "trials": []}, {**ROW, "name": "floor"}]}, None),
+        ({"rows": [{**ROW, "samples": {**ROW["samples"], "guidance_scale": 1.5}}]}, "other samples"),
+        ({"rows": [{**ROW, "samples": {**ROW["samples"], "weights_sha256": "x"}}]}, "other samples"),
+        ({"rows": [{**ROW, "scores": {"fid": {}}}]}, "more scores"),
+        ({"likelihood": None}, "more scores"),
+        ({"reference": {"source": "b"}}, "another reference"),
+        ({"extractor_sha256": "f"}, "another extractor"),
+    ],
+)
+def test_scores_are_replaced_by_nothing_else_than_the_same(tmp_path, capsys, changes, what):
+    path, record = tmp_path / "scores.json", {**BASIC, "rows": [ROW], "likelihood": {"clip": float("inf")}}
+    write_json(record, path)
+    write_json({name: value for name, value in {**record, **changes}.items() if value is not None}, path)
+    kept = list(tmp_path.glob("scores.json.before-*"))
+    assert [f"{path} was of {what}, and is now {file}\n" for file in kept] == [capsys.readouterr().out] * bool(what)
+    assert len(kept) == bool(what)
+
+
+def test_what_a_killed_process_has_scored_is_kept_until_there_is_more(tmp_path):
+    path = tmp_path / "scores.json.unfinished"
+    records = [{**BASIC, "rows": [ROW, {**ROW, "name": "floor", "trials": [{}] * number}]} for number in (1, 2, 3)]
+    for written, expected in ((1, 1), (0, 1), (1, 1), (2, 2)):
+        write_unfinished(records[written], path)
+        assert json.loads(path.read_text()) == records[expected]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_of_somebody_else_is_kept(tmp_path):
+    (tmp_path / "a.json").write_text("my notes")
+    write_json(BASIC, tmp_path / "a.json")
+    assert next(tmp_path.glob("a.json.before-*")).read_text() == "my notes"
