@@ -19,7 +19,7 @@ from diffusion.samplers import num_calls
 from evaluation.scoring import open_scorer
 from evaluation.table import terminal
 from experiment.build import build_diffusion, model_spec, open_cache, open_split
-from experiment.config import SamplingConfig
+from experiment.config import ExperimentConfig, SamplingConfig
 from machine.atomic_files import write_atomic
 from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_intact
 from metrics.cost import Cost
@@ -237,28 +237,35 @@ def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, 
 
 
 def match_costs(plan: list[PlannedRun], measurements: Measurements) -> list[PlannedRun]:
-    """Change the width of all other variants so that they cost what `match.to` costs.
+    """Change the width of all other variants so that they cost what `match.to` costs, under the same values of a grid.
 
     Raises ValueError where no width does.
     """
     rule = plan[0].ablation.match
     assert rule is not None
-    target = next(planned.spec for planned in plan if planned.run.is_of(rule.to))
+    targets = [planned for planned in plan if planned.run.is_of(rule.to)]
+
+    def cost_of(spec: ModelSpec, config: ExperimentConfig) -> float:
+        if rule.by == "time":
+            return 1 / measurements.speed(spec, config, _codec(config.autoencoder)).training
+        cost = measurements.cost(spec)
+        return cost.gflops if rule.by == "flops" else float(cost.parameters)
 
     def match_cost(planned: PlannedRun) -> PlannedRun:
         run, spec = planned.run, planned.spec
         if run.is_of(rule.to):
             return planned
+        target = next((other for other in targets if other.run.is_beside(run)), targets[0])
+        key = {"match": asdict(rule), "to": asdict(target.spec), "spec": asdict(spec)}
+        if rule.by == "time":  # which depends on more than the backbone
+            key |= {"trained as": [_timed_settings(config) for config in (target.run.config, run.config)]}
 
-        def cost_of(spec: ModelSpec) -> float:
-            if rule.by == "time":
-                return 1 / measurements.speed(spec, run.config, _codec(run.config.autoencoder)).training
-            cost = measurements.cost(spec)
-            return cost.gflops if rule.by == "flops" else float(cost.parameters)
+        def match() -> dict[str, Any]:
+            target_cost = cost_of(target.spec, target.run.config)
+            return resize_to_cost(spec, target_cost, lambda spec: cost_of(spec, run.config), rule.tolerance).args
 
-        key = {"match": asdict(rule), "to": asdict(target), "spec": asdict(spec)}
         with _naming_variant(run):
-            args = measurements.get(key, lambda: resize_to_cost(spec, cost_of(target), cost_of, rule.tolerance).args)
+            args = measurements.get(key, match)
         run = replace(run, config=replace(run.config, model_args=args))
         return plan_run(run, planned.ablation, measurements, scores_baselines=planned.scores_baselines)
 
@@ -350,6 +357,11 @@ def _naming_variant(run: Run) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise ValueError(f"variant {run.variant}: {error}") from error
+
+
+def _timed_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """The settings besides the backbone that the time of a training step depends on."""
+    return {"diffusion": asdict(config.diffusion), "batch_size": config.train.batch_size}
 
 
 @lru_cache

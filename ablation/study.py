@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class MatchConfig:
-    """Equal cost: all other variants are widened or narrowed until they cost as much as `to`; their depth stays.
+    """Equal cost: all other variants are widened or narrowed until they cost as much as `to` does under the same values
+    of a grid; their depth stays.
 
     Args:
         by: the cost to make equal: 'flops' (of a forward pass), 'params', or 'time' (of a training step, measured here)
@@ -124,6 +125,10 @@ class Run:
     def is_of(self, name: str | None) -> bool:
         """Whether `name` is that of the variant, or of the YAML's variant that a grid has made it from."""
         return name in (self.variant, self.point["variant"])
+
+    def is_beside(self, other: "Run") -> bool:
+        """Whether a grid has made this run and another from the same values."""
+        return self.point == {**other.point, "variant": self.point["variant"]}
 
     @property
     def folder(self) -> Path:

@@ -197,6 +197,42 @@ def test_a_plan_is_matched_timed_and_remembered():
     assert "about" in format_plan(first)
 
 
+def plan_of(variants, match, grid=None):
+    ablation = AblationConfig(base={**BASE, "model_args": {}}, variants=variants, match=match, grid=grid or {})
+    where = (expand(ablation, "m"), Path("runs/m"), open_accelerator("fp32"))
+    return make_plan(ablation, *where, timed=False, any_code=False)
+
+
+def test_each_value_of_a_grid_is_matched_by_itself(monkeypatch):
+    def count(spec):
+        return Cost(1, spec.input_size[0] ** 2 * spec.args["dim"] ** 2 * spec.args.get("depth", 6) / 1e9)
+
+    monkeypatch.setattr("ablation.costs.count_cost", count)
+    variants = {"XSwin": {"model_args": {**TINY["model_args"], "dim": 96}}}
+    variants |= {"DiT": {"model": "DiT", "model_args": {"dim": 96, "num_heads": 3, "depth": 4}}}
+    grid = {"data.image_size": [32, 64]}
+    plan = plan_of(variants, MatchConfig("XSwin", "flops", 0.1), grid)
+    costs = {planned.run.variant: planned.cost.gflops for planned in plan}
+    assert costs["XSwin image_size=64"] == 4 * costs["XSwin image_size=32"]
+    for size in grid["data.image_size"]:
+        assert costs[f"DiT image_size={size}"] == pytest.approx(costs[f"XSwin image_size={size}"], rel=0.1)
+    to_one = plan_of(variants, MatchConfig("XSwin image_size=32", "flops", 0.1), grid)
+    assert [planned.cost.gflops for planned in to_one] == [pytest.approx(costs["XSwin image_size=32"], rel=0.1)] * 4
+
+
+def test_a_variant_whose_steps_take_longer_is_narrowed_to_equal_time(monkeypatch):
+    def speed(measurements, spec, config, codec):
+        calls = {"flow": 1, "meanflow": 3}[config.diffusion.kind]
+        return Speed(1e6 / calls / spec.args["dim"] ** 2, 1.0, 1.0)
+
+    monkeypatch.setattr("ablation.plan.Measurements.speed", speed)
+    dit = {"model": "DiT", "model_args": {"dim": 384, "depth": 2, "num_heads": 6}}
+    kinds = {kind: {**dit, "diffusion.kind": kind} for kind in ("flow", "meanflow")}
+    flow, meanflow = plan_of(kinds, MatchConfig("flow", "time", 0.1))
+    assert flow.spec.args["dim"] == 384
+    assert meanflow.spec.args["dim"] == pytest.approx(384 / 3**0.5, rel=0.1)
+
+
 def test_a_study_and_a_training_do_not_share_a_folder(tmp_path):
     ablate, train = script("scripts/ablate.py"), script("train.py")
     Path("a.yaml").write_text(f"base: {json.dumps(BASE)}\nvariants: {{a: {{}}}}\n")
