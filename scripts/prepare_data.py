@@ -83,6 +83,10 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
         raise ValueError(f"--output {output}: give FILE.zip")
     if path.exists() and b'"sha256"' not in path.read_bytes():
         raise ValueError(f"--output {output}: its manifest would replace {path}, which is none; give another name")
+    if output.exists() and not (path.exists() and json.loads(path.read_text()).get("sha256") == sha256_of(output)):
+        raise ValueError(
+            f"--output {output}: is there, and {path.name} is not its manifest; move it, or give another name"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     classes: Counter[str] = Counter()

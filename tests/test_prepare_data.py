@@ -76,6 +76,18 @@ def test_a_manifest_does_not_overwrite_other_files(script, tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ['{"annotations": []}']
 
 
+def test_a_zip_of_somebody_else_is_not_overwritten(script, tmp_path):
+    script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
+    script.write_zip(items(), tmp_path / "pets.zip", 8, source="pets")  # its own may be
+    (tmp_path / "mine.zip").write_bytes(b"photographs")
+    (tmp_path / "pets.zip").rename(tmp_path / "kept.zip")
+    (tmp_path / "pets.zip").write_bytes(b"others")  # beside the manifest of one that was moved
+    for name, content in {"mine": b"photographs", "pets": b"others"}.items():
+        with pytest.raises(ValueError, match=f"{name}.zip: is there, and {name}.json is not its manifest; move it"):
+            script.write_zip(items(), tmp_path / f"{name}.zip", 16, source="pets")
+        assert (tmp_path / f"{name}.zip").read_bytes() == content
+
+
 @pytest.mark.parametrize("name", ["pets", "pets.v2", "pets.json"])
 def test_a_manifest_is_of_one_zip(script, tmp_path, name):
     script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
