@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from diffusion.options import SamplingOptions
 from evaluation.table import Cell
 from experiment.cli import one_line_errors, parse
 from experiment.mappings import flatten
@@ -31,6 +32,7 @@ class Run(NamedTuple):
     config: dict[str, Any]
     events: list[dict[str, Any]]
     scores: dict[str, float]
+    scored_with: dict[str, Any]  # how the samples were generated, and what they were compared with
     grid: Path | None
 
     def last(self, name: str) -> float | None:
@@ -60,18 +62,19 @@ def main(config: GalleryConfig) -> None:
     if not runs:
         raise ValueError(f"{folder}: no run in it; train.py and `make demo` make them in runs/")
     differing, scores = differences(runs), list(dict.fromkeys(name for run in runs for name in run.scores))
+    scored_with = scoring_differences(runs)
     logged = {"loss": "loss", "held-out loss": "validation_loss", "images/s": "images_per_second"}
-    rows = [
-        [run.name, *map(run.last, ("step", *logged.values())), *map(run.scores.get, scores)]
-        + [run.config.get(name) for name in differing]
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        rows.append([run.name, *map(run.last, ("step", *logged.values())), *map(run.scores.get, scores)])
+        rows[-1] += [*map(run.scored_with.get, scored_with), *map(run.config.get, differing)]
     cards = []
     for run in runs:
         picture = run.grid and "data:image/png;base64," + base64.b64encode(run.grid.read_bytes()).decode()
         settings = {name: json.dumps(run.config.get(name)) for name in differing}
         cards.append({"name": run.name, "picture": picture, "differences": settings})
-    title, head = f"{len(runs)} runs in {folder.resolve().name}", ["run", "steps", *logged, *scores, *differing]
+    title = f"{len(runs)} runs in {folder.resolve().name}"
+    head = ["run", "steps", *logged, *scores, *(f"scored with {name}" for name in scored_with), *differing]
     table = [[cell(value) for value in row] for row in rows]
     path = config.output or folder / "gallery.html"
     write_atomic(path, render_page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards))
@@ -88,7 +91,19 @@ def read_run(folder: Path) -> Run:
     values |= {name: score.get("value") for name, score in record.get("scores", {}).items() if isinstance(score, dict)}
     values = {name: value for name, value in values.items() if value is not None}
     events = [json.loads(line) for line in lines if line.endswith("}")]
-    return Run(folder.name, config, events, values, newest_picture(folder))
+    return Run(folder.name, config, events, values, scoring_of(record), newest_picture(folder))
+
+
+def scoring_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record of scores without which its numbers do not compare with others."""
+    samples, reference = record.get("samples", {}), record.get("reference", {})
+    names = (*(setting.name for setting in fields(SamplingOptions)), "guide_sha256", "labels", "precision")
+    values = {name: samples[name] for name in names if name in samples}
+    codec = samples.get("autoencoder")
+    hashes = {"autoencoder": codec.get("decoder_sha256") if isinstance(codec, dict) else None}
+    hashes |= {"extractor": record.get("extractor_sha256"), "reference": reference.get("source_hash")}
+    values |= {f"{name} (sha256)": text[:12] for name, text in hashes.items() if isinstance(text, str)}
+    return values | {name: reference[name] for name in ("split",) if name in reference}
 
 
 def newest_picture(run: Path) -> Path | None:
@@ -110,6 +125,18 @@ def differences(runs: Sequence[Run]) -> list[str]:
     """Names of the settings that differ between runs."""
     names = sorted({name for run in runs for name in run.config if not name.startswith(IGNORED)})
     return [name for name in names if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
+
+
+def scoring_differences(runs: Sequence[Run]) -> list[str]:
+    """Names of the entries of `scored_with` that differ between scored runs, or from a run's own configuration, which
+    the table shows too."""
+
+    def differs(name: str) -> bool:
+        values = [(run.scored_with.get(name), run.config.get(f"sampling.{name}")) for run in runs if run.scored_with]
+        is_other = any(configured not in (None, used) for used, configured in values)
+        return is_other or len({json.dumps(used) for used, _ in values}) > 1
+
+    return [name for name in dict.fromkeys(name for run in runs for name in run.scored_with) if differs(name)]
 
 
 def cell(value: object) -> Cell:

@@ -82,6 +82,31 @@ def test_runs_scores_and_differences_are_in_the_table(runs):
     assert "name" not in head
 
 
+def test_scores_say_how_they_were_made_where_that_differs(tmp_path):
+    """Also from the training's settings, which stand in the same table."""
+
+    def columns_of(*scored):
+        for number, samples in enumerate(scored):
+            folder = tmp_path / str(len(scored)) / str(number)
+            folder.mkdir(parents=True)
+            (folder / "config.yaml").write_text("sampling: {guidance_scale: 1.5, num_steps: null}\n")
+            if samples is not None:
+                reference = {"source_hash": "abc", "split": "test-1"}
+                record = {"scores": {"fid": {"value": 1.0}}, "samples": samples, "reference": reference}
+                (folder / "scores.json").write_text(json.dumps(record))
+        GALLERY.main(GALLERY.GalleryConfig(tmp_path / str(len(scored))))
+        head, *rows = Cells((tmp_path / str(len(scored)) / "gallery.html").read_text()).rows
+        columns = dict(zip(head, zip(*rows, strict=True), strict=True))
+        return {name: cells for name, cells in columns.items() if name.startswith("scored with")}
+
+    usual = {"guidance_scale": 1.5, "num_steps": 150, "labels": "balanced"}
+    assert columns_of(usual, usual, None) == {}
+    other = {**usual, "labels": "reference", "guidance_scale": 4.0}
+    columns = {"scored with guidance_scale": ("1.5", "4"), "scored with labels": ("balanced", "reference")}
+    assert columns_of(usual, other) == columns
+    assert columns_of(other) == {"scored with guidance_scale": ("4",)}
+
+
 def test_the_gallery_shows_the_newest_of_grids_and_samples(tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "config.yaml").write_text("model: XSwin\n")
