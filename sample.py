@@ -22,6 +22,7 @@ from settings import SEEDS, set_values, within
 
 if TYPE_CHECKING:
     from checkpoints.checkpoint import Checkpoint
+    from sampling.generation import Generator
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def main(config: SampleConfig) -> None:
         return
 
     output = output_of("samples")
-    save_samples(batches, labels, checkpoint, config.num_per_class, output)
+    save_samples(batches, generator, checkpoint, config.num_per_class, output)
     print(f"{len(labels)} images: {output}")
     if panel is not None:
         path = beside(output, "panel")
@@ -123,7 +124,7 @@ def main(config: SampleConfig) -> None:
 
 
 def save_samples(
-    batches: Iterable[Any], labels: Any, checkpoint: "Checkpoint", num_per_class: int, output: Path
+    batches: Iterable[Any], generator: "Generator", checkpoint: "Checkpoint", num_per_class: int, output: Path
 ) -> None:
     """Write samples as a grid, an npz, or a folder with a subfolder per class, depending on the suffix of `output`."""
     import torch
@@ -131,7 +132,9 @@ def save_samples(
     from checkpoints.checkpoint import read_metadata
     from sampling.grids import save_grid
     from sampling.image_files import save_folder, save_npz
+    from sharing.model_card import without_paths
 
+    labels = generator.labels
     names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
     if output.suffix.lower() in PICTURES:
         is_one_class = len(labels.unique()) == 1
@@ -141,6 +144,7 @@ def save_samples(
             columns=12 if is_one_class else num_per_class * max(1, 12 // num_per_class),
             captions=names if checkpoint.classes else None,
             weights=read_metadata(checkpoint.path).get("weights_sha256"),
+            settings=without_paths(generator.provenance),  # the picture may be published
         )
     elif output.suffix.lower() == ".npz":
         save_npz(batches, labels, checkpoint.classes, output)

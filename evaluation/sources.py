@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -19,12 +19,11 @@ from data import summarize_left_out
 from data.image_set import ImageSet
 from data.images import ImageDataset
 from data.subsets import map_labels, stratified
-from diffusion.samplers import num_calls, randn_like
+from diffusion.samplers import randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
-from machine.precision import precision_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, Images, image_batches, split_into_batches
-from sampling.checks import files_in_record, resolve_sampling
+from sampling.checks import resolve_sampling
 from sampling.generation import Generator, create_generator
 from sampling.labels import sample_labels
 from settings import set_values
@@ -47,11 +46,7 @@ class Source:
 
 def from_generator(generator: Generator, name: str, classes: Sequence[str] = (), **provenance: object) -> Source:
     """Samples of a generator, generated when they are needed. `provenance` gives further entries."""
-    sampling = replace(generator.sampling, num_steps=generator.num_steps)
-    settings: dict[str, Any] = {"kind": "samples", "seed": generator.seed, "weights": "ema"}
-    settings |= {"autoencoder": generator.codec.provenance, "precision": precision_of(generator.accelerator)}
-    settings["model_calls"] = num_calls(generator.diffusion, sampling)
-    provenance = {**settings, **asdict(sampling), **files_in_record(sampling), **provenance}
+    provenance = {"kind": "samples", **generator.provenance, **provenance}
     labels = generator.labels if classes else None
     return Source(name, len(generator.labels), generator.batches, provenance, labels, classes)
 

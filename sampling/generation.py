@@ -1,13 +1,12 @@
 """Generate images for labels, distributed over all processes."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -15,12 +14,12 @@ from tqdm import tqdm
 from autoencoders.codec import Codec
 from checkpoints.checkpoint import Checkpoint
 from diffusion import Diffusion, sample
-from diffusion.samplers import Callback, num_steps_for, randn_like
+from diffusion.samplers import Callback, num_calls, num_steps_for, randn_like
 from experiment.config import SamplingConfig
 from machine.precision import inference_autocast, precision_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, split_into_batches
-from sampling.checks import load_guide_model
+from sampling.checks import files_in_record, load_guide_model
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,14 @@ class Generator:
     @property
     def num_steps(self) -> int:
         return num_steps_for(self.sampling, self.diffusion)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """All that the images depend on besides the model and their labels, for records."""
+        sampling = replace(self.sampling, num_steps=self.num_steps)
+        values: dict[str, Any] = {"seed": self.seed, "weights": "ema", "autoencoder": self.codec.provenance}
+        values |= {"precision": precision_of(self.accelerator), "model_calls": num_calls(self.diffusion, sampling)}
+        return {**values, **asdict(sampling), **files_in_record(sampling)}
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
         for batch in split_into_batches(indices, batch_size):
@@ -130,7 +137,7 @@ def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "
     with tqdm(total=num_images, desc="sampling", unit="img", disable=quiet, leave=False) as bar:
         for batch in torch.arange(num_images).split(batch_size * num_ranks):
             padded = torch.arange(-(-len(batch) // num_ranks) * num_ranks) % len(batch)  # to the same number per rank
-            local = batch[padded[rank::num_ranks]]
+            local = batch[padded.chunk(num_ranks)[rank]]  # the main process has the first, which callbacks show
             images = batch.new_empty(0)
             errors: list[ValueError | None] = [None]
             try:
@@ -141,5 +148,5 @@ def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "
                 raise error
             gathered: Any = accelerator.gather(images)
             if accelerator.is_main_process:
-                yield rearrange(gathered, "(p b) ... -> (b p) ...", p=num_ranks)[: len(batch)].cpu()
+                yield gathered[: len(batch)].cpu()
             bar.update(len(batch))

@@ -1,5 +1,7 @@
 """Grids of images, with names or captions, as pictures."""
 
+import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,27 @@ from machine.atomic_files import atomic_path
 
 SMALL, LARGE = ImageFont.load_default(size=9), ImageFont.load_default(size=22)
 GAP = 2  # pixels between images
-DRAWN_BY = "weights_sha256"  # text chunk of a PNG: hash of the weights that generated the images
+# Text chunks of a PNG: the hash of the weights that generated the images, and the settings as JSON.
+DRAWN_BY, DRAWN_WITH = "weights_sha256", "sampling"
 Names = list[str] | None
 
 
 def save_grid(
-    images: UInt8[Tensor, "n 3 h w"], path: Path, *, columns: int, weights: str | None = None, **names: Names
+    images: UInt8[Tensor, "n 3 h w"],
+    path: Path,
+    *,
+    columns: int,
+    weights: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **names: Names,
 ) -> None:
-    """Save a grid (see `draw_grid`) as PDF, or as PNG, which records the hash of the `weights` that generated it."""
+    """Save a grid (see `draw_grid`) as PDF, or as PNG, which records the hash of the `weights` that generated it and
+    the `settings` of their sampling."""
     metadata = PngInfo()
     if weights is not None:
         metadata.add_text(DRAWN_BY, weights)
+    if settings is not None:
+        metadata.add_text(DRAWN_WITH, json.dumps(settings))
     options: dict[str, Any] = {"quality": 95, "subsampling": 0, "pnginfo": metadata}  # quality: of the JPEG in a PDF
     with atomic_path(path) as partial:
         draw_grid(images, columns, **names).save(partial, **options)
@@ -33,8 +45,19 @@ def save_grid(
 
 def read_weights_hash(path: Path) -> str | None:
     """Read the hash of the weights that generated a grid, if it is recorded."""
+    return _read_text(path, DRAWN_BY)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a grid's sampling; empty if they are not recorded."""
+    with suppress(ValueError, TypeError):
+        return dict(json.loads(_read_text(path, DRAWN_WITH) or "{}"))
+    return {}
+
+
+def _read_text(path: Path, name: str) -> str | None:
     with suppress(OSError), Image.open(path, formats=("PNG",)) as image:
-        return image.info.get(DRAWN_BY)
+        return image.info.get(name)
     return None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints.checkpoint import WEIGHTS, Checkpoint, read_metadata, read_tensors, save_tensors
 from evaluation.table import code, markdown, plain
 from experiment.config import SamplingConfig
-from sampling.grids import read_weights_hash
+from sampling.grids import read_settings, read_weights_hash
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
 # Settings that hold a path, and settings whose values are names even where they contain a slash.
@@ -137,6 +137,7 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
         origin=origin,
         averaged=describe_averaging(checkpoint),
         drawn=format_sampling(checkpoint, record.get("samples", {})),
+        shown=format_sampling(checkpoint, read_settings(files["samples.png"])) if "samples.png" in files else {},
     )
 
 

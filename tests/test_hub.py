@@ -17,7 +17,7 @@ from processes import script
 
 from checkpoints.checkpoint import make_metadata, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
 from checkpoints.hub import HubError, resolve_to_file
-from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig
+from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig, SamplingFlags
 from sampling.grids import read_weights_hash, save_grid
 from sharing.model_card import card_files, format_sampling, model_card, to_half, without_paths
 
@@ -299,6 +299,23 @@ def test_a_card_says_how_scored_samples_were_drawn(folder):
     }
     decoder = {"autoencoder": {**own, "decoder_sha256": "another", "autoencoder": "mine"}}
     assert format_sampling(checkpoint, {**usual, **others, **decoder}) == {**usual, **others, "autoencoder": "mine"}
+
+
+def test_a_card_says_how_its_picture_was_drawn(folder, tmp_path, monkeypatch):
+    """With settings that differ from the checkpoint's, and no path of this machine."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "runs" / "tiny", tmp_path / "run")
+    guide = str(tmp_path / "run" / "checkpoints" / "00000002")
+    sampling = SamplingFlags(guidance_checkpoint=guide, guidance_scale=3.0)
+    SAMPLE.main(SAMPLE.SampleConfig("run", classes=["circle"], num_per_class=1, seed=7, sampling=sampling))
+    checkpoint = open_checkpoint("run")
+    files = card_files(checkpoint)
+    assert str(tmp_path).encode() not in files["samples.png"].read_bytes()
+    card = " ".join(model_card(checkpoint, REPO, "mit", files).replace("\\", "").split())
+    drawn = "num_steps 3, guidance_scale 3.0, seed 7, guidance_checkpoint 00000002"
+    assert f"![Samples](samples.png) Drawn with sampler ddpm, {drawn}." in card
+    (tmp_path / "run" / "samples.png").unlink()  # the grid of the training, with its own settings
+    assert "Drawn with" not in model_card(checkpoint, REPO, "mit", card_files(checkpoint))
 
 
 def test_names_that_users_choose_are_text_in_a_card(folder):
