@@ -213,6 +213,27 @@ def test_an_error_of_one_sampling_process_is_raised_by_all(monkeypatch):
     assert sent[-1] is error
 
 
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_a_panel_shows_the_first_images_on_any_number_of_processes(monkeypatch, num_processes):
+    """What the main process draws first, which is what panels record, are the first images, and the order is kept."""
+    monkeypatch.setattr(generation, "gather_object", lambda own: own)
+    shares = []
+    for rank in range(num_processes):
+        accelerator = Mock(is_main_process=rank == 0, num_processes=num_processes, process_index=rank)
+        drawing = Mock(spec=Generator, accelerator=accelerator, labels=labels(8), image_size=(1, 1))
+        drawing.draw = lambda mine: shares[-1].append(mine) or mine
+        accelerator.gather = lambda mine: mine
+        shares.append([])
+        list(generation.stream(drawing, batch_size=2))
+    assert shares[0][0].tolist() == [0, 1]
+    rounds = [torch.cat(parts) for parts in zip(*shares, strict=True)]
+    size = 2 * num_processes
+    expected = torch.arange(8).split(size)
+    assert [part[: len(own)].tolist() for part, own in zip(rounds, expected, strict=True)] == [
+        own.tolist() for own in expected
+    ]
+
+
 def test_backups_never_overwrite_one_another(tmp_path, monkeypatch):
     """The clock may show the same second twice, or go back an hour."""
     monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
