@@ -91,6 +91,9 @@ def read_run(folder: Path) -> Run:
     values |= {name: score.get("value") for name, score in record.get("scores", {}).items() if isinstance(score, dict)}
     values = {name: value for name, value in values.items() if value is not None}
     events = [json.loads(line) for line in lines if line.endswith("}")]
+    for part in reversed(history_of(folder)):
+        for name, former in part["settings"].items():
+            config[name] = f"{former} until step {part['until']}, then {config.get(name)}"
     return Run(folder.name, config, events, values, scoring_of(record), newest_picture(folder))
 
 
@@ -104,6 +107,16 @@ def scoring_of(record: dict[str, Any]) -> dict[str, Any]:
     hashes |= {"extractor": record.get("extractor_sha256"), "reference": reference.get("source_hash")}
     values |= {f"{name} (sha256)": text[:12] for name, text in hashes.items() if isinstance(text, str)}
     return values | {name: reference[name] for name in ("split",) if name in reference}
+
+
+def history_of(run: Path) -> list[dict[str, Any]]:
+    """The settings with which a run was trained before it was resumed with others."""
+    from checkpoints.checkpoint import WEIGHTS, CheckpointError, read_metadata
+    from machine.checkpoint_folder import list_checkpoints
+
+    with suppress(CheckpointError, IndexError):
+        return json.loads(read_metadata(list_checkpoints(run / "checkpoints")[-1] / WEIGHTS).get("history", "[]"))
+    return []
 
 
 def newest_picture(run: Path) -> Path | None:

@@ -136,6 +136,7 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
         scores=markdown([["score", "value"], *scores]),
         origin=origin,
         averaged=describe_averaging(checkpoint),
+        history=json.loads(read_metadata(checkpoint.path).get("history", "[]")),
         drawn=format_sampling(checkpoint, record.get("samples", {})),
         shown=format_sampling(checkpoint, read_settings(files["samples.png"])) if "samples.png" in files else {},
     )

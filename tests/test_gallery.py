@@ -82,6 +82,16 @@ def test_runs_scores_and_differences_are_in_the_table(runs):
     assert "name" not in head
 
 
+def test_a_setting_that_was_changed_on_the_way_shows_both_values(tmp_path):
+    (tmp_path / "config.yaml").write_text("optim: {lr: 0.1}\n")
+    (tmp_path / "checkpoints" / "00000009").mkdir(parents=True)
+    history = [{"until": step, "settings": {"optim.lr": lr}} for step, lr in ((2, 0.4), (5, 0.2))]
+    metadata = {"history": json.dumps(history)}
+    save_file({"x": torch.zeros(1)}, tmp_path / "checkpoints" / "00000009" / WEIGHTS, metadata)
+    shown = GALLERY.read_run(tmp_path).config["optim.lr"]
+    assert shown == "0.4 until step 2, then 0.2 until step 5, then 0.1"
+
+
 def test_scores_say_how_they_were_made_where_that_differs(tmp_path):
     """Also from the training's settings, which stand in the same table."""
 

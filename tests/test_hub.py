@@ -280,6 +280,11 @@ def test_the_card_describes_its_own_weights(folder, tmp_path):
     assert "begun with the weights of `other`, of which lora alone and labels" in model_card(begun, REPO, "mit", {})
     weights, metadata = read_tensors(checkpoint.path), read_metadata(checkpoint.path)
     save_tensors(weights, tmp_path / "ema.safetensors", {**metadata, "sigma_rel": "0.08"})
+    assert "Until step" not in model_card(checkpoint, REPO, "mit", {})
+    history = [{"until": 1, "settings": {"optim.lr": 0.5}}]
+    save_tensors(weights, tmp_path / "resumed.safetensors", {**metadata, "history": json.dumps(history)})
+    resumed = model_card(open_checkpoint(tmp_path / "resumed.safetensors"), REPO, "mit", {})
+    assert "\nUntil step 1: optim.lr 0.5.\n" in resumed
     card = model_card(open_checkpoint(tmp_path / "ema.safetensors"), REPO, "mit", {})
     assert "averaged by a power function of length 0.08" in card
     assert "averaged at" not in card

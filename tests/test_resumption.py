@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from PIL import Image
 from processes import run
 
 from autoencoding.autoencoder_config import AutoencodingConfig
-from checkpoints.checkpoint import WEIGHTS, check_identity, make_metadata, save_tensors
+from checkpoints.checkpoint import WEIGHTS, check_identity, make_metadata, read_metadata, save_tensors
 from experiment.cli import parse, parse_run
 from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig
 from experiment.mappings import from_dict
 from experiment.run_config import with_resume
 from machine.checkpoint_folder import CheckpointError
-from training.resumption import changed_metric, resume_config
+from training.resumption import changed_metric, former_settings, resume_config
 
 CLASSES = {"diffusion": ExperimentConfig, "autoencoder": AutoencodingConfig}
 
@@ -100,6 +101,28 @@ def test_rate_length_log_and_explicit_defaults_may_change(stored):
     told = []
     assert resume_config(config, stored["diffusion"], told.append) == with_resume(config, None)
     assert told == []
+
+
+def test_settings_of_before_a_change_are_remembered(stored):
+    """Those that results depend on; not lengths, logs or what stays the same."""
+    checkpoint, first = stored["diffusion"], {"until": 1, "settings": {"optim.lr": 1e-4}}
+    flags = ("--optim.lr", "1e-3", "--train.num_steps", "9", "--log.every", "3")
+    assert former_settings(checkpoint, asked(checkpoint, "diffusion")) == []
+    changed = asked(checkpoint, "diffusion", *flags)
+    assert former_settings(checkpoint, changed) == [first]
+    save_tensors({"weight": torch.zeros(1)}, checkpoint / WEIGHTS, make_metadata(changed, 1, history=[first]))
+    assert former_settings(checkpoint, changed) == [first]
+    later = asked(checkpoint, "diffusion", *flags, "--train.batch_size", "64")
+    assert former_settings(checkpoint, later) == [first, {"until": 1, "settings": {"train.batch_size": 128}}]
+
+
+def test_a_training_that_is_resumed_at_another_rate_says_so(folder, tmp_path):
+    shutil.copytree(folder / "runs" / "tiny", tmp_path / "runs" / "tiny")
+    flags = ("--resume", "runs/tiny", "--optim.lr", 1e-4, "--train.num_steps", 5, "--data.cache", folder / "cache")
+    run("train.py", *flags, cwd=tmp_path)
+    of_step = {step: read_metadata(tmp_path / f"runs/tiny/checkpoints/{step:08d}" / WEIGHTS) for step in (4, 5)}
+    assert json.loads(of_step[5]["history"]) == [{"until": 4, "settings": {"optim.lr": 1e-3}}]
+    assert "history" not in of_step[4]
 
 
 def test_best_values_measured_differently_are_not_compared(stored, values):

@@ -85,6 +85,22 @@ def resume_config(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
     return with_resume(config, None)
 
 
+# Groups of settings that may change, and that results depend on.
+RECIPE = ("optim.", "train.", "loss.", "discriminator.")
+LENGTHS = {"train.num_steps", "train.num_epochs", "train.max_hours"}
+
+
+def former_settings(checkpoint: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """The former settings of a resumed run's training, oldest first: `settings` by flag, and the step `until` which
+    they were in use."""
+    metadata = read_metadata(checkpoint / WEIGHTS)
+    history = json.loads(metadata.get("history", "[]"))
+    former, now = (flatten(json.loads(text)) for text in (metadata.get("config", "{}"), json.dumps(config.to_dict())))
+    names = [name for name in former if name.startswith(RECIPE) and name not in LENGTHS and name in now]
+    changed = {name: former[name] for name in names if former[name] != now[name]}
+    return [*history, {"until": int(checkpoint.name), "settings": changed}] if changed else history
+
+
 def changed_metric(checkpoint: Path, config: RunConfig, identity: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """List changed settings that affect the value of `log.best`, which makes earlier values incomparable. Each is given
     with its former value."""

@@ -30,7 +30,7 @@ from training.guard import Guard
 from training.interruption import Interruption, Stopped
 from training.log import Log, is_due
 from training.meter import Meter
-from training.resumption import changed_metric, discard_later_results, start_or_resume
+from training.resumption import changed_metric, discard_later_results, former_settings, start_or_resume
 
 SECONDS_BETWEEN_CURVES = 10.0  # plotting takes as long as a save in short trainings
 Inspection = Callable[[int], Mapping[str, float]]  # an inspection: takes the step, returns measured values
@@ -103,11 +103,14 @@ class Run(Generic[R]):
         """
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
         self.best, self.keep_every = best or Best(), keep_every
+        if (checkpoint := self.checkpoint) is not None:
+            history = from_main(self.accelerator, lambda: former_settings(checkpoint, self.config))
+            metadata |= {"history": history} if history else {}
         self.metadata = make_metadata(self.config, self.step, self.identity, **metadata)  # now, as the code may change
         named_guards = {f"guard.{name}": guard for name, guard in guards.items()}
         training.others.update({"meter": self.meter, "best": self.best, **named_guards})
         self.is_sharded = any(is_sharded(network) for network in training.networks.values())
-        if (checkpoint := self.checkpoint) is not None:
+        if checkpoint is not None:
             self._restore(checkpoint)
             changed = from_main(self.accelerator, lambda: changed_metric(checkpoint, self.config, self.identity))
             if changed and self.best.value is not None:
