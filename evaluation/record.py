@@ -62,35 +62,41 @@ def _read_json(path: Path) -> Any:
 
 def _lost(existing: Any, record: Any) -> str:
     """What a file has that another lacks, in words; empty if that is nothing."""
-    if any(not isinstance(one, Mapping) or "num_samples" not in one for one in (existing, record)):
+    try:
+        if _num_images(existing) > _num_images(record):
+            return "more images"
+        if existing.get("extractor_sha256") != record.get("extractor_sha256"):
+            return "another extractor"
+        references = [[one.get("reference", {}).get(name) for name in REFERENCE] for one in (existing, record)]
+        if references[0] != references[1]:
+            return "another reference"
+        before, now = _scored(existing), _scored(record)
+    except (AttributeError, KeyError, TypeError):  # not a record
         return "something else"
-    if _num_images(existing) > _num_images(record):
-        return "more images"
-    if existing.get("extractor_sha256") != record.get("extractor_sha256"):
-        return "another extractor"
-    references = [[one.get("reference", {}).get(name) for name in REFERENCE] for one in (existing, record)]
-    if references[0] != references[1]:
-        return "another reference"
-    scored: list[dict[str, set[str]]] = [{}, {}]  # names of the scores by the images that they are of
-    for found, one in zip(scored, (existing, record), strict=True):
-        for row in one.get("rows", ()):
-            about = {name: value for name, value in row["samples"].items() if not NO_SETTING.fullmatch(name)}
-            names = found.setdefault(json.dumps([row["name"], about], sort_keys=True), set())
-            names |= {*row["scores"], *(f"trial {number}" for number in range(len(row.get("trials", ()))))}
-    if not scored[0].keys() <= scored[1].keys():
+    if not before.keys() <= now.keys():
         return "other samples"
-    is_complete = all(names <= scored[1][images] for images, names in scored[0].items())
+    is_complete = all(names <= now[images] for images, names in before.items())
     return "" if is_complete and existing.keys() <= record.keys() else "more scores"
+
+
+def _scored(record: Any) -> dict[str, set[str]]:
+    """Names of the scores that have a value, and numbers of the trials, by the images that they are of."""
+    found: dict[str, set[str]] = {}
+    for row in record.get("rows", ()):
+        about = {name: value for name, value in row["samples"].items() if not NO_SETTING.fullmatch(name)}
+        names = found.setdefault(json.dumps([row["name"], about], sort_keys=True), set())
+        names |= {name for name, score in row["scores"].items() if score["value"] is not None}
+        names |= {f"trial {number}" for number in range(len(row.get("trials", ())))}
+    return found
 
 
 REFERENCE = ("source", "source_hash", "split", "image_size")  # entries that identify a reference
 NO_SETTING = re.compile("num_images|num_different|.* img/s")  # entries of samples that follow from others
 
 
-def _num_images(record: Mapping[str, Any]) -> int:
+def _num_images(record: Any) -> int:
     """Number of images over all trials."""
-    num_samples, num_trials = record.get("num_samples"), record.get("num_trials")
-    return num_samples * num_trials if isinstance(num_samples, int) and isinstance(num_trials, int) else 0
+    return int(record["num_samples"]) * int(record["num_trials"])
 
 
 def _strict(value: Any) -> Any:

@@ -325,17 +325,22 @@ def test_scores_of_more_images_are_kept(tmp_path, capsys):
 
 
 BASIC = {"num_samples": 9, "num_trials": 1, "extractor_sha256": "e", "reference": {"source": "a", "features": "x"}}
-ROW = {"name": "run", "scores": {"fid": {}, "kid": {}}, "samples": {"guidance_scale": 2.0, "weights_sha256": "w"}}
+SCORES = {"fid": {"value": 1.0}, "kid": {"value": 2.0}}
+ROW = {"name": "run", "scores": SCORES, "samples": {"guidance_scale": 2.0, "weights_sha256": "w"}}
 
 
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
         ({"num_samples": 10, "reference": {"source": "a", "features": "y"}, "memorisation": {}}, None),
-        ({"rows": [{**ROW, "scores": {**ROW["scores"], "recall": {}}, "trials": []}, {**ROW, "name": "floor"}]}, None),
+        (
+            {"rows": [{**ROW, "scores": {**SCORES, "recall": {"value": 0.5}}, "trials": []}, {**ROW, "name": "floor"}]},
+            None,
+        ),
         ({"rows": [{**ROW, "samples": {**ROW["samples"], "guidance_scale": 1.5}}]}, "other samples"),
         ({"rows": [{**ROW, "samples": {**ROW["samples"], "weights_sha256": "x"}}]}, "other samples"),
-        ({"rows": [{**ROW, "scores": {"fid": {}}}]}, "more scores"),
+        ({"rows": [{**ROW, "scores": {"fid": SCORES["fid"]}}]}, "more scores"),
+        ({"rows": [{**ROW, "scores": {**SCORES, "kid": {"value": None}}}]}, "more scores"),
         ({"likelihood": None}, "more scores"),
         ({"reference": {"source": "b"}}, "another reference"),
         ({"extractor_sha256": "f"}, "another extractor"),
@@ -360,6 +365,9 @@ def test_what_a_killed_process_has_scored_is_kept_until_there_is_more(tmp_path):
 
 
 def test_a_file_of_somebody_else_is_kept(tmp_path):
-    (tmp_path / "a.json").write_text("my notes")
-    write_json(BASIC, tmp_path / "a.json")
-    assert next(tmp_path.glob("a.json.before-*")).read_text() == "my notes"
+    for text in ("my notes", "[1]", '{"num_samples": 1}', json.dumps({**BASIC, "rows": 3})):
+        path = tmp_path / f"{len(text)}.json"
+        path.write_text(text)
+        write_json(BASIC, path)
+        assert next(tmp_path.glob(f"{path.name}.before-*")).read_text() == text
+        assert json.loads(path.read_text()) == BASIC
