@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from autoencoders.codec import Codec, create_codec, weights_sha256
 from checkpoints.hub import ASSET, EMBEDDED, is_checkpoint_name, resolve_to_file
-from data.images import join_abridged
 from data.latents import abbreviate
+from data.layout import join_abridged
 from diffusion.diffusion import Diffusion
 from experiment.build import build_diffusion, defining_settings
 from experiment.config import DiffusionConfig, ExperimentConfig

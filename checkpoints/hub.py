@@ -4,7 +4,8 @@
 import re
 from pathlib import Path
 
-SCHEME = "hf://"
+from machine.hugging_face import SCHEME, describe_error
+
 EMBEDDED, ASSET = "embedded", Path(__file__).resolve().parent.parent / "assets" / "checkpoint"
 
 
@@ -44,11 +45,3 @@ def resolve_to_file(path: str | Path, file: str) -> Path:
         ) from error
     except (EntryNotFoundError, HFValidationError, HTTPError, OSError) as error:
         raise HubError(f"{path}: the hub does not serve {file} of it ({describe_error(error)})") from error
-
-
-def describe_error(error: Exception) -> str:
-    """Describe an error of the hub in one line, without URLs and request ids."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    known = {401: "no such repository, or it is private: HF_TOKEN or `hf auth login` opens it", 404: "no such thing"}
-    first_line = str(error).strip().split("\n")[0]
-    return known.get(status or 0) or re.sub(r"\s*\(Request ID[^)]*\)", "", first_line)

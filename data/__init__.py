@@ -6,8 +6,8 @@ from itertools import chain
 from typing import Any
 
 from data.image_set import ImageSet
-from data.images import ImageDataset, join_abridged
-from data.layout import DataError
+from data.images import ImageDataset
+from data.layout import DataError, join_abridged
 from data.shapes import ShapesDataset
 
 DATASETS: dict[str, Callable[..., ImageSet]] = {"shapes": ShapesDataset}  # other names are paths of image files
@@ -22,7 +22,7 @@ def open_dataset(path: str, **settings: Any) -> ImageSet:
         options = {name: value for name, value in settings.items() if name not in ("num_images", "difficulty")}
         return ImageDataset(path, **options)
     parameters = signature(DATASETS[path]).parameters
-    for name in ("classes", "exclude_classes"):
+    for name in ("classes", "exclude_classes", "label_column"):
         if settings.get(name) and name not in parameters:
             raise DataError(f"--data.{name} {settings[name]}: {path} keeps all of its classes; leave it out, or '[]'")
     return DATASETS[path](**{name: value for name, value in settings.items() if name in parameters})

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ class Folder:
             except OSError:  # a dangling link, which is reported when it is read
                 self.names.append(name)
                 continue
-            if stat.S_ISDIR(status.st_mode) or current.suffix.lower() in SUFFIXES | {".tar"}:
+            if stat.S_ISDIR(status.st_mode) or current.suffix.lower() in SUFFIXES | {".tar", ".parquet"}:
                 if (status.st_dev, status.st_ino) in seen:
                     self.repeated.append(name)
                     continue
@@ -63,7 +63,7 @@ class Folder:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise OSError("it is no regular file")
-        _check_size(status.st_size)
+        check_size(status.st_size)
         return path.read_bytes()
 
     def stamp(self, names: Sequence[str]) -> str | None:
@@ -100,7 +100,7 @@ class Zip:
     def read(self, name: str) -> bytes:
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), zipfile.ZipFile(self.path))
-        _check_size(self.entries[name].file_size)
+        check_size(self.entries[name].file_size)
         return self._handle[1].read(self.entries[name])
 
     def checksum(self, name: str) -> tuple[int, int]:
@@ -131,7 +131,7 @@ class Tars:
     ) -> None:
         self.path, self.shards, self.beside = path, list(shards), list(beside)
         paths = [self._shard(index) for index in range(len(self.shards))]
-        self.locations, links = _index(tuple(zip(paths, self.shards, map(_version, paths), strict=True)))
+        self.locations, links = _index(tuple(zip(paths, self.shards, map(version, paths), strict=True)))
         self.repeated = [*repeated, *links]
         self.names = list(self.locations)
 
@@ -140,7 +140,7 @@ class Tars:
 
     def read(self, name: str) -> bytes:
         shard, offset, size = self.locations[name]
-        _check_size(size)
+        check_size(size)
         with self._shard(shard).open("rb") as file:
             file.seek(offset)
             content = file.read(size)
@@ -198,31 +198,12 @@ def _check_end(archive: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"at byte {archive.offset} there is neither a file's header nor the end")
 
 
-def _version(path: Path) -> tuple[int, ...]:
+def version(path: Path) -> tuple[int, ...]:
     """Size and times of a file, which change with its content."""
     with suppress(OSError):  # of a dangling link, which is reported when it is opened
         status = path.stat()
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns
     return ()
-
-
-def open_files(path: Path) -> Folder | Zip | Tars:
-    """Open a folder, a zip or tar shards; a folder with both shards and images is read as a folder."""
-    if path.is_dir():
-        folder = Folder(path)
-        shards = sorted(name for name in folder.names if name.lower().endswith(".tar"))
-        holds_images = any(Path(name).suffix.lower() in SUFFIXES for name in folder.names)
-        if not shards or holds_images:
-            return folder
-        return Tars(path, shards, sorted({*folder.names} - {*shards, NAMES}), folder.repeated)
-    if path.is_file():
-        kinds = [suffix.lower() for suffix in path.suffixes]
-        if kinds[-1:] == [".tgz"] or ".tar" in kinds[:-1]:
-            raise DataError(f"--data.path {path}: a compressed tar file is read from its front alone; decompress it")
-        return Tars(path, [path.name]) if kinds[-1:] == [".tar"] else Zip(path)
-    raise DataError(
-        f"--data.path {path}: is neither a folder nor a file; give a folder, a zip or tar shards of images, or 'shapes'"
-    )
 
 
 def _normalise(name: str) -> str:
@@ -244,7 +225,15 @@ def fingerprint(folder: Path, names: Sequence[str], of: str = "") -> str | None:
     return digest.hexdigest() if newest < time.time_ns() - SETTLED else None
 
 
-def content_hash(files: Folder | Zip | Tars, names: Sequence[str]) -> str:
+@runtime_checkable
+class Hashed(Protocol):
+    """Files whose state and content can be identified: `Folder`, `Zip`, `Tars` and `data.parquet.Parquets`."""
+
+    def stamp(self, names: Sequence[str]) -> str | None: ...
+    def checksum(self, name: str) -> tuple[int, int]: ...
+
+
+def content_hash(files: Hashed, names: Sequence[str]) -> str:
     """Hash the content of files; the result is the same for a folder and a zip of it. A hash that took long to compute
     is cached, and reused as long as no file or shard changes its size or times."""
     start, digest, cached = time.monotonic(), hashlib.sha256(), None
@@ -266,6 +255,6 @@ def content_hash(files: Folder | Zip | Tars, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _check_size(num_bytes: int) -> None:
+def check_size(num_bytes: int) -> None:
     if num_bytes > MAX_BYTES:
         raise OSError(f"it has {num_bytes / 2**30:.1f} GiB, more than any image")

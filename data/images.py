@@ -17,11 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.duplicates import near_duplicates
-from data.files import NAMES, Tars, content_hash, open_files
+from data.files import NAMES, Folder, Tars, Zip, content_hash
 from data.image_set import ImageSet
-from data.layout import DataError, Layout, infer_layout
-from data.pixels import fit, open_image, to_rgb
+from data.layout import DataError, Layout, infer_layout, join_abridged
+from data.parquet import Parquets, Place, UnreachableError, open_hub
+from data.pixels import SUFFIXES, fit, open_image, to_rgb
 from data.tars import infer_tar_layout
+from machine.hugging_face import SCHEME
 from settings import check_name
 
 T = TypeVar("T")
@@ -29,7 +31,8 @@ _NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash, compute
 
 
 class ImageDataset(ImageSet):
-    """A split of the images in a folder or a zip (`data.layout`) or in tar shards (`data.tars`).
+    """A split of the images in a folder or a zip (`data.layout`), in tar shards (`data.tars`), or in parquet shards, on
+    the disk or on the hub (`data.parquet`).
 
     Args:
         split: train, test or all
@@ -42,6 +45,7 @@ class ImageDataset(ImageSet):
         min_size: leave out images with a shorter side than this
         use_labels: False gives an unlabelled data set with the same split
         group_near_duplicates: keep near-duplicates on the same side of the split
+        label_column: of parquet shards: the column with the classes
     """
 
     crop = "center, upright"
@@ -60,9 +64,10 @@ class ImageDataset(ImageSet):
         min_size: int = 0,
         use_labels: bool = True,
         group_near_duplicates: bool = False,
+        label_column: str | None = None,
     ) -> None:
         check_name("split", split, ("train", "test", "all"))
-        self.source, self._flag = open_files(Path(path)), f"--data.path {path}"
+        self.source, self._flag = open_files(path, label_column), f"--data.path {path}"
         self.source_name, self.split = self.source.path.name, split
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
@@ -93,6 +98,8 @@ class ImageDataset(ImageSet):
                 beside, table = files.beside, (files.path if files.path.is_dir() else files.path.parent) / NAMES
                 class_names = table.read_text(encoding="utf-8-sig") if table.is_file() else None
                 layout = infer_tar_layout(files.names, files.read, class_names, classes, exclude_classes)
+            elif isinstance(files, Parquets):
+                layout, beside = files.infer_layout(), files.beside
             else:
                 layout = infer_layout(files.names, files.read, classes, exclude_classes)
         except DataError as error:
@@ -167,9 +174,9 @@ class ImageDataset(ImageSet):
 
     def _hash(self, layout: Layout) -> str:
         files = content_hash(self.source, [*layout.classes, *layout.tables])
-        if not isinstance(self.source, Tars):
+        if not isinstance(self.source, Tars | Parquets):
             return files
-        # Shards may hold labels in other files than images and tables, which the first hash does not cover.
+        # Shards may hold labels in other files or columns than the first hash covers.
         labels = "".join(f"{name}:{label}\n" for name, label in layout.classes.items())
         return hashlib.sha256(f"{files}\n{labels}".encode()).hexdigest()
 
@@ -177,7 +184,9 @@ class ImageDataset(ImageSet):
         return self._decode_pixels(self.names[index])
 
     def num_enlarged(self) -> int:
-        """Count images smaller than `image_size`, by their headers."""
+        """Count images smaller than `image_size`, by their headers; 0 on the hub, as that would fetch them all."""
+        if isinstance(self.source, Parquets) and self.source.is_remote:
+            return 0
         return sum(min(size) < max(self.image_size or (0,)) for _, size in self.sizes())
 
     def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -196,15 +205,17 @@ class ImageDataset(ImageSet):
         try:
             with open_image(self.source.read(name)) as image:
                 return read(image)
+        except UnreachableError:
+            raise
         except Exception as error:  # decoders raise all kinds of errors at damaged bytes
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            raise DataError(
-                f"{self.source.path}: {name} is damaged ({reason}); mend it, or --data.on_error skip"
-            ) from error
+            raise DataError(f"{self._flag}: {name} is damaged ({reason}); mend it, or --data.on_error skip") from error
 
     def _is_readable(self, name: str) -> bool:
         try:
             self._decode_pixels(name)
+        except UnreachableError:
+            raise
         except DataError:
             return False
         return True
@@ -231,6 +242,44 @@ class ImageDataset(ImageSet):
             f"{len(names)} {reason} ({join_abridged(names, 3)})" for reason, names in self.left_out.items() if names
         ]
         return f"; left out: {', '.join(parts)}" if parts else ""
+
+
+def open_files(path: str | Path, label_column: str | None = None) -> Folder | Zip | Tars | Parquets:
+    """Open a folder, a zip, tar or parquet shards, or a data set of the hub; a folder with both shards and images is
+    read as a folder."""
+    files = _open_files(path, label_column)
+    if label_column is not None and not isinstance(files, Parquets):
+        raise DataError(f"--data.label_column {label_column}: {path} holds no parquet files; leave it out")
+    return files
+
+
+def _open_files(path: str | Path, label_column: str | None) -> Folder | Zip | Tars | Parquets:
+    if str(path).startswith(SCHEME):
+        return open_hub(str(path), label_column)
+    path = Path(path)
+    if path.is_dir():
+        folder = Folder(path)
+        if any(Path(name).suffix.lower() in SUFFIXES for name in folder.names):
+            return folder
+        shards = sorted(name for name in folder.names if name.lower().endswith(".tar"))
+        parquets = sorted(name for name in folder.names if name.lower().endswith(".parquet"))
+        if shards and parquets:
+            raise DataError(f"--data.path {path}: both tar and parquet shards lie in it; give a folder of one kind")
+        beside = sorted({*folder.names} - {*shards, *parquets, *([NAMES] * bool(shards))})
+        if parquets:
+            return Parquets(Place(str(path)), dict.fromkeys(parquets), label_column, beside, folder.repeated)
+        return Tars(path, shards, beside, folder.repeated) if shards else folder
+    if path.is_file():
+        kinds = [suffix.lower() for suffix in path.suffixes]
+        if kinds[-1:] == [".tgz"] or ".tar" in kinds[:-1]:
+            raise DataError(f"--data.path {path}: a compressed tar file is read from its front alone; decompress it")
+        if kinds[-1:] == [".parquet"]:
+            return Parquets(Place(str(path)), {path.name: None}, label_column)
+        return Tars(path, [path.name]) if kinds[-1:] == [".tar"] else Zip(path)
+    raise DataError(
+        f"--data.path {path}: is neither a folder nor a file; give a folder, a zip, tar or parquet shards of images, "
+        "hf://owner/name, or 'shapes'"
+    )
 
 
 def hold_out(
@@ -263,9 +312,3 @@ def hold_out(
                 is_held[group] = len(groups[group]) <= room
                 room -= len(groups[group]) * is_held[group]
     return {name for groups in members.values() for group, names in groups.items() if is_held[group] for name in names}
-
-
-def join_abridged(names: Sequence[str], at_most: int = 5) -> str:
-    """Join the first few names, and say how many there are if there are more."""
-    shown = ", ".join(names[:at_most])
-    return shown if len(names) <= at_most else f"{shown}, ... ({len(names)} in all)"

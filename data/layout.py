@@ -216,3 +216,9 @@ def _read_tables(tables: list[str], read: Callable[[str], bytes], images: dict[s
             if labels.setdefault(name, label) != label:
                 raise DataError(f"{table}: {row['file']} has two labels, {labels[name]} and {label}; keep one")
     return {name: labels[name] for name in images if name in labels}
+
+
+def join_abridged(names: Sequence[str], at_most: int = 5) -> str:
+    """Join the first few names, and say how many there are if there are more."""
+    shown = ", ".join(names[:at_most])
+    return shown if len(names) <= at_most else f"{shown}, ... ({len(names)} in all)"

@@ -69,12 +69,12 @@ def infer_tar_layout(
             f"{unlabelled} has no label, neither .cls nor 'label' in .json, and {labelled[0]} has; give all one"
         )
     left_out["labels without an image"] = [name for key, name in labels.items() if key not in images]
-    splits, note = _splits(list(label_of))
+    splits, note = split_by_shards(list(label_of))
     if splits:
         in_splits = {*splits["train"], *splits["test"]}
         left_out["in val shards, beside train and test"] = [name for name in label_of if name not in in_splits]
         label_of = {name: label for name, label in label_of.items() if name in in_splits}
-    class_of = _to_names({name: label or "" for name, label in label_of.items()}, class_names)
+    class_of = name_classes({name: label or "" for name, label in label_of.items()}, class_names)
     num_shards = len({_split_name(name)[0] for name in label_of})
     note = ", ".join(filter(None, [f"in {num_shards} tar shard{'s' * (num_shards != 1)}", note]))
     return Layout(class_of, splits, {reason: files for reason, files in left_out.items() if files}, note, [])
@@ -82,8 +82,8 @@ def infer_tar_layout(
 
 def _split_name(name: str) -> tuple[str, str]:
     """Split a name into the shard and the path inside it."""
-    end = name.lower().index(".tar/") + 4
-    return name[:end], name[end + 1 :]
+    end = re.search(r"\.(tar|parquet)/", name.lower()).end()  # pyright: ignore[reportOptionalMemberAccess]
+    return name[: end - 1], name[end:]
 
 
 def _read_label(name: str, read: Callable[[str], bytes]) -> str | None:
@@ -103,7 +103,7 @@ def _read_label(name: str, read: Callable[[str], bytes]) -> str | None:
     return str(label)
 
 
-def _to_names(labels: dict[str, str], class_names: str | None) -> dict[str, str]:
+def name_classes(labels: dict[str, str], class_names: str | None) -> dict[str, str]:
     """Replace numeric labels by class names: lines of `classnames.txt` or, without it, the numbers padded with zeros,
     which sort in numerical order."""
     classes = {*labels.values()} - {""}
@@ -121,7 +121,7 @@ def _to_names(labels: dict[str, str], class_names: str | None) -> dict[str, str]
     return {name: lines[int(label)] for name, label in labels.items()}
 
 
-def _splits(names: list[str]) -> tuple[dict[str, list[str]] | None, str]:
+def split_by_shards(names: list[str]) -> tuple[dict[str, list[str]] | None, str]:
     """Assign images to train and test by the names of their shards, with a note that says so; None without such names.
     Shards called val are the test split if none are called test."""
     level_of = _levels(names)
@@ -139,7 +139,9 @@ def _levels(names: Iterable[str]) -> dict[str, str | None]:
     """Map each shard of these files to train, test or val by its name; empty if the names do not define a split."""
     level_of: dict[str, str | None] = {}
     for shard in dict.fromkeys(_split_name(name)[0] for name in names):
-        words = {LEVELS[word] for word in re.split(r"[^a-z]+", shard[:-4].casefold()) if word in LEVELS}
+        words = {
+            LEVELS[word] for word in re.split(r"[^a-z]+", posixpath.splitext(shard)[0].casefold()) if word in LEVELS
+        }
         if len(words) > 1:
             raise DataError(f"{shard}: its name says {' and '.join(sorted(words))}; rename it")
         level_of[shard] = words.pop() if words else None

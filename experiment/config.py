@@ -20,7 +20,10 @@ class DataConfig:
 
     Args:
         path: folder or zip of images: one subfolder per class (below train/ and test/ or val/, if there are such), or a
-            labels.csv (file,label), or no labels; or tar shards; or 'shapes', the built-in procedural dataset
+            labels.csv (file,label), or no labels; or tar or parquet shards; or 'hf://owner/name', parquet shards on the
+            hub; or 'shapes', the built-in procedural dataset
+        label_column: of parquet shards: the column with the classes; by default 'label', or the only one whose classes
+            have names
         image_size: side in pixels; images are cropped to their central square and resized if necessary
         test_fraction: fraction of each class that is held out, if the source has no test split of its own
         split_seed: seed of that split
@@ -37,6 +40,7 @@ class DataConfig:
     """
 
     path: str = "shapes"
+    label_column: str | None = None
     image_size: int = within("[1, 16384]", 64)
     test_fraction: float = within("(0, 1)", 0.2)
     split_seed: int = within(SEEDS, 0)

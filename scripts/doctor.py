@@ -22,6 +22,7 @@ EXTRAS = {  # by module: its purpose, and how to install it
     "peft": ("--train.adapter lora", "pip install -e '.[finetune]'"),
     "gradio": ("scripts/app.py", "pip install -e '.[demo]'"),
     "submitit": ("scripts/launch_slurm.py and ablations on SLURM", "pip install -e '.[slurm]'"),
+    "pyarrow": ("--data.path hf://owner/name, or parquet files", "pip install -e '.[parquet]'"),
     "datasets": ("scripts/prepare_data.py from any image dataset of the hub", "pip install -e '.[hub]'"),
 }
 

@@ -45,8 +45,9 @@ def main(config: PushConfig) -> None:
     from huggingface_hub.errors import HTTPError
 
     from checkpoints.checkpoint import WEIGHTS, open_checkpoint, read_tensors
-    from checkpoints.hub import HubError, describe_error
+    from checkpoints.hub import HubError
     from machine.atomic_files import check_empty
+    from machine.hugging_face import describe_error
     from sharing.model_card import SHOWN, card_files, model_card, write_published
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):

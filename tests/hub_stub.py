@@ -1,4 +1,6 @@
-"""Stub of the Hugging Face hub's HTTP interface for uploads and downloads of a repository's files, on a free port."""
+"""Stub of the Hugging Face hub's HTTP interface for uploads and downloads of a repository's files, on a free port.
+
+Repositories of data sets are called `datasets/owner/name`. Parts of their files can be asked for."""
 
 import base64
 import hashlib
@@ -59,7 +61,13 @@ class Handler(BaseHTTPRequestHandler):
         if listed := re.match(r"/api/models/([\w.-]+/[\w.-]+)/tree/main", self.path):
             files = self.server.repos[listed[1]].items()
             return self.answer(body=[{"type": "file", "oid": "0", "size": len(b), "path": n} for n, b in files])
-        match = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", self.path)
+        if about := re.match(r"/api/(datasets/[\w.-]+/[\w.-]+)(?:/tree/main(?:/([\w/.-]+))?)?", self.path):
+            files = self.server.repos.get(about[1])
+            if files is None:
+                return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            listed = [lfs_entry(*file) for file in files.items() if file[0].startswith(about[2] or "")]
+            return self.answer(body=listed if "/tree/" in self.path else {"id": about[1].removeprefix("datasets/")})
+        match = re.fullmatch(r"/((?:datasets/)?[\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", self.path)
         files = self.server.repos.get(match[1]) if match else None
         if files is None:
             return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
@@ -68,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         if match[3] not in files:
             return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="no such file")
         content = files[match[3]]
+        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            return self.answer(206, content[int(part[1]) : int(part[2]) + 1])
         return self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
 
     def do_PUT(self):
@@ -109,3 +119,10 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 files[value["path"]] = server.objects[value["oid"]]
         return self.answer(200, {"commitOid": COMMIT, "commitUrl": f"{server.address}/{repo}/commit/{COMMIT}"})
+
+
+def lfs_entry(path, content):
+    """What the hub lists of a file in Git LFS."""
+    digest, size = hashlib.sha256(content).hexdigest(), len(content)
+    lfs = {"oid": digest, "size": size, "pointerSize": 134}
+    return {"type": "file", "oid": "0", "size": size, "path": path, "lfs": lfs}

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from data import files
-from data.files import Folder, content_hash, open_files
-from data.images import DataError, ImageDataset
+from data.files import Folder, content_hash
+from data.images import DataError, ImageDataset, open_files
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import yaml
 
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from checkpoints.training_state import SNAPSHOTS, list_snapshots
-from data.images import join_abridged
+from data.layout import join_abridged
 from experiment.imports import load_imports
 from experiment.mappings import flatten, from_dict
 from experiment.run_config import R, RunConfig, with_resume
