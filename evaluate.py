@@ -184,7 +184,7 @@ def score_samples(
         bits = held_out_likelihood(checkpoint, codec, held_out, config.likelihood, accelerator, seed=evaluation.seed)
         extra["bits_per_dimension"] = {**asdict(bits), "num_images": config.likelihood}
     reference = scorer.npz_reference(config.reference, moments, images) if config.reference else scorer.reference(data)
-    output = Path(config.output or output_of(samples, generated_by))
+    output = Path(config.output or default_output(samples, generated_by))
     unfinished = output.with_name(f"{output.name}.unfinished")
 
     def keep(done: list["Row"]) -> None:  # or hours of scoring are lost with the process
@@ -207,7 +207,7 @@ def score_samples(
     print(record.format_report(rows, columns, reference, scorer.extractor, extra))
 
     # Write the record, with everything needed to reproduce it, and pictures.
-    output = Path(config.output or output_of(samples, generated_by))  # again, as there may be newer weights by now
+    output = Path(config.output or default_output(samples, generated_by))  # again, as there may be newer weights
     record.write_json({**record.provenance(rows, reference, scorer), **extra}, output)
     unfinished.unlink(missing_ok=True)
     written = [output, output.with_suffix(".png")]
@@ -252,7 +252,7 @@ def labels_among(samples: "Source", held_out: "ImageSet | None") -> "Tensor":
     return map_labels(samples.labels, samples.classes, held_out.classes, "--per_class")
 
 
-def output_of(samples: str, checkpoint: "Checkpoint | None") -> Path:
+def default_output(samples: str, checkpoint: "Checkpoint | None") -> Path:
     """Default path of the record: in the run's folder, or beside a fixed set of samples."""
     if checkpoint:
         return checkpoint.run / f"scores{checkpoint.output_suffix}.json"

@@ -114,11 +114,11 @@ def main(config: SampleConfig) -> None:
     save_samples(batches, generator, checkpoint, config.num_per_class, output)
     print(f"{len(labels)} images: {output}")
     if panel is not None:
-        path = beside(output, "panel")
+        path = second_output(output, "panel")
         save_grid(panel.images(pipeline.codec), path, columns=panel.columns, column_names=panel.names)
         print(f"denoising panel: {path}")
     if stages is not None:
-        path, names = beside(output, "stages"), stages.names * 3
+        path, names = second_output(output, "stages"), stages.names * 3
         save_grid(stages.images(pipeline.codec), path, columns=len(names), column_names=names)
         print(f"stages: {path}")
 
@@ -183,7 +183,7 @@ def check_output(output: Path | None, *, is_picture: bool) -> None:
         )
 
 
-def beside(output: Path, name: str) -> Path:
+def second_output(output: Path, name: str) -> Path:
     """Path of a second picture, beside the output, where it is not mistaken for a sample."""
     ending = output.suffix if output.suffix.lower() in (*PICTURES, ".npz") else ""
     return output.with_name(f"{output.name.removesuffix(ending)}-{name}{ending.replace('.npz', '') or '.png'}")

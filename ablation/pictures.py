@@ -13,7 +13,7 @@ from PIL import Image
 from ablation.identity import done_stages
 from ablation.results import Results
 from ablation.study import classes_to_draw
-from sampling.grids import display_name, label_width, save_labelled, tile
+from sampling.grids import display_name, label_width, save_labelled, tile_images
 
 NUM_SIDE_BY_SIDE = 4  # samples per class and model in the grid of classes by models
 
@@ -59,7 +59,7 @@ def side_by_side(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndar
 def save_side_by_side(pictures: list[Pictures], path: Path) -> None:
     """Write a PNG for a paper: classes are rows and models columns, or the reverse where a model's name is too wide."""
     models = [model.variant for model in pictures]
-    blocks = [(name, [tile(images, 2) for images in by_model]) for name, by_model in side_by_side(pictures)]
+    blocks = [(name, [tile_images(images, 2) for images in by_model]) for name, by_model in side_by_side(pictures)]
     if max(map(label_width, models)) > 2 * blocks[0][1][0].shape[1]:
         classes = [display_name(name) for name, _ in blocks]
         blocks = [(model, [by_model[column] for _, by_model in blocks]) for column, model in enumerate(models)]
@@ -70,7 +70,7 @@ def save_side_by_side(pictures: list[Pictures], path: Path) -> None:
 def data_uri(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> str:
     """Tile images into a PNG that is embedded in the page; gaps between them are transparent."""
     alpha = np.full((*images.shape[:3], 1), 255, np.uint8)
-    pixels = tile(np.concatenate([images, alpha], axis=-1), columns)
+    pixels = tile_images(np.concatenate([images, alpha], axis=-1), columns)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -269,7 +269,7 @@ def submit(
 
     def stop(number: signal.Signals) -> None:
         children.stop_jobs([handle.job_id for _, handle in submitted], here=here, number=number)
-        say_stopped(number)
+        log_stop(number)
         signals.append(number.name)
 
     outcomes: list[Outcome] = []
@@ -317,13 +317,13 @@ def stop_on_signal(runner: Runner) -> AbstractContextManager[None]:
     """Stop the runner at a signal, so that running trainings save, and the same command can resume."""
 
     def stop(number: signal.Signals) -> None:
-        say_stopped(number)
+        log_stop(number)
         runner.stop(number.name)
 
     return children.handling_signals(stop)
 
 
-def say_stopped(number: signal.Signals) -> None:
+def log_stop(number: signal.Signals) -> None:
     log_line(f"{number.name}: what runs is saved, the rest waits for the next time")
 
 

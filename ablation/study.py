@@ -149,7 +149,7 @@ def read_ablation(path: Path, overrides: dict[str, Any]) -> AblationConfig:
     return replace(config, set={**config.set, **overrides})
 
 
-def expand(ablation: AblationConfig, name: str) -> list[Run]:
+def expand_runs(ablation: AblationConfig, name: str) -> list[Run]:
     """Make the runs: every variant under every seed, in `runs/<name>/<variant>/seed<n>`.
 
     Raises ValueError naming the variant whose settings are invalid.

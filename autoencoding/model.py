@@ -15,7 +15,7 @@ from autoencoding.autoencoder_config import ArchitectureConfig, AutoencoderOptim
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from machine.atomic_files import atomic_path, unused_path
 from training.muon import Muon
-from training.optimizer import Optimizers, decaying
+from training.optimizer import Optimizers, split_weight_decay
 
 
 class AutoencoderOutput(NamedTuple):
@@ -75,7 +75,7 @@ def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) 
         parameters = [parameter for parameter in parameters if parameter.ndim <= 1 or parameter in first_and_last]
         optimizers["muon"] = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
     options: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
-    optimizers["adamw"] = torch.optim.AdamW(decaying(parameters), config.lr, **options)
+    optimizers["adamw"] = torch.optim.AdamW(split_weight_decay(parameters), config.lr, **options)
     return optimizers
 
 

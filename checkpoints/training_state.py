@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from checkpoints.averages import EMA
 from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_tensors
 from machine.atomic_files import atomic_path
-from machine.checkpoint_folder import by_step, checkpoint_path, write_checkpoint
+from machine.checkpoint_folder import checkpoint_path, paths_by_step, write_checkpoint
 from machine.sharding import gather, shard_like
 
 PROFILES = "state/profiles.safetensors"
@@ -148,7 +148,7 @@ def _parameter_numbers(optimizer: torch.optim.Optimizer) -> list[int]:
 
 def list_snapshots(run: Path) -> dict[int, Path]:
     """Return the snapshots of a run's power-function averages by step, in ascending order."""
-    return by_step(run / SNAPSHOTS, ".safetensors")
+    return paths_by_step(run / SNAPSHOTS, ".safetensors")
 
 
 def _keep_snapshot(profiles: Path, snapshot: Path) -> None:

@@ -28,7 +28,7 @@ from metrics.agreement import fit_probe
 from metrics.features import Extractor, Features
 from metrics.fidelity import Scores, compute_scores
 from metrics.frechet import frechet_distance
-from metrics.manifold import nearest_neighbours, share_of_pairs_closer
+from metrics.manifold import nearest_neighbours, probability_closer
 from metrics.reference import load_features, reference_path, save_features
 from metrics.scores import Score, check_metrics, metric_name, required_features
 
@@ -202,8 +202,8 @@ class Scorer:
         copy_distances, copy_indices = find_nearest(through_codec(controls.copies))
         held_out_distances, _ = find_nearest(through_codec(controls.held_out))
         return Memorisation(
-            closer=share_of_pairs_closer(distances, held_out_distances),
-            copies=share_of_pairs_closer(copy_distances, held_out_distances),
+            closer=probability_closer(distances, held_out_distances),
+            copies=probability_closer(copy_distances, held_out_distances),
             found=(copy_indices == controls.originals).double().mean().item(),
             distances=distances,
             nearest=indices,

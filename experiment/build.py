@@ -19,7 +19,7 @@ from data.latents import LatentCache, cache_name, num_bytes
 from diffusion.diffusion import Diffusion
 from diffusion.presets import DIFFUSIONS
 from experiment.config import DataConfig, DataFlags, DiffusionConfig, ExperimentConfig
-from experiment.open_section import settings_of
+from experiment.open_section import signature_settings
 from machine.accelerator import from_main, num_processes_here
 from machine.memory import free_memory
 from machine.threads import allowed_cores
@@ -41,7 +41,7 @@ def build_diffusion(config: DiffusionConfig) -> Diffusion:
 def diffusion_settings(config: DiffusionConfig) -> dict[str, Any]:
     """All parameters of a diffusion of this kind: the configured ones, and the kind's defaults for the others."""
     check_name("--diffusion.kind", config.kind, DIFFUSIONS)
-    settings = {kind: settings_of(preset) for kind, preset in DIFFUSIONS.items()}
+    settings = {kind: signature_settings(preset) for kind, preset in DIFFUSIONS.items()}
     defaults = {name: parameter.default for name, parameter in settings[config.kind].items()}
     configured = {name: value for name, value in asdict(config).items() if name != "kind" and value is not None}
     for name in configured.keys() - defaults.keys():

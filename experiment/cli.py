@@ -47,7 +47,7 @@ complete -o default -o filenames -F _behind_launcher python python3 accelerate t
 UNION = r"Does not .* Union subtypes .* Errors: - (.*?)(?: - Expected (?:a )?NoneType)? Given value.*?Given value: "
 
 
-def suggestion(message: str, parser: ArgumentParser, dashes: str = "--") -> str:
+def suggest_flag(message: str, parser: ArgumentParser, dashes: str = "--") -> str:
     """If an error message names an unknown setting, suggest those of the parser with the closest names."""
     match = re.search(r"unrecognized arguments: --([\w.]+)|ption '([\w.]+)'", message)
     if match is None:
@@ -70,13 +70,13 @@ class Parser(ArgumentParser):
         message = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(message.split()))
         message = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", message)
         message = re.sub(UNION, r"\1; given ", message).replace("Expected a int", "Expected an int")
-        message += suggestion(message, self)
+        message += suggest_flag(message, self)
         print(f"{self.prog}: error: {message[:1000]}\n{self.prog} --help lists all settings", file=sys.stderr)
         raise SystemExit(2) from None
 
     def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:
         script = super().get_completion_script(completion_type, **kwargs)
-        parser_of.cache_clear()  # jsonargparse makes this parser unusable
+        build_parser.cache_clear()  # jsonargparse makes this parser unusable
         return script + BEHIND_LAUNCHERS if completion_type == "shtab-bash" else script
 
 
@@ -99,7 +99,7 @@ def parse(
         arguments = [f"--{first}", *arguments]
     arguments = quote_names(config_class, expand_short_flags(config_class, arguments))
     load_imports(find_imports(arguments), stored_in=stored_in)  # first, as they may register settings
-    parser = parser_of(*constructors(config_class))
+    parser = build_parser(*constructors(config_class))
     parser.prog = Path(sys.argv[0]).name
     values = vars(parser.instantiate(parser.parse_args(arguments)))
     values.pop("config", None)
@@ -181,7 +181,7 @@ def constructors(config_class: type) -> Iterator[Any]:
 
 
 @cache
-def parser_of(config_class: type, *made_by: Any) -> ArgumentParser:
+def build_parser(config_class: type, *made_by: Any) -> ArgumentParser:
     """Build the parser for `parse`, cached because this takes longer than its uses."""
     options: dict[str, Any] = {"as_positional": False, "return_instance": True, "parser_class": Parser}
     options |= {"version": version("latent-diffusion-backbones"), "usage": "%(prog)s [settings]", "allow_abbrev": False}
@@ -189,7 +189,7 @@ def parser_of(config_class: type, *made_by: Any) -> ArgumentParser:
 
 
 @cache
-def mapping_parser_of(config_class: type, *made_by: Any) -> ArgumentParser:
+def build_mapping_parser(config_class: type, *made_by: Any) -> ArgumentParser:
     """Build the parser for `parse_mapping`, cached because this takes longer than a hundred uses of it."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class)
@@ -200,11 +200,11 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
     """Like `parse`, from nested mappings as read from YAML. Raises a ValueError that names an invalid key."""
     if imports := values.get("imports"):
         load_imports(imports)
-    parser = mapping_parser_of(*constructors(config_class))
+    parser = build_mapping_parser(*constructors(config_class))
     try:
         config = config_class(**vars(parser.instantiate(parser.parse_object(upgrade(values)))))
     except ArgumentError as error:
-        raise ValueError(f"{error}{suggestion(str(error), parser, dashes='')}") from error
+        raise ValueError(f"{error}{suggest_flag(str(error), parser, dashes='')}") from error
     check_settings(config, prefix="")
     return config
 

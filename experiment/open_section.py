@@ -11,7 +11,7 @@ import docstring_parser
 REPLACED = ("__init__", "__repr__", "__eq__", "__hash__", "__match_args__", "__dataclass_fields__", "__annotations__")
 
 
-def settings_of(preset: Callable[..., Any]) -> dict[str, Parameter]:
+def signature_settings(preset: Callable[..., Any]) -> dict[str, Parameter]:
     """The parameters of a function or class without `self`. Their annotations are evaluated, or else inferred from the
     defaults."""
     namespace = vars(sys.modules[preset.__module__])
@@ -30,7 +30,7 @@ def open_section(section: type, table: Mapping[str, Callable[..., Any]]) -> None
     functions in the table. Their default is None, which stands for that of the selected function."""
     by_name: dict[str, dict[str, Parameter]] = {}
     for kind, preset in table.items():
-        for name, parameter in settings_of(preset).items():
+        for name, parameter in signature_settings(preset).items():
             by_name.setdefault(name, {})[kind] = parameter
     settings: list[Any] = [("kind", str, field(default=next(iter(table))))]
     for name, parameters in by_name.items():

@@ -57,10 +57,10 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """List complete checkpoints, oldest first."""
     _restore_moved(folder)
-    return [*by_step(folder).values()]
+    return [*paths_by_step(folder).values()]
 
 
-def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
+def paths_by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
     """Paths named by a step only, in order: folders such as `00000100` or, with a suffix, files such as
     `00000100.png`."""
     paths = [path for path in folder.glob(f"[0-9]*{suffix}") if path.name.removesuffix(suffix).isdecimal()]

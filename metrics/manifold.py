@@ -76,7 +76,7 @@ def nearest_neighbours(
     return best, index
 
 
-def share_of_pairs_closer(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
+def probability_closer(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
     """Return the probability that a random element of `a` is smaller than one of `b`, with ties counted half.
 
     It is the Mann-Whitney statistic over n m, and 0.5 for equal distributions.

@@ -18,7 +18,7 @@ from torch import Tensor
 BASELINES = {"DiT": ("dit", "DiT_S_2"), "UViT": ("uvit", "UViT_S_2")}  # module and constructor
 
 
-class Published:
+class PublishedCheckout:
     """Models and diffusion of a checkout of the XSwin authors' repository. Raises FileNotFoundError if it is none."""
 
     def __init__(self, checkout: Path) -> None:

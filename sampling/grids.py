@@ -84,7 +84,7 @@ def draw_grid(
     return canvas
 
 
-def tile(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "height width c"]:
+def tile_images(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "height width c"]:
     """Tile images row by row, separated by white gaps, which are transparent if there is a fourth channel."""
     n, h, w, channels = images.shape
     columns = min(columns, n)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ablation.study import AblationConfig, ClusterConfig, expand, read_ablation
+from ablation.study import AblationConfig, ClusterConfig, expand_runs, read_ablation
 from experiment.cli import one_line_errors, parse
 from machine.atomic_files import join_inside
 from machine.children import EXIT_CODE
@@ -94,7 +94,7 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     # Plan.
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
     check_columns(ablation.columns)
-    runs = expand(ablation, folder.name)
+    runs = expand_runs(ablation, folder.name)
     worker_slots(config.workers)  # raises if there are not enough cores, before anything is written
     with Lock(folder / "lock", waits=True):  # as other processes may plan the same study
         start = time.time() - STARTED

@@ -62,14 +62,14 @@ def training(
     from metrics.cost import cost
     from training import speed
 
-    published, precision = checkout(compare), chosen(precision)
+    published, precision = checkout(compare), resolve_precision(precision)
     peak, side = speed.matrix_peak(precision)
     x_0, y = speed.latents(batch_size, latent_size)
     programs: list[Any] = []
     for name, variant in itertools.product(models, variants):
         model = speed.backbone(name, latent_size, **variant)
         per_image = cost(model, latent_shape=(4, latent_size, latent_size), num_classes=speed.NUM_CLASSES)
-        row = head(name, precision + " compiled" * compile)
+        row = row_head(name, precision + " compiled" * compile)
         row |= {"arguments": ", ".join(f"{argument} {value}" for argument, value in variant.items())} if variant else {}
         row |= {"parameters": per_image.parameters, "gflops": per_image.gflops}
         programs.append((row, speed.training_step(model, precision, lambda: (x_0, y), compile=compile)))
@@ -77,7 +77,7 @@ def training(
             step = published.step(
                 name, speed.NUM_CLASSES, speed.benchmark_device(), published_precision, lambda: (x_0, y)
             )
-            programs.append((head(name, published_precision, "published"), step))
+            programs.append((row_head(name, published_precision, "published"), step))
     rows = speed.time_interleaved(programs, rounds, batch_size)
     first: dict[str, float] = {}
     for row in rows:
@@ -114,20 +114,20 @@ def sampling(
     from diffusion import GaussianDiffusion, sample
     from training import speed
 
-    published, precision = checkout(compare), chosen(precision)
+    published, precision = checkout(compare), resolve_precision(precision)
     noise, y = speed.latents(batch_size)
     settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
     programs: list[Any] = []
     for name in models:
         model = speed.backbone(name).eval()
         generate = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
-        programs.append((head(name, precision), speed.autocasting(precision, generate)))
+        programs.append((row_head(name, precision), speed.autocasting(precision, generate)))
         if published:
             model = published.create(name, latent_size=8, num_classes=speed.NUM_CLASSES)
             model = model.to(speed.benchmark_device()).eval()
             settings_published = {"num_classes": speed.NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
             generate = partial(published.sample, model, noise, y, **settings_published)
-            programs.append((head(name, precision, "published"), speed.autocasting(precision, generate)))
+            programs.append((row_head(name, precision, "published"), speed.autocasting(precision, generate)))
     rows = speed.time_interleaved(programs, rounds, batch_size)
     speed.report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows)
 
@@ -165,7 +165,7 @@ def epoch(
     from training.batches import Batches
     from training.objective import Objective
 
-    published, precision, device = checkout(compare), chosen(precision), speed.benchmark_device()
+    published, precision, device = checkout(compare), resolve_precision(precision), speed.benchmark_device()
     codec = create_codec("embedded").to(device)
     shapes = open_split(DataConfig(num_images=4 * batch_size), "train")
     autoencoder = create_autoencoder(ArchitectureConfig(), image_size=64).to(device).eval()
@@ -189,8 +189,8 @@ def epoch(
         for name in models:
             ours = speed.training_step(speed.backbone(name, num_classes=10), precision, cached)
             theirs = published.step(name, 10, device, "fp32", encoded)
-            programs.append((head(name, precision, "this one, cache warm"), ours))
-            programs.append((head(name, "fp32", "published loop"), theirs))
+            programs.append((row_head(name, precision, "this one, cache warm"), ours))
+            programs.append((row_head(name, "fp32", "published loop"), theirs))
         rows = speed.time_interleaved(programs, rounds, batch_size)
     speed.report(f"training from 64x64 images, batch {batch_size}", rows)
 
@@ -225,7 +225,7 @@ def cache(
     from training.meter import memory_gb
     from training.objective import Objective
 
-    precision, device = chosen(precision), speed.benchmark_device()
+    precision, device = resolve_precision(precision), speed.benchmark_device()
     objective, config = Objective(GaussianDiffusion()), TrainConfig(batch_size=batch_size, label_dropout=0.0)
     codec = create_codec("embedded").to(device)
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -248,7 +248,7 @@ def cache(
                 return micro_batch.x_0, micro_batch.y
 
             step = speed.training_step(speed.backbone(model, 32, 1, **model_args), precision, batch)
-            return head(model, precision, f"latents {name}"), lambda: losses[name].append(step())
+            return row_head(model, precision, f"latents {name}"), lambda: losses[name].append(step())
 
         programs = [training_on("from files", files), training_on("at hand", in_memory)]
         rows = speed.time_interleaved(programs, rounds, batch_size)
@@ -281,7 +281,7 @@ def scaling(
     """
     from training import speed
 
-    rows, precision = [], chosen(precision)
+    rows, precision = [], resolve_precision(precision)
     for name, side in itertools.product(models, sides):
         batch_size = max(1, tokens // side**2)
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -375,16 +375,16 @@ def draw_scaling(rows: Sequence[Row], models: Sequence[str], sides: Sequence[int
 
 
 def checkout(folder: Path | None) -> Any:
-    from published.checkout import Published
+    from published.checkout import PublishedCheckout
 
-    return None if folder is None else Published(folder)
+    return None if folder is None else PublishedCheckout(folder)
 
 
-def head(name: str, precision: str, implementation: str = "this one") -> Row:
+def row_head(name: str, precision: str, implementation: str = "this one") -> Row:
     return {"model": name, "implementation": implementation, "precision": precision}
 
 
-def chosen(precision: str) -> str:
+def resolve_precision(precision: str) -> str:
     """Resolve a precision, such as 'auto', for this device, with a warning if it is emulated."""
     from machine.precision import bf16_warning, choose_precision
     from training.speed import benchmark_device

@@ -56,7 +56,7 @@ def main(config: DemoConfig) -> None:
             print(f"{RUN} is a training that no demo has made, and is now {RUN.rename(unused_path(RUN))}")
         shutil.rmtree(RUN, ignore_errors=True)
 
-    say("1/4", f"training {shown(experiment)}")
+    say("1/4", f"training {display_path(experiment)}")
     launch("train.py", "--config", experiment, "--name", RUN.name)
     (RUN / MADE).write_text("\n".join(checkpoints()))
 
@@ -79,8 +79,8 @@ def main(config: DemoConfig) -> None:
     (RUN / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
     print(f"\nThe classifier agrees with the class asked for on {agreement:.1%} of {10 * PER_CLASS} samples.")
-    print(f"picture: {shown(RUN / 'samples.png')}")
-    print(f"scores:  {shown(RUN / 'scores.json')}")
+    print(f"picture: {display_path(RUN / 'samples.png')}")
+    print(f"scores:  {display_path(RUN / 'scores.json')}")
     print(f"The demo took {(time.time() - start) / 60:.1f} minutes.")
 
 
@@ -95,19 +95,19 @@ def launch(program: str, *arguments: object) -> None:
         children.run_process([sys.executable, str(ROOT / program), *map(str, arguments)])
     except children.EndedBySignal:
         with suppress(OSError):  # if the terminal is closed
-            print(f"\nstopped; {how_to_go_on(program)}", flush=True)
+            print(f"\nstopped; {resume_hint(program)}", flush=True)
         raise
 
 
-def how_to_go_on(program: str) -> str:
+def resume_hint(program: str) -> str:
     """Say how to continue an interrupted demo. Only the training is resumed, as the other steps are short."""
-    again = shlex.join([shown(Path(sys.executable)), *sys.argv])
+    again = shlex.join([display_path(Path(sys.executable)), *sys.argv])
     if not any(RUN.glob("checkpoints/[0-9]*")):
         return f"nothing was saved yet; begin again with: {again}"
     if program != "train.py":
-        return f"the trained model is in {shown(RUN)}; begin again with: {again}"
+        return f"the trained model is in {display_path(RUN)}; begin again with: {again}"
     if Path.cwd() == STARTED:
-        return f"go on with: {shown(Path(sys.executable))} {shown(ROOT / 'train.py')} --resume {RUN}"
+        return f"go on with: {display_path(Path(sys.executable))} {display_path(ROOT / 'train.py')} --resume {RUN}"
     return f"go on with: cd {shlex.quote(str(Path.cwd()))} && {sys.executable} {ROOT / 'train.py'} --resume {RUN}"
 
 
@@ -115,7 +115,7 @@ def say(part: str, what: str) -> None:
     print(f"\n[{part}] {what}", flush=True)
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """Format a path relative to the folder in which the demo was started, if it lies there."""
     absolute = Path.cwd() / path
     return str(absolute.relative_to(STARTED) if absolute.is_relative_to(STARTED) else absolute)

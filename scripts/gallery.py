@@ -123,10 +123,10 @@ def newest_picture(run: Path) -> Path | None:
     """The grid of the last step, or samples.png if the newest weights generated it. Older files of samples.png do not
     record their weights; the newer file is then chosen by its time, which a copy of the run may have changed."""
     from checkpoints.checkpoint import WEIGHTS, CheckpointError, read_metadata
-    from machine.checkpoint_folder import by_step, list_checkpoints
+    from machine.checkpoint_folder import list_checkpoints, paths_by_step
     from sampling.grids import read_weights_hash
 
-    pictures = [*[*by_step(run / "samples", ".png").values()][-1:], *run.glob("samples.png")]
+    pictures = [*[*paths_by_step(run / "samples", ".png").values()][-1:], *run.glob("samples.png")]
     checkpoints = list_checkpoints(run / "checkpoints")
     if len(pictures) == 2 and checkpoints and (weights := read_weights_hash(pictures[1])):
         with suppress(CheckpointError):

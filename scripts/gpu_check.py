@@ -211,13 +211,13 @@ def speed_of(
         checkout: measure the published implementation there instead
     """
     from metrics.cost import cost
-    from published.checkout import Published
+    from published.checkout import PublishedCheckout
     from training import speed
 
     data, model = speed.latents(batch, side), speed.backbone(name, side, **args)
     flops = 3e9 * cost(model, latent_shape=(4, side, side), num_classes=speed.NUM_CLASSES).gflops
     if checkout:
-        step = Published(checkout).step(name, speed.NUM_CLASSES, speed.benchmark_device(), mode, lambda: data)
+        step = PublishedCheckout(checkout).step(name, speed.NUM_CLASSES, speed.benchmark_device(), mode, lambda: data)
     else:
         compiled, reads = mode == "compiled", mode != "graphed"
         step = speed.training_step(model, "bf16", lambda: data, compile=compiled, reads=reads)

@@ -56,11 +56,11 @@ def main(config: PrepareConfig) -> None:
         items = torchvision_items(config.dataset, config.root)
     else:
         raise ValueError(f"--dataset {config.dataset}: unknown, choose from {', '.join(TORCHVISION)} or hf:OWNER/NAME")
-    manifest = write_zip(fetched(items, config), config.output, config.image_size, source=config.dataset)
+    manifest = write_zip(with_download_errors(items, config), config.output, config.image_size, source=config.dataset)
     print(f"{manifest['num_images']} images of {len(manifest['classes'])} classes: {config.output}")
 
 
-def fetched(items: Iterator[Item], config: PrepareConfig) -> Iterator[Item]:
+def with_download_errors(items: Iterator[Item], config: PrepareConfig) -> Iterator[Item]:
     """Yield the items, with a message of its own for failed downloads."""
     try:
         yield from items

@@ -51,7 +51,7 @@ def main(config: ReproduceConfig) -> int:
     """List, plan, or run and compare; return the exit status."""
     known, tables = read_index()
     if config.table is None:
-        print(listed(tables))
+        print(format_tables(tables))
         return 0
     if config.table not in tables:
         raise ValueError(f"--table {config.table}: no such table, choose from {', '.join(tables)}")
@@ -89,7 +89,7 @@ def main(config: ReproduceConfig) -> int:
     return 0 if agrees else 1
 
 
-def listed(tables: dict[str, Table]) -> str:
+def format_tables(tables: dict[str, Table]) -> str:
     """Format the list of tables, with superseded ones last."""
     lines = [["table", "section", "commit", "cost", "superseded by"]]
     for table in sorted(tables.values(), key=lambda table: table.superseded is not None):

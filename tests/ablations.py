@@ -8,7 +8,7 @@ from processes import TINY
 from ablation import costs
 from ablation.plan import make_plan
 from ablation.runner import Runner, group_into_jobs, run_here
-from ablation.study import AblationConfig, expand
+from ablation.study import AblationConfig, expand_runs
 from machine.accelerator import open_accelerator
 
 BASE = {**TINY, "evaluation": {"extractor": "colors.pt", "num_samples": 12, "metrics": ["fid", "precision"]}}
@@ -18,7 +18,7 @@ def plan_of(variants, **settings):
     """Plan an ablation of tiny runs with these variants."""
     ablation = AblationConfig(base=BASE, variants=variants, **settings)
     folder = Path("runs/t")
-    runs = expand(ablation, "t")
+    runs = expand_runs(ablation, "t")
     with mock.patch.object(costs, "count_cost", counted):
         return make_plan(ablation, runs, folder, open_accelerator("fp32"), timed=False, any_code=False)
 

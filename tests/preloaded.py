@@ -20,7 +20,7 @@ for room in sorted(IMPORTED & set(ROOMS)):
             parts = path.relative_to(ROOT).with_suffix("").parts
             importlib.import_module(".".join(parts).removesuffix(".__init__"))
 cli, config = (importlib.import_module(f"experiment.{name}") for name in ("cli", "config"))
-cli.parser_of(*cli.constructors(config.ExperimentConfig))  # cached
+cli.build_parser(*cli.constructors(config.ExperimentConfig))  # cached
 figure = importlib.import_module("matplotlib.figure").Figure()
 figure.subplots().set_xlabel("step")
 figure.savefig(io.BytesIO())  # so that fonts are found once

@@ -14,7 +14,7 @@ from processes import ROOT, TINY, script
 from ablation.costs import Speed, resize_to_cost, with_width
 from ablation.plan import format_plan, make_plan
 from ablation.runner import group_into_jobs
-from ablation.study import AblationConfig, MatchConfig, ScoringConfig, deep_merge, expand, read_ablation
+from ablation.study import AblationConfig, MatchConfig, ScoringConfig, deep_merge, expand_runs, read_ablation
 from experiment.cli import parse_mapping
 from experiment.config import ExperimentConfig
 from machine.accelerator import open_accelerator
@@ -30,7 +30,7 @@ SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 def test_every_shipped_ablation_builds(path, monkeypatch):
     shapes = {"data.path": "shapes", "data.exclude_classes": [], "autoencoder": "embedded"}
     ablation = read_ablation(path, shapes)
-    runs = expand(ablation, path.stem)
+    runs = expand_runs(ablation, path.stem)
     assert len(runs) >= 3
     labelled = runs[0].config.data.use_labels
     assert len(ablation.pictures.classes) == 8 * labelled
@@ -55,7 +55,7 @@ def test_every_ablation_in_the_documents_is_planned_as_it_stands(text):
     Path("a.yaml").write_text(text)
     smaller = {"data": {**TINY["data"], "exclude_classes": []}, "model_args": TINY["model_args"]}
     ablation = read_ablation(Path("a.yaml"), smaller)
-    runs = expand(ablation, "a")
+    runs = expand_runs(ablation, "a")
     ablation = replace(ablation, match=None, pictures=replace(ablation.pictures, classes=["star"]))
     plan = make_plan(ablation, runs, Path("runs/a"), open_accelerator("fp32"), timed=False, any_code=False)
     names = list(dict.fromkeys(planned.run.variant for planned in plan))
@@ -70,7 +70,7 @@ def test_the_variants_of_guidance_share_trainings():
     ablation = replace(ablation, pictures=replace(ablation.pictures, classes=[]))
     ablation = replace(ablation, set={**ablation.set, "data.exclude_classes": []})
     plan = make_plan(
-        ablation, expand(ablation, "g"), Path("runs/g"), open_accelerator("fp32"), timed=False, any_code=False
+        ablation, expand_runs(ablation, "g"), Path("runs/g"), open_accelerator("fp32"), timed=False, any_code=False
     )
     assert [len(job) for job in group_into_jobs(plan)] == [7, 1, 1]
     assert [planned.trains for planned in plan].count(True) == 3
@@ -82,7 +82,7 @@ def test_names_grids_and_seeds_make_runs():
         set={"train.num_steps": 7},
         grid={"model": ["XSwin", "DiT"], "optim.lr": [1e-3, 1e-4], "seed": [3, 4]},
     )
-    runs = expand(ablation, "grid")
+    runs = expand_runs(ablation, "grid")
     assert [run.variant for run in runs[::2]] == ["XSwin lr=0.001", "XSwin lr=0.0001", "DiT lr=0.001", "DiT lr=0.0001"]
     assert [run.config.train.seed for run in runs] == [3, 4] * 4
     assert {run.config.train.num_steps for run in runs} == {7}
@@ -98,7 +98,7 @@ def test_dotted_and_nested_settings_are_the_same():
 
 def planned(path):
     ablation = read_ablation(path, {})
-    runs = expand(ablation, path.stem)
+    runs = expand_runs(ablation, path.stem)
     return make_plan(ablation, runs, Path("runs/a"), open_accelerator("fp32"), timed=False, any_code=False)
 
 
@@ -185,7 +185,7 @@ def test_a_plan_is_matched_timed_and_remembered():
     ablation = AblationConfig(
         base={**BASE, "model_args": {}}, variants=variants, match=MatchConfig("XSwin", "params", 0.2), grid=grid
     )
-    where = (expand(ablation, "m"), Path("runs/m"), open_accelerator("fp32"))
+    where = (expand_runs(ablation, "m"), Path("runs/m"), open_accelerator("fp32"))
     plan = partial(make_plan, ablation, *where, timed=True, any_code=False)
     first = plan()
     assert first[1].spec.args["dim"] < 100
@@ -199,7 +199,7 @@ def test_a_plan_is_matched_timed_and_remembered():
 
 def plan_of(variants, match, grid=None):
     ablation = AblationConfig(base={**BASE, "model_args": {}}, variants=variants, match=match, grid=grid or {})
-    where = (expand(ablation, "m"), Path("runs/m"), open_accelerator("fp32"))
+    where = (expand_runs(ablation, "m"), Path("runs/m"), open_accelerator("fp32"))
     return make_plan(ablation, *where, timed=False, any_code=False)
 
 
@@ -256,7 +256,7 @@ def test_a_stop_while_an_ablation_prepares_is_one_line(monkeypatch, capsys):
 def test_an_estimate_has_all_that_a_run_does():
     settings = {"log.validate_every": 2, "log.sample_every": 2, "log.evaluate_every": 4, "log.num_validation": 5}
     ablation = AblationConfig(base=BASE, variants={"a": settings}, scoring=ScoringConfig(trials=2))
-    where = (expand(ablation, "t"), Path("runs/t"), open_accelerator("fp32"))
+    where = (expand_runs(ablation, "t"), Path("runs/t"), open_accelerator("fp32"))
     (planned,) = make_plan(ablation, *where, timed=False, any_code=False, start=100.0)
     planned = replace(planned, speed=Speed(training=16.0, calls=10.0, decoding=5.0))
     image = 2 * 3 / 10 + 1 / 5  # guided, three steps
@@ -267,7 +267,7 @@ def test_an_estimate_has_all_that_a_run_does():
 def test_baselines_are_scored_once_for_each_autoencoder():
     grid = {"autoencoder": ["embedded", "pixel"], "seed": [0, 1]}
     ablation = AblationConfig(base=TINY, variants={"a": {}, "b": {"sampling.num_steps": 2}}, grid=grid)
-    runs, accelerator = expand(ablation, "x"), open_accelerator("fp32")
+    runs, accelerator = expand_runs(ablation, "x"), open_accelerator("fp32")
     plan = make_plan(ablation, runs, Path("runs/x"), accelerator, timed=False, any_code=False)
     first = [planned.run for planned in plan if planned.scores_baselines]
     assert [(run.point["variant"], run.config.autoencoder, run.seed) for run in first] == [

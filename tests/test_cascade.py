@@ -68,7 +68,7 @@ X_0, Y = randn(4, 3, 16, 16, seed=5), torch.tensor([0, 1, 2, 3])
 
 
 def loss_of(diffusion, model, phase, progress=0.5):
-    return diffusion.training_loss(model, X_0, Y, generator=generator(1), **diffusion.during(phase, progress))
+    return diffusion.training_loss(model, X_0, Y, generator=generator(1), **diffusion.phase_loss_args(phase, progress))
 
 
 def names_with_gradients(model):
@@ -95,7 +95,7 @@ def test_every_choice_trains_two_steps_in_each_phase_and_samples(coarse, upsampl
             optimizer.step()
             optimizer.zero_grad()
         assert losses[2] < losses[0]
-        trained = diffusion.during(phase, 0.0)["trained"]
+        trained = diffusion.phase_loss_args(phase, 0.0)["trained"]
         assert trained == ("mse" in terms, "refined" in terms)
     shown = {}
     drawn = sample(diffusion, model.eval(), randn(2, 3, 16, 16), labels(2), num_steps=3, on_stage=shown.__setitem__)
@@ -144,7 +144,7 @@ def test_unforced_the_upsampler_sees_the_one_step_prediction():
     seen = []
     model.upsampler.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     t, noise = torch.tensor([3, 20, 30, 49]), randn(*X_0.shape, seed=9)
-    diffusion.training_loss(model, X_0, Y, t=t, noise=noise, **diffusion.during(1, 0.0))
+    diffusion.training_loss(model, X_0, Y, t=t, noise=noise, **diffusion.phase_loss_args(1, 0.0))
     small, small_noise = (nn.functional.avg_pool2d(each, 2) for each in (X_0, 2 * noise))
     chain = GaussianDiffusion(num_timesteps=50, variance="fixed_small")
     alpha, sigma = chain.path.levels(t)
@@ -159,9 +159,9 @@ def test_phases_and_forcing_are_functions_of_the_step():
     assert [phase.number for phase in phases] == [0] * 350 + [1] * 350 + [2] * 300
     assert [phase.step for phase in phases] == [*range(350), *range(350), *range(300)]
     assert {phase.end for phase in phases} == {350, 700, 1000}
-    ends = [diffusion.during(phases[step].number, phases[step].progress) for step in (350, 699, 700, 999)]
+    ends = [diffusion.phase_loss_args(phases[step].number, phases[step].progress) for step in (350, 699, 700, 999)]
     assert [end["forcing"] for end in ends] == pytest.approx([0.9, 0.1, 0.1, 0.0])
-    middle = [diffusion.during(1, progress)["forcing"] for progress in (0.25, 0.5, 0.75)]
+    middle = [diffusion.phase_loss_args(1, progress)["forcing"] for progress in (0.25, 0.5, 0.75)]
     assert middle == pytest.approx([0.7, 0.5, 0.3])
     validated = diffusion.training_loss(cascade()[1], X_0, Y)
     assert validated["forced"].tolist() == [1.0] * 4  # outside of the phases
@@ -185,9 +185,9 @@ def test_the_learning_rate_halves_every_fifteen_epochs_of_each_phase():
 
 def test_small_noise_is_unit_normal_and_small_images_are_means():
     diffusion = Cascade(factor=4)
-    noise = diffusion.shrink_noise(randn(64, 1, 64, 64))
+    noise = diffusion.downsample_noise(randn(64, 1, 64, 64))
     assert noise.std().item() == pytest.approx(1, abs=0.02)
-    assert diffusion.shrink(torch.full((1, 1, 8, 8), 0.3)).tolist() == [[[[pytest.approx(0.3)] * 2] * 2]]
+    assert diffusion.downsample(torch.full((1, 1, 8, 8), 0.3)).tolist() == [[[[pytest.approx(0.3)] * 2] * 2]]
 
 
 def test_repeated_denoising_has_the_variance_of_its_markov_chain():

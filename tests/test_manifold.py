@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metrics import manifold
-from metrics.manifold import count_neighbours, nearest_neighbours, neighbour_distances, share_of_pairs_closer
+from metrics.manifold import count_neighbours, nearest_neighbours, neighbour_distances, probability_closer
 
 
 def line(*values: float) -> torch.Tensor:
@@ -54,5 +54,5 @@ def test_nearest():
 
 
 def test_share_of_pairs_counts_ties_half():
-    assert share_of_pairs_closer(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])) == pytest.approx(3.5 / 4)
-    assert share_of_pairs_closer(torch.tensor([5.0]), torch.tensor([1.0, 2.0])) == 0
+    assert probability_closer(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])) == pytest.approx(3.5 / 4)
+    assert probability_closer(torch.tensor([5.0]), torch.tensor([1.0, 2.0])) == 0

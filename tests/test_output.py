@@ -115,7 +115,7 @@ def test_output_names_with_an_unknown_suffix_are_refused(name, tmp_path):
 def test_second_pictures_lie_where_nothing_takes_them_for_samples(tmp_path):
     paths = {"x.png": "x-panel.png", "x.pdf": "x-panel.pdf", "x.npz": "x-panel.png", "v1.5": "v1.5-panel.png"}
     for output, expected in paths.items():
-        assert SAMPLE.beside(tmp_path / output, "panel") == tmp_path / expected
+        assert SAMPLE.second_output(tmp_path / output, "panel") == tmp_path / expected
 
 
 def test_classes_are_found_by_names_however_they_are_written():

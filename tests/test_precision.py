@@ -125,7 +125,7 @@ def test_the_benchmark_warns_too(x86, capsys):
     x86.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     benchmark = script("scripts/benchmark.py")
     x86.setattr("training.speed.benchmark_device", lambda: CPU)
-    assert [benchmark.chosen(asked) for asked in ("auto", "bf16")] == ["fp32", "bf16"]
+    assert [benchmark.resolve_precision(asked) for asked in ("auto", "bf16")] == ["fp32", "bf16"]
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: --precision bf16: it is emulated here")
 

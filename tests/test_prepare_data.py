@@ -104,10 +104,10 @@ def test_errors_of_fetching_and_of_writing_are_told_apart(script, tmp_path, monk
 
     config = script.PrepareConfig("pets", tmp_path / "pets.zip")
     with pytest.raises(OSError, match=r"--dataset pets could not be fetched \(lost connection\)"):
-        list(script.fetched(lost(), config))
+        list(script.with_download_errors(lost(), config))
     monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda *given: (_ for _ in ()).throw(OSError(28, "disk full")))
     with pytest.raises(OSError, match=r"\[Errno 28\] disk full"):
-        script.write_zip(script.fetched(items(), config), tmp_path / "pets.zip", None, source="pets")
+        script.write_zip(script.with_download_errors(items(), config), tmp_path / "pets.zip", None, source="pets")
 
 
 class HubSplit(list):

@@ -84,10 +84,10 @@ class Merged(nn.Module):
             if ".lora_" not in name
         }
         adapted = {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "get_delta_weight")}
-        return state | {f"{name}.weight": merged(layer) for name, layer in adapted.items()}
+        return state | {f"{name}.weight": merged_weight(layer) for name, layer in adapted.items()}
 
 
-def merged(layer: Any) -> Tensor:
+def merged_weight(layer: Any) -> Tensor:
     """The weight of a linear layer, including what peft's adapter adds to it."""
     return layer.base_layer.weight + layer.get_delta_weight(NAME)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from machine.checkpoint_folder import by_step
+from machine.checkpoint_folder import paths_by_step
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
 
     font, left = ImageFont.load_default(size=11), 80
     frames = []
-    for step, path in by_step(run / "samples", ".png").items():
+    for step, path in paths_by_step(run / "samples", ".png").items():
         with errors_as_warnings(path), Image.open(path, formats=("PNG",)) as grid:
             frame = Image.new("RGB", (grid.width + left, grid.height), "white")
             frame.paste(grid, (left, 0))

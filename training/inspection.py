@@ -17,7 +17,7 @@ from evaluation.scoring import Reference, Scorer
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
 from machine.accelerator import indices_of_process
-from machine.checkpoint_folder import Best, by_step
+from machine.checkpoint_folder import Best, paths_by_step
 from machine.randomness import generator_for
 from metrics.extractors import kind_and_name
 from metrics.scores import is_lower_better, metric_name
@@ -109,7 +109,7 @@ class Inspections:
         images = generate(self._generator(labels, self.run.config.train.seed), batch_size=len(labels))
         if self.run.is_main:
             self.run.log_grid(images, columns=columns, column_names=classes)
-            if len(by_step(self.run.folder / "samples", ".png")) > 1:
+            if len(paths_by_step(self.run.folder / "samples", ".png")) > 1:
                 draw_progress(self.run.folder)
         return {}
 

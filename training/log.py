@@ -48,7 +48,7 @@ class Log:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         self.accelerator.log({name: value for name, value in values.items() if not isinstance(value, list)}, step=step)
 
-    def picture(self, step: int, path: Path) -> None:
+    def image(self, step: int, path: Path) -> None:
         """Send a grid to the trackers that accept images."""
         import numpy as np
         from PIL import Image

@@ -59,11 +59,11 @@ def build_optimizers(model: Backbone, heads: nn.Module, config: OptimConfig) -> 
     optimizers = Optimizers(optimizer=build_optimizer(model, config))
     if weights := [weight for weight in heads.parameters() if weight.requires_grad]:
         options: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
-        optimizers["heads_optimizer"] = torch.optim.AdamW(decaying(weights), config.lr, **options)
+        optimizers["heads_optimizer"] = torch.optim.AdamW(split_weight_decay(weights), config.lr, **options)
     return optimizers
 
 
-def decaying(weights: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+def split_weight_decay(weights: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
     """Divide parameters into a group with weight decay and one without: norms, biases and scalars."""
     groups: list[dict[str, Any]] = [{"params": [], "numbers": []}, {"params": [], "numbers": [], "weight_decay": 0.0}]
     for number, weight in enumerate(weights):  # checkpoints number parameters as if there were no groups

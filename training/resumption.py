@@ -15,7 +15,7 @@ from experiment.imports import load_imports
 from experiment.mappings import flatten, from_dict
 from experiment.run_config import R, RunConfig, with_resume
 from machine.atomic_files import unused_path
-from machine.checkpoint_folder import CheckpointError, by_step, checkpoint_to_resume, list_checkpoints
+from machine.checkpoint_folder import CheckpointError, checkpoint_to_resume, list_checkpoints, paths_by_step
 
 OUTPUTS = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.*", "ema-*.safetensors")
 
@@ -47,7 +47,7 @@ def start_or_resume(config: R, say: Callable[[str], None]) -> tuple[R, Path | No
 def discard_later_results(run: Path, step: int, say: Callable[[str], None] = print) -> None:
     """Remove the results of later steps, which the run will take again, possibly with other settings: delete snapshots
     and grids, and rename checkpoints, which are damaged and would still count as the newest ones."""
-    for path_step, path in [*list_snapshots(run).items(), *by_step(run / "samples", ".png").items()]:
+    for path_step, path in [*list_snapshots(run).items(), *paths_by_step(run / "samples", ".png").items()]:
         if path_step > step:
             path.unlink()
     for checkpoint in list_checkpoints(run / "checkpoints"):

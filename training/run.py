@@ -209,7 +209,7 @@ class Run(Generic[R]):
         path = self.folder / "samples" / f"{self.step:08d}.png"
         with errors_as_warnings(path):
             save_grid(images, path, **layout)
-            self.log.picture(self.step, path)
+            self.log.image(self.step, path)
 
     def save(self, *, last: bool = False, progress: Mapping[str, Any] | None = None) -> None:
         """Save a checkpoint of this step, unless there is one or the guards forbid it. The files are written in the

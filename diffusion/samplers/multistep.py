@@ -19,7 +19,7 @@ def dpmpp_2m(chain: Chain, x_t: Images) -> Moments:
     earlier = None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
-        constant = extrapolated(x_0, at, earlier)
+        constant = extrapolate(x_0, at, earlier)
         x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * constant
         earlier = x_0, at.rise
         yield x_t, x_0
@@ -30,7 +30,7 @@ def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Moments:
     earlier = None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
-        constant, decay = extrapolated(x_0, at, earlier), at.contraction**2  # e^-2h
+        constant, decay = extrapolate(x_0, at, earlier), at.contraction**2  # e^-2h
         x_t = at.sigma_next / at.sigma * at.contraction * x_t + at.alpha_next * (1 - decay) * constant
         if at.sigma_next > 0:
             x_t = x_t + at.sigma_next * (1 - decay).sqrt() * chain.draw_noise()
@@ -44,15 +44,15 @@ def dpmpp_3m(chain: Chain, x_t: Images) -> Moments:
     It fits a parabola to the last three predictions and halves its quadratic term. That makes it of order 2, but with
     less error than `exponential_ab3` at 20 to 40 steps.
     """
-    return along_parabolas(chain, x_t, curvature_weight=0.5)
+    return integrate_parabolas(chain, x_t, curvature_weight=0.5)
 
 
 def exponential_ab3(chain: Chain, x_t: Images) -> Moments:
     """Exponential Adams-Bashforth method of order 3 (Hochbruck and Ostermann 2010, section 2.5)."""
-    return along_parabolas(chain, x_t, curvature_weight=1.0)
+    return integrate_parabolas(chain, x_t, curvature_weight=1.0)
 
 
-def along_parabolas(chain: Chain, x_t: Images, curvature_weight: float) -> Moments:
+def integrate_parabolas(chain: Chain, x_t: Images, curvature_weight: float) -> Moments:
     """Integrate a parabola through the last three predictions, its quadratic term scaled by `curvature_weight`. The
     first two steps and the step to the data are of lower order."""
     earlier: list[Earlier] = []  # newest first
@@ -64,8 +64,8 @@ def along_parabolas(chain: Chain, x_t: Images, curvature_weight: float) -> Momen
             slope = (x_0 - x_0_1) * (at.rise / h_1)
             if older:
                 ((x_0_2, h_2),) = older
-                slope, curvature = parabola(x_0, (-h_1 / at.rise, x_0_1), (-(h_1 + h_2) / at.rise, x_0_2))
-        x_t = integrated(x_t, at, x_0, slope, curvature_weight * curvature)
+                slope, curvature = fit_parabola(x_0, (-h_1 / at.rise, x_0_1), (-(h_1 + h_2) / at.rise, x_0_2))
+        x_t = integrate(x_t, at, x_0, slope, curvature_weight * curvature)
         earlier = [(x_0, at.rise), *earlier[:1]]
         yield x_t, x_0
 
@@ -80,15 +80,15 @@ def unipc(chain: Chain, x_t: Images) -> Moments:
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
         if last_step is not None:
-            x_t = corrected(*last_step, x_0)
+            x_t = correct(*last_step, x_0)
         last_step = x_t, at, x_0, earlier
-        constant = extrapolated(x_0, at, earlier)
+        constant = extrapolate(x_0, at, earlier)
         x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * constant
         earlier = x_0, at.rise
         yield x_t, x_0
 
 
-def extrapolated(x_0: Tensor, at: Transition, earlier: Earlier | None) -> Tensor:
+def extrapolate(x_0: Tensor, at: Transition, earlier: Earlier | None) -> Tensor:
     """Extrapolate `x_0` linearly, from its predictions here and one step earlier, to the middle of the step."""
     if earlier is None or at.sigma_next == 0:
         return x_0
@@ -96,15 +96,15 @@ def extrapolated(x_0: Tensor, at: Transition, earlier: Earlier | None) -> Tensor
     return x_0 + at.rise / (2 * h_before) * (x_0 - x_0_before)
 
 
-def corrected(x_t: Tensor, at: Transition, x_0: Tensor, earlier: Earlier | None, x_0_after: Tensor) -> Tensor:
+def correct(x_t: Tensor, at: Transition, x_0: Tensor, earlier: Earlier | None, x_0_after: Tensor) -> Tensor:
     """Repeat a step from `x_t`, now that the prediction at its end, `x_0_after`, is known."""
     if earlier is None:
         return at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * (x_0 + x_0_after) / 2
     x_0_before, h_before = earlier
-    return integrated(x_t, at, x_0, *parabola(x_0, (1.0, x_0_after), (-h_before / at.rise, x_0_before)))
+    return integrate(x_t, at, x_0, *fit_parabola(x_0, (1.0, x_0_after), (-h_before / at.rise, x_0_before)))
 
 
-def parabola(
+def fit_parabola(
     x_0: Tensor, near: tuple[Tensor | float, Tensor], far: tuple[Tensor | float, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return slope and curvature of `x_0 + slope u + curvature u^2` through two more points (u, value).
@@ -117,7 +117,7 @@ def parabola(
     return first - u_1 * curvature, curvature
 
 
-def integrated(x_t: Tensor, at: Transition, x_0: Tensor, slope: Tensor | float, curvature: Tensor | float) -> Tensor:
+def integrate(x_t: Tensor, at: Transition, x_0: Tensor, slope: Tensor | float, curvature: Tensor | float) -> Tensor:
     """Return the exact solution of a step along which `x_0` is a parabola in u."""
     phi_1 = 1 - at.contraction  # integrals of h e^(-h (1 - u)) times 1, u and u^2
     phi_2 = 1 - phi_1 / at.rise

@@ -28,7 +28,7 @@ from training.batches import Batch
 from training.objective import Objective, Phase
 
 
-class Trained(NamedTuple):
+class TrainedStages(NamedTuple):
     """Which stages a phase trains."""
 
     coarse: bool
@@ -39,7 +39,7 @@ NO_CHAIN = (
     "a cascade has no chain from noise to its images, but to small ones: it cannot be reconstructed from a time, nor "
     "has it a likelihood; leave --reconstruct or --likelihood out, and see --stages"
 )
-PHASES = (Trained(True, False), Trained(False, True), Trained(True, True))
+PHASES = (TrainedStages(True, False), TrainedStages(False, True), TrainedStages(True, True))
 
 
 class CascadeObjective(Objective):
@@ -54,7 +54,7 @@ class CascadeObjective(Objective):
         return self.diffusion.phases
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
-        options = {} if phase is None else self.diffusion.during(phase.number, phase.progress)
+        options = {} if phase is None else self.diffusion.phase_loss_args(phase.number, phase.progress)
         options |= {
             "t": batch.t,
             "noise": batch.noise,
@@ -109,7 +109,7 @@ class Cascade(Diffusion):
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
         return self.coarse.reverse_steps(num_steps, spacing)
 
-    def during(self, phase: int, progress: float) -> dict[str, Any]:
+    def phase_loss_args(self, phase: int, progress: float) -> dict[str, Any]:
         """Arguments of `training_loss` in a phase, at a fraction `progress` of its steps."""
         first, last = (1.0, 1.0) if phase == 0 else self.forcing[phase - 1]
         return {"trained": PHASES[phase], "forcing": first + (last - first) * progress}
@@ -132,7 +132,7 @@ class Cascade(Diffusion):
         generator: torch.Generator | None = None,
         auxiliary: Sequence[Auxiliary] = (),
         draws: Mapping[str, Tensor] | None = None,
-        trained: Trained = PHASES[-1],
+        trained: TrainedStages = PHASES[-1],
         forcing: float = 1.0,
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Compute `loss` and its terms for each image of a batch.
@@ -143,7 +143,7 @@ class Cascade(Diffusion):
         t, noise = self.draw(x_0, t, noise, generator)
         draws = draws or self.draw_loss_args(x_0.shape, generator, x_0.device)
         x_0 = x_0.float()
-        low_0, low_noise = self.shrink(x_0), self.shrink_noise(noise)
+        low_0, low_noise = self.downsample(x_0), self.downsample_noise(noise)
         x_t = self.coarse.q_sample(low_0, t, low_noise)
         forced = draws["forcing"] < forcing
 
@@ -168,13 +168,13 @@ class Cascade(Diffusion):
             terms = with_auxiliary(terms, auxiliary, refined.x_0, x_0, y, refined.share)
         return terms
 
-    def shrink(self, image: Images) -> Float[Tensor, "b c h2 w2"]:
+    def downsample(self, image: Images) -> Float[Tensor, "b c h2 w2"]:
         """Downsample images to the coarse size: the means of squares of `factor` x `factor` pixels."""
         return F.avg_pool2d(image, self.factor)
 
-    def shrink_noise(self, noise: Images) -> Float[Tensor, "b c h2 w2"]:
+    def downsample_noise(self, noise: Images) -> Float[Tensor, "b c h2 w2"]:
         """Downsample noise to the coarse size, rescaled to unit variance."""
-        return self.factor * self.shrink(noise)
+        return self.factor * self.downsample(noise)
 
     # Sampling.
 
@@ -194,7 +194,7 @@ class Cascade(Diffusion):
         A `guide_model` guides the coarse stage alone; without it a diffusion refiner is guided by the null label, too.
         """
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
-        low = run_sampler(self.coarse, model.coarse, self.shrink_noise(noise), y, guide_model=guide)
+        low = run_sampler(self.coarse, model.coarse, self.downsample_noise(noise), y, guide_model=guide)
         overrides: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}
         if self.samplers:  # the coarse stage has samplers of its own, which a diffusion refiner cannot use
             overrides |= {"sampler": "ddpm", "sampler_args": {}}

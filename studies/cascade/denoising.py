@@ -9,7 +9,7 @@ from diffusion.paths import Path, check_num_steps
 from diffusion.transition import Images, Level, Timesteps, Transition
 
 
-def iterated(chain: Chain, x_t: Images) -> Moments:
+def iterated_denoising(chain: Chain, x_t: Images) -> Moments:
     """Sample by denoising and adding noise of the same level, in turn.
 
     If the model sampled from `p(x_0 | x_t)`, the stationary distribution of this Markov chain would be that of the data
@@ -66,7 +66,7 @@ class Denoising(Diffusion):
             "x_0",
             times=lambda num, generator, device: torch.zeros(num, dtype=torch.int64, device=device),
             default_sampler="iterated",
-            samplers={"iterated": iterated},
+            samplers={"iterated": iterated_denoising},
         )
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
