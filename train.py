@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from experiment.cli import one_line_errors, parse_run
 from experiment.config import ExperimentConfig
 from machine.stopping import exit_on_signal
+from models import check_model
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def main(config: ExperimentConfig) -> None:
     """Set up the run and train."""
+    check_model(config.model)  # before the libraries are imported, which takes seconds
     with exit_on_signal(config.folder):
         from training.assembly import open_training
 

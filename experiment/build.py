@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +22,11 @@ from experiment.open_section import signature_settings
 from machine.accelerator import from_main, num_processes_here
 from machine.memory import free_memory
 from machine.threads import allowed_cores
-from models import BACKBONES, ModelSpec
+from models import BACKBONES, ModelSpec, class_of
 from settings import check_name, set_values
 
 if TYPE_CHECKING:
     from metrics.feature_maps import FeatureMaps
-
-import_module("studies.cascade.three_stages")  # registers its backbone, as a user's module would
 
 
 def build_diffusion(config: DiffusionConfig) -> Diffusion:
@@ -117,11 +114,13 @@ def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num
     if config.train.augment:
         check_augment(config, codec, diffusion)
         required["augment_dim"], requested_by = NUM_CHANGES, f"{requested_by} with --train.augment"
-    suitable = [
-        name for name, (backbone, _) in BACKBONES.items() if required.keys() <= signature(backbone).parameters.keys()
-    ]
-    if config.model in BACKBONES and config.model not in suitable:
-        raise ValueError(f"--model {config.model}: {requested_by} takes --model {', '.join(suitable)}")
+
+    def is_suitable(name: str) -> bool:
+        return required.keys() <= signature(class_of(name)).parameters.keys()
+
+    if config.model in BACKBONES and not is_suitable(config.model):
+        suitable = ", ".join(filter(is_suitable, BACKBONES))
+        raise ValueError(f"--model {config.model}: {requested_by} takes --model {suitable}")
     if diffusion.guidance_settings and not config.guided_classes(num_classes):
         raise ValueError(
             f"--diffusion.{diffusion.guidance_settings}: without labels, or with --train.label_dropout 0, there is no "

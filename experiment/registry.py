@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from experiment.config import DiffusionConfig
 from experiment.open_section import open_section
 from metrics.scores import Metric
+from models import class_of
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
     def add(thing: Any) -> Any:
         rows: dict[str, Any] = getattr(import_module(module), table)
         if name in rows:
-            taken = rows[name][0] if kind == "backbone" else getattr(rows[name], "compute", rows[name])
+            taken = class_of(name) if kind == "backbone" else getattr(rows[name], "compute", rows[name])
             owner = f"{getattr(taken, '__module__', '')}.{getattr(taken, '__qualname__', taken)}"
             raise ValueError(f"register({kind!r}, {name!r}): the name is taken, by {owner}; choose another")
         if kind == "metric":

@@ -1,20 +1,23 @@
-"""Backbones by name: `create_model("XSwin", input_size=8, in_channels=4, out_channels=8, num_classes=101)`."""
+"""Backbones by name: `create_model("XSwin", input_size=8, in_channels=4, out_channels=8, num_classes=101)`.
+
+Importing this does not import torch.
+"""
+
+from __future__ import annotations
 
 import difflib
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from models.rows import DIT, UNET, UVIT, XSWIN, Deferred, Row
 
-from models import dit, unet, uvit, xswin
-from models.backbone import SIZES, Backbone, as_backbone
-from models.layers import Size
+if TYPE_CHECKING:
+    from models.backbone import Backbone
+    from models.layers import Size
 
-# Each name maps to a class and the constructor arguments that differ from the class's own defaults.
-BACKBONES: dict[str, tuple[type[nn.Module], dict]] = {**xswin.MODELS, **dit.MODELS, **uvit.MODELS, **unet.MODELS}
+BACKBONES: dict[str, Row] = {**XSWIN, **DIT, **UVIT, **UNET}
 BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "UViT-tokens")}
 MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout", "augment_dim"}
 
@@ -23,14 +26,29 @@ def list_models() -> list[str]:
     return list(BACKBONES)
 
 
+def check_model(name: str) -> None:
+    """Raise ValueError with the nearest names where no backbone has this one."""
+    if name not in BACKBONES:
+        close = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"--model {name}: unknown; {hint}there are {', '.join(BACKBONES)}")
+
+
+def class_of(name: str) -> Any:
+    """Return the class of a backbone."""
+    backbone = BACKBONES[name][0]
+    return backbone.load() if isinstance(backbone, Deferred) else backbone
+
+
 def model_arguments(name: str, **overrides: object) -> dict[str, object]:
     """Merge the constructor's defaults, the row of `BACKBONES` and `overrides`; later ones win."""
-    backbone, row = as_backbone(BACKBONES[name][0]), BACKBONES[name][1]
-    parameters = inspect.signature(backbone).parameters.values()
+    from models.backbone import as_backbone
+
+    parameters = inspect.signature(as_backbone(class_of(name))).parameters.values()
     defaults = {
         parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
     }
-    return {**defaults, **row, **overrides}
+    return {**defaults, **BACKBONES[name][1], **overrides}
 
 
 def create_model(
@@ -41,11 +59,10 @@ def create_model(
     `overrides` replace constructor arguments of the row of `BACKBONES`. A plain `nn.Module` from outside gets the
     defaults of `models.backbone.Backbone`. An unknown name or argument, or one out of range, raises `ValueError`.
     """
-    if name not in BACKBONES:
-        close = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(f"--model {name}: unknown; {hint}there are {', '.join(BACKBONES)}")
-    backbone, row = as_backbone(BACKBONES[name][0]), BACKBONES[name][1]
+    from models.backbone import SIZES, as_backbone
+
+    check_model(name)
+    backbone, row = as_backbone(class_of(name)), BACKBONES[name][1]
     parameters = inspect.signature(backbone).parameters
     unknown = sorted(overrides.keys() - parameters.keys())
     if unknown:
@@ -83,8 +100,12 @@ class ModelSpec:
 
     def build_on_meta(self) -> Backbone:
         """Build the backbone on the meta device, to validate the arguments or count parameters."""
+        import torch
+
         with torch.device("meta"):
             return self._create()
 
     def _create(self) -> Backbone:
+        from models.backbone import SIZES
+
         return create_model(self.name, **{size: getattr(self, size) for size in SIZES}, **self.args)

@@ -139,22 +139,3 @@ class DiT(Backbone):
             x = block(join(torch.cat([x, skips.pop()], dim=-1)), modulation)
 
         return unpatchify(self.final(x, cond), self.grid, self.patch_size)
-
-
-SIZES = {
-    "S": {"dim": 384, "depth": 12, "num_heads": 6},
-    "B": {"dim": 768, "depth": 12, "num_heads": 12},
-    "L": {"dim": 1024, "depth": 24, "num_heads": 16},
-    "XL": {"dim": 1152, "depth": 28, "num_heads": 16},
-}
-FAMILIES = {  # arguments that differ from the defaults, and patch sizes
-    "DiT": ({}, (2, 4, 8)),
-    "UViT": ({"long_skips": True}, (2, 4, 8)),
-    "LightningDiT": ({"norm": "rms", "mlp": "swiglu", "positions": "both"}, (1, 2)),  # Yao et al. 2025
-}
-MODELS = {
-    f"{family}-{size}/{patch_size}": (DiT, {**row, **arguments, "patch_size": patch_size})
-    for family, (arguments, patch_sizes) in FAMILIES.items()
-    for size, row in SIZES.items()
-    for patch_size in patch_sizes
-}

@@ -164,27 +164,3 @@ def _check_spelling(name: str, words: Sequence[str], num_levels: int) -> None:
     for word in words:
         if not word or set(word) - LETTERS.keys():
             raise ValueError(f"{name}={word}: a letter a block, R for a residual block, A for one with attention")
-
-
-# Models of three studies in pixel space. The first four follow a published table for anime faces at 64x64; they have
-# 10.2M, 50.1M, 77.0M and 83.0M parameters where it states 10M, 49M, 74M and 85M (its strided convolutions are 4x4, and
-# its last level ends narrower). Its table and text disagree on Giga's middle; we use three blocks a group, as in the
-# table's three letters.
-_ANIME = {"channels": (32, 64, 128, 256, 512), "middle_channels": (512, 256)}
-_GIGA = {"channels": (128, 256, 256, 512), "middle_channels": (512, 256), "dropout": 0.1}
-_CIFAR10 = {"channels": (64, 64, 128, 256), "middle_channels": (512,), "num_heads": 8, "stem_size": 7}
-_MNIST = {"channels": (64, 64, 128, 256), "middle_channels": (256,)}
-_ROWS = {
-    "UNet-Mini": {},
-    "UNet-Simple": {**_ANIME, "down": ("AAA",) * 4, "middle": ("AA", "AA"), "up": ("AAA",) * 4},
-    "UNet-Mega": {**_ANIME, "down": ("AAAAA",) * 4, "middle": ("AAA",) * 2, "up": ("AAAAA",) * 4, "dropout": 0.1},
-    "UNet-Giga": {**_GIGA, "down": ("RARAA",) * 3, "middle": ("RAR", "RAR"), "up": ("RARAR",) * 3},
-    # CIFAR-10 at 32x32: channel multipliers 1, 2, 4 and, in the middle, 8; attention at 16x16 and 8x8. The study's
-    # variant for MNIST, -S, has one block a level and 16.9M parameters where the study states about 15M; it publishes
-    # only the multipliers.
-    "UNet-CIFAR10": {**_CIFAR10, "down": ("RR", "AA", "AA"), "middle": ("RR",), "up": ("AA", "AA", "RR")},
-    "UNet-CIFAR10-S": {**_CIFAR10, "down": ("R", "A", "A"), "middle": ("RR",), "up": ("A", "A", "R")},
-    # Class-conditional MNIST at 28x28, small enough for two CPU cores; attention at 7x7 and 4x4.
-    "UNet-MNIST": {**_MNIST, "down": ("R", "R", "A"), "middle": ("A",), "up": ("A", "R", "R")},
-}
-MODELS = {name: (UNet, row) for name, row in _ROWS.items()}

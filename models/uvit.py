@@ -112,16 +112,3 @@ class UViTTokens(Backbone):
 
         x = self.head(self.norm(x))[:, self.num_tokens :]
         return self.smooth(unpatchify(x, self.grid, self.patch_size))
-
-
-SIZES = {
-    "S": {"dim": 384, "depth": 13, "num_heads": 6},
-    "B": {"dim": 768, "depth": 13, "num_heads": 12},
-    "L": {"dim": 1024, "depth": 25, "num_heads": 16},
-    "XL": {"dim": 1152, "depth": 29, "num_heads": 16},
-}
-MODELS = {
-    f"UViT-tokens-{size}/{patch_size}": (UViTTokens, {**row, "patch_size": patch_size})
-    for size, row in SIZES.items()
-    for patch_size in (2, 4, 8)
-}

@@ -320,12 +320,3 @@ def check_unconditional(num_classes: int, *, second_time: bool, augment_dim: int
         raise ValueError("conditioning=none leaves times no place, and --diffusion.kind tells two: take another")
     if augment_dim:
         raise ValueError("conditioning=none leaves changes of images no place: --train.augment 0, or another one")
-
-
-MODELS = {
-    "XSwin": (XSwin, {}),
-    "USwin": (XSwin, {"skip": "concat"}),
-    "XSwin-S": (XSwin, {"dim": 96, "num_heads": (3, 6), "num_global_blocks": 2}),
-    "XSwin-B": (XSwin, {"dim": 384, "num_heads": (12, 24)}),
-    "XSwin-L": (XSwin, {"dim": 576, "depths": (4, 4), "num_heads": (18, 36), "num_global_blocks": 6}),
-}

@@ -10,7 +10,7 @@ from checkpoints.checkpoint import WEIGHTS, save_tensors, warm_start
 from diffusion import DIFFUSIONS, FlowMatching
 from diffusion.average_velocity import differentiable_forward
 from diffusion.diffusion import Auxiliary
-from models import BACKBONES
+from models import class_of
 from models.layers.attention import attend
 from training.batches import Batch
 from training.objective import Objective
@@ -197,7 +197,7 @@ def test_the_target_is_of_the_model_that_is_sampled(kind):
 def test_recomputed_blocks_have_the_same_gradients(kind, name):
     found = []
     for change in (lambda model: None, lambda model: recompute_blocks(model, torch.device("cpu"))):
-        model = prepared(name, **RANDOM.get(BACKBONES[name][0].__name__, {})).train()
+        model = prepared(name, **RANDOM.get(class_of(name).__name__, {})).train()
         change(model)
         torch.manual_seed(3)
         losses(model, kind(), batch=4)["loss"].sum().backward()

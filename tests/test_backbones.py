@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import studies.cascade.three_stages  # noqa: F401, registers a backbone
-from models import BACKBONES, create_model, list_models
+from models import BACKBONES, class_of, create_model, list_models
 from models.backbone import Backbone, as_backbone
 from models.layers.modulation import Modulator
 from models.layers.style import Mlp
@@ -54,7 +54,7 @@ class Plain(nn.Module):
 
 def small(name, input_size=8, num_classes=5, **overrides):
     torch.manual_seed(0)
-    shrink = SMALL[BACKBONES[name][0].__name__]
+    shrink = SMALL[class_of(name).__name__]
     shape = {"input_size": input_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
     return create_model(name, **{**shape, **shrink, **overrides})
 
@@ -133,7 +133,7 @@ RANDOM = {"XSwin": {"drop_path": 0.5}, "UNet": {"dropout": 0.5}}
 def test_recomputed_blocks_have_the_same_masks_and_store_less(name):
     found = []
     for recompute in (False, True):
-        model = wake(small(name, **RANDOM.get(BACKBONES[name][0].__name__, {}))).train()
+        model = wake(small(name, **RANDOM.get(class_of(name).__name__, {}))).train()
         if recompute:
             recompute_blocks(model, torch.device("cpu"))
         torch.manual_seed(3)
@@ -346,7 +346,7 @@ def test_mlp_ratio_reaches_every_block():
 
 
 def test_constructors_take_no_kwargs():
-    for backbone, _ in BACKBONES.values():
+    for backbone in map(class_of, BACKBONES):
         kinds = {parameter.kind for parameter in inspect.signature(backbone).parameters.values()}
         assert kinds == {inspect.Parameter.KEYWORD_ONLY}
 

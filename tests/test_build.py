@@ -21,7 +21,7 @@ from experiment.build import build_diffusion, defining_settings, model_spec
 from experiment.cli import parse, parse_mapping
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig
 from experiment.mappings import from_dict
-from models import BACKBONES
+from models import class_of
 from sampling.checks import resolve_sampling
 from settings import set_values
 from training.optimizer import build_optimizer, learning_rate, num_training_steps
@@ -56,9 +56,12 @@ def test_every_shipped_configuration_builds(path):
     assert path.name in path.read_text() or "make demo" in path.read_text()
 
 
+EMBEDDED = cache(create_codec)  # loaded once
+
+
 def local_codec(config):
     """The configuration's codec if it is of pixels, otherwise the embedded autoencoder."""
-    return create_codec("pixel" if config.autoencoder == "pixel" else "embedded")
+    return EMBEDDED("pixel" if config.autoencoder == "pixel" else "embedded")
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -68,7 +71,7 @@ def test_every_shipped_configuration_trains_two_steps(path):
     config = shipped(path)
     config = replace(config, optim=replace(config.optim, lr=1e-3, warmup_steps=0))
     if config.model != "Cascade":
-        small = SMALL[BACKBONES[config.model][0].__name__]
+        small = SMALL[class_of(config.model).__name__]
         config = replace(config, model_args={**config.model_args, **small})
     if config.autoencoder == "pixel":
         config = replace(config, data=replace(config.data, image_size=16))

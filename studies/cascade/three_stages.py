@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models import BACKBONES
 from models.backbone import Backbone
 from models.layers import Images, Labels, Output, Times, check_choice
 from models.layers.attention import check_heads
@@ -305,6 +304,3 @@ def _build(
     for argument in (arguments or {}).keys() - set(accepted):
         raise ValueError(f"--model_args.{stage}_args.{argument}: {name} takes {', '.join(accepted) or 'no arguments'}")
     return table[name](*fixed, **(arguments or {}))
-
-
-BACKBONES["Cascade"] = (Cascade, {})
