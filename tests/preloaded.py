@@ -8,7 +8,7 @@ import sys
 from processes import LIBRARIES, ROOMS, ROOT
 
 IMPORTED = {"experiment", "autoencoders", "checkpoints", "data", "diffusion", "evaluation", "machine", "metrics"}
-IMPORTED |= {"models", "sampling", "settings", "training"}
+IMPORTED |= {"models", "sampling", "settings", "studies", "training"}
 
 gc.disable()  # imports leave no garbage
 sys.dont_write_bytecode = False  # write compiled files, which the programs use
@@ -16,9 +16,8 @@ for name in LIBRARIES:
     importlib.import_module(name)
 for room in sorted(IMPORTED & set(ROOMS)):
     for path in sorted((ROOT / room).rglob("*.py")):
-        if path.stem != "timm_models":  # it imports timm, which few programs need
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            importlib.import_module(".".join(parts).removesuffix(".__init__"))
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        importlib.import_module(".".join(parts).removesuffix(".__init__"))
 cli, config = (importlib.import_module(f"experiment.{name}") for name in ("cli", "config"))
 cli.build_parser(*cli.constructors(config.ExperimentConfig))  # cached
 figure = importlib.import_module("matplotlib.figure").Figure()

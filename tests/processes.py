@@ -77,7 +77,7 @@ def run(*arguments, cwd, processes=1, check=True, **settings):
 
 LIBRARIES = ["torch", "torch.utils.tensorboard", "torchvision", "torch_fidelity", "accelerate", "einops.layers.torch"]
 LIBRARIES += ["diffusers.models.autoencoders.autoencoder_kl", "jsonargparse", "attr", "shtab"]
-LIBRARIES += ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+LIBRARIES += ["matplotlib.figure", "matplotlib.backends.backend_agg", "timm.models.vision_transformer"]
 ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 FORKS = "fork" in multiprocessing.get_all_start_methods()
 SERVER = multiprocessing.get_context("forkserver")

@@ -91,7 +91,7 @@ def test_a_browser_shows_the_pages_whole_on_a_desktop_and_on_a_phone(site, brows
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=site)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         home = f"http://127.0.0.1:{server.server_port}"
-        with page_of(browser, home, WIDTHS["desktop"]) as page:
+        with page_of(browser, "about:blank", WIDTHS["desktop"]) as page:
             for name in ("index", "tutorial", "results", "features", "api/experiment"):
                 page.goto(f"{home}/{name}.html", wait_until="load")
                 for width in WIDTHS.values():

@@ -36,6 +36,7 @@ from published.diffusers_schedulers import to_scheduler
 
 EXPORT, SAMPLE = script("scripts/export_diffusers.py"), script("sample.py")
 TINY_DIT = {"dim": 32, "depth": 2, "num_heads": 2}
+ONE_BLOCK = {**TINY_DIT, "depth": 1}  # where a program is traced
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation"),  # diffusers, with numpy 2
     pytest.mark.filterwarnings("ignore:divide by zero"),  # the log of its last sigma, 0
@@ -57,7 +58,7 @@ def no_shape_checks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def exported():
-    """Cache exported programs: models of one kind have the same weights here, and tracing takes seconds."""
+    """Cache exported programs: models of one shape have the same weights here, and tracing takes seconds."""
     programs = {}
 
     def export(model, spec):
@@ -102,7 +103,9 @@ def checkpoint(folder, model="DiT", args=TINY_DIT, autoencoder="embedded", size=
     sampling = SamplingConfig(num_steps=4, guidance_scale=2.0)
     rest = {"train": TrainConfig(label_dropout=label_dropout), "data": DataConfig(image_size=size)}
     experiment = ExperimentConfig(model, args, autoencoder, diffusion=config, sampling=sampling, **rest)
-    weights = randomise(spec.build()).state_dict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = randomise(spec.build()).state_dict()
     folder.mkdir()
     save_file(weights, folder / WEIGHTS, metadata=make_metadata(experiment, 5, spec=spec, classes=CLASSES))
     return folder
@@ -130,7 +133,7 @@ def drawn(run, output, seed=0, **sampling):
 )
 def test_pictures_are_those_of_sample(kind, sampler, spacing, autoencoder, settings, tmp_path, exported, monkeypatch):
     monkeypatch.setattr(diffusers_pipeline, "export_denoiser", exported)
-    run = checkpoint(tmp_path / "run", autoencoder=autoencoder, kind=kind, size=16, **settings)
+    run = checkpoint(tmp_path / "run", args=ONE_BLOCK, autoencoder=autoencoder, kind=kind, size=16, **settings)
     flags = {"sampler": sampler, "spacing": spacing}
     clip = math.inf if autoencoder == "pixel" and sampler != "ddpm" else None
     sampling = SamplingFlags(clip=clip, **flags)
@@ -256,7 +259,7 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
 def test_exports_refuse_guidance_that_the_model_does_not_support(tmp_path, exported, monkeypatch):
     """The weights of an untrained null label are exported with the others; DiTPipeline guides all channels."""
     monkeypatch.setattr(diffusers_pipeline, "export_denoiser", exported)
-    run = checkpoint(tmp_path / "run", autoencoder="pixel", size=16, label_dropout=0.0)
+    run = checkpoint(tmp_path / "run", args=ONE_BLOCK, autoencoder="pixel", size=16, label_dropout=0.0)
     EXPORT.main(EXPORT.ExportConfig(checkpoint=str(run), output=tmp_path / "out"))
     pipeline = DiffusionPipeline.from_pretrained(
         tmp_path / "out", custom_pipeline=str(tmp_path / "out" / "pipeline.py"), trust_remote_code=True

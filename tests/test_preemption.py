@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -92,7 +93,7 @@ def test_a_signal_interrupts_validation_and_samples_which_a_resumed_run_makes_up
     [
         ([*ACCELERATE, "1"], signal.SIGUSR2),
         ([*ACCELERATE, "2"], signal.SIGUSR1),
-        ([*TORCHRUN, "2"], signal.SIGTERM),
+        ([*TORCHRUN, "1"], signal.SIGTERM),
     ],
     ids=["accelerate, one process", "accelerate, two", "torchrun"],
 )
@@ -120,8 +121,8 @@ def test_a_slurm_job_refuses_to_resume_another_run(tmp_path):
 
 
 def test_a_job_that_slurm_signals_is_requeued_and_goes_on(tmp_path):
-    """Two processes; SIGUSR2 goes to all processes of the job, the launcher included."""
-    script = [str(ROOT / "scripts/launch_slurm.py"), "--experiment", "long.yaml", "--cluster", "local", "--gpus", "2"]
+    """SIGUSR2 goes to all processes of the job."""
+    script = [str(ROOT / "scripts/launch_slurm.py"), "--experiment", "long.yaml", "--cluster", "local"]
     process = begun(tmp_path, *script, "--wait", "true", stdout=subprocess.PIPE, text=True)
     (controller,) = psutil.Process(process.pid).children()
     for each in controller.children(recursive=True):
@@ -138,6 +139,49 @@ def test_a_job_that_slurm_signals_is_requeued_and_goes_on(tmp_path):
     assert first.startswith("SIGUSR")
     assert second.startswith("SIGTERM")
     assert [event["step"] for event in log(tmp_path, "long")] == list(range(1, stopped_after(second) + 1))
+
+
+WAITS = """
+import os, pathlib, signal, sys, time
+received = []
+for number in (signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda number, _: received.append(number))
+pathlib.Path("began" + os.environ["RANK"]).touch()
+while signal.SIGUSR1 not in received:
+    time.sleep(0.02)
+pathlib.Path("run/stopped").touch()
+sys.exit(75)
+"""  # a program in the place of train.py
+
+
+def test_the_launcher_of_a_slurm_job_outlives_the_signal_which_reaches_both_of_its_trainings(tmp_path, monkeypatch):
+    """SIGUSR2, which goes to the launcher too, would kill it; what the job sends then is SIGUSR1."""
+    launch = script("scripts/launch_slurm.py")
+    (tmp_path / "train.py").write_text(WAITS)
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment_of().items():
+        monkeypatch.setenv(name, value)
+    job = launch.Training(["--config", "long.yaml"], Path("run"), gpus=2)
+
+    def end_of_time():
+        while len(list(tmp_path.glob("began*"))) < 2:
+            time.sleep(0.02)
+        launcher = psutil.Process(job.process.pid)
+        family = [launcher, *launcher.children(recursive=True)]
+        for each in family:
+            each.send_signal(signal.SIGUSR2)
+        time.sleep(0.2)
+        assert len(family) == 3
+        assert all(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in family)
+        return job.checkpoint()
+
+    with ThreadPoolExecutor(1) as pool:
+        requeued = pool.submit(end_of_time)
+        assert job() == 75
+    again = requeued.result().function
+    assert (again.arguments, again.run, again.gpus) == (job.arguments, job.run, 2)
 
 
 def test_a_terminal_that_is_closed_loses_nothing(tmp_path):

@@ -107,7 +107,6 @@ OBJECTIVES = {
 }
 PAIRS = [
     ("XSwin", "gaussian"),
-    ("DiT", "gaussian"),
     ("UViT", "contrastive"),
     ("DiT", "meanflow"),
     ("UViT", "shortcut"),
@@ -116,9 +115,9 @@ PAIRS = [
 
 @pytest.mark.parametrize(("model", "objective"), PAIRS)
 def test_two_processes_and_micro_batches_equal_one(folder, model, objective):
-    """Ten steps, two epochs, at the same global batch and seed."""
+    """Six steps, the last of them in a second epoch, at the same global batch and seed."""
     settings = {**TINY, "model": model, "model_args": EQUAL[model], "diffusion": OBJECTIVES[objective], "name": None}
-    settings["train"] = {**TINY["train"], "num_steps": 10, "class_balanced": model == "DiT"}
+    settings["train"] = {**TINY["train"], "num_steps": 6, "class_balanced": model == "DiT"}
     settings["log"] = {"every": 1, "validate_every": 0, "trackers": []}
     settings["sampling"] = {**TINY["sampling"], "num_steps": 1}
     settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}
@@ -129,10 +128,10 @@ def test_two_processes_and_micro_batches_equal_one(folder, model, objective):
     run(*flags, f"{prefix}-two", cwd=folder, processes=2)
     run(*flags, f"{prefix}-micro", "--train.grad_accumulation", 2, cwd=folder)
     one = [event["loss"] for event in log(folder, f"{prefix}-one")]
-    assert len(one) == 10
+    assert len(one) == 6
     for name in ("two", "micro"):
         assert np.allclose(one, [event["loss"] for event in log(folder, f"{prefix}-{name}")], rtol=1e-5), name
-        ours, theirs = weights(folder, f"{prefix}-one", step=10), weights(folder, f"{prefix}-{name}", step=10)
+        ours, theirs = weights(folder, f"{prefix}-one", step=6), weights(folder, f"{prefix}-{name}", step=6)
         # Adam turns rounding into whole steps where a gradient is all rounding: hence norms over all weights.
         gap = sum((ours[key].double() - theirs[key].double()).square().sum() for key in ours).sqrt()
         assert gap < 1e-3 * sum(ours[key].double().square().sum() for key in ours).sqrt(), name
@@ -143,7 +142,8 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
     launcher = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
     fsdp = {key.upper(): str(value) for key, value in launcher["fsdp_config"].items()}
     sharded = {"cwd": folder, "processes": 2, "ACCELERATE_USE_FSDP": "true", **fsdp}
-    settings = {**TINY, "model_args": EQUAL["XSwin"], "train": {**TINY["train"], "ema_profiles": [0.1]}}
+    small = {**EQUAL["XSwin"], "depths": [1], "num_heads": [2]}  # torch plans its work on shards per parameter
+    settings = {**TINY, "model_args": small, "train": {**TINY["train"], "ema_profiles": [0.1]}}
     settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}
     settings["log"] = {"every": 1, "validate_every": 2, "sample_every": 3, "checkpoint_every": 2, "trackers": []}
     settings["sampling"] = {**TINY["sampling"], "num_steps": 1}
@@ -181,7 +181,7 @@ def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
 
     # Stochastic depth draws its masks again as they were: moments, so gradients, are bitwise those without.
     flags = ("tests/fsdp_on_cpus.py", ROOT / "train.py", "--config", "sharded.yaml", "--model_args.drop_path", 0.5)
-    flags += ("--sampling.guidance_scale", 1)
+    flags += ("--sampling.guidance_scale", 1, "--alignment.extractor", "null", "--train.ema_profiles", "[]")
     for answer in ("true", "false"):
         run(*flags, "--train.num_steps", 1, "--train.recompute", answer, "--name", answer, **sharded)
     kept, again = (weights(folder, name, 1, "state/optimizer.safetensors") for name in ("false", "true"))
@@ -212,16 +212,18 @@ def test_help_explains_guidance(folder):
 
 HELP = """
 import contextlib, io, runpy, sys
-for program in sys.argv[1:]:
-    sys.argv[:] = [program, "--help"]
+wrong, *programs = sys.argv[1:]
+for command in ([wrong, "--model", "XSwim"], *([program, "--help"] for program in programs)):
+    sys.argv[:] = command
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        runpy.run_path(program, run_name="__main__")
-    assert "torch" not in sys.modules, program
+        runpy.run_path(command[0], run_name="__main__")
+    assert "torch" not in sys.modules, command
 """
 
 
-def test_no_help_waits_for_torch():
+def test_no_help_and_no_misspelt_model_waits_for_torch():
     programs = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("scripts/*.py") if path.name != "published.py")]
-    command = [sys.executable, "-c", HELP, *map(str, programs)]
+    command = [sys.executable, "-c", HELP, str(ROOT / "train.py"), *map(str, programs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stderr.startswith("train.py: error: --model XSwim: unknown; did you mean XSwin")
