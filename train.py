@@ -66,7 +66,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     model = build_backbone(run, spec, images.classes, codec)
     if run.is_main and accelerator.device.type == "cpu":
         print(forecast(model, spec, diffusion, accelerator, len(images)))
-    ema = EMA(model, config.train.ema_decay, config.train.ema_profiles)
+    ema = EMA(model, config.train.ema_decay, config.train.ema_profiles, sharded=accelerator.is_fsdp2)
     objective, features = build_objective(run, model, diffusion, codec, images)
     cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from machine.sharding import full_tensor, is_sharded, local_shard, shard_like
+from machine.sharding import full_tensor, is_sharded, local_shard
 
 
 class Average:
@@ -18,12 +18,18 @@ class Average:
     Parameters that have no gradient while others do are left out. Their steps count from the first step that trains
     them, so the average of each stage of a model covers the training of that stage. With a sharded model, each process
     averages its own shards. Updates also apply to the averages in `profiles`.
+
+    Args:
+        model: the model, before its first step
+        decay: a function of the optimizer step, from 0
+        sharded: the model is about to be sharded: hold no weights until `shard_like`, so that no full copy is made
     """
 
-    def __init__(self, model: nn.Module, decay: Callable[[int], float]) -> None:
-        self.decay = decay  # a function of the optimizer step, from 0
+    def __init__(self, model: nn.Module, decay: Callable[[int], float], *, sharded: bool = False) -> None:
+        self.decay = decay
         self.profiles: dict[float, Average] = {}  # further averages of the same weights, by their relative length
-        self._model = deepcopy(model).float().eval().requires_grad_(False)
+        copy = _copy_without_weights(model) if sharded else deepcopy(model)
+        self._model = copy.float().eval().requires_grad_(False)
         self.tensors: dict[str, Tensor] = self._model.state_dict()  # averages by name, or their shards
         self._is_sharded, self._is_whole = False, True
         # For each parameter that the first step did not train: the first step that did, or None until then.
@@ -42,12 +48,15 @@ class Average:
         return self._model
 
     def shard_like(self, model: nn.Module) -> None:
-        """Shard the averages as `model` is sharded, if it is."""
+        """Start the averages of a model that has been sharded, if it has, from its shards."""
         for average in (self, *self.profiles.values()) if is_sharded(model) else ():
-            values = model.state_dict()
-            average.tensors = {name: shard_like(full, values[name]).clone() for name, full in average.tensors.items()}
+            values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            average.tensors = {
+                name: value.float() if value.is_floating_point() else value for name, value in values.items()
+            }
             average._is_sharded = True
             average.free_whole_model()
+            average._model.to(next(iter(values.values())).device)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -93,6 +102,15 @@ class Average:
             self._is_whole = False
 
 
+def _copy_without_weights(model: nn.Module) -> nn.Module:
+    """Copy a model with empty tensors in place of what its `state_dict` holds."""
+    empty: dict[int, Tensor] = {}
+    for tensor in model.state_dict(keep_vars=True).values():
+        nothing = tensor.detach().new_empty(0)
+        empty[id(tensor)] = nn.Parameter(nothing) if isinstance(tensor, nn.Parameter) else nothing
+    return deepcopy(model, empty)
+
+
 def first_step(name: str, began: Mapping[str, int | None]) -> int:
     """Return the first step that trained a parameter or, for a buffer, a parameter of its layer."""
     if name in began:
@@ -116,11 +134,13 @@ class EMA(Average):
     initialisation. `profiles` are power-function averages, from whose snapshots `scripts/reconstruct_ema.py`
     reconstructs others."""
 
-    def __init__(self, model: nn.Module, max_decay: float, profiles: Sequence[float] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, max_decay: float, profiles: Sequence[float] = (), *, sharded: bool = False
+    ) -> None:
         if not 0 <= max_decay < 1:
             raise ValueError(f"--train.ema_decay {max_decay} must lie in [0, 1)")
-        super().__init__(model, lambda step: min(max_decay, (1 + step) / (10 + step)))
-        self.profiles = {sigma: Average(model, power_decay(sigma)) for sigma in profiles}
+        super().__init__(model, lambda step: min(max_decay, (1 + step) / (10 + step)), sharded=sharded)
+        self.profiles = {sigma: Average(model, power_decay(sigma), sharded=sharded) for sigma in profiles}
 
     @torch.no_grad()
     def drift(self, model: nn.Module) -> float:

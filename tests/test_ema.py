@@ -58,6 +58,15 @@ def test_average_follows_its_formula_parameters_and_buffers():
     assert not ema.model.training
 
 
+def test_averages_of_a_model_to_be_sharded_hold_no_weights():
+    model = torch.nn.BatchNorm1d(2)
+    ema = EMA(model, 0.5, [0.1], sharded=True)
+    for average in (ema, *ema.profiles.values()):
+        assert average.tensors.keys() == model.state_dict().keys()
+        assert not any(tensor.numel() for tensor in average.tensors.values())
+    assert model.weight.tolist() == [1, 1]
+
+
 def test_average_needs_a_decay_below_one():
     with pytest.raises(ValueError, match=r"--train.ema_decay 1.0 must lie in"):
         EMA(torch.nn.Linear(1, 1), 1.0)

@@ -30,9 +30,12 @@ def open_training(config: ExperimentConfig) -> AbstractContextManager[Run[Experi
 
 
 def build_backbone(run: Run[ExperimentConfig], spec: ModelSpec, classes: Sequence[str], codec: Codec) -> Backbone:
-    """Create the backbone on the device. A new run with `init_from` starts from those weights."""
+    """Create the backbone on the device or, if it is to be sharded, in main memory, from where FSDP moves it block by
+    block. A new run with `init_from` starts from those weights."""
     config, accelerator = run.config, run.accelerator
-    model = share_batch_norms(spec.build(), accelerator).to(accelerator.device)
+    model = share_batch_norms(spec.build(), accelerator)
+    if not accelerator.is_fsdp2:
+        model = model.to(accelerator.device)
     if config.init_from and run.checkpoint is None:
         is_adapted = config.train.adapter is not None
         message = warm_start(
