@@ -4,13 +4,14 @@ import inspect
 import math
 from collections import Counter
 from functools import partial
+from itertools import repeat
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-import studies.cascade.three_stages  # noqa: F401, registers a backbone
+import studies.cascade  # noqa: F401, registers a backbone
 from models import BACKBONES, class_of, create_model, list_models
 from models.backbone import Backbone, as_backbone
 from models.layers.modulation import Modulator
@@ -306,8 +307,8 @@ def test_a_narrow_decoder_has_blocks_of_the_encoders_size():
 def test_gated_blocks_are_the_identity_at_initialisation():
     model = small("XSwin", conditioning="adaln_zero").eval()
     x, cond = torch.randn(2, 8, 8, 16), torch.randn(2, 16)
-    assert torch.equal(model.encoder[0](x, cond), x)
-    assert not torch.equal(small("XSwin").eval().encoder[0](x, cond), x)
+    assert torch.equal(model.encoder[0](x, cond, repeat(None)), x)
+    assert not torch.equal(small("XSwin").eval().encoder[0](x, cond, repeat(None)), x)
 
 
 def test_a_dense_predictor_knows_no_time_and_no_labels():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import studies.cascade.three_stages  # noqa: F401, registers a backbone
+import studies.cascade  # noqa: F401, registers a backbone
 from models import create_model
 from models.layers import attention as attention_layers
 from models.layers import residual
