@@ -109,8 +109,9 @@ def class_distances(variant: VariantResult) -> dict[str, float]:
 
 
 def training_flops(run: RunResult, step: int) -> float:
-    """FLOPs of a training up to a step; a backward pass counts as two forward passes."""
-    return 3e9 * run.plan["gflops"] * run.plan["batch_size"] * step
+    """FLOPs of a training's backbone up to a step; a backward pass counts as two forward passes."""
+    num_forward_passes = run.plan.get("num_forward_passes", 3)  # plans before 30 November 2026 do not count them
+    return 1e9 * num_forward_passes * run.plan["gflops"] * run.plan["batch_size"] * step
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

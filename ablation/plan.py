@@ -336,6 +336,7 @@ def plan_to_dict(plan: list[PlannedRun]) -> dict[str, Any]:
             "model_args": spec.args,
             "parameters": cost.parameters,
             "gflops": cost.gflops,
+            "num_forward_passes": build_diffusion(run.config.diffusion).num_forward_passes,
             "num_steps": planned.num_steps,
             "batch_size": run.config.train.batch_size,
         }

@@ -183,6 +183,12 @@ class MeanFlow(AverageVelocity):
     def samples_are_guided(self, sampler: str) -> bool:
         return True  # or by none, as the model is not called twice
 
+    @property
+    def num_forward_passes(self) -> float:
+        """See `Diffusion`. A Jacobian-vector product counts as two forward passes."""
+        of_derivative = 3 if self.tangent == "model" else 2
+        return 3 + (2 if self.guidance_settings else 0) + self.interval_share * of_derivative
+
     def interval_of(self, t: Timesteps, second: Timesteps) -> tuple[Timesteps, Timesteps]:
         return torch.minimum(t, second), torch.maximum(t, second)
 
@@ -272,6 +278,10 @@ class Shortcut(AverageVelocity):
 
     def samples_are_guided(self, sampler: str) -> bool:
         return self.guidance_scale != 1 and sampler == self.default_sampler
+
+    @property
+    def num_forward_passes(self) -> float:
+        return 3 + self.interval_share * (2 if self.guidance_scale == 1 else 4)
 
     def check_options(self, options: SamplingOptions) -> None:
         """Refuse numbers of steps and spacings that the sampler `shortcut` does not support.

@@ -82,7 +82,7 @@ def flow(
     model_times: Annotated[Sequence[float], "(-inf, inf)"] = (0.0, 999.0),
     prediction: str = "velocity",
     loss: str | None = None,
-    guidance_scale: Annotated[float, "[1, inf)"] = 1.0,
+    guidance_scale: Annotated[float, "(0, inf)"] = 1.0,
     contrast: Annotated[float, "[0, 1)"] = 0.0,
 ) -> "diffusion.diffusion.Diffusion":
     """flow matching: Lipman et al. 2023, Liu et al. 2023, Ma et al. 2024
@@ -204,7 +204,7 @@ def shortcut(
     interval_share: Annotated[float, "(0, 1]"] = 0.25,
     adaptive_power: Annotated[float, "[0, inf)"] = 0.0,
     sections: Annotated[int, "[2, inf)"] = 128,
-    guidance_scale: Annotated[float, "[0, inf)"] = 1.0,
+    guidance_scale: Annotated[float, "(0, inf)"] = 1.0,
     prediction: str = "velocity",
     times: str = "uniform",
     times_args: dict[str, Any] | None = None,

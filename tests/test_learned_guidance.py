@@ -3,9 +3,10 @@
 import pytest
 import torch
 from exact import generator, randn
+from test_backbones import small, wake
 from torch import nn
 
-from diffusion import FlowMatching
+from diffusion import DIFFUSIONS, FlowMatching
 from diffusion.guidance import drop_labels
 from experiment.config import SamplingConfig
 from sampling.checks import resolve_sampling
@@ -68,3 +69,25 @@ def test_learned_guidance_is_not_applied_again_by_default():
     for sampler in ("euler", "dpmpp_2m"):
         assert resolve_sampling(config, FlowMatching(guidance_scale=3.0), 10, sampler=sampler).guidance_scale == 1
         assert resolve_sampling(config, FlowMatching(), 10, sampler=sampler).guidance_scale == 1.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "num_passes"),
+    [
+        ("flow", {}, 3),
+        ("flow", {"guidance_scale": 2.0}, 5),
+        ("meanflow", {"interval_share": 0.5}, 4),
+        ("meanflow", {"interval_share": 0.5, "tangent": "model", "omega": 2.0}, 6.5),
+        ("shortcut", {"interval_share": 0.5, "guidance_scale": 2.0}, 5),
+    ],
+)
+def test_the_calls_that_a_target_takes_count_as_training(kind, settings, num_passes):
+    """Counted as rows that pass through the model: forward only, and those with a gradient thrice."""
+    model, rows = wake(small("DiT-S/2", second_time=kind != "flow", out_channels=4)), []
+    model.register_forward_pre_hook(
+        lambda model, inputs: rows.append(len(inputs[0]) * (3 if torch.is_grad_enabled() else 1))
+    )
+    diffusion = DIFFUSIONS[kind](**settings)
+    diffusion.training_loss(model, randn(8, 4, 8, 8), torch.arange(8) % 3, generator=generator())
+    jacobian_product = 0.5 if kind == "meanflow" else 0  # a forward pass and as much again for the derivative
+    assert sum(rows) / 8 + jacobian_product == diffusion.num_forward_passes == num_passes

@@ -106,7 +106,8 @@ def forecast(model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerato
         for _ in range(2):  # the first is a warm-up
             start = time.perf_counter()
             diffusion.training_loss(model, x_0, y)
-            per_image = 3 * (time.perf_counter() - start) / batch_size  # a backward pass takes twice the forward's time
+            per_pass = (time.perf_counter() - start) / (diffusion.num_forward_passes - 2)  # no backward pass here
+            per_image = diffusion.num_forward_passes * per_pass / batch_size
             seconds = per_image * num_images / accelerator.num_processes
         model.train()
     duration = f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
