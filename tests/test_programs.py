@@ -210,9 +210,7 @@ def test_files_that_are_not_programs_are_refused_in_one_line(files, colour, tmp_
 
 def test_a_damaged_graph_is_told_in_one_line(colour, tmp_path, capfd):
     path = altered(colour, tmp_path / "damaged.pt2", {"models/model.json": lambda content: content[:200]})
-    with pytest.raises(
-        ValueError, match=r"damaged\.pt2: torch .* cannot read this program \(.*export it anew"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"damaged\.pt2: torch .* cannot read it \(.*export it anew") as caught:
         load_program(path)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
