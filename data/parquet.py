@@ -33,6 +33,8 @@ KEPT_BYTES = 2**29  # of row groups that a process keeps in memory, beside the o
 NUM_CONNECTIONS = 16
 IMAGE_COLUMNS = ("image", "img")  # the first of them, where several columns hold images
 LABEL_COLUMN = "label"
+LABELS = re.compile(r"(dictionary<values=)?(bool|u?int\d+|(large_)?string(_view)?)(, .*)?")  # types of labels
+NO_LABELS = re.compile(r"null|struct|map|(\w+_)?list")  # types of columns that hold no class for each image
 
 
 class UnreachableError(DataError):
@@ -44,6 +46,7 @@ class Shard(NamedTuple):
 
     starts: list[int]  # first row of each row group, and the number of rows
     image_column: str
+    label_column: str | None
     labels: list[int | str | None]  # of each row; None without a label
     class_names: list[str]  # of integer labels; empty if the shard does not tell
 
@@ -132,7 +135,7 @@ class Parquets:
         """Find images, classes and splits. Images of splits without labels are left out if others have labels."""
         classes: dict[str, str] = {}
         withheld: defaultdict[str, list[str]] = defaultdict(list)
-        for shard, (_, _, labels, class_names) in self.shards.items():
+        for shard, (*_, labels, class_names) in self.shards.items():
             names = [f"{shard}/{row:08d}" for row in range(len(labels))]
             if all(label is None or label == -1 for label in labels):
                 withheld["without labels"] += names
@@ -242,7 +245,26 @@ def _read_shards(
         raise DataError(f"--data.path {place.path}: several data sets, {join_abridged(sets)}; give the folder of one")
     with ThreadPoolExecutor(NUM_CONNECTIONS if place.hub else 1) as threads:
         found = threads.map(partial(_read_shard, place, label_column), names)
-        return dict(zip(names, tqdm(found, desc="reading shards", total=len(names), leave=False), strict=True))
+        shards = dict(zip(names, tqdm(found, desc="reading shards", total=len(names), leave=False), strict=True))
+    _check_alike(place, shards)
+    return shards
+
+
+def _check_alike(place: Place, shards: Mapping[str, Shard]) -> None:
+    """Raise DataError unless all shards have the same columns of images and of labels, and these mean the same."""
+    first: dict[str, tuple[str, str]] = {}
+    for name, shard in shards.items():
+        columns = {"images": shard.image_column} if shard.labels else {}
+        if any(label not in (None, -1) for label in shard.labels):
+            has_names = shard.class_names or any(isinstance(label, str) for label in shard.labels)
+            columns["labels"] = f"{shard.label_column}, {'with' if has_names else 'without'} names of classes"
+        for what, column in columns.items():
+            other, where = first.setdefault(what, (column, name))
+            if column != other:
+                raise DataError(
+                    f"--data.path {place.path}: {where} has its {what} in {other}, but {name} in {column}; "
+                    "give shards of one data set"
+                )
 
 
 def _set_of(name: str) -> str:
@@ -263,7 +285,7 @@ def _read_shard(place: Place, label_column: str | None, name: str) -> Shard:
         labels = [None] * starts[-1]
         if label is not None:
             labels = file.read(columns=[label], use_threads=False).column(label).to_pylist()
-        return Shard(starts, image, labels, features.get(label, {}).get("names") or [])
+        return Shard(starts, image, label, labels, features.get(label, {}).get("names") or [])
 
 
 def _image_column(title: str, schema: Any, features: Mapping[str, Any]) -> str:
@@ -285,7 +307,7 @@ def _image_column(title: str, schema: Any, features: Mapping[str, Any]) -> str:
 
 def _label_column(title: str, schema: Any, features: Mapping[str, Any], asked: str | None) -> str | None:
     kinds = {field.name: str(field.type) for field in schema}
-    columns = [name for name, kind in kinds.items() if re.fullmatch(r"u?int\d+|(large_)?string", kind)]
+    columns = [name for name, kind in kinds.items() if LABELS.fullmatch(kind)]
     if asked is not None:
         if asked not in columns:
             there = ", ".join(columns) or "none"
@@ -293,10 +315,17 @@ def _label_column(title: str, schema: Any, features: Mapping[str, Any], asked: s
                 f"{title} has no column {asked} of numbers or texts; --data.label_column: there are {there}"
             )
         return asked
-    named = [name for name in columns if features.get(name, {}).get("_type") == "ClassLabel"] or columns
+    with_names = [name for name in kinds if features.get(name, {}).get("_type") == "ClassLabel"]
+    named = [name for name in columns if name in with_names] or columns
     if LABEL_COLUMN in named:
         return LABEL_COLUMN
     if named is columns:
+        for name in sorted({LABEL_COLUMN, *with_names} & kinds.keys()):
+            if not NO_LABELS.match(kinds[name]):
+                raise DataError(
+                    f"{title} has labels in {name}, but of type {kinds[name]}; store them as whole numbers or texts, "
+                    "or rename it to train without"
+                )
         return None
     if len(named) > 1:
         raise DataError(f"{title} has classes in the columns {' and '.join(named)}; --data.label_column {named[0]}")

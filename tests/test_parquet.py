@@ -146,11 +146,13 @@ def test_a_data_set_of_the_hub_may_have_a_revision_and_a_folder(pets, hub):
     [
         ([0, 1, 2, 0, 1, 2], {"names": ("crane", "heron", "crane")}, None, ["crane (0)", "crane (2)", "heron"]),
         (["b", "a"] * 3, {}, None, ["a", "b"]),
+        (pa.array(["b", "a"] * 3).dictionary_encode(), {}, None, ["a", "b"]),
+        ([True, False] * 3, {"names": ()}, None, ["False", "True"]),
         ([3, 10] * 3, {"names": ()}, None, ["03", "10"]),
         (None, {}, None, []),
         ([0] * 6, {"fine": [0, 1] * 3}, "fine", ["cat", "dog"]),
     ],
-    ids=["two of one name", "texts", "numbers", "none", "another column"],
+    ids=["two of one name", "texts", "categories", "truths", "numbers", "none", "another column"],
 )
 def test_labels_may_be_numbers_or_texts(tmp_path, labels, columns, flag, classes):
     path = tmp_path / "x.parquet"
@@ -171,7 +173,36 @@ def several_label_columns(folder):
     pq.write_table(table, folder / "x.parquet")
 
 
+def other_columns(**second):
+    """Two shards, the second with these columns instead of those of the first."""
+
+    def make(folder):
+        write(folder / "a.parquet", [0, 1])
+        write(folder / "b.parquet", **{"labels": [0, 1], **second})
+
+    return make
+
+
 MISTAKES = {
+    "labels of broken numbers": (
+        lambda folder: write(folder / "x.parquet", [0.0, 1.0]),
+        "x.parquet has labels in label, but of type double; store them as whole numbers or texts",
+    ),
+    "numbers beside names": (
+        other_columns(names=()),
+        "a.parquet has its labels in label, with names of classes, but b.parquet in label, without names",
+    ),
+    "labels of another column": (
+        other_columns(labels=[None] * 2, kind=[0, 1]),
+        "a.parquet has its labels in label, .* but b.parquet in kind, with names of classes; give shards of one data",
+    ),
+    "images of another column": (
+        lambda folder: (
+            write(folder / "a.parquet", [0, 1]),
+            pq.write_table(pa.table({"mask": [{"bytes": png(0)}], "label": ["cat"]}), folder / "b.parquet"),
+        ),
+        "a.parquet has its images in image, but b.parquet in mask; give shards of one data set",
+    ),
     "a column of numbers": (
         lambda folder: pq.write_table(pa.table({"image": [1], "label": [1]}), folder / "x.parquet"),
         "x.parquet has no column of images, but image, label; call one image",
