@@ -233,7 +233,7 @@ def differentiable_forward(model: object) -> Iterator[None]:
     """
     load_forward_rules()
     parts = model.modules() if isinstance(model, nn.Module) else ()
-    norms = [part for part in parts if isinstance(part, nn.LayerNorm | _BatchNorm)]
+    norms = [part for part in parts if isinstance(part, nn.LayerNorm | nn.GroupNorm | _BatchNorm)]
     to_float32 = lambda norm, inputs: inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # noqa: E731
     hooks = [norm.register_forward_pre_hook(to_float32) for norm in norms]
     try:

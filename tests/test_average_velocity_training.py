@@ -156,9 +156,17 @@ def test_a_backbone_without_a_second_time_refuses_one():
 @families
 @kinds
 def test_all_gradients_are_finite_in_bfloat16_and_reach_every_weight(kind, name):
-    model = prepared(name).train()
+    check_gradients_in_bfloat16(kind(), prepared(name).train())
+
+
+@kinds
+def test_all_gradients_are_finite_in_bfloat16_with_group_norms(kind):
+    check_gradients_in_bfloat16(kind(), prepared("XSwin", conv_norm="group").train())
+
+
+def check_gradients_in_bfloat16(diffusion, model):
     with torch.autocast("cpu", torch.bfloat16):
-        loss = losses(model, kind())["loss"].mean()
+        loss = losses(model, diffusion)["loss"].mean()
     loss.backward()
     for key, weight in model.named_parameters():
         assert weight.grad is not None, key
