@@ -208,8 +208,9 @@ def score_samples(
 
     # Write the record, with everything needed to reproduce it, and pictures.
     output = Path(config.output or default_output(samples, generated_by))  # again, as there may be newer weights
-    record.write_json({**record.provenance(rows, reference, scorer), **extra}, output)
-    unfinished.unlink(missing_ok=True)
+    finished = {**record.provenance(rows, reference, scorer), **extra}
+    record.write_json(finished, output)
+    record.remove_unfinished(finished, unfinished)
     written = [output, output.with_suffix(".png")]
     save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
     if len(groups) > 1:

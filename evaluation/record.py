@@ -54,6 +54,12 @@ def write_unfinished(record: dict[str, Any], path: Path) -> None:
             write_json(record, path)
 
 
+def remove_unfinished(record: dict[str, Any], path: Path) -> None:
+    """Remove the file of `write_unfinished`, unless it has what the record lacks, of a process that was killed."""
+    if not _lost(_read_json(path), _strict(record)):
+        path.unlink(missing_ok=True)
+
+
 def _read_json(path: Path) -> Any:
     with suppress(OSError, ValueError):
         return json.loads(path.read_text())
@@ -63,7 +69,7 @@ def _read_json(path: Path) -> Any:
 def _lost(existing: Any, record: Any) -> str:
     """What a file has that another lacks, in words; empty if that is nothing."""
     try:
-        if _num_images(existing) > _num_images(record):
+        if int(existing["num_samples"]) > int(record["num_samples"]):  # of a trial; of trials, see `_scored`
             return "more images"
         if existing.get("extractor_sha256") != record.get("extractor_sha256"):
             return "another extractor"
@@ -71,7 +77,7 @@ def _lost(existing: Any, record: Any) -> str:
         if references[0] != references[1]:
             return "another reference"
         before, now = _scored(existing), _scored(record)
-    except (AttributeError, KeyError, TypeError):  # not a record
+    except (AttributeError, KeyError, TypeError, ValueError):  # not a record
         return "something else"
     if not before.keys() <= now.keys():
         return "other samples"
@@ -92,11 +98,6 @@ def _scored(record: Any) -> dict[str, set[str]]:
 
 REFERENCE = ("source", "source_hash", "split", "image_size")  # entries that identify a reference
 NO_SETTING = re.compile("num_images|num_different|.* img/s")  # entries of samples that follow from others
-
-
-def _num_images(record: Any) -> int:
-    """Number of images over all trials."""
-    return int(record["num_samples"]) * int(record["num_trials"])
 
 
 def _strict(value: Any) -> Any:

@@ -21,6 +21,7 @@ from data.images import ImageDataset
 from data.subsets import map_labels, stratified
 from diffusion.samplers import randn_like
 from experiment.config import EvaluationConfig, SamplingConfig
+from machine.atomic_files import sha256_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, Images, image_batches, split_into_batches
 from sampling.checks import resolve_sampling
@@ -162,7 +163,8 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
         raise ValueError(f"--samples {path}: arr_1 holds no label of each image among its {len(classes)} classes")
     strata = torch.from_numpy(labels.astype(np.int64)) if classes else torch.zeros(len(images), dtype=torch.int64)
     index = stratified(strata, min(num or len(images), len(images)), seed)
-    return from_images(images, Path(path).name, index, labels=strata, classes=classes, kind="npz", path=path)
+    identity = {"kind": "npz", "path": path, "sha256": sha256_of(Path(path))}
+    return from_images(images, Path(path).name, index, labels=strata, classes=classes, **identity)
 
 
 def from_checkpoint(

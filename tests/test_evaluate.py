@@ -8,7 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from processes import log, run, script
 
-from evaluation.record import draw_sweep, write_json, write_unfinished
+from evaluation.record import draw_sweep, remove_unfinished, write_json, write_unfinished
 from evaluation.scoring import Scorer, summarise
 from evaluation.sources import Source
 from experiment.cli import parse
@@ -342,6 +342,7 @@ ROW = {"name": "run", "scores": SCORES, "samples": {"guidance_scale": 2.0, "weig
         ({"rows": [{**ROW, "scores": {"fid": SCORES["fid"]}}]}, "more scores"),
         ({"rows": [{**ROW, "scores": {**SCORES, "kid": {"value": None}}}]}, "more scores"),
         ({"likelihood": None}, "more scores"),
+        ({"num_samples": 3, "num_trials": 3, "rows": [{**ROW, "trials": [{}] * 3}]}, "more images"),
         ({"reference": {"source": "b"}}, "another reference"),
         ({"extractor_sha256": "f"}, "another extractor"),
     ],
@@ -364,8 +365,19 @@ def test_what_a_killed_process_has_scored_is_kept_until_there_is_more(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_what_a_killed_process_has_scored_outlives_another_that_scores_less(tmp_path):
+    path, sweep = tmp_path / "scores.json.unfinished", {**BASIC, "rows": [ROW, {**ROW, "name": "floor"}]}
+    for less in ({**sweep, "rows": [ROW]}, {**sweep, "num_samples": 3}):
+        write_unfinished(sweep, path)
+        write_unfinished(less, path)
+        remove_unfinished(less, path)
+        assert json.loads(path.read_text()) == sweep
+    remove_unfinished({**sweep, "memorisation": {}}, path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_file_of_somebody_else_is_kept(tmp_path):
-    for text in ("my notes", "[1]", '{"num_samples": 1}', json.dumps({**BASIC, "rows": 3})):
+    for text in ("my notes", "[1]", '{"num_samples": "many"}', '{"num_samples": 1}', json.dumps({**BASIC, "rows": 3})):
         path = tmp_path / f"{len(text)}.json"
         path.write_text(text)
         write_json(BASIC, path)

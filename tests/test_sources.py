@@ -295,6 +295,14 @@ def test_malformed_labels_are_refused(tmp_path, labels):
         read_samples(str(tmp_path / "x.npz"), 8, None)
 
 
+def test_samples_of_an_npz_are_told_from_those_that_replace_them(tmp_path):
+    described = []
+    for value in (0, 1):
+        np.savez(tmp_path / "x.npz", arr_0=np.full((2, 8, 8, 3), value, np.uint8))
+        described += [read_samples(str(tmp_path / "x.npz"), 8, None).provenance] * 2
+    assert described[0] == described[1] != described[2]
+
+
 def test_another_split_than_the_checkpoints_is_refused(tmp_path, monkeypatch, folder, thumbnail):
     """Otherwise images that the checkpoint was trained on may be among the held-out ones."""
     monkeypatch.chdir(tmp_path)
