@@ -11,6 +11,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
+from diffusion.bound import discretized_log_likelihood, normal_kl
 from diffusion.calls import eval_mode, num_classes_of, with_and_without_label
 from diffusion.options import SamplingOptions
 from diffusion.paths import GaussianChain, Path
@@ -368,32 +369,6 @@ def with_auxiliary(
 
 def mean_per_sample(values: Images) -> Float[Tensor, " b"]:
     return reduce(values, "b c h w -> b", "mean")
-
-
-# Terms of the variational bound, elementwise and in nats.
-
-
-def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
-    """Return the KL divergence of one normal distribution from another, elementwise."""
-    ratio = torch.exp(log_variance - other_log_variance)
-    distance = (mean - other_mean).square() * torch.exp(-other_log_variance)
-    return 0.5 * (other_log_variance - log_variance + ratio + distance - 1)
-
-
-def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Return the log-probability of `x` in bins of 2/255 over [-1, 1], open at the ends (Ho et al. 2020, eq. 13).
-
-    It uses the same tanh approximation of the normal distribution function as published results.
-    """
-
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-    inverse_std = torch.exp(-log_std)
-    upper = cdf(inverse_std * (x - mean + 1 / 255))
-    lower = cdf(inverse_std * (x - mean - 1 / 255))
-    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
-    return mass.clamp(min=1e-12).log()
 
 
 Moments = Iterator[tuple[Tensor, Tensor]]

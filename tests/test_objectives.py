@@ -9,7 +9,8 @@ from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from exact import DIFFUSIONS, backbone, gaussian_data, generator, labels, randn
 
 from diffusion import EDM, FlowMatching, GaussianDiffusion, sample
-from diffusion.diffusion import WEIGHTINGS, Auxiliary, normal_kl
+from diffusion.bound import normal_kl
+from diffusion.diffusion import WEIGHTINGS, Auxiliary
 from diffusion.paths import GaussianChain, VarianceExploding
 from diffusion.sde import bits_per_dimension
 from experiment.build import build_diffusion
