@@ -150,7 +150,10 @@ def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[Variant
 PANELS: dict[str, tuple[Panel, str]] = {  # with captions
     "loss": (plot_loss, "Training loss: every interval of the log, pale, and its running mean."),
     "validation": (plot_validation, "Loss of the averaged weights on held-out images, times and noise that all share."),
-    "score-by-compute": (plot_score_by_compute, "Score against the training's FLOPs (three forward passes an image)."),
+    "score-by-compute": (
+        plot_score_by_compute,
+        "Score against the training's FLOPs: three forward passes an image, and those that its target takes.",
+    ),
     "score-by-parameters": (plot_score_by_parameters, "Final score against the number of parameters."),
     "per-class": (plot_per_class, "Fréchet distance within each class that has 50 images, less the baseline's."),
 }

@@ -26,6 +26,7 @@ def gaussian(
     zero_terminal_snr: bool = False,
     model_times: Annotated[Sequence[float] | None, "(-inf, inf)"] = None,
     loss: str | None = None,
+    guidance_scale: Annotated[float, "(0, inf)"] = 1.0,
 ) -> "diffusion.diffusion.Diffusion":
     """discrete time: Ho et al. 2020, Nichol and Dhariwal 2021
 
@@ -41,6 +42,8 @@ def gaussian(
         zero_terminal_snr: rescale the schedule to end in pure noise (Lin et al. 2023)
         model_times: the backbone's time inputs at both ends, if not 0 and T-1, such as [1, 1000]
         loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
+        guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call (model-
+            guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
     """
     import torch
 
@@ -71,7 +74,16 @@ def gaussian(
         return (draw_shares(num, generator, device) * num_timesteps).long()
 
     path = GaussianChain(with_zero_terminal_snr(betas) if zero_terminal_snr else betas, model_times)
-    return Diffusion(path, prediction, loss, times=draw, weighting=weighting, variance=variance, default_sampler="ddpm")
+    return Diffusion(
+        path,
+        prediction,
+        loss,
+        times=draw,
+        weighting=weighting,
+        variance=variance,
+        guidance_scale=guidance_scale,
+        default_sampler="ddpm",
+    )
 
 
 def flow(
@@ -126,6 +138,7 @@ def edm(
     uncertainty: bool = False,
     prediction: str = "F",
     loss: str | None = None,
+    guidance_scale: Annotated[float, "(0, inf)"] = 1.0,
 ) -> "diffusion.diffusion.Diffusion":
     """Karras et al. 2022
 
@@ -141,6 +154,8 @@ def edm(
         uncertainty: have the model learn how large its error is, and weight the loss by it
         prediction: what the backbone predicts: 'F', 'epsilon', 'x_0' or 'v'
         loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
+        guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call (model-
+            guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
     """
     import torch
 
@@ -155,8 +170,16 @@ def edm(
         return (P_mean + P_std * torch.randn(num, generator=generator, device=device)).exp()
 
     path = VarianceExploding(sigma_data, sigma_min, sigma_max)
-    defaults: dict[str, Any] = {"default_sampler": "heun", "default_spacing": "karras"}
-    return Diffusion(path, prediction, loss, times=draw, uncertainty=uncertainty, **defaults)
+    return Diffusion(
+        path,
+        prediction,
+        loss,
+        times=draw,
+        uncertainty=uncertainty,
+        guidance_scale=guidance_scale,
+        default_sampler="heun",
+        default_spacing="karras",
+    )
 
 
 def meanflow(

@@ -1,4 +1,4 @@
-"""Flows that learn their guidance, and sample without."""
+"""Models that learn their guidance, and sample without."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from exact import generator, randn
 from test_backbones import small, wake
 from torch import nn
 
-from diffusion import DIFFUSIONS, FlowMatching
+from diffusion import DIFFUSIONS, EDM, FlowMatching, GaussianDiffusion
 from diffusion.guidance import drop_labels
+from diffusion.paths import GaussianChain
 from experiment.config import SamplingConfig
 from sampling.checks import resolve_sampling
 
@@ -36,6 +37,20 @@ def test_a_model_with_the_output_of_classifier_free_guidance_is_its_own_target(p
     target = torch.tensor([*labelled, unlabelled])[y][:, None, None, None].expand_as(x_t)
     learned = diffusion.guided_target(model, x_t, t, y, target)
     torch.testing.assert_close(learned, model(x_t, t, y).detach())
+
+
+@pytest.mark.parametrize(
+    "diffusion",
+    [GaussianDiffusion(guidance_scale=2.0), EDM(guidance_scale=2.0, uncertainty=True)],
+    ids=["learned variance", "uncertainty"],
+)
+def test_channels_beside_the_prediction_learn_no_guidance(diffusion):
+    model, x_t, t, y = Constant([1.0, 3.0, 0.0]), randn(2, 2, 4, 4), torch.tensor([3, 5]), torch.tensor([0, 2])
+    widened = lambda x, *inputs: torch.cat([model(x, *inputs)] * 2, dim=1)  # noqa: E731
+    widened.modules = model.modules
+    times = t if isinstance(diffusion.path, GaussianChain) else t / 10
+    learned = diffusion.guided_target(widened, x_t, times, y, torch.zeros_like(x_t))
+    torch.testing.assert_close(learned, torch.tensor([0.5, 0.0])[:, None, None, None].expand_as(x_t))
 
 
 def test_training_ends_at_the_guided_prediction():
@@ -76,6 +91,8 @@ def test_learned_guidance_is_not_applied_again_by_default():
     [
         ("flow", {}, 3),
         ("flow", {"guidance_scale": 2.0}, 5),
+        ("gaussian", {"guidance_scale": 2.0, "variance": "fixed_small"}, 5),
+        ("edm", {"guidance_scale": 2.0}, 5),
         ("meanflow", {"interval_share": 0.5}, 4),
         ("meanflow", {"interval_share": 0.5, "tangent": "model", "omega": 2.0}, 6.5),
         ("shortcut", {"interval_share": 0.5, "guidance_scale": 2.0}, 5),
@@ -83,7 +100,7 @@ def test_learned_guidance_is_not_applied_again_by_default():
 )
 def test_the_calls_that_a_target_takes_count_as_training(kind, settings, num_passes):
     """Counted as rows that pass through the model: forward only, and those with a gradient thrice."""
-    model, rows = wake(small("DiT-S/2", second_time=kind != "flow", out_channels=4)), []
+    model, rows = wake(small("DiT-S/2", second_time=kind in ("meanflow", "shortcut"), out_channels=4)), []
     model.register_forward_pre_hook(
         lambda model, inputs: rows.append(len(inputs[0]) * (3 if torch.is_grad_enabled() else 1))
     )
