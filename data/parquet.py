@@ -209,13 +209,16 @@ def open_hub(url: str, label_column: str | None = None) -> Parquets:
     Raises:
         UnreachableError: there is no network, or no such data set.
     """
-    from huggingface_hub import HfFileSystem
+    from huggingface_hub import HfApi, HfFileSystem
 
     url = url.rstrip("/")
     _pyarrow_parquet()
     try:
         hub = HfFileSystem()
-        folder = hub.resolve_path(f"datasets/{url.removeprefix(SCHEME)}").unresolve()
+        asked = hub.resolve_path(f"datasets/{url.removeprefix(SCHEME)}")
+        # A branch may move on while images are read: all of them come from the commit that it is at now.
+        about = HfApi(endpoint=hub.endpoint, token=hub.token).dataset_info(asked.repo_id, revision=asked.revision)
+        folder = f"datasets/{asked.repo_id}@{about.sha}/{asked.path_in_repo}".rstrip("/")
         found = hub.find(folder, detail=True)
     except Exception as error:
         raise UnreachableError(

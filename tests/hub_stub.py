@@ -61,12 +61,16 @@ class Handler(BaseHTTPRequestHandler):
         if listed := re.match(r"/api/models/([\w.-]+/[\w.-]+)/tree/main", self.path):
             files = self.server.repos[listed[1]].items()
             return self.answer(body=[{"type": "file", "oid": "0", "size": len(b), "path": n} for n, b in files])
-        if about := re.match(r"/api/(datasets/[\w.-]+/[\w.-]+)(?:/tree/main(?:/([\w/.-]+))?)?", self.path):
+        if about := re.match(
+            rf"/api/(datasets/[\w.-]+/[\w.-]+)(?:/tree/(?:main|{COMMIT})(?:/([\w/.-]+))?)?", self.path
+        ):
             files = self.server.repos.get(about[1])
             if files is None:
                 return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
             listed = [lfs_entry(*file) for file in files.items() if file[0].startswith(about[2] or "")]
-            return self.answer(body=listed if "/tree/" in self.path else {"id": about[1].removeprefix("datasets/")})
+            return self.answer(
+                body=listed if "/tree/" in self.path else {"id": about[1].removeprefix("datasets/"), "sha": COMMIT}
+            )
         match = re.fullmatch(r"/((?:datasets/)?[\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", self.path)
         files = self.server.repos.get(match[1]) if match else None
         if files is None:

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hub_stub import Hub
+from hub_stub import COMMIT, Hub
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -122,10 +122,13 @@ def test_the_hub_is_streamed_and_gives_the_same_cache(pets, hub, tmp_path, monke
     here, there = (open_dataset(path, split="train", image_size=8) for path in (str(pets), "hf://me/pets"))
     assert there.note == "in 2 parquet shards of the hub, split by shards called train and val"
     assert {**there.describe(), "source": "pets"} == here.describe()
+    listed = [call for call in hub.calls if "/tree/" in call]
     hub.calls.clear()
     caches = [encoded(tmp_path / name, images) for name, images in (("here", here), ("there", there))]
     assert all(torch.equal(caches[0][name], caches[1][name]) for name in caches[0])
     assert 3 <= len(hub.calls) <= 2 * 3, "a row group at a time, and metadata"
+    assert listed
+    assert all(COMMIT in call for call in (*listed, *hub.calls)), "whatever becomes of the branch"
     assert not (tmp_path / "home").exists()
 
 
