@@ -215,7 +215,7 @@ def open_hub(url: str, label_column: str | None = None) -> Parquets:
     _pyarrow_parquet()
     try:
         hub = HfFileSystem()
-        asked = hub.resolve_path(f"datasets/{url.removeprefix(SCHEME)}")
+        asked: Any = hub.resolve_path(f"datasets/{url.removeprefix(SCHEME)}")
         # A branch may move on while images are read: all of them come from the commit that it is at now.
         about = HfApi(endpoint=hub.endpoint, token=hub.token).dataset_info(asked.repo_id, revision=asked.revision)
         folder = f"datasets/{asked.repo_id}@{about.sha}/{asked.path_in_repo}".rstrip("/")
