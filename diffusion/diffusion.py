@@ -291,7 +291,7 @@ class Diffusion:
 
         The target moves by `1 - 1 / s` times the difference between the model's outputs with and without the label,
         for a scale of s. The model that agrees with its own targets then has the output of classifier-free guidance
-        at that scale (model-guidance, Tang et al. 2025, eq. 11, where w is `1 - 1 / s`).
+        at that scale (model-guidance, Tang et al. 2025).
         """
         null_label = num_classes_of(model)
         with eval_mode(model):

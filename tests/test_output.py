@@ -127,6 +127,12 @@ def test_classes_are_found_by_names_however_they_are_written():
         resolve_classes(["01"], ["a", "b"])
 
 
+def test_an_unconditional_model_has_no_class_to_ask_for():
+    assert resolve_classes([], []) == [0]
+    with pytest.raises(ValueError, match="--classes cat: the model has no classes; leave it out"):
+        resolve_classes(["cat"], [])
+
+
 # Modes.
 
 

@@ -35,7 +35,6 @@ from metrics.fidelity import compute_scores
 from metrics.programs import save_program
 from metrics.scores import METRICS, column_title
 from sampling.generation import Generator
-from sampling.labels import resolve_classes
 from sharing.studio import Studio
 from training.inspection import open_best
 
@@ -389,12 +388,6 @@ def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):
     with pytest.raises(ValueError, match="not finite"):
         evaluate("--samples", path, "--extractor", thumbnail, "--num_samples", 4)
     assert not (tmp_path / "ruined" / "scores.json").exists()
-
-
-def test_an_unconditional_model_has_no_class_to_ask_for():
-    assert resolve_classes([], []) == [0]
-    with pytest.raises(ValueError, match="--classes cat: the model has no classes; leave it out"):
-        resolve_classes(["cat"], [])
 
 
 def test_a_process_whose_share_of_few_images_is_none_has_no_batches():
