@@ -166,18 +166,25 @@ class MeanFlow(AverageVelocity):
     reduces the target's variance, as the velocities of samples that pass through `x_t` differ and the model learns
     their mean (improved MeanFlow, Geng et al. 2025b).
 
+    `du/dt` is a Jacobian-vector product or, with a `difference` h, the difference quotient of two calls at t - h and
+    t + h. The embeddings of time oscillate fast, so the exact derivative is mostly that of ripples that the quotient
+    averages out. The quotient also needs no forward-mode differentiation, so a compiled model stays compiled.
+
     Args:
         path: a linear flow.
         omega: weight of the sample's velocity; omega 1 with kappa 0 trains without guidance.
         kappa: weight of the model's velocity given the label.
         tangent: the velocity along which `du/dt` is taken, of `TANGENTS`.
+        difference: h of the difference quotient, in (0, 0.5); None takes the exact derivative.
         of_flow: further arguments of `AverageVelocity`; t is the larger and r the smaller of two drawn `times`.
     """
 
-    def __init__(self, path: Flow, *, omega: float, kappa: float, tangent: str, **of_flow: Any) -> None:
+    def __init__(
+        self, path: Flow, *, omega: float, kappa: float, tangent: str, difference: float | None = None, **of_flow: Any
+    ) -> None:
         check_name("--diffusion.tangent", tangent, TANGENTS)
         super().__init__(path, sampler="meanflow", **of_flow)
-        self.omega, self.kappa, self.tangent = omega, kappa, tangent
+        self.omega, self.kappa, self.tangent, self.difference = omega, kappa, tangent, difference
         self.guidance_settings = "" if (omega, kappa) == (1, 0) else "omega and kappa"
 
     def samples_are_guided(self, sampler: str) -> bool:
@@ -185,7 +192,7 @@ class MeanFlow(AverageVelocity):
 
     @property
     def num_forward_passes(self) -> float:
-        """See `Diffusion`. A Jacobian-vector product counts as two forward passes."""
+        """See `Diffusion`. A Jacobian-vector product counts as two forward passes, as many as a difference takes."""
         of_derivative = 3 if self.tangent == "model" else 2
         return 3 + (2 if self.guidance_settings else 0) + self.interval_share * of_derivative
 
@@ -196,21 +203,29 @@ class MeanFlow(AverageVelocity):
     def average_velocity(
         self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
     ) -> Images:
-        """Return `v - (t - r) du/dt` for samples at `index`, and `v` for others.
-
-        `du/dt` is a Jacobian-vector product of the model with the tangent (v, 0, 1) of (x_t, r, t).
-        """
+        """Return `v - (t - r) du/dt` for samples at `index`, and `v` for others."""
         u = self.velocity_of(model)
         x, start, end, label = x_t[index], r[index], t[index], y[index]
-        with differentiable_forward(model):
+        with eval_mode(model) if self.difference else differentiable_forward(model):
             v = self.guided(model, x_t, t, y, v)
             tangent = v[index]
             if self.tangent == "model":
                 tangent = u(x, end, label, r=end).to(x.dtype)  # the model has learned the guided velocity
-            dual_x, dual_end = forward_ad.make_dual(x, tangent), forward_ad.make_dual(end, torch.ones_like(end))
-            du_dt = forward_ad.unpack_dual(u(dual_x, dual_end, label, r=start)).tangent
-            assert du_dt is not None
+            du_dt = self.derivative(u, x, start, end, label, tangent)
         return v.index_copy(0, index, v[index] - broadcast(end - start) * du_dt)
+
+    def derivative(self, u: Denoiser, x: Images, r: Timesteps, t: Timesteps, y: Labels, tangent: Images) -> Images:
+        """Return `du/dt`, the derivative of `u(x, t, y, r=r)` along (tangent, 1) of (x, t)."""
+        if not self.difference:
+            dual_x, dual_t = forward_ad.make_dual(x, tangent), forward_ad.make_dual(t, torch.ones_like(t))
+            du_dt = forward_ad.unpack_dual(u(dual_x, dual_t, y, r=r)).tangent
+            assert du_dt is not None
+            return du_dt
+        before, after = torch.maximum(t - self.difference, r), (t + self.difference).clamp(max=1)
+        ends = [(x + broadcast(end - t) * tangent, end) for end in (before, after)]
+        x_ends, t_ends = (torch.cat(both) for both in zip(*ends, strict=True))
+        u_before, u_after = u(x_ends, t_ends, y.repeat(2), r=r.repeat(2)).to(x.dtype).chunk(2)
+        return (u_after - u_before) / broadcast((after - before).clamp(min=1e-12))
 
     def guided(self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, v: Images) -> Images:
         """Return the guided velocity of samples with a label, and `v` for those with the null label."""

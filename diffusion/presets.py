@@ -188,6 +188,7 @@ def meanflow(
     omega: Annotated[float, "(0, inf)"] = 1.0,
     kappa: Annotated[float, "[0, 1)"] = 0.0,
     tangent: str = "sample",
+    difference: Annotated[float | None, "(0, 0.5)"] = None,
     prediction: str = "velocity",
     times: str = "logit_normal",
     times_args: dict[str, Any] | None = None,
@@ -202,6 +203,8 @@ def meanflow(
         kappa: weight of the backbone's own prediction in this guidance
         tangent: the velocity along which the average is differentiated: 'sample', that of the sample, or 'model', the
             backbone's prediction, which has less variance (improved MeanFlow, Geng et al. 2025b)
+        difference: take this derivative as the difference quotient of two calls so far before and after t, which
+            averages the ripples of time embeddings out and keeps a compiled backbone compiled; null: the exact one
         prediction: what the backbone predicts: 'velocity', or 'x_0', the data that a step by this velocity to t = 0
             leads to (Lu et al. 2026); to fine-tune a flow's weights, the flow's
         times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
@@ -220,7 +223,9 @@ def meanflow(
         "adaptive_power": adaptive_power,
     }
     common["times"] = draw_times(times, times_args)
-    return MeanFlow(Flow("linear", 1.0, model_times), omega=omega, kappa=kappa, tangent=tangent, **common)
+    return MeanFlow(
+        Flow("linear", 1.0, model_times), omega=omega, kappa=kappa, tangent=tangent, difference=difference, **common
+    )
 
 
 def shortcut(

@@ -70,6 +70,25 @@ def test_the_average_velocity_of_gaussian_data_is_its_own_target(kind, predictio
     assert not torch.allclose(target[:3], v[:3], atol=0.05)
 
 
+@predictions
+def test_a_difference_quotient_leaves_an_error_of_second_order(prediction):
+    """Between the ends of the path; where r or the path's end bound the quotient on one side, of first order."""
+    r, t = times(0.0, 0.25, 0.5, 0.6, 1.0), times(1.0, 0.75, 0.9, 0.6, 1.0)
+    x_t, model = randn(5, 2, 3, 3).double(), Perfect(prediction)
+    v, u = velocity(x_t, t[:, None, None, None]), Perfect()(x_t, 999 * t, labels(5), r=999 * r)
+
+    def errors(difference):
+        diffusion = DIFFUSIONS["meanflow"](prediction=prediction, difference=difference)
+        target = diffusion.average_velocity(model, x_t, r, t, labels(5), v, torch.arange(5))
+        return (target - u).abs().amax(dim=(1, 2, 3))
+
+    coarse, fine = errors(0.04), errors(0.02)
+    assert ((coarse / fine)[1:3] - 4).abs().max() < 0.3
+    assert (coarse / fine)[0] == pytest.approx(2, abs=0.1)
+    torch.testing.assert_close(fine[3:], torch.zeros(2).double(), rtol=0, atol=1e-9)
+    assert fine.max() < 0.05 < (u - v).abs().max()
+
+
 @kinds
 @predictions
 @pytest.mark.parametrize("num_steps", [1, 2, 4])

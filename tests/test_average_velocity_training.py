@@ -101,6 +101,40 @@ def test_the_derivative_along_the_path_is_that_of_finite_differences(name):
     torch.testing.assert_close((v - target) / 0.4, derivative, rtol=1e-4, atol=1e-4 * derivative.abs().max().item())
 
 
+@pytest.mark.parametrize("settings", [{}, {"tangent": "model"}, {"omega": 0.5, "kappa": 0.75}], ids=str)
+def test_a_small_difference_quotient_gives_the_target_of_the_exact_derivative(settings):
+    model = prepared("DiT-S/2").double()
+    x_t, v, y = randn(3, 4, 8, 8).double(), randn(3, 4, 8, 8, seed=1).double(), torch.tensor([1, 5, model.num_classes])
+    r, t, index = torch.tensor([0.1, 0.4, 0.0]).double(), torch.tensor([0.5, 0.8, 1.0]).double(), torch.arange(3)
+    exact, quotient = (
+        meanflow(difference=difference, **settings).average_velocity(model, x_t, r, t, y, v, index)
+        for difference in (None, 1e-9)
+    )
+    assert (exact - v).abs().max() > 0.01
+    torch.testing.assert_close(quotient, exact, rtol=1e-4, atol=1e-4 * (exact - v).abs().max().item())
+
+
+class WithoutForwardDerivative(torch.autograd.Function):
+    """The identity, differentiable in reverse mode alone, as fused attention kernels are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad
+
+
+def test_a_difference_quotient_needs_no_forward_derivative():
+    model = prepared("DiT-S/2")
+    model.register_forward_pre_hook(lambda _, args: (WithoutForwardDerivative.apply(args[0]), *args[1:]))
+    with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+        losses(model, meanflow())
+    losses(model, meanflow(difference=0.02))["loss"].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("guidance", [{}, {"omega": 0.5, "kappa": 0.75}], ids=["plain", "guided"])
 def test_improved_meanflow_differentiates_along_the_velocity_of_the_model(guidance):
     """The sample's own velocity plays no part. The model's velocity under a label already includes guidance, and is not
