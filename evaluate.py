@@ -99,8 +99,8 @@ class EvaluateConfig(EvaluationFlags):
 def main(config: EvaluateConfig) -> None:
     """Combine flags with the configuration of the checkpoint, and score samples or measure autoencoders."""
     with without_garbage_collection():
-        from autoencoding.measure import measure_autoencoders
         from checkpoints.checkpoint import open_checkpoint
+        from evaluation.autoencoder_scores import measure_autoencoders
         from evaluation.scoring import Scorer
         from evaluation.sources import rename_flag
         from experiment.build import merge_data_flags

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": "train.py", "score": "evaluate.py", "draw": "sample.py"}
 # Settings that may name files or checkpoints.
 FILE_SETTINGS = {"extractor", "weights_path", "network", "heads", "guidance_checkpoint", "init_from", "spacing"}
-NO_EFFECT_ON_SCORES = ("ablation/", "autoencoding/")  # imported by evaluate.py, but not to score samples
+NO_EFFECT_ON_SCORES = ("evaluation/autoencoder_scores.py",)  # imported by evaluate.py, but not to score samples
 NO_EFFECT_ON_WEIGHTS = (  # imported by train.py, but only to observe the training
     "experiment/cli.py",
     "evaluation/",

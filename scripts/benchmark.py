@@ -153,9 +153,9 @@ def epoch(
     """
     import torch
 
+    from autoencoder_training.autoencoder_config import ArchitectureConfig
+    from autoencoder_training.model import create_autoencoder
     from autoencoders.codec import create_codec
-    from autoencoding.autoencoder_config import ArchitectureConfig
-    from autoencoding.model import create_autoencoder
     from data.encoding import build_cache
     from data.latents import LatentCache
     from diffusion import GaussianDiffusion
@@ -375,7 +375,7 @@ def draw_scaling(rows: Sequence[Row], models: Sequence[str], sides: Sequence[int
 
 
 def checkout(folder: Path | None) -> Any:
-    from published.checkout import PublishedCheckout
+    from conversion.checkout import PublishedCheckout
 
     return None if folder is None else PublishedCheckout(folder)
 

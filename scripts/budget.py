@@ -121,8 +121,8 @@ def autoencoder_gflops(image_size: int) -> tuple[float, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from autoencoding.autoencoder_config import ArchitectureConfig
-    from autoencoding.model import create_autoencoder
+    from autoencoder_training.autoencoder_config import ArchitectureConfig
+    from autoencoder_training.model import create_autoencoder
 
     with torch.device("meta"):
         autoencoder = create_autoencoder(ArchitectureConfig(), image_size).eval()

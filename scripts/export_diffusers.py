@@ -42,8 +42,8 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     """Validate the settings, and write the folder."""
     from checkpoints.checkpoint import open_checkpoint
+    from conversion.diffusers_pipeline import write_folder
     from machine.atomic_files import atomic_path, check_empty
-    from published.diffusers_pipeline import write_folder
     from sampling.checks import resolve_sampling
 
     check_empty(config.output, "--output")

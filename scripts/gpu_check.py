@@ -210,8 +210,8 @@ def speed_of(
         mode: 'eager', 'compiled' or 'graphed', all in bf16; with `checkout` the precision, 'fp32' or 'bf16'
         checkout: measure the published implementation there instead
     """
+    from conversion.checkout import PublishedCheckout
     from metrics.cost import cost
-    from published.checkout import PublishedCheckout
     from training import speed
 
     data, model = speed.latents(batch, side), speed.backbone(name, side, **args)

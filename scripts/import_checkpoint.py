@@ -88,8 +88,8 @@ class ImportConfig:
 
 def main(config: ImportConfig) -> None:
     """Convert the weights in a temporary folder, which is renamed once it can be opened."""
+    from conversion.public_files import public_autoencoder
     from machine.atomic_files import atomic_path, check_empty
-    from published.public_files import public_autoencoder
 
     check_empty(config.output, "--output")
     files = config.weights if isinstance(config.weights, list) else public_autoencoder(config.weights, config.source)
@@ -104,11 +104,11 @@ def main(config: ImportConfig) -> None:
 def import_backbone(config: ImportConfig, folder: Path) -> str:
     """Write weights as a checkpoint, and return a description of it."""
     from checkpoints.checkpoint import WEIGHTS, make_metadata, open_checkpoint, save_tensors
+    from conversion.public_files import FILES, public_file
+    from conversion.training_files import read_weights
+    from conversion.weights import find_named_backbone, infer_arguments, load_reference
     from machine.atomic_files import sha256_of
     from models import ModelSpec
-    from published.public_files import FILES, public_file
-    from published.training_files import read_weights
-    from published.weights import find_named_backbone, infer_arguments, load_reference
 
     if isinstance(config.weights, list):
         raise ValueError(f"--weights {' '.join(map(str, config.weights))}: source {config.source} is one file")
@@ -181,9 +181,9 @@ def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, nu
     from autoencoders.ldm import from_ldm, read_statistics
     from autoencoders.pretrained import with_statistics
     from autoencoders.tiny import from_published
+    from conversion.training_files import read_weights
     from data.subsets import stratified
     from experiment.build import open_split
-    from published.training_files import read_weights
 
     if config.source == "tiny" and len(files) != 2:
         raise ValueError("--weights: source tiny is two files, --weights ENCODER DECODER")

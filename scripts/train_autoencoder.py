@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from autoencoding.autoencoder_config import AutoencodingConfig
+from autoencoder_training.autoencoder_config import AutoencodingConfig
 from experiment.cli import one_line_errors, parse_run
 from machine.stopping import exit_on_signal
 
@@ -36,10 +36,10 @@ def train(run: Run[AutoencodingConfig]) -> None:
     """Train an autoencoder: build everything from the configuration, start or resume the run, loop over its steps."""
     import torch
 
-    from autoencoding.image_stream import open_batches, open_held_out
-    from autoencoding.losses import build_discriminator, build_objective
-    from autoencoding.model import Autoencoding, autoencoder_optimizers, build_autoencoder
-    from autoencoding.previews import Previews
+    from autoencoder_training.image_stream import open_batches, open_held_out
+    from autoencoder_training.losses import build_discriminator, build_objective
+    from autoencoder_training.model import Autoencoding, autoencoder_optimizers, build_autoencoder
+    from autoencoder_training.previews import Previews
     from checkpoints.averages import EMA
     from checkpoints.training_state import TrainingState
     from data import summarize_splits
@@ -136,8 +136,8 @@ def train(run: Run[AutoencodingConfig]) -> None:
 def export(run: Run[AutoencodingConfig], autoencoder: Any, images: Any, held_out: Mapping[str, Any]) -> None:
     """Write the autoencoder in diffusers' format, with its PSNR on held-out images. The scale and shift of its latents
     are measured on training images, unless only the decoder was trained."""
-    from autoencoding.model import export_autoencoder
-    from autoencoding.previews import reconstruction_psnr, select_images
+    from autoencoder_training.model import export_autoencoder
+    from autoencoder_training.previews import reconstruction_psnr, select_images
     from checkpoints.checkpoint import current_commit
 
     config, folder, psnr = run.config, run.folder / "autoencoder", {}

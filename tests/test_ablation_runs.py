@@ -93,7 +93,7 @@ def test_code_hashes_ignore_comments_docstrings_and_layout(tmp_path):
 def test_the_code_of_a_training_is_what_it_imports():
     files = identity.code_hashes("train").keys()
     assert files >= {"train.py", "training/objective.py", "training/batches.py", "models/layers/window.py"}
-    assert files.isdisjoint({"published/diffusers_pipeline.py", "scripts/doctor.py", "training/log.py"})
+    assert files.isdisjoint({"conversion/diffusers_pipeline.py", "scripts/doctor.py", "training/log.py"})
     assert files >= {
         "studies/cascade/cascade_diffusion.py",
         "studies/cascade/three_stages.py",
@@ -123,7 +123,7 @@ def test_a_changed_file_of_the_code_makes_its_stages_run_again(scripted, changed
         pictures = asdict(planned.ablation.pictures)
         return replace(planned, keys=identity.stage_keys(planned.run.config, scoring, pictures))
 
-    changed_code("published/diffusers_pipeline.py")
+    changed_code("conversion/diffusers_pipeline.py")
     assert now().state == "done"
     changed_code("metrics/reference.py")
     assert (now().done & {"train", "draw", "score"}, now().state) == ({"train", "draw"}, "trained")

@@ -18,11 +18,11 @@ from small_autoencoders import FORMATS, MEAN, STD, create, write
 from autoencoders import pretrained
 from autoencoders.codec import AutoencoderError, PixelCodec, create_codec
 from autoencoders.pretrained import hub_id
+from conversion.diffusers_dit import without_shift
 from data.images import DataError
 from data.latents import LatentCache
 from experiment.build import open_cache, open_split
 from experiment.config import DataConfig
-from published.diffusers_dit import without_shift
 
 IMAGES = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 WITHOUT_POSTERIOR = ("taesd", "taef1")

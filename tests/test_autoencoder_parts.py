@@ -10,16 +10,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from autoencoders.codec import create_codec
-from autoencoding.autoencoder_config import (
+from autoencoder_training.autoencoder_config import (
     ArchitectureConfig,
     AutoencoderOptimConfig,
     AutoencodingConfig,
     DiscriminatorConfig,
     LossConfig,
 )
-from autoencoding.image_stream import ImageBatches, open_batches
-from autoencoding.losses import (
+from autoencoder_training.image_stream import ImageBatches, open_batches
+from autoencoder_training.losses import (
     ADVERSARIAL,
     NORMS,
     AutoencoderObjective,
@@ -28,13 +27,14 @@ from autoencoding.losses import (
     build_objective,
     kl_divergence,
 )
-from autoencoding.model import (
+from autoencoder_training.model import (
     Autoencoding,
     autoencoder_optimizers,
     create_autoencoder,
     export_autoencoder,
     measure_latents,
 )
+from autoencoders.codec import create_codec
 from experiment.cli import parse
 from experiment.config import DataConfig
 

@@ -12,10 +12,14 @@ import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 from diffusers.utils import dynamic_modules_utils
 from processes import ROOT, script
+from published import diffusers_pipeline
 from safetensors.torch import save_file
 
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import WEIGHTS, make_metadata, open_checkpoint
+from conversion.diffusers_dit import native_names, to_diffusers, without_shift, write_native
+from conversion.diffusers_pipeline import export_denoiser, readme
+from conversion.diffusers_schedulers import to_scheduler
 from diffusion.presets import DIFFUSIONS
 from experiment.build import build_diffusion
 from experiment.config import (
@@ -29,10 +33,6 @@ from experiment.config import (
 from machine.randomness import generator_for
 from metrics.programs import save_exported
 from models import ModelSpec, create_model
-from published import diffusers_pipeline
-from published.diffusers_dit import native_names, to_diffusers, without_shift, write_native
-from published.diffusers_pipeline import export_denoiser, readme
-from published.diffusers_schedulers import to_scheduler
 
 EXPORT, SAMPLE = script("scripts/export_diffusers.py"), script("sample.py")
 TINY_DIT = {"dim": 32, "depth": 2, "num_heads": 2}

@@ -16,13 +16,13 @@ from test_backbones import wake
 
 from autoencoders.codec import PixelCodec, weights_sha256
 from checkpoints.checkpoint import make_metadata, save_tensors
+from conversion.weights import infer_arguments, load_reference
 from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOptions, sample
 from diffusion.guidance import drop_labels, guide, linear_guidance, projected_guidance, rescaled_guidance
 from diffusion.paths import GaussianChain
 from diffusion.samplers import check_options
 from experiment.config import ExperimentConfig, SamplingConfig, TrainConfig
 from models import ModelSpec
-from published.weights import infer_arguments, load_reference
 from sampling.checks import files_in_record, load_guide_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dit.safetensors"

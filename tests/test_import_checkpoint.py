@@ -10,11 +10,11 @@ from processes import script
 from test_reference_parity import SOURCES, load_fixture, relative_error
 
 from checkpoints.checkpoint import open_checkpoint
+from conversion.training_files import read_weights
+from conversion.weights import find_named_backbone, infer_arguments, load_reference
 from diffusion import sample
 from diffusion.paths import Flow
 from experiment.config import DataConfig, SamplingFlags
-from published.training_files import read_weights
-from published.weights import find_named_backbone, infer_arguments, load_reference
 
 SCRIPT = script("scripts/import_checkpoint.py")
 SAMPLE = script("sample.py")

@@ -15,9 +15,17 @@ from scoring import score
 from small_autoencoders import create, write
 
 from autoencoders.codec import EMBEDDED, LatentCodec, create_codec
-from autoencoding import measure as measuring
-from autoencoding.measure import Distance, default_output, measure, open_distance, posterior, recommend, warn_unsuitable
 from data import open_dataset
+from evaluation import autoencoder_scores as measuring
+from evaluation.autoencoder_scores import (
+    Distance,
+    default_output,
+    measure,
+    open_distance,
+    posterior,
+    recommend,
+    warn_unsuitable,
+)
 from evaluation.scoring import Row
 from evaluation.sources import from_images
 from metrics.pixelwise import psnr, spectrum, ssim

@@ -14,7 +14,7 @@ from processes import script
 from scoring import score
 from torch import nn
 
-from autoencoding.autoencoder_config import LossConfig
+from autoencoder_training.autoencoder_config import LossConfig
 from experiment.config import AuxiliaryConfig, EvaluationConfig
 from metrics.classifier import SmallClassifier
 from metrics.extractors import ExtractorError

@@ -12,11 +12,11 @@ from processes import ROOT, script
 from test_reference_parity import load_fixture
 
 from checkpoints.checkpoint import open_checkpoint
+from conversion.public_files import FILES, public_file
+from conversion.weights import SOURCES
 from evaluation.reproduction import table_cells
 from metrics import reference
 from metrics.reference import ReferenceError, read_adm
-from published.public_files import FILES, public_file
-from published.weights import SOURCES
 
 SCRIPT = script("scripts/import_checkpoint.py")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from published.weights import infer_arguments, load_reference
+from conversion.weights import infer_arguments, load_reference
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SOURCES = {

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from processes import run
 
-from autoencoding.autoencoder_config import AutoencodingConfig
+from autoencoder_training.autoencoder_config import AutoencodingConfig
 from checkpoints.checkpoint import WEIGHTS, check_identity, make_metadata, read_metadata, save_tensors
 from experiment.cli import parse, parse_run
 from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig

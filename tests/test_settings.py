@@ -13,7 +13,7 @@ import pytest
 from processes import ROOT, script
 
 from ablation.study import AblationConfig, read_ablation
-from autoencoding.autoencoder_config import AutoencodingConfig
+from autoencoder_training.autoencoder_config import AutoencodingConfig
 from evaluation.sources import sweep
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig

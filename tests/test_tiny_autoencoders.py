@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from autoencoders.codec import KINDS, AutoencoderError, create_codec
 from autoencoders.pretrained import with_statistics
 from autoencoders.tiny import PooledTinyAutoencoder, from_published
+from conversion.diffusers_pipeline import write_folder
 from diffusion import GaussianDiffusion
 from experiment.build import open_split
 from experiment.config import DataConfig, SamplingConfig
-from published.diffusers_pipeline import write_folder
 
 SCRIPT = script("scripts/import_checkpoint.py")
 PUBLISHED = ROOT.parent / "shared" / "autoencoder"

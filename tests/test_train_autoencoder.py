@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from processes import log, run, script, weights
 
+from autoencoder_training.autoencoder_config import AutoencodingConfig
 from autoencoders.codec import create_codec
-from autoencoding.autoencoder_config import AutoencodingConfig
 from experiment.cli import one_line_errors, parse_run
 from machine.checkpoint_folder import CheckpointError
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoding.autoencoder_config import AutoencodingConfig
+from autoencoder_training.autoencoder_config import AutoencodingConfig
 from checkpoints.averages import EMA
 from data.subsets import stratified
 from metrics.image_batches import image_batches

@@ -12,7 +12,7 @@ class PublicFile:
     """A public file of weights.
 
     Args:
-        source: key of `published.weights.SOURCES`, the format of the weights
+        source: key of `conversion.weights.SOURCES`, the format of the weights
         url: address of the file, or a repository of the hub (`hf://owner/name`), or a web page for a browser
         backbone: backbone that the file must hold
         image_size: image size that the weights were trained for

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from autoencoding.autoencoder_config import DiscriminatorConfig, LossConfig
-from autoencoding.model import AutoencoderOutput, Autoencoding
+from autoencoder_training.autoencoder_config import DiscriminatorConfig, LossConfig
+from autoencoder_training.model import AutoencoderOutput, Autoencoding
 from metrics.perceptual import perceptual_network
 
 Critic = Callable[[Tensor], Tensor]  # a discriminator: images to logits, positive for real images

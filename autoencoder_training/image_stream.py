@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from autoencoding.autoencoder_config import AutoencodingConfig
+from autoencoder_training.autoencoder_config import AutoencodingConfig
 from data import open_dataset
 from data.shapes import DIFFICULTIES
 from experiment.build import open_split

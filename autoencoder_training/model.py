@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from autoencoder_training.autoencoder_config import ArchitectureConfig, AutoencoderOptimConfig, AutoencodingConfig
 from autoencoders.codec import LatentCodec
-from autoencoding.autoencoder_config import ArchitectureConfig, AutoencoderOptimConfig, AutoencodingConfig
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from machine.atomic_files import atomic_path, unused_path
 from training.muon import Muon

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from autoencoders.codec import Codec, LatentCodec
+from conversion.diffusers_dit import native_names, write_native
+from conversion.diffusers_schedulers import time_mapping, to_scheduler
 from metrics.programs import save_exported
-from published.diffusers_dit import native_names, write_native
-from published.diffusers_schedulers import time_mapping, to_scheduler
 
 PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 

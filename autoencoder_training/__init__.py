@@ -1,0 +1,1 @@
+"""Training of autoencoders, by scripts/train_autoencoder.py."""

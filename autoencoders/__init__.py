@@ -1,0 +1,1 @@
+"""The frozen codecs between images and the latents that backbones denoise."""

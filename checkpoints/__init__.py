@@ -1,0 +1,1 @@
+"""Saving and resuming, averaged weights, checkpoints on the hub."""

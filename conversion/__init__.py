@@ -1,0 +1,1 @@
+"""Weights of other codebases as ours, and ours as diffusers'."""

@@ -1,0 +1,1 @@
+"""What is scored, its scores, and the tables and pictures that show them."""
