@@ -1,7 +1,8 @@
 """XSwin and USwin: hierarchical U-Nets of Swin V2 blocks, with localized cross-attention or concatenated skips."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,7 +17,7 @@ from models.layers.initialisation import initialise_linears_, zero_
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, PassThrough
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
 from models.layers.style import BlockStyle, DropPath
-from models.layers.window import SKIPS, Derived, WindowAttention, WindowAttentions
+from models.layers.window import SKIPS, Precomputation, Precomputed, WindowAttention
 
 
 class SwinBlock(nn.Module):
@@ -54,8 +55,8 @@ class SwinBlock(nn.Module):
         self.gate2 = injection.gate(dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Grid, cond: Cond, derived: Derived | None = None) -> Grid:
-        branch = self.norm1(self.attention(self.modulator1(x, cond), self.token(cond), derived))
+    def forward(self, x: Grid, cond: Cond, precomputed: Precomputed | None = None) -> Grid:
+        branch = self.norm1(self.attention(self.modulator1(x, cond), self.token(cond), precomputed))
         x = self.drop_path(x, self.gate1(branch, cond))
         branch = self.norm2(self.mlp(self.modulator2(x, cond)))
         return self.drop_path(x, self.gate2(branch, cond))
@@ -90,9 +91,9 @@ class EncoderStage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Grid, cond: Cond, derived: Iterator[Derived | None]) -> Grid:
+    def forward(self, x: Grid, cond: Cond, precomputed: Mapping[Any, Precomputed]) -> Grid:
         for block in self.blocks:
-            x = block(x, cond, next(derived))
+            x = block(x, cond, precomputed.get(block.attention))
         return x
 
 
@@ -116,13 +117,13 @@ class DecoderStage(nn.Module):
         self.halve = nn.Linear(joint_width, width)
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Grid, skip: Grid, cond: Cond, derived: Iterator[Derived | None]) -> Grid:
+    def forward(self, x: Grid, skip: Grid, cond: Cond, precomputed: Mapping[Any, Precomputed]) -> Grid:
         x = torch.cat([x, self.skip(x, skip, cond)], dim=-1)
         if self.wide is not None:
-            x = self.wide(x, cond, next(derived))
+            x = self.wide(x, cond, precomputed.get(self.wide.attention))
         x = self.halve(self.modulator(x, cond))
         for block in self.blocks:
-            x = block(x, cond, next(derived))
+            x = block(x, cond, precomputed.get(block.attention))
         return x
 
 
@@ -260,7 +261,7 @@ class XSwin(Backbone):
         self.stem_out = STEMS[stem](dim + self.stem_in.out_channels, dim, injection, conv_norm)
         self.head_modulator = injection.modulator(self.stem_out.out_channels)
         self.head = nn.Conv2d(self.stem_out.out_channels, out_channels, 1)
-        self.attentions = WindowAttentions([m.attention for m in self.modules() if isinstance(m, SwinBlock)])
+        self.precompute = Precomputation([m.attention for m in self.modules() if isinstance(m, SwinBlock)])
         self._initialise()
 
     def _initialise(self) -> None:
@@ -279,7 +280,7 @@ class XSwin(Backbone):
 
     def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
         cond = self.injection(self.cond(t, y, r, augment))
-        derived = self.attentions(x_t)  # for each Swin block, in the order of use
+        precomputed = self.precompute(x_t)
 
         # Convolutional stem (if any), patch embedding.
         stem = self.stem_in(x_t, cond)
@@ -289,7 +290,7 @@ class XSwin(Backbone):
         # Encoder: the output of each stage is a skip.
         skips = []
         for stage, merge in zip(self.encoder, self.merges, strict=True):
-            x = stage(x, cond, derived)
+            x = stage(x, cond, precomputed)
             skips.append(x)
             x = merge(x, cond)
 
@@ -303,7 +304,7 @@ class XSwin(Backbone):
         # Decoder: each stage receives the skip of its mirror.
         for expand, stage, skip in zip(self.expands, self.decoder, reversed(skips), strict=True):
             x = expand(x, cond, skip.shape[1:3])
-            x = stage(x, skip, cond, derived)
+            x = stage(x, skip, cond, precomputed)
 
         # Patches to pixels, convolutional stem, head.
         x = modulate_image(self.unpatch_modulator, rearrange(x, "b h w d -> b d h w"), cond)

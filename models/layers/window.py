@@ -1,9 +1,8 @@
 """Windows over a grid of tokens: partitioning, attention inside windows, and the skips of XSwin's decoder."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -163,8 +162,8 @@ class LinearWithBias(nn.Linear):
         return F.linear(x, self.weight, bias)
 
 
-class Derived(NamedTuple):
-    """What a window attention derives from its weights alone."""
+class Precomputed(NamedTuple):
+    """What a window attention computes from its weights alone."""
 
     position_bias: Float[Tensor, "k offsets"]
     temperature: Float[Tensor, "k 1 1"]
@@ -206,8 +205,10 @@ class WindowAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
         self.position_bias = ContinuousPositionBias(window_size, num_heads)
 
-    def forward(self, x: Grid, token: Float[Tensor, "b 1 d"] | None = None, derived: Derived | None = None) -> Grid:
-        position_bias, temperature, qkv_bias = derived or self.derive()
+    def forward(
+        self, x: Grid, token: Float[Tensor, "b 1 d"] | None = None, precomputed: Precomputed | None = None
+    ) -> Grid:
+        position_bias, temperature, qkv_bias = precomputed or self.precompute()
         windows = self._windows(x)
         x = windows.partition(x)  # [b tiles n d]
         num_tiles, num_queries = x.shape[1:3]
@@ -222,9 +223,9 @@ class WindowAttention(nn.Module):
         x = attend(q[..., :num_queries, :], k, v, bias=rearrange(bias, "t k n m -> (t k) n m"), scale=scale)
         return windows.merge(self.proj(rearrange(x, "b (t k) n e -> b t n (k e)", k=self.num_heads)))
 
-    def derive(self) -> Derived:
+    def precompute(self) -> Precomputed:
         qkv_bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
-        return Derived(self.position_bias(), temperature_of(self.logit_scale), qkv_bias)
+        return Precomputed(self.position_bias(), temperature_of(self.logit_scale), qkv_bias)
 
     def _windows(self, x: Grid) -> Windows:
         height, width = x.shape[1:3]
@@ -237,12 +238,12 @@ def temperature_of(logit_scale: Float[Tensor, "k 1 1"]) -> Float[Tensor, "k 1 1"
     return logit_scale.clamp(max=math.log(100)).exp()
 
 
-class WindowAttentions(nn.Module):
-    """Derives from their weights what the window attentions of a network need, for all of them at once where that saves
+class Precomputation(nn.Module):
+    """Computes what the window attentions of a network need of their weights, for all of them at once where that saves
     launches (see `launches`). The attentions have one window size.
 
-    Called with the network's input, it yields a `Derived` for each attention, in their order. Elsewhere, under LoRA and
-    under FSDP (see `modulation.Injection`) it yields None, and each attention derives its own.
+    Called with the network's input, it returns a `Precomputed` for each attention. Elsewhere, under LoRA and under FSDP
+    (see `modulation.Injection`) it returns none, and each attention computes its own.
     """
 
     owners: Float[Tensor, "k attentions"]  # 1 where a head, numbered through all attentions, belongs to an attention
@@ -253,13 +254,13 @@ class WindowAttentions(nn.Module):
         owners = [torch.ones(attention.num_heads, 1) for attention in attentions]
         self.register_buffer("owners", torch.block_diag(*owners), persistent=False)
 
-    def forward(self, x: Tensor) -> Iterator[Derived | None]:
+    def forward(self, x: Tensor) -> dict[Any, Precomputed]:
         if any(isinstance(attention.logit_scale, DTensor) for attention in self.attentions):
             self.attentions = []
         firsts: list[Any] = [attention.position_bias.mlp[0] for attention in self.attentions]
         lasts: list[Any] = [attention.position_bias.mlp[2] for attention in self.attentions]
         if not at_once(x) or not firsts or not all(isinstance(layer, nn.Linear) for layer in (*firsts, *lasts)):
-            return repeat(None)
+            return {}
         heads = [attention.num_heads for attention in self.attentions]
         with without_autocast(x):
             weight, bias = (torch.cat([getattr(layer, name) for layer in firsts]) for name in ("weight", "bias"))
@@ -268,11 +269,12 @@ class WindowAttentions(nn.Module):
             weight = (self.owners[:, :, None] * weight[:, None]).flatten(1)  # zero for other attentions' hidden units
             position_biases = 16 * F.linear(weight, hidden).sigmoid()
         temperatures = temperature_of(torch.cat([attention.logit_scale for attention in self.attentions]))
-        parts = [(attention.q_bias, attention.k_bias, attention.v_bias) for attention in self.attentions]
-        qkv_biases = torch.cat([bias for part in parts for bias in part])
+        biases = [(attention.q_bias, attention.k_bias, attention.v_bias) for attention in self.attentions]
+        qkv_biases = torch.cat([bias for own in biases for bias in own])
         qkv_biases = qkv_biases.to(autocast_dtype(x) or qkv_biases.dtype)
         widths = [3 * len(attention.q_bias) for attention in self.attentions]
-        return map(Derived, position_biases.split(heads), temperatures.split(heads), qkv_biases.split(widths))
+        parts = position_biases.split(heads), temperatures.split(heads), qkv_biases.split(widths)
+        return dict(zip(self.attentions, map(Precomputed, *parts), strict=True))
 
 
 Heads = Float[Tensor, "b k n e"]
