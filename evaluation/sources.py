@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int64, UInt8
@@ -24,6 +23,7 @@ from experiment.config import EvaluationConfig, SamplingConfig
 from machine.atomic_files import sha256_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, Images, image_batches, split_into_batches
+from metrics.npz import images_in, labels_in, read_arrays
 from sampling.checks import resolve_sampling
 from sampling.generation import Generator, create_generator
 from sampling.labels import sample_labels
@@ -82,12 +82,8 @@ def from_dataset(dataset: Any, name: str, num: int | None = None, seed: int = 0,
 def matching_images(
     samples: Source, dataset: Any, name: str, flag: str, seed: int = 0
 ) -> tuple[Source, Int64[Tensor, " n"]]:
-    """Choose images of a data set that match samples in number and, by name, in classes. Without labels they are a
-    stratified sample. Images repeat if a class has too few.
-
-    Returns:
-        The images, and their indices in the data set.
-    """
+    """Choose images of a data set that match samples in number and, by name, in classes; also return their indices.
+    Without labels they are a stratified sample. Images repeat if a class has too few."""
     if samples.labels is None or not dataset.classes:
         index = stratified(dataset.labels, samples.num_images, seed)
     else:
@@ -146,22 +142,14 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
                         "give samples as they were drawn (a grid of them is a picture, no sample)"
                     )
         return from_dataset(dataset, Path(path).name, num, seed, kind="images", left_out=summarize_left_out(dataset))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            array = file["arr_0"]
-            labels, names = (file[key] if key in file else np.zeros(0) for key in ("arr_1", "classes"))
-    except Exception as error:  # numpy and zipfile raise all kinds of errors at a damaged file
-        raise ValueError(f"--samples {path}: not an npz with images in arr_0 ({error})") from error
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (image_size, image_size, 3):
-        raise ValueError(
-            f"--samples {path}: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n {image_size} {image_size} 3]"
-        )
-    images = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
-    classes = [str(name) for name in names]
-    is_valid = labels.dtype.kind in "iu" and labels.shape == array.shape[:1]
-    if classes and not (is_valid and set(labels.tolist()) <= set(range(len(classes)))):
-        raise ValueError(f"--samples {path}: arr_1 holds no label of each image among its {len(classes)} classes")
-    strata = torch.from_numpy(labels.astype(np.int64)) if classes else torch.zeros(len(images), dtype=torch.int64)
+    flag = f"--samples {path}"
+    arrays = read_arrays(Path(path), flag)
+    images, strata, classes = images_in(arrays, flag), torch.zeros(len(arrays["arr_0"]), dtype=torch.int64), []
+    if images.shape[2:] != (image_size, image_size):
+        side = "x".join(map(str, images.shape[2:]))
+        raise ValueError(f"{flag}: its images have {side} pixels, not the reference's {image_size}")
+    if len(arrays.get("classes", ())):
+        strata, classes = labels_in(arrays, flag)
     index = stratified(strata, min(num or len(images), len(images)), seed)
     identity = {"kind": "npz", "path": path, "sha256": sha256_of(Path(path))}
     return from_images(images, Path(path).name, index, labels=strata, classes=classes, **identity)
@@ -176,14 +164,9 @@ def from_checkpoint(
     num_trials: int,
     reference: ImageSet | UInt8[Tensor, "n 3 h w"] | None,
 ) -> list[list[Source]]:
-    """Samples of a checkpoint: for each of the sampling `settings` a list of trials with consecutive seeds.
-
-    Args:
-        settings: overrides of the checkpoint's sampling settings
-        num_trials: sources per setting
-        reference: the images of the reference, if there are any: by default, there are as many samples, and
-            `--labels reference` takes the labels of held-out images
-    """
+    """Samples of a checkpoint: for each of the overrides in `settings` a list of trials with consecutive seeds. By
+    default there are as many samples as images in the `reference`, if it has images; `--labels reference` takes their
+    labels."""
     diffusion, defaults = checkpoint.build_diffusion(), checkpoint.config.sampling
     resolved = [
         resolve_sampling(defaults, diffusion, checkpoint.num_guided, say=accelerator.print, **overrides)

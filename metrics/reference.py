@@ -21,6 +21,7 @@ from machine.atomic_files import atomic_path
 from metrics.downloads import download
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
+from metrics.npz import Arrays, images_in, read_arrays
 from metrics.scores import INCEPTION
 
 FORMAT, OF_INCEPTION = 3, 4  # since version 4, Inception's spatial features are in ADM's order
@@ -62,11 +63,7 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
 
 
 def load_features(path: Path, key: Mapping[str, object]) -> Features:
-    """Load features that were saved with this key.
-
-    Raises:
-        ReferenceError: the file is damaged, or has another key.
-    """
+    """Load features that were saved with this key."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -114,34 +111,22 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
 def read_adm(
     path: Path, extractor: Extractor, image_size: tuple[int, int] | None = None
 ) -> tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None]:
-    """Read moments and images of a reference batch in ADM's format; either may be missing.
-
-    A file that does not name its extractor is of Inception. If `path` does not exist but is the name of one of ADM's
-    own files, that is downloaded.
-
-    Raises:
-        ReferenceError: the file is damaged, or of another extractor or image size.
-    """
+    """Read moments and images of a reference batch in ADM's format; either may be missing. A file that does not name
+    its extractor is of Inception. If `path` does not exist but is the name of one of ADM's own files, that is
+    downloaded."""
     flag = f"--reference {path}"
     if not path.exists() and str(path) in PUBLIC:
         path = download(PUBLIC[str(path)], str(path), flag)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # on damaged files, numpy and zipfile raise errors of any type
-        raise ReferenceError(f"{flag}: not a whole npz file ({error})") from error
+    arrays = read_arrays(path, flag)
     if not {"mu", "sigma"} <= arrays.keys() and "arr_0" not in arrays:
         raise ReferenceError(f"{flag}: it holds {sorted(arrays)}, not mu and sigma or arr_0")
 
     images = None
     if "arr_0" in arrays:
-        array = arrays["arr_0"]
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-            raise ReferenceError(f"{flag}: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n h w 3]")
-        if image_size is not None and array.shape[1:3] != image_size:
-            size, theirs = "x".join(map(str, image_size)), "x".join(map(str, array.shape[1:3]))
+        images = images_in(arrays, flag)
+        if image_size is not None and images.shape[2:] != image_size:
+            size, theirs = "x".join(map(str, image_size)), "x".join(map(str, images.shape[2:]))
             raise ReferenceError(f"{flag}: its images are {theirs}, the samples {size}")
-        images = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
     num = None if images is None else len(images)
     moments, spatial = (_moments_in(arrays, names, num, flag) for names in (("mu", "sigma"), ("mu_s", "sigma_s")))
     if moments is None:
@@ -160,7 +145,7 @@ def read_adm(
     return Features(moments, spatial), images
 
 
-def _moments_in(arrays: Mapping[str, np.ndarray], names: tuple[str, str], num: int | None, flag: str) -> Moments | None:
+def _moments_in(arrays: Arrays, names: tuple[str, str], num: int | None, flag: str) -> Moments | None:
     """Return the moments with these names, None if they are missing; raise `ReferenceError` if they are malformed."""
     if not arrays.keys() >= {*names}:
         return None

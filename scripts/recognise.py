@@ -13,8 +13,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np
-
 from experiment.cli import one_line_errors, parse
 from experiment.config import DataConfig
 from settings import SEEDS, within
@@ -63,8 +61,7 @@ def main(config: RecogniseConfig) -> None:
         raise ValueError("nothing to do: give --samples NPZ, or --classifier FILE or --output JSON to keep")
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
-    arrays = read_samples(config.samples, classes) if config.samples else (np.zeros(0, np.uint8), np.zeros(1, int))
-    samples, labels = map(torch.from_numpy, arrays)
+    samples, labels = read_samples(config.samples, classes) if config.samples else (torch.zeros(0), torch.zeros(1))
     if len(classes) < 2 or labels.max() >= len(classes):
         raise ValueError(
             f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
@@ -103,24 +100,14 @@ def main(config: RecogniseConfig) -> None:
         write_atomic(config.output, json.dumps(figures, indent=2) + "\n")
 
 
-def read_samples(path: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def read_samples(path: Path, classes: list[str]) -> tuple[Any, Any]:
     """Read images [n 3 h w] and their labels. If the file names its classes, labels are translated to `classes`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file["arr_0"].transpose(0, 3, 1, 2), file["arr_1"].tolist()
-            names = [str(file["classes"][label]) for label in labels] if "classes" in file else None
-    except Exception as error:  # numpy and zipfile raise all kinds of errors at a damaged file
-        raise ValueError(f"--samples {path}: not an npz that sample.py wrote ({error})") from error
-    if images.dtype != np.uint8 or images.shape[1] != 3 or len(labels) != len(images) or min(labels, default=0) < 0:
-        raise ValueError(
-            f"--samples {path}: arr_0 is {images.dtype} {list(images.transpose(0, 2, 3, 1).shape)} and arr_1 "
-            f"{len(labels)} labels, not uint8 [n h w 3] and a label of each, 0 or more"
-        )
-    if names is not None:
-        if unknown := sorted({*names} - {*classes}):
-            raise ValueError(f"--samples {path}: --data.path has no class {unknown[0]}; give the images trained on")
-        labels = [classes.index(name) for name in names]
-    return np.ascontiguousarray(images), np.array(labels)
+    from data.subsets import map_labels
+    from metrics.npz import images_in, labels_in, read_arrays
+
+    arrays = read_arrays(path, f"--samples {path}")
+    images, (labels, names) = images_in(arrays, f"--samples {path}"), labels_in(arrays, f"--samples {path}")
+    return images, map_labels(labels, names, classes, f"--samples {path}") if names else labels
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from conversion.public_files import FILES, public_file
 from conversion.weights import SOURCES
 from evaluation.reproduction import table_cells
 from metrics import reference
-from metrics.reference import ReferenceError, read_adm
+from metrics.reference import read_adm
 
 SCRIPT = script("scripts/import_checkpoint.py")
 
@@ -113,7 +113,7 @@ def test_reference_batches_of_adm_come_by_their_names(hub_folder, tmp_path, monk
     (tmp_path / "there.npz").unlink()
     with pytest.raises(ValueError, match=rf"^--reference {name}: file://.* cannot be downloaded"):
         read_adm(Path(name), colour)
-    with pytest.raises(ReferenceError, match="not a whole npz file"):
+    with pytest.raises(ValueError, match="not a whole npz file"):
         read_adm(Path("mine.npz"), colour)
 
 

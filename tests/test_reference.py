@@ -131,7 +131,7 @@ def test_adm_batches_of_another_extractor_or_resolution_are_refused(tmp_path, fe
     with pytest.raises(ReferenceError, match="not mu and sigma or arr_0"):
         read_adm(path, extractor)
     path.write_bytes(b"PK no zip")
-    with pytest.raises(ReferenceError, match="not a whole npz file"):
+    with pytest.raises(ValueError, match="not a whole npz file"):
         read_adm(path, extractor)
 
 

@@ -276,7 +276,7 @@ def test_samples_are_opened_before_the_reference_is_computed(tmp_path, monkeypat
     (tmp_path / "empty").mkdir()
     for samples, message in {
         tmp_path / "empty": "--samples .*empty: no images in it",
-        drawn / "drawn.npz": r"not uint8 \[n 64 64 3\]",
+        drawn / "drawn.npz": "its images have 32x32 pixels, not the reference's 64",
         tmp_path / "nothing": "--samples .*nothing does not exist; give a run's folder",
     }.items():
         with pytest.raises(ValueError, match=message):
