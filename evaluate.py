@@ -7,7 +7,7 @@ python evaluate.py --samples runs/DiT-XL-2-256 --reference VIRTUAL_imagenet256_l
 python evaluate.py --autoencoder embedded,stabilityai/sd-vae-ft-ema --data.path caltech101.zip
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+    from autoencoders.codec import Codec
     from checkpoints.checkpoint import Checkpoint
     from data.image_set import ImageSet
-    from evaluation.scoring import Row, Scorer
+    from evaluation.baselines import Controls
+    from evaluation.scoring import Memorisation, Row, Scorer
     from evaluation.sources import Source
+    from metrics.features import Features
 
 
 @partial(unset, several=True)
@@ -134,99 +137,132 @@ def score_samples(
     """Score samples: open everything first, so that errors come early; then compute, report and write the scores."""
     import torch
 
-    from autoencoders.codec import create_codec
-    from evaluation import record, sources
-    from evaluation.baselines import baselines, open_controls
+    from evaluation import record
     from evaluation.likelihood import held_out_likelihood
-    from evaluation.table import latex
-    from machine.atomic_files import write_atomic
+    from evaluation.sources import from_images
     from metrics.fidelity import class_distances
-    from metrics.reference import read_adm, write_adm
-    from sampling.grids import save_grid
+    from metrics.reference import write_adm
 
-    # Open the reference, which is a file or the held-out images, and the sources to score.
-    evaluation, accelerator = scorer.evaluation, scorer.accelerator
-    generated_by = checkpoint if is_run(samples) else None
-    if (config.memorisation or config.per_class) and not required_features(evaluation.metrics) & PER_IMAGE:
-        flag = "--memorisation" if config.memorisation else "--per_class"
-        raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
-    test_images = open_test_images(config, checkpoint, data, accelerator)
-    held_out = None if config.reference else test_images
-    moments = images = None
-    if config.reference:
-        moments, images = read_adm(Path(config.reference), scorer.extractor, (data.image_size, data.image_size))
-    name = config.autoencoder
-    codec = checkpoint.open_codec(name, accelerator.print) if checkpoint else create_codec(name or "pixel")
-    codec = codec.to(accelerator.device)
-    if generated_by:
-        settings, real = sources.sweep(config.sampling), images if held_out is None else held_out
-        groups = sources.from_checkpoint(generated_by, settings, evaluation, codec, accelerator, config.trials, real)
-    else:
-        groups = [[sources.read_samples(samples, data.image_size, evaluation.num_samples, evaluation.seed)]]
-        for message in groups[0][0].provenance.get("left_out", ()):
-            accelerator.print(f"--samples {samples}: {message}")
-    first = groups[0][0]
-    to_score = [(trials, evaluation.metrics) for trials in groups]  # trials of a row, and its metrics
-    if config.baselines:
-        assert held_out is not None  # ensured by `check`
-        rows_of_images = baselines(first, data, held_out, codec, evaluation, accelerator)
-        to_score += [([source], metrics) for source, metrics in rows_of_images]
-    controls = None
-    if config.memorisation and test_images is not None:
-        controls = open_controls(first, test_images, data, evaluation, accelerator)
-    labels = labels_among(first, held_out) if config.per_class else None
-
-    # Compute the scores.
+    accelerator = scorer.accelerator
+    inputs = open_inputs(config, samples, checkpoint, data, scorer)
+    held_out, controls = inputs.held_out, inputs.controls
     extra: dict[str, Any] = {}
-    if config.likelihood:
-        assert checkpoint is not None  # ensured by `check`
-        assert held_out is not None
-        bits = held_out_likelihood(checkpoint, codec, held_out, config.likelihood, accelerator, seed=evaluation.seed)
-        extra["bits_per_dimension"] = {**asdict(bits), "num_images": config.likelihood}
-    reference = scorer.npz_reference(config.reference, moments, images) if config.reference else scorer.reference(data)
-    output = Path(config.output or default_output(samples, generated_by))
+    if config.likelihood and checkpoint and held_out:
+        number, seed = config.likelihood, scorer.evaluation.seed
+        bits = held_out_likelihood(checkpoint, inputs.codec, held_out, number, accelerator, seed=seed)
+        extra["bits_per_dimension"] = {**asdict(bits), "num_images": number}
+    reference = (
+        scorer.npz_reference(config.reference, *inputs.reference_file) if config.reference else scorer.reference(data)
+    )
+    output = output_of(config, samples, checkpoint)
     unfinished = output.with_name(f"{output.name}.unfinished")
 
     def keep(done: list["Row"]) -> None:  # or hours of scoring are lost with the process
         if accelerator.is_main_process:
             record.write_unfinished({**record.provenance(done, reference, scorer), **extra}, unfinished)
 
-    rows, features = scorer.score_rows(to_score, reference, keep)
-    nearest = scorer.memorisation(features, controls, data, codec) if controls else None
+    rows, features = scorer.score_rows(inputs.rows, reference, keep)
+    nearest = scorer.memorisation(features, controls, data, inputs.codec) if controls else None
     if not accelerator.is_main_process:
         return
     if nearest is not None:
         extra["memorisation"] = nearest.to_dict()
-    if held_out is not None and labels is not None:
-        distances = class_distances(replace(features, labels=labels), reference.features)
+    if held_out is not None and inputs.labels is not None:
+        distances = class_distances(replace(features, labels=inputs.labels), reference.features)
         extra["per_class"] = {held_out.classes[label]: asdict(score) for label, score in distances.items()}
 
     # Report the results, before writing any file: if that fails, hours of scoring are not lost.
     swept = [name for name, value in set_values(config.sampling).items() if isinstance(value, str) and "," in value]
-    columns = [*dict.fromkeys([*record.SWEPT, *swept])] if len(groups) > 1 else []
+    columns = [*dict.fromkeys([*record.SWEPT, *swept])] if inputs.num_settings > 1 else []
     print(record.format_report(rows, columns, reference, scorer.extractor, extra))
 
     # Write the record, with everything needed to reproduce it, and pictures.
-    output = Path(config.output or default_output(samples, generated_by))  # again, as there may be newer weights
+    output = output_of(config, samples, checkpoint)  # again, as there may be newer weights
     finished = {**record.provenance(rows, reference, scorer), **extra}
     record.write_json(finished, output)
     record.remove_unfinished(finished, unfinished)
-    written = [output, output.with_suffix(".png")]
-    save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
-    if len(groups) > 1:
-        written.append(output.with_name(f"{output.stem}-sweep.png"))
-        record.draw_sweep(rows[: len(groups)], written[-1], columns)
-    if nearest and controls:
-        written.append(output.with_name(f"{output.stem}-nearest.png"))
-        record.draw_pairs(first, controls.train, nearest, written[-1])
+    written = [output, *write_pictures(output, rows, columns, inputs, nearest)]
     if config.write_reference and held_out:
-        pixels = sources.from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
+        pixels = from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
         written.append(Path(config.write_reference))
         write_adm(written[-1], reference.features, pixels, scorer.extractor)
     if config.latex:
         written.append(output.with_suffix(".tex"))
-        write_atomic(written[-1], record.table(rows, columns, form=lambda cells: latex(cells[:1], cells[1:])))
+        record.write_latex(written[-1], rows, columns)
     print("written: " + ", ".join(map(str, written)))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that is opened before samples are scored."""
+
+    codec: "Codec"
+    held_out: "ImageSet | None"  # the reference, unless it is a file
+    reference_file: "tuple[Features | None, Tensor | None]"  # moments and images of the reference's file
+    rows: "list[tuple[Sequence[Source], Sequence[str]]]"  # trials of each row, and its metrics; baselines come last
+    num_settings: int  # number of rows before the baselines
+    controls: "Controls | None"  # of --memorisation
+    labels: "Tensor | None"  # of the first samples, for --per_class
+
+
+def open_inputs(
+    config: EvaluateConfig, samples: str, checkpoint: "Checkpoint | None", data: DataConfig, scorer: "Scorer"
+) -> Inputs:
+    """Open the reference, which is a file or the held-out images, and the sources to score."""
+    from autoencoders.codec import create_codec
+    from evaluation import sources
+    from evaluation.baselines import baselines, open_controls
+    from metrics.reference import read_adm
+
+    evaluation, accelerator = scorer.evaluation, scorer.accelerator
+    if (config.memorisation or config.per_class) and not required_features(evaluation.metrics) & PER_IMAGE:
+        flag = "--memorisation" if config.memorisation else "--per_class"
+        raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
+    test_images = open_test_images(config, checkpoint, data, accelerator)
+    held_out = None if config.reference else test_images
+    reference_file = None, None
+    if config.reference:
+        reference_file = read_adm(Path(config.reference), scorer.extractor, (data.image_size, data.image_size))
+    name = config.autoencoder
+    codec = checkpoint.open_codec(name, accelerator.print) if checkpoint else create_codec(name or "pixel")
+    codec = codec.to(accelerator.device)
+    if checkpoint and is_run(samples):
+        settings, real = sources.sweep(config.sampling), reference_file[1] if held_out is None else held_out
+        groups = sources.from_checkpoint(checkpoint, settings, evaluation, codec, accelerator, config.trials, real)
+    else:
+        groups = [[sources.read_samples(samples, data.image_size, evaluation.num_samples, evaluation.seed)]]
+        for message in groups[0][0].provenance.get("left_out", ()):
+            accelerator.print(f"--samples {samples}: {message}")
+    first = groups[0][0]
+    rows: list[tuple[Sequence[Source], Sequence[str]]] = [(trials, evaluation.metrics) for trials in groups]
+    if config.baselines and held_out is not None:
+        rows_of_images = baselines(first, data, held_out, codec, evaluation, accelerator)
+        rows += [([source], metrics) for source, metrics in rows_of_images]
+    controls = None
+    if config.memorisation and test_images is not None:
+        controls = open_controls(first, test_images, data, evaluation, accelerator)
+    labels = labels_among(first, held_out) if config.per_class else None
+    return Inputs(codec, held_out, reference_file, rows, len(groups), controls, labels)
+
+
+def write_pictures(
+    output: Path, rows: "Sequence[Row]", columns: Sequence[str], inputs: Inputs, nearest: "Memorisation | None"
+) -> list[Path]:
+    """Save a grid of the first samples, the plot of a sweep, and samples above their nearest training images."""
+    import torch
+
+    from evaluation import record
+    from sampling.grids import save_grid
+
+    first, written = inputs.rows[0][0][0], [output.with_suffix(".png")]
+    save_grid(first.images(torch.arange(min(24, first.num_images))), written[-1], columns=12)
+    if inputs.num_settings > 1:
+        written.append(output.with_name(f"{output.stem}-sweep.png"))
+        record.draw_sweep(rows[: inputs.num_settings], written[-1], columns)
+    if nearest and inputs.controls:
+        written.append(output.with_name(f"{output.stem}-nearest.png"))
+        record.draw_pairs(first, inputs.controls.train, nearest, written[-1])
+    return written
 
 
 def open_test_images(
@@ -253,9 +289,11 @@ def labels_among(samples: "Source", held_out: "ImageSet | None") -> "Tensor":
     return map_labels(samples.labels, samples.classes, held_out.classes, "--per_class")
 
 
-def default_output(samples: str, checkpoint: "Checkpoint | None") -> Path:
-    """Default path of the record: in the run's folder, or beside a fixed set of samples."""
-    if checkpoint:
+def output_of(config: EvaluateConfig, samples: str, checkpoint: "Checkpoint | None") -> Path:
+    """Path of the record; by default in the run's folder, or beside a fixed set of samples."""
+    if config.output:
+        return Path(config.output)
+    if checkpoint and is_run(samples):
         return checkpoint.run / f"scores{checkpoint.output_suffix}.json"
     path = Path(samples).resolve()
     return path.with_name(f"{path.name if path.is_dir() else path.stem}-scores.json")
