@@ -21,7 +21,7 @@ from tqdm import tqdm
 from autoencoders.codec import EMBEDDED, LatentCodec, weights_sha256
 from data.subsets import stratified
 from evaluation.record import provenance, table, write_json
-from evaluation.scoring import Row, open_scorer, summarise
+from evaluation.scoring import Reference, Row, Scorer, open_scorer, summarise
 from evaluation.sources import Source, from_dataset, reconstructions
 from evaluation.table import number
 from experiment.build import open_split
@@ -30,6 +30,7 @@ from machine.accelerator import indices_of_process
 from machine.precision import to_float64
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
+from metrics.features import Extractor
 from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, psnr, spatial_frequencies, spectrum, ssim
 from metrics.scores import METRICS, Score, find_metric, metric_name
@@ -176,31 +177,15 @@ def measure_autoencoders(
     codecs = [open_codec(name, data.image_size) for name in dict.fromkeys(names)]
     distance = open_distance(*perceptual, accelerator.device)
     scorer, reference = open_scorer(data, accelerator, evaluation)
-    extractor = scorer.extractor
     held_out = open_split(data, "test", accelerator)
     images = from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)
-    batch = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
 
-    # Metrics that train a classifier on the samples are left out: it would be tested on the same images.
-    metrics = [name for name in evaluation.metrics if not METRICS[name].teaches]
-    leak = Score(None, reason="it would learn from the very images that it asks of")
-    left_out = [name for name in evaluation.metrics if name not in metrics]
-    refused = {metric_name(name, extractor.kind, extractor.name): leak for name in left_out}
     rows, measured = [], {}
     for codec in codecs:
-        source = reconstructions(images, codec.to(accelerator.device), accelerator.device)
-        measured[codec.source] = measure(codec, images, distance, accelerator, evaluation.batch_size)
-        scores, _ = scorer.score(source, reference, metrics)
-        scores = replace(scores, scores={**measured[codec.source].scores, **scores.scores, **refused})
-        speed = {}
-        if accelerator.is_main_process:
-            options: dict[str, Any] = {"batch_size": len(batch), "num_repeats": 3, "device": batch.device}
-            speed["encode img/s"] = round(throughput(partial(codec.prepare, batch), **options), 1)
-            speed["decode img/s"] = round(throughput(partial(codec.decode, codec.encode(batch)), **options), 1)
-        origin = {**source.provenance, **speed, "device": str(accelerator.device)}
-        rows.append(summarise(replace(source, name=codec.source, provenance=origin), [scores]))
+        row, measured[codec.source] = score_reconstructions(codec, images, distance, scorer, reference)
+        rows.append(row)
     # For metrics that compare with labels, the score of the original images is the ceiling.
-    if label_metrics := [name for name in metrics if METRICS[name].needs == "labelled"]:
+    if label_metrics := [name for name in untaught(evaluation.metrics) if METRICS[name].needs == "labelled"]:
         scores, _ = scorer.score(images, reference, label_metrics)
         rows.append(summarise(images, [scores]))
     if not accelerator.is_main_process:
@@ -221,18 +206,54 @@ def measure_autoencoders(
     write_json(record, path)
     draw_reconstructions(images, codecs, accelerator.device, pictures[0])
     draw_spectra(frequencies, powers, pictures[1])
+    lines = [
+        f"{images.num_images} held-out images of {held_out.source_name} and what came back of them",
+        *format_results(rows, measured, scorer.extractor),
+        *advice(rows[: len(codecs)], codecs, data.image_size),
+        "written: " + ", ".join(map(str, [path, *pictures])),
+    ]
+    return "\n".join(lines)
+
+
+def untaught(metrics: Sequence[str]) -> list[str]:
+    """The metrics that train no classifier on the samples, as it would be tested on the same images."""
+    return [name for name in metrics if not METRICS[name].teaches]
+
+
+def score_reconstructions(
+    codec: LatentCodec, images: Source, distance: Distance, scorer: Scorer, reference: Reference
+) -> tuple[Row, Measurement]:
+    """Score what an autoencoder makes of images, measure its latents, and time it."""
+    accelerator, evaluation, extractor = scorer.accelerator, scorer.evaluation, scorer.extractor
+    source = reconstructions(images, codec.to(accelerator.device), accelerator.device)
+    measurement = measure(codec, images, distance, accelerator, evaluation.batch_size)
+    metrics = untaught(evaluation.metrics)
+    scores, _ = scorer.score(source, reference, metrics)
+    leak = Score(None, reason="it would learn from the very images that it asks of")
+    taught = [name for name in evaluation.metrics if name not in metrics]
+    left_out = {metric_name(name, extractor.kind, extractor.name): leak for name in taught}
+    scores = replace(scores, scores={**measurement.scores, **scores.scores, **left_out})
+    speed = {}
+    if accelerator.is_main_process:
+        batch = images.images(torch.arange(min(evaluation.batch_size, images.num_images))).to(accelerator.device)
+        options: dict[str, Any] = {"batch_size": len(batch), "num_repeats": 3, "device": batch.device}
+        speed["encode img/s"] = round(throughput(partial(codec.prepare, batch), **options), 1)
+        speed["decode img/s"] = round(throughput(partial(codec.decode, codec.encode(batch)), **options), 1)
+    origin = {**source.provenance, **speed, "device": str(accelerator.device)}
+    return summarise(replace(source, name=codec.source, provenance=origin), [scores]), measurement
+
+
+def format_results(rows: Sequence[Row], measured: Mapping[str, Measurement], extractor: Extractor) -> list[str]:
+    """Report the scores in a table, the latents, and why scores are missing."""
     missing = {name: score.reason for row in rows for name, score in row.scores.items() if score.value is None}
     on = f"{extractor.name} (sha256 {extractor.sha256[:12]})"
     lines = [
-        f"{images.num_images} held-out images of {held_out.source_name} and what came back of them; distances on {on}",
         table(rows, ("encode img/s", "decode img/s"), of="autoencoder"),
         *(f"latents of {name}: {format_latents(result.latents)}" for name, result in measured.items()),
         *(f"{name}: none: {reason}" for name, reason in missing.items()),
     ]
-    if extractor.kind != "inception":
-        lines.append(f"Distances on {on} compare autoencoders with each other; they are not FID.")
-    lines += advice(rows[: len(codecs)], codecs, data.image_size)
-    return "\n".join([*lines, "written: " + ", ".join(map(str, [path, *pictures]))])
+    note = "" if extractor.kind == "inception" else ": they compare autoencoders with each other, and are not FID"
+    return [*lines, f"Distances on {on}{note}."]
 
 
 def open_codec(name: str, image_size: int) -> LatentCodec:
