@@ -32,16 +32,15 @@ def train(run: Run[ExperimentConfig]) -> None:
     """Train a backbone: build everything from the configuration, start or resume the run, and loop over its steps."""
     import torch
 
-    from autoencoders.codec import create_codec
     from checkpoints.averages import EMA
     from checkpoints.training_state import TrainingState
     from data import summarize_splits
     from evaluation.scoring import open_scorer
-    from experiment.build import build_diffusion, model_spec, open_cache, open_split
+    from experiment.build import open_cache, open_split
     from machine.randomness import seed_for
     from sampling.checks import load_guide_model, resolve_sampling
     from training.adapters import Merged
-    from training.assembly import build_backbone, build_batches, build_objective, prepare
+    from training.assembly import build_backbone, build_batches, build_objective, open_problem, prepare
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspections, open_best
     from training.log import is_due
@@ -51,42 +50,40 @@ def train(run: Run[ExperimentConfig]) -> None:
 
     # Open the data, and complete the settings by what follows from them.
     config, accelerator = run.config, run.accelerator
-    diffusion = build_diffusion(config.diffusion)
     best = open_best(config.log, config.evaluation)
-    codec = create_codec(config.autoencoder).to(accelerator.device)
-    images, held_out_images = (open_split(config.data, split, accelerator) for split in ("train", "test"))
+    problem = diffusion, codec, images, spec = open_problem(run)
+    held_out_images = open_split(config.data, "test", accelerator)
     run.check_identity(codec=codec.provenance, train=images.describe(), test=held_out_images.describe())
-    spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
     num_guided = config.guided_classes(spec.num_classes)
     sampling = resolve_sampling(config.sampling, diffusion, num_guided, spec.in_channels, say=accelerator.print)
     guide_model = load_guide_model(sampling, config.diffusion, spec, accelerator, images.classes, run.identity)
     accelerator.print(summarize_splits(images, held_out_images))
 
     # Build the model and what trains it.
-    model = build_backbone(run, spec, images.classes, codec)
+    model = build_backbone(run, problem)
     if run.is_main and accelerator.device.type == "cpu":
         print(forecast(model, spec, diffusion, accelerator, len(images)))
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles, sharded=accelerator.is_fsdp2)
-    objective, features = build_objective(run, model, diffusion, codec, images)
-    cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
+    objective, features = build_objective(run, problem, model)
+    batches = build_batches(run, problem, objective, features)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     model, optimizers = prepare(run, model, objective)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     backbone = accelerator.unwrap_model(model)
     merged = Merged(backbone) if config.train.adapter else backbone  # as averages and checkpoints store it
     ema.shard_like(backbone)
-    num_steps = num_training_steps(config.train, len(cache))
-    batches = build_batches(run, cache, codec, objective, features)
+    num_images = len(batches.cache)
+    num_steps = num_training_steps(config.train, num_images)
 
     # Start the run, or resume it from its newest intact checkpoint.
     guard = Guard()
     inspections = Inspections(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
     state = TrainingState({"model": backbone, "heads": objective.heads}, optimizers, ema)
-    keep_every, metadata = config.log.keep_every, {"spec": spec, "classes": cache.classes}
+    keep_every, metadata = config.log.keep_every, {"spec": spec, "classes": images.classes}
     run.begin(state, {"model": guard}, inspections.due, num_steps, best=best, keep_every=keep_every, **metadata)
     accelerator.print(
-        f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(cache)} images, "
-        f"{cache.num_classes} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"
+        f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {num_images} images, "
+        f"{len(images.classes)} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"
         f"{', each with a part of the model' if run.is_sharded else ''}"
     )
 
@@ -95,7 +92,7 @@ def train(run: Run[ExperimentConfig]) -> None:
         # Stochastic depth and dropout use torch's global generator, which must depend on the step for an exact resume.
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         phase = phase_at(objective.phases, step, num_steps)
-        lr = learning_rate(config.optim, phase.step, phase.num_steps, len(cache) / config.train.batch_size)
+        lr = learning_rate(config.optim, phase.step, phase.num_steps, num_images / config.train.batch_size)
         optimizers.set_learning_rate(lr)
         for batch in run.meter.timed(batches.micro_batches(step, order=run.rollbacks)):
             with accelerator.accumulate(model), accelerator.autocast():

@@ -77,23 +77,16 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     import torch
     from tqdm import tqdm
 
-    from autoencoders.codec import create_codec
-    from experiment.build import build_diffusion, model_spec, open_cache, open_split
     from machine.randomness import seed_for
-    from training.assembly import build_backbone, build_batches, build_objective, prepare
+    from training.assembly import build_backbone, build_batches, build_objective, open_problem, prepare
     from training.guard import gradient_norm
     from training.objective import phase_at
 
-    config, accelerator = run.config, run.accelerator
-    diffusion = build_diffusion(config.diffusion)
-    codec = create_codec(config.autoencoder).to(accelerator.device)
-    images = open_split(config.data, "train", accelerator)
-    spec = model_spec(config, codec, diffusion, num_classes=len(images.classes))
-    model = build_backbone(run, spec, images.classes, codec)
-    objective, features = build_objective(run, model, diffusion, codec, images)
-    cache = open_cache(config.data, codec, images, accelerator, flips=config.data.flip)
+    config, accelerator, problem = run.config, run.accelerator, open_problem(run)
+    model = build_backbone(run, problem)
+    objective, features = build_objective(run, problem, model)
+    batches = build_batches(run, problem, objective, features)
     model, optimizers = prepare(run, model, objective)
-    batches = build_batches(run, cache, codec, objective, features)
     phase, losses = phase_at(objective.phases, 0, len(rates)), []
     for step, lr in enumerate(tqdm(rates, desc=run.folder.name, unit="step", disable=not run.is_main)):
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))

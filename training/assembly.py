@@ -1,16 +1,16 @@
 """Assemble the training of a backbone from its configuration, for train.py and the learning-rate search."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 from torch import nn
 
-from autoencoders.codec import Codec
+from autoencoders.codec import Codec, create_codec
 from checkpoints.checkpoint import warm_start
 from data.image_set import ImageSet
 from data.latents import LatentCache
 from diffusion import Diffusion
-from experiment.build import build_diffusion
+from experiment.build import build_diffusion, model_spec, open_cache, open_split
 from experiment.config import ExperimentConfig
 from models import ModelSpec
 from models.backbone import Backbone
@@ -29,56 +29,69 @@ def open_training(config: ExperimentConfig) -> AbstractContextManager[Run[Experi
     return open_run(config, in_parts=in_parts, grad_accumulation=config.train.grad_accumulation)
 
 
-def build_backbone(run: Run[ExperimentConfig], spec: ModelSpec, classes: Sequence[str], codec: Codec) -> Backbone:
+class Problem(NamedTuple):
+    """What a backbone is trained for, and its specification, which follows from that."""
+
+    diffusion: Diffusion
+    codec: Codec
+    images: ImageSet
+    spec: ModelSpec
+
+
+def open_problem(run: Run[ExperimentConfig]) -> Problem:
+    """Open the training images and the autoencoder. Raises ValueError for settings that do not fit each other."""
+    config, accelerator = run.config, run.accelerator
+    diffusion, codec = build_diffusion(config.diffusion), create_codec(config.autoencoder).to(accelerator.device)
+    images: ImageSet = open_split(config.data, "train", accelerator)
+    return Problem(diffusion, codec, images, model_spec(config, codec, diffusion, len(images.classes)))
+
+
+def build_backbone(run: Run[ExperimentConfig], problem: Problem) -> Backbone:
     """Create the backbone on the device or, if it is to be sharded, in main memory, from where FSDP moves it block by
     block. A new run with `init_from` starts from those weights."""
     config, accelerator = run.config, run.accelerator
-    model = share_batch_norms(spec.build(), accelerator)
+    model = share_batch_norms(problem.spec.build(), accelerator)
     if not accelerator.is_fsdp2:
         model = model.to(accelerator.device)
     if config.init_from and run.checkpoint is None:
         is_adapted = config.train.adapter is not None
         message = warm_start(
-            model, config.init_from, classes, codec, accelerator, diffusion=config.diffusion, whole=is_adapted
+            model,
+            config.init_from,
+            problem.images.classes,
+            problem.codec,
+            accelerator,
+            diffusion=config.diffusion,
+            whole=is_adapted,
         )
         accelerator.print(message)
     return model
 
 
 def build_objective(
-    run: Run[ExperimentConfig], model: Backbone, diffusion: Diffusion, codec: Codec, images: ImageSet
+    run: Run[ExperimentConfig], problem: Problem, model: Backbone
 ) -> tuple[Objective, LatentCache | None]:
     """Create the objective with its auxiliary terms and alignment, and open the features of the training images that
     the alignment needs."""
-    alignment, features = open_alignment(run, model, images)
-    device = run.accelerator.device
-    auxiliary = build_auxiliary(run.config.auxiliary, model, codec, device, clean_time(diffusion))
+    diffusion, device = problem.diffusion, run.accelerator.device
+    alignment, features = open_alignment(run, model, problem.images)
+    auxiliary = build_auxiliary(run.config.auxiliary, model, problem.codec, device, clean_time(diffusion))
     return objective_class(diffusion)(diffusion, auxiliary, alignment), features
 
 
 def build_batches(
-    run: Run[ExperimentConfig], cache: LatentCache, codec: Codec, objective: Objective, features: LatentCache | None
+    run: Run[ExperimentConfig], problem: Problem, objective: Objective, features: LatentCache | None
 ) -> Batches:
-    """Create the batches of a training; this process gets its share of each."""
-    accelerator = run.accelerator
-    return Batches(
-        cache,
-        codec,
-        objective,
-        run.config.train,
-        features,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        device=accelerator.device,
-    )
+    """Open the encoded images, and create the batches of a training; this process gets its share of each."""
+    config, accelerator = run.config, run.accelerator
+    cache = open_cache(config.data, problem.codec, problem.images, accelerator, flips=config.data.flip)
+    ranks = accelerator.process_index, accelerator.num_processes
+    return Batches(cache, problem.codec, objective, config.train, features, *ranks, accelerator.device)
 
 
 def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -> tuple[nn.Module, Optimizers]:
     """Prepare the model for training: adapter, recomputation, compilation, casts and distribution over processes.
-
-    Returns:
-        The model to call, and the optimizers.
-    """
+    Return the model to call, and the optimizers."""
     config, accelerator = run.config, run.accelerator
     if config.train.adapter:
         accelerator.print(adapt(model, config.train, type(objective), accelerator))
