@@ -48,13 +48,9 @@ def stage_keys(config: ExperimentConfig, scoring: object, pictures: object) -> d
 
 
 def accept_other_code(keys: dict[str, str], stored: dict[str, str], begun: Sequence[str]) -> dict[str, str]:
-    """Replace each key by that of an existing result with the same configuration, whatever code made it.
-
-    Args:
-        keys: key of each stage, by the present code
-        stored: keys of the results in the run's folder
-        begun: keys of the trainings begun in the folders of all runs, since runs may share a training
-    """
+    """Replace each key by that of an existing result with the same configuration, whatever code made it. `stored` are
+    the keys in the run's folder; `begun` those of the trainings begun in the folders of all runs, since runs may share
+    one."""
 
     def accept(stage: str, key: str) -> str:
         existing = [stored.get(stage, ""), *([stored.get("began", ""), *begun] if stage == "train" else [])]

@@ -35,15 +35,12 @@ class PlannedRun:
     """A run with what was resolved from its configuration, its cost, and the keys of its results.
 
     Args:
-        classes: names of the classes of the training images
-        num_held_out: held-out images, which are also the default number of samples to score
         identity: content of the autoencoder and the data splits, as `Checkpoint.check_identity` takes it
         trained_in: folder of the run that trains; another run's where they differ only in sampling or scoring
         scores_baselines: whether the floor and ceiling may be scored with this run: the first of those that share
             images, autoencoder and scoring
         keys: key of each stage's results, see `ablation.identity`
         startup: seconds until a program of this project begins its work
-        warnings: about settings that have no effect
     """
 
     run: Run
@@ -172,15 +169,11 @@ def make_plan(
     any_code: bool,
     start: float = 0.0,
 ) -> list[PlannedRun]:
-    """Validate all runs, match and time their backbones, and write `plan.json`.
+    """Validate all runs, match and time their backbones, and write `plan.json`. Measurements are kept in
+    `measured.json`, so that a later plan is the same. `start` is the seconds until a program of this project begins its
+    work.
 
-    Measurements are kept in `measured.json`, so that a later plan is the same. Raises ValueError naming the variant
-    that cannot be run.
-
-    Args:
-        timed: measure training and sampling speed, to estimate how long the runs take
-        any_code: accept results that another version of the code has made
-        start: seconds until a program of this project begins its work
+    Raises ValueError naming the variant that cannot be run.
     """
     measurements = Measurements(folder / "measured.json", accelerator)
     firsts: dict[str, Run] = {}

@@ -93,10 +93,9 @@ class Runner:
     """Runs the stages of runs that are not done.
 
     Args:
-        deadline: time, in seconds since the epoch, after which no stage starts and trainings save and stop
+        deadline: seconds since the epoch after which no stage starts and trainings save and stop
         launcher: configuration file of `accelerate launch`; None: one process per run
         code: hash of each stage's code when the runs were planned; a stage whose code has changed since is refused
-        children: processes that are running
         reason: why the runner was asked to stop
     """
 

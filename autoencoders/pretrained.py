@@ -27,11 +27,8 @@ class AutoencoderError(ValueError):
 
 
 def load_autoencoder(source: str, classes: Collection[str]) -> Any:
-    """Load an autoencoder in float32 from one of `EMBEDDED`, a folder in diffusers' format, or a hub id.
-
-    Raises:
-        AutoencoderError: it cannot be loaded, or is not of one of the `classes`.
-    """
+    """Load an autoencoder in float32 from one of `EMBEDDED`, a folder in diffusers' format, or a hub id. Raises
+    AutoencoderError if that fails, or if it is not of one of the `classes`."""
     folder = EMBEDDED.get(source, Path(source))
     if source in EMBEDDED and (Path(source) / "config.json").exists():
         raise AutoencoderError(
@@ -106,11 +103,7 @@ def quiet_logger(name: str) -> Iterator[None]:
 
 @torch.inference_mode()
 def with_statistics(autoencoder: Any, images: Float[Tensor, "n 3 H W"]) -> Any:
-    """Measure mean and standard deviation of each latent channel on `images`, and set them in the configuration.
-
-    Raises:
-        ValueError: a channel is constant.
-    """
+    """Measure mean and standard deviation of each latent channel on `images`, and set them in the configuration."""
     generator = torch.Generator().manual_seed(0)
     encoded = [autoencoder.encode(batch) for batch in images.split(64)]
     latents = [e.latent_dist.sample(generator) if hasattr(e, "latent_dist") else e.latents for e in encoded]

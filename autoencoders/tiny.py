@@ -47,11 +47,7 @@ class PooledBlock(nn.Module):
 
 def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> AutoencoderTiny:
     """Build the autoencoder of a published pair of files: TAESD, TAESDXL (4 latent channels), TAESD3, TAEF1 (16) or
-    TAEF2 (32).
-
-    Raises:
-        AutoencoderError: they are not the encoder and the decoder of such an autoencoder.
-    """
+    TAEF2 (32)."""
     # The files number the layers; the decoder's first layer, a clamp, has no weights and is not one of diffusers'.
     state_dict = {f"encoder.layers.{name}": weight.float() for name, weight in encoder.items()}
     state_dict |= {

@@ -17,12 +17,8 @@ class Average:
 
     Parameters that have no gradient while others do are left out. Their steps count from the first step that trains
     them, so the average of each stage of a model covers the training of that stage. With a sharded model, each process
-    averages its own shards. Updates also apply to the averages in `profiles`.
-
-    Args:
-        model: the model, before its first step
-        decay: a function of the optimizer step, from 0
-        sharded: the model is about to be sharded: hold no weights until `shard_like`, so that no full copy is made
+    averages its own shards; it holds no weights until `shard_like` if it is created `sharded`, so that no full copy is
+    made. Updates also apply to the averages in `profiles`.
     """
 
     def __init__(self, model: nn.Module, decay: Callable[[int], float], *, sharded: bool = False) -> None:

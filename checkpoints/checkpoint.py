@@ -122,18 +122,13 @@ def check_identity(
     *,
     any_decoder: bool = False,
 ) -> None:
-    """Verify that the content of autoencoder and splits is that which a checkpoint was trained with.
-
-    Older checkpoints know only the name of the autoencoder, and the classes.
+    """Raise CheckpointError, naming the flag, unless the content of autoencoder and splits is that which a checkpoint
+    was trained with. Older checkpoints know only the name of the autoencoder, and the classes.
 
     Args:
-        weights: the checkpoint's file.
         here: the parts in use, such as `{"codec": codec.provenance, "test": dataset.describe()}`.
-        identity: the checkpoint's own; by default it is read from the file.
+        identity: the checkpoint's own; by default it is read from its file, `weights`.
         any_decoder: accept another decoder, as long as latents are the same.
-
-    Raises:
-        CheckpointError: a part differs; the message names its flag.
     """
     metadata = read_metadata(weights)
     trained_with = json.loads(metadata.get("identity", "{}")) if identity is None else identity
@@ -175,21 +170,11 @@ def warm_start(
     diffusion: DiffusionConfig | None = None,
     whole: bool = False,
 ) -> str:
-    """Initialise a model from the averaged weights of a checkpoint, and return a report of what was loaded.
+    """Initialise a model from the averaged weights of a checkpoint, and return a report of what was loaded. It warns of
+    other latents than `codec`'s and other settings of `diffusion`, under which the output means something else.
 
-    Weights are matched by name and shape, and rows of label embeddings by class name.
-
-    Args:
-        model: the model to load weights into.
-        path: the checkpoint.
-        classes: names of the model's classes.
-        codec: the codec in use; if the checkpoint's latents were others, the report warns.
-        accelerator: see `find_weights`.
-        diffusion: the diffusion in use; the report names its settings under which the output means something else.
-        whole: require a weight for all but label embeddings.
-
-    Raises:
-        CheckpointError: no weight fits, or one is missing for a `whole` model.
+    Weights are matched by name and shape, and rows of label embeddings by class name. Raises CheckpointError if none
+    fits or, for a `whole` model, if one is missing, except for label embeddings.
     """
     file, state = find_weights(path, accelerator), model.state_dict()
     weights, metadata = read_tensors(file), read_metadata(file)
@@ -247,16 +232,9 @@ def map_label_rows(
 
 
 def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) -> Checkpoint:
-    """Open a checkpoint, without its weights.
-
-    Args:
-        path: a run's folder (for its newest checkpoint), a checkpoint's folder, the weights file, hf://owner/name, or
-            the name `embedded`.
-        accelerator: see `find_weights`.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it is damaged or malformed.
-    """
+    """Open a checkpoint, without its weights: a run's newest one, a checkpoint's folder, the weights file,
+    hf://owner/name, or `embedded`. With an accelerator the main process chooses for all, see `find_weights`. Raises
+    CheckpointError if there is none, or if it is damaged or malformed."""
     weights = find_weights(path, accelerator)
     metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()
@@ -297,11 +275,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read and verify the metadata of a safetensors file, without its tensors.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or damaged.
-    """
+    """Read and verify the metadata of a safetensors file, without its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -313,11 +287,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read and verify the tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or damaged.
-    """
+    """Read and verify the tensors of a safetensors file."""
     expected = read_metadata(path).get("weights_sha256")
     try:
         with safe_open(path, framework="pt") as file:
@@ -336,11 +306,7 @@ def _sha256(metadata: Mapping[str, str]) -> str:
 
 
 def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
-    """Copy weights in place into the tensors, or shards, of a model or an average.
-
-    Raises:
-        CheckpointError: names or shapes differ.
-    """
+    """Copy weights in place into the tensors, or shards, of a model or an average of the same names and shapes."""
     ours, theirs = ({name: tuple(tensor.shape) for name, tensor in named.items()} for named in (tensors, weights))
     if mismatched := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise CheckpointError(
@@ -358,13 +324,8 @@ def current_commit() -> str:
 
 
 def find_weights(path: str | Path, accelerator: Accelerator | None = None) -> Path:
-    """Return the file of weights of a checkpoint, which for a run's folder is the newest.
-
-    With an accelerator, the main process chooses for all, because a training may be writing another checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Return the file of weights of a checkpoint, which for a run's folder is the newest. With an accelerator, the main
+    process chooses for all, because a training may be writing another checkpoint."""
     if accelerator and not is_checkpoint_name(path):
         return from_main(accelerator, partial(find_weights, path))
     path = resolve_to_file(path, WEIGHTS)

@@ -19,11 +19,7 @@ def is_checkpoint_name(path: str | Path) -> bool:
 
 
 def resolve_to_file(path: str | Path, file: str) -> Path:
-    """Return a path unchanged; for a name, return the path of `file`, downloaded unless it is cached.
-
-    Raises:
-        HubError: the file cannot be downloaded.
-    """
+    """Return a path unchanged; for a name, return the path of `file`, downloaded unless it is cached."""
     if not is_checkpoint_name(path):
         return Path(path)
     if str(path) == EMBEDDED:

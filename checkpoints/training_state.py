@@ -99,11 +99,7 @@ def copy_checkpoint(
 
 
 def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
-    """Load a checkpoint into a training, and return its progress.
-
-    Raises:
-        CheckpointError: a file is damaged, or does not fit the training.
-    """
+    """Load a checkpoint into a training, and return its progress."""
     training.ema.free_whole_model()
     for file, tensors in training.modules().items():
         load_weights(tensors, read_tensors(checkpoint / file), checkpoint)

@@ -9,14 +9,8 @@ from metrics.downloads import download
 
 @dataclass(frozen=True)
 class PublicFile:
-    """A public file of weights.
-
-    Args:
-        source: key of `conversion.weights.SOURCES`, the format of the weights
-        url: address of the file, or a repository of the hub (`hf://owner/name`), or a web page for a browser
-        backbone: backbone that the file must hold
-        image_size: image size that the weights were trained for
-    """
+    """A public file of weights: its format, a key of `conversion.weights.SOURCES`; its address, a repository of the
+    hub, or a web page for a browser; and the backbone and image size that it must be of."""
 
     source: str
     url: str

@@ -30,12 +30,8 @@ REACH = 1 / 8  # of the side: the largest integer translation, and the standard 
 def sample_augmentation(
     probability: float, mirrored: Int64[Tensor, " b"], size: tuple[int, int], generator: torch.Generator
 ) -> Changes:
-    """Sample the changes of a batch.
-
-    Args:
-        probability: of each kind of change, independently; a vertical flip has half of it
-        mirrored: 1 for images that were already flipped horizontally, else 0; on the generator's device
-        size: height and width
+    """Sample the changes of a batch of images of a size (height, width). Each kind of change is applied with this
+    `probability`, a vertical flip with half of it; `mirrored` is 1 for images that were already flipped horizontally.
     """
     num, options = len(mirrored), {"generator": generator, "device": mirrored.device}
     applied = torch.rand(6, num, **options) < probability
@@ -80,12 +76,8 @@ def _warp(
     images: Tensor, inverse: Float[Tensor, "b 2 2"], shift: Float[Tensor, "b 2"], factor: int, mode: str
 ) -> Tensor:
     """Apply a linear map and then a translation to images, and sample the result at `factor` times the resolution.
-
-    Args:
-        inverse: of the linear map, which acts on (x, y) in pixels from the centre
-        shift: the translation (x, y) in units of `REACH` times the sides
-        mode: interpolation of `F.grid_sample`
-    """
+    `inverse` is that of the map, which acts on (x, y) in pixels from the centre; `shift` is in units of `REACH` times
+    the sides."""
     num, channels, height, width = images.shape
     inverse = inverse * inverse.new_tensor([[1, height / width], [width / height, 1]])  # now of x and y in [-1, 1]
     theta = torch.cat([inverse, -inverse @ (2 * REACH * shift)[:, :, None]], dim=2)

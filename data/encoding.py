@@ -35,17 +35,10 @@ def build_cache(
     wait: Callable[[], object] = lambda: None,
 ) -> None:
     """Encode a data set into `folder`. Existing shards are kept; missing ones are distributed over the processes, and
-    rank 0 writes the manifest at the end.
+    rank 0 writes the manifest, with the entries of `provenance`, when `wait` says that all are done.
 
-    The composition of batches does not depend on the number of threads and processes, so the result does not either.
-
-    Args:
-        prepare: encodes a batch of images on the device
-        provenance: entries for the manifest
-        flips: also encode the mirrored images
-        batch_size: most images in a batch; mirrored ones count
-        num_threads: threads that decode images
-        wait: returns when all processes have called it
+    The composition of batches does not depend on the number of threads and processes, so the result does not either. Of
+    at most `batch_size` images, mirrored ones count.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), IMAGES_PER_SHARD)

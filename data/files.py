@@ -115,13 +115,11 @@ class Zip:
 
 
 class Tars:
-    """The files in tar shards, which are listed as `shard.tar/cat.jpg`.
-
-    All headers are read once, from front to back; contents are read in place.
+    """The files in tar shards, which are listed as `shard.tar/cat.jpg`. All headers are read once, from front to back;
+    contents are read in place.
 
     Args:
         path: the folder of the shards, or a single tar file
-        shards: their paths in the folder, in order
         beside: other files in the folder
         repeated: links to shards that are listed already
     """
@@ -160,11 +158,8 @@ class Tars:
 
 @lru_cache(maxsize=1)  # as both splits read the same shards
 def _index(shards: tuple[tuple[Path, str, tuple[int, ...]], ...]) -> tuple[dict[str, tuple[int, int, int]], list[str]]:
-    """Locate all files in shards, given as (path, name, version); also list the images that are links to others.
-
-    Returns:
-        Index of the shard, offset and size of each file by name, and the names of the links.
-    """
+    """Locate all files in shards, given as (path, name, version): index of the shard, offset and size of each by name.
+    Also list the images that are links to others."""
     locations: dict[str, tuple[int, int, int]] = {}
     links: list[str] = []
     for index, (path, shard, _) in enumerate(tqdm(shards, desc="reading shards", leave=False)):

@@ -31,21 +31,10 @@ _NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash, compute
 
 
 class ImageDataset(ImageSet):
-    """A split of the images in a folder or a zip (`data.layout`), in tar shards (`data.tars`), or in parquet shards, on
-    the disk or on the hub (`data.parquet`).
+    """A split (train, test or all) of the images in a folder or a zip (`data.layout`), in tar shards (`data.tars`), or
+    in parquet shards, on the disk or on the hub (`data.parquet`).
 
-    Args:
-        split: train, test or all
-        image_size: side, or height and width, to which images are cropped and resized; None keeps their own sizes
-        test_fraction: share of each class that is held out, unless the files define a split
-        split_seed: seed of that choice, which otherwise depends on names only
-        classes: classes to include; all by default
-        exclude_classes: classes to leave out
-        on_error: 'stop' raises an error at a damaged image, 'skip' leaves it out
-        min_size: leave out images with a shorter side than this
-        use_labels: False gives an unlabelled data set with the same split
-        group_near_duplicates: keep near-duplicates on the same side of the split
-        label_column: of parquet shards: the column with the classes
+    The settings are those of `experiment.config.DataConfig`. Without an `image_size`, images keep their own.
     """
 
     crop = "center, upright"
@@ -285,15 +274,8 @@ def _open_files(path: str | Path, label_column: str | None) -> Folder | Zip | Ta
 def hold_out(
     classes: Mapping[str, str], fraction: float, seed: int, group_of: Mapping[str, str] = MappingProxyType({})
 ) -> set[str]:
-    """Choose the names to hold out: the first `fraction` of each class, ordered by a seeded hash. A group, such as of
-    near-duplicates, is held out as a whole or not at all.
-
-    Args:
-        classes: class of each name
-        fraction: share of each class, at least one image and never all
-        seed: of the hash
-        group_of: group of a name; by default each is its own
-    """
+    """Choose the names to hold out: the first `fraction` of each class, at least one image and never all, ordered by a
+    seeded hash. A group, such as of near-duplicates, is held out as a whole or not at all."""
     if not 0 < fraction < 1:
         raise DataError(f"--data.test_fraction {fraction} must lie between 0 and 1")
     members: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))

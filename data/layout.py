@@ -40,16 +40,11 @@ class Layout:
 def infer_layout(
     names: Iterable[str], read: Callable[[str], bytes], classes: Sequence[str] = (), exclude_classes: Sequence[str] = ()
 ) -> Layout:
-    """Find images, classes and splits in a tree of files.
+    """Find images, classes and splits in a tree of files, given their paths.
 
     Each folder of images is a class, below folders `train/` and `test/` (or `val/`) if they exist. Images without class
-    folders may have their classes in a `labels.csv`. Ambiguous trees raise `DataError`.
-
-    Args:
-        names: paths of all files
-        read: returns a file's bytes
-        classes: those to include, all by default; a class folder may lie in another only if one of them is left out
-        exclude_classes: those to leave out
+    folders may have their classes in a `labels.csv`. A class folder may lie in another only if one of them is left out.
+    Ambiguous trees raise `DataError`.
     """
     images, tables, left_out = _sort_by_kind(names)
     root, paths, loose = _common_folder({name: name for name in images})
@@ -114,14 +109,8 @@ def is_hidden(name: str) -> bool:
 
 
 def _common_folder(paths: dict[str, str]) -> tuple[str, dict[str, str], list[str]]:
-    """Find the folder that holds all class folders: the deepest with all images in folders below it.
-
-    Args:
-        paths: by name
-
-    Returns:
-        That folder, the paths below it by name, and the names that lie outside.
-    """
+    """Find the folder that holds all class folders, given paths by name: the deepest with all images in folders below
+    it. Return it, the paths below it by name, and the names that lie outside."""
     nested, root = [path for path in paths.values() if "/" in path], ""
     while True:
         below = {path[len(root) :].partition("/")[0] for path in nested}

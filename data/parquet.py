@@ -85,8 +85,7 @@ class Parquets:
     """Parquet shards in a folder or on the hub. Rows are listed as `shard.parquet/00000012`.
 
     Args:
-        place: where they lie
-        shards: their paths there, in order, with the SHA-256 of each; None computes it from a local file
+        shards: their paths in `place`, in order, with the SHA-256 of each; None computes it from a local file
         label_column: column with the classes; by default `label`, or the only one whose classes have names
         beside: other files in the folder
         repeated: links to shards that are listed already
@@ -204,11 +203,7 @@ def _num_bytes(group: Future[Any]) -> int:
 
 
 def open_hub(url: str, label_column: str | None = None) -> Parquets:
-    """Open a data set of the hub, `hf://owner/name[@revision][/folder]`.
-
-    Raises:
-        UnreachableError: there is no network, or no such data set.
-    """
+    """Open a data set of the hub, `hf://owner/name[@revision][/folder]`."""
     from huggingface_hub import HfApi, HfFileSystem
 
     url = url.rstrip("/")

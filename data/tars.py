@@ -25,17 +25,11 @@ def infer_tar_layout(
     classes: Sequence[str] = (),
     exclude_classes: Sequence[str] = (),
 ) -> Layout:
-    """Find images, classes and splits in tar shards.
+    """Find images, classes and splits in tar shards, given files as `shard.tar/path` in the shards' order, and the
+    content of `classnames.txt`.
 
     If no sample has a label and the images lie in folders, or a labels.csv names them, the shards are read as one tree,
     like a zip.
-
-    Args:
-        names: files as `shard.tar/path`, in the shards' order
-        read: returns a file's bytes
-        class_names: content of `classnames.txt`, if it exists
-        classes: those to include, all by default
-        exclude_classes: those to leave out
     """
     images: dict[str, str] = {}  # by key
     labels: dict[str, str] = {}

@@ -128,11 +128,8 @@ def measured_values(figure: Figure, folder: Path, printed: str) -> float | None:
 
 
 def compare(table: Table, folder: Path) -> tuple[str, bool]:
-    """Compare a table of the document with the results in a folder.
-
-    Returns:
-        The comparison as a table, and whether every figure lies within its tolerance.
-    """
+    """Compare a table of the document with the results in a folder; return the comparison as a table, and whether every
+    figure lies within its tolerance."""
     text, output = section(table.document.read_text(), table.section), folder / "output.txt"
     printed = output.read_text(errors="replace") if output.is_file() else ""
     lines, all_agree = [["figure", "stands", "obtained", "may differ by", "agrees"]], True

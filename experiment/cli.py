@@ -89,7 +89,6 @@ def parse(
     """Parse flags and `--config FILE.yaml` into a frozen dataclass; invalid ones end the program with a message.
 
     Args:
-        config_class: the dataclass; its fields are the flags
         arguments: the command line's by default
         stored_in: the run that names the `imports`; None if the user does
         first: flag whose value may come first, without the flag

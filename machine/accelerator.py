@@ -30,15 +30,13 @@ TIMEOUT = timedelta(hours=2)  # the others wait while one process encodes or sco
 def open_accelerator(
     precision: str, *, flag: str = "--precision", in_parts: bool = False, grad_accumulation: int = 1, **options: Any
 ) -> Accelerator:
-    """Create the Accelerator in the given precision and print a line that describes it.
-
-    The launcher only decides on devices and processes; its other settings are overridden.
+    """Create the Accelerator in the given precision and print a line that describes it. The launcher only decides on
+    devices and processes; its other settings are overridden.
 
     Args:
         precision: 'auto', 'fp32' or 'bf16'
         flag: the command's name for this setting, for messages
         in_parts: some parameters get no gradient in some steps
-        grad_accumulation: micro-batches per optimizer step
         options: passed on to `Accelerator`
     """
     device = default_device()

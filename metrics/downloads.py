@@ -35,11 +35,8 @@ def hub_answers(seconds: float = 3.0) -> bool:
 
 
 def download(url: str, name: str, flag: str) -> Path:
-    """Download a public file to torch hub's cache under this name, unless it is there, and return its path.
-
-    Raises:
-        ValueError: it cannot be downloaded; the message is one line that begins with `flag`.
-    """
+    """Download a public file to torch hub's cache under this name, unless it is there, and return its path. An error
+    becomes a sentence that begins with `flag`."""
     import torch  # not at the top: `doctor.py --help` imports this module
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / name

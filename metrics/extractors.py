@@ -65,17 +65,11 @@ def with_resizing(network: nn.Module, side: int) -> nn.Module:
 
 
 def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[nn.Module, str, bool]:
-    """Load an extractor by name or by the path of a program.
+    """Load an extractor: one of `NAMES` or `timm:NAME`, with weights of its own or from a file, or the path of a
+    program.
 
     It returns a network from uint8 images to features [n d] and, for classifiers, logits [n k]; its hash; and whether
     its weights are those of published scores.
-
-    Args:
-        name: one of `NAMES`, `timm:NAME`, or the path of a program.
-        weights_path: a file of weights for a named extractor; by default they are downloaded.
-
-    Raises:
-        ExtractorError: it cannot be loaded.
     """
     kind, short_name = kind_and_name(name)
     if kind == PROGRAM:

@@ -61,16 +61,7 @@ def second_half_mask(num_images: int) -> Bool[Tensor, " n"]:
 
 
 class Extractor:
-    """A feature extractor on a device.
-
-    Args:
-        extractor: one of `NAMES`, `timm:NAME`, or the path of a program (see `metrics.extractors`).
-        weights_path: a file of weights for a named extractor; by default they are downloaded.
-        device: where it runs; it moves to the CPU if the device lacks an operation.
-
-    Raises:
-        ExtractorError: it cannot be loaded; the message names the flag and the remedy.
-    """
+    """A feature extractor (see `metrics.extractors`) on a device; it moves to the CPU if the device lacks an operation."""
 
     def __init__(
         self,
@@ -109,16 +100,10 @@ class Extractor:
         """Extract the features of a set of images that is distributed over all processes.
 
         Args:
-            batches: this process's share of the images.
-            num_images: number of images in that share.
+            batches: this process's share of the images, of which there are `num_images`.
             metrics: names of the metrics to compute from the features, which decide what is kept.
             gather: collects a list from all processes.
-            progress: show a progress bar.
             desc: name of the images in the progress bar and in errors.
-
-        Raises:
-            ValueError: there are no images, or they are not uint8 RGB.
-            ExtractorError: the extractor fails on them.
         """
         needs = required_features(metrics)
         part = _Part(second_half_mask(sum(gather([num_images]))), keep=bool(needs & PER_IMAGE))

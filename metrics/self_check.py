@@ -18,11 +18,7 @@ class SelfCheckError(ValueError):
 
 
 def self_check(extractor: Extractor) -> str:
-    """Run all checks; return a line for each, and one on which scores compare with the literature.
-
-    Raises:
-        SelfCheckError: a check failed.
-    """
+    """Run all checks; return a line for each, and one on which scores compare with the literature."""
     few, line = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), _line(*range(40))
     half_near = count_neighbours(_line(*range(20), *range(100, 120)), line)
     first_ten = count_neighbours(_line(*range(10)), line)  # their balls reach to 12, three beyond the last point

@@ -109,11 +109,8 @@ class _StopForward(Exception):
 
 
 def as_backbone(backbone: Any) -> type[Backbone]:
-    """Return the class itself or, for a plain `nn.Module`, a subclass with the defaults of `Backbone`.
-
-    Raises:
-        ValueError: it is no `nn.Module` class, or its constructor or `forward` has the wrong signature.
-    """
+    """Return the class itself or, for a plain `nn.Module`, a subclass with the defaults of `Backbone`. Raises
+    ValueError if its constructor or `forward` has the wrong signature."""
     name = getattr(backbone, "__name__", backbone)
     if not inspect.isclass(backbone) or not issubclass(backbone, nn.Module):
         raise ValueError(f"--model: {name} is no nn.Module class, which a backbone must be")

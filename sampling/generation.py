@@ -69,14 +69,8 @@ class Generator:
         generators: list[torch.Generator],
         start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 H W"]:
-        """Run the sampler and decode.
-
-        Args:
-            noise: initial noise or, with `start`, `x_t` at that time
-            y: labels
-            generators: one per image, for random steps
-            start: time to start from; by default the first of the chain
-        """
+        """Run the sampler from initial noise or, with `start`, from `x_t` at that time, and decode. There is a
+        generator per image, for random steps."""
         with inference_autocast(self.accelerator.device, precision_of(self.accelerator), self.model, self.guide_model):
             x_0 = sample(
                 self.diffusion,

@@ -33,16 +33,9 @@ class ClassMixture(nn.Module):
 def interpolate(
     generator: Generator, labels: tuple[int, int], seeds: tuple[int, int], num_images: int, only: int | None = None
 ) -> UInt8[Tensor, "n 3 H W"]:
-    """Generate images along the way between two classes, whose predictions are mixed linearly, and two seeds, whose
-    initial noises are interpolated spherically. Random steps use the first seed.
-
-    Args:
-        generator: its labels are ignored
-        labels: the two classes
-        seeds: the two seeds
-        num_images: number of equidistant images, both ends included
-        only: generate only the image of this index
-    """
+    """Generate equidistant images along the way between two classes, whose predictions are mixed linearly, and two
+    seeds, whose initial noises are interpolated spherically; both ends are included. Random steps use the first seed.
+    With `only`, generate the image of this index alone."""
     if isinstance(generator.diffusion, Staged) and labels[0] != labels[1]:
         raise ValueError("--interpolate: a cascade has no one prediction to mix; give --class one class, and --to_seed")
     if num_images < 2:

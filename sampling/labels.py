@@ -40,17 +40,11 @@ def sample_labels(
     reference: Int64[Tensor, " m"] | None,
     trial: int = 0,
 ) -> Int64[Tensor, " n"]:
-    """Choose the labels of samples to be scored by the policy `evaluation.labels`.
+    """Choose the labels of samples to be scored by the policy `evaluation.labels`: `balanced`, all classes in turn;
+    `reference`, each class in proportion to its share of the reference's labels; or `random`, uniform over classes.
 
-    The policy is one of `balanced`, all classes in turn; `reference`, each class in proportion to its share of the
-    reference; and `random`, uniform over classes.
-
-    Args:
-        evaluation: policy, seed and number of samples, by default that of the reference
-        num_reference: number of images in the reference; 0 if unknown
-        num_classes: 0 for an unconditional model
-        reference: labels of the reference, if it has any
-        trial: added to the seed
+    There are as many samples as images in the reference, unless the evaluation says otherwise. `trial` is added to the
+    seed.
     """
     num_images = evaluation.num_samples or num_reference
     if num_images < 1:

@@ -45,9 +45,9 @@ def reconstruct(
 ) -> tuple[UInt8[Tensor, "n kinds 3 h w"], int | float]:
     """Noise images and denoise them. The result of image `i` depends on (seed, i, image, label) only.
 
-    Returns:
-        Four versions of each image, which are the original, noised, `x_0` predicted from it in one step, and denoised
-        by the rest of the sampler's chain; and the time used, the noisiest one of the chain that does not exceed `t`.
+    Returns four versions of each image, which are the original, noised, `x_0` predicted from it in one step, and
+    denoised by the rest of the sampler's chain; and the time used, the noisiest one of the chain that does not exceed
+    `t`.
     """
     diffusion, codec, sampling = generator.diffusion, generator.codec, generator.sampling
     times = [time for time, _ in diffusion.reverse_steps(generator.num_steps, sampling.spacing)]

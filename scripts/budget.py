@@ -90,17 +90,8 @@ def main(config: BudgetConfig) -> None:
 def hours_of(
     config: BudgetConfig, cost: Any, encoder: float, decoder: float, gpus: int
 ) -> tuple[dict[str, float], str]:
-    """Estimate the hours of each part.
-
-    Args:
-        cost: parameters of the model, and GFLOP of a forward pass for an image
-        encoder: GFLOP of the encoder for an image
-        decoder: GFLOP of the decoder for an image
-        gpus: number of GPUs
-
-    Returns:
-        Hours by part, and what limits training, 'arithmetic' or the 'sums' of gradients.
-    """
+    """Estimate the hours of each part from the GFLOP of each network for an image, and say what limits training,
+    'arithmetic' or the 'sums' of gradients."""
     peaks = config.peak_tflops, config.float32_tflops
     bf16, float32 = (peak * 1e3 * config.mfu * 3600 for peak in peaks)  # GFLOP per hour on one GPU
     reading = config.num_images / config.reading / 3600

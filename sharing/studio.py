@@ -194,13 +194,8 @@ class _Stopped(Exception):
 def _stream(
     sample: Callable[[Callable[[int, Tensor, Tensor], None]], Tensor], shown_steps: set[int], num_steps: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Run a sampler in a thread, and yield (steps done, `x_0`) at the given steps, and at the end its samples.
-
-    Args:
-        sample: samples with a callback of (step, x_t, x_0)
-        shown_steps: steps, counted from 0, whose `x_0` is yielded
-        num_steps: number of all steps
-    """
+    """Run a sampler, which is given a callback, in a thread; yield (steps done, `x_0`) at the given steps, counted from
+    0, and at the end its samples."""
     results: queue.Queue[tuple[int, Tensor] | BaseException] = queue.Queue()
     stopped = threading.Event()
 

@@ -16,16 +16,8 @@ def is_due(step: int, every: int) -> bool:
 
 
 class Log:
-    """Writes events as lines of JSON and sends them to the trackers.
-
-    Args:
-        folder: the run's folder
-        config: the run's settings, for the trackers
-        step: where the run continues; later events are removed
-
-    Raises:
-        ValueError: if a tracker cannot be started
-    """
+    """Writes events as lines of JSON and sends them to the trackers. A run that continues at a `step` removes later
+    events."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, config: dict, step: int = 0) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator

@@ -20,17 +20,9 @@ STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration, 
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for matrices and AdamW for the rest. Muon's steps are scaled to the root mean square of AdamW's (Liu et al.
-    2025, "Muon is Scalable for LLM Training", eq. 4).
-
-    Args:
-        matrices: parameters for Muon
-        rest: parameters or parameter groups for AdamW
-        lr: learning rate of AdamW
-        lr_scale: learning rate of Muon, in units of `lr`
-        momentum: of Muon
-        of_adamw: other arguments of AdamW; weight decay also applies to Muon
-    """
+    """Muon for `matrices` and AdamW for the `rest`, parameters or groups of them. Muon's learning rate is `lr_scale` in
+    units of `lr`, and its steps are scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for
+    LLM Training", eq. 4). Weight decay applies to both."""
 
     def __init__(
         self,

@@ -21,14 +21,8 @@ OUTPUTS = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.
 
 
 def start_or_resume(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
-    """Prepare a run's folder.
-
-    Returns:
-        The configuration, and the checkpoint to resume or None for a new run.
-
-    Raises:
-        FileExistsError: if a new run would mix with the folder's content
-    """
+    """Prepare a run's folder; return the configuration, and the checkpoint to resume or None for a new run, which must
+    not mix with what is in the folder."""
     run = config.folder
     if (run / "plan.json").is_file():
         raise FileExistsError(f"{run} holds an ablation; give another --name")

@@ -93,10 +93,8 @@ class Run(Generic[R]):
         """Load the state of the checkpoint, if the run is resumed, and open the log.
 
         Args:
-            training: networks, optimizers and everything else that checkpoints contain
             guards: one for each trained network, by its name
             due: returns the inspections after a step, given the step and the total number
-            num_steps: total number of steps
             best: the metric by which the best checkpoint is kept
             keep_every: keep all checkpoints at multiples of this step
             metadata: further entries for checkpoints

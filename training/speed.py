@@ -67,15 +67,8 @@ def training_step(
     compile: bool = False,
     reads: bool = True,
 ) -> Callable[[], Tensor]:
-    """Create an optimizer step like that of `train.py`, which returns the loss.
-
-    Args:
-        precision: 'fp32' or 'bf16'
-        batch: returns latents and labels
-        diffusion: provides the loss
-        compile: compile the repeated blocks
-        reads: transfer the gradient's norm to the CPU; False for a step that a CUDA graph captures
-    """
+    """Create an optimizer step like that of `train.py`, which returns the loss; `batch` returns latents and labels.
+    With `reads` it transfers the gradient's norm to the CPU, as a step that a CUDA graph captures cannot."""
     optimizer, ema = build_optimizer(model, OptimConfig()), EMA(model, 0.9999)
     for group in optimizer.param_groups:
         group["capturable"] = not reads
@@ -121,15 +114,8 @@ def sparse_cache(folder: Path, num_images: int, image_size: int = 256, channels:
 
 @cache
 def matrix_peak(precision: str, side: int | None = None) -> tuple[float, int]:
-    """Measure the FLOP/s of a product of square matrices.
-
-    Args:
-        precision: 'fp32' or 'bf16'
-        side: of the matrices; by default large enough that launches do not count
-
-    Returns:
-        FLOP/s and the side.
-    """
+    """Measure the FLOP/s of a product of square matrices, by default so large that launches do not count; also return
+    their side."""
     device, (default, calls) = benchmark_device(), (8192, CALLS) if benchmark_device().type == "cuda" else (2048, 1)
     side = side or default
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -143,17 +129,11 @@ def matrix_peak(precision: str, side: int | None = None) -> tuple[float, int]:
 
 
 def time_interleaved(programs: Sequence[Program], rounds: int, num_images: int, calls: int | None = None) -> list[Row]:
-    """Measure programs in alternation, after a warm-up round.
+    """Measure programs in alternation, after a warm-up round. `calls` of a round share one synchronisation; by default
+    they are 1 on a CPU and `CALLS` on a GPU.
 
-    Args:
-        programs: to compare
-        rounds: measurements of each program
-        num_images: images per call
-        calls: per round, with one synchronisation; by default 1 on a CPU and `CALLS` on a GPU
-
-    Returns:
-        A row for each program with the median of images per second, the slowest and the fastest round, and as `step GB`
-        the peak memory of its first round beyond what was held before.
+    Returns a row for each program with the median of images per second, the slowest and the fastest round, and as `step
+    GB` the peak memory of its first round beyond what was held before.
     """
     device = benchmark_device()
     calls = calls or (CALLS if device.type == "cuda" else 1)

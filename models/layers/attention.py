@@ -25,15 +25,8 @@ def attend(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "... n f"]:
-    """Compute `softmax(scale * q k^T + bias) v` (Vaswani et al. 2017, eq. 1).
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        bias: broadcasts to [... n m]; added to the logits or, if boolean, True where a query may attend to a key.
-        scale: `1 / sqrt(e)` by default.
-    """
+    """Compute `softmax(scale * q k^T + bias) v` (Vaswani et al. 2017, eq. 1); the scale is `1 / sqrt(e)` by default.
+    `bias` broadcasts to [... n m]; it is added to the logits or, if boolean, True where a query may attend to a key."""
     few_tokens = q.device.type == "cpu" and k.shape[-2] <= FEW_TOKENS.get(q.dtype, FEW_TOKENS_DEFAULT)
     # The fused kernels have no rule for forward-mode differentiation.
     if few_tokens or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):

@@ -67,26 +67,17 @@ class CascadeObjective(Objective):
 class Cascade(Diffusion):
     """Three shallow stages in place of one deep model. Samplers walk the chain of the coarse stage.
 
-    Training has three phases:
-
-    1. The coarse stage learns by its own objective.
-    2. Upsampler and refiner learn by the squared error of their images; the coarse stage is frozen.
-    3. All stages learn by the sum of these losses.
+    Training has three phases, of relative lengths `phases`: the coarse stage learns by its own objective; upsampler and
+    refiner learn by the squared error of their images, while it is frozen; all stages learn by the sum of these losses.
 
     In phases 2 and 3 the upsampler's input is either the downsampled true image (teacher forcing) or the coarse stage's
     one-step prediction of `x_0` from a noisy version of it. In phase 3 the gradient of upsampler and refiner flows
-    through that prediction into the coarse stage. Both inputs belong to the same image, which is the target.
+    through that prediction into the coarse stage. Both inputs belong to the same image, which is the target. The
+    probability of teacher forcing changes linearly between the two numbers that `forcing` has for phase 2, and for
+    phase 3.
 
-    Outside of a training, the loss is that of all stages under full teacher forcing.
-
-    Args:
-        coarse: diffusion of the coarse stage.
-        refinement: training and sampling of upsampler and refiner.
-        factor: side of the image divided by that of the coarse image.
-        phases: relative lengths of the three phases.
-        forcing: probability of teacher forcing at the beginning and the end of phase 2, and of phase 3; it changes
-            linearly in between.
-        model_args: arguments that a backbone for this diffusion has to be built with.
+    Outside of a training, the loss is that of all stages under full teacher forcing. `model_args` are arguments that a
+    backbone for this diffusion has to be built with.
     """
 
     stages = ("coarse", "upsampler", "refiner")

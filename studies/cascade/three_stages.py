@@ -229,19 +229,12 @@ Stages = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Cascade(Backbone):
-    """Coarse stage at a fraction of the image's side, upsampler and refiner.
+    """Coarse stage at a fraction of the image's side, upsampler and refiner, by their names in `COARSE`, `UPSAMPLERS`
+    and `REFINERS`, with arguments that differ from their defaults.
 
     Like any backbone, `model(x_t, t, y)` passes an image through all three. The cascade's diffusion trains the stages
     by objectives of their own, in one call that says how they are connected (`connect`), and samples them separately.
-
-    Args:
-        coarse: name in `COARSE`.
-        upsampler: name in `UPSAMPLERS`.
-        refiner: name in `REFINERS`.
-        factor: side of the image divided by that of the coarse image.
-        coarse_args: arguments of the coarse stage that differ from its defaults, such as {width: 64}.
-        upsampler_args: the same for the upsampler.
-        refiner_args: the same for the refiner.
+    `factor` is the side of the image divided by that of the coarse image.
     """
 
     def __init__(
