@@ -75,10 +75,8 @@ def count_cost(spec: ModelSpec) -> Cost:
 
 
 def _time(spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, batch_size: int) -> tuple[float, float]:
-    """Images per second of training steps and of forward passes, from a few of each on random latents.
-
-    This is a rough estimate: enough to tell a training of an hour from one of three.
-    """
+    """Images per second of training steps and of forward passes, from a few of each on random latents. This is a rough
+    estimate: enough to tell a training of an hour from one of three."""
     device, precision = accelerator.device, precision_of(accelerator)
     options: dict[str, Any] = {"batch_size": batch_size, "num_repeats": 3, "device": device}
     model = spec.build().to(device)
@@ -144,10 +142,8 @@ def resize_to_cost(
 
 
 def with_width(spec: ModelSpec, width: int) -> Resized | None:
-    """Return the backbone at this width, or None where no head size from half to twice its own divides the width.
-
-    Of the head sizes that do, the one closest to the original's is chosen.
-    """
+    """Return the backbone at this width, or None where no head size from half to twice its own divides the width. Of
+    the head sizes that do, the one closest to the original's is chosen."""
     heads: Any = model_arguments(spec.name, **spec.args)["num_heads"]
     per_stage = isinstance(heads, list | tuple)
     first = heads[0] if per_stage else heads

@@ -52,7 +52,6 @@ def plot_loss(results: Results, axes: Any) -> bool:
 
 
 def plot_validation(results: Results, axes: Any) -> bool:
-    """Validation loss of each run by step."""
     axes.set(xlabel="step", ylabel="loss on held-out images")
     return _lines(results, axes, "validation_loss", lambda run, step: step)
 

@@ -31,10 +31,8 @@ NO_EFFECT_ON_WEIGHTS = (  # imported by train.py, but only to observe the traini
 
 
 def stage_keys(config: ExperimentConfig, scoring: object, pictures: object) -> dict[str, str]:
-    """Return a key `<hash of configuration>-<hash of code>` for each stage.
-
-    Runs that differ only in how they sample or score share the key of their training.
-    """
+    """Return a key `<hash of configuration>-<hash of code>` for each stage. Runs that differ only in how they sample or
+    score share the key of their training."""
     values, defaults = _drop_irrelevant(config.to_dict()), _drop_irrelevant(ExperimentConfig().to_dict())
     differences = _differences(_add_file_hashes(values), defaults)
     after_training = {name: differences.pop(name, {}) for name in ("sampling", "evaluation")}
@@ -63,19 +61,14 @@ def accept_other_code(keys: dict[str, str], stored: dict[str, str], begun: Seque
 
 
 def done_stages(folder: Path) -> dict[str, str]:
-    """Read `stages.json` of a run's folder.
-
-    It holds the keys of the finished stages (`train`, `score`, `draw`), the key of the training that has begun
-    (`began`), and the SHA-256 of `scores.json` (`scores`).
-    """
+    """Read `stages.json` of a run's folder. It holds the keys of the finished stages (`train`, `score`, `draw`), the
+    key of the training that has begun (`began`), and the SHA-256 of `scores.json` (`scores`)."""
     return _read_json(folder / "stages.json")
 
 
 def is_scored(folder: Path, key: str) -> bool:
-    """Whether the folder's scores are those of the stage with this key.
-
-    The file is compared by content because `evaluate.py`, run by hand, writes to the same place.
-    """
+    """Whether the folder's scores are those of the stage with this key. The file is compared by content because
+    `evaluate.py`, run by hand, writes to the same place."""
     stored, path = done_stages(folder), folder / "scores.json"
     is_unchanged = "scores" not in stored or (path.is_file() and sha256_of(path) == stored["scores"])
     return stored.get("score") == key and is_unchanged
@@ -175,11 +168,8 @@ def code_hashes(stage: str, root: Path = ROOT) -> dict[str, str]:
 
 
 def code_hashes_of_command(words: Sequence[str], root: Path = ROOT) -> dict[str, str]:
-    """Hash the code and the YAML files of a command, given as words with absolute paths.
-
-    Covers the programs of this repository that the command names, the programs that those may start, and the
-    configurations that it names.
-    """
+    """Hash the code and the YAML files of a command, given as words with absolute paths. Covers the programs of this
+    repository that the command names, the programs that those may start, and the configurations that it names."""
     paths = {Path(word).resolve() for word in words if Path(word).is_absolute() and Path(word).is_file()}
     inside = sorted(path.relative_to(root).as_posix() for path in paths if path.is_relative_to(root))
     programs = [name for name in inside if name.endswith(".py")]
@@ -216,10 +206,8 @@ def _read(source: str) -> tuple[list[str], str]:
 
 
 def _modules(node: ast.AST) -> Iterator[str]:
-    """Yield the modules imported below a node, by `import_module` too, but not under `if TYPE_CHECKING`.
-
-    `from a import b` yields `a` and `a.b`, as b may be a module.
-    """
+    """Yield the modules imported below a node, by `import_module` too, but not under `if TYPE_CHECKING`. `from a import
+    b` yields `a` and `a.b`, as b may be a module."""
     if isinstance(node, ast.If) and any(_name(part) == "TYPE_CHECKING" for part in ast.walk(node.test)):
         return
     if isinstance(node, ast.Import):

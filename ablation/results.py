@@ -29,7 +29,6 @@ class Difference:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the difference is statistically significant."""
         return self.p < SIGNIFICANT
 
     def sentence(self, name: str, other: str, lower_is_better: bool, digits: int | None = None) -> str:
@@ -44,10 +43,8 @@ class Difference:
 
 
 def paired_t_test(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Two-sided paired t-test of scores by seed, over the common seeds.
-
-    Returns None for fewer than two common seeds, and where all differences are equal, as their variance is 0.
-    """
+    """Two-sided paired t-test of scores by seed, over the common seeds. Returns None for fewer than two common seeds,
+    and where all differences are equal, as their variance is 0."""
     from scipy import stats
 
     differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]

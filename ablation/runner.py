@@ -38,12 +38,10 @@ FRECHET_ONLY = {"fid", "sfid"}
 
 
 def train_command(planned: PlannedRun) -> list[str]:
-    """The command that trains a run, or resumes its training."""
     return ["train.py", "--config", str(planned.run.folder / "variant.yaml"), "--resume", "auto"]
 
 
 def score_command(planned: PlannedRun) -> list[str]:
-    """The command that samples from a run and scores the samples."""
     evaluation, scoring = planned.run.config.evaluation, planned.ablation.scoring
     flags = {name: value for name, value in asdict(evaluation).items() if value is not None}
     flags |= {"samples": planned.trained_in, "output": planned.run.folder / "scores.json"}
@@ -64,10 +62,8 @@ def draw_command(planned: PlannedRun) -> list[str]:
 
 
 def _as_flags(planned: PlannedRun, values: dict[str, Any]) -> list[str]:
-    """Format values as `--name value`, lists and mappings as JSON.
-
-    All sampling settings are added, because those in the training's configuration may be another variant's.
-    """
+    """Format values as `--name value`, lists and mappings as JSON. All sampling settings are added, because those in
+    the training's configuration may be another variant's."""
     sampling = yaml.safe_dump(asdict(planned.sampling), default_flow_style=True, width=math.inf).strip()
     values = {**values, "precision": planned.run.config.train.precision, "sampling": sampling}
     values |= {"imports": planned.run.config.imports} if planned.run.config.imports else {}
@@ -106,10 +102,8 @@ class Runner:
     reason: str | None = None
 
     def __call__(self, job: list[PlannedRun], environment: dict[str, str] | None = None) -> list[Outcome]:
-        """Execute the runs that share a training; the first of them trains.
-
-        `environment` holds additional environment variables of the processes.
-        """
+        """Execute the runs that share a training; the first of them trains. `environment` holds additional environment
+        variables of the processes."""
         outcomes: list[Outcome] = []
         try:
             # In reverse: the run that trains comes last, as the changes of the others are found through its folder.
@@ -210,10 +204,8 @@ class WorkerSlot(NamedTuple):
 
 
 def worker_slots(workers: int) -> list[WorkerSlot]:
-    """Return a place for each GPU; without GPUs, split the cores among `workers`.
-
-    Raises ValueError where there are fewer cores than workers.
-    """
+    """Return a place for each GPU; without GPUs, split the cores among `workers`. Raises ValueError where there are
+    fewer cores than workers."""
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else map(str, range(gpus))
@@ -228,10 +220,8 @@ def worker_slots(workers: int) -> list[WorkerSlot]:
 
 
 def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
-    """Run one job at a time on each GPU, or `workers` jobs at a time on the CPU.
-
-    At a signal to stop, running trainings save and end, and no other job starts.
-    """
+    """Run one job at a time on each GPU, or `workers` jobs at a time on the CPU. At a signal to stop, running trainings
+    save and end, and no other job starts."""
     queue: Queue[list[PlannedRun]] = Queue()
     for job in jobs:
         queue.put(job)
@@ -257,10 +247,8 @@ def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
 def submit(
     jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
 ) -> list[Outcome]:
-    """Submit all jobs through submitit, and wait for them.
-
-    With the scheduler `local`, jobs are processes of this machine, and a signal to stop is passed on to them.
-    """
+    """Submit all jobs through submitit, and wait for them. With the scheduler `local`, jobs are processes of this
+    machine, and a signal to stop is passed on to them."""
     executor = open_executor(scheduler, logs, name="ablation", **asdict(cluster))
     here = scheduler == "local"
     submitted: list[tuple[list[PlannedRun], Any]] = []
@@ -291,10 +279,8 @@ def submit(
 
 @dataclass
 class SubmittedJob:
-    """A job as submitit calls it, requeued when its time is up.
-
-    `here`: it runs as a process of this machine, and handles signals to stop itself.
-    """
+    """A job as submitit calls it, requeued when its time is up. `here`: it runs as a process of this machine, and
+    handles signals to stop itself."""
 
     runner: Runner
     job: list[PlannedRun]

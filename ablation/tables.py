@@ -55,10 +55,8 @@ def reference_cells(results: Results) -> list[list[Cell]]:
 
 
 def cross_tabulate(results: Results) -> list[tuple[str, list[list[str]]]]:
-    """Two-way tables, one per metric, of an ablation with exactly two factors; otherwise none.
-
-    Returns the metric's title and rows of text, with the first factor's values as rows and the second's as columns.
-    """
+    """Two-way tables, one per metric, of an ablation with exactly two factors; otherwise none. Returns the metric's
+    title and rows of text, with the first factor's values as rows and the second's as columns."""
     points = {variant.name: variant.plan.get("point", {}) for variant in results.variants}
     values = {
         key: list(dict.fromkeys(str(point.get(key)) for point in points.values()))

@@ -155,7 +155,6 @@ class AutoencoderObjective:
 def build_discriminator(
     config: DiscriminatorConfig, device: torch.device
 ) -> tuple[PatchDiscriminator, torch.optim.Optimizer]:
-    """Create the discriminator and its optimizer."""
     critic = PatchDiscriminator(channels=config.channels, num_layers=config.num_layers, norm=config.norm).to(device)
     return critic, torch.optim.AdamW(critic.parameters(), config.lr, (0.5, 0.9), weight_decay=0.0, fused=True)
 
@@ -186,5 +185,4 @@ def adaptive_weight(likelihood: Tensor, adversarial: Tensor, at_most: float) -> 
 
 
 def _mean(values: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
-    """Mean of each image's values."""
     return values.flatten(1).mean(dim=1)

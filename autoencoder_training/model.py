@@ -27,10 +27,7 @@ class AutoencoderOutput(NamedTuple):
 
 
 class Autoencoding(nn.Module):
-    """AutoencoderKL with the log-scale of its pixel errors, which is learned or 0.
-
-    `decoder_only` freezes the encoder.
-    """
+    """AutoencoderKL with the log-scale of its pixel errors, learned or 0. `decoder_only` freezes the encoder."""
 
     log_scale: Tensor
 
@@ -63,10 +60,8 @@ class Autoencoding(nn.Module):
 
 
 def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) -> Optimizers:
-    """Build AdamW, and with `muon_lr` Muon for the matrices, except those of the first and last layer.
-
-    The rows of those two are colour channels.
-    """
+    """Build AdamW, and with `muon_lr` Muon for the matrices, except those of the first and last layer. The rows of
+    those two are colour channels."""
     autoencoder = model.autoencoder
     first_and_last = {autoencoder.encoder.conv_in.weight, autoencoder.decoder.conv_out.weight}
     parameters, optimizers = [parameter for parameter in model.parameters() if parameter.requires_grad], Optimizers()

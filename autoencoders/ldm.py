@@ -29,7 +29,7 @@ RENAMES = (  # regular expressions and replacements for the names of weights, in
 
 
 def from_ldm(weights: Mapping[str, Tensor]) -> "AutoencoderKL":
-    """Build diffusers' autoencoder from these weights or their EMA; its widths, depth and attention follow from them."""
+    """Build diffusers' autoencoder from these weights or their EMA; widths, depth and attention follow from them."""
     from diffusers import AutoencoderKL
 
     weights = {  # their EMA, which training there stores under the same names without dots

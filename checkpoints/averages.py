@@ -33,10 +33,8 @@ class Average:
 
     @property
     def model(self) -> nn.Module:
-        """The averaged model in eval mode.
-
-        If it is sharded, this is a collective operation, and the model is valid until the next update.
-        """
+        """The averaged model in eval mode. If it is sharded, this is a collective operation, and the model is valid
+        until the next update."""
         if not self._is_whole:
             for name, tensor in self._model.state_dict(keep_vars=True).items():
                 tensor.data = full_tensor(self.tensors[name])
@@ -161,11 +159,8 @@ Snapshot = tuple[int | float, float]  # (steps trained, gamma)
 
 
 def reconstruction_weights(snapshots: Sequence[Snapshot], target: Snapshot) -> list[float]:
-    """Return the weights of snapshots whose sum approximates a target average.
-
-    They are a least-squares fit of the profiles over training (Karras et al. 2024, section 3.2), scaled to sum to one
-    as in EDM2's code.
-    """
+    """Return the weights of snapshots whose sum approximates a target average. They are a least-squares fit of the
+    profiles over training (Karras et al. 2024, section 3.2), scaled to sum to one as in EDM2's code."""
     gram = [[_overlap(a, b) for b in snapshots] for a in snapshots]
     right = [_overlap(a, target) for a in snapshots]
     weights = np.linalg.lstsq(np.array(gram), np.array(right), rcond=None)[0]

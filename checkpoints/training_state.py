@@ -28,10 +28,8 @@ SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never d
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All objects whose state a training changes, by their names in a checkpoint.
-
-    Objects in `others` have `state()`, which returns JSON values, and `restore(state)`.
-    """
+    """All objects whose state a training changes, by their names in a checkpoint. Objects in `others` have `state()`,
+    which returns JSON values, and `restore(state)`."""
 
     networks: Mapping[str, nn.Module]
     optimizers: Mapping[str, torch.optim.Optimizer]

@@ -42,9 +42,7 @@ class PublishedCheckout:
         self, name: str, num_classes: int, device: torch.device, precision: str, batch: Callable[[], tuple[Any, Any]]
     ) -> Callable[[], None]:
         """Return a function that makes one optimizer step as the authors' script does; in bf16 AdamW is fused.
-
-        `batch()` returns latents and labels.
-        """
+        `batch()` returns latents and labels."""
         model = self.create(name, latent_size=8, num_classes=num_classes).to(device)
         ema = deepcopy(model).requires_grad_(False).eval()
         ema_parameters = dict(ema.named_parameters())

@@ -71,11 +71,8 @@ def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, v
 
 
 def export_denoiser(model, spec, batch_size: int = 3) -> tuple[Any, float]:
-    """Export a model as a program for any batch size, traced with `batch_size` images.
-
-    Returns the program and its largest relative error on a batch of another size. Raises ValueError where the error
-    exceeds 1e-4.
-    """
+    """Export a model as a program for any batch size, traced with `batch_size` images. Returns the program and its
+    largest relative error on a batch of another size. Raises ValueError where the error exceeds 1e-4."""
 
     def random_inputs(num: int) -> tuple:
         generator = torch.Generator().manual_seed(num)

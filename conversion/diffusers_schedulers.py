@@ -22,10 +22,8 @@ SPACINGS = {  # by kind, sampler and spacing: the pipeline's name of the spacing
 
 
 def to_scheduler(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
-    """Return the diffusers scheduler that makes the same steps, and the pipeline's name of its spacing.
-
-    Raises ValueError naming the setting for which there is none.
-    """
+    """Return the diffusers scheduler that makes the same steps, and the pipeline's name of its spacing. Raises
+    ValueError naming the setting for which there is none."""
     defaults = asdict(type(sampling)())
     for name, value in asdict(sampling).items():
         if name not in SUPPORTED and value != defaults[name]:

@@ -19,10 +19,8 @@ OUTER = {"model", "net", "network", "denoiser", "ema_model", "model_ema", "ema"}
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], int]:
-    """Read the weights of a published file, averaged where it has averages, and the training step.
-
-    Raises ValueError where the file has no weights, or would have to be unpickled into more than plain data.
-    """
+    """Read the weights of a published file, averaged where it has averages, and the training step. Raises ValueError
+    where the file has no weights, or would have to be unpickled into more than plain data."""
     if not path.is_file():
         raise ValueError(f"--weights {path}: no such file")
     try:
@@ -47,10 +45,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def split_checkpoint(saved: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Find the averaged and the trained weights in a checkpoint.
-
-    The average (ema, params_ema, ...) may be a nested dictionary, or a prefix of names.
-    """
+    """Find the averaged and the trained weights in a checkpoint. The average (ema, params_ema, ...) may be a nested
+    dictionary, or a prefix of names."""
     if not isinstance(saved, dict):
         return {}, {}
     parts: dict[str, dict[str, Any]] = {"": strip_wrappers(saved)}

@@ -83,10 +83,8 @@ def load_reference(source: str, weights: Mapping[str, Tensor], arguments: Mappin
 
 
 def infer_arguments(source: str, weights: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """Infer the arguments of `create_model`, `name` included, from published weights.
-
-    Raises ValueError for an unknown source, and where `num_heads` is needed: for a width that is no published one.
-    """
+    """Infer the arguments of `create_model`, `name` included, from published weights. Raises ValueError for an unknown
+    source, and where `num_heads` is needed: for a width that is no published one."""
     check_name("--source", source, SOURCES)
     read, _ = SOURCES[source]
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -98,10 +96,8 @@ def infer_arguments(source: str, weights: Mapping[str, Tensor], num_heads: int |
 
 
 def find_named_backbone(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Find the named backbone (such as `DiT-XL/2`) that equals a family with these arguments.
-
-    Returns its name and no arguments, or the name and arguments as given where there is none.
-    """
+    """Find the named backbone (such as `DiT-XL/2`) that equals a family with these arguments. Returns its name and no
+    arguments, or the name and arguments as given where there is none."""
 
     def all_arguments(name: str, **overrides: Any) -> dict[str, Any]:
         arguments = {**model_arguments(name), **overrides}

@@ -14,10 +14,8 @@ DATASETS: dict[str, Callable[..., ImageSet]] = {"shapes": ShapesDataset}  # othe
 
 
 def open_dataset(path: str, **settings: Any) -> ImageSet:
-    """Open a data set of `DATASETS` by name, or image files by path.
-
-    `settings` are those of the section `data`; each data set receives the ones that it has parameters for.
-    """
+    """Open a data set of `DATASETS` by name, or image files by path. `settings` are those of the section `data`; each
+    data set receives the ones that it has parameters for."""
     if path not in DATASETS:
         options = {name: value for name, value in settings.items() if name not in ("num_images", "difficulty")}
         return ImageDataset(path, **options)

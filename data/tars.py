@@ -75,7 +75,6 @@ def infer_tar_layout(
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Split a name into the shard and the path inside it."""
     end = re.search(r"\.(tar|parquet)/", name.lower()).end()  # pyright: ignore[reportOptionalMemberAccess]
     return name[: end - 1], name[end:]
 

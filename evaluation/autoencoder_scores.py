@@ -59,10 +59,8 @@ class Distance:
 
 
 def open_distance(network: str, heads: str | None, device: torch.device) -> Distance:
-    """Open the distance that `--perceptual` and `--heads` name.
-
-    If its weights cannot be downloaded, the result holds the reason. Raises ValueError for a missing file.
-    """
+    """Open the distance that `--perceptual` and `--heads` name. If its weights cannot be downloaded, the result holds
+    the reason. Raises ValueError for a missing file."""
     if network not in NETWORKS and not Path(network).is_file():
         raise ValueError(
             f"--perceptual {network}: no such file; give {', '.join(NETWORKS)}, or a program (.pt2) that you trust"
@@ -95,10 +93,8 @@ class Measurement:
 def measure(
     codec: LatentCodec, images: Source, distance: Distance, accelerator: Accelerator, batch_size: int
 ) -> Measurement:
-    """Measure an autoencoder on images, of which each process takes a share.
-
-    Reconstructions are decoded from the mean of the posterior.
-    """
+    """Measure an autoencoder on images, of which each process takes a share. Reconstructions are decoded from the mean
+    of the posterior."""
     comparisons: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     if distance.network is not None:
         comparisons[distance.name] = distance
@@ -335,10 +331,8 @@ def advice(rows: Sequence[Row], codecs: Sequence[LatentCodec], image_size: int) 
 
 
 def recommend(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
-    """Recommend the fastest decoder among those within two standard errors of the best score.
-
-    The score is that of the first metric of `DECIDING` that all autoencoders have.
-    """
+    """Recommend the fastest decoder among those within two standard errors of the best score. The score is that of the
+    first metric of `DECIDING` that all autoencoders have."""
     scores = {row.name: {find_metric(title)[0]: score for title, score in _without_halves(row).items()} for row in rows}
 
     def is_available(metric: str) -> bool:

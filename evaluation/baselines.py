@@ -62,7 +62,6 @@ class Controls(NamedTuple):
 def open_controls(
     samples: Source, held_out: ImageSet, data: DataConfig, evaluation: EvaluationConfig, accelerator: Accelerator
 ) -> Controls:
-    """Choose the controls of samples."""
     train = open_split(data, "train", accelerator)
     copies, originals = matching_images(samples, train, "training images", "--memorisation", evaluation.seed)
     unseen, _ = matching_images(samples, held_out, "held-out images", "--memorisation", evaluation.seed)

@@ -44,10 +44,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Whether samples lie closer to the training images than held-out images do, in feature space.
-
-    `closer` only has a meaning if the control experiment with copies of training images gives values near 1.
-    """
+    """Whether samples lie closer to the training images than held-out images do, in feature space. `closer` only has a
+    meaning if the control experiment with copies of training images gives values near 1."""
 
     closer: float  # probability that a sample is closer than a held-out image: 0.5 for novel samples, 1 for copies
     copies: float  # the same for copies of training images in place of the samples

@@ -59,10 +59,8 @@ NAMES = {"classes", "exclude_classes", "imports"}  # settings that are lists of 
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A YAML loader that rejects duplicate keys, and aliases that expand to more than `MAX_VALUES` values.
-
-    Names in lists of names are always text, even 007, no, null or 1e3. Elsewhere 1e3 is a number, and dates are text.
-    """
+    """A YAML loader that rejects duplicate keys, and aliases that expand to more than `MAX_VALUES` values. Names in
+    lists of names are always text, even 007, no, null or 1e3. Elsewhere 1e3 is a number, and dates are text."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, form) for tag, form in resolvers if not tag.endswith(":timestamp")]

@@ -34,7 +34,6 @@ def check_empty(folder: Path, flag: str) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text)
 

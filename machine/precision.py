@@ -29,7 +29,6 @@ def choose_precision(asked: str, device: torch.device) -> str:
 
 
 def precision_of(accelerator: "Accelerator") -> str:
-    """The precision of an accelerator, 'fp32' or 'bf16'."""
     return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
 
 

@@ -42,5 +42,4 @@ def gather(tensors: Mapping[str, Tensor], memory: dict[str, Tensor], *, keep: bo
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters are sharded over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -36,11 +36,8 @@ class Labelled:
 
 
 def fit_probe(features: Float[Tensor, "n d"], labels: Int64[Tensor, " n"], num_classes: int) -> Probe:
-    """Fit multinomial logistic regression to standardised features by L-BFGS.
-
-    The weight decay of `DECAYS` is chosen by the accuracy of a fit to four fifths of the images on the last fifth,
-    which is stratified by class.
-    """
+    """Fit multinomial logistic regression to standardised features by L-BFGS. The weight decay of `DECAYS` is chosen by
+    the accuracy of a fit to four fifths of the images on the last fifth, which is stratified by class."""
     mean, scale = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
     standardised = ((features - mean) / scale).float()
     order = labels.argsort(stable=True)

@@ -132,11 +132,8 @@ def augment(
 
 
 class _StageFeatures(nn.Module):
-    """The outputs of all stages, normalised at each position and concatenated.
-
-    Their mean squared difference is the sum over stages of mean squared distances, as in LPIPS (Zhang et al. 2018, eq.
-    1) with equal weights of all channels.
-    """
+    """The outputs of all stages, normalised at each position and concatenated. Their mean squared difference is the sum
+    over stages of mean squared distances, as in LPIPS (Zhang et al. 2018, eq. 1) with equal weights of all channels."""
 
     def __init__(self, stages: nn.Sequential) -> None:
         super().__init__()

@@ -22,10 +22,8 @@ from metrics.scores import DEFAULT, INCEPTION, PER_IMAGE, required_features
 
 @dataclass(frozen=True)
 class Features:
-    """The features of a set of images and their statistics, on the CPU, in the order of the images' indices.
-
-    What the requested metrics do not need is None.
-    """
+    """The features of a set of images and their statistics, on the CPU, in the order of the images' indices. What the
+    requested metrics do not need is None."""
 
     moments: Moments
     spatial: Moments | None = None  # moments of Inception's spatial features, for sFID
@@ -38,7 +36,6 @@ class Features:
 
     @staticmethod
     def of(features: Float[Tensor, "n d"], logits: Tensor | None = None, labels: Tensor | None = None) -> "Features":
-        """Compute the moments of features that are in memory."""
         in_second = second_half_mask(len(features))
         halves = (moments_of(features[~in_second]), moments_of(features[in_second])) if len(features) > 1 else None
         return Features(moments_of(features), None, halves, features, logits, labels)
@@ -61,7 +58,7 @@ def second_half_mask(num_images: int) -> Bool[Tensor, " n"]:
 
 
 class Extractor:
-    """A feature extractor (see `metrics.extractors`) on a device; it moves to the CPU if the device lacks an operation."""
+    """An extractor (see `metrics.extractors`) on a device; it moves to the CPU if the device lacks an operation."""
 
     def __init__(
         self,

@@ -77,10 +77,8 @@ def nearest_neighbours(
 
 
 def probability_closer(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
-    """Return the probability that a random element of `a` is smaller than one of `b`, with ties counted half.
-
-    It is the Mann-Whitney statistic over n m, and 0.5 for equal distributions.
-    """
+    """Return the probability that a random element of `a` is smaller than one of `b`, with ties counted half. It is the
+    Mann-Whitney statistic over n m, and 0.5 for equal distributions."""
     from scipy.stats import mannwhitneyu  # not at the top: it takes a second
 
     return float(mannwhitneyu(b, a, method="asymptotic").statistic) / (len(a) * len(b))

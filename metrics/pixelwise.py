@@ -19,10 +19,8 @@ def psnr(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> 
 
 
 def ssim(images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-    """Return the structural similarity of each pair, at most 1 (Wang et al. 2004, eq. 13).
-
-    It is the mean over channels and Gaussian windows. Images smaller than the window raise `ValueError`.
-    """
+    """Return the structural similarity of each pair, at most 1 (Wang et al. 2004, eq. 13). It is the mean over channels
+    and Gaussian windows. Images smaller than the window raise `ValueError`."""
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM looks at windows of {WINDOW}x{WINDOW} pixels, and these images are smaller")
     x, y = to_float64(images), to_float64(others)

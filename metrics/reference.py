@@ -44,7 +44,6 @@ def reference_path(folder: Path, key: Mapping[str, object]) -> Path:
 
 
 def save_features(features: Features, path: Path, key: Mapping[str, object]) -> None:
-    """Save features and their key, with a checksum."""
     first, second = features.halves or (None, None)
     candidates = {"whole": features.moments, "spatial": features.spatial, "first": first, "second": second}
     named_moments = {name: moments for name, moments in candidates.items() if moments is not None}
@@ -63,7 +62,6 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
 
 
 def load_features(path: Path, key: Mapping[str, object]) -> Features:
-    """Load features that were saved with this key."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

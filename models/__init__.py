@@ -35,7 +35,6 @@ def check_model(name: str) -> None:
 
 
 def class_of(name: str) -> Any:
-    """Return the class of a backbone."""
     backbone = BACKBONES[name][0]
     return backbone.load() if isinstance(backbone, Deferred) else backbone
 

@@ -38,21 +38,16 @@ class Backbone(nn.Module):
     num_classes: int  # 0 makes the model unconditional: labels are ignored
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
-        """Classes of the repeated blocks, none of which contains another.
-
-        FSDP shards these blocks, `train.recompute` and `train.compile` wrap them, Muon optimises their matrices, and
-        `features` counts depth in them.
-        """
+        """Classes of the repeated blocks, none of which contains another. FSDP shards these blocks, `train.recompute`
+        and `train.compile` wrap them, Muon optimises their matrices, and `features` counts depth in them."""
         return ()
 
     def repeated_blocks(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, self.block_types())]
 
     def features(self, x_t: Images, t: Times, y: Labels, depths: Sequence[float]) -> list[Tokens]:
-        """Return the hidden states at relative depths in (0, 1], counted in blocks (REPA: Yu et al. 2025).
-
-        The forward pass stops after the deepest block that is needed.
-        """
+        """Return the hidden states at relative depths in (0, 1], counted in blocks (REPA: Yu et al. 2025). The forward
+        pass stops after the deepest block that is needed."""
         num_blocks = len(self.repeated_blocks())
         if not num_blocks or not all(0 < depth <= 1 for depth in depths):
             raise ValueError(f"features at depths {list(depths)}: give shares in (0, 1]; there are {num_blocks} blocks")
@@ -83,10 +78,8 @@ class Backbone(nn.Module):
         return self.features(x_t, t, y, (0.25, 0.5))
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Split the parameters into two optimizer groups: with weight decay, and without.
-
-        Only weight matrices and kernels decay; norms, biases, embeddings, positions and scales do not.
-        """
+        """Split the parameters into two optimizer groups: with weight decay, and without. Only weight matrices and
+        kernels decay; norms, biases, embeddings, positions and scales do not."""
         layers = [layer for layer in self.modules() if isinstance(layer, MULTIPLYING)]
         matrices = {id(weight) for layer in layers for weight in layer.parameters(recurse=False) if weight.ndim > 1}
         decayed = [parameter for parameter in self.parameters() if id(parameter) in matrices]

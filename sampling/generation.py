@@ -55,7 +55,6 @@ class Generator:
             yield ImageBatch(batch, self.draw(batch).cpu(), self.labels[batch])
 
     def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
-        """Generate the images of these indices."""
         device = self.accelerator.device
         generators = [generator_for(self.seed, "sample", index) for index in indices.tolist()]
         shape = self.codec.latent_shape(*self.image_size)

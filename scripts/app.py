@@ -115,7 +115,6 @@ class RequestFilter:
             self.listening += Counter()  # removes counts of zero
 
     def admits(self, path: str, headers: dict[str, str]) -> bool:
-        """Whether to accept a request."""
         host, origin = headers.get("host", ""), headers.get("origin")
         is_known_host = self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts
         is_own_site = not self.same_origin or origin is None or urlsplit(origin).netloc == host

@@ -85,7 +85,6 @@ def main(config: DemoConfig) -> None:
 
 
 def checkpoints() -> set[str]:
-    """Names of the checkpoints in the run."""
     return {path.name for path in RUN.glob("checkpoints/[0-9]*")}
 
 

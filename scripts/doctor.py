@@ -66,7 +66,6 @@ def machine() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Optional packages, and a compiler."""
     for module, (purpose, remedy) in EXTRAS.items():
         try:
             yield Finding(f"{module} {version(module)}: {purpose}")

@@ -115,7 +115,6 @@ def report(name: str, step: Step, deadline: float) -> bool:
 
 
 def steps(sizes: Sizes, compare: Path | None, *, tiny: bool) -> Iterator[tuple[str, Step]]:
-    """Yield the checks with their names."""
     cases = [(*case, TINY_MODELS[case[0]] if tiny else {}) for case in sizes.speeds]
     yield "machine", partial(machine, sizes.product)
     for name in [] if tiny else ("USwin", "DiT", "UViT", "UViT-tokens-S/2", "LightningDiT-S/1", "UNet"):

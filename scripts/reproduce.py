@@ -90,7 +90,6 @@ def main(config: ReproduceConfig) -> int:
 
 
 def format_tables(tables: dict[str, Table]) -> str:
-    """Format the list of tables, with superseded ones last."""
     lines = [["table", "section", "commit", "cost", "superseded by"]]
     for table in sorted(tables.values(), key=lambda table: table.superseded is not None):
         lines.append([table.name, table.section, table.commit or "published", table.cost, table.superseded or ""])

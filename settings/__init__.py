@@ -12,20 +12,16 @@ T = TypeVar("T")
 
 
 def within(interval: str, default: Any = MISSING) -> Any:
-    """Declare a dataclass field whose number, or each of whose numbers, lies in an interval.
-
-    A parenthesis excludes the end and a bracket includes it: `(0, 1]` is without 0 and with 1.
-    """
+    """Declare a dataclass field whose number, or each of whose numbers, lies in an interval. A parenthesis excludes the
+    end and a bracket includes it: `(0, 1]` is without 0 and with 1."""
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"interval": interval})
     return field(default=default, metadata={"interval": interval})
 
 
 def check_settings(config: Any, prefix: str = "--") -> None:
-    """Check all intervals of a configuration, nested ones included, and call its own `check` where it has one.
-
-    Raises ValueError naming the flag; `prefix` is what its name starts with.
-    """
+    """Check all intervals of a configuration, nested ones included, and call its own `check` where it has one. Raises
+    ValueError naming the flag; `prefix` is what its name starts with."""
     for setting in fields(config):
         value, flag = getattr(config, setting.name), f"{prefix}{setting.name}"
         for part in value if isinstance(value, list) else [value]:
@@ -38,10 +34,8 @@ def check_settings(config: Any, prefix: str = "--") -> None:
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], flag: str) -> None:
-    """Check that a function takes these keyword arguments: their names, types and intervals.
-
-    Intervals are those of annotations such as `Annotated[float, "[0, 1]"]`. Raises ValueError naming the flag.
-    """
+    """Check that a function takes these keyword arguments: their names, types and intervals. Intervals are those of
+    annotations such as `Annotated[float, "[0, 1]"]`. Raises ValueError naming the flag."""
     parameters = signature(function).parameters
     names = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
     kinds = get_type_hints(function, include_extras=True)

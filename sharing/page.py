@@ -137,10 +137,8 @@ class Page:
         return [[], gr.Slider(visible=False), command, *images]
 
     def show_nearest(self, *inputs) -> Iterator[Any]:
-        """Show the first run's pictures above their nearest training images.
-
-        Yields between the steps of the work, so that gradio can cancel it there.
-        """
+        """Show the first run's pictures above their nearest training images. Yields between the steps of the work, so
+        that gradio can cancel it there."""
         with errors_on_page():
             request = self.make_requests(*inputs)[0]
             images = torch.empty(0)
@@ -156,10 +154,8 @@ class Page:
             yield draw_grid(torch.cat([images, neighbours]), len(images), captions=captions)
 
     def update_controls(self, runs: list[str], of_class: str | None) -> list[Any]:
-        """Set the controls to a run's classes and settings when it is the only one chosen.
-
-        Further runs are drawn with the settings of the first. The class stays where the run has it.
-        """
+        """Set the controls to a run's classes and settings when it is the only one chosen. Further runs are drawn with
+        the settings of the first. The class stays where the run has it."""
         if len(runs) != 1:
             return [*[gr.skip()] * 5, gr.Slider(visible=False)]
         with errors_on_page():

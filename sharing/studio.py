@@ -154,10 +154,8 @@ class Studio:
         return closest, (distances / layouts.shape[1] ** 0.5).tolist()
 
     def read_layouts(self, run: str) -> Iterator[int]:
-        """Read the training images for `nearest`, once per checkpoint; yields the index of every 200th.
-
-        Raises ValueError where they are not the images that the checkpoint was trained on.
-        """
+        """Read the training images for `nearest`, once per checkpoint; yields the index of every 200th. Raises
+        ValueError where they are not the images that the checkpoint was trained on."""
         if run not in self.layouts:
             images, layouts = open_split(self.checkpoint(run).config.data, "train"), []
             self.checkpoint(run).check_identity(train=images.describe())

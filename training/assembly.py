@@ -24,7 +24,6 @@ from training.run import Run, open_run
 
 
 def open_training(config: ExperimentConfig) -> AbstractContextManager[Run[ExperimentConfig]]:
-    """Open the run of a backbone's training."""
     in_parts = objective_class(build_diffusion(config.diffusion)).trains_in_parts
     return open_run(config, in_parts=in_parts, grad_accumulation=config.train.grad_accumulation)
 

@@ -90,7 +90,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=self.numpy_to_pil(images / 255.0))
 
     def label(self, name: str | int) -> int:
-        """Label of a class by its name or number."""
         names, number = self.config.classes, int(name) if str(name).isdigit() else None
         if name in names:
             return names.index(name)
@@ -128,7 +127,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
 
 def generator_for(seed: int, index: int) -> torch.Generator:
-    """Random generator of one image, on the CPU."""
     words = [seed, int.from_bytes(b"sample", "little"), index]
     return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 

@@ -73,11 +73,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention with queries from `x`, keys and values from `context`.
-
-    With an axis of tiles, tokens attend within their tile. `mask` is added to the logits; it has an entry for each tile
-    or one for all.
-    """
+    """Multi-head attention with queries from `x`, keys and values from `context`. With an axis of tiles, tokens attend
+    within their tile. `mask` is added to the logits; it has an entry for each tile or one for all."""
 
     def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()

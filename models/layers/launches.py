@@ -40,10 +40,8 @@ class Uncast:
 
 
 class Casting:
-    """Casts the weights of some layers inside a module by one launch, while the module runs under autocast.
-
-    Autocast itself casts weights one by one. The layers keep their float32 parameters between calls.
-    """
+    """Casts the weights of some layers inside a module by one launch, while the module runs under autocast. Autocast
+    itself casts weights one by one. The layers keep their float32 parameters between calls."""
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.layers = layers

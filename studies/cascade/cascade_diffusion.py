@@ -180,10 +180,8 @@ class Cascade(Diffusion):
         draw_noise: Any,
         on_stage: Any,
     ) -> Images:
-        """Sample a coarse image by its chain, upsample and refine it.
-
-        A `guide_model` guides the coarse stage alone; without it a diffusion refiner is guided by the null label, too.
-        """
+        """Sample a coarse image by its chain, upsample and refine it. A `guide_model` guides the coarse stage alone;
+        without it a diffusion refiner is guided by the null label, too."""
         guide: Denoiser | None = None if guide_model is None else guide_model.coarse
         low = run_sampler(self.coarse, model.coarse, self.downsample_noise(noise), y, guide_model=guide)
         overrides: dict[str, Any] = {} if guide is None else {"guidance_scale": 1.0}

@@ -187,7 +187,6 @@ class ConvRefiner(Residual):
 
 
 def no_refiner(channels: int, size: tuple[int, int], num_classes: int) -> nn.Module:
-    """A refiner that returns the upsampled image unchanged."""
     return PassThrough()
 
 
@@ -288,10 +287,8 @@ def _build(
     arguments: Mapping[str, Any] | None,
     *fixed: Any,
 ) -> nn.Module:
-    """Build a stage by its name in a table from the fixed arguments, which follow from the others, and its own.
-
-    Raises ValueError for an unknown name or argument.
-    """
+    """Build a stage by its name in a table from the fixed arguments, which follow from the others, and its own. Raises
+    ValueError for an unknown name or argument."""
     check_choice(stage, name, table)
     accepted = list(inspect.signature(table[name]).parameters)[len(fixed) :]
     for argument in (arguments or {}).keys() - set(accepted):
