@@ -1,9 +1,9 @@
 """Weights of published models by file name: their public address, according to their authors, and their contents."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine.hugging_face import describe_error
 from metrics.downloads import download
 
 
@@ -87,5 +87,5 @@ def from_hub(repo: str, name: str, flag: str) -> Path:
     try:
         return Path(hf_hub_download(repo, name))
     except (LocalEntryNotFoundError, HTTPError, OSError) as error:
-        why = re.sub(r"\s*\(Request ID[^)]*\)", "", str(error).strip().split("\n")[0])
+        why = describe_error(error)
         raise ValueError(f"{flag}: the hub does not serve {name} of {repo} ({why}); give the file itself") from error

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.files import check_size, fingerprint, version
 from data.layout import LEVELS, DataError, Layout, join_abridged
-from data.tars import name_classes, split_by_shards
+from data.tars import layout_of_shards
 from machine.atomic_files import sha256_of
 from machine.hugging_face import SCHEME, describe_error
 
@@ -147,17 +147,7 @@ class Parquets:
                 classes[name] = named[label] if named and isinstance(label, int) else str(label)
         if not classes:
             classes, withheld = dict.fromkeys(self.names, ""), defaultdict(list)
-        splits, split_note = split_by_shards(list(classes))
-        if splits:
-            in_splits = {*splits["train"], *splits["test"]}
-            withheld["in validation shards, beside train and test"] = [
-                name for name in classes if name not in in_splits
-            ]
-            classes = {name: label for name, label in classes.items() if name in in_splits}
-        num_shards = len({name.rpartition("/")[0] for name in classes})
-        note = f"in {num_shards} parquet shard{'s' * (num_shards != 1)}{' of the hub' * self.is_remote}"
-        left_out = {reason: names for reason, names in withheld.items() if names}
-        return Layout(name_classes(classes, None), splits, left_out, ", ".join(filter(None, [note, split_note])), [])
+        return layout_of_shards(classes, withheld, "parquet", place=" of the hub" * self.is_remote)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_process": None, "_groups": None}

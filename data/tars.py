@@ -63,15 +63,23 @@ def infer_tar_layout(
             f"{unlabelled} has no label, neither .cls nor 'label' in .json, and {labelled[0]} has; give all one"
         )
     left_out["labels without an image"] = [name for key, name in labels.items() if key not in images]
-    splits, note = split_by_shards(list(label_of))
+    return layout_of_shards({name: label or "" for name, label in label_of.items()}, left_out, "tar", class_names)
+
+
+def layout_of_shards(
+    labels: dict[str, str], left_out: dict[str, list[str]], kind: str, class_names: str | None = None, place: str = ""
+) -> Layout:
+    """Lay out labelled images: split them by their shards' names, and leave out validation shards beside train and
+    test."""
+    splits, split_note = split_by_shards(list(labels))
     if splits:
         in_splits = {*splits["train"], *splits["test"]}
-        left_out["in val shards, beside train and test"] = [name for name in label_of if name not in in_splits]
-        label_of = {name: label for name, label in label_of.items() if name in in_splits}
-    class_of = name_classes({name: label or "" for name, label in label_of.items()}, class_names)
-    num_shards = len({_split_name(name)[0] for name in label_of})
-    note = ", ".join(filter(None, [f"in {num_shards} tar shard{'s' * (num_shards != 1)}", note]))
-    return Layout(class_of, splits, {reason: files for reason, files in left_out.items() if files}, note, [])
+        left_out["in val shards, beside train and test"] = [name for name in labels if name not in in_splits]
+        labels = {name: label for name, label in labels.items() if name in in_splits}
+    num_shards = len({_split_name(name)[0] for name in labels})
+    note = ", ".join(filter(None, [f"in {num_shards} {kind} shard{'s' * (num_shards != 1)}{place}", split_note]))
+    left_out = {reason: files for reason, files in left_out.items() if files}
+    return Layout(name_classes(labels, class_names), splits, left_out, note, [])
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -91,7 +91,7 @@ def read_run(folder: Path) -> Run:
     values |= {name: score.get("value") for name, score in record.get("scores", {}).items() if isinstance(score, dict)}
     values = {name: value for name, value in values.items() if value is not None}
     events = [json.loads(line) for line in lines if line.endswith("}")]
-    for part in reversed(history_of(folder)):
+    for part in reversed(json.loads(newest_metadata(folder).get("history", "[]"))):  # trained with other settings
         for name, former in part["settings"].items():
             config[name] = f"{former} until step {part['until']}, then {config.get(name)}"
     return Run(folder.name, config, events, values, scoring_of(record), newest_picture(folder))
@@ -109,28 +109,26 @@ def scoring_of(record: dict[str, Any]) -> dict[str, Any]:
     return values | {name: reference[name] for name in ("split",) if name in reference}
 
 
-def history_of(run: Path) -> list[dict[str, Any]]:
-    """The settings with which a run was trained before it was resumed with others."""
+def newest_metadata(run: Path) -> dict[str, str]:
+    """Metadata of a run's newest checkpoint; empty without one that can be read."""
     from checkpoints.checkpoint import WEIGHTS, CheckpointError, read_metadata
     from machine.checkpoint_folder import list_checkpoints
 
     with suppress(CheckpointError, IndexError):
-        return json.loads(read_metadata(list_checkpoints(run / "checkpoints")[-1] / WEIGHTS).get("history", "[]"))
-    return []
+        return read_metadata(list_checkpoints(run / "checkpoints")[-1] / WEIGHTS)
+    return {}
 
 
 def newest_picture(run: Path) -> Path | None:
     """The grid of the last step, or samples.png if the newest weights generated it. Older files of samples.png do not
     record their weights; the newer file is then chosen by its time, which a copy of the run may have changed."""
-    from checkpoints.checkpoint import WEIGHTS, CheckpointError, read_metadata
-    from machine.checkpoint_folder import list_checkpoints, paths_by_step
+    from machine.checkpoint_folder import paths_by_step
     from sampling.grids import read_weights_hash
 
     pictures = [*[*paths_by_step(run / "samples", ".png").values()][-1:], *run.glob("samples.png")]
-    checkpoints = list_checkpoints(run / "checkpoints")
-    if len(pictures) == 2 and checkpoints and (weights := read_weights_hash(pictures[1])):
-        with suppress(CheckpointError):
-            return pictures[read_metadata(checkpoints[-1] / WEIGHTS).get("weights_sha256") == weights]
+    metadata = newest_metadata(run)
+    if len(pictures) == 2 and metadata and (weights := read_weights_hash(pictures[1])):
+        return pictures[metadata.get("weights_sha256") == weights]
     return max(pictures, key=lambda picture: picture.stat().st_mtime, default=None)
 
 
