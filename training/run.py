@@ -59,6 +59,17 @@ class Run(Generic[R]):
     """A training run. After `begin`, iterating over `steps` runs the loop; between two steps the run inspects, saves,
     rolls back or stops. All processes must make the same calls."""
 
+    # Set by `begin`.
+    training: TrainingState
+    guards: Mapping[str, Guard]  # of each trained network, by its name
+    due: Callable[[int, int], Sequence[Inspection]]  # inspections after a step, given the step and the total number
+    num_steps: int
+    best: Best  # the metric by which the best checkpoint is kept
+    keep_every: int  # all checkpoints at multiples of this step are kept
+    metadata: Mapping[str, str]
+    is_sharded: bool
+    log: Log
+
     def __init__(self, config: R, checkpoint: Path | None, interruption: Interruption) -> None:
         self.config, self.checkpoint, self.interruption = config, checkpoint, interruption
         self.folder, self.accelerator = interruption.run, interruption.accelerator
@@ -90,15 +101,8 @@ class Run(Generic[R]):
         keep_every: int = 0,
         **metadata: Any,
     ) -> None:
-        """Load the state of the checkpoint, if the run is resumed, and open the log.
-
-        Args:
-            guards: one for each trained network, by its name
-            due: returns the inspections after a step, given the step and the total number
-            best: the metric by which the best checkpoint is kept
-            keep_every: keep all checkpoints at multiples of this step
-            metadata: further entries for checkpoints
-        """
+        """Load the state of the checkpoint, if the run is resumed, and open the log. `metadata` are further entries for
+        checkpoints."""
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
         self.best, self.keep_every = best or Best(), keep_every
         if (checkpoint := self.checkpoint) is not None:
