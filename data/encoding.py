@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -73,14 +74,18 @@ def build_cache(
             write_shard(path, {"stored": stored.contiguous(), "labels": labels, "source_indices": source_indices})
     wait()
     if rank == 0:
-        if absent := [name for name in names if not (folder / name).exists()]:
-            raise DataError(
-                f"--data.cache {folder}: {absent[0]}, which another process wrote, is not here; give a folder that all "
-                "processes share, or encode with one process on each machine first"
-            )
-        manifest = {"format": FORMAT, **provenance, **dataset.describe(), "flips": flips, "shards": names}
-        text = json.dumps(manifest, indent=2) + "\n"
-        write_atomically(folder / "manifest.json", lambda partial: partial.write_text(text))
+        write_manifest(folder, {**provenance, **dataset.describe(), "flips": flips, "shards": names})
+
+
+def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Write the manifest of a cache, whose shards must all be there."""
+    if absent := [name for name in entries["shards"] if not (folder / name).exists()]:
+        raise DataError(
+            f"--data.cache {folder}: {absent[0]}, which another process wrote, is not here; give a folder that all "
+            "processes share, or encode with one process on each machine first"
+        )
+    text = json.dumps({"format": FORMAT, **entries}, indent=2) + "\n"
+    write_atomically(folder / "manifest.json", lambda partial: partial.write_text(text))
 
 
 def _compact(stored: Tensor) -> Tensor:
