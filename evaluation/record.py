@@ -192,20 +192,24 @@ def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path:
     save_grid(pairs, path, columns=len(closest), captions=[*captions, *["training"] * len(closest)])
 
 
-def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = ()) -> None:
-    """Plot the first metric against the guidance scale or, if only the number of steps varies, against model calls; and
-    precision against recall. Each combination of other varying settings, in `SWEPT` and `columns`, is a line. Error
-    bars show the spread over trials."""
+def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = (), *, along: str | None = None) -> None:
+    """Plot the first metric against a setting, `along`, and precision against recall.
+
+    By default this is the guidance scale or, if only the number of steps varies, the number of model calls. Each
+    combination of other varying settings, in `SWEPT` and `columns`, is a line. Error bars show the spread over trials.
+    """
     from matplotlib.figure import Figure
 
     distance = next(iter(rows[0].scores))
-    names = dict.fromkeys([*SWEPT, *columns])
+    names = dict.fromkeys(["run", *SWEPT, *columns])
     varying = [name for name in names if len({str(row.settings.get(name)) for row in rows}) > 1]
-    along = "guidance_scale" if "guidance_scale" in varying or "num_steps" not in varying else "model_calls"
-    others = [name for name in varying if name != along and (name, along) != ("num_steps", "model_calls")]
+    along = along or ("guidance_scale" if "guidance_scale" in varying or "num_steps" not in varying else "model_calls")
+    same = {along, "num_steps"} if along == "model_calls" else {along}
+    others = [name for name in varying if name not in same]
     lines: dict[str, list[Row]] = {}
+    captions = {**SWEPT, "run": "{}"}
     for row in rows:
-        labels = [SWEPT.get(name, f"{name} {{}}").format(row.settings.get(name)) for name in others]
+        labels = [captions.get(name, f"{name} {{}}").format(row.settings.get(name)) for name in others]
         lines.setdefault(", ".join(labels), []).append(row)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)

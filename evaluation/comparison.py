@@ -1,0 +1,103 @@
+"""Rows of several evaluations' records, once it is certain that their scores compare."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evaluation.record import REFERENCE
+from evaluation.scoring import Row
+from metrics.scores import Score
+
+SAME = {
+    "num_samples": "samples; distances depend on their number",
+    "num_reference": "reference images",
+    "extractor_sha256": "extractor",
+    "settings": "settings of metrics",
+}
+SWEEPABLE = (
+    "sampler",
+    "spacing",
+    "num_steps",
+    "model_calls",
+    "guidance_scale",
+    "guidance_interval",
+    "guidance_rescale",
+)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read an evaluation's record from a JSON file or from `scores.json` in a run's folder.
+
+    Raises:
+        ValueError: the file is no record of scores.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        path = path / "scores.json"
+        if not path.exists():
+            raise ValueError(f"--scores {path}: not found; `python evaluate.py --samples {path.parent}` writes it")
+    if not path.is_file():
+        raise ValueError(f"--scores {path}: no such file")
+    try:
+        record = json.loads(path.read_text())
+        record["rows"] = [
+            Row(row["name"], {name: Score(**score) for name, score in row["scores"].items()}, row["samples"], [])
+            for row in record["rows"]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--scores {path}: not a file of scores that evaluate.py has written") from error
+    if not record["rows"]:
+        raise ValueError(f"--scores {path}: it has no scores")
+    return record
+
+
+def check_comparable(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse scores that differ in more than the samples: their number, the reference, the extractor, the metrics.
+
+    Raises:
+        ValueError: names the first record that differs from the first of all, and in what.
+    """
+    first = records[0]
+    for name, record in zip(names, records, strict=True):
+        same = dict(SAME) | {f"reference.{entry}": "reference images" for entry in REFERENCE}
+        for entry, what in same.items():
+            values = [_entry(one, entry) for one in (first, record)]
+            if entry == "settings":  # of the metrics that both have
+                values = [{metric: value.get(metric) for metric in values[0].keys() & values[1]} for value in values]
+            if values[0] != values[1]:
+                shown = ": {} and {}".format(*values) if entry.startswith("num_") else ""
+                raise ValueError(f"--scores {name}: its scores do not compare with {names[0]}, by other {what}{shown}")
+
+
+def combined_rows(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Row]:
+    """All rows, those of samples named after their evaluation, as their setting `run` is.
+
+    Rows of real images and of reconstructions follow at the end, without settings: once where several evaluations
+    agree, and else with the evaluation's name.
+    """
+    samples: list[Row] = []
+    others: dict[str, Row] = {}
+    for name, record in zip(names, records, strict=True):
+        first = record["rows"][0].name
+        for row in record["rows"]:
+            if row.name == first:
+                samples.append(replace(row, name=name, settings={**row.settings, "run": name}))
+            elif row.scores != others.setdefault(row.name, replace(row, settings={})).scores:
+                of_this = f"{row.name}, {name}"
+                others[of_this] = replace(row, name=of_this, settings={})
+    return [*samples, *others.values()]
+
+
+def varying_settings(rows: Sequence[Row]) -> list[str]:
+    """Names of the settings of sampling that differ among rows of samples."""
+    samples = [row.settings for row in rows if row.settings]
+    return [name for name in SWEEPABLE if len({json.dumps(settings.get(name)) for settings in samples}) > 1]
+
+
+def _entry(record: Mapping[str, Any], name: str) -> Any:
+    value: Any = record
+    for part in name.split("."):
+        value = value.get(part) or {}
+    return value

@@ -1,0 +1,74 @@
+"""Put the scores of several evaluations, as `evaluate.py` writes them, into one table and one figure.
+
+python scripts/compare.py --scores '[runs/DiT, runs/XSwin]'
+python scripts/compare.py --scores '[flow.json, meanflow.json]' --names '[flow, MeanFlow]' --output calls
+
+Writes OUTPUT.md, OUTPUT.tex (booktabs) and, if an evaluation was a sweep, OUTPUT.png and OUTPUT.pdf.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from evaluation.table import latex, markdown
+from experiment.cli import one_line_errors, parse
+
+FORMS = {"md": markdown, "tex": lambda cells: latex(cells[:1], cells[1:])}
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare scores of the same kind: of equally many samples, against the same images, on the same features.
+
+    Args:
+        scores: JSON files that evaluate.py has written, or runs' folders, whose scores.json is read
+        names: what to call them; by default the name of the run or file
+        along: the setting on the figure's horizontal axis, 'guidance_scale' or 'model_calls'; by default the first if
+            it varies, else the second
+        output: path of the files to write, without a suffix
+    """
+
+    scores: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    along: Literal["guidance_scale", "model_calls"] | None = None
+    output: str = "comparison"
+
+    def check(self, prefix: str) -> None:
+        if not self.scores:
+            raise ValueError(f"{prefix}scores '[runs/A, runs/B]': name the evaluations to compare")
+        if self.names and len(self.names) != len(self.scores):
+            raise ValueError(f"{prefix}names: {len(self.names)} for {len(self.scores)} scores")
+
+
+def main(config: CompareConfig) -> None:
+    """Read the records, check that their scores compare, then print and write the table and the figure."""
+    from evaluation.comparison import check_comparable, combined_rows, read_record, varying_settings
+    from evaluation.record import draw_sweep, table
+    from machine.atomic_files import write_atomic
+
+    records = [read_record(Path(path)) for path in config.scores]
+    check_comparable(config.scores, records)
+    names = config.names or [record["rows"][0].name for record in records]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--scores: several are of {max(names, key=names.count)}; tell them apart by --names '[A, B]'")
+    rows = combined_rows(records, names)
+    columns = varying_settings(rows)
+    print(table(rows, columns))
+    written = []
+    for suffix, form in FORMS.items():
+        written.append(Path(f"{config.output}.{suffix}"))
+        write_atomic(written[-1], table(rows, columns, form=form))
+    samples = [row for row in rows if row.settings]
+    if len(samples) > len(records):
+        for suffix in ("png", "pdf"):
+            written.append(Path(f"{config.output}.{suffix}"))
+            draw_sweep(samples, written[-1], columns, along=config.along)
+    print("written: " + ", ".join(map(str, written)))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse(CompareConfig))

@@ -1,0 +1,123 @@
+"""scripts/compare.py: scores of several evaluations in one table and one figure."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from matplotlib.axes import Axes
+from mean_colour import MeanColour
+from processes import run, script
+
+from evaluation.comparison import check_comparable, combined_rows, read_record, varying_settings
+from metrics.programs import save_program
+from metrics.scores import Score
+
+COMPARE = script("scripts/compare.py")
+METRICS = ("fid", "precision")
+REFERENCE = {"source": "photos", "source_hash": "1", "split": "test-1", "image_size": [8, 8]}
+
+
+def record_of(name, *values, other=(), num_samples=10, **samples):
+    """A record with a row for each value, along model calls, and rows of `other` sources."""
+    samples = {"kind": "samples", "guidance_scale": 1.0, **samples}
+    rows = [(name, value, {"model_calls": 2**i, "num_steps": 2**i, **samples}) for i, value in enumerate(values)]
+    rows += [(other_name, value, {"source": "photos"}) for other_name, value in other]
+    rows = [
+        {"name": name, "scores": {"fid": asdict(Score(value)), "recall": asdict(Score(0.5))}, "samples": settings}
+        for name, value, settings in rows
+    ]
+    record = {"rows": rows, "num_samples": num_samples, "num_reference": 20, "extractor_sha256": "a"}
+    return record | {"settings": {"fid": {}, "recall": {"neighbourhood": 3}}, "reference": REFERENCE}
+
+
+def saved(folder, name, *values, **settings):
+    record = record_of(name, *values, **settings)
+    (folder / f"{name}.json").write_text(json.dumps(record))
+    return folder / f"{name}.json"
+
+
+def compare(paths, tmp_path, **settings):
+    config = COMPARE.CompareConfig([str(path) for path in paths], output=str(tmp_path / "both"), **settings)
+    config.check("--")
+    COMPARE.main(config)
+
+
+def test_scores_of_a_run_under_two_settings_stand_in_one_table(folder, capsys):
+    save_program(MeanColour(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), folder / "colours.pt2")
+    flags = ("--samples", "runs/tiny", "--extractor", "colours.pt2", "--metrics", f"[{','.join(METRICS)}]")
+    run("evaluate.py", *flags, "--num_samples", 10, "--guidance_scale", "1,2", "--output", "swept.json", cwd=folder)
+    run("evaluate.py", *flags, "--num_samples", 10, "--sampler", "ddim", "--output", "ddim.json", cwd=folder)
+    run("evaluate.py", *flags, "--num_samples", 6, "--output", "fewer.json", cwd=folder)
+    compare([folder / "swept.json", folder / "ddim.json"], folder, names=["ancestral", "DDIM"])
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert table[0][:3] == ["samples", "sampler", "guidance_scale"]
+    assert [row[:3] for row in table[2:]] == [
+        ["ancestral", "ddpm", "1.0"],
+        ["ancestral", "ddpm", "2.0"],
+        ["DDIM", "ddim", "1.5"],
+    ]
+    first = json.loads((folder / "swept.json").read_text())["rows"][0]["scores"]
+    assert float(table[2][3]) == pytest.approx(next(iter(first.values()))["value"], abs=0.01)
+    assert r"\toprule" in (folder / "both.tex").read_text()
+    assert (folder / "both.pdf").stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"fewer\.json: .* do not compare with .* by other samples; .*: 10 and 6"):
+        compare([folder / "swept.json", folder / "fewer.json"], folder, names=["a", "b"])
+
+
+def test_each_evaluation_is_a_line_over_the_calls_of_the_model(tmp_path, monkeypatch):
+    drawn, errorbar = {}, Axes.errorbar
+
+    def watched(axes, x, y, *errors, label, **look):
+        drawn.setdefault(label, (x, y))
+        return errorbar(axes, x, y, *errors, label=label, **look)
+
+    monkeypatch.setattr(Axes, "errorbar", watched)
+    paths = [saved(tmp_path, "flow", 9.0, 5.0, 3.0, sampler="euler"), saved(tmp_path, "mean", 4.0, 3.5, sampler="heun")]
+    compare(paths, tmp_path)
+    assert drawn == {"flow, euler": ([1, 2, 4], [9.0, 5.0, 3.0]), "mean, heun": ([1, 2], [4.0, 3.5])}
+
+
+def test_rows_of_real_images_appear_once_and_ceilings_of_two_autoencoders_apart(tmp_path):
+    paths = [
+        saved(tmp_path, "a", 5.0, other=[("training images", 1.0), ("reconstructions", 2.0)]),
+        saved(tmp_path, "b", 6.0, other=[("training images", 1.0), ("reconstructions", 3.0)]),
+    ]
+    rows = combined_rows([read_record(path) for path in paths], ["a", "b"])
+    values = {row.name: row.scores["fid"].value for row in rows}
+    assert values == {"a": 5.0, "b": 6.0, "training images": 1.0, "reconstructions": 2.0, "reconstructions, b": 3.0}
+    assert varying_settings(rows) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_reference": 21}, "by other reference images: 20 and 21"),
+        ({"extractor_sha256": "b"}, "by other extractor"),
+        ({"reference": REFERENCE | {"split": "test-2"}}, "by other reference images"),
+        ({"settings": {"recall": {"neighbourhood": 5}}}, "by other settings of metrics"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_scores_that_differ_in_more_than_the_samples_are_refused(change, words):
+    with pytest.raises(ValueError, match=f"--scores b: its scores do not compare with a, {words}"):
+        check_comparable(["a", "b"], [record_of("a", 1.0), record_of("b", 1.0) | change])
+    check_comparable(["a", "b"], [record_of("a", 1.0), record_of("b", 1.0) | {"settings": {"kid": {"seed": 0}}}])
+
+
+def test_mistakes_end_in_a_sentence(tmp_path):
+    path = saved(tmp_path, "a", 1.0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.json").write_text('{"rows": 3}')
+    mistakes = {
+        "name the evaluations to compare": ([], {}),
+        "2 for 1 scores": ([path], {"names": ["x", "y"]}),
+        "several are of a; tell them apart by --names": ([path, path], {}),
+        "nothing.json: no such file": ([tmp_path / "nothing.json"], {}),
+        "scores.json: not found; `python evaluate.py --samples": ([tmp_path / "empty"], {}),
+        "not a file of scores that evaluate.py has written": ([tmp_path / "other.json"], {}),
+    }
+    for words, (paths, settings) in mistakes.items():
+        with pytest.raises(ValueError, match=words):
+            compare(paths, tmp_path, **settings)
+    assert not list(tmp_path.glob("both*"))
