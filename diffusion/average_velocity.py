@@ -1,21 +1,18 @@
 """Flows whose model takes both ends of a step and predicts the average velocity: MeanFlow and shortcut models."""
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float32, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffusion.calls import eval_mode, num_classes_of, with_and_without_label
 from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
+from diffusion.forward_mode import differentiable_forward
 from diffusion.options import SamplingOptions
 from diffusion.paths import Flow
 from diffusion.samplers import AVERAGES, SAMPLERS, num_steps_for
@@ -236,35 +233,6 @@ class MeanFlow(AverageVelocity):
         labelled, unlabelled = (u.to(x_t.dtype) for u in both)
         guided = self.omega * v + self.kappa * labelled + (1 - self.omega - self.kappa) * unlabelled
         return torch.where(broadcast(y == null_label), v, guided)
-
-
-@contextmanager
-def differentiable_forward(model: object) -> Iterator[None]:
-    """A context in which the model's forward pass supports forward-mode differentiation.
-
-    The model is in eval mode, as in sampling: stochastic depth is off, and batch norms do not mix samples. It runs
-    uncompiled, because generated kernels have no forward-mode derivatives. Norms run in float32, because the tangents
-    of bfloat16 norms are float32, which matrix products with bfloat16 reject.
-    """
-    load_forward_rules()
-    parts = model.modules() if isinstance(model, nn.Module) else ()
-    norms = [part for part in parts if isinstance(part, nn.LayerNorm | nn.GroupNorm | _BatchNorm)]
-    to_float32 = lambda norm, inputs: inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # noqa: E731
-    hooks = [norm.register_forward_pre_hook(to_float32) for norm in norms]
-    try:
-        with eval_mode(model), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@cache
-def load_forward_rules() -> None:
-    """Have torch load its rules of forward-mode differentiation, and ignore the warning that this raises in torch."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=FutureWarning)
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 class Shortcut(AverageVelocity):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from diffusion.predictions import PREDICTIONS
 from diffusion.spacings import spaced_times
 from diffusion.times import Device, DrawTimes
 from diffusion.transition import AtLevel, Images, Labels, Output, Timesteps, Transition
+from diffusion.weightings import WEIGHTINGS
 from settings import check_name
 
 Denoiser = Callable[..., Tensor]
@@ -57,28 +57,6 @@ FIXED_LOG_VARIANCES: dict[str, Callable[[Transition], Tensor]] = {  # Ho et al. 
     "fixed_large": lambda at: at.log_variance_max,
 }
 VARIANCES = ("learned_range", *FIXED_LOG_VARIANCES)
-
-
-def snr(path: Path, t: Tensor) -> Tensor:
-    """Signal-to-noise ratio `(alpha / sigma)^2`, as [b 1 1 1]."""
-    at = path.levels(t)
-    return (at.alpha / at.sigma) ** 2
-
-
-def bound_weight(path: Path, t: Tensor) -> Tensor:
-    """Weight of the error of `x_0` in the variational bound of a chain, in nats: T times a term of its sum over t
-    (Kingma et al. 2021, eq. 14). t = 0 has the weight of t = 1."""
-    assert isinstance(path, GaussianChain)
-    at = path.transition(t.clamp(min=1))
-    return 0.5 * path.num_timesteps * at.x_0_weight**2 * torch.exp(-at.log_variance_min)
-
-
-WEIGHTINGS: dict[str, Callable[[Path, Tensor], Tensor]] = {
-    # Weight of the squared error of x_0 at times t, [b 1 1 1].
-    "min_snr": lambda path, t: snr(path, t).clamp(max=5),  # Hang et al. 2023, gamma = 5
-    "p2": lambda path, t: snr(path, t) / (1 + snr(path, t)),  # Choi et al. 2022, k = gamma = 1
-    "vlb": bound_weight,
-}
 
 
 class Diffusion:
@@ -369,23 +347,3 @@ def with_auxiliary(
 
 def mean_per_sample(values: Images) -> Float[Tensor, " b"]:
     return reduce(values, "b c h w -> b", "mean")
-
-
-Moments = Iterator[tuple[Tensor, Tensor]]
-"""(x_t, predicted x_0) after each step."""
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The sequence of steps from noise to data that a sampler runs, and the functions that it needs for them.
-
-    Args:
-        steps: times, noisiest first, each with the transition to the next; the last leads to the data.
-        denoise: `(x_t, t, transition, **extras) -> Prediction`, by the guided model; extras are passed on to it.
-        draw_noise: returns fresh unit normal noise at each call.
-    """
-
-    diffusion: Diffusion
-    steps: Sequence[Step]
-    denoise: Callable[..., Prediction]
-    draw_noise: Callable[[], Tensor]

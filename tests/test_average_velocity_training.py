@@ -8,8 +8,8 @@ from torch import nn
 
 from checkpoints.checkpoint import WEIGHTS, save_tensors, warm_start
 from diffusion import DIFFUSIONS, FlowMatching
-from diffusion.average_velocity import differentiable_forward
 from diffusion.diffusion import Auxiliary
+from diffusion.forward_mode import differentiable_forward
 from models import class_of
 from models.layers.attention import attend
 from training.batches import Batch

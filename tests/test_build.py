@@ -12,11 +12,11 @@ from test_backbones import SMALL
 
 from autoencoders.codec import PixelCodec, create_codec
 from diffusion import DIFFUSIONS, SAMPLERS, SPACINGS, Diffusion, SamplingOptions
-from diffusion.diffusion import WEIGHTINGS
 from diffusion.paths import CURVES
 from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import SCHEDULES
 from diffusion.times import TIMES
+from diffusion.weightings import WEIGHTINGS
 from experiment.build import build_diffusion, defining_settings, model_spec
 from experiment.cli import parse, parse_mapping
 from experiment.config import DiffusionConfig, ExperimentConfig, OptimConfig, SamplingConfig, TrainConfig

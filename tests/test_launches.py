@@ -8,7 +8,7 @@ import torch
 from launches import count_launches
 from test_backbones import inputs, small, wake
 
-from diffusion.average_velocity import load_forward_rules
+from diffusion.forward_mode import load_forward_rules
 from models import create_model
 from models.layers import launches
 from models.layers.modulation import Modulator

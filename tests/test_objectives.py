@@ -10,9 +10,10 @@ from exact import DIFFUSIONS, backbone, gaussian_data, generator, labels, randn
 
 from diffusion import EDM, FlowMatching, GaussianDiffusion, sample
 from diffusion.bound import normal_kl
-from diffusion.diffusion import WEIGHTINGS, Auxiliary
+from diffusion.diffusion import Auxiliary
 from diffusion.paths import GaussianChain, VarianceExploding
 from diffusion.sde import bits_per_dimension
+from diffusion.weightings import WEIGHTINGS
 from experiment.build import build_diffusion
 from experiment.config import DiffusionConfig
 

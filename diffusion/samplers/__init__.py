@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion.calls import eval_mode
-from diffusion.diffusion import EMPTY, Chain, Denoiser, Diffusion, Moments, Prediction
+from diffusion.diffusion import EMPTY, Denoiser, Diffusion, Prediction
 from diffusion.guidance import guidance_rule, guide, scale_at
 from diffusion.options import SamplingOptions
+from diffusion.samplers.chain import Chain, Moments
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import average_velocity_steps, ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Images, Labels, Transition

@@ -7,7 +7,7 @@ fit to the predictions of `x_0`. In the step to the data, h is infinite and the 
 
 from torch import Tensor
 
-from diffusion.diffusion import Chain, Moments
+from diffusion.samplers.chain import Chain, Moments
 from diffusion.transition import Images, Transition
 
 Earlier = tuple[Tensor, Tensor]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import torch
 
-from diffusion.diffusion import Chain, Moments
+from diffusion.samplers.chain import Chain, Moments
 from diffusion.transition import Images, Transition
 
 

@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from diffusion.diffusion import Chain, Diffusion, Moments, Step
+from diffusion.diffusion import Diffusion, Step
 from diffusion.paths import Path, check_num_steps
+from diffusion.samplers.chain import Chain, Moments
 from diffusion.transition import Images, Level, Timesteps, Transition
 
 
