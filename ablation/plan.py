@@ -93,8 +93,9 @@ class PlannedRun:
         if self.speed is None:
             return None
         speed, config, log = self.speed, self.run.config, self.run.config.log
-        calls = num_calls(build_diffusion(config.diffusion), self.sampling)
-        calls *= 2 if self.sampling.guidance_scale != 1 else 1
+        diffusion, sampling = build_diffusion(config.diffusion), self.sampling
+        calls_twice = sampling.guidance_scale != 1 and not diffusion.takes_guidance(str(sampling.sampler))
+        calls = num_calls(diffusion, sampling) * (2 if calls_twice else 1)
         per_sample = calls / speed.calls + 1 / speed.decoding
         num_steps = self.num_steps - self.step
 

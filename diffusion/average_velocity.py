@@ -1,17 +1,17 @@
 """Flows whose model takes both ends of a step and predicts the average velocity: MeanFlow and shortcut models."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffusion.calls import eval_mode, num_classes_of, with_and_without_label
-from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
+from diffusion.diffusion import EMPTY, Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
 from diffusion.forward_mode import differentiable_forward
 from diffusion.options import SamplingOptions
 from diffusion.paths import Flow
@@ -42,6 +42,7 @@ class AverageVelocity(Diffusion, ABC):
         sampler: name of the sampler in `AVERAGES` that uses average velocities.
         interval_share: share of the samples with r different from t.
         adaptive_power: p of the loss weight `1 / (mse + c)^p`.
+        guidance: `guidance_scale` and `guidance_max` of `Diffusion`.
     """
 
     model_args = {"second_time": True}  # noqa: RUF012
@@ -55,10 +56,11 @@ class AverageVelocity(Diffusion, ABC):
         sampler: str,
         interval_share: float,
         adaptive_power: float,
+        **guidance: Any,
     ) -> None:
         check_name("--diffusion.prediction", prediction, PREDICTIONS_OF_AVERAGES)
         samplers = {sampler: AVERAGES[sampler], **SAMPLERS}
-        super().__init__(path, prediction, times=times, default_sampler=sampler, samplers=samplers)
+        super().__init__(path, prediction, times=times, default_sampler=sampler, samplers=samplers, **guidance)
         self.interval_share, self.adaptive_power = interval_share, adaptive_power
 
     @abstractmethod
@@ -67,9 +69,20 @@ class AverageVelocity(Diffusion, ABC):
 
     @abstractmethod
     def average_velocity(
-        self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
+        self,
+        model: Denoiser,
+        x_t: Images,
+        r: Timesteps,
+        t: Timesteps,
+        y: Labels,
+        v: Images,
+        index: Int64[Tensor, " n"],
+        extras: Mapping[str, Tensor] = EMPTY,
     ) -> Images:
-        """Return the training target: the average velocity for samples at `index`, the velocity `v` for others."""
+        """Return the training target: the average velocity for samples at `index`, the velocity `v` for others.
+
+        `extras` are further inputs of the model, with a row for each sample.
+        """
 
     def precondition(self, model: Denoiser) -> Denoiser:
         """Wrap the model as a function of the path's `x_t`, `t` and `r`; `r` is `t` by default."""
@@ -86,8 +99,8 @@ class AverageVelocity(Diffusion, ABC):
         if self.prediction == "velocity":
             return preconditioned
 
-        def velocity(x_t: Tensor, t: Tensor, y: Tensor, *, r: Tensor | None = None) -> Tensor:
-            x_0 = preconditioned(x_t, t, y, r=r).to(x_t.dtype)
+        def velocity(x_t: Tensor, t: Tensor, y: Tensor, **extras: Any) -> Tensor:
+            x_0 = preconditioned(x_t, t, y, **extras).to(x_t.dtype)
             return (x_t - x_0) / broadcast(t.clamp(min=self._finite_times[0]))
 
         return velocity
@@ -101,7 +114,8 @@ class AverageVelocity(Diffusion, ABC):
         """
         positions = torch.arange(shape[0] + 1, dtype=torch.float64)
         is_interval = (positions * self.interval_share).floor().diff() > 0
-        return {"second": self.draw_second(shape[0], generator, device), "is_interval": is_interval}
+        drawn = {"second": self.draw_second(shape[0], generator, device), "is_interval": is_interval}
+        return drawn | super().draw_loss_args(shape, generator, device)
 
     def draw_second(self, num: int, generator: torch.Generator | None, device: Device) -> Tensor:
         return self.sample_timesteps(num, generator, device)
@@ -118,6 +132,7 @@ class AverageVelocity(Diffusion, ABC):
         auxiliary: Sequence[Auxiliary] = (),
         second: Timesteps | None = None,
         is_interval: Bool[Tensor, " b"] | None = None,
+        g: Float[Tensor, " b"] | None = None,
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Compute `mse` and `loss` for each sample; the loss is `mse` times the adaptive weight.
 
@@ -125,7 +140,8 @@ class AverageVelocity(Diffusion, ABC):
         """
         t, noise = self.draw(x_0, t, noise, generator)
         if second is None or is_interval is None:
-            second, is_interval = self.draw_loss_args(x_0.shape, generator, x_0.device).values()
+            second, is_interval, *_ = self.draw_loss_args(x_0.shape, generator, x_0.device).values()
+        extras = self.draw_guidance(len(x_0), generator, x_0.device) if g is None else {"g": g}
         index = is_interval.nonzero().flatten().to(x_0.device, non_blocking=True)
         start, end = self.interval_of(t[index], second[index])
         r, t = t.index_copy(0, index, start), t.index_copy(0, index, end)
@@ -134,10 +150,10 @@ class AverageVelocity(Diffusion, ABC):
         x_t, v = self.q_sample(x_0, t, noise), noise - x_0
         if not len(index):
             index = index.new_zeros(1)  # all processes must call the model equally often
-        target = self.average_velocity(model, x_t, r, t, y, v, index)
+        target = self.average_velocity(model, x_t, r, t, y, v, index, extras)
         if self.prediction == "x_0":
             target = x_t - broadcast(t) * target
-        output = self.precondition(model)(x_t, t, y, r=r).float()
+        output = self.precondition(model)(x_t, t, y, r=r, **extras).float()
         mse = mean_per_sample((target - output).square())
         terms = {"loss": mse / (mse.detach() + ADAPTIVE_EPS) ** self.adaptive_power, "mse": mse}
         if auxiliary:
@@ -158,6 +174,9 @@ class MeanFlow(AverageVelocity):
 
     Guidance is part of training: `v` is replaced by `omega v + kappa u(x_t, t, t | y) + (1 - omega - kappa) u(x_t, t,
     t)`, which corresponds to a scale of `omega / (1 - kappa)` (section 4.2 and appendix B.2).
+
+    With `guidance_max`, each sample's scale g is an input of the model, as in improved MeanFlow (Geng et al. 2025b).
+    Here omega is 1 and kappa `1 - 1 / g`, so that v is not weighted more than without guidance.
 
     With `tangent="model"`, `du/dt` is taken along the velocity that the model predicts rather than the sample's. That
     reduces the target's variance, as the velocities of samples that pass through `x_t` differ and the model learns
@@ -182,7 +201,13 @@ class MeanFlow(AverageVelocity):
         check_name("--diffusion.tangent", tangent, TANGENTS)
         super().__init__(path, sampler="meanflow", **of_flow)
         self.omega, self.kappa, self.tangent, self.difference = omega, kappa, tangent, difference
-        self.guidance_settings = "" if (omega, kappa) == (1, 0) else "omega and kappa"
+        if (omega, kappa) != (1, 0):
+            if self.guidance_max is not None:
+                raise ValueError(
+                    f"--diffusion.omega {omega} and kappa {kappa} set one scale, --diffusion.guidance_max "
+                    f"{self.guidance_max} all up to it: leave one out (omega 1, kappa 0; guidance_max null)"
+                )
+            self.guidance_settings = "omega and kappa"
 
     def samples_are_guided(self, sampler: str) -> bool:
         return True  # or by none, as the model is not called twice
@@ -198,40 +223,52 @@ class MeanFlow(AverageVelocity):
 
     @torch.no_grad()
     def average_velocity(
-        self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
+        self,
+        model: Denoiser,
+        x_t: Images,
+        r: Timesteps,
+        t: Timesteps,
+        y: Labels,
+        v: Images,
+        index: Int64[Tensor, " n"],
+        extras: Mapping[str, Tensor] = EMPTY,
     ) -> Images:
         """Return `v - (t - r) du/dt` for samples at `index`, and `v` for others."""
-        u = self.velocity_of(model)
-        x, start, end, label = x_t[index], r[index], t[index], y[index]
+        u, x, end = self.velocity_of(model), x_t[index], t[index]
+        others = {name: values[index] for name, values in {"y": y, "r": r, **extras}.items()}
         with eval_mode(model) if self.difference else differentiable_forward(model):
-            v = self.guided(model, x_t, t, y, v)
+            v = self.guided(model, x_t, t, y, v, extras)
             tangent = v[index]
             if self.tangent == "model":
-                tangent = u(x, end, label, r=end).to(x.dtype)  # the model has learned the guided velocity
-            du_dt = self.derivative(u, x, start, end, label, tangent)
-        return v.index_copy(0, index, v[index] - broadcast(end - start) * du_dt)
+                tangent = u(x, end, **{**others, "r": end}).to(x.dtype)  # the model has learned the guided velocity
+            du_dt = self.derivative(u, x, end, tangent, others)
+        return v.index_copy(0, index, v[index] - broadcast(end - others["r"]) * du_dt)
 
-    def derivative(self, u: Denoiser, x: Images, r: Timesteps, t: Timesteps, y: Labels, tangent: Images) -> Images:
-        """Return `du/dt`, the derivative of `u(x, t, y, r=r)` along (tangent, 1) of (x, t)."""
+    def derivative(self, u: Denoiser, x: Images, t: Timesteps, tangent: Images, others: Mapping[str, Tensor]) -> Images:
+        """Return `du/dt`, the derivative of `u(x, t, **others)` along (tangent, 1) of (x, t)."""
         if not self.difference:
             dual_x, dual_t = forward_ad.make_dual(x, tangent), forward_ad.make_dual(t, torch.ones_like(t))
-            du_dt = forward_ad.unpack_dual(u(dual_x, dual_t, y, r=r)).tangent
+            du_dt = forward_ad.unpack_dual(u(dual_x, dual_t, **others)).tangent
             assert du_dt is not None
             return du_dt
-        before, after = torch.maximum(t - self.difference, r), (t + self.difference).clamp(max=1)
+        before, after = torch.maximum(t - self.difference, others["r"]), (t + self.difference).clamp(max=1)
         ends = [(x + broadcast(end - t) * tangent, end) for end in (before, after)]
         x_ends, t_ends = (torch.cat(both) for both in zip(*ends, strict=True))
-        u_before, u_after = u(x_ends, t_ends, y.repeat(2), r=r.repeat(2)).to(x.dtype).chunk(2)
+        doubled = {name: torch.cat([values] * 2) for name, values in others.items()}
+        u_before, u_after = u(x_ends, t_ends, **doubled).to(x.dtype).chunk(2)
         return (u_after - u_before) / broadcast((after - before).clamp(min=1e-12))
 
-    def guided(self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, v: Images) -> Images:
+    def guided(
+        self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, v: Images, extras: Mapping[str, Tensor] = EMPTY
+    ) -> Images:
         """Return the guided velocity of samples with a label, and `v` for those with the null label."""
         if not self.guidance_settings:
             return v
         null_label = num_classes_of(model)
-        both = with_and_without_label(self.velocity_of(model), null_label, x_t, t, y, r=t)
+        both = with_and_without_label(self.velocity_of(model), null_label, x_t, t, y, r=t, **extras)
         labelled, unlabelled = (u.to(x_t.dtype) for u in both)
-        guided = self.omega * v + self.kappa * labelled + (1 - self.omega - self.kappa) * unlabelled
+        kappa = broadcast(1 - 1 / extras["g"]) if "g" in extras else self.kappa
+        guided = self.omega * v + kappa * labelled + (1 - self.omega - kappa) * unlabelled
         return torch.where(broadcast(y == null_label), v, guided)
 
 
@@ -248,23 +285,21 @@ class Shortcut(AverageVelocity):
     Args:
         path: a linear flow.
         sections: number of Euler steps that the path is divided into, a power of two.
-        guidance_scale: scale of the guidance in training; 1 is none.
         of_flow: further arguments of `AverageVelocity`; the interval of a step is the one that contains the drawn time.
     """
 
-    def __init__(self, path: Flow, *, sections: int, guidance_scale: float, **of_flow: Any) -> None:
+    def __init__(self, path: Flow, *, sections: int, **of_flow: Any) -> None:
         if sections < 2 or not is_power_of_two(sections):
             raise ValueError(f"--diffusion.sections {sections} must be a power of two, such as 128")
         super().__init__(path, sampler="shortcut", **of_flow)
-        self.sections, self.guidance_scale = sections, guidance_scale
-        self.guidance_settings = "" if guidance_scale == 1 else "guidance_scale"
+        self.sections = sections
 
     def samples_are_guided(self, sampler: str) -> bool:
-        return self.guidance_scale != 1 and sampler == self.default_sampler
+        return bool(self.guidance_settings) and sampler == self.default_sampler
 
     @property
     def num_forward_passes(self) -> float:
-        return 3 + self.interval_share * (2 if self.guidance_scale == 1 else 4)
+        return 3 + self.interval_share * (4 if self.guidance_settings else 2)
 
     def check_options(self, options: SamplingOptions) -> None:
         """Refuse numbers of steps and spacings that the sampler `shortcut` does not support.
@@ -302,27 +337,38 @@ class Shortcut(AverageVelocity):
 
     @torch.no_grad()
     def average_velocity(
-        self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, v: Images, index: Int64[Tensor, " n"]
+        self,
+        model: Denoiser,
+        x_t: Images,
+        r: Timesteps,
+        t: Timesteps,
+        y: Labels,
+        v: Images,
+        index: Int64[Tensor, " n"],
+        extras: Mapping[str, Tensor] = EMPTY,
     ) -> Images:
         """Return the mean of two half steps' velocities for samples at `index`, and `v` for others."""
         x, r, t, y = x_t[index], r[index], t[index], y[index]
+        told = {name: values[index] for name, values in extras.items()}
         middle = (r + t) / 2
         with eval_mode(model):
-            first = self.half_step_velocity(model, x, middle, t, y)
-            second = self.half_step_velocity(model, x - broadcast(t - middle) * first, r, middle, y)
+            first = self.half_step_velocity(model, x, middle, t, y, told)
+            second = self.half_step_velocity(model, x - broadcast(t - middle) * first, r, middle, y, told)
         average = torch.where(broadcast(r == t), v[index], (first + second) / 2)
         return v.index_copy(0, index, average)
 
-    def half_step_velocity(self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels) -> Images:
+    def half_step_velocity(
+        self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, extras: Mapping[str, Tensor]
+    ) -> Images:
         """Return the average velocity of half a step; for half the shortest step, the guided velocity at t."""
         is_shortest = (t - r) * self.sections <= 1
         r = torch.where(is_shortest, t, r)
         u = self.velocity_of(model)
-        if self.guidance_scale == 1:
+        if not self.guidance_settings:
             return u(x_t, t, y, r=r).to(x_t.dtype)
-        both = with_and_without_label(u, num_classes_of(model), x_t, t, y, r=r)
+        both = with_and_without_label(u, num_classes_of(model), x_t, t, y, r=r, **extras)
         labelled, unlabelled = (velocity.to(x_t.dtype) for velocity in both)
-        scale = torch.where(is_shortest, self.guidance_scale, 1.0).to(x_t.dtype)
+        scale = torch.where(is_shortest, extras.get("g", self.guidance_scale), 1.0).to(x_t.dtype)
         return torch.lerp(unlabelled, labelled, broadcast(scale))
 
 

@@ -77,12 +77,16 @@ class Diffusion:
             a small network's function of sigma alone). The optimal prediction is unchanged.
         guidance_scale: scale of the guidance that the model learns in training, so that it samples without (see
             `guided_target`); 1 is none.
+        guidance_max: have the model learn the guidance of every scale from 1 to this instead, and tell it the scale as
+            its input `g`, which sampling then chooses (Meng et al. 2023); None is none.
         contrast: weight below 1 of the distance to another sample's velocity, which is subtracted from the loss where
             `training_loss` is given a `negative` (contrastive flow matching, Stoica et al. 2025).
         default_sampler: name of the sampler to use where none is given.
         default_spacing: name of the spacing to use where none is given.
         samplers: the only samplers that support this diffusion; empty: all in `SAMPLERS`.
     """
+
+    model_args: Mapping[str, Any] = EMPTY  # arguments that a backbone for this diffusion has to be built with
 
     def __init__(
         self,
@@ -95,6 +99,7 @@ class Diffusion:
         variance: str = "fixed_small",
         uncertainty: bool = False,
         guidance_scale: float = 1.0,
+        guidance_max: float | None = None,
         contrast: float = 0.0,
         default_sampler: str = "euler",
         default_spacing: str = "uniform",
@@ -112,8 +117,16 @@ class Diffusion:
             raise ValueError(
                 f"--diffusion.contrast {contrast}: is not for --diffusion.prediction {prediction}; leave it out"
             )
+        if guidance_max is not None and guidance_scale != 1:
+            raise ValueError(
+                f"--diffusion.guidance_scale {guidance_scale} sets one scale, --diffusion.guidance_max {guidance_max} "
+                "all up to it: leave one out (guidance_scale 1; guidance_max null)"
+            )
         self.variance, self.uncertainty, self.contrast = variance, uncertainty, contrast
-        self.guidance_scale, self.guidance_settings = guidance_scale, "" if guidance_scale == 1 else "guidance_scale"
+        self.guidance_scale, self.guidance_max = guidance_scale, guidance_max
+        self.guidance_settings = "" if guidance_scale == 1 else "guidance_scale"
+        if guidance_max is not None:
+            self.guidance_settings, self.model_args = "guidance_max", {**self.model_args, "guidance_input": True}
         self._draw_times = times
         self.default_sampler, self.default_spacing, self.samplers = default_sampler, default_spacing, samplers
         self._target, self._loss_target = targets[prediction], targets[self.loss]
@@ -194,12 +207,16 @@ class Diffusion:
 
     def samples_are_guided(self, sampler: str) -> bool:
         """Whether a sampler's samples are guided by the model alone, as training included guidance."""
-        return self.guidance_scale != 1
+        return bool(self.guidance_settings)
+
+    def takes_guidance(self, sampler: str) -> bool:
+        """Whether a sampler tells the model its guidance scale, in place of calling it twice."""
+        return self.guidance_max is not None and self.samples_are_guided(sampler)
 
     @property
     def num_forward_passes(self) -> float:
         """Cost of training on one image, in forward passes of the backbone. A backward pass counts as two of them."""
-        return 3.0 if self.guidance_scale == 1 else 5.0  # the guided target takes two
+        return 5.0 if self.guidance_settings else 3.0  # the guided target takes two
 
     # The objective.
 
@@ -215,6 +232,7 @@ class Diffusion:
         auxiliary: Sequence[Auxiliary] = (),
         extras: Mapping[str, Any] = EMPTY,
         negative: Float[Tensor, "b 2 c h w"] | None = None,
+        g: Float[Tensor, " b"] | None = None,
     ) -> dict[str, Float32[Tensor, " b"]]:
         """Compute the per-sample `loss` to minimise, and the terms that it is made of, all in float32.
 
@@ -228,12 +246,14 @@ class Diffusion:
             auxiliary: further losses, each weighted by the signal's share `alpha^2 / (alpha^2 + sigma^2)` too.
             extras: keyword arguments for the model.
             negative: `x_0` and noise of another sample for each, for the contrastive term.
+            g: guidance scales to learn; drawn by default where the model is told one.
         """
         t, noise = self.draw(x_0, t, noise, generator)
+        extras = {**extras, **(self.draw_guidance(len(x_0), generator, x_0.device) if g is None else {"g": g})}
         x_0 = x_0.float()
         x_t = self.q_sample(x_0, t, noise)
         target = self.target(x_0, noise, t)
-        if self.guidance_scale != 1:
+        if self.guidance_settings:
             target = self.guided_target(model, x_t, t, y, target, extras)
         output = self.precondition(model)(x_t, t, y, **extras).float()
         terms = self.terms(output, target, x_0, x_t, t)
@@ -248,8 +268,17 @@ class Diffusion:
     def draw_loss_args(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> dict[str, Tensor]:
-        """Draw further random arguments of `training_loss` for a batch of this shape, by name: none by default."""
-        return {}
+        """Draw further random arguments of `training_loss` for a batch of this shape, by name."""
+        return self.draw_guidance(shape[0], generator, device)
+
+    def draw_guidance(self, num: int, generator: torch.Generator | None, device: Device) -> dict[str, Tensor]:
+        """Draw the scales `g` that the model is told, log-uniformly in [1, `guidance_max`]; nothing if it is told none.
+
+        The target depends on `1 - 1 / g`, most of whose range belongs to small scales.
+        """
+        if self.guidance_max is None:
+            return {}
+        return {"g": self.guidance_max ** torch.rand(num, generator=generator, device=device)}
 
     def draw(
         self, x_0: Tensor, t: Tensor | None, noise: Tensor | None, generator: torch.Generator | None
@@ -268,14 +297,15 @@ class Diffusion:
         """Return the target of a model that learns its own guidance; that of samples without a label stays as it is.
 
         The target moves by `1 - 1 / s` times the difference between the model's outputs with and without the label,
-        for a scale of s. The model that agrees with its own targets then has the output of classifier-free guidance
-        at that scale (model-guidance, Tang et al. 2025).
+        for a scale of s: `guidance_scale`, or that of each sample, which the model is told. The model that agrees with
+        its own targets then has the output of classifier-free guidance at that scale (model-guidance, Tang et al.
+        2025).
         """
         null_label = num_classes_of(model)
         with eval_mode(model):
             both = with_and_without_label(self.precondition(model), null_label, x_t, t, y, **extras)
         labelled, unlabelled = (output[:, : x_t.shape[1]].float() for output in both)
-        share = torch.where(y == null_label, 0.0, 1 - 1 / self.guidance_scale)
+        share = torch.where(y == null_label, 0.0, 1 - 1 / extras.get("g", self.guidance_scale))
         return target + rearrange(share, "b -> b 1 1 1") * (labelled - unlabelled)
 
     def terms(

@@ -87,6 +87,30 @@ def guide(
     return guided
 
 
+OF_TWO_OUTPUTS = (
+    "guidance_interval",
+    "guidance_rescale",
+    "guidance_parallel",
+    "guidance_radius",
+    "legacy_cfg_channels",
+)
+
+
+def check_guidance_input(options: SamplingOptions, largest: float, *, has_guide: bool) -> None:
+    """Raise `ValueError`, naming the flag, for guidance that a model which is told its scale does not have."""
+    if not 1 <= options.guidance_scale <= largest:
+        raise ValueError(
+            f"--sampling.guidance_scale {options.guidance_scale:g}: the model has learned scales from 1 to "
+            f"{largest:g}; give one of these"
+        )
+    names = [name for name in OF_TWO_OUTPUTS if getattr(options, name) != getattr(SamplingOptions(), name)]
+    for name in [*names, *(["guidance_checkpoint"] if has_guide else [])]:
+        raise ValueError(
+            f"--sampling.{name}: the model is told its guidance scale and called once, so there are no two outputs to "
+            "combine; leave it out"
+        )
+
+
 def scale_at(options: SamplingOptions, ratio: float) -> float:
     """Return the guidance scale at a noise level sigma / alpha: 1 outside the interval (Kynkäänniemi et al. 2024)."""
     low, high = options.guidance_interval or (0.0, math.inf)

@@ -21,7 +21,8 @@ class SamplingOptions:
             null: 150, or 1 for 'meanflow' and 'shortcut'
         spacing: of the steps: null is the diffusion's default: 'uniform' in time (gaussian, flow) or 'karras' (edm);
             'trailing', 'quadratic', 'log_snr'; or a text file of noise levels sigma / alpha
-        guidance_scale: scale of classifier-free guidance (Ho and Salimans 2022); 1 turns it off
+        guidance_scale: scale of classifier-free guidance (Ho and Salimans 2022); 1 turns it off. A model of
+            --diffusion.guidance_max is told it, and called once
         guidance_interval: smallest and largest noise level sigma / alpha at which to guide (Kynkäänniemi et al. 2024)
         guidance_rescale: 0 to 1: how far to restore the standard deviation of the output (Lin et al. 2023: 0.7)
         guidance_parallel: share kept of the guidance's component along the predicted image; 0: projected (Sadat et al.

@@ -27,6 +27,7 @@ def gaussian(
     model_times: Annotated[Sequence[float] | None, "(-inf, inf)"] = None,
     loss: str | None = None,
     guidance_scale: Annotated[float, "(0, inf)"] = 1.0,
+    guidance_max: Annotated[float | None, "(1, inf)"] = None,
 ) -> "diffusion.diffusion.Diffusion":
     """discrete time: Ho et al. 2020, Nichol and Dhariwal 2021
 
@@ -44,6 +45,8 @@ def gaussian(
         loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
         guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call (model-
             guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
+        guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
+            scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
     """
     import torch
 
@@ -82,6 +85,7 @@ def gaussian(
         weighting=weighting,
         variance=variance,
         guidance_scale=guidance_scale,
+        guidance_max=guidance_max,
         default_sampler="ddpm",
     )
 
@@ -95,6 +99,7 @@ def flow(
     prediction: str = "velocity",
     loss: str | None = None,
     guidance_scale: Annotated[float, "(0, inf)"] = 1.0,
+    guidance_max: Annotated[float | None, "(1, inf)"] = None,
     contrast: Annotated[float, "[0, 1)"] = 0.0,
 ) -> "diffusion.diffusion.Diffusion":
     """flow matching: Lipman et al. 2023, Liu et al. 2023, Ma et al. 2024
@@ -110,6 +115,8 @@ def flow(
         loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
         guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call (model-
             guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
+        guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
+            scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
         contrast: weight of the distance to the velocity of another sample of the batch, subtracted from the training
             loss (contrastive flow matching, Stoica et al. 2025: 0.05); with prediction 'velocity'
     """
@@ -125,6 +132,7 @@ def flow(
         loss,
         times=lambda *batch: flow_path.shifted(draw(*batch)),
         guidance_scale=guidance_scale,
+        guidance_max=guidance_max,
         contrast=contrast,
     )
 
@@ -139,6 +147,7 @@ def edm(
     prediction: str = "F",
     loss: str | None = None,
     guidance_scale: Annotated[float, "(0, inf)"] = 1.0,
+    guidance_max: Annotated[float | None, "(1, inf)"] = None,
 ) -> "diffusion.diffusion.Diffusion":
     """Karras et al. 2022
 
@@ -156,6 +165,8 @@ def edm(
         loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
         guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call (model-
             guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
+        guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
+            scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
     """
     import torch
 
@@ -177,6 +188,7 @@ def edm(
         times=draw,
         uncertainty=uncertainty,
         guidance_scale=guidance_scale,
+        guidance_max=guidance_max,
         default_sampler="heun",
         default_spacing="karras",
     )
@@ -187,6 +199,7 @@ def meanflow(
     adaptive_power: Annotated[float, "[0, inf)"] = 1.0,
     omega: Annotated[float, "(0, inf)"] = 1.0,
     kappa: Annotated[float, "[0, 1)"] = 0.0,
+    guidance_max: Annotated[float | None, "(1, inf)"] = None,
     tangent: str = "sample",
     difference: Annotated[float | None, "(0, 0.5)"] = None,
     prediction: str = "velocity",
@@ -201,6 +214,8 @@ def meanflow(
         adaptive_power: p of the loss weight 1 / (mse + 0.001)^p; 0: none
         omega: guidance in training, with a scale of omega / (1 - kappa); omega 1 and kappa 0: none
         kappa: weight of the backbone's own prediction in this guidance
+        guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
+            scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
         tangent: the velocity along which the average is differentiated: 'sample', that of the sample, or 'model', the
             backbone's prediction, which has less variance (improved MeanFlow, Geng et al. 2025b)
         difference: take this derivative as the difference quotient of two calls so far before and after t, which
@@ -221,6 +236,7 @@ def meanflow(
         "prediction": prediction,
         "interval_share": interval_share,
         "adaptive_power": adaptive_power,
+        "guidance_max": guidance_max,
     }
     common["times"] = draw_times(times, times_args)
     return MeanFlow(
@@ -233,6 +249,7 @@ def shortcut(
     adaptive_power: Annotated[float, "[0, inf)"] = 0.0,
     sections: Annotated[int, "[2, inf)"] = 128,
     guidance_scale: Annotated[float, "(0, inf)"] = 1.0,
+    guidance_max: Annotated[float | None, "(1, inf)"] = None,
     prediction: str = "velocity",
     times: str = "uniform",
     times_args: dict[str, Any] | None = None,
@@ -246,6 +263,8 @@ def shortcut(
         sections: number of Euler steps that the path is divided into, a power of two; longer steps are learned from
             shorter ones
         guidance_scale: scale of the guidance that longer steps learn in training; 1: none
+        guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
+            scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
         prediction: what the backbone predicts: 'velocity', or 'x_0', the data that a step by this velocity to t = 0
             leads to (Lu et al. 2026); to fine-tune a flow's weights, the flow's
         times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
@@ -260,6 +279,7 @@ def shortcut(
         "prediction": prediction,
         "interval_share": interval_share,
         "adaptive_power": adaptive_power,
+        "guidance_max": guidance_max,
     }
     common["times"] = draw_times(times, times_args)
     return Shortcut(Flow("linear", 1.0, model_times), sections=sections, guidance_scale=guidance_scale, **common)

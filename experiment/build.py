@@ -109,8 +109,10 @@ def open_cache(
 def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num_classes: int) -> ModelSpec:
     """Specify the backbone with the shapes of codec, diffusion and data. Raises ValueError for a backbone that lacks
     parameters which the diffusion or augmentation requires."""
-    required: dict[str, Any] = dict(getattr(diffusion, "model_args", {}))
+    required: dict[str, Any] = dict(diffusion.model_args)
     requested_by = f"kind {config.diffusion.kind}"
+    if diffusion.guidance_max is not None:
+        requested_by = f"{requested_by} with --diffusion.guidance_max"
     if config.train.augment:
         check_augment(config, codec, diffusion)
         required["augment_dim"], requested_by = NUM_CHANGES, f"{requested_by} with --train.augment"

@@ -29,7 +29,8 @@ class Backbone(nn.Module):
     A backbone built with `second_time=True` accepts a keyword `r` [b], in the units of `t` and `t` itself by default:
     the time at which the average velocity from `t` ends (Geng et al. 2025, Frans et al. 2024). One built with
     `augment_dim=k` accepts a keyword `augment` [b k], which describes the augmentation of each training image (Karras
-    et al. 2022); the default, all zeros, means no augmentation.
+    et al. 2022); the default, all zeros, means no augmentation. One built with `guidance_input=True` accepts a
+    keyword `g` [b], the scale of the guidance that its output includes (Meng et al. 2023); the default, 1, means none.
     """
 
     input_size: tuple[int, int]  # height and width of the latent or image; constructors also accept one side

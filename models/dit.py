@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Cond, Images, Labels, Output, Times, Tokens, check_choice
+from models.layers import Changes, Cond, Images, Labels, Output, Scales, Times, Tokens, check_choice
 from models.layers.attention import SelfAttention
 from models.layers.embedding import Conditioning, TimeEmbedding, make_rotary, sincos_2d
 from models.layers.initialisation import initialise_linears_, zero_
@@ -66,6 +66,7 @@ class DiT(Backbone):
             an offset in each, which saves a third of the parameters).
         second_time: accept a second time `r`, see `Backbone`.
         augment_dim: width of the keyword `augment`, see `Backbone`; 0: do not accept it.
+        guidance_input: accept a guidance scale `g`, see `Backbone`.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class DiT(Backbone):
         modulation: str = "block",
         second_time: bool = False,
         augment_dim: int = 0,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         check_choice("modulation", modulation, MODULATIONS)
@@ -96,7 +98,9 @@ class DiT(Backbone):
         self.patch_size = patch_size
         self.grid = self.input_size[0] // patch_size, self.input_size[1] // patch_size
 
-        self.cond = Conditioning(num_classes, dim, second_time=second_time, augment_dim=augment_dim)
+        self.cond = Conditioning(
+            num_classes, dim, second_time=second_time, augment_dim=augment_dim, guidance_input=guidance_input
+        )
         self.patch = nn.Linear(in_channels * patch_size**2, dim)
         absolute = sincos_2d(dim, *self.grid) if positions != "rotary" else torch.zeros(1, dim)
         self.register_buffer("positions", absolute, persistent=False)
@@ -123,8 +127,10 @@ class DiT(Backbone):
                 zero_(module)
         zero_(self.final.linear)
 
-    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
-        cond = self.cond(t, y, r, augment)
+    def forward(
+        self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None, g: Scales = None
+    ) -> Output:
+        cond = self.cond(t, y, r, augment, g)
         modulation = self.modulation(cond)  # shared by all blocks
         x = self.patch(patchify(x_t, self.patch_size)) + self.positions
 

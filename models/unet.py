@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Cond, Images, Labels, Output, Times, check_choice
+from models.layers import Changes, Cond, Images, Labels, Output, Scales, Times, check_choice
 from models.layers.embedding import Conditioning
 from models.layers.initialisation import zero_
 from models.layers.patch import check_input_size
@@ -67,6 +67,7 @@ class UNet(Backbone):
         stem_size: side of the first convolution's kernel, odd.
         second_time: accept a second time `r`, see `Backbone`.
         augment_dim: width of the keyword `augment`, see `Backbone`; 0: do not accept it.
+        guidance_input: accept a guidance scale `g`, see `Backbone`.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class UNet(Backbone):
         dropout: float = 0.0,
         second_time: bool = False,
         augment_dim: int = 0,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         _check_spelling("down", down, len(channels) - 1)
@@ -106,7 +108,14 @@ class UNet(Backbone):
         level = partial(Level, cond_dim=time_dim, num_heads=num_heads, attention_axis=attention_axis, dropout=dropout)
         stem_width, *level_widths = channels
         skip_widths = list(channels[:-1])  # skips are the inputs of the encoder levels
-        self.cond = Conditioning(num_classes, time_dim, std=None, second_time=second_time, augment_dim=augment_dim)
+        self.cond = Conditioning(
+            num_classes,
+            time_dim,
+            std=None,
+            second_time=second_time,
+            augment_dim=augment_dim,
+            guidance_input=guidance_input,
+        )
         self.stem = nn.Conv2d(in_channels, stem_width, stem_size, padding=stem_size // 2)
 
         self.encoder = nn.ModuleList(map(level, down, skip_widths, level_widths))
@@ -127,8 +136,10 @@ class UNet(Backbone):
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return ResidualBlock, ImageAttention
 
-    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
-        cond = self.cond(t, y, r, augment)
+    def forward(
+        self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None, g: Scales = None
+    ) -> Output:
+        cond = self.cond(t, y, r, augment, g)
         x, skips = self._run_encoder(x_t, cond)
 
         for level in self.middle:

@@ -7,9 +7,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Images, Labels, Output, Times, Tokens
+from models.layers import Changes, Images, Labels, Output, Scales, Times, Tokens
 from models.layers.attention import SelfAttention
-from models.layers.embedding import IntervalEmbedding, NoInterval, make_augment, make_rotary, sinusoids
+from models.layers.embedding import (
+    GuidanceEmbedding,
+    IntervalEmbedding,
+    NoGuidance,
+    NoInterval,
+    make_augment,
+    make_rotary,
+    sinusoids,
+)
 from models.layers.initialisation import initialise_linears_
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.style import BlockStyle
@@ -34,8 +42,8 @@ class UViTTokens(Backbone):
     """A transformer over a label token, a time token and the patches, with long skips and a final convolution.
 
     `positions` are `absolute` (published; learned), `rotary` (patches only) or `both`. `qk_norm`, `norm` and `mlp` are
-    those of `BlockStyle`. The embeddings of a second time `r` and of `augment` (see `Backbone`) are added to the time
-    token.
+    those of `BlockStyle`. The embeddings of a second time `r`, of `augment` and of a guidance scale `g` (see
+    `Backbone`) are added to the time token.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class UViTTokens(Backbone):
         positions: str = "absolute",
         second_time: bool = False,
         augment_dim: int = 0,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         if depth % 2 == 0:
@@ -84,6 +93,7 @@ class UViTTokens(Backbone):
         initialise_linears_(self, partial(nn.init.trunc_normal_, std=0.02))
         self.interval = IntervalEmbedding(dim) if second_time else NoInterval()
         self.augment = make_augment(augment_dim, dim)
+        self.guidance = GuidanceEmbedding(dim) if guidance_input else NoGuidance()
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return (Block,)
@@ -92,9 +102,12 @@ class UViTTokens(Backbone):
         """Return the patch tokens, without those of time and label."""
         return state[:, self.num_tokens :]
 
-    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
+    def forward(
+        self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None, g: Scales = None
+    ) -> Output:
         # Tokens: label, time, patches.
-        time = self.augment(self.interval(sinusoids(t, self.dim), t, r), augment)
+        time = self.interval(sinusoids(t, self.dim), t, r)
+        time = self.guidance(self.augment(time, augment), g)
         tokens = [time[:, None], self.patch(patchify(x_t, self.patch_size))]
         if self.label is not None:
             tokens.insert(0, self.label(y)[:, None])

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Cond, Grid, Images, Labels, Output, Times, Tokens, check_choice
+from models.layers import Changes, Cond, Grid, Images, Labels, Output, Scales, Times, Tokens, check_choice
 from models.layers.attention import SelfAttention
-from models.layers.embedding import Conditioning, IntervalEmbedding, NoConditioning, sincos_2d
+from models.layers.embedding import AddedEmbedding, Conditioning, NoConditioning, sincos_2d
 from models.layers.initialisation import initialise_linears_, zero_
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, PassThrough
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
@@ -158,6 +158,7 @@ class XSwin(Backbone):
         mlp: `gelu` (published) or `swiglu`.
         second_time: accept a second time `r`, see `Backbone`.
         augment_dim: width of the keyword `augment`, see `Backbone`; 0: do not accept it.
+        guidance_input: accept a guidance scale `g`, see `Backbone`.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class XSwin(Backbone):
         mlp: str = "gelu",
         second_time: bool = False,
         augment_dim: int = 0,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         self.input_size = check_input_size(input_size, patch_size)
@@ -200,8 +202,9 @@ class XSwin(Backbone):
         check_choice("stem", stem, STEMS)
         check_choice("conv_norm", conv_norm, CONV_NORMS)
         check_choice("conditioning", conditioning, INJECTIONS)
+        inputs = {"second_time": second_time, "augment_dim": augment_dim, "guidance_input": guidance_input}
         if conditioning == "none":
-            check_unconditional(num_classes, second_time=second_time, augment_dim=augment_dim)
+            check_unconditional(num_classes, **inputs)
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
         self.injection = injection = Injection(conditioning, dim)
@@ -223,7 +226,7 @@ class XSwin(Backbone):
         if conditioning == "none":
             self.cond = NoConditioning()
         else:
-            self.cond = Conditioning(num_classes, dim, second_time=second_time, augment_dim=augment_dim)
+            self.cond = Conditioning(num_classes, dim, **inputs)
         self.stem_in = STEMS[stem](in_channels, dim, injection, conv_norm)
         self.patch_modulator = injection.modulator(self.stem_in.out_channels)
         self.patch = nn.Conv2d(self.stem_in.out_channels, dim, patch_size, stride=patch_size)
@@ -269,7 +272,7 @@ class XSwin(Backbone):
         for module in self.modules():
             if isinstance(module, Modulator | Gate):
                 zero_(module.linear)
-            if isinstance(module, IntervalEmbedding):
+            if isinstance(module, AddedEmbedding):
                 module.reset()
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
@@ -278,8 +281,10 @@ class XSwin(Backbone):
     def as_tokens(self, state: Float[Tensor, "b ... d"]) -> Tokens:
         return state.flatten(1, -2)
 
-    def forward(self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None) -> Output:
-        cond = self.injection(self.cond(t, y, r, augment))
+    def forward(
+        self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None, g: Scales = None
+    ) -> Output:
+        cond = self.injection(self.cond(t, y, r, augment, g))
         precomputed = self.precompute(x_t)
 
         # Convolutional stem (if any), patch embedding.
@@ -313,11 +318,15 @@ class XSwin(Backbone):
         return self.head(modulate_image(self.head_modulator, x, cond))
 
 
-def check_unconditional(num_classes: int, *, second_time: bool, augment_dim: int) -> None:
+def check_unconditional(num_classes: int, *, second_time: bool, augment_dim: int, guidance_input: bool) -> None:
     """Raise `ValueError` if a backbone without conditioning is given something to condition on."""
     if num_classes:
         raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
     if second_time:
         raise ValueError("conditioning=none leaves times no place, and --diffusion.kind tells two: take another")
+    if guidance_input:
+        raise ValueError(
+            "conditioning=none leaves a guidance scale no place: --diffusion.guidance_max null, or another one"
+        )
     if augment_dim:
         raise ValueError("conditioning=none leaves changes of images no place: --train.augment 0, or another one")

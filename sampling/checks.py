@@ -32,7 +32,7 @@ def resolve_sampling(
 ) -> SamplingConfig:
     """Apply overrides and the diffusion's default sampler, number of steps and spacing, and validate the result.
 
-    The guidance scale becomes 1, unless it is overridden, if the model cannot be guided or was trained with guidance.
+    The guidance scale becomes 1, unless it is overridden, if the model cannot be guided or has learned one scale.
 
     Args:
         config: settings of the model's training
@@ -52,7 +52,7 @@ def resolve_sampling(
         raise ValueError("--sampling.guidance_unlabelled true: of whom? give --sampling.guidance_checkpoint too")
     sampler, spacing = config.sampler or diffusion.default_sampler, config.spacing or diffusion.default_spacing
     config = replace(config, sampler=sampler, spacing=spacing)
-    check_options(config, diffusion)
+    check_options(config, diffusion, has_guide=config.guidance_checkpoint is not None)
     if not num_guided and config.guidance_scale != 1.0 and config.guidance_checkpoint is None:
         raise ValueError(
             f"--sampling.guidance_scale {config.guidance_scale}: the model is unconditional, or was trained with "
@@ -81,7 +81,8 @@ def _implied_overrides(
         implied["sampler_args"] = {}  # the configured ones belong to the replaced sampler
     if guide is None and config.guidance_checkpoint:
         implied["guidance_unlabelled"] = False  # it belongs to the removed guide
-    if guide is None and (diffusion.samples_are_guided(sampler) or not num_guided):
+    is_fixed = diffusion.samples_are_guided(sampler) and not diffusion.takes_guidance(sampler)
+    if guide is None and (is_fixed or not num_guided):
         implied["guidance_scale"] = 1.0
         if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, DEFAULT_GUIDANCE):
             if not num_guided:

@@ -51,7 +51,9 @@ class Page:
                         seed = gr.Textbox("0", label="Seed", max_lines=1, min_width=90, scale=1)
                         number = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", min_width=140, scale=2)
                     guided = first.num_guided > 0
-                    guidance = gr.Slider(0, 10, defaults[2], step=0.1, label="Guidance", visible=guided)
+                    guidance = gr.Slider(
+                        *guidance_limits(first), defaults[2], step=0.1, label="Guidance", visible=guided
+                    )
                     with gr.Row():
                         sampler = gr.Dropdown(samplers, value=defaults[0], label="Sampler", min_width=140)
                         steps = gr.Slider(1, MOST_STEPS, defaults[1], step=1, label="Steps", min_width=140)
@@ -167,7 +169,7 @@ class Page:
             gr.Dropdown(classes, value=None, visible=bool(classes)),
             gr.Dropdown(sampler_names(checkpoint), value=sampler),
             gr.Slider(value=steps),
-            gr.Slider(value=guidance, visible=checkpoint.num_guided > 0),
+            gr.Slider(*guidance_limits(checkpoint), guidance, visible=checkpoint.num_guided > 0),
             gr.Slider(value=1, visible=self.studio.draws_at_once(runs[0])),
         ]
 
@@ -228,6 +230,12 @@ def settings_of(checkpoint: Checkpoint) -> tuple[str, int, float]:
     sampling = resolve_sampling(checkpoint.config.sampling, diffusion, checkpoint.num_guided)
     sampler, num_steps = str(sampling.sampler), num_steps_for(sampling, diffusion)
     return sampler, min(4 if sampler in AVERAGES else 50, num_steps), sampling.guidance_scale
+
+
+def guidance_limits(checkpoint: Checkpoint) -> tuple[float, float]:
+    """The least and the largest guidance scale to choose from; a model that is told its scale has learned these."""
+    largest = checkpoint.build_diffusion().guidance_max
+    return (0, 10) if largest is None else (1, largest)
 
 
 def sampler_names(checkpoint: Checkpoint) -> list[str]:

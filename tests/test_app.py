@@ -50,7 +50,16 @@ def temporary(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(folder, temporary):
     """Address of the page, which serves two checkpoints of the tiny run and one that samples in a single step."""
-    at_once = ("--diffusion.kind", "shortcut", "--sampling.sampler", "shortcut", "--sampling.num_steps", 1)
+    at_once = (
+        "--diffusion.kind",
+        "shortcut",
+        "--diffusion.guidance_max",
+        5,
+        "--sampling.sampler",
+        "shortcut",
+        "--sampling.num_steps",
+        1,
+    )
     flags = ("--name", "at-once", "--train.num_steps", 1, "--log.validate_every", 0)
     run("train.py", "--config", "tiny.yaml", *at_once, *flags, cwd=folder)
     port = free_port()
@@ -153,6 +162,9 @@ def test_the_slider_shows_the_pictures_of_sample_pys_interpolation(client, folde
     with pytest.raises(Exception, match="did you mean star"):
         client.predict(["runs/at-once"], *{**settings, "of_class": "starr"}.values(), 1, api_name="/way")
     assert studio.draws_at_once("runs/at-once")
+    shown = client.predict(["runs/at-once"], "star", api_name="/update_controls")
+    guidance = next(control for control in shown if control.get("maximum") == 5)
+    assert (guidance["minimum"], guidance["value"]) == (1, 1.5)
 
 
 def test_nearest_training_images_are_shown_below(client):

@@ -12,7 +12,6 @@ import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 from diffusers.utils import dynamic_modules_utils
 from processes import ROOT, script
-from published import diffusers_pipeline
 from safetensors.torch import save_file
 
 from autoencoders.codec import create_codec
@@ -33,6 +32,7 @@ from experiment.config import (
 from machine.randomness import generator_for
 from metrics.programs import save_exported
 from models import ModelSpec, create_model
+from published import diffusers_pipeline
 
 EXPORT, SAMPLE = script("scripts/export_diffusers.py"), script("sample.py")
 TINY_DIT = {"dim": 32, "depth": 2, "num_heads": 2}

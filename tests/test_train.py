@@ -104,12 +104,14 @@ OBJECTIVES = {
     "contrastive": {"kind": "flow", "contrast": 0.05},
     "meanflow": {"kind": "meanflow", "omega": 0.5, "kappa": 0.5},
     "shortcut": {"kind": "shortcut", "guidance_scale": 2.0},
+    "any guidance": {"kind": "meanflow", "guidance_max": 4.0},
 }
 PAIRS = [
     ("XSwin", "gaussian"),
     ("UViT", "contrastive"),
     ("DiT", "meanflow"),
     ("UViT", "shortcut"),
+    ("DiT", "any guidance"),
 ]
 
 
@@ -121,7 +123,7 @@ def test_two_processes_and_micro_batches_equal_one(folder, model, objective):
     settings["log"] = {"every": 1, "validate_every": 0, "trackers": []}
     settings["sampling"] = {**TINY["sampling"], "num_steps": 1}
     settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}
-    prefix = f"{model}-{objective}"
+    prefix = f"{model}-{objective}".replace(" ", "-")
     (folder / f"{prefix}.yaml").write_text(yaml.safe_dump(settings))
     flags = ("train.py", "--config", f"{prefix}.yaml", "--name")
     run(*flags, f"{prefix}-one", cwd=folder)

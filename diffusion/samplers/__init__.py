@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.calls import eval_mode
 from diffusion.diffusion import EMPTY, Denoiser, Diffusion, Prediction
-from diffusion.guidance import guidance_rule, guide, scale_at
+from diffusion.guidance import check_guidance_input, guidance_rule, guide, scale_at
 from diffusion.options import SamplingOptions
 from diffusion.samplers.chain import Chain, Moments
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
@@ -76,8 +76,8 @@ def num_calls(diffusion: Diffusion, options: SamplingOptions) -> int:
     return len(times)
 
 
-def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
-    """Validate options before sampling; a `ValueError` names the flag."""
+def check_options(options: SamplingOptions, diffusion: Diffusion, *, has_guide: bool = False) -> None:
+    """Validate options before sampling, with a guide model or without; a `ValueError` names the flag."""
     check_settings(options, "--sampling.")
     samplers, name = samplers_for(diffusion), options.sampler or diffusion.default_sampler
     if name in AVERAGES and name not in samplers:
@@ -86,6 +86,8 @@ def check_options(options: SamplingOptions, diffusion: Diffusion) -> None:
     check_name("--sampling.sampler", name, samplers)
     check_arguments(samplers[name], options.sampler_args, "--sampling.sampler_args")
     diffusion.check_options(options)
+    if diffusion.guidance_max is not None and diffusion.takes_guidance(name):
+        check_guidance_input(options, diffusion.guidance_max, has_guide=has_guide)
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def sample(
         settings: options by their names in `SamplingOptions`, such as `sampler="ddim", num_steps=50`.
     """
     options = replace(options or SamplingOptions(), **settings)
-    check_options(options, diffusion)
+    check_options(options, diffusion, has_guide=guide_model is not None)
     expected = [num_steps_for(options, diffusion), *noise.shape]
     if step_noise is not None and list(step_noise.shape) != expected:
         raise ValueError(f"step_noise {list(step_noise.shape)} must be {expected}: a slice a step")
@@ -163,7 +165,10 @@ class SamplerRun:
     def __call__(
         self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels, *, guide_model: Denoiser | None
     ) -> Images:
-        options, preconditioned = self.options, diffusion.precondition(model)
+        options, told, preconditioned = self.options, self.extras, diffusion.precondition(model)
+        if diffusion.takes_guidance(options.sampler or diffusion.default_sampler):  # by the model itself, at one call
+            told = {**told, "g": torch.full((len(noise),), options.guidance_scale, device=noise.device)}
+            options = replace(options, guidance_scale=1.0)
         guidance: dict[str, Any] = {
             "latent_channels": noise.shape[1],
             "legacy_cfg_channels": options.legacy_cfg_channels,
@@ -180,7 +185,7 @@ class SamplerRun:
         def denoise(x_t: Tensor, t: int | float, at: Transition, **extras: Any) -> Prediction:
             times = torch.full((len(x_t),), t, device=x_t.device)
             scale = scale_at(options, (at.sigma / at.alpha).item())
-            output = guided(scale)(x_t, times, y, **self.extras, **extras)
+            output = guided(scale)(x_t, times, y, **told, **extras)
             prediction = diffusion.predict(output, x_t, times, at)
             return prediction if options.clip is None else prediction.clipped(options.clip, x_t, at)
 

@@ -18,6 +18,7 @@ Tokens = Float[Tensor, "b n d"]
 Cond = Float[Tensor, "b cond"]
 Times = Shaped[Tensor, " b"]
 Labels = Int64[Tensor, " b"]
+Scales = Float[Tensor, " b"] | None  # of the guidance that each output is to have; None: 1
 Changes = Float[Tensor, "b augment"] | None  # a description of each image's augmentation; None: not augmented
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.layers import Changes, Labels, Times, check_choice
+from models.layers import Changes, Labels, Scales, Times, check_choice
 from models.layers.initialisation import zero_
 
 NUM_FREQUENCIES = 256
@@ -41,10 +41,10 @@ class TimeEmbedding(nn.Module):
         return self.mlp(sinusoids(t, NUM_FREQUENCIES))
 
 
-class IntervalEmbedding(TimeEmbedding):
-    """Adds an embedding of the interval `t - r` to the embedding of `t`; `r` is `t` by default (Geng et al. 2025).
+class AddedEmbedding(TimeEmbedding):
+    """An embedding of one more number, to be added to that of the time.
 
-    Its last layer starts at zero, so a model trained without `r` can be fine-tuned with it.
+    Its last layer starts at zero, so a model trained without this number can be fine-tuned with it.
     """
 
     def __init__(self, dim: int, std: float | None = SMALL) -> None:
@@ -54,6 +54,10 @@ class IntervalEmbedding(TimeEmbedding):
     def reset(self) -> None:
         """Zero the last layer again, after a backbone has initialised all its linears."""
         zero_(self.mlp[2])  # pyright: ignore[reportArgumentType]
+
+
+class IntervalEmbedding(AddedEmbedding):
+    """Adds an embedding of the interval `t - r` to the embedding of `t`; `r` is `t` by default (Geng et al. 2025)."""
 
     def forward(self, embedded: Float[Tensor, "b d"], t: Times, r: Times | None) -> Float[Tensor, "b d"]:
         return embedded + super().forward(t - t if r is None else t - r)
@@ -65,6 +69,26 @@ class NoInterval(nn.Module):
     def forward(self, embedded: Float[Tensor, "b d"], t: Times, r: Times | None) -> Float[Tensor, "b d"]:
         if r is not None:
             raise ValueError("r: this backbone is told one time; build it with second_time=True")
+        return embedded
+
+
+class GuidanceEmbedding(AddedEmbedding):
+    """Adds an embedding of the guidance scale `g` to that of the time (Meng et al. 2023); `g` is 1 by default.
+
+    It is an embedding of `100 log g`, which lies in the range of the times.
+    """
+
+    def forward(self, embedded: Float[Tensor, "b d"], g: Scales) -> Float[Tensor, "b d"]:
+        g = embedded.new_ones(len(embedded)) if g is None else g
+        return embedded + super().forward(100 * g.log())
+
+
+class NoGuidance(nn.Module):
+    """Stands for `GuidanceEmbedding` in models without a guidance scale."""
+
+    def forward(self, embedded: Float[Tensor, "b d"], g: Scales) -> Float[Tensor, "b d"]:
+        if g is not None:
+            raise ValueError("g: this backbone is told no guidance scale; build it with guidance_input=True")
         return embedded
 
 
@@ -104,18 +128,29 @@ class Conditioning(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, dim: int, std: float | None = SMALL, *, second_time: bool = False, augment_dim: int = 0
+        self,
+        num_classes: int,
+        dim: int,
+        std: float | None = SMALL,
+        *,
+        second_time: bool = False,
+        augment_dim: int = 0,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         self.time = TimeEmbedding(dim, std)
         self.interval = IntervalEmbedding(dim, std) if second_time else NoInterval()
         self.augment = make_augment(augment_dim, dim)
+        self.guidance = GuidanceEmbedding(dim, std) if guidance_input else NoGuidance()
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
         if self.label is not None and std is not None:
             nn.init.normal_(self.label.weight, std=std)
 
-    def forward(self, t: Times, y: Labels, r: Times | None = None, augment: Changes = None) -> Float[Tensor, "b d"]:
-        cond = self.augment(self.interval(self.time(t), t, r), augment)
+    def forward(
+        self, t: Times, y: Labels, r: Times | None = None, augment: Changes = None, g: Scales = None
+    ) -> Float[Tensor, "b d"]:
+        cond = self.interval(self.time(t), t, r)
+        cond = self.guidance(self.augment(cond, augment), g)
         if self.label is not None:
             cond = cond + self.label(y)
         return nn.functional.silu(cond)
@@ -124,7 +159,9 @@ class Conditioning(nn.Module):
 class NoConditioning(nn.Module):
     """Stands for `Conditioning` in unconditional models: returns vectors of width 0."""
 
-    def forward(self, t: Times, y: Labels, r: Times | None = None, augment: Changes = None) -> Float[Tensor, "b 0"]:
+    def forward(
+        self, t: Times, y: Labels, r: Times | None = None, augment: Changes = None, g: Scales = None
+    ) -> Float[Tensor, "b 0"]:
         return torch.zeros(len(t), 0, device=t.device)
 
 
