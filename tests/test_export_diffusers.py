@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import WEIGHTS, make_metadata, open_checkpoint
+from conversion import diffusers_pipeline
 from conversion.diffusers_dit import native_names, to_diffusers, without_shift, write_native
 from conversion.diffusers_pipeline import export_denoiser, readme
 from conversion.diffusers_schedulers import to_scheduler
@@ -32,7 +33,6 @@ from experiment.config import (
 from machine.randomness import generator_for
 from metrics.programs import save_exported
 from models import ModelSpec, create_model
-from published import diffusers_pipeline
 
 EXPORT, SAMPLE = script("scripts/export_diffusers.py"), script("sample.py")
 TINY_DIT = {"dim": 32, "depth": 2, "num_heads": 2}

@@ -9,9 +9,9 @@ from torch.nn.functional import conv2d, group_norm, interpolate, pad, silu
 
 from autoencoders.codec import AutoencoderError, create_codec
 from autoencoders.ldm import from_ldm, read_statistics
+from conversion import public_files
 from experiment.build import open_split
 from experiment.config import DataConfig
-from published import public_files
 
 SCRIPT = script("scripts/import_checkpoint.py")
 WIDTHS, CHANNELS, DEPTH, ATTENDS = (32, 32, 64), 6, 2, {2}  # attention at the coarsest level, as in VA-VAE
