@@ -235,7 +235,7 @@ def settings_of(checkpoint: Checkpoint) -> tuple[str, int, float]:
 def guidance_limits(checkpoint: Checkpoint) -> tuple[float, float]:
     """The least and the largest guidance scale to choose from; a model that is told its scale has learned these."""
     largest = checkpoint.build_diffusion().guidance_max
-    return (0, 10) if largest is None else (1, largest)
+    return (0.0, 10.0) if largest is None else (1.0, largest)
 
 
 def sampler_names(checkpoint: Checkpoint) -> list[str]:
