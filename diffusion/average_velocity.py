@@ -29,20 +29,15 @@ class AverageVelocity(Diffusion, ABC):
     """A model of the average velocity `u(x_t, r, t) = (x_t - x_r) / (t - r)`, which takes a step of any length by one
     call.
 
-    For a share of each batch r differs from t, and the target is computed from the model itself. For the others r is t,
-    and training is flow matching: `u(x_t, t, t)` is the velocity, which is what general samplers use.
+    For a share of each batch, `interval_share`, r differs from t, and the target is computed from the model itself. For
+    the others r is t, and training is flow matching: `u(x_t, t, t)` is the velocity, which is what general samplers
+    use.
 
-    With the prediction `x_0`, the model predicts `x_t - t u`, the data that a step of velocity u from t to 0 leads to
-    (Lu et al. 2026), and its squared error is measured there.
+    With the prediction `x_0` in place of `velocity`, the model predicts `x_t - t u`, the data that a step of velocity u
+    from t to 0 leads to (Lu et al. 2026), and its squared error is measured there.
 
-    Args:
-        path: a linear flow.
-        prediction: what the model predicts: 'velocity' or 'x_0'.
-        times: draws training times.
-        sampler: name of the sampler in `AVERAGES` that uses average velocities.
-        interval_share: share of the samples with r different from t.
-        adaptive_power: p of the loss weight `1 / (mse + c)^p`.
-        guidance: `guidance_scale` and `guidance_max` of `Diffusion`.
+    The path is a linear flow, `sampler` a name in `AVERAGES`, and `adaptive_power` p of the loss weight `1 / (mse +
+    c)^p`. `guidance` holds `guidance_scale` and `guidance_max` of `Diffusion`.
     """
 
     model_args = {"second_time": True}  # noqa: RUF012
@@ -80,9 +75,7 @@ class AverageVelocity(Diffusion, ABC):
         extras: Mapping[str, Tensor] = EMPTY,
     ) -> Images:
         """Return the training target: the average velocity for samples at `index`, the velocity `v` for others.
-
-        `extras` are further inputs of the model, with a row for each sample.
-        """
+        `extras` are further inputs of the model, with a row for each sample."""
 
     def precondition(self, model: Denoiser) -> Denoiser:
         """Wrap the model as a function of the path's `x_t`, `t` and `r`; `r` is `t` by default."""
@@ -108,10 +101,8 @@ class AverageVelocity(Diffusion, ABC):
     def draw_loss_args(
         self, shape: Sequence[int], generator: torch.Generator | None = None, device: Device = "cpu"
     ) -> dict[str, Tensor]:
-        """Draw a second number for each sample, and choose evenly spaced samples whose r differs from t.
-
-        The choice, `is_interval`, stays on the CPU, so that indexing by it does not wait for the device.
-        """
+        """Draw a second number for each sample, and choose evenly spaced samples whose r differs from t. The choice,
+        `is_interval`, stays on the CPU, so that indexing by it does not wait for the device."""
         positions = torch.arange(shape[0] + 1, dtype=torch.float64)
         is_interval = (positions * self.interval_share).floor().diff() > 0
         drawn = {"second": self.draw_second(shape[0], generator, device), "is_interval": is_interval}
@@ -134,10 +125,8 @@ class AverageVelocity(Diffusion, ABC):
         is_interval: Bool[Tensor, " b"] | None = None,
         g: Float[Tensor, " b"] | None = None,
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """Compute `mse` and `loss` for each sample; the loss is `mse` times the adaptive weight.
-
-        Auxiliary losses apply to the samples with r = t, because only their outputs predict the data.
-        """
+        """Compute `mse` and `loss` for each sample; the loss is `mse` times the adaptive weight. Auxiliary losses apply
+        to the samples with r = t, because only their outputs predict the data."""
         t, noise = self.draw(x_0, t, noise, generator)
         if second is None or is_interval is None:
             second, is_interval, *_ = self.draw_loss_args(x_0.shape, generator, x_0.device).values()
@@ -302,10 +291,8 @@ class Shortcut(AverageVelocity):
         return 3 + self.interval_share * (4 if self.guidance_settings else 2)
 
     def check_options(self, options: SamplingOptions) -> None:
-        """Refuse numbers of steps and spacings that the sampler `shortcut` does not support.
-
-        Step lengths must be trained ones, or shorter than all of these.
-        """
+        """Refuse numbers of steps and spacings that the sampler `shortcut` does not support. Step lengths must be
+        trained ones, or shorter than all of these."""
         if (options.sampler or self.default_sampler) != "shortcut":
             return
         most, num_steps = self.sections // 2, num_steps_for(options, self)

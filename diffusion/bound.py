@@ -14,10 +14,8 @@ def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Return the log-probability of `x` in bins of 2/255 over [-1, 1], open at the ends (Ho et al. 2020, eq. 13).
-
-    It uses the same tanh approximation of the normal distribution function as published results.
-    """
+    """Return the log-probability of `x` in bins of 2/255 over [-1, 1], open at the ends (Ho et al. 2020, eq. 13). It
+    uses the same tanh approximation of the normal distribution function as published results."""
 
     def cdf(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

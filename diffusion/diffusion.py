@@ -234,15 +234,11 @@ class Diffusion:
         negative: Float[Tensor, "b 2 c h w"] | None = None,
         g: Float[Tensor, " b"] | None = None,
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """Compute the per-sample `loss` to minimise, and the terms that it is made of, all in float32.
+        """Compute the per-sample `loss` to minimise, and the terms that it is made of, all in float32. The model is the
+        raw one, before `precondition`. Times and unit normal noise are drawn by default, by a generator on the device
+        of `x_0`.
 
         Args:
-            model: the raw model, before `precondition`.
-            x_0: data.
-            y: labels.
-            t: times; drawn by default.
-            noise: unit normal noise; drawn by default.
-            generator: draws `t` and `noise`, on the device of `x_0`.
             auxiliary: further losses, each weighted by the signal's share `alpha^2 / (alpha^2 + sigma^2)` too.
             extras: keyword arguments for the model.
             negative: `x_0` and noise of another sample for each, for the contrastive term.
@@ -330,10 +326,8 @@ class Diffusion:
         return terms
 
     def loss_weight(self, t: Timesteps) -> Float32[Tensor, " b"]:
-        """Return the weight of the squared error of the output at `t`, which follows from `weighting` or `loss`.
-
-        Times of a continuous path are clamped to its `noise_range`, since the weight may diverge at the ends.
-        """
+        """Return the weight of the squared error of the output at `t`, which follows from `weighting` or `loss`. Times
+        of a continuous path are clamped to its `noise_range`, since the weight may diverge at the ends."""
         if self.weighting == "uniform" and self.loss == self.prediction:
             return torch.ones(t.shape, device=t.device)
         if t.is_floating_point():

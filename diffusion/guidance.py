@@ -57,9 +57,7 @@ def guide(
     """Wrap a model with guidance: by default `null + scale * (conditional - null)`, both computed in one batch.
 
     Args:
-        model: the conditional model; returned unchanged if `scale` is 1.
-        num_classes: the null label.
-        scale: 1 + w in the notation of Ho and Salimans 2022.
+        scale: 1 + w in the notation of Ho and Salimans 2022; with 1 the model is returned unchanged.
         latent_channels: number of output channels to guide; a learned variance stays the conditional one.
         legacy_cfg_channels: guide only so many channels; published DiT samplers guide 3.
         guide_model: a worse model, called with the same labels, in place of the null label (autoguidance).
@@ -126,9 +124,7 @@ def guidance_rule(options: SamplingOptions, diffusion: Diffusion) -> Mix:
 
 def rescaled_guidance(rule: Mix, strength: float) -> Mix:
     """Rescale the rule's output towards the standard deviation of the good output (Lin et al. 2023, eq. 15 and 16).
-
-    `strength` is 0 for the rule itself, 1 for the full correction.
-    """
+    `strength` is 0 for the rule itself, 1 for the full correction."""
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         guided = rule(good, worse, scale, x_t, t)

@@ -52,14 +52,11 @@ class Path(ABC):
 
 
 class GaussianChain(Path):
-    """The discrete-time chain of DDPM (Ho et al. 2020): `q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)`.
+    """The discrete-time chain of DDPM (Ho et al. 2020): `q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)`, from the variance
+    that is added at each time, `betas`.
 
     `alpha_t^2 = alpha_bar_t = 1 - sigma_t^2`. Times are 0..T-1, least noise first; the step from t = 0 leads to the
-    data.
-
-    Args:
-        betas: variance added at each time, in float64.
-        model_times: the backbone's time inputs at 0 and T-1, if not 0 and T-1; linear in between.
+    data. The backbone's time inputs are `model_times` at 0 and T-1, if not 0 and T-1, and linear in between.
     """
 
     def __init__(self, betas: Float64[Tensor, " T"], model_times: Sequence[float] | None = None) -> None:
@@ -153,13 +150,11 @@ CURVES = {
 
 
 class Flow(Path):
-    """A straight or circular path, from the data at t = 0 to the noise at t = 1 (Lipman et al. 2023).
+    """A straight or circular path, a `curve` in `CURVES`, from the data at t = 0 to the noise at t = 1 (Lipman et al.
+    2023).
 
-    Args:
-        curve: a name in `CURVES`.
-        shift: maps times by `t -> shift t / (1 + (shift - 1) t)`, towards the noise if above 1 (Esser et al. 2024, eq.
-            23).
-        model_times: the backbone's time inputs at t = 0 and t = 1; linear in between.
+    The shift maps times by `t -> shift t / (1 + (shift - 1) t)`, towards the noise if above 1 (Esser et al. 2024, eq.
+    23). The backbone's time inputs are `model_times` at t = 0 and t = 1, and linear in between.
     """
 
     noise_range = (0.002, 80.0)  # for spacings by noise level, as in EDM; their last time is still 1

@@ -10,10 +10,8 @@ from diffusion.transition import AtLevel, Images
 
 
 class Target(NamedTuple):
-    """The target `data(at) * x_0 + noise(at) * noise`; None stands for a weight of zero.
-
-    Since `x_t` is another linear combination of the two, a predicted target and `x_t` determine both `x_0` and noise.
-    """
+    """The target `data(at) * x_0 + noise(at) * noise`; None stands for a weight of zero. Since `x_t` is another linear
+    combination of the two, a predicted target and `x_t` determine both `x_0` and noise."""
 
     data: Callable[[AtLevel], Tensor] | None
     noise: Callable[[AtLevel], Tensor] | None

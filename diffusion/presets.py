@@ -232,15 +232,17 @@ def meanflow(
 
     if times == "logit_normal":
         times_args = {"location": -0.4, **(times_args or {})}
-    common: dict[str, Any] = {
-        "prediction": prediction,
-        "interval_share": interval_share,
-        "adaptive_power": adaptive_power,
-        "guidance_max": guidance_max,
-    }
-    common["times"] = draw_times(times, times_args)
     return MeanFlow(
-        Flow("linear", 1.0, model_times), omega=omega, kappa=kappa, tangent=tangent, difference=difference, **common
+        Flow("linear", 1.0, model_times),
+        prediction=prediction,
+        times=draw_times(times, times_args),
+        interval_share=interval_share,
+        adaptive_power=adaptive_power,
+        guidance_max=guidance_max,
+        omega=omega,
+        kappa=kappa,
+        tangent=tangent,
+        difference=difference,
     )
 
 
@@ -275,14 +277,16 @@ def shortcut(
     from diffusion.paths import Flow
     from diffusion.times import draw_times
 
-    common: dict[str, Any] = {
-        "prediction": prediction,
-        "interval_share": interval_share,
-        "adaptive_power": adaptive_power,
-        "guidance_max": guidance_max,
-    }
-    common["times"] = draw_times(times, times_args)
-    return Shortcut(Flow("linear", 1.0, model_times), sections=sections, guidance_scale=guidance_scale, **common)
+    return Shortcut(
+        Flow("linear", 1.0, model_times),
+        prediction=prediction,
+        times=draw_times(times, times_args),
+        interval_share=interval_share,
+        adaptive_power=adaptive_power,
+        guidance_max=guidance_max,
+        guidance_scale=guidance_scale,
+        sections=sections,
+    )
 
 
 DIFFUSIONS: dict[str, Callable[..., Any]] = {"gaussian": gaussian, "flow": flow, "edm": edm}

@@ -27,10 +27,8 @@ def logit_normal(
     location: Annotated[float, "(-inf, inf)"] = 0.0,
     scale: Annotated[float, "(0, inf)"] = 1.0,
 ) -> Float[Tensor, " num"]:
-    """Draw times as the sigmoid of a normal (Esser et al. 2024, eq. 19).
-
-    It favours the middle, and noisier times with a location above 0. A flow's shift of s adds log s to the location.
-    """
+    """Draw times as the sigmoid of a normal (Esser et al. 2024, eq. 19). It favours the middle, and noisier times with
+    a location above 0. A flow's shift of s adds log s to the location."""
     return (location + scale * torch.randn(num, generator=generator, device=device)).sigmoid()
 
 

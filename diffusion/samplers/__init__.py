@@ -108,26 +108,20 @@ def sample(
     on_stage: OnStage | None = None,
     **settings: Any,
 ) -> Images:
-    """Generate data `x_0` from unit normal `noise`.
+    """Generate data `x_0` from unit normal `noise`, by the raw model.
 
     The model runs in eval mode and is left in the mode it had. With a generator for each sample, a sample depends only
     on its own noise, label and generator, not on the batch. Invalid options raise `ValueError`, naming the flag.
 
     Args:
-        diffusion: the diffusion that the model was trained with.
-        model: the raw model.
-        noise: unit normal noise.
-        y: labels.
-        options: sampler, steps and guidance.
+        options: sampler, steps and guidance; `settings` replace some by name, such as `sampler="ddim", num_steps=50`.
         guide_model: the worse model of autoguidance, in place of the model without a label.
         num_classes: the null label for guidance; by default the model's attribute of that name.
         extras: keyword arguments for the model; tensors have a row for each sample.
         start: a time at which the chain starts; `noise` is then `x_t` at that time.
         step_noise: noise of stochastic steps, a slice for each in order; by default drawn from `generator`.
-        generator: draws the noise of stochastic steps.
         callback: called after each step with (step, `x_t`, predicted `x_0`).
         on_stage: called after each stage of a diffusion that has several, with (its name, its output).
-        settings: options by their names in `SamplingOptions`, such as `sampler="ddim", num_steps=50`.
     """
     options = replace(options or SamplingOptions(), **settings)
     check_options(options, diffusion, has_guide=guide_model is not None)

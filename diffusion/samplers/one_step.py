@@ -49,11 +49,8 @@ def average_velocity_steps(chain: Chain, x_t: Images) -> Moments:
 
 
 def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
-    """Euler-Maruyama method for the reverse-time SDE (Song et al. 2021b, eq. 6).
-
-    It is an Euler step on the probability flow, followed by a Langevin step with the variance of q(x_t | x_s), at most
-    2 sigma_t sigma_s.
-    """
+    """Euler-Maruyama method for the reverse-time SDE (Song et al. 2021b, eq. 6). It is an Euler step on the probability
+    flow, followed by a Langevin step with the variance of q(x_t | x_s), at most 2 sigma_t sigma_s."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
         x_t = at.alpha_next * x_0 + at.sigma_next * noise
@@ -65,11 +62,8 @@ def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
 
 
 def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0) -> Moments:
-    """Heun's method for `dx = x_0 dalpha + noise dsigma` (Karras et al. 2022, algorithm 2).
-
-    `churn` is the amount of noise added over all steps, S_churn of the paper. Each step calls the model twice, except
-    that to the data.
-    """
+    """Heun's method for `dx = x_0 dalpha + noise dsigma` (Karras et al. 2022, algorithm 2). `churn` is the amount of
+    noise added over all steps, S_churn of the paper. Each step calls the model twice, except that to the data."""
     next_steps = [*chain.steps[1:], None]
     for (t, at), next_step in zip(chain.steps, next_steps, strict=True):
         if churn:

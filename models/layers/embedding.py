@@ -16,10 +16,8 @@ POSITIONS = ("absolute", "rotary", "both")
 
 
 def sinusoids(t: Times, dim: int, max_period: float = 10_000) -> Float[Tensor, "b dim"]:
-    """Embed times as cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5).
-
-    The result is float64 for times in float64, otherwise float32.
-    """
+    """Embed times as cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5). The
+    result is float64 for times in float64, otherwise float32."""
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     steps = torch.arange(dim // 2, dtype=t.dtype, device=t.device)
     angles = t[:, None] * torch.exp(-math.log(max_period) * steps / (dim // 2))
@@ -42,10 +40,8 @@ class TimeEmbedding(nn.Module):
 
 
 class AddedEmbedding(TimeEmbedding):
-    """An embedding of one more number, to be added to that of the time.
-
-    Its last layer starts at zero, so a model trained without this number can be fine-tuned with it.
-    """
+    """An embedding of one more number, to be added to that of the time. Its last layer starts at zero, so a model
+    trained without this number can be fine-tuned with it."""
 
     def __init__(self, dim: int, std: float | None = SMALL) -> None:
         super().__init__(dim, std)
@@ -73,10 +69,8 @@ class NoInterval(nn.Module):
 
 
 class GuidanceEmbedding(AddedEmbedding):
-    """Adds an embedding of the guidance scale `g` to that of the time (Meng et al. 2023); `g` is 1 by default.
-
-    It is an embedding of `100 log g`, which lies in the range of the times.
-    """
+    """Adds an embedding of the guidance scale `g` to that of the time (Meng et al. 2023); `g` is 1 by default. It is an
+    embedding of `100 log g`, which lies in the range of the times."""
 
     def forward(self, embedded: Float[Tensor, "b d"], g: Scales) -> Float[Tensor, "b d"]:
         g = embedded.new_ones(len(embedded)) if g is None else g
