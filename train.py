@@ -1,8 +1,8 @@
 """Train a diffusion backbone on the latents of a frozen autoencoder.
 
-python train.py --model XSwin
-python train.py --config configs/caltech101/xswin.yaml --data.path caltech101.zip
-python train.py --resume runs/XSwin
+python train.py --config configs/own_images.yaml --data.path my_images
+python train.py --model DiT-S/2 --autoencoder embedded-taef2 --data.path my_images --data.image_size 128
+python train.py --resume runs/own-images
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ def train(run: Run[ExperimentConfig]) -> None:
 
     # Build the model and what trains it.
     model = build_backbone(run, problem)
+    num_images = len(images)
+    num_steps = num_training_steps(config.train, num_images)
     if run.is_main and accelerator.device.type == "cpu":
-        print(forecast(model, spec, diffusion, accelerator, len(images)))
+        lengths = {"num_images": num_images, "num_steps": num_steps, "images_per_step": config.train.batch_size}
+        print(forecast(model, spec, diffusion, accelerator, **lengths))
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles, sharded=accelerator.is_fsdp2)
     objective, features = build_objective(run, problem, model)
     batches = build_batches(run, problem, objective, features)
@@ -72,8 +75,6 @@ def train(run: Run[ExperimentConfig]) -> None:
     backbone = accelerator.unwrap_model(model)
     merged = Merged(backbone) if config.train.adapter else backbone  # as averages and checkpoints store it
     ema.shard_like(backbone)
-    num_images = len(batches.cache)
-    num_steps = num_training_steps(config.train, num_images)
 
     # Start the run, or resume it from its newest intact checkpoint.
     guard = Guard()
@@ -111,9 +112,9 @@ def train(run: Run[ExperimentConfig]) -> None:
             run.log_means(lr=lr, ema_drift=ema.drift(merged))
 
     # Sample a final grid; everything is saved by now.
+    accelerator.print(f"checkpoint: {run.folder}/checkpoints/{run.step:08d}")
     run.inspect(inspections.draw)
     accelerator.end_training()
-    accelerator.print(f"checkpoint: {run.folder}/checkpoints/{run.step:08d}")
     accelerator.print(f"samples:    {run.folder}/samples/{run.step:08d}.png")
 
 

@@ -133,8 +133,9 @@ def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "
             local = batch[padded.chunk(num_ranks)[rank]]  # the main process has the first, which callbacks show
             images = batch.new_empty(0)
             errors: list[ValueError | None] = [None]
+            done = bar.n
             try:
-                images = generator.draw(local)
+                images = replace(generator, callback=_advancing(bar, len(batch), generator)).draw(local)
             except ValueError as error:
                 errors = [error]
             for error in filter(None, gather_object(errors)):  # or the other processes would wait in `gather`
@@ -142,4 +143,16 @@ def stream(generator: Generator, *, batch_size: int) -> Iterator[UInt8[Tensor, "
             gathered: Any = accelerator.gather(images)
             if accelerator.is_main_process:
                 yield gathered[: len(batch)].cpu()
-            bar.update(len(batch))
+            bar.update(done + len(batch) - bar.n)
+
+
+def _advancing(bar: "tqdm[Any]", num_images: int, generator: Generator) -> Callback:
+    """Callback that moves the bar over a batch of images step by step, after the generator's own callback."""
+    done, num_steps = bar.n, generator.num_steps
+
+    def advance(step: int, x_t: Tensor, x_0: Tensor) -> None:
+        if generator.callback is not None:
+            generator.callback(step, x_t, x_0)
+        bar.update(max(0, done + num_images * (step + 1) // (num_steps + 1) - bar.n))
+
+    return advance

@@ -4,10 +4,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 from PIL import Image
 from processes import log, run, script
+from tqdm import tqdm
 
-from experiment.config import DataFlags
+from autoencoders.codec import PixelCodec
+from diffusion import GaussianDiffusion
+from experiment.config import DataFlags, SamplingConfig
+from sampling.generation import Generator, generate
 
 
 def test_same_seed_same_images_whatever_batch_and_processes(folder):
@@ -24,9 +30,11 @@ def test_same_seed_same_images_whatever_batch_and_processes(folder):
 
 
 GATHERED = """
-from unittest.mock import Mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from autoencoders.codec import PixelCodec
+from diffusion import GaussianDiffusion
+from experiment.config import SamplingConfig
 from machine.accelerator import open_accelerator
 from sampling.generation import Generator, generate
 
@@ -39,13 +47,18 @@ class Counting(TorchDispatchMode):
             sent += sum(tensor.nbytes for tensor in args[1])
         return operation(*args, **(kwargs or {}))
 
+class Ready(Generator):
+    def draw(self, indices):
+        return images[indices]
+
 accelerator = open_accelerator("fp32")
 for number in (64, 3, 1, 0):
     images = torch.randint(256, (number, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    drawing = dict(labels=torch.zeros(number, dtype=torch.int64), image_size=(64, 64), draw=lambda mine: images[mine])
+    labels, sampling = torch.zeros(number, dtype=torch.int64), SamplingConfig(num_steps=1)
     sent = 0
     with Counting():
-        drawn = generate(Mock(spec=Generator, accelerator=accelerator, **drawing), batch_size=8)
+        parts = torch.nn.Identity(), GaussianDiffusion(), PixelCodec()
+        drawn = generate(Ready(*parts, labels, sampling, (64, 64), 0, accelerator), batch_size=8)
     assert torch.equal(drawn, images if accelerator.is_main_process else images[:0])
     if number == 64:
         assert 0 < 2 * sent < 1.5 * images.nbytes, sent
@@ -55,6 +68,31 @@ for number in (64, 3, 1, 0):
 def test_images_are_gathered_on_the_main_process_even_if_fewer_than_processes(tmp_path):
     (tmp_path / "gathered.py").write_text(GATHERED)
     run(tmp_path / "gathered.py", cwd=tmp_path, processes=2)
+
+
+def test_the_progress_bar_moves_within_a_batch(monkeypatch):
+    """Forty images of a large model are one batch, which takes minutes on a CPU."""
+    seen: list[int] = []
+
+    class Watched(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    class Slow(Generator):
+        def draw(self, indices):
+            for step in range(4):
+                self.callback(step, torch.zeros(0), torch.zeros(0))
+            return torch.zeros(len(indices), 3, 8, 8, dtype=torch.uint8)
+
+    bars: list[Watched] = []
+    monkeypatch.setattr("sampling.generation.tqdm", Watched)
+    labels, sampling = torch.zeros(15, dtype=torch.int64), SamplingConfig(num_steps=4)
+    settings = sampling, (8, 8), 0, Accelerator(cpu=True), lambda *_: seen.append(bars[0].n)
+    parts = torch.nn.Identity(), GaussianDiffusion(), PixelCodec()
+    assert len(generate(Slow(*parts, labels, *settings), batch_size=10)) == 15
+    assert seen == [0, 2, 4, 6, 10, 11, 12, 13]
+    assert bars[0].n == 15
 
 
 FOUND = """

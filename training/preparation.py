@@ -20,7 +20,7 @@ from models.backbone import MULTIPLYING, Backbone
 from models.layers.launches import AT_ONCE, Casting, Uncast
 from models.layers.style import DropPath
 
-SLOW_SECONDS = 600  # an epoch that takes longer than this gets a hint at smaller configurations
+SLOW_SECONDS, LARGE = 3600, 10e6  # trainings longer than this, of more parameters, get a hint at smaller configurations
 
 
 def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
@@ -96,10 +96,19 @@ def cast_at_once(model: Backbone) -> None:
             Casting(module, layers)
 
 
-def forecast(model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerator: Accelerator, num_images: int) -> str:
-    """Estimate the time of an epoch on a CPU from the loss of a batch, and describe it in words. The model and the
+def forecast(
+    model: nn.Module,
+    spec: ModelSpec,
+    diffusion: Diffusion,
+    accelerator: Accelerator,
+    *,
+    num_images: int,
+    num_steps: int,
+    images_per_step: int,
+) -> str:
+    """Estimate the time of a training on a CPU from the loss of a batch, and describe it in words. The model and the
     random state do not change."""
-    batch_size, seconds = 8, 0.0
+    batch_size, per_image = 8, 0.0
     x_0, y = torch.zeros(batch_size, spec.in_channels, *spec.input_size), torch.zeros(batch_size, dtype=torch.int64)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
         model.eval()
@@ -107,11 +116,17 @@ def forecast(model: nn.Module, spec: ModelSpec, diffusion: Diffusion, accelerato
             start = time.perf_counter()
             diffusion.training_loss(model, x_0, y)
             per_pass = (time.perf_counter() - start) / (diffusion.num_forward_passes - 2)  # no backward pass here
-            per_image = diffusion.num_forward_passes * per_pass / batch_size
-            seconds = per_image * num_images / accelerator.num_processes
+            per_image = diffusion.num_forward_passes * per_pass / batch_size / accelerator.num_processes
         model.train()
-    duration = f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
-    message = f"an epoch takes about {duration if seconds > 90 else f'{seconds:.0f} s'} on this CPU"
-    if seconds > SLOW_SECONDS:
-        message += "; made for CPUs are --config configs/quickstart.yaml and --model XSwin-S"
+    seconds, epoch = per_image * num_steps * images_per_step, per_image * num_images
+    message = f"{num_steps} steps take about {duration(seconds)} on this CPU, an epoch {duration(epoch)}"
+    if seconds > SLOW_SECONDS and sum(weight.numel() for weight in model.parameters()) > LARGE:
+        message += "; made for CPUs are --config configs/own_images.yaml and, for shapes, configs/quickstart.yaml"
     return message
+
+
+def duration(seconds: float) -> str:
+    """Format a duration as seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
