@@ -55,7 +55,10 @@ def machine() -> Iterator[Finding]:
     if device.type not in ("cpu", "cuda"):
         yield Finding(f"GPU: {device.type}")
     elif not torch.cuda.is_available():
-        yield Finding("no CUDA GPU", "everything runs on the CPU; configs/quickstart.yaml is made for it")
+        yield Finding(
+            "no CUDA GPU",
+            "everything runs on the CPU; configs/quickstart.yaml and configs/own_images.yaml are made for it",
+        )
     cores = f"{len(allowed_cores())} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     yield Finding(f"{cores}, {os.getloadavg()[0]:.1f} of them busy in the last minute")
     auto = choose_precision("auto", device)
