@@ -2,12 +2,13 @@
 
 import hashlib
 import os
+import re
 import stat
 import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain
@@ -23,7 +24,7 @@ from machine.atomic_files import write_atomic
 MAX_BYTES = 2**30  # per file
 NAMES = "classnames.txt"  # beside tar shards: the names of the classes, one per line, starting with class 0
 HASH_CACHE = "latent-diffusion-backbones/hashes"  # below the user's cache folder
-SLOW_SECONDS = 2.0  # hashes that take longer are cached
+SLOW_SECONDS = 2.0  # hashes and counts that take longer are kept there
 SETTLED = 10 * 10**9  # nanoseconds after which a file's times tell changes apart on any file system
 
 
@@ -229,25 +230,36 @@ class Hashed(Protocol):
 
 
 def content_hash(files: Hashed, names: Sequence[str]) -> str:
-    """Hash the content of files; the result is the same for a folder and a zip of it. A hash that took long to compute
-    is cached, and reused as long as no file or shard changes its size or times."""
-    start, digest, cached = time.monotonic(), hashlib.sha256(), None
-    if key := files.stamp(names):
+    """Hash the content of files; the result is the same for a folder and a zip of it. If all can be read, it is kept
+    (`remember`) as long as no file or shard changes its size or times."""
+
+    def compute() -> tuple[str, bool]:
+        digest, all_readable = hashlib.sha256(), True
+        for name in names:
+            num_bytes, checksum = files.checksum(name)
+            digest.update(f"{name}:{num_bytes}:{checksum:08x}\n".encode())
+            all_readable &= num_bytes > 0
+        return digest.hexdigest(), all_readable
+
+    return remember(files.stamp(names), compute, pattern="[0-9a-f]{64}")
+
+
+def remember(key: str | None, compute: Callable[[], tuple[str, bool]], *, pattern: str) -> str:
+    """Return the text that `compute` gives, with whether it may be kept. If it took long, it is kept under the key in
+    the user's cache folder and not computed again, unless the file no longer matches the pattern."""
+    path, start = None, time.monotonic()
+    if key:
         with suppress(RuntimeError):  # if the user has no home
-            cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", HASH_CACHE, key)
-    if cached:
+            path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", HASH_CACHE, key)
+    if path:
         with suppress(OSError, ValueError):
-            if len(bytes.fromhex(text := cached.read_text())) == digest.digest_size:  # else it is truncated
+            if re.fullmatch(pattern, text := path.read_text()):
                 return text
-    all_readable = True
-    for name in names:
-        num_bytes, checksum = files.checksum(name)
-        digest.update(f"{name}:{num_bytes}:{checksum:08x}\n".encode())
-        all_readable &= num_bytes > 0
-    if cached and all_readable and time.monotonic() - start > SLOW_SECONDS:
+    text, may_keep = compute()
+    if path and may_keep and time.monotonic() - start > SLOW_SECONDS:
         with suppress(OSError):  # the cache is optional
-            write_atomic(cached, digest.hexdigest())
-    return digest.hexdigest()
+            write_atomic(path, text)
+    return text
 
 
 def check_size(num_bytes: int) -> None:

@@ -33,6 +33,7 @@ KEPT_BYTES = 2**29  # of row groups that a process keeps in memory, beside the o
 NUM_CONNECTIONS = 16
 IMAGE_COLUMNS = ("image", "img")  # the first of them, where several columns hold images
 LABEL_COLUMN = "label"
+PARTIAL = "partial-"  # before the name of a split of which the hub has converted a part, because it is large
 LABELS = re.compile(r"(dictionary<values=)?(bool|u?int\d+|(large_)?string(_view)?)(, .*)?")  # types of labels
 NO_LABELS = re.compile(r"null|struct|map|(\w+_)?list")  # types of columns that hold no class for each image
 
@@ -147,7 +148,10 @@ class Parquets:
                 classes[name] = named[label] if named and isinstance(label, int) else str(label)
         if not classes:
             classes, withheld = dict.fromkeys(self.names, ""), defaultdict(list)
-        return layout_of_shards(classes, withheld, "parquet", place=" of the hub" * self.is_remote)
+        place = " of the hub" * self.is_remote
+        if any(f"/{PARTIAL}" in f"/{shard}" for shard in self.shards):
+            place += ", converted in part, as their folder says"
+        return layout_of_shards(classes, withheld, "parquet", place=place)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_process": None, "_groups": None}
@@ -258,7 +262,9 @@ def _check_alike(place: Place, shards: Mapping[str, Shard]) -> None:
 def _set_of(name: str) -> str:
     """Return the folders of a shard without `data` and those of splits: data sets of one repository differ in them."""
     folders = posixpath.dirname(name).split("/")
-    return "/".join(folder for folder in folders if folder.casefold() not in {*LEVELS, "data", ""}) or "."
+    return (
+        "/".join(each for each in folders if each.casefold().removeprefix(PARTIAL) not in {*LEVELS, "data", ""}) or "."
+    )
 
 
 def _read_shard(place: Place, label_column: str | None, name: str) -> Shard:

@@ -76,6 +76,20 @@ def test_a_folders_hash_is_kept_as_long_as_no_file_changes(tree, tmp_path, monke
     assert content_hash(Folder(tree), names) != first
 
 
+def test_images_are_measured_once_as_long_as_they_are_the_same(tree, tmp_path, monkeypatch):
+    """At the first start all headers are read, which for a million files means reading all of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    monkeypatch.setattr(files, "SLOW_SECONDS", -1.0)
+    dataset = ImageDataset(tree, image_size=16)
+    assert dataset.num_enlarged() == len(dataset) == 4
+    with monkeypatch.context() as patch:
+        patch.delattr(ImageDataset, "sizes")
+        assert ImageDataset(tree, image_size=16).num_enlarged() == 4
+    assert ImageDataset(tree, image_size=8).num_enlarged() == 0
+    Image.new("RGB", (20, 20)).save(tree / "cat" / "0.png")
+    assert ImageDataset(tree, image_size=16).num_enlarged() == 3
+
+
 def bomb(side):
     """A PNG of a few bytes that claims to be `side` pixels wide and high."""
 

@@ -144,6 +144,17 @@ def test_a_data_set_of_the_hub_may_have_a_revision_and_a_folder(pets, hub):
     assert len(open_dataset("hf://me/two@main/small", split="train", image_size=8)) == 8
 
 
+def test_a_data_set_of_which_the_hub_converted_a_part_is_read_and_said_to_be_one(pets, hub):
+    hub.repos["datasets/me/large"] = {
+        f"default/partial-{'train' if 'train' in path else 'validation'}/{number:04d}.parquet": content
+        for number, (path, content) in enumerate(hub.repos["datasets/me/pets"].items())
+        if path.endswith(".parquet")
+    }
+    dataset = open_dataset("hf://me/large", split="train", image_size=8)
+    assert len(dataset) == 8
+    assert "converted in part, as their folder says, split by shards called train and val" in dataset.note
+
+
 @pytest.mark.parametrize(
     ("labels", "columns", "flag", "classes"),
     [
