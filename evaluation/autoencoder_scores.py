@@ -41,6 +41,7 @@ AMPLIFICATION = 3  # of the differences in the picture of reconstructions, which
 COLUMNS = 10
 # Metrics to compare autoencoders by, best first, and whether higher is better; the first that all have is used.
 DECIDING = {"agreement": True, "fid": False, "lpips": False, "psnr": True}
+PSNR_MARGIN = 1.0  # in dB
 TENTH = "psnr_images_tenth"  # key of an autoencoder's metrics.json: 10th percentile of PSNR on its own held-out images
 
 
@@ -331,8 +332,9 @@ def advice(rows: Sequence[Row], codecs: Sequence[LatentCodec], image_size: int) 
 
 
 def recommend(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
-    """Recommend the fastest decoder among those within two standard errors of the best score. The score is that of the
-    first metric of `DECIDING` that all autoencoders have."""
+    """Recommend the fastest decoder among those within two standard errors of the best score, that of the first metric
+    of `DECIDING` that all have, and of these within a decibel of the best PSNR: few images, or features that ignore
+    blur, do not tell autoencoders apart."""
     scores = {row.name: {find_metric(title)[0]: score for title, score in _without_halves(row).items()} for row in rows}
 
     def is_available(metric: str) -> bool:
@@ -354,13 +356,16 @@ def recommend(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
 
     best = (max if DECIDING[metric] else min)(rows, key=value)
     tied = [row for row in rows if abs(value(row) - value(best)) <= 2 * hypot(error(row), error(best))]
-    chosen = max(tied, key=speed)
+    sharpness = {row.name: row.scores["psnr"].value or 0.0 for row in tied if "psnr" in row.scores}
+    sharp = [row for row in tied if sharpness.get(row.name, 0.0) >= max(sharpness.values(), default=0.0) - PSNR_MARGIN]
+    chosen = max(sharp, key=speed)
 
     def compare(describe: Callable[[Row], str]) -> str:
         others = ", ".join(f"{row.name} {describe(row)}" for row in rows if row is not chosen)
         return f"{describe(chosen)} ({others})"
 
-    why = f"the fastest of {len(tied)} that {title} does not tell apart" if len(tied) > 1 else title
+    within = f" within {PSNR_MARGIN:g} dB of the best psnr," if len(sharp) < len(tied) else ""
+    why = f"the fastest{within} of {len(tied)} that {title} does not tell apart" if len(tied) > 1 else title
     return (
         f"Take {chosen.name}: {why}, {compare(lambda row: number(value(row), error(row) or None))}. It decodes "
         f"{compare(lambda row: f'{speed(row):g} img/s')} from latents of "

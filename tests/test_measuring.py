@@ -132,6 +132,19 @@ def test_the_fastest_autoencoder_is_chosen_among_those_within_the_error():
     assert "40 img/s (a 10 img/s, c 90 img/s) from latents of 16x8x8 (a 32x8x8, c 4x8x8)" in said
 
 
+def test_a_blurred_one_is_not_chosen_for_its_speed():
+    """As `embedded` was on 36 photographs, whose classes a small classifier names from what it leaves of them."""
+    rows = [
+        row("a", 10, agreement=(0.83, 0.06), psnr=(24.5,)),
+        row("b", 40, agreement=(0.81, 0.06), psnr=(21.4,)),
+        row("c", 20, agreement=(0.82, 0.06), psnr=(23.9,)),
+    ]
+    said = recommend(rows, {"a": (32, 8, 8), "b": (4, 8, 8), "c": (16, 8, 8)})
+    assert said.startswith(
+        "Take c: the fastest within 1 dB of the best psnr, of 3 that agreement does not tell apart, 0.82"
+    )
+
+
 @pytest.mark.parametrize("text", [None, "[1]", "{", '{"psnr_images_tenth": null}', '{"psnr_images_tenth": 19}'])
 def test_an_autoencoder_without_that_figure_or_at_home_says_nothing(tmp_path, text):
     if text:
