@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import yaml
@@ -47,16 +48,42 @@ complete -o default -o filenames -F _behind_launcher python python3 accelerate t
 UNION = r"Does not .* Union subtypes .* Errors: - (.*?)(?: - Expected (?:a )?NoneType)? Given value.*?Given value: "
 
 
+# What DiT, SiT, EDM2 and diffusers call settings, and their names here.
+ELSEWHERE = {
+    **dict.fromkeys(("ckpt", "network", "model_path", "pretrained"), ("checkpoint", "init_from")),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance"), ("guidance_scale",)),
+    **dict.fromkeys(("steps", "num_sampling_steps", "num_inference_steps", "max_train_steps"), ("num_steps",)),
+    **dict.fromkeys(("samples", "num_samples", "num_images", "num_fid_samples"), ("num_per_class", "num_samples")),
+    **dict.fromkeys(("data_path", "data_dir", "train_data_dir"), ("data.path",)),
+    **dict.fromkeys(("results_dir", "outdir", "output_dir"), ("name", "output")),
+    **dict.fromkeys(("fp16", "bf16", "mixed_precision", "amp"), ("precision",)),
+    **dict.fromkeys(("wandb", "report_to"), ("trackers",)),
+    "ckpt_every": ("checkpoint_every",),
+    "global_batch_size": ("batch_size",),
+    "global_seed": ("seed",),
+    "gradient_accumulation_steps": ("grad_accumulation",),
+    "gradient_checkpointing": ("recompute",),
+    "epochs": ("num_epochs",),
+    "learning_rate": ("lr",),
+    "ref": ("reference",),
+    "resume_from_checkpoint": ("resume",),
+    "vae": ("autoencoder",),
+}
+
+
 def suggest_flag(message: str, parser: ArgumentParser, dashes: str = "--") -> str:
-    """If an error message names an unknown setting, suggest those of the parser with the closest names."""
-    match = re.search(r"unrecognized arguments: --([\w.]+)|ption '([\w.]+)'", message)
+    """If an error message names an unknown setting, suggest those of the parser that mean the same or have the closest
+    names."""
+    match = re.search(r"unrecognized arguments: --([\w.-]+)|ption '([\w.]+)'", message)
     if match is None:
         return ""
     flags = [flag.removeprefix("--") for flag in parser._option_string_actions]
-    unknown = match[1] or match[2]
+    unknown = (match[1] or match[2]).replace("-", "_")
     last, first = unknown.rpartition(".")[2], unknown.partition(".")[0]
+    same = [flag for name in ELSEWHERE.get(last, ()) for flag in flags if f".{flag}".endswith(f".{name}")]
     nearest = (
-        difflib.get_close_matches(unknown, flags, 1)
+        [flag for flag in same if first in (unknown, flag.partition(".")[0])]
+        or difflib.get_close_matches(unknown, flags, 1)
         or [flag for flag in flags if difflib.get_close_matches(last, [flag.rpartition(".")[2]])]
         or difflib.get_close_matches(first, [flag.partition(".")[0] for flag in flags], 1)
     )
@@ -73,6 +100,12 @@ class Parser(ArgumentParser):
         message += suggest_flag(message, self)
         print(f"{self.prog}: error: {message[:1000]}\n{self.prog} --help lists all settings", file=sys.stderr)
         raise SystemExit(2) from None
+
+    def format_help(self) -> str:
+        """Add the commands that the program's docstring shows, at the end, where a terminal leaves off."""
+        paragraphs = map(dedent, (sys.modules["__main__"].__doc__ or "").split("\n\n"))
+        examples = [each.strip() for each in paragraphs if re.search("^python ", each, re.MULTILINE)]
+        return super().format_help() + (f"\nexamples:\n{examples[0]}\n" if examples else "")
 
     def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:
         script = super().get_completion_script(completion_type, **kwargs)

@@ -158,6 +158,9 @@ def test_num_epochs_and_num_steps_exclude_each_other(tmp_path):
         (["--data.num_image", "3"], "unrecognized arguments: --data.num_image 3; did you mean --data.num_images?"),
         (["--train.num_epoch=3"], "--train.num_epoch=3; did you mean --train.num_epochs?"),  # no abbreviations
         (["--lr", "1"], "did you mean --optim.lr?"),
+        (["--ema-decay", "1"], "did you mean --train.ema_decay?"),
+        (["--data-path", "x"], "did you mean --data.path?"),  # as in DiT
+        (["--global-batch-size", "8"], "did you mean --train.batch_size"),
         (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
         (["--optim.lr", "fast"], "--optim.lr: Expected a float. Got value: fast"),
         (["--data.difficulty", "brutal"], "--data.difficulty: Expected a Literal['easy', 'medium', 'hard']"),

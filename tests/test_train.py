@@ -88,7 +88,7 @@ def test_other_classes_start_from_what_fits(folder):
         for number in range(5):
             Image.new("RGB", (32, 32), (20 * number, 90, 30)).save(folder / "two" / name / f"{number}.png")
     done = run("train.py", "--config", "tiny.yaml", "--data.path", "two", *flags, cwd=folder)
-    assert "; 0 of 2 classes are its own" in done.stdout
+    assert "; 0 of 2 classes keep their label embeddings" in done.stdout
     before, after = weights(folder, "tiny"), weights(folder, "warm", step=1, file="state/model.safetensors")
     assert torch.equal(before["patch.weight"], after["patch.weight"])
     assert torch.equal(before["cond.label.weight"][-1], after["cond.label.weight"][-1])  # the null label
@@ -207,9 +207,10 @@ def test_several_cpu_processes_warn_of_batch_norms_and_dropout_masks(folder):
     assert done.stdout.count("Stochastic depth and dropout draw other masks") == 1
 
 
-def test_help_explains_guidance(folder):
+def test_help_explains_guidance_and_ends_with_examples(folder):
     done = run("train.py", "--help", cwd=folder)
     assert "classifier-free" in done.stdout
+    assert done.stdout.endswith("python train.py --resume runs/own-images\n")
 
 
 HELP = """
