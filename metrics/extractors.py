@@ -147,8 +147,9 @@ def _load_named(name: str, weights_path: str | Path | None) -> FeatureExtractorB
         file = "" if name.startswith("dinov2") else f"--weights_path FILE ({weights_of}) or "
         raise ExtractorError(
             f"--extractor {name}: its weights cannot be downloaded ({first_line(error)}); give {file}"
-            "--extractor timm:NAME or FILE.pt2 (a program: one that you trust), such as the small classifier that "
-            "`make demo` trains: its scores compare runs with each other, not with published ones"
+            "--extractor timm:NAME or FILE.pt2 (a program: one that you trust). `python scripts/recognise.py "
+            "--data.path IMAGES --classifier FILE.pt2` trains one: its scores compare runs with each other, not with "
+            "published ones"
         ) from error
 
 

@@ -29,7 +29,7 @@ class RecogniseConfig:
         perceptual: file of the same kind for the features of its stages, for --auxiliary's `network` and an
             autoencoder's --loss.perceptual
         output: JSON file for the results, which are printed anyway
-        epochs: passes over the real images
+        epochs: passes over the real images; by default 4, or as many as make 125 steps of 64 images
         side: side in pixels of the classifier's input, a power of two; larger ones distinguish more classes
         width: channels of the first stage; 48 takes four times as much work as 24
         mirror: also train on mirrored images; not for digits and letters
@@ -41,7 +41,7 @@ class RecogniseConfig:
     classifier: Path | None = None
     perceptual: Path | None = None
     output: Path | None = None
-    epochs: int = within("[1, inf)", 4)
+    epochs: int | None = within("[1, inf)", None)
     side: int = within("[8, 512]", 32)
     width: int = within("[1, 1024]", 24)
     mirror: bool = False
@@ -78,7 +78,7 @@ def main(config: RecogniseConfig) -> None:
         read(real),
         real.labels,
         len(classes),
-        epochs=config.epochs,
+        epochs=config.epochs or default_epochs(len(real)),
         seed=config.seed,
         side=config.side,
         width=config.width,
@@ -90,7 +90,13 @@ def main(config: RecogniseConfig) -> None:
         classifier.save_perceptual(config.perceptual)
     accuracy = (classifier.predict(read(held_out)) == held_out.labels).float().mean().item()
     figures: dict[str, Any] = {"held_out_accuracy": accuracy, "num_held_out": len(held_out)}
-    print(f"The classifier is right about {accuracy:.2%} of {len(held_out)} held-out images.")
+    guessing = held_out.labels.bincount().max().item() / len(held_out)
+    print(
+        f"The classifier is right about {accuracy:.2%} of {len(held_out)} held-out images; "
+        f"to name the most frequent class is right about {guessing:.2%}."
+    )
+    for path in filter(None, (config.classifier, config.perceptual)):
+        print(f"saved: {path}")
     if config.samples:
         correct = (classifier.predict(samples) == labels).float()
         per_class = {classes[label]: correct[labels == label].mean().item() for label in labels.unique().tolist()}
@@ -98,6 +104,10 @@ def main(config: RecogniseConfig) -> None:
         print(f"It takes {correct.mean():.2%} of {len(samples)} samples for the class asked for.")
     if config.output:
         write_atomic(config.output, json.dumps(figures, indent=2) + "\n")
+
+
+def default_epochs(num_images: int, batch_size: int = 64, num_steps: int = 125) -> int:
+    return max(4, -(-num_steps // -(-num_images // batch_size)))
 
 
 def read_samples(path: Path, classes: list[str]) -> tuple[Any, Any]:

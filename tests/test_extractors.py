@@ -99,7 +99,7 @@ def test_no_network_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.M
         "no route to host",
         "--weights_path FILE",
         "FILE.pt2",
-        "make demo",
+        "scripts/recognise.py --data.path IMAGES --classifier FILE.pt2",
     ):
         assert words in message
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -96,7 +96,8 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
     assert found["held_out_accuracy"] > 0.9
     assert found["class_agreement"] == pytest.approx(0.5, abs=0.05)
     assert set(found["per_class"]) == set(shapes.classes)
-    assert "of 100 held-out images" in done.stdout
+    assert "of 100 held-out images; to name the most frequent class is right about 10.00%" in done.stdout
+    assert done.stdout.splitlines()[1:3] == ["saved: shapes.pt2", "saved: features.pt2"]
     assert (folder / "shapes.pt2").is_file()
     # Its stages look at images of any size, and lead gradients back to them.
     image = torch.zeros(2, 3, 20, 24, requires_grad=True)
@@ -105,6 +106,11 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
     features.sum().backward()
     assert image.grad is not None
     assert image.grad.abs().sum() > 0
+
+
+def test_few_images_are_seen_more_than_four_times():
+    default_epochs = script("scripts/recognise.py").default_epochs
+    assert [default_epochs(num_images) for num_images in (1, 160, 1984, 60000)] == [125, 42, 5, 4]
 
 
 @pytest.mark.parametrize(
