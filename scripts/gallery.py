@@ -1,6 +1,6 @@
 """Show all runs of a folder on one offline HTML page: differing settings, curves, grids and scores, sortable.
 
-python scripts/gallery.py runs/                # writes runs/gallery.html
+python scripts/gallery.py                # writes runs/gallery.html
 """
 
 import base64
@@ -48,7 +48,7 @@ class GalleryConfig:
         output: HTML file; by default gallery.html in the folder
     """
 
-    folder: Path
+    folder: Path = Path("runs")
     output: Path | None = None
 
 

@@ -138,11 +138,11 @@ class Page:
         images = update_images([[picture]], [f"{request.run}: {position} of {LENGTH}"])
         return [[], gr.Slider(visible=False), command, *images]
 
-    def show_nearest(self, *inputs) -> Iterator[Any]:
+    def show_nearest(self, runs, *inputs) -> Iterator[Any]:
         """Show the first run's pictures above their nearest training images. Yields between the steps of the work, so
         that gradio can cancel it there."""
         with errors_on_page():
-            request = self.make_requests(*inputs)[0]
+            (request,) = self.make_requests(runs if isinstance(runs, str) else (runs or [])[:1], *inputs)
             images = torch.empty(0)
             if not self.is_listening():
                 return

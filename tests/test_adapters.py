@@ -127,7 +127,7 @@ def test_a_fine_tuned_run_is_a_checkpoint_like_any(tuned):
     """Its weights are those of a plain backbone, in which only labels and adapted linears have changed. It is sampled
     with guidance away from the pretrained model, with which it shares one class."""
     folder, told = tuned
-    assert "; 1 of 2 classes are its own" in told
+    assert "; 1 of 2 classes keep their label embeddings" in told
     assert "--train.adapter lora: trains " in told
     pretrained, merged = weights(folder, "tiny"), weights(folder, "tuned")
     assert merged.keys() == pretrained.keys()

@@ -178,10 +178,10 @@ def test_warm_start_takes_the_labels_of_classes_of_the_same_name(saved):
     classes = ["unheard of", known[2], known[0]]
     fresh = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3).build()
     before, theirs = fresh.cond.label.weight.clone(), ema.model.cond.label.weight
-    assert warm_start(fresh, str(folder), classes).endswith("; 2 of 3 classes are its own")
+    assert warm_start(fresh, str(folder), classes).endswith("; 2 of 3 classes keep their label embeddings")
     assert torch.equal(fresh.cond.label.weight, torch.stack([before[0], theirs[2], theirs[0], theirs[-1]]))
     save_tensors(ema.model.state_dict(), folder.parent / "nameless.safetensors", {})
-    assert "are its own" not in warm_start(fresh, str(folder.parent / "nameless.safetensors"), classes)
+    assert "keep their label embeddings" not in warm_start(fresh, str(folder.parent / "nameless.safetensors"), classes)
     assert torch.equal(fresh.cond.label.weight, theirs)
 
 

@@ -95,7 +95,7 @@ def test_a_training_starts_from_it(embedded):
         assert others == f"{words}; its output had another meaning, which has to be learned anew: --diffusion.{what}"
     fresh, names = replace(embedded.spec, num_classes=2).build(), ["of one's own", "pizza"]
     assert warm_start(fresh, "embedded", names, whole=True).endswith(
-        "; 1 of 2 classes are its own"
+        "; 1 of 2 classes keep their label embeddings"
     )  # its file is in half
     known = embedded.load_model().cond.label.weight[[embedded.classes.index("pizza"), -1]]
     assert torch.equal(fresh.cond.label.weight[1:], known)
