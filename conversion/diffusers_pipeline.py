@@ -21,15 +21,18 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, 
     With `native` that is a `DiTPipeline`, otherwise an exported program with a pipeline of our own. Raises ValueError
     naming the setting that diffusers cannot reproduce.
     """
-    scheduler, spacing = to_scheduler(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
     vae = None
     if isinstance(codec, LatentCodec):
         vae = codec.autoencoder
         if not type(vae).__module__.startswith("diffusers."):
-            raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have")
+            raise ValueError(
+                f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have; "
+                "scripts/push_to_hub.py shares it for `sample.py --checkpoint hf://owner/name`"
+            )
         if codec.kind.representation:
             raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which the pipeline cannot use")
         vae.register_to_config(_name_or_path=None)  # it may be a path on this machine
+    scheduler, spacing = to_scheduler(checkpoint.config.diffusion.kind, checkpoint.build_diffusion(), sampling)
     folder.mkdir()
     if native:
         index, form = write_native(folder, checkpoint, sampling, scheduler, vae), "DiTPipeline"

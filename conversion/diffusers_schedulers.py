@@ -36,10 +36,10 @@ def to_scheduler(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
     sampler, path = sampling.sampler, diffusion.path
     spacing = SPACINGS.get((kind, sampler, sampling.spacing))
     if spacing is None:
-        known = "; ".join(", ".join(chain) for chain in SPACINGS if chain[0] == kind)
+        known = " or ".join(f"--sampler {chain[1]} --spacing {chain[2]}" for chain in SPACINGS if chain[0] == kind)
         raise ValueError(
-            f"--sampler {sampler} with --spacing {sampling.spacing}: no scheduler in diffusers; there are "
-            + (known or "none")
+            f"--sampler {sampler} with --spacing {sampling.spacing}: no scheduler in diffusers; "
+            + (f"give {known}" if known else f"for {kind} there is none")
         )
     if diffusion.prediction not in PREDICTIONS[kind]:
         raise ValueError(

@@ -238,12 +238,13 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
         (
             run,
             {"sampling": SamplingFlags(sampler="heun")},
-            "--sampler heun with --spacing uniform: no scheduler .* there are gaussian, ddpm",
+            "--sampler heun with --spacing uniform: no scheduler .*; give --sampler ddpm --spacing uniform or",
         ),
         (run, {"native": True}, "--native: DiTPipeline cannot walk gaussian, ddpm, uniform; add --sampler ddim"),
         (pixels, trailing, r"--clip 1: in diffusers only the scheduler of ddpm .* or --clip \.inf"),
         (swin, {"native": True, **trailing}, "--native: diffusers has no XSwin"),
         (tmp_path / "none", {}, "--checkpoint .*none does not exist"),
+        ("embedded", {}, "autoencoder is a .*, which diffusers does not have; scripts/push_to_hub.py shares it"),
     ]:
         with pytest.raises(ValueError, match=words):
             EXPORT.main(EXPORT.ExportConfig(checkpoint=str(source), output=tmp_path / "out", **settings))
