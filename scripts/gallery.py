@@ -162,6 +162,7 @@ def cell(value: object) -> Cell:
 def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Plot training and validation losses over the steps as SVG, each with a caption."""
     from evaluation.plots import color, figure_to_svg, make_figure, marker
+    from training.curves import label_by_numbers
 
     def plot(axes: Any, name: str) -> bool:
         for index, run in enumerate(runs):
@@ -170,6 +171,7 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
                 style: Any = {"color": color(index), "marker": marker(index) if len(points) < 20 else ""}
                 axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1, markersize=3.5, **style)
         axes.set(xlabel="step", ylabel=name.replace("_", " "), yscale="log")
+        label_by_numbers(axes.yaxis)
         return bool(axes.lines)
 
     figures = {name: make_figure(lambda axes, name=name: plot(axes, name)) for name in CAPTIONS}

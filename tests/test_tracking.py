@@ -5,11 +5,12 @@ import time
 
 import torch
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sampling.grids import save_grid
-from training.curves import draw_curve, draw_progress
+from training.curves import draw_curve, draw_progress, label_by_numbers
 from training.log import Log
 
 
@@ -33,6 +34,16 @@ def test_pictures_that_cannot_be_drawn_are_reported(tmp_path, capsys):
     (run / "log.jsonl").write_text("broken\n")
     draw_curve(run)
     assert capsys.readouterr().out.startswith("warning: loss.png is left out: ")
+
+
+def test_ticks_of_a_loss_that_hardly_falls_are_told_apart():
+    axes = Figure().subplots()
+    axes.plot([0, 1], [0.391, 0.295])
+    axes.set_yscale("log")
+    label_by_numbers(axes.yaxis)
+    axes.figure.draw_without_rendering()
+    labels = [text for label in axes.yaxis.get_ticklabels(which="both") if (text := label.get_text())]
+    assert len(set(labels)) == len(labels) >= 4
 
 
 def test_a_broken_line_of_the_log_is_named_and_left_out(tmp_path, capsys):
