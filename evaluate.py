@@ -140,6 +140,7 @@ def score_samples(
     from evaluation import record
     from evaluation.likelihood import held_out_likelihood
     from evaluation.sources import from_images
+    from machine.atomic_files import keeping
     from metrics.fidelity import class_distances
     from metrics.reference import write_adm
 
@@ -176,20 +177,24 @@ def score_samples(
     columns = [*dict.fromkeys([*record.SWEPT, *swept])] if inputs.num_settings > 1 else []
     print(record.format_report(rows, columns, reference, scorer.extractor, extra))
 
-    # Write the record, with everything needed to reproduce it, and pictures.
+    # Write the record, with everything needed to reproduce it, and pictures. Those of an earlier record are kept.
     output = output_of(config, samples, checkpoint)  # again, as there may be newer weights
     finished = {**record.provenance(rows, reference, scorer), **extra}
-    record.write_json(finished, output)
-    record.remove_unfinished(finished, unfinished)
-    written = [output, *write_pictures(output, rows, columns, inputs, nearest)]
+    with keeping([output.with_name(f"{output.stem}{ending}") for ending in BESIDE]):
+        record.write_json(finished, output)
+        record.remove_unfinished(finished, unfinished)
+        written = [output, *write_pictures(output, rows, columns, inputs, nearest)]
+        if config.latex:
+            written.append(output.with_suffix(".tex"))
+            record.write_latex(written[-1], rows, columns)
     if config.write_reference and held_out:
         pixels = from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
         written.append(Path(config.write_reference))
         write_adm(written[-1], reference.features, pixels, scorer.extractor)
-    if config.latex:
-        written.append(output.with_suffix(".tex"))
-        record.write_latex(written[-1], rows, columns)
     print("written: " + ", ".join(map(str, written)))
+
+
+BESIDE = (".png", "-sweep.png", "-nearest.png", ".tex")  # endings of what is written beside a record
 
 
 @dataclass(frozen=True)

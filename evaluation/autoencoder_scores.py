@@ -27,6 +27,7 @@ from evaluation.table import number
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from machine.accelerator import indices_of_process
+from machine.atomic_files import keeping
 from machine.precision import to_float64
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
@@ -200,9 +201,10 @@ def measure_autoencoders(
         "latents": {name: result.latents for name, result in measured.items()},
         "spectrum": {"cycles_per_pixel": frequencies, **powers},
     }
-    write_json(record, path)
-    draw_reconstructions(images, codecs, accelerator.device, pictures[0])
-    draw_spectra(frequencies, powers, pictures[1])
+    with keeping(pictures):  # those of an earlier record
+        write_json(record, path)
+        draw_reconstructions(images, codecs, accelerator.device, pictures[0])
+        draw_spectra(frequencies, powers, pictures[1])
     lines = [
         f"{images.num_images} held-out images of {held_out.source_name} and what came back of them",
         *format_results(rows, measured, scorer.extractor),

@@ -69,10 +69,17 @@ def _read_json(path: Path) -> Any:
 def _lost(existing: Any, record: Any) -> str:
     """What a file has that another lacks, in words; empty if that is nothing."""
     try:
+        if _num_likelihood(existing) > _num_likelihood(record):
+            return "the likelihood of more images"
         if int(existing["num_samples"]) > int(record["num_samples"]):  # of a trial; of trials, see `_scored`
             return "more images"
         if existing.get("extractor_sha256") != record.get("extractor_sha256"):
             return "another extractor"
+        if existing.get("evaluation", {}).get("seed") != record.get("evaluation", {}).get("seed"):
+            return "another seed"  # of subsets, whose rows do not state it
+        networks = [one.get("perceptual", {}).get("sha256") for one in (existing, record)]
+        if networks[0] not in (None, networks[1]):
+            return "another perceptual distance"
         references = [[one.get("reference", {}).get(name) for name in REFERENCE] for one in (existing, record)]
         if references[0] != references[1]:
             return "another reference"
@@ -83,6 +90,11 @@ def _lost(existing: Any, record: Any) -> str:
         return "other samples"
     is_complete = all(names <= now[images] for images, names in before.items())
     return "" if is_complete and existing.keys() <= record.keys() else "more scores"
+
+
+def _num_likelihood(record: Any) -> int:
+    """Number of images whose likelihood a record has."""
+    return int(record.get("bits_per_dimension", {}).get("num_images", 0))
 
 
 def _scored(record: Any) -> dict[str, set[str]]:

@@ -29,7 +29,7 @@ from metrics.features import Extractor, Features
 from metrics.fidelity import Scores, compute_scores
 from metrics.frechet import frechet_distance
 from metrics.manifold import nearest_neighbours, probability_closer
-from metrics.reference import load_features, reference_path, save_features
+from metrics.reference import hash_adm, load_features, reference_path, save_features
 from metrics.scores import Score, check_metrics, metric_name, required_features
 
 
@@ -116,7 +116,8 @@ class Scorer:
             if moments is not None:
                 features = replace(features, moments=moments.moments, spatial=moments.spatial or features.spatial)
         assert features is not None  # read_adm returns at least one of them
-        return Reference(features, {"source": name, "moments": "of the file" if moments else "of its images"})
+        about = {"source": name, "source_hash": hash_adm(moments, images)}
+        return Reference(features, {**about, "moments": "of the file" if moments else "of its images"})
 
     def score(
         self, source: Source, reference: Reference, metrics: Sequence[str] | None = None

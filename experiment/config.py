@@ -13,6 +13,8 @@ from experiment.run_config import BaseLogConfig, BaseTrainConfig, RunConfig
 from metrics.scores import DEFAULT, HELP
 from settings import SEEDS, unset, within
 
+DEFAULT_EPOCHS = 100  # of a training that is given neither a number of epochs nor of steps
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -1,6 +1,7 @@
 """Atomic writes: a file is complete or absent, even if the process is killed."""
 
 import errno
+import filecmp
 import glob
 import hashlib
 import itertools
@@ -10,7 +11,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,15 +34,18 @@ def check_empty(folder: Path, flag: str) -> None:
         raise FileExistsError(f"{flag} {folder} is not empty; give another folder or delete it")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    with atomic_path(path) as partial:
+def write_atomic(path: Path, text: str, *, keep: bool = False) -> None:
+    with atomic_path(path, keep=keep) as partial:
         partial.write_text(text)
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, keep: bool = False) -> Iterator[Path]:
     """Context that yields a temporary path to write a file or folder to, and moves it into place at the end. The path
-    lies in a temporary folder of this writer; leftovers of killed writers are removed."""
+    lies in a temporary folder of this writer; leftovers of killed writers are removed.
+
+    With `keep`, another file that is there is kept, see `keeping`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, host = f".{path.name}.", re.sub(r"[^\w-]", "-", socket.gethostname())
     for left_over in path.parent.glob(f"{glob.escape(beside)}*.partial"):
@@ -52,13 +56,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         aside.mkdir()
         yield aside / path.name
-        (aside / path.name).replace(path)
+        with keeping([path] if keep else []):
+            (aside / path.name).replace(path)
     except OSError as error:
         if error.errno in DISK_FULL:  # the error names no file, or only our temporary one
             raise OSError(error.errno, f"{path} could not be written ({error.strerror}); make room") from error
         raise
     finally:
         _remove(aside)
+
+
+@contextmanager
+def keeping(paths: Iterable[Path]) -> Iterator[None]:
+    """Context that writes to these paths, or not. The files that were there are kept as `NAME.before-TIME`, which is
+    printed, unless the same is written again."""
+    kept = {path: path.rename(unused_path(path)) for path in paths if path.is_file()}
+    try:
+        yield
+    finally:
+        for path, before in kept.items():
+            if path.is_file() and filecmp.cmp(path, before, shallow=False):
+                before.unlink()
+            else:
+                print(f"{path} was another, and is now {before}", flush=True)
 
 
 def unused_path(path: Path) -> Path:

@@ -44,8 +44,9 @@ def load_program(path: str | Path) -> nn.Module:
 
 
 def save_program(module: nn.Module, example: Tensor, path: str | Path) -> Path:
-    """Save a module that takes images [n c h w] of any n, h and w, in the format of the path's suffix."""
-    with atomic_path(Path(path)) as partial:
+    """Save a module that takes images [n c h w] of any n, h and w, in the format of the path's suffix.
+    Another file of that name is kept, as scores may name its hash."""
+    with atomic_path(Path(path), keep=True) as partial:
         if partial.suffix == ".pt2":
             save_exported(torch.export.export(module, (example,), dynamic_shapes=(SIZES,)), partial)
         else:

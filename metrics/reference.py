@@ -94,7 +94,7 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
     """Write a reference batch in ADM's format (Dhariwal and Nichol 2021).
 
     It holds `arr_0` [n h w 3], `mu`, `sigma` and, if the extractor has spatial features, `mu_s` and `sigma_s`. The
-    extractor's name and hash are added, which ADM's own files lack.
+    extractor's name and hash are added, which ADM's own files lack. Another file of that name is kept.
     """
     description = {"extractor": extractor.name, "extractor_sha256": extractor.sha256, "format": OF_INCEPTION}
     arrays: dict[str, Any] = {name: np.array(value) for name, value in description.items()}
@@ -102,7 +102,7 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
     arrays |= {"mu": features.moments.mean.numpy(), "sigma": features.moments.covariance.numpy()}
     if features.spatial is not None:
         arrays |= {"mu_s": features.spatial.mean.numpy(), "sigma_s": features.spatial.covariance.numpy()}
-    with atomic_path(path) as partial:
+    with atomic_path(path, keep=True) as partial:
         np.savez(partial, **arrays)
 
 
@@ -141,6 +141,15 @@ def read_adm(
     if spatial is not None and "extractor" in arrays and int(arrays.get("format", 0)) < OF_INCEPTION:
         raise ReferenceError(f"{flag}: its mu_s and sigma_s are in an order of before; write it anew")
     return Features(moments, spatial), images
+
+
+def hash_adm(features: Features | None, images: UInt8[Tensor, "n 3 h w"] | None) -> str:
+    """Hash what `read_adm` returned: files of one name may differ."""
+    tensors = {} if images is None else {"images": images}
+    for name in ("moments", "spatial") if features else ():
+        if moments := getattr(features, name):
+            tensors |= {f"{name}.mean": moments.mean, f"{name}.covariance": moments.covariance}
+    return _sha256(tensors, "")
 
 
 def _moments_in(arrays: Arrays, names: tuple[str, str], num: int | None, flag: str) -> Moments | None:

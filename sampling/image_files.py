@@ -32,8 +32,8 @@ def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[s
 
 def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classes: list[str], path: Path) -> None:
     """Save ADM's `arr_0` [n h w 3] and, with classes, `arr_1` [n], which are labels, and `classes`, their names. Images
-    are written batch by batch, as they may exceed the memory."""
-    with atomic_path(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    are written batch by batch, as they may exceed the memory. Other samples of that name are kept."""
+    with atomic_path(path, keep=True) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for index, images in enumerate(batches):
                 pixels = images.permute(0, 2, 3, 1).contiguous().numpy()

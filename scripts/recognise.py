@@ -103,7 +103,7 @@ def main(config: RecogniseConfig) -> None:
         figures |= {"class_agreement": correct.mean().item(), "num_samples": len(samples), "per_class": per_class}
         print(f"It takes {correct.mean():.2%} of {len(samples)} samples for the class asked for.")
     if config.output:
-        write_atomic(config.output, json.dumps(figures, indent=2) + "\n")
+        write_atomic(config.output, json.dumps(figures, indent=2) + "\n", keep=True)
 
 
 def default_epochs(num_images: int, batch_size: int = 64, num_steps: int = 125) -> int:

@@ -77,7 +77,7 @@ def main(config: ReconstructConfig) -> None:
                 total[name] = tensor
     path = config.output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
-    with atomic_path(path) as partial:
+    with atomic_path(path, keep=True) as partial:  # scores may be of the average up to an earlier step
         save_tensors(rounded, partial, {**metadata, "step": str(last), "sigma_rel": f"{sigma_rel:g}"})
     open_checkpoint(path)
     print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(files) * len(lengths)} snapshots: {path}")

@@ -8,7 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from processes import log, run, script
 
-from evaluation.record import draw_sweep, remove_unfinished, write_json, write_unfinished
+from evaluation.record import draw_sweep
 from evaluation.scoring import Scorer, summarise
 from evaluation.sources import Source
 from experiment.cli import parse
@@ -312,74 +312,37 @@ def test_of_trials_that_lack_a_number_there_is_no_mean():
     assert row_of("fid", 1.0, None).scores["fid"].value is None
 
 
-def test_scores_of_more_images_are_kept(tmp_path, capsys):
-    path, record = tmp_path / "scores.json", {"num_samples": 50_000, "num_trials": 1}
-    write_json(record, path)
-    write_json({"num_samples": 50_000, "num_trials": 3}, path)  # as many and more
-    assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
-    write_json({"num_samples": 10, "num_trials": 1}, path)
-    kept = next(tmp_path.glob("scores.json.before-*"))
-    assert json.loads(kept.read_text())["num_trials"] == 3
-    assert json.loads(path.read_text())["num_samples"] == 10
-    assert f"{path} was of more images, and is now {kept}" in capsys.readouterr().out
+def test_pictures_and_tables_belong_to_the_record_beside_them(folder, extractor):
+    """Those of an earlier record are kept as it is, and so are files of somebody else."""
+    flags = ("--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 4, "--metrics", "[fid]")
+    flags = (*flags, "--output", "beside.json")
+    (folder / "beside.tex").write_text("my paper")
+    run("evaluate.py", *flags, "--num_steps", "2,3", "--latex", "true", cwd=folder)
+    (paper,) = folder.glob("beside.tex.before-*")
+    assert paper.read_text() == "my paper"
+    before = {name: (folder / name).read_bytes() for name in ("beside.json", "beside.png", "beside.tex")}
+    before["beside-sweep.png"] = (folder / "beside-sweep.png").read_bytes()
+    paper.unlink()
+    run("evaluate.py", *flags, "--num_steps", 4, cwd=folder)
+    assert {path.name for path in folder.glob("beside*") if ".before-" not in path.name} == {
+        "beside.json",
+        "beside.png",
+    }
+    for name, content in before.items():
+        (kept,) = folder.glob(f"{name}.before-*")
+        assert kept.read_bytes() == content
+    run("evaluate.py", *flags, "--num_steps", 4, cwd=folder)  # the same once more leaves nothing else
+    assert len([*folder.glob("beside*")]) == len(before) + 2
 
 
-BASIC = {"num_samples": 9, "num_trials": 1, "extractor_sha256": "e", "reference": {"source": "a", "features": "x"}}
-SCORES = {"fid": {"value": 1.0}, "kid": {"value": 2.0}}
-ROW = {"name": "run", "scores": SCORES, "samples": {"guidance_scale": 2.0, "weights_sha256": "w"}}
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"num_samples": 10, "reference": {"source": "a", "features": "y"}, "memorisation": {}}, None),
-        (
-            {"rows": [{**ROW, "scores": {**SCORES, "recall": {"value": 0.5}}, "trials": []}, {**ROW, "name": "floor"}]},
-            None,
-        ),
-        ({"rows": [{**ROW, "samples": {**ROW["samples"], "guidance_scale": 1.5}}]}, "other samples"),
-        ({"rows": [{**ROW, "samples": {**ROW["samples"], "weights_sha256": "x"}}]}, "other samples"),
-        ({"rows": [{**ROW, "scores": {"fid": SCORES["fid"]}}]}, "more scores"),
-        ({"rows": [{**ROW, "scores": {**SCORES, "kid": {"value": None}}}]}, "more scores"),
-        ({"likelihood": None}, "more scores"),
-        ({"num_samples": 3, "num_trials": 3, "rows": [{**ROW, "trials": [{}] * 3}]}, "more images"),
-        ({"reference": {"source": "b"}}, "another reference"),
-        ({"extractor_sha256": "f"}, "another extractor"),
-    ],
-)
-def test_scores_are_replaced_by_nothing_else_than_the_same(tmp_path, capsys, changes, what):
-    path, record = tmp_path / "scores.json", {**BASIC, "rows": [ROW], "likelihood": {"clip": float("inf")}}
-    write_json(record, path)
-    write_json({name: value for name, value in {**record, **changes}.items() if value is not None}, path)
-    kept = list(tmp_path.glob("scores.json.before-*"))
-    assert [f"{path} was of {what}, and is now {file}\n" for file in kept] == [capsys.readouterr().out] * bool(what)
-    assert len(kept) == bool(what)
-
-
-def test_what_a_killed_process_has_scored_is_kept_until_there_is_more(tmp_path):
-    path = tmp_path / "scores.json.unfinished"
-    records = [{**BASIC, "rows": [ROW, {**ROW, "name": "floor", "trials": [{}] * number}]} for number in (1, 2, 3)]
-    for written, expected in ((1, 1), (0, 1), (1, 1), (2, 2)):
-        write_unfinished(records[written], path)
-        assert json.loads(path.read_text()) == records[expected]
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_what_a_killed_process_has_scored_outlives_another_that_scores_less(tmp_path):
-    path, sweep = tmp_path / "scores.json.unfinished", {**BASIC, "rows": [ROW, {**ROW, "name": "floor"}]}
-    for less in ({**sweep, "rows": [ROW]}, {**sweep, "num_samples": 3}):
-        write_unfinished(sweep, path)
-        write_unfinished(less, path)
-        remove_unfinished(less, path)
-        assert json.loads(path.read_text()) == sweep
-    remove_unfinished({**sweep, "memorisation": {}}, path)
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_file_of_somebody_else_is_kept(tmp_path):
-    for text in ("my notes", "[1]", '{"num_samples": "many"}', '{"num_samples": 1}', json.dumps({**BASIC, "rows": 3})):
-        path = tmp_path / f"{len(text)}.json"
-        path.write_text(text)
-        write_json(BASIC, path)
-        assert next(tmp_path.glob(f"{path.name}.before-*")).read_text() == text
-        assert json.loads(path.read_text()) == BASIC
+def test_references_of_one_name_are_told_apart_by_their_content(folder, extractor):
+    hashes = set()
+    for value in (0, 1):
+        path = folder / f"reference-{value}" / "reference.npz"
+        path.parent.mkdir()
+        np.savez(path, arr_0=np.full((4, 32, 32, 3), value, dtype=np.uint8))
+        flags = ("--extractor", extractor, "--metrics", "[fid]", "--reference", path, "--data.image_size", 32)
+        run("evaluate.py", "--samples", "fixed.npz", *flags, "--output", "of_npz.json", cwd=folder)
+        hashes.add(scores(folder, "of_npz.json")["reference"]["source_hash"])
+    assert len(hashes) == 2
+    assert len([*folder.glob("of_npz.json.before-*")]) == 1

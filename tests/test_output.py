@@ -36,6 +36,17 @@ def interrupted():
     raise OSError("no space left")
 
 
+def test_other_samples_of_that_name_are_kept(tmp_path, capsys):
+    path = tmp_path / "x.npz"
+    for images in (IMAGES, IMAGES, IMAGES.flip(0)):  # the same once more is no other file
+        save_npz(iter(images.split(2)), torch.arange(5), [], path)
+    (kept,) = tmp_path.glob("x.npz.before-*")
+    for file, images in ((kept, IMAGES), (path, IMAGES.flip(0))):
+        with np.load(file) as arrays:
+            assert (arrays["arr_0"] == images.permute(0, 2, 3, 1).numpy()).all()
+    assert f"{path} was another, and is now {kept}" in capsys.readouterr().out
+
+
 def test_batches_become_an_npz_and_a_folder(tmp_path):
     save_npz(iter(IMAGES.split(2)), torch.arange(5), ["a"] * 5, tmp_path / "deep" / "x.npz")
     with np.load(tmp_path / "deep" / "x.npz") as file:

@@ -116,6 +116,30 @@ def test_settings_of_before_a_change_are_remembered(stored):
     assert former_settings(checkpoint, later) == [first, {"until": 1, "settings": {"train.batch_size": 128}}]
 
 
+def test_epochs_are_not_counted_in_steps_of_several_sizes(stored):
+    """100 epochs of 640 images are 500 steps of 128, or one of 128 and 998 of 64."""
+    checkpoint, run = stored["diffusion"], stored["diffusion"].parent.parent
+    flags = ["--train.batch_size", "64"]
+    before = asked(checkpoint, "diffusion")
+    save_tensors(
+        {"weight": torch.zeros(1)}, checkpoint / WEIGHTS, make_metadata(before, 1, {"train": {"num_images": 640}})
+    )
+    with pytest.raises(CheckpointError, match=r"--train.batch_size 64: 1 steps were of other .*num_steps 999 .*null"):
+        resume_config(asked(checkpoint, "diffusion", *flags), checkpoint, print)
+    changed = asked(checkpoint, "diffusion", *flags, "--train.num_steps", "999")
+    resume_config(changed, checkpoint, print)
+
+    # Nor are they later, when the batch size stays.
+    later = checkpoint.with_name("00000005")
+    history = former_settings(checkpoint, changed)
+    save_tensors({"weight": torch.zeros(1)}, checkpoint / WEIGHTS, make_metadata(changed, 5, history=history))
+    (run / "config.yaml").write_text(yaml.safe_dump(changed.to_dict(), sort_keys=False))
+    checkpoint.rename(later)
+    resume_config(asked(later, "diffusion"), later, print)
+    with pytest.raises(CheckpointError, match=r"5 steps were of other sizes.*--train.num_steps N"):
+        resume_config(asked(later, "diffusion", "--train.num_steps", "null"), later, print)
+
+
 def test_a_training_that_is_resumed_at_another_rate_says_so(folder, tmp_path):
     shutil.copytree(folder / "runs" / "tiny", tmp_path / "runs" / "tiny")
     flags = ("--resume", "runs/tiny", "--optim.lr", 1e-4, "--train.num_steps", 5, "--data.cache", folder / "cache")

@@ -1,5 +1,6 @@
 """The scaffold of both trainings, around a single layer."""
 
+import json
 import shutil
 import threading
 import time
@@ -64,6 +65,18 @@ def test_a_rollback_is_remembered_after_a_kill(train):
     orders = []
     train(lambda run, step: orders.append((step, run.rollbacks)) or 1.0, resume="runs/run")
     assert orders == [(2, 1), (3, 1), (4, 1), (5, 1)]
+
+
+def test_a_rollback_leaves_no_step_twice_in_the_log(train, tmp_path):
+    def diverges_once(run, step):
+        run.log.write(step + 1, loss=run.rollbacks)
+        return float("nan") if step >= 3 and not run.rollbacks else 1.0
+
+    train(diverges_once)
+    events = [json.loads(line) for line in (tmp_path / "runs" / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [(event["step"], event["loss"]) for event in events if "loss" in event]
+    assert losses == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]
+    assert [event["step"] for event in events if "skipped" in event] == [4, 5]
 
 
 def test_nan_samples_do_not_end_a_training(train, capsys):

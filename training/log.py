@@ -52,14 +52,19 @@ class Log:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pixels}, step=step, **layout)
 
-    def _truncate(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
+        """Remove events after `step`, as these steps will be taken again, except for skipped ones and their images."""
+        self._truncate(step, keep_skipped=True)
+
+    def _truncate(self, step: int, *, keep_skipped: bool = False) -> None:
         """Remove events after `step`, and broken lines with a warning."""
         if not self.accelerator.is_main_process:
             return
         lines, kept = self.path.read_text(errors="replace").splitlines() if self.path.exists() else [], []
         for number, line in enumerate(lines, start=1):
             try:
-                if json.loads(line)["step"] <= step:
+                event = json.loads(line)
+                if event["step"] <= step or (keep_skipped and "skipped" in event):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 print(f"warning: {self.path}: line {number} is broken and left out: {line[:60]}", flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiment.config import OptimConfig, TrainConfig
+from experiment.config import DEFAULT_EPOCHS, OptimConfig, TrainConfig
 from models.backbone import Backbone
 from training.muon import Muon, split_for_muon
 
@@ -90,4 +90,4 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: f
 
 def num_training_steps(config: TrainConfig, num_images: int) -> int:
     """Number of optimizer steps: `num_steps` if set, else enough for `num_epochs`, rounded up."""
-    return config.num_steps or -(-(config.num_epochs or 100) * num_images // config.batch_size)
+    return config.num_steps or -(-(config.num_epochs or DEFAULT_EPOCHS) * num_images // config.batch_size)

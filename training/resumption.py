@@ -1,6 +1,7 @@
 """Resume a run: settings that define the meaning of its weights must stay the same, the others may change."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from checkpoints.training_state import SNAPSHOTS, list_snapshots
 from data.layout import join_abridged
+from experiment.config import DEFAULT_EPOCHS
 from experiment.imports import load_imports
 from experiment.mappings import flatten, from_dict
 from experiment.run_config import R, RunConfig, with_resume
@@ -72,11 +74,33 @@ def resume_config(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
                 f"--{flag} {new.get(flag)}: {run} was trained with {old.get(flag)}, and its checkpoints mean "
                 f"nothing else; leave it out, or start a run of another --name (--init_from {run})"
             )
+    _check_epochs(config, stored, metadata, checkpoint)
     for flag in ("name", "init_from"):
         if getattr(config, flag) != getattr(stored, flag):
             say(f"--{flag} {getattr(config, flag)}: without effect on {run}, which is resumed")
     config = replace(config, name=stored.name, init_from=stored.init_from)  # pyright: ignore[reportArgumentType]
     return with_resume(config, None)
+
+
+def _check_epochs(config: RunConfig, stored: RunConfig, metadata: Mapping[str, str], checkpoint: Path) -> None:
+    """Raise CheckpointError if a length in epochs would count steps of other batch sizes like those to come."""
+    train: Any = config.train
+    step, since, num_seen, size = int(checkpoint.name), 0, 0, stored.train.batch_size
+    sizes = [
+        (part["until"], part["settings"].get("train.batch_size")) for part in json.loads(metadata.get("history", "[]"))
+    ]
+    for until, former in [*((until, former) for until, former in sizes if former), (step, size)]:
+        num_seen, since = num_seen + (until - since) * former, until
+    if train.num_steps is not None or num_seen == step * train.batch_size:
+        return
+    images = json.loads(metadata.get("identity", "{}")).get("train", {}).get("num_images", math.nan)
+    num_epochs = train.num_epochs or DEFAULT_EPOCHS
+    left = (num_epochs * images - num_seen) / train.batch_size
+    raise CheckpointError(
+        f"--train.batch_size {train.batch_size}: {step} steps were of other sizes, and --train.num_epochs would count "
+        f"them alike; give --train.num_steps {'N' if math.isnan(left) else step + max(0, math.ceil(left))} "
+        f"--train.num_epochs null, which makes {num_epochs} epochs"
+    )
 
 
 # Groups of settings that may change, and that results depend on.

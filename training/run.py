@@ -259,6 +259,7 @@ class Run(Generic[R]):
     def _roll_back(self) -> None:
         self.writing.wait()
         self._restore(from_main(self.accelerator, lambda: checkpoint_to_resume(self.folder)))
+        self.log.roll_back(self.step)
         self._save_again()  # so that a run that is killed remembers the rollback
         self.bar.reset(total=self.num_steps)
         self.bar.update(self.step)
