@@ -25,6 +25,9 @@ SWEEPABLE = (
     "guidance_interval",
     "guidance_rescale",
 )
+# Without these, too, scores do not compare, but they are no axis or line of a figure.
+STATED = ("sampler_args", "guidance_parallel", "guidance_radius", "guidance_checkpoint", "guide_sha256")
+STATED += ("guidance_unlabelled", "legacy_cfg_channels", "clip", "autoencoder", "labels", "precision", "step")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -83,7 +86,11 @@ def combined_rows(records: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         first = record["rows"][0].name
         for row in record["rows"]:
             if row.name == first:
-                samples.append(replace(row, name=name, settings={**row.settings, "run": name}))
+                settings = {**row.settings, "run": name}
+                if isinstance(codec := settings.get("autoencoder"), dict):
+                    sha256 = codec.get("decoder_sha256")
+                    settings["autoencoder"] = f"{codec.get('autoencoder')}{f' ({sha256[:6]})' if sha256 else ''}"
+                samples.append(replace(row, name=name, settings=settings))
             elif row.scores != others.setdefault(row.name, replace(row, settings={})).scores:
                 of_this = f"{row.name}, {name}"
                 others[of_this] = replace(row, name=of_this, settings={})
@@ -91,9 +98,9 @@ def combined_rows(records: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
 
 
 def varying_settings(rows: Sequence[Row]) -> list[str]:
-    """Names of the settings of sampling that differ among rows of samples."""
+    """Names of the settings of sampling, and of the weights' steps, that differ among rows of samples."""
     samples = [row.settings for row in rows if row.settings]
-    return [name for name in SWEEPABLE if len({json.dumps(settings.get(name)) for settings in samples}) > 1]
+    return [name for name in (*SWEEPABLE, *STATED) if len({json.dumps(settings.get(name)) for settings in samples}) > 1]
 
 
 def _entry(record: Mapping[str, Any], name: str) -> Any:

@@ -45,9 +45,9 @@ class CompareConfig:
 
 def main(config: CompareConfig) -> None:
     """Read the records, check that their scores compare, then print and write the table and the figure."""
-    from evaluation.comparison import check_comparable, combined_rows, read_record, varying_settings
+    from evaluation.comparison import SWEEPABLE, check_comparable, combined_rows, read_record, varying_settings
     from evaluation.record import draw_sweep, table
-    from machine.atomic_files import write_atomic
+    from machine.atomic_files import keeping, write_atomic
 
     records = [read_record(Path(path)) for path in config.scores]
     check_comparable(config.scores, records)
@@ -57,15 +57,16 @@ def main(config: CompareConfig) -> None:
     rows = combined_rows(records, names)
     columns = varying_settings(rows)
     print(table(rows, columns))
-    written = []
-    for suffix, form in FORMS.items():
-        written.append(Path(f"{config.output}.{suffix}"))
-        write_atomic(written[-1], table(rows, columns, form=form))
     samples = [row for row in rows if row.settings]
-    if len(samples) > len(records):
-        for suffix in ("png", "pdf"):
-            written.append(Path(f"{config.output}.{suffix}"))
-            draw_sweep(samples, written[-1], columns, along=config.along)
+    written = [Path(f"{config.output}.{suffix}") for suffix in FORMS]
+    pictures = [Path(f"{config.output}.{suffix}") for suffix in ("png", "pdf")]
+    with keeping([*written, *pictures]):  # of an earlier comparison, or of somebody else
+        for path, form in zip(written, FORMS.values(), strict=True):
+            write_atomic(path, table(rows, columns, form=form))
+        if len(samples) > len(records):
+            for path in pictures:
+                draw_sweep(samples, path, [name for name in columns if name in SWEEPABLE], along=config.along)
+            written += pictures
     print("written: " + ", ".join(map(str, written)))
 
 

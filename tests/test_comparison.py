@@ -89,6 +89,26 @@ def test_rows_of_real_images_appear_once_and_ceilings_of_two_autoencoders_apart(
     assert varying_settings(rows) == []
 
 
+def test_a_table_states_all_that_samples_differ_in(tmp_path):
+    codecs = [{"autoencoder": "embedded", "decoder_sha256": sha256} for sha256 in ("0123456789", "abcdefghij")]
+    paths = [
+        saved(tmp_path, "a", 5.0, labels="balanced", precision="fp32", step=9, autoencoder=codecs[0], clip=None),
+        saved(tmp_path, "b", 6.0, labels="reference", precision="bf16", step=10, autoencoder=codecs[1], clip=None),
+    ]
+    rows = combined_rows([read_record(path) for path in paths], ["a", "b"])
+    assert varying_settings(rows) == ["autoencoder", "labels", "precision", "step"]
+    assert [row.settings["autoencoder"] for row in rows] == ["embedded (012345)", "embedded (abcdef)"]
+
+
+def test_files_of_another_comparison_are_kept(tmp_path):
+    (tmp_path / "both.tex").write_text("my paper")
+    compare([saved(tmp_path, "a", 5.0, 6.0)], tmp_path)
+    (kept,) = tmp_path.glob("both.tex.before-*")
+    assert kept.read_text() == "my paper"
+    compare([saved(tmp_path, "b", 5.0)], tmp_path)  # without a figure
+    assert {path.suffix for path in tmp_path.glob("both.*") if ".before-" not in path.name} == {".md", ".tex"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
