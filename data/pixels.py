@@ -23,6 +23,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to 8-bit RGB, rotated upright by EXIF, with transparency composited on white. Grey images of more than
     8 bits are scaled from their white level, as `_to_8_bits` guesses it, and inverted for TIFFs in which 0 is white."""
     format, white_is_zero = image.format, getattr(image, "tag_v2", {}).get(262) == 0
+    _convert_transparency(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         grey, transparent = np.asarray(image), image.info.get("transparency")  # in PNG the transparent grey value
@@ -34,6 +35,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
+
+
+def _convert_transparency(image: Image.Image) -> None:
+    """Convert the transparent value of a PNG, which has as many bits as the file's pixels, to the 8 bits that Pillow
+    converts these to. Of 16-bit colours that leaves the upper half."""
+    value, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    stored_as = tiles[0][3] if tiles else None
+    if isinstance(value, int) and stored_as in ("L;2", "L;4"):
+        image.info["transparency"] = value * (85 if stored_as == "L;2" else 17)
+    if isinstance(value, tuple) and stored_as == "RGB;16B":
+        image.info["transparency"] = tuple(part >> 8 for part in value)
 
 
 def _to_8_bits(image: Image.Image, format: str | None) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -81,6 +82,33 @@ def test_grey_that_has_no_brightness_is_refused(tmp_path, value):
     (tmp_path / "a.tiff").write_bytes(saved(np.array([[0, value]], dtype=value.dtype)))
     with pytest.raises(DataError, match=r"a.tiff is damaged \(its grey goes from"):
         ImageDataset(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("bits", "color", "row", "transparent", "expected"),
+    [
+        (2, 0, bytes([0b00_01_10_11]), (1,), [0, 255, 170, 255]),
+        (4, 0, bytes([0x01, 0x9F]), (9,), [0, 17, 255, 255]),
+        (
+            16,
+            2,
+            struct.pack(">12H", *[0x1234] * 3, *[0x8034] * 3, *[0x56FF] * 3, *[0] * 3),
+            [0x8034] * 3,
+            [18, 255, 86, 0],
+        ),
+    ],
+)
+def test_transparent_colours_of_pngs_are_white_at_any_depth(bits, color, row, transparent, expected):
+    """Pillow compares a file's transparent value with pixels of 8 bits."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, color, 0, 0, 0))]
+    parts += [chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))]
+    parts += [chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")]
+    image = to_rgb(open_image(b"\x89PNG\r\n\x1a\n" + b"".join(parts)))
+    assert np.asarray(image)[0].tolist() == [[grey] * 3 for grey in expected]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
