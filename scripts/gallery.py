@@ -165,13 +165,17 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
     from training.curves import label_by_numbers
 
     def plot(axes: Any, name: str) -> bool:
+        lowest = 1.0
         for index, run in enumerate(runs):
             points = [(event["step"], event[name]) for event in run.events if event.get(name) is not None]
             if points:
                 style: Any = {"color": color(index), "marker": marker(index) if len(points) < 20 else ""}
                 axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1, markersize=3.5, **style)
-        axes.set(xlabel="step", ylabel=name.replace("_", " "), yscale="log")
-        label_by_numbers(axes.yaxis)
+                lowest = min(lowest, *(loss for _, loss in points))
+        axes.set(xlabel="step", ylabel=name.replace("_", " "))
+        if lowest > 0:  # with a learned error scale, or a contrastive term, a loss may be negative
+            axes.set_yscale("log")
+            label_by_numbers(axes.yaxis)
         return bool(axes.lines)
 
     figures = {name: make_figure(lambda axes, name=name: plot(axes, name)) for name in CAPTIONS}

@@ -156,6 +156,17 @@ def test_the_page_needs_no_other_file(runs):
     assert "twice<b>" not in page
 
 
+@pytest.mark.parametrize(("last", "scale"), [(0.5, "log"), (-0.5, "linear")])
+def test_a_negative_loss_is_in_the_figure_too(monkeypatch, last, scale):
+    figures = []
+    monkeypatch.setattr("evaluation.plots.figure_to_svg", lambda figure, name: figures.append(figure))
+    events = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": last}]
+    GALLERY.curves([GALLERY.Run("a", {}, events, {}, {}, None)])
+    (axes,) = figures[0].axes
+    assert axes.get_yscale() == scale
+    assert axes.lines[0].get_ydata().tolist() == [2.0, last]
+
+
 def test_a_folder_without_runs_is_told_in_words(tmp_path):
     with pytest.raises(ValueError, match="no run in it"):
         GALLERY.main(GALLERY.GalleryConfig(tmp_path))
