@@ -48,7 +48,7 @@ def diffusion_settings(config: DiffusionConfig) -> dict[str, Any]:
 
 
 TRAINING_ONLY = {"loss", "weighting", "times", "times_args", "shift", "contrast", "P_mean", "P_std", "phases"}
-TRAINING_ONLY |= {"forcing", "interval_share", "adaptive_power", "tangent"}
+TRAINING_ONLY |= {"forcing", "interval_share", "adaptive_power", "tangent", "difference"}
 """Settings of a diffusion that do not change the meaning of the backbone's output."""
 
 

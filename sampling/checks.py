@@ -38,7 +38,7 @@ def resolve_sampling(
         config: settings of the model's training
         num_guided: number of classes that the model can be guided by; 0 without a null label
         num_channels: of the latents, if known
-        say: prints a note when a configured guidance scale is dropped
+        say: prints a note when a guidance scale is dropped, or applied to a model that has learned one
         overrides: settings of the command
 
     Raises:
@@ -94,6 +94,12 @@ def _implied_overrides(
             say(
                 f"--sampling.guidance_scale {config.guidance_scale:g} of the model's training: without effect, {reason}"
             )
+    if guide is None and is_fixed and num_guided and diffusion.guidance_settings:
+        scale = overrides.get("guidance_scale", 1.0)
+        if scale != 1:
+            say(f"--sampling.guidance_scale {scale:g}: beyond the guidance that is part of the model's training")
+        elif overrides.get("guidance_interval"):
+            say("--sampling.guidance_interval: without effect, guidance is part of the model's training")
     if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
         raise ValueError(f"--sampling.guidance_checkpoint {guide}: give --sampling.guidance_scale too; at 1 it is idle")
     return implied

@@ -173,7 +173,11 @@ def test_a_guidance_scale_without_effect_is_reported(diffusion):
     plain = []
     resolve_sampling(SamplingConfig(guidance_scale=3.0), meanflow(), 10, say=plain.append)
     assert plain == [f"{without}meanflow is guided by a command alone"]
-    assert said(1.0) == said(1.5) == said(3.0, guidance_scale=2.0) == []  # 1.5 is what nobody asked for
+    assert said(1.0) == said(1.5) == said(3.0, guidance_scale=1.0) == []  # 1.5 is what nobody asked for
+    beyond = "--sampling.guidance_scale 2: beyond the guidance that is part of the model's training"
+    assert said(3.0, guidance_scale=2.0) == [beyond]
+    interval = "--sampling.guidance_interval: without effect, guidance is part of the model's training"
+    assert said(1.5, guidance_interval=[0.3, 3]) == [interval]
 
 
 # Shortcuts' steps.

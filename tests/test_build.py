@@ -121,9 +121,10 @@ def test_a_setting_of_another_kind_is_refused_in_words():
             build_diffusion(config)
 
 
-def test_the_tangent_of_meanflow_does_not_change_what_outputs_mean():
-    """So a guide, or weights to start from, may have been trained with either tangent."""
-    plain, improved = (DiffusionConfig(kind="meanflow", tangent=tangent) for tangent in ("sample", "model"))
+@pytest.mark.parametrize("other", [{"tangent": "model"}, {"difference": 0.02}], ids=str)
+def test_how_meanflow_is_differentiated_does_not_change_what_outputs_mean(other):
+    """So a guide, or weights to start from, may have been trained with either."""
+    plain, improved = DiffusionConfig(kind="meanflow"), DiffusionConfig(kind="meanflow", **other)
     assert (
         defining_settings(plain)
         == defining_settings(improved)
