@@ -7,19 +7,20 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from exact import generator, labels, randn
 from PIL import Image
 from processes import ROOT, script
 from torch import nn
 
-from autoencoders.codec import AutoencoderError
+from autoencoders.codec import AutoencoderError, PixelCodec
 from diffusion import GaussianDiffusion, sample
+from experiment.config import SamplingConfig
 from machine.atomic_files import atomic_path, unused_path, write_atomic
 from sampling import generation
 from sampling.generation import Generator
@@ -209,24 +210,33 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
     assert (tmp_path / "x").read_text() == "first"
 
 
+def generator_that(draw, num_images, **process):
+    """A generator of a process, with another function to draw the images of some indices."""
+
+    class Drawing(Generator):
+        def draw(self, indices):
+            return draw(indices)
+
+    parts = nn.Identity(), GaussianDiffusion(), PixelCodec(), labels(num_images), SamplingConfig(num_steps=1)
+    return Drawing(*parts, (1, 1), 0, Mock(spec=Accelerator, **process))
+
+
 def test_an_error_of_one_sampling_process_is_raised_by_all(monkeypatch):
     """Otherwise the others would wait for it; an image that cannot be drawn does not end a training."""
     error = AutoencoderError("not finite")
-    accelerator = SimpleNamespace(is_main_process=True, num_processes=2, process_index=0)
-    drawing = Mock(spec=Generator, accelerator=accelerator, labels=labels(4), draw=lambda mine: IMAGES[mine])
+    process = {"is_main_process": True, "num_processes": 2, "process_index": 0}
     sent = []
     monkeypatch.setattr(generation, "gather_object", lambda own: sent.extend(own) or [*own, error])
     with pytest.raises(AutoencoderError, match="not finite"):
-        list(generation.stream(drawing, batch_size=2))
+        list(generation.stream(generator_that(lambda mine: IMAGES[mine], 4, **process), batch_size=2))
     assert sent == [None]
 
     def ruined(mine):
         raise error
 
-    drawing.draw = ruined
     monkeypatch.setattr(generation, "gather_object", lambda own: sent.extend(own) or own)
     with pytest.raises(AutoencoderError, match="not finite"):
-        list(generation.stream(drawing, batch_size=2))
+        list(generation.stream(generator_that(ruined, 4, **process), batch_size=2))
     assert sent[-1] is error
 
 
@@ -236,11 +246,9 @@ def test_a_panel_shows_the_first_images_on_any_number_of_processes(monkeypatch, 
     monkeypatch.setattr(generation, "gather_object", lambda own: own)
     shares = []
     for rank in range(num_processes):
-        accelerator = Mock(is_main_process=rank == 0, num_processes=num_processes, process_index=rank)
-        drawing = Mock(spec=Generator, accelerator=accelerator, labels=labels(8), image_size=(1, 1))
-        drawing.draw = lambda mine: shares[-1].append(mine) or mine
-        accelerator.gather = lambda mine: mine
+        process = {"is_main_process": rank == 0, "num_processes": num_processes, "process_index": rank}
         shares.append([])
+        drawing = generator_that(lambda mine: shares[-1].append(mine) or mine, 8, gather=lambda mine: mine, **process)
         list(generation.stream(drawing, batch_size=2))
     assert shares[0][0].tolist() == [0, 1]
     rounds = [torch.cat(parts) for parts in zip(*shares, strict=True)]
