@@ -25,7 +25,7 @@ SWEEPABLE = (
     "guidance_interval",
     "guidance_rescale",
 )
-# Without these, too, scores do not compare, but they are no axis or line of a figure.
+# Without these, too, scores do not compare; those that differ within an evaluation are lines of a figure.
 STATED = ("sampler_args", "guidance_parallel", "guidance_radius", "guidance_checkpoint", "guide_sha256")
 STATED += ("guidance_unlabelled", "legacy_cfg_channels", "clip", "autoencoder", "labels", "precision", "step")
 
@@ -101,6 +101,13 @@ def varying_settings(rows: Sequence[Row]) -> list[str]:
     """Names of the settings of sampling, and of the weights' steps, that differ among rows of samples."""
     samples = [row.settings for row in rows if row.settings]
     return [name for name in (*SWEEPABLE, *STATED) if len({json.dumps(settings.get(name)) for settings in samples}) > 1]
+
+
+def lines_of(samples: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """Those of `columns` of which a figure needs a line for each value. Others follow from the evaluation."""
+    runs = [[row for row in samples if row.name == name] for name in {row.name for row in samples}]
+    within = {name for rows in runs for name in varying_settings(rows)}
+    return [name for name in columns if name in SWEEPABLE or name in within]
 
 
 def _entry(record: Mapping[str, Any], name: str) -> Any:

@@ -45,7 +45,7 @@ class CompareConfig:
 
 def main(config: CompareConfig) -> None:
     """Read the records, check that their scores compare, then print and write the table and the figure."""
-    from evaluation.comparison import SWEEPABLE, check_comparable, combined_rows, read_record, varying_settings
+    from evaluation.comparison import check_comparable, combined_rows, lines_of, read_record, varying_settings
     from evaluation.record import draw_sweep, table
     from machine.atomic_files import keeping, write_atomic
 
@@ -58,15 +58,19 @@ def main(config: CompareConfig) -> None:
     columns = varying_settings(rows)
     print(table(rows, columns))
     samples = [row for row in rows if row.settings]
+    drawn = [row for row in samples if {"guidance_scale", "model_calls"} <= row.settings.keys()]
+    lines = lines_of(drawn, columns)
     written = [Path(f"{config.output}.{suffix}") for suffix in FORMS]
     pictures = [Path(f"{config.output}.{suffix}") for suffix in ("png", "pdf")]
     with keeping([*written, *pictures]):  # of an earlier comparison, or of somebody else
         for path, form in zip(written, FORMS.values(), strict=True):
             write_atomic(path, table(rows, columns, form=form))
-        if len(samples) > len(records):
+        if len(drawn) > len({row.name for row in drawn}):
             for path in pictures:
-                draw_sweep(samples, path, [name for name in columns if name in SWEEPABLE], along=config.along)
+                draw_sweep(drawn, path, lines, along=config.along)
             written += pictures
+            if left_out := dict.fromkeys(row.name for row in samples if row not in drawn):
+                print(f"not in the figure, as they state no guidance scale or number of calls: {', '.join(left_out)}")
     print("written: " + ", ".join(map(str, written)))
 
 

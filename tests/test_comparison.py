@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from itertools import product
 
 import pytest
 import torch
@@ -65,17 +66,47 @@ def test_scores_of_a_run_under_two_settings_stand_in_one_table(folder, capsys):
         compare([folder / "swept.json", folder / "fewer.json"], folder, names=["a", "b"])
 
 
-def test_each_evaluation_is_a_line_over_the_calls_of_the_model(tmp_path, monkeypatch):
-    drawn, errorbar = {}, Axes.errorbar
+@pytest.fixture
+def drawn(monkeypatch):
+    """The points of each line of a figure's left part."""
+    lines, errorbar = {}, Axes.errorbar
 
     def watched(axes, x, y, *errors, label, **look):
-        drawn.setdefault(label, (x, y))
+        lines.setdefault(label, (x, y))
         return errorbar(axes, x, y, *errors, label=label, **look)
 
     monkeypatch.setattr(Axes, "errorbar", watched)
+    return lines
+
+
+def test_each_evaluation_is_a_line_over_the_calls_of_the_model(tmp_path, drawn):
     paths = [saved(tmp_path, "flow", 9.0, 5.0, 3.0, sampler="euler"), saved(tmp_path, "mean", 4.0, 3.5, sampler="heun")]
     compare(paths, tmp_path)
     assert drawn == {"flow, euler": ([1, 2, 4], [9.0, 5.0, 3.0]), "mean, heun": ([1, 2], [4.0, 3.5])}
+
+
+def test_each_value_of_a_swept_setting_is_a_line(tmp_path, drawn):
+    record = record_of("apg", *[6.0, 5.0, 8.0, 7.0], clip=1.0)
+    for row, (parallel, scale) in zip(record["rows"], product((0.0, 1.0), (1.5, 2.0)), strict=True):
+        row["samples"] |= {"model_calls": 4, "num_steps": 4, "guidance_parallel": parallel, "guidance_scale": scale}
+    (tmp_path / "apg.json").write_text(json.dumps(record))
+    compare([tmp_path / "apg.json", saved(tmp_path, "cfg", 9.0, clip=2.0)], tmp_path)
+    assert {name.split(",")[0] for name in drawn} == {"apg", "cfg"}
+    points = {name.split(", ")[-1]: line for name, line in drawn.items() if name.startswith("apg")}
+    assert points == {
+        "guidance_parallel 0.0": ([1.5, 2.0], [6.0, 5.0]),
+        "guidance_parallel 1.0": ([1.5, 2.0], [8.0, 7.0]),
+    }
+
+
+def test_a_fixed_set_stands_in_the_table_beside_a_sweep(tmp_path, drawn, capsys):
+    fixed = record_of("photos", 4.0)
+    fixed["rows"][0]["samples"] = {"kind": "folder", "num_images": 10}
+    (tmp_path / "photos.json").write_text(json.dumps(fixed))
+    compare([saved(tmp_path, "a", 5.0, 6.0), tmp_path / "photos.json"], tmp_path)
+    assert drawn == {"": ([1, 2], [5.0, 6.0])}
+    assert "not in the figure, as they state no guidance scale or number of calls: photos\n" in capsys.readouterr().out
+    assert "| photos" in (tmp_path / "both.md").read_text()
 
 
 def test_rows_of_real_images_appear_once_and_ceilings_of_two_autoencoders_apart(tmp_path):
