@@ -223,6 +223,8 @@ def changed_meaning(diffusion: DiffusionConfig, metadata: Mapping[str, str]) -> 
     now = defining_settings(diffusion)
     if before and before["kind"] != now["kind"]:
         return [f"--diffusion.kind {before['kind']}"]
+    if before.get("guidance_max") is None:
+        now.pop("guidance_max", None)  # at scale 1, where such a model begins, its output means the same as without
     return [f"--diffusion.{name} {before[name]}" for name in now if name in before and before[name] != now[name]]
 
 
