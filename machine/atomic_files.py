@@ -69,13 +69,17 @@ def atomic_path(path: Path, *, keep: bool = False) -> Iterator[Path]:
 @contextmanager
 def keeping(paths: Iterable[Path]) -> Iterator[None]:
     """Context that writes to these paths, or not. The files that were there are kept as `NAME.before-TIME`, which is
-    printed, unless the same is written again."""
+    printed, unless the same is written again. After an error, those not yet written have their names back."""
     kept = {path: path.rename(unused_path(path)) for path in paths if path.is_file()}
+    failed = True
     try:
         yield
+        failed = False
     finally:
         for path, before in kept.items():
-            if path.is_file() and filecmp.cmp(path, before, shallow=False):
+            if failed and not path.exists():
+                before.rename(path)
+            elif path.is_file() and filecmp.cmp(path, before, shallow=False):
                 before.unlink()
             else:
                 print(f"{path} was another, and is now {before}", flush=True)

@@ -233,13 +233,13 @@ def test_a_look_up_stops_between_two_moments():
     page = Page(Studio([]), Counter())
     page.studio = Slow()
     page.make_requests = lambda *wanted: [SimpleNamespace(run="a")]
-    looking = page.show_nearest()
+    looking = page.show_nearest(["a"])
     for _ in range(4):
         next(looking)
     looking.close()
     assert page.studio.read == 2
     page.is_listening = lambda: False
-    assert list(page.show_nearest()) == []
+    assert list(page.show_nearest(["a"])) == []
 
 
 def test_without_a_null_label_neither_the_picture_nor_its_command_is_guided(folder, monkeypatch):

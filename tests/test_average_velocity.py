@@ -177,7 +177,7 @@ def test_a_guidance_scale_without_effect_is_reported(diffusion):
     beyond = "--sampling.guidance_scale 2: beyond the guidance that is part of the model's training"
     assert said(3.0, guidance_scale=2.0) == [beyond]
     interval = "--sampling.guidance_interval: without effect, guidance is part of the model's training"
-    assert said(1.5, guidance_interval=[0.3, 3]) == [interval]
+    assert said(1.5, guidance_interval=[0.3, 3.0]) == [interval]
 
 
 # Shortcuts' steps.
