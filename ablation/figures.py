@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from ablation.results import Results, RunResult, VariantResult, sample_std
+from ablation.results import Results, RunResult, VariantResult, mean_and_interval, sample_std
 from evaluation.plots import INK, STYLE, WIDTH, color, figure_to_svg, make_figure, marker
 from metrics.scores import column_title, find_metric
 
@@ -16,17 +17,17 @@ MAX_POINTS = 400
 Panel = Callable[[Results, Any], bool]  # draws on matplotlib axes; False: there was nothing to draw
 
 
-def draw_panels(results: Results) -> dict[str, str]:
-    """Draw all panels that have data: returns SVG by panel name, and writes PDF and PNG to `figures/`."""
+def draw_panels(results: Results) -> dict[str, tuple[str, str]]:
+    """Draw all panels that have data: returns SVG and caption by panel name, and writes PDF and PNG to `figures/`."""
     panels = {}
-    for name, (panel, _) in PANELS.items():
+    for name, (panel, caption) in (PANELS | _panels_by_setting(results)).items():
         if (figure := make_figure(lambda axes, panel=panel: panel(results, axes))) is not None:
             path = results.folder / "figures" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with mpl.rc_context(STYLE):
                 figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
                 figure.savefig(path.with_suffix(".png"), dpi=200)
-            panels[name] = figure_to_svg(figure, name)
+            panels[name] = (figure_to_svg(figure, name), caption)
     return panels
 
 
@@ -97,6 +98,27 @@ def plot_per_class(results: Results, axes: Any) -> bool:
     return True
 
 
+def plot_score_by_setting(results: Results, axes: Any, metric: str, setting: str) -> bool:
+    """Final score by a numeric setting of the grid: mean and 95% interval over training seeds, with a line for each
+    combination of the other settings; on a logarithmic axis where the values span a factor of ten."""
+    lines: dict[str, list[tuple[float, VariantResult]]] = defaultdict(list)
+    for variant in results.variants:
+        others = {key: value for key, value in variant.plan["point"].items() if key != setting}
+        lines[", ".join(map(str, others.values()))].append((variant.plan["point"][setting], variant))
+    positions = sorted({x for points in lines.values() for x, _ in points})
+    if positions[0] > 0 and positions[-1] >= 10 * positions[0]:
+        axes.set_xscale("log")
+    axes.set_xticks(positions, [f"{x:g}" for x in positions])
+    axes.minorticks_off()
+    for number, (label, points) in enumerate(lines.items()):
+        scores = {x: variant.by_seed(metric).values() for x, variant in points if variant.values(metric)}
+        bars = [(x, *mean_and_interval([*scores[x]])) for x in sorted(scores)]
+        style: Any = {"fmt": f"{marker(number)}-", "color": color(number), "capsize": 3, "markersize": 4}
+        axes.errorbar(*zip(*bars, strict=True), label=label, **style)
+    axes.set(xlabel=setting, ylabel=column_title(metric))
+    return True
+
+
 def class_distances(variant: VariantResult) -> dict[str, float]:
     """Fréchet distance by class, averaged over seeds; classes with too few images are left out."""
     values: dict[str, list[float]] = defaultdict(list)
@@ -144,6 +166,27 @@ def _final_scores(results: Results, axes: Any, metric: str, x: Callable[[Variant
             style: Any = {"fmt": marker(number), "color": color(number), "capsize": 3}
             axes.errorbar(x(variant), np.mean(values), sample_std(values) or 0.0, label=variant.name, **style)
     return True
+
+
+def _panels_by_setting(results: Results) -> dict[str, tuple[Panel, str]]:
+    """A panel for each metric if one setting of the grid takes three or more numbers."""
+    points = [variant.plan.get("point", {}) for variant in results.variants]
+    values = {key: {point[key] for point in points} for key in points[0] if all(key in point for point in points)}
+    numeric = [key for key, taken in values.items() if len(taken) > 2 and all(map(_is_number, taken))]
+    if len(numeric) != 1:
+        return {}
+    caption = f"Final score by {numeric[0]}: mean and 95% interval over training seeds."
+    return {
+        f"{find_metric(metric)[0].replace(' ', '-')}-by-setting": (
+            partial(plot_score_by_setting, metric=metric, setting=numeric[0]),
+            caption,
+        )
+        for metric in results.metrics
+    }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 PANELS: dict[str, tuple[Panel, str]] = {  # with captions

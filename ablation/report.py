@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ablation.figures import PANELS, draw_panels
+from ablation.figures import draw_panels
 from ablation.pictures import data_uri, read_pictures, save_side_by_side, side_by_side
 from ablation.results import Results, read_results
 from ablation.tables import (
@@ -36,10 +36,9 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     missing = f"Not finished, and not in this report: {'; '.join(results.missing)}." if results.missing else ""
 
     groups = {"references": reference_cells(results), "models": variant_cells(results)}
-    captioned = [(svg, PANELS[name][1]) for name, svg in panels.items()]
     values: dict[str, Any] = {"title": title, "description": description, "missing": missing, "notes": notes}
     values |= {"head": header_cells(results), "groups": groups, "findings": findings, "crossed": tables}
-    values |= {"panels": captioned, "pictures": pictures, "beside": side_by_side(pictures)}
+    values |= {"panels": [*panels.values()], "pictures": pictures, "beside": side_by_side(pictures)}
     values |= {"data_uri": data_uri, "facts_of_results": facts}
     html = render_page("report.html", **values)  # self-contained: a browser needs no network to show it
     text = [f"# {plain(title)}", description, plain(missing), as_markdown(results), *map(plain, notes)]
@@ -49,7 +48,7 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
         text.append("\n".join([f"{plain(metric)}:\n", *(f"- {plain(sentence)}" for sentence in sentences)]))
     for metric, rows in tables:
         text += [f"## {plain(metric)}", markdown(rows)]
-    text += [f"![{name}](figures/{name}.png)\n\n*{PANELS[name][1]}*" for name in panels]
+    text += [f"![{name}](figures/{name}.png)\n\n*{caption}*" for name, (_, caption) in panels.items()]
     if side_by_side(pictures):
         save_side_by_side(pictures, folder / "figures" / "models.png")
         text.append("![samples](figures/models.png)")

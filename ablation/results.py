@@ -80,9 +80,13 @@ class RunResult:
 
     @cached_property
     def trials(self) -> list[dict[str, float | None]]:
-        """Scores of each generation trial, by metric; the distances of halves of the samples are left out."""
+        """Scores of each generation trial, by metric, without the distances of halves of the samples. The first trial
+        also has the share of memorisation, if that was computed."""
         trials = self.record["rows"][0]["trials"]
-        return [{name: score["value"] for name, score in trial.items() if ", " not in name} for trial in trials]
+        scores = [{name: score["value"] for name, score in trial.items() if ", " not in name} for trial in trials]
+        if memorisation := self.record.get("memorisation"):
+            scores[0]["closer to training images"] = memorisation["closer_to_training_than_held_out"]
+        return scores
 
     def values(self, metric: str) -> list[float]:
         """Values of a metric in all trials that have one."""
@@ -209,6 +213,15 @@ def read_results(folder: Path) -> Results:
     if not variants:
         raise ValueError(f"{folder}: no run is finished, there is nothing to report yet ({len(missing)} to go)")
     return Results(folder, plan, [VariantResult(name, runs) for name, runs in variants.items()], missing)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95% interval by Student's t; a single value has no interval (0)."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return fmean(values), 0.0
+    return fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
 def sample_std(values: Sequence[float]) -> float | None:

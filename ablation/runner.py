@@ -48,7 +48,10 @@ def score_command(planned: PlannedRun) -> list[str]:
     flags |= {"num_samples": planned.num_samples, "trials": scoring.trials}
     flags |= {"baselines": scoring.baselines and planned.scores_baselines}
     has_features = not set(evaluation.metrics) <= FRECHET_ONLY
-    flags |= {"per_class": scoring.per_class and planned.spec.num_classes > 0 and has_features}
+    flags |= {
+        "per_class": scoring.per_class and planned.spec.num_classes > 0 and has_features,
+        "memorisation": scoring.memorisation,
+    }
     return ["evaluate.py", *_as_flags(planned, flags)]
 
 

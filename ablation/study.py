@@ -40,11 +40,13 @@ class ScoringConfig:
         trials: generation trials of each run, each with another seed
         baselines: also score training images and reconstructions, once
         per_class: also compute the Fréchet distance within each class that has at least 50 images
+        memorisation: also compute how often a sample is closer to the training images than a held-out image is
     """
 
     trials: int = within("[1, inf)", 1)
     baselines: bool = True
     per_class: bool = True
+    memorisation: bool = False
 
 
 @dataclass(frozen=True)

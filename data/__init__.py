@@ -23,6 +23,11 @@ def open_dataset(path: str, **settings: Any) -> ImageSet:
     for name in ("classes", "exclude_classes", "label_column"):
         if settings.get(name) and name not in parameters:
             raise DataError(f"--data.{name} {settings[name]}: {path} keeps all of its classes; leave it out, or '[]'")
+    if settings.get("train_fraction", 1) != 1 and "train_fraction" not in parameters:
+        fraction = settings["train_fraction"]
+        raise DataError(
+            f"--data.train_fraction {fraction}: {path} is cut by its own settings, such as --data.num_images"
+        )
     return DATASETS[path](**{name: value for name, value in settings.items() if name in parameters})
 
 

@@ -6,6 +6,7 @@ import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -48,6 +49,7 @@ class ImageDataset(ImageSet):
         image_size: int | tuple[int, int] | None = None,
         test_fraction: float = 0.2,
         split_seed: int = 0,
+        train_fraction: float = 1.0,
         classes: Sequence[str] = (),
         exclude_classes: Sequence[str] = (),
         on_error: str = "stop",
@@ -69,6 +71,8 @@ class ImageDataset(ImageSet):
         grouped = group_near_duplicates and split != "all"
         groups = self._near_duplicates(label_of, on_error) if grouped else None
         in_split = self._select_split(layout, label_of, test_fraction, split_seed, groups)
+        if split == "train" and train_fraction < 1:
+            in_split = self._select_fraction(in_split, label_of, train_fraction, split_seed)
         self.names = self._drop_unusable(in_split, on_error, min_size)
 
         if not use_labels:
@@ -144,6 +148,19 @@ class ImageDataset(ImageSet):
         if untrained := {*self.classes} - {label for name, label in label_of.items() if name not in held_out}:
             raise DataError(f"{self._flag}: class '{min(untrained)}' has held-out images and none to train on")
         return [name for name in label_of if self.split == "all" or (name in held_out) == (self.split == "test")]
+
+    def _select_fraction(self, names: list[str], label_of: Mapping[str, str], fraction: float, seed: int) -> list[str]:
+        """Select a fraction of each class, at least one image: the last ones in the order by which `hold_out` takes the
+        first, so that smaller fractions are subsets of larger ones."""
+        by_class: defaultdict[str, list[str]] = defaultdict(list)
+        for name in names:
+            by_class[label_of[name]].append(name)
+        selected: set[str] = set()
+        for members in by_class.values():
+            count = max(1, math.floor(len(members) * fraction + 0.5))
+            selected |= {*sorted(members, key=partial(_seeded_hash, seed), reverse=True)[:count]}
+        self.note = ", ".join(filter(None, [self.note, f"--data.train_fraction {fraction} of the training images"]))
+        return [name for name in names if name in selected]
 
     def _drop_unusable(self, names: list[str], on_error: str, min_size: int) -> list[str]:
         if on_error == "skip":
@@ -295,8 +312,12 @@ def hold_out(
             raise DataError(f"class '{label}' has one image, too few to split; {remedy}")
         room = min(num - 1, max(1, math.floor(num * fraction + 0.5)))
         room -= sum(len(names) for group, names in groups.items() if is_held.get(group))
-        for group in sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
+        for group in sorted(groups, key=partial(_seeded_hash, seed)):
             if group not in is_held:
                 is_held[group] = len(groups[group]) <= room
                 room -= len(groups[group]) * is_held[group]
     return {name for groups in members.values() for group, names in groups.items() if is_held[group] for name in names}
+
+
+def _seeded_hash(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -35,7 +35,7 @@ def baselines(
     others = [name for name in evaluation.metrics if name not in by_class]
     floors: list[tuple[Source, str, list[str]]] = []  # images, name of their reconstructions, metrics
     if others:
-        train = open_split(data, "train", accelerator)
+        train = open_split(replace(data, train_fraction=1.0), "train", accelerator)
         images, _ = matching_images(samples, train, "training images", "--baselines", evaluation.seed)
         floors.append((images, "reconstructions", others))
     if by_class:

@@ -41,13 +41,13 @@ def make_figure(plot: Callable[[Any], bool]) -> Any:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
         axes = figure.subplots()
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if not plot(axes):
             return None
         if names := axes.get_legend_handles_labels()[1]:
             columns = legend_columns(names)
             figure.set_figheight(figure.get_figheight() + LINE * max(0, -(-len(names) // columns) - 2))
             figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.15, color=INK, linewidth=0.6)
     return figure
 

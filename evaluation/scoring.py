@@ -81,7 +81,7 @@ class Scorer:
 
     def reference(self, data: DataConfig, split: str = "test", codec: Codec | None = None) -> Reference:
         """Load the features of a split, or of its reconstructions by `codec`; on first use compute and cache them. If a
-        metric needs classes, those of the test split include a linear probe fitted to the training split."""
+        metric needs classes, those of the test split include a linear probe fitted to the whole training split."""
         dataset = open_split(data, split, self.accelerator)
         for message in summarize_left_out(dataset):
             self.accelerator.print(f"{split} images: {message}")
@@ -102,7 +102,7 @@ class Scorer:
             self.accelerator.wait_for_everyone()
         features = load_features(path, key)
         if split == "test" and "labelled" in key["needs"] and dataset.classes:
-            train: Any = self.reference(data, "train").features
+            train: Any = self.reference(replace(data, train_fraction=1.0), "train").features
             probe = from_main(self.accelerator, lambda: fit_probe(train.features, train.labels, len(dataset.classes)))
             features = replace(features, probe=probe)
         return Reference(features, {**key, "features": path.name}, dataset.classes)

@@ -29,6 +29,8 @@ class DataConfig:
         image_size: side in pixels; images are cropped to their central square and resized if necessary
         test_fraction: fraction of each class that is held out, if the source has no test split of its own
         split_seed: seed of that split
+        train_fraction: fraction of each class's training images to train on; smaller fractions are subsets of larger
+            ones, and the held-out images stay the same
         group_near_duplicates: keep near-duplicates (by perceptual hash) on the same side of that split
         classes: classes to use; all by default
         exclude_classes: classes to leave out
@@ -46,6 +48,7 @@ class DataConfig:
     image_size: int = within("[1, 16384]", 64)
     test_fraction: float = within("(0, 1)", 0.2)
     split_seed: int = within(SEEDS, 0)
+    train_fraction: float = within("(0, 1]", 1.0)
     group_near_duplicates: bool = False
     classes: list[str] = field(default_factory=list)
     exclude_classes: list[str] = field(default_factory=list)

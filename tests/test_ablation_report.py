@@ -14,11 +14,12 @@ from PIL import Image
 from processes import run
 from scipy import stats
 
+from ablation.figures import _panels_by_setting
 from ablation.pictures import Pictures, read_pictures, save_side_by_side, side_by_side
 from ablation.report import format_facts, format_findings, format_notes, write_report
 from ablation.results import holm, read_results
 from ablation.tables import as_markdown, as_tex, check_columns, cross_tabulate, header_cells, variant_cells
-from evaluation.plots import color, legend_columns, marker
+from evaluation.plots import color, legend_columns, make_figure, marker
 from evaluation.table import markdown, terminal
 
 CLASSES = ["stop_sign", "butterfly", "sunflower", "soccer_ball"]
@@ -250,6 +251,39 @@ def test_two_factors_have_a_table_of_one_against_the_other(ablation):
     assert title == "Fréchet ↓"
     assert rows == [["model, optim.lr", "1", "2"], ["DiT", *shown[:2]], ["UViT", *shown[2:]]]
     assert "-" in cross_tabulate(replace(results, variants=variants[:3]))[0][1][2]  # one is not finished
+
+
+def test_a_number_in_the_grid_is_drawn_with_intervals_over_seeds(ablation):
+    results = read_results(ablation)
+    assert not _panels_by_setting(results)
+    points = [{"variant": "DiT", "data.train_fraction": fraction} for fraction in (0.05, 0.5, 1.0)]
+    variants = [
+        replace(variant, runs=[replace(run, plan={**run.plan, "point": point}) for run in variant.runs])
+        for variant, point in zip(results.variants, points, strict=False)
+    ]
+    gridded = replace(results, variants=variants)
+    panels = _panels_by_setting(gridded)
+    assert [*panels] == ["fid-by-setting", "precision-by-setting"]
+    axes = make_figure(lambda axes: panels["fid-by-setting"][0](gridded, axes)).axes[0]
+    (line, _, (bars,)), *others = axes.containers
+    assert not others
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("log", "data.train_fraction")
+    drawn = dict(zip(line.get_xdata(), zip(line.get_ydata(), bars.get_segments(), strict=True), strict=True))
+    for variant, point in zip(results.variants, points, strict=False):
+        values = [*variant.by_seed("frechet_distance[colors]").values()]
+        mean, segment = drawn[point["data.train_fraction"]]
+        test = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert [mean, *segment[:, 1]] == pytest.approx([fmean(values), test.low, test.high])
+
+
+def test_memorisation_is_a_column_of_the_table(ablation):
+    results = read_results(ablation)
+    run = results.runs[0]
+    share = {"closer_to_training_than_held_out": 0.61}
+    variant = replace(results.variants[0], runs=[replace(run, record={**run.record, "memorisation": share})])
+    with_share = replace(results, variants=[variant])
+    assert header_cells(with_share)[-1].startswith("closer to training images")
+    assert variant_cells(with_share)[0][-1].text.startswith("0.61")
 
 
 NAMES = r"""a|b \ 50% {x} ~ ^ & # $ <script> `c` *d* _e_ [f](g) "h" """

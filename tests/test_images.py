@@ -51,6 +51,28 @@ def test_split_is_disjoint_complete_and_keeps_proportions(tree):
     assert ImageDataset(tree, split="test", split_seed=1).names != test.names
 
 
+def test_smaller_fractions_are_subsets_of_larger_ones_and_the_held_out_images_stay(tree):
+    def split(name, **settings):
+        return ImageDataset(tree, split=name, **settings)
+
+    whole, half, tenth = (split("train", train_fraction=fraction) for fraction in (1.0, 0.5, 0.1))
+    assert [torch.bincount(images.labels).tolist() for images in (whole, half, tenth)] == [
+        [8, 5, 1],
+        [4, 3, 1],
+        [1, 1, 1],
+    ]
+    assert {*tenth.names} < {*half.names} < {*whole.names}
+    assert half.note.endswith("--data.train_fraction 0.5 of the training images")
+    assert half.describe()["split"] != whole.describe()["split"]
+    assert split("test", train_fraction=0.1).describe() == split("test").describe()
+    assert split("train", train_fraction=0.5, split_seed=1).names != half.names
+
+
+def test_a_fraction_of_shapes_is_refused():
+    with pytest.raises(DataError, match=r"--data.train_fraction 0.5: shapes .* --data.num_images"):
+        open_dataset("shapes", split="train", train_fraction=0.5)
+
+
 @given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 5), st.integers(1, 4))
 @settings(max_examples=50)
 def test_held_out_share_is_within_one_group(count, fraction, seed, size):

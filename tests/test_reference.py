@@ -1,13 +1,19 @@
 """Reference files: read back as written, and refused if they belong to something else."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from checkpoints.checkpoint import save_tensors
+from evaluation.scoring import Scorer
+from experiment.config import DataConfig, EvaluationConfig
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
 from metrics.programs import save_program
@@ -153,3 +159,20 @@ def test_a_full_disk_is_told_in_words_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"y.safetensors could not be written \(I/O error: No space left"):
         save_tensors({"weight": torch.zeros(1)}, tmp_path / "y.safetensors", {})
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_probe_learns_from_the_whole_training_split(tmp_path):
+    """A model that saw a tenth of the images is judged as one that saw all."""
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        path = tmp_path / "images" / ("dark", "light")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(120 * (number % 2), 130 + 120 * (number % 2), (8, 8, 3), dtype=np.uint8)).save(
+            path
+        )
+    program = save_program(MeanColour(), torch.full((2, 3, 8, 8), 100, dtype=torch.uint8), tmp_path / "colour.pt")
+    evaluation = EvaluationConfig(extractor=str(program), metrics=["agreement"])
+    scorer = Scorer(evaluation, Accelerator(cpu=True))
+    data = DataConfig(path=str(tmp_path / "images"), image_size=8, cache=str(tmp_path / "cache"))
+    probes = [scorer.reference(replace(data, train_fraction=fraction)).features.probe for fraction in (1.0, 0.1)]
+    assert torch.equal(probes[0].weight, probes[1].weight)
