@@ -39,7 +39,7 @@ class SampleConfig:
         sampling: overrides of the checkpoint's settings; --guidance_scale is short for --sampling.guidance_scale, etc.
         batch_size: images per batch, on each process
         panel: also write a picture of this many moments of the denoising: x_t above, predicted x_0 below
-        stages: also write a picture of each cascade stage's output, side by side
+        stages: of a diffusion that samples in several stages: also write a picture of their outputs, side by side
         reconstruct: instead of samples: noise held-out images to this time, and denoise them in one step and in all
         interpolate: instead of samples: this many images between the first class and the last
         to_seed: with --interpolate: the seed at the other end

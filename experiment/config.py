@@ -78,7 +78,7 @@ class DiffusionConfig:
         def __getattr__(self, name: str) -> Any: ...
 
 
-import_module("studies.cascade")  # a study outside the core, which registers itself
+import_module("studies")  # which register themselves
 open_section(DiffusionConfig, DIFFUSIONS)
 
 
